@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends.native import ReadingInC
 from cadsurgery.kernels import isa
 from cadsurgery.kernels.library import library
 from cadsurgery.kernels.load import check_code
@@ -38,6 +37,16 @@ KINDS = (
     "convolve_limited",
     "convolve",
 )  # in the order in which files choose them
+
+
+class Reading(ctypes.Structure):
+    """The structure `reading` of the kernels."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("rows", "halo", "outside", "table")),
+        *((name, ctypes.c_long) for name in ("count", "n", "taps", "channels", "stride")),
+        ("held", ctypes.c_void_p),
+    )
 
 
 class Result(ctypes.Structure):
@@ -115,7 +124,7 @@ class Convolution:
         out = torch.empty(n, len(self.weight), dtype=torch.uint8)
         beyond = torch.full((self.rows.shape[1],), self.zero, dtype=torch.uint8)
         buffers = (_place(tensor) for tensor in (self.rows, self.halo, beyond, self.table))
-        reading = ReadingInC(*buffers, len(self.rows), n, taps, channels, self.rows.shape[1], None)
+        reading = Reading(*buffers, len(self.rows), n, taps, channels, self.rows.shape[1], None)
         if not n:
             return out
         if form.startswith("grouped"):

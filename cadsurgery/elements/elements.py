@@ -17,10 +17,11 @@ from cadsurgery.elements.axes import NCHW, as_rows, channel_dims, fast_layout, i
 from cadsurgery.elements.backends.choose import Picking, compute, mix, select_rows
 from cadsurgery.elements.backends.floors import has_pixels, to_pixels
 from cadsurgery.elements.backends.target import require_equal
+from cadsurgery.elements.bilinear import corners, ends_of, place_on_map
 from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
-from cadsurgery.elements.sizes import as_number, is_statically_true, least
+from cadsurgery.elements.sizes import is_statically_true, least
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 
@@ -210,22 +211,17 @@ class SmallMap:
         for at, have, want in zip(lattice.coordinates[1:], counts, self.size or counts, strict=True):
             at = at.double()
             if self.size is None:
-                point = at / self.spacing if lattice.geometry.interpolates else at // self.spacing
-            elif self.mode == "nearest":
-                sample = (at // self.spacing).clamp(max=want - 1).float()  # torch rounds in float32
-                point = (sample * (as_number(have, sample) / as_number(want, sample))).floor().double()
-            elif self.align_corners:
-                point = at / self.spacing * ((have - 1) / max(want - 1, 1))
+                place = at / self.spacing if lattice.geometry.interpolates else at // self.spacing
+                place = place.clamp(0, have - 1)
             else:
-                point = (at + side / 2) / self.spacing * (have / want) - 0.5
-            point = point.clamp(0, have - 1)
-            low = point.floor()
-            first, share = low.long(), point - low
-            ends.append(((first, 1 - share), ((first + 1).clamp(max=have - 1), share)))
-        width = self.values.shape[3]
-        points = [y * width + x for y, _ in ends[0] for x, _ in ends[1]]
-        shares = [v * h for _, v in ends[0] for _, h in ends[1]]
-        return torch.stack(points, 1).to(torch.int32), torch.stack(shares, 1)
+                if self.mode == "nearest":
+                    at = (at // self.spacing).clamp(max=want - 1)
+                else:
+                    at = (at if self.align_corners else at + side / 2) / self.spacing
+                place = place_on_map(at, have, want, self.mode, self.align_corners)
+            ends.append(ends_of(place, have))
+        samples, shares = corners(ends, lambda y, x: y * self.values.shape[3] + x)
+        return samples.to(torch.int32), shares
 
 
 @operation(reads="image", gives="other")
@@ -245,7 +241,7 @@ def small_map(
 
 
 @operation(reads="nothing", gives="other")
-def one_sample(values: Tensor, lattice: Lattice, spacing: int, name: str) -> Tensor:
+def one_sample(values: Tensor, like: Elements, spacing: int, name: str) -> Tensor:
     """Return one sample of a tensor that holds the same number everywhere, which the operation `name` joins with maps.
 
     Raises:
@@ -253,11 +249,10 @@ def one_sample(values: Tensor, lattice: Lattice, spacing: int, name: str) -> Ten
     """
     size = values.shape[-2:]
     if not all(is_statically_true(length == 1) for length in size):
-        check_samples(lattice.samples(spacing), size, name)
+        check_samples(like.lattice.samples(spacing), size, name)
     return values[..., :1, :1]
 
 
-@operation(reads="element", gives="other")
 def rows_on(value: Elements | Tensor | SmallMap, lattice: Lattice, layout: str = NCHW) -> Tensor:
     """Return the rows (N, *channel axes) of a value on a lattice of the same or a later stage.
 
@@ -297,7 +292,6 @@ def own_image(every: Tensor, lattice: Lattice) -> Tensor:
     return every[image, torch.arange(lattice.count, device=image.device)]
 
 
-@operation(reads="nothing", gives="other")
 def common_lattice(stage: int | Lattice, *values: Elements, joint: tuple[int, str] | None = None) -> Lattice:
     """Return the lattice for the operands of an addition or concatenation: the given one, or the smallest fine size.
 

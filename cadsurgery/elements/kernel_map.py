@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cadsurgery.elements.backends import gpu_maps, maps
 from cadsurgery.elements.backends.target import quotients
+from cadsurgery.elements.bilinear import corners
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import (
     as_number,
@@ -282,12 +283,10 @@ def interpolation(lattice: Lattice, points: Tensor) -> tuple[Tensor, Tensor]:
     top, left = y - y % side, x - x % side
     bottom, right = (top + side).clamp(max=height - 1), (left + side).clamp(max=width - 1)
     down, across = (y - top) / side.double(), (x - left) / side.double()
-    corners = [first + v * width + h for v in (top, bottom) for h in (left, right)]
-    weights = [v * h for v in (1 - down, down) for h in (1 - across, across)]
-    mix = torch.stack(weights, 1)
+    ends = ((top, 1 - down), (bottom, down)), ((left, 1 - across), (right, across))
+    pixels, mix = corners(ends, lambda y, x: first + y * width + x)
     # A corner of weight zero is replaced by the point's own cell, whose weight is never zero.
-    pixels = torch.where(mix > 0, torch.stack(corners, 1), corners[0].unsqueeze(1))
-    return lattice.index[pixels], mix
+    return lattice.index[torch.where(mix > 0, pixels, pixels[:, :1])], mix
 
 
 def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool = False) -> Reading:

@@ -104,4 +104,4 @@ def operations() -> Mapping[Callable[..., Any], Operation]:
 
 def operation_of(target: Any) -> Operation | None:
     """Return the facts about a node's target, if it is an operation on elements."""
-    return _OPERATIONS.get(target) if callable(target) else None
+    return getattr(target, "stated", None) or _OPERATIONS.get(target) if callable(target) else None

@@ -50,7 +50,10 @@ class Refinement(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for layer in (self.inside, self.around, self.mixed, self.beyond):
-                drawn = torch.rand(layer.weight.shape, generator=generator) * 2 - 1
+                drawn = (
+                    torch.rand(layer.weight.shape, generator=generator, dtype=torch.float32, device="cpu") * 2
+                    - 1
+                )
                 layer.weight.copy_(drawn / layer.weight[0].numel() ** 0.5)
             for layer in (self.inside, self.around, self.mixed, self.beyond, self.missing):
                 assert layer.bias is not None

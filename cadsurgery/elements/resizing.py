@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cadsurgery.elements.axes import as_rows
 from cadsurgery.elements.backends.choose import MixingLines, compute, extend, mix
+from cadsurgery.elements.bilinear import corners, ends_of, place_on_map
 from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice
@@ -101,23 +102,13 @@ def _own_corners(
 ) -> tuple[Reading, Tensor]:
     """Return where each element of a resized map reads the four samples of the network's own map around it, which may
     lie inside cells, and their weights (M, 4)."""
-    (image, *place), ends = target.coordinates, []
-    for at, have, want in zip(place, before, after, strict=True):
+    (image, *coordinates), ends = target.coordinates, []
+    for at, have, want in zip(coordinates, before, after, strict=True):
         number = (at // spacings[1]).double()
-        if mode == "nearest":
-            ratio = as_number(have, number) / as_number(want, number)
-            point = (number.float() * ratio.float()).floor().double()  # torch rounds in float32
-        elif align_corners:
-            point = number * ((have - 1) / max(want - 1, 1))
-        else:
-            point = (number + 0.5) * (have / want) - 0.5
-        point = point.clamp(0, have - 1)
-        low = (point + 1e-9).floor()
-        first = low.long()
-        ends.append(((first, 1 - (point - low)), ((first + 1).clamp(max=have - 1), point - low)))
-    pixels = [source.pixels(image, y * spacings[0], x * spacings[0]) for y, _ in ends[0] for x, _ in ends[1]]
-    shares = [v * h for _, v in ends[0] for _, h in ends[1]]
-    return read_points(source, torch.stack(pixels, 1)), torch.stack(shares, 1)
+        number = number if mode == "nearest" or align_corners else number + 0.5
+        ends.append(ends_of(place_on_map(number, have, want, mode, align_corners), have, slack=1e-9))
+    pixels, shares = corners(ends, lambda y, x: source.pixels(image, y * spacings[0], x * spacings[0]))
+    return read_points(source, pixels), shares
 
 
 @operation(reads="image", gives="dense", exit_of=resize)
@@ -322,10 +313,9 @@ def _between_sides(dense: Tensor, lattice: Lattice, places: Sequence[Tensor], sp
         share = (place.view(shape) - first) / step
         ends.append(((first, 1 - share), (second, share)))
     image = torch.arange(batch, device=device).view(-1, 1, 1) * height
-    points = [(image + y) * width + x for y, _ in ends[0] for x, _ in ends[1]]
-    weights = [v * h for _, v in ends[0] for _, h in ends[1]]
+    points, shares = corners(ends, lambda y, x: (image + y) * width + x)
     rows = as_rows(dense).contiguous()
-    values = mix(rows, torch.stack(points, 3).flatten(0, 2).int(), torch.stack(weights, 3).flatten(0, 2))
+    values = mix(rows, points.flatten(0, 2).int(), shares.flatten(0, 2))
     return values.view(*step.shape, -1).permute(0, 3, 1, 2)
 
 
@@ -393,6 +383,5 @@ def _between_cells(
         share = torch.where(same, 0.0, (point / cell - low).clamp(min=0))
         first = (low * cell).long().clamp(max=length - 1)
         ends.append(((first, 1 - share), ((first + cell).clamp(max=length - 1), share)))
-    points = [(image * height + y) * width + x for y, _ in ends[0] for x, _ in ends[1]]
-    weights = [v * h for _, v in ends[0] for _, h in ends[1]]
-    return source.index[torch.stack(points, 1)], torch.stack(weights, 1)
+    points, shares = corners(ends, lambda y, x: (image * height + y) * width + x)
+    return source.index[points], shares

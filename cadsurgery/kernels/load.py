@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cadsurgery.kernels import isa
 from cadsurgery.kernels.library import find, library
@@ -14,7 +16,7 @@ from cadsurgery.support.errors import CadError
 from cadsurgery.support.torch_internals import current_dispatch_mode, interpreters
 
 __all__ = [
-    "bytes_held",
+    "call",
     "check_code",
     "forget",
     "function",
@@ -45,7 +47,7 @@ def function(name: str, element: str = "") -> Any | None:
         element: its element type: "float32", "float64", "bfloat16", "uint8", or empty.
 
     Returns:
-        The function, which returns a code for `check_code`; None if there is no such form, or no library.
+        The function, for `call`; None if there is no such form, or no library.
 
     Raises:
         InvalidInput: CADSURGERY_ISA names an unknown instruction set, or one that this processor lacks.
@@ -72,12 +74,40 @@ def has_bf16_dot(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and bool(isa_of("depthwise", "bfloat16"))
 
 
-# Codes that kernels return, in the order of `kernels/c/check.h`; larger ones name a buffer by its place.
-_FITS, _NO_MEMORY, _IMPOSSIBLE, _TOO_SHORT = range(4)
+def call(kernel: Any, values: Sequence[Any], *arguments: Any) -> int:
+    """Call a kernel, whose first argument is a structure.
+
+    A tensor, which has to be contiguous, is passed as a pointer to its own memory, None as a null pointer, an int as
+    long, a float as double and a list of tensors as an array of pointers.
+
+    Args:
+        kernel: a function of the library.
+        values: of the structure's fields, but for the last: how many bytes each buffer of the call holds.
+        arguments: those behind the structure.
+
+    Returns:
+        What the kernel returns: 0, or a number of its own; -1 from one that packs weights if it does not take them.
+
+    Raises:
+        MemoryError: there is no memory for it.
+        CadError: a buffer is not in main memory or holds less than the numbers say, or these are impossible.
+    """
+    if kernel.argtypes is None:
+        kernel.argtypes = (ctypes.POINTER(_layout(values)), *map(_kind, arguments))
+    sizes: list[int] = []
+    fields = [_for_c(value, sizes) for value in values]
+    others = [_for_c(value, sizes) for value in arguments]
+    held = (ctypes.c_long * len(sizes))(*sizes)
+    structure = kernel.argtypes[0]._type_(*fields, ctypes.addressof(held))
+    return check_code(kernel(structure, *others), kernel.__name__)
 
 
-def check_code(code: int, kernel: str = "") -> None:
-    """Raise an error unless a kernel returned that it has computed its result.
+# Codes that kernels return, in the order of `kernels/c/check.h`; lower ones name a buffer by its place.
+_NOT_TAKEN, _IMPOSSIBLE, _NO_MEMORY, _TOO_SHORT = range(-1, -5, -1)
+
+
+def check_code(code: int, kernel: str = "") -> int:
+    """Return what a kernel returned unless it is why it computed nothing.
 
     Args:
         code: what the kernel returned.
@@ -87,14 +117,14 @@ def check_code(code: int, kernel: str = "") -> None:
         MemoryError: there is no memory for it.
         CadError: its numbers are impossible, or a buffer holds less than they say.
     """
-    if code == _FITS:
-        return
+    if code >= _NOT_TAKEN:
+        return code
     if code == _NO_MEMORY:
         raise MemoryError(f"no memory for a kernel {kernel}.")
     what = (
         "numbers that cannot be"
         if code == _IMPOSSIBLE
-        else f"too little memory as its buffer {code - _TOO_SHORT}"
+        else f"too little memory as its buffer {_TOO_SHORT - code}"
     )
     raise CadError(
         f"a compiled kernel {kernel} is given {what}.",
@@ -103,10 +133,35 @@ def check_code(code: int, kernel: str = "") -> None:
     )
 
 
-def bytes_held(*buffers: torch.Tensor | None) -> ctypes.Array[ctypes.c_long]:
-    """Return for C how many bytes each buffer holds; 0 for none."""
-    sizes = [0 if buffer is None else buffer.numel() * buffer.element_size() for buffer in buffers]
-    return (ctypes.c_long * len(sizes))(*sizes)
+def _for_c(value: Any, sizes: list[int]) -> Any:
+    """Return a value as it is passed; add the bytes that its buffers hold, 0 for one that is missing, to `sizes`."""
+    if isinstance(value, Tensor):
+        if not value.is_cpu:
+            raise CadError(
+                f"a compiled kernel was given a tensor on {value.device}.",
+                why="it reads main memory alone.",
+                next="report it, with the code that called the network; CADSURGERY_NATIVE=0 does without kernels.",
+            )
+        sizes.append(value.nbytes)
+        return value.data_ptr()
+    if isinstance(value, list):
+        return (ctypes.c_void_p * len(value))(*(_for_c(one, sizes) for one in value))
+    if value is None:
+        sizes.append(0)
+    return value
+
+
+def _kind(value: Any) -> type:
+    """Return the type of C that a value is passed as."""
+    if isinstance(value, int):
+        return ctypes.c_long
+    return ctypes.c_double if isinstance(value, float) else ctypes.c_void_p
+
+
+def _layout(values: Sequence[Any]) -> type[ctypes.Structure]:
+    """Return the type of a structure of such values, with `held` behind them."""
+    fields = [(f"field_{place}", _kind(value)) for place, value in enumerate((*values, None))]
+    return type("Structure", (ctypes.Structure,), {"_fields_": fields})
 
 
 @cache

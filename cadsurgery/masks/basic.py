@@ -78,7 +78,11 @@ class RandomMask(MaskProvider):
         generator = torch.Generator().manual_seed(self.seed) if self.seed >= 0 else None
         side = min(self.block, max(grid.size))
         blocks = [divide_up(length, side) for length in grid.size]
-        return on_samples(torch.rand(grid.batch, *blocks, generator=generator), side, grid.size)
+        return on_samples(
+            torch.rand(grid.batch, *blocks, dtype=torch.float32, device="cpu", generator=generator),
+            side,
+            grid.size,
+        )
 
 
 def name_of(function: object) -> str:

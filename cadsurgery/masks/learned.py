@@ -96,7 +96,7 @@ class EstimatedMask(MaskProvider):
             torch.default_generator.manual_seed(self.seed)
             sizes = pairwise((inputs, *self.channels, outputs))
             convolutions = [
-                nn.Conv2d(*size, kernel, padding=kernel // 2)
+                nn.Conv2d(*size, kernel, padding=kernel // 2, device="cpu")
                 for size, kernel in zip(sizes, self.kernels, strict=True)
             ]
             layers = self.assemble(convolutions, device)
@@ -274,7 +274,7 @@ class LearnedMask(EstimatedMask):
         """Build the estimator; its initial bias keeps about the target share. `nn.Identity` marks the max-pooling."""
         first, two, three, last = convolutions
         share = min(max(self.fraction, 0.01), 0.99)
-        start = torch.tensor([math.log(share / (1 - share)), *(0.0,) * (last.out_channels - 1)])
+        start = torch.tensor([math.log(share / (1 - share)), *(0.0,) * (last.out_channels - 1)], device="cpu")
         last.bias = nn.Parameter(start)
         self._register_statistics(last.out_channels, device)
         return nn.Sequential(first, nn.ReLU(), two, nn.ReLU(), nn.Identity(), three, nn.ReLU(), last)
@@ -300,5 +300,9 @@ def _gumbel(like: Tensor, generator: Generators = None) -> Tensor:
     if isinstance(generator, Sequence):
         return torch.cat([_gumbel(*pair) for pair in zip(like.split(1), generator, strict=True)])
     device = generator.device if generator is not None else like.device
-    uniform = torch.rand(like.shape, generator=generator, device=device).clamp(min=1e-20).to(like)
+    uniform = (
+        torch.rand(like.shape, generator=generator, device=device, dtype=torch.float32)
+        .clamp(min=1e-20)
+        .to(like)
+    )
     return -(-uniform.log()).clamp(min=1e-20).log()

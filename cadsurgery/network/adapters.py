@@ -27,7 +27,7 @@ MEANS, REFINEMENTS = "mean__", "refinement__"
 
 
 @dataclass(frozen=True)
-class _Place:
+class _MeanReader:
     """A layer that reads a mean over the image: its node, its weight (C, ...), and the node of the image's elements."""
 
     layer: fx.Node
@@ -165,9 +165,9 @@ class _Shapes(Counter):
         return own is not None and own.shape[2:] == features.shape[2:] and len(own) == len(features)
 
 
-def _named(program: Program) -> dict[str, _Place]:
+def _named(program: Program) -> dict[str, _MeanReader]:
     """Return the layers that read a mean, by names; a layer that is used several times gets several names."""
-    named: dict[str, _Place] = {}
+    named: dict[str, _MeanReader] = {}
     for place in _places(program):
         stem = f"{MEANS}{str(place.layer.target).replace('.', '_')}"
         number = sum(name == stem or name.startswith(f"{stem}__") for name in named)
@@ -175,11 +175,11 @@ def _named(program: Program) -> dict[str, _Place]:
     return named
 
 
-def _places(program: Program) -> Iterator[_Place]:
+def _places(program: Program) -> Iterator[_MeanReader]:
     """Yield the convolutions and linear layers that read a mean over the elements of an image."""
     for node in program.graph.nodes:
         if node.op == "call_module" and node.args and isinstance(source := node.args[0], fx.Node):
             module = program.net.get_submodule(str(node.target))
             if acts_as(module, nn.Conv2d, nn.Linear) and gives(source, "vector"):
                 image: Any = source.args[0]
-                yield _Place(node, module.weight, image)
+                yield _MeanReader(node, module.weight, image)

@@ -14,6 +14,7 @@ from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.entry import signature_of
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow
+from cadsurgery.surgery.graphs import called_modules
 from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.hooks import find_watched, parameter, prepare_weights
 from cadsurgery.surgery.outside import Outside
@@ -43,7 +44,7 @@ def carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
         Inputs.of(flow.model, flow.arguments).kinds,
         Outside.of(
             flow.model,
-            {str(node.target) for node in graph.nodes if node.op == "call_module"},
+            called_modules(graph),
             flow.kept.written if flow.kept is not None else (),
             any(map(is_constant, used)),
         ),
@@ -52,7 +53,7 @@ def carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
 
 def _live(graph: fx.Graph) -> set[str]:
     """Return the names of modules that a rewritten graph calls, or passes on as modules."""
-    live = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    live = called_modules(graph)
     for node in graph.nodes:
         if node.target is prepare_weights and any(user.target is not parameter for user in node.users):
             live.add(str(node.args[0].target))

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from cadsurgery.elements import functional
-from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Reading, kernel_map
 from cadsurgery.elements.lattice import Lattice, Part
+from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.elements.operations import Operation, operation_of
 from cadsurgery.elements.windows import drops
 from cadsurgery.network.program import GraphInterpreter, Program
@@ -29,7 +28,7 @@ Place = tuple[int, Size]  # stage and fine size of a lattice
 def places_of(
     program: Program, graph: fx.Graph, lattice: Lattice, values: tuple[Any, ...]
 ) -> dict[str, Place]:
-    """Return stage and fine size for each node whose value is elements, their rows or a lattice, by node name.
+    """Return stage and fine size for each node whose value is elements or a lattice, by node name.
 
     Args:
         program: program on meta tensors, see `macs.meta_copy`.
@@ -40,20 +39,8 @@ def places_of(
     interpreter = GraphInterpreter(program, graph)
     interpreter.garbage_collect_values = False
     interpreter.run(lambda *_: lattice, *values)
-    places, rows = dict[str, Place](), set[fx.Node]()
-    for node, value in interpreter.env.items():
-        own = value.lattice if isinstance(value, Elements) else value
-        sources: list[Any] = [read for read in node.all_input_nodes if read in rows]
-        if node.target is functional.rows_on:
-            sources = [node.args[1]]
-        elif node.target is getattr and node.args[1] == "rows":
-            sources = [node.args[0]]
-        if isinstance(own, Lattice):
-            places[node.name] = own.stage, own.size
-        elif sources:
-            places[node.name] = places[sources[0].name]
-            rows.add(node)
-    return places
+    found = ((node, getattr(value, "lattice", value)) for node, value in interpreter.env.items())
+    return {node.name: (own.stage, own.size) for node, own in found if isinstance(own, Lattice)}
 
 
 def reached(lattice: Lattice, reading: Reading) -> Tensor:
@@ -94,10 +81,7 @@ class Cone:
             self._visit(node, operation_of(node.target), self._needed.get(node))
 
     def _visit(self, node: fx.Node, operation: Operation | None, needed: Tensor | None) -> None:
-        if node.target is functional.common_lattice:
-            if needed is not None:
-                self.lattices[node.name] = self._part(node, needed)
-        elif operation is None or operation.reads == "nothing":  # an operation on rows, or a size query
+        if operation is None or operation.reads == "nothing":  # a size query
             if needed is not None:
                 self._need_inputs(node, needed)
         elif needed is None:  # its result is not elements
@@ -105,6 +89,8 @@ class Cone:
         elif "window" in node.kwargs:
             self._visit_window(node, operation, needed)
         elif operation.reads == "element":  # batch statistics occur only in training
+            if isinstance(node.target, OnRows) and "stage" in node.kwargs:
+                self.lattices[node.name] = self._part(node, needed)
             self._need_inputs(node, needed)
         else:
             self._need_inputs(node)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,10 +19,11 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear, ScaleShift
 from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.elements.operations import operation_of
-from cadsurgery.network.idioms import Affine, affine_of, name_activations, step_of
+from cadsurgery.network.idioms import Affine, AppliedOperation, affine_of, name_activations, step_of
 from cadsurgery.support import torch_operations
-from cadsurgery.surgery.graphs import Constants, copy_graph, downstream, gives, only_user
+from cadsurgery.surgery.graphs import Constants, copy_graph, downstream, gives, only_user, torch_target
 from cadsurgery.surgery.guards import drop_dead_code
 from cadsurgery.surgery.hooks import act_alike, acts_as, child
 from cadsurgery.surgery.rewrite import WORK
@@ -98,37 +99,6 @@ class _Fusion:
         )
 
 
-class _Consumer(NamedTuple):
-    """The only operation that reads a value (elements or a dense map).
-
-    Attributes:
-        node: the operation.
-        value: node that the operation reads: the rows of elements, or the dense map itself.
-        result: node of the result: elements again, or the operation itself.
-        lattice: node of the lattice of both; None for a dense map.
-    """
-
-    node: fx.Node
-    value: fx.Node
-    result: fx.Node
-    lattice: fx.Node | None = None
-
-    @property
-    def other(self) -> fx.Node | None:
-        """The second operand of a binary operation (elements or a map); None if the operation overwrites it."""
-        args = self.node.args
-        if len(args) != 2 or self.node.kwargs or not all(isinstance(part, fx.Node) for part in args):
-            return None
-        first, second = args
-        if first is second or (torch_operations.is_in_place(self.node.target) and first is not self.value):
-            return None
-        other: Any = second if first is self.value else first
-        if self.lattice is None:
-            return other
-        is_read = other.target is functional.rows_on and other.args[1] is self.lattice
-        return other.args[0] if is_read else None
-
-
 class Fuser:
     """Fuses the convolutions of one graph; `graph` is changed, `kernels` is filled."""
 
@@ -155,7 +125,7 @@ class Fuser:
             ours = type(module).__module__.startswith(("torch.nn.", "cadsurgery."))
             return not ours and not has_rule(module, of_package=True)
         is_call = node.op in ("call_function", "call_method")
-        return is_call and torch_operations.may_make_nan(node.target) and node not in self.numbers
+        return is_call and torch_operations.may_make_nan(torch_target(node)) and node not in self.numbers
 
     def run(self) -> None:
         """Remove operations that change nothing, then fuse every convolution and linear layer."""
@@ -189,45 +159,29 @@ class Fuser:
                 if first == KERNELS
                 else self.model.get_submodule(str(node.target))
             )
+        if isinstance(node, fx.Node) and torch_target(node) is None:
+            return self.model.get_submodule(str(node.args[0].target))  # type: ignore[union-attr]
         return None
 
-    def consumer(self, node: fx.Node) -> _Consumer | None:
-        """Return the only operation that reads the value of a node, or None."""
-        if not _is_elements(node):
-            user = only_user(node)
-            return _Consumer(user, node, user) if user is not None else None
-        rows = [user for user in node.users if user.target is functional.rows_on and user.args[0] is node]
-        lattices = [
-            user
-            for user in node.users
-            if _is_own_lattice(user, node)
-            or (user.target is functional.common_lattice and node in user.args[1:])
-        ]
-        if len(rows) != 1 or len(lattices) != 1 or len(node.users) != 2:
-            return None
-        (read,), (lattice,) = rows, lattices
-        operation: Any = only_user(read)
-        result: Any = operation and only_user(operation)
-        same = result and result.target is functional.Elements and result.args == (operation, lattice)
-        return _Consumer(operation, read, result, lattice) if same and read.args[1] is lattice else None
+    def consumer(self, node: fx.Node) -> fx.Node | None:
+        """Return the only operation that reads the value of a node, elements or a dense map; or None."""
+        user = only_user(node)
+        return (
+            user if not _is_elements(node) or (user is not None and isinstance(user.target, OnRows)) else None
+        )
 
     # -- changing the graph ------------------------------------------------------------------------
 
     def drop_identity(self, node: fx.Node) -> None:
         """Remove a node that does not change its input in evaluation mode."""
-        module = self.module(node)
+        module, step = self.module(node), step_of(node)
         operation = operation_of(node.target)
-        if (leaves_values(module) and not _is_hooked(module)) or (
-            operation is not None and operation.trains_only
-        ):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        is_identity = leaves_values(module) and not _is_hooked(module)
+        if is_identity and "stage" in node.kwargs:
+            node.target, node.args = OnRows(functional.keep), (step.operands[0],)
+        elif is_identity or (operation is not None and operation.trains_only) or _keeps_all(node):
+            node.replace_all_uses_with(step.operands[0])
             self.graph.erase_node(node)
-        elif node.target is functional.Elements:
-            rows, lattice = node.args
-            assert isinstance(rows, fx.Node)
-            source = rows.args[0] if rows.target is functional.rows_on else None
-            if isinstance(source, fx.Node) and rows.args[1] is lattice and _is_own_lattice(lattice, source):
-                node.replace_all_uses_with(source)
 
     def fuse(self, node: fx.Node) -> None:
         """Replace a convolution or linear layer, and all operations that it can absorb, by one node."""
@@ -254,13 +208,13 @@ class Fuser:
             return
         tail, count, activation = value, 1, None
         while (following := self.consumer(tail)) is not None:
-            more, before = self.affine(following.result) or (None, None)
+            more, before = self.affine(following) or (None, None)
             if more is None or before is not tail or {affine.axis, more.axis} == {-1, -3}:
                 break
-            affine, tail, count = affine.then(more), following.result, count + 1
-        if following is not None and self.epilogues and not _is_hooked(self.module(following.node)):
-            activation = activation_of(following.node, self.module(following.node))
-            tail = following.result if activation is not None else tail
+            affine, tail, count = affine.then(more), following, count + 1
+        if following is not None and self.epilogues and not _is_hooked(self.module(following)):
+            activation = activation_of(step_of(following), self.module(following))
+            tail = following if activation is not None else tail
         if count == 1 and affine_of(step_of(value), self.constants) is not None:
             return
         name = f"k{len(self.kernels._modules)}"
@@ -296,19 +250,9 @@ class Fuser:
             weight = functional.transpose_weight(module.weight.detach(), module.groups)
             return _Fusion(node, weight, _detach(module.bias), module.groups)
         if acts_as(module, nn.Linear) and self.epilogues:
-            of_elements = self.reads_rows(node)
             weight = module.weight.detach()[:, :, None, None]
-            tail = next(iter(node.users)) if of_elements else node
-            return _Fusion(tail, weight, _detach(module.bias))
+            return _Fusion(node, weight, _detach(module.bias)) if "stage" not in node.kwargs else None
         return None
-
-    def reads_rows(self, node: fx.Node) -> bool:
-        """True if a linear layer acts on the rows of elements."""
-        rows: Any = node.args[0]
-        result = only_user(node)
-        if not isinstance(rows, fx.Node) or rows.target is not functional.rows_on or result is None:
-            return False
-        return result.target is functional.Elements and _is_own_lattice(rows.args[1], rows.args[0])
 
     def extend(self, node: fx.Node, fusion: _Fusion) -> _Fusion | None:
         """Return the fusion with the next operation absorbed; None if that is impossible."""
@@ -321,33 +265,32 @@ class Fuser:
         following = self.consumer(fusion.tail)
         if following is None:
             return None
-        operation, module = following.node, self.module(following.node)
+        step, module = step_of(following), self.module(following)
         if _is_hooked(module):
             return None
-        stated = torch_operations.operation_of(operation.target if module is None else module)
+        stated = torch_operations.operation_of(step.target if module is None else module)
         if fusion.is_linear and (longer := self.with_factor(fusion, following)) is not None:
             return longer
         if fusion.activation is not None or not self.takes_in_more(node):
             return None
         if stated is not None and stated.adds and fusion.residual is None and fusion.leaves is None:
             return self.with_residual(node, fusion, following)
-        activation = activation_of(operation, module)
-        only = operation.args[:1] == (following.value,) and len(operation.all_input_nodes) == 1
-        if activation is None or not only:
+        activation = activation_of(step, module)
+        if activation is None or step.operands != (fusion.tail,):
             return None
-        return replace(fusion, tail=following.result, activation=activation)
+        return replace(fusion, tail=following, activation=activation)
 
-    def with_factor(self, fusion: _Fusion, following: _Consumer) -> _Fusion | None:
+    def with_factor(self, fusion: _Fusion, following: fx.Node) -> _Fusion | None:
         """Fold in constant factors and shifts, such as layer scale."""
-        affine, source = self.affine(following.result) or (None, None)
+        affine, source = self.affine(following) or (None, None)
         channels = fusion.weight.shape[0]
         if affine is None or source is not fusion.tail or not affine.fits(channels):
             return None
         # On a dense map, a factor without its other axes would not tell which axis is the channels'.
         of_linear = acts_as(self.module(fusion.tail), nn.Linear)
-        if following.lattice is None and affine.axis not in (None, -1 if of_linear else -3):
+        if not _is_elements(following) and affine.axis not in (None, -1 if of_linear else -3):
             return None
-        return fusion.scale(following.result, affine.factor.expand(channels), affine.shift.expand(channels))
+        return fusion.scale(following, affine.factor.expand(channels), affine.shift.expand(channels))
 
     def take_in_factors(self, node: fx.Node, fusion: _Fusion) -> _Fusion:
         """Fold constant factors and shifts of what a 1x1 convolution reads, and nothing else, into its weight."""
@@ -389,30 +332,29 @@ class Fuser:
         if value in self.numbers:
             return None
         step = step_of(value)
-        module, norm = self.module(step.operation), None
+        module, norm = self.module(value), None
         if value.target is functional.batch_norm:
             norm = self.constants.get(value.kwargs.get("norm", value.args[-1]))
         elif acts_as(module, nn.BatchNorm2d, nn.SyncBatchNorm):
             norm = module
         if norm is None:
             written = affine_of(step, self.constants) if module is None else None
-            if written is None or value.target is not functional.Elements:
-                return written
-            return written if _is_own_lattice(value.args[1], written[1]) else None
+            return written if "stage" not in value.kwargs else None
         source: Any = step.operands[0]
         is_fixed = norm.running_mean is not None and norm.running_var is not None and not _is_hooked(norm)
         return (Affine(*_factors_of(norm), -3), source) if is_fixed else None
 
-    def with_residual(self, node: fx.Node, fusion: _Fusion, following: _Consumer) -> _Fusion | None:
+    def with_residual(self, node: fx.Node, fusion: _Fusion, following: fx.Node) -> _Fusion | None:
         """Absorb the addition of another map on the same lattice."""
-        other, lattice, stage = following.other, following.lattice, node.kwargs.get("stage")
-        if lattice is None:
-            fits = other is not None and self.constants.get(other) is None
+        other, stage = _other_operand(step_of(following), fusion.tail), following.kwargs.get("stage")
+        joint: Any = None
+        if isinstance(following.target, OnRows):
+            own = node.kwargs.get("stage")
+            fits = _is_elements(other) and (None in (own, stage) or own == stage)
+            joint = following.target.joint
         else:
-            coarser = lattice.target is functional.common_lattice and lattice.args[0] != stage is not None
-            fits = _is_elements(other) and not coarser
-        joint: Any = lattice.kwargs.get("joint") if lattice is not None else None
-        return replace(fusion, tail=following.result, residual=other, joint=joint) if fits else None
+            fits = other is not None and self.constants.get(other) is None
+        return replace(fusion, tail=following, residual=other, joint=joint) if fits else None
 
     def emit(self, node: fx.Node, fusion: _Fusion) -> fx.Node:
         """Add the fused node to the graph."""
@@ -421,7 +363,7 @@ class Fuser:
         path = f"{KERNELS}.{name}"
         parts = (fusion.weight, fusion.bias, fusion.groups, fusion.activation)
         is_linear = acts_as(module, nn.Linear)
-        on_elements = node.target is functional.conv2d or (is_linear and self.reads_rows(node))
+        on_elements = _is_elements(node)
         kernel: nn.Module
         if on_elements:
             kernel = PackedConv(*parts)
@@ -440,7 +382,7 @@ class Fuser:
         if not on_elements:
             more = (fusion.residual,) if fusion.residual is not None else ()
             return self.graph.call_module(path, (node.args[0], *more))
-        source: Any = node.args[0]
+        source: Any = step_of(node).operands[0]
         stated = {name: node.kwargs[name] for name in ("window", "stage", "size") if name in node.kwargs}
         options: dict[str, Any] = {"window": _POINT, "stage": None} | stated
         if not self.epilogues:
@@ -450,8 +392,7 @@ class Fuser:
         if fusion.joint is not None:
             options["joint"] = fusion.joint
         weights = self.graph.get_attr(path)
-        read = source.args[0] if is_linear else source
-        return self.graph.call_function(functional.fused_conv2d, (read, weights, fusion.residual), options)
+        return self.graph.call_function(functional.fused_conv2d, (source, weights, fusion.residual), options)
 
     def share_weight(self, kernel: PackedConv) -> None:
         """Give a kernel the equal weight of an earlier one, as two graphs of one network have it."""
@@ -516,13 +457,28 @@ def _find_numbers(graph: fx.Graph) -> set[fx.Node]:
     return downstream(graph.nodes, asks, only=True)
 
 
+def _other_operand(step: AppliedOperation, value: fx.Node) -> fx.Node | None:
+    """Return the second operand of a binary operation (elements or a map); None if the operation overwrites it."""
+    if (
+        len(step.operands) != 2
+        or step.options
+        or not all(isinstance(part, fx.Node) for part in step.operands)
+    ):
+        return None
+    first, second = step.operands
+    if first is second or (torch_operations.is_in_place(step.target) and first is not value):
+        return None
+    return second if first is value else first
+
+
 def _is_elements(node: Any) -> bool:
     """True if a node's value is `Elements`."""
-    return gives(node, "elements") or (isinstance(node, fx.Node) and node.target is functional.Elements)
+    return gives(node, "elements")
 
 
-def _is_own_lattice(node: Any, elements: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target is getattr and node.args == (elements, "lattice")
+def _keeps_all(node: fx.Node) -> bool:
+    """True if elements are those of the operand, on the same lattice."""
+    return node.target == OnRows(functional.keep) and "stage" not in node.kwargs
 
 
 def _is_fine_map_of(node: fx.Node, convolution: fx.Node) -> bool:
@@ -543,13 +499,13 @@ def leaves_values(module: nn.Module | None) -> bool:
     return any(operation is not None and operation.keeps_values for operation in alike)
 
 
-def activation_of(operation: fx.Node, module: nn.Module | None) -> Activation | None:
-    """Return the activation that an operation applies to its first argument, or None."""
-    options = vars(module) if module is not None else operation.kwargs
+def activation_of(step: AppliedOperation, module: nn.Module | None) -> Activation | None:
+    """Return the activation that an operation applies to its only operand, or None."""
+    options = vars(module) if module is not None else step.options
     stated = {"inplace", "approximate", "negative_slope", "min_val", "max_val"}
-    if len(operation.args) != 1 or not set(operation.kwargs) <= stated:
+    if len(step.operands) != 1 or not set(step.options) <= stated:
         return None
-    kinds = act_alike(type(module)) if module is not None else (operation.target,)
+    kinds = act_alike(type(module)) if module is not None else (step.target,)
     names = (known.name for kind in kinds if (known := torch_operations.operation_of(kind)) is not None)
     entry = next((_ACTIVATIONS[name] for name in names if name in _ACTIVATIONS), None)
     return entry(options) if callable(entry) else entry

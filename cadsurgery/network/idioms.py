@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from cadsurgery.elements import functional
+from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.support.torch_operations import TorchOperation, is_in_place, name_of, operation_of
-from cadsurgery.surgery.graphs import Constants
+from cadsurgery.surgery.graphs import Constants, torch_target
 from cadsurgery.surgery.rewrite import STAGE
 
 ModuleOf = Callable[[Any], nn.Module | None]
@@ -40,41 +40,36 @@ class Affine(NamedTuple):
         return Affine(self.factor * later.factor, shift, later.axis if self.axis is None else self.axis)
 
 
-class Step(NamedTuple):
+class AppliedOperation(NamedTuple):
     """How a value, elements or a dense map, is computed.
 
     Attributes:
-        operation: the node that computes it, of elements their rows.
+        target: the function or the name of the method; None for a module.
         operands: values and numbers that it reads; parameters where it reads no value.
+        options: arguments that are passed by name.
     """
 
-    operation: fx.Node
+    target: Any
     operands: tuple[Any, ...]
+    options: dict[str, Any]
 
     @property
     def named(self) -> TorchOperation | None:
         """The operation in the table of torch's operations if it is a plain call of two operands; otherwise None."""
-        is_plain = (
-            self.operation.op != "call_module" and not self.operation.kwargs and len(self.operands) == 2
-        )
-        return operation_of(self.operation.target) if is_plain else None
+        is_plain = self.target is not None and not self.options and len(self.operands) == 2
+        return operation_of(self.target) if is_plain else None
 
 
-def step_of(value: fx.Node) -> Step:
-    """Return how a value is computed, with elements in place of their rows."""
-    if value.target is not functional.Elements:
-        return Step(value, value.args)
-    operation, lattice = value.args
-    assert isinstance(operation, fx.Node)
-
-    def read(operand: Any) -> Any:
-        is_read = isinstance(operand, fx.Node) and operand.target is functional.rows_on
-        return operand.args[0] if is_read and operand.args[1] is lattice else operand
-
-    return Step(operation, tuple(map(read, operation.args)))
+def step_of(value: fx.Node) -> AppliedOperation:
+    """Return how a value is computed."""
+    target = torch_target(value) if value.op != "call_module" else None
+    if not isinstance(value.target, OnRows):
+        return AppliedOperation(target, value.args, value.kwargs)
+    options = {name: part for name, part in value.kwargs.items() if name != "stage"}
+    return AppliedOperation(target, value.args[target is None :], options)
 
 
-def affine_of(step: Step, constants: Constants) -> tuple[Affine, fx.Node] | None:
+def affine_of(step: AppliedOperation, constants: Constants) -> tuple[Affine, fx.Node] | None:
     """Return factor and shift if an operation multiplies a value by constants or adds them, and that value."""
     stated = step.named
     if stated is None:
@@ -84,9 +79,9 @@ def affine_of(step: Step, constants: Constants) -> tuple[Affine, fx.Node] | None
         return None
     number, value = (first, step.operands[1]) if second is None else (second, step.operands[0])
     assert number is not None
-    if not isinstance(value, fx.Node) or (second is None and is_in_place(step.operation.target)):
+    if not isinstance(value, fx.Node) or (second is None and is_in_place(step.target)):
         return None
-    (constant, axis), name = number, name_of(step.operation.target)
+    (constant, axis), name = number, name_of(step.target)
     one, zero = constant.new_ones(1), constant.new_zeros(1)
     if stated.multiplies:
         return Affine(constant, zero, axis), value
@@ -104,7 +99,7 @@ def _constant(operand: Any, constants: Constants) -> tuple[Tensor, int | None] |
     if isinstance(operand, fx.Node):
         held = constants.get(operand)
     elif isinstance(operand, (int, float)) and not isinstance(operand, bool):
-        held = torch.tensor([operand], dtype=torch.float64)
+        held = torch.tensor([operand], dtype=torch.float64, device="cpu")
     else:
         return None
     if not isinstance(held, Tensor) or not held.dtype.is_floating_point or not held.isfinite().all():
@@ -126,14 +121,8 @@ def name_activations(graph: fx.Graph, module: ModuleOf) -> None:
             continue
         function, source = named
         with graph.inserting_before(value):
-            if value.target is functional.Elements:
-                lattice = graph.call_function(getattr, (source, "lattice"))
-                rows = graph.call_function(functional.rows_on, (source, lattice))
-                acted = graph.call_function(function, (rows,))
-                acted.meta.update(value.args[0].meta)
-                result = graph.call_function(functional.Elements, (acted, lattice))
-            else:
-                result = graph.call_function(function, (source,))
+            on_rows = isinstance(value.target, OnRows)
+            result = graph.call_function(OnRows(function) if on_rows else function, (source,))
         result.meta.update(value.meta)
         value.replace_all_uses_with(result)
 
@@ -151,7 +140,7 @@ def _named(value: fx.Node, module: ModuleOf) -> tuple[Callable[[Tensor], Tensor]
         else:
             continue
         if (
-            value.target is not functional.Elements
+            not isinstance(value.target, OnRows)
             or source.meta.get(STAGE) == value.meta.get(STAGE) is not None
         ):
             return function, source
@@ -168,7 +157,7 @@ def _pairs(value: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     if is_product and all(isinstance(operand, fx.Node) for operand in step.operands):
         first, second = step.operands
         yield first, second
-        if not is_in_place(step.operation.target):
+        if not is_in_place(step.target):
             yield second, first
 
 
@@ -181,7 +170,7 @@ def _without_factors(value: fx.Node) -> tuple[float, fx.Node]:
     return factor, value
 
 
-def _factor(step: Step) -> float | None:
+def _factor(step: AppliedOperation) -> float | None:
     """Return the number by which an operation multiplies its only value; None for any other operation."""
     stated = step.named
     if stated is None:
@@ -191,15 +180,19 @@ def _factor(step: Step) -> float | None:
         return None
     if stated.multiplies:
         return float(numbers[0])
-    is_divided = name_of(step.operation.target) in ("div", "truediv") and step.operands[1] is numbers[0]
+    is_divided = name_of(step.target) in ("div", "truediv") and step.operands[1] is numbers[0]
     return 1 / numbers[0] if is_divided and numbers[0] else None
 
 
 def _name(value: fx.Node, module: ModuleOf) -> str | None:
     """Return the name of the operation that computes a value from one other value."""
-    operation, operands = step_of(value)
-    stated = operation_of(module(operation) if operation.op == "call_module" else operation.target)
-    return stated.name if stated is not None and operands and isinstance(operands[0], fx.Node) else None
+    step = step_of(value)
+    stated = operation_of(module(value) if step.target is None else step.target)
+    return (
+        stated.name
+        if stated is not None and step.operands and isinstance(step.operands[0], fx.Node)
+        else None
+    )
 
 
 _BOUNDS = ("min", "min_val", "max", "max_val")
@@ -208,9 +201,9 @@ _BOUNDS = ("min", "min_val", "max", "max_val")
 def _is_shifted_clamp(value: fx.Node, source: fx.Node, module: ModuleOf) -> bool:
     """True if a value is clamp(source + 3, 0, 6)."""
     step, name = step_of(value), _name(value, module)
-    called: Any = module(step.operation)
+    called: Any = module(value)
     if name == "hardtanh" or name == "clamp":
-        named = step.operation.kwargs
+        named = step.options
         bounds = (*step.operands[1:], *(named[part] for part in _BOUNDS if part in named))[:2]
         is_clamp = ((called.min_val, called.max_val) if called is not None else bounds) == (0, 6)
     else:
@@ -218,5 +211,5 @@ def _is_shifted_clamp(value: fx.Node, source: fx.Node, module: ModuleOf) -> bool
     if not is_clamp:
         return False
     shifted = step_of(step.operands[0])
-    is_sum = shifted.named is not None and shifted.named.adds and not is_in_place(shifted.operation.target)
+    is_sum = shifted.named is not None and shifted.named.adds and not is_in_place(shifted.target)
     return is_sum and shifted.operands in ((source, 3), (3, source))

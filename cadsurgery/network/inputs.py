@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from cadsurgery.elements.functional import to_elements
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, describe_error, first_line
+from cadsurgery.surgery.graphs import torch_target
 from cadsurgery.surgery.hooks import parameter
 from cadsurgery.surgery.rewrite import ask_mask
 
@@ -130,7 +131,7 @@ def _readers(net: nn.Module, graph: fx.Graph) -> Iterator[tuple[Tensor, int]]:
         if node.target is to_elements:
             waiting += [(node, user) for user in node.users]
             continue
-        if not node.args or node.args[0] is not source:
+        if not node.args or node.args[torch_target(node) is None] is not source:
             continue
         owner = _owner(net, node)
         weight = owner if isinstance(owner, Tensor) else getattr(owner, "weight", None)
@@ -142,7 +143,8 @@ def _owner(net: nn.Module, node: fx.Node) -> Any:
     """Return the module or tensor that an operation applies to its first argument, or None."""
     if node.op == "call_module":
         return net.get_submodule(str(node.target))
-    operand = node.args[1] if node.op == "call_function" and len(node.args) > 1 else None
+    place = 0 if torch_target(node) is None else 1
+    operand = node.args[place] if node.op == "call_function" and len(node.args) > place else None
     if not isinstance(operand, fx.Node):
         return None
     if operand.target is parameter:

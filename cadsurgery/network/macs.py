@@ -32,6 +32,7 @@ from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, check_name, first_line
 from cadsurgery.support.torch_internals import tree_map
 from cadsurgery.surgery.arguments import Arguments, change_images, image_of, in_order
+from cadsurgery.surgery.graphs import torch_target
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.plan import PlannedWork
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
@@ -495,14 +496,14 @@ class Counter(GraphInterpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.target is functional.conv2d:
             return _published_conv2d(value, *args, **kwargs)
-        size = value.rows.numel() if isinstance(value, Elements) else getattr(value, "numel", lambda: 0)()
+        size = getattr(getattr(value, "rows", value), "numel", lambda: 0)()  # of one map, not of several
         if n.target is functional.batch_norm:
             return 2 * size
         if n.target is functional.max_pool2d:
             return int(args[0].rows.numel())
-        if n.op != "call_module":
+        if n.op != "call_module" and torch_target(n) is not None:
             return 0
-        module = self.fetch_attr(str(n.target))
+        module = args[0] if torch_target(n) is None else self.fetch_attr(str(n.target))
         return published_macs(module, args[0].numel() if isinstance(module, nn.MaxPool2d) else 0, size)
 
 

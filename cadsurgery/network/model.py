@@ -42,6 +42,7 @@ from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.progress import Step, silent, waiting
 from cadsurgery.support.torch_internals import is_exporting, is_transformed, tree_leaves
 from cadsurgery.surgery.arguments import kinds_of
+from cadsurgery.surgery.graphs import called_modules
 from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import acts_as, child, copying, take_over
 from cadsurgery.surgery.trace import drop_cached
@@ -202,8 +203,7 @@ class AdaptiveModel(ProgramNetwork):
         Networks whose original graph is run as well are left out, because dense convolutions round differently in
         another layout; so are modules called together with instance norms, see `functional.contiguous_gradient`.
         """
-        nodes: Any = self.graph.nodes
-        called = (child(self, str(node.target)) for node in nodes if node.op == "call_module")
+        called = (child(self, name) for name in called_modules(self.graph))
         parts = [list(module.modules()) for module in called if module is not None]
         mixed = {
             part for some in parts if any(isinstance(p, nn.InstanceNorm2d) for p in some) for part in some

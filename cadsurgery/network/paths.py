@@ -118,11 +118,8 @@ class _Runner(GraphInterpreter):
     def _note(self, node: fx.Node) -> None:
         """Record if the value of a node has one row per element, and if it has left the region."""
         inputs = set(node.all_input_nodes)
-        of_elements = node.target is getattr and node.args[1] == "rows"
-        if of_elements or node.target is functional.rows_on or self.rows & inputs:
+        if (node.target is getattr and node.args[1] == "rows") or self.rows & inputs:
             self.rows.add(node)
-        if node.target is functional.Elements:
-            self.rows.discard(node)
         behind = self.left & inputs
         if gives(node, "dense") or (behind and not any(isinstance(self.env[n], _Paths) for n in behind)):
             self.left.add(node)

@@ -112,7 +112,7 @@ def macs_at(
     plain = net.counted
     with torch.no_grad():
         values = plain.before(plain.bind(image.to("meta")))
-        counted = replace(run, program=plain, exit=_Exit.of(plain, output), values=values)
+        counted = replace(run, program=plain, exit=_ReadOutput.of(plain, output), values=values)
         (every, rows), (needed, needed_rows) = (counted.macs(parts) for parts in (None, counted.parts()))
     return ReachMacs(whole.mask, whole.mask - every + needed, (rows, needed_rows))
 
@@ -127,7 +127,7 @@ def readable(net: AdaptiveModel, output: str | int | None = None) -> bool:
 
 
 @dataclass(frozen=True)
-class _Exit:
+class _ReadOutput:
     """The graph from the mask to the elements of one output.
 
     Attributes:
@@ -143,7 +143,7 @@ class _Exit:
     places: dict[Any, dict[str, Place]] = field(default_factory=dict)
 
     @staticmethod
-    def of(program: Program, output: str | int | None) -> _Exit:
+    def of(program: Program, output: str | int | None) -> _ReadOutput:
         """Build the exit of an output of a network."""
         source = program.halves.after
         value = _select_output(next(node for node in source.nodes if node.op == "output").args[0][0], output)
@@ -161,16 +161,16 @@ class _Exit:
         graph.output((copies[elements], copies[guide] if guide is not None else None))
         drop_dead_code(graph)
         spacing: Any = value.args[1] if len(value.args) > 1 else value.kwargs.get("spacing", 1)
-        return _Exit(graph, copies[elements], spacing)
+        return _ReadOutput(graph, copies[elements], spacing)
 
 
-_EXITS: WeakKeyDictionary[Program, dict[Any, _Exit]] = WeakKeyDictionary()
+_EXITS: WeakKeyDictionary[Program, dict[Any, _ReadOutput]] = WeakKeyDictionary()
 
 
-def _exit(program: Program, output: str | int | None) -> _Exit:
+def _exit(program: Program, output: str | int | None) -> _ReadOutput:
     """Return the exit of an output, built once."""
     exits = _EXITS.setdefault(program, {})
-    return exits[output] if output in exits else exits.setdefault(output, _Exit.of(program, output))
+    return exits[output] if output in exits else exits.setdefault(output, _ReadOutput.of(program, output))
 
 
 @dataclass
@@ -178,7 +178,7 @@ class _Run:
     """One call: the network's values before the mask, the lattice, and the points to read."""
 
     program: Program
-    exit: _Exit
+    exit: _ReadOutput
     mask: Any
     points: list[Tensor]
     values: tuple[Any, ...]

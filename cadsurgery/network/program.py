@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements.backends.choose import Misfit
-from cadsurgery.elements.functional import common_lattice
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.masking import Masking, check_image
@@ -527,11 +526,7 @@ class GraphInterpreter(fx.Interpreter):
         """Return the arguments of a node, with its reduced lattice in place of its stage."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         part = self._parts.get(n.name)
-        if part is None:
-            return args, kwargs
-        if n.target is common_lattice:
-            return (part, *args[1:]), kwargs
-        return args, {**kwargs, "stage": part}
+        return args, kwargs if part is None else {**kwargs, "stage": part}
 
 
 def runnable(graph: fx.Graph) -> Any:

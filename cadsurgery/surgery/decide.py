@@ -142,7 +142,7 @@ def _plan_of_floors(
     """Plan a conversion in which maps become coarser than the network's own grid, see `make_plan`."""
     if isinstance(coarsest, bool) or not isinstance(coarsest, int) or coarsest < 2:
         raise InvalidInput(f"coarsest={coarsest!r} is no number of pixels above 1.", next="give 16 or 32.")
-    flow = settle_flow(facts, asked, not isinstance(region, str), coarsest=0, floors=True).flow
+    flow = settle_flow(facts, asked, not isinstance(region, str), undone_to=0, floors=True).flow
     chosen = floor_region(flow, coarsest)
     if chosen is None:
         strides = sorted(set(flow.grid.values()))
@@ -178,13 +178,13 @@ def _heads_need_own_grid(flow: Flow, region: Region, low: int) -> InvalidInput:
     )
 
 
-def _up_to(coarsest: int, asked: Refusal, flow: Flow) -> Refusal:
+def _up_to(stride: int, asked: Refusal, flow: Flow) -> Refusal:
     """Extend a refusal function: nodes beyond an output stride are left out of the region, too."""
-    beyond = {node for node, spacing in flow.spacing.items() if spacing > coarsest}
+    beyond = {node for node, spacing in flow.spacing.items() if spacing > stride}
 
     def refused(node: fx.Node, maps: Sequence[fx.Node]) -> Barrier | None:
         if node in beyond:
-            return Barrier(f"its output stride is {flow.spacing[node]}, beyond {coarsest}", Cause.ASKED)
+            return Barrier(f"its output stride is {flow.spacing[node]}, beyond {stride}", Cause.ASKED)
         return asked(node, maps)
 
     return refused
@@ -421,7 +421,7 @@ def floors_prospect(
         None if the network's strides do not lead to this floor, or no multiplication would be saved.
     """
     asked = asked_region(facts, region)
-    flow = settle_flow(facts, asked, not isinstance(region, str), coarsest=0, floors=True).flow
+    flow = settle_flow(facts, asked, not isinstance(region, str), undone_to=0, floors=True).flow
     chosen = floor_region(flow, coarsest)
     if chosen is None:
         return None

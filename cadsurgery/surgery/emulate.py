@@ -118,7 +118,7 @@ class Emulator(fx.Interpreter):
             raise CannotEmulate(source.name)
         grid = self.decisions[source.name].grid
         down, across = (
-            (length - torch.arange(count) * grid).clamp(max=grid).double()
+            (length - torch.arange(count, device=self.levels.device) * grid).clamp(max=grid).double()
             for count, length in zip(size, self.sizes[source.name], strict=True)
         )
         areas = down.unsqueeze(1) * across
@@ -129,9 +129,9 @@ class Emulator(fx.Interpreter):
         rounding: the first of them counts."""
         source = n.all_input_nodes[0]
         value = self.env[source]
-        falling = torch.linspace(0, 1e-10, value.shape[2] * value.shape[3], dtype=value.dtype).view(
-            value.shape[2:]
-        )
+        falling = torch.linspace(
+            0, 1e-10, value.shape[2] * value.shape[3], dtype=value.dtype, device=value.device
+        ).view(value.shape[2:])
         self.env[source] = value - falling * value.abs().max()
         places: Tensor = super().run_node(n)[-1]
         self.env[source] = value
@@ -142,11 +142,13 @@ class Emulator(fx.Interpreter):
         samples."""
         levels = self.levels.long()
         for axis, count in enumerate(size, 1):  # a map that is larger than the image continues its border
-            places = (torch.arange(count) * decision.grid).clamp(max=levels.shape[axis] - 1)
+            places = (torch.arange(count, device=levels.device) * decision.grid).clamp(
+                max=levels.shape[axis] - 1
+            )
             levels = levels.index_select(axis, places)
         levels = self.geometry.levels_at(levels, decision.stages[1])
-        side = (torch.tensor(self.geometry.sides)[levels] // decision.grid).clamp(min=1)
-        y, x = torch.arange(size[0]).view(1, -1, 1), torch.arange(size[1]).view(1, 1, -1)
+        side = (torch.tensor(self.geometry.sides, device=levels.device)[levels] // decision.grid).clamp(min=1)
+        y, x = _grid(size, levels.device)
         return (y - y % side, x - x % side), side
 
     def _fill(self, value: Tensor, decision: Decision) -> Tensor:
@@ -158,8 +160,8 @@ class Emulator(fx.Interpreter):
         if self.geometry.fill == "nearest":
             return _in_memory_of(value, held)
         height, width = value.shape[2:]
-        y, x = torch.arange(height).view(1, -1, 1), torch.arange(width).view(1, 1, -1)
-        down, across = ((at - start) / side for at, start in ((y, top), (x, left)))
+        y, x = _grid((height, width), top.device)
+        down, across = ((at - start).double() / side for at, start in ((y, top), (x, left)))
         bottom, right = (top + side).clamp(max=height - 1), (left + side).clamp(max=width - 1)
         filled = torch.zeros_like(held)
         for row, of_row in ((top, 1 - down), (bottom, down)):
@@ -169,6 +171,12 @@ class Emulator(fx.Interpreter):
         return _in_memory_of(value, filled)
 
 
+def _grid(size: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the numbers of lines (1, h, 1) and columns (1, 1, w)."""
+    y, x = (torch.arange(length, device=device) for length in size)
+    return y.view(1, -1, 1), x.view(1, 1, -1)
+
+
 def _in_memory_of(value: Tensor, filled: Tensor) -> Tensor:
     """Write a map into the memory of the one that it replaces, which views of it share; a repeated map has none."""
     return filled if 0 in value.stride() else value.copy_(filled)
@@ -176,7 +184,7 @@ def _in_memory_of(value: Tensor, filled: Tensor) -> Tensor:
 
 def _at(value: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Return the samples of a map (B, C, h, w) at places (B, h, w)."""
-    image = torch.arange(value.shape[0]).view(-1, 1, 1)
+    image = torch.arange(value.shape[0], device=value.device).view(-1, 1, 1)
     y, x = y.expand(value.shape[0], *y.shape[1:]), x.expand(value.shape[0], *x.shape[1:])
     return value.permute(0, 2, 3, 1)[image, y, x].permute(0, 3, 1, 2)
 

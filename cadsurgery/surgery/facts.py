@@ -223,7 +223,9 @@ def default_examples(model: nn.Module) -> Iterator[Arguments]:
     # The first convolution may read rearranged pixels; then its channels are not those of the image.
     channels = dict.fromkeys([*declared[:1], first.in_channels, 3])
     images = (
-        torch.randn(2, count, *size, generator=generator).to(first.weight.device, first.weight.dtype)
+        torch.randn(2, count, *size, generator=generator, dtype=torch.float32, device="cpu").to(
+            first.weight.device, first.weight.dtype
+        )
         for count in channels
         for size in sizes
     )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.support.torch_operations import name_of
 
@@ -70,6 +71,17 @@ def gives(node: Any, kind: str) -> bool:
     return operation is not None and operation.gives == kind
 
 
+def called_modules(graph: fx.Graph) -> set[str]:
+    """Return the names of the modules that a graph calls on maps or rows."""
+    held = (node.args[0].target for node in graph.nodes if torch_target(node) is None)
+    return {str(node.target) for node in graph.nodes if node.op == "call_module"} | set(map(str, held))
+
+
+def torch_target(node: fx.Node) -> Any:
+    """Return what a node calls: for an operation on rows, the operation."""
+    return node.target.operation if isinstance(node.target, OnRows) else node.target
+
+
 def only_user(node: fx.Node) -> fx.Node | None:
     """Return the only user of a value; None if there are several or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None
@@ -98,7 +110,7 @@ def _moved(rank: int, sources: Any, places: Any) -> list[int] | None:
     pairs = [value if isinstance(value, (tuple, list)) else (value,) for value in (sources, places)]
     if not all(isinstance(axis, int) for axis in (*pairs[0], *pairs[1])):
         return None
-    moved = torch.empty(tuple(range(rank))).movedim(*(tuple(axes) for axes in pairs))
+    moved = torch.empty(tuple(range(rank)), device="cpu").movedim(*(tuple(axes) for axes in pairs))
     return list(moved.shape)  # the lengths of the axes are their numbers
 
 

@@ -50,7 +50,7 @@ class DilationReading:
     is_evident: bool
 
     @property
-    def coarsest(self) -> int:
+    def largest_stride(self) -> int:
         """The largest output stride that a dilation replaces; 0 if all dilations are by design."""
         return max(self.settled.flow.grown.values(), default=0)
 
@@ -81,7 +81,7 @@ def _choose_reading(readings: list[DilationReading]) -> DilationReading:
     region has at least half the work of any other."""
     by_design = readings[-1]
     limit = max(USUAL, *by_design.settled.flow.grid.values())
-    usable = [one for one in readings if one.usual is not None and one.coarsest <= limit] or readings
+    usable = [one for one in readings if one.usual is not None and one.largest_stride <= limit] or readings
     if evident := [reading for reading in usable if reading.is_evident]:
         return evident[0]
     most = max(usable, key=lambda reading: reading.work)

@@ -254,7 +254,7 @@ def _floor(region: Region, limit: int, *multiples: int) -> int:
 def dilated_by_design(flow: Flow, region: Region) -> frozenset[fx.Node]:
     """Return nodes whose grown dilation does not replace a removed stride, because their input is needed finer."""
 
-    def coarsest(node: fx.Node) -> int:
+    def available_at(node: fx.Node) -> int:
         """Return the stride at which a node's input is available; pointwise operations pass a coarsening on."""
         source = flow.maps(node)[0]
         while source in region.needed and flow.treatments[source].kind == "pointwise":
@@ -267,5 +267,5 @@ def dilated_by_design(flow: Flow, region: Region) -> frozenset[fx.Node]:
     return frozenset(
         node
         for node, spacing in flow.grown.items()
-        if node in region.needed and coarsest(node) < min(spacing, region.strides[-1])
+        if node in region.needed and available_at(node) < min(spacing, region.strides[-1])
     )

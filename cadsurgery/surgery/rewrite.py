@@ -278,9 +278,7 @@ class Rewriter:
             x = self.on_stage(source, stage)
             out = self.working[node] = self.call(function, x, **arguments)
             for path in treatment.then:
-                lattice = self.call(getattr, out, "lattice")
-                rows = self.graph.call_module(path, (self.call(functional.rows_on, out, lattice),))
-                out = self.call(functional.Elements, rows, lattice)
+                out = self.call(functional.OnRows(None), self.graph.get_attr(path), out)
         self.elements[node] = out
 
     def resize_to_dense(self, node: fx.Node, treatment: Treatment) -> fx.Node:
@@ -317,8 +315,7 @@ class Rewriter:
         x = self.as_elements(node)
         if self.plan[node.name].stages[1] == stage:
             return x
-        lattice = self.call(functional.common_lattice, stage, x)
-        return self.call(functional.Elements, self.call(functional.rows_on, x, lattice), lattice)
+        return self.call(functional.OnRows(functional.keep), x, stage=stage)
 
     def emit_on_rows(self, node: fx.Node, stage: int, treatment: Treatment) -> fx.Node:
         """Add an operation that acts on rows as it does on maps, apart from its axes."""
@@ -327,38 +324,33 @@ class Rewriter:
         back = {source for source in maps if source not in self.elements and self.plan[source.name].grid > 1}
         maps = [source for source in maps if source not in back]
         values, grid = [self.as_elements(source) for source in maps], self.plan[maps[0].name].grid
-        if len(values) == 1 and self.plan[maps[0].name].stages[1] == stage:
-            lattice = self.call(getattr, values[0], "lattice")
-        else:
-            joint = (grid, node.name) if len(values) > 1 else None
-            lattice = self.call(functional.common_lattice, stage, *values, joint=joint)
+        is_alone = len(values) == 1 and self.plan[maps[0].name].stages[1] == stage
         layout = self.flow.layouts[maps[0]]
-        options = () if layout == NCHW else (layout,)
 
-        def rows(source: fx.Node) -> fx.Node:
+        def operand(source: fx.Node) -> fx.Node:
             if source in maps:
-                return self.call(functional.rows_on, self.elements[source], lattice)
+                return self.elements[source]
             value, how = self.as_dense(self.sources.get(source, source)), self.flow.treatments[source]
             if treatment.kind != "join" or not self.flow.shapes.get(source):
                 return value
             if source in back or (how.kind == "broadcast" and how.arguments):
                 resize = {} if source in back else self.arguments(how)
-                value = self.call(functional.small_map, value, grid, **resize, name=node.name)
-            elif layout == NCHW and is_filled(source) and len(self.flow.shapes[source]) > 1:
-                value = self.call(functional.one_sample, value, lattice, grid, node.name)
-            return self.call(functional.rows_on, value, lattice, *options)
+                return self.call(functional.small_map, value, grid, **resize, name=node.name)
+            if layout == NCHW and is_filled(source) and len(self.flow.shapes[source]) > 1:
+                return self.call(functional.one_sample, value, values[0], grid, node.name)
+            return value
 
-        call = treatment.rows
-        if call is None:
-            out = self.working[node] = self.graph.node_copy(node, rows)
-        else:
-            args, kwargs = fx.map_arg(call.args, rows), fx.map_arg(call.kwargs, rows)
-            op = "call_method" if isinstance(call.target, str) else "call_function"
-            out = args[0]
-            if call.target is not None:
-                out = self.graph.create_node(op, call.target, args, kwargs)
-            self.working[node] = out
-        return self.call(functional.Elements, out, lattice)
+        call = treatment.rows or Call(node.target, node.args, node.kwargs)
+        args, kwargs = fx.map_arg(call.args, operand), fx.map_arg(call.kwargs, operand)
+        target: Any = functional.keep if call.target is None else call.target
+        if treatment.rows is None and node.op == "call_module":
+            target, args = None, (self.graph.get_attr(str(node.target)), *args)
+        function = functional.OnRows(
+            target,
+            layout if treatment.kind == "join" else "",
+            (grid, node.name) if len(values) > 1 else None,
+        )
+        return self.call(function, *args, **kwargs, **({} if is_alone else {"stage": stage}))
 
 
 def ask_mask(masking: Callable[[Any, Any], Any], image: Any, features: Any) -> Any:
@@ -425,7 +417,7 @@ def unchanged_graph(facts: Facts, plan: Plan) -> fx.Graph:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _NodePlace:
     """A reference to a node by its place in the order of execution."""
 
     place: int
@@ -433,7 +425,7 @@ class _Place:
 
 def pack_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
     """Convert a graph to a flat list that can be pickled at any length; each pickled node would nest a level deeper."""
-    places: dict[Any, Any] = {node: _Place(place) for place, node in enumerate(graph.nodes)}
+    places: dict[Any, Any] = {node: _NodePlace(place) for place, node in enumerate(graph.nodes)}
 
     def by_place(part: Any) -> Any:
         return map_aggregate(
@@ -455,7 +447,7 @@ def unpack_graph(rows: list[tuple[Any, ...]]) -> fx.Graph:
     nodes: list[fx.Node] = []
     for op, target, name, args, kwargs, meta in rows:
         args, kwargs = (
-            map_aggregate(part, lambda value: nodes[value.place] if isinstance(value, _Place) else value)
+            map_aggregate(part, lambda value: nodes[value.place] if isinstance(value, _NodePlace) else value)
             for part in (args, kwargs)
         )
         nodes.append(graph.create_node(op, target, args, kwargs, name))

@@ -28,22 +28,22 @@ class Settled(NamedTuple):
         flow: the forward flow.
         refused: function that returns why a node may not be in the region, or None.
         by_design: nodes whose dilation does not replace a removed stride.
-        coarsest: see `settle_flow`.
+        undone_to: see `settle_flow`.
     """
 
     flow: Flow
     refused: Refusal
     by_design: frozenset[fx.Node]
-    coarsest: int | None
+    undone_to: int | None
 
     def up_to(self, low: int, through_heads: bool = False) -> Flow:
         """Return the flow for cells of at most `low` pixels, where more operations may stay in the region, also windows
         whose taps fall inside the cells if it goes `through_heads`."""
-        return flow_forward(self.flow, self.refused, self.by_design, low, self.coarsest, through_heads)
+        return flow_forward(self.flow, self.refused, self.by_design, low, self.undone_to, through_heads)
 
 
 def settle_flow(
-    facts: Facts, asked: Refusal, named: bool, coarsest: int | None = None, floors: bool = False
+    facts: Facts, asked: Refusal, named: bool, undone_to: int | None = None, floors: bool = False
 ) -> Settled:
     """Compute the forward flow in which removed strides can be restored and only windows of the region read padding.
 
@@ -51,7 +51,7 @@ def settle_flow(
         facts: facts about the network.
         asked: function that returns why the requested region leaves out a node that reads certain maps, or None.
         named: true if the region names its operations; small tails are then kept in it.
-        coarsest: the largest output stride that a dilation may stand for; None for no limit.
+        undone_to: the largest output stride that a dilation may stand for; None for no limit.
         floors: true if maps may become coarser than the network's own grid. Final resizes then stay in the region, and
             no output decides about its strides.
     """
@@ -65,7 +65,7 @@ def settle_flow(
         return asked(node, maps) or outside.get(node)
 
     while True:
-        flow = flow_forward(facts, refused, by_design, coarsest=coarsest)
+        flow = flow_forward(facts, refused, by_design, undone_to=undone_to)
         highs = set() if floors else {flow.grid[node] for node in flow.grid}
         dilated = frozenset().union(*(dilated_by_design(flow, region_of(flow, high)) for high in highs))
         # Final resizes read the region at arbitrary points, so that the output has the original network's size.
@@ -74,7 +74,7 @@ def settle_flow(
         leaving = _lone_pads(flow) | dict.fromkeys(resizes, _FINAL) | tails
         leaving |= dict.fromkeys(_leaving_choices(flow), _CHOICE)
         if dilated <= by_design and leaving.keys() <= outside.keys():
-            return Settled(flow, refused, by_design, coarsest)
+            return Settled(flow, refused, by_design, undone_to)
         by_design |= dilated
         outside |= leaving
 
@@ -130,9 +130,9 @@ def _mere_tails(flow: Flow) -> dict[fx.Node, Barrier]:
                 shares[node] = sum(flow.macs[later] for later in after) / max(1, total)
     tails = [node for node, share in shares.items() if share < MERE_TAIL]
     rest = flow.grid.keys() - and_after(*tails)
-    coarsest = max((flow.spacing[node] for node in rest), default=0)
+    spacing = max((flow.spacing[node] for node in rest), default=0)
     return {
         node: Barrier(f"only {shares[node]:.1%} of the MACs come from here on", Cause.END)
         for node in tails
-        if flow.spacing[node] > coarsest
+        if flow.spacing[node] > spacing
     }

@@ -332,14 +332,15 @@ def _of_fine_map(
     image: Any, features: Tensor, geometry: Geometry, levels: Callable[..., Tensor], made: list[Lattice]
 ) -> Lattice:
     """Return the lattice of a level map of the fine map's size, and note it in `made`."""
-    made.append(geometry.lattice(levels((features.shape[0], *features.shape[2:]))))
+    size = (features.shape[0], *features.shape[2:])
+    made.append(geometry.lattice(levels(size, device=features.device)))
     return made[-1]
 
 
-def _side_by_side(size: tuple[int, ...], geometry: Geometry) -> Tensor:
+def _side_by_side(size: tuple[int, ...], geometry: Geometry, device: torch.device) -> Tensor:
     """Return a level map of a size (B, H, W) in which cells of all levels are neighbours."""
     side = geometry.sides[geometry.max_level]
-    b, y, x = map(torch.arange, size)
+    b, y, x = (torch.arange(length, device=device) for length in size)
     number = b.view(-1, 1, 1) + 2 * (y // side).view(1, -1, 1) + (x // side).view(1, 1, -1)
     return number % 3 * geometry.max_level // 2
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -15,16 +18,22 @@ import pytest
 import torch
 from conftest import ROOT, Cap, Run
 from PIL import Image
+from typer.main import get_command
 
 import cadsurgery as cs
 from cadsurgery import cli
+from cadsurgery.cli.main import make_app
 from cadsurgery.kernels import isa, load
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.support.processor import processor_in_words
 from cadsurgery.support.timing import Timing
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.tasks import bench, side
+from cadsurgery.tasks import bench, commands, side
+from cadsurgery.tasks import options as options_of_tasks
 from cadsurgery.tasks.bench_report import BenchReport, BenchSetting
+from cadsurgery.tasks.evaluation import evaluate
+from cadsurgery.tasks.keypoints import extract
+from cadsurgery.tasks.recommend import recommend
 
 SIZE = (96, 128)
 COMMANDS = (
@@ -153,6 +162,7 @@ def test_every_command_explains_itself_and_has_json(run: Run, command: str) -> N
 
 
 COMMAND = '''
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 import typer
@@ -166,18 +176,20 @@ class Greeting:
     words: str = option("good day", "said first; default {default}")
     times: int = option(2, "how often", min=1, name="repeat")
     loud: bool = option(False, "in capitals")
+    days: Sequence[str] = option((), "repeatable", name="day")
+    most: int | None = option(None, "0 for any number", none=0, short="m")
 
 @commands.command()
 @options.command
 def greet(
     *,
     name: Annotated[str, typer.Argument(help="of whom")],
-    greeting: Annotated[dict[str, Any], options.OptionsFrom(Greeting)],
+    greeting: Greeting,
     given: Annotated[dict[str, Any], options.OptionsFrom(options.Conversion, ("fill", "region"), given=True)],
     as_json: options.Json = False,
 ) -> None:
     """Say something."""
-    screen.show({"name": name, **vars(Greeting(**greeting)), "given": given}, name, as_json)
+    screen.show({"name": name, **vars(greeting), "given": given}, name, as_json)
 '''
 
 
@@ -195,12 +207,67 @@ def test_a_new_command_is_one_file_and_has_its_options_from_a_dataclass(
             and "--no-loud" not in shown
         )
         given = run("greet", "you", "--json").json
-        assert given == {"name": "you", "words": "good day", "times": 2, "loud": False, "given": {}}
+        assert given == {
+            "name": "you",
+            "words": "good day",
+            "times": 2,
+            "loud": False,
+            "days": [],
+            "most": None,
+            "given": {},
+        }
         told = run("greet", "you", "--repeat", 3, "--loud", "--region", "a,b", "--json").json
         assert told["times"] == 3 and told["loud"] is True and told["given"] == {"region": ["a", "b"]}
+        more = run("greet", "you", "--day", "one", "--day", "two", "-m", 3, "--json").json
+        assert more["days"] == ["one", "two"] and more["most"] == 3
         assert run("greet", "you", "--repeat", 0).code == 2
     finally:
         sys.modules.pop("cadsurgery.cli.greeting", None)
+
+
+def test_every_option_of_every_command_is_a_field_of_a_dataclass() -> None:
+    kinds = [
+        kind
+        for module in (commands, options_of_tasks)
+        for kind in vars(module).values()
+        if is_dataclass(kind)
+    ]
+    told = tuple(field.metadata.get("help", "") for kind in kinds for field in fields(kind))
+    for name, command in all_commands():
+        for option in (one for one in command.params if one.param_type_name == "option"):
+            is_shared = option.name == "as_json" or option.name.endswith("_by_option")
+            assert is_shared or option.help.endswith(told), f"{name} {option.opts}"
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (evaluate, commands.EvalOptions),
+        (bench.bench, commands.BenchOptions),
+        (recommend, commands.RecommendOptions),
+        (extract, commands.KeypointsOptions),
+    ],
+)
+def test_functions_of_python_have_the_defaults_of_their_commands(function: Any, kind: Any) -> None:
+    parameters = inspect.signature(function).parameters
+    plain = [field for field in fields(kind) if "part" not in field.metadata]
+    assert {field.name for field in plain} <= parameters.keys()
+    stated = {field.name: field.default for field in plain if field.default is not MISSING}
+    own = {name: parameters[name].default for name in stated}
+    needed = {name for name, value in own.items() if value is inspect.Parameter.empty}
+    assert needed <= {"output"}
+    assert all(stated[name] == value for name, value in own.items() if name not in needed)
+
+
+def all_commands() -> Iterator[tuple[str, Any]]:
+    """Names and objects of all commands."""
+    groups = [("", get_command(make_app()))]
+    for name, group in groups:
+        for own, command in group.commands.items():
+            if hasattr(command, "commands"):
+                groups.append((f"{name} {own}", command))
+            else:
+                yield f"{name} {own}".strip(), command
 
 
 @pytest.mark.parametrize("command", ["macs", "export"])

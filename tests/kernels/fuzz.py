@@ -19,7 +19,7 @@ from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
-FITS, TOO_SHORT, HALO, OWN = 0, 3, 1, 4
+FITS, REFUSED, HALO, OWN = 0, -1, 1, 4
 SIZES = {"float32": (4, 4), "float64": (8, 8), "bfloat16": (2, 4), "uint8": (1, 4)}  # of elements and of sums
 KINDS = (
     *(
@@ -62,6 +62,13 @@ def free() -> None:
 
 def whole(values: list[int], kind: Any) -> bytes:
     return bytes((kind * len(values))(*values))
+
+
+def structure(pointers: int, names: tuple[str, ...]) -> type[ctypes.Structure]:
+    """A structure of so many pointers, numbers, and the bytes that its buffers hold."""
+    fields = [(f"pointer {i}", ctypes.c_void_p) for i in range(pointers)]
+    fields += [(one, ctypes.c_long) for one in names]
+    return type("Structure", (ctypes.Structure,), {"_fields_": [*fields, ("held", ctypes.c_void_p)]})
 
 
 class Reading(ctypes.Structure):
@@ -345,13 +352,14 @@ class Kernels:
         sides = whole([1, 2], ctypes.c_int64)
         levels = bytes(self.draw.choice([0, 1]) for _ in range(1)) * pixels
         buffers: list[int | bytes] = [levels, sides, 8 * pixels, 4 * pixels, 8 * batch]
+        names = ("batch", "height", "width")
+        kind = structure(len(buffers), names)
 
         def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
-            pointers = [ctypes.c_void_p(one) for one in at]
-            numbers = [ctypes.c_long(value) for value in values.values()]
-            return max(-kernel(*pointers[:2], *numbers, *pointers[2:], held), 0)
+            made = kind(*at, *values.values(), ctypes.addressof(held))
+            return min(kernel(ctypes.byref(made)), FITS)
 
-        return Case(buffers, {"batch": batch, "height": height, "width": width}, run)
+        return Case(buffers, dict(zip(names, (batch, height, width), strict=True)), run)
 
     def shift_taps(self, name: str, form: str) -> Case:
         """With cells of one pixel."""
@@ -387,14 +395,11 @@ class Kernels:
             "has_halo",
         )
         numbers = (pixels, pixels, pixels, height, width, height, width, down, across, has_halo)
-        fields = [(f"pointer {i}", ctypes.c_void_p) for i in range(12)] + [
-            (one, ctypes.c_long) for one in names
-        ]
-        kind = type("Map", (ctypes.Structure,), {"_fields_": [*fields, ("held", ctypes.c_void_p)]})
+        kind = structure(len(buffers), names)
 
         def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
             made = kind(*at, *values.values(), ctypes.addressof(held))
-            return max(-kernel(ctypes.byref(made)), 0)
+            return min(kernel(ctypes.byref(made)), FITS)
 
         return Case(buffers, dict(zip(names, numbers, strict=True)), run)
 
@@ -408,10 +413,7 @@ class Kernels:
         ]
         buffers += [h - 1, w - 1, 2 * batch * height * width * size]
         names = ("batch", "n", "m", "h", "w", "height", "width")
-        fields = [(f"pointer {i}", ctypes.c_void_p) for i in range(6)] + [
-            (one, ctypes.c_long) for one in names
-        ]
-        kind = type("Warp", (ctypes.Structure,), {"_fields_": [*fields, ("held", ctypes.c_void_p)]})
+        kind = structure(len(buffers), names)
 
         def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
             made = kind(*at, *values.values(), ctypes.addressof(held))
@@ -442,7 +444,7 @@ class Kernels:
             return (
                 FITS
                 if kernel(ctypes.byref(made), arrays, ctypes.c_void_p(to), ctypes.byref(capacity)) >= 0
-                else TOO_SHORT
+                else REFUSED
             )
 
         return Case(buffers, {"groups": groups, "outputs": outputs, "channels": channels, "taps": taps}, run)

@@ -535,7 +535,17 @@ typedef struct {
     const long *held;
 } map;
 
-long SUFFIX(find_cells)(const int8_t *, const int64_t *, long, long, long, int64_t *, int32_t *, int64_t *, const long *);
+typedef struct {
+    const int8_t *levels;
+    const int64_t *sides;
+    int64_t *anchors;
+    int32_t *index;
+    int64_t *counts;
+    long batch, height, width;
+    const long *held;
+} cells;
+
+long SUFFIX(find_cells)(const cells *);
 long SUFFIX(shift_taps)(const map *);
 
 /* The cells of a level map, and the taps of a 3 x 3 window around each of them. */
@@ -549,20 +559,21 @@ static void maps_law(void) {
         memcpy(sides, side_of, sizeof side_of);
         for (long i = 0; i < (long)sizeof patches; i++) ((int8_t *)patches)[i] = (int8_t)below(3);
         for (long i = 0; i < PIXELS; i++) levels[i] = patches[i / WIDTH / HEIGHT][i / WIDTH % HEIGHT / 4][i % WIDTH / 4];
-        const long count = SUFFIX(find_cells)(levels, sides, BATCH, HEIGHT, WIDTH, anchors, index, counts, NULL);
-        long cells = 0;
+        const cells c = {levels, sides, anchors, index, counts, BATCH, HEIGHT, WIDTH, NULL};
+        const long count = SUFFIX(find_cells)(&c);
+        long so_far = 0;
         int64_t of_image[BATCH] = {0};
         for (long i = 0; i < PIXELS; i++) {
             const long side = side_of[levels[i]], y = i / WIDTH % HEIGHT, x = i % WIDTH;
             const long anchor = i - y % side * WIDTH - x % side;
             if (anchor == i) {
-                check_exactly("an anchor", (double)anchors[cells], (double)i);
-                expected[i] = (int32_t)cells++, of_image[i / WIDTH / HEIGHT]++;
+                check_exactly("an anchor", (double)anchors[so_far], (double)i);
+                expected[i] = (int32_t)so_far++, of_image[i / WIDTH / HEIGHT]++;
             }
             expected[i] = expected[anchor];
             check_exactly("the cell of a pixel", index[i], expected[i]);
         }
-        check_exactly("the number of cells", (double)count, (double)cells);
+        check_exactly("the number of cells", (double)count, (double)so_far);
         for (long b = 0; b < BATCH; b++) check_exactly("the cells of an image", (double)counts[b], (double)of_image[b]);
         end_law(TEXT(SUFFIX(find_cells)));
 

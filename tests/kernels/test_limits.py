@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
+from torch import Tensor
 
-from cadsurgery.kernels import build, isa
+from cadsurgery.kernels import build, isa, load
 from cadsurgery.kernels.library import find
+from cadsurgery.kernels.packing import pack
+from cadsurgery.support.errors import CadError
 
 SECONDS = 590
 FUZZ = Path(__file__).parent / "fuzz.py"
@@ -62,3 +68,56 @@ def test_the_same_holds_for_what_the_functions_keep_on_their_stacks(tmp_path: Pa
     options = "detect_leaks=0:verify_asan_link_order=0"
     called = fuzz(tmp_path / "kernels.so", 2, 5, LD_PRELOAD=place.strip(), ASAN_OPTIONS=options)
     assert all(any(name.startswith(kind) for name in called) for kind in KINDS)
+
+
+# -- the same by the way in which Python calls them ----------------------------------------------------
+
+
+def ints(*numbers: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype)
+
+
+def mixing() -> tuple[str, list[object], list[object]]:
+    """Weighted sums of two of three rows, five times: a kernel of a reading, with buffers of its own."""
+    table = torch.zeros(5, 2, dtype=torch.int32)
+    reading = [torch.rand(3, 7), None, torch.zeros(7), table, 3, 5, 2, 7, 7]
+    return "mix", reading, [torch.rand(5, 2), torch.empty(5, 7)]
+
+
+def finding() -> tuple[str, list[object], list[object]]:
+    """The cells of two level maps of 3 x 5 pixels: a kernel of a structure alone, which counts."""
+    levels = torch.zeros(2, 3, 5, dtype=torch.int8)
+    found = [torch.empty(30, dtype=torch.int64), torch.empty(30, dtype=torch.int32), ints(0, 0)]
+    return "find_cells", [levels, ints(1), *found, 2, 3, 5], []
+
+
+@pytest.mark.parametrize(("make", "whole"), [(mixing, 0), (finding, 30)])
+def test_the_first_buffer_that_holds_too_little_is_named(make: Callable[[], Any], whole: int) -> None:
+    name, values, arguments = make()
+    kernel = load.function(name, "float32" if arguments else "")
+    assert load.call(kernel, values, *arguments) == whole
+    buffers = [one for one in (*values, *arguments) if one is None or isinstance(one, Tensor)]
+    checked = 0
+    for place, buffer in enumerate(buffers):
+        if buffer is None or (name == "find_cells" and place == 1):  # the sides may be fewer than the levels
+            continue
+        given = [buffer.flatten()[:-1] if one is buffer else one for one in (*values, *arguments)]
+        with pytest.raises(CadError, match=f"{name}.* too little memory as its buffer {place}"):
+            load.call(kernel, given[: len(values)], *given[len(values) :])
+        checked += 1
+    assert checked >= 4
+
+
+def test_the_buffers_of_an_array_are_compared_too() -> None:
+    form = f"product_float32_{load.isa_of('product', 'float32')}"
+    weight, bias = torch.rand(6, 5, 3, 3), torch.rand(6)
+    assert len(pack(form, weight, 1, bias)) == 2
+    with pytest.raises(CadError, match=f"pack_{form} is given numbers that cannot be"):
+        pack(form, weight, 1, bias[:-1])
+
+
+def test_a_tensor_that_is_not_in_main_memory_is_refused() -> None:
+    name, values, arguments = mixing()
+    kernel = load.function(name, "float32")
+    with pytest.raises(CadError, match="a tensor on meta"):
+        load.call(kernel, values, *arguments[:-1], torch.empty(5, 7, device="meta"))

@@ -101,8 +101,6 @@ EXAMPLES: dict[str, Example] = {
     "crop": Example(((0, None), (5, -1)), {"spacing": 2}),
     "pad": Example(((0, -1, 0, 1),), {"spacing": 2, "value": 0.5}),
     "to_dense": Example(),
-    "rows_on": Example(),
-    "common_lattice": Example(),
     "native_shape": Example((2,)),
     "small_map": Example((2, (7, 6), "bilinear")),
     "one_sample": Example((2, "an addition")),
@@ -143,8 +141,6 @@ def called(op: Operation, x: Elements) -> Any:
 def _called(op: Operation, x: Elements) -> Any:
     name, example = name_of(op), EXAMPLES[name_of(op)]
     options = example.options
-    if name == "rows_on":
-        return op.call(x, x.lattice.at(2))
     if name in ("max_unpool2d", "dense_indices"):
         indices = functional.max_pool2d_with_indices(
             elements(), Window((2, 2), 2, spacing=2, ceil_mode=True), 2
@@ -153,8 +149,6 @@ def _called(op: Operation, x: Elements) -> Any:
         if name == "dense_indices":
             return op.call(indices, *example.arguments)
         return op.call(x, indices, size=indices.rows.samples, **options)
-    if name == "common_lattice":
-        return op.call(2, x)
     if name == "shift_vector":
         return op.call(x, functional.global_mean(x), *example.arguments)
     if name == "sum_of_products":
@@ -162,7 +156,7 @@ def _called(op: Operation, x: Elements) -> Any:
     if name == "small_map":
         return op.call(to_dense(x, 4), *example.arguments)
     if name == "one_sample":
-        return op.call(torch.ones(2, C, *x.lattice.samples(2)), x.lattice, *example.arguments)
+        return op.call(torch.ones(2, C, *x.lattice.samples(2)), x, *example.arguments)
     if name == "to_elements":
         return op.call(to_dense(x, 1), x.lattice)
     if name == "fine_map":
@@ -289,9 +283,8 @@ def test_what_reads_between_cells_reads_those_of_its_image(name: str) -> None:
         assert rows and {image_of(x, row) for row in rows} == {place(number)[0]}  # type: ignore[index]
 
 
-@pytest.mark.parametrize("name", ["common_lattice", "native_shape"])
-def test_what_reads_nothing_is_the_same_for_other_values(name: str) -> None:
-    op = next(op for op in OWN if name_of(op) == name)
+def test_what_reads_nothing_is_the_same_for_other_values() -> None:
+    op = next(op for op in OWN if name_of(op) == "native_shape")
     assert op.reads == "nothing"
     x = elements()
     assert called(op, x) == called(op, Elements(torch.full_like(x.rows, torch.nan), x.lattice))

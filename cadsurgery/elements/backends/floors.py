@@ -105,7 +105,11 @@ def to_pixels(rows: Tensor, lattice: Lattice, spacing: int) -> Tensor:
     coarsest = lattice.geometry.max_level
     cell, (height, width) = lattice.geometry.sides[coarsest], lattice.size
     # Beyond the last anchors the border is replicated, which may be kept fine.
-    y, x = (torch.cat((torch.arange(0, length, cell), torch.tensor([length - 1]))) for length in lattice.size)
+    device = lattice.levels.device
+    y, x = (
+        torch.cat((torch.arange(0, length, cell, device=device), torch.tensor([length - 1], device=device)))
+        for length in lattice.size
+    )
     of_ends = lattice.index.view(-1, height, width)[:, y][:, :, x]
     ends = rows.index_select(0, of_ends.flatten()).view(*of_ends.shape, -1).permute(0, 3, 1, 2)
     ends = ends.to(torch.promote_types(rows.dtype, torch.float32))
@@ -118,7 +122,7 @@ def to_pixels(rows: Tensor, lattice: Lattice, spacing: int) -> Tensor:
 
     def build() -> tuple[Tensor, Tensor]:
         is_read = lattice.level_of_rows < coarsest
-        y, x = (torch.arange(length, dtype=torch.int32) for length in lattice.size)
+        y, x = (torch.arange(length, dtype=torch.int32, device=device) for length in lattice.size)
         if spacing > lattice.geometry.sides[lattice.stage - 1]:
             on_grid = (y % spacing == 0).unsqueeze(1) & (x % spacing == 0)
             is_read &= on_grid.repeat(lattice.batch, 1, 1).flatten().index_select(0, lattice.anchors)
@@ -126,7 +130,7 @@ def to_pixels(rows: Tensor, lattice: Lattice, spacing: int) -> Tensor:
         anchors = lattice.anchors.index_select(0, fine)
         if spacing == 1:
             return fine, anchors
-        image = torch.arange(lattice.batch, dtype=torch.int32).view(-1, 1, 1)
+        image = torch.arange(lattice.batch, dtype=torch.int32, device=device).view(-1, 1, 1)
         numbers = (image * lines + (y // spacing).unsqueeze(1)) * columns + x // spacing
         return fine, numbers.flatten().index_select(0, anchors).long()
 

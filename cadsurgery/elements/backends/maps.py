@@ -6,26 +6,16 @@ In graphs for engines that load this package's kernels they are operations of th
 
 from __future__ import annotations
 
-import ctypes
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cadsurgery.elements.backends.target import target_of_graph
 from cadsurgery.elements.sizes import as_numbers
-from cadsurgery.kernels.load import bytes_held, check_code, function, is_observed
+from cadsurgery.kernels.load import call, function, is_observed
 
-
-class _MapForC(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("index", "anchors", "levels", "sides")),
-        *((name, ctypes.c_void_p) for name in ("targets", "down", "across")),
-        *((name, ctypes.c_void_p) for name in ("table", "rank", "lines", "sources", "mix")),
-        *((name, ctypes.c_long) for name in ("pixels", "count", "n", "height", "width")),
-        *((name, ctypes.c_long) for name in ("target_height", "target_width", "vertical", "horizontal")),
-        ("has_halo", ctypes.c_long),
-        ("held", ctypes.c_void_p),
-    )
+_HERE = torch.device("cpu")  # whatever the default device is
 
 
 def supports(levels: Tensor) -> bool:
@@ -42,18 +32,16 @@ def find_cells(levels: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, Tensor, 
     if target_of_graph():
         found: tuple[Tensor, Tensor] = torch.ops.cadsurgery.find_cells(levels.int(), as_numbers(sides, _LIKE))
         cells = found[0].long()
-        images = torch.arange(levels.shape[0]).unsqueeze(1)
+        images = torch.arange(levels.shape[0], device=levels.device).unsqueeze(1)
         return cells, found[1], (cells // levels[0].numel() == images).sum(1)
-    levels, side_of = levels.contiguous(), torch.tensor(sides)
-    anchors, index = (torch.empty(levels.numel(), dtype=dtype) for dtype in (torch.int64, torch.int32))
-    counts = torch.empty(levels.shape[0], dtype=torch.int64)
+    levels, side_of = levels.contiguous(), torch.tensor(sides, device=_HERE)
+    anchors, index = (
+        torch.empty(levels.numel(), dtype=dtype, device=_HERE) for dtype in (torch.int64, torch.int32)
+    )
+    counts = torch.empty(levels.shape[0], dtype=torch.int64, device=_HERE)
     find = function("find_cells")
     assert find is not None
-    buffers = (levels, side_of, anchors, index, counts)
-    pointers = map(ctypes.c_void_p, map(Tensor.data_ptr, buffers))
-    held = bytes_held(*buffers)
-    count = find(next(pointers), next(pointers), *map(ctypes.c_long, levels.shape), *pointers, held)
-    check_code(max(-count, 0), "find_cells")
+    count = call(find, (levels, side_of, anchors, index, counts, *levels.shape))
     return anchors[:count].clone(), index, counts
 
 
@@ -80,29 +68,26 @@ def shift_taps(
         assert cells[0] is not None
         return _shift_in_graph((cells[0], *cells[1:]), sides, targets, sizes[1], steps, has_halo)
     index, (anchors, levels) = cells[0], map(Tensor.contiguous, cells[1:])
-    targets, side_of, (down, across) = targets.contiguous(), torch.tensor(sides), map(torch.tensor, steps)
+    targets, side_of = targets.contiguous(), torch.tensor(sides, device=_HERE)
+    down, across = (torch.tensor(step, device=_HERE) for step in steps)
     pixels, n = levels.numel(), targets.numel()
     count = pixels if index is None else anchors.numel()
     taps = down.numel() * across.numel()
-    table = torch.empty(n, taps, dtype=torch.int32)
-    rank = torch.empty(pixels if has_halo else 0, dtype=torch.int32)
-    lines = torch.empty(levels.shape[0] * levels.shape[1], dtype=torch.int32)
+    ints = partial(torch.empty, dtype=torch.int32, device=_HERE)
+    table, rank = ints(n, taps), ints(pixels if has_halo else 0)
+    lines = ints(levels.shape[0] * levels.shape[1])
     most = min(pixels - count, n * taps) if has_halo else 0
-    sources, mix = torch.empty(most, 4, dtype=torch.int32), torch.empty(most, 4, dtype=torch.float64)
+    sources, mix = ints(most, 4), torch.empty(most, 4, dtype=torch.float64, device=_HERE)
     tensors = (anchors, levels, side_of, targets, down, across, table, rank, lines, sources, mix)
     numbers = (pixels, count, n, *sizes[0], *sizes[1], down.numel(), across.numel(), has_halo)
     shift = function("shift_taps")
     assert shift is not None
     index = index.contiguous() if index is not None else None
-    rows, held = index.data_ptr() if index is not None else None, bytes_held(index, *tensors)
-    halo = shift(
-        ctypes.byref(_MapForC(rows, *map(Tensor.data_ptr, tensors), *numbers, ctypes.addressof(held)))
-    )
-    check_code(max(-halo, 0), "shift_taps")
+    halo = call(shift, (index, *tensors, *numbers))
     return table, sources[:halo], mix[:halo]
 
 
-_LIKE = torch.empty(0, dtype=torch.int32)
+_LIKE = torch.empty(0, dtype=torch.int32, device=_HERE)
 _LIBRARY = torch.library.Library("cadsurgery", "FRAGMENT")
 _INPUTS = (
     "Tensor levels, Tensor sides, Tensor anchors, Tensor index, Tensor targets, Tensor size, "

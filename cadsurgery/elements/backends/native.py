@@ -5,7 +5,6 @@ Without kernels (see `kernels.load`) callers use torch operations, slower for gr
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -28,7 +27,8 @@ from cadsurgery.elements.backends.choose import (
 from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.kernels.load import bytes_held, check_code, function, has_bf16_dot, is_observed, isa_of
+from cadsurgery.kernels import load
+from cadsurgery.kernels.load import function, has_bf16_dot, is_observed, isa_of
 from cadsurgery.kernels.packing import pack, takes
 from cadsurgery.support.pages import new_memory
 
@@ -202,16 +202,6 @@ def _of_one_resolution(*lattices: Lattice) -> bool:
     return all(not lattice.geometry.strides and lattice.has_known_counts for lattice in lattices)
 
 
-class ReadingInC(ctypes.Structure):
-    """The structure `reading` of the kernels."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("rows", "halo", "outside", "table")),
-        *((name, ctypes.c_long) for name in ("count", "n", "taps", "channels", "stride")),
-        ("held", ctypes.c_void_p),
-    )
-
-
 def supports(rows: Tensor) -> bool:
     """Return True if there are kernels for these rows and torch does not trace or count operations."""
     return (
@@ -263,20 +253,8 @@ def call(
     n, taps = (total, 1) if table is None else table.shape
     if not n:
         return
-    buffers = (argument for argument in arguments if argument is None or isinstance(argument, Tensor))
-    held = bytes_held(rows, halo, beyond, table, *buffers)
-    reading = ReadingInC(
-        rows.data_ptr(),
-        halo.data_ptr() if halo is not None else None,
-        beyond.data_ptr(),
-        table.data_ptr() if table is not None else None,
-        *(total if count is None else count, n, taps, channels // groups, channels),
-        ctypes.addressof(held),
-    )
-    if kernel.argtypes is None:
-        _set_types(kernel, arguments)
-    for_c = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
-    check_code(kernel(ctypes.addressof(reading), *for_c), kernel.__name__)
+    sizes = (total if count is None else count, n, taps, channels // groups, channels)
+    load.call(kernel, (rows, halo, beyond, table, *sizes), *arguments)
 
 
 def kernel_for(name: str, rows: Tensor) -> Any:
@@ -284,18 +262,9 @@ def kernel_for(name: str, rows: Tensor) -> Any:
     return function(name, ELEMENTS[rows.dtype])
 
 
-def _set_types(kernel: Any, arguments: tuple[Any, ...]) -> None:
-    """Declare the argument types of a kernel: a structure, then arguments of these types."""
-    kinds = {int: ctypes.c_long, float: ctypes.c_double}
-    kernel.argtypes = (
-        ctypes.c_void_p,
-        *(kinds.get(type(argument), ctypes.c_void_p) for argument in arguments),
-    )
-
-
 @lru_cache(maxsize=64)
 def _row_outside(channels: int, dtype: torch.dtype, outside: float) -> Tensor:
-    return torch.full((channels,), outside, dtype=dtype)
+    return torch.full((channels,), outside, dtype=dtype, device="cpu")
 
 
 def _sum_type(dtype: torch.dtype) -> torch.dtype:

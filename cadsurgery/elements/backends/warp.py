@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from cadsurgery.kernels.load import bytes_held, check_code, function, is_observed
+from cadsurgery.kernels.load import call, function, is_observed
 
 _ELEMENTS = {torch.float32: "float32", torch.float64: "float64"}
-
-
-class _Warp(ctypes.Structure):
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("grid", "samples", "boxes", "bent_rows", "bent_columns", "found")
-        ),
-        *((name, ctypes.c_long) for name in ("batch", "n", "m", "h", "w", "height", "width")),
-        ("held", ctypes.c_void_p),
-    )
 
 
 def supports(points: Tensor) -> bool:
@@ -49,10 +36,7 @@ def invert(
     grid, samples = grid.contiguous(), samples.contiguous()
     found = grid.new_empty(2, batch, *size)
     buffers = (grid, samples, boxes, *(part.contiguous() for part in bent), found)
-    held = bytes_held(*buffers)
-    pointers = (tensor.data_ptr() for tensor in buffers)
-    work = _Warp(*pointers, batch, n, m, h, w, *size, ctypes.addressof(held))
     kernel = function("invert", _ELEMENTS[grid.dtype])
     assert kernel is not None
-    check_code(kernel(ctypes.byref(work), ctypes.c_double(enough)), "invert")
+    call(kernel, (*buffers, batch, n, m, h, w, *size), enough)
     return found

@@ -5,7 +5,7 @@
 #include "maps.h"
 #include "packed.h"
 
-__attribute__((weak)) extern long find_cells_scalar(const int8_t *, const int64_t *, long, long, long, int64_t *, int32_t *, int64_t *, const long *);
+__attribute__((weak)) extern long find_cells_scalar(const cells *);
 __attribute__((weak)) extern long shift_taps_scalar(const map *);
 
 /* Let `place` point to the next `count` numbers of an area, or count their bytes if it has no memory yet. */
@@ -55,23 +55,24 @@ const char *cadsurgery_find_cells(const tensor *in, found *to, share_in_engine *
     const char *reason = check_levels(in);
     if (reason) return reason;
     const int64_t *size = in[LEVELS].size, pixels = size[0] * size[1] * size[2], many = in[SIDES].size[0];
-    int32_t *index = 0, *anchors = 0;
-    int64_t *wide = 0, *sides = 0, *counts = 0;
+    int32_t *anchors = 0;
+    int64_t *sides = 0;
     int8_t *levels = 0;
+    cells c = {.batch = size[0], .height = size[1], .width = size[2]};
     area all = {0};
     for (int pass = 0; pass < 2; pass++) {
-        index = take(&all, pixels, sizeof *index), anchors = take(&all, pixels, sizeof *anchors);
-        wide = take(&all, pixels, sizeof *wide), sides = take(&all, many, sizeof *sides);
-        counts = take(&all, size[0], sizeof *counts), levels = take(&all, pixels, 1);
+        c.index = take(&all, pixels, sizeof *c.index), anchors = take(&all, pixels, sizeof *anchors);
+        c.anchors = take(&all, pixels, sizeof *c.anchors), sides = take(&all, many, sizeof *sides);
+        c.counts = take(&all, size[0], sizeof *c.counts), levels = take(&all, pixels, 1);
         if (pass) break;
         all = (area){malloc(all.used + 64), 0};
         REFUSE_UNLESS(all.memory, "there is no memory for the cells of a level map");
     }
     widen(in + SIDES, many, sides);
-    copy_levels(in + LEVELS, pixels, levels);
-    const long cells = find_cells_scalar(levels, sides, size[0], size[1], size[2], wide, index, counts, 0);
-    for (long i = 0; i < cells; i++) anchors[i] = (int32_t)wide[i];
-    *to = (found){{vector_of(anchors, cells), vector_of(index, pixels)}, 2, all.memory};
+    c.levels = copy_levels(in + LEVELS, pixels, levels), c.sides = sides;
+    const long count = find_cells_scalar(&c);
+    for (long i = 0; i < count; i++) anchors[i] = (int32_t)c.anchors[i];
+    *to = (found){{vector_of(anchors, count), vector_of(c.index, pixels)}, 2, all.memory};
     return 0;
 }
 

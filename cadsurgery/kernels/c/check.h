@@ -1,7 +1,8 @@
 /* What the buffers of a call hold, compared with what the call reads and writes, once, before it computes.
  *
  * A caller states how many bytes each of its buffers holds: those of the `reading` first, in its order, then those of the
- * function's other pointers, in theirs; a missing buffer holds 0. A function returns FITS, or why it computed nothing.
+ * function's other pointers, in theirs; a missing buffer holds 0. A function returns FITS or a count of its own, or, below zero, why
+ * it computed nothing.
  * Callers of this library that have checked their tensors themselves (convolve.c, pick.c, cells.c) pass NULL. */
 #ifndef CADSURGERY_CHECK_H
 #define CADSURGERY_CHECK_H
@@ -9,8 +10,9 @@
 #include <limits.h>
 #include <stdint.h>
 
-/* The order is that of `load.py`. TOO_SHORT plus the place of a buffer: it holds too little. */
-enum { FITS, NO_MEMORY, IMPOSSIBLE, TOO_SHORT };
+/* The order is that of `load.py`. NOT_TAKEN: the form does not take such weights. TOO_SHORT minus the place of a buffer: it holds
+ * too little. */
+enum { FITS = 0, NOT_TAKEN = -1, IMPOSSIBLE = -2, NO_MEMORY = -3, TOO_SHORT = -4 };
 /* Places of the buffers of a `reading`, and of the first of a function's own. */
 enum { OF_ROWS, OF_HALO, OF_OUTSIDE, OF_TABLE, OWN };
 
@@ -38,7 +40,7 @@ static inline __attribute__((unused)) long largest_of(const int32_t *numbers, lo
 /* Return from a function if a buffer holds fewer than so many values of a type. */
 #define NEEDS(held, place, count, type)                                                                             \
     do {                                                                                                            \
-        if ((held) && (held)[place] < product_of(count, (long)sizeof(type))) return TOO_SHORT + (place);            \
+        if ((held) && (held)[place] < product_of(count, (long)sizeof(type))) return TOO_SHORT - (place);            \
     } while (0)
 #define NEEDS_IF(pointer, held, place, count, type)             \
     do {                                                        \

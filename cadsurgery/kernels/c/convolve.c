@@ -58,7 +58,7 @@ static const form forms[] = {FORM(scalar)};
 #endif
 
 char *cadsurgery_pack(pack *by, const unpacked *from, const void *const *constants, long *place, long *bytes) {
-    *place = by ? by(from, constants, 0, bytes) : -1;
+    *place = by ? by(from, constants, 0, bytes) : NOT_TAKEN;
     char *memory = *place < 0 ? 0 : calloc(1, *bytes + 64);
     if (memory) by(from, constants, memory, bytes);
     return memory;

@@ -22,9 +22,9 @@ INLINE sum in_sums(given value) {
 
 long SUFFIX(pack_grouped)(const unpacked *from, const void *const *constants, char *to, long *bytes) {
     const long group = from->channels, all = from->groups * group, padded = rounded_up(all, LANES), taps = from->taps;
-    if (from->groups == 1 || from->outputs != group || group > MOST_GROUP || group & (group - 1) || taps > TAPS || taps < 1) return -1;
+    if (from->groups == 1 || from->outputs != group || group > MOST_GROUP || group & (group - 1) || taps > TAPS || taps < 1) return NOT_TAKEN;
     CHECK_UNPACKED(from, sizeof(given), to ? 1 : 0, sizeof(sum));
-    if (to && *bytes < taps * group * padded * (long)sizeof(sum)) return -2;
+    if (to && *bytes < taps * group * padded * (long)sizeof(sum)) return IMPOSSIBLE;
     for (long place = 0; to && place < taps * group * padded; place++) {
         const long output = place % padded, input = place / padded % group, tap = place / padded / group;
         if (output >= all) continue;
@@ -185,9 +185,9 @@ enum { NEAR = 576 };
 
 long SUFFIX(pack_depthwise)(const unpacked *from, const void *const *constants, char *to, long *bytes) {
     const long channels = from->groups, padded = rounded_up(channels, MANY), span = rounded_up(from->taps, 2);
-    if (from->outputs != 1 || from->channels != 1) return -1;
+    if (from->outputs != 1 || from->channels != 1) return NOT_TAKEN;
     CHECK_UNPACKED(from, sizeof(element), to ? 1 : 0, sizeof(sum));
-    if (to && *bytes < padded * span * (long)sizeof(element)) return -2;
+    if (to && *bytes < padded * span * (long)sizeof(element)) return IMPOSSIBLE;
     for (long channel = 0; to && channel < channels; channel++) {
         const long part = channel % MANY / (MANY / 8), lane = part % 2 * 4 * (MANY / 8) + part / 2 * (MANY / 8) + channel % (MANY / 8);
         for (long tap = 0; tap < from->taps; tap++)

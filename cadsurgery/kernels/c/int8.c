@@ -51,7 +51,7 @@ static int is_limited(const unpacked *w) {
 long NAME(pack_convolve)(const unpacked *from, const void *const *constants, char *to, long *bytes) {
 #ifdef LIMITED
     CHECK_UNPACKED(from, sizeof(int8_t), to ? CONSTANTS : 0, sizeof(float));
-    if (!is_limited(from)) return -1;
+    if (!is_limited(from)) return NOT_TAKEN;
 #endif
     const long first = pack_chunks(from, CHUNK, SIDE, 1, constants, CONSTANTS, sizeof(float), to, bytes);
 #ifdef SIGNED

@@ -202,10 +202,10 @@ static void convolve_rows(long begin, long end, void *work) {
 
 long SUFFIX(pack_depthwise)(const unpacked *from, const void *const *constants, char *to, long *bytes) {
     const long channels = from->groups, padded = rounded_up(channels, MANY), span = rounded_up(from->taps, 4);
-    if (channels == 1 || from->outputs != 1 || from->channels != 1 || from->taps > MOST_TAPS) return -1;
+    if (channels == 1 || from->outputs != 1 || from->channels != 1 || from->taps > MOST_TAPS) return NOT_TAKEN;
     CHECK_UNPACKED(from, sizeof(int8_t), to ? CONSTANTS : 0, sizeof(float));
     const long first = rounded_up(padded * span, 64), array = padded * (long)sizeof(float);
-    if (to && *bytes < first + CONSTANTS * array) return -2;
+    if (to && *bytes < first + CONSTANTS * array) return IMPOSSIBLE;
     *bytes = first + CONSTANTS * array;
     for (long place = 0; to && place < padded; place++) {
         const long start = place / MANY * MANY, lane = place % MANY; /* (4, MANY / 16, 4) as (part, m, x) */

@@ -12,44 +12,44 @@
 #include "parallel.h"
 
 /* Levels that have no side, or one that is not positive, would be read beyond it. */
-static long check_cells(const int8_t *levels, const int64_t *sides, long batch, long height, long width, long pixels, const long *held) {
-    POSSIBLE(batch >= 0 && height >= 0 && width >= 0);
+static long check_cells(const cells *c, long pixels) {
+    const long *const held = c->held;
+    POSSIBLE(c->batch >= 0 && c->height >= 0 && c->width >= 0);
     if (!held) return FITS;
     NEEDS(held, 0, pixels, int8_t);
     NEEDS(held, 2, pixels, int64_t);
     NEEDS(held, 3, pixels, int32_t);
-    NEEDS(held, 4, batch, int64_t);
-    const long many = held[1] / (long)sizeof *sides;
-    for (long i = 0; i < many; i++) POSSIBLE(sides[i] > 0);
+    NEEDS(held, 4, c->batch, int64_t);
+    const long many = held[1] / (long)sizeof *c->sides;
+    for (long i = 0; i < many; i++) POSSIBLE(c->sides[i] > 0);
     int least = 0, most = 0;
     for (long i = 0; i < pixels; i++) {
-        least = levels[i] < least ? levels[i] : least;
-        most = levels[i] > most ? levels[i] : most;
+        least = c->levels[i] < least ? c->levels[i] : least;
+        most = c->levels[i] > most ? c->levels[i] : most;
     }
     POSSIBLE(least >= 0 && (most < many || !pixels));
     return FITS;
 }
 
-/* Return the number of cells, or minus the reason why there are none, see check.h; write their anchors (ascending), the row of each pixel's cell to index (pixels) and the number
- * of cells per image to counts. Along a line, all pixels of a cell follow from its first. */
-long SUFFIX(find_cells)(const int8_t *levels, const int64_t *sides, long batch, long height, long width,
-                        int64_t *anchors, int32_t *index, int64_t *counts, const long *held) {
-    const long pixels = product_of(product_of(batch, height), width);
-    const long code = check_cells(levels, sides, batch, height, width, pixels, held);
-    if (code != FITS) return -code;
+/* Return the number of cells; write their anchors, the row of each pixel's cell and the number of cells of each image. Along a
+ * line, all pixels of a cell follow from its first. */
+long SUFFIX(find_cells)(const cells *c) {
+    const long width = c->width, pixels = product_of(product_of(c->batch, c->height), width);
+    const int64_t *const sides = c->sides;
+    RETURN_UNLESS_FITS(check_cells(c, pixels));
     long count = 0;
-    for (long line = 0; line < batch * height; line++) {
-        const long y = line % height, first = line * width, image = line / height;
-        const int8_t *level = levels + first;
-        int32_t *own = index + first;
-        if (y == 0) counts[image] = 0;
+    for (long line = 0; line < c->batch * c->height; line++) {
+        const long y = line % c->height, first = line * width, image = line / c->height;
+        const int8_t *level = c->levels + first;
+        int32_t *own = c->index + first;
+        if (y == 0) c->counts[image] = 0;
         for (long x = 0; x < width;) {
             const long side = sides[level[x]], end = x + side < width ? x + side : width;
             if (y % side) {
                 memcpy(own + x, own + x - width, (end - x) * sizeof *own);
             } else {
-                anchors[count] = first + x;
-                counts[image]++;
+                c->anchors[count] = first + x;
+                c->counts[image]++;
                 for (long i = x; i < end; i++) own[i] = (int32_t)count;
                 count++;
             }
@@ -179,8 +179,7 @@ static long check_map(const map *m) {
 
 /* Fill the kernel map and return the number of halo rows, or minus the reason why there is none: one for every pixel that is read and is no anchor, in order. */
 long SUFFIX(shift_taps)(const map *m) {
-    const long code = check_map(m);
-    if (code != FITS) return -code;
+    RETURN_UNLESS_FITS(check_map(m));
     const long taps = m->vertical * m->horizontal, lines = m->pixels / m->width;
     if (m->has_halo) {
         memset(m->lines, 0, lines * sizeof *m->lines);

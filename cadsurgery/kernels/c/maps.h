@@ -1,8 +1,18 @@
-/* What a kernel map is computed from; see maps.c. */
+/* What cells and kernel maps are computed from; see maps.c. */
 #ifndef CADSURGERY_MAPS_H
 #define CADSURGERY_MAPS_H
 
 #include <stdint.h>
+
+typedef struct {
+    const int8_t *levels; /* (batch * height * width), level of each pixel's cell */
+    const int64_t *sides; /* side of a cell, per level */
+    int64_t *anchors;     /* (count), ascending pixel numbers; there is memory for all pixels */
+    int32_t *index;       /* (batch * height * width), row of each pixel's cell */
+    int64_t *counts;      /* (batch), cells of each image */
+    long batch, height, width;
+    const long *held; /* bytes of the buffers in this order, see check.h */
+} cells;
 
 typedef struct {
     const int32_t *index;   /* (batch * height * width), row of the cell that contains each pixel; NULL if that is the pixel */

@@ -3,7 +3,8 @@
  * A function `pack_<kernel>` of a form writes what this form of the kernel takes: the weights, then, from a multiple of 64
  * bytes on, constants of each output, one array after the other. It returns where the constants begin, in bytes, and sets the
  * number of all bytes; without memory it only counts them. With memory that number is what the memory holds. The caller sets the
- * memory to zero before. A function returns -1 for weights that its kernel does not take, and -2 for buffers that are too short. */
+ * memory to zero before. A function returns NOT_TAKEN for weights that its kernel does not take, and IMPOSSIBLE for buffers that are
+ * too short. */
 #ifndef CADSURGERY_PACK_H
 #define CADSURGERY_PACK_H
 
@@ -24,7 +25,7 @@ INLINE long rounded_up(long count, long part) { return (count + part - 1) / part
  * `count` arrays of constants, of so many bytes each. */
 #define CHECK_UNPACKED(w, size, count, size_of_constant)                                        \
     do {                                                                                        \
-        if (!are_held(w, size, count, size_of_constant)) return -2;                             \
+        if (!are_held(w, size, count, size_of_constant)) return IMPOSSIBLE;                     \
     } while (0)
 
 INLINE int are_held(const unpacked *w, long size, long count, long size_of_constant) {
@@ -48,7 +49,7 @@ INLINE long index_of(const unpacked *w, long group, long output, long channel, l
 INLINE long pack_constants(const unpacked *from, const void *const *constants, long count, long size, long padded, long weights,
                            char *to, long *bytes) {
     const long first = rounded_up(weights, 64), array = from->groups * padded * size;
-    if (to && *bytes < first + count * array) return -2;
+    if (to && *bytes < first + count * array) return IMPOSSIBLE;
     for (long i = 0; to && i < count; i++)
         for (long group = 0; constants[i] && group < from->groups; group++)
             memcpy(to + first + i * array + group * padded * size,
@@ -66,7 +67,7 @@ INLINE long pack_chunks(const unpacked *w, long chunk, long side, long multiple,
     const long parts = rounded_up(w->channels, side) / side, of_chunk = rounded_up(w->taps * parts, multiple) * chunk * side;
     const long outputs = rounded_up(w->outputs, chunk), weights = w->groups * outputs / chunk * of_chunk * (long)sizeof(PACKED);
     CHECK_UNPACKED(w, sizeof(GIVEN), to ? count : 0, size);
-    if (to && *bytes < weights) return -2;
+    if (to && *bytes < weights) return IMPOSSIBLE;
     for (long group = 0; to && group < w->groups; group++)
         for (long first = 0; first < w->outputs; first += chunk) {
             PACKED *place = (PACKED *)to + (group * outputs + first) / chunk * of_chunk;

@@ -148,9 +148,9 @@ class Opened:
         size = tuple(score.shape[1:])
         if self.pattern == "areas":
             nodes = [max(2, length // _AREA + 1) for length in size]
-            noise = torch.rand((len(score), 1, *nodes), generator=generator)
+            noise = torch.rand((len(score), 1, *nodes), generator=generator, device="cpu")
             noise = F.interpolate(noise, size, mode="bilinear", align_corners=True)[:, 0]
         else:
-            noise = torch.rand(score.shape, generator=generator)
+            noise = torch.rand(score.shape, generator=generator, device="cpu")
         least = noise.flatten().kthvalue(max(1, round((1 - self.density) * noise.numel()))).values
         return torch.where(noise > least, _FAR, -_FAR).to(score)
