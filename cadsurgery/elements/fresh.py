@@ -15,19 +15,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from cadsurgery.elements.backends.operators import define
 from cadsurgery.elements.sizes import limit
 from cadsurgery.support.torch_internals import is_exporting
 
 T = TypeVar("T")
 
-_LIBRARY = torch.library.Library("cadsurgery", "FRAGMENT")
-_LIBRARY.define("fresh_length(SymInt length) -> Tensor")
-_LIBRARY.define("fresh_shape(Tensor map, SymInt[] shape) -> Tensor")
 # For each export the symbols by the expressions that they stand for.
 _SYMBOLS: WeakKeyDictionary[Any, dict[Any, int]] = WeakKeyDictionary()
 
 
-@torch.library.register_fake("cadsurgery::fresh_length")
 def _vector(length: int) -> Tensor:
     """Return a vector with a new symbol as its length; where torch has to decide, it looks at the example."""
     size = torch.library.get_ctx().new_dynamic_size(min=2)
@@ -36,9 +33,12 @@ def _vector(length: int) -> Tensor:
     return torch.empty(size)
 
 
-@torch.library.register_fake("cadsurgery::fresh_shape")
 def _map(map: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(tuple(shape), dtype=map.dtype, device=map.device)
+
+
+define("fresh_length(SymInt length) -> Tensor", _vector)
+define("fresh_shape(Tensor map, SymInt[] shape) -> Tensor", _map)
 
 
 def fresh_length(length: int, *limits: int) -> int:

@@ -6,13 +6,12 @@ gradient and do not appear in exported programs, which must run without this pac
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Backend, Convolution, compute
 from cadsurgery.elements.backends.onednn import product
+from cadsurgery.elements.backends.operators import define
 from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.kernel_map import Reading
 
@@ -42,18 +41,6 @@ class GraphOperation(Backend):
         return weights.finish(out, work.residual)
 
 
-_OPERATIONS = torch.library.Library("cadsurgery", "FRAGMENT")
-
-_OPERATIONS.define("product_of_rows(Tensor rows, Tensor weight, Tensor? bias) -> Tensor")
-
-_OPERATIONS.define(
-    "product_by_table(Tensor rows, Tensor table, Tensor sources, Tensor mix, Tensor? used, bool has_outside, "
-    "float outside, Tensor weight, Tensor? bias, int groups) -> Tensor"
-)
-
-_OPERATIONS.impl("product_of_rows", product, "CPU")
-
-
 def _product_by_table(
     rows: Tensor,
     table: Tensor,
@@ -72,14 +59,16 @@ def _product_by_table(
     return compute(Convolution(rows, FusedConv(weight, bias, groups), reading, outside))
 
 
-_OPERATIONS.impl("product_by_table", _product_by_table, "CPU")
-
-
-@torch.library.register_fake("cadsurgery::product_of_rows")
-def _product_shape(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return rows.new_empty(rows.shape[0], weight.shape[0])
-
-
-@torch.library.register_fake("cadsurgery::product_by_table")
-def _product_by_table_shape(rows: Tensor, table: Tensor, *rest: Any) -> Tensor:
-    return rows.new_empty(table.shape[0], rest[5].shape[0])
+define(
+    "product_of_rows(Tensor rows, Tensor weight, Tensor? bias) -> Tensor",
+    lambda rows, weight, bias: rows.new_empty(rows.shape[0], weight.shape[0]),
+    product,
+    on="CPU",
+)
+define(
+    "product_by_table(Tensor rows, Tensor table, Tensor sources, Tensor mix, Tensor? used, bool has_outside, "
+    "float outside, Tensor weight, Tensor? bias, int groups) -> Tensor",
+    lambda rows, table, *rest: rows.new_empty(table.shape[0], rest[5].shape[0]),
+    _product_by_table,
+    on="CPU",
+)

@@ -7,14 +7,6 @@ from torch import Tensor
 
 from cadsurgery.elements.axes import as_rows
 
-_LIBRARY = torch.library.Library("cadsurgery", "FRAGMENT")
-_LIBRARY.define("interpolation_error(Tensor rows, SymInt batch, SymInt height, SymInt width) -> Tensor")
-
-
-@torch.library.register_fake("cadsurgery::interpolation_error")
-def _error(rows: Tensor, batch: int, height: int, width: int) -> Tensor:
-    return rows.new_empty(batch, height, width)
-
 
 def squared_error(maps: Tensor) -> Tensor:
     """Compute the squared error of bilinear interpolation of maps (B, C, h, w) float32 from every second sample, summed

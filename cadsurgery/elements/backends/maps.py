@@ -1,7 +1,6 @@
 """Interface to `maps.c`: cells and kernel maps in compiled code, in one pass over pixels and two over table entries.
 
-In graphs for engines that load this package's kernels they are operations of the graph, `cadsurgery::find_cells`,
-`read_taps` and `read_near_taps`, which exist in exported programs alone.
+In graphs for engines that load this package's kernels they are operations of the graph, see `operators`.
 """
 
 from __future__ import annotations
@@ -88,32 +87,6 @@ def shift_taps(
 
 
 _LIKE = torch.empty(0, dtype=torch.int32, device=_HERE)
-_LIBRARY = torch.library.Library("cadsurgery", "FRAGMENT")
-_INPUTS = (
-    "Tensor levels, Tensor sides, Tensor anchors, Tensor index, Tensor targets, Tensor size, "
-    "Tensor down, Tensor across"
-)
-_LIBRARY.define("find_cells(Tensor levels, Tensor sides) -> (Tensor, Tensor)")
-_LIBRARY.define(f"read_taps({_INPUTS}) -> (Tensor, Tensor, Tensor)")
-_LIBRARY.define(f"read_near_taps({_INPUTS}) -> Tensor")
-
-
-@torch.library.register_fake("cadsurgery::find_cells")
-def _cells(levels: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
-    return levels.new_empty(torch.library.get_ctx().new_dynamic_size()), levels.new_empty(levels.numel())
-
-
-@torch.library.register_fake("cadsurgery::read_near_taps")
-def _table(*inputs: Tensor) -> Tensor:
-    *_, targets, _, down, across = inputs
-    return targets.new_empty(targets.shape[0], down.shape[0] * across.shape[0])
-
-
-@torch.library.register_fake("cadsurgery::read_taps")
-def _table_and_halo(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    table = _table(*inputs)
-    shape = torch.library.get_ctx().new_dynamic_size(), 4
-    return table, table.new_empty(shape), table.new_empty(shape, dtype=torch.float32)
 
 
 def _shift_in_graph(

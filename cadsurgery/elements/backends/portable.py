@@ -24,6 +24,7 @@ from cadsurgery.elements.backends.choose import (
     Work,
     extend,
 )
+from cadsurgery.elements.backends.operators import define
 from cadsurgery.elements.backends.reference import Torch
 from cadsurgery.elements.backends.target import Target, target_of_graph
 from cadsurgery.elements.kernel_map import Reading
@@ -91,13 +92,6 @@ def _gather(rows: Tensor, table: Tensor) -> Tensor:
     return rows.index_select(0, table.flatten()).view(-1, table.shape[1], rows.shape[1])
 
 
-_LIBRARY = torch.library.Library("cadsurgery", "FRAGMENT")
-
-_LIBRARY.define("product_of_taps(Tensor rows, Tensor table, Tensor weight, Tensor? bias) -> Tensor")
-_LIBRARY.define("sum_of_taps(Tensor rows, Tensor table, Tensor weight) -> Tensor")
-_LIBRARY.define("mix_rows(Tensor rows, Tensor sources, Tensor shares) -> Tensor")
-
-
 def _product_of_taps(rows: Tensor, table: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply gathered rows by weights (O, C, taps), with the taps outermost, which is the order of gathered rows."""
     return F.linear(_gather(rows, table).flatten(1), weight.permute(0, 2, 1).flatten(1), bias)
@@ -114,32 +108,17 @@ def _mix_rows(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
     return (shares.to(rows).unsqueeze(1) @ _gather(rows, sources)).squeeze(1)
 
 
-for _operation in (_product_of_taps, _sum_of_taps, _mix_rows):
-    _LIBRARY.impl(_operation.__name__[1:], _operation, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("cadsurgery::product_of_taps")
-def _products(rows: Tensor, table: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return rows.new_empty(table.shape[0], weight.shape[0])
-
-
-@torch.library.register_fake("cadsurgery::sum_of_taps")
-@torch.library.register_fake("cadsurgery::mix_rows")
 def _rows_of_table(rows: Tensor, table: Tensor, weight: Tensor) -> Tensor:
     return rows.new_empty(table.shape[0], rows.shape[1])
 
 
-_LIBRARY.define(
-    "convolve_rows(Tensor rows, Tensor table, Tensor sources, Tensor shares, Tensor weight, Tensor bias, "
-    "Tensor residual, float outside, float low, float high) -> Tensor"
+define(
+    "product_of_taps(Tensor rows, Tensor table, Tensor weight, Tensor? bias) -> Tensor",
+    lambda rows, table, weight, bias: rows.new_empty(table.shape[0], weight.shape[0]),
+    _product_of_taps,
 )
-
-_LIBRARY.define("pick_rows(Tensor rows, Tensor table, Tensor sources, Tensor shares) -> Tensor")
-
-
-@torch.library.register_fake("cadsurgery::pick_rows")
-def _picked(rows: Tensor, table: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
-    return rows.new_empty(table.shape[0], rows.shape[1])
+define("sum_of_taps(Tensor rows, Tensor table, Tensor weight) -> Tensor", _rows_of_table, _sum_of_taps)
+define("mix_rows(Tensor rows, Tensor sources, Tensor shares) -> Tensor", _rows_of_table, _mix_rows)
 
 
 def _has_pick(rows: Tensor) -> bool:
@@ -152,13 +131,6 @@ def _pick(rows: Tensor, reading: Reading) -> Tensor:
     table = reading.table.reshape(-1, 1).int()
     out: Tensor = torch.ops.cadsurgery.pick_rows(rows, table, reading.sources.int(), reading.mix.to(rows))
     return out
-
-
-@torch.library.register_fake("cadsurgery::convolve_rows")
-def _result(
-    rows: Tensor, table: Tensor, sources: Tensor, shares: Tensor, weight: Tensor, bias: Tensor, *rest: object
-) -> Tensor:
-    return rows.new_empty(table.shape[0], bias.shape[0])
 
 
 def _as_one_operation(work: Convolution) -> Tensor:

@@ -10,6 +10,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from cadsurgery.elements.backends.operators import define
 from cadsurgery.elements.sizes import is_statically_true
 
 
@@ -45,10 +46,11 @@ def portable(target: Target | None = None) -> Iterator[None]:
         _TARGET.reset(token)
 
 
-_LIBRARY = torch.library.Library("cadsurgery", "FRAGMENT")
-_LIBRARY.define("quotients(Tensor numbers, SymInt by) -> Tensor")
-_LIBRARY.impl("quotients", lambda numbers, by: numbers // by, "CompositeExplicitAutograd")
-torch.library.register_fake("cadsurgery::quotients", lambda numbers, by: torch.empty_like(numbers))
+define(
+    "quotients(Tensor numbers, SymInt by) -> Tensor",
+    lambda numbers, by: torch.empty_like(numbers),
+    lambda numbers, by: numbers // by,
+)
 
 
 def quotients(numbers: Tensor, by: int) -> Tensor:

@@ -10,15 +10,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from cadsurgery.elements.backends.operators import define
 from cadsurgery.elements.backends.target import Condition
 
-_LIBRARY = torch.library.Library("cadsurgery", "FRAGMENT")
-_LIBRARY.define("require_equal(Tensor map, SymInt one, SymInt other, str reason) -> Tensor")
-
-
-@torch.library.register_fake("cadsurgery::require_equal")
-def _same(map: Tensor, one: int, other: int, reason: str) -> Tensor:
-    return torch.empty_like(map)
+define(
+    "require_equal(Tensor map, SymInt one, SymInt other, str reason) -> Tensor",
+    lambda map, one, other, reason: torch.empty_like(map),
+)
 
 
 def require(map: Tensor, conditions: Iterable[Condition]) -> Tensor:

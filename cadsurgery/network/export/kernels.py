@@ -5,59 +5,49 @@ An engine runs them where the library of `kernels_for` is registered; without it
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Iterable
 from typing import Any
 
+from cadsurgery.elements.backends.operators import KERNELS, Kernel
 from cadsurgery.kernels import openvino
 from cadsurgery.kernels.library import find
 from cadsurgery.kernels.openvino import Unusable
 from cadsurgery.support.errors import CadError, check_name
 
 DOMAIN = "cadsurgery"
-CONVOLUTIONS = {2: "ConvolveDepthwise", 3: "Convolve", 4: "ConvolveGroups"}  # by the dimensions of the weight
+CONVOLUTIONS = {  # by the dimensions of the weight
+    dimensions: name
+    for kernel in KERNELS
+    if isinstance(kernel.names, dict)
+    for dimensions, name in kernel.names.items()
+}
 PICK = "Pick"
-CELLS, TAPS, NEAR_TAPS = "FindCells", "ReadTaps", "ReadNearTaps"
-ERROR = "InterpolationError"
 RESIZES = {  # by the coordinates of ONNX's operation
     "half_pixel": "ResizeLinear",
     "align_corners": "ResizeLinearAligned",
 }
 IN_8_BITS = "In8Bits"  # suffix of operations whose rows, residual and result are uint8, with a weight in int8
-_INPUTS_OF_PICK = "rows, table, sources, shares"
-_INPUTS = f"{_INPUTS_OF_PICK}, weight, bias, residual"
-_INPUTS_OF_CELLS = "levels, sides"
-_INPUTS_OF_TAPS = f"{_INPUTS_OF_CELLS}, anchors, index, targets, size, down, across"
-_RESULTS = {CELLS: "anchors, index", TAPS: "table, sources, shares", NEAR_TAPS: "table"}
-_NUMBERS = ("outside", "low", "high")
 OF_8_BITS = tuple(f"{part}{of}" for of in ("", "_of_result", "_of_residual") for part in ("scale", "zero"))
-
-_OF_LATTICES = {CELLS: _INPUTS_OF_CELLS, TAPS: _INPUTS_OF_TAPS, NEAR_TAPS: _INPUTS_OF_TAPS}
-# The error is that of maps whose samples are rows.
-_OF_MAPS = {**dict.fromkeys(RESIZES.values(), "maps, sizes"), ERROR: "rows, sizes"}
+# Inputs and results that are not whole numbers.
+_FLOATS = ("rows", "shares", "weight", "bias", "residual", "out")
 
 
-def schema(name: str) -> Any:
-    """Return the ONNX schema of an operation on floats, or of one that finds cells or taps."""
+def schema(kernel: Kernel, name: str) -> Any:
+    """Return the ONNX schema of a kernel, by one of its names."""
     from onnx.defs import OpSchema
 
-    def named(names: str, integers: Container[str]) -> list[Any]:
-        return [
-            OpSchema.FormalParameter(one, f"tensor({'int32' if one in integers else 'float'})")
-            for one in names.split(", ")
-        ]
+    def named(names: Iterable[str]) -> list[Any]:
+        kinds = ((one, "float" if one in _FLOATS else "int32") for one in names)
+        return [OpSchema.FormalParameter(one, f"tensor({kind})") for one, kind in kinds]
 
-    attributes: tuple[str, ...] = ()
-    if name in _OF_LATTICES:
-        names = _OF_LATTICES[name]
-        integers: Container[str] = [*names.split(", "), "table", "sources"]
-    elif name in _OF_MAPS:
-        names, integers = _OF_MAPS[name], ("sizes",)
-    else:
-        names, attributes = (_INPUTS_OF_PICK, ()) if name == PICK else (_INPUTS, _NUMBERS)
-        integers = ("table", "sources")
-    numbers = [OpSchema.Attribute(attribute, OpSchema.AttrType.FLOAT) for attribute in attributes]
-    inputs, outputs = named(names, integers), named(_RESULTS.get(name, "out"), integers)
-    return OpSchema(name, DOMAIN, 1, inputs=inputs, outputs=outputs, attributes=numbers)
+    of_torch, kinds = kernel.operation._schema, kernel.kinds
+    sizes = ["sizes"] if "int" in kinds.values() else []
+    inputs = [*(one for one, kind in kinds.items() if kind == "Tensor"), *sizes]
+    numbers = [
+        OpSchema.Attribute(one, OpSchema.AttrType.FLOAT) for one, kind in kinds.items() if kind == "float"
+    ]
+    outputs = named(one.name for one in of_torch.returns)
+    return OpSchema(name, DOMAIN, 1, inputs=named(inputs), outputs=outputs, attributes=numbers)
 
 
 def kernels_for(engine: str = "onnxruntime") -> str:

@@ -22,16 +22,8 @@ from onnxscript.function_libs.torch_lib.ops.core import (
 from onnxscript.function_libs.torch_lib.ops.nn import aten_avg_pool2d, aten_pad
 from onnxscript.values import Op, Opset
 
-from cadsurgery.network.export.kernels import (
-    CELLS,
-    CONVOLUTIONS,
-    DOMAIN,
-    ERROR,
-    NEAR_TAPS,
-    PICK,
-    TAPS,
-    schema,
-)
+from cadsurgery.elements.backends.operators import KERNELS, Kernel
+from cadsurgery.network.export.kernels import DOMAIN, schema
 
 op: Any = opset18
 _KERNELS = Opset(DOMAIN, 1)
@@ -204,37 +196,23 @@ def _numel(self: Any) -> Any:
     return op.Size(self)
 
 
-def _convolve_rows(
-    rows: Any,
-    table: Any,
-    sources: Any,
-    shares: Any,
-    weight: Any,
-    bias: Any,
-    residual: Any,
-    outside: float,
-    low: float,
-    high: float,
-) -> Any:
-    """Call the kernel for the kind of convolution; see `export.kernels`."""
-    kernel = Op(_KERNELS, name := CONVOLUTIONS[len(weight.shape)], schema(name))
-    return kernel(rows, table, sources, shares, weight, bias, residual, outside=outside, low=low, high=high)
+def _call(kernel: Kernel) -> Callable[..., Any]:
+    """Return a translation that calls a kernel: with tensors, all whole numbers as one of them, and attributes."""
+    kinds = kernel.kinds
 
-
-def _call(name: str) -> Callable[..., Any]:
-    """Return a translation that calls a kernel without attributes; see `export.kernels`."""
-
-    def translate(*inputs: Any) -> Any:
-        return Op(_KERNELS, name, schema(name))(*inputs)
+    def translate(*arguments: Any) -> Any:
+        given = list(zip(kinds.items(), arguments, strict=True))
+        inputs, lengths = ([one for (_, kind), one in given if kind == of] for of in ("Tensor", "int"))
+        if lengths:  # each is a number or a tensor
+            one = op.Constant(value_ints=[1])
+            sizes = op.Concat(*(op.Reshape(_number(length), one) for length in lengths), axis=0)
+            inputs.append(op.Cast(sizes, to=DataType.INT32))
+        numbers = {name: one for (name, kind), one in given if kind == "float"}
+        names = kernel.names
+        name = names if isinstance(names, str) else names[len(inputs[list(kinds).index("weight")].shape)]
+        return Op(_KERNELS, name, schema(kernel, name))(*inputs, **numbers)
 
     return translate
-
-
-def _interpolation_error(rows: Any, *size: Any) -> Any:
-    """Call the kernel with the size of the map, (B, h, w), as one tensor; a length is a number or a tensor."""
-    one = op.Constant(value_ints=[1])
-    sizes = op.Concat(*(op.Reshape(_number(length), one) for length in size), axis=0)
-    return _call(ERROR)(rows, op.Cast(sizes, to=DataType.INT32))
 
 
 def _require_equal(levels: Any, one: Any, other: Any, reason: str) -> Any:
@@ -298,16 +276,11 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.cadsurgery.product_of_taps.default: _product_of_taps,
     torch.ops.cadsurgery.sum_of_taps.default: _sum_of_taps,
     torch.ops.cadsurgery.mix_rows.default: _mix_rows,
-    torch.ops.cadsurgery.convolve_rows.default: _convolve_rows,
     _ATEN.feature_dropout.default: _dropout_of_channels,
     _ATEN.feature_alpha_dropout.default: _dropout_of_channels,
     torch.ops.cadsurgery.quotients.default: _quotients,
-    torch.ops.cadsurgery.pick_rows.default: _call(PICK),
-    torch.ops.cadsurgery.interpolation_error.default: _interpolation_error,
     torch.ops.cadsurgery.require_equal.default: _require_equal,
-    torch.ops.cadsurgery.find_cells.default: _call(CELLS),
-    torch.ops.cadsurgery.read_taps.default: _call(TAPS),
-    torch.ops.cadsurgery.read_near_taps.default: _call(NEAR_TAPS),
+    **{kernel.operation: _call(kernel) for kernel in KERNELS},
 }
 
 # Those of this package's own operations; an ordinary export of a dense network has torch's translations of all others.
