@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cadsurgery.cli import options
-from cadsurgery.support.defaults import DEFAULT_MASK
-from cadsurgery.tasks.options import Benchmark, Conversion
+from cadsurgery.tasks.commands import BenchOptions, EvalOptions
 
 commands = typer.Typer()
-MEASURED = (
-    *("size", "batch", "output_stride", "region", "patch", "dtype", "device", "threads", "rounds"),
-    *("processor_time", "runtime", "against", "smaller", "calibration"),
-)
 
 
 @commands.command()
@@ -30,27 +24,7 @@ def bench(
             is_repeated=True,
         ),
     ],
-    mask: Annotated[str, typer.Option(help="mask that ranks the patches for the budgets")] = DEFAULT_MASK,
-    fractions: Annotated[
-        str,
-        typer.Option(
-            parser=options.read_fractions,
-            help="budgets: shares of the patches kept high; for a file with gates, of the open positions",
-        ),
-    ] = "1,0.5,0.34,0.25,0.1,0",
-    fill: Annotated[
-        list[str],
-        typer.Option(
-            help="nearest, linear, both or guided; repeatable",
-            callback=lambda fills: ["nearest", "linear"] if "both" in fills else fills,
-        ),
-    ] = ["nearest"],  # noqa: B006
-    benchmark: Annotated[
-        dict[str, Any], options.OptionsFrom(Benchmark, MEASURED, defaults=("512x1024",), apart=True)
-    ],
-    picture: Annotated[Path | None, typer.Option(help="PNG to draw")] = None,
-    output: Annotated[Path | None, options.output("JSON Lines to append each row to")] = None,
-    trust: options.Trust = False,
+    options: Annotated[dict[str, Any], options.OptionsFrom(BenchOptions, apart=True)],
     as_json: options.Json = False,
 ) -> None:
     """Measure time against work: random weights, budgets of the mask against the dense twins, interleaved.
@@ -68,45 +42,7 @@ def bench(
 def eval_command(
     *,
     network: options.Network,
-    data: Annotated[
-        str,
-        typer.Option(
-            help='labelled images: "folder:PATH,classes=11,ignore=11", cityscapes:PATH, voc:PATH, sbd:PATH, '
-            "pets:PATH, or scene:COUNT (generated); or photos without labels, images:FOLDER"
-        ),
-    ],
-    split: Annotated[str, typer.Option(help="train, val, test, or all for a folder without splits")] = "test",
-    masks: Annotated[
-        list[str],
-        typer.Option(
-            "--mask", help=f"repeatable; default: the file's, or {DEFAULT_MASK}; dense high and low are added"
-        ),
-    ] = [],  # noqa: B006
-    output_stride: options.Strides = [],  # noqa: B006
-    weights: options.Weights = "auto",
-    options: Annotated[
-        dict[str, Any],
-        options.OptionsFrom(Conversion, ("region", "fill", "patch", "anchor", "pool", "normalisation")),
-    ],
-    limit: options.Limit = 0,
-    batch: Annotated[int, typer.Option(min=1, help="images in one call")] = 1,
-    rounds: options.Rounds = 3,
-    thresholds: Annotated[
-        list[Any],
-        typer.Option(
-            "--threshold",
-            metavar="T[,T...]",
-            parser=options.read_threshold,
-            help="repeatable, for networks with exits: one number, or one per exit but the last; default: the file's",
-        ),
-    ] = [],  # noqa: B006
-    kind: Annotated[
-        str, typer.Option(help="kind of the outputs, for images without labels: auto, classes or values")
-    ] = "auto",
-    output: options.Report = None,
-    picture: Annotated[Path | None, typer.Option(help="PNG to draw: accuracy against work")] = None,
-    device: options.Device = "cpu",
-    trust: options.Trust = False,
+    options: Annotated[dict[str, Any], options.OptionsFrom(EvalOptions, apart=True)],
     as_json: options.Json = False,
 ) -> None:
     """Evaluate masks and output strides on images: accuracy, MACs and time beside the dense networks.

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
 from cadsurgery.cli import options, screen
-from cadsurgery.support.defaults import DEFAULT_MASK
-from cadsurgery.tasks.options import Exporting
+from cadsurgery.tasks.commands import ExportOptions
 
 commands = typer.Typer()
 
@@ -19,18 +15,7 @@ commands = typer.Typer()
 def export(
     *,
     model: options.Network,
-    mask: Annotated[
-        str,
-        typer.Option(
-            help=f"default: the file's, or {DEFAULT_MASK}; for pt2 {DEFAULT_MASK} | budget:fraction=0.3"
-        ),
-    ] = "",
-    weights: options.Weights = "auto",
-    conversion: options.Converted,
-    size: options.Size = None,
-    output: Annotated[Path, options.output("file to write")] = Path("network.pt2"),
-    kind: Annotated[Exporting, options.OptionsFrom(Exporting)],
-    trust: options.Trust = False,
+    options: ExportOptions,
     as_json: options.Json = False,
 ) -> None:
     """Write a network for use without this package: a torch.export program or an ONNX file.
@@ -40,7 +25,7 @@ def export(
     from cadsurgery.tasks.export import export_network
 
     with screen.steps("export") as step:
-        exported = export_network(model, weights, mask, conversion, size, output, kind, step, trust)
+        exported = export_network(model, options, step)
     shape = "x".join("any" if length is None else str(length) for length in exported["image"])
     shape += f" (multiples of {exported['multiple']})" * (exported["multiple"] > 1)
     text = (

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
-
 import typer
 
 from cadsurgery.cli import options
-from cadsurgery.support.defaults import DEFAULT_MASK
-from cadsurgery.tasks.options import Settings
+from cadsurgery.tasks.commands import FinetuneOptions
 
 commands = typer.Typer()
-SETTINGS = (
-    *("steps", "batch", "accumulate", "crop", "lr", "optimizer", "clip", "batch_norm", "freeze", "train"),
-    *("ema", "precision", "seed", "save_every", "validate_every", "log", "workers"),
-)
 
 
 @commands.command()
@@ -23,28 +15,7 @@ SETTINGS = (
 def finetune(
     *,
     model: options.Network,
-    data: Annotated[
-        str, typer.Option(help="training data: folder:PATH, ..., or photos without labels, images:FOLDER")
-    ],
-    output: options.RunFolder,
-    split: Annotated[str, typer.Option(help="split for training")] = "train",
-    validation_split: Annotated[str, typer.Option(help="split for validation; empty for none")] = "val",
-    mask: Annotated[str, typer.Option(help=f"default: the file's, or {DEFAULT_MASK}")] = "",
-    weights: options.Weights = "auto",
-    options: options.Converted,
-    objective: Annotated[dict[str, Any], options.OptionsFrom(Settings, ("objective",), given=True)],
-    objective_option: Annotated[
-        list[str], typer.Option(help="NAME=VALUE for the objective, e.g. teacher=self; repeatable")
-    ] = [],  # noqa: B006
-    settings: Annotated[dict[str, Any], options.OptionsFrom(Settings, SETTINGS, given=True)],
-    config: Annotated[
-        Path | None, typer.Option(help="JSON file of settings; options on the command line override it")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option(help="continue the run in the folder; otherwise refuse a folder with a run")
-    ] = True,
-    device: Annotated[str, typer.Option(help="auto or cpu")] = "auto",
-    trust: options.Trust = False,
+    options: FinetuneOptions,
     as_json: options.Json = False,
 ) -> None:
     """Train a network on mixed resolution, and write it to OUTPUT/net.safetensors.

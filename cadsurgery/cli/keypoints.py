@@ -8,14 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from cadsurgery.cli import options, screen
-from cadsurgery.tasks.options import Conversion, Extraction
+from cadsurgery.tasks.commands import KeypointsOptions
 
 commands = typer.Typer(
     name="keypoints",
     help="Keypoints and descriptors from an adaptive network: full resolution around keypoints, nothing else computed.",
     no_args_is_help=True,
 )
-FOUND = ("detector", "count", "reach", "align", "raw", "output", "max_edge", "max_sum", "multiple")
 
 
 @commands.command("extract")
@@ -24,18 +23,7 @@ def extract_command(
     *,
     network: options.Network,
     images: Annotated[list[Path], typer.Argument(help="image files or folders")],
-    output: Annotated[Path, options.output("folder for the features")] = Path("features"),
-    settings: Annotated[Extraction, options.OptionsFrom(Extraction, ("mask", *FOUND))],
-    form: Annotated[str, typer.Option(help="npz (format of D2-Net) or h5 (format of hloc)")] = "npz",
-    weights: options.Weights = "auto",
-    conversion: Annotated[
-        dict[str, Any],
-        options.OptionsFrom(
-            Conversion, ("output_stride", "region", "fill", "anchor", "pool", "normalisation")
-        ),
-    ],
-    device: options.Device = "cpu",
-    trust: options.Trust = False,
+    options: Annotated[dict[str, Any], options.OptionsFrom(KeypointsOptions)],
     as_json: options.Json = False,
 ) -> None:
     """Write keypoints, scores and descriptors of every image, one file each.
@@ -47,18 +35,10 @@ def extract_command(
     from cadsurgery.tasks.report import FilesReport
 
     with screen.steps("keypoints extract") as step:
-        rows, failures = extract(
-            *(network, images, output, settings),
-            form=form,
-            weights=weights,
-            options=conversion,
-            device=device,
-            step=step,
-            trust=trust,
-        )
+        rows, failures = extract(network, images, **options, step=step)
     before, count = sum(row["kept"] for row in rows), sum(row["keypoints"] for row in rows)
     text = (
-        f"{count} keypoints of {len(rows)} images in {output} ({len(rows) - before} new, {before} there already), "
-        f"{len(failures)} failed"
+        f"{count} keypoints of {len(rows)} images in {options['output']} ({len(rows) - before} new, "
+        f"{before} there already), {len(failures)} failed"
     )
     screen.show_report(FilesReport(tuple(rows), text, tuple(failures)), as_json)

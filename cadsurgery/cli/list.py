@@ -7,22 +7,24 @@ from typing import Annotated, Any
 import typer
 
 from cadsurgery.cli import options, screen
+from cadsurgery.tasks.commands import ListOptions
 
 commands = typer.Typer()
 
 
 @commands.command("list")
+@options.command
 def list_command(
+    *,
     pattern: Annotated[
         str,
         typer.Argument(help='shell-style pattern, e.g. "*resnet*"'),
     ] = "*",
-    library: Annotated[str, typer.Option(help="torchvision or timm; default both")] = "",
-    masks: Annotated[bool, typer.Option("--masks", help="list mask providers instead")] = False,
+    options: ListOptions,
     as_json: options.Json = False,
 ) -> None:
     """List networks: whether each of them converts, with which output strides, what stays dense and why."""
-    if masks:
+    if options.masks:
         from cadsurgery.masks import list_masks
 
         infos = list_masks()
@@ -37,7 +39,8 @@ def list_command(
 
     checked = recorded()
     rows = [
-        checked.get(name, {"model": name, "result": "not checked"}) for name in list_models(pattern, library)
+        checked.get(name, {"model": name, "result": "not checked"})
+        for name in list_models(pattern, options.library)
     ]
     if as_json:
         screen.print_json(rows)

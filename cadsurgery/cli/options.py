@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, cast, get_type_hints
 
 import typer
 
 from cadsurgery.cli import screen
-from cadsurgery.tasks.options import Conversion, Exits, Gates, Resampling
+from cadsurgery.tasks.options import Conversion as Conversion  # many commands take some of its options
 
 
 def read_pair(text: str) -> tuple[int, int] | None:
@@ -70,17 +71,8 @@ _READERS: dict[str, Callable[[str], Any]] = {
     **{"pair": read_pair, "size": read_size, "names": read_names, "whole": int},
     "normalisation": read_mean_and_std,
     "threshold": read_threshold,
+    "fractions": read_fractions,
 }
-
-
-def output(help: str) -> Any:
-    """Return the option --output."""
-    return typer.Option("--output", "-o", help=help)
-
-
-def size(help: str) -> Any:
-    """Return an option for the size of images."""
-    return typer.Option(metavar="HxW", parser=read_size, help=help)
 
 
 Network = Annotated[
@@ -90,57 +82,20 @@ Network = Annotated[
         help="a converted file, hf:owner/name, a torchvision or timm name, module:function, or an ONNX file",
     ),
 ]
-Weights = Annotated[
-    str,
-    typer.Option(
-        help="auto, none, the name of pretrained weights, or a file (FILE:ENTRY for one of its state dicts)"
-    ),
-]
-Mask = Annotated[
-    str,
-    typer.Option(
-        help='a name from cadsurgery list --masks, with options: "edges:threshold=0.15,dilation=11", '
-        'wrappers: "edges | budget:fraction=0.3", several: "edges + gradient"'
-    ),
-]
-Strides = Annotated[
-    list[Any],
-    typer.Option(
-        "--output-stride",
-        metavar="HIGH,LOW",
-        parser=read_pair,
-        help="repeatable; every mask is used at every pair",
-    ),
-]
-ImageOption = Annotated[
-    Path | None, typer.Option("--image", help="image file; default: a generated street scene")
-]
-Size = Annotated[Any, size("size of the image; default 512x1024, or the size of the file")]
-Limit = Annotated[
-    int, typer.Option(min=0, callback=lambda count: count or None, help="the first so many images; 0 for all")
-]
-Rounds = Annotated[int, typer.Option(min=0, help="timing rounds on the first image; 0 to skip")]
-Report = Annotated[Path | None, output("JSON file to write")]
-RunFolder = Annotated[Path, output("folder of the run; an interrupted run is continued")]
-Device = Annotated[str, typer.Option(help="cpu or cuda")]
-Trust = Annotated[
-    bool,
-    typer.Option(
-        "--trust",
-        help="run code that the converted file names: module:function of a network or mask",
-    ),
-]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+_TYPES: dict[str, type] = {kind.__name__: kind for kind in (bool, int, float, str, Path)}
 
 
 @dataclass(frozen=True)
 class OptionsFrom:
     """Marks a parameter of a command that stands for options: fields of a dataclass.
 
-    The parameter receives their values by name or, if it is annotated with the dataclass, an instance.
+    The parameter receives their values by name or, if it is annotated with the dataclass, an instance. A parameter
+    annotated with the dataclass alone needs no mark.
 
     Attributes:
-        kind: the dataclass; its fields are declared with `cadsurgery.tasks.options.option`.
+        kind: the dataclass; its fields are declared with `cadsurgery.tasks.options.option`, or with `part` for several
+            options.
         names: names of the fields, in the order of the options; default: all fields.
         given: pass only options that the user has given, because defaults may come from elsewhere.
         defaults: other defaults than the fields', as texts, in the order of the names.
@@ -155,37 +110,88 @@ class OptionsFrom:
     apart: bool = False
     about: str = ""
 
-    def fields(self) -> dict[str, Field[Any]]:
-        """Return the fields, by the names of their options."""
+    def fields(self) -> list[Field[Any]]:
+        """Return the fields, in the order of their options."""
         by_name = {field.name: field for field in fields(self.kind)}
-        chosen = [by_name[name] for name in self.names or by_name]
-        return {field.metadata.get("name", field.name): field for field in chosen}
+        return [by_name[name] for name in self.names or by_name]
 
-    def parameters(self, name: str) -> Iterator[inspect.Parameter]:
+    def parameters(self, name: str = "") -> Iterator[inspect.Parameter]:
         """Yield the parameters from which typer creates options."""
-        for (name, field), changed in zip_longest(self.fields().items(), self.defaults):
-            details, default = field.metadata, changed or field.default
-            help = self.about + details["help"]
-            kind: Any = str if "read" in details else type(default)
-            words = ("--" + name.replace("_", "-"),) if kind is bool else ()  # without --no-...
-            more = {key: details[key] for key in ("min", "metavar") if key in details}
-            if "read" in details:
-                more["parser"] = _READERS[details["read"]]
-            if self.given:
-                default = None
-            yield inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=default,
-                annotation=Annotated[kind | None, typer.Option(*words, help=help, **more)],
-            )
+        for field, changed in zip_longest(self.fields(), self.defaults):
+            if part := field.metadata.get("part"):
+                yield from OptionsFrom(**part).parameters()
+            else:
+                yield self._parameter(field, changed)
+
+    def _parameter(self, field: Field[Any], default: str | None) -> inspect.Parameter:
+        details, kind = field.metadata, _type_of(field)
+        name = details.get("name", field.name)
+        words = [f"--{name.replace('_', '-')}"]
+        if kind is bool and field.default is True:
+            words = []  # typer adds --no-...
+        elif "short" in details:
+            words.append(f"-{details['short']}")
+        more = {key: details[key] for key in ("min", "max", "metavar") if key in details}
+        if "read" in details:
+            more["parser"] = _READERS[details["read"]]
+        return inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None if self.given else default or _default_of(field),
+            annotation=Annotated[
+                kind | None, typer.Option(*words, help=self.about + details["help"], **more)
+            ],
+        )
 
     def take(self, arguments: dict[str, Any], name: str, hint: Any) -> None:
         """Replace the values of the fields among all arguments by that of the parameter, annotated with `hint`."""
-        values = {field.name: arguments.pop(option) for option, field in self.fields().items()}
-        values = {key: value for key, value in values.items() if value is not None or not self.given}
-        value = self.kind(**values) if hint.__origin__ is self.kind else values
+        values = self._pop(arguments)
+        is_whole = self.kind in (hint, getattr(hint, "__origin__", None))
+        value = self.kind(**values) if is_whole else values
         arguments |= values if self.apart else {name: value}
+
+    def _pop(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Remove the values of the options from all arguments, and return them by the names of the fields."""
+        values: dict[str, Any] = {}
+        for field in self.fields():
+            details = field.metadata
+            if part := details.get("part"):
+                options = OptionsFrom(**part)
+                own, make = options._pop(arguments), cast(Callable[..., Any], field.default_factory)
+                values |= own if options.apart else {field.name: make(**own)}
+                continue
+            value = arguments.pop(details.get("name", field.name))
+            if "none" in details and value == details["none"]:
+                value = None
+            if value is not None or not self.given:
+                values[field.name] = value
+        return values
+
+
+def _annotation(field: Field[Any]) -> str:
+    """Return the first name of the annotation, e.g. `int` of `int | None`."""
+    text = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
+    return re.split(r"[\[ |]", text, maxsplit=1)[0].rpartition(".")[2]
+
+
+def _type_of(field: Field[Any]) -> Any:
+    """Return the type of an option: the annotated one, or text for those with readers and with choices."""
+    kind = str if "read" in field.metadata else _TYPES.get(_annotation(field), str)
+    return list[kind] if _annotation(field) == "Sequence" else kind  # type: ignore[valid-type]
+
+
+def _default_of(field: Field[Any]) -> Any:
+    """Return the default of an option, as it is typed if it is several numbers."""
+    value = field.default
+    if value is MISSING:
+        return inspect.Parameter.empty
+    if value is None:
+        return field.metadata.get("none")
+    if _annotation(field) == "Sequence":
+        return list(value)
+    if isinstance(value, tuple):
+        return ("x" if field.metadata["read"] == "size" else ",").join(f"{number:g}" for number in value)
+    return value
 
 
 @dataclass(frozen=True)
@@ -233,23 +239,18 @@ class ArgumentOrOption:
 
 
 Model = Annotated[str, ArgumentOrOption()]
-Converted = Annotated[dict[str, Any], OptionsFrom(Conversion)]
-WithExits = Annotated[dict[str, Any], OptionsFrom(Exits, about="method anytime: ")]
-Sampled = Annotated[
-    dict[str, Any],
-    OptionsFrom(Resampling, defaults=("learned", "224x224"), about="method resampling: "),
-]
-WithGates = Annotated[dict[str, Any], OptionsFrom(Gates, about="method sampling: ")]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Convert a function of keyword arguments for typer: `OptionsFrom` parameters become options."""
+    """Convert a function of keyword arguments for typer: dataclasses and `OptionsFrom` parameters become options."""
     hints = get_type_hints(function, include_extras=True)
     marks: dict[str, OptionsFrom | ArgumentOrOption] = {}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(function).parameters.items():
         annotations = getattr(hints[name], "__metadata__", ())
         mark = next((mark for mark in annotations if isinstance(mark, (OptionsFrom, ArgumentOrOption))), None)
+        if is_dataclass(hints[name]):
+            mark = OptionsFrom(hints[name])
         if mark is None:
             parameters.append(parameter.replace(annotation=hints[name]))
         else:

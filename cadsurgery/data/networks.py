@@ -404,7 +404,9 @@ def _function_builder(module: str, function: str) -> Builder:
                 next="it must return a torch.nn.Module.",
             )
         note = "weights as the function made them"
-        return model, Source(f"{module}:{function}", kwargs, "own", note, *_statistics(model))
+        # The name of a file instead of its path: converted networks are shared and should not reveal local folders.
+        place = Path(module).name if module.endswith(".py") else module
+        return model, Source(f"{place}:{function}", kwargs, "own", note, *_statistics(model))
 
     return build
 

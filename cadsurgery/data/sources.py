@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from torch import Tensor
 
@@ -84,6 +85,14 @@ def _read_files(images: Sequence[Path], labels: Sequence[Path], position: int) -
     return read_image(images[position]), read_labels(labels[position])
 
 
+def labels_of(image: str | Path, folder: Path) -> Path:
+    """Return the file of an image's labels in a folder: a PNG of its name, in either form of Unicode (systems write
+    accents as marks of their own, or not)."""
+    name = f"{Path(image).stem}.png"
+    forms = (folder / written for written in (name, normalize("NFC", name), normalize("NFD", name)))
+    return next((path for path in forms if path.is_file()), folder / name)
+
+
 def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
     kind, root = KINDS["folder"], Path(place)
     if not files.is_folder(root):
@@ -97,7 +106,7 @@ def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
         raise missing(kind, place, f"{folder} has no folders images and labels; {hint}")
     inside = visible(folder / "images")
     images = [path for path in inside if path.suffix.lower() in SUFFIXES and not files.is_folder(path)]
-    labels = [folder / "labels" / f"{image.stem}.png" for image in images]
+    labels = [labels_of(image, folder / "labels") for image in images]
     unlabelled = [image for image, label in zip(images, labels, strict=True) if not label.is_file()]
     if unlabelled:
         raise FileError(
@@ -227,7 +236,7 @@ def _torchvision(
     try:
         dataset = make()
     except (RuntimeError, OSError) as error:
-        raise missing(KINDS[name], rest.partition(",")[0], first_line(error)) from error
+        raise missing(KINDS[name], split_place(rest)[0], first_line(error)) from error
     names = [str(path) for path in (dataset._images if name == "pets" else dataset.images)]
     data = SegmentationData(spec, split, classes, tuple(names), dataset.__getitem__, tuple(table.items()))
     return data.at(sorted(range(len(names)), key=names.__getitem__))
@@ -348,6 +357,16 @@ KINDS = {
 }
 
 
+def split_place(text: str) -> tuple[str, str]:
+    """Split a path from its options at a comma; the longest part that exists is the path, which may hold commas."""
+    parts = text.split(",")
+    for count in range(len(parts), 1, -1):
+        place = ",".join(parts[:count])
+        if files.exists(place.strip()):
+            return place, ",".join(parts[count:])
+    return parts[0], ",".join(parts[1:])
+
+
 def open_data(spec: str, split: str = "train") -> SegmentationData:
     """Open data by a spec `KIND:PATH,option=value,...`: images with labels, or without.
 
@@ -376,7 +395,7 @@ def open_data(spec: str, split: str = "train") -> SegmentationData:
     if name not in KINDS:
         raise UnknownName("kind of data", name, KINDS, next="write e.g. folder:PATH,classes=11,ignore=11.")
     kind = KINDS[name]
-    place, _, text = rest.partition(",")
+    place, text = split_place(rest)
     if not place.strip():
         raise InvalidInput(f"data {spec!r} names no place.", next=f"write {name}:PATH. {kind.where}")
     if name != "scene":

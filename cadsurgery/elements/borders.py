@@ -68,20 +68,20 @@ def pad(x: Elements, pads: Sequence[int], spacing: int, value: float | None = 0.
 
 
 @operation(reads="element")
-def check_same_padding(x: Elements, pads: Sequence[int], window: Window, spacing: int) -> Elements:
+def check_same_padding(x: Elements, pads: Sequence[int], reader: Window, spacing: int) -> Elements:
     """Return the elements unchanged after checking that padding computed by the network is "same" padding: the next
     window pads by the same amount itself, so that n samples give ceil(n / stride) outputs.
 
     Args:
         x: elements.
         pads: (left, right, top, bottom) in samples of the network's own grid.
-        window: window of the operation that reads the padded map.
+        reader: window of the operation that reads the padded map; not this operation's own, which reads elements.
         spacing: fine pixels between these samples.
 
     Raises:
         InvalidInput: the padding is not "same" padding.
     """
-    top, bottom, left, right = window._replace(spacing=spacing).fit(x.lattice.size).padding
+    top, bottom, left, right = reader._replace(spacing=spacing).fit(x.lattice.size).padding
     if tuple(pads) != (left, right, top, bottom):
         raise InvalidInput(
             f"the network pads by {tuple(pads)} here, where {(left, right, top, bottom)} keep its map in place.",

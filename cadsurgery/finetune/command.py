@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.launcher import world
 from cadsurgery.support.progress import Step
+from cadsurgery.tasks.commands import FinetuneOptions
 from cadsurgery.tasks.open import open_any, open_converted
 from cadsurgery.tasks.options import Settings
 from cadsurgery.tasks.report import Report
@@ -58,25 +59,7 @@ class TrainingReport(Report):
         yield Text(f"wrote {run.network}")
 
 
-def finetune(
-    *,
-    model: str,
-    data: str,
-    split: str,
-    validation_split: str,
-    weights: str,
-    mask: str,
-    options: dict[str, Any],
-    config: Path | None,
-    objective: dict[str, Any],
-    objective_option: list[str],
-    settings: dict[str, Any],
-    output: Path,
-    resume: bool,
-    device: str,
-    step: Step,
-    trust: bool = False,
-) -> TrainingReport:
+def finetune(*, model: str, options: FinetuneOptions, step: Step) -> TrainingReport:
     """Build or load, convert, train, report; see `cadsurgery finetune --help`.
 
     Raises:
@@ -84,20 +67,28 @@ def finetune(
     """
     from cadsurgery.data import open_data
 
-    chosen = make_settings(config, {**objective, **settings}, objective_option)
+    chosen = make_settings(
+        options.config, {**options.objective, **options.settings}, options.objective_option
+    )
     world()  # report a wrong start of several processes first
     check_packages(chosen.log)
-    if mask:
-        resolve_mask(mask)
-    step(f"opening {data}")
-    training = open_data(data, split)
-    validation = open_data(data, validation_split) if validation_split else None
+    if options.mask:
+        resolve_mask(options.mask)
+    held_out = options.validation_split
+    step(f"opening {options.data}")
+    training = open_data(options.data, options.split)
+    validation = open_data(options.data, held_out) if held_out else None
     step(f"building {model}")
     classes = len(training.classes) or None
-    net: Converted | None = open_any(model, trust)
+    net: Converted | None = open_any(model, options.trust)
     if net is None:
-        net = open_converted(model, mask, options, weights=weights, num_classes=classes, trust=trust)
-    elif mask:
+        net = open_converted(
+            *(model, options.mask, options.conversion),
+            weights=options.weights,
+            num_classes=classes,
+            trust=options.trust,
+        )
+    elif options.mask:
         raise InvalidInput(
             "a network with exits, with gates or with a sampled input has no masks of its own.",
             next="leave out --mask.",
@@ -107,11 +98,11 @@ def finetune(
         net,
         training,
         chosen,
-        output=output,
+        output=options.output,
         validation=validation,
         augment=augmentation(chosen),
-        resume=resume,
-        device=device,
+        resume=options.resume,
+        device=options.device,
         on_step=training_steps(step, chosen.steps, chosen.batch * chosen.accumulate),
     )
     data_in_words = f"{training.name} ({len(training)} images)"
@@ -143,7 +134,9 @@ def _decided_by(net: Converted) -> str:
     return net.mask.spec() if isinstance(net, AdaptiveModel) else net.decided_by
 
 
-def make_settings(config: Path | None, overrides: dict[str, Any], objective_options: list[str]) -> Settings:
+def make_settings(
+    config: Path | None, overrides: dict[str, Any], objective_options: Sequence[str]
+) -> Settings:
     """Return the default settings, changed by a file, then by options.
 
     Raises:

@@ -118,9 +118,9 @@ def points_of(returned: Any, image: Tensor, count: int, where: str) -> list[Tens
 def _check_points(part: Any, index: int, image: Tensor, where: str) -> Tensor:
     """Check the points (n, 2) of one image; return them as float64 on its device."""
     try:
-        points = torch.as_tensor(part).detach()
+        points = part.detach() if isinstance(part, Tensor) else torch.as_tensor(part, device=image.device)
     except (TypeError, ValueError, RuntimeError):  # a detector may return anything
-        points = torch.empty(0)
+        points = torch.empty(0, device=image.device)
     if points.dim() == 2 and points.shape[1] == 2 and not points.is_complex():
         points = points.to(image.device, torch.float64)
         height, width = image.shape[2:]

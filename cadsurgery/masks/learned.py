@@ -96,7 +96,7 @@ class EstimatedMask(MaskProvider):
             torch.default_generator.manual_seed(self.seed)
             sizes = pairwise((inputs, *self.channels, outputs))
             convolutions = [
-                nn.Conv2d(*size, kernel, padding=kernel // 2)
+                nn.Conv2d(*size, kernel, padding=kernel // 2, device="cpu")
                 for size, kernel in zip(sizes, self.kernels, strict=True)
             ]
             layers = self.assemble(convolutions, device)
@@ -274,7 +274,7 @@ class LearnedMask(EstimatedMask):
         """Build the estimator; its initial bias keeps about the target share. `nn.Identity` marks the max-pooling."""
         first, two, three, last = convolutions
         share = min(max(self.fraction, 0.01), 0.99)
-        start = torch.tensor([math.log(share / (1 - share)), *(0.0,) * (last.out_channels - 1)])
+        start = torch.tensor([math.log(share / (1 - share)), *(0.0,) * (last.out_channels - 1)], device="cpu")
         last.bias = nn.Parameter(start)
         self._register_statistics(last.out_channels, device)
         return nn.Sequential(first, nn.ReLU(), two, nn.ReLU(), nn.Identity(), three, nn.ReLU(), last)

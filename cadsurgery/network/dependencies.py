@@ -118,7 +118,7 @@ class Cone:
             if read.name in self._places:
                 stage, size = self._places[read.name]
                 if needed is None:
-                    self._need(read, self._whole.at(stage, size).index >= 0, size)
+                    self._need(read, self._whole.resample(stage, size).index >= 0, size)
                 else:
                     self._need(read, needed, self._places[node.name][1])
 

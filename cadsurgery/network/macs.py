@@ -436,6 +436,7 @@ class Counter(GraphInterpreter):
         self.rows = 0  # rows computed by operations with windows
         # Per layer and lattice: MACs per element; total MACs of dense calls under None.
         self.work: dict[str, dict[Place, int]] = defaultdict(lambda: defaultdict(int))
+        self._of_rows: dict[fx.Node, Lattice] = {}
 
     def count(self, masking: Any, arguments: dict[str, Any]) -> Lattice:
         """Count a whole run on the arguments of a call by name, and return its lattice."""
@@ -449,17 +450,34 @@ class Counter(GraphInterpreter):
         value = super().run_node(n)
         if n.op in ("call_function", "call_method"):
             value = to_meta(value)  # also tensors that the network creates, e.g. by torch.zeros
+        lattice = self._lattice_of(n, value)
         origin, path = n.meta.get(WORK, ("", ""))
         if origin and path.startswith(self.prefix):
             executed = self.counter.macs - before
             count = self._published(n, value) if self.published else self._executed(n, value, executed)
             place, number = None, 1
-            if isinstance(value, Elements):
-                place, number = (value.lattice.stage, value.lattice.size), max(value.lattice.count, 1)
-                self.rows += value.lattice.count if "window" in n.kwargs else 0
+            if lattice is not None:
+                place, number = (lattice.stage, lattice.size), max(lattice.count, 1)
+                self.rows += lattice.count if "window" in n.kwargs else 0
             self.counts[origin] += count
             self.work[origin][place] += count // number
         return value
+
+    def _lattice_of(self, n: fx.Node, value: Any) -> Lattice | None:
+        """Return the lattice of elements, or of their rows on the way through modules; None for any other value."""
+        if isinstance(value, Elements):
+            return value.lattice
+        lattice: Lattice | None = next(
+            (self._of_rows[read] for read in n.all_input_nodes if read in self._of_rows), None
+        )
+        if n.target is functional.rows_on:
+            lattice = self.fetch_args_kwargs_from_env(n)[0][1]
+        elif n.target is getattr and n.args[1] == "rows":
+            lattice = self.fetch_args_kwargs_from_env(n)[0][0].lattice
+        if lattice is None or not isinstance(value, Tensor) or value.shape[:1] != (lattice.count,):
+            return None
+        self._of_rows[n] = lattice
+        return lattice
 
     def _executed(self, n: fx.Node, value: Any, executed: int) -> int:
         operation = operation_of(n.target)

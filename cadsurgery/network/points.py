@@ -219,7 +219,7 @@ class _Run:
     def parts(self) -> dict[str, Lattice]:
         """Return the elements that the points depend on, for each operation that creates new elements."""
         places = self._places()
-        exit = self.lattice.at(*places[self.exit.node.name])
+        exit = self.lattice.resample(*places[self.exit.node.name])
         anchors = reached(exit, read_points(exit, self._pixels(exit)))
         return Cone(self.exit.graph, places, self.lattice, self.exit.node, anchors).lattices
 

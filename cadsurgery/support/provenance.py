@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -167,8 +171,31 @@ def check_unclaimed(what: str, name: str, thing: Any, claimed: Mapping[str, Any]
         raise ValueError(f"{what} {name!r} is registered already, by {place}; choose another name")
 
 
+@cache
+def _of_file(path: Path) -> ModuleType:
+    """Run a Python file as a module, which finds what lies beside it; once in a process."""
+    if not path.is_file():
+        raise ImportError(f"there is no file {path}")
+    known = sys.modules.get(path.stem)
+    if known is not None and getattr(known, "__file__", None) == str(path):
+        return known
+    name = path.stem if known is None and path.stem not in sys.stdlib_module_names else f"{path.stem}_of_file"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # for a name that ends in .py
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
 def find_function(module: str, function: str) -> Any:
-    """Import a user's module and return its attribute of a name.
+    """Import a user's module, or run the Python file that is named instead of it, and return its attribute of a name.
 
     Raises:
         UnknownName: there is no such module, or no such name in it.
@@ -177,8 +204,10 @@ def find_function(module: str, function: str) -> Any:
     if refusal := _REFUSAL.get():
         raise refusal(f"import of {module}, for its {function}"[:400])
     try:
-        imported = importlib.import_module(module)
-    except (ImportError, ValueError) as error:
+        imported = (
+            _of_file(Path(module).resolve()) if module.endswith(".py") else importlib.import_module(module)
+        )
+    except (ImportError, ValueError, OSError) as error:
         known = [path.stem for path in Path().glob("*.py")] if getattr(error, "name", "") == module else []
         raise UnknownName(
             "module", module, closest(module, known), next=f"it cannot be imported: {error}."

@@ -158,7 +158,7 @@ def padding(node: fx.Node, facts: MapFacts) -> Treatment:
     if not any(known) and pads == known:
         return Treatment("pointwise", "Padding by nothing.", rows=Call(None, (node.args[0],)))
     if pads != known and (same := _same_for_readers(node, known, layout, mode, facts)) is not None:
-        arguments = (("pads", tuple(pads)), ("window", same))
+        arguments = (("pads", tuple(pads)), ("reader", same))
         why = "Padding that a stride asks for; it belongs to the window that reads it."
         call = functional.check_same_padding
         outside = same._replace(outside=float(value))

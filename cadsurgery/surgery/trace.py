@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from cadsurgery.support.errors import CannotConvert, describe_error
@@ -116,6 +117,7 @@ def trace(
     _spell_plainly(model, graph)
     _open_dataclass(graph)
     _make_in_place_explicit(model, graph)
+    _read_padded_maps_directly(model, graph)
     _follow_training_flag(graph)
     for node in reversed(graph.nodes):
         is_answered = asks(node) or node.op == "get_attr" or (is_argument(node) and node.op != "placeholder")
@@ -227,6 +229,29 @@ def _spell_plainly(model: nn.Module, graph: fx.Graph) -> None:
             names = getattr(kind, "__match_args__", ())
             if source.op != "call_module" and field in names:
                 node.target, node.args = operator.getitem, (source, names.index(field))
+
+
+def _read_padded_maps_directly(model: nn.Module, graph: fx.Graph) -> None:
+    """Let what reads a padded map through an operation that hands it on as it is (a norm that is switched off) read the
+    padded map: padding becomes part of the window that reads it."""
+    for node in list(graph.nodes):
+        source = node.args[0] if node.args else None
+        if not (isinstance(source, fx.Node) and _is_padding(model, source)) or node.kwargs:
+            continue
+        hands_on = node.op == "call_method" and node.target in ("contiguous", "clone") and len(node.args) == 1
+        if node.op == "call_module":
+            module = model.get_submodule(str(node.target))
+            hands_on = type(module) is nn.Identity and not (
+                module._forward_hooks or module._forward_pre_hooks
+            )
+        if hands_on:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _is_padding(model: nn.Module, node: fx.Node) -> bool:
+    module = type(model.get_submodule(str(node.target))) if node.op == "call_module" else None
+    return node.target is F.pad or getattr(module, "__module__", "") == "torch.nn.modules.padding"
 
 
 def _convert_like(name: fx.Node) -> None:

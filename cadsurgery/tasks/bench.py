@@ -92,7 +92,8 @@ def bench(
         networks: names, or modules, which keep their weights.
         mask: ranks the patches for `Budget`; anything `adaptify` accepts as a mask.
         fractions: budgets, each 0..1.
-        fill: one or more of "nearest", "linear" and "guided"; each gives an entry of its own, with the same twins.
+        fill: one or more of "nearest", "linear" and "guided", each of which gives an entry of its own, with the same
+            twins; "both" stands for the first two.
         picture: PNG to write.
         output: JSON Lines file; the rows of each network are appended as soon as they are measured.
         sides: sides of the user, timed in the same rounds on the same images; see `cadsurgery.tasks.side.Side`.
@@ -111,7 +112,7 @@ def bench(
         NotInstalled: the engine is not installed.
     """
     listed = [networks] if isinstance(networks, str | nn.Module) else list(networks)
-    setup = Benchmark(**options)
+    setup, fill = Benchmark(**options), ("nearest", "linear") if "both" in fill else fill
     for network in listed:
         if (made := open_any(network, trust)) is not None:
             _check_alone(listed, setup)

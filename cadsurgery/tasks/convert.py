@@ -36,6 +36,7 @@ from cadsurgery.support.progress import Step, within
 from cadsurgery.support.provenance import describe_run, find_device
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.verify import Check
+from cadsurgery.tasks.commands import ConvertOptions, MacsOptions, PlanOptions
 from cadsurgery.tasks.convert_report import ConversionReport
 from cadsurgery.tasks.open import check_options, example_batch, is_file, open_converted, original
 from cadsurgery.tasks.report import SLOWER, Row
@@ -48,48 +49,29 @@ _LISTED = 4  # other output strides in the report
 TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
 
 
-def convert(
-    *,
-    model: str,
-    weights: str,
-    mask: str,
-    options: dict[str, Any],
-    image: Path | None,
-    size: tuple[int, int] | None,
-    output: Path | None,
-    device: str,
-    verify_laws: bool,
-    rounds: int,
-    step: Step,
-    method: str = ADAPTIVE,
-    exits: Mapping[str, Any] | None = None,
-    gates: Mapping[str, Any] | None = None,
-    sampling: Mapping[str, Any] | None = None,
-) -> ConversionReport:
+def convert(*, model: str, options: ConvertOptions, step: Step) -> ConversionReport:
     """Build, convert, verify, measure and save a network; see `cadsurgery convert --help`."""
     methods = {kind.method: kind for kind in KINDS}
-    check_name("method", method, (ADAPTIVE, *methods))
+    check_name("method", options.method, (ADAPTIVE, *methods))
     make: Callable[[ConversionRequest], MethodConversion]
-    if kind := methods.get(method):
-        make, suffix = kind.convert, method
-        of_groups = {"exits": exits, "gates": gates, "sampler": sampling}
-        options = dict(of_groups[kind.network.group] or {})
+    if kind := methods.get(options.method):
+        make, suffix, own = kind.convert, options.method, getattr(options, kind.network.group)
     else:
-        resolve_mask(mask)  # a typo should not wait for the network to be built
-        make, suffix = partial(_adapt, mask), mask.partition(":")[0]
-    torch_device = find_device(device)
-    output = output or _default_output(model, suffix)
+        resolve_mask(options.mask)  # a typo should not wait for the network to be built
+        make, suffix, own = partial(_adapt, options.mask), options.mask.partition(":")[0], options.conversion
+    device = find_device(options.device)
+    output = options.output or _default_output(model, suffix)
     check_folder(output)
     step(f"building {model}")
-    before, source = original(model, weights)
+    before, source = original(model, options.weights)
 
     def example(source: Source) -> Tensor:
-        return example_batch(source, image, size).to(torch_device)
+        return example_batch(source, options.image, options.size).to(device)
 
     torch.manual_seed(0)  # new parameters of a method are the same in every run
-    made = make(ConversionRequest(before.to(torch_device), source, example, options, verify_laws, step))
+    made = make(ConversionRequest(before.to(device), source, example, dict(own), not options.no_verify, step))
     timing = {"seconds": TIMING_SECONDS, "step": within(step, "measuring")}
-    rows = measure(made.sides, made.batch, rounds, "name", **timing)
+    rows = measure(made.sides, made.batch, options.rounds, "name", **timing)
     beside = f"{output.name} holds the weights and names {source.weights}: keep both in one folder."
     notes = [*made.notes(rows), *[beside] * is_onnx(source.name)]
     step(f"writing {output}")
@@ -103,7 +85,7 @@ def convert(
         file=str(output),
         made=made.without_network(),
         notes=tuple(notes),
-        **describe_run(torch_device),
+        **describe_run(device),
     )
 
 
@@ -267,30 +249,16 @@ def _notes(plan: Plan, counted: MacReport) -> list[str]:
     return notes
 
 
-def make_or_read_plan(
-    model: str,
-    output_stride: tuple[int, int] | None,
-    region: str | list[str],
-    outputs: str = "fine",
-    size: tuple[int, int] | None = None,
-    coarsest: int | None = None,
-) -> AnyPlan:
+def make_or_read_plan(model: str, options: PlanOptions) -> AnyPlan:
     """Return the plan of a network by name, or the plan stored in a converted file of any method.
-
-    Args:
-        model: name, `module:function` or file.
-        output_stride, region, outputs, coarsest: see `cadsurgery.plan`.
-        size: (height, width) of the example image; default: small images.
 
     Raises:
         InvalidInput: options other than the defaults are given for a file.
     """
-    check_options(
-        model, {"output_stride": output_stride, "region": region, "outputs": outputs, "coarsest": coarsest}
-    )
-    check_size(size)
+    check_options(model, options.conversion)
+    check_size(options.size)
     if is_file(model):
-        if size is not None:
+        if options.size is not None:
             check_kind(model, CONVERTED)
             raise InvalidInput(
                 f"{model} is converted already: the size of its example cannot be changed.",
@@ -298,29 +266,21 @@ def make_or_read_plan(
             )
         return read_plan(model)
     network, source = original(model, "none")
-    example = example_batch(source, None, size) if size is not None else None
-    return make_plan(network, output_stride, region, example, outputs=outputs, coarsest=coarsest)  # type: ignore[arg-type]
+    example = example_batch(source, None, options.size) if options.size is not None else None
+    return make_plan(network, example_input=example, **options.conversion)
 
 
-def count(
-    model: str,
-    mask: str,
-    options: dict[str, Any],
-    image: Path | None,
-    size: tuple[int, int] | None,
-    rule: str,
-    trust: bool = False,
-) -> MacReport | AnytimeMacs | SampledMacs | ResampledMacs:
+def count(model: str, options: MacsOptions) -> MacReport | AnytimeMacs | SampledMacs | ResampledMacs:
     """Count the MACs of a network by name or of a converted file, of any method, on an image."""
-    check_options(model, options)
+    check_options(model, options.conversion)
     if is_file(model) and read_method(model):
-        net: Converted = load(model, mask=mask or None, trust=trust)
+        net: Converted = load(model, mask=options.mask or None, trust=options.trust)
     else:
-        net = open_converted(model, mask, options, trust=trust)
-    return net.macs(example_batch(pictures_for(net), image, size), rule=rule)
+        net = open_converted(model, options.mask, options.conversion, trust=options.trust)
+    return net.macs(example_batch(pictures_for(net), options.image, options.size), rule=options.rule)
 
 
-def count_dense(model: str, image: Path | None, size: tuple[int, int] | None, rule: str) -> dict[str, Any]:
+def count_dense(model: str, options: MacsOptions) -> dict[str, Any]:
     """Count the MACs of a network by name without converting it.
 
     Raises:
@@ -333,7 +293,7 @@ def count_dense(model: str, image: Path | None, size: tuple[int, int] | None, ru
             next="leave --dense out, which lists dense high and dense low too, or give the network's name.",
         )
     net, source = original(model, "none")
-    batch = example_batch(source, image, size)
-    counted = count_network(net, batch, rule=rule)
-    values = {"shape": list(batch.shape), "rule": rule, "macs": {"dense": counted.macs}}
+    batch = example_batch(source, options.image, options.size)
+    counted = count_network(net, batch, rule=options.rule)
+    values = {"shape": list(batch.shape), "rule": options.rule, "macs": {"dense": counted.macs}}
     return {**values, "not_counted": list(counted.not_counted)}

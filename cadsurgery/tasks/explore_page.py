@@ -18,6 +18,7 @@ from typing import Any
 from cadsurgery.data.images import SUFFIXES
 from cadsurgery.support.errors import CadError, import_optional
 from cadsurgery.support.progress import Step
+from cadsurgery.tasks.commands import ExploreOptions
 from cadsurgery.tasks.explore import (
     BUDGET,
     LIMITS,
@@ -36,9 +37,7 @@ _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "mo
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 
-def serve(
-    model: str, weights: str, device: str, trust: bool, *, port: int, rounds: int, browser: bool, step: Step
-) -> str:
+def serve(model: str, options: ExploreOptions, step: Step) -> str:
     """Open a network and serve its page in a thread of its own; return the address.
 
     Raises:
@@ -46,13 +45,15 @@ def serve(
     """
     _gradio()
     step(f"opening {model}")
-    subject = open_subject(model, weights, device, trust)
+    subject = open_subject(model, options.weights, options.device, options.trust)
     step("starting the page")
     try:
-        _, address, _ = launch(make_page(subject, rounds), port, browser)
+        _, address, _ = launch(make_page(subject, options.rounds), options.port, options.browser)
     except OSError as error:
         raise CadError(
-            f"the page cannot be served on port {port}.", why=str(error), next="choose another --port."
+            f"the page cannot be served on port {options.port}.",
+            why=str(error),
+            next="choose another --port.",
         ) from error
     return str(address)
 

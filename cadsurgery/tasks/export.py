@@ -17,49 +17,40 @@ from cadsurgery.network.model import pictures_for
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.files import check_folder
 from cadsurgery.support.progress import Step
+from cadsurgery.tasks.commands import ExportOptions
 from cadsurgery.tasks.open import example_batch, is_file, open_converted
-from cadsurgery.tasks.options import Exporting
 
 STATIC_MASK = f"{DEFAULT_MASK} | budget:fraction=0.3"
 
 
-def export_network(
-    model: str,
-    weights: str,
-    mask: str,
-    conversion: dict[str, Any],
-    size: tuple[int, int] | None,
-    output: Path,
-    options: Exporting,
-    step: Step,
-    trust: bool = False,
-) -> dict[str, Any]:
+def export_network(model: str, options: ExportOptions, step: Step) -> dict[str, Any]:
     """Export a network by name or a converted file; see `cadsurgery export --help`.
 
     Raises:
         InvalidInput: as in `cadsurgery.export`.
     """
+    mask, size, output, kind = options.mask, options.size, options.output, options.kind
     check_folder(output)
-    check_calibration(options.precision, options.calibration or None)
+    check_calibration(kind.precision, kind.calibration or None)
     step(f"building {model}")
-    kind, is_dynamic = format_of(output, options.to or None), options.dynamic or options.level_map
-    net = open_converted(model, mask, conversion, trust=trust) if is_file(model) else None
+    form, is_dynamic = format_of(output, kind.to or None), kind.dynamic or kind.level_map
+    net = open_converted(model, mask, options.conversion, trust=options.trust) if is_file(model) else None
     provider = (
         net.mask
         if net is not None
-        else resolve_mask(mask or (DEFAULT_MASK if kind == "onnx" else STATIC_MASK))
+        else resolve_mask(mask or (DEFAULT_MASK if form == "onnx" else STATIC_MASK))
     )
-    check_mask(provider, kind, is_dynamic, options.level_map)
+    check_mask(provider, form, is_dynamic, kind.level_map)
     if net is None:
-        net = open_converted(model, provider, conversion, weights=weights)
+        net = open_converted(model, provider, options.conversion, weights=options.weights)
     net.eval()
     source = pictures_for(net)
     first, second = (example_batch(source, None, size, seed) for seed in (0, 1))
-    if options.calibration:
+    if kind.calibration:
         step("reading the calibration images")
-    calibration = images_like(first, source, Path(options.calibration)) if options.calibration else None
-    changed = {"to": options.to or None, "calibration": calibration}
-    written = export(net, first, output, other=second, step=step, **{**vars(options), **changed})
+    calibration = images_like(first, source, Path(kind.calibration)) if kind.calibration else None
+    changed = {"to": kind.to or None, "calibration": calibration}
+    written = export(net, first, output, other=second, step=step, **{**vars(kind), **changed})
     with torch.inference_mode():
         net(second)
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from cadsurgery.support import files
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.progress import Step, counted
+from cadsurgery.tasks.commands import MaskOptions
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
 from cadsurgery.tasks.open import example_image, is_file, open_converted
 from cadsurgery.tasks.report import Report, Row, figure_picture, percent, plain
@@ -145,20 +146,7 @@ class MaskReport(Report):
         yield Text(f"wrote {self.file}", style="bold green")
 
 
-def draw_masks(
-    masks: Sequence[str],
-    *,
-    compare: bool,
-    image: str,
-    labels: Path | None,
-    size: tuple[int, int] | None,
-    model: str,
-    options: Mapping[str, Any],
-    output: Path,
-    step: Step,
-    weights: str = "auto",
-    trust: bool = False,
-) -> MaskReport:
+def draw_masks(image: str, options: MaskOptions, *, step: Step) -> MaskReport:
     """Draw masks on an image, for a network or for given strides; see `cadsurgery mask --help`.
 
     Several masks in a network are compared by the quality of its prediction and by its cost.
@@ -166,23 +154,24 @@ def draw_masks(
     Raises:
         InvalidInput: several masks without `compare`, or labels of another size than the image.
     """
+    masks, compare, model, size = options.masks, options.compare, options.model, options.size
     if len(masks) > 1 and not compare:
         raise InvalidInput(
             f"{len(masks)} masks for one picture.", next="add --compare to draw them side by side."
         )
-    check_picture(output)
+    check_picture(options.output)
     path = _existing(image)
     picture = example_image(path, size)
-    truth = _labels(labels, path, size, picture)
+    truth = _labels(options.labels, path, size, picture)
     asked = [(text, resolve_mask(text)) for text in masks]
     stored_mask, notes = None, [_NO_NETWORK]
     if model:
         step(f"building {model}")
-        net, stored_mask = _open(model, options, weights, trust)
+        net, stored_mask = _open(model, options.conversion, options.weights, options.trust)
         step("running it with everything kept high")
         stride, max_level, look, notes = _look_in(net, model, picture, compare)
     else:
-        stride, max_level, look = _look_bare(picture, **options)
+        stride, max_level, look = _look_bare(picture, **options.conversion)
     if not asked:
         examples = masks_to_compare(max_level, truth is not None) if compare else ()
         asked = [(text, resolve_mask(text)) for text in examples]
@@ -202,8 +191,8 @@ def draw_masks(
         figure = comparison_figure(picture, lattices, [_title(row) for row in rows], stride, title)
     else:
         figure = mask_figure(picture, lattices[0], stride, title=rows[0].mask)
-    write_picture(figure_picture(figure), output)
-    return MaskReport(tuple(rows), str(output), compare, tuple(notes))
+    write_picture(figure_picture(figure), options.output)
+    return MaskReport(tuple(rows), str(options.output), compare, tuple(notes))
 
 
 def _existing(image: str) -> Path | None:

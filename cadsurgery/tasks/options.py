@@ -27,12 +27,27 @@ def option(default: Any, help: str, **more: Any) -> Any:
     """Declare a dataclass field that a command has an option for.
 
     Args:
-        default: default of the field and of the option.
+        default: default of the field and of the option; `MISSING` if it must be given. A field annotated as a
+            `Sequence` is an option that can be repeated.
         help: help of the option; `{default}` stands for the default.
-        more: further properties of the option: `min`, `metavar`, a `name` other than the field's, and `read`, the
-            name of the parser of its value.
+        more: further properties of the option: `min`, `max`, `metavar`, a `name` other than the field's, a `short`
+            letter, `read`, the name of the parser of its value, and `none`, the value that stands for None.
     """
     return field(default=default, metadata={"help": help.replace("{default}", str(default)), **more})
+
+
+def part(kind: type, *names: str, is_whole: bool = False, **more: Any) -> Any:
+    """Declare a dataclass field for several options of a command: fields of another dataclass.
+
+    Args:
+        kind: the other dataclass.
+        names: names of its fields, in the order of the options; default: all fields.
+        is_whole: the value is an instance of the other dataclass, not a dictionary.
+        more: see `cadsurgery.cli.options.OptionsFrom`.
+    """
+    make: Callable[[], Any] = kind if is_whole else dict
+    options = {"kind": kind, "names": names, **more}
+    return field(default_factory=make, metadata={"help": f"see `{kind.__name__}`", "part": options})
 
 
 def documented(kind: type[D]) -> type[D]:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -24,13 +24,14 @@ from cadsurgery.data.stores import is_remote
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.methods.storage import load
 from cadsurgery.network.model import pictures_for
-from cadsurgery.network.optimized import BFLOAT16, FLOAT
+from cadsurgery.network.optimized import BFLOAT16
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.pipeline import ahead
 from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step
+from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.evaluation import refuse_images
 from cadsurgery.tasks.figures import CLASSES, OVERLAY, class_picture, prediction_picture
 from cadsurgery.tasks.manifest import fingerprint
@@ -58,14 +59,19 @@ class PredictionSettings:
     """
 
     file: str
-    mask: str = ""
-    size: tuple[int, int] | None = None
-    view: str = ""
-    device: str = "cpu"
-    precision: str = FLOAT
-    until: float = 0.0
-    batch: int = 1
-    trust: bool = False
+    mask: str = RunOptions.mask
+    size: tuple[int, int] | None = RunOptions.size
+    view: str = RunOptions.view
+    device: str = RunOptions.device
+    precision: str = RunOptions.precision
+    until: float = RunOptions.until
+    batch: int = RunOptions.batch
+    trust: bool = RunOptions.trust
+
+    @classmethod
+    def of(cls, file: str, options: RunOptions) -> PredictionSettings:
+        """Take the settings among the options of a run."""
+        return cls(file, *(getattr(options, entry.name) for entry in fields(cls)[1:]))
 
     def identity(self) -> dict[str, Any]:
         """Return what a manifest states: all that predictions depend on."""

@@ -32,6 +32,7 @@ from cadsurgery.support.launcher import world
 from cadsurgery.support.progress import Step
 from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks import ray_data
+from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import VIEWS, figure_picture, legend_figure
 from cadsurgery.tasks.manifest import Predictions
 from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row
@@ -53,20 +54,11 @@ _FOR_A_PROCESS = 8  # images from which on another process is started unless --w
 
 
 def predict(
-    file: str | Path,
-    images: Sequence[Path | str],
-    output: Path | str,
-    *,
-    step: Step,
-    fps: float = 25.0,
-    resume: bool = False,
-    workers: int | None = 1,
-    ray: str = "",
-    **options: Any,
+    file: str | Path, images: Sequence[Path | str], options: RunOptions, *, step: Step
 ) -> FilesReport:
     """Run a converted file on images and clips; what cannot be read is reported, and the others are processed.
 
-    A clip is a file or the number of a camera; if `output` is a clip, the only source may be a folder of frames, of
+    A clip is a file or the number of a camera; if the output is a clip, the only source may be a folder of frames, of
     which `fps` are shown per second. Frames are read, predicted and written one `batch` at a time. At Ctrl-C the clip
     ends with its last frame, the rest is left out, and the report says so. A `smooth` mask starts anew with each clip
     and with each folder of images.
@@ -79,7 +71,6 @@ def predict(
     or `local`, processes of Ray do.
 
     A folder of predictions has a manifest, `Predictions`; with `resume` the predictions in it are not made again.
-    Further `options` are those of `PredictionSettings`.
 
     Raises:
         InvalidInput: the options do not fit the network, a result would replace a file, the folder holds a
@@ -88,7 +79,8 @@ def predict(
         NotInstalled: clips, object storage or Ray need a package that is not installed.
     """
     _refuse_launchers()
-    settings = PredictionSettings(str(file), **options)
+    settings = PredictionSettings.of(str(file), options)
+    output, resume, workers, ray = options.output, options.resume, options.workers, options.ray
     check_size(settings.size)
     if settings.view:
         check_name("view", settings.view, VIEWS)
@@ -96,8 +88,8 @@ def predict(
     if ray and all(str(path).endswith(".parquet") for path in images):
         if resume:
             raise InvalidInput("--resume for Parquet.", next="leave --resume out, and name another --output.")
-        return ray_data.predict_tables([*map(str, images)], str(output), settings, ray, workers)
-    sources, own = _Sources([*map(str, images)], str(output)), find_device(settings.device)
+        return ray_data.predict_tables([*map(str, images)], output, settings, ray, workers)
+    sources, own = _Sources([*map(str, images)], output), find_device(settings.device)
     if sources.clips:
         pyav()  # refuse before any work
     converted = settings.load()
@@ -131,7 +123,7 @@ def predict(
         if predictor is None:
             answers = predict_in_processes(stills, settings, workers, pool)
         else:
-            clips = (predictor.clip_row(clip, fps, step, stopped) for clip in left(sources.clips))
+            clips = (predictor.clip_row(clip, options.fps, step, stopped) for clip in left(sources.clips))
             answers = chain(predictor.rows(stills), clips)
         _take_in(chain(answers, sources.refusals()), outcome, manifest, number, step)
     if number is None and outcome.counts.total() <= len(sources.failures):

@@ -39,7 +39,11 @@ class Column(Generic[Shown]):
         value = getattr(row, self.show, "")
         if value is None or value == "":
             return "-" if value is None else ""
-        return format(value, self.form) if isinstance(self.form, str) else self.form(value)
+        if not isinstance(self.form, str):
+            return self.form(value)
+        return format(
+            value, f"z{self.form}" if isinstance(value, float) and self.form else self.form
+        )  # no -0.0000
 
 
 _PLACE = 2  # characters of the number of a row

@@ -7,6 +7,8 @@ README.md says what is measured.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +16,44 @@ import typer
 
 from cadsurgery.cli import main as run_commands
 from cadsurgery.cli import options
-from cadsurgery.cli.keypoints import FOUND
-from cadsurgery.tasks.options import Conversion, Extraction
+from cadsurgery.tasks.commands import (
+    FOUND,
+    device_option,
+    rounds_option,
+    strides_option,
+    trust_option,
+    weights_option,
+)
+from cadsurgery.tasks.options import Conversion, Extraction, documented, option, part
 
 commands = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class MatchOptions:
+    """Options of the command."""
+
+    folder: Path = option(
+        MISSING,
+        "folder of sequences with images 1.*, 2.*, ... and H_1_2, ... (HPatches), or one sequence; or "
+        "images:FOLDER, photos that are matched with views of themselves",
+        name="data",
+    )
+    masks: Sequence[str] = option((Extraction.mask,), "repeatable", name="mask")
+    output_stride: Sequence[tuple[int, int]] = strides_option()
+    settings: Extraction = part(Extraction, *FOUND, is_whole=True)
+    weights: str = weights_option()
+    options: Mapping[str, Any] = part(Conversion, "region", "fill", "anchor", "pool", "normalisation")
+    everything: bool = option(
+        False, "include the eight HPatches sequences that the protocol omits", name="all_sequences"
+    )
+    rounds: int = rounds_option()
+    output: Path | None = option(None, "JSON file to write", short="o")
+    picture: Path | None = option(None, "PNG: accuracy against threshold and MACs")
+    matches: Path | None = option(None, "PNG: matches of the first pair")
+    device: str = device_option()
+    trust: bool = trust_option()
 
 
 @commands.command()
@@ -25,31 +61,7 @@ commands = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 def evaluate(
     *,
     network: options.Network,
-    folder: Annotated[
-        Path,
-        typer.Option(
-            "--data",
-            help="folder of sequences with images 1.*, 2.*, ... and H_1_2, ... (HPatches), or one sequence; or "
-            "images:FOLDER, photos that are matched with views of themselves",
-        ),
-    ],
-    masks: Annotated[list[str], typer.Option("--mask", help="repeatable")] = [Extraction.mask],  # noqa: B006
-    output_stride: options.Strides = [],  # noqa: B006
-    settings: Annotated[Extraction, options.OptionsFrom(Extraction, FOUND)],
-    weights: options.Weights = "auto",
-    options: Annotated[
-        dict[str, Any], options.OptionsFrom(Conversion, ("region", "fill", "anchor", "pool", "normalisation"))
-    ],
-    everything: Annotated[
-        bool,
-        typer.Option("--all-sequences", help="include the eight HPatches sequences that the protocol omits"),
-    ] = False,
-    rounds: options.Rounds = 3,
-    output: options.Report = None,
-    picture: Annotated[Path | None, typer.Option(help="PNG: accuracy against threshold and MACs")] = None,
-    matches: Annotated[Path | None, typer.Option(help="PNG: matches of the first pair")] = None,
-    device: options.Device = "cpu",
-    trust: options.Trust = False,
+    options: Annotated[dict[str, Any], options.OptionsFrom(MatchOptions, apart=True)],
     as_json: options.Json = False,
 ) -> None:
     """Match images with known homographies: accuracy at 1 to 15 pixels, MACs and time, for several masks.

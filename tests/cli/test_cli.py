@@ -1,10 +1,13 @@
-"""The command line: what each command prints, writes and exits with."""
+"""The command line: options reach the tasks, and what commands print, write and exit with."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -13,18 +16,24 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Cap, Run, slow
+from conftest import ROOT, Cap, Run
 from PIL import Image
+from typer.main import get_command
 
 import cadsurgery as cs
 from cadsurgery import cli
+from cadsurgery.cli.main import make_app
 from cadsurgery.kernels import isa, load
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.support.processor import processor_in_words
 from cadsurgery.support.timing import Timing
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.tasks import bench, side
+from cadsurgery.tasks import bench, commands, side
+from cadsurgery.tasks import options as options_of_tasks
 from cadsurgery.tasks.bench_report import BenchReport, BenchSetting
+from cadsurgery.tasks.evaluation import evaluate
+from cadsurgery.tasks.keypoints import extract
+from cadsurgery.tasks.recommend import recommend
 
 SIZE = (96, 128)
 COMMANDS = (
@@ -153,6 +162,7 @@ def test_every_command_explains_itself_and_has_json(run: Run, command: str) -> N
 
 
 COMMAND = '''
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 import typer
@@ -166,18 +176,20 @@ class Greeting:
     words: str = option("good day", "said first; default {default}")
     times: int = option(2, "how often", min=1, name="repeat")
     loud: bool = option(False, "in capitals")
+    days: Sequence[str] = option((), "repeatable", name="day")
+    most: int | None = option(None, "0 for any number", none=0, short="m")
 
 @commands.command()
 @options.command
 def greet(
     *,
     name: Annotated[str, typer.Argument(help="of whom")],
-    greeting: Annotated[dict[str, Any], options.OptionsFrom(Greeting)],
+    greeting: Greeting,
     given: Annotated[dict[str, Any], options.OptionsFrom(options.Conversion, ("fill", "region"), given=True)],
     as_json: options.Json = False,
 ) -> None:
     """Say something."""
-    screen.show({"name": name, **vars(Greeting(**greeting)), "given": given}, name, as_json)
+    screen.show({"name": name, **vars(greeting), "given": given}, name, as_json)
 '''
 
 
@@ -195,12 +207,67 @@ def test_a_new_command_is_one_file_and_has_its_options_from_a_dataclass(
             and "--no-loud" not in shown
         )
         given = run("greet", "you", "--json").json
-        assert given == {"name": "you", "words": "good day", "times": 2, "loud": False, "given": {}}
+        assert given == {
+            "name": "you",
+            "words": "good day",
+            "times": 2,
+            "loud": False,
+            "days": [],
+            "most": None,
+            "given": {},
+        }
         told = run("greet", "you", "--repeat", 3, "--loud", "--region", "a,b", "--json").json
         assert told["times"] == 3 and told["loud"] is True and told["given"] == {"region": ["a", "b"]}
+        more = run("greet", "you", "--day", "one", "--day", "two", "-m", 3, "--json").json
+        assert more["days"] == ["one", "two"] and more["most"] == 3
         assert run("greet", "you", "--repeat", 0).code == 2
     finally:
         sys.modules.pop("cadsurgery.cli.greeting", None)
+
+
+def test_every_option_of_every_command_is_a_field_of_a_dataclass() -> None:
+    kinds = [
+        kind
+        for module in (commands, options_of_tasks)
+        for kind in vars(module).values()
+        if is_dataclass(kind)
+    ]
+    told = tuple(field.metadata.get("help", "") for kind in kinds for field in fields(kind))
+    for name, command in all_commands():
+        for option in (one for one in command.params if one.param_type_name == "option"):
+            is_shared = option.name == "as_json" or option.name.endswith("_by_option")
+            assert is_shared or option.help.endswith(told), f"{name} {option.opts}"
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (evaluate, commands.EvalOptions),
+        (bench.bench, commands.BenchOptions),
+        (recommend, commands.RecommendOptions),
+        (extract, commands.KeypointsOptions),
+    ],
+)
+def test_functions_of_python_have_the_defaults_of_their_commands(function: Any, kind: Any) -> None:
+    parameters = inspect.signature(function).parameters
+    plain = [field for field in fields(kind) if "part" not in field.metadata]
+    assert {field.name for field in plain} <= parameters.keys()
+    stated = {field.name: field.default for field in plain if field.default is not MISSING}
+    own = {name: parameters[name].default for name in stated}
+    needed = {name for name, value in own.items() if value is inspect.Parameter.empty}
+    assert needed <= {"output"}
+    assert all(stated[name] == value for name, value in own.items() if name not in needed)
+
+
+def all_commands() -> Iterator[tuple[str, Any]]:
+    """Names and objects of all commands."""
+    groups = [("", get_command(make_app()))]
+    for name, group in groups:
+        for own, command in group.commands.items():
+            if hasattr(command, "commands"):
+                groups.append((f"{name} {own}", command))
+            else:
+                yield f"{name} {own}".strip(), command
 
 
 @pytest.mark.parametrize("command", ["macs", "export"])
@@ -289,7 +356,6 @@ REFUSED = [
     (["run", "net.safetensors", "images", "--output", "usernets.py", "--trust"], "FileError", "--output"),
     (["convert", "--model", "usernets:segmenter", "--output", "no/net.safetensors"], "FileError", "--output"),
     (["convert", "--model", "usernets:segmenter", "--weights", "missing.pth"], "FileError", "path"),
-    (["export", "usernets:segmenter", "--mask", "edges"], "InvalidInput", 'mask="edges:'),
     (["export", "usernets:segmenter", "--mask", "edges"], "InvalidInput", "| budget:fraction=0.3"),
     (["export", "usernets:segmenter", "--mask", "confidence | budget"], "InvalidInput", "--level-map"),
     (["export", "usernets:segmenter", "--output", "no/net.pt2"], "FileError", "--output"),
@@ -353,21 +419,6 @@ def test_list_of_nothing_is_empty(run: Run) -> None:
     assert run("list", "zzzz", "--json") == (0, "[]\n", "")
 
 
-@pytest.mark.slow
-def test_convert_takes_a_detector(run: Run, tmp_path: Path) -> None:
-    """Its backbone is converted inside it; MACs are the backbone's."""
-    path = tmp_path / "net.safetensors"
-    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
-    options = ("--weights", "none", "--size", "64x96", "--rounds", "0", "--no-verify", "--output", str(path))
-    report = run("convert", "--model", name, *options, "--json").json
-    original, high, converted, _ = report["sides"]
-    assert original["macs"] < converted["macs"] <= high["macs"]
-    net = cs.load(path)
-    with torch.no_grad():
-        (found,) = net([torch.rand(3, 64, 96)])
-    assert found.keys() == {"boxes", "labels", "scores"} and net.plan.part == "backbone"
-
-
 def test_list_masks_tells_options_and_source(run: Run) -> None:
     masks = {info["name"]: info for info in run("list", "--masks", "--json").json}
     assert {"all", "none", "edges", "random"} <= masks.keys()
@@ -393,35 +444,15 @@ def test_plan_shows_the_region_and_with_all_every_node(run: Run) -> None:
     assert "_0 " in whole.out
 
 
-def test_plan_takes_stride_and_region(run: Run) -> None:
-    arguments = ("plan", "--model", "resnet18", "--output-stride", "8,16", "--region", "layer3,layer4")
-    found = run(*arguments, "--json").json
-    assert found["output_stride"] == [8, 16] and found["region"] == ["layer3", "layer4"]
-
-
 def test_plan_of_a_converted_file_is_the_one_it_was_converted_with(run: Run, file: Path) -> None:
     assert Plan.from_json(run("plan", "--model", file, "--json").out) == cs.load(file, trust=True).plan
 
 
-@pytest.mark.parametrize("rule", ["conv", "published"])
-def test_macs_counts_layers_and_totals(run: Run, rule: str) -> None:
-    result = run("macs", "--model", "resnet18", *options("--rule", rule), "--json")
-    assert result.code == 0 and result.json["rule"] == rule and result.json["shape"] == [1, 3, *SIZE]
-    totals, layers = result.json["macs"], result.json["layers"]
-    assert totals["low"] < totals["mask"] <= totals["high"]
-    for name, total in totals.items():
-        assert sum(layer[name] for layer in layers) == total
-    assert all(layer.keys() >= {"layer", "operation", "mask", "high", "low", "given"} for layer in layers)
-    assert 0 < result.json["active_fraction"] <= 1
-
-
-def test_macs_by_both_rules_differ_and_a_mask_moves_them(run: Run) -> None:
-    def total(*given: str) -> dict[str, int]:
-        return run("macs", "--model", "usernets:segmenter", *options(*given), "--json").json["macs"]
-
-    assert total("--rule", "published")["high"] > total()["high"]
-    assert total("--mask", "none")["mask"] == total()["low"]
-    assert total("--mask", "all")["mask"] == total()["high"]
+def test_macs_takes_rule_mask_and_size(run: Run) -> None:
+    given = options("macs", "usernets:segmenter", "--rule", "published", "--mask", "none")
+    told = run(*given, "--json").json
+    assert told["rule"] == "published" and told["shape"] == [1, 3, *SIZE] and told["layers"]
+    assert told["macs"]["mask"] == told["macs"]["low"] and told["active_fraction"] == 0
 
 
 def test_macs_counts_a_network_as_it_is(run: Run, file: Path) -> None:
@@ -437,12 +468,6 @@ def test_macs_counts_a_network_as_it_is(run: Run, file: Path) -> None:
     assert "layers" not in run("macs", *segmenter, "--total", "--json").json
     refused = run("macs", "--trust", "--model", file, "--dense")
     assert refused.code == 1 and "converted network" in refused.err
-
-
-def test_macs_of_a_converted_file_use_its_mask_or_another(run: Run, file: Path) -> None:
-    stored = run("macs", "--trust", "--model", file, *options(), "--json").json
-    other = run("macs", "--trust", "--model", file, *options("--mask", "none"), "--json").json
-    assert other["macs"]["mask"] == stored["macs"]["low"] < stored["macs"]["mask"]
 
 
 def test_a_mask_behind_a_pipe_is_read_by_every_command(run: Run) -> None:
@@ -501,24 +526,6 @@ def test_compared_masks_stand_side_by_side_with_what_they_cost(run: Run, tmp_pat
     assert (
         "edges | budget:fraction=0.25" in table and "active fraction" in table and "wrote mask.png" in table
     )
-
-
-LOOKING = ("confidence | budget:fraction=0.25", "learned:channels=8/6/4", "detail")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", [slow("usernets:segmenter"), "net.safetensors"])
-def test_masks_that_look_at_a_network_count_what_they_look_at(run: Run, file: Path, model: str) -> None:
-    given = [part for mask in LOOKING for part in ("--mask", mask)]
-    network = ("--model", model, "--trust")
-    rows = run("mask", *options(*network, *given, "--compare"), "--json").json["masks"]
-    for row, mask in zip(rows, LOOKING, strict=True):
-        counted = run("macs", *network, *options("--mask", mask), "--json").json
-        assert row["macs"].items() >= counted["macs"].items()
-        assert row["active_fraction"] == counted["active_fraction"]
-        assert row["of_high"] == counted["macs"]["mask"] / counted["macs"]["high"]
-    assert rows[0]["active_fraction"] == 0.25
-    assert "MACs" in run("mask", *options(*network, *given, "--compare")).out
 
 
 @pytest.mark.slow
@@ -865,16 +872,6 @@ def test_run_takes_bfloat16_and_refuses_8_bits_with_the_command_that_writes_a_fi
     assert told.code == 1 and "int7" in told.json["what"]
 
 
-def test_run_does_not_write_two_images_of_one_name_into_one_file(
-    run: Run, file: Path, folder: Path, tmp_path: Path
-) -> None:
-    (folder / "more").mkdir()
-    (folder / "more" / "first.png").write_bytes((folder / "first.png").read_bytes())
-    result = run("run", file, "--trust", folder, "--output", "out", "--json")
-    outputs = [row["output"] for row in result.json["images"]]
-    assert len(outputs) == 3 and len(set(outputs)) == 3 and all(Path(path).is_file() for path in outputs)
-
-
 @pytest.mark.slow
 def test_run_refuses_a_network_without_maps_image_by_image(run: Run, folder: Path, tmp_path: Path) -> None:
     net = cs.adaptify(cs.build_model("resnet18", "none"), "none", verify_laws=False)
@@ -882,16 +879,6 @@ def test_run_refuses_a_network_without_maps_image_by_image(run: Run, folder: Pat
     result = run("run", "classifier.safetensors", folder / "first.png", "--json")
     assert result.json["images"] == [] and "not a map" in result.json["failed"][0]["what"]
     assert result.code == 1
-
-
-def test_a_truncated_file_is_refused_by_every_command_that_reads_one(
-    run: Run, file: Path, folder: Path
-) -> None:
-    file.write_bytes(file.read_bytes()[:-10])
-    for arguments in (("plan", "--model", file), ("macs", "--model", file), ("run", file, folder)):
-        result = run(*arguments, "--json")
-        assert result.code == 1 and result.json["error"] == "FileError"
-        assert "truncated" in result.json["why"]
 
 
 # -- export --------------------------------------------------------------------------------------------
@@ -909,21 +896,6 @@ def test_export_writes_a_program_that_gives_what_the_network_gives(run: Run, tmp
     assert "budget:fraction=0.3" in found["mask"]
     program = torch.export.load(tmp_path / "network.pt2").module()
     assert program(torch.zeros(1, 3, 96, 128)).shape[:2] == (1, 10)
-
-
-@pytest.mark.slow
-def test_export_takes_a_converted_file_and_another_mask(run: Run, file: Path, tmp_path: Path) -> None:
-    """Figures in words."""
-    mask = ("--mask", "edges | budget:fraction=0.5")
-    told = run("export", file, "--trust", *mask, "--size", "96x128", "-o", "other.pt2")
-    assert told.code == 0 and "wrote other.pt2" in told.out and "largest difference" in told.out
-    assert (tmp_path / "other.pt2").exists()
-
-
-def test_export_of_a_refused_mask_writes_nothing(run: Run, file: Path, tmp_path: Path) -> None:
-    before = sorted(tmp_path.glob("[!_]*"))  # Python may keep the compiled code of the module
-    assert run("export", file, "--trust", "--mask", "edges").code == 1
-    assert sorted(tmp_path.glob("[!_]*")) == before
 
 
 def test_the_size_of_what_is_returned_is_chosen(run: Run) -> None:

@@ -7,6 +7,8 @@ import sys
 import types
 import warnings
 from pathlib import Path
+from typing import Literal
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -72,6 +74,26 @@ def test_a_folder_gives_images_in_order_and_labels_with_ignored_ones_as_255(fold
     stored = torch.from_numpy(some_labels(4).astype(np.int64))
     assert torch.equal(labels, torch.where(stored == 3, IGNORED, stored)) and (labels == IGNORED).any()
     assert torch.equal(image, torch.from_numpy(some_image()).permute(2, 0, 1).float() / 255)
+
+
+def test_a_path_may_hold_commas(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "sites, 2026" / "a,classes=9"
+    place.parent.mkdir()
+    (folder / "train").rename(place)
+    for text, split in ((spec(place), "all"), (f"images:{place}/images", "all")):
+        assert len(cs.open_data(text, split)) == 2
+    assert cs.open_data(spec(place), "all").classes == ("class 0", "class 1", "class 2")
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_labels_have_the_name_of_their_image_in_either_form_of_unicode(
+    tmp_path: Path, forms: tuple[Literal["NFC", "NFD"], Literal["NFC", "NFD"]]
+) -> None:
+    image, labels = (normalize(form, "Z\u00fcrich \u00c5") for form in forms)
+    write(tmp_path / "images" / f"{image}.png", some_image())
+    write(tmp_path / "labels" / f"{labels}.png", some_labels(3))
+    data = cs.open_data(spec(tmp_path), "all")
+    assert torch.equal(data[0][1], torch.from_numpy(some_labels(3).astype(np.int64)))
 
 
 def test_classes_can_be_named_and_several_values_ignored(folder: Path) -> None:

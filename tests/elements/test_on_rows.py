@@ -87,7 +87,9 @@ def test_gradients_pass() -> None:
     assert rows.grad is not None and bool((rows.grad > 0).all())
 
 
-@pytest.mark.parametrize("operation", [operator.add, torch.add, F.relu, "add", keep], ids=str)
+@pytest.mark.parametrize(
+    "operation", [operator.add, torch.add, F.relu, "add", keep], ids=lambda one: getattr(one, "__name__", one)
+)
 def test_generated_code_and_pickles_hold_it(operation: Any) -> None:
     on_rows = OnRows(operation, "bchw", (2, "a join"))
     assert pickle.loads(pickle.dumps(on_rows)) == on_rows

@@ -14,8 +14,8 @@ from random_calls import random_calls
 import cadsurgery as cs
 
 EXACT = 1e-9
-QUICK, TOGETHER = 3, 27
-ALL = 1000 if "CADSURGERY_SEEDS" not in os.environ else 3 * int(os.environ["CADSURGERY_SEEDS"])
+QUICK, TOGETHER = 2, 25
+ALL = 500 if "CADSURGERY_SEEDS" not in os.environ else 3 * int(os.environ["CADSURGERY_SEEDS"])
 
 
 def result(call: Any) -> Any:

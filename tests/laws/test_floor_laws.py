@@ -6,13 +6,14 @@ apart, in an interpreter of the network's own graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import covering
+from conftest import assert_same, covering
 from networks import unverified
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -271,3 +272,49 @@ def test_it_cannot_be_bucketed() -> None:
 def test_what_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(cs.InvalidInput, match=words):
         cs.adaptify(network("unet", torch.float32), "none", **options)
+
+
+class HandsOn(nn.Module):
+    """Pads a map, hands it on, and reads it by a window."""
+
+    def __init__(self, pad: nn.Module, on: Callable[[Tensor], Tensor] | nn.Module) -> None:
+        super().__init__()
+        self.first, self.pad, self.on = nn.Conv2d(3, 8, 3, 2, 1), pad, on
+        self.pool, self.second, self.last = nn.MaxPool2d(3, 2), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(self.pool(self.on(self.pad(self.first(x)))).relu()))
+
+
+@pytest.mark.parametrize("pad", [nn.ConstantPad2d(1, 0.0), nn.ConstantPad2d(1, 2.0), nn.ReflectionPad2d(1)])
+@pytest.mark.parametrize(
+    "on",
+    [
+        nn.Identity(),
+        nn.Sequential(nn.Identity(), nn.Identity()),
+        lambda x: x.contiguous(),
+        lambda x: x.clone(),
+    ],
+    ids=["a norm that is switched off", "two", "contiguous", "clone"],
+)
+def test_padding_that_is_handed_on_as_it_is_belongs_to_the_window_that_reads_it(
+    pad: nn.Module, on: Any
+) -> None:
+    torch.manual_seed(0)
+    model, image = HandsOn(pad, on).eval(), torch.rand(2, 3, 67, 98)
+    net = cs.adaptify(model, "edges", coarsest=16, example_input=torch.rand(1, 3, 64, 96))
+    assert any(check.law.startswith("floors side by side") for check in net.checks)
+    with torch.no_grad():
+        assert_same(net(image, mask="all"), model(image), 1e-5)
+        assert not torch.equal(net(image, mask="none"), model(image))
+
+
+def test_an_identity_whose_hooks_are_asked_for_keeps_its_place() -> None:
+    seen: list[Tensor] = []
+    model = HandsOn(nn.ConstantPad2d(1, 0.0), nn.Identity()).eval()
+    model.on.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    net = cs.adaptify(model, "edges", output_stride=(4, 8), example_input=torch.rand(1, 3, 64, 96))
+    seen.clear()
+    with torch.no_grad():
+        net(torch.rand(1, 3, 64, 96))
+    assert seen

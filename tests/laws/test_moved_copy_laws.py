@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images
+from conftest import assert_same, covering, images, slow
 from networks import seeded
 from torch import Tensor, nn
 
@@ -109,10 +109,10 @@ def after_another(run: Run, x: Tensor) -> Tensor:
     return run(x.flip(3).roll(64, 3)).roll(-64, 3).flip(3)
 
 
-WAYS = (
-    *(flipped, flipped_both_ways, upside_down, rolled, rolled_down, turned, turned_upside_down, transposed),
-    *(permuted, right_half, from_the_end, narrowed, chunked, selected, padded, padded_around, warped, larger),
-    after_another,
+WAYS = (  # one of each kind of move by default
+    *(flipped, rolled, turned, transposed, from_the_end, chunked, padded),
+    *map(slow, (flipped_both_ways, upside_down, rolled_down, turned_upside_down, permuted, right_half)),
+    *map(slow, (narrowed, selected, padded_around, warped, larger, after_another)),
 )
 
 
@@ -174,7 +174,7 @@ def test_what_is_kept_is_as_if_all_were_kept(
     assert any(decision.action == "adapt" for decision in net.plan.decisions)
 
 
-@pytest.mark.parametrize("way", [flipped, rolled, turned, transposed, padded])
+@pytest.mark.parametrize("way", [flipped, *map(slow, (rolled, turned, transposed, padded))])
 @torch.no_grad()
 def test_copies_of_later_maps_are_none_of_the_masks_either(way: Callable[[Run, Tensor], Tensor]) -> None:
     """A map of the stem is moved, before the maps that the mask decides about."""

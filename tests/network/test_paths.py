@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from conftest import images, relative_error, slow
-from networks import Segmenter, Undecided, build, randomise, strided, thin, unverified
+from conftest import images, relative_error
+from networks import Segmenter, Undecided, randomise, strided, unverified
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from training import SIZE, Scenes, adaptive
 
 import cadsurgery as cs
-from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.data.images import normalise
 from cadsurgery.finetune import Blend, Draw, Objective, Settings, calibrate, fit
 from cadsurgery.finetune.groups import freeze_unused, make_groups
@@ -32,17 +29,6 @@ double = torch.float64
 
 def convert(model: nn.Module, x: Tensor, mask: object = "none", **options: Any) -> cs.AdaptiveModel:
     return unverified(model, mask, example_input=x[:1], **options)
-
-
-def everywhere(level: int) -> Callable[[Tensor, FineMapSpec], Tensor]:
-    """All weight on one level."""
-
-    def weigh(features: Tensor, grid: FineMapSpec) -> Tensor:
-        weights = features.new_zeros(grid.batch, grid.max_level + 1, *grid.size)
-        weights[:, level] = 1
-        return weights
-
-    return weigh
 
 
 class Branches(nn.Module):
@@ -62,40 +48,6 @@ class Branches(nn.Module):
         low = self.two(self.one(self.stem(x)))
         dense = self.head(torch.cumsum(low, 3)) + self.pooled(low)[:, :4]  # cumsum has no rule
         return {"dense": dense, "low": low}
-
-
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "basic blocks": (lambda: build("resnet18", by=4), {}),
-    "bottlenecks, two levels": (lambda: build("resnet50", by=4), {"output_stride": (8, 16)}),
-    "dilated, with an auxiliary head": (lambda: build("fcn_resnet50", aux_loss=True, by=4), {}),
-    "backbone only": (lambda: build("lraspp_mobilenet_v3_large", by=4), {"region": "backbone"}),
-    "squeeze-excite": (lambda: thin(partial(timm.create_model, "seresnet18", num_classes=5)), {}),
-    "channels last": (lambda: randomise(timm.create_model("convnext_atto", num_classes=5)), {}),
-    "several maps": (lambda: randomise(timm.create_model("regnety_002", features_only=True)), {}),
-    "branches": (lambda: randomise(Branches()), {"output_stride": (2, 8)}),
-    "decoder": (lambda: randomise(subject("scenes:FeaturePyramid", CHECKOUT).build()), {}),
-}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        slow(name) if name in ("bottlenecks, two levels", "channels last", "several maps") else name
-        for name in NETWORKS
-    ],
-)
-def test_with_all_weight_on_a_level_it_is_that_level_everywhere(name: str) -> None:
-    make, options = NETWORKS[name]
-    x = images(2, 65, 97, double)
-    net = convert(make().double().eval(), x, **options)
-    with torch.no_grad():
-        net(x)
-        size = net.levels.shape
-        for level in range(net.geometry.max_level + 1):
-            found, expected = blend(net, (x,), everywhere(level)), net(x, mask=torch.full(size, level))
-            assert type(found) is type(expected)
-            pairs = zip(tree_leaves(found), tree_leaves(expected), strict=True)
-            assert all(relative_error(*pair) < 1e-12 for pair in pairs)
 
 
 @pytest.mark.parametrize("spacing", [1, 4])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -49,17 +48,6 @@ def adapted(model: nn.Module | None = None) -> cs.AdaptiveModel:
     )
 
 
-def levels_at(net: cs.AdaptiveModel) -> Callable[..., Any]:
-    """A masking with one random level map."""
-
-    def masking(_: Tensor, features: Tensor) -> Any:
-        generator = torch.Generator().manual_seed(1)
-        size = (features.shape[0], *features.shape[2:])
-        return net.geometry.lattice(torch.randint(net.geometry.max_level + 1, size, generator=generator))
-
-    return masking
-
-
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_a_copy_runs_the_same_program_on_its_own_modules(
     copied: Callable[[cs.AdaptiveModel], cs.AdaptiveModel],
@@ -72,18 +60,6 @@ def test_a_copy_runs_the_same_program_on_its_own_modules(
     nn.init.ones_(clone.get_parameter("body.2.bias"))
     assert torch.equal(clone(x)["eighth"], torch.ones_like(expected))
     assert torch.equal(net(x)["eighth"], expected)
-
-
-def test_its_halves_are_the_whole_and_a_call_is_its_run() -> None:
-    net, x = adapted(), torch.randn(2, 3, 64, 96)
-    program, masking = net.program, levels_at(net)
-    arguments = program.bind(x)
-    whole, lattice = program(masking, arguments)
-    halves, again = program.after(masking, program.before(arguments))
-    called = net(x, mask=lattice.levels)
-    assert torch.equal(lattice.levels, again.levels) and torch.equal(net.levels, lattice.levels)
-    assert whole.keys() == halves.keys() == called.keys() == net.run(masking, x).keys()
-    assert all(torch.equal(whole[key], halves[key]) and torch.equal(whole[key], called[key]) for key in whole)
 
 
 def test_a_host_answers_for_its_part() -> None:

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from conftest import assert_same, covering, images, random_levels, slow
 from networks import Undecided, randomise, unverified
 from torch import Tensor, nn
-from torchvision.models.convnext import CNBlock
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.mobilenetv3 import InvertedResidual as SqueezedResidual
 from torchvision.models.mobilenetv3 import InvertedResidualConfig
@@ -35,8 +34,7 @@ from cadsurgery.network.points import readable
 Size = tuple[int, int]
 SIZE: Size = (65, 97)
 FILLS = ("linear", "nearest", "guided")
-# Random sets of points for each network; few by default.
-SEEDS = (*range(3), *map(slow, range(3, 6)))
+SEEDS = range(3)  # of random sets of points for each network
 REACHES = pytest.mark.parametrize("reach", ["all", "receptive"])
 PUBLISHED = {"anchor": "center", "fill": "nearest", "pool": "drop", "patch": "block"}
 
@@ -135,54 +133,18 @@ def pools() -> nn.Module:
     )
 
 
-class Beside(nn.Module):
-    """A join with what lies beside a place, but not there."""
+class Same(nn.Module):
+    """Pads in front of each stride by what the size of the map asks for, as networks ported from TensorFlow do."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 2, 1, 1, dilation=2)
+        self.layers = nn.ModuleList(nn.Conv2d(16 if place else 3, 16, 3, 2) for place in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.conv(x))
-
-
-def grouped() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, 2, 1),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, 2, 1, groups=4),
-        nn.LeakyReLU(0.1),
-        nn.Conv2d(32, 32, 3, 2, 1, groups=2),
-        Beside(32),
-        nn.Conv2d(32, 16, 3, 1, 2, dilation=2),
-    )
-
-
-def channels_last() -> nn.Module:
-    """As ConvNeXt: linear layers and layer norm on the last axis."""
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 2, 2),
-        *(CNBlock(16, 0.5, 0.0), nn.Conv2d(16, 16, 2, 2), CNBlock(16, 0.5, 0.0), nn.Conv2d(16, 16, 2, 2)),
-    )
-
-
-class Halves(nn.Module):
-    """As ShuffleNet: half of the channels pass, half are convolved with what lies beside."""
-
-    def __init__(self, channels: int, first: bool) -> None:
-        super().__init__()
-        self.conv, self.first = nn.Conv2d(channels // 2, channels // 2, 2, 1, 1, dilation=2), first
-
-    def forward(self, x: Tensor) -> Tensor:
-        one, other = x.chunk(2, 1)
-        return torch.cat((self.conv(one), other) if self.first else (one, self.conv(other)), 1)
-
-
-def split() -> nn.Module:
-    return nn.Sequential(
-        *(nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 2, 1), Halves(32, True), nn.ReLU()),
-        *(nn.Conv2d(32, 32, 3, 2, 1), Halves(32, False)),
-    )
+        for layer in self.layers:
+            rows, columns = (max((-(-n // 2) - 1) * 2 + 3 - n, 0) for n in x.shape[2:])
+            x = F.relu(layer(F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))))
+        return x
 
 
 class Decoding(nn.Module):
@@ -220,18 +182,16 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "depthwise": depthwise,
     "squeezed": squeezed,
     "pools": pools,
-    "grouped": grouped,
-    "channels last": channels_last,
-    "split": split,
+    "same": Same,
     "decoding": Decoding,
     "spreading": TransposedConvolution,
 }
-FEW = ("squeezed", "channels last", "spreading")
+FEW = ("squeezed", "same", "spreading")
 
 
 def size_of(name: str) -> Size:
-    """Of test images: odd, but for a network that must find its own way back up."""
-    return (64, 96) if name in ("decoding", "spreading") else SIZE
+    """Of test images: odd, but for networks that find their own way back up or pad by what a size asks for."""
+    return (64, 96) if name in ("decoding", "same", "spreading") else SIZE
 
 
 def convert(model: nn.Module, dtype: torch.dtype = torch.float32, **options: Any) -> cs.AdaptiveModel:
@@ -348,7 +308,7 @@ def test_rows_are_those_of_the_published_geometry_too(name: str, options: dict[s
     assert_rows(cs.read_at(net, x, points, mask=levels, reach=reach), expected, limit(reach))
 
 
-@pytest.mark.parametrize("name", [name if name in FEW else slow(name) for name in BUILDERS])
+@pytest.mark.parametrize("name", FEW)
 @torch.no_grad()
 def test_bfloat16_rows_are_those_of_the_dense_output(name: str) -> None:
     net, size = converted(name, torch.bfloat16), size_of(name)
@@ -384,18 +344,6 @@ def test_corners_are_aligned_as_published(name: str, size: Size, reach: Any) -> 
             y, column = round(place_y * (height - 1) / (tall - 1)), round(place_x * (width - 1) / (wide - 1))
             assert_rows([row], [image[:, y, column]], limit(reach))
     assert_rows([*found[1][:2]], [dense[1, :, 0, 0], dense[1, :, -1, -1]], limit(reach))
-
-
-@REACHES
-@pytest.mark.parametrize("name", ["residual", "squeezed"])
-@torch.no_grad()
-def test_a_batch_equals_its_images_one_by_one(name: str, reach: Any) -> None:
-    net, x, points = converted(name), images(3, *SIZE), points_in(SIZE, 4, 0, 6)
-    levels = levels_of(net, x)
-    together = cs.read_at(net, x, points, mask=levels, reach=reach)
-    for i in (0, 2):
-        one = cs.read_at(net, x[i : i + 1], points[i : i + 1], mask=levels[i : i + 1], reach=reach)
-        assert_rows(one, together[i : i + 1], 1e-5)
 
 
 @torch.no_grad()
@@ -441,21 +389,6 @@ def test_only_what_is_needed_gives_the_same_bits(name: str, seed: int) -> None:
     assert_rows(cs.read_at(net, x, points, mask=levels, reach="receptive"), expected, limit("receptive"))
 
 
-@pytest.mark.parametrize(
-    ("name", "fill"), covering([name if name in FEW else slow(name) for name in BUILDERS], FILLS)
-)
-@torch.no_grad()
-def test_an_optimised_network_gives_the_same_to_rounding(name: str, fill: str) -> None:
-    net, size = converted(name, fill=fill), size_of(name)
-    fast, x, points = net.optimize(), images(2, *size), points_in(size, 4, 6)
-    levels = levels_of(net, x)
-    expected = rows_of(fast(x, mask=levels), points, 2)
-    assert_rows(expected, cs.read_at(net, x, points, mask=levels), 1e-4)
-    assert_rows(cs.read_at(fast, x, points, mask=levels), expected, 1e-6)
-    assert_rows(cs.read_at(fast, x, points, mask=levels, reach="receptive"), expected, 1e-5)
-    assert cs.macs_at(fast, x, points, mask=levels) == cs.macs_at(net, x, points, mask=levels)
-
-
 @pytest.mark.parametrize(("name", "fill"), covering(["residual", "squeezed"], FILLS))
 @torch.no_grad()
 def test_what_lies_beyond_the_reach_of_the_points_does_not_matter(name: str, fill: str) -> None:
@@ -468,7 +401,7 @@ def test_what_lies_beyond_the_reach_of_the_points_does_not_matter(name: str, fil
     assert torch.equal(read(x)[0], read(changed)[0]) == (name == "residual")
 
 
-@pytest.mark.parametrize("name", ["plain", "residual", "depthwise", "squeezed", "pools", "channels last"])
+@pytest.mark.parametrize("name", ["plain", "squeezed"])
 @torch.no_grad()
 def test_a_batch_without_points_has_no_rows_and_computes_nothing(name: str) -> None:
     """But the first convolution, and what looks at the whole image."""
@@ -535,7 +468,7 @@ def test_a_pool_that_drops_reads_nothing_but_what_it_passes_on(pool: str, rows: 
     assert_rows(cs.read_at(net, x, points, mask="all", reach="receptive"), rows_of(dense, points, 1), 1e-5)
 
 
-@pytest.mark.parametrize("name", [name if name == "residual" else slow(name) for name in BUILDERS])
+@pytest.mark.parametrize("name", ["residual", "same", slow("spreading")])
 def test_nothing_is_computed_twice_or_in_vain(name: str) -> None:
     """Never more than everything; less for few points unless all of an image is looked at; more points, more work."""
     net, size = converted(name), size_of(name)

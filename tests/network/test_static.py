@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, covering, images, random_levels, relative_error, slow
+from conftest import assert_same, covering, images, random_levels, relative_error
 from networks import build, randomise, strided, unverified
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.modules.module import register_module_forward_hook
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock
 
@@ -253,44 +252,6 @@ def test_options_of_the_published_method_have_bounds_too() -> None:
 # -- networks ------------------------------------------------------------------------------------------
 
 
-def poisoned(net: cs.AdaptiveModel, x: Tensor) -> Any:
-    """The network with bounds, in eager mode, NaN written into the padding behind every module that runs on rows."""
-    lattices: list[Lattice] = []
-
-    class Watched(Masking):
-        def __call__(self, image: Tensor, features: Tensor) -> Lattice:
-            lattices.append(super().__call__(image, features))
-            return lattices[-1]
-
-    written = []
-
-    def poison(module: nn.Module, inputs: Any, rows: Any) -> Any:
-        for stage in range(1, lattices[0].stage + 1 if lattices else 0):
-            lattice = lattices[0].at(stage)
-            if (
-                isinstance(module, kinds)
-                and isinstance(rows, Tensor)
-                and rows.dim() == 2
-                and len(rows) == len(lattice)
-            ):
-                real = int(lattice.counts.sum())
-                written.append(len(rows) - real)
-                return torch.cat([rows[:real], torch.full_like(rows[real:], torch.nan)])
-        return rows
-
-    kinds = (nn.ReLU, nn.ReLU6, nn.SiLU)
-    hook = register_module_forward_hook(
-        poison
-    )  # of all modules: those of the region refuse hooks of their own
-    try:
-        with torch.no_grad():
-            found = net.run(Watched(net.mask, net.geometry, net.plan.strides[0], static=True), x)
-    finally:
-        hook.remove()
-    assert any(written), "there was padding to write into"
-    return found
-
-
 def normed_trunk() -> nn.Module:
     """The same with a norm behind each convolution, and a residual."""
     layers: list[nn.Module] = []
@@ -303,32 +264,11 @@ def normed_trunk() -> nn.Module:
     return randomise(nn.Sequential(*layers, BasicBlock(4, 4)))
 
 
-def network(name: str) -> nn.Module:
-    """Trunk and logits of a network."""
-    model = build(name, by=4)
-    if name.startswith("resnet"):
-        return create_feature_extractor(model, {"layer4": "map", "fc": "logits"})
-    return model.features if name.startswith("vgg") else model
-
-
-NETWORKS = ("resnet18", "mobilenet_v2", slow("regnet_y_400mf"), slow("efficientnet_b0"), "vgg11")
-
-
-@pytest.mark.parametrize(("name", "fill"), covering(NETWORKS, ("linear", "nearest", "guided")))
-def test_networks_with_bounds_are_those_without_whatever_the_padding_holds(name: str, fill: str) -> None:
-    """On sizes that patches do not divide, in batches: dense, depthwise, squeeze-excite and pooling networks."""
-    for dtype, tolerance in ((torch.float32, 2e-5), (double, 1e-11)):
-        net = converted(network(name).to(dtype), fill=fill)
-        x = images(2, 72, 104, dtype)
-        found = poisoned(net, x)
-        with torch.no_grad():
-            assert_same(found, net(x), tolerance)
-
-
 @pytest.mark.slow
 def test_one_graph_serves_every_image_of_a_size() -> None:
     """fullgraph: no break; one graph for four images; levels and active fraction of each call are known."""
-    net, seen = converted(network("resnet18")), graphs("aot_eager")
+    trunk = create_feature_extractor(build("resnet18", by=4), {"layer4": "map", "fc": "logits"})
+    net, seen = converted(trunk), graphs("aot_eager")
     fast = torch.compile(net, backend=seen, fullgraph=True)
     maps = []
     for _ in range(4):

@@ -62,7 +62,17 @@ PARTS: dict[str, Use] = {
 }
 
 
-@pytest.mark.parametrize("use", PARTS.values(), ids=PARTS)
+def few_of(cases: dict[str, Any], few: Sequence[str]) -> list[Any]:
+    """Cases by name as parameters; all but a few are slow."""
+    return [
+        pytest.param(case, id=name, marks=[] if name in few else pytest.mark.slow)
+        for name, case in cases.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    "use", few_of(PARTS, ("iteration", "chunk", "number of parts", "two axes", "channels"))
+)
 def test_there_are_as_many_parts_as_the_call_has(use: Use) -> None:
     model = randomise(Asks(use)).eval()
     net = cs.adaptify(model, "none", example_input=images(1, 64, 96), outputs="native")
@@ -111,13 +121,27 @@ ASKED: dict[str, tuple[Use, Sequence[Any]]] = {
 }
 
 
+FEW_ASKED = (
+    "text of a number",
+    "named attribute",
+    "hash",
+    "class",
+    "axes",
+    "pairs",
+    "order",
+    "truth",
+    "none",
+)
+
+
 @pytest.mark.parametrize(
     "options", [{"output_stride": (1, 4)}, slow({"coarsest": 16})], ids=["strides", "floors"]
 )
-@pytest.mark.parametrize(("use", "values"), ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize("asked", few_of(ASKED, FEW_ASKED))
 def test_what_python_asks_of_an_argument_is_asked_of_the_calls_own(
-    use: Use, values: Sequence[Any], options: Any
+    asked: tuple[Use, Sequence[Any]], options: Any
 ) -> None:
+    use, values = asked
     model, x = randomise(Asks(use)).eval(), images(2, 61, 70)
     own = "all" if "coarsest" in options else "none"
     example = (images(1, 64, 96), values[0])

@@ -19,6 +19,7 @@ from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadError
 from cadsurgery.tasks import explore as explorer
 from cadsurgery.tasks import explore_page
+from cadsurgery.tasks.commands import ExploreOptions
 from cadsurgery.tasks.explore import BUDGET, THRESHOLD, WRITTEN, PageSettings, Subject, explore, open_subject
 
 NAME = "networks:segmenter"
@@ -211,8 +212,8 @@ def test_the_command_tells_the_address_and_ends_at_ctrl_c(
 
     asked = dict[str, Any]()
 
-    def serve(model: str, *subject: Any, **options: Any) -> str:
-        asked.update(options, model=model)
+    def serve(model: str, options: ExploreOptions, **_: Any) -> str:
+        asked.update(vars(options), model=model)
         return "http://127.0.0.1:7860/"
 
     monkeypatch.setattr(explore_page, "serve", serve)

@@ -17,6 +17,7 @@ from PIL import Image
 from cadsurgery.data.images import street_scene
 from cadsurgery.support.errors import CadError
 from cadsurgery.support.progress import silent
+from cadsurgery.tasks.commands import ExploreOptions
 from cadsurgery.tasks.explore import open_subject
 from cadsurgery.tasks.explore_page import HOST, launch, make_page, serve
 
@@ -63,16 +64,9 @@ def test_the_page_is_served_to_this_machine_alone(address: str) -> None:
 
 def test_a_port_in_use_is_refused(address: str) -> None:
     port = int(address.rstrip("/").rpartition(":")[2])
-    options = {
-        "weights": "none",
-        "device": "cpu",
-        "trust": False,
-        "rounds": 0,
-        "browser": False,
-        "step": silent,
-    }
+    options = ExploreOptions(weights="none", port=port, rounds=0)
     with pytest.raises(CadError, match=rf"(?s)port {port}.*--port"):
-        serve(model="networks:segmenter", port=port, **options)
+        serve("networks:segmenter", options, silent)
 
 
 def test_one_computation_runs_at_a_time() -> None:

@@ -20,6 +20,7 @@ from cadsurgery.data.images import street_scene
 from cadsurgery.support.pipeline import DEPTH
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks import predictor, run
+from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.report import FilesReport
 
 COUNT = 6
@@ -67,7 +68,9 @@ def draw(path: Path, number: int) -> None:
 
 
 def predict(file: Path, photos: Path, output: Path, **options: Any) -> FilesReport:
-    return run.predict(file, [photos], output, **{"step": silent, "trust": True, **options})
+    step = options.pop("step", silent)
+    options = {"output": str(output), "workers": 1, "trust": True, **options}
+    return run.predict(file, [photos], RunOptions(**options), step=step)
 
 
 def predictions(folder: Path) -> dict[str, bytes]:
@@ -254,7 +257,7 @@ def test_pictures_are_not_replaced_by_predictions(
     before = {path: path.read_bytes() for path in photos.parent.rglob("*.*g")}
     with pytest.raises(cs.InvalidInput, match=told):
         names = [str(photos / source) for source in sources]
-        run.predict(file, names, photos / output, step=silent, trust=True)
+        run.predict(file, names, RunOptions(output=str(photos / output), trust=True), step=silent)
     assert {path: path.read_bytes() for path in photos.parent.rglob("*.*[gl]")} == before
 
 

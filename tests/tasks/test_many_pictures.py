@@ -24,6 +24,7 @@ from cadsurgery.data import stores
 from cadsurgery.data.images import street_scene
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks import run
+from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.workers import predict_in_processes
@@ -67,7 +68,9 @@ def expected(file: Path, different: Path) -> dict[str, bytes]:
 
 
 def predict(file: Path, images: list[Any], output: Any, **options: Any) -> FilesReport:
-    return run.predict(file, images, output, **{"step": silent, "trust": True, **options})
+    step = options.pop("step", silent)
+    options = {"output": str(output), "workers": 1, "trust": True, **options}
+    return run.predict(file, images, RunOptions(**options), step=step)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from cadsurgery.network.macs import dense_macs
 from cadsurgery.network.model import pictures_for
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks import mask_report
+from cadsurgery.tasks.commands import MaskOptions
 from cadsurgery.tasks.figures import draw_lattice
 from cadsurgery.tasks.mask_report import MaskReport, draw_masks
 from cadsurgery.tasks.open import example_image
@@ -67,11 +68,10 @@ def classes() -> nn.Module:
 def drawn(
     folder: Path, *masks: str, model: str = "", pair: tuple[int, int] = (8, 16), **more: Any
 ) -> MaskReport:
-    arguments: dict[str, Any] = {"compare": True, "image": None, "labels": None, "size": SIZE, "step": silent}
-    options = {"output_stride": pair, **({} if model else {"patch": "quadtree"})}
-    return draw_masks(
-        masks, model=model, options=options, output=folder / "mask.png", **{**arguments, **more}
-    )
+    conversion = {"output_stride": pair, **({} if model else {"patch": "quadtree"})}
+    given = {"masks": masks, "model": model, "conversion": conversion, "output": folder / "mask.png"}
+    options = MaskOptions(**{**given, "compare": True, "size": SIZE, **more})
+    return draw_masks("", options, step=silent)
 
 
 @pytest.mark.parametrize("pair", [(4, 8), slow((8, 16)), (8, 32), (16, 32), slow((4, 32))])

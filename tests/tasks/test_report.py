@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
@@ -126,3 +128,19 @@ def test_a_failure_of_a_file_is_printed_with_its_reason_and_next_step() -> None:
     (line,) = FilesReport((), "", ({"image": "[a].mp4", **failure.to_dict()},)).apart()
     told = "[a].mp4: it cannot be read. it is [cut]. pip install 'cadsurgery[video]'"
     assert Text.from_markup(line).plain == told
+
+
+@pytest.mark.parametrize("value", [-1e-9, -0.0, 0.0, 1e-9])
+@pytest.mark.parametrize("form", [".4f", ".2f", ".0f"])
+def test_what_rounds_to_zero_has_no_sign(value: float, form: str) -> None:
+    shown = Column[Any]("divergence", "divergence", form=form).cell(SimpleNamespace(divergence=value))
+    assert shown == format(0.0, form)
+
+
+def test_whole_numbers_and_texts_keep_their_form() -> None:
+    row = SimpleNamespace(count=12, name="edges", share=-0.25)
+    cells = [
+        Column[Any](name, name, form=form).cell(row)
+        for name, form in (("count", ""), ("name", ""), ("share", ".1f"))
+    ]
+    assert cells == ["12", "edges", "-0.2"]

@@ -24,6 +24,7 @@ from cadsurgery.data.networks import Source, class_names
 from cadsurgery.support.errors import CadError
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks import predictor, run
+from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import prediction_picture
 from cadsurgery.tasks.report import FilesReport
 
@@ -66,7 +67,9 @@ def frames_of(path: Path) -> list[torch.Tensor]:
 
 
 def predict(file: Path, images: list[Path], output: Path, **options: Any) -> FilesReport:
-    return run.predict(file, images, output, **{"step": silent, "trust": True, **options})
+    step = options.pop("step", silent)
+    options = {"output": str(output), "workers": 1, "trust": True, **options}
+    return run.predict(file, images, RunOptions(**options), step=step)
 
 
 @pytest.fixture

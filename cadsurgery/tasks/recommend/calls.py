@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from cadsurgery.tasks.sides.engines import (
     HIGH,
     LOW,
     TORCH,
+    Call,
     InEngine,
     InTorch,
     Runs,
@@ -32,7 +33,6 @@ from cadsurgery.tasks.sides.engines import (
 )
 
 PRECISIONS = ("float32", "bfloat16", INT8)
-Call = Callable[[Tensor], Any]
 
 
 @dataclass

@@ -21,7 +21,14 @@ from cadsurgery.data import Samples, SegmentationData, as_data, open_data, sampl
 from cadsurgery.data.datasets import identity_table, number_classes
 from cadsurgery.data.images import check_size, normalise, read_labels
 from cadsurgery.data.networks import Source
-from cadsurgery.data.sources import KINDS, class_names, ignored_labels, warn_of_two_values
+from cadsurgery.data.sources import (
+    KINDS,
+    class_names,
+    ignored_labels,
+    labels_of,
+    split_place,
+    warn_of_two_values,
+)
 from cadsurgery.kernels import isa
 from cadsurgery.masks.unit import read_normalisation
 from cadsurgery.methods.storage import SiblingModel
@@ -62,11 +69,12 @@ from cadsurgery.tasks.judging import (
     kind_to_judge,
 )
 from cadsurgery.tasks.open import is_file, open_any, original, provenance, unconverted
-from cadsurgery.tasks.recommend.calls import PRECISIONS, Call, Calls
+from cadsurgery.tasks.recommend.calls import PRECISIONS, Calls
 from cadsurgery.tasks.recommend.choice import LOOK_EVERY, choose, is_beaten, rows_of
 from cadsurgery.tasks.recommend.report import Recommendation, Requirement
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates
 from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, unreadable, write_json
+from cadsurgery.tasks.side import Side
 from cadsurgery.tasks.sides.engines import TORCH, engine_for
 
 RUNTIMES = (TORCH, *ENGINES)
@@ -391,7 +399,7 @@ def _with_labels(data: SegmentationData, spec: str | Path, outputs: int) -> Segm
             f"labels {spec} have {len(classes)} classes and the network has {outputs} outputs.",
             next=f"give classes={outputs}, or none.",
         )
-    paths = [_labels_of(name, folder) for name in data.names]
+    paths = [labels_of(name, folder) for name in data.names]
 
     def read(position: int) -> tuple[Any, Any]:
         return data.read(position)[0], read_labels(paths[position]).numpy()
@@ -422,12 +430,8 @@ def _split_labels(spec: str | Path) -> tuple[Path, dict[str, str]]:
         InvalidInput: an option has another form.
     """
     text = str(spec)
-    place, _, rest = ("", "", "") if files.exists(text) else text.removeprefix("folder:").partition(",")
+    place, rest = ("", "") if files.exists(text) else split_place(text.removeprefix("folder:"))
     return Path(place or text), split_options(rest, dict.fromkeys(("classes", "ignore")), "labels")
-
-
-def _labels_of(name: str, folder: Path) -> Path:
-    return folder / f"{Path(name).stem}.png"
 
 
 def _look_into_labels(photos: SegmentationData, folder: Path) -> None:
@@ -439,7 +443,7 @@ def _look_into_labels(photos: SegmentationData, folder: Path) -> None:
     check_kind(folder, FOLDER)
     if not files.is_folder(folder):
         raise files.absent(folder, "folder")
-    labels = {_labels_of(name, folder) for name in photos.names}
+    labels = {labels_of(name, folder) for name in photos.names}
     remedy = (
         "--images folder:PATH,classes=2,values=0/255 reads 255 as class 1, with the photos in PATH/images and the "
         "labels in PATH/labels"
@@ -523,14 +527,14 @@ class _MeasuringRun:
 
     def measure(self, minutes: float) -> None:
         """Run all settings on the pictures, one after the other."""
-        runs = self._prepare()
+        sides = self._prepare()
         begin, data = time.perf_counter(), self.pictures.data
         for at in range(self.done + len(self.failed), len(data)):
             taken = time.perf_counter() - begin
             if self.done >= FEWEST and taken > 60 * minutes:
                 self.end = f"after {minutes:g} minutes"
                 break
-            running = self._running(runs)
+            running = self._running(sides)
             text = f"picture {at + 1} of {len(data)}, {len(running)} settings"
             self.step(text, at, len(data), max(0.0, 60 * minutes - taken))
             try:
@@ -544,9 +548,9 @@ class _MeasuringRun:
         if not self.done:
             raise CadError.from_dict(self.failed[0])
 
-    def _prepare(self) -> dict[str, Call]:
-        """Return the calls of all settings that can be run; each has run once, to be warm when it is timed."""
-        runs: dict[str, Call] = {}
+    def _prepare(self) -> dict[str, Side]:
+        """Return the sides of all settings that can be run; each has run once, to be warm when it is timed."""
+        sides: dict[str, Side] = {}
         image = self.calls.image
         settings = self.candidates.settings
         for setting in counted(settings, self.step, "preparing setting", name=lambda setting: setting.name):
@@ -567,23 +571,21 @@ class _MeasuringRun:
             if setting.kind == "given" and self.kind == "auto":
                 # Labels are compared with classes, also of scores that have no negative value.
                 self.kind = "classes" if self.pictures.data.is_labelled else kind_to_judge(output)
-            runs[setting.name] = call
-        return runs
+            sides[setting.name] = Side(setting.name, call, macs)
+        return sides
 
-    def _running(self, runs: Mapping[str, Call]) -> list[tuple[str, Call]]:
+    def _running(self, sides: Mapping[str, Side]) -> list[Side]:
         """Return the settings that are not dropped: the network as given first, the others in rotating order."""
         given = self._given
-        others = [name for name in runs if name != given and len(self.judged.get(name, ())) == self.done]
+        others = [name for name in sides if name != given and len(self.judged.get(name, ())) == self.done]
         if self.done and self.done % LOOK_EVERY == 0:
             judged = {name: self.judged[name] for name in (given, *others)}
             measure = self.measured_by
             others = [name for name in others if not is_beaten(judged[name], judged.values(), measure)]
         turn = self.done % max(1, len(others))
-        return [(name, runs[name]) for name in (given, *others[turn:], *others[:turn])]
+        return [sides[name] for name in (given, *others[turn:], *others[:turn])]
 
-    def _judge(
-        self, running: Sequence[tuple[str, Call]], image: Tensor, labels: Tensor | None
-    ) -> dict[str, Judgement]:
+    def _judge(self, running: Sequence[Side], image: Tensor, labels: Tensor | None) -> dict[str, Judgement]:
         """Judge all settings on one picture.
 
         Few pictures are run several times, all settings in turn, and the best time counts: among few, one call that
@@ -595,16 +597,16 @@ class _MeasuringRun:
         turns = min(_MOST_TURNS, math.ceil(FEW / len(self.pictures.data)))
         with torch.inference_mode():
             for turn in range(turns):
-                for name, call in running:
+                for side in running:
                     start = now(time.perf_counter)
-                    output = call(image)
+                    output = side.call(image)
                     taken = 1e3 * (now(time.perf_counter) - start)
                     if turn:
-                        best = min(taken, judged[name].milliseconds)
-                        judged[name] = replace(judged[name], milliseconds=best)
+                        best = min(taken, judged[side.name].milliseconds)
+                        judged[side.name] = replace(judged[side.name], milliseconds=best)
                         continue
                     given = output if given is None else given
-                    judged[name] = judge(taken, output, given, labels, size, self.kind)
+                    judged[side.name] = judge(taken, output, given, labels, size, self.kind)
         return judged
 
     def _write(self) -> None:

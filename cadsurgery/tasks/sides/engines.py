@@ -30,7 +30,7 @@ from cadsurgery.tasks.export import images_like
 from cadsurgery.tasks.options import Benchmark
 from cadsurgery.tasks.side import Side
 
-Call = Callable[[Tensor], object]
+Call = Callable[[Tensor], Any]
 HIGH, LOW = "dense high", "dense low"
 TORCH = "torch"  # the runtime that needs no files
 IN_8_BITS = f"onnx{KERNELS}"  # the engine in which 8 bits are measured if none is named

@@ -1,0 +1,368 @@
+"""The options of each command, in the order of its help: names, defaults, help and limits are stated here alone.
+
+Tasks take these dataclasses, except those that are public functions of Python: these have signatures of their own,
+whose defaults a test compares with these. Like `cadsurgery.tasks.options`, this module does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+from cadsurgery.support.defaults import DEFAULT_MASK, ENGINES
+from cadsurgery.tasks.options import (
+    Benchmark,
+    Conversion,
+    Exits,
+    Exporting,
+    Extraction,
+    Gates,
+    Resampling,
+    Settings,
+    documented,
+    option,
+    part,
+)
+
+FOUND = ("detector", "count", "reach", "align", "raw", "output", "max_edge", "max_sum", "multiple")
+_MEASURED = (
+    *("size", "batch", "output_stride", "region", "patch", "dtype", "device", "threads", "rounds"),
+    *("processor_time", "runtime", "against", "smaller", "calibration"),
+)
+_TRAINED = (
+    *("steps", "batch", "accumulate", "crop", "lr", "optimizer", "clip", "batch_norm", "freeze", "train"),
+    *("ema", "precision", "seed", "save_every", "validate_every", "log", "workers"),
+)
+_IMAGE = "image file; default: a generated street scene"
+_MASK_OF_FILE = f"default: the file's, or {DEFAULT_MASK}"
+
+
+# -- options that several commands have ----------------------------------------------------------------
+
+
+def weights_option() -> Any:
+    """Declare --weights."""
+    return option(
+        "auto",
+        "auto, none, the name of pretrained weights, or a file (FILE:ENTRY for one of its state dicts)",
+    )
+
+
+def device_option() -> Any:
+    """Declare --device."""
+    return option("cpu", "cpu or cuda")
+
+
+def trust_option() -> Any:
+    """Declare --trust."""
+    return option(False, "run code that the converted file names: module:function of a network or mask")
+
+
+def size_option(help: str = "size of the image; default 512x1024, or the size of the file") -> Any:
+    """Declare --size."""
+    return option(None, help, metavar="HxW", read="size")
+
+
+def strides_option() -> Any:
+    """Declare --output-stride for several pairs."""
+    return option(
+        (),
+        "repeatable; every mask is used at every pair",
+        metavar="HIGH,LOW",
+        read="pair",
+        name="output_stride",
+    )
+
+
+def rounds_option(help: str = "timing rounds on the first image; 0 to skip") -> Any:
+    """Declare --rounds."""
+    return option(3, help, min=0)
+
+
+def _mask_option(default: str) -> Any:
+    return option(
+        default,
+        'a name from cadsurgery list --masks, with options: "edges:threshold=0.15,dilation=11", '
+        'wrappers: "edges | budget:fraction=0.3", several: "edges + gradient"',
+    )
+
+
+def _limit_option() -> Any:
+    return option(None, "the first so many images; 0 for all", min=0, none=0)
+
+
+# -- commands around a conversion ----------------------------------------------------------------------
+
+
+@documented
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Options of `cadsurgery convert`."""
+
+    mask: str = _mask_option(DEFAULT_MASK)
+    weights: str = weights_option()
+    conversion: Mapping[str, Any] = part(Conversion)
+    image: Path | None = option(None, _IMAGE)
+    size: tuple[int, int] | None = size_option()
+    output: Path | None = option(None, "file to write", short="o")
+    device: str = device_option()
+    no_verify: bool = option(False, "do not check the laws on an example")
+    rounds: int = rounds_option("timing rounds; 0 to skip timing")
+    method: str = option(
+        "adaptive",
+        "adaptive; anytime: exits, no computation where they are confident; sampling: gates, interpolation "
+        "where they are closed; or resampling: the image is sampled more densely where it matters",
+    )
+    exits: Mapping[str, Any] = part(Exits, about="method anytime: ")
+    gates: Mapping[str, Any] = part(Gates, about="method sampling: ")
+    sampler: Mapping[str, Any] = part(Resampling, about="method resampling: ")
+
+
+@documented
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of `cadsurgery plan`."""
+
+    conversion: Mapping[str, Any] = part(Conversion, "output_stride", "coarsest", "region", "outputs")
+    size: tuple[int, int] | None = size_option("size of the example; default: small")
+    all_nodes: bool = option(False, "also list dense nodes before the region", name="all")
+
+
+@documented
+@dataclass(frozen=True)
+class MaskOptions:
+    """Options of `cadsurgery mask`."""
+
+    masks: Sequence[str] = option(
+        (), f"as in other commands; default {DEFAULT_MASK}; repeatable with --compare", name="mask"
+    )
+    compare: bool = option(False, "draw several masks side by side; default: a selection")
+    labels: Path | None = option(None, "PNG with a class per pixel of the image, for trimap")
+    size: tuple[int, int] | None = size_option()
+    model: str = option(
+        "",
+        "network to take strides, normalisation and MACs from: a name, module:function, or a converted file",
+        short="m",
+    )
+    weights: str = weights_option()
+    conversion: Mapping[str, Any] = part(Conversion, "output_stride", "patch", defaults=("8,32",))
+    output: Path = option(Path("mask.png"), "PNG to write", short="o")
+    trust: bool = trust_option()
+
+
+@documented
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of `cadsurgery run`."""
+
+    output: str = option(
+        "predictions", "folder or address for the predictions; a clip for one source", short="o"
+    )
+    view: str = option(
+        "",
+        "classes, overlay (on the image) or side (beside it); default: classes for images, overlay for clips",
+    )
+    mask: str = option("", "mask, instead of the file's")
+    size: tuple[int, int] | None = size_option("resize images to this size; default: no resizing")
+    resume: bool = option(False, "go on with the folder: predictions that are there are not made again")
+    workers: int | None = option(
+        None,
+        "processes with one thread each; default: the cores, fewer for few images, and 1 on a GPU",
+        min=1,
+    )
+    ray: str = option(
+        "",
+        "share the images by Ray: local, auto (the cluster that runs here) or HOST:PORT",
+        metavar="ADDRESS",
+    )
+    batch: int = option(1, "number of images or frames that run together", min=1)
+    fps: float = option(25.0, "frames per second of a folder of frames", min=0.01)
+    device: str = device_option()
+    precision: str = option("float", "precision of the optimised copy: float, as the weights, or bfloat16")
+    until: float = option(
+        0, "for a network with exits: time limit in milliseconds for its best prediction", metavar="MS", min=0
+    )
+    trust: bool = trust_option()
+
+
+@documented
+@dataclass(frozen=True)
+class MacsOptions:
+    """Options of `cadsurgery macs`."""
+
+    mask: str = _mask_option("")
+    conversion: Mapping[str, Any] = part(Conversion, "output_stride", "region", "patch", "normalisation")
+    image: Path | None = option(None, _IMAGE)
+    size: tuple[int, int] | None = size_option()
+    rule: str = option("conv", "conv: multiply-accumulates; published: the count of the CAD reference code")
+    total: bool = option(False, "totals only, no layers")
+    dense: bool = option(False, "count the network without converting it")
+    trust: bool = trust_option()
+
+
+@documented
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of `cadsurgery export`."""
+
+    mask: str = option("", f"{_MASK_OF_FILE}; for pt2 {DEFAULT_MASK} | budget:fraction=0.3")
+    weights: str = weights_option()
+    conversion: Mapping[str, Any] = part(Conversion)
+    size: tuple[int, int] | None = size_option()
+    output: Path = option(Path("network.pt2"), "file to write", short="o")
+    kind: Exporting = part(Exporting, is_whole=True)
+    trust: bool = trust_option()
+
+
+# -- commands that measure -----------------------------------------------------------------------------
+
+
+@documented
+@dataclass(frozen=True)
+class BenchOptions:
+    """Options of `cadsurgery bench`; see `cadsurgery.bench.bench`."""
+
+    mask: str = option(DEFAULT_MASK, "mask that ranks the patches for the budgets")
+    fractions: tuple[float, ...] = option(
+        (1.0, 0.5, 0.34, 0.25, 0.1, 0.0),
+        "budgets: shares of the patches kept high; for a file with gates, of the open positions",
+        read="fractions",
+    )
+    fill: Sequence[str] = option(("nearest",), "nearest, linear, both or guided; repeatable")
+    options: Mapping[str, Any] = part(Benchmark, *_MEASURED, apart=True)
+    picture: Path | None = option(None, "PNG to draw")
+    output: Path | None = option(None, "JSON Lines to append each row to", short="o")
+    trust: bool = trust_option()
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Options of `cadsurgery eval`; see `cadsurgery.evaluate`."""
+
+    data: str = option(
+        MISSING,
+        'labelled images: "folder:PATH,classes=11,ignore=11", cityscapes:PATH, voc:PATH, sbd:PATH, '
+        "pets:PATH, or scene:COUNT (generated); or photos without labels, images:FOLDER",
+    )
+    split: str = option("test", "train, val, test, or all for a folder without splits")
+    masks: Sequence[str] = option(
+        (), f"repeatable; {_MASK_OF_FILE}; dense high and low are added", name="mask"
+    )
+    output_stride: Sequence[tuple[int, int]] = strides_option()
+    weights: str = weights_option()
+    options: Mapping[str, Any] = part(
+        Conversion, "region", "fill", "patch", "anchor", "pool", "normalisation"
+    )
+    limit: int | None = _limit_option()
+    batch: int = option(1, "images in one call", min=1)
+    rounds: int = rounds_option()
+    thresholds: Sequence[Any] = option(
+        (),
+        "repeatable, for networks with exits: one number, or one per exit but the last; default: the file's",
+        metavar="T[,T...]",
+        read="threshold",
+        name="threshold",
+    )
+    kind: str = option("auto", "kind of the outputs, for images without labels: auto, classes or values")
+    output: Path | None = option(None, "JSON file to write", short="o")
+    picture: Path | None = option(None, "PNG to draw: accuracy against work")
+    device: str = device_option()
+    trust: bool = trust_option()
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class RecommendOptions:
+    """Options of `cadsurgery recommend`; see `cadsurgery.recommend`."""
+
+    images: str = option(MISSING, "folder of photos, or labelled data as of eval --data")
+    labels: str | None = option(
+        None,
+        "folder of PNGs named as the photos: the number of the class of each pixel, 255 ignored; "
+        "folder:PATH,ignore=11 ignores more",
+    )
+    keep: float | None = option(
+        None, "share of the network's quality to keep: the fastest such setting; default 0.99"
+    )
+    at_most: float | None = option(
+        None, "milliseconds for a picture: the best setting that takes no more", metavar="MS"
+    )
+    runtime: str = option("torch", f"torch, or the engine of all settings: {', '.join(ENGINES)}")
+    precision: str = option("float32", "float32, bfloat16 or int8")
+    size: tuple[int, int] | None = size_option("of the pictures; default: of the first")
+    limit: int | None = _limit_option()
+    minutes: float = option(10.0, "of measuring at most")
+    split: str = option("all", "of labelled data; all: val where it has splits")
+    weights: str = weights_option()
+    options: Mapping[str, Any] = part(Conversion, "output_stride", "region", "normalisation", given=True)
+    output: Path | None = option(
+        None, "folder of the run, default NAME-recommended; a run goes on there", short="o"
+    )
+    trust: bool = trust_option()
+
+
+@documented
+@dataclass(frozen=True)
+class ExploreOptions:
+    """Options of `cadsurgery explore`."""
+
+    weights: str = weights_option()
+    device: str = device_option()
+    port: int = option(0, "port on 127.0.0.1; 0 for a free one", min=0, max=65535)
+    rounds: int = rounds_option("timing rounds; 0 to skip timing")
+    browser: bool = option(False, "open the page in the browser")
+    trust: bool = trust_option()
+
+
+@documented
+@dataclass(frozen=True)
+class KeypointsOptions:
+    """Options of `cadsurgery keypoints extract`; see `cadsurgery.tasks.keypoints.extract`."""
+
+    output: Path = option(Path("features"), "folder for the features", short="o")
+    settings: Extraction = part(Extraction, "mask", *FOUND, is_whole=True)
+    form: str = option("npz", "npz (format of D2-Net) or h5 (format of hloc)")
+    weights: str = weights_option()
+    options: Mapping[str, Any] = part(
+        Conversion, "output_stride", "region", "fill", "anchor", "pool", "normalisation"
+    )
+    device: str = device_option()
+    trust: bool = trust_option()
+
+
+# -- others --------------------------------------------------------------------------------------------
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions:
+    """Options of `cadsurgery finetune`."""
+
+    data: str = option(MISSING, "training data: folder:PATH, ..., or photos without labels, images:FOLDER")
+    output: Path = option(MISSING, "folder of the run; an interrupted run is continued", short="o")
+    split: str = option("train", "split for training")
+    validation_split: str = option("val", "split for validation; empty for none")
+    mask: str = option("", _MASK_OF_FILE)
+    weights: str = weights_option()
+    conversion: Mapping[str, Any] = part(Conversion)
+    objective: Mapping[str, Any] = part(Settings, "objective", given=True)
+    objective_option: Sequence[str] = option(
+        (), "NAME=VALUE for the objective, e.g. teacher=self; repeatable"
+    )
+    settings: Mapping[str, Any] = part(Settings, *_TRAINED, given=True)
+    config: Path | None = option(None, "JSON file of settings; options on the command line override it")
+    resume: bool = option(True, "continue the run in the folder; otherwise refuse a folder with a run")
+    device: str = option("auto", "auto or cpu")
+    trust: bool = trust_option()
+
+
+@documented
+@dataclass(frozen=True)
+class ListOptions:
+    """Options of `cadsurgery list`."""
+
+    library: str = option("", "torchvision or timm; default both")
+    masks: bool = option(False, "list mask providers instead")
