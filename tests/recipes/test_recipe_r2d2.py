@@ -90,7 +90,7 @@ def test_weights_are_read_strictly(tmp_path: Path) -> None:
     path, state = tmp_path / "weights.safetensors", r2d2().state_dict()
     for wrong in (
         {name: value for name, value in state.items() if name != "sal.bias"},
-        {**state, "more": torch.zeros(1)},
+        {**state, "ops.99.weight": torch.zeros(1)},
         {**state, "clf.bias": torch.zeros(3)},
     ):
         save_file(wrong, path)

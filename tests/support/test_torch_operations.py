@@ -292,7 +292,7 @@ def test_a_filled_value_that_is_changed_is_none(change: Any) -> None:
 def test_activations_are_fused_however_they_are_written(function: Any, name: str) -> None:
     graph = fx.Graph()
     make: Callable[..., fx.Node] = graph.call_method if isinstance(function, str) else graph.call_function
-    found = activation_of(make(function, (graph.placeholder("x"),)), None)
+    found = activation_of(step_of(make(function, (graph.placeholder("x"),))), None)
     x = torch.randn(50)
     assert found is not None and found.name == name
     torch.testing.assert_close(found.apply_(x.clone()), run(function, x.clone()))
