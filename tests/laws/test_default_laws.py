@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.images import street_scene
-from cadsurgery.kernels.load import bytes_held
 
 
 class Net(nn.Module):
@@ -98,9 +97,3 @@ def test_a_converted_network_is_called_under_another_default() -> None:
                 assert_same(net(image), expected[0], 1e-6)
                 assert_same(net(image, mask="all"), expected[1], 1e-6)
                 assert_same(net(smaller), other, 1e-6)
-
-
-def test_a_kernel_is_given_no_memory_that_it_cannot_read() -> None:
-    with pytest.raises(cs.CadError, match="on meta"):
-        bytes_held(torch.zeros(3), torch.zeros(3, device="meta"))
-    assert list(bytes_held(torch.zeros(3), None)) == [12, 0]

@@ -23,7 +23,7 @@ HERE = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
 # Attributes of other libraries, of Python, and of named tuples.
 OF_OTHERS = {
     *("_replace", "_fields", "_asdict", "_getframe", "_exit", "_lru_cache_wrapper", "_get_protocol_attrs"),
-    *("_reset_state", "_images"),
+    *("_reset_state", "_images", "_type_"),
 }
 
 
