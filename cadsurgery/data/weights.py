@@ -43,7 +43,7 @@ class Asked:
             if isinstance(value, Tensor):
                 where = value.data_ptr(), value.device, value.shape, value.stride()
                 tied.setdefault(where if value.numel() else (name,), []).append(name)
-        self.tied = [names for names in tied.values()]
+        self.tied = list(tied.values())
         self.children = {name for name, _ in model.named_children()}
 
     def matching(self, weights: Weights) -> int:

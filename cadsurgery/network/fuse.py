@@ -25,7 +25,7 @@ from cadsurgery.network.idioms import Affine, AppliedOperation, affine_of, name_
 from cadsurgery.support import torch_operations
 from cadsurgery.surgery.graphs import Constants, copy_graph, downstream, gives, only_user, torch_target
 from cadsurgery.surgery.guards import drop_dead_code
-from cadsurgery.surgery.hooks import act_alike, acts_as, child
+from cadsurgery.surgery.hooks import act_alike, acts_as, child, is_hooked
 from cadsurgery.surgery.rewrite import WORK
 from cadsurgery.surgery.treatment import has_rule
 
@@ -176,7 +176,7 @@ class Fuser:
         """Remove a node that does not change its input in evaluation mode."""
         module, step = self.module(node), step_of(node)
         operation = operation_of(node.target)
-        is_identity = leaves_values(module) and not _is_hooked(module)
+        is_identity = leaves_values(module) and not is_hooked(module)
         if is_identity and "stage" in node.kwargs:
             node.target, node.args = OnRows(functional.keep), (step.operands[0],)
         elif is_identity or (operation is not None and operation.trains_only) or _keeps_all(node):
@@ -212,7 +212,7 @@ class Fuser:
             if more is None or before is not tail or {affine.axis, more.axis} == {-1, -3}:
                 break
             affine, tail, count = affine.then(more), following, count + 1
-        if following is not None and self.epilogues and not _is_hooked(self.module(following)):
+        if following is not None and self.epilogues and not is_hooked(self.module(following)):
             activation = activation_of(step_of(following), self.module(following))
             tail = following if activation is not None else tail
         if count == 1 and affine_of(step_of(value), self.constants) is not None:
@@ -242,7 +242,7 @@ class Fuser:
             groups: Any = node.kwargs.get("groups", 1)
             is_constant = isinstance(weight, Tensor) and (bias is not None or node.args[2] is None)
             return _Fusion(node, weight, bias, groups) if is_constant else None
-        if _is_hooked(module):
+        if is_hooked(module):
             return None
         if acts_as(module, nn.Conv2d) and module.padding_mode == "zeros" and module.padding != "same":
             return _Fusion(node, module.weight.detach(), _detach(module.bias), module.groups)
@@ -266,7 +266,7 @@ class Fuser:
         if following is None:
             return None
         step, module = step_of(following), self.module(following)
-        if _is_hooked(module):
+        if is_hooked(module):
             return None
         stated = torch_operations.operation_of(step.target if module is None else module)
         if fusion.is_linear and (longer := self.with_factor(fusion, following)) is not None:
@@ -341,7 +341,7 @@ class Fuser:
             written = affine_of(step, self.constants) if module is None else None
             return written if "stage" not in value.kwargs else None
         source: Any = step.operands[0]
-        is_fixed = norm.running_mean is not None and norm.running_var is not None and not _is_hooked(norm)
+        is_fixed = norm.running_mean is not None and norm.running_var is not None and not is_hooked(norm)
         return (Affine(*_factors_of(norm), -3), source) if is_fixed else None
 
     def with_residual(self, node: fx.Node, fusion: _Fusion, following: fx.Node) -> _Fusion | None:
@@ -434,7 +434,7 @@ def split_norms(graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, dict[str, st
         module: Any = child(net, str(node.target)) if node.op == "call_module" else None
         kinds = act_alike(type(module)) if module is not None else ()
         names = {f"{kind.__module__}:{kind.__name__}" for kind in kinds}
-        if names.isdisjoint(_NORMS_THAT_ACT) or _is_hooked(module):
+        if names.isdisjoint(_NORMS_THAT_ACT) or is_hooked(module):
             continue
         norm = nn.BatchNorm2d(module.num_features, module.eps, device="meta")
         norm._parameters, norm._buffers = dict(module._parameters), dict(module._buffers)
@@ -486,11 +486,6 @@ def _is_fine_map_of(node: fx.Node, convolution: fx.Node) -> bool:
     so that later pointwise operations can be applied before."""
     of_pixels = convolution.target is functional.conv2d and bool(convolution.kwargs.get("stage") == 0)
     return of_pixels and node.target is functional.to_dense and tuple(node.args[1:]) in ((), (1,))
-
-
-def _is_hooked(module: nn.Module | None) -> bool:
-    """True if a module has forward hooks, which fusion would bypass."""
-    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def leaves_values(module: nn.Module | None) -> bool:

@@ -29,7 +29,7 @@ from cadsurgery.support.torch_operations import asks, is_kind, name_of
 from cadsurgery.surgery.arguments import AnyLayout, Inputs
 from cadsurgery.surgery.graphs import upwards
 from cadsurgery.surgery.guards import check_branch, compared, user_line
-from cadsurgery.surgery.hooks import prepare_weights
+from cadsurgery.surgery.hooks import is_hooked, prepare_weights
 from cadsurgery.surgery.tracer import HOOKS, Tracer, Unknown, Value, cuts_channels, is_constant
 
 # Functions whose result size depends on values.
@@ -201,7 +201,7 @@ class Carrier(Tracer):
         """Record a module call as torch does; modules created in forward, e.g. by `layers[:4](x)`, are traced into."""
         if self._is_running or m not in (self.submodule_paths or {}):
             return forward(*args, **kwargs)
-        self._foreign |= bool(m._forward_hooks or m._forward_pre_hooks)
+        self._foreign |= is_hooked(m)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements.axes import NCHW
@@ -20,6 +19,7 @@ from cadsurgery.elements.lattice import Geometry
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.support.torch_internals import BatchNorm
 from cadsurgery.support.torch_operations import name_of
+from cadsurgery.surgery.graphs import pads
 from cadsurgery.surgery.plan import Decision, Plan
 
 # Reductions whose result depends on the number of samples, which is that of the network's own grid at every level.
@@ -67,7 +67,7 @@ class Emulator(fx.Interpreter):
         if isinstance(module, BatchNorm) and module.running_mean is None:
             raise CannotEmulate(n.name)
         value = super().run_node(n)
-        if n.target is F.pad or type(module).__module__ == "torch.nn.modules.padding":
+        if pads(module or n.target):
             return value  # the windows that read it apply the padding
         if decision.stages[1] == 0 or not decision.on_elements:
             return value

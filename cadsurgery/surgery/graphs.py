@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements.on_rows import OnRows
@@ -161,6 +162,11 @@ def line_that_runs() -> int | None:
     while frame is not None and frame.f_code.co_filename != GRAPH_FILE:
         frame = frame.f_back
     return frame.f_lineno if frame is not None else None
+
+
+def pads(operation: Any) -> bool:
+    """True for torch's function and modules that pad a map."""
+    return operation is F.pad or type(operation).__module__ == "torch.nn.modules.padding"
 
 
 def module_of(node: fx.Node) -> str:

@@ -39,6 +39,11 @@ _REGISTRIES = frozenset(("_parameters", "_buffers", "_modules"))
 _OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
+def is_hooked(module: nn.Module | None) -> bool:
+    """True if a module has forward hooks, which whoever does not call it would bypass."""
+    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def prepare_weights(module: nn.Module) -> nn.Module:
     """Run the hooks that compute a module's parameters, as a call would, and return the module."""
     if module._forward_pre_hooks:

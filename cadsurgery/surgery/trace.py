@@ -14,14 +14,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.support.torch_operations import asks, is_in_place, is_kind, name_of
 from cadsurgery.surgery.arguments import Arguments, Inputs, has_numbers, with_other_values
 from cadsurgery.surgery.carry import Carrier, asking_types, is_argument, symbols_in_python
+from cadsurgery.surgery.graphs import pads
 from cadsurgery.surgery.guards import line_of
+from cadsurgery.surgery.hooks import is_hooked
 from cadsurgery.surgery.state import State
 from cadsurgery.surgery.tracer import CONSTANT, Functions, NeedsValue, Tracer, assign, is_constant
 
@@ -234,24 +235,20 @@ def _spell_plainly(model: nn.Module, graph: fx.Graph) -> None:
 def _read_padded_maps_directly(model: nn.Module, graph: fx.Graph) -> None:
     """Let what reads a padded map through an operation that hands it on as it is (a norm that is switched off) read the
     padded map: padding becomes part of the window that reads it."""
+
+    def operation(node: fx.Node) -> Any:
+        return model.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+
     for node in list(graph.nodes):
         source = node.args[0] if node.args else None
-        if not (isinstance(source, fx.Node) and _is_padding(model, source)) or node.kwargs:
+        if not (isinstance(source, fx.Node) and pads(operation(source))) or node.kwargs:
             continue
         hands_on = node.op == "call_method" and node.target in ("contiguous", "clone") and len(node.args) == 1
         if node.op == "call_module":
-            module = model.get_submodule(str(node.target))
-            hands_on = type(module) is nn.Identity and not (
-                module._forward_hooks or module._forward_pre_hooks
-            )
+            hands_on = type(operation(node)) is nn.Identity and not is_hooked(operation(node))
         if hands_on:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
-
-
-def _is_padding(model: nn.Module, node: fx.Node) -> bool:
-    module = type(model.get_submodule(str(node.target))) if node.op == "call_module" else None
-    return node.target is F.pad or getattr(module, "__module__", "") == "torch.nn.modules.padding"
 
 
 def _convert_like(name: fx.Node) -> None:
