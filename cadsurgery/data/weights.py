@@ -29,11 +29,16 @@ _LISTED = 6  # names of what was left out
 _EXTRA = "_extra_state"  # what a module keeps beside its tensors, see torch's `get_extra_state`
 
 
-class Asked:
-    """What a network asks of a file: its tensors by name, those with several names, and its modules.
+class ExpectedState:
+    """The tensors that a network's state dict has, and which state dicts of files fit it.
 
-    A network of which a file holds less, or that is deeper than the network, is another one: what is left out of a
-    file stands beside the network's own names.
+    A state dict fits if it has all of them; tensors that several names share may have one of these names. What else it
+    has is left out, unless it belongs to a module that the network has, too: then it is of a deeper network.
+
+    Attributes:
+        own: the network's state dict.
+        tied: the names of each tensor.
+        children: names of the network's direct submodules.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,18 +52,18 @@ class Asked:
         self.children = {name for name, _ in model.named_children()}
 
     def matching(self, weights: Weights) -> int:
-        """The number of tensors that a file has for the network."""
+        """Return how many tensors of a state dict have a name and shape of the network."""
         return sum(self._is_of(name, value) for name, value in weights.state.items())
 
     def is_met_by(self, weights: Weights) -> bool:
-        """True if a file has every tensor, and no other one of the network's modules."""
+        """True if a state dict fits, see the class; counters of batch norm may be missing."""
         has = {name for name, value in weights.state.items() if self._is_of(name, value)}
         return all(
             has.intersection(names) or names[0].endswith("num_batches_tracked") for names in self.tied
         ) and not any(self._is_deeper(name) for name, value in weights.state.items() if name not in has)
 
     def taken_from(self, weights: Weights) -> dict[str, Any]:
-        """What a file has for the network, with all names of tensors that have several."""
+        """Return the state dict to load: the network's names alone, each name of a shared tensor among them."""
         state = {name: value for name, value in weights.state.items() if name in self.own}
         for names in self.tied:
             known = [name for name in names if name in state]
@@ -103,7 +108,8 @@ class Weights:
         return f"{self.entry}.{self.prefix}".strip(".")
 
     def parts(self) -> Iterator[Weights]:
-        """Yield the weights without a prefix, the longest last: one that all names share, or one group of names has."""
+        """Yield the state dict as it is, and without prefixes: `module.` that all names have, and then one such as
+        `net.` that some of them have, beside names of a loss or a teacher."""
         yield self
         groups = dict.fromkeys(name.partition(".")[0] for name in self.state if "." in name)
         if len(groups) > 1 and any("." in name for name in self.beside):
@@ -140,15 +146,15 @@ def load_weights(model: nn.Module, path: Path, entry: str = "") -> str:
         FileError: the file is unreadable, holds no state dict, or none that fits; the message says what it holds.
         UnknownName: there is no such entry.
     """
-    asked = Asked(model)
+    expected = ExpectedState(model)
     listed = _choose(path, read_weights(path), entry)
     parts = [part for weights in listed for part in weights.parts()]
-    fitting = [part for part in parts if asked.is_met_by(part)]
+    fitting = [part for part in parts if expected.is_met_by(part)]
     chosen, *others = [part for part in fitting if part.name == entry] or fitting or parts
     if not fitting:
-        chosen = max(parts, key=asked.matching)
+        chosen = max(parts, key=expected.matching)
     try:
-        model.load_state_dict(asked.taken_from(chosen) if fitting else chosen.state)
+        model.load_state_dict(expected.taken_from(chosen) if fitting else chosen.state)
     except RuntimeError as error:
         entries = ", ".join(part.entry for part in listed if part.entry)
         held = f" Of its entries {entries} none fits." if len(listed) > 1 else ""
@@ -157,7 +163,7 @@ def load_weights(model: nn.Module, path: Path, entry: str = "") -> str:
             why=" ".join(str(error).split())[:400] + held,
             next="check the name and options of the network, e.g. its number of classes.",
         ) from error
-    left_out = (*chosen.beside, *(name for name in chosen.state if name not in asked.own))
+    left_out = (*chosen.beside, *(name for name in chosen.state if name not in expected.own))
     words = _in_words(path, chosen, others if fitting else [], left_out)
     if chosen.prefix or left_out or (others and fitting):
         warnings.warn(f"{words}.", CadWarning, stacklevel=4)

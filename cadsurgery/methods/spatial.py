@@ -46,7 +46,7 @@ class Spatial:
         observed = {field.name: getattr(facts, field.name) for field in fields(Facts)}
         known = MapFacts(**observed)
         with contextlib.suppress(KeyError):  # attention has no positions in the image: use shapes
-            known = flow_forward(facts, undone_to=0)
+            known = flow_forward(facts, removed_up_to=0)
         batch = len(facts.example)
         # After an operation without a rule, a 4-d value with several positions counts as a map.
         others = {

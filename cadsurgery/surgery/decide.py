@@ -142,7 +142,7 @@ def _plan_of_floors(
     """Plan a conversion in which maps become coarser than the network's own grid, see `make_plan`."""
     if isinstance(coarsest, bool) or not isinstance(coarsest, int) or coarsest < 2:
         raise InvalidInput(f"coarsest={coarsest!r} is no number of pixels above 1.", next="give 16 or 32.")
-    flow = settle_flow(facts, asked, not isinstance(region, str), undone_to=0, floors=True).flow
+    flow = settle_flow(facts, asked, not isinstance(region, str), removed_up_to=0, floors=True).flow
     chosen = floor_region(flow, coarsest)
     if chosen is None:
         strides = sorted(set(flow.grid.values()))
@@ -421,7 +421,7 @@ def floors_prospect(
         None if the network's strides do not lead to this floor, or no multiplication would be saved.
     """
     asked = asked_region(facts, region)
-    flow = settle_flow(facts, asked, not isinstance(region, str), undone_to=0, floors=True).flow
+    flow = settle_flow(facts, asked, not isinstance(region, str), removed_up_to=0, floors=True).flow
     chosen = floor_region(flow, coarsest)
     if chosen is None:
         return None

@@ -46,7 +46,7 @@ class Flow(MapFacts):
         foreign: values computed by barriers from maps that are no maps themselves.
         grown: nodes where a removed stride was found, with the spacing after them.
         most: the requested low output stride, once it is known.
-        undone_to: the largest spacing that a dilation may stand for; None for no limit.
+        removed_up_to: the largest spacing that a dilation may stand for; None for no limit.
         through_heads: true if windows whose taps fall inside cells do not end the region.
         inside_cells: such windows.
         views: how the positions of each map were moved since the picture; see `views`.
@@ -60,7 +60,7 @@ class Flow(MapFacts):
     grown: dict[fx.Node, int] = field(default_factory=dict)
     foreign: set[fx.Node] = field(default_factory=set)
     most: int | None = None
-    undone_to: int | None = None
+    removed_up_to: int | None = None
     through_heads: bool = False
     inside_cells: set[fx.Node] = field(default_factory=set)
     views: dict[fx.Node, View] = field(default_factory=dict)
@@ -115,7 +115,7 @@ def flow_forward(
     refused: Callable[[fx.Node, Sequence[fx.Node]], Barrier | None] = lambda node, maps: None,
     by_design: frozenset[fx.Node] = frozenset(),
     most: int | None = None,
-    undone_to: int | None = None,
+    removed_up_to: int | None = None,
     through_heads: bool = False,
 ) -> Flow:
     """Compute roles, grids and spacings from the input on.
@@ -125,12 +125,12 @@ def flow_forward(
         refused: function that returns why a node that reads certain maps may not be in the region, or None.
         by_design: nodes whose dilation grows although no stride was removed there.
         most: the requested low output stride; by default the network's lowest.
-        undone_to: the largest spacing in pixels that a dilation may stand for: with 0 all dilations count as the
+        removed_up_to: the largest spacing in pixels that a dilation may stand for: with 0 all dilations count as the
             network's design, with None none of them.
         through_heads: see `Flow`.
     """
     observed = {field.name: getattr(facts, field.name) for field in fields(Facts)}
-    flow = Flow(**observed, most=most, undone_to=undone_to, through_heads=through_heads)
+    flow = Flow(**observed, most=most, removed_up_to=removed_up_to, through_heads=through_heads)
     for node in facts.graph.nodes:
         if node.op == "placeholder" or node in facts.given:
             is_image = facts.is_image(node)
@@ -356,7 +356,7 @@ def _advance(node: fx.Node, maps: list[fx.Node], flow: Flow, by_design: frozense
         reach = min(window.dilation) * grid
         growth = reach // spacing if not window.is_pointwise and reach % spacing == 0 else 1
         removed = growth > 1 and growth & (growth - 1) == 0 and node not in by_design
-        if removed and (flow.undone_to is None or spacing * growth <= flow.undone_to):
+        if removed and (flow.removed_up_to is None or spacing * growth <= flow.removed_up_to):
             spacing *= growth
             flow.grown[node] = spacing
         grid, spacing = grid * window.stride, spacing * window.stride

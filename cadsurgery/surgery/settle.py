@@ -28,22 +28,22 @@ class Settled(NamedTuple):
         flow: the forward flow.
         refused: function that returns why a node may not be in the region, or None.
         by_design: nodes whose dilation does not replace a removed stride.
-        undone_to: see `settle_flow`.
+        removed_up_to: see `settle_flow`.
     """
 
     flow: Flow
     refused: Refusal
     by_design: frozenset[fx.Node]
-    undone_to: int | None
+    removed_up_to: int | None
 
     def up_to(self, low: int, through_heads: bool = False) -> Flow:
         """Return the flow for cells of at most `low` pixels, where more operations may stay in the region, also windows
         whose taps fall inside the cells if it goes `through_heads`."""
-        return flow_forward(self.flow, self.refused, self.by_design, low, self.undone_to, through_heads)
+        return flow_forward(self.flow, self.refused, self.by_design, low, self.removed_up_to, through_heads)
 
 
 def settle_flow(
-    facts: Facts, asked: Refusal, named: bool, undone_to: int | None = None, floors: bool = False
+    facts: Facts, asked: Refusal, named: bool, removed_up_to: int | None = None, floors: bool = False
 ) -> Settled:
     """Compute the forward flow in which removed strides can be restored and only windows of the region read padding.
 
@@ -51,7 +51,7 @@ def settle_flow(
         facts: facts about the network.
         asked: function that returns why the requested region leaves out a node that reads certain maps, or None.
         named: true if the region names its operations; small tails are then kept in it.
-        undone_to: the largest output stride that a dilation may stand for; None for no limit.
+        removed_up_to: the largest output stride that a dilation may stand for; None for no limit.
         floors: true if maps may become coarser than the network's own grid. Final resizes then stay in the region, and
             no output decides about its strides.
     """
@@ -65,7 +65,7 @@ def settle_flow(
         return asked(node, maps) or outside.get(node)
 
     while True:
-        flow = flow_forward(facts, refused, by_design, undone_to=undone_to)
+        flow = flow_forward(facts, refused, by_design, removed_up_to=removed_up_to)
         highs = set() if floors else {flow.grid[node] for node in flow.grid}
         dilated = frozenset().union(*(dilated_by_design(flow, region_of(flow, high)) for high in highs))
         # Final resizes read the region at arbitrary points, so that the output has the original network's size.
@@ -74,7 +74,7 @@ def settle_flow(
         leaving = _lone_pads(flow) | dict.fromkeys(resizes, _FINAL) | tails
         leaving |= dict.fromkeys(_leaving_choices(flow), _CHOICE)
         if dilated <= by_design and leaving.keys() <= outside.keys():
-            return Settled(flow, refused, by_design, undone_to)
+            return Settled(flow, refused, by_design, removed_up_to)
         by_design |= dilated
         outside |= leaving
 
