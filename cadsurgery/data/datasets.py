@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 IGNORED = 255  # the label of a pixel that counts neither in losses nor in metrics
 
 
-class Stored(Protocol):
+class UnreadPicture(Protocol):
     """A picture that is read when it is known in which channels."""
 
     def read(self, source: Source | None, channels: int, bands: tuple[int, ...]) -> Tensor:
@@ -34,13 +34,13 @@ class Stored(Protocol):
 
 
 @dataclass(frozen=True)
-class StoredFile:
+class PictureFile:
     """The picture of a file."""
 
     path: Path | str
 
     def read(self, source: Source | None, channels: int, bands: tuple[int, ...]) -> Tensor:
-        """Read the file; see `Stored`."""
+        """Read the file; see `UnreadPicture`."""
         if source is not None:
             return read_picture_for(source, self.path, bands=bands)
         return read_image(self.path, channels=channels, bands=bands)
@@ -58,8 +58,8 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         split: name of the split, e.g. `train`.
         classes: names of the classes in order of their labels; empty if the images have no labels (all pixels ignored).
         names: names of the items for messages; paths if they are files.
-        read: function from a position to an image, a picture, a tensor as above or a `Stored` picture, and its labels:
-            a picture or array (H, W) of stored values, or None.
+        read: function from a position to an image, a picture, a tensor as above or an `UnreadPicture`, and its labels: a
+            picture or array (H, W) of stored values, or None.
         table: pairs of a stored label value and its class; any other stored value is out of range. None: the labels
             are classes, but their number is not known, see `with_outputs`.
         any_range: True if values of images outside 0..1 are meant.
@@ -154,8 +154,8 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
             return from_picture(image, channels, bands, name=name)
         if isinstance(image, Tensor):
             return as_channels(image, None if source is None else channels, bands, name=name)
-        stored: Stored = image
-        return stored.read(source, channels, bands)
+        unread: UnreadPicture = image
+        return unread.read(source, channels, bands)
 
     def _labels(self, values: np.ndarray[Any, Any], image: Tensor, name: str) -> Tensor:
         if values.ndim != 2:

@@ -16,8 +16,8 @@ from torch import Tensor
 from cadsurgery.data.channels import check_bands
 from cadsurgery.data.datasets import (
     IGNORED,
+    PictureFile,
     SegmentationData,
-    StoredFile,
     identity_table,
     label_table,
     number_classes,
@@ -86,8 +86,8 @@ _LOOKED_AT = 32  # label files that are looked at for their values
 # -- a plain folder ------------------------------------------------------------------------------------
 
 
-def _read_files(images: Sequence[Path], labels: Sequence[Path], position: int) -> tuple[StoredFile, Tensor]:
-    return StoredFile(images[position]), read_labels(labels[position])
+def _read_files(images: Sequence[Path], labels: Sequence[Path], position: int) -> tuple[PictureFile, Tensor]:
+    return PictureFile(images[position]), read_labels(labels[position])
 
 
 def labels_of(image: str | Path, folder: Path) -> Path:
@@ -209,8 +209,8 @@ def _number(option: str, text: str) -> int:
 HELD_OUT = 8  # in a folder without splits, every eighth image is for validation
 
 
-def _read_unlabelled(images: Sequence[Path], position: int) -> tuple[StoredFile, None]:
-    return StoredFile(images[position]), None
+def _read_unlabelled(images: Sequence[Path], position: int) -> tuple[PictureFile, None]:
+    return PictureFile(images[position]), None
 
 
 def _images(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
@@ -295,7 +295,7 @@ class _Scene:
     colour: Tensor
 
     def read(self, source: Source | None, channels: int, bands: tuple[int, ...]) -> Tensor:
-        """Return it in so many channels; see `Stored`."""
+        """Return it in so many channels; see `UnreadPicture`."""
         return spread_bands(self.colour, channels)
 
 

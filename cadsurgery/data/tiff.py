@@ -40,7 +40,7 @@ def is_tiff(path: Path | str, content: bytes | None = None) -> bool:
     try:
         with open(path, "rb") as file:
             return file.read(4) in _MAGIC
-    except OSError:
+    except (OSError, ValueError):  # no file can have this name
         return False
 
 

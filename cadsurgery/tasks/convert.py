@@ -106,7 +106,7 @@ def convert(*, model: str, options: ConvertOptions, step: Step) -> ConversionRep
 
 def _image_of(options: ConvertOptions | MacsOptions, source: Source) -> list[Tensor]:
     """Return the image that a command names, as a network of this source reads it; none if it names none."""
-    return [] if options.image is None else [example_image(source, options.image, options.size)]
+    return [] if options.image is None else [example_image(options.image, options.size, source=source)]
 
 
 def _default_output(model: str, suffix: str) -> Path:

@@ -169,7 +169,7 @@ def draw_masks(image: str, options: MaskOptions, *, step: Step) -> MaskReport:
         step(f"building {model}")
         net, stored_mask = _open(model, options, path)
         source = pictures_for(net)
-    picture = example_image(source, path, size, bands=options.bands)
+    picture = example_image(path, size, source=source, bands=options.bands)
     truth = _labels(options.labels, path, size, picture)
     asked = [(text, resolve_mask(text)) for text in masks]
     notes = [_NO_NETWORK]
@@ -235,7 +235,7 @@ def _labels(
 
 
 def _look_bare(
-    picture: Tensor, output_stride: tuple[int, int] | None, patch: str, normalisation: object
+    picture: Tensor, output_stride: tuple[int, int] | None, patch: str, normalisation: object = None
 ) -> tuple[int, int, Look]:
     """Evaluate masks without a network: the image stands for the entering features, and MACs are not counted.
 
@@ -346,7 +346,7 @@ def _open(model: str, options: MaskOptions, image: Path | None) -> tuple[Adaptiv
     """Return a network, which reads pictures as the options say, and the mask of its file."""
 
     def pictures(source: Source) -> list[Tensor]:
-        return [example_image(source, image, options.size)]
+        return [example_image(image, options.size, source=source)]
 
     if not is_file(model):
         more: dict[str, Any] = {"bands": options.bands, "pictures": pictures}

@@ -300,10 +300,10 @@ def provenance(network: object, source: Source, device: torch.device) -> dict[st
 
 
 def example_image(
-    source: Source | None,
     path: Path | None,
     size: tuple[int, int] | None,
     seed: int = 0,
+    source: Source | None = None,
     bands: Sequence[int] = (),
 ) -> Tensor:
     """Return an image (C, H, W) in 0..1 as a network of this source reads it: the file, or a generated street scene.
@@ -321,4 +321,4 @@ def example_batch(
 ) -> Tensor:
     """Return the example image, normalised for a network of this source: (1, C, H, W)."""
     size = size or (source.size if source is not None else None)
-    return normalise(example_image(source, path, size, seed), source).unsqueeze(0)
+    return normalise(example_image(path, size, seed, source), source).unsqueeze(0)

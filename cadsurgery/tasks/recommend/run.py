@@ -196,9 +196,9 @@ def recommend(
     request = Requirement(keep if keep is not None or at_most is not None else 0.99, at_most)
     name, typed_weights = _as_typed(network, source, weights)
     described = {"network": name, **provenance(network, source, torch.device("cpu"))}
-    report = _report_on(
-        run, request, {} if typed_weights == "auto" else {"weights": typed_weights}, described
-    )
+    typed: dict[str, Any] = {} if typed_weights == "auto" else {"weights": typed_weights}
+    typed |= {"bands": ",".join(map(str, bands))} if bands else {}
+    report = _report_on(run, request, typed, described)
     report.write(folder / "report.json", folder / "curve.png")
     return report
 
@@ -237,14 +237,15 @@ def _identity_of(
 
 
 def _report_on(
-    run: _MeasuringRun, request: Requirement, weights: Mapping[str, str], described: Mapping[str, Any]
+    run: _MeasuringRun, request: Requirement, typed: Mapping[str, Any], described: Mapping[str, Any]
 ) -> Recommendation:
-    """Choose among the measured settings; `weights` are as the user gave them, `described` is the provenance."""
+    """Choose among the measured settings; `typed` are weights and bands as the user gave them, `described` is the
+    provenance."""
     calls, pictures, measure = run.calls, run.pictures, run.measured_by
     rows = rows_of(run.candidates, run.judged, run.macs, measure)
     choice = choose(rows, request, measure, run.candidates.refusal)
     return Recommendation(
-        options={**weights, **calls.options},
+        options={**typed, **calls.options},
         data=pictures.data.name,
         images=run.done,
         of_images=len(pictures.data),
