@@ -58,8 +58,8 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         split: name of the split, e.g. `train`.
         classes: names of the classes in order of their labels; empty if the images have no labels (all pixels ignored).
         names: names of the items for messages; paths if they are files.
-        read: function from a position to an image, a picture, a tensor as above or an `UnreadPicture`, and its labels: a
-            picture or array (H, W) of stored values, or None.
+        read: function from a position to an image (a picture, a tensor as above or an `UnreadPicture`) and its labels
+            (a picture or array (H, W) of stored values, or None).
         table: pairs of a stored label value and its class; any other stored value is out of range. None: the labels
             are classes, but their number is not known, see `with_outputs`.
         any_range: True if values of images outside 0..1 are meant.

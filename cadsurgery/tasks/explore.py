@@ -308,7 +308,7 @@ def explore(
         high_prediction,
         tuple(lines),
         tuple(rows),
-        _python(subject.python(spec, pair, fill), image, size),
+        _python(subject.python(spec, pair, fill), image, size, subject.source),
         _command(subject, spec, pair, fill, image, size),
         output,
         lattice.levels,
@@ -383,12 +383,14 @@ def _answer(name: str, output: Any, source: Source) -> str:
     )
 
 
-def _python(lines: list[str], image: Path | int, size: tuple[int, int] | None) -> str:
+def _python(lines: list[str], image: Path | int, size: tuple[int, int] | None, source: Source) -> str:
     sizes = f", {size}" if size else ""
+    if source.channels != 3:
+        sizes += f", channels={source.channels}"
     read = (
         f"read_image(Path({Path(image).name!r}){sizes})"
         if isinstance(image, Path)
-        else f"street_scene{(*_SAMPLE_SIZE, image)}"
+        else f"street_scene({', '.join(map(str, (*_SAMPLE_SIZE, image)))}{sizes})"
     )
     return "\n".join(
         [
