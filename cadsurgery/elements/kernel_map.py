@@ -157,7 +157,8 @@ class Window(NamedTuple):
         count = (divide_up(room, self.stride) if self.ceil_mode else room // self.stride) + 1
         if self.ceil_mode:  # torch: a window must start inside the map or its left padding
             count = least(count, (samples + before - 1) // self.stride + 1)
-        if is_statically_true(room < 0) or is_statically_true(count < 1):
+        too_small = count < 1 if self.ceil_mode else room < 0  # a last partial window may be the only one
+        if is_statically_true(too_small):
             raise InvalidInput(
                 f"a {self.kernel[0]}x{self.kernel[1]} window does not fit into {samples} samples.",
                 why="the image is too small for this network.",
