@@ -22,7 +22,7 @@ from cadsurgery.elements.elements import Elements, check_joint, native_shape, no
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
 from cadsurgery.elements.sizes import divide_up
-from cadsurgery.kernels.load import is_observed
+from cadsurgery.kernels.dispatch import is_observed
 from cadsurgery.support.processes import count_together
 from cadsurgery.support.torch_internals import is_exporting
 

@@ -22,7 +22,7 @@ from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_row
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.near import find_near
 from cadsurgery.elements.sizes import is_statically_true
-from cadsurgery.kernels.load import setting
+from cadsurgery.kernels.dispatch import setting
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.torch_internals import current_dispatch_mode, is_exporting, is_profiled
 
