@@ -345,6 +345,12 @@ class GraphModel(ConvertedModel):
             setattr(self, name, value)
 
     @property
+    def original_signature(self) -> inspect.Signature:
+        """The signature of a call of the original network."""
+        signature: inspect.Signature = self.program.signature
+        return signature
+
+    @property
     def is_optimized(self) -> bool:
         """True for an inference copy."""
         return self.program.is_fused

@@ -163,11 +163,10 @@ class Fuser:
         return None
 
     def consumer(self, node: fx.Node) -> fx.Node | None:
-        """Return the only operation that reads the value of a node, elements or a dense map; or None."""
+        """Return the only operation that reads the value of a node, and acts on elements where that is elements, on a
+        dense map where it is one; or None."""
         user = only_user(node)
-        return (
-            user if not _is_elements(node) or (user is not None and isinstance(user.target, OnRows)) else None
-        )
+        return user if user is not None and _is_elements(node) == isinstance(user.target, OnRows) else None
 
     # -- changing the graph ------------------------------------------------------------------------
 

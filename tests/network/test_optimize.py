@@ -181,7 +181,8 @@ def small_map(net: Any, x: Tensor) -> tuple[int, int]:
 
 
 class _Odd(nn.Module):
-    """A value read before its activation, a residual that is smaller, a product that is no factor, shared weights."""
+    """A value read before its activation, a residual that is smaller, a convolved mean that is added to a map, a
+    product that is no factor, shared weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,6 +190,7 @@ class _Odd(nn.Module):
         self.down = nn.Conv2d(8, 8, 3, 2, 1)
         self.shrink = nn.Conv2d(8, 8, 3)
         self.same = nn.Conv2d(8, 8, 1)
+        self.of_mean = nn.Conv2d(8, 8, 1)
         self.norm = nn.BatchNorm2d(8)
         self.free = nn.BatchNorm2d(8, affine=False)
         self.scale = nn.Parameter(torch.randn(8, 1, 1))
@@ -200,6 +202,7 @@ class _Odd(nn.Module):
         y = self.norm(self.same(x)) * self.scale
         y = self.free(y + torch.sigmoid(y))
         y += x
+        y = y + self.of_mean(x.mean((2, 3), keepdim=True))
         y = nn.functional.leaky_relu(self.same(y) * y, 0.2)
         return self.last(self.shrink(y) + 1.0)
 

@@ -25,6 +25,7 @@ from cadsurgery.methods.program import CallWork, work_of
 from cadsurgery.methods.spatial import WHOLE, Spatial, SpatialKind
 from cadsurgery.network.adaptify import Example, copy_network, traceable_part
 from cadsurgery.network.macs import meta_copy
+from cadsurgery.network.signature import Forward
 from cadsurgery.network.storage import check_width
 from cadsurgery.support.errors import CannotConvert, InvalidInput, check_name
 from cadsurgery.surgery.arguments import image_of
@@ -287,6 +288,7 @@ class AnytimeModel(GraphModel):
         """Refuse options with heads wider than those in the file."""
         check_width(path, max(stored.options["classes"], stored.options["hidden"] or 0), tensors)
 
+    @Forward
     @torch.compiler.disable(
         reason="its work depends on the confidence of its exits: call it as it is, or its copy net.optimize()"
     )
