@@ -317,8 +317,8 @@ def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool =
     return source.derive(("kernel_map", target.key, window, drop), build)
 
 
-def rows_of(source: Lattice, target: Lattice) -> Tensor | None:
-    """Return the rows (N_target,) of `source` at the anchors that `target` still has; None if it has all of them."""
+def row_numbers(source: Lattice, target: Lattice) -> Tensor | None:
+    """Return the numbers (N_target,) of the rows of `source` at the anchors of `target`; None if these are all."""
     if source is target:
         return None
     static = source.capacity is not None or target.capacity is not None or source.is_open
