@@ -310,7 +310,7 @@ class Rewriter:
             arguments["layout"] = self.flow.layouts[source]
         if treatment.covers is not None:
             size = self.call(functional.native_shape, self.as_elements(source), self.plan[source.name].grid)
-            covers = self.call(is_whole, self.argument(treatment.covers, {}), size)
+            covers = self.call(is_whole, self.argument(treatment.covers, {}), size, treatment.or_more)
             self.call(check_branch, covers, True, f"{node.name}, whose window was the whole map")
         return self.call(treatment.call, self.on_stage(source, stage), **arguments)
 

@@ -288,12 +288,6 @@ class AnytimeModel(GraphModel):
         """Refuse options with heads wider than those in the file."""
         check_width(path, max(stored.options["classes"], stored.options["hidden"] or 0), tensors)
 
-    def fitting(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adapt the tensors of a file; older files may have widths of convolutions in channel attention."""
-        own = self.state_dict()
-        kept = {name: value for name, value in tensors.items() if name in own or not name.endswith(".width")}
-        return {name: value for name, value in own.items() if name.endswith(".width")} | kept
-
     @Forward
     @torch.compiler.disable(
         reason="its work depends on the confidence of its exits: call it as it is, or its copy net.optimize()"
