@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -323,6 +323,8 @@ def _checked(model: nn.Module, example_input: Example) -> Arguments:
         InvalidInput: the network does not take them, or no image batch with values is among them.
         CannotConvert: the network takes several images at once; the message names its part that takes one.
     """
+    if isinstance(example_input, Mapping):  # e.g. what a preprocessor gives
+        example_input = dict(example_input)
     try:
         if not isinstance(example_input, (tuple, dict)):
             check_image(example_input, "example_input")
