@@ -193,7 +193,9 @@ class _Planner:
             return Value((self._resize(node, sources[0], treatment, means),))
         heights = {self.facts.shapes[value][2] for value in (node, *sources) if value in self.facts.shapes}
         if len(heights) > 1 or not _acts_on_each_row(node, treatment):
-            raise SystemExit(f"{node} ({self.facts.path(node)}, {node.target}) needs whole maps: {treatment.why}")
+            raise SystemExit(
+                f"{node} ({self.facts.path(node)}, {node.target}) needs whole maps: {treatment.why}"
+            )
         if getattr(node.target, "__name__", node.target) in JOINED:
             return Value(tuple(part for source in sources for part in self.values[source].parts), means)
         return self._pointwise(node, sources, means)
@@ -250,7 +252,7 @@ class _Planner:
             -(-whole * length // small)
             for whole, length, small in zip(self.size, shape[2:], self.facts.example.shape[2:], strict=True)
         )
-        name = f"{node.name} {tuple(shape[1:2])[0]} channels at 1/{self.size[0] / down:g}"
+        name = f"{node.name} {shape[1]} channels at 1/{self.size[0] / down:g}"
         row = shape[1] * across * BYTES if row is None else row
         work = self.facts.macs.get(node, 0) / len(self.facts.example) / shape[2]
         work *= across / shape[3]
@@ -393,7 +395,9 @@ def _used(plan: Plan, ends: Sequence[int], known: Collection[int]) -> list[int]:
     return sorted(used)
 
 
-def in_passes(plan: Plan, band: int, keeps: bool, again: Collection[int] = (), cell: int = 1) -> tuple[Walk, float]:
+def in_passes(
+    plan: Plan, band: int, keeps: bool, again: Collection[int] = (), cell: int = 1
+) -> tuple[Walk, float]:
     """Walk down a picture once for each level of means over the image, and once for the outputs.
 
     Returns the walk with the largest peak, and the work of all relative to one.
@@ -410,12 +414,18 @@ def in_passes(plan: Plan, band: int, keeps: bool, again: Collection[int] = (), c
     for level in range(1, max(levels, default=0) + 2):
         now = [mean for mean, its in enumerate(levels) if its == level]
         ends = sorted({part for mean in now for part in plan.means[mean][0]} if now else set(plan.outputs))
-        ahead = _frontier(plan, {mean for mean, its in enumerate(levels) if its >= level}) if keeps and now else set()
+        ahead = (
+            _frontier(plan, {mean for mean, its in enumerate(levels) if its >= level})
+            if keeps and now
+            else set()
+        )
         new = ahead - known
         walks.append(walk(plan, band, sorted({*ends, *new} - known) or ends, new, known, again, cell=cell))
         known = {PICTURE} | ahead if keeps and now else known
     largest = max(walks, key=lambda one: one.peak)
-    once = sum(plan.maps[number].macs * plan.maps[number].height for number in _used(plan, plan.outputs, (PICTURE,)))
+    once = sum(
+        plan.maps[number].macs * plan.maps[number].height for number in _used(plan, plan.outputs, (PICTURE,))
+    )
     return largest, sum(one.work for one in walks) / once
 
 
@@ -480,7 +490,11 @@ class SuperResolution(nn.Module):
         self.after, self.once, self.twice, self.high = (
             nn.Conv2d(width, width, 3, padding=1) for _ in range(4)
         )
-        self.last, self.act, self.up = nn.Conv2d(width, 3, 3, padding=1), nn.LeakyReLU(0.2), nn.Upsample(None, 2)
+        self.last, self.act, self.up = (
+            nn.Conv2d(width, 3, 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Upsample(None, 2),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, 3, H, W) to (B, 3, 4 H, 4 W)."""
@@ -563,7 +577,9 @@ def main() -> None:
         if options.search:
             for band in options.heights:
                 least, work, again = less_kept(plan, band, keeps=bool(plan.means))
-                print(f"  bands of {band}, {len(again)} maps computed again: {least.peak / GIB:.2f}, work {work:.2f}")
+                print(
+                    f"  bands of {band}, {len(again)} maps computed again: {least.peak / GIB:.2f}, work {work:.2f}"
+                )
 
 
 if __name__ == "__main__":
