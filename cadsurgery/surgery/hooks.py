@@ -358,7 +358,7 @@ class Watch:
                 f"operation outside the region, see print(net.plan). One that {watched.path} has before cs.adaptify "
                 "is called too: the region then ends there, and what follows runs dense. If it counts work, use "
                 "net.macs(x), torch's torch.utils.flop_counter.FlopCounterMode, which needs no hooks, or ptflops, "
-                "fvcore, thop or torchinfo on the network that cs.adaptify gave.",
+                "thop or torchinfo on the network that cs.adaptify gave.",
             )
         holder, _, name = watched.path.rpartition(".")
         around, children = child(self._net, holder), tuple(module._modules)
@@ -505,7 +505,7 @@ def _foreign(module: nn.Module) -> int:
 
 
 # Packages whose hooks read nothing but shapes, to count work.
-_COUNTERS = ("ptflops", "thop", "torchinfo", "fvcore", "torchstat", "torchprofile")
+_COUNTERS = ("ptflops", "thop", "torchinfo")
 
 
 def _counts(hook: Any) -> bool:

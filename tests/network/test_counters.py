@@ -78,3 +78,22 @@ def test_other_hooks_are_refused_as_before() -> None:
         net(x)
     handle.remove()
     net(x)
+
+
+@torch.no_grad()
+def test_torchinfo_and_thop_count_it_too() -> None:
+    """They add what norms do; fvcore traces networks by torch.jit, which is refused in words."""
+    net, x = unverified(Counted().eval(), "all", example_input=images(1, 65, 97)), images(1, 65, 97)
+    expected, norms = net.macs(x).mask, 8 * 2 * (5 * 7 + 9 * 13) * 16  # of both, at most, at the high stride
+    torchinfo = pytest.importorskip("torchinfo")
+    assert expected <= torchinfo.summary(net, input_data=x, verbose=0).total_mult_adds <= expected + norms
+    thop = pytest.importorskip("thop")
+    assert expected <= thop.profile(net, (x,), verbose=False)[0] <= expected + norms
+
+
+@torch.no_grad()
+def test_what_traces_is_told_what_counts() -> None:
+    net, x = unverified(Counted().eval(), "all", example_input=images(1, 65, 97)), images(1, 65, 97)
+    fvcore = pytest.importorskip("fvcore.nn")
+    with pytest.raises(cs.CannotConvert, match=r"net.macs\(x\)"):
+        fvcore.FlopCountAnalysis(net, x).total()
