@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -28,6 +29,16 @@ if TYPE_CHECKING:
 
 _LINE_EVERY = 30.0  # seconds between lines of progress, where there is no terminal
 
+
+def _open_closed() -> None:
+    """Let standard output and standard error lead to the null device where they are closed (`>&-`): the work is done,
+    nothing is shown, and no file that is opened later stands in their place."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
+_open_closed()
 # A terminal has a width; pipes and files get long lines.
 out = Console(width=None if sys.stdout.isatty() else 140)
 err = Console(width=None if sys.stderr.isatty() else 140, stderr=True)

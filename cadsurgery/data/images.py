@@ -276,7 +276,7 @@ def no_images(failures: Mapping[str, FileError]) -> FileError:
 
 def _images_of(path: str, name: str, apart: str) -> Iterator[tuple[str, str, dict[str, int]]]:
     """Yield the images of a source, each with its relative path and the names that are used in its folder."""
-    left_out: dict[str, list[str]] = {NO_PICTURES: [], _LINKS: [], _UNREADABLE: []}
+    left_out: dict[str, list[str]] = {NO_PICTURES: [], _LINKS: [], _DANGLING: [], _UNREADABLE: []}
     if not (stores.is_remote(path) or files.is_folder(path)):
         if not files.exists(path):
             raise files.absent(path, "file or folder")
@@ -302,6 +302,7 @@ def _images_of(path: str, name: str, apart: str) -> Iterator[tuple[str, str, dic
 
 
 _LINKS, _UNREADABLE = "links to folders, which are not followed", "folders that cannot be read"
+_DANGLING = "links to what does not exist"
 
 
 def _images_inside(
@@ -328,7 +329,7 @@ def _images_inside(
         elif _is_image(entry.name) and entry.is_file():
             yield place, used
         else:
-            left_out[NO_PICTURES].append(place)
+            left_out[NO_PICTURES if os.path.exists(entry.path) else _DANGLING].append(place)
 
 
 def _is_image(name: str) -> bool:

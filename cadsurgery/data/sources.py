@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from unicodedata import normalize
 
 from torch import Tensor
 
+from cadsurgery.data.clips import Frames, is_clip, length_of
 from cadsurgery.data.datasets import (
     IGNORED,
     SegmentationData,
@@ -28,6 +30,7 @@ from cadsurgery.data.images import (
     read_image,
     read_labels,
 )
+from cadsurgery.data.stores import refuse_stream
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
     CadError,
@@ -39,7 +42,7 @@ from cadsurgery.support.errors import (
     import_optional,
 )
 from cadsurgery.support.folders import NO_PICTURES, visible, warn_of_left_out
-from cadsurgery.support.kinds import FOLDER, PICTURE, check_kind
+from cadsurgery.support.kinds import CLIP, FOLDER, PICTURE, check_kind
 from cadsurgery.support.plain import split_options
 
 VOC_CLASSES = (
@@ -128,8 +131,10 @@ def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
     if (IGNORED, IGNORED) in table and str(IGNORED) not in options["ignore"].split("/"):
         warn_of_two_values(labels, f"folder:{place},classes=2,values=0/255 reads 255 as class 1")
     read = partial(_read_files, images, labels)
-    remedy = "raise classes=..., or ignore such pixels: ignore={labels}."
-    return SegmentationData(spec, split, classes, tuple(map(str, images)), read, table, remedy=remedy)
+    return SegmentationData(spec, split, classes, tuple(map(str, images)), read, table, remedy=_REMEDY)
+
+
+_REMEDY = "raise classes=..., or ignore such pixels: ignore={labels}."
 
 
 def _table(options: Mapping[str, str], classes: int) -> tuple[tuple[int, int], ...]:
@@ -226,6 +231,60 @@ def _images(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
     return SegmentationData(spec, split, (), tuple(map(str, images)), read, identity_table(0))
 
 
+# -- clips ---------------------------------------------------------------------------------------------
+
+
+def _read_frame(frames: Frames, labels: Sequence[Path], position: int) -> tuple[Tensor, Tensor | None]:
+    return frames[position], read_labels(labels[position]) if labels else None
+
+
+def _clip(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
+    """Open every N-th frame of a clip, or those that have labels.
+
+    A frame is named by the clip and its number in six digits, `drive.mp4/000025`; its labels are `000025.png`.
+    """
+    path = Path(place)
+    if not files.is_file(path):
+        raise files.absent(path)
+    count, rate = length_of(path)
+    start = _number("start", options["start"])
+    every = _number("every", options["every"]) if options["every"] else 0
+    numbers: Sequence[int] = range(start, count, every or (1 if options["labels"] else max(1, round(rate))))
+    if options["labels"]:
+        numbers = _labelled_frames(path, Path(options["labels"]), numbers, count)
+    names = tuple(f"{path}/{number:06d}" for number in numbers)
+    labels = [labels_of(name, Path(options["labels"])) for name in names] if options["labels"] else []
+    read = partial(_read_frame, Frames(path, numbers), labels)
+    if not options["classes"]:
+        if values := [option for option in ("ignore", "values") if options[option]]:
+            raise InvalidInput(f"{values[0]}= of labels whose classes are not said.", next="add classes=11.")
+        return SegmentationData(spec, split, (), names, read, None if labels else identity_table(0))
+    classes = class_names(options["classes"])
+    return SegmentationData(spec, split, classes, names, read, _table(options, len(classes)), remedy=_REMEDY)
+
+
+def _labelled_frames(path: Path, folder: Path, numbers: Sequence[int], count: int) -> list[int]:
+    """Return those frames of a clip whose labels are in a folder; say what else the folder holds.
+
+    Raises:
+        FileError: there is no such folder, or the clip has no frame of a number.
+    """
+    check_kind(folder, FOLDER, what="the folder of labels")
+    if not files.is_folder(folder):
+        raise files.absent(folder, "folder")
+    inside = visible(folder)
+    labelled = {int(name.stem): name for name in inside if re.fullmatch(r"\d{6,}\.png", name.name)}
+    if beyond := [number for number in sorted(labelled) if number >= count]:
+        raise FileError(
+            f"{path} has no frame {beyond[0]}, and there are labels of it: {labelled[beyond[0]]}.",
+            why=f"it has {count} frames, 0 to {count - 1}.",
+            next="name the labels by the numbers of the frames; the first is 000000.png.",
+        )
+    others = [name.name for name in inside if name not in labelled.values()]
+    warn_of_left_out(folder, {"not named by the number of a frame, as 000025.png": others})
+    return [number for number in sorted(labelled) if number in numbers]
+
+
 # -- torchvision ---------------------------------------------------------------------------------------
 
 
@@ -316,6 +375,15 @@ KINDS = {
         "NAME.jpg (or .png, ...), in folders of any depth: every eighth image is val, the others train; any other "
         "split has all images\nor, with splits: train/, val/, test/\nIn a folder with images/ only that is read.",
     ),
+    "clip": DataKind(
+        _clip,
+        {"every": "", "start": "0", "labels": "", "classes": "", "ignore": "", "values": ""},
+        (),
+        "Give a clip.",
+        "a clip: FILE.mp4 (.mov, .mkv, ...), of which every N-th frame is used (every=N; default: one a second)\n"
+        "with labels=FOLDER the frames that have labels: FOLDER/000025.png, named by the number of the frame in six "
+        "digits, the first is 000000; one channel, as in folder",
+    ),
     "cityscapes": DataKind(
         _cityscapes,
         {},
@@ -373,7 +441,9 @@ def open_data(spec: str, split: str = "train") -> SegmentationData:
     Kinds: `folder:PATH,classes=11,ignore=11` (slashes separate several ignored values, or class names in place of their
     number; `classes=2,values=0/255` names the values that the classes are stored as), `cityscapes:PATH` (fine
     annotations, the 19 classes of the benchmark), `voc:PATH,year=2012`, `sbd:PATH`, `pets:PATH` (trimaps),
-    `scene:COUNT,height=96,width=128` (generated); `images:FOLDER` has no labels.
+    `scene:COUNT,height=96,width=128` (generated); `images:FOLDER` has no labels. `clip:FILE,every=25` has every 25th
+    frame of a clip (default: one a second), from `start=0` on, and `clip:FILE,labels=FOLDER,classes=11` those frames
+    that have labels.
     Nothing is downloaded.
 
     Args:
@@ -386,6 +456,7 @@ def open_data(spec: str, split: str = "train") -> SegmentationData:
         FileError: the data is missing, incomplete or empty; the message says where to get it and its layout.
     """
     name, _, rest = spec.partition(":")
+    refuse_stream(rest if name in KINDS else spec)
     if name not in KINDS and files.exists(spec):
         check_kind(spec, FOLDER, what="a folder of data")
         raise InvalidInput(
@@ -399,11 +470,9 @@ def open_data(spec: str, split: str = "train") -> SegmentationData:
     if not place.strip():
         raise InvalidInput(f"data {spec!r} names no place.", next=f"write {name}:PATH. {kind.where}")
     if name != "scene":
+        expected = {"images": (FOLDER, PICTURE), "clip": (CLIP,)}.get(name, (FOLDER,))
         check_kind(
-            place.strip(),
-            FOLDER,
-            *((PICTURE,) if name == "images" else ()),
-            what=f"the folder of {name}:PATH",
+            place.strip(), *expected, what=f"the {'clip' if name == 'clip' else 'folder'} of {name}:PATH"
         )
     options = {**kind.options, **split_options(text, kind.options, f"data {name!r}")}
     values = {option: value for option, value in options.items() if value is not None}
@@ -413,3 +482,21 @@ def open_data(spec: str, split: str = "train") -> SegmentationData:
     if kind.splits and split not in kind.splits:
         raise UnknownName(f"split of data {name!r}", split, kind.splits)
     return kind.open(place.strip(), split, values, spec)
+
+
+def open_pictures(place: str | Path, split: str = "all") -> SegmentationData:
+    """Open pictures by the path of a folder, a picture or a clip (with options, `drive.mp4,every=25`), or by a spec.
+
+    Args:
+        place: see above, and `open_data`.
+        split: of data by spec; `all` means `val` where the data has named splits.
+
+    Raises:
+        CadError: as `open_data`.
+    """
+    text = str(place)
+    kind = KINDS.get(text.partition(":")[0])
+    if kind is None or files.exists(text):
+        refuse_stream(text)
+        return open_data(f"{'clip' if is_clip(Path(split_place(text)[0])) else 'images'}:{text}", split)
+    return open_data(text, "val" if split == "all" and kind.splits else split)

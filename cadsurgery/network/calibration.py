@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cadsurgery.data import SegmentationData, sample_of
-from cadsurgery.data.images import find_images, normalise, read_image
+from cadsurgery.data import SegmentationData, open_pictures, sample_of
+from cadsurgery.data.images import normalise
 from cadsurgery.masks.unit import Normalisation
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.describe import describe
@@ -19,8 +19,8 @@ from cadsurgery.surgery.arguments import image_of
 MOST = 100  # images of a folder, of data or of a loader, which may hold any number
 _FORMS = (
     "give about 8 to 100 images as the network takes them: a batch (B, C, H, W), a list of batches or of images "
-    "(C, H, W), or a DataLoader, also of pairs (images, labels); or a folder of photos. For a network that takes a "
-    "dictionary, a list of such dictionaries."
+    "(C, H, W), or a DataLoader, also of pairs (images, labels); or a folder of photos or a clip. For a network that "
+    "takes a dictionary, a list of such dictionaries."
 )
 # Values of a picture, undone from its normalisation, beyond which it is none in 0..1; noise is to pass.
 _LEAST, _MOST = -3.0, 4.0
@@ -42,8 +42,8 @@ def read_calibration(
 
     Args:
         images: a batch, or batches or images (C, H, W), alone or in pairs with labels, as the network takes them; or a
-            folder of photos or data of `open_data`, which are prepared; or dictionaries as the network takes them. Of
-            folders, data and loaders 100 images are taken, evenly spread, or the first of a loader.
+            folder of photos, a clip or data of `open_data`, which are prepared; or dictionaries as the network takes
+            them. Of folders, data and loaders 100 images are taken, evenly spread, or the first of a loader.
         prepare: normalises a picture in 0..1 for the network.
         expected: normalisation of the network's input, if it is known.
 
@@ -52,10 +52,9 @@ def read_calibration(
         FileError: an image of the folder cannot be read.
     """
     if isinstance(images, (str, Path)):
-        paths = list(find_images([Path(images)])[0])
-        return [prepare(read_image(path)).unsqueeze(0) for path in _spread(paths)]
+        images = open_pictures(images)
     if isinstance(images, SegmentationData):
-        return [prepare(sample_of(images, at)[0]).unsqueeze(0) for at in _spread(range(len(images)))]
+        return [prepare(sample_of(images, at)[0]).unsqueeze(0) for at in spread(range(len(images)), MOST)]
     if not isinstance(images, Iterable):
         raise _no_images(describe(images))
     batches = list(_batches([images] if isinstance(images, (Tensor, dict)) else images))
@@ -72,8 +71,9 @@ def batch_of(call: Any) -> Tensor:
     return batch
 
 
-def _spread(items: Sequence[Any]) -> Sequence[Any]:
-    return items[:: -(-len(items) // MOST)]
+def spread(items: Sequence[Any], most: int) -> Sequence[Any]:
+    """Return so many items at most, evenly spread."""
+    return items[:: -(-len(items) // most)]
 
 
 def _batches(items: Iterable[Any]) -> Iterator[Any]:

@@ -45,7 +45,7 @@ from cadsurgery.tasks.bench_report import (
     NetworkBench,
     macs_notes,
 )
-from cadsurgery.tasks.open import example_batch, open_any, original, provenance
+from cadsurgery.tasks.open import example_batch, open_any, original, pictures_like, provenance
 from cadsurgery.tasks.options import Benchmark, Conversion
 from cadsurgery.tasks.report import Row, check_outputs
 from cadsurgery.tasks.side import Side, measure
@@ -66,7 +66,7 @@ FRACTIONS = (1.0, 0.5, 0.34, 0.25, 0.1, 0.0)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BAND, LINEAR, GROUPED = 1.06, 0.08, 1.2
 # Options of `bench` for a network made by a method.
-OF_METHODS = ("size", "batch", "device", "threads", "rounds", "processor_time")
+OF_METHODS = ("images", "size", "batch", "device", "threads", "rounds", "processor_time")
 
 
 def bench(
@@ -100,9 +100,10 @@ def bench(
         trust: run code that a file names; see `cadsurgery.load`.
         step: progress callback.
         options: further options of `adaptify`, and conditions of the measurement, see `Benchmark`: `size` (height and
-            width) and number (`batch`) of the generated street scenes, `dtype`, `device`, `threads`, timing `rounds`,
-            the engine (`runtime`), engines whose dense networks are timed in the same run (`against`), the scale of
-            smaller pictures (`smaller`), and images for int8 (`calibration`).
+            width) and number (`batch`) of the pictures, which are generated street scenes or those of a folder or a
+            clip (`images`), `dtype`, `device`, `threads`, timing `rounds`, the engine (`runtime`), engines whose dense
+            networks are timed in the same run (`against`), the scale of smaller pictures (`smaller`), and images for
+            int8 (`calibration`).
 
     Raises:
         InvalidInput: an option is out of range or does not fit the others.
@@ -180,7 +181,7 @@ def _bench_made(
     ends = [row for row in rows if timed.ends and row.label in timed.ends]
     lines = [law(row.macs, ends[1], ends[0]) if ends and not row.anchor else None for row in rows]
     return MethodBench(
-        data="street scenes",
+        data=setup.images or "street scenes",
         image=tuple(images.shape),
         clock="processor" if setup.processor_time else "wall",
         rounds=setup.rounds,
@@ -371,8 +372,20 @@ def convert(network: str | nn.Module, mask: object, setup: Benchmark) -> tuple[A
 
 
 def _scenes(source: Source, setup: Benchmark) -> Tensor:
-    """Return the images (B, 3, H, W) of the measurement."""
-    return torch.cat([example_batch(source, None, setup.size, seed) for seed in range(setup.batch)])
+    """Return the images (B, 3, H, W) of the measurement.
+
+    Raises:
+        InvalidInput: there are fewer pictures than a batch has.
+    """
+    if not setup.images:
+        return torch.cat([example_batch(source, None, setup.size, seed) for seed in range(setup.batch)])
+    pictures = pictures_like(setup.images, setup.size, source, setup.batch)
+    if len(pictures) < setup.batch:
+        raise InvalidInput(
+            f"{setup.images} has {len(pictures)} pictures, and a batch is {setup.batch}.",
+            next=f"give more pictures, or a smaller batch: --batch {len(pictures)}.",
+        )
+    return torch.cat(pictures)
 
 
 def band(net: AdaptiveModel) -> float:
@@ -396,6 +409,7 @@ def _setting(mask: object, setup: Benchmark) -> BenchSetting:
     return BenchSetting(
         mask=f"{resolve_mask(mask).spec()} | budget",
         image=(setup.batch, 3, *setup.size),
+        images=setup.images,
         runtime=setup.runtime,
         dtype=setup.dtype,
         threads=setup.threads,

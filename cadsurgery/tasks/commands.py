@@ -28,7 +28,7 @@ from cadsurgery.tasks.options import (
 
 FOUND = ("detector", "count", "reach", "align", "raw", "output", "max_edge", "max_sum", "multiple")
 _MEASURED = (
-    *("size", "batch", "output_stride", "region", "patch", "dtype", "device", "threads", "rounds"),
+    *("images", "size", "batch", "output_stride", "region", "patch", "dtype", "device", "threads", "rounds"),
     *("processor_time", "runtime", "against", "smaller", "calibration"),
 )
 _TRAINED = (
@@ -128,6 +128,7 @@ class PlanOptions:
     conversion: Mapping[str, Any] = part(Conversion, "output_stride", "coarsest", "region", "outputs")
     size: tuple[int, int] | None = size_option("size of the example; default: small")
     all_nodes: bool = option(False, "also list dense nodes before the region", name="all")
+    trust: bool = option(False, "as of other commands; the plan of a file is read without running its code")
 
 
 @documented
@@ -148,7 +149,7 @@ class MaskOptions:
     )
     weights: str = weights_option()
     conversion: Mapping[str, Any] = part(Conversion, "output_stride", "patch", defaults=("8,32",))
-    output: Path = option(Path("mask.png"), "PNG to write", short="o")
+    output: Path = option(Path("mask.png"), "picture to write; of a clip also a clip, mask.mp4", short="o")
     trust: bool = trust_option()
 
 
@@ -245,7 +246,8 @@ class EvalOptions:
     data: str = option(
         MISSING,
         'labelled images: "folder:PATH,classes=11,ignore=11", cityscapes:PATH, voc:PATH, sbd:PATH, '
-        "pets:PATH, or scene:COUNT (generated); or photos without labels, images:FOLDER",
+        "pets:PATH, or scene:COUNT (generated); or photos without labels, images:FOLDER; or a clip: "
+        '"clip:FILE,every=25", "clip:FILE,labels=FOLDER,classes=11"',
     )
     split: str = option("test", "train, val, test, or all for a folder without splits")
     masks: Sequence[str] = option(
@@ -278,10 +280,11 @@ class EvalOptions:
 class RecommendOptions:
     """Options of `cadsurgery recommend`; see `cadsurgery.recommend`."""
 
-    images: str = option(MISSING, "folder of photos, or labelled data as of eval --data")
+    images: str = option(MISSING, "folder of photos, clip (drive.mp4,every=25), or data as of eval --data")
     labels: str | None = option(
         None,
-        "folder of PNGs named as the photos: the number of the class of each pixel, 255 ignored; "
+        "folder of PNGs named as the photos, or by the numbers of a clip's frames (000025.png): the number of the "
+        "class of each pixel, 255 ignored; "
         "folder:PATH,ignore=11 ignores more",
     )
     keep: float | None = option(

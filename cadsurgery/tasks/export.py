@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from cadsurgery.data.images import find_images, normalise, read_image
-from cadsurgery.data.networks import Source
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.export import check_calibration, check_mask, export, format_of
 from cadsurgery.network.model import pictures_for
@@ -18,7 +14,7 @@ from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.files import check_folder
 from cadsurgery.support.progress import Step
 from cadsurgery.tasks.commands import ExportOptions
-from cadsurgery.tasks.open import example_batch, is_file, open_converted
+from cadsurgery.tasks.open import example_batch, is_file, open_converted, pictures_like
 
 STATIC_MASK = f"{DEFAULT_MASK} | budget:fraction=0.3"
 
@@ -48,7 +44,8 @@ def export_network(model: str, options: ExportOptions, step: Step) -> dict[str, 
     first, second = (example_batch(source, None, size, seed) for seed in (0, 1))
     if kind.calibration:
         step("reading the calibration images")
-    calibration = images_like(first, source, Path(kind.calibration)) if kind.calibration else None
+    own = (first.shape[2], first.shape[3])
+    calibration = pictures_like(kind.calibration, own, source) if kind.calibration else None
     changed = {"to": kind.to or None, "calibration": calibration}
     written = export(net, first, output, other=second, step=step, **{**vars(kind), **changed})
     with torch.inference_mode():
@@ -59,14 +56,3 @@ def export_network(model: str, options: ExportOptions, step: Step) -> dict[str, 
         "active_fraction": net.active_fraction,
         **asdict(written),
     }
-
-
-def images_like(example: Tensor, source: Source | None, folder: Path) -> list[Tensor]:
-    """Read the images of a folder, each as a batch of the example's size, normalised for a network of this source.
-
-    Raises:
-        FileError: there are no images, or an image cannot be read.
-    """
-    paths, _ = find_images([folder])
-    size = (example.shape[2], example.shape[3])
-    return [normalise(read_image(path, size), source).unsqueeze(0) for path in paths]

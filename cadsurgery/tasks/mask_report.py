@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import Tensor
 
+from cadsurgery.data import SegmentationData, open_pictures, sample_of
+from cadsurgery.data.clips import WRITTEN, check_clip, is_clip, write_clip
 from cadsurgery.data.images import (
     check_labels_fit,
     check_picture,
@@ -23,6 +26,8 @@ from cadsurgery.data.images import (
     read_labels,
     write_picture,
 )
+from cadsurgery.data.sources import split_place
+from cadsurgery.data.stores import refuse_stream
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.masks import FineMapSpec, MaskProvider, labelled, resolve_mask
 from cadsurgery.masks.provider import check_levels
@@ -31,10 +36,11 @@ from cadsurgery.network.storage import load, read_metadata
 from cadsurgery.support import files
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import FileError, InvalidInput
+from cadsurgery.support.files import check_folder
 from cadsurgery.support.progress import Step, counted
 from cadsurgery.tasks.commands import MaskOptions
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
-from cadsurgery.tasks.open import example_image, is_file, open_converted
+from cadsurgery.tasks.open import example_image, is_file, open_converted, resized
 from cadsurgery.tasks.report import Report, Row, figure_picture, percent, plain
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 from cadsurgery.tasks.tables import Column, table
@@ -94,7 +100,8 @@ def _title(row: Row, width: int = 52) -> str:
 class MaskReport(Report):
     """The report of `cadsurgery mask`: a row for each mask, and the picture.
 
-    A row has `mask`, `active_fraction`, `elements`, `fine_pixels` and `share_of_elements`. Masks that are compared in a
+    A row has `mask`, `active_fraction`, `elements`, `fine_pixels` and `share_of_elements`; that of a clip has their
+    means, and the number of `frames`. Masks that are compared in a
     network also have
 
     - for class scores `agreement`, the share of pixels with the class that the dense network predicts, and
@@ -126,8 +133,9 @@ class MaskReport(Report):
         """Yield one mask as a line, several as a table."""
         row = self.rows[0]
         if not self.compared:
-            elements = f"{row.elements} elements for {row.fine_pixels} fine pixels"
-            yield Text(f"active fraction {row.active_fraction:.3f}, {elements}; wrote {self.file}")
+            elements = f"{row.elements:.0f} elements for {row.fine_pixels} fine pixels"
+            mean = f"mean of {row.frames} frames: " if row.get("frames") else ""
+            yield Text(f"{mean}active fraction {row.active_fraction:.3f}, {elements}; wrote {self.file}")
             return
         measured = [name for name in QUALITIES if row.get(name) is not None]
         columns: list[Column[Row]] = [Column("mask", lambda row: Text(row.label), False)]
@@ -149,7 +157,8 @@ class MaskReport(Report):
 def draw_masks(image: str, options: MaskOptions, *, step: Step) -> MaskReport:
     """Draw masks on an image, for a network or for given strides; see `cadsurgery mask --help`.
 
-    Several masks in a network are compared by the quality of its prediction and by its cost.
+    Several masks in a network are compared by the quality of its prediction and by its cost. Of a clip the first frame
+    that is used is drawn or, if the output is a clip, all of them.
 
     Raises:
         InvalidInput: several masks without `compare`, or labels of another size than the image.
@@ -159,9 +168,14 @@ def draw_masks(image: str, options: MaskOptions, *, step: Step) -> MaskReport:
         raise InvalidInput(
             f"{len(masks)} masks for one picture.", next="add --compare to draw them side by side."
         )
+    if options.output.suffix.lower() in WRITTEN:
+        return _draw_frames(image, options, step)
     check_picture(options.output)
-    path = _existing(image)
-    picture = example_image(path, size)
+    frames = _frames(image)
+    path = None if frames else _existing(image)
+    picture = frames[0][0] if frames else example_image(path, size)
+    if frames and size is not None:
+        picture = resized(picture[None], size)[0]
     truth = _labels(options.labels, path, size, picture)
     asked = [(text, resolve_mask(text)) for text in masks]
     stored_mask, notes = None, [_NO_NETWORK]
@@ -195,12 +209,65 @@ def draw_masks(image: str, options: MaskOptions, *, step: Step) -> MaskReport:
     return MaskReport(tuple(rows), str(options.output), compare, tuple(notes))
 
 
+def _frames(image: str) -> SegmentationData | None:
+    """Return the frames of a clip; None for anything else."""
+    place = split_place(image.removeprefix("clip:"))[0]
+    return open_pictures(image) if image.startswith("clip:") or is_clip(Path(place)) else None
+
+
+def _draw_frames(image: str, options: MaskOptions, step: Step) -> MaskReport:
+    """Draw a mask on the frames of a clip, or on the pictures of a folder, as a clip.
+
+    Raises:
+        InvalidInput: there is no clip, masks are to be compared, or labels are given.
+    """
+    if not image or options.compare or options.labels is not None:
+        raise InvalidInput(
+            f"{options.output} is a clip, and what is to be drawn is "
+            f"{'a generated picture' if not image else 'a comparison' if options.compare else 'one with labels'}.",
+            next="give a clip or a folder of frames, and one mask; or name a picture: --output mask.png.",
+        )
+    check_clip(options.output)
+    check_folder(options.output)
+    mask = resolve_mask(options.masks[0]) if options.masks else None
+    data, net, stored = open_pictures(image), None, None
+    if options.model:
+        step(f"building {options.model}")
+        net, stored = _open(options.model, options.conversion, options.weights, options.trust)
+    mask = mask or stored or resolve_mask(DEFAULT_MASK)
+    if stored is not None and stored.spec() == mask.spec():
+        mask = stored  # with its learned weights
+    rows = []
+    with write_clip(options.output, _SHOWN) as add:
+        for at in counted(range(len(data)), step, "frame", "drawing"):
+            picture = sample_of(data, at)[0]
+            if options.size is not None:
+                picture = resized(picture[None], options.size)[0]
+            if net is not None:
+                stride, _, look, _ = _look_in(net, options.model, picture, False)
+            else:
+                stride, _, look = _look_bare(picture, **options.conversion)
+            lattice, _ = look(mask)
+            rows.append(_row(mask.spec(), mask.spec(), lattice, {}))
+            add(figure_picture(mask_figure(picture, lattice, stride, title=mask.spec())))
+    means = {
+        name: sum(row.values[name] for row in rows) / len(rows)
+        for name in ("active_fraction", "elements", "share_of_elements")
+    }
+    row = Row(rows[0].label, {**rows[0].values, **means, "frames": len(rows)})
+    return MaskReport((row,), str(options.output), compared=False)
+
+
+_SHOWN = Fraction(4)  # frames in a second of a clip that is drawn
+
+
 def _existing(image: str) -> Path | None:
     """Return the path of an image, None for the generated scene.
 
     Raises:
         FileError: there is no such file.
     """
+    refuse_stream(image)
     if image and not files.exists(image):
         refusal = files.absent(image, "image")
         raise FileError(

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cadsurgery.data import open_pictures, sample_of
 from cadsurgery.data.hub import is_address
 from cadsurgery.data.images import check_size, normalise, read_image, street_scene
 from cadsurgery.data.networks import Source, build_again, build_model, source_of
@@ -17,6 +19,7 @@ from cadsurgery.data.onnx_files import is_onnx
 from cadsurgery.methods.storage import SiblingModel
 from cadsurgery.methods.storage import load as load_any
 from cadsurgery.network.adaptify import adaptify
+from cadsurgery.network.calibration import MOST, spread
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.storage import load, read_method
 from cadsurgery.support import files
@@ -254,3 +257,30 @@ def example_batch(
     """Return the example image, normalised for a network of this source: (1, 3, H, W)."""
     size = size or (source.size if source is not None else None)
     return normalise(example_image(path, size, seed), source).unsqueeze(0)
+
+
+def pictures_like(place: str, size: tuple[int, int], source: Source | None, most: int = MOST) -> list[Tensor]:
+    """Read pictures, evenly spread over those that there are, each as a batch of a size, normalised for a network of
+    this source.
+
+    Args:
+        place: folder, clip or spec, see `open_pictures`.
+        size: (height, width).
+        source: of the network.
+        most: number of pictures at most.
+
+    Raises:
+        CadError: as `open_pictures`, or a picture cannot be read.
+    """
+    data = open_pictures(place)
+    images = (sample_of(data, at)[0][None] for at in spread(range(len(data)), most))
+    return [normalise(resized(image, size), source) for image in images]
+
+
+def resized(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Return images (B, 3, H, W) of a size, in the memory layout that they have."""
+    if tuple(image.shape[2:]) == tuple(size):
+        return image
+    is_rows = image.is_contiguous(memory_format=torch.channels_last)
+    small = F.interpolate(image.float(), tuple(size), mode="bilinear", antialias=True).to(image.dtype)
+    return small.contiguous(memory_format=torch.channels_last if is_rows else torch.contiguous_format)

@@ -21,6 +21,7 @@ from torch import nn
 from cadsurgery.data.clips import WRITTEN, is_clip, is_written_here, pyav
 from cadsurgery.data.images import check_size, no_images, stream_images, write_picture
 from cadsurgery.data.networks import class_names
+from cadsurgery.data.stores import refuse_stream
 from cadsurgery.kernels.build import cores
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.network.model import pictures_for
@@ -272,11 +273,14 @@ class _Sources:
     """
 
     def __init__(self, sources: Sequence[str], output: str) -> None:
-        """Refuse clips that do not fit the output, and a folder that predictions would be written among its pictures.
+        """Refuse streams, clips that do not fit the output, and a folder that predictions would be written among its
+        pictures.
 
         Raises:
             InvalidInput: see above.
         """
+        for source in sources:
+            refuse_stream(source)
         self.output, self.is_one_clip = output, _is_clip_file(Path(output))
         self.failures: dict[str, FileError] = {}
         clips = _find_clips([*map(Path, sources)], Path(output))

@@ -22,10 +22,10 @@ from cadsurgery.data.datasets import identity_table, number_classes
 from cadsurgery.data.images import check_size, normalise, read_labels
 from cadsurgery.data.networks import Source
 from cadsurgery.data.sources import (
-    KINDS,
     class_names,
     ignored_labels,
     labels_of,
+    open_pictures,
     split_place,
     warn_of_two_values,
 )
@@ -116,9 +116,10 @@ def recommend(
     Args:
         network: a name or `module:function`, or a module; it is not changed. Of a converted network, or its file, the
             network before the conversion is taken, with the weights that it has now.
-        images: a folder of photos, the spec of data (see `open_data`), or data of your own, see
+        images: a folder of photos, a clip, the spec of data (see `open_data`), or data of your own, see
             `cadsurgery.data.samples.Samples`.
-        labels: folder with a PNG of the same name for each photo: the class number of each pixel, 255 ignored; or
+        labels: folder with a PNG of the same name for each photo: the class number of each pixel, 255 ignored (of a
+            clip those frames are used that have labels, `000025.png`); or
             `folder:PATH,ignore=11`, where further values are ignored (slashes separate several), and `classes=` is the
             number of classes or their names, by default one for each output.
         keep: the least share of the quality of the network as given; the fastest setting that keeps it is
@@ -148,10 +149,11 @@ def recommend(
     runtime = engine_for(runtime, precision)
     _check_options(keep, at_most, runtime, precision, minutes, limit)
     check_size(size)
-    photos = _open(images, split)
+    labels_folder = None if labels is None else _split_labels(labels)[0]
+    photos = _open(images, split, labels_folder)
     data = photos.first(limit)
-    if labels is not None:
-        _look_into_labels(photos, _split_labels(labels)[0])
+    if labels_folder is not None:
+        _look_into_labels(photos, labels_folder)
     step("building the network")
     model, source = _as_given(network, weights, trust)
     folder = make_folder(output or Path(f"{_short_name(source)}-recommended"))
@@ -289,14 +291,13 @@ def _check_options(
         )
 
 
-def _open(images: str | Path | Samples, split: str) -> SegmentationData:
+def _open(images: str | Path | Samples, split: str, labels: Path | None = None) -> SegmentationData:
     if not isinstance(images, (str, Path)):
         return as_data(images)
-    text = str(images)
-    kind = KINDS.get(text.partition(":")[0])
-    if kind is None or files.exists(text):
-        return open_data(f"images:{text}", split)
-    return open_data(text, "val" if split == "all" and kind.splits else split)
+    photos = open_pictures(images, split)
+    if photos.name.startswith("clip:") and labels is not None and ",labels=" not in photos.name:
+        return open_data(f"{photos.name},labels={labels}", split)  # the frames that have labels
+    return photos
 
 
 def _as_given(network: str | nn.Module, weights: str, trust: bool) -> tuple[nn.Module, Source]:
