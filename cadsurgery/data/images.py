@@ -6,9 +6,10 @@ import contextlib
 import io
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -117,7 +118,13 @@ def _open(path: Path | str, what: str, next: str, content: bytes | None = None) 
         refusal = files.absent(path)
         raise FileError(refusal.what, next=f"{refusal.next} Then {next}")
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as file:
+        with _open_large(path if content is None else io.BytesIO(content)) as file:
+            if file.width * file.height > MOST_PIXELS:
+                raise FileError(
+                    f"{path} has {file.width} x {file.height} pixels.",
+                    why=f"at most {MOST_PIXELS} are read, e.g. {_SIDE}x{_SIDE}: that takes 3 GiB.",
+                    next="cut it into tiles, or make it smaller.",
+                )
             count = getattr(file, "n_frames", 1)
             if count > 1 and file.format not in _OF_FIRST:
                 raise FileError(
@@ -126,9 +133,22 @@ def _open(path: Path | str, what: str, next: str, content: bytes | None = None) 
             yield file
     except FileError:
         raise
-    except Exception as error:  # decoders raise errors of any type, also for suspiciously large pictures
+    except Exception as error:  # decoders raise errors of any type
         refusal = FileError(f"{path} cannot be read as {what}.", why=str(error), next=next)
         raise of_another_kind(path, PICTURE) or refusal from error
+
+
+_OPENING = threading.Lock()
+
+
+def _open_large(source: Path | str | IO[bytes]) -> Image.Image:
+    """Open a picture without PIL's limit of 179 million pixels; the limit stays for everybody else."""
+    with _OPENING:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(source)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 # Tags of TIFF files: the bits of a value, and how values are to be shown, of which 0 means that 0 is white.

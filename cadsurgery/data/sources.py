@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,12 +33,12 @@ from cadsurgery.data.stores import refuse_stream
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
     CadError,
-    CadWarning,
     FileError,
     InvalidInput,
     UnknownName,
     first_line,
     import_optional,
+    warn,
 )
 from cadsurgery.support.folders import NO_PICTURES, visible, warn_of_left_out
 from cadsurgery.support.kinds import CLIP, FOLDER, PICTURE, check_kind
@@ -169,12 +168,10 @@ def warn_of_two_values(labels: Sequence[Path], remedy: str) -> None:
         if not stored <= {0, IGNORED}:
             return
     if stored == {0, IGNORED}:
-        warnings.warn(
+        warn(
             f"the labels in {labels[0].parent} hold 0 and 255 alone ({len(looked_at)} of {len(labels)} files read).\n"
             f"  Why: 255 means ignored, which leaves no class but 0.\n"
-            f"  Next: {remedy}; if 255 is to be ignored, say so: ignore=255.",
-            CadWarning,
-            stacklevel=3,
+            f"  Next: {remedy}; if 255 is to be ignored, say so: ignore=255."
         )
 
 

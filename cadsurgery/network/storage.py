@@ -7,7 +7,6 @@ import copy
 import hashlib
 import json
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support import files, kinds
-from cadsurgery.support.errors import CadWarning, FileError, InvalidInput, first_line
+from cadsurgery.support.errors import FileError, InvalidInput, first_line, warn
 from cadsurgery.support.files import as_file_error, write_whole
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.provenance import import_nothing_for, versions
@@ -170,11 +169,9 @@ def load(
 
 
 def _warn_of_format_1(path: str | Path) -> None:
-    warnings.warn(
+    warn(
         f"{path} was written without checksums (format 1): damage to it would not be noticed. "
-        "Write it again: cs.save(cs.load(path), path).",
-        CadWarning,
-        stacklevel=4,
+        "Write it again: cs.save(cs.load(path), path)."
     )
 
 

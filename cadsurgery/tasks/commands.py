@@ -297,7 +297,7 @@ class RecommendOptions:
     precision: str = option("float32", "float32, bfloat16 or int8")
     size: tuple[int, int] | None = size_option("of the pictures; default: of the first")
     limit: int | None = _limit_option()
-    minutes: float = option(10.0, "of measuring at most")
+    minutes: float = option(10.0, "for all of it, at most; then fewer settings and pictures are tried")
     split: str = option("all", "of labelled data; all: val where it has splits")
     weights: str = weights_option()
     options: Mapping[str, Any] = part(Conversion, "output_stride", "region", "normalisation", given=True)

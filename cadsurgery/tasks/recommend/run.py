@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -42,18 +41,18 @@ from cadsurgery.support import files
 from cadsurgery.support.divergence import maps_of
 from cadsurgery.support.errors import (
     CadError,
-    CadWarning,
     FileError,
     InvalidInput,
     NotInstalled,
     check_name,
     first_line,
+    warn,
 )
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.folders import visible, warn_of_left_out
 from cadsurgery.support.kinds import FOLDER, check_kind
 from cadsurgery.support.plain import split_options
-from cadsurgery.support.progress import Step, counted, silent
+from cadsurgery.support.progress import Step, counted, silent, time_in_words
 from cadsurgery.support.timing import now
 from cadsurgery.tasks.evaluation import refuse_images
 from cadsurgery.tasks.for_each import Failures, each
@@ -70,9 +69,9 @@ from cadsurgery.tasks.judging import (
 )
 from cadsurgery.tasks.open import is_file, open_any, original, provenance, unconverted
 from cadsurgery.tasks.recommend.calls import PRECISIONS, Calls
-from cadsurgery.tasks.recommend.choice import LOOK_EVERY, choose, is_beaten, rows_of
+from cadsurgery.tasks.recommend.choice import LOOK_EVERY, Chosen, choose, is_beaten, rows_of
 from cadsurgery.tasks.recommend.report import Recommendation, Requirement
-from cadsurgery.tasks.recommend.settings import Candidates, find_candidates
+from cadsurgery.tasks.recommend.settings import Candidates, find_candidates, in_turn
 from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, unreadable, write_json
 from cadsurgery.tasks.side import Side
 from cadsurgery.tasks.sides.engines import TORCH, engine_for
@@ -83,6 +82,7 @@ _MOST_TURNS = 5  # in which a picture is timed
 _CALIBRATED_BY = 32  # pictures at most
 _LOOKED_AT = 100  # pictures whose labels are checked first; later ones are reported as failed
 _MOST_WORK = 2.0  # of the network as given: what multiplies more is not tried
+_COMPILING = 60.0  # seconds that torch.compile may take, which nothing foretells
 
 
 def recommend(
@@ -131,7 +131,8 @@ def recommend(
             pictures.
         size: (height, width) that pictures are resized to; default: the size of the first.
         limit: the first so many pictures only.
-        minutes: for measuring; after them the run ends with the pictures it has done, three at least.
+        minutes: for all of it. Settings for whose preparation no time is left are not tried, and measuring ends with
+            the pictures that are done, three at least.
         split: of data by spec; `all` means `val` where the data has named splits.
         weights: of a network by name; see `build_model`.
         options: `output_stride` (that pair alone is tried), `region` or `normalisation` of `adaptify`; the latter also
@@ -146,6 +147,7 @@ def recommend(
         FileError: no picture can be read with its labels, or the folder cannot be written.
         NotInstalled: the runtime is not installed.
     """
+    deadline = time.perf_counter() + 60 * minutes
     runtime = engine_for(runtime, precision)
     _check_options(keep, at_most, runtime, precision, minutes, limit)
     check_size(size)
@@ -179,8 +181,8 @@ def recommend(
         folder,
     )
     identity = _identity_of(calls, candidates, source, data, labels)
-    run = _MeasuringRun(candidates, calls, pictures, folder, identity, step)
-    run.measure_until_interrupted(minutes)
+    run = _MeasuringRun(candidates, calls, pictures, folder, identity, step, minutes, deadline)
+    run.measure_until_interrupted()
     request = Requirement(keep if keep is not None or at_most is not None else 0.99, at_most)
     name, typed_weights = _as_typed(network, source, weights)
     described = {"network": name, **provenance(network, source, torch.device("cpu"))}
@@ -230,7 +232,10 @@ def _report_on(
     """Choose among the measured settings; `weights` are as the user gave them, `described` is the provenance."""
     calls, pictures, measure = run.calls, run.pictures, run.measured_by
     rows = rows_of(run.candidates, run.judged, run.macs, measure)
-    choice = choose(rows, request, measure, run.candidates.refusal)
+    if len(rows) == 1 and run.late:
+        choice = Chosen(rows[0], (run.too_little,), is_decided=False)
+    else:
+        choice = choose(rows, request, measure, run.candidates.refusal)
     return Recommendation(
         options={**weights, **calls.options},
         data=pictures.data.name,
@@ -315,11 +320,7 @@ def _as_given(network: str | nn.Module, weights: str, trust: bool) -> tuple[nn.M
         network = load(network, trust=trust)  # type: ignore[arg-type]
     if isinstance(network, AdaptiveModel):
         if network.adapters:
-            warnings.warn(
-                "The adapters of the converted network are left out: they are fitted to its own levels.",
-                CadWarning,
-                stacklevel=3,
-            )
+            warn("The adapters of the converted network are left out: they are fitted to its own levels.")
         network = unconverted(network)
     model, source = original(network, weights)
     return copy_network(model).eval().to(memory_format=torch.channels_last), source
@@ -463,6 +464,8 @@ class _MeasuringRun:
 
     By the name of a setting are its judgements, on the first pictures that could be read, its MACs on the first
     picture, and why it is not run; `failed` are pictures that cannot be used, `end` is why measuring ended early.
+    `minutes` are what the user gave, up to `deadline` by `time.perf_counter`; `late` are the names of settings for
+    which they did not suffice.
     """
 
     candidates: Candidates
@@ -471,10 +474,13 @@ class _MeasuringRun:
     folder: Path
     identity: Identity
     step: Step
+    minutes: float
+    deadline: float
     judged: dict[str, list[Judgement]] = field(default_factory=dict)
     macs: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     failed: list[dict[str, str]] = field(default_factory=list)
+    late: list[str] = field(default_factory=list)
     end: str = ""
     kind: JudgedKind = "auto"
 
@@ -493,9 +499,13 @@ class _MeasuringRun:
             }
             self.failed, self.kind = list(values["failed"]), values["kind"]
             self.macs = {str(name): int(macs) for name, macs in values["macs"].items()}
+            self.late = list(map(str, values.get("late", ())))
+            minutes = float(values.get("minutes", math.inf))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise unreadable(self._path, error) from error
         check_same_run(identity, self.identity, self.folder)
+        if self.late and self.minutes > minutes:  # all settings are to be run on the same pictures
+            self.judged, self.failed, self.late = {}, [], []
 
     @property
     def _path(self) -> Path:
@@ -517,27 +527,40 @@ class _MeasuringRun:
             return LABELS
         return {"values": VALUES, "found": FOUND}.get(self.kind, CLASSES)
 
-    def measure_until_interrupted(self, minutes: float) -> None:
+    @property
+    def left(self) -> float:
+        """Seconds up to the deadline."""
+        return self.deadline - time.perf_counter()
+
+    @property
+    def too_little(self) -> str:
+        """A sentence for a run whose time did not suffice for any setting but the network as given."""
+        taken = 60 * self.minutes - self.left
+        return (
+            f"--minutes {self.minutes:g} was too little to try a setting besides the network as given. Reading, "
+            f"planning and measuring that took {time_in_words(taken)}: give --minutes {max(1, math.ceil(taken / 15))} "
+            "or more."
+        )
+
+    def measure_until_interrupted(self) -> None:
         """Run `measure`; an interruption ends it with the pictures that are done, if there are any."""
         try:
-            self.measure(minutes)
+            self.measure()
         except KeyboardInterrupt:
             if not self.done:
                 raise
             self.end = "interrupted"
 
-    def measure(self, minutes: float) -> None:
+    def measure(self) -> None:
         """Run all settings on the pictures, one after the other."""
-        sides = self._prepare()
-        begin, data = time.perf_counter(), self.pictures.data
+        sides, data = self._prepare(), self.pictures.data
         for at in range(self.done + len(self.failed), len(data)):
-            taken = time.perf_counter() - begin
-            if self.done >= FEWEST and taken > 60 * minutes:
-                self.end = f"after {minutes:g} minutes"
+            if self.done >= FEWEST and self.left < 0:
+                self.end = f"after {self.minutes:g} minutes"
                 break
             running = self._running(sides)
             text = f"picture {at + 1} of {len(data)}, {len(running)} settings"
-            self.step(text, at, len(data), max(0.0, 60 * minutes - taken))
+            self.step(text, at, len(data), max(0.0, self.left))
             try:
                 image, labels = self.pictures.read(at)
             except CadError as error:
@@ -550,11 +573,19 @@ class _MeasuringRun:
             raise CadError.from_dict(self.failed[0])
 
     def _prepare(self) -> dict[str, Side]:
-        """Return the sides of all settings that can be run; each has run once, to be warm when it is timed."""
+        """Return the sides of all settings that can be run, as far as time suffices to prepare them and to measure
+        some pictures; each has run once, to be warm when it is timed."""
         sides: dict[str, Side] = {}
-        image = self.calls.image
-        settings = self.candidates.settings
+        image, settings = self.calls.image, in_turn(self.candidates.settings)
+        taken = {"compiled": _COMPILING}  # seconds that the last setting of a kind took
+        measuring = 0.0  # seconds of the pictures that are measured in any case
         for setting in counted(settings, self.step, "preparing setting", name=lambda setting: setting.name):
+            if self.done and len(self.judged.get(setting.name, ())) < self.done:
+                continue  # dropped, or not tried, before the run was interrupted
+            if sides and self.left < taken.get(setting.kind, 0.0) + measuring:
+                self.late.append(setting.name)
+                continue
+            begin = self.left
             try:
                 macs = self.macs[setting.name] = self.calls.macs(setting)
                 of_given = macs / max(1, self.macs[self._given])
@@ -562,8 +593,11 @@ class _MeasuringRun:
                     self.refused[setting.name] = f"{of_given:.1f} times the work of the network as given."
                     continue
                 call = self.calls.make(setting)
+                made = self.left
                 with torch.inference_mode():
                     output = call(image)
+                taken[setting.kind] = begin - self.left
+                measuring += min(FEWEST, len(self.pictures.data)) * self._turns * (made - self.left)
             except CadError as error:
                 if setting.kind == "given" or isinstance(error, NotInstalled):
                     raise
@@ -573,6 +607,8 @@ class _MeasuringRun:
                 # Labels are compared with classes, also of scores that have no negative value.
                 self.kind = "classes" if self.pictures.data.is_labelled else kind_to_judge(output)
             sides[setting.name] = Side(setting.name, call, macs)
+        if self.late:
+            self.refused["; ".join(self.late)] = f"--minutes {self.minutes:g} left no time to prepare that."
         return sides
 
     def _running(self, sides: Mapping[str, Side]) -> list[Side]:
@@ -586,6 +622,11 @@ class _MeasuringRun:
         turn = self.done % max(1, len(others))
         return [sides[name] for name in (given, *others[turn:], *others[:turn])]
 
+    @property
+    def _turns(self) -> int:
+        """Number of times that a picture is run by each setting."""
+        return min(_MOST_TURNS, math.ceil(FEW / len(self.pictures.data)))
+
     def _judge(self, running: Sequence[Side], image: Tensor, labels: Tensor | None) -> dict[str, Judgement]:
         """Judge all settings on one picture.
 
@@ -595,9 +636,8 @@ class _MeasuringRun:
         judged: dict[str, Judgement] = {}
         given: Any = None
         size = (image.shape[2], image.shape[3])
-        turns = min(_MOST_TURNS, math.ceil(FEW / len(self.pictures.data)))
         with torch.inference_mode():
-            for turn in range(turns):
+            for turn in range(self._turns):
                 for side in running:
                     start = now(time.perf_counter)
                     output = side.call(image)
@@ -616,6 +656,8 @@ class _MeasuringRun:
             "kind": self.kind,
             "failed": self.failed,
             "macs": self.macs,
+            "minutes": self.minutes,
+            "late": self.late,
             "judged": {name: [asdict(judgement) for judgement in some] for name, some in self.judged.items()},
         }
         write_json(self._path, values, indent=None)
