@@ -221,7 +221,10 @@ class Extraction:
     """
 
     detector: str = option(
-        "sift", "sift, own (the network's score map), or module:function of the image batch"
+        "sift",
+        'sift, own (the network\'s score map, with --mask "keypoints:detector=own" or a mask of the picture), or '
+        "module:function of the image batch (1, C, H, W), which returns a list with points (n, 2), x and y in pixels, "
+        "for each image, or a score map (1, h, w)",
     )
     count: int = option(512, "maximum number of keypoints per image", min=1)
     mask: str = option(
