@@ -77,6 +77,11 @@ class Current:
         return (call.done - call.first) / (call.at - call.begin)
 
     @property
+    def text(self) -> str:
+        """The text of the step."""
+        return self._call.text
+
+    @property
     def words(self) -> str:
         """The text of the step, and the time that is left if it can be estimated."""
         call, speed = self._call, self.speed
@@ -105,11 +110,31 @@ def steps(command: str, *, every: float = _LINE_EVERY) -> Iterator[Current]:
     """Show the current step of a command on standard error, also with --json; only in the first process.
 
     A terminal shows a bar with the time left where items are counted, else a spinner. They vanish at the end and at
-    Ctrl-C. A pipe or a file gets a line each half minute, and none from a command that ends earlier.
+    Ctrl-C. A pipe or a file gets a line each half minute, and none from a command that ends earlier. The
+    step at which Ctrl-C ends the work is said by `say_interrupted`.
     """
     now = Current()
+    try:
+        with _shown(command, now, every):
+            yield now
+    except KeyboardInterrupt:
+        _ended_at[:] = [f"{command}, {now.text}"]
+        raise
+
+
+_ended_at: list[str] = []  # the step at which Ctrl-C ended a command; nothing if it ended by itself
+
+
+def say_interrupted() -> None:
+    """Print that Ctrl-C ended the command, and at which step."""
+    err.print(": ".join(("interrupted", *_ended_at)), markup=False, highlight=False, soft_wrap=True)
+    _ended_at.clear()
+
+
+@contextmanager
+def _shown(command: str, now: Current, every: float) -> Iterator[None]:
     if not is_first_process():
-        yield now
+        yield
     elif err.is_interactive:
         from rich.live import Live
 
@@ -121,13 +146,13 @@ def steps(command: str, *, every: float = _LINE_EVERY) -> Iterator[Current]:
                 console=err, get_renderable=drawn, transient=True, refresh_per_second=5, redirect_stdout=False
             ),
         ):
-            yield now
+            yield
     else:
         end = Event()
         thread = Thread(target=print_lines, args=(command, now, partial(end.wait, every)), daemon=True)
         thread.start()
         try:
-            yield now
+            yield
         finally:
             end.set()
             thread.join()

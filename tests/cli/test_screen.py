@@ -168,7 +168,7 @@ def test_an_interrupted_command_says_so_in_one_line(
 
     monkeypatch.setattr("cadsurgery.tasks.convert.make_or_read_plan", interrupted)
     done = command_line("plan", "resnet18", "--json")
-    assert done.code == 130 and done.err == "interrupted\n" and done.out == ""
+    assert done.code == 130 and done.err == "interrupted: plan, planning\n" and done.out == ""
 
 
 def test_the_time_left_is_that_of_the_items_that_are_counted_now() -> None:
