@@ -231,8 +231,8 @@ def _images(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
 # -- clips ---------------------------------------------------------------------------------------------
 
 
-def _read_frame(frames: Frames, labels: Sequence[Path], position: int) -> tuple[Tensor, Tensor | None]:
-    return frames[position], read_labels(labels[position]) if labels else None
+def _read_frame(frames: Frames, labels: Sequence[Path], position: int) -> tuple[Tensor, Any]:
+    return frames[position], read_labels(labels[position]).numpy() if labels else None
 
 
 def _clip(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:

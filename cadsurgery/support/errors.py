@@ -102,7 +102,7 @@ def warn(message: str, category: type[CadWarning] = CadWarning) -> None:
         category,
         frame.f_code.co_filename,
         frame.f_lineno,
-        names.get("__name__"),
+        names.get("__name__") or "<unknown>",  # Python says nothing of a module without a name
         names.setdefault("__warningregistry__", {}),
     )
 
