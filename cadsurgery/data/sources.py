@@ -13,7 +13,7 @@ from unicodedata import normalize
 
 from torch import Tensor
 
-from cadsurgery.data.clips import Frames, is_clip, length_of
+from cadsurgery.data.clips import Frames, is_clip, length_of, pyav
 from cadsurgery.data.datasets import (
     IGNORED,
     SegmentationData,
@@ -240,6 +240,7 @@ def _clip(place: str, split: str, options: Mapping[str, str], spec: str) -> Segm
 
     A frame is named by the clip and its number in six digits, `drive.mp4/000025`; its labels are `000025.png`.
     """
+    pyav()  # refuse first what would be missing anyway
     path = Path(place)
     if not files.is_file(path):
         raise files.absent(path)
