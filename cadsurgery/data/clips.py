@@ -41,13 +41,14 @@ class Clip:
     rate: Fraction
 
 
+def is_camera(path: Path) -> bool:
+    """True for the number of a camera."""
+    return str(path).isdecimal() and not files.exists(path)
+
+
 def is_clip(path: Path) -> bool:
     """True for a clip, by its ending, and for the number of a camera."""
-    return _is_camera(path) or (path.suffix.lower() in CLIP.endings and not files.is_folder(path))
-
-
-def _is_camera(path: Path) -> bool:
-    return str(path).isdecimal() and not files.exists(path)
+    return is_camera(path) or (path.suffix.lower() in CLIP.endings and not files.is_folder(path))
 
 
 @contextmanager
@@ -63,7 +64,7 @@ def open_clip(
         path: the source.
         size: (height, width) to which frames are resized, or None.
         rate: frames per second of a folder, or of a clip that does not state its own.
-        numbers: of the frames of a clip that are wanted, the first is 0; None for all. `count` counts all.
+        numbers: of the frames that are wanted, the first is 0; None for all. `count` counts all.
 
     Raises:
         FileError: the source cannot be read, or holds no pictures; or a frame cannot be read, as it is asked for.
@@ -71,7 +72,8 @@ def open_clip(
     """
     if files.is_folder(path):
         images, _ = find_images([path])
-        yield Clip((read_image(image, size) for image in images), len(images), Fraction(rate))
+        wanted = (image for number, image in enumerate(images) if numbers is None or number in numbers)
+        yield Clip((read_image(image, size) for image in wanted), len(images), Fraction(rate))
         return
     with _opened(path) as (container, stream):
         yield Clip(
@@ -86,7 +88,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """Open a clip or a camera with PyAV, and its pictures."""
     av = pyav()
     place, options = str(path), {}
-    if _is_camera(path):
+    if is_camera(path):
         if not sys.platform.startswith("linux"):
             raise InvalidInput(
                 f"camera {path} on {sys.platform}.",
@@ -259,17 +261,50 @@ def write_clip(path: Path, rate: Fraction) -> Iterator[Callable[[Image.Image], N
         container.mux(stream.encode())
 
 
-def is_written_here(path: Path) -> bool:
-    """True for a clip that `write_clip` wrote, which says so in its file; False for anything else."""
+def join_clips(parts: Sequence[Path], path: Path, rate: Fraction, made_by: str) -> None:
+    """Write clips that `write_clip` wrote, one after the other, as one clip, without encoding them anew.
+
+    Args:
+        parts: the clips.
+        path: the clip to write, whole or not at all.
+        rate: frames per second.
+        made_by: what made it, which `comment_of` returns.
+
+    Raises:
+        FileError: the path cannot be written, or its ending belongs to no format that is written.
+    """
+    av, format, begin = pyav(), check_clip(path), Fraction(0)
+    with write_whole(path) as temporary, av.open(str(temporary), "w", format=format) as joined:
+        joined.metadata["comment"] = f"{_WRITTEN_HERE} {made_by}"
+        stream = None
+        for part in parts:
+            with av.open(str(part)) as container:
+                own = container.streams.video[0]
+                stream = stream or joined.add_stream_from_template(own)
+                shift = round(begin / own.time_base)
+                for packet in container.demux(own):
+                    if packet.dts is not None:
+                        packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, stream
+                        joined.mux(packet)
+                begin += own.frames / rate
+
+
+def comment_of(path: Path) -> str:
+    """Return the comment in a clip; "" for a clip without one and for anything else."""
     if not files.is_file(path):
-        return False
+        return ""
     av = pyav()
     try:
         with av.open(str(path)) as container:
             comments = [value for name, value in container.metadata.items() if name.lower() == "comment"]
     except (av.FFmpegError, ValueError):
-        return False
-    return _WRITTEN_HERE in comments
+        return ""
+    return str(comments[0]) if comments else ""
+
+
+def is_written_here(path: Path) -> bool:
+    """True for a clip that a run wrote, which says so in its file; False for anything else."""
+    return comment_of(path).startswith(_WRITTEN_HERE)
 
 
 def check_clip(path: Path) -> str:

@@ -167,7 +167,7 @@ class RunOptions:
     )
     mask: str = option("", "mask, instead of the file's")
     size: tuple[int, int] | None = size_option("resize images to this size; default: no resizing")
-    resume: bool = option(False, "go on with the folder: predictions that are there are not made again")
+    resume: bool = option(False, "go on with the folder or the clip: what is there is not made again")
     workers: int | None = option(
         None,
         "processes with one thread each; default: the cores, fewer for few images, and 1 on a GPU",

@@ -465,7 +465,7 @@ class _MeasuringRun:
     By the name of a setting are its judgements, on the first pictures that could be read, its MACs on the first
     picture, and why it is not run; `failed` are pictures that cannot be used, `end` is why measuring ended early.
     `minutes` are what the user gave, up to `deadline` by `time.perf_counter`; `late` are the names of settings for
-    which they did not suffice.
+    which they did not suffice, and `taken` are the seconds after which the first of them was left out.
     """
 
     candidates: Candidates
@@ -481,6 +481,7 @@ class _MeasuringRun:
     refused: dict[str, str] = field(default_factory=dict)
     failed: list[dict[str, str]] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
+    taken: float = 0.0
     end: str = ""
     kind: JudgedKind = "auto"
 
@@ -535,11 +536,10 @@ class _MeasuringRun:
     @property
     def too_little(self) -> str:
         """A sentence for a run whose time did not suffice for any setting but the network as given."""
-        taken = 60 * self.minutes - self.left
         return (
             f"--minutes {self.minutes:g} was too little to try a setting besides the network as given. Reading, "
-            f"planning and measuring that took {time_in_words(taken)}: give --minutes {max(1, math.ceil(taken / 15))} "
-            "or more."
+            f"planning and preparing that took {time_in_words(self.taken)}: give --minutes "
+            f"{max(1, math.ceil(self.taken / 15))} or more."
         )
 
     def measure_until_interrupted(self) -> None:
@@ -583,6 +583,7 @@ class _MeasuringRun:
             if self.done and len(self.judged.get(setting.name, ())) < self.done:
                 continue  # dropped, or not tried, before the run was interrupted
             if sides and self.left < taken.get(setting.kind, 0.0) + measuring:
+                self.taken = self.taken or 60 * self.minutes - self.left
                 self.late.append(setting.name)
                 continue
             begin = self.left
