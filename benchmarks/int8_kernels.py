@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.kernels import isa
-from cadsurgery.kernels.library import library
-from cadsurgery.kernels.load import check_code
+from cadsurgery.kernels.dispatch import check_code
+from cadsurgery.kernels.load import library
 from cadsurgery.kernels.packing import pack, takes
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved

@@ -22,11 +22,12 @@ from torch.profiler import ProfilerActivity, profile
 import cadsurgery as cs
 from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.kernels import isa
-from cadsurgery.network.fuse import path_of
+from cadsurgery.network.fuse import KERNELS
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.timing import now
-from cadsurgery.surgery.rewrite import ask_mask
+from cadsurgery.surgery.hooks import child
+from cadsurgery.surgery.rewrite import WORK, ask_mask
 
 _ROUNDS = 3
 # Profiler events of `choose.compute`: a task and the backend that runs it. Then the backends of compiled kernels.
@@ -170,11 +171,19 @@ def _operation_of(events: list[Any]) -> str:
 
 
 def _layer_of(net: AdaptiveModel, node: fx.Node) -> str:
-    """Return the path of the module that a node belongs to, or the node's name."""
+    """Return the path of the original module whose work a node does, of a fused convolution that of the convolution; or
+    the node's name."""
     if node.target is ask_mask:
         return "the mask and its lattice"
     part = net.adaptive_part
-    return path_of(part, part.counted.graph, node)
+    notes = node.meta.get(WORK)
+    for read in (node, *node.all_input_nodes):
+        if read.op in ("call_module", "get_attr") and str(read.target).startswith(f"{KERNELS}."):
+            kernel: Any = child(part, str(read.target))
+            origin = getattr(getattr(kernel, "first", kernel), "origin", "")
+            notes = next((n.meta.get(WORK) for n in part.counted.graph.nodes if n.name == origin), notes)
+    name, path = notes or (node.name, "")
+    return path or name
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.cli import screen
-from cadsurgery.kernels import isa, load
+from cadsurgery.kernels import dispatch, isa
 from cadsurgery.network.storage import checksum, encode_with_checksum
 from cadsurgery.support.processor import processor_in_words
 from cadsurgery.surgery import treatment
@@ -134,10 +134,10 @@ def without_kernels() -> Iterator[None]:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("CADSURGERY_NATIVE", "0")
-            load.forget()
+            dispatch.forget()
             yield
     finally:
-        load.forget()
+        dispatch.forget()
 
 
 Cap = Callable[[str], None]
@@ -157,11 +157,11 @@ def cap_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cap]:
 
     def cap(name: str) -> None:
         monkeypatch.setenv(isa.VARIABLE, name)
-        load.forget()
+        dispatch.forget()
 
     yield cap
     monkeypatch.undo()
-    load.forget()
+    dispatch.forget()
 
 
 class Result(NamedTuple):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.axes import NCHW, as_rows, channel_dims, fast_layout, image_dims, is_flat
-from cadsurgery.elements.backends.choose import Picking, compute, mix, select_rows
+from cadsurgery.elements.backends.choose import mix, pick, select_rows
 from cadsurgery.elements.backends.floors import has_pixels, to_pixels
 from cadsurgery.elements.backends.target import require_equal
 from cadsurgery.elements.bilinear import corners, ends_of, place_on_map
@@ -122,7 +122,7 @@ def _by_pixel(x: Elements, spacing: int, guide: Tensor | None) -> Tensor:
     if guide is not None and spacing == 1 and not is_statically_true(reading.sources.shape[0] == 0):
         pixels = torch.arange(reading.table.numel(), device=reading.table.device)
         reading = guided(reading, pixels.view(reading.table.shape), lattice, guide)
-    rows = compute(Picking(flat, reading))
+    rows = pick(flat, reading)
     return rows.view(*reading.table.shape, *x.rows.shape[1:])
 
 

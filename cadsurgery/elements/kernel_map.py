@@ -157,7 +157,8 @@ class Window(NamedTuple):
         count = (divide_up(room, self.stride) if self.ceil_mode else room // self.stride) + 1
         if self.ceil_mode:  # torch: a window must start inside the map or its left padding
             count = least(count, (samples + before - 1) // self.stride + 1)
-        if is_statically_true(room < 0) or is_statically_true(count < 1):
+        too_small = count < 1 if self.ceil_mode else room < 0  # a last partial window may be the only one
+        if is_statically_true(too_small):
             raise InvalidInput(
                 f"a {self.kernel[0]}x{self.kernel[1]} window does not fit into {samples} samples.",
                 why="the image is too small for this network.",
@@ -316,8 +317,8 @@ def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool =
     return source.derive(("kernel_map", target.key, window, drop), build)
 
 
-def rows_of(source: Lattice, target: Lattice) -> Tensor | None:
-    """Return the rows (N_target,) of `source` at the anchors that `target` still has; None if it has all of them."""
+def row_numbers(source: Lattice, target: Lattice) -> Tensor | None:
+    """Return the numbers (N_target,) of the rows of `source` at the anchors of `target`; None if these are all."""
     if source is target:
         return None
     static = source.capacity is not None or target.capacity is not None or source.is_open

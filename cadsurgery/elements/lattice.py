@@ -27,7 +27,7 @@ from cadsurgery.elements.backends import gpu_maps, maps
 from cadsurgery.elements.backends.target import quotients
 from cadsurgery.elements.fresh import fresh_length, of_size
 from cadsurgery.elements.sizes import constant, divide_up, is_at_most, is_statically_true, most
-from cadsurgery.kernels.load import is_observed
+from cadsurgery.kernels.dispatch import is_observed
 from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput

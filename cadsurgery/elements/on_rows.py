@@ -51,23 +51,23 @@ class OnRows:
         """Compute elements on the given lattice, or of the given stage."""
         values = _elements_in((*args, *options.values()))
         lattice = next(values).lattice if stage is None else common_lattice(stage, *values, joint=self.joint)
-        first, *others = (self._read(part, lattice) for part in args)
+        first, *others = (self._rows_of(part, lattice) for part in args)
         if options:
-            options = {name: self._read(part, lattice) for name, part in options.items()}
+            options = {name: self._rows_of(part, lattice) for name, part in options.items()}
         call = getattr(first, self.operation) if isinstance(self.operation, str) else self.operation
         if call is None:
             return Elements(first(*others, **options), lattice)
         operands = others if isinstance(self.operation, str) else (first, *others)
         return Elements(call(*operands, **options), lattice)
 
-    def _read(self, value: Any, lattice: Lattice) -> Any:
+    def _rows_of(self, value: Any, lattice: Lattice) -> Any:
         """Return the rows of an operand."""
         if isinstance(value, Elements):
             return select_rows(value.rows, value.lattice, lattice)
         if isinstance(value, SmallMap) or (self.layout and isinstance(value, Tensor)):
             return rows_on(value, lattice, self.layout)
         if isinstance(value, (tuple, list)):
-            return type(value)(map(partial(self._read, lattice=lattice), value))
+            return type(value)(map(partial(self._rows_of, lattice=lattice), value))
         return value
 
 

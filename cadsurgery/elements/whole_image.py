@@ -22,7 +22,7 @@ from cadsurgery.elements.elements import Elements, check_joint, native_shape, no
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
 from cadsurgery.elements.sizes import divide_up
-from cadsurgery.kernels.load import is_observed
+from cadsurgery.kernels.dispatch import is_observed
 from cadsurgery.support.processes import count_together
 from cadsurgery.support.torch_internals import is_exporting
 
@@ -42,7 +42,9 @@ def batch_norm(
     use_batch = norm.training or norm.running_mean is None or norm.running_var is None
     if not use_batch:
         statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        return Elements(_rows_of(F.batch_norm(_map_of(x.rows), *statistics, False, 0.0, norm.eps)), x.lattice)
+        return Elements(
+            _back_to_rows(F.batch_norm(_as_map(x.rows), *statistics, False, 0.0, norm.eps)), x.lattice
+        )
     weighted = x.lattice.geometry.statistics == "area" if weighted is None else weighted
     real, count = x.lattice.real, x.lattice.count
     of_batch: int | Tensor = count if real is None else x.lattice.counts.sum()
@@ -51,8 +53,8 @@ def batch_norm(
     elif real is None and not is_exporting() and (not weighted or x.lattice.uniform_level is not None):
         # All elements have equal weight, as in torch.
         by_channel = (norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
-        image, mean, inverse = torch.native_batch_norm(_map_of(x.rows), *by_channel)
-        rows = _rows_of(image)
+        image, mean, inverse = torch.native_batch_norm(_as_map(x.rows), *by_channel)
+        rows = _back_to_rows(image)
         variance = inverse.detach().square().reciprocal() - norm.eps
     else:
         each = x.rows.new_ones(count) if real is None else real
@@ -73,15 +75,15 @@ def scale_and_shift(x: Elements, norm: ScaleShift) -> Elements:
     return Elements(norm(x.rows, last=True), x.lattice)
 
 
-def _map_of(rows: Tensor) -> Tensor:
+def _as_map(rows: Tensor) -> Tensor:
     """View rows (N, C) on a GPU as a channels_last map (1, C, N, 1), whose norms read memory in order."""
     if rows.device.type != "cuda" or torch.compiler.is_compiling():
         return rows
     return rows.reshape(1, *rows.shape, 1).transpose(1, 2)
 
 
-def _rows_of(normalised: Tensor) -> Tensor:
-    """Return rows (N, C) of a normalised map of `_map_of`, or of rows."""
+def _back_to_rows(normalised: Tensor) -> Tensor:
+    """Return rows (N, C) of a normalised map of `_as_map`, or of rows."""
     return (
         normalised if normalised.dim() == 2 else normalised.transpose(1, 2).reshape(-1, normalised.shape[1])
     )
@@ -144,8 +146,8 @@ class _WeightedNorm(torch.autograd.Function):
         if is_exporting():  # torch would ask whether there are rows at all
             normalised = (rows - mean) * (scale if weight is None else scale * weight)
             return normalised if bias is None else normalised + bias, mean, variance
-        normalised = F.batch_norm(_map_of(rows), mean, variance, weight, bias, False, 0.0, eps)
-        return _rows_of(normalised), mean, variance
+        normalised = F.batch_norm(_as_map(rows), mean, variance, weight, bias, False, 0.0, eps)
+        return _back_to_rows(normalised), mean, variance
 
     @staticmethod
     @once_differentiable

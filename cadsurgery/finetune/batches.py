@@ -21,10 +21,6 @@ from cadsurgery.tasks.options import Settings
 Augmentation = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
-def ignore(count: int) -> None:
-    """Ignore a number: the default of callbacks that count images or steps."""
-
-
 @dataclass(frozen=True)
 class Batch:
     """The samples of one forward pass of one process.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.functional import to_dense
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.refinement import PLACES, Refinement, places_of
-from cadsurgery.finetune.batches import ignore, inputs_of
+from cadsurgery.finetune.batches import inputs_of
 from cadsurgery.masks import resolve_mask
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program, clone_values
@@ -61,7 +60,6 @@ def fit_refinement(
     minutes: float = 5.0,
     steps: int = STEPS,
     seed: int = 0,
-    on_step: Callable[[int], None] = ignore,
 ) -> RefinementFit:
     """Fit the refinements of a network, in place, to images without labels; nothing else in the network changes.
 
@@ -77,7 +75,6 @@ def fit_refinement(
             determined by the seed.
         steps: training steps of four images each.
         seed: seed of everything random.
-        on_step: called with the number of training steps so far.
 
     Raises:
         InvalidInput: the network is not adaptive as a whole, is optimised, or has no map to refine; there are fewer
@@ -112,7 +109,7 @@ def fit_refinement(
     dtype = next(refinements[0].parameters()).dtype
     for refinement in refinements:
         refinement.to(torch.promote_types(dtype, torch.float32))
-    before, after = _fit(refinements, fitted, held_out, steps, seed, on_step)
+    before, after = _fit(refinements, fitted, held_out, steps, seed)
     is_better = after < before
     for refinement in refinements:
         if not is_better:
@@ -221,7 +218,6 @@ def _fit(
     held_out: list[_ImageData],
     steps: int,
     seed: int,
-    on_step: Callable[[int], None],
 ) -> tuple[float, float]:
     """Fit to the maps with everything high, fold the scales; return the divergence before and after."""
     generator = torch.Generator().manual_seed(seed)
@@ -233,7 +229,7 @@ def _fit(
     with torch.inference_mode(False), torch.enable_grad():
         optimizer = torch.optim.AdamW(parameters, _RATE, weight_decay=_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
-        for step in range(steps):
+        for _ in range(steps):
             for _ in range(_BATCH):
                 image, mask = (int(torch.randint(count, (), generator=generator)) for count in (len(seen), 3))
                 for at, refinement in enumerate(refinements):
@@ -244,7 +240,6 @@ def _fit(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            on_step(step + 1)
     for scale, refinement in zip(scales, refinements, strict=True):
         scale.fold(refinement)
     return before, _mean_divergence(refinements, held_out)

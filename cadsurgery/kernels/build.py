@@ -8,7 +8,7 @@ architecture:
     python cadsurgery/kernels/build.py kernels.so --compiler aarch64-linux-gnu-gcc --architecture aarch64
 
 A form is one C file compiled for one instruction set and, for most files, one element type. Its functions are called
-`<function>_<element>_<instruction set>`. load.py chooses the form that runs, by the features of the processor.
+`<function>_<element>_<instruction set>`. dispatch.py chooses the form that runs, by the features of the processor.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ _VECTORS = {
 }
 _BYTES = ("scalar", "sse4", "avx2", "avxvnni", "avx512vnni", "neon", "dotprod")
 _FLOATS = ("float32", "float64", "bfloat16")
-_EXACT = ("-ffp-contract=off",)  # one rounding per operation, as in torch
+_EXACT = (*ELEMENTS["uint8"], "-ffp-contract=off")  # one rounding per operation, as in torch
 # Compilers vectorise these loops only if square roots do not set errno and divisions do not trap.
 _SOLVING = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 

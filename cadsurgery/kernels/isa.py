@@ -9,7 +9,7 @@ import os
 from functools import cache
 
 from cadsurgery.kernels import build
-from cadsurgery.kernels.library import library
+from cadsurgery.kernels.load import library
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.processor import (
     Processor,
@@ -38,7 +38,7 @@ def _names(features: int) -> tuple[str, ...]:
 
 @cache
 def cap() -> str:
-    """Return the value of CADSURGERY_ISA in lower case; it is read once, and again after `load.forget`."""
+    """Return the value of CADSURGERY_ISA in lower case; it is read once, and again after `dispatch.forget`."""
     return os.environ.get(VARIABLE, "").strip().lower()
 
 

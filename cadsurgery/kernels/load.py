@@ -1,195 +1,106 @@
-"""Choose the form of a kernel: the widest instruction set that the processor has and the user allows."""
+"""Open the library of compiled kernels, which is in the package since its installation.
+
+Without the library, callers use torch's operations.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Sequence
+import os
+import sys
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from cadsurgery.kernels import isa
-from cadsurgery.kernels.library import find, library
-from cadsurgery.support.errors import CadError
-from cadsurgery.support.torch_internals import current_dispatch_mode, interpreters
-
-__all__ = [
-    "call",
-    "check_code",
-    "forget",
-    "function",
-    "has_bf16_dot",
-    "is_observed",
-    "isa_of",
-    "library",
-    "setting",
-]
-
-_forgotten = 0
+from cadsurgery.kernels import build
+from cadsurgery.support.errors import warn
 
 
-def is_observed() -> bool:
-    """True if torch counts, records, compiles or transforms (`torch.func`) the called operations; it would not see
-    compiled kernels."""
-    if torch.compiler.is_compiling() or current_dispatch_mode() is not None:
-        return True
-    return interpreters() is not None
+class Kernels(NamedTuple):
+    """The compiled kernels and their file; None without kernels, then with the reason."""
+
+    library: ctypes.CDLL | None
+    path: Path | None = None
+    reason: str = ""
+
+
+def library() -> ctypes.CDLL | None:
+    """Return the compiled kernels; None if CADSURGERY_NATIVE=0, or if they are missing or cannot be used.
+
+    Warns:
+        CadWarning: see `open_kernels`.
+    """
+    return open_kernels().library
 
 
 @cache
-def function(name: str, element: str = "") -> Any | None:
-    """Return the form of a kernel function for the widest allowed instruction set.
+def open_kernels() -> Kernels:
+    """Open the compiled kernels.
 
-    Args:
-        name: its name in the C file.
-        element: its element type: "float32", "float64", "bfloat16", "uint8", or empty.
-
-    Returns:
-        The function, for `call`; None if there is no such form, or no library.
-
-    Raises:
-        InvalidInput: CADSURGERY_ISA names an unknown instruction set, or one that this processor lacks.
+    Warns:
+        CadWarning: the kernels are missing, older than the C files of the package, or cannot be loaded.
     """
-    return _form(name, element)[1]
+    if os.environ.get("CADSURGERY_NATIVE", "1") == "0":
+        return Kernels(None, reason="CADSURGERY_NATIVE=0")
+    if reason := _why_unusable(build.LIBRARY):
+        return _without(reason)
+    try:
+        opened = ctypes.CDLL(str(build.LIBRARY))
+    except OSError as error:
+        return _without(f"{build.LIBRARY} cannot be loaded ({error})")
+    opened.processor_features.restype = ctypes.c_ulong
+    opened.use_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    opened.use_threads.restype = None
+    opened.use_threads(*_threads())
+    return Kernels(opened, build.LIBRARY)
 
 
-@cache
-def isa_of(name: str, element: str = "") -> str:
-    """Return the instruction set of the form that `function` returns; empty if there is none.
+def _why_unusable(path: Path) -> str:
+    """Return the reason why a library cannot be used; empty if it has the fingerprint of the package's C files.
 
-    Raises:
-        InvalidInput: see `function`.
+    A package without C files is trusted to have the library that belongs to it.
     """
-    return _form(name, element)[0]
+    try:
+        stored = build.fingerprint_of(path.read_bytes())
+    except FileNotFoundError:
+        return "they were not compiled when the package was installed"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    if (build.SOURCES / "processor.c").exists() and stored != build.fingerprint(build.SOURCES):
+        return f"{path} was compiled from other C files than those of the package"
+    return ""
 
 
-def has_bf16_dot(dtype: torch.dtype) -> bool:
-    """True if one instruction multiplies pairs of values of this type and sums them, as in AVX512-BF16.
-
-    Raises:
-        InvalidInput: see `function`.
-    """
-    return dtype == torch.bfloat16 and bool(isa_of("depthwise", "bfloat16"))
-
-
-def call(kernel: Any, values: Sequence[Any], *arguments: Any) -> int:
-    """Call a kernel, whose first argument is a structure.
-
-    A tensor, which has to be contiguous, is passed as a pointer to its own memory, None as a null pointer, an int as
-    long, a float as double and a list of tensors as an array of pointers.
-
-    Args:
-        kernel: a function of the library.
-        values: of the structure's fields, but for the last: how many bytes each buffer of the call holds.
-        arguments: those behind the structure.
-
-    Returns:
-        What the kernel returns: 0, or a number of its own; -1 from one that packs weights if it does not take them.
-
-    Raises:
-        MemoryError: there is no memory for it.
-        CadError: a buffer is not in main memory or holds less than the numbers say, or these are impossible.
-    """
-    if kernel.argtypes is None:
-        kernel.argtypes = (ctypes.POINTER(_layout(values)), *map(_kind, arguments))
-    sizes: list[int] = []
-    fields = [_for_c(value, sizes) for value in values]
-    others = [_for_c(value, sizes) for value in arguments]
-    held = (ctypes.c_long * len(sizes))(*sizes)
-    structure = kernel.argtypes[0]._type_(*fields, ctypes.addressof(held))
-    return check_code(kernel(structure, *others), kernel.__name__)
-
-
-# Codes that kernels return, in the order of `kernels/c/check.h`; lower ones name a buffer by its place.
-_NOT_TAKEN, _IMPOSSIBLE, _NO_MEMORY, _TOO_SHORT = range(-1, -5, -1)
-
-
-def check_code(code: int, kernel: str = "") -> int:
-    """Return what a kernel returned unless it is why it computed nothing.
-
-    Args:
-        code: what the kernel returned.
-        kernel: its name, for the message.
-
-    Raises:
-        MemoryError: there is no memory for it.
-        CadError: its numbers are impossible, or a buffer holds less than they say.
-    """
-    if code >= _NOT_TAKEN:
-        return code
-    if code == _NO_MEMORY:
-        raise MemoryError(f"no memory for a kernel {kernel}.")
-    what = (
-        "numbers that cannot be"
-        if code == _IMPOSSIBLE
-        else f"too little memory as its buffer {_TOO_SHORT - code}"
+def _without(reason: str) -> Kernels:
+    warn(
+        f"the compiled kernels are not used: {reason}. Networks run on torch's operations, which is slower. Install "
+        f"cadsurgery again with a C compiler (in a checkout: python {build.__file__}), or set CADSURGERY_NATIVE=0."
     )
-    raise CadError(
-        f"a compiled kernel {kernel} is given {what}.",
-        why="it computed nothing: it would read or write beyond its memory.",
-        next="give values of the shape and type that the layer takes; if they have, this is a fault of cadsurgery.",
-    )
+    return Kernels(None, reason=reason)
 
 
-def _for_c(value: Any, sizes: list[int]) -> Any:
-    """Return a value as it is passed; add the bytes that its buffers hold, 0 for one that is missing, to `sizes`."""
-    if isinstance(value, Tensor):
-        if not value.is_cpu:
-            raise CadError(
-                f"a compiled kernel was given a tensor on {value.device}.",
-                why="it reads main memory alone.",
-                next="report it, with the code that called the network; CADSURGERY_NATIVE=0 does without kernels.",
-            )
-        sizes.append(value.nbytes)
-        return value.data_ptr()
-    if isinstance(value, list):
-        return (ctypes.c_void_p * len(value))(*(_for_c(one, sizes) for one in value))
-    if value is None:
-        sizes.append(0)
-    return value
+def _threads() -> tuple[int | None, int | None]:
+    """Return the addresses of torch's `torch_parallel_for` or, if torch has none, of `GOMP_parallel`; None if missing.
+
+    The kernels run on torch's threads: a second set of threads would compete for the cores.
+    """
+    folder = Path(torch.__file__).parent / "lib"
+    name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
+    parallel = _address(folder / name, "torch_parallel_for")
+    if parallel is not None:
+        return parallel, None
+    # torch's wheels contain an OpenMP runtime in one of two folders; other builds of torch load the system's.
+    candidates = [*folder.glob("libgomp*.so*"), *folder.parent.with_name("torch.libs").glob("libgomp*.so*")]
+    found = (_address(path, "GOMP_parallel") for path in [*sorted(candidates), None])
+    return None, next((address for address in found if address), None)
 
 
-def _kind(value: Any) -> type:
-    """Return the type of C that a value is passed as."""
-    if isinstance(value, int):
-        return ctypes.c_long
-    return ctypes.c_double if isinstance(value, float) else ctypes.c_void_p
-
-
-def _layout(values: Sequence[Any]) -> type[ctypes.Structure]:
-    """Return the type of a structure of such values, with `held` behind them."""
-    fields = [(f"field_{place}", _kind(value)) for place, value in enumerate((*values, None))]
-    return type("Structure", (ctypes.Structure,), {"_fields_": fields})
-
-
-@cache
-def setting() -> tuple[str, int]:
-    """Return a key of the chosen forms: the value of CADSURGERY_ISA, and the number of calls of `forget`."""
-    return isa.cap(), _forgotten
-
-
-def forget() -> None:
-    """Make the next call search for the library and its forms again, after a change of CADSURGERY_NATIVE,
-    CADSURGERY_ISA or of a file."""
-    global _forgotten
-    _forgotten += 1
-    for cached in (find, isa.cap, function, isa_of, setting, _form):
-        cached.cache_clear()
-
-
-@cache
-def _form(name: str, element: str) -> tuple[str, Any | None]:
-    """Return the widest form that CADSURGERY_ISA allows: the name of its instruction set, and the function."""
-    compiled = library()
-    for one in reversed(isa.allowed()):
-        symbol = "_".join(part for part in (name, element, one) if part)
-        try:
-            found = compiled[symbol] if compiled is not None else None
-        except AttributeError:
-            continue
-        if found is not None:
-            found.restype = ctypes.c_long
-            return one, found
-    return "", None
+def _address(path: Path | None, name: str) -> int | None:
+    """Return the address of a function in a loaded library, or in the process itself if `path` is None."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows cannot search the process itself
+        found = ctypes.CDLL(str(path) if path else None, mode=getattr(os, "RTLD_NOLOAD", 0) | os.RTLD_NOW)
+        return ctypes.cast(found[name], ctypes.c_void_p).value
+    return None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cadsurgery.kernels.load import call, library
+from cadsurgery.kernels.dispatch import call, library
 
 
 def takes(form: str, weight: Tensor, groups: int) -> bool:

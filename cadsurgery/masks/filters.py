@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.sizes import constant, most
-from cadsurgery.kernels.load import has_bf16_dot, is_observed
+from cadsurgery.kernels.dispatch import has_bf16_dot, is_observed
 from cadsurgery.masks.provider import FineMapSpec
 
 GREY = (0.299, 0.587, 0.114)

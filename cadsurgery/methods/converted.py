@@ -130,10 +130,6 @@ class ConvertedModel(Derived):
         """Return the tensors of the file by name, and metadata fields of this method."""
         return self.state_dict(), {}
 
-    def fitting(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adapt the tensors of a file, possibly an older one, to this network."""
-        return tensors
-
     @property
     def inner(self) -> nn.Module:
         """The network that was converted: this one, or the one that it holds."""
@@ -176,7 +172,7 @@ class ConvertedModel(Derived):
         with as_file_error(f"{path} does not fit this model.", OTHER_MODEL):
             net = cls._convert_again(check_network(model), stored)
         check_plan(path, net.plan, stored.plan)
-        fill(path, net, net.fitting(tensors))
+        fill(path, net, tensors)
         return net
 
     # -- common to all methods ---------------------------------------------------------------------
@@ -347,6 +343,12 @@ class GraphModel(ConvertedModel):
         self._known: dict[Any, Any] = {}
         for name, value in settings.items():
             setattr(self, name, value)
+
+    @property
+    def original_signature(self) -> inspect.Signature:
+        """The signature of a call of the original network."""
+        signature: inspect.Signature = self.program.signature
+        return signature
 
     @property
     def is_optimized(self) -> bool:

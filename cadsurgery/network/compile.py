@@ -7,6 +7,7 @@ of elements up.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,7 @@ from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.model import AdaptiveModel, OptimizedModel, whole_program
 from cadsurgery.network.program import Masked, runnable
 from cadsurgery.network.recorded import Recorded
+from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import InvalidInput
 
 # Largest number of graphs that a bucketed network keeps.
@@ -91,6 +93,12 @@ class Bucketed(nn.Module):
         """The number of compiled graphs; buckets of different image sizes count separately."""
         return len(self._after)
 
+    @property
+    def original_signature(self) -> inspect.Signature:
+        """The signature of a call of the original network."""
+        return self.net.original_signature
+
+    @Forward
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
         """Run the network; see `AdaptiveModel.forward`."""
         net, program = self.net, self.net.program

@@ -26,7 +26,6 @@ from cadsurgery.support import torch_operations
 from cadsurgery.surgery.graphs import Constants, copy_graph, downstream, gives, only_user, torch_target
 from cadsurgery.surgery.guards import drop_dead_code
 from cadsurgery.surgery.hooks import act_alike, acts_as, child, is_hooked
-from cadsurgery.surgery.rewrite import WORK
 from cadsurgery.surgery.treatment import has_rule
 
 # Name of the submodule that holds the fused convolutions of a network.
@@ -164,11 +163,10 @@ class Fuser:
         return None
 
     def consumer(self, node: fx.Node) -> fx.Node | None:
-        """Return the only operation that reads the value of a node, elements or a dense map; or None."""
+        """Return the only operation that reads the value of a node, and acts on elements where that is elements, on a
+        dense map where it is one; or None."""
         user = only_user(node)
-        return (
-            user if not _is_elements(node) or (user is not None and isinstance(user.target, OnRows)) else None
-        )
+        return user if user is not None and _is_elements(node) == isinstance(user.target, OnRows) else None
 
     # -- changing the graph ------------------------------------------------------------------------
 
@@ -535,22 +533,3 @@ def _are_equal(first: Tensor, second: Tensor) -> bool:
 
 def _detach(value: Tensor | None) -> Tensor | None:
     return value.detach() if value is not None else None
-
-
-def path_of(net: nn.Module, written: fx.Graph, node: fx.Node) -> str:
-    """Return the path of the original module whose work a fused node does, or the node's name; for a fused convolution
-    the path of the convolution.
-
-    Args:
-        net: the optimised network.
-        written: the graph before it was fused.
-        node: a node of the fused graph.
-    """
-    notes = node.meta.get(WORK)
-    for read in (node, *node.all_input_nodes):
-        if read.op in ("call_module", "get_attr") and str(read.target).startswith(f"{KERNELS}."):
-            kernel: Any = child(net, str(read.target))
-            origin = getattr(getattr(kernel, "first", kernel), "origin", "")
-            notes = next((node.meta.get(WORK) for node in written.nodes if node.name == origin), notes)
-    name, path = notes or (node.name, "")
-    return path or name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -14,8 +15,10 @@ from cadsurgery.elements.lattice import Lattice
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, shapes_of
 from cadsurgery.network.program import PARTS, Derived
+from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.support.torch_internals import is_exporting
+from cadsurgery.surgery.entry import signature_of
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.trace import evaluating
 
@@ -95,6 +98,11 @@ class Host(Derived):
         self._path, self.training = path, host.training
 
     @property
+    def original_signature(self) -> inspect.Signature:
+        """The signature of a call of the original network."""
+        return signature_of(self._host[0])
+
+    @property
     def part(self) -> Any:
         """The converted part."""
         return self.get_submodule(self._path)
@@ -137,6 +145,7 @@ class HostedModel(Host, AdaptiveModel):
         self.put(host, path, part)
         self._shapes = shapes_of(self)
 
+    @Forward
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
         """Run the network as the original is called; see `AdaptiveModel.forward`. Compile its part, not the whole:
         `net.part.compile()`."""

@@ -38,6 +38,7 @@ from cadsurgery.network.inputs import first_value
 from cadsurgery.network.macs import MacReport, count_macs, meta_copy
 from cadsurgery.network.optimized import BFLOAT16, FLOAT, check_precision, fuse_network
 from cadsurgery.network.program import Masked, Program, ProgramNetwork, frozen_copy, refuse_torchscript
+from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.progress import Step, silent, waiting
 from cadsurgery.support.torch_internals import is_exporting, is_transformed, tree_leaves
@@ -94,6 +95,7 @@ class AdaptiveModel(ProgramNetwork):
         """True for a copy that `optimize` made."""
         return self.program.is_fused
 
+    @Forward
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
         """Run the network as the original is called.
 
@@ -516,6 +518,7 @@ class OptimizedModel(AdaptiveModel):
             )
         return super().load_state_dict(state_dict, *args, **kwargs)
 
+    @Forward
     @torch.compiler.disable(reason="an optimised network is not compiled: compile the one it was made from")
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
         """Run the network as the original is called; see `AdaptiveModel.forward`. torch.compile does not compile it."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends.choose import extend
+from cadsurgery.elements.backends.choose import pick
 from cadsurgery.elements.elements import guided
 from cadsurgery.elements.kernel_map import read_points
 from cadsurgery.elements.lattice import Lattice
@@ -231,8 +231,7 @@ class _Run:
         reading = read_points(lattice, pixels)
         if guide is not None and reading.sources.shape[0]:
             reading = guided(reading, pixels, lattice, guide)
-        flat = elements.rows.flatten(1)
-        rows = extend(flat, reading, 0.0).index_select(0, reading.table.to(flat.device))
+        rows = pick(elements.rows.flatten(1), reading)
         return list(rows.split([len(part) for part in self.points]))
 
     def macs(self, parts: dict[str, Lattice] | None) -> tuple[int, int]:

@@ -441,6 +441,11 @@ class ProgramNetwork(Derived):
         self.use_program(replace(self._program, plan=plan))
 
     @property
+    def original_signature(self) -> inspect.Signature:
+        """The signature of a call of the original network."""
+        return self._program.signature
+
+    @property
     def program(self) -> Program:
         """The program of the adaptive part, for tools."""
         return self._program

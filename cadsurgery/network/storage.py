@@ -27,14 +27,14 @@ from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support import files, kinds
-from cadsurgery.support.errors import FileError, InvalidInput, first_line, warn
+from cadsurgery.support.errors import FileError, InvalidInput, first_line
 from cadsurgery.support.files import as_file_error, write_whole
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.provenance import import_nothing_for, versions
 from cadsurgery.surgery.arguments import example_of, values_of
 from cadsurgery.surgery.plan import Plan
 
-FORMAT = 3  # 1: no checksums; 2: no normalisation, masks read the input unchanged
+FORMAT = 3  # no release wrote the two before
 KEY = kinds.CONVERTED_KEY
 METHOD = "method"  # metadata key: name of the method, if the network was made by another one than adaptify
 AGAIN = "fetch the file again, or write it again with cs.save."
@@ -168,13 +168,6 @@ def load(
     return unpack(path, check_metadata(path, header), tensors, model, mask=mask, trust=trust)
 
 
-def _warn_of_format_1(path: str | Path) -> None:
-    warn(
-        f"{path} was written without checksums (format 1): damage to it would not be noticed. "
-        "Write it again: cs.save(cs.load(path), path)."
-    )
-
-
 def unpack(
     path: str | Path,
     values: dict[str, Any],
@@ -196,10 +189,7 @@ def unpack(
         FileError: see `load`.
     """
     stated = _read_fields(path, values)
-    if stated.format > 1:
-        check_tensors(path, stated.tensors, tensors)
-    else:
-        _warn_of_format_1(path)
+    check_tensors(path, stated.tensors, tensors)
     mask_tensors, adapter_tensors = (
         {name[len(prefix) :]: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
         for prefix in (_MASK, _ADAPTERS)
@@ -250,8 +240,7 @@ def _convert_again(
     with as_file_error(f"{path} does not fit this model.", OTHER_MODEL):
         example = _example_for(stored, model)
         net = adaptify(model.eval(), mask, **options, example_input=example, verify_laws=False)
-    same = net.plan == stored if stated.format > 1 else _geometry(net.plan) == _geometry(stored)
-    if not same:
+    if net.plan != stored:
         raise FileError(
             f"{path} holds another plan than this model gives.",
             where=_first_difference(net.plan, stored),
@@ -299,7 +288,7 @@ class FileMetadata(NamedTuple):
     mask: str | None
     options: dict[str, Any]
     plan: Plan
-    tensors: str = ""
+    tensors: str
     normalisation: Normalisation | None = None
 
 
@@ -399,10 +388,6 @@ def _read_fields(path: str | Path, values: Mapping[str, Any]) -> FileMetadata:
         fields["source"] = Source.from_dict(fields["source"]) if fields["source"] is not None else None
         fields["options"] = check_fields(fields["options"], _OPTIONS, "options")
         fields["plan"] = Plan.from_json(fields["plan"])
-        if fields["format"] < 3:
-            fields["normalisation"] = Normalisation(
-                origin=f"as when its file was written, of format {fields['format']}"
-            )
         return FileMetadata(**fields)
 
 
@@ -410,7 +395,7 @@ def check_metadata(path: str | Path, header: Mapping[str, str]) -> dict[str, Any
     """Check the checksum and format of a file's metadata and return their values.
 
     Raises:
-        FileError: the metadata are damaged, or were written by a later version.
+        FileError: the metadata are damaged, or were written by a later version or before the first release.
     """
     text = header[KEY]
     with as_file_error(f"the metadata of {path} is damaged.", AGAIN):
@@ -421,13 +406,13 @@ def check_metadata(path: str | Path, header: Mapping[str, str]) -> dict[str, Any
         if checksum is not None and checksum != _hash(values):
             raise ValueError("it is not what was written: its checksum does not match.")
         number = values["format"]
-        if type(number) is int and number > FORMAT:
+        if type(number) is int and number != FORMAT:
             raise FileError(
-                f"{path} has format {number}, this version reads up to {FORMAT}.",
-                next="update cadsurgery.",
+                f"{path} has format {number}, this version reads {FORMAT}.",
+                next="update cadsurgery." if number > FORMAT else "convert the network again.",
             )
-        if number != 1 and checksum is None:
-            raise ValueError(f"a file of format {number!r:.60} without checksum")
+        if checksum is None:
+            raise ValueError("it has no checksum.")
         return dict(values)
 
 
@@ -519,12 +504,6 @@ def check_types(path: str | Path, stored: Mapping[str, Tensor], expected: Mappin
                 why=f"it is {value.dtype}, in the model {like}.",
                 next=OTHER_MODEL,
             )
-
-
-def _geometry(plan: Plan) -> tuple[object, ...]:
-    """Return the part of a plan that determines the computation: strides, actions and windows, but no texts."""
-    parts = plan.chosen("adapt", "keep", "enter")
-    return plan.output_stride, plan.strides, tuple((d.node, d.action, d.stages, d.window) for d in parts)
 
 
 def _list(versions: dict[str, str]) -> str:

@@ -12,13 +12,13 @@ Result = TypeVar("Result")
 DEPTH = 2  # results that wait for the caller
 
 
-def ahead(items: Iterable[Item], work: Callable[[Item], Result], depth: int = DEPTH) -> Iterator[Result]:
-    """Yield the result for each item, in order; a thread works on up to `depth` items while the caller uses others."""
+def ahead(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
+    """Yield the result for each item, in order; a thread works on up to `DEPTH` items while the caller uses others."""
     with ThreadPoolExecutor(1) as thread:
         waiting = deque[Future[Result]]()
         for item in items:
             waiting.append(thread.submit(work, item))
-            if len(waiting) > depth:
+            if len(waiting) > DEPTH:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -406,28 +406,25 @@ def _describe(node: fx.Node, facts: Facts, treatment: Treatment) -> str:
 # -- what floors would save ----------------------------------------------------------------------------
 
 
-def floors_prospect(
-    facts: Facts, region: RegionOption, size: Sequence[int], coarsest: int = FLOOR
-) -> Prospect | None:
-    """Estimate the share of MACs that a network takes with everything at a floor.
+def floors_prospect(facts: Facts, region: RegionOption, size: Sequence[int]) -> Prospect | None:
+    """Estimate the share of MACs that a network takes with everything at the usual floor.
 
     Args:
         facts: facts about the traced network.
         region: see `make_plan`.
         size: height and width of the image to estimate for.
-        coarsest: the floor.
 
     Returns:
         None if the network's strides do not lead to this floor, or no multiplication would be saved.
     """
     asked = asked_region(facts, region)
     flow = settle_flow(facts, asked, not isinstance(region, str), removed_up_to=0, floors=True).flow
-    chosen = floor_region(flow, coarsest)
+    chosen = floor_region(flow, FLOOR)
     if chosen is None:
         return None
     macs = sum(_macs_at(node, flow, size) for node in facts.graph.nodes)
-    low = sum(_macs_at(node, flow, size, _floor_of(node, chosen, coarsest)) for node in facts.graph.nodes)
-    return Prospect(coarsest, low / macs) if low < macs else None
+    low = sum(_macs_at(node, flow, size, _floor_of(node, chosen, FLOOR)) for node in facts.graph.nodes)
+    return Prospect(FLOOR, low / macs) if low < macs else None
 
 
 def _floor_of(node: fx.Node, region: Region, coarsest: int) -> int:

@@ -71,6 +71,12 @@ class Emulator(fx.Interpreter):
             return value  # the windows that read it apply the padding
         if decision.stages[1] == 0 or not decision.on_elements:
             return value
+        if isinstance(value, Tensor) and any(
+            _is_cropped(value, self.env[source]) for source in n.all_input_nodes
+        ):
+            value = (
+                value.clone()
+            )  # where it ends, its cells are filled by other values than those of the whole map
         if isinstance(value, tuple) and isinstance(value[0], Tensor) and not value[-1].is_floating_point():
             return self._fill(value[0], decision), self._places(n)  # a pooling with the places of its maxima
         return self._fill(value, decision) if isinstance(value, Tensor) else value
@@ -180,6 +186,15 @@ def _grid(size: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
 def _in_memory_of(value: Tensor, filled: Tensor) -> Tensor:
     """Write a map into the memory of the one that it replaces, which views of it share; a repeated map has none."""
     return filled if 0 in value.stride() else value.copy_(filled)
+
+
+def _is_cropped(value: Tensor, source: Any) -> bool:
+    """True if a map is a part, in the same memory, of another map with more lines or columns."""
+    return (
+        isinstance(source, Tensor)
+        and source.shape[2:] != value.shape[2:]
+        and source.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
+    )
 
 
 def _at(value: Tensor, y: Tensor, x: Tensor) -> Tensor:

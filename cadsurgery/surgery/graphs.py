@@ -27,14 +27,13 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return copied, copies
 
 
-def upwards(node: fx.Node, until: Collection[fx.Node] = ()) -> Iterator[fx.Node]:
-    """Yield a node and its ancestors, nearest first; the ancestors of nodes in `until` are left out."""
+def upwards(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield a node and its ancestors, nearest first."""
     waiting, seen = [node], {node}
     for one in waiting:
         yield one
-        if one not in until:
-            waiting += (new := [source for source in one.all_input_nodes if source not in seen])
-            seen.update(new)
+        waiting += (new := [source for source in one.all_input_nodes if source not in seen])
+        seen.update(new)
 
 
 def and_after(*nodes: fx.Node, without: Collection[fx.Node] = ()) -> set[fx.Node]:

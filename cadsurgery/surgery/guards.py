@@ -58,9 +58,11 @@ def check_branch(
     )
 
 
-def is_whole(window: Any, size: Sequence[int]) -> bool:
-    """True if a window (one length or two) is as large as a map of size (B, C, H, W)."""
+def is_whole(window: Any, size: Sequence[int], or_larger: bool = False) -> bool:
+    """True if a window (one length or two) is as large as a map of size (B, C, H, W), or covers it."""
     lengths = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
+    if or_larger:
+        return all(length >= side for length, side in zip(lengths, size[2:], strict=True))
     return lengths == tuple(size[2:])
 
 

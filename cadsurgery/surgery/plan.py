@@ -13,9 +13,6 @@ from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import UnknownName
 from cadsurgery.support.plain import read_as
 
-# In older files, which lack the field `after`, this reason marks the nodes for which it is true.
-_AFTER = "after the region"
-
 # If masks change the outputs by less than this share of their spread, the plan says so.
 SMALL_EFFECT = 1e-3
 
@@ -340,11 +337,7 @@ class Plan:
         Raises:
             Exception: of several types, if the text is not a plan.
         """
-        values = json.loads(text)
-        for entry in values["decisions"]:
-            if entry["reason"] == _AFTER:
-                entry.setdefault("after", True)
-        plan: Plan = read_as(Plan, values, "the plan")
+        plan: Plan = read_as(Plan, json.loads(text), "the plan")
         plan._check()
         return plan
 

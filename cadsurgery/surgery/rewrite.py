@@ -91,7 +91,11 @@ class Rewriter:
             result.meta.setdefault(ORIGIN, node.name)  # a pad may return its input
             if node in self.elements:
                 result.meta.setdefault(STAGE, decision.stages[1])
-            self.working.get(node, result).meta[WORK] = (node.name, decision.path)
+            working = self.working.get(node, result)
+            working.meta[WORK] = (node.name, decision.path)
+            if "nn_module_stack" not in working.meta:  # where errors of the new node are placed
+                working.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+                working.stack_trace = node.stack_trace
         drop_dead_code(self.graph)
         self.graph.lint()
         return self.graph
@@ -306,7 +310,7 @@ class Rewriter:
             arguments["layout"] = self.flow.layouts[source]
         if treatment.covers is not None:
             size = self.call(functional.native_shape, self.as_elements(source), self.plan[source.name].grid)
-            covers = self.call(is_whole, self.argument(treatment.covers, {}), size)
+            covers = self.call(is_whole, self.argument(treatment.covers, {}), size, treatment.or_more)
             self.call(check_branch, covers, True, f"{node.name}, whose window was the whole map")
         return self.call(treatment.call, self.on_stage(source, stage), **arguments)
 

@@ -730,17 +730,20 @@ def _treat_window(call: Callable[..., Any], window: Window | str, **arguments: A
 
 def _pool_image(call: Callable[..., Any], why: str, options: dict[str, Any], node: fx.Node) -> Treatment:
     """Treat a pooling over the whole image; its window is checked in every call unless it is computed from the map."""
-    return Treatment("global", why, call=call, covers=_unless_own_size(options["kernel_size"], node))
+    covers = _unless_own_size(options["kernel_size"], node)
+    return Treatment("global", why, call=call, covers=covers, or_more=options["ceil_mode"])
 
 
 def _covers_image(options: dict[str, Any], node: fx.Node, facts: MapFacts) -> bool:
-    """True if a pooling window is computed from the map's size and covers the whole map."""
+    """True if a pooling window is computed from the map's size and covers the whole map, or if it is larger than the
+    map and reads what there is of it."""
     kernel, layout = options["kernel_size"], facts.layout(node.args[0])
-    if layout != NCHW or pair_of(kernel) == pair_of(facts.number(kernel)) or any(pair_of(options["padding"])):
+    if layout != NCHW or any(pair_of(options["padding"])) or options["divisor_override"] is not None:
         return False
-    if options["divisor_override"] is not None:
-        return False
-    return pair_of(facts.number(kernel)) == tuple(facts.shapes[node.args[0]][2:])  # type: ignore[index]
+    lengths, sides = pair_of(facts.number(kernel)), tuple(facts.shapes[node.args[0]][2:])  # type: ignore[index]
+    if options["ceil_mode"] and pair_of(options["stride"]) == pair_of(kernel):
+        return all(length > side for length, side in zip(lengths, sides, strict=True))
+    return pair_of(kernel) != lengths and lengths == sides
 
 
 def _unless_own_size(kernel: Any, node: fx.Node) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cadsurgery.kernels import isa
-from cadsurgery.kernels.library import find
+from cadsurgery.kernels.load import open_kernels
 from cadsurgery.support.processor import processor_in_words
 from cadsurgery.support.provenance import commit, versions
 
@@ -16,7 +16,7 @@ def describe_installation() -> str:
     """
     ours, *others = (f"{name} {number}" for name, number in versions().items())
     at = f" (commit {commit()})" if commit() else ""
-    kernels = find()
+    kernels = open_kernels()
     state = f"none: {kernels.reason}; torch's operations take their place"
     available = f"; the processor has {', '.join(isa.here())}" if kernels.library is not None else ""
     return "\n".join(

@@ -80,8 +80,15 @@ def load_released(net: nn.Module, source: str | Path | Mapping[str, Tensor]) -> 
         FileError: the file is missing or unreadable; tensors are missing, unknown, in another order or of another
             shape.
     """
-    state = dict(source) if isinstance(source, Mapping) else read_weights(Path(source))[0].state
+    if isinstance(source, Mapping):
+        state = source
+    else:  # a released file has a loss beside its dictionary of tensors
+        state = max((weights.state for weights in read_weights(Path(source))), key=_tensors_in)
     net.load_state_dict(from_released(state, net.state_dict()))
+
+
+def _tensors_in(state: Mapping[str, object]) -> int:
+    return sum(isinstance(value, Tensor) for value in state.values())
 
 
 def from_released(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

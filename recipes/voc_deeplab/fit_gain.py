@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from cadsurgery.data.samples import Samples, check_data
 from cadsurgery.finetune.balance import class_weights
-from cadsurgery.finetune.batches import ignore, inputs_of
+from cadsurgery.finetune.batches import inputs_of
 from cadsurgery.masks import DetailMask, FineMapSpec
 from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.filters import mean_of_patches, resize
@@ -60,7 +59,6 @@ def fit_gain(
     minutes: float = 5.0,
     seed: int = 0,
     balance: float = 0.0,
-    on_step: Callable[[int], None] = ignore,
 ) -> GainFit:
     """Fit the gain mask of a network, in place, to images without labels; nothing else in the network changes.
 
@@ -74,7 +72,6 @@ def fit_gain(
         seed: seed of the initial weights and of the order of images.
         balance: for class scores, the power of `cadsurgery.finetune.balance`: 0 weights losses at all pixels equally,
             1 all classes that the dense network predicts, as mean IoU does.
-        on_step: called with the number of training steps so far.
 
     Raises:
         InvalidInput: the network is not adaptive as a whole, has no gain mask or is optimised; there are fewer than
@@ -101,7 +98,7 @@ def fit_gain(
     seen = _balance(seen, balance)
     held_out, fitted = seen[::_HELD_OUT], [image for at, image in enumerate(seen) if at % _HELD_OUT]
     with torch.inference_mode(False), torch.enable_grad():
-        _fit(mask, fitted, seed, on_step)
+        _fit(mask, fitted, seed)
     with torch.no_grad():
         expected = [mask.expect(image.described) for image in seen]
         smooth = [mask.smooth(losses, image.grid) for losses, image in zip(expected, seen, strict=True)]
@@ -181,7 +178,7 @@ def _balance(seen: list[_Measured], power: float) -> list[_Measured]:
     ]
 
 
-def _fit(mask: GainMask, seen: list[_Measured], seed: int, on_step: Callable[[int], None]) -> None:
+def _fit(mask: GainMask, seen: list[_Measured], seed: int) -> None:
     """Regress the logarithms of the losses from new weights; the standardisation is folded into the first layer."""
     described = torch.cat([image.described.flatten(2) for image in seen], 2)
     centre, spread = described.mean((0, 2))[:, None, None], described.std((0, 2))[:, None, None]
@@ -199,7 +196,7 @@ def _fit(mask: GainMask, seen: list[_Measured], seed: int, on_step: Callable[[in
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(mask.estimator.parameters(), _RATE, weight_decay=_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=STEPS)
-    for step in range(STEPS):
+    for _ in range(STEPS):
         first_drawn, *others = torch.randperm(len(seen), generator=generator).tolist()
         size = inputs[first_drawn].shape
         batch = [first_drawn, *(at for at in others if inputs[at].shape == size)][:_BATCH]
@@ -211,7 +208,6 @@ def _fit(mask: GainMask, seen: list[_Measured], seed: int, on_step: Callable[[in
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        on_step(step + 1)
     with torch.no_grad():
         weight = first.weight / spread.to(dtype)
         first.bias -= (weight * centre.to(dtype)).sum((1, 2, 3))

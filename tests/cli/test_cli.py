@@ -23,7 +23,7 @@ from typer.main import get_command
 import cadsurgery as cs
 from cadsurgery import cli
 from cadsurgery.cli.main import make_app
-from cadsurgery.kernels import isa, load
+from cadsurgery.kernels import dispatch, isa
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.support.processor import processor_in_words
 from cadsurgery.support.timing import Timing
@@ -141,11 +141,11 @@ def test_version_tells_versions_processor_instruction_sets_and_where_the_kernels
 
 
 def test_version_says_why_there_are_no_kernels(run: Run) -> None:
-    load.forget()
+    dispatch.forget()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CADSURGERY_NATIVE", "0")
         told = run("--version").out
-    load.forget()
+    dispatch.forget()
     assert "compiled kernels: none: CADSURGERY_NATIVE=0" in told and "kernels none (torch operations)" in told
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.elements.backends import native
-from cadsurgery.elements.backends.choose import Convolution, Pooling, every_row
+from cadsurgery.elements.backends.choose import Convolution, Pooling, read_own_rows
 from cadsurgery.elements.backends.onednn import convolve, multiply
 from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.kernels.load import library
@@ -59,7 +59,7 @@ def test_kernels_keep_nan(dtype, name, groups, count, with_residual):
         table = torch.randint(0, 30, (count, 9), dtype=torch.int32)
         table[3, 5] = 35
         rows[35] = torch.nan
-        reading = replace(every_row(len(rows), rows.device), table=table)
+        reading = replace(read_own_rows(len(rows), rows.device), table=table)
         work = Convolution(rows, kernel, reading, 0.0, more if with_residual else None)
         out = native.Native().convolve(work)
         assert out[3].isnan().all()
@@ -79,7 +79,7 @@ def test_pools_keep_nan(dtype, largest):
     rows, table = torch.randn(40, 20, dtype=dtype), torch.randint(0, 30, (9, 4), dtype=torch.int32)
     rows[35] = torch.nan
     table[[0, 1, 2, 3], [0, 1, 2, 3]] = 35
-    reading = replace(every_row(40, rows.device), table=table)
+    reading = replace(read_own_rows(40, rows.device), table=table)
     out = native.Native().pool(Pooling(rows, reading, 0.0, largest))
     assert out[:4].isnan().all()
     assert not out[4:].isnan().any()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cadsurgery.kernels import build, library
+from cadsurgery.kernels import build, load
 
 build.LIBRARY = Path(os.environ["EMULATED_TILES"])
-library._why_unusable = lambda path: ""
+load._why_unusable = lambda path: ""

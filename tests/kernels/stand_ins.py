@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cadsurgery.kernels import build, load
+from cadsurgery.kernels import build, dispatch
 
 COMPILER = build.find_compiler()
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler")
@@ -61,10 +61,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(build, "SOURCES", write_stand_ins(tmp_path / "c"))
     monkeypatch.setattr(build, "LIBRARY", tmp_path / "package" / "kernels.so")
-    load.forget()
+    dispatch.forget()
     yield tmp_path
     monkeypatch.undo()
-    load.forget()
+    dispatch.forget()
 
 
 @pytest.fixture

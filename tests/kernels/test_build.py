@@ -162,7 +162,7 @@ def test_a_compiler_that_hangs_is_ended(
 
 RUN = """
 import ctypes
-from cadsurgery.kernels import build, isa, load
+from cadsurgery.kernels import load, build, dispatch, isa
 assert build.LIBRARY.is_file() and str(build.LIBRARY).startswith({folder!r}), build.LIBRARY
 assert build.find_compiler() is None and isa.used() == isa.here()[-1] != "", isa.in_words()
 Body, parts = ctypes.CFUNCTYPE(None, ctypes.c_long, ctypes.c_long, ctypes.c_void_p), []
@@ -170,7 +170,7 @@ load.library().cadsurgery_share(
     ctypes.c_long(10), ctypes.c_long(3), Body(lambda begin, end, _: parts.append((begin, end))), None
 )
 assert sorted(parts) == [(0, 3), (3, 6), (6, 9), (9, 10)], parts
-cells = load.function("cells")
+cells = dispatch.function("cells")
 cells.restype = ctypes.c_int
 assert cells() == 42
 """

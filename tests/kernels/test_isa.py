@@ -11,7 +11,7 @@ import torch
 from conftest import Cap
 from stand_ins import needs_compiler
 
-from cadsurgery.kernels import build, isa, load
+from cadsurgery.kernels import build, dispatch, isa
 from cadsurgery.support import processor
 from cadsurgery.support.errors import InvalidInput
 
@@ -61,10 +61,10 @@ def test_a_wider_form_than_the_cap_is_never_chosen(packaged: Path, cap_kernels: 
             sets = {one for row in build.TABLE if row.name == file for one in row.sets}
             for element in ("float32", "float64") if name == "size" else ("",):
                 expected = [one for one in isa.allowed() if one in sets][-1]
-                assert load.isa_of(name, element) == expected
-                function = load.function(name, element)
+                assert dispatch.isa_of(name, element) == expected
+                function = dispatch.function(name, element)
                 assert function is not None and function.restype is ctypes.c_long
-                assert function is load.function(name, element)
+                assert function is dispatch.function(name, element)
                 function.restype = ctypes.c_int
                 assert function() == {"float32": 4, "float64": 8, "": 42}[element]
                 function.restype = ctypes.c_long
@@ -72,8 +72,8 @@ def test_a_wider_form_than_the_cap_is_never_chosen(packaged: Path, cap_kernels: 
 
 @needs_compiler
 def test_a_function_that_there_is_no_form_of_is_none(packaged: Path) -> None:
-    assert load.function("nothing") is None and load.isa_of("nothing", "float32") == ""
-    assert load.function("size") is None and load.function("size", "uint8") is None
+    assert dispatch.function("nothing") is None and dispatch.isa_of("nothing", "float32") == ""
+    assert dispatch.function("size") is None and dispatch.function("size", "uint8") is None
 
 
 @pytest.mark.parametrize("cap", ["avx3", "native", "avx2,avx512", "-"])
@@ -83,8 +83,8 @@ def test_an_unknown_cap_is_refused_with_what_there_is(cap: str, packaged: Path, 
         isa.allowed,
         isa.used,
         isa.in_words,
-        lambda: load.function("answer"),
-        lambda: load.isa_of("answer"),
+        lambda: dispatch.function("answer"),
+        lambda: dispatch.isa_of("answer"),
     ):
         with pytest.raises(InvalidInput, match="CADSURGERY_ISA") as caught:
             ask()
@@ -114,7 +114,7 @@ def test_without_a_library_there_is_none(
     for cap in ("", *isa.ISAS):
         cap_kernels(cap)
         assert isa.here() == isa.allowed() == () and isa.used() == ""
-        assert load.function("answer") is None and "torch operations" in isa.in_words()
+        assert dispatch.function("answer") is None and "torch operations" in isa.in_words()
     cap_kernels("avx3")
     with pytest.raises(InvalidInput):
         isa.allowed()

@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT
 from torch import Tensor
 
-from cadsurgery.kernels import build, isa, load
-from cadsurgery.kernels.library import find
+from cadsurgery.kernels import build, dispatch, isa
+from cadsurgery.kernels.load import open_kernels
 from cadsurgery.kernels.packing import pack
 from cadsurgery.support.errors import CadError
 
@@ -33,7 +33,7 @@ KINDS = (
     "pack_product",
 )
 
-pytestmark = pytest.mark.skipif(find().library is None, reason="there are no compiled kernels")
+pytestmark = pytest.mark.skipif(open_kernels().library is None, reason="there are no compiled kernels")
 
 
 def fuzz(library: Path, seed: int, calls: int, **environment: str) -> set[str]:
@@ -94,8 +94,8 @@ def finding() -> tuple[str, list[object], list[object]]:
 @pytest.mark.parametrize(("make", "whole"), [(mixing, 0), (finding, 30)])
 def test_the_first_buffer_that_holds_too_little_is_named(make: Callable[[], Any], whole: int) -> None:
     name, values, arguments = make()
-    kernel = load.function(name, "float32" if arguments else "")
-    assert load.call(kernel, values, *arguments) == whole
+    kernel = dispatch.function(name, "float32" if arguments else "")
+    assert dispatch.call(kernel, values, *arguments) == whole
     buffers = [one for one in (*values, *arguments) if one is None or isinstance(one, Tensor)]
     checked = 0
     for place, buffer in enumerate(buffers):
@@ -103,13 +103,13 @@ def test_the_first_buffer_that_holds_too_little_is_named(make: Callable[[], Any]
             continue
         given = [buffer.flatten()[:-1] if one is buffer else one for one in (*values, *arguments)]
         with pytest.raises(CadError, match=f"{name}.* too little memory as its buffer {place}"):
-            load.call(kernel, given[: len(values)], *given[len(values) :])
+            dispatch.call(kernel, given[: len(values)], *given[len(values) :])
         checked += 1
     assert checked >= 4
 
 
 def test_the_buffers_of_an_array_are_compared_too() -> None:
-    form = f"product_float32_{load.isa_of('product', 'float32')}"
+    form = f"product_float32_{dispatch.isa_of('product', 'float32')}"
     weight, bias = torch.rand(6, 5, 3, 3), torch.rand(6)
     assert len(pack(form, weight, 1, bias)) == 2
     with pytest.raises(CadError, match=f"pack_{form} is given numbers that cannot be"):
@@ -118,6 +118,6 @@ def test_the_buffers_of_an_array_are_compared_too() -> None:
 
 def test_a_tensor_that_is_not_in_main_memory_is_refused() -> None:
     name, values, arguments = mixing()
-    kernel = load.function(name, "float32")
+    kernel = dispatch.function(name, "float32")
     with pytest.raises(CadError, match="a tensor on meta"):
-        load.call(kernel, values, *arguments[:-1], torch.empty(5, 7, device="meta"))
+        dispatch.call(kernel, values, *arguments[:-1], torch.empty(5, 7, device="meta"))

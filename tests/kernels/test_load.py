@@ -14,7 +14,7 @@ import torch
 from stand_ins import needs_compiler, posix
 from torch.utils.flop_counter import FlopCounterMode
 
-from cadsurgery.kernels import build, isa, library, load
+from cadsurgery.kernels import build, dispatch, isa, load
 from cadsurgery.support.errors import CadWarning
 
 pytest_plugins = ["stand_ins"]
@@ -34,8 +34,8 @@ def silence() -> Iterator[None]:
 
 def test_the_library_of_the_package_is_used(packaged: Path) -> None:
     with silence():
-        assert load.function("answer") is not None
-    assert isa.used() == isa.here()[-1] and library.find().path == packaged
+        assert dispatch.function("answer") is not None
+    assert isa.used() == isa.here()[-1] and load.open_kernels().path == packaged
 
 
 def test_without_a_library_torch_serves_and_one_warning_says_so(home: Path) -> None:
@@ -43,7 +43,7 @@ def test_without_a_library_torch_serves_and_one_warning_says_so(home: Path) -> N
     with pytest.warns(CadWarning, match=f"not compiled when the package was installed.*{TORCH_SERVES}"):
         assert load.library() is None
     with silence():
-        assert load.library() is None and load.function("answer") is None and isa.used() == ""
+        assert load.library() is None and dispatch.function("answer") is None and isa.used() == ""
     assert not build.LIBRARY.exists()
 
 
@@ -77,7 +77,7 @@ def test_a_library_of_other_sources_is_not_used(packaged: Path) -> None:
 def test_without_c_files_the_library_of_the_package_is_trusted(packaged: Path) -> None:
     shutil.rmtree(build.SOURCES)
     with silence():
-        assert load.function("answer") is not None
+        assert dispatch.function("answer") is not None
 
 
 # -- threads -------------------------------------------------------------------------------------------
@@ -89,10 +89,10 @@ def test_work_is_done_once_whoever_shares_it(by: str, count: int, grain: int, pa
     compiled, pointers = load.library(), (None, None)
     assert compiled is not None
     if by == "torch":
-        pointers = (library._threads()[0], None)
+        pointers = (load._threads()[0], None)
     elif by == "OpenMP":
         folder = Path(torch.__file__).parent / "lib"
-        found = [library._address(path, "GOMP_parallel") for path in folder.glob("libgomp*.so*")]
+        found = [load._address(path, "GOMP_parallel") for path in folder.glob("libgomp*.so*")]
         pointers = (None, next(iter(found), None))
     if by != "nothing" and pointers == (None, None):
         pytest.skip(f"this torch does not give {by}")
@@ -104,17 +104,17 @@ def test_work_is_done_once_whoever_shares_it(by: str, count: int, grain: int, pa
     try:
         compiled.cadsurgery_share(ctypes.c_long(count), ctypes.c_long(grain), body, None)
     finally:
-        compiled.use_threads(*library._threads())
+        compiled.use_threads(*load._threads())
     step = max(grain, 1)
     assert sorted(done) == [(begin, min(begin + step, count)) for begin in range(0, count, step)]
 
 
 def test_threads_are_those_of_torch() -> None:
     """One of the two is there in every torch that this package takes, with its wheels at least."""
-    assert any(library._threads())
+    assert any(load._threads())
 
 
 def test_compiled_code_is_not_used_where_torch_observes() -> None:
-    assert not load.is_observed()
+    assert not dispatch.is_observed()
     with FlopCounterMode(display=False):
-        assert load.is_observed()
+        assert dispatch.is_observed()

@@ -36,6 +36,9 @@ Calls = dict[str, Callable[[Tensor], Tensor]]
 # Spellings that were not read as torch reads them.
 MISREAD: Calls = {
     "avg_pool2d of the whole map by a divisor": lambda y: F.avg_pool2d(y, y.shape[-2:], divisor_override=7),
+    "avg_pool2d of a window larger than the map": lambda y: F.avg_pool2d(y, 64, ceil_mode=True),
+    "avg_pool2d of a window wider than the map": lambda y: F.avg_pool2d(y, (3, 12), (3, 12), ceil_mode=True),
+    "max_pool2d of a window larger than the map": lambda y: F.max_pool2d(y, 64, ceil_mode=True),
     "var: the third is unbiased": lambda y: torch.var(y, BOTH, False),
     "var: the fourth is keepdim": lambda y: torch.var(y, 1, False, True),
     "var as a method": lambda y: y.var(BOTH, False),
@@ -137,3 +140,10 @@ def check(call: Callable[[Tensor], Tensor]) -> None:
 @pytest.mark.parametrize("name", [*MISREAD, *map(slow, SPELLINGS)])
 def test_calls_are_computed_as_torch_does_however_they_are_spelled(name: str) -> None:
     check((MISREAD | SPELLINGS)[name])
+
+
+def test_a_window_that_covered_the_map_is_refused_where_it_no_longer_does() -> None:
+    model = Encoded(lambda own, image, y: F.avg_pool2d(y, 9, ceil_mode=True)).eval()
+    net = converted_quietly(model, example_input=torch.rand(2, 3, 64, 64))
+    with pytest.raises(cs.InvalidInput, match="takes another path"):
+        net(torch.rand(2, 3, 88, 64))

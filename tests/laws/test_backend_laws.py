@@ -1,19 +1,14 @@
 """Every backend of the table gives what the reference gives, in values and, where it has them, gradients.
 
-The reference, torch in float64, is the last of the table. Triton's kernels run in its interpreter, in a process of
-their own, because Triton decides at import whether it interprets.
+The reference, torch in float64, is the last of the table. Triton's laws are in `tests/elements/gpu_kernel_laws.py`.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,7 +18,6 @@ from torch.testing import assert_close
 
 import cadsurgery as cs
 from cadsurgery.elements import BACKENDS, functional
-from cadsurgery.elements.backends import gpu, triton_kernels
 from cadsurgery.elements.backends.choose import (
     Backend,
     Convolution,
@@ -41,7 +35,6 @@ from cadsurgery.elements.gaps import resolution
 from cadsurgery.elements.kernel_map import Reading, Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice, Part
 
-ROOT = Path(__file__).parents[2]
 NAMES = [
     *("uniform", "without overlap", "portable", "graph", "triton", "native"),
     *("products", "expression", "torch"),
@@ -154,13 +147,13 @@ def takes(name: str, case: Case) -> bool:
 
 
 def cases(name: str) -> list[Any]:
-    """Cases of a backend; Triton's only where it interprets."""
-    if name == "triton" and not triton_kernels.INTERPRETED:
-        return []
+    """Cases of a backend."""
     return [pytest.param(name, case, id=f"{name}-{case}") for case in CASES if takes(name, case)]
 
 
-@pytest.mark.parametrize(("name", "case"), [case for name in NAMES for case in cases(name)])
+@pytest.mark.parametrize(
+    ("name", "case"), [case for name in NAMES if name != "triton" for case in cases(name)]
+)
 @torch.no_grad()
 def test_a_convolution_is_that_of_the_reference(name: str, case: Case) -> None:
     work = work_of(case, packed=True)
@@ -227,8 +220,6 @@ def gradients(backend: Backend, work: Convolution) -> list[Tensor]:
 
 
 def trained(name: str) -> list[Any]:
-    if name == "triton" and not triton_kernels.INTERPRETED:
-        return []
     plain = [Case(kind, *shape, torch.float32, "plain") for kind in KINDS for shape in SHAPES]
     works = [(case, with_gradients(work_of(case, packed=False))) for case in plain]
     backend = named(name)
@@ -241,7 +232,7 @@ def trained(name: str) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("name", "case"),
-    [case for name in ("uniform", "triton", "products", "expression", "torch") for case in trained(name)],
+    [case for name in ("uniform", "products", "expression", "torch") for case in trained(name)],
 )
 def test_gradients_are_those_of_the_reference(name: str, case: Case) -> None:
     work = with_gradients(work_of(case, packed=False))
@@ -257,28 +248,6 @@ def test_what_has_no_gradients_does_not_apply_where_they_are_asked_for(name: str
     assert not named(name).applies(with_gradients(work_of(case, packed=True)))
 
 
-@pytest.mark.slow  # quick ones: `test_gpu_kernel.py`
-@pytest.mark.skipif(not triton_kernels.INSTALLED or triton_kernels.INTERPRETED, reason="no Triton, or in it")
-def test_tritons_laws_hold_in_its_interpreter() -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        "-k",
-        "triton- and not uniform",
-        "-m",
-        "",
-        "--noconftest",
-    ]
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-
-
 # -- pools, sums, copies ------------------------------------------------------------------------------
 
 
@@ -290,9 +259,7 @@ TASKS = [
     (name, task)
     for name in NAMES
     for task in ("pool", "mix", "mix_lines", "pick", "fill")
-    if has(name, task)
-    and name not in ("torch", "without overlap")
-    and (name != "triton" or triton_kernels.INTERPRETED)
+    if has(name, task) and name not in ("torch", "without overlap", "triton")
 ]
 
 
@@ -349,8 +316,6 @@ def computed(backend: Backend, work: Work) -> Tensor:
 @pytest.mark.parametrize(("name", "task"), TASKS)
 @torch.no_grad()
 def test_every_other_task_is_that_of_the_reference(name: str, task: str, dtype: torch.dtype) -> None:
-    if name == "triton" and dtype not in gpu.DTYPES:
-        pytest.skip("its kernels have no float64")
     works = [work for work in other_works(task, dtype) if name in OF_GRAPHS or named(name).applies(work)]
     assert works
     for work in works:

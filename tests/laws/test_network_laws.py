@@ -274,26 +274,10 @@ def test_any_level_map_on_vgg_is_the_emulation(name: str, high: int, fill: str) 
 
 
 PLAIN: dict[str, list[nn.Module]] = {
-    "even kernels without padding": [
-        *(nn.Conv2d(3, 6, 4, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 4, 2, 1), nn.Conv2d(8, 8, 2), nn.ReLU()),
-        *(nn.Conv2d(8, 8, 2, 2), nn.Conv2d(8, 8, 3, 1, 1)),
-    ],
     "grouped, depthwise and 5 x 3": [
         *(nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.Conv2d(8, 16, 1), nn.ReLU()),
         *(nn.Conv2d(16, 16, (5, 3), 2, (2, 1), groups=4), nn.BatchNorm2d(16)),
         nn.Conv2d(16, 8, 3, 1, 1, groups=2),
-    ],
-    "pools of all kinds": [
-        *(nn.Conv2d(3, 8, 3, 1, 1), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.AvgPool2d(3, 2, 1)),
-        *(nn.MaxPool2d(3, 1, 1), nn.BatchNorm2d(8)),
-        nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False),
-        *(nn.Conv2d(8, 8, 3, 1, 1), nn.AvgPool2d(3, 1, 1, count_include_pad=False)),
-    ],
-    "reflected and replicated borders": [
-        nn.Conv2d(3, 8, 3, 2, 1, padding_mode="reflect"),
-        *(nn.Conv2d(8, 8, 3, 2, 1, padding_mode="replicate"), nn.ReLU()),
-        nn.Conv2d(8, 8, 5, 2, 2, padding_mode="reflect"),
-        nn.Conv2d(8, 8, 3, 1, 1, padding_mode="replicate"),
     ],
     "a stage of stride 4": [
         *(nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, 1, 1), nn.Conv2d(8, 8, 4, 4), nn.ReLU()),
@@ -304,7 +288,8 @@ PLAIN: dict[str, list[nn.Module]] = {
 
 @pytest.mark.parametrize(("kind", "size", "fill"), covering([*PLAIN], [(45, 71), (48, 64)], TWO))
 def test_plain_cnns_keep_laws_1_and_3(kind: str, size: Size, fill: str) -> None:
-    """Kernels, paddings and pools a ResNet does not have: identity when all low, emulation on any map."""
+    """What random networks do not have, strided kernels that are no squares and a stage of stride 4: identity when all
+    low, emulation on any map."""
     model = randomise(nn.Sequential(*copy.deepcopy(PLAIN[kind]))).double()
     x, high = images(2, *size, double), 2
     strides = (4,) if kind == "a stage of stride 4" else (2, 2)
@@ -313,17 +298,6 @@ def test_plain_cnns_keep_laws_1_and_3(kind: str, size: Size, fill: str) -> None:
     fine = run(model[: 2 if isinstance(model[1], nn.MaxPool2d) else 1], x).shape[2:]
     levels = random_levels(2, (fine[0], fine[1]), strides)
     expected = emulate(model, x, Emulation(levels, strides, fill), high)
-    assert_same(run(net, x, mask=levels), expected)
-
-
-@ALL_FILLS
-def test_several_features_leave_the_region_at_the_fine_size(fill: str) -> None:
-    """Law 3 for a feature extractor: each map that leaves is read densely, on its own lattice."""
-    names = {name: name for name in ("layer1", "layer2", "layer3", "layer4")}
-    model = create_feature_extractor(build("resnet18", double), names)
-    x, levels = images(2, *SMALL, double), levels_for(SMALL, (8, 32))
-    net = convert(model, fill=fill)
-    expected = emulate(model, x, Emulation(levels, (2, 2), fill), 8, guide_of(net, fill))
     assert_same(run(net, x, mask=levels), expected)
 
 
@@ -446,21 +420,6 @@ def test_memory_layout_is_irrelevant() -> None:
         )
         net = convert(model).to(memory_format=torch.channels_last)
         assert_same(run(net, x.contiguous(memory_format=torch.channels_last), mask=mask), reference)
-
-
-@SAMPLE
-def test_lower_precision_is_close(name: str) -> None:
-    """Law 5: float32 is within 1e-4 of float64; bfloat16 as close to it as the original's bfloat16."""
-    model, x = create_feature_extractor(build(name, double), ["layer4"]), images(2, *SMALL, double)
-    net, levels = convert(model), levels_for(SMALL, (8, 32))
-    exact, dense = run(net, x, mask=levels)["layer4"], run(model, x)["layer4"]
-    single = run(net.float(), x.float(), mask=levels)["layer4"]
-    assert_same(single, exact.float(), 1e-4)
-    rough = run(net.bfloat16(), x.bfloat16(), mask=levels)["layer4"]
-    rough_dense = run(model.bfloat16(), x.bfloat16())["layer4"]
-    assert rough.dtype == torch.bfloat16
-    error = float((rough.double() - exact).norm() / exact.norm())
-    assert error < 2 * float((rough_dense.double() - dense).norm() / dense.norm()) < 0.1
 
 
 # -- 6: weights and gradients --------------------------------------------------------------------------

@@ -5,14 +5,13 @@ Resizes that leave the region are those of the emulation, whatever the level map
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels, slow
+from conftest import assert_same, covering, images, random_levels
 from networks import conv_norm, randomise, unverified
 from random_laws import compare
 from random_networks import Case, Draw
@@ -56,26 +55,14 @@ class Resized(Encoder):
         return F.interpolate(scores, scale_factor=float(self.by), **self.how)
 
 
-class Module(Encoder):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Upsample(scale_factor=32, mode="bilinear", align_corners=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.scores(x)).softmax(1)
-
-
-class TwoHeads(Encoder):
-    def __init__(self) -> None:
-        super().__init__()
-        self.aux = nn.Conv2d(6, 2, 1)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        middle = self.body[3](self.body[2](self.body[1](self.body[0](x))))
-        last = self.head(self.body[6](self.body[5](self.body[4](middle))))
-        out = F.interpolate(last, x.shape[-2:], mode="bilinear", align_corners=False)
-        aux = F.interpolate(self.aux(middle), x.shape[-2:], mode="bilinear", align_corners=True)
-        return {"out": out, "aux": aux, "classes": out.argmax(1)}
+# Ways to resize that random networks do not draw: modes of `torch.nn.functional.interpolate`, and by what.
+RESIZED: dict[str, tuple[dict[str, Any], str]] = {
+    "nearest-exact to a size": ({"mode": "nearest-exact"}, "size"),
+    "nearest-exact by a factor": ({"mode": "nearest-exact"}, "12.7"),
+    "nearest by a recomputed factor": ({"mode": "nearest"}, "recomputed"),
+    "bilinear by a factor": ({"mode": "bilinear", "align_corners": False}, "12.7"),
+    "aligned by a recomputed factor": ({"mode": "bilinear", "align_corners": True}, "recomputed"),
+}
 
 
 class Shuffled(nn.Module):
@@ -100,48 +87,25 @@ class Decoder(Encoder):
         return self.head(self.body[6](y))
 
 
-def resized_networks() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    """Every mode with every way to say the size, and the networks above."""
-    modes = [("nearest", None), ("nearest-exact", None), ("bilinear", False), ("bilinear", True)]
-    for mode, align in modes:
-        how = {"mode": mode} if align is None else {"mode": mode, "align_corners": align}
-        for by in ("size", "32", "12.7", "recomputed"):
-            yield f"{mode}-{align}-{by}", partial(Resized, how, by)
-    yield from ((kind.__name__, kind) for kind in (Module, TwoHeads))
-
-
-RESIZED = dict(resized_networks())
-# Each mode and each way to say the size, once.
-FEW = [name if at in (1, 6, 11, 12) or at > 15 else slow(name) for at, name in enumerate(RESIZED)]
-
-
 def settled(model: nn.Module) -> nn.Module:
     randomise(model)
     return model.double().eval()
 
 
-def leaves(value: Any) -> list[Tensor]:
-    return torch.utils._pytree.tree_leaves(value)
-
-
-@pytest.mark.parametrize(("name", "seed"), covering(FEW, range(3)))
+@pytest.mark.parametrize(("name", "seed"), covering([*RESIZED], range(3)))
 def test_a_network_that_resizes_is_its_emulation(name: str, seed: int) -> None:
     """On a random level map, image by image, optimised; and on the network's own grid the network."""
-    model, size = settled(RESIZED[name]()), SIZES[seed]
+    model, size = settled(Resized(*RESIZED[name])), SIZES[seed]
     compare(Case(model, images(2, *size).double(), images(1, 64, 96).double(), True), Draw(seed))
 
 
-@pytest.mark.parametrize("name", FEW)
-def test_a_mask_matters_behind_a_resize_and_the_plan_says_so(name: str) -> None:
-    net = cs.adaptify(settled(RESIZED[name]()), "none")
+def test_a_mask_matters_behind_a_resize_and_the_plan_says_so() -> None:
+    net = cs.adaptify(settled(Resized({"mode": "bilinear"}, "size")), "none")
     x = images(2, 64, 96).double()
     with torch.no_grad():
-        low, high = leaves(net(x))[0], leaves(net(x, mask="all"))[0]
-        optimized = leaves(net.optimize()(x, mask="random"))
+        low, high = net(x), net(x, mask="all")
     assert low.shape == high.shape and float((low - high).abs().max()) > 1e-3 * float(low.abs().max())
     assert net.plan.matters and "gains nothing" not in net.plan.summary()
-    for found, expected in zip(optimized, leaves(net(x, mask=net.levels)), strict=True):
-        assert found.shape == expected.shape
 
 
 @pytest.mark.parametrize(

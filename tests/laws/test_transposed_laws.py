@@ -146,18 +146,6 @@ def test_it_compiles_to_one_graph(name: str) -> None:
     assert seen.frame_count == 1
 
 
-def test_it_trains_as_its_emulation_would() -> None:
-    """Gradients of all parameters at the network's own level are the network's."""
-    model, x = unjoined("2/2")
-    model, x = model.double(), x.double()
-    net = cs.adaptify(model, "none", example_input=x, outputs="native")
-    net(x).square().mean().backward()
-    model(x).square().mean().backward()
-    for (name, one), (_, two) in zip(net.named_parameters(), model.named_parameters(), strict=True):
-        assert one.grad is not None and two.grad is not None, name
-        assert_same(one.grad, two.grad, 1e-8)
-
-
 @pytest.mark.parametrize("name", ["2/2", "3/2"])
 def test_macs_of_a_network_are_those_that_run_and_those_of_torch(name: str) -> None:
     torch.manual_seed(0)
@@ -191,32 +179,6 @@ def test_what_has_no_phases_or_grows_ends_the_region_with_a_reason(reason: str) 
     assert reason in net.plan["up_0"].reason and net.plan["up_0"].action == "barrier"
     with torch.no_grad():
         assert_same(net(x), model(x))
-
-
-class Sized(nn.Module):
-    """As large as the map that it is joined with, whatever the size of the image."""
-
-    def __init__(self, kernel: int, padding: int) -> None:
-        super().__init__()
-        self.first, self.second = double_conv(3, 8, 2), double_conv(8, 8, 2)
-        self.pool, self.low = nn.MaxPool2d(2, ceil_mode=kernel == 3), double_conv(8, 8)
-        self.up = nn.ConvTranspose2d(8, 8, kernel, 2, padding)
-        self.norm, self.last = nn.BatchNorm2d(8), nn.Conv2d(16, 3, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        skip = self.second(self.first(x))
-        up = self.norm(self.up(self.low(self.pool(skip)), output_size=skip.shape[2:]))
-        return self.last(torch.cat([up, skip], 1))
-
-
-@pytest.mark.parametrize(("shape", "size"), covering([(2, 0), (3, 1)], [(48, 64), (53, 58), (61, 75)]))
-def test_a_size_that_is_asked_for_in_the_call_is_the_networks(
-    shape: tuple[int, int], size: tuple[int, int]
-) -> None:
-    torch.manual_seed(0)
-    model = settled(Sized(*shape).double(), images(2, 48, 64, double), Draw(0))
-    net = compare(Case(model, images(2, *size, double), images(1, 45, 40, double), True), Draw(1))
-    assert net.plan["up"].action == "keep"
 
 
 class Computed(Unjoined):

@@ -354,19 +354,6 @@ def test_a_file_keeps_what_is_known(tmp_path: Path, given: Any) -> None:
     assert cs.load(tmp_path / "seen.safetensors", Folded(*IMAGENET)).normalisation == net.normalisation
 
 
-def test_masks_of_an_older_file_see_the_input_as_when_it_was_written(tmp_path: Path) -> None:
-    path = tmp_path / "net.safetensors"
-    net = adapted("-1..1", normalisation="raw")
-    cs.save(net, path)
-    metadata = read_metadata(path)
-    del metadata["normalisation"]
-    save_file(load_file(path), path, {"cadsurgery": encode_with_checksum({**metadata, "format": 2})})
-    loaded = cs.load(path, Folded(*CONVENTIONS["-1..1"]))
-    assert loaded.normalisation is not None and "format 2" in loaded.normalisation.origin
-    image = shown(scenes(), "-1..1")
-    assert torch.equal(levels(loaded, image), levels(net, image))
-
-
 def test_a_file_with_an_impossible_normalisation_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     cs.save(adapted("-1..1", normalisation=(0.5, 0.5)), path)

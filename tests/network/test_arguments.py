@@ -36,19 +36,6 @@ class Two(Base):
         return self.run(torch.cat([image, before], 1))
 
 
-class TwoStems(Base):
-    """An image and a depth map, each with a stem, joined in the region."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.other = nn.Sequential(conv_norm(1, 8, 2), conv_norm(8, 8, 2))
-        self.last = conv_norm(8, 8, 2)
-
-    def forward(self, image, depth):
-        y = self.body[0](self.stem(image)) + self.other(depth)
-        return self.head(self.last(self.body[1](y)))
-
-
 class Conditioned(Base):
     """A vector for each image comes first."""
 
@@ -74,11 +61,6 @@ class FromDictionary(Base):
         return {"logits": self.run(batch["image"]) + batch["bias"].view(-1, 1, 1, 1)}
 
 
-class FromList(Base):
-    def forward(self, frames):
-        return self.run(frames[0]) - self.run(frames[1])
-
-
 def image(channels: int, size: tuple[int, int], batch: int = 2) -> torch.Tensor:
     return torch.rand(batch, channels, *size)
 
@@ -86,13 +68,10 @@ def image(channels: int, size: tuple[int, int], batch: int = 2) -> torch.Tensor:
 # Name: the network, and the arguments of a call for an image of a size.
 CASES = {
     "two images": (Two, lambda size: (image(3, size), image(3, size))),
-    "two stems": (TwoStems, lambda size: (image(3, size), image(1, size))),
-    "two stems by name": (TwoStems, lambda size: {"depth": image(1, size), "image": image(3, size)}),
     "a vector first": (Conditioned, lambda size: (torch.rand(2, 5), image(3, size))),
     "the image by name": (Named, lambda size: {"image": image(3, size)}),
     "an optional one": (Named, lambda size: {"prior": image(2, size), "image": image(3, size)}),
     "a dictionary": (FromDictionary, lambda size: ({"bias": torch.rand(2), "image": image(3, size)},)),
-    "a list": (FromList, lambda size: ([image(3, size), image(3, size)],)),
 }
 
 

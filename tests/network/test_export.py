@@ -18,11 +18,9 @@ from conftest import assert_same, images, picture, random_levels
 from exported import ENGINES_HERE, File, assert_same_file, net
 from networks import randomise, saved_segmenter, strided, unverified
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
 from benchmarks import export_matrix
-from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.network.export.compare import check_difference, difference, more_images
 from cadsurgery.network.export.engines import ENGINES, OnnxRuntime, engine_for
 from cadsurgery.network.export.names import output_names
@@ -161,17 +159,6 @@ def test_the_level_map_is_an_input(tmp_path: Path) -> None:
             torch.manual_seed(seed)
             levels = random_levels(2, tuple(model.levels.shape[1:]), model.geometry.strides)
             assert_same(run(image, levels.long())["out"], model(image, mask=levels)["out"], 1e-4)
-
-
-@pytest.mark.slow
-def test_sizes_that_a_network_computes_itself_and_bins_are_for_any_size(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model, path = (
-        unverified(randomise(subject("scenes:PSPNetLike", CHECKOUT).build()).eval()),
-        tmp_path / "net.onnx",
-    )
-    assert cs.export(model, picture(2, 96, 128), path, dynamic=True).image == (None, 3, None, None)
-    assert_same_file(path, model, picture(3, 75, 101))
 
 
 @pytest.mark.slow
@@ -401,20 +388,6 @@ def test_files_with_several_inputs_are_for_one_size(tmp_path: Path) -> None:
     given = scaled(picture(1, 64, 96), 2.0)
     with pytest.raises(cs.InvalidInput, match="inputs photo, scale cannot be dynamic"):
         cs.export(of_scaled(), given, tmp_path / "net.onnx", dynamic=True)
-
-
-@pytest.mark.parametrize("name", ["GridDetector", "CoordinateMatcher", "KeypointsOfDictionary"])
-@pytest.mark.slow
-def test_networks_that_keep_grids_or_take_a_dictionary_are_exported(name: str, tmp_path: Path) -> None:
-    """The networks of tests/corpus/keeping.py, which take two images or a dictionary, or keep grids."""
-    torch.manual_seed(0)
-    network, image = subject(f"keeping:{name}", CHECKOUT), picture(1, 64, 96)
-    given = network.arguments(image)
-    model = network.build().eval()
-    net = cs.adaptify(model, "edges", example_input=given, outputs="native")
-    report = cs.export(net, given, tmp_path / "net.onnx")
-    leaves = tree_leaves(given if isinstance(given, tuple) else (given,))
-    assert report.difference < 1e-4 and len(report.inputs) == sum(isinstance(x, Tensor) for x in leaves)
 
 
 class OfMultiples(nn.Module):

@@ -284,82 +284,19 @@ def test_a_file_without_its_checksum_is_refused(saved: Path) -> None:
         cs.load(saved, trunk())
 
 
-# -- files of format 1 ---------------------------------------------------------------------------------
-
-
-def as_format_1(path: Path, change: Callable[[dict[str, Any]], object] = lambda plan: None) -> Path:
-    """As the version before wrote it; `change` gets the plan."""
-    tensors, header = parts_of(path)
-    metadata = json.loads(header["cadsurgery"])
-    plan = json.loads(metadata["plan"])
-    change(plan)
-    metadata |= {"format": 1, "plan": json.dumps(plan)}
-    del metadata["tensors"], metadata["sha256"]
-    save_file(tensors, path, {"cadsurgery": json.dumps(metadata)})
-    return path
-
-
 def of_region(plan: dict[str, Any]) -> dict[str, Any]:
     """The first decision that makes an operation adaptive."""
     return next(decision for decision in plan["decisions"] if decision["action"] == "adapt")
 
 
-def worded_otherwise(plan: dict[str, Any]) -> None:
-    del plan["matters"], plan["part"]
-    plan["outputs"] = []
-    for decision in plan["decisions"]:
-        decision |= {"reason": "in other words", "cost": 0, "layout": ""}
-        decision["leaves"] = ""
-
-
-def test_a_file_of_format_1_loads_with_a_warning(saved: Path) -> None:
-    expected, image = cs.load(saved, trunk()), images(1, 33, 47)
-    with pytest.warns(cs.CadWarning, match="without checksums"):
-        net = cs.load(as_format_1(saved), trunk())
-    assert torch.equal(net(image), expected(image))
-
-
-def test_a_plan_of_format_1_is_held_against_its_geometry_only(saved: Path) -> None:
-    with pytest.warns(cs.CadWarning):
-        assert cs.load(as_format_1(saved, worded_otherwise), trunk()).plan == adapted().plan
-
-
-@pytest.mark.filterwarnings("ignore::cadsurgery.errors.CadWarning")
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda plan: plan.update(decisions=plan["decisions"][:-2]),
-        lambda plan: of_region(plan)["window"].__setitem__(1, 3),
-        lambda plan: of_region(plan).update(action="keep"),
-    ],
-    ids=["a decision less", "another stride", "another action"],
-)
-def test_another_geometry_of_format_1_is_refused(saved: Path, change: Callable[..., object]) -> None:
-    with pytest.raises(cs.FileError, match=r"another plan|damaged"):
-        cs.load(as_format_1(saved, change), trunk())
-
-
-def test_a_file_of_format_2_is_held_against_its_whole_plan(saved: Path) -> None:
+def test_a_file_is_held_against_its_whole_plan(saved: Path) -> None:
     def change(metadata: dict[str, Any]) -> None:
         plan = json.loads(metadata["plan"])
-        worded_otherwise(plan)
+        of_region(plan)["reason"] = "in other words"
         metadata["plan"] = json.dumps(plan)
 
     with pytest.raises(cs.FileError, match="another plan"):
         cs.load(rewritten(saved, change), trunk())
-
-
-@pytest.mark.slow
-def test_the_command_line_says_in_a_line_that_a_file_has_no_checksum(
-    command_line: Run, tmp_path: Path
-) -> None:
-    net = unverified(cs.build_model("resnet18", "none"), "none")
-    cs.save(net, tmp_path / "net.safetensors")
-    quiet = command_line("macs", "-m", "net.safetensors", "--size", "64x64")
-    assert quiet.code == 0 and "warning" not in quiet.err
-    as_format_1(tmp_path / "net.safetensors")
-    told = command_line("macs", "-m", "net.safetensors", "--size", "64x64", "--json")
-    assert told.code == 0 and told.json and "warning: net.safetensors was written without" in told.err
 
 
 # -- malformed metadata --------------------------------------------------------------------------------

@@ -278,17 +278,6 @@ def test_a_saved_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> Non
     assert oct((tmp_path / "net.safetensors").stat().st_mode) == oct((tmp_path / "other").stat().st_mode)
 
 
-# -- plans ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(options) or "defaults")
-def test_a_plan_goes_through_json(options: dict[str, Any]) -> None:
-    plan = adapted(**options).plan
-    again = Plan.from_json(plan.to_json())
-    assert again == plan and hash(again) == hash(plan)
-    assert str(again) == str(plan) and again.to_json() == plan.to_json()
-
-
 # -- weights in and out --------------------------------------------------------------------------------
 
 

@@ -23,8 +23,8 @@ from cadsurgery.elements.kernel_map import read_points
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.kernels import build
 from cadsurgery.kernels.build import find_compiler_of_cpp
+from cadsurgery.kernels.dispatch import forget
 from cadsurgery.kernels.isa import here
-from cadsurgery.kernels.load import forget
 from cadsurgery.masks.scored import missed
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export.dense import write_dense

@@ -8,13 +8,12 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import timm
 import torch
-from conftest import assert_same, covering, images, relative_error
+from conftest import assert_same, images, relative_error
 from networks import build, randomise, unverified
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -22,15 +21,12 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 import cadsurgery as cs
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends import choose, native
-from cadsurgery.elements.backends.choose import Convolution
 from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
 from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.functional import Elements, conv2d
-from cadsurgery.elements.kernel_map import Reading, Window
+from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
-from cadsurgery.kernels.load import library
 from cadsurgery.network import fuse
 from cadsurgery.network.model import OptimizedModel
 
@@ -185,7 +181,8 @@ def small_map(net: Any, x: Tensor) -> tuple[int, int]:
 
 
 class _Odd(nn.Module):
-    """A value read before its activation, a residual that is smaller, a product that is no factor, shared weights."""
+    """A value read before its activation, a residual that is smaller, a convolved mean that is added to a map, a
+    product that is no factor, shared weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,6 +190,7 @@ class _Odd(nn.Module):
         self.down = nn.Conv2d(8, 8, 3, 2, 1)
         self.shrink = nn.Conv2d(8, 8, 3)
         self.same = nn.Conv2d(8, 8, 1)
+        self.of_mean = nn.Conv2d(8, 8, 1)
         self.norm = nn.BatchNorm2d(8)
         self.free = nn.BatchNorm2d(8, affine=False)
         self.scale = nn.Parameter(torch.randn(8, 1, 1))
@@ -204,6 +202,7 @@ class _Odd(nn.Module):
         y = self.norm(self.same(x)) * self.scale
         y = self.free(y + torch.sigmoid(y))
         y += x
+        y = y + self.of_mean(x.mean((2, 3), keepdim=True))
         y = nn.functional.leaky_relu(self.same(y) * y, 0.2)
         return self.last(self.shrink(y) + 1.0)
 
@@ -393,47 +392,6 @@ def test_a_residual_and_relu_in_bfloat16(
 
 
 # -- compiled kernels against torch --------------------------------------------------------------------
-
-needs_compiler = pytest.mark.skipif(library() is None, reason="no C compiler here")
-
-
-def read(dtype: torch.dtype, channels: int, taps: int) -> tuple[Tensor, Reading]:
-    """Rows, and a table into them, what is outside and a halo."""
-    rows = torch.randn(40, channels).to(dtype)
-    sources, shares = torch.randint(40, (7, 4), dtype=torch.int32), torch.rand(7, 4, dtype=torch.float64)
-    return rows, Reading(torch.randint(0, 48, (37, taps), dtype=torch.int32), sources, shares, True)
-
-
-CLAMP = Activation("hardtanh", (0.0, 6.0))
-
-
-SHAPES = [  # channels, outputs, groups
-    *((5, 5, 5), (32, 32, 32), (77, 77, 77), (6, 6, 3), (36, 36, 9), (104, 104, 13), (48, 48, 3)),
-    *((5, 64, 1), (70, 120, 1), (33, 56, 1), (40, 17, 1), (9, 1, 1), (8, 48, 1), (8, 80, 1), (8, 96, 1)),
-    (1101, 70, 1),
-]
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("dtype", "shape", "taps"),
-    covering([torch.float32, torch.float64, torch.bfloat16], SHAPES, [1, 9, 49]),
-    ids=str,
-)
-@torch.no_grad()
-def test_compiled_convolutions(dtype: torch.dtype, shape: tuple[int, int, int], taps: int) -> None:
-    channels, outputs, groups = shape
-    rows, reading = read(dtype, channels, taps)
-    weight, bias = torch.randn(outputs, channels // groups, 1, taps).to(dtype), torch.randn(outputs).to(dtype)
-    assert groups == 1 or native.has_grouped_form(weight, groups)
-    work = Convolution(
-        rows, FusedConv(weight, bias, groups, CLAMP), reading, -0.5, torch.randn(37, outputs).to(dtype)
-    )
-    exact = replace(work.weights, weight=weight.double(), bias=bias.double(), packed_cache=None)
-    exactly = replace(work, rows=rows.double(), weights=exact, residual=work.residual.double())
-    expected = choose.BACKENDS[-1].convolve(exactly)  # type: ignore[attr-defined]
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype] * channels**0.5
-    assert_same(native.Native().convolve(work).double(), expected, tolerance)
 
 
 @pytest.mark.slow

@@ -319,33 +319,6 @@ def test_bfloat16_rows_are_those_of_the_dense_output(name: str) -> None:
     assert_rows(cs.read_at(net, x, points, mask=levels, reach="receptive"), expected, 2e-2)
 
 
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        *(("residual", SIZE), ("residual", (64, 96)), ("residual", (9, 33))),
-        pytest.param("plain", SIZE),  # its output is smaller than its level map
-        pytest.param("cut", SIZE),
-    ],
-)
-@REACHES
-@torch.no_grad()
-def test_corners_are_aligned_as_published(name: str, size: Size, reach: Any) -> None:
-    """The sample of the dense output at round(y (h - 1) / (H - 1)), halves to even."""
-    net, points = converted(name), points_in(size, 6, 3)
-    points = [part.clamp(min=0).minimum(torch.tensor([size[1] - 1.0, size[0] - 1.0])) for part in points]
-    points[1][:2] = torch.tensor([[0.0, 0.0], [size[1] - 1, size[0] - 1]])
-    x = images(2, *size)
-    levels = levels_of(net, x)
-    dense = net(x, mask=levels)
-    (height, width), (tall, wide) = dense.shape[2:], size
-    found = cs.read_at(net, x, points, mask=levels, reach=reach, align="corners")
-    for image, part, rows in zip(dense, points, found, strict=True):
-        for (place_x, place_y), row in zip(part.tolist(), rows, strict=True):
-            y, column = round(place_y * (height - 1) / (tall - 1)), round(place_x * (width - 1) / (wide - 1))
-            assert_rows([row], [image[:, y, column]], limit(reach))
-    assert_rows([*found[1][:2]], [dense[1, :, 0, 0], dense[1, :, -1, -1]], limit(reach))
-
-
 @torch.no_grad()
 def test_points_in_any_form_are_read_in_the_order_given() -> None:
     """Of several types, as arrays, of all images in one tensor, and a point twice."""
@@ -646,29 +619,6 @@ def test_a_network_uses_its_own_mask_unless_another_is_given() -> None:
     assert_rows(cs.read_at(net, x, points), other)
 
 
-class Split(nn.Module):
-    """Half of the stem's channels are used before the region begins, half within it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
-        self.first, self.second = nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        parts = torch.split(self.stem(image), [4, 4], 1)
-        first = self.first(parts[0])
-        return torch.cat((first, self.second(parts[1])), 1)
-
-
-def test_several_values_may_enter_at_once() -> None:
-    """As in Res2Net, MixNet and SKNet, which split channels."""
-    net, x, points = convert(Split(), output_stride=(2, 4)), images(1, *SIZE), points_in(SIZE, 4)
-    levels = levels_of(net, x)
-    expected = rows_of(net(x, mask=levels), points, 2)
-    assert_rows(cs.read_at(net, x, points, mask=levels), expected)
-    assert_rows(cs.read_at(net, x, points, mask=levels, reach="receptive"), expected, limit("receptive"))
-
-
 class Flattened(nn.Module):
     """What follows its map needs the size it was made for, so the map leaves at that."""
 
@@ -760,18 +710,6 @@ def test_an_unknown_choice_is_refused_with_the_choices(
     with pytest.raises(cs.UnknownName) as caught:
         read(converted("residual"), images(1, *SIZE), points_in(SIZE, 1), **{option: value})
     assert word in caught.value.next
-
-
-@READ
-@pytest.mark.parametrize(
-    "image",
-    [torch.zeros(3, 65, 97), torch.full((1, 3, 65, 97), math.nan), torch.zeros(1, 3, 0, 97), None],
-    ids=["no batch", "NaN", "empty", "none"],
-)
-def test_what_is_no_image_batch_is_refused(read: Callable[..., Any], image: Any) -> None:
-    with pytest.raises(cs.InvalidInput) as caught:
-        read(converted("residual"), image, points_in(SIZE, 1))
-    assert caught.value.next
 
 
 @READ

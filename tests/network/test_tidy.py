@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cadsurgery as cs
-from cadsurgery.kernels.library import find
+from cadsurgery.kernels.load import open_kernels
 
 onnx, ir = pytest.importorskip("onnx"), pytest.importorskip("onnx_ir")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -59,7 +59,7 @@ def reads_of_rows(model: Any) -> list[str]:
     ]
 
 
-WITHOUT = pytest.mark.skipif(find().library is None, reason="there are no kernels")
+WITHOUT = pytest.mark.skipif(open_kernels().library is None, reason="there are no kernels")
 
 
 @pytest.mark.parametrize("has_kernels", [False, pytest.param(True, marks=WITHOUT)])

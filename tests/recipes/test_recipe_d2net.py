@@ -18,7 +18,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, relative_error, slow
-from emulation import Emulation, emulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import made_once
@@ -140,24 +139,6 @@ def test_everything_low_is_the_original_repeated(high: int, dtype: torch.dtype) 
     with keypoints_at([torch.tensor([[9.0, 9.0]]), torch.empty(0, 2)]):
         assert_same(net(x, mask=f"keypoints:detector=given,dilations={sides}"), expected, tolerance)
     assert (net.levels == net.plan.max_level).all()
-
-
-@pytest.mark.parametrize("high", [slow(1), 2, 4])
-@torch.no_grad()
-def test_around_keypoints_it_is_the_published_rule(high: int) -> None:
-    """Levels of a triplet, by brute force on dense maps."""
-    net, x, count = adapted(high, DOUBLE), images(2, (16, 24), DOUBLE), int(math.log2(8 // high))
-    sides = "/".join(["1", "5", "9"][3 - count :])
-    points = [torch.tensor([[5.0, 3.0], [22.0, 15.0]]), torch.tensor([[12.0, 9.0]])]
-    with keypoints_at(points):
-        found = net(x, mask=f"keypoints:detector=given,dilations={sides}")
-    levels = net.levels.long()
-    assert set(levels.unique().tolist()) == set(range(count + 1))
-    emulation = Emulation(levels, (2,) * count, "nearest", "center", "drop")
-    assert_same(found, emulate(trunk(DOUBLE).model, x.flip(1), emulation, high))
-
-
-# -- K3: the adaptive pool -----------------------------------------------------------------------------
 
 
 # -- K5: cost ------------------------------------------------------------------------------------------

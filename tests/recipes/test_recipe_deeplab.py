@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import operator
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -22,10 +21,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, random_levels, relative_error, slow
-from emulation import Emulation, Feature, NetworkEmulator, fill_cells, pick, pixels
+from emulation import fill_cells, pick, pixels
 from networks import randomise
 from torch import Tensor, nn
-from torchvision.ops import deform_conv2d
 
 import cadsurgery as cs
 from cadsurgery.masks import LearnedMask
@@ -486,40 +484,6 @@ def test_the_published_rule_is_the_same_for_the_dense_network_and_the_converted_
 # -- variants ------------------------------------------------------------------------------------------
 
 
-class VariantEmulator(NetworkEmulator):
-    """Also SoftPool's arithmetic, and a deformable convolution on the dense fine map."""
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        x = args[0] if args else None
-        if isinstance(x, Feature) and x.stage is not None:
-            stage, spacing = x.stage, x.stride // self.high
-            if target in (torch.exp, torch.clamp):
-                return Feature(target(x.data, *args[1:], **kwargs), stage, x.stride)
-            if target is F.avg_pool2d:
-                side = args[1]
-                return self.emulation.avg_pool(x, (side, side), stage=stage + 1, stride=side, spacing=spacing)
-            if target is deform_conv2d:
-                weight, rate = args[2], spacing * kwargs["dilation"][0]
-                dense = deform_conv2d(x.data, args[1].data, weight, padding=rate, dilation=rate)
-                return self.emulation.cut(dense, x, stage, x.size)
-            if target is operator.truediv:
-                return self._joined(target, *args)
-        return super().call_function(target, args, kwargs)
-
-
-def strided_twin(model: nn.Module) -> nn.Module:
-    """The backbone with its strides instead of dilations, in float64, as the emulator takes it."""
-    trunk = model.backbone
-    for stage in ("layer3", "layer4"):
-        for number, block in enumerate(trunk[stage]):
-            convs = [m for m in block.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-            for conv in convs:
-                conv.dilation = conv.padding = (1, 1)
-            if number == 0 and isinstance(block.conv2, nn.Conv2d):
-                block.conv2.stride = block.downsample[0].stride = (2, 2)
-    return trunk.double()
-
-
 VARIANTS = {
     "fcn": variants.fcn,
     "plus": variants.deeplabv3plus,
@@ -559,20 +523,6 @@ def test_variants_convert_and_keep_the_laws(name: str, low: int) -> None:
     assert_same(found, torch.cat(singly))
     if name != "softpool":
         assert_same(own, original)
-
-
-@pytest.mark.parametrize("name", [slow("fcn"), slow("plus"), "deformable", "softpool"])
-def test_backbones_of_variants_on_mixed_maps_are_the_dense_emulation(name: str) -> None:
-    model, options = variant(name)
-    x = images(2, *SIZE, torch.float64)
-    levels = random_levels(2, fine_size(), (2, 2), patch="block")
-    options = {**options, "region": "auto"}
-    net = cs.adaptify(model.backbone.double(), "all", output_stride=(8, 32), verify_laws=False, **options)
-    with torch.no_grad():
-        found = net(x, mask=levels)
-        twin = torch.fx.symbolic_trace(strided_twin(model))
-        emulator = VariantEmulator(twin, Emulation(levels, (2, 2), "nearest", "center"), 8)
-        assert_same(found["out"], emulator.run(Feature(x, None))["out"].data)
 
 
 @pytest.mark.slow

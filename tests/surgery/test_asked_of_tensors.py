@@ -23,22 +23,13 @@ def check(model: nn.Module) -> None:
             assert relative_error(one(other), expected) < 1e-4
 
 
+# Of others `test_all_that_a_tensor_says_without_its_pixels_is_answered` asks.
 FACTS: dict[str, Callable[[Tensor], bool]] = {
-    "is_floating_point": lambda y: y.is_floating_point(),
     "torch.is_floating_point": lambda y: torch.is_floating_point(y),
-    "is_complex": lambda y: not y.is_complex(),
     "torch.is_complex": lambda y: not torch.is_complex(y),
-    "is_signed": lambda y: y.is_signed(),
-    "is_conj": lambda y: not y.is_conj(),
-    "is_quantized": lambda y: not y.is_quantized,
-    "is_sparse": lambda y: not y.is_sparse,
-    "is_mkldnn": lambda y: not y.is_mkldnn,
-    "is_meta": lambda y: not y.is_meta,
-    "storage_offset": lambda y: y.storage_offset() == 0,
     "finfo": lambda y: torch.finfo(y.dtype).max > 1,
     "nbytes": lambda y: y.nbytes > 0,
     "device": lambda y: y.device.type == "cpu",
-    "is_cpu": lambda y: y.is_cpu,
     "tracing": lambda y: torch.jit.is_tracing(),
     "not tracing": lambda y: not torch.jit.is_tracing(),
 }

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels, slow
+from conftest import assert_same, images, random_levels
 from networks import conv_norm, randomise, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
 
-SIZES = ((97, 129), (96, 128), (94, 127), (101, 130))
 EXACT = 1e-4
 
 
@@ -61,95 +59,6 @@ class IfSizesDiffer(Decoder):
 class IntegerSizes(Decoder):
     def enlarge(self, x: Tensor, skip: Tensor) -> Tensor:
         return F.interpolate(x, size=(int(skip.size(2)), int(float(skip.size(3)))))
-
-
-class ModuleInForward(Decoder):
-    def enlarge(self, x: Tensor, skip: Tensor) -> Tensor:
-        return nn.Upsample(size=[*skip.shape[-2:]], mode="bilinear", align_corners=False)(x)
-
-
-class PadsByDifference(Decoder):
-    def enlarge(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2, mode="bilinear")
-        dy, dx = skip.size(2) - x.size(2), skip.size(3) - x.size(3)
-        return F.pad(x, [dx // 2, dx - dx // 2, dy // 2, dy - dy // 2])
-
-
-class Crops(Decoder):
-    def enlarge(self, x: Tensor, skip: Tensor) -> Tensor:
-        height, width = skip.size()[2:]
-        return F.interpolate(x, scale_factor=2)[:, :, :height, :width]
-
-
-class PadsToMultiple(Decoder):
-    def enlarge(self, x: Tensor, skip: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=2)
-
-    def forward(self, x: Tensor, only_encode: bool = False) -> Tensor:
-        height, width = x.shape[-2:]
-        below, beside = math.ceil(height / 4) * 4 - height, max(-width % 4, 0)
-        if below or beside:
-            x = F.pad(x, (0, beside, 0, below))
-        return super().forward(x)[:, :, :height, :width]
-
-
-class Coordinates(Decoder):
-    """Maps made in forward, of the size of others."""
-
-    def enlarge(self, x: Tensor, skip: Tensor) -> Tensor:
-        return F.interpolate(x, size=skip.shape[2:]) + torch.zeros(1, 1, 1, 1, dtype=x.dtype)
-
-    def forward(self, x: Tensor, only_encode: bool = False) -> Tensor:
-        n, _, h, w = list(x.shape)
-        across = torch.linspace(-1, 1, w, dtype=x.dtype).view(1, 1, 1, w).expand(n, 1, h, w)
-        down = torch.arange(int(h * 0.5 + h * 0.5)).to(x.dtype)[None, None, :, None].expand(n, 1, h, w)
-        return super().forward(x + 0.1 * across + down / h)
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "if sizes differ": IfSizesDiffer,
-    "int": IntegerSizes,
-    "a module made in forward": ModuleInForward,
-    "pads by the difference": PadsByDifference,
-    "crops": lambda: Crops(floors=False),
-    "if rounded up": lambda: IfSizesDiffer(floors=False),
-    "pads to a multiple": PadsToMultiple,
-    "coordinates": Coordinates,
-}
-
-
-def built(name: str) -> nn.Module:
-    return randomise(NETWORKS[name]()).eval()
-
-
-@pytest.mark.parametrize(
-    ("name", "size"),
-    covering([slow(name) if name in ("crops", "if rounded up") else name for name in NETWORKS], SIZES),
-)
-def test_one_graph_serves_every_size(name: str, size: tuple[int, int]) -> None:
-    """Other images than the example, other weights, several images, and the decoder in the region."""
-    net = unverified(built(name), "none")
-    assert net.plan.share("adapt", "keep") > 0.25
-    torch.manual_seed(7)
-    model = built(name)
-    net.load_state_dict(model.state_dict())
-    x = images(2, *size)
-    assert_same(net(x), model(x), EXACT)
-    assert_same(net.optimize()(x), model(x), EXACT)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [name if name in ("int", "pads to a multiple", "coordinates") else slow(name) for name in NETWORKS],
-)
-def test_a_batch_is_its_images_on_any_map(name: str) -> None:
-    net = unverified(built(name), "none")
-    x = images(2, 45, 54)
-    net(x)
-    levels = random_levels(2, tuple(net.levels.shape[1:]), net.plan.stage_strides)
-    together = net(x, mask=levels)
-    assert_same(together, torch.cat([net(x[i : i + 1], mask=levels[i : i + 1]) for i in range(2)]), EXACT)
-    assert net.macs(x, mask=levels).mask < net.macs(x).high
 
 
 def test_a_call_that_goes_another_way_gets_a_graph_of_its_own() -> None:

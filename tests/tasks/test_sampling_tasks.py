@@ -236,11 +236,10 @@ def test_bench_measures_a_detector_whole() -> None:
     assert net.score_override is None and "of the backbone" in printed(report)
 
 
-@pytest.mark.parametrize("pattern", ["areas", "scattered"])
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-def test_gates_are_opened_at_the_share_asked_for(density: float, pattern: str) -> None:
+def test_gates_are_opened_at_the_share_asked_for(density: float) -> None:
     net, (x,) = with_gates(), batch()[0]
-    net.grid, net.score_override = 0, Opened(density, pattern)
+    net.grid, net.score_override = 0, Opened(density)
     net.eval()(x)
     for share in net.shares.values():
         assert abs(float((share > 0).float().mean()) - density) <= 1 / share.numel()
@@ -255,8 +254,6 @@ def test_gates_are_opened_at_the_share_asked_for(density: float, pattern: str) -
 def test_impossible_openings_are_refused() -> None:
     with pytest.raises(cs.InvalidInput, match="of the positions"):
         Opened(1.5)
-    with pytest.raises(cs.UnknownName, match="scatered"):
-        Opened(0.5, "scatered")
 
 
 def test_evaluation_sets_gates_beside_the_dense_network(tmp_path: Path) -> None:

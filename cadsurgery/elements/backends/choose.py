@@ -6,6 +6,10 @@ is tried in order. Torch is last, supports every work, and is the reference (`te
 
 The choice is made once for each layer and each kind of lattice that it reads (see `Work.case`), and is stored with
 the layer's weights.
+
+One verb for each way to rows: a reading says by number which rows are read (`read_points`, `read_own_rows`,
+`row_numbers`). `gather` copies those of all taps, `pick` those of one tap, with halo rows; `select_rows` those that a
+later lattice still has; `mix` sums rows; `extend` appends padding and halo rows.
 """
 
 from __future__ import annotations
@@ -18,11 +22,11 @@ import torch
 from torch import Tensor
 
 from cadsurgery.elements.backends.target import target_of_graph
-from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_rows, rows_of
+from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_rows, row_numbers
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.near import find_near
 from cadsurgery.elements.sizes import is_statically_true
-from cadsurgery.kernels.load import setting
+from cadsurgery.kernels.dispatch import setting
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.torch_internals import current_dispatch_mode, is_exporting, is_profiled
 
@@ -88,9 +92,9 @@ class WindowRead:
     def reading(self) -> Reading:
         """The kernel map or, for one tap at the element itself, the selected rows."""
         if self.window.is_pointwise:
-            rows = rows_of(self.source, self.target)
+            rows = row_numbers(self.source, self.target)
             if rows is None:
-                return every_row(self.target.count, self.target.levels.device)
+                return read_own_rows(self.target.count, self.target.levels.device)
             return read_rows(rows.unsqueeze(1))
         return kernel_map(self.source, self.target, self.window, drop=self.drop)
 
@@ -176,7 +180,9 @@ class Convolution(Work):
     @property
     def reading(self) -> Reading:
         """The reading of the input rows."""
-        return every_row(self.rows.shape[0], self.rows.device) if self.reads is None else self.reads.reading
+        return (
+            read_own_rows(self.rows.shape[0], self.rows.device) if self.reads is None else self.reads.reading
+        )
 
     @property
     def is_product(self) -> bool:
@@ -423,6 +429,12 @@ def mix(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
     return compute(Mixing(rows, sources, shares))
 
 
+def pick(rows: Tensor, reading: Reading) -> Tensor:
+    """Return the rows (entries, C) that a reading's table names; its halo rows are mixed."""
+    out: Tensor = compute(Picking(rows, reading))
+    return out
+
+
 def extend(rows: Tensor, reading: Reading, outside: float) -> Tensor:
     """Return the rows that a reading's table indexes: the elements, one padding row, and the halo rows."""
     no_halo = is_statically_true(reading.sources.shape[0] == 0)
@@ -434,12 +446,12 @@ def extend(rows: Tensor, reading: Reading, outside: float) -> Tensor:
     return torch.cat(parts)
 
 
-def every_row(count: int, device: torch.device) -> Reading:
+def read_own_rows(count: int, device: torch.device) -> Reading:
     """Return a reading with one tap in which each row reads itself."""
     return read_rows(torch.arange(count, dtype=torch.int32, device=device).unsqueeze(1))
 
 
 def select_rows(rows: Tensor, source: Lattice, target: Lattice) -> Tensor:
     """Return the rows (N, ...) of a lattice that the same or a later stage still has."""
-    places = rows_of(source, target)
-    return rows if places is None else rows.index_select(0, places.to(rows.device))
+    numbers = row_numbers(source, target)
+    return rows if numbers is None else rows.index_select(0, numbers.to(rows.device))

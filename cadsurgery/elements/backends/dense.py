@@ -21,7 +21,7 @@ from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.weights import transpose_weight
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.kernels import isa
-from cadsurgery.kernels.load import is_observed
+from cadsurgery.kernels.dispatch import is_observed
 
 
 class _Grouped(NamedTuple):

@@ -50,18 +50,18 @@ class WithoutOverlap(Backend):
             sums = compute(
                 Convolution(work.rows, work.weights.of_phase((0, 0), finer).without_activation, None)
             )
-            return work.weights.finish(sums.index_select(0, _read(source, target)), work.residual)
+            return work.weights.finish(sums.index_select(0, _row_numbers(source, target)), work.residual)
         sums = compute(Convolution(work.rows, _all_phases(work.weights, finer), None))
         if work.weights.groups > 1:
             sums = sums.view(-1, channels, finer**2).transpose(1, 2)
         read = target.derive(
-            ("one sample", source.key, finer, spacing), partial(_read, source, target, finer, spacing)
+            ("one sample", source.key, finer, spacing), partial(_row_numbers, source, target, finer, spacing)
         )
         return work.weights.finish(sums.reshape(-1, channels).index_select(0, read), work.residual)
 
 
-def _read(source: Lattice, target: Lattice, finer: int = 1, spacing: int = 1) -> Tensor:
-    """Return the row of the source that holds each element of the target, times the phases, plus the phase."""
+def _row_numbers(source: Lattice, target: Lattice, finer: int = 1, spacing: int = 1) -> Tensor:
+    """Return the number of the source's row that holds each element of the target, times the phases, plus the phase."""
     index, device = source.index.view(-1, *source.size), source.index.device
     for axis, (own, length) in enumerate(zip(source.size, target.size, strict=True), 1):
         if not is_statically_true(own == length):  # a map may end before the next one

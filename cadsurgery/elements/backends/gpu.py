@@ -28,7 +28,7 @@ from cadsurgery.elements.backends.choose import Backend, Convolution, Mixing, Wi
 from cadsurgery.elements.backends.gpu_maps import available
 from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.kernel_map import Reading
-from cadsurgery.kernels.load import is_observed
+from cadsurgery.kernels.dispatch import is_observed
 from cadsurgery.support.torch_internals import add_and_activate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cadsurgery.elements.backends.target import target_of_graph
 from cadsurgery.elements.sizes import as_numbers
-from cadsurgery.kernels.load import call, function, is_observed
+from cadsurgery.kernels.dispatch import call, function, is_observed
 
 _HERE = torch.device("cpu")  # whatever the default device is
 

@@ -1,6 +1,6 @@
 """Convolutions, pooling and interpolation on rows by the compiled kernels (`kernels/c`).
 
-Without kernels (see `kernels.load`) callers use torch operations, slower for grouped convolutions and pooling.
+Without kernels (see `kernels.dispatch`) callers use torch operations, slower for grouped convolutions and pooling.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from cadsurgery.elements.backends.choose import (
 from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.kernels import load
-from cadsurgery.kernels.load import function, has_bf16_dot, is_observed, isa_of
+from cadsurgery.kernels import dispatch
+from cadsurgery.kernels.dispatch import function, has_bf16_dot, is_observed, isa_of
 from cadsurgery.kernels.packing import pack, takes
 from cadsurgery.support.pages import new_memory
 
@@ -254,7 +254,7 @@ def call(
     if not n:
         return
     sizes = (total if count is None else count, n, taps, channels // groups, channels)
-    load.call(kernel, (rows, halo, beyond, table, *sizes), *arguments)
+    dispatch.call(kernel, (rows, halo, beyond, table, *sizes), *arguments)
 
 
 def kernel_for(name: str, rows: Tensor) -> Any:

@@ -17,7 +17,7 @@ from cadsurgery.elements.axes import as_column, as_map, as_rows, fast_layout
 from cadsurgery.elements.backends.choose import Convolution, check_channels, compute
 from cadsurgery.elements.backends.gpu import can_finish, finish
 from cadsurgery.elements.backends.weights import FusedConv, Pair
-from cadsurgery.kernels.load import is_observed
+from cadsurgery.kernels.dispatch import is_observed
 from cadsurgery.support import torch_internals
 
 _POINTWISE, _LINEAR = torch_internals.find("convolve_packed"), torch_internals.find("multiply_packed")

@@ -25,7 +25,7 @@ from cadsurgery.elements.backends.choose import (
     extend,
 )
 from cadsurgery.elements.backends.operators import define
-from cadsurgery.elements.backends.reference import Torch
+from cadsurgery.elements.backends.reference import Torch, gather
 from cadsurgery.elements.backends.target import Target, target_of_graph
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.sizes import is_statically_true
@@ -57,7 +57,7 @@ class Portable(Backend):
             sums = torch.ops.cadsurgery.product_of_taps(rows, table, weights.weight.flatten(2), bias)
             return weights.finish(sums, work.residual)
         if not is_depthwise or (target.in_8_bits and target.has_8_bit_depthwise):
-            image = _gather(rows, table).unsqueeze(0).permute(0, 3, 1, 2)  # (1, C, N, taps)
+            image = gather(rows, table).unsqueeze(0).permute(0, 3, 1, 2)  # (1, C, N, taps)
             sums = F.conv2d(image, weights.weight.flatten(2).unsqueeze(2), bias, groups=groups)
             return weights.finish(sums[0, :, :, 0].t(), work.residual)
         sums = torch.ops.cadsurgery.sum_of_taps(rows, table, weights.weight.flatten(1))
@@ -66,7 +66,7 @@ class Portable(Backend):
     def pool(self, work: Pooling) -> Tensor:
         """Compute rows (N, C)."""
         reading = work.reading
-        gathered = _gather(extend(work.rows, reading, work.outside), reading.table)
+        gathered = gather(extend(work.rows, reading, work.outside), reading.table)
         return gathered.amax(1) if work.largest else gathered.sum(1)
 
     def mix(self, work: Mixing) -> Tensor:
@@ -74,7 +74,7 @@ class Portable(Backend):
         if _has_pick(work.rows):
             first = work.rows.shape[0] + 1  # behind the rows, and one that lies outside
             table = torch.arange(work.sources.shape[0], dtype=torch.int32, device=work.rows.device) + first
-            return _pick(work.rows, Reading(table, work.sources, work.shares, False))
+            return _pick_rows(work.rows, Reading(table, work.sources, work.shares, False))
         out: Tensor = torch.ops.cadsurgery.mix_rows(work.rows, work.sources, work.shares)
         return out
 
@@ -83,18 +83,13 @@ class Portable(Backend):
         rows, reading = work.rows, work.reading
         has_halo = not is_statically_true(reading.sources.shape[0] == 0)
         if has_halo and _has_pick(rows):
-            return _pick(rows, reading)
+            return _pick_rows(rows, reading)
         return Torch().pick(work)
-
-
-def _gather(rows: Tensor, table: Tensor) -> Tensor:
-    """Gather rows (n, C) by a table (N, taps), giving (N, taps, C)."""
-    return rows.index_select(0, table.flatten()).view(-1, table.shape[1], rows.shape[1])
 
 
 def _product_of_taps(rows: Tensor, table: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply gathered rows by weights (O, C, taps), with the taps outermost, which is the order of gathered rows."""
-    return F.linear(_gather(rows, table).flatten(1), weight.permute(0, 2, 1).flatten(1), bias)
+    return F.linear(gather(rows, table).flatten(1), weight.permute(0, 2, 1).flatten(1), bias)
 
 
 def _sum_of_taps(rows: Tensor, table: Tensor, weight: Tensor) -> Tensor:
@@ -105,7 +100,7 @@ def _sum_of_taps(rows: Tensor, table: Tensor, weight: Tensor) -> Tensor:
 
 def _mix_rows(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
     """Average gathered rows; a matrix product writes less than multiply and sum."""
-    return (shares.to(rows).unsqueeze(1) @ _gather(rows, sources)).squeeze(1)
+    return (shares.to(rows).unsqueeze(1) @ gather(rows, sources)).squeeze(1)
 
 
 def _rows_of_table(rows: Tensor, table: Tensor, weight: Tensor) -> Tensor:
@@ -126,8 +121,8 @@ def _has_pick(rows: Tensor) -> bool:
     return (target_of_graph() or Target()).has_kernels and rows.dtype == torch.float32
 
 
-def _pick(rows: Tensor, reading: Reading) -> Tensor:
-    """Select rows (entries, C) by `cadsurgery::pick_rows`, which exists in exported programs alone."""
+def _pick_rows(rows: Tensor, reading: Reading) -> Tensor:
+    """Pick rows (entries, C) by `cadsurgery::pick_rows`, which exists in exported programs alone."""
     table = reading.table.reshape(-1, 1).int()
     out: Tensor = torch.ops.cadsurgery.pick_rows(rows, table, reading.sources.int(), reading.mix.to(rows))
     return out

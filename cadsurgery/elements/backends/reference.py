@@ -110,7 +110,7 @@ class Expression(Backend):
         """Rows (N, O)."""
         rows, weight, table = _operands(work)
         groups, bias = work.weights.groups, work.weights.bias
-        gathered = rows.index_select(0, table.flatten()).view(*table.shape, rows.shape[1])
+        gathered = gather(rows, table)
         if groups == 1:
             return work.weights.finish(product(gathered.flatten(1), weight, bias), work.residual)
         parts = gathered.unflatten(2, (groups, -1))  # (N, taps, groups, C / groups)
@@ -138,7 +138,12 @@ def gather_blocks(rows: Tensor, table: Tensor) -> Iterator[Tensor]:
     """Yield the gathered rows of all taps, (n, taps, C), in blocks; a table of unknown length is one block."""
     table = table.to(rows.device)
     for block in (table,) if is_for_any_size(table.shape) else table.split(block_length(table, rows)):
-        yield rows.index_select(0, block.flatten()).view(*block.shape, rows.shape[1])
+        yield gather(rows, block)
+
+
+def gather(rows: Tensor, table: Tensor) -> Tensor:
+    """Gather rows (n, C) by a table (N, taps), giving (N, taps, C)."""
+    return rows.index_select(0, table.flatten()).view(*table.shape, rows.shape[1])
 
 
 def _apply_taps(block: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cadsurgery.kernels.load import call, function, is_observed
+from cadsurgery.kernels.dispatch import call, function, is_observed
 
 _ELEMENTS = {torch.float32: "float32", torch.float64: "float64"}
 

@@ -10,7 +10,7 @@
 #include <limits.h>
 #include <stdint.h>
 
-/* The order is that of `load.py`. NOT_TAKEN: the form does not take such weights. TOO_SHORT minus the place of a buffer: it holds
+/* The order is that of `dispatch.py`. NOT_TAKEN: the form does not take such weights. TOO_SHORT minus the place of a buffer: it holds
  * too little. */
 enum { FITS = 0, NOT_TAKEN = -1, IMPOSSIBLE = -2, NO_MEMORY = -3, TOO_SHORT = -4 };
 /* Places of the buffers of a `reading`, and of the first of a function's own. */

@@ -84,9 +84,9 @@ INLINE void finish_chunk(const result *r, const whole *sums, long at, long first
     for (int j = 0; j < COLUMNS; j++) {
         const long place = first + j * LANES;
         lane value = __builtin_convertvector(sums[j], lane);
-        value = multiply_add(value, load(r->scale + place, LANES), load(r->bias + place, LANES));
-        if (has_more) value = multiply_add(load_bytes(more + j * LANES, LANES), all(r->more_scale), value);
-        part[j] = to_whole(clamp(value, all(r->low), all(r->high)));
+        value = multiply_add(value, load_some_sums(r->scale + place, LANES), load_some_sums(r->bias + place, LANES));
+        if (has_more) value = multiply_add(load_some(more + j * LANES, LANES), all_lanes(r->more_scale), value);
+        part[j] = to_whole(clamp(value, all_lanes(r->low), all_lanes(r->high)));
     }
 #if VECTOR == 64
     __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32((__m512i)part[0], (__m512i)part[1]),

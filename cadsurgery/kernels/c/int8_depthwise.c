@@ -138,9 +138,10 @@ INLINE void convolve_channels(const result *r, const int8_t *weight, const uint8
     for (long k = 0; k < (nine ? 12 : (taps + 3) / 4 * 4); k++) weights[k] = prepare(weight + MANY * k);
     for (int k = 0; k < 4; k++) {
         offset[k] = LOAD(r->offset + start + LANES * k);
-        scale[k] = load(r->scale + start + LANES * k, LANES), bias[k] = load(r->bias + start + LANES * k, LANES);
+        scale[k] = load_some_sums(r->scale + start + LANES * k, LANES);
+        bias[k] = load_some_sums(r->bias + start + LANES * k, LANES);
     }
-    const lane low = all(r->low), high = all(r->high);
+    const lane low = all_lanes(r->low), high = all_lanes(r->high);
     const long step = two ? 2 : 1;
     for (long i = 0; i < many; i += step) {
         const uint8_t *const *one = from + i * taps, *const *other = i + 1 < many ? one + taps : one;

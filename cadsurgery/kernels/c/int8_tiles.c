@@ -23,9 +23,9 @@ INLINE void finish_rows(const result *r, const total *sums, const lane *scale, c
             if (has_more) {
                 const uint8_t *more = r->more + place + row * next + j * TILE;
                 const __m128i bytes = _mm_maskz_loadu_epi8((__mmask16)(which >> j * TILE), more);
-                value = multiply_add((lane)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), all(r->more_scale), value);
+                value = multiply_add((lane)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), all_lanes(r->more_scale), value);
             }
-            part[row][j] = to_whole((lane)_mm512_min_ps((__m512)value, (__m512)all(r->high))); /* packing clamps to 0 */
+            part[row][j] = to_whole((lane)_mm512_min_ps((__m512)value, (__m512)all_lanes(r->high))); /* packing clamps to 0 */
         }
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32((__m512i)part[0][0], (__m512i)part[0][1]),
@@ -38,8 +38,11 @@ INLINE void finish_rows(const result *r, const total *sums, const lane *scale, c
 INLINE void finish_bytes(const result *r, const total *unit, long at, long tall, long first, long some, const int wide,
                          const int has_more) {
     const __mmask32 which = some >= SIDE_OF_UNIT ? ~0u : (1u << some) - 1;
-    lane scale[2] = {load(r->scale + first, LANES)}, bias[2] = {load(r->bias + first, LANES)};
-    if (wide > 1) scale[1] = load(r->scale + first + TILE, LANES), bias[1] = load(r->bias + first + TILE, LANES);
+    lane scale[2], bias[2];
+    for (int j = 0; j < wide; j++) {
+        scale[j] = load_some_sums(r->scale + first + j * TILE, LANES);
+        bias[j] = load_some_sums(r->bias + first + j * TILE, LANES);
+    }
     for (long i = 0; i < tall; i += 2) {
         const total *sums = unit + i / TILE * 2 * TILE * TILE + i % TILE * TILE;
         const long place = (at + i) * r->outputs + first;

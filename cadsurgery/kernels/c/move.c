@@ -90,6 +90,7 @@ long SUFFIX(gather_mixing)(const reading *in, const int32_t *sources, const sum 
     return FITS;
 }
 
+#ifndef BYTES /* maps are interpolated in floats */
 static void mix_line(long begin, long end, void *work) {
     const move *m = work;
     const reading *in = m->in;
@@ -127,3 +128,4 @@ long SUFFIX(mix_lines)(const reading *in, const sum *mix, long lines, element *o
     cadsurgery_share(lines, rows_at_once(in->n * in->channels * sizeof(element)) / 4, mix_line, &m);
     return FITS;
 }
+#endif

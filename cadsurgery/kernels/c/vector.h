@@ -93,6 +93,46 @@ typedef uint32_t words __attribute__((vector_size(VECTOR)));
 typedef uint16_t narrow __attribute__((vector_size(VECTOR / 2)));
 #elif defined(BYTES)
 typedef uint8_t narrow __attribute__((vector_size(VECTOR / 4)));
+typedef mask whole;
+#endif
+
+#ifdef BYTES
+/* Load up to eight bytes, padded with zeros, without reading beyond the row. */
+INLINE uint64_t some_of_eight(const uint8_t *from, long some) {
+    uint64_t value = 0;
+    if (some >= 8) memcpy(&value, from, 8);
+    else if (some >= 4) { /* two overlapping parts */
+        uint32_t first, last;
+        memcpy(&first, from, 4), memcpy(&last, from + some - 4, 4);
+        value = first | (uint64_t)last << 8 * (some - 4);
+    } else if (some > 0) {
+        value = from[0] | (uint64_t)from[some / 2] << 8 * (some / 2) | (uint64_t)from[some - 1] << 8 * (some - 1);
+    }
+    return value;
+}
+
+INLINE void store_some_of_eight(uint8_t *to, uint64_t value, long some) {
+    if (some >= 8) memcpy(to, &value, 8);
+    else {
+        if (some & 4) memcpy(to, &value, 4), to += 4, value >>= 32;
+        if (some & 2) memcpy(to, &value, 2), to += 2, value >>= 16;
+        if (some & 1) *to = (uint8_t)value;
+    }
+}
+
+/* Round to the nearest whole number, ties to even; values below 2^22. */
+INLINE whole to_whole(lane value) {
+#if VECTOR == 64
+    return (whole)_mm512_cvtps_epi32((__m512)value);
+#elif VECTOR == 32
+    return (whole)_mm256_cvtps_epi32((__m256)value);
+#elif defined(NEON)
+    return (whole)vcvtnq_s32_f32((float32x4_t)value);
+#else
+    const lane shift = (lane){} + 12582912.0f; /* after adding 1.5 * 2^23 there are no fraction bits */
+    return (whole)(value + shift) - (whole)shift;
+#endif
+}
 #endif
 
 INLINE lane load(const element *from) {
@@ -151,6 +191,9 @@ INLINE lane load_some(const element *from, long some) {
     return (lane)_mm256_maskload_pd(from, first_lanes(some));
 #elif VECTOR == 32 && !defined(BF16) && !defined(BYTES)
     return (lane)_mm256_maskload_ps(from, first_lanes(some));
+#elif defined(BYTES)
+    const uint64_t part = some_of_eight(from, some);
+    return load((const element *)&part);
 #else
     element part[LANES] = {0};
     for (long i = 0; i < some; i++) part[i] = from[i];
@@ -176,14 +219,14 @@ INLINE void store_some(element *to, lane value, long some) {
 #endif
 #elif defined(BYTES)
 #if VECTOR == 64
-    __m128i part = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)value));
+    __m128i part = _mm512_cvtepi32_epi8((__m512i)to_whole(value));
 #elif VECTOR == 32
-    const __m256i low = _mm256_set1_epi32(255), numbers = _mm256_and_si256(_mm256_cvtps_epi32((__m256)value), low);
+    const __m256i numbers = (__m256i)(to_whole(value) & 255);
     const __m256i pairs = _mm256_packus_epi32(numbers, numbers), fours = _mm256_packus_epi16(pairs, pairs);
     narrow part = (narrow)_mm_cvtsi128_si64(_mm256_castsi256_si128(
         _mm256_permutevar8x32_epi32(fours, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4))));
 #else
-    narrow part = __builtin_convertvector((mask)(value + 12582912.0f) & 255, narrow); /* 1.5 * 2^23 leaves no fraction bits */
+    narrow part = __builtin_convertvector(to_whole(value) & 255, narrow);
 #endif
 #else
     lane part = value;
@@ -204,6 +247,10 @@ INLINE void store_some(element *to, lane value, long some) {
     _mm256_maskstore_pd(to, first_lanes(some), (__m256d)part);
 #elif VECTOR == 32 && !defined(BF16) && !defined(BYTES)
     _mm256_maskstore_ps(to, first_lanes(some), (__m256)part);
+#elif defined(BYTES)
+    uint64_t all = 0;
+    memcpy(&all, &part, sizeof part);
+    store_some_of_eight(to, all, some);
 #else
     element all[LANES];
     memcpy(all, &part, sizeof part);

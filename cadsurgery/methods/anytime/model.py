@@ -25,6 +25,7 @@ from cadsurgery.methods.program import CallWork, work_of
 from cadsurgery.methods.spatial import WHOLE, Spatial, SpatialKind
 from cadsurgery.network.adaptify import Example, copy_network, traceable_part
 from cadsurgery.network.macs import meta_copy
+from cadsurgery.network.signature import Forward
 from cadsurgery.network.storage import check_width
 from cadsurgery.support.errors import CannotConvert, InvalidInput, check_name
 from cadsurgery.surgery.arguments import image_of
@@ -287,12 +288,7 @@ class AnytimeModel(GraphModel):
         """Refuse options with heads wider than those in the file."""
         check_width(path, max(stored.options["classes"], stored.options["hidden"] or 0), tensors)
 
-    def fitting(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adapt the tensors of a file; older files may have widths of convolutions in channel attention."""
-        own = self.state_dict()
-        kept = {name: value for name, value in tensors.items() if name in own or not name.endswith(".width")}
-        return {name: value for name, value in own.items() if name.endswith(".width")} | kept
-
+    @Forward
     @torch.compiler.disable(
         reason="its work depends on the confidence of its exits: call it as it is, or its copy net.optimize()"
     )

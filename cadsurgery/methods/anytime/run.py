@@ -98,7 +98,7 @@ class AnytimeRun(StepwiseCall):
             return value
         if places is not None and places.size == tuple(before.shape[2:]):
             own = sites.at(places.size)
-            rows = as_rows(before).index_copy(0, own.pixels, _pick(value, places, own))
+            rows = as_rows(before).index_copy(0, own.pixels, _select_rows(value, places, own))
             return as_map(rows, len(before), places.size)
         value = self._dense(self.program.logits[number])
         size = finest(tuple(value.shape[2:]), tuple(before.shape[2:]))
@@ -203,7 +203,7 @@ class AnytimeRun(StepwiseCall):
             reads = (places or sites.everywhere(size)).reading_of(computed)
         else:
             source = None if places is None else sites.read_by_window(computed, window, source_size)
-            rows = as_rows(before) if source is None else _pick(before, places, source)
+            rows = as_rows(before) if source is None else _select_rows(before, places, source)
             reads = sites.reading(source_size, source, window, computed)
         residual = None if len(step.reads) < 2 else self._at(step.reads[1], every)
         if every is computed:
@@ -227,7 +227,7 @@ class AnytimeRun(StepwiseCall):
 
     def _at(self, name: str, places: Places | None) -> Tensor:
         value, available = self.env[name]
-        return as_rows(self._dense(name)) if places is None else _pick(value, available, places)
+        return as_rows(self._dense(name)) if places is None else _select_rows(value, available, places)
 
     def _column(self, name: str, places: Places) -> Any:
         """Return a value at some places as a map (1, C, N, 1), for operations that act on each position alone."""
@@ -237,7 +237,7 @@ class AnytimeRun(StepwiseCall):
         if available is None and tuple(value.shape[2:]) != places.size:  # a vector for each image
             rows = value.flatten(1)
             return as_column(rows.expand(places.count, -1) if len(rows) == 1 else rows[places.images])
-        return as_column(_pick(value, available, places))
+        return as_column(_select_rows(value, available, places))
 
     def _dense(self, name: str) -> Any:
         """Return a value as a map; positions where it is not known are zero and are not read."""
@@ -260,7 +260,7 @@ def _size(work: CallWork, name: str) -> Size:
     return size
 
 
-def _pick(rows: Tensor, available: Places | None, places: Places) -> Tensor:
+def _select_rows(rows: Tensor, available: Places | None, places: Places) -> Tensor:
     """Return the rows at `places` of a value that is known at `available` places, or everywhere (None)."""
     if available is places:
         return rows

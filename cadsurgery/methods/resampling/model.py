@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
@@ -43,12 +44,14 @@ from cadsurgery.network import storage
 from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.macs import count_network
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.signature import Forward
 from cadsurgery.support.divergence import resize
 from cadsurgery.support.errors import CadError, CannotConvert, FileError, InvalidInput, check_name, first_line
 from cadsurgery.support.files import as_file_error
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
 from cadsurgery.surgery.arguments import image_of
+from cadsurgery.surgery.entry import signature_of
 from cadsurgery.surgery.trace import evaluating
 
 NETWORK, SAMPLER = "network", "location_sampler"  # names of the child modules
@@ -241,6 +244,12 @@ class ResampledModel(ConvertedModel):
         assert isinstance(sampler, Sampler)
         return sampler
 
+    @property
+    def original_signature(self) -> inspect.Signature:
+        """The signature of a call of the original network."""
+        return signature_of(self.network)
+
+    @Forward
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network on the sampled image and return its maps at the image's size.
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadsurgery.support.errors import InvalidInput, check_name
+from cadsurgery.support.errors import InvalidInput
 
 # As published.
 BIAS = 3.0
@@ -30,7 +30,6 @@ GRID = 11
 _EPSILON = 1e-8
 _HALF = 0.5
 _SIDE = 3  # side of a gate's kernel
-PATTERNS = ("areas", "scattered")
 _FAR = 10.0  # a score at which a gate is fully open (or closed, if negative)
 _AREA = 8  # positions between the nodes of smooth noise
 
@@ -115,23 +114,20 @@ def uniform(numbers: Sequence[int], like: Tensor) -> Tensor:
 
 class Opened:
     """A replacement for the scores of gates (see `SampledModel.score_override`) that opens a fixed share of positions,
-    the same ones in each call with the same size."""
+    in connected areas where smooth noise is high, the same ones in each call with the same size."""
 
-    def __init__(self, density: float, pattern: str = "areas") -> None:
-        """Set the share of open positions, and where they lie.
+    def __init__(self, density: float) -> None:
+        """Set the share of open positions.
 
         Args:
             density: share of open positions, 0..1.
-            pattern: `areas` opens connected areas where smooth noise is high, `scattered` single positions.
 
         Raises:
             InvalidInput: the density is out of range.
-            UnknownName: there is no such pattern.
         """
-        check_name("pattern", pattern, PATTERNS)
         if not 0 <= density <= 1:
             raise InvalidInput(f"density={density:g}.", next="give a share of the positions, 0..1.")
-        self.density, self.pattern = density, pattern
+        self.density = density
         self._scores: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, number: int, score: Tensor) -> Tensor:
@@ -146,11 +142,8 @@ class Opened:
             return torch.full_like(score, _FAR if self.density else -_FAR)
         generator = torch.Generator().manual_seed(number)
         size = tuple(score.shape[1:])
-        if self.pattern == "areas":
-            nodes = [max(2, length // _AREA + 1) for length in size]
-            noise = torch.rand((len(score), 1, *nodes), generator=generator, device="cpu")
-            noise = F.interpolate(noise, size, mode="bilinear", align_corners=True)[:, 0]
-        else:
-            noise = torch.rand(score.shape, generator=generator, device="cpu")
+        nodes = [max(2, length // _AREA + 1) for length in size]
+        noise = torch.rand((len(score), 1, *nodes), generator=generator, device="cpu")
+        noise = F.interpolate(noise, size, mode="bilinear", align_corners=True)[:, 0]
         least = noise.flatten().kthvalue(max(1, round((1 - self.density) * noise.numel()))).values
         return torch.where(noise > least, _FAR, -_FAR).to(score)

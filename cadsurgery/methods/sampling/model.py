@@ -20,6 +20,7 @@ from cadsurgery.methods.sampling.run import SampledRun
 from cadsurgery.methods.spatial import Spatial
 from cadsurgery.network.adaptify import Example, copy_network, traceable_part
 from cadsurgery.network.hosted import Host, check_used
+from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.entry import signature_of
@@ -200,6 +201,7 @@ class SampledModel(GraphModel):
         assert isinstance(gates, nn.ModuleList)
         return tuple(gates)  # type: ignore[arg-type]
 
+    @Forward
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network with the arguments of the original.
 
@@ -335,6 +337,7 @@ class HostedSampled(Host, SampledModel):
         self.put(host, path, part)
         self.plan, self.source, self.options = part.plan, part.source, part.options
 
+    @Forward
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network with the arguments of the original."""
         return self.run_host(*args, **kwargs)

@@ -10,7 +10,7 @@ from typing import Any
 
 from cadsurgery.elements.backends.operators import KERNELS, Kernel
 from cadsurgery.kernels import openvino
-from cadsurgery.kernels.library import find
+from cadsurgery.kernels.load import open_kernels
 from cadsurgery.kernels.openvino import Unusable
 from cadsurgery.support.errors import CadError, check_name
 
@@ -78,12 +78,12 @@ def kernels_for(engine: str = "onnxruntime") -> str:
         NotInstalled: OpenVINO is missing, for which an extension is built.
     """
     check_name("engine with kernels", engine, ("onnxruntime", "openvino"))
-    path = find().path
+    path = open_kernels().path
     if path is None:
         raise CadError(
             "there is no library of compiled kernels.",
             where="cadsurgery.kernels_for",
-            why=f"{find().reason}.",
+            why=f"{open_kernels().reason}.",
             next="install a wheel, or from source with a C compiler; files without kernels need none.",
         )
     if engine == "onnxruntime":

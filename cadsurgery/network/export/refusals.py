@@ -8,10 +8,12 @@ from contextlib import contextmanager
 
 from torch import fx, nn
 
+from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
 from cadsurgery.surgery.graphs import module_of, raised_by, written_at
 from cadsurgery.surgery.refusals import source_line
+from cadsurgery.surgery.rewrite import ORIGIN
 
 LINE = "cadsurgery_line"  # of the network's graph, in the metadata of a node that was traced there
 
@@ -57,6 +59,7 @@ def _words_for(node: fx.Node | None) -> str:
     """Return the name of a node's operation, and the original's name for it or for its module, with the line."""
     if node is None:
         return ""
-    what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
-    origin, line = node.meta.get("origin") or module_of(node), source_line(node)
+    target = node.target.operation if isinstance(node.target, OnRows) else node.target
+    what = target if isinstance(target, str) else getattr(target, "__name__", node.name)
+    origin, line = module_of(node) or node.meta.get(ORIGIN, ""), source_line(node)
     return f"{what}{f' ({line})' * bool(line)}{f', in the original {origin}' * bool(origin)}"

@@ -7,7 +7,7 @@ of CamVid's MobileNetV2 by .021 of its mIoU (root mean square), of ESPNet by .01
 stride 8 and by .021 at 16, where the measured losses themselves have errors of .009, .007, .031 and .030:
 docs/currency.txt, by `python -m benchmarks.currency DATA FOLDER --pictures 60 --minutes 90`.
 
-Floors lose more: ESPNet loses .53 to .83 of its lack of fidelity on CamVid (docs/currency.txt), since what a floor
+Floors lose more: ESPNet loses .61 of its lack of fidelity on CamVid (docs/currency.txt), since what a floor
 changes is not beside boundaries alone. So for floors the whole lack of fidelity is expected to be lost.
 
 Why a power: a small loss of fidelity is of pixels beside boundaries, where the network as given is wrong about as often
