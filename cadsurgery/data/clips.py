@@ -184,7 +184,7 @@ def _decode(
         ) from error
 
 
-class Frames:
+class ChosenFrames:
     """Some frames of a clip, by their positions among these.
 
     A clip is decoded from its beginning to its end: reading goes on from the frame before, and begins anew for an
@@ -197,9 +197,9 @@ class Frames:
         self._frames: Iterator[Tensor] | None = None
         self._at = -1  # position of the frame that was read last
 
-    def __reduce__(self) -> tuple[type[Frames], tuple[Path, Sequence[int]]]:
+    def __reduce__(self) -> tuple[type[ChosenFrames], tuple[Path, Sequence[int]]]:
         """Send the choice to another process, without the open file."""
-        return Frames, (self._path, self._numbers)
+        return ChosenFrames, (self._path, self._numbers)
 
     def __getitem__(self, position: int) -> Tensor:
         """Return a frame (3, H, W), float32 in 0..1.

@@ -13,7 +13,7 @@ from unicodedata import normalize
 
 from torch import Tensor
 
-from cadsurgery.data.clips import Frames, is_clip, length_of, pyav
+from cadsurgery.data.clips import ChosenFrames, is_clip, length_of, pyav
 from cadsurgery.data.datasets import (
     IGNORED,
     SegmentationData,
@@ -231,7 +231,7 @@ def _images(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
 # -- clips ---------------------------------------------------------------------------------------------
 
 
-def _read_frame(frames: Frames, labels: Sequence[Path], position: int) -> tuple[Tensor, Any]:
+def _read_frame(frames: ChosenFrames, labels: Sequence[Path], position: int) -> tuple[Tensor, Any]:
     return frames[position], read_labels(labels[position]).numpy() if labels else None
 
 
@@ -252,7 +252,7 @@ def _clip(place: str, split: str, options: Mapping[str, str], spec: str) -> Segm
         numbers = _labelled_frames(path, Path(options["labels"]), numbers, count)
     names = tuple(f"{path}/{number:06d}" for number in numbers)
     labels = [labels_of(name, Path(options["labels"])) for name in names] if options["labels"] else []
-    read = partial(_read_frame, Frames(path, numbers), labels)
+    read = partial(_read_frame, ChosenFrames(path, numbers), labels)
     if not options["classes"]:
         if values := [option for option in ("ignore", "values") if options[option]]:
             raise InvalidInput(f"{values[0]}= of labels whose classes are not said.", next="add classes=11.")
