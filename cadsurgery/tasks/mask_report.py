@@ -22,7 +22,6 @@ from cadsurgery.data.images import (
     check_picture,
     labelled_scene,
     normalise,
-    read_image,
     read_labels,
     write_picture,
 )
@@ -185,7 +184,7 @@ def draw_masks(image: str, options: MaskOptions, *, step: Step) -> MaskReport:
     frames = _frames(image, options.bands)
     path = _existing(image) if frames is None else None
 
-    def pictures(source: Source | None) -> Iterator[Tensor]:
+    def pictures(source: Source | None, size: tuple[int, int] | None = size) -> Iterator[Tensor]:
         if frames is None:
             yield example_image(path, size, source=source, bands=options.bands)
         else:
@@ -197,7 +196,7 @@ def draw_masks(image: str, options: MaskOptions, *, step: Step) -> MaskReport:
         net, stored_mask = _open(model, options, pictures)
         source = pictures_for(net)
     picture = next(pictures(source))
-    truth = _labels(options.labels, path, size, picture)
+    truth = _labels(options.labels, image, lambda: next(pictures(None, None)), size, picture)
     asked = [(text, resolve_mask(text)) for text in masks]
     notes = [_NO_NETWORK]
     if net is not None and source is not None:
@@ -309,19 +308,34 @@ def _existing(image: str) -> Path | None:
 
 
 def _labels(
-    path: Path | None, image: Path | None, size: tuple[int, int] | None, picture: Tensor
+    path: Path | None,
+    image: str,
+    whole: Callable[[], Tensor],
+    size: tuple[int, int] | None,
+    picture: Tensor,
 ) -> Tensor | None:
-    """Return labels (1, H, W) from the file or of the generated scene; None for an image without labels."""
+    """Return labels (1, H, W) from the file or of the generated scene; None for an image without labels.
+
+    Args:
+        path: file of the labels.
+        image: name of the image, empty for the generated scene.
+        whole: reads the image without resizing it.
+        size: what both are resized to.
+        picture: the image.
+
+    Raises:
+        InvalidInput: labels and image differ in size.
+    """
     height, width = picture.shape[1:]
     if path is None:
-        return labelled_scene(height, width)[1].unsqueeze(0) if image is None else None
+        return labelled_scene(height, width)[1].unsqueeze(0) if not image else None
     stored = tuple(read_labels(path).shape)
     own: tuple[int, ...] = (height, width)
-    if image is not None and size is not None:
-        own = tuple(read_image(image, channels=None).shape[1:])
+    if image and size is not None:
+        own = tuple(whole().shape[1:])
         if own != stored[::-1]:  # labels of any size are resized, unless they are turned
             own = stored
-    if image is not None or size is None:
+    if image or size is None:
         next = f"give labels of the image, or resize both: --size {height}x{width}."
         check_labels_fit(image or "the generated scene", own, stored, next)
     return read_labels(path, size).unsqueeze(0)

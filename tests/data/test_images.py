@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from conftest import Run, covering
 from PIL import Image
 
 import cadsurgery as cs
-from cadsurgery.data import images
+from cadsurgery.data import limits
 from cadsurgery.data.datasets import SegmentationData
 from cadsurgery.data.images import find_images, read_image, read_labels, write_picture
 from cadsurgery.support.errors import LeftOut
@@ -149,18 +150,22 @@ def test_of_a_gif_the_first_picture_is_read(tmp_path: Path) -> None:
     assert torch.equal(read_image(tmp_path / "moving.gif"), read_image(stored(tmp_path / "a.png", GREY)))
 
 
+@pytest.mark.parametrize("name", ["large.png", "large.tif", "bands.tif"])
 def test_large_pictures_are_read_up_to_a_stated_size_and_pils_limit_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = stored(tmp_path / "large.png", GREY)
+    path, shape = tmp_path / name, GREY.shape
+    if name == "bands.tif":
+        tifffile.imwrite(path, np.stack([GREY] * 6), photometric="minisblack", planarconfig="separate")
+    else:
+        stored(path, GREY)
     monkeypatch.setattr(
         Image, "MAX_IMAGE_PIXELS", GREY.size // 3
     )  # PIL refuses twice its limit, and warns of it
-    assert read_image(path).shape[1:] == GREY.shape and GREY.size // 3 == Image.MAX_IMAGE_PIXELS
-    monkeypatch.setattr(images, "MOST_PIXELS", GREY.size - 1)
-    height, width = GREY.shape
-    with pytest.raises(cs.FileError, match=rf"large\.png has {width} x {height} pixels[\s\S]*tiles"):
-        read_image(path)
+    assert read_image(path, channels=None).shape[1:] == shape and GREY.size // 3 == Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(limits, "MOST_PIXELS", GREY.size - 1)
+    with pytest.raises(cs.FileError, match=rf"{name} has {shape[1]} x {shape[0]} pixels[\s\S]*tiles"):
+        read_image(path, channels=None)
 
 
 def test_a_picture_that_is_made_smaller_is_averaged(tmp_path: Path) -> None:
