@@ -186,6 +186,21 @@ def test_commands_take_a_clip(clip: Path, command_line: Run, tmp_path: Path) -> 
     assert refused.code == 1 and "frames/%06d.png" in refused.err
 
 
+def test_labels_of_a_drawn_frame_are_those_that_are_given(
+    clip: Path, command_line: Run, tmp_path: Path
+) -> None:
+    asked = ("mask", clip, "--output-stride", "2,8", "--json")
+    compared = command_line(*asked, "--compare").json["masks"]
+    assert not any("trimap" in row["mask"] for row in compared)  # the mask of labels
+    (labels,) = labelled(tmp_path / "labels", 1).iterdir()
+    for more in ((), ("--size", "24x32")):
+        done = command_line(*asked, "--mask", "trimap", "--labels", labels, *more)
+        assert done.code == 0, done.err
+    Image.open(labels).rotate(90, expand=True).save(labels)
+    refused = command_line(*asked, "--mask", "trimap", "--labels", labels, "--size", "24x32")
+    assert refused.code == 1 and "exchanged" in refused.out
+
+
 @pytest.mark.slow
 def test_recommend_and_bench_take_a_clip(clip: Path, command_line: Run, tmp_path: Path) -> None:
     words = ("networks:segmenter", "--output-stride", "8,16", "--json")
