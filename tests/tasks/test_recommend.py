@@ -19,6 +19,7 @@ from torchvision.io import write_png
 from training import Scenes
 
 import cadsurgery as cs
+from cadsurgery.data import open_pictures
 from cadsurgery.data.networks import source_of
 from cadsurgery.kernels import isa
 from cadsurgery.support import files
@@ -451,7 +452,7 @@ def test_three_photos_give_a_report_and_say_what_they_cannot_tell(photos: Path, 
 def test_data_with_named_splits_is_its_val_part_unless_another_is_named(tmp_path: Path) -> None:
     spec: Any = "scene:2,height=64,width=96"
     for split, named in (("all", "scene 1000000"), ("test", "scene 2000000")):
-        data = running._open(spec, split)
+        data = open_pictures(spec, split)
         assert data.names[0] == named and data.is_labelled
     report = run(spec, tmp_path / "run", limit=1)
     assert report.measure == LABELS and report.data.startswith("scene:2")
