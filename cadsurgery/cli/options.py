@@ -59,9 +59,20 @@ def read_names(region: str) -> str | list[str]:
     return region if region in ("auto", "heads", "backbone") else [name.strip() for name in region.split(",")]
 
 
+def read_bands(text: str) -> tuple[int, ...]:
+    """Parse numbers of bands, separated by commas."""
+    try:
+        numbers = tuple(int(part) for part in text.split(",") if text)
+    except ValueError:
+        numbers = (0,)
+    if any(number < 1 for number in numbers):
+        raise typer.BadParameter(f"{text!r} is not a list of bands, counted from 1, such as 3,2,1")
+    return numbers
+
+
 def read_mean_and_std(text: str) -> tuple[list[float], list[float]] | str | None:
-    """Parse MEAN/STD, each one number or several separated by commas; or raw."""
-    if not text or text == "raw":
+    """Parse MEAN/STD, each one number or several separated by commas; or the name of a normalisation."""
+    if not text or text.isalpha():
         return text or None
     mean, _, std = text.partition("/")
     return read_fractions(mean), read_fractions(std)
@@ -70,6 +81,7 @@ def read_mean_and_std(text: str) -> tuple[list[float], list[float]] | str | None
 _READERS: dict[str, Callable[[str], Any]] = {
     **{"pair": read_pair, "size": read_size, "names": read_names, "whole": int},
     "normalisation": read_mean_and_std,
+    "bands": read_bands,
     "threshold": read_threshold,
     "fractions": read_fractions,
 }

@@ -8,17 +8,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from cadsurgery.data.images import find_images, read_image, to_tensor
+from cadsurgery.data.images import find_images, from_picture, read_image, read_picture_for
 from cadsurgery.support import files
 from cadsurgery.support.errors import FileError, InvalidInput, first_line, import_optional
 from cadsurgery.support.files import write_whole
 from cadsurgery.support.kinds import CLIP, of_another_kind
+
+if TYPE_CHECKING:
+    from cadsurgery.data.networks import Source
 
 WRITTEN = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}  # formats of clips that are written, by ending
 
@@ -50,13 +53,16 @@ def _is_camera(path: Path) -> bool:
 
 
 @contextmanager
-def open_clip(path: Path, size: tuple[int, int] | None = None, rate: float = 25.0) -> Iterator[Clip]:
+def open_clip(
+    path: Path, size: tuple[int, int] | None = None, rate: float = 25.0, source: Source | None = None
+) -> Iterator[Clip]:
     """Open a clip, a camera by its number, or a folder of frames, whose order is that of their names.
 
     Args:
         path: the source.
         size: (height, width) to which frames are resized, or None.
         rate: frames per second of a folder, or of a clip that does not state its own.
+        source: source of the network whose channels the frames get, from its bands; default: colour.
 
     Raises:
         FileError: the source cannot be read, or holds no pictures; or a frame cannot be read, as it is asked for.
@@ -64,7 +70,11 @@ def open_clip(path: Path, size: tuple[int, int] | None = None, rate: float = 25.
     """
     if files.is_folder(path):
         images, _ = find_images([path])
-        yield Clip((read_image(image, size) for image in images), len(images), Fraction(rate))
+        frames = (
+            read_image(image, size) if source is None else read_picture_for(source, image, size)
+            for image in images
+        )
+        yield Clip(frames, len(images), Fraction(rate))
         return
     av = pyav()
     place, options = str(path), {}
@@ -90,16 +100,22 @@ def open_clip(path: Path, size: tuple[int, int] | None = None, rate: float = 25.
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         yield Clip(
-            _decode(container, stream, size), stream.frames or None, stream.average_rate or Fraction(rate)
+            _decode(container, stream, size, source),
+            stream.frames or None,
+            stream.average_rate or Fraction(rate),
         )
 
 
-def _decode(container: Any, stream: Any, size: tuple[int, int] | None) -> Iterator[Tensor]:
+def _decode(
+    container: Any, stream: Any, size: tuple[int, int] | None, source: Source | None
+) -> Iterator[Tensor]:
     """Yield the frames of a stream, turned as the camera says."""
     done = 0
     try:
         for frame in container.decode(stream):
-            yield to_tensor(frame.to_image().rotate(frame.rotation, expand=True), size)
+            picture = frame.to_image().rotate(frame.rotation, expand=True)
+            channels, bands = (source.channels, source.bands) if source is not None else (3, ())
+            yield from_picture(picture, channels, bands, name=container.name, size=size)
             done += 1
     except pyav().FFmpegError as error:
         raise FileError(

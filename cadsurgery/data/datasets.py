@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -13,31 +14,59 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cadsurgery.data.images import check_labels_fit, in_colour, to_tensor
+from cadsurgery.data.channels import as_channels
+from cadsurgery.data.images import check_labels_fit, from_picture, read_image, read_picture_for
 from cadsurgery.data.labels import as_classes
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, first_line
 
+if TYPE_CHECKING:
+    from cadsurgery.data.networks import Source
+
 IGNORED = 255  # the label of a pixel that counts neither in losses nor in metrics
+
+
+class UnreadPicture(Protocol):
+    """A picture that is read when it is known in which channels."""
+
+    def read(self, source: Source | None, channels: int, bands: tuple[int, ...]) -> Tensor:
+        """Return the picture (channels, H, W), float32 and not normalised, for a network of this source."""
+        ...
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """The picture of a file."""
+
+    path: Path | str
+
+    def read(self, source: Source | None, channels: int, bands: tuple[int, ...]) -> Tensor:
+        """Read the file; see `UnreadPicture`."""
+        if source is not None:
+            return read_picture_for(source, self.path, bands=bands)
+        return read_image(self.path, channels=channels, bands=bands)
 
 
 @dataclass(frozen=True)
 class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
     """Images and labels of one split; `data[i]` is `(image, labels)`.
 
-    `image` is float32 (3, H, W) in 0..1, not normalised; `labels` int64 (H, W) in 0..len(classes)-1, or 255 where
-    ignored.
+    `image` is float32 (3, H, W) in 0..1, not normalised, or has as many channels as the network reads, see `read_for`;
+    `labels` int64 (H, W) in 0..len(classes)-1, or 255 where ignored.
 
     Attributes:
         name: the spec that the data was opened with, e.g. `voc:PATH`.
         split: name of the split, e.g. `train`.
         classes: names of the classes in order of their labels; empty if the images have no labels (all pixels ignored).
         names: names of the items for messages; paths if they are files.
-        read: function from a position to an image, a picture or a tensor as above, and its labels: a picture or array
-            (H, W) of stored values, or None.
+        read: function from a position to an image (a picture, a tensor as above or an `UnreadPicture`) and its labels
+            (a picture or array (H, W) of stored values, or None).
         table: pairs of a stored label value and its class; any other stored value is out of range. None: the labels
             are classes, but their number is not known, see `with_outputs`.
         any_range: True if values of images outside 0..1 are meant.
         remedy: what to do about labels out of range, for messages; `{labels}` stands for them.
+        bands: which bands of the pictures are read, counted from 1, in their order; default: those of the network, or
+            all.
+        source: source of the network that pictures are read for, whose channels they get; None: colour.
     """
 
     name: str
@@ -48,6 +77,8 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
     table: tuple[tuple[int, int], ...] | None
     any_range: bool = False
     remedy: str = "store 255 for such pixels, which is ignored, or leave the image out."
+    bands: tuple[int, ...] = ()
+    source: Source | None = None
 
     def __post_init__(self) -> None:
         """Refuse a dataset without images."""
@@ -73,8 +104,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         name = self.names[position]
         try:
             image, stored = self.read(position)
-            if isinstance(image, Image.Image):
-                image = to_tensor(in_colour(image, image, name))
+            image = self._in_channels(image, name)
             values = np.full(image.shape[1:], IGNORED) if stored is None else np.array(stored)
         except CadError:
             raise
@@ -90,6 +120,10 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
     def is_labelled(self) -> bool:
         """True if the images have labels."""
         return bool(self.classes) or self.table is None
+
+    def read_for(self, source: Source) -> SegmentationData:
+        """Return the data whose pictures have the channels that a network of this source reads, from its bands."""
+        return replace(self, source=source)
 
     def first(self, count: int | None) -> SegmentationData:
         """Return the first `count` items; None for all."""
@@ -109,6 +143,19 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         if self.table is not None:
             return self
         return replace(self, classes=number_classes(count), table=identity_table(count))
+
+    def _in_channels(self, image: Any, name: str) -> Tensor:
+        """Return an image as `read` gives it in the channels of the network, or in colour."""
+        source = self.source
+        channels, bands = 3, self.bands
+        if source is not None:
+            channels, bands = source.channels, self.bands or source.bands
+        if isinstance(image, Image.Image):
+            return from_picture(image, channels, bands, name=name)
+        if isinstance(image, Tensor):
+            return as_channels(image, None if source is None else channels, bands, name=name)
+        unread: UnreadPicture = image
+        return unread.read(source, channels, bands)
 
     def _labels(self, values: np.ndarray[Any, Any], image: Tensor, name: str) -> Tensor:
         if values.ndim != 2:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,10 +15,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
+from torch.nn import functional
 
-from cadsurgery.data import stores
+from cadsurgery.data import stores, tiff
+from cadsurgery.data.channels import as_channels as as_channels
+from cadsurgery.data.channels import per_channel
+from cadsurgery.data.channels import statistics_of as statistics_of
 from cadsurgery.support import files
-from cadsurgery.support.errors import FileError, InvalidInput
+from cadsurgery.support.errors import CadError, FileError, InvalidInput
 from cadsurgery.support.files import check_folder, write_whole
 from cadsurgery.support.folders import NO_PICTURES, describe_left_out, is_hidden, warn_of_left_out
 from cadsurgery.support.kinds import PICTURE, of_another_kind
@@ -41,57 +46,175 @@ def read_image(
     path: Path | str,
     size: tuple[int, int] | None = None,
     *,
+    channels: int | None = 3,
+    bands: Sequence[int] = (),
     upright: bool = True,
     content: bytes | None = None,
 ) -> Tensor:
-    """Read an image file as (3, H, W) float32 in 0..1, resized to `size` (height, width) if given.
+    """Read an image file as (channels, H, W) float32, resized to `size` (height, width) if given.
 
-    Values are divided by the largest value of their type, 255 or 65535. Transparency is dropped. Of a GIF the first
-    picture is read.
+    Integers are divided by the largest value of their type, e.g. 255 or 65535; floating-point values stay as they are.
+    Palettes are read as the colours that they stand for. Of a GIF the first picture is read.
 
     Args:
         path: the image file, or its address in object storage.
         size: target size, or None to keep the size.
+        channels: number of channels: as many bands are taken as they are, colour becomes grey, grey becomes colour,
+            transparency is left out; see `as_channels`. None: all bands of the file but transparency.
+        bands: which bands of the file to take, counted from 1, in their order; transparency is the last. Default: all.
         upright: rotate the image by its EXIF orientation, as viewers show it; False keeps it as stored.
         content: content of the file, if it was read before.
 
     Raises:
         FileError: the file is missing, unreadable or empty, holds several pictures, or has values of unknown range.
-        InvalidInput: the size has no pixels, or too many.
+        InvalidInput: the size has no pixels, or too many; or the file has other bands than asked for.
     """
     check_size(size)
     if content is None and stores.is_remote(path):
         content = stores.read_bytes(str(path))
-    with _open(path, "an image", "give a PNG or JPEG.", content) as file:
-        image = in_colour(ImageOps.exif_transpose(file) if upright else file, file, path)
-    return to_tensor(image, size)
+    if tiff.is_tiff(path, content):
+        with _as_file_error(path, "an image", _GIVE):
+            read = tiff.read_bands(path, content, upright=upright)
+        if read is not None:
+            stored, has_alpha = read
+            image = as_channels(stored, channels, bands, name=path, has_alpha=has_alpha)
+            return image if size is None else _resized(image, size)
+    with _open(path, "an image", _GIVE, content) as file:
+        picture = ImageOps.exif_transpose(file) if upright else file
+        return from_picture(picture, channels, bands, file=file, name=path, size=size)
 
 
-def in_colour(image: Image.Image, file: Image.Image, name: object) -> Image.Image:
-    """Return a picture of any mode as RGB; one of more than 8 bits as grey values in 0..1, for `to_tensor`.
+def read_picture_for(
+    source: Source | None,
+    path: Path | str,
+    size: tuple[int, int] | None = None,
+    *,
+    bands: Sequence[int] = (),
+    upright: bool = True,
+    content: bytes | None = None,
+) -> Tensor:
+    """Read an image file as a network takes it before `normalise`: its channels, from its bands; see `read_image`.
 
     Args:
-        image: the picture.
-        file: the picture as it was opened, which knows its file's tags.
+        source: the network's source; None for the bands of the file.
+        path, size, upright, content: see `read_image`.
+        bands: the bands to take instead of the source's.
+
+    Raises:
+        FileError, InvalidInput: as `read_image`; or values that are not finite, or far from the network's pictures.
+    """
+    channels, chosen = (None, bands) if source is None else (source.channels, bands or source.bands)
+    image = read_image(path, size, channels=channels, bands=chosen, upright=upright, content=content)
+    check_values(image, source, path)
+    return image
+
+
+_FAR = (
+    50  # standard deviations of a network's pictures from their mean, beyond which a value has another unit
+)
+
+
+def check_values(image: Tensor, source: Source | None, name: object) -> None:
+    """Refuse values of a file that are not finite, or that are in another unit than a network's pictures.
+
+    Raises:
+        InvalidInput: see above.
+    """
+    low, high = (float(value) for value in image.aminmax())
+    if not math.isfinite(low + high):
+        count = int((~image.isfinite()).any(0).sum())
+        raise InvalidInput(
+            f"{name} holds {count} pixels without data: NaN, infinite, or what the file says stands for none.",
+            why="one such value spreads through a network over all that it computes around it.",
+            next="fill them first, e.g. by the mean of their band, or cut the picture.",
+        )
+    if source is None or (low >= 0 and high <= 1):
+        return
+    means, deviations = (per_channel(values, len(image)) for values in (source.mean, source.std))
+    reach = [(mean - _FAR * std, mean + _FAR * std) for mean, std in zip(means, deviations, strict=True)]
+    if all(least <= low and high <= most for least, most in reach):
+        return
+    mean, std = ("/".join(f"{value:.3g}" for value in values) for values in (source.mean, source.std))
+    raise InvalidInput(
+        f"{name} holds floating-point values from {low:.4g} to {high:.4g}.",
+        why=f"they are taken as they are, and the network's pictures have mean {mean} and standard deviation {std}.",
+        next="state mean and deviation of your pictures in the file's own unit: --normalisation MEAN/STD, or bands; or "
+        "store integers, which are divided by the largest value of their type.",
+    )
+
+
+def from_picture(
+    picture: Image.Image,
+    channels: int | None = 3,
+    bands: Sequence[int] = (),
+    *,
+    file: Image.Image | None = None,
+    name: object = "an image",
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """Convert a picture of Pillow, of any mode, to (channels, H, W) float32; see `read_image`.
+
+    Args:
+        picture: the picture.
+        channels, bands, size: see `read_image`.
+        file: the picture as it was opened, which knows its file's tags; default: the picture.
         name: its name, for messages.
 
     Raises:
         FileError: its values have an unknown range.
+        InvalidInput: it has other bands than asked for.
     """
-    if image.mode != "F" and not image.mode.startswith("I"):
-        return image.convert("RGB")
-    # PIL's conversion would clip values of more than 8 bits to 255.
-    return Image.fromarray(_grey(np.array(image), file, name))
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        # Pillow's conversion would clip values of more than 8 bits to 255.
+        wide = Image.fromarray(_grey(np.array(picture), file or picture, name))
+        values = torch.from_numpy(np.array(_resized_picture(wide, size)))[None]
+        return as_channels(values, channels, bands, name=name)
+    stored = picture.convert(_BANDS_OF_MODE.get(picture.mode, "RGB"))
+    has_alpha = stored.mode in ("LA", "RGBA")
+    if has_alpha and not bands and channels != len(stored.getbands()):
+        stored, has_alpha = stored.convert(stored.mode[:-1]), False
+    if has_alpha:  # resized as a whole, colours would be weighted by transparency
+        parts = [np.array(_resized_picture(part, size)) for part in stored.split()]
+        values = torch.from_numpy(np.stack(parts))
+    else:
+        pixels = torch.from_numpy(np.array(_resized_picture(stored, size)))
+        values = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+    return as_channels(values.float() / 255, channels, bands, name=name, has_alpha=has_alpha)
 
 
-def to_tensor(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
-    """Convert an RGB picture, or a grey one of values in 0..1, to (3, H, W) float32 in 0..1; see `read_image`."""
-    if size is not None:
-        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    values = torch.from_numpy(np.array(image))
-    return (
-        values.expand(3, -1, -1).contiguous() if values.dim() == 2 else values.permute(2, 0, 1).float() / 255
-    )
+_GIVE = "give a PNG or JPEG."
+# Modes in which the bands of a picture are read, by its own; any other is read as colour.
+_BANDS_OF_MODE = {
+    **dict.fromkeys(("1", "L"), "L"),
+    **dict.fromkeys(("LA", "La"), "LA"),
+    **dict.fromkeys(("RGBA", "RGBa", "PA"), "RGBA"),
+}
+
+
+def _resized_picture(picture: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+    return picture if size is None else picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+
+
+def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    return functional.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+
+
+def shown(image: Tensor) -> Tensor:
+    """Return a picture (C, H, W) as it is drawn, (3, H, W) in 0..1.
+
+    Grey is repeated; of more than three bands the first three are red, green and blue; of two both are mixed. Values
+    beyond 0..1, or all below a quarter, as those of satellites are, are spread over the whole range.
+    """
+    image = image.detach().float()
+    if len(image) not in (1, 3):
+        image = image[:3] if len(image) > 3 else image.mean(0, keepdim=True)
+    low, high = (float(value) for value in image.aminmax())
+    if math.isfinite(low + high) and high > low and (low < -_BEYOND or high > 1 + _BEYOND or high < _DARK):
+        image = (image - low) / (high - low)
+    return as_channels(image, 3).clamp(0, 1)
+
+
+_BEYOND, _DARK = 0.25, 0.25
 
 
 def check_size(size: tuple[int, int] | None) -> None:
@@ -116,15 +239,24 @@ def _open(path: Path | str, what: str, next: str, content: bytes | None = None) 
     if content is None and not files.exists(path):
         refusal = files.absent(path)
         raise FileError(refusal.what, next=f"{refusal.next} Then {next}")
+    with (
+        _as_file_error(path, what, next),
+        Image.open(path if content is None else io.BytesIO(content)) as file,
+    ):
+        count = getattr(file, "n_frames", 1)
+        if count > 1 and file.format not in _OF_FIRST:
+            raise FileError(
+                f"{path} holds {count} pictures.", next="store the one you mean in a file of its own."
+            )
+        yield file
+
+
+@contextlib.contextmanager
+def _as_file_error(path: Path | str, what: str, next: str) -> Iterator[None]:
+    """Turn errors of the block into a `FileError` that names the file."""
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as file:
-            count = getattr(file, "n_frames", 1)
-            if count > 1 and file.format not in _OF_FIRST:
-                raise FileError(
-                    f"{path} holds {count} pictures.", next="store the one you mean in a file of its own."
-                )
-            yield file
-    except FileError:
+        yield
+    except CadError:
         raise
     except Exception as error:  # decoders raise errors of any type, also for suspiciously large pictures
         refusal = FileError(f"{path} cannot be read as {what}.", why=str(error), next=next)
@@ -137,19 +269,20 @@ _WHITE_IS_ZERO = 0
 
 
 def _grey(values: np.ndarray[Any, Any], file: Image.Image, path: object) -> np.ndarray[Any, Any]:
-    """Scale a grey picture of more than 8 bits to (H, W) float32 in 0..1, of which 1 is white."""
-    largest, tags = 1.0, getattr(file, "tag_v2", {})
-    if file.mode.startswith("I;") or file.format in ("PNG", "PPM"):  # formats without 32-bit values
-        bits = int(tags.get(_BITS, (16,))[0])
-        largest = 2.0**bits - 1
-    scaled = values.astype(np.float32) / np.float32(largest)
-    if (file.mode == "I" and largest == 1) or not (scaled.min() >= 0 and scaled.max() <= 1):
+    """Return a grey picture of more than 8 bits as (H, W) float32: integers in 0..1, of which 1 is white, and
+    floating-point values as they are."""
+    tags = getattr(file, "tag_v2", {})
+    if file.mode == "F":
+        return values.astype(np.float32)
+    if not file.mode.startswith("I;") and file.format not in ("PNG", "PPM"):  # formats without 32-bit values
         raise FileError(
             f"{path} holds values from {values.min():g} to {values.max():g}, of mode {file.mode}.",
             why="which of them is black and which is white is not known.",
             next="store floating-point values in 0..1, or 8 or 16 bits.",
         )
-    # PIL inverts values of up to 8 bits itself.
+    bits = int(tags.get(_BITS, (16,))[0])
+    scaled = values.astype(np.float32) / np.float32(2.0**bits - 1)
+    # Pillow inverts values of up to 8 bits itself.
     return 1 - scaled if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else scaled
 
 
@@ -361,38 +494,42 @@ def _split(place: str) -> tuple[str, str]:
 
 
 def normalise(image: Tensor, source: Source | None) -> Tensor:
-    """Normalise an image (3, H, W) or batch (B, 3, H, W) in 0..1 by the mean and standard deviation of the network's
-    source, or ImageNet's.
+    """Prepare an image (C, H, W) or batch (B, C, H, W) for a network: its channels, minus mean, over deviation.
+
+    Colour becomes grey and grey becomes colour as the network reads it, see `as_channels`. Without a source the image
+    keeps its channels, and mean and deviation are ImageNet's. If there are not as many means as channels, each channel
+    has the average of the means and of the deviations.
 
     Raises:
-        InvalidInput: the image has more channels than there are means.
+        InvalidInput: the image has a number of channels that no rule leads from to those of the network.
     """
     from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD
 
     mean, std = (source.mean, source.std) if source is not None else (IMAGENET_MEAN, IMAGENET_STD)
-    channels = image.shape[-3]
-    if len(mean) > 1 and channels not in (1, len(mean)):  # a grey image gets the channels of the network
-        transparent = channels == 4 and len(mean) == 3
-        raise InvalidInput(
-            f"an image has {channels} channels, and the network's pictures have {len(mean)}.",
-            next="leave out transparency: image[:3]."
-            if transparent
-            else f"give images of {len(mean)} channels.",
-        )
-    shift, scale = (torch.tensor(values, device=image.device)[:, None, None] for values in (mean, std))
+    if source is not None:
+        image = as_channels(image, source.channels)
+    shift, scale = (
+        torch.tensor(per_channel(values, image.shape[-3]), device=image.device)[:, None, None]
+        for values in (mean, std)
+    )
     return (image - shift) / scale
 
 
 SCENE_CLASSES = ("sky", "building", "ground", "road", "pole", "car")
 
 
-def street_scene(height: int = 512, width: int = 1024, seed: int = 0) -> Tensor:
-    """Generate a street scene, (3, H, W) float32 in 0..1: smooth areas, edges and thin structures."""
-    return labelled_scene(height, width, seed)[0]
+def street_scene(height: int = 512, width: int = 1024, seed: int = 0, channels: int = 3) -> Tensor:
+    """Generate a street scene, (channels, H, W) float32 in 0..1: smooth areas, edges and thin structures.
+
+    One channel is grey; other numbers of bands lie between red, green and blue, evenly spread.
+    """
+    return labelled_scene(height, width, seed, channels)[0]
 
 
-def labelled_scene(height: int = 512, width: int = 1024, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Generate a street scene and its labels (H, W), int64 indices into `SCENE_CLASSES`.
+def labelled_scene(
+    height: int = 512, width: int = 1024, seed: int = 0, channels: int = 3
+) -> tuple[Tensor, Tensor]:
+    """Generate a street scene, see `street_scene`, and its labels (H, W), int64 indices into `SCENE_CLASSES`.
 
     Raises:
         InvalidInput: see `check_size`.
@@ -456,7 +593,16 @@ def labelled_scene(height: int = 512, width: int = 1024, seed: int = 0) -> tuple
     smooth = np.asarray(canvas.filter(ImageFilter.GaussianBlur(0.6)), dtype=np.float64)
     pixels = (smooth + random.normal(0, 1.5, smooth.shape)).clip(0, 255) / 255
     labels = torch.from_numpy(np.array(classes, dtype=np.int64))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float(), labels
+    return spread_bands(torch.from_numpy(pixels).permute(2, 0, 1).float(), channels), labels
+
+
+def spread_bands(colour: Tensor, channels: int) -> Tensor:
+    """Return a generated picture (3, H, W) in so many channels: grey, colour, or bands spread from red to blue."""
+    if channels in (1, 3):
+        return as_channels(colour, channels)
+    rows = colour.flatten(1).T[:, None]  # linear interpolation is along the last axis
+    spread = functional.interpolate(rows, channels, mode="linear", align_corners=True)
+    return spread[:, 0].T.unflatten(1, colour.shape[1:]).contiguous()
 
 
 def write_picture(picture: Image.Image, path: Path | str) -> None:

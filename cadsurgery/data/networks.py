@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -58,6 +59,8 @@ class Source:
         mean: mean of the expected images per channel, on a scale of 0..1.
         std: standard deviation of the expected images per channel.
         size: height and width of the images, if the network takes no others.
+        bands: which bands of a file the network reads, counted from 1, in their order; empty for all.
+        channels: number of channels that the network's first layer reads; found in the network, not recorded.
         untrusted: path of the file this source was read from, if the user has not declared it trusted; then none of its
             code is run.
         folder: folder in which an ONNX file is looked for; no file records it.
@@ -70,12 +73,14 @@ class Source:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     size: tuple[int, int] | None = None
+    bands: tuple[int, ...] = ()
+    channels: int = field(default=3, compare=False)
     untrusted: str = field(default="", compare=False)
     folder: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, for JSON."""
-        absent = _NOT_WRITTEN if self.size is not None else (*_NOT_WRITTEN, "size")
+        absent = {*_NOT_WRITTEN, *(name for name in ("size", "bands") if not getattr(self, name))}
         return {name: value for name, value in asdict(self).items() if name not in absent}
 
     @staticmethod
@@ -89,6 +94,8 @@ class Source:
         source = Source(**check_fields(values, hints, "the source"))
         if not all(map(math.isfinite, source.mean + source.std)) or 0 in source.std:
             raise ValueError(f"mean {source.mean} or standard deviation {source.std}")
+        if any(band < 1 for band in source.bands):
+            raise ValueError(f"bands {source.bands}")
         return source
 
     def read_from(self, path: str | Path, trust: bool) -> Source:
@@ -96,7 +103,7 @@ class Source:
         return replace(self, untrusted="" if trust else str(path), folder=str(Path(path).parent))
 
 
-_NOT_WRITTEN = ("untrusted", "folder")  # fields that no file records
+_NOT_WRITTEN = ("channels", "untrusted", "folder")  # fields that no file records
 
 
 def build_model(
@@ -139,7 +146,7 @@ def build_model(
         source = replace(source, weights=path.name, note=note)
     else:
         model, source = _of_classes(build, weights, kwargs, num_classes)
-    model.cad_source = source  # type: ignore[assignment]
+    model.cad_source = replace(source, channels=channels_of(model))  # type: ignore[assignment]
     return model.eval()
 
 
@@ -237,11 +244,52 @@ def source_of(network: nn.Module) -> Source:
     source = Source(type(network).__name__, {}, "own", note, *_statistics(network))
     sources = (getattr(network, name, None) for name in ("source", "cad_source"))
     source = next((recorded for recorded in sources if isinstance(recorded, Source)), source)
+    source = replace(source, channels=channels_of(network))
     normalisation: Any = getattr(network, "normalisation", None)
     mean, is_part = getattr(normalisation, "mean", None), getattr(network, "hosts_part", False)
     if mean and isinstance(mean, tuple) and not is_part:  # for a part these are statistics of its own input
         return replace(source, mean=mean, std=normalisation.std)
     return source
+
+
+_SMALL_IMAGE = (64, 64)  # on which a network is asked whether it takes so many channels
+
+
+def channels_of(network: nn.Module) -> int:
+    """Return how many channels the pictures of a network have: those that its first convolution reads.
+
+    A first convolution may read rearranged pixels. If it does not read three channels, as most do, the network is
+    asked: it reads colour if it runs on that and not on as many channels.
+    """
+    shape = getattr(getattr(network, "plan", None), "example_shape", None)
+    if shape is not None and not getattr(network, "hosts_part", False):
+        return int(shape[1])
+    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None or first.in_channels == _COLOUR:
+        return _COLOUR
+    return next(
+        (count for count in (first.in_channels, _COLOUR) if _runs_on(network, first, count)),
+        first.in_channels,
+    )
+
+
+_COLOUR = len(IMAGENET_MEAN)
+
+
+def _runs_on(network: nn.Module, first: nn.Conv2d, channels: int) -> bool:
+    """True if a network runs on a small picture of so many channels; its state stays as it is."""
+    modes = {module: module.training for module in network.modules()}
+    image = torch.zeros(1, channels, *_SMALL_IMAGE, dtype=first.weight.dtype, device=first.weight.device)
+    try:
+        network.eval()
+        with torch.no_grad():
+            network(image)
+    except Exception:  # any error: the network decides what it takes
+        return False
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return True
 
 
 def class_names(source: Source) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from cadsurgery.data.datasets import IGNORED, SegmentationData, identity_table
 from cadsurgery.data.labels import as_classes
+from cadsurgery.data.networks import Source
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, describe_error
 
 FORM = (
-    "give (image (3, H, W) float in 0..1, labels (H, W)), the image alone, or (a tuple of tensors, labels)."
+    "give (image (C, H, W) float in 0..1, labels (H, W)), the image alone, or (a tuple of tensors, labels)."
 )
 # Filters that sharpen or resize go a little beyond 0..1.
 _LEAST, _MOST = -0.25, 1.25
@@ -28,9 +29,10 @@ _NORMALISED, _OF_BYTES = 10.0, 16.0
 class Samples(Protocol):
     """Data of your own, for training, validation, evaluation and `recommend`: a length and items.
 
-    An item is (image, labels): float32 (3, H, W) in 0..1, which is augmented and normalised, and int64 (H, W), 255
-    where ignored. In training it may be (inputs, labels) with a tuple of tensors, which are passed to the network
-    unchanged. Without labels, an item is an image, or a pair whose labels are unused.
+    An item is (image, labels): float32 (C, H, W) in 0..1, which is augmented and normalised, and int64 (H, W), 255
+    where ignored. C is the number of channels that the network reads; colour becomes grey, and grey becomes colour.
+    In training it may be (inputs, labels) with a tuple of tensors, which are passed to the network unchanged. Without
+    labels, an item is an image, or a pair whose labels are unused.
 
     Attributes of the object, none of which is needed:
         is_labelled: False if the labels of the pairs are unused.
@@ -78,7 +80,7 @@ def is_labelled(data: Any) -> bool:
 
 
 def sample_of(data: Any, index: int) -> tuple[Any, Any]:
-    """Return inputs and labels (H, W) int64 of a sample; for an image (3, H, W) without labels all pixels are ignored.
+    """Return inputs and labels (H, W) int64 of a sample; for an image (C, H, W) without labels all pixels are ignored.
 
     Raises:
         FileError: the data set raises an error of its own.
@@ -144,6 +146,24 @@ def as_data(samples: Samples) -> SegmentationData:
         table=identity_table(len(classes)) if classes or not has_labels else None,
         any_range=_may_have_any_range(samples),
     )
+
+
+MOST_LOOKED_AT = 100  # pictures of which mean and deviation are taken
+
+
+def pictures_of(data: SegmentationData) -> Callable[[Source], Iterator[Tensor]]:
+    """Return a function that yields pictures of data, evenly spread, as a network of a source reads them."""
+
+    def read(source: Source) -> Iterator[Tensor]:
+        places = range(0, len(data), -(-len(data) // MOST_LOOKED_AT))
+        return (sample_of(data.read_for(source), place)[0] for place in places)
+
+    return read
+
+
+def for_network(data: Samples, source: Source) -> Samples:
+    """Return data whose pictures are read for a network of this source; data of one's own as they are."""
+    return data.read_for(source) if isinstance(data, SegmentationData) else data
 
 
 def place_of(data: Any, index: int) -> str:

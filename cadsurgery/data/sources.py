@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
 from torch import Tensor
 
+from cadsurgery.data.channels import check_bands
 from cadsurgery.data.datasets import (
     IGNORED,
+    PictureFile,
     SegmentationData,
     identity_table,
     label_table,
@@ -25,8 +27,8 @@ from cadsurgery.data.images import (
     SUFFIXES,
     find_images,
     labelled_scene,
-    read_image,
     read_labels,
+    spread_bands,
 )
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
@@ -41,6 +43,9 @@ from cadsurgery.support.errors import (
 from cadsurgery.support.folders import NO_PICTURES, visible, warn_of_left_out
 from cadsurgery.support.kinds import FOLDER, PICTURE, check_kind
 from cadsurgery.support.plain import split_options
+
+if TYPE_CHECKING:
+    from cadsurgery.data.networks import Source
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -81,8 +86,8 @@ _LOOKED_AT = 32  # label files that are looked at for their values
 # -- a plain folder ------------------------------------------------------------------------------------
 
 
-def _read_files(images: Sequence[Path], labels: Sequence[Path], position: int) -> tuple[Tensor, Tensor]:
-    return read_image(images[position]), read_labels(labels[position])
+def _read_files(images: Sequence[Path], labels: Sequence[Path], position: int) -> tuple[PictureFile, Tensor]:
+    return PictureFile(images[position]), read_labels(labels[position])
 
 
 def labels_of(image: str | Path, folder: Path) -> Path:
@@ -129,7 +134,9 @@ def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
         warn_of_two_values(labels, f"folder:{place},classes=2,values=0/255 reads 255 as class 1")
     read = partial(_read_files, images, labels)
     remedy = "raise classes=..., or ignore such pixels: ignore={labels}."
-    return SegmentationData(spec, split, classes, tuple(map(str, images)), read, table, remedy=remedy)
+    return SegmentationData(
+        spec, split, classes, tuple(map(str, images)), read, table, any_range=True, remedy=remedy
+    )
 
 
 def _table(options: Mapping[str, str], classes: int) -> tuple[tuple[int, int], ...]:
@@ -202,8 +209,8 @@ def _number(option: str, text: str) -> int:
 HELD_OUT = 8  # in a folder without splits, every eighth image is for validation
 
 
-def _read_unlabelled(images: Sequence[Path], position: int) -> tuple[Tensor, None]:
-    return read_image(images[position]), None
+def _read_unlabelled(images: Sequence[Path], position: int) -> tuple[PictureFile, None]:
+    return PictureFile(images[position]), None
 
 
 def _images(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
@@ -223,7 +230,7 @@ def _images(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
         held_out = images[::HELD_OUT]
         images = held_out if split == "val" else sorted(set(images) - set(held_out))
     read = partial(_read_unlabelled, images)
-    return SegmentationData(spec, split, (), tuple(map(str, images)), read, identity_table(0))
+    return SegmentationData(spec, split, (), tuple(map(str, images)), read, identity_table(0), any_range=True)
 
 
 # -- torchvision ---------------------------------------------------------------------------------------
@@ -281,8 +288,20 @@ def _pets(place: str, split: str, options: Mapping[str, str], spec: str) -> Segm
 # -- generated -----------------------------------------------------------------------------------------
 
 
-def _read_scene(height: int, width: int, first: int, position: int) -> tuple[Tensor, Tensor]:
-    return labelled_scene(height, width, first + position)
+@dataclass(frozen=True)
+class _Scene:
+    """A generated street scene (3, H, W), which is there in any number of bands."""
+
+    colour: Tensor
+
+    def read(self, source: Source | None, channels: int, bands: tuple[int, ...]) -> Tensor:
+        """Return it in so many channels; see `UnreadPicture`."""
+        return spread_bands(self.colour, channels)
+
+
+def _read_scene(height: int, width: int, first: int, position: int) -> tuple[_Scene, Tensor]:
+    colour, labels = labelled_scene(height, width, first + position)
+    return _Scene(colour), labels
 
 
 def _scene(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
@@ -367,7 +386,7 @@ def split_place(text: str) -> tuple[str, str]:
     return parts[0], ",".join(parts[1:])
 
 
-def open_data(spec: str, split: str = "train") -> SegmentationData:
+def open_data(spec: str, split: str = "train", *, bands: Sequence[int] = ()) -> SegmentationData:
     """Open data by a spec `KIND:PATH,option=value,...`: images with labels, or without.
 
     Kinds: `folder:PATH,classes=11,ignore=11` (slashes separate several ignored values, or class names in place of their
@@ -379,6 +398,8 @@ def open_data(spec: str, split: str = "train") -> SegmentationData:
     Args:
         spec: as above.
         split: `"train"`, `"val"`, `"test"` or another split of the kind; `"all"` for a folder without splits.
+        bands: which bands of the pictures are read, counted from 1, in their order; default: those of the network, or
+            all.
 
     Raises:
         UnknownName: no such kind, option or split.
@@ -412,4 +433,4 @@ def open_data(spec: str, split: str = "train") -> SegmentationData:
         raise InvalidInput(f"data {name!r} needs {option}=...", next=f"write e.g. {spec},{option}=11.")
     if kind.splits and split not in kind.splits:
         raise UnknownName(f"split of data {name!r}", split, kind.splits)
-    return kind.open(place.strip(), split, values, spec)
+    return replace(kind.open(place.strip(), split, values, spec), bands=check_bands(bands))

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cadsurgery.data.datasets import IGNORED
 from cadsurgery.data.images import normalise
-from cadsurgery.data.samples import Samples, check_form, is_labelled, place_of, sample_of
+from cadsurgery.data.samples import Samples, check_form, for_network, is_labelled, place_of, sample_of
 from cadsurgery.finetune.schedule import SampleOrder, derive_seed
 from cadsurgery.network.model import pictures_for
 from cadsurgery.support.errors import CadError, InvalidInput
@@ -113,7 +113,8 @@ class _Positions:
     def __init__(
         self, data: Samples, sampling: SampleOrder, augment: Augmentation | None, source: Any
     ) -> None:
-        self.data, self.sampling, self.augment, self.source = data, sampling, augment, source
+        self.data, self.sampling = for_network(data, source), sampling
+        self.augment, self.source = augment, source
 
     def __getitem__(self, position: int) -> tuple[tuple[Tensor, ...], Tensor] | CadError:
         index = self.sampling.index(position)
@@ -147,7 +148,8 @@ def inputs_of(net: nn.Module, data: Samples, index: int) -> tuple[tuple[Tensor, 
     Raises:
         InvalidInput: as `prepare`.
     """
-    inputs, labels = prepare(*sample_of(data, index), pictures_for(net), place_of(data, index))
+    source = pictures_for(net)
+    inputs, labels = prepare(*sample_of(for_network(data, source), index), source, place_of(data, index))
     device = next(net.parameters()).device
     return tuple(value.unsqueeze(0).to(device) for value in inputs), labels
 

@@ -21,7 +21,7 @@ from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.launcher import world
 from cadsurgery.support.progress import Step
 from cadsurgery.tasks.commands import FinetuneOptions
-from cadsurgery.tasks.open import open_any, open_converted
+from cadsurgery.tasks.open import open_any, open_converted, read_by
 from cadsurgery.tasks.options import Settings
 from cadsurgery.tasks.report import Report
 
@@ -66,6 +66,7 @@ def finetune(*, model: str, options: FinetuneOptions, step: Step) -> TrainingRep
         CadError: an error of the data, the network or `fit`.
     """
     from cadsurgery.data import open_data
+    from cadsurgery.data.samples import pictures_of
 
     chosen = make_settings(
         options.config, {**options.objective, **options.settings}, options.objective_option
@@ -76,8 +77,8 @@ def finetune(*, model: str, options: FinetuneOptions, step: Step) -> TrainingRep
         resolve_mask(options.mask)
     held_out = options.validation_split
     step(f"opening {options.data}")
-    training = open_data(options.data, options.split)
-    validation = open_data(options.data, held_out) if held_out else None
+    training = open_data(options.data, options.split, bands=options.bands)
+    validation = open_data(options.data, held_out, bands=options.bands) if held_out else None
     step(f"building {model}")
     classes = len(training.classes) or None
     net: Converted | None = open_any(model, options.trust)
@@ -86,6 +87,8 @@ def finetune(*, model: str, options: FinetuneOptions, step: Step) -> TrainingRep
             *(model, options.mask, options.conversion),
             weights=options.weights,
             num_classes=classes,
+            bands=options.bands,
+            pictures=pictures_of(training),
             trust=options.trust,
         )
     elif options.mask:
@@ -93,6 +96,8 @@ def finetune(*, model: str, options: FinetuneOptions, step: Step) -> TrainingRep
             "a network with exits, with gates or with a sampled input has no masks of its own.",
             next="leave out --mask.",
         )
+    else:
+        read_by(net, options.bands, options.conversion.get("normalisation"), pictures_of(training))
     step("training")
     outcome = fit(
         net,

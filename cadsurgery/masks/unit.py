@@ -9,19 +9,22 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cadsurgery.data.channels import per_channel
 from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD
 from cadsurgery.elements.sizes import constant
 from cadsurgery.support.device_checks import is_capturing
-from cadsurgery.support.errors import CadWarning, InvalidInput
+from cadsurgery.support.errors import CadWarning, InvalidInput, UnknownName
 
 RAW = "raw"  # the user's word for masks that see the network's input unchanged
+BANDS = (
+    "bands"  # the user's word for the mean and deviation of each band of the pictures that a command reads
+)
 _EXAMPLE = '((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), or "raw" for masks that see the input as it comes'
 _FIRST_PICTURE = threading.Lock()
 _MOST_DEVIATIONS = (
@@ -86,7 +89,7 @@ class Normalisation:
         if not self.mean:
             return [1.0] * channels, [0.0] * channels
         of_input, of_unit = (
-            [_for_channels(values, channels) for values in pair]
+            [per_channel(values, channels) for values in pair]
             for pair in ((self.mean, self.std), (IMAGENET_MEAN, IMAGENET_STD))
         )
         scale = [ours / theirs for ours, theirs in zip(of_input[1], of_unit[1], strict=True)]
@@ -108,21 +111,17 @@ class Normalisation:
 AS_IT_COMES = Normalisation(origin="asked for")
 
 
-def _for_channels(values: Sequence[float], channels: int) -> list[float]:
-    """Return one value per channel: the values, or their mean if the number differs, e.g. for a grey network."""
-    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
-
-
 def read_normalisation(value: object, channels: int) -> Normalisation:
-    """Read a user's normalisation: (mean, std), each a number or one per channel; "raw"; or a `Normalisation`.
+    """Read a user's normalisation: (mean, std), each a number or one per channel; a name, "imagenet", "none" (pictures
+    in 0..1 are taken as they are) or "raw" (masks see the input as it comes); or a `Normalisation`.
 
     Raises:
         InvalidInput: another type or number of channels, a value is not finite, or a deviation is not above 0.
     """
     if isinstance(value, Normalisation):
         return value
-    if isinstance(value, str) and value == RAW:
-        return AS_IT_COMES
+    if isinstance(value, str):
+        return _named(value)
     try:
         mean, std = (_numbers(part) for part in value)  # type: ignore[attr-defined]
     except (TypeError, ValueError):
@@ -135,6 +134,22 @@ def read_normalisation(value: object, channels: int) -> Normalisation:
             next=f"give {channels} means and {channels} standard deviations, or one of each for all channels.",
         )
     return Normalisation(mean, std, "given")
+
+
+def _named(name: str) -> Normalisation:
+    known = {
+        RAW: AS_IT_COMES,
+        "imagenet": Normalisation(IMAGENET_MEAN, IMAGENET_STD, "given: ImageNet's"),
+        "none": Normalisation((0.0,), (1.0,), "given: none"),
+    }
+    if name == BANDS:
+        raise InvalidInput(
+            "mean and deviation of the bands are taken from pictures, and there are none here.",
+            next="name pictures beside it, or compute them: cadsurgery.images.statistics_of(pictures).",
+        )
+    if name not in known:
+        raise UnknownName("normalisation", name, [*known, BANDS], next=f"or give (mean, std): {_EXAMPLE}.")
+    return known[name]
 
 
 def _numbers(value: Any) -> tuple[float, ...]:
@@ -169,7 +184,7 @@ def estimate(image: Tensor) -> Normalisation | None:
             return Normalisation(mean, std, f"estimated: the first pictures have {words}")
     deviation, centre = torch.std_mean(values.double(), (0, 2, 3), correction=0)
     channels = image.shape[1]
-    of_unit = (_for_channels(part, channels) for part in (IMAGENET_MEAN, IMAGENET_STD))
+    of_unit = (per_channel(part, channels) for part in (IMAGENET_MEAN, IMAGENET_STD))
     pairs = list(zip(*of_unit, centre.tolist(), deviation.tolist(), strict=True))
     std = tuple(unit / own if own > 0 else 1.0 for _, unit, _, own in pairs)
     mean = tuple(unit - own * ratio for (unit, _, own, _), ratio in zip(pairs, std, strict=True))

@@ -12,14 +12,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from cadsurgery.data.networks import Source
+from cadsurgery.data.networks import Source, channels_of
 from cadsurgery.masks.masking import check_image
 from cadsurgery.methods.program import CallWork, StepProgram, work_of
 from cadsurgery.methods.report import RULES, MethodMacs, MethodPlan
@@ -276,7 +276,7 @@ def unpack(
     stored = Stored(fields, options, plan, source, trust)
     kind.check_stored(path, stored, tensors)
     net = kind.rebuild(path, stored, tensors, model)
-    net.source = source or net.source
+    net.source = replace(source, channels=channels_of(net)) if source else net.source
     return net
 
 

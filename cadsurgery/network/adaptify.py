@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.data.networks import stated_statistics
+from cadsurgery.data.networks import source_of, stated_statistics
 from cadsurgery.elements.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
 from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.spec import resolve_mask
@@ -218,6 +218,8 @@ def adaptify(
         net = AdaptiveModel(facts.model, program, provider)
         net.source = getattr(model, "cad_source", None)
         _set_unit(net, whole if path else model, path, normalisation, example_input is not None, facts)
+        if normalisation is not None and not path and net.source is not None:
+            net.source = source_of(net)  # pictures are prepared as was said
         take_over(net, facts.model)
         if example_input is not None:
             _report_empty_mask(net, facts)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from cadsurgery.data import SegmentationData, sample_of
-from cadsurgery.data.images import find_images, normalise, read_image
+from cadsurgery.data.images import find_images, normalise, read_picture_for
+from cadsurgery.data.networks import Source
 from cadsurgery.masks.unit import Normalisation
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.describe import describe
@@ -30,21 +31,19 @@ def images_to_calibrate(net: AdaptiveModel, images: Any) -> list[Any]:
     """Return image batches for a network from what a user gives, or dictionaries; see `read_calibration`."""
     return read_calibration(
         images,
-        lambda image: normalise(image, pictures_for(net)),
+        pictures_for(net),
         None if net.hosts_part else net.normalisation,
     )
 
 
-def read_calibration(
-    images: Any, prepare: Callable[[Tensor], Tensor], expected: Normalisation | None
-) -> list[Any]:
+def read_calibration(images: Any, source: Source, expected: Normalisation | None) -> list[Any]:
     """Return image batches (B, C, H, W) to calibrate by, or dictionaries that hold one.
 
     Args:
         images: a batch, or batches or images (C, H, W), alone or in pairs with labels, as the network takes them; or a
             folder of photos or data of `open_data`, which are prepared; or dictionaries as the network takes them. Of
             folders, data and loaders 100 images are taken, evenly spread, or the first of a loader.
-        prepare: normalises a picture in 0..1 for the network.
+        source: source of the network, for which pictures are read and normalised.
         expected: normalisation of the network's input, if it is known.
 
     Raises:
@@ -53,9 +52,10 @@ def read_calibration(
     """
     if isinstance(images, (str, Path)):
         paths = list(find_images([Path(images)])[0])
-        return [prepare(read_image(path)).unsqueeze(0) for path in _spread(paths)]
+        return [normalise(read_picture_for(source, path), source)[None] for path in _spread(paths)]
     if isinstance(images, SegmentationData):
-        return [prepare(sample_of(images, at)[0]).unsqueeze(0) for at in _spread(range(len(images)))]
+        images = images.read_for(source)
+        return [normalise(sample_of(images, at)[0], source)[None] for at in _spread(range(len(images)))]
     if not isinstance(images, Iterable):
         raise _no_images(describe(images))
     batches = list(_batches([images] if isinstance(images, (Tensor, dict)) else images))

@@ -110,7 +110,7 @@ def _wrong_channels(image: Tensor, channels: int) -> InvalidInput:
     elif image.shape[1] == 1 and channels == 3:
         hint = "for a grey image: image.expand(-1, 3, -1, -1)."
     elif image.shape[1] == 3 and channels == 1:
-        hint = "for a colour image: image.mean(1, keepdim=True)."
+        hint = "for a colour image, before it is normalised: cadsurgery.images.as_channels(image, 1) makes it grey."
     elif image.shape[1] == 4 and channels == 3:
         hint = "leave out transparency: image[:, :3]."
     else:

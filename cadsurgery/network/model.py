@@ -225,6 +225,8 @@ class AdaptiveModel(ProgramNetwork):
     @normalisation.setter
     def normalisation(self, value: object) -> None:
         self._unit = Unit(read_normalisation(value, self.plan.example_shape[1]))
+        if self.source is not None and not self.hosts_part:
+            self.source = source_of(self)  # pictures are prepared as was said
 
     @property
     def has_other_shapes(self) -> bool:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cadsurgery.data.hub import fetch, is_address
-from cadsurgery.data.networks import Source, build_again
+from cadsurgery.data.networks import Source, build_again, channels_of
 from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
 from cadsurgery.masks.spec import parse
 from cadsurgery.masks.unit import Normalisation, Unit
@@ -219,7 +219,7 @@ def unpack(
             check_types(path, adapter_tensors, adapters.state_dict())
             adapters.load_state_dict(adapter_tensors, assign=True)
     net.adaptive_part.use_channels_last()
-    net.source = source
+    net.source = source and replace(source, channels=channels_of(net))
     if stated.normalisation is not None:
         net._unit = Unit(stated.normalisation)
     return net

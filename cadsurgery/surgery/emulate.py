@@ -7,16 +7,18 @@ must be equal to it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from cadsurgery.elements.axes import NCHW
+from cadsurgery.elements.axes import NCHW, channel_dims
 from cadsurgery.elements.functional import resize
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.elements.operations import operation_of
+from cadsurgery.elements.sizes import divide_up
 from cadsurgery.support.torch_internals import BatchNorm
 from cadsurgery.support.torch_operations import name_of
 from cadsurgery.surgery.graphs import pads
@@ -158,13 +160,31 @@ class Emulator(fx.Interpreter):
         return (y - y % side, x - x % side), side
 
     def _fill(self, value: Tensor, decision: Decision) -> Tensor:
-        """Interpolate a map (B, C, h, w) inside its cells."""
-        if decision.layout != NCHW or not value.is_floating_point():
+        """Interpolate a map of any layout inside its cells."""
+        layout = decision.layout
+        if not value.is_floating_point() or len(layout) != value.dim() or layout[0] != "b":
             return value
+        places = (layout.index(axis) for axis in ("p" if "p" in layout else "hw"))
+        order = [*channel_dims(layout), *places]
+        image = value.permute(0, *order)
+        if "p" in layout:
+            size = [divide_up(length, decision.grid) for length in self.levels.shape[1:]]
+            if image.shape[-1] != math.prod(size):
+                return value
+            image = image.unflatten(-1, size)
+        shape = image.shape
+        filled = self._filled(image.reshape(shape[0], -1, *shape[-2:]), decision).reshape(shape)
+        if "p" in layout:
+            filled = filled.flatten(-2)
+        back = sorted(range(1, value.dim()), key=lambda dim: order[dim - 1])
+        return _in_memory_of(value, filled.permute(0, *back))
+
+    def _filled(self, value: Tensor, decision: Decision) -> Tensor:
+        """Return a map (B, C, h, w), interpolated inside its cells."""
         (top, left), side = self._cells(value.shape[2:], decision)
         held = _at(value, top, left)  # the value of the cell that holds each sample
         if self.geometry.fill == "nearest":
-            return _in_memory_of(value, held)
+            return held
         height, width = value.shape[2:]
         y, x = _grid((height, width), top.device)
         down, across = ((at - start).double() / side for at, start in ((y, top), (x, left)))
@@ -174,7 +194,7 @@ class Emulator(fx.Interpreter):
             for column, of_column in ((left, 1 - across), (right, across)):
                 share = (of_row * of_column).unsqueeze(1).to(value)
                 filled += torch.where(share > 0, share * _at(held, row, column), 0)
-        return _in_memory_of(value, filled)
+        return filled
 
 
 def _grid(size: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:

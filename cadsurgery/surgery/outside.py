@@ -282,7 +282,7 @@ class _Code:
         """Read the code of a network's classes."""
         found = dict.fromkeys(kind for module in model.modules() for kind in type(module).__mro__)
         kinds = tuple(kind for kind in found if not _is_of_library(kind))
-        names, by_name, seen = set[str](), dict[type, frozenset[str]](), set[CodeType]()
+        names, by_name, seen = set[str](), dict[type, frozenset[str]](), set[CodeType | FunctionType]()
         read: dict[int, tuple[dict[str, Any], set[str]]] = {}
         for kind in kinds:
             own = [value for name, value in vars(kind).items() if name not in _NOT_CALLED]
@@ -320,13 +320,17 @@ class _Code:
                     yield vars(module), self.names.intersection(vars(module))
 
 
-def _reached(values: Iterable[Any], seen: set[CodeType]) -> Iterator[tuple[FunctionType, CodeType]]:
-    """Yield the code of functions and of those that they name, each with the function that it belongs to."""
+def _reached(
+    values: Iterable[Any], seen: set[CodeType | FunctionType]
+) -> Iterator[tuple[FunctionType, CodeType]]:
+    """Yield the code of functions and of those that they name, each with the function that it belongs to; not what was
+    seen before. Functions of one code, as a decorator makes them, differ in what they enclose."""
     waiting = [function for value in values for function in _functions_in(value)]
     while waiting:
         function = waiting.pop()
-        if is_of_python(str(function.__globals__.get("__name__"))):
+        if function in seen or is_of_python(str(function.__globals__.get("__name__"))):
             continue
+        seen.add(function)
         codes = [function.__code__]
         while codes:
             code = codes.pop()

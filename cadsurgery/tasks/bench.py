@@ -18,6 +18,7 @@ import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ from cadsurgery.tasks.bench_report import (
     NetworkBench,
     macs_notes,
 )
-from cadsurgery.tasks.open import example_batch, open_any, original, provenance
+from cadsurgery.tasks.export import read_all
+from cadsurgery.tasks.open import example_batch, open_any, original, provenance, with_statistics
 from cadsurgery.tasks.options import Benchmark, Conversion
 from cadsurgery.tasks.report import Row, check_outputs
 from cadsurgery.tasks.side import Side, measure
@@ -139,7 +141,8 @@ def bench(
     done: list[NetworkBench] = []
     for network in listed:
         with _threads(setup.threads), tempfile.TemporaryDirectory() as folder:
-            entries = _compare(network, mask, budgets, setup, fill, sides, step, Path(folder))
+            entries, image = _compare(network, mask, budgets, setup, fill, sides, step, Path(folder))
+        setting = replace(setting, image=tuple(image.shape))
         if output is not None:
             rows = [{**setting.to_dict(), **row} for entry in entries for row in entry.lines()]
             append_lines(output, map(json.dumps, rows))
@@ -279,8 +282,9 @@ def _compare(
     own: Sequence[Side],
     step: Step,
     folder: Path,
-) -> list[NetworkBench]:
-    """Measure a network with every fill in one interleaved run; `folder` is for the files of an engine.
+) -> tuple[list[NetworkBench], Tensor]:
+    """Measure a network with every fill in one interleaved run, and return the images; `folder` is for the files of an
+    engine.
 
     A map with one level everywhere needs no filling, so the dense networks of the first fill serve all fills.
     """
@@ -309,10 +313,11 @@ def _compare(
         for row, share in ((high, 1.0), (low, 0.0))
     )
     count, sides = len(fractions), rows[len(budgets) :]
-    return [
+    results = [
         entry.result(name, high, low, rows[place * count : (place + 1) * count], sides)
         for place, entry in enumerate(filled)
     ]
+    return results, first.image
 
 
 def _convert(
@@ -356,9 +361,11 @@ def _row(fraction: float, counted: MacReport, measured: Row, high: Row, low: Row
 
 
 def convert(network: str | nn.Module, mask: object, setup: Benchmark) -> tuple[AdaptiveModel, Tensor, str]:
-    """Convert a network without verification; return it with its images (B, 3, H, W) and a text about its weights."""
-    model, _ = original(network, "none")
+    """Convert a network without verification; return it with its images (B, C, H, W) and a text about its weights."""
+    model, stated = original(network, "none", bands=setup.bands)
     options: dict[str, Any] = {option.name: getattr(setup, option.name) for option in fields(Conversion)}
+    folder = Path(setup.calibration) if setup.calibration else None
+    options = with_statistics(options, stated, partial(read_all, folder) if folder else None)
     net = adaptify(model, mask, **options, verify_laws=False)
     source = pictures_for(net)
     target: dict[str, Any] = {
@@ -371,7 +378,7 @@ def convert(network: str | nn.Module, mask: object, setup: Benchmark) -> tuple[A
 
 
 def _scenes(source: Source, setup: Benchmark) -> Tensor:
-    """Return the images (B, 3, H, W) of the measurement."""
+    """Return the images (B, C, H, W) of the measurement."""
     return torch.cat([example_batch(source, None, setup.size, seed) for seed in range(setup.batch)])
 
 

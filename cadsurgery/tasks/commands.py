@@ -21,6 +21,7 @@ from cadsurgery.tasks.options import (
     Gates,
     Resampling,
     Settings,
+    bands_option,
     documented,
     option,
     part,
@@ -28,8 +29,8 @@ from cadsurgery.tasks.options import (
 
 FOUND = ("detector", "count", "reach", "align", "raw", "output", "max_edge", "max_sum", "multiple")
 _MEASURED = (
-    *("size", "batch", "output_stride", "region", "patch", "dtype", "device", "threads", "rounds"),
-    *("processor_time", "runtime", "against", "smaller", "calibration"),
+    *("size", "batch", "output_stride", "region", "patch", "normalisation", "dtype", "device", "threads"),
+    *("rounds", "processor_time", "runtime", "against", "smaller", "calibration", "bands"),
 )
 _TRAINED = (
     *("steps", "batch", "accumulate", "crop", "lr", "optimizer", "clip", "batch_norm", "freeze", "train"),
@@ -105,6 +106,7 @@ class ConvertOptions:
     weights: str = weights_option()
     conversion: Mapping[str, Any] = part(Conversion)
     image: Path | None = option(None, _IMAGE)
+    bands: tuple[int, ...] = bands_option()
     size: tuple[int, int] | None = size_option()
     output: Path | None = option(None, "file to write", short="o")
     device: str = device_option()
@@ -147,7 +149,10 @@ class MaskOptions:
         short="m",
     )
     weights: str = weights_option()
-    conversion: Mapping[str, Any] = part(Conversion, "output_stride", "patch", defaults=("8,32",))
+    conversion: Mapping[str, Any] = part(
+        Conversion, "output_stride", "patch", "normalisation", defaults=("8,32",)
+    )
+    bands: tuple[int, ...] = bands_option()
     output: Path = option(Path("mask.png"), "PNG to write", short="o")
     trust: bool = trust_option()
 
@@ -165,6 +170,8 @@ class RunOptions:
         "classes, overlay (on the image) or side (beside it); default: classes for images, overlay for clips",
     )
     mask: str = option("", "mask, instead of the file's")
+    bands: tuple[int, ...] = bands_option()
+    conversion: Mapping[str, Any] = part(Conversion, "normalisation")
     size: tuple[int, int] | None = size_option("resize images to this size; default: no resizing")
     resume: bool = option(False, "go on with the folder: predictions that are there are not made again")
     workers: int | None = option(
@@ -195,6 +202,7 @@ class MacsOptions:
     mask: str = _mask_option("")
     conversion: Mapping[str, Any] = part(Conversion, "output_stride", "region", "patch", "normalisation")
     image: Path | None = option(None, _IMAGE)
+    bands: tuple[int, ...] = bands_option()
     size: tuple[int, int] | None = size_option()
     rule: str = option("conv", "conv: multiply-accumulates; published: the count of the CAD reference code")
     total: bool = option(False, "totals only, no layers")
@@ -210,6 +218,7 @@ class ExportOptions:
     mask: str = option("", f"{_MASK_OF_FILE}; for pt2 {DEFAULT_MASK} | budget:fraction=0.3")
     weights: str = weights_option()
     conversion: Mapping[str, Any] = part(Conversion)
+    bands: tuple[int, ...] = bands_option()
     size: tuple[int, int] | None = size_option()
     output: Path = option(Path("network.pt2"), "file to write", short="o")
     kind: Exporting = part(Exporting, is_whole=True)
@@ -256,6 +265,7 @@ class EvalOptions:
     options: Mapping[str, Any] = part(
         Conversion, "region", "fill", "patch", "anchor", "pool", "normalisation"
     )
+    bands: tuple[int, ...] = bands_option()
     limit: int | None = _limit_option()
     batch: int = option(1, "images in one call", min=1)
     rounds: int = rounds_option()
@@ -298,6 +308,7 @@ class RecommendOptions:
     split: str = option("all", "of labelled data; all: val where it has splits")
     weights: str = weights_option()
     options: Mapping[str, Any] = part(Conversion, "output_stride", "region", "normalisation", given=True)
+    bands: tuple[int, ...] = bands_option()
     output: Path | None = option(
         None, "folder of the run, default NAME-recommended; a run goes on there", short="o"
     )
@@ -329,6 +340,7 @@ class KeypointsOptions:
     options: Mapping[str, Any] = part(
         Conversion, "output_stride", "region", "fill", "anchor", "pool", "normalisation"
     )
+    bands: tuple[int, ...] = bands_option()
     device: str = device_option()
     trust: bool = trust_option()
 
@@ -348,6 +360,7 @@ class FinetuneOptions:
     mask: str = option("", _MASK_OF_FILE)
     weights: str = weights_option()
     conversion: Mapping[str, Any] = part(Conversion)
+    bands: tuple[int, ...] = bands_option()
     objective: Mapping[str, Any] = part(Settings, "objective", given=True)
     objective_option: Sequence[str] = option(
         (), "NAME=VALUE for the objective, e.g. teacher=self; repeatable"

@@ -38,7 +38,16 @@ from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.verify import Check
 from cadsurgery.tasks.commands import ConvertOptions, MacsOptions, PlanOptions
 from cadsurgery.tasks.convert_report import ConversionReport
-from cadsurgery.tasks.open import check_options, example_batch, is_file, open_converted, original
+from cadsurgery.tasks.open import (
+    check_options,
+    example_batch,
+    example_image,
+    is_file,
+    open_converted,
+    original,
+    read_by,
+    with_statistics,
+)
 from cadsurgery.tasks.report import SLOWER, Row
 from cadsurgery.tasks.side import ConversionRequest, MethodConversion, Side, measure
 from cadsurgery.tasks.sides import KINDS
@@ -55,21 +64,27 @@ def convert(*, model: str, options: ConvertOptions, step: Step) -> ConversionRep
     check_name("method", options.method, (ADAPTIVE, *methods))
     make: Callable[[ConversionRequest], MethodConversion]
     if kind := methods.get(options.method):
-        make, suffix, own = kind.convert, options.method, getattr(options, kind.network.group)
+        make, suffix, own = kind.convert, options.method, dict(getattr(options, kind.network.group))
     else:
         resolve_mask(options.mask)  # a typo should not wait for the network to be built
-        make, suffix, own = partial(_adapt, options.mask), options.mask.partition(":")[0], options.conversion
+        make, suffix, own = (
+            partial(_adapt, options.mask),
+            options.mask.partition(":")[0],
+            dict(options.conversion),
+        )
     device = find_device(options.device)
     output = options.output or _default_output(model, suffix)
     check_folder(output)
     step(f"building {model}")
-    before, source = original(model, options.weights)
+    before, source = original(model, options.weights, bands=options.bands)
+    if options.image is not None:
+        own = with_statistics(own, source, partial(_image_of, options))
 
     def example(source: Source) -> Tensor:
         return example_batch(source, options.image, options.size).to(device)
 
     torch.manual_seed(0)  # new parameters of a method are the same in every run
-    made = make(ConversionRequest(before.to(device), source, example, dict(own), not options.no_verify, step))
+    made = make(ConversionRequest(before.to(device), source, example, own, not options.no_verify, step))
     timing = {"seconds": TIMING_SECONDS, "step": within(step, "measuring")}
     rows = measure(made.sides, made.batch, options.rounds, "name", **timing)
     beside = f"{output.name} holds the weights and names {source.weights}: keep both in one folder."
@@ -87,6 +102,11 @@ def convert(*, model: str, options: ConvertOptions, step: Step) -> ConversionRep
         notes=tuple(notes),
         **describe_run(device),
     )
+
+
+def _image_of(options: ConvertOptions | MacsOptions, source: Source) -> list[Tensor]:
+    """Return the image that a command names, as a network of this source reads it; none if it names none."""
+    return [] if options.image is None else [example_image(options.image, options.size, source=source)]
 
 
 def _default_output(model: str, suffix: str) -> Path:
@@ -275,8 +295,17 @@ def count(model: str, options: MacsOptions) -> MacReport | AnytimeMacs | Sampled
     check_options(model, options.conversion)
     if is_file(model) and read_method(model):
         net: Converted = load(model, mask=options.mask or None, trust=options.trust)
+        read_by(net, options.bands, options.conversion.get("normalisation"), partial(_image_of, options))
     else:
-        net = open_converted(model, options.mask, options.conversion, trust=options.trust)
+        pictures = partial(_image_of, options) if options.image is not None else None
+        net = open_converted(
+            model,
+            options.mask,
+            options.conversion,
+            bands=options.bands,
+            pictures=pictures,
+            trust=options.trust,
+        )
     return net.macs(example_batch(pictures_for(net), options.image, options.size), rule=options.rule)
 
 
@@ -292,7 +321,7 @@ def count_dense(model: str, options: MacsOptions) -> dict[str, Any]:
             f"{model} is a converted network: --dense counts one that is not.",
             next="leave --dense out, which lists dense high and dense low too, or give the network's name.",
         )
-    net, source = original(model, "none")
+    net, source = original(model, "none", bands=options.bands)
     batch = example_batch(source, options.image, options.size)
     counted = count_network(net, batch, rule=options.rule)
     values = {"shape": list(batch.shape), "rule": options.rule, "macs": {"dense": counted.macs}}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from cadsurgery.data import Samples, SegmentationData, as_data, open_data, sample_of
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source
+from cadsurgery.data.samples import pictures_of
 from cadsurgery.masks import labelled, resolve_mask
 from cadsurgery.support.divergence import KINDS, Kind, class_scores, resize
 from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error
@@ -30,7 +31,7 @@ from cadsurgery.support.launcher import world
 from cadsurgery.support.processes import gather, own_device, shard
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.tasks.for_each import Failure, Failures, each
-from cadsurgery.tasks.open import Strides, at_strides, open_any, provenance
+from cadsurgery.tasks.open import Strides, at_strides, open_any, provenance, read_by
 from cadsurgery.tasks.report import (
     COLOURS,
     MeasuredReport,
@@ -67,6 +68,7 @@ def evaluate(
     picture: Path | None = None,
     thresholds: Sequence[float | Sequence[float]] = (),
     sides: Sequence[Side] = (),
+    bands: Sequence[int] = (),
     step: Step = silent,
     trust: bool = False,
 ) -> EvaluationReport:
@@ -104,6 +106,8 @@ def evaluate(
         thresholds: confidence thresholds for a network with exits; each is one number, or one for each exit but the
             last; default: its own.
         sides: sides of the user, see `cadsurgery.tasks.side.Side`; they get the same images as the network.
+        bands: which bands of the images the network reads, counted from 1, in their order; default: those of the data,
+            of the network, or all.
         step: progress callback.
         trust: run code that a converted file names; see `cadsurgery.load`.
 
@@ -116,17 +120,25 @@ def evaluate(
     torch_device = own_device(device)
     for mask in masks:
         resolve_mask(mask)  # a typo should not wait for the network to be built
-    samples = (open_data(data, split) if isinstance(data, str) else as_data(data)).first(limit)
+    samples = (open_data(data, split, bands=bands) if isinstance(data, str) else as_data(data)).first(limit)
     opened: nn.Module | None = open_any(network, trust)
+    pictures = pictures_of(samples)
     if opened is not None:
+        read_by(opened, bands, (options or {}).get("normalisation"), pictures)
         compared = _sides_of(opened, samples, bool(masks or output_stride), thresholds, torch_device)
     else:
         _refuse_thresholds(thresholds)
         step("building and converting")
-        nets, source = at_strides(network, output_stride, options or {}, weights=weights, trust=trust)
+        nets, source = at_strides(
+            *(network, output_stride, options or {}),
+            weights=weights,
+            bands=bands,
+            pictures=pictures,
+            trust=trust,
+        )
         opened, compared = nets[0], of_masks.compare(nets, source, masks, torch_device)
     compared = replace(compared, sides=[*compared.sides, *sides])
-    samples = _with_classes(samples, compared, torch_device)
+    samples = _with_classes(samples.read_for(compared.source), compared, torch_device)
     judge = _Judge(compared, samples, kind, torch_device)
     failed = judge.run(batch, step)
     measured = _measured(judge, failed, rounds, step)
@@ -334,7 +346,7 @@ def _labelled(labels: Tensor | None) -> AbstractContextManager[None]:
 def _batches(
     data: SegmentationData, size: int, failures: Failures
 ) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
-    """Yield positions, images (B, 3, H, W) and labels (B, H, W) of this process's share.
+    """Yield positions, images (B, C, H, W) and labels (B, H, W) of this process's share.
 
     Unusable images are recorded as failures and left out.
     """
@@ -408,7 +420,7 @@ class EvaluationReport(MeasuredReport):
         fidelity: None with labels; without labels, the kind of the outputs: `classes` or `values`.
         images: number of images evaluated.
         batch: images per call.
-        image: (3, H, W) of the image that was timed.
+        image: (C, H, W) of the image that was timed.
         processes: number of processes.
         rows: one row per side, in order.
         compared: how the sides are shown.

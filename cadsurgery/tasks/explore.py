@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cadsurgery.data.images import normalise, read_image, street_scene
+from cadsurgery.data.images import normalise, read_picture_for, shown, street_scene
 from cadsurgery.data.networks import Source, class_names, stated_statistics
 from cadsurgery.masks import EstimatedMask, MaskProvider, list_masks, resolve_mask
 from cadsurgery.methods.storage import load
@@ -276,7 +276,7 @@ def explore(
         )
     spec = setting.spec(subject.mask)
     is_own = spec == subject.mask
-    picture, size = _read(image)
+    picture, size = _read(image, subject.source)
     step("converting")
     net, fast, dense = subject.convert(pair, fill)
     if not is_own and not setting.mask and net.mask.find(EstimatedMask):
@@ -292,7 +292,7 @@ def explore(
     counted = net.macs(batch, mask=mask)
     sides = [*_uniform_sides(net, dense, counted), Side(spec, partial(fast, mask=mask), counted.mask)]
     rows = measure(sides, batch, rounds, seconds=_SECONDS, step=within(step, "measuring"))
-    pixels, stride = picture.permute(1, 2, 0).numpy(), net.plan.strides[0]
+    pixels, stride = shown(picture).permute(1, 2, 0).numpy(), net.plan.strides[0]
     prediction, high_prediction = (
         _overlay(picture, output_of_side) for output_of_side in (output, reference)
     )
@@ -308,7 +308,7 @@ def explore(
         high_prediction,
         tuple(lines),
         tuple(rows),
-        _python(subject.python(spec, pair, fill), image, size),
+        _python(subject.python(spec, pair, fill), image, size, subject.source),
         _command(subject, spec, pair, fill, image, size),
         output,
         lattice.levels,
@@ -335,16 +335,16 @@ def _refuse_import(code: str) -> InvalidInput:
     )
 
 
-def _read(image: Path | int) -> tuple[Tensor, tuple[int, int] | None]:
+def _read(image: Path | int, source: Source) -> tuple[Tensor, tuple[int, int] | None]:
     """Return a picture, and the size that it was reduced to, if it was."""
     if isinstance(image, int):
-        return street_scene(*_SAMPLE_SIZE, image), None
-    picture = read_image(image)
+        return street_scene(*_SAMPLE_SIZE, image, source.channels), None
+    picture = read_picture_for(source, image)
     height, width = picture.shape[1:]
     if max(height, width) <= _LONGEST:
         return picture, None
     size = tuple(max(1, round(side * _LONGEST / max(height, width))) for side in (height, width))
-    return read_image(image, size), size  # type: ignore[return-value, arg-type]
+    return read_picture_for(source, image, size), size  # type: ignore[return-value, arg-type]
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:
@@ -383,12 +383,14 @@ def _answer(name: str, output: Any, source: Source) -> str:
     )
 
 
-def _python(lines: list[str], image: Path | int, size: tuple[int, int] | None) -> str:
+def _python(lines: list[str], image: Path | int, size: tuple[int, int] | None, source: Source) -> str:
     sizes = f", {size}" if size else ""
+    if source.channels != 3:
+        sizes += f", channels={source.channels}"
     read = (
         f"read_image(Path({Path(image).name!r}){sizes})"
         if isinstance(image, Path)
-        else f"street_scene{(*_SAMPLE_SIZE, image)}"
+        else f"street_scene({', '.join(map(str, (*_SAMPLE_SIZE, image)))}{sizes})"
     )
     return "\n".join(
         [

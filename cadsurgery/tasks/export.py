@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cadsurgery.data.images import find_images, normalise, read_image
+from cadsurgery.data.images import find_images, normalise, read_picture_for
 from cadsurgery.data.networks import Source
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.export import check_calibration, check_mask, export, format_of
@@ -34,7 +36,13 @@ def export_network(model: str, options: ExportOptions, step: Step) -> dict[str, 
     check_calibration(kind.precision, kind.calibration or None)
     step(f"building {model}")
     form, is_dynamic = format_of(output, kind.to or None), kind.dynamic or kind.level_map
-    net = open_converted(model, mask, options.conversion, trust=options.trust) if is_file(model) else None
+    folder = Path(kind.calibration) if kind.calibration else None
+    more: dict[str, Any] = {"bands": options.bands, "pictures": partial(read_all, folder) if folder else None}
+    net = (
+        open_converted(model, mask, options.conversion, trust=options.trust, **more)
+        if is_file(model)
+        else None
+    )
     provider = (
         net.mask
         if net is not None
@@ -42,13 +50,13 @@ def export_network(model: str, options: ExportOptions, step: Step) -> dict[str, 
     )
     check_mask(provider, form, is_dynamic, kind.level_map)
     if net is None:
-        net = open_converted(model, provider, options.conversion, weights=options.weights)
+        net = open_converted(model, provider, options.conversion, weights=options.weights, **more)
     net.eval()
     source = pictures_for(net)
     first, second = (example_batch(source, None, size, seed) for seed in (0, 1))
-    if kind.calibration:
+    if folder is not None:
         step("reading the calibration images")
-    calibration = images_like(first, source, Path(kind.calibration)) if kind.calibration else None
+    calibration = images_like(first, source, folder) if folder is not None else None
     changed = {"to": kind.to or None, "calibration": calibration}
     written = export(net, first, output, other=second, step=step, **{**vars(kind), **changed})
     with torch.inference_mode():
@@ -61,12 +69,18 @@ def export_network(model: str, options: ExportOptions, step: Step) -> dict[str, 
     }
 
 
-def images_like(example: Tensor, source: Source | None, folder: Path) -> list[Tensor]:
+def images_like(example: Tensor, source: Source, folder: Path) -> list[Tensor]:
     """Read the images of a folder, each as a batch of the example's size, normalised for a network of this source.
 
     Raises:
         FileError: there are no images, or an image cannot be read.
+        InvalidInput: an image has no bands that the network reads.
     """
-    paths, _ = find_images([folder])
     size = (example.shape[2], example.shape[3])
-    return [normalise(read_image(path, size), source).unsqueeze(0) for path in paths]
+    return [normalise(image, source).unsqueeze(0) for image in read_all(folder, source, size)]
+
+
+def read_all(folder: Path, source: Source, size: tuple[int, int] | None = None) -> Iterator[Tensor]:
+    """Yield the images of a folder as a network of this source reads them."""
+    paths, _ = find_images([folder])
+    return (read_picture_for(source, path, size) for path in paths)

@@ -13,6 +13,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
 
+from cadsurgery.data.images import shown
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.tasks.report import canvas, panels
 from cadsurgery.tasks.report import figure_picture as figure_picture
@@ -28,7 +29,7 @@ def mask_figure(image: Tensor, lattice: Lattice, output_stride: int, title: str 
     """Draw the image, the level map and the lattice side by side.
 
     Args:
-        image: (3, H, W) in 0..1.
+        image: (C, H, W), not normalised.
         lattice: lattice of the last stage, as `net.lattice`; its first image is drawn.
         output_stride: high output stride: image pixels per fine pixel.
         title: title of the figure.
@@ -57,8 +58,8 @@ def mask_figure(image: Tensor, lattice: Lattice, output_stride: int, title: str 
 
 
 def _pixels(image: Tensor) -> np.ndarray:
-    """Convert an image (3, H, W) to an array (H, W, 3)."""
-    return image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
+    """Convert an image (C, H, W) to an array (H, W, 3)."""
+    return shown(image).permute(1, 2, 0).cpu().numpy()
 
 
 def _on_pixels(values: Tensor, pixels: np.ndarray, output_stride: int) -> np.ndarray:
@@ -86,7 +87,7 @@ def comparison_figure(
     """Draw the image, and beside it each level map over the image: kept areas in colour, the lowest level grey.
 
     Args:
-        image: (3, H, W) in 0..1.
+        image: (C, H, W), not normalised.
         lattices: lattices of the last stage, one per mask, of one geometry; the first image of each batch is drawn.
         titles: title of each panel.
         output_stride: high output stride: image pixels per fine pixel.
@@ -185,7 +186,7 @@ def _class_colours() -> list[tuple[int, int, int]]:
 
 
 def prediction_picture(image: Tensor, classes: Tensor, view: str) -> Image.Image:
-    """Draw a class map (H, W) on its image (3, h, w): `overlay`, or `side`, the image and the classes side by side."""
+    """Draw a class map (H, W) on its image (C, h, w): `overlay`, or `side`, the image and the classes side by side."""
     pixels = Image.fromarray((255 * _pixels(image)).round().astype(np.uint8))
     colours = class_picture(classes).convert("RGB").resize(pixels.size, Image.Resampling.NEAREST)
     if view == OVERLAY:

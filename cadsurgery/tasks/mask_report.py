@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import Tensor
 
+from cadsurgery.data.channels import statistics_of
 from cadsurgery.data.images import (
     check_labels_fit,
     check_picture,
@@ -23,9 +24,11 @@ from cadsurgery.data.images import (
     read_labels,
     write_picture,
 )
+from cadsurgery.data.networks import Source
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.masks import FineMapSpec, MaskProvider, labelled, resolve_mask
 from cadsurgery.masks.provider import check_levels
+from cadsurgery.masks.unit import BANDS, read_normalisation
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.storage import load, read_metadata
 from cadsurgery.support import files
@@ -34,7 +37,7 @@ from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.progress import Step, counted
 from cadsurgery.tasks.commands import MaskOptions
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
-from cadsurgery.tasks.open import example_image, is_file, open_converted
+from cadsurgery.tasks.open import example_image, is_file, open_converted, read_by
 from cadsurgery.tasks.report import Report, Row, figure_picture, percent, plain
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 from cadsurgery.tasks.tables import Column, table
@@ -161,15 +164,18 @@ def draw_masks(image: str, options: MaskOptions, *, step: Step) -> MaskReport:
         )
     check_picture(options.output)
     path = _existing(image)
-    picture = example_image(path, size)
-    truth = _labels(options.labels, path, size, picture)
-    asked = [(text, resolve_mask(text)) for text in masks]
-    stored_mask, notes = None, [_NO_NETWORK]
+    net, stored_mask, source = None, None, None
     if model:
         step(f"building {model}")
-        net, stored_mask = _open(model, options.conversion, options.weights, options.trust)
+        net, stored_mask = _open(model, options, path)
+        source = pictures_for(net)
+    picture = example_image(path, size, source=source, bands=options.bands)
+    truth = _labels(options.labels, path, size, picture)
+    asked = [(text, resolve_mask(text)) for text in masks]
+    notes = [_NO_NETWORK]
+    if net is not None and source is not None:
         step("running it with everything kept high")
-        stride, max_level, look, notes = _look_in(net, model, picture, compare)
+        stride, max_level, look, notes = _look_in(net, source, model, picture, compare)
     else:
         stride, max_level, look = _look_bare(picture, **options.conversion)
     if not asked:
@@ -219,7 +225,7 @@ def _labels(
     stored = tuple(read_labels(path).shape)
     own: tuple[int, ...] = (height, width)
     if image is not None and size is not None:
-        own = tuple(read_image(image).shape[1:])
+        own = tuple(read_image(image, channels=None).shape[1:])
         if own != stored[::-1]:  # labels of any size are resized, unless they are turned
             own = stored
     if image is not None or size is None:
@@ -228,14 +234,24 @@ def _labels(
     return read_labels(path, size).unsqueeze(0)
 
 
-def _look_bare(picture: Tensor, output_stride: tuple[int, int] | None, patch: str) -> tuple[int, int, Look]:
+def _look_bare(
+    picture: Tensor, output_stride: tuple[int, int] | None, patch: str, normalisation: object = None
+) -> tuple[int, int, Look]:
     """Evaluate masks without a network: the image stands for the entering features, and MACs are not counted.
+
+    Masks see the picture after the normalisation, in the unit of masks: as they do in a network that takes it so.
 
     Return the high output stride, the lowest level, and the function.
     """
     high, low = output_stride or (8, 32)
     geometry = Geometry(_halvings(high, low), patch=patch)  # type: ignore[arg-type]
-    batch = normalise(picture, None).unsqueeze(0)
+    if normalisation == BANDS:
+        normalisation = statistics_of([picture])
+    read = read_normalisation("imagenet" if normalisation is None else normalisation, len(picture))
+    source = Source("", channels=len(picture))
+    if read.mean:
+        source = replace(source, mean=read.mean, std=read.std)
+    batch = read.in_unit(normalise(picture, source).unsqueeze(0))
     features = batch[:, :, ::high, ::high]
     grid = FineMapSpec.of(geometry, 1, (features.shape[2], features.shape[3]), high)
 
@@ -253,14 +269,13 @@ def _look_bare(picture: Tensor, output_stride: tuple[int, int] | None, patch: st
 
 
 def _look_in(
-    net: AdaptiveModel, model: str, picture: Tensor, compare: bool
+    net: AdaptiveModel, source: Source, model: str, picture: Tensor, compare: bool
 ) -> tuple[int, int, Look, list[str]]:
     """Evaluate masks in a network.
 
     Return the high output stride, the lowest level, the function and notes. If masks are compared, the function runs
     the network and returns the quality of its prediction and its MACs.
     """
-    source = pictures_for(net)
     batch = normalise(picture, source).unsqueeze(0)
     stride, max_level = net.plan.strides[0], net.geometry.max_level
 
@@ -327,14 +342,18 @@ def _refusal(dense: Any, size: tuple[int, int]) -> str:
     return ""
 
 
-def _open(
-    model: str, options: Mapping[str, Any], weights: str, trust: bool
-) -> tuple[AdaptiveModel, MaskProvider | None]:
-    """Return a network, and the mask of its file."""
+def _open(model: str, options: MaskOptions, image: Path | None) -> tuple[AdaptiveModel, MaskProvider | None]:
+    """Return a network, which reads pictures as the options say, and the mask of its file."""
+
+    def pictures(source: Source) -> list[Tensor]:
+        return [example_image(image, options.size, source=source)]
+
     if not is_file(model):
-        return open_converted(model, "none", options, weights=weights), None
+        more: dict[str, Any] = {"bands": options.bands, "pictures": pictures}
+        return open_converted(model, "none", options.conversion, weights=options.weights, **more), None
     stored = read_metadata(model).get("mask") is not None
-    net = load(model, mask=None if stored else "none", trust=trust)
+    net = load(model, mask=None if stored else "none", trust=options.trust)
+    read_by(net, options.bands, options.conversion.get("normalisation"), pictures)
     return net, net.mask if stored else None
 
 

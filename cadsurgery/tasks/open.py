@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -10,10 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from cadsurgery.data.channels import check_bands, statistics_of
 from cadsurgery.data.hub import is_address
-from cadsurgery.data.images import check_size, normalise, read_image, street_scene
+from cadsurgery.data.images import check_size, normalise, read_picture_for, street_scene
 from cadsurgery.data.networks import Source, build_again, build_model, source_of
 from cadsurgery.data.onnx_files import is_onnx
+from cadsurgery.masks.unit import BANDS, read_normalisation
 from cadsurgery.methods.storage import SiblingModel
 from cadsurgery.methods.storage import load as load_any
 from cadsurgery.network.adaptify import adaptify
@@ -55,8 +57,42 @@ def open_any(network: object, trust: bool = False) -> SiblingModel | None:
     return cast(SiblingModel, load_any(network, trust=trust))
 
 
+Pictures = Callable[[Source], Iterable[Tensor]]  # those that a command reads, for a network of a source
+
+
+def with_statistics(options: Mapping[str, Any], source: Source, pictures: Pictures | None) -> dict[str, Any]:
+    """Return options of a conversion with mean and deviation of the pictures in place of the normalisation `bands`.
+
+    Raises:
+        InvalidInput: there are no pictures.
+    """
+    if options.get("normalisation") != BANDS or pictures is None:
+        return dict(options)
+    return {**options, "normalisation": statistics_of(pictures(source))}
+
+
+def read_by(
+    net: nn.Module, bands: Sequence[int] = (), normalisation: object = None, pictures: Pictures | None = None
+) -> None:
+    """Set how a converted network reads pictures from now on, where it is said: its bands, and its normalisation.
+
+    Raises:
+        InvalidInput: see `read_normalisation` and `with_statistics`.
+    """
+    if not bands and normalisation is None:
+        return
+    source = _of_bands(source_of(net), bands)
+    chosen = with_statistics({"normalisation": normalisation}, source, pictures)["normalisation"]
+    if chosen is not None and isinstance(net, AdaptiveModel) and not net.hosts_part:
+        net.normalisation = chosen
+    elif chosen is not None and (read := read_normalisation(chosen, source.channels)).mean:
+        source = replace(source, mean=read.mean, std=read.std)
+    if getattr(net, "source", None) is not None:  # a network without a name has no record
+        net.source = source  # type: ignore[assignment]
+
+
 def original(
-    network: str | nn.Module, weights: str = "auto", num_classes: int | None = None
+    network: str | nn.Module, weights: str = "auto", num_classes: int | None = None, bands: Sequence[int] = ()
 ) -> tuple[nn.Module, Source]:
     """Build a network to convert; return it and its source.
 
@@ -64,12 +100,14 @@ def original(
         network: a name, `module:function`, an ONNX file, or a module, which is returned unchanged.
         weights: weights of a network by name; see `build_model`.
         num_classes: number of classes of a torchvision or timm network; a function chooses its classes itself.
+        bands: which bands of pictures it reads, counted from 1; its source has them.
 
     Raises:
         FileError: `network` is a file or folder instead of a name, or there is no such file.
     """
     if isinstance(network, nn.Module):
-        return network, source_of(network)
+        source = source_of(network)
+        return network, _of_bands(source, bands)
     _refuse_file(network)
     torch.manual_seed(0)  # random weights are the same in every run
     library, _, function = network.partition(":")
@@ -79,6 +117,7 @@ def original(
         )
     except UnknownName as error:
         raise of_another_kind(network, what=_A_NAME) or error from None  # a folder
+    built.cad_source = _of_bands(source_of(built), bands)  # type: ignore[assignment]
     return built, source_of(built)
 
 
@@ -106,9 +145,14 @@ def open_converted(
     *,
     weights: str = "none",
     num_classes: int | None = None,
+    bands: Sequence[int] = (),
+    pictures: Pictures | None = None,
     trust: bool = False,
 ) -> AdaptiveModel:
     """Open a converted file, optionally with another mask, or convert a network by name without verification.
+
+    How it reads pictures may be changed for both: `bands`, and the `normalisation` of the options, for which `pictures`
+    are read if it is that of the bands.
 
     Raises:
         InvalidInput: options other than the defaults for a file, which is converted already.
@@ -116,20 +160,24 @@ def open_converted(
     options = options or {}
     check_options(network, options)
     if not is_file(network):
-        built, _ = original(network, weights, num_classes)
+        built, source = original(network, weights, num_classes, bands)
+        options = with_statistics(options, source, pictures)
         net = adaptify(built, mask or DEFAULT_MASK, **options, verify_laws=False)
         pictures_for(net)
         return net
-    return load(network, mask=mask or None, trust=trust)
+    net = load(network, mask=mask or None, trust=trust)
+    read_by(net, bands, options.get("normalisation"), pictures)
+    return net
 
 
 def check_options(network: object, options: Mapping[str, Any]) -> None:
-    """Refuse conversion options for a file unless they are the defaults.
+    """Refuse conversion options for a file unless they are the defaults; its normalisation may be changed.
 
     Raises:
         InvalidInput: the file is converted already.
     """
-    changed = [name for name, value in options.items() if value != getattr(Conversion(), name)]
+    fixed = {name: value for name, value in options.items() if name != "normalisation"}
+    changed = [name for name, value in fixed.items() if value != getattr(Conversion(), name)]
     if changed and is_file(network):
         check_kind(str(network), CONVERTED)
         raise InvalidInput(
@@ -162,6 +210,8 @@ def at_strides(
     *,
     mask: object = DEFAULT_MASK,
     weights: str = "auto",
+    bands: Sequence[int] = (),
+    pictures: Pictures | None = None,
     trust: bool = False,
 ) -> tuple[list[AdaptiveModel], Source]:
     """Return a converted network for each pair of output strides, and their common source.
@@ -174,6 +224,7 @@ def at_strides(
         options: options of `adaptify` for a network that is not converted yet.
         mask: mask of such a network.
         weights: weights of a network by name.
+        bands, pictures: see `open_converted`.
         trust: run code that a file names; see `cadsurgery.load`.
 
     Raises:
@@ -184,11 +235,13 @@ def at_strides(
     pairs = pairs_of(output_stride) or ([pair] if pair is not None else [])
     opened = load(network, trust=trust) if isinstance(network, str) and is_file(network) else network
     if not isinstance(opened, AdaptiveModel):
-        opened, source = original(opened, weights)
+        opened, source = original(opened, weights, bands=bands)
+        options = with_statistics(options, source, pictures)
     else:
+        read_by(opened, bands, options.pop("normalisation", None), pictures)
         source = pictures_for(opened)
         if not pairs:
-            return [opened], source
+            return [opened], _of_bands(source, bands)
         geometry, mask = opened.geometry, opened.mask
         reading = ("anchor", "fill", "pool", "patch", "statistics")
         options = {name: getattr(geometry, name) for name in reading}
@@ -199,7 +252,11 @@ def at_strides(
         adaptify(opened, mask, output_stride=pair, verify_laws=False, **options) for pair in pairs or [None]
     ]
     sources = [pictures_for(net) for net in nets]
-    return nets, replace(source, mean=sources[0].mean, std=sources[0].std)
+    return nets, _of_bands(replace(source, mean=sources[0].mean, std=sources[0].std), bands)
+
+
+def _of_bands(source: Source, bands: Sequence[int]) -> Source:
+    return replace(source, bands=check_bands(bands)) if bands else source
 
 
 def unconverted(net: AdaptiveModel) -> nn.Module:
@@ -242,15 +299,26 @@ def provenance(network: object, source: Source, device: torch.device) -> dict[st
     }
 
 
-def example_image(path: Path | None, size: tuple[int, int] | None, seed: int = 0) -> Tensor:
-    """Return an image (3, H, W) in 0..1: the file, or a generated street scene."""
+def example_image(
+    path: Path | None,
+    size: tuple[int, int] | None,
+    seed: int = 0,
+    source: Source | None = None,
+    bands: Sequence[int] = (),
+) -> Tensor:
+    """Return an image (C, H, W) in 0..1 as a network of this source reads it: the file, or a generated street scene.
+
+    Without a source it has the bands of the file, or those that are named; a scene is in colour.
+    """
     check_size(size)
-    return street_scene(*(size or DEFAULT_SIZE), seed) if path is None else read_image(path, size)
+    if path is None:
+        return street_scene(*(size or DEFAULT_SIZE), seed, 3 if source is None else source.channels)
+    return read_picture_for(source, path, size, bands=bands)
 
 
 def example_batch(
     source: Source | None, path: Path | None = None, size: tuple[int, int] | None = None, seed: int = 0
 ) -> Tensor:
-    """Return the example image, normalised for a network of this source: (1, 3, H, W)."""
+    """Return the example image, normalised for a network of this source: (1, C, H, W)."""
     size = size or (source.size if source is not None else None)
-    return normalise(example_image(path, size, seed), source).unsqueeze(0)
+    return normalise(example_image(path, size, seed, source), source).unsqueeze(0)

@@ -57,6 +57,18 @@ def documented(kind: type[D]) -> type[D]:
     return kind
 
 
+def bands_option() -> Any:
+    """Declare --bands."""
+    return option(
+        (),
+        "which bands of the pictures' files to read, counted from 1, in the order of the network's channels, e.g. "
+        "3,2,1. Default: those of the network; else all: as many as channels are read as they are, colour becomes grey "
+        "(ITU-R BT.601), grey becomes colour, transparency is left out",
+        metavar="N[,N...]",
+        read="bands",
+    )
+
+
 @documented
 @dataclass(frozen=True)
 class Conversion:
@@ -88,8 +100,10 @@ class Conversion:
     )
     normalisation: Any = option(
         None,
-        "mean and deviation of its pictures in 0..1, e.g. 0.5/0.5 or R,G,B/R,G,B, for what masks see; "
-        "raw: they see the input as it comes; default: as stated",
+        "mean and deviation of its pictures in 0..1, for all channels or for each, e.g. 0.5/0.5 or R,G,B/R,G,B: "
+        "how pictures are prepared, and what masks undo; or a name. imagenet: ImageNet's; none: pictures are taken as "
+        "they are; bands: those of each band of the pictures that this command reads; raw: masks see the input as it "
+        "comes. Default: as the network states, else ImageNet's, averaged where it reads other than 3 channels",
         metavar="MEAN/STD",
         read="normalisation",
     )
@@ -201,6 +215,7 @@ class Benchmark(Conversion):
     calibration: str = option(
         "", "folder of images by which int8 is calibrated; default: the scenes it is measured on"
     )
+    bands: tuple[int, ...] = bands_option()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cadsurgery.data.clips import open_clip, write_clip
-from cadsurgery.data.images import normalise, read_image, write_picture
+from cadsurgery.data.images import normalise, read_picture_for, write_picture
 from cadsurgery.data.networks import class_names
 from cadsurgery.data.stores import is_remote
 from cadsurgery.masks.wrappers import Smooth
@@ -35,6 +35,7 @@ from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.evaluation import refuse_images
 from cadsurgery.tasks.figures import CLASSES, OVERLAY, class_picture, prediction_picture
 from cadsurgery.tasks.manifest import fingerprint
+from cadsurgery.tasks.open import read_by
 from cadsurgery.tasks.sides import kind_of
 
 Row = dict[str, Any]  # what happened to an image or a clip, as plain values; a failure has no `output`
@@ -60,6 +61,8 @@ class PredictionSettings:
 
     file: str
     mask: str = RunOptions.mask
+    bands: tuple[int, ...] = RunOptions.bands
+    normalisation: Any = None
     size: tuple[int, int] | None = RunOptions.size
     view: str = RunOptions.view
     device: str = RunOptions.device
@@ -71,18 +74,23 @@ class PredictionSettings:
     @classmethod
     def of(cls, file: str, options: RunOptions) -> PredictionSettings:
         """Take the settings among the options of a run."""
-        return cls(file, *(getattr(options, entry.name) for entry in fields(cls)[1:]))
+        values = {**vars(options), **options.conversion}
+        return cls(file, *(values.get(entry.name, entry.default) for entry in fields(cls)[1:]))
 
     def identity(self) -> dict[str, Any]:
         """Return what a manifest states: all that predictions depend on."""
         names = ("size", "view", "precision", "until")
         made_by = {"network": fingerprint(self.file), "mask": self.mask or "the file's"}
         made_by |= {name: getattr(self, name) for name in names}
+        # Not stated by default, so that folders of earlier versions can be gone on with.
+        made_by |= {name: value for name in ("bands", "normalisation") if (value := getattr(self, name))}
         return {**made_by, "device": own_device(self.device).type}
 
     def load(self) -> nn.Module:
         """Open the file on the device of this process."""
-        return load(self.file, mask=self.mask or None, trust=self.trust).to(own_device(self.device))
+        net = load(self.file, mask=self.mask or None, trust=self.trust)
+        read_by(net, self.bands, self.normalisation)
+        return net.to(own_device(self.device))
 
     def with_one_thread(self) -> Predictor:
         """Open the file for this process alone, one of many on a machine."""
@@ -165,7 +173,8 @@ class Predictor:
 
     def _read(self, item: Item) -> Picture:
         try:
-            return Picture(item, read_image(item.source, self.settings.size, content=item.content))
+            read = read_picture_for(self.source, item.source, self.settings.size, content=item.content)
+            return Picture(item, read)
         except CadError as error:
             return Picture(item, error=error)
 
@@ -224,7 +233,10 @@ class Predictor:
         """Predict the frames of a clip and write them as a clip, until it ends or `stopped` is set."""
         done, sums, counts, start = 0, Counter[str](), Counter[int](), time.perf_counter()
         first: torch.Size | None = None
-        with open_clip(path, self.settings.size, fps) as clip, write_clip(target, clip.rate) as add:
+        with (
+            open_clip(path, self.settings.size, fps, self.source) as clip,
+            write_clip(target, clip.rate) as add,
+        ):
             while frames := list(islice(clip.frames, 0 if stopped.is_set() else self.settings.batch)):
                 for number, frame in enumerate(frames, done + 1):
                     first = first or frame.shape

@@ -351,8 +351,6 @@ REFUSED = [
     (["run", "net.safetensors", "images", "--device", "meta"], "InvalidInput", "cpu"),
     (["run", "net.safetensors", "images", "--device", "hpu"], "InvalidInput", "cpu"),
     (["plan", "--model", "usernets:of_classes"], "InvalidInput", "default values"),
-    (["macs", "--model", "usernets:grey", "--size", "64x64"], "InvalidInput", "image.mean"),
-    (["macs", "--model", "usernets:grey", "--size", "64x64", "--dense"], "InvalidInput", "image batch"),
     (["run", "net.safetensors", "images", "--output", "usernets.py", "--trust"], "FileError", "--output"),
     (["convert", "--model", "usernets:segmenter", "--output", "no/net.safetensors"], "FileError", "--output"),
     (["convert", "--model", "usernets:segmenter", "--weights", "missing.pth"], "FileError", "path"),
@@ -362,7 +360,6 @@ REFUSED = [
     (["export", "missing.safetensors"], "FileError", "path"),
     (["bench", "--model", "usernets:segmenter", "--fractions", ","], "InvalidInput", "0 to 1"),
     (["bench", "--model", "usernets:segmenter", "--picture", "no/b.png"], "FileError", "--picture"),
-    (["bench", "--model", "usernets:grey", "--size", "64x64"], "InvalidInput", "image.mean"),
 ]
 
 

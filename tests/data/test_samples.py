@@ -190,7 +190,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "labels are none": (lambda image, labels: (image, None), "labels NoneType None"),
     "transparency": (
         lambda image, labels: (torch.cat((image, image[:1])), labels),
-        "an image has 4 channels",
+        "an image has 4 bands, and the network reads 3 channels",
     ),
     "size of labels": (lambda image, labels: (image, labels[:-1]), "48x64 pixels and its labels have 47x64"),
     "labels by ToTensor": (

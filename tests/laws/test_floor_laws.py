@@ -308,6 +308,34 @@ def test_differences_of_neighbours_are_exact(size: tuple[int, int]) -> None:
     assert_same(net(x, mask="all"), model(x), 1e-5)
 
 
+class ReducedAttention(nn.Module):
+    """Tokens behind a norm, whose attention reads keys of a strided convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.norm = nn.Conv2d(3, 8, 7, 4, 3), nn.LayerNorm(8)
+        self.query, self.reduce, self.head = nn.Linear(8, 8), nn.Conv2d(8, 8, 4, 4), nn.Conv2d(8, 2, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.encode(x)
+        batch, channels, height, width = z.shape
+        tokens = self.norm(z.flatten(2).transpose(1, 2))
+        reduced = self.reduce(tokens.transpose(1, 2).reshape(batch, channels, height, width))
+        keys = reduced.flatten(2).transpose(1, 2)
+        seen = (self.query(tokens) @ keys.transpose(1, 2)).softmax(-1) @ keys
+        return self.head((tokens + seen).transpose(1, 2).reshape(batch, channels, height, width))
+
+
+def test_tokens_that_leave_the_region_are_exact() -> None:
+    """The conversion compares them with their emulation, in the layout that they have."""
+    torch.manual_seed(0)
+    model = ReducedAttention().eval()
+    net = cs.adaptify(model, "edges", coarsest=32, example_input=torch.rand(1, 3, 96, 128))
+    assert any("emulation" in check.law for check in net.checks)
+    x = torch.rand(2, 3, 96, 128)
+    assert_same(net(x, mask="all"), model(x), 1e-5)
+
+
 def test_an_identity_whose_hooks_are_asked_for_keeps_its_place() -> None:
     seen: list[Tensor] = []
     model = HandsOn(nn.ConstantPad2d(1, 0.0), nn.Identity()).eval()

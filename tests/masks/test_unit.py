@@ -18,7 +18,7 @@ import cadsurgery as cs
 from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD, source_of, stated_statistics
 from cadsurgery.masks import FineMapSpec, MaskProvider, Normalisation
-from cadsurgery.masks.unit import estimate
+from cadsurgery.masks.unit import estimate, read_normalisation
 from cadsurgery.network.model import pictures_for
 from cadsurgery.network.storage import encode_with_checksum, read_metadata
 
@@ -383,7 +383,6 @@ def test_a_file_with_an_impossible_normalisation_is_damaged(tmp_path: Path) -> N
         ((0.5, (1.0, 1.0, float("inf"))), "no normalisation"),
         (((), ()), "no normalisation"),
         (0.5, "no normalisation"),
-        ("imagenet", "no normalisation"),
         ((0.5, "ab"), "no normalisation"),
         ((1, 2, 3), "no normalisation"),
     ],
@@ -394,6 +393,18 @@ def test_what_is_no_normalisation_is_refused(given: Any, what: str) -> None:
     assert "raw" in refusal.value.next or "channels" in refusal.value.next
     with pytest.raises(cs.InvalidInput, match=what):
         adapted("0..1").normalisation = given
+
+
+def test_names_stand_for_mean_and_deviation() -> None:
+    names = {"imagenet": IMAGENET, "none": ((0.0,), (1.0,)), "raw": ((), ())}
+    for name, (mean, std) in names.items():
+        found = read_normalisation(name, 3)
+        assert (found.mean, found.std) == (tuple(mean), tuple(std))
+    with pytest.raises(cs.UnknownName, match="imagenette") as refusal:
+        read_normalisation("imagenette", 3)
+    assert "imagenet" in str(refusal.value)
+    with pytest.raises(cs.InvalidInput, match="taken from pictures"):
+        adapted("0..1", normalisation="bands")
 
 
 # -- the command line ----------------------------------------------------------------------------------

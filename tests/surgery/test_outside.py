@@ -327,3 +327,34 @@ def test_an_object_that_is_held_at_several_depths_is_compared_as_a_whole_at_each
     for each in (net, model):
         each.inner.gains["first"][1] = 7.0
     assert_same(net(x), model(x))
+
+
+def _counted(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A decorator whose functions enclose each other."""
+    calls: list[Any] = []
+
+    def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(again)
+        return forward(*args, **kwargs)
+
+    def again() -> Any:
+        return wrapper
+
+    return wrapper
+
+
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 2, 3, 2, 1)
+
+    @_counted
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x)) * GAIN
+
+
+def test_functions_that_enclose_each_other_are_read_once() -> None:
+    """And so the reading ends."""
+    model, x = Counted().eval(), images(1, 32, 48)
+    net = cs.adaptify(model, "all", coarsest=8, example_input=x)
+    assert_same(net(x), model(x), 1e-5)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import SymInt, Tensor, fx, nn
 from torch.export import Dim
 
+from cadsurgery.data.channels import per_channel
 from cadsurgery.data.networks import source_of
 from cadsurgery.elements import functional
 from cadsurgery.elements.backends.target import Condition, Target, portable, recorded_conditions
@@ -622,14 +623,19 @@ def _thinned(net: AdaptiveModel, image: Tensor) -> Tensor:
 
 
 def _metadata(net: AdaptiveModel, dynamic: bool, multiple: int) -> dict[str, str]:
-    """Return the metadata of a file, including mean and standard deviation for images in 0..1."""
+    """Return the metadata of a file, including mean and standard deviation of each channel, and the bands that are read
+    if they were chosen."""
     source = source_of(net)
+    images = {
+        "mean": per_channel(source.mean, source.channels),
+        "std": per_channel(source.std, source.channels),
+    }
     options = {"fill": net.geometry.fill, "dynamic": dynamic, "multiple": multiple}
     return {
         "cadsurgery.mask": net.mask.spec(),
         "cadsurgery.plan": net.plan.to_json(),
         "cadsurgery.options": json.dumps(options),
-        "cadsurgery.images": json.dumps({"mean": source.mean, "std": source.std}),
+        "cadsurgery.images": json.dumps({**images, **({"bands": source.bands} if source.bands else {})}),
         "cadsurgery.versions": json.dumps(versions()),
     }
 

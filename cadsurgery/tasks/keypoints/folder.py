@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from cadsurgery.data.images import find_images, read_image
+from cadsurgery.data.images import find_images, read_picture_for
 from cadsurgery.masks import resolve_mask
+from cadsurgery.network.model import pictures_for
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
     CadError,
@@ -46,6 +47,7 @@ def extract(
     weights: str = "auto",
     options: dict[str, Any] | None = None,
     device: str = "cpu",
+    bands: Sequence[int] = (),
     step: Step = silent,
     trust: bool = False,
 ) -> tuple[list[dict[str, Any]], list[Failure]]:
@@ -61,7 +63,7 @@ def extract(
         output: output folder; images of folders keep their relative paths.
         settings: settings of the extraction.
         form: `npz` or `h5`, see `write_features`.
-        weights, options, device, step, trust: as in `cadsurgery.evaluate`.
+        weights, options, device, bands, step, trust: as in `cadsurgery.evaluate`.
 
     Returns:
         Rows of the images with a file (`image`, `output`, `keypoints`, and `kept`: the file existed), and failures.
@@ -81,7 +83,7 @@ def extract(
     torch_device, (paths, lacking) = own_device(device), find_images(images)
     folder = make_folder(output)
     step("building and converting")
-    (net,), _ = at_strides(network, (), options or {}, mask="all", weights=weights, trust=trust)
+    (net,), _ = at_strides(network, (), options or {}, mask="all", weights=weights, bands=bands, trust=trust)
     source = net.source
     identity = {
         **{"model": getattr(source, "name", type(net).__name__), "weights": getattr(source, "weights", "")},
@@ -98,7 +100,7 @@ def extract(
         if is_there:
             features = read_features(target)
         else:
-            features = extractor(read_image(path, upright=False))
+            features = extractor(read_picture_for(pictures_for(extractor.net), path, upright=False))
             make_folder(target.parent)
             write_features(features, target, str(place.with_suffix(path.suffix)))
         row = {"image": str(path), "output": str(target), "keypoints": len(features.keypoints)}

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadsurgery.data import Samples, SegmentationData, as_data, open_data, sample_of
+from cadsurgery.data.channels import check_bands
 from cadsurgery.data.datasets import identity_table, number_classes
 from cadsurgery.data.images import check_size, normalise, read_labels
 from cadsurgery.data.networks import Source
+from cadsurgery.data.samples import pictures_of
 from cadsurgery.data.sources import (
     KINDS,
     class_names,
@@ -68,7 +70,14 @@ from cadsurgery.tasks.judging import (
     judge,
     kind_to_judge,
 )
-from cadsurgery.tasks.open import is_file, open_any, original, provenance, unconverted
+from cadsurgery.tasks.open import (
+    is_file,
+    open_any,
+    original,
+    provenance,
+    unconverted,
+    with_statistics,
+)
 from cadsurgery.tasks.recommend.calls import PRECISIONS, Calls
 from cadsurgery.tasks.recommend.choice import LOOK_EVERY, choose, is_beaten, rows_of
 from cadsurgery.tasks.recommend.report import Recommendation, Requirement
@@ -100,6 +109,7 @@ def recommend(
     split: str = "all",
     weights: str = "auto",
     options: Mapping[str, Any] | None = None,
+    bands: Sequence[int] = (),
     output: Path | None = None,
     step: Step = silent,
     trust: bool = False,
@@ -135,6 +145,8 @@ def recommend(
         weights: of a network by name; see `build_model`.
         options: `output_stride` (that pair alone is tried), `region` or `normalisation` of `adaptify`; the latter also
             tells how pictures are normalised for the network, instead of what its weights state.
+        bands: which bands of the pictures the network reads, counted from 1, in their order; default: those of the
+            data, or all.
         output: folder of the run; default: the network's name with `-recommended`. It gets `report.json`, `curve.png`.
         step: called with what is being done.
         trust: run code that a converted file names; see `cadsurgery.load`.
@@ -148,15 +160,17 @@ def recommend(
     runtime = engine_for(runtime, precision)
     _check_options(keep, at_most, runtime, precision, minutes, limit)
     check_size(size)
-    photos = _open(images, split)
+    photos = _open(images, split, bands)
     data = photos.first(limit)
     if labels is not None:
         _look_into_labels(photos, _split_labels(labels)[0])
     step("building the network")
-    model, source = _as_given(network, weights, trust)
+    model, source = _as_given(network, weights, trust, bands)
     folder = make_folder(output or Path(f"{_short_name(source)}-recommended"))
     options = {name: value for name, value in (options or {}).items() if value is not None}
-    pictures = _Pictures(data, _normalised_by(source, options.get("normalisation")), size)
+    options = with_statistics(options, source, pictures_of(data))
+    source = _normalised_by(source, options.get("normalisation"))
+    pictures = _Pictures(data.read_for(source), source, size)
     first = _complete(pictures, model, labels, step)
     step("finding settings")
     candidates = find_candidates(
@@ -182,9 +196,9 @@ def recommend(
     request = Requirement(keep if keep is not None or at_most is not None else 0.99, at_most)
     name, typed_weights = _as_typed(network, source, weights)
     described = {"network": name, **provenance(network, source, torch.device("cpu"))}
-    report = _report_on(
-        run, request, {} if typed_weights == "auto" else {"weights": typed_weights}, described
-    )
+    typed: dict[str, Any] = {} if typed_weights == "auto" else {"weights": typed_weights}
+    typed |= {"bands": ",".join(map(str, bands))} if bands else {}
+    report = _report_on(run, request, typed, described)
     report.write(folder / "report.json", folder / "curve.png")
     return report
 
@@ -223,14 +237,15 @@ def _identity_of(
 
 
 def _report_on(
-    run: _MeasuringRun, request: Requirement, weights: Mapping[str, str], described: Mapping[str, Any]
+    run: _MeasuringRun, request: Requirement, typed: Mapping[str, Any], described: Mapping[str, Any]
 ) -> Recommendation:
-    """Choose among the measured settings; `weights` are as the user gave them, `described` is the provenance."""
+    """Choose among the measured settings; `typed` are weights and bands as the user gave them, `described` is the
+    provenance."""
     calls, pictures, measure = run.calls, run.pictures, run.measured_by
     rows = rows_of(run.candidates, run.judged, run.macs, measure)
     choice = choose(rows, request, measure, run.candidates.refusal)
     return Recommendation(
-        options={**weights, **calls.options},
+        options={**typed, **calls.options},
         data=pictures.data.name,
         images=run.done,
         of_images=len(pictures.data),
@@ -289,17 +304,20 @@ def _check_options(
         )
 
 
-def _open(images: str | Path | Samples, split: str) -> SegmentationData:
+def _open(images: str | Path | Samples, split: str, bands: Sequence[int]) -> SegmentationData:
     if not isinstance(images, (str, Path)):
-        return as_data(images)
+        data = as_data(images)
+        return replace(data, bands=check_bands(bands)) if bands else data
     text = str(images)
     kind = KINDS.get(text.partition(":")[0])
     if kind is None or files.exists(text):
-        return open_data(f"images:{text}", split)
-    return open_data(text, "val" if split == "all" and kind.splits else split)
+        return open_data(f"images:{text}", split, bands=bands)
+    return open_data(text, "val" if split == "all" and kind.splits else split, bands=bands)
 
 
-def _as_given(network: str | nn.Module, weights: str, trust: bool) -> tuple[nn.Module, Source]:
+def _as_given(
+    network: str | nn.Module, weights: str, trust: bool, bands: Sequence[int]
+) -> tuple[nn.Module, Source]:
     """Return a copy of the network that the user has, in evaluation mode and channels_last memory.
 
     Of a converted network it is the network before the conversion, with the weights that it has now.
@@ -320,7 +338,7 @@ def _as_given(network: str | nn.Module, weights: str, trust: bool) -> tuple[nn.M
                 stacklevel=3,
             )
         network = unconverted(network)
-    model, source = original(network, weights)
+    model, source = original(network, weights, bands=bands)
     return copy_network(model).eval().to(memory_format=torch.channels_last), source
 
 
@@ -328,7 +346,7 @@ def _normalised_by(source: Source, normalisation: object) -> Source:
     """Return the source with the mean and deviation of the option `normalisation`; as it is for None or raw."""
     if normalisation is None:
         return source
-    read = read_normalisation(normalisation, len(source.mean))
+    read = read_normalisation(normalisation, source.channels)
     return replace(source, mean=read.mean, std=read.std) if read.mean else source
 
 
@@ -361,13 +379,13 @@ class _Pictures:
     is_resized: bool = False
 
     def read(self, at: int) -> tuple[Tensor, Tensor | None]:
-        """Read a picture (1, 3, H, W) and its labels (1, H, W), if there are any, and resize both."""
+        """Read a picture (1, C, H, W) and its labels (1, H, W), if there are any, and resize both."""
         image, labels = sample_of(self.data, at)
         own = (image.shape[1], image.shape[2])
         self.size = self.size or own
         if own != self.size:
             self.is_resized = True
-            image = F.interpolate(image[None], self.size, mode="bilinear", antialias=True)[0].clamp(0, 1)
+            image = F.interpolate(image[None], self.size, mode="bilinear", antialias=True)[0]
             labels = F.interpolate(labels[None, None].double(), self.size, mode="nearest")[0, 0].long()
         image = normalise(image, self.source).unsqueeze(0)
         return image, labels.unsqueeze(0) if self.data.is_labelled else None

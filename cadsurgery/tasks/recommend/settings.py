@@ -97,7 +97,7 @@ class Setting:
 
         Args:
             network: as the user typed it.
-            options: `weights` and options of `adaptify` that the user gave, by name.
+            options: `weights`, `bands` and options of `adaptify` that the user gave, by name.
         """
         if self.kind in ("given", "compiled", "size") or not self.is_converted:
             return ""
@@ -120,7 +120,7 @@ class Setting:
         lines = ["import torch.nn.functional as F"] if self.scale != 1 else []
         call = "model"
         if self.kind in ("dense", "adaptive"):
-            given = {name: value for name, value in options.items() if name != "weights"}
+            given = {name: value for name, value in options.items() if name not in ("weights", "bands")}
             more = "".join(f", {name}={value!r}" for name, value in {**self.conversion, **given}.items())
             lines += [
                 "import cadsurgery as cs",

@@ -1,0 +1,140 @@
+"""Commands on pictures of one channel and of six bands; the page on both runs as it stands."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from conftest import ROOT, Run
+from PIL import Image
+
+import cadsurgery as cs
+from cadsurgery.data.images import normalise, read_image
+
+PAGE = (ROOT / "docs" / "howto" / "channels.md").read_text()
+NETWORKS = """
+import torch
+from torch import nn
+
+
+def network(channels):
+    torch.manual_seed(0)
+    widths = (channels, 8, 8, 8)
+    layers = [layer for pair in zip(widths, widths[1:]) for layer in (nn.Conv2d(*pair, 3, 2, 1), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Conv2d(8, 3, 1), nn.UpsamplingBilinear2d(scale_factor=8)).eval()
+
+
+def grey():
+    return network(1)
+
+
+def colour():
+    return network(3)
+
+
+def bands():
+    return network(6)
+"""
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A grey slice of 16 bits, a colour picture, and a tile of six bands."""
+    random = np.random.default_rng(0)
+    (tmp_path / "usernets.py").write_text(NETWORKS)
+    Image.fromarray(random.integers(0, 65536, (32, 48), np.uint16)).save(tmp_path / "slice.png")
+    Image.fromarray(random.integers(0, 256, (32, 48, 3), np.uint8)).save(tmp_path / "photo.png")
+    tile = random.uniform(0, 1.5, (6, 32, 48)).astype(np.float32)
+    tifffile.imwrite(tmp_path / "tile.tif", tile, photometric="minisblack", planarconfig="separate")
+    return tmp_path
+
+
+CASES = {
+    "grey": ("slice.png", 1, ()),
+    "grey, colour picture": ("photo.png", 1, ()),
+    "colour, grey picture": ("slice.png", 3, ()),
+    "bands": ("tile.tif", 6, ()),
+    "colour, three of six bands": ("tile.tif", 3, (3, 2, 1)),
+    "grey, one of six bands": ("tile.tif", 1, (5,)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_converted_file_reads_pictures_as_it_was_said(command_line: Run, pictures: Path, case: str) -> None:
+    name, channels, bands = CASES[case]
+    options = ("--bands", ",".join(map(str, bands))) if bands else ()
+    code, _, err = command_line(
+        *("convert", f"usernets:{case.partition(',')[0]}", "--image", name, *options, "--rounds", "0"),
+        *("--no-verify", "--normalisation", "bands", "--output", "net.safetensors"),
+    )
+    assert code == 0, err
+    net = cs.load(pictures / "net.safetensors", trust=True)
+    image = read_image(pictures / name, channels=channels, bands=bands)
+    assert net.source.bands == bands and net.source.channels == channels
+    prepared = normalise(image, net.source)
+    torch.testing.assert_close(prepared.mean((1, 2)), torch.zeros(channels), rtol=0, atol=1e-4)
+    torch.testing.assert_close(prepared.std((1, 2), correction=0), torch.ones(channels), rtol=0, atol=1e-4)
+    code, _, err = command_line("run", "net.safetensors", name, "--trust", "--workers", "1")
+    assert code == 0, err
+    (drawn,) = (pictures / "predictions").glob("*.png")
+    with torch.inference_mode():
+        expected = net.optimize()(prepared[None])[0].argmax(0)
+    assert np.array_equal(np.array(Image.open(drawn)), expected.numpy())
+
+
+def test_a_picture_of_other_bands_is_refused_with_both_numbers(command_line: Run, pictures: Path) -> None:
+    for words in (
+        ("convert", "usernets:colour", "--image", "tile.tif"),
+        ("mask", "tile.tif", "--model", "usernets:colour", "--output-stride", "2,8"),
+        ("recommend", "usernets:colour", "--images", "tile.tif"),
+        ("eval", "usernets:colour", "--data", "images:tile.tif"),
+    ):
+        code, _, err = command_line(*words)
+        assert code == 1 and "6 bands" in err and "3 channels" in err and "--bands 1,2,3" in err, words
+
+
+def test_run_reads_other_bands_and_another_normalisation_where_it_is_said(
+    command_line: Run, pictures: Path
+) -> None:
+    command = ("convert", "usernets:colour", "--rounds", "0", "--no-verify", "--size", "32x48")
+    assert command_line(*command, "--output", "net.safetensors")[0] == 0
+    options = ("--bands", "2,4,6", "--normalisation", "none", "--workers", "1")
+    code, _, err = command_line("run", "net.safetensors", "tile.tif", "--trust", *options)
+    assert code == 0, err
+    image = read_image(pictures / "tile.tif", bands=(2, 4, 6))
+    net = cs.load(pictures / "net.safetensors", trust=True)
+    net.normalisation = "none"
+    with torch.inference_mode():
+        expected = net.optimize()(image[None])[0].argmax(0)
+    assert np.array_equal(np.array(Image.open(pictures / "predictions" / "tile.png")), expected.numpy())
+    stated = json.loads((pictures / "predictions" / "manifest.jsonl").read_text().splitlines()[0])
+    assert "2" in json.dumps(stated) and "none" in json.dumps(stated)
+
+
+@pytest.mark.parametrize("words", ["0", "3,x", "-1", "1.5"])
+def test_what_is_no_list_of_bands_is_refused_before_any_work(command_line: Run, words: str) -> None:
+    code, _, err = command_line("convert", "no.module:here", "--bands", words)
+    assert code == 2 and "counted from 1" in err
+
+
+@pytest.mark.slow
+def test_the_page_runs_as_it_stands(
+    command_line: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures and networks are made, every command is given, and the Python at the end is run."""
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    for kind, code in re.findall(r"```(python|bash)\n(.*?)```", PAGE, re.DOTALL):
+        if kind == "python":
+            exec(compile(code, "channels.md", "exec"), {})
+            continue
+        for line in code.splitlines():
+            _, *words = shlex.split(line)
+            status, _, err = command_line(*words)
+            assert status == 0, f"{line}\n{err}"

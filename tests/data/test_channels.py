@@ -1,0 +1,302 @@
+"""Channels of pictures: bands of files in any order and form become as many channels as a network reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as torchvision_functional
+
+import cadsurgery as cs
+from cadsurgery.data.images import (
+    as_channels,
+    check_values,
+    normalise,
+    read_image,
+    read_picture_for,
+    shown,
+    statistics_of,
+    street_scene,
+)
+from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD, Source, channels_of, source_of
+
+RANDOM = np.random.default_rng(0)
+HEIGHT, WIDTH = 20, 28
+
+
+def values(bands: int, dtype: str) -> np.ndarray[Any, Any]:
+    """Random values (bands, H, W) over the whole range of a type; floating-point ones also beyond 0..1."""
+    if dtype.startswith("float"):
+        return RANDOM.uniform(-0.5, 2.5, (bands, HEIGHT, WIDTH)).astype(dtype)
+    limits = np.iinfo(dtype)
+    return RANDOM.integers(limits.min, limits.max, (bands, HEIGHT, WIDTH), dtype, endpoint=True)
+
+
+def scaled(stored: np.ndarray[Any, Any]) -> Tensor:
+    """Integers over the largest value of their type, others as they are."""
+    largest = np.iinfo(stored.dtype).max if stored.dtype.kind in "iu" else 1
+    return torch.from_numpy((stored.astype(np.float64) / largest).astype(np.float32))
+
+
+def tiff(path: Path, stored: np.ndarray[Any, Any], planar: bool = True, **options: Any) -> Path:
+    """Write bands (C, H, W) as one picture, planar or chunky."""
+    pixels = stored if planar else np.ascontiguousarray(np.moveaxis(stored, 0, -1))
+    form = "separate" if planar else "contig"
+    options = {"photometric": "minisblack", **options}
+    tifffile.imwrite(path, pixels, planarconfig=form if len(stored) > 1 else None, **options)
+    return path
+
+
+# -- files ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "uint32", "float32", "float64"])
+@pytest.mark.parametrize("planar", [True, False])
+@pytest.mark.parametrize("form", ["strips", "tiles", "deflate"])
+def test_bands_of_a_tiff_are_its_values_over_the_range_of_their_type(
+    tmp_path: Path, dtype: str, planar: bool, form: str
+) -> None:
+    options = {"strips": {}, "tiles": {"tile": (16, 16)}, "deflate": {"compression": "zlib"}}[form]
+    stored = values(6, dtype)
+    found = read_image(tiff(tmp_path / "tile.tif", stored, planar, **options), channels=6)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, scaled(stored), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bands", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_any_number_of_bands_is_read(tmp_path: Path, bands: int, dtype: str) -> None:
+    stored = values(bands, dtype)
+    path = tiff(tmp_path / "tile.tif", stored)
+    torch.testing.assert_close(read_image(path, channels=None), scaled(stored), rtol=1e-6, atol=1e-7)
+    order = [*range(bands, 0, -1)]
+    found = read_image(path, channels=bands, bands=order)
+    torch.testing.assert_close(found, scaled(stored[::-1].copy()), rtol=1e-6, atol=1e-7)
+
+
+def test_bands_of_an_array_without_a_word_on_its_axes_are_read(tmp_path: Path) -> None:
+    stored = values(6, "uint16")
+    tifffile.imwrite(tmp_path / "tile.tif", stored)
+    torch.testing.assert_close(read_image(tmp_path / "tile.tif", channels=6), scaled(stored))
+
+
+def test_several_pictures_in_a_tiff_of_deep_values_are_refused(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "pages.tif") as file:
+        for size in (16, 24):
+            file.write(np.zeros((size, size), np.float32))
+    with pytest.raises(cs.FileError, match="2 pictures"):
+        read_image(tmp_path / "pages.tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_of_bands_is_turned_as_pictures_are(tmp_path: Path, orientation: int) -> None:
+    stored = values(5, "uint8")
+    tags = [(274, "H", 1, orientation, True)]
+    deep = tiff(tmp_path / "tile.tif", stored, extratags=tags)
+    plain = Image.fromarray(stored[0])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    plain.save(tmp_path / "plain.png", exif=exif)
+    expected = read_image(tmp_path / "plain.png", channels=1)
+    torch.testing.assert_close(read_image(deep, channels=1, bands=[1]), expected)
+    as_stored = read_image(deep, channels=None, upright=False)
+    torch.testing.assert_close(as_stored, scaled(stored))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_bands_whose_0_is_white_are_read_as_viewers_show_them(tmp_path: Path, dtype: str) -> None:
+    stored = values(2, dtype)
+    path = tiff(tmp_path / "tile.tif", stored, photometric="miniswhite")
+    torch.testing.assert_close(read_image(path, channels=2), 1 - scaled(stored))
+
+
+def test_what_needs_another_decoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiff(tmp_path / "tile.tif", values(6, "uint16"), compression="zlib")
+    page = tifffile.TiffFile(path).pages.first
+    data = bytearray(path.read_bytes())
+    place = page.tags["Compression"].valueoffset
+    data[place : place + 2] = (5).to_bytes(2, "little")  # LZW
+    path.write_bytes(data)
+    monkeypatch.setattr(tifffile.TIFF.DECOMPRESSORS, "_codecs", {1: None}, raising=False)
+    if 5 in tifffile.TIFF.DECOMPRESSORS:
+        pytest.skip("imagecodecs is installed")
+    with pytest.raises(cs.FileError, match="compressed by LZW") as caught:
+        read_image(path, channels=6)
+    assert "imagecodecs" in caught.value.next
+
+
+def test_a_picture_is_resized_in_all_its_bands(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 1, 64, dtype=np.float32)[None, None].repeat(6, 0).repeat(48, 1)
+    found = read_image(tiff(tmp_path / "tile.tif", ramp), (24, 32), channels=6)
+    assert found.shape == (6, 24, 32)
+    torch.testing.assert_close(found[0, :, 2:-2], found[5, :, 2:-2])
+    assert (found[0, 0].diff() > 0).all() and abs(float(found.mean()) - 0.5) < 1e-3
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_every_kind_of_picture_is_read_in_grey_and_in_colour(tmp_path: Path, mode: str) -> None:
+    noise = Image.effect_noise((WIDTH, HEIGHT), 60)
+    path = tmp_path / f"picture.{'tif' if mode == 'CMYK' else 'png'}"
+    (noise if mode == "I;16" else noise.convert("RGB")).convert(mode).save(path)
+    grey, colour = (read_image(path, channels=channels) for channels in (1, 3))
+    for found, channels in ((grey, 1), (colour, 3)):
+        assert found.shape == (channels, HEIGHT, WIDTH) and 0 <= found.min() < found.max() <= 1
+    torch.testing.assert_close(as_channels(colour, 1), grey, rtol=0, atol=2e-4)
+
+
+def test_transparency_is_left_out_unless_a_band_or_as_many_channels_ask_for_it(tmp_path: Path) -> None:
+    pixels = RANDOM.integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
+    Image.fromarray(pixels, "RGBA").save(tmp_path / "clear.png")
+    bands = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+    assert torch.equal(read_image(tmp_path / "clear.png"), bands[:3])
+    assert torch.equal(read_image(tmp_path / "clear.png", channels=4), bands)
+    assert torch.equal(read_image(tmp_path / "clear.png", channels=2, bands=[4, 1]), bands[[3, 0]])
+    assert torch.equal(read_image(tmp_path / "clear.png", channels=None), bands[:3])
+
+
+# -- rules ---------------------------------------------------------------------------------------------
+
+
+def test_grey_is_torchvisions_luma_and_colour_is_grey_repeated() -> None:
+    image = torch.rand(2, 3, 5, 7, dtype=torch.float64)
+    expected = torchvision_functional.rgb_to_grayscale(image)
+    torch.testing.assert_close(as_channels(image, 1), expected)
+    grey = torch.rand(1, 5, 7)
+    assert torch.equal(as_channels(grey, 3), grey.expand(3, -1, -1))
+
+
+@pytest.mark.parametrize(("stored", "channels"), [(6, 3), (3, 6), (2, 1), (4, 3), (1, 6), (6, 1)])
+def test_where_there_is_no_rule_both_numbers_and_the_remedy_are_named(
+    tmp_path: Path, stored: int, channels: int
+) -> None:
+    path = tiff(tmp_path / "tile.tif", values(stored, "float32"))
+    with pytest.raises(cs.InvalidInput) as caught:
+        read_image(path, channels=channels)
+    assert f"{stored} band" in caught.value.what and f"reads {channels} channel" in caught.value.what
+    assert "tile.tif" in caught.value.what
+    assert ("--bands" in caught.value.next) == (stored > channels)
+    with pytest.raises(cs.InvalidInput, match=f"no band {stored + 1}") as caught:
+        read_image(path, channels=1, bands=[stored + 1])
+    assert "--bands" in caught.value.next
+
+
+@pytest.mark.parametrize("bands", [(0,), "3,2,1", (1.5,), (True,)])
+def test_what_is_no_list_of_bands_is_refused(bands: Any) -> None:
+    with pytest.raises(cs.InvalidInput, match="bands"):
+        cs.open_data("scene:1", bands=bands)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 6])
+def test_a_generated_scene_has_as_many_channels_as_are_read(channels: int) -> None:
+    scene = street_scene(48, 64, 3, channels)
+    assert scene.shape == (channels, 48, 64) and 0 <= scene.min() < scene.max() <= 1
+    source = Source("mine", channels=channels)
+    data = cs.open_data("scene:1,height=48,width=64").read_for(source)
+    assert data[0][0].shape == (channels, 48, 64)
+    colour = street_scene(48, 64, 3)
+    if channels != 1:
+        assert torch.equal(scene[0], colour[0]) and torch.allclose(scene[-1], colour[2])
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
+def test_pictures_are_normalised_for_each_channel(channels: int) -> None:
+    image = torch.rand(channels, 8, 9)
+    mean = tuple(float(channel) for channel in torch.rand(channels))
+    std = tuple(float(channel) + 0.1 for channel in torch.rand(channels))
+    found = normalise(image, Source("mine", mean=mean, std=std, channels=channels))
+    expected = torchvision_functional.normalize(image, list(mean), list(std))
+    torch.testing.assert_close(found, expected)
+    usual = normalise(image, Source("mine", channels=channels))
+    if channels != 3:
+        averages = [[sum(part) / 3] * channels for part in (IMAGENET_MEAN, IMAGENET_STD)]
+        torch.testing.assert_close(usual, torchvision_functional.normalize(image, *averages))
+
+
+def test_mean_and_deviation_of_bands_are_those_of_all_pixels() -> None:
+    pictures = [5 * torch.rand(6, 8, 9) - 1, torch.rand(6, 4, 3)]
+    pixels = torch.cat([picture.double().flatten(1) for picture in pictures], 1)
+    mean, std = statistics_of(pictures)
+    torch.testing.assert_close(torch.tensor(mean).double(), pixels.mean(1), check_dtype=False)
+    torch.testing.assert_close(torch.tensor(std).double(), pixels.std(1, correction=0), check_dtype=False)
+    assert statistics_of([torch.full((2, 3, 4), 0.5)]) == ((0.5, 0.5), (1.0, 1.0))
+    with pytest.raises(cs.InvalidInput, match="no pictures"):
+        statistics_of([])
+    with pytest.raises(cs.InvalidInput, match="6 and 3 channels"):
+        statistics_of([torch.rand(6, 4, 4), torch.rand(3, 4, 4)])
+
+
+def test_values_in_another_unit_than_the_networks_are_refused(tmp_path: Path) -> None:
+    path = tiff(tmp_path / "slice.tif", 1000 * values(1, "float32"))
+    with pytest.raises(cs.InvalidInput, match=r"slice\.tif holds floating-point values") as caught:
+        read_picture_for(Source("mine", channels=1), path)
+    assert "--normalisation" in caught.value.next
+    source = Source("mine", mean=(1000.0,), std=(500.0,), channels=1)
+    assert read_picture_for(source, path).shape == (1, HEIGHT, WIDTH)
+    check_values(torch.full((3, 2, 2), 1.6), Source("mine"), "a bright picture")
+
+
+def test_pixels_without_data_are_refused_where_a_network_reads_them(tmp_path: Path) -> None:
+    stored = values(6, "float32")
+    stored[:, 0, 0], stored[2, 3, 4] = -9999, np.nan
+    path = tiff(tmp_path / "tile.tif", stored, extratags=[(42113, "s", 0, "-9999", True)])
+    assert read_image(path, channels=6).isnan().sum() == 7  # as it is, for Python
+    with pytest.raises(cs.InvalidInput, match="2 pixels without data") as caught:
+        read_picture_for(Source("mine", channels=6), path)
+    assert "fill them" in caught.value.next
+
+
+def test_pictures_of_any_bands_are_drawn_in_colour() -> None:
+    for bands in (1, 2, 3, 4, 6):
+        drawn = shown(torch.rand(bands, 8, 9) * 2000 - 500)
+        assert drawn.shape == (3, 8, 9) and drawn.min() == 0 and drawn.max() == 1
+    photo = torch.rand(3, 8, 9)
+    assert torch.equal(shown(photo), photo)
+
+
+# -- data ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_folder_of_grey_and_colour_pictures_is_read_in_the_channels_of_the_network(
+    tmp_path: Path, channels: int
+) -> None:
+    colour = RANDOM.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    for name, pixels in (("a", colour[..., 0]), ("b", colour), ("c", colour[..., 0].astype(np.uint16) * 257)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    data = cs.open_data(f"images:{tmp_path}", "all").read_for(Source("mine", channels=channels))
+    images = torch.stack([data[place][0] for place in range(3)])
+    assert images.shape == (3, channels, HEIGHT, WIDTH)
+    torch.testing.assert_close(images[0], images[2])
+    torch.testing.assert_close(images[1], read_image(tmp_path / "b.png", channels=channels))
+
+
+def test_bands_of_data_are_chosen_before_those_of_the_network(tmp_path: Path) -> None:
+    stored = values(6, "float32")
+    tiff(tmp_path / "tile.tif", stored)
+    source = Source("mine", channels=3, bands=(3, 2, 1))
+    for bands, expected in (((), [2, 1, 0]), ((6, 5, 4), [5, 4, 3])):
+        data = cs.open_data(f"images:{tmp_path}", "all", bands=bands).read_for(source)
+        torch.testing.assert_close(data[0][0], scaled(stored[expected]))
+
+
+# -- networks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 6])
+def test_a_network_reads_as_many_channels_as_its_first_layer(channels: int) -> None:
+    network = nn.Sequential(nn.Conv2d(channels, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert channels_of(network) == channels == source_of(network).channels
+    assert network.training and all(
+        torch.equal(before[name], value) for name, value in network.state_dict().items()
+    )
+
+
+def test_a_network_that_rearranges_pixels_first_reads_colour() -> None:
+    assert channels_of(nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 3, 2, 1))) == 3
