@@ -49,9 +49,9 @@ def check_as_it_is(subject: Subject, *, write: bool = False, seconds: float = 10
     """Build a network with random weights, convert it as it is, and compare the two as their users call them.
 
     The comparisons are: `own`, all outputs of the call at the network's own level; `high`, law 2 of the conversion
-    (everything high is the dense network of that output stride); `floors`, `coarsest=32`: everything high is the network
-    as given, and everything at the floor its emulation; `odd`, `own` at a size of the other parity; `batch`, a batch of
-    two after a conversion with a batch of one; `float64`.
+    (everything high is the dense network of that output stride); `floors`, `coarsest=32`: everything high is the
+    network as given, and everything at the floor its emulation; `odd`, `own` at a size of the other parity; `batch`, a
+    batch of two after a conversion with a batch of one; `float64`.
 
     Args:
         subject: the network.
@@ -102,13 +102,14 @@ class _Checked:
     def arguments(self, size: tuple[int, int], batch: int = 2, channels: int = 3) -> Any:
         """Arguments of a call at a size; those of the network's type."""
         image = torch.rand(batch, channels, *size, generator=torch.Generator().manual_seed(1))
-        return self.subject.arguments(image.to(next(self.model.parameters()).dtype))
+        return self.subject.arguments(image.to(next(self.model.parameters(), image).dtype))
 
     @functools.cached_property
     def channels(self) -> tuple[int, ...]:
         """Numbers of channels to try: the first convolution may read rearranged pixels."""
-        first = next(module for module in self.model.modules() if isinstance(module, nn.Conv2d))
-        return (3,) if self.subject.call else tuple(dict.fromkeys((first.in_channels, 3)))
+        convolutions = (module for module in self.model.modules() if isinstance(module, nn.Conv2d))
+        first = next(convolutions, None)
+        return (3,) if self.subject.call or first is None else tuple(dict.fromkeys((first.in_channels, 3)))
 
     def sizes(self, kinds: tuple[tuple[int, int], ...], batch: int = 2) -> list[Any]:
         """The arguments at the first of some sizes that the network takes."""

@@ -48,13 +48,13 @@ class Check:
 
     Attributes:
         row_of: checks the network of a name in a process of its own, so that it must be picklable.
-        families: library, module or file of each name, for rows of networks that exceed a limit.
+        known: what rows of each name have in any case, at least `family`.
         imported_first: modules that the processes share.
         corpus: file or folder from which modules can be imported.
     """
 
     row_of: Callable[[str], Row]
-    families: Mapping[str, str]
+    known: Mapping[str, Row]
     imported_first: tuple[str, ...]
     corpus: Path | None = None
 
@@ -131,7 +131,8 @@ def _usual_check(names: Sequence[str], corpus: Path | None) -> Check:
     families = {name: name.partition(":")[0] if corpus else family_of(name) for name in names}
     files = sorted(set(families.values())) if corpus else []
     row_of = partial(_check_named, corpus=corpus)
-    return Check(row_of, families, ("benchmarks.zoo.check", "timm", "torchvision", *files), corpus)
+    known = {name: {"family": family} for name, family in families.items()}
+    return Check(row_of, known, ("benchmarks.zoo.check", "timm", "torchvision", *files), corpus)
 
 
 def _check_named(name: str, corpus: Path | None) -> Row:
@@ -167,7 +168,7 @@ def _alone(name: str, check: Check, limits: Limits, context: Any) -> Row:
     process.kill()
     process.join()
     if row is not None:
-        return row
+        return {**row, **check.known[name]}
     result, why = "not checked", f"took more than {limits.seconds:.0f} s"
     if in_time and code:
         ended = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
@@ -175,7 +176,7 @@ def _alone(name: str, check: Check, limits: Limits, context: Any) -> Row:
     elif in_time:
         why = f"needed more than {limits.memory_gib:g} GiB"
     seconds = round(time.perf_counter() - start, 1)
-    return {"model": name, "family": check.families[name], "result": result, "why": why, "seconds": seconds}
+    return {"model": name, **check.known[name], "result": result, "why": why, "seconds": seconds}
 
 
 def _work(name: str, row_of: Callable[[str], Row], memory_gib: float, sender: Any) -> None:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.zoo.libraries [LIBRARY...] --out FILE
 
-Every network has random weights and is small: fewer channels and blocks where its library lets one choose, its smallest
-size where not. A library that is not installed is skipped, and that is said. Networks that are in the file already are not
-checked again, unless `--again` names their result.
+Every network has random weights and is small: fewer channels and blocks where its library lets one choose, its
+smallest size where not. A library that is not installed is skipped, and that is said. Networks that are in the file
+already are not checked again, unless `--again` names their result.
 """
 
 from __future__ import annotations
@@ -658,8 +658,16 @@ def check_named(name: str, seconds: float = 100.0) -> Row:
     library = LIBRARIES[library_name]
     subject = next(entry for entry in library.subjects(library_name) if entry.name == name)
     is_written = any(fnmatch.fnmatch(network, pattern) for pattern in library.written)
-    row = check_as_it_is(subject, write=is_written, seconds=seconds)
-    return {**row, "versions": {library.package: library.version, "torch": version("torch")}}
+    return check_as_it_is(subject, write=is_written, seconds=seconds)
+
+
+def _known(subject: Subject) -> Row:
+    """Library and versions of a row."""
+    library = LIBRARIES[subject.family]
+    return {
+        "family": subject.family,
+        "versions": {library.package: library.version, "torch": version("torch")},
+    }
 
 
 def forget(path: Path, results: Iterable[str]) -> None:
@@ -699,7 +707,7 @@ def main() -> None:
     names = _in_turn([subject.name for subject in subjects])
     check = Check(
         partial(check_named, seconds=options.seconds * 0.6),
-        {subject.name: subject.family for subject in subjects},
+        {subject.name: _known(subject) for subject in subjects},
         ("benchmarks.zoo.libraries",),
     )
 
