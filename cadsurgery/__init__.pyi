@@ -48,6 +48,7 @@ from .support.errors import (
     CannotConvert as CannotConvert,
     FileError as FileError,
     InvalidInput as InvalidInput,
+    NotConverted as NotConverted,
     NotInstalled as NotInstalled,
     TrainingStopped as TrainingStopped,
     UnknownName as UnknownName,

@@ -36,7 +36,8 @@ GROUPS = {
     "Values at points": "read_at macs_at",
     "Other methods": "anytime AnytimeModel sample SampledModel resample ResampledModel",
     "Extend": "rule Treatment Call Window operation Elements Lattice Geometry",
-    "Errors": "CadError CannotConvert InvalidInput UnknownName FileError NotInstalled TrainingStopped CadWarning",
+    "Errors": "CadError CannotConvert InvalidInput UnknownName FileError NotConverted NotInstalled TrainingStopped "
+    "CadWarning",
 }
 # Text and target of a link or picture; the target without its anchor, and the anchor.
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s#]+)(#[^()\s]*)?\)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, InvalidInput, describe_error
 from cadsurgery.support.progress import Step, waiting
+from cadsurgery.support.torch_internals import tree_leaves
 from cadsurgery.surgery.arguments import Arguments, bind, bind_example, image_of, run_forward, take_image
 from cadsurgery.surgery.decide import FLOOR, floors_prospect, make_plan
 from cadsurgery.surgery.facts import Facts, OtherFunction
@@ -298,16 +299,9 @@ def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str
         CannotConvert: there is no such part, or it does not run on the example.
     """
     example = None
-    if example_input is not None:
-        if not isinstance(example_input, (tuple, dict)):
-            check_image(example_input, "example_input")
-        example = bind_example(model, example_input)
-        check_image(image_of(example), "example_input")
-        if image_of(example).is_meta:
-            raise InvalidInput(
-                "example_input has no values: it is on the meta device.", next="give an image."
-            )
     try:
+        if example_input is not None:
+            example = _checked(model, example_input)
         return "", read(model, example)
     except (CannotFollow, OtherFunction) as refusal:
         for name in BACKBONE_NAMES:
@@ -315,13 +309,48 @@ def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str
             if isinstance(part, nn.Module):
                 with contextlib.suppress(CannotFollow, OtherFunction):
                     return name, read(part, example and _example_of_part(model, part, image_of(example)))
-        parts = {name: getattr(refusal, name) for name in ("where", "why", "next")}
-        if name := _largest_part(model):
-            parts["next"] = (
-                f'convert its {name} and put it back: model.{name} = cs.adaptify(model.{name}, outputs="native"), '
-                f"or {parts['next'].partition(' or ')[2]}"
-            )
-        raise CannotConvert(refusal.what, **parts) from refusal
+        raise _with_part(model, refusal) from refusal
+    except CannotConvert as refusal:
+        if example_input is not None:
+            raise
+        raise _with_part(model, refusal) from refusal
+
+
+def _checked(model: nn.Module, example_input: Example) -> Arguments:
+    """Return the arguments of the example's call by name.
+
+    Raises:
+        InvalidInput: the network does not take them, or no image batch with values is among them.
+        CannotConvert: the network takes several images at once; the message names its part that takes one.
+    """
+    if isinstance(example_input, Mapping):  # e.g. what a preprocessor gives
+        example_input = dict(example_input)
+    try:
+        if not isinstance(example_input, (tuple, dict)):
+            check_image(example_input, "example_input")
+        example = bind_example(model, example_input)
+        image = image_of(example)
+        check_image(image, "example_input")
+    except InvalidInput as refusal:
+        if not any(isinstance(value, Tensor) and value.dim() > 4 for value in tree_leaves(example_input)):
+            raise
+        why = "the images of a pair or clip come in one tensor; a mask says where one image keeps its resolution."
+        several = CannotConvert(refusal.what, why=why, next=refusal.next)
+        raise _with_part(model, several) from refusal
+    if image.is_meta:
+        raise InvalidInput("example_input has no values: it is on the meta device.", next="give an image.")
+    return example
+
+
+def _with_part(model: nn.Module, refusal: CannotConvert) -> CannotConvert:
+    """Return a refusal of a whole network that names the part that can be converted, if there is one."""
+    parts = {name: getattr(refusal, name) for name in ("where", "why", "next")}
+    if name := _largest_part(model):
+        words, _, others = parts["next"].partition(", or ")
+        others = others if words.startswith("convert") else parts["next"]
+        back = f'model.{name} = cs.adaptify(model.{name}, outputs="native")'
+        parts["next"] = f"convert its {name} and put it back: {back}, or {others}"
+    return CannotConvert(refusal.what, **parts)
 
 
 def _example_of_part(model: nn.Module, part: nn.Module, image: Tensor) -> Arguments:

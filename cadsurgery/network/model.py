@@ -33,13 +33,14 @@ from cadsurgery.network.adapters import (
     with_adapters,
 )
 from cadsurgery.network.convert import convert_for_call
+from cadsurgery.network.counters import CallingCounters
 from cadsurgery.network.fuse import KERNELS
 from cadsurgery.network.inputs import first_value
 from cadsurgery.network.macs import MacReport, count_macs, meta_copy
 from cadsurgery.network.optimized import BFLOAT16, FLOAT, check_precision, fuse_network
 from cadsurgery.network.program import Masked, Program, ProgramNetwork, frozen_copy, refuse_torchscript
 from cadsurgery.network.signature import Forward
-from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.errors import InvalidInput, NotConverted
 from cadsurgery.support.progress import Step, silent, waiting
 from cadsurgery.support.torch_internals import is_exporting, is_transformed, tree_leaves
 from cadsurgery.surgery.arguments import kinds_of
@@ -118,8 +119,11 @@ class AdaptiveModel(ProgramNetwork):
         if torch.compiler.is_compiling() and not is_exporting() and not getattr(chosen, "static", False):
             return self._run_uncompiled(*args, mask=mask, **kwargs)
         provider = self._mask_provider if mask is None else resolve_mask(mask)
+        is_counted = self._program.is_counted
 
         def run(program: Program, arguments: dict[str, Any]) -> Masked:
+            if is_counted:
+                program = program.interpreted_by(CallingCounters)
             if program.unchanged is not None and isinstance(provider, UniformMask):
                 level = 0 if provider.high else program.plan.max_level
                 if level == program.plan.identity_level:
@@ -403,8 +407,10 @@ class AdaptiveModel(ProgramNetwork):
         except AttributeError:
             original = self.__dict__.get("_original")
             value = getattr(original[0], name, None) if original and not name.startswith("_") else None
-            if value is None or callable(value):
+            if original is None or value is None:
                 raise
+            if callable(value):
+                raise _not_converted(original[0], name) from None
             return value
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -604,6 +610,28 @@ def _value_of(value: Any) -> Any:
 
 # Submodules that the original does not have.
 _OWN = ("_mask_provider.", f"{ADAPTERS}.")
+
+
+# What is done by a converted network instead of what libraries call so.
+_INSTEAD = {
+    "save_pretrained": 'cs.save(net, "net.safetensors"), and cs.load("net.safetensors") to read it back',
+    "push_to_hub": 'cs.push(net, "user/name")',
+    "fuse": "net.optimize()",
+    "export": 'cs.export(net, image, "net.onnx")',
+    "info": "print(net.plan)",
+}
+
+
+def _not_converted(original: nn.Module, name: str) -> NotConverted:
+    """Return the error for a method of the original network."""
+    instead = _INSTEAD.get(
+        name, f"call the converted network, or the method of the network as given: model.{name}"
+    )
+    return NotConverted(
+        f"{name} is a method of {type(original).__name__}, not of the converted network.",
+        why="it may run the network as it was given, without its mask.",
+        next=f"{instead}.",
+    )
 
 
 def _without_own(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -46,6 +46,10 @@ class CannotConvert(CadError):
     """The network, or the requested part of it, cannot be made adaptive."""
 
 
+class NotConverted(CadError, AttributeError):
+    """A method of the original network is not one of the converted network, since it would run the original."""
+
+
 class UnknownName(CadError):
     """A model, mask, option, node or weight name does not exist; the message lists the closest names."""
 

@@ -184,7 +184,7 @@ def _other_function(model: nn.Module, why: str) -> OtherFunction:
     return OtherFunction(
         f"the graph of {type(model).__name__} computes something else than the network.",
         why=why,
-        next="convert the part that is a plain CNN (e.g. model.backbone) and put it back, "
+        next="convert the part that is a plain CNN and put it back, "
         "or declare the module that does it as one operation with @cadsurgery.rule.",
     )
 

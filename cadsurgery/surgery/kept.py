@@ -106,7 +106,7 @@ def _depends_on_earlier_calls(model: nn.Module, kept: Kept, entry: Entry, call: 
         where=_line_that_replaces(entry, partial(_run, model, call)),
         why=f"its forward assigns {entry.place}, on which what it returns in the next call depends: after other images "
         "it returns something else.",
-        next="convert the part that is a plain CNN (e.g. model.backbone) and put it back, or let the network take and "
+        next="convert the part that is a plain CNN and put it back, or let the network take and "
         "return what it keeps.",
     )
 

@@ -112,7 +112,7 @@ def trace(
             f"{type(model).__name__} cannot be traced.",
             where=_place_of(error),
             why=describe_error(error),
-            next="convert the part that is a plain CNN (e.g. model.backbone) and put it back, "
+            next="convert the part that is a plain CNN and put it back, "
             "or move the data-dependent code into a function marked with torch.fx.wrap.",
         ) from error
     _spell_plainly(model, graph)

@@ -91,3 +91,42 @@ def test_exporters_take_it() -> None:
     net = unverified(Encoded(lambda net, image, z: net.head(z)).eval(), "none", example_input=EXAMPLE)
     program = torch.export.export(net, (EXAMPLE,))
     assert_same(program.module()(EXAMPLE), net(EXAMPLE), 1e-5)
+
+
+class Library(Scaled):
+    """What libraries add to networks: a configuration, properties, methods that store or run the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"channels": 2}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def save_pretrained(self, folder: str) -> None:
+        raise AssertionError
+
+    def predict(self, pixels: Tensor) -> Tensor:
+        return self.forward(pixels)
+
+
+@pytest.mark.parametrize(("name", "instead"), [("save_pretrained", "cs.save"), ("predict", "model.predict")])
+def test_methods_of_the_original_name_what_to_call_instead(name: str, instead: str) -> None:
+    net = unverified(Library().eval(), "edges", example_input=EXAMPLE)
+    assert net.config == {"channels": 2} and net.device == torch.device("cpu")
+    assert not hasattr(net, name)
+    with pytest.raises(cs.NotConverted, match=instead):
+        getattr(net, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = net.nothing
+
+
+def test_files_take_named_arguments_as_calls_do(tmp_path: Any) -> None:
+    """And so does the example: preprocessors give dictionaries of their own kind."""
+    from collections import UserDict
+
+    call = UserDict(pixels=EXAMPLE)
+    net = unverified(Scaled().eval(), "edges", example_input=call)
+    written = cs.export(net, call, tmp_path / "net.onnx")
+    assert written.inputs == ("pixels",)

@@ -262,3 +262,30 @@ def test_a_refusal_names_the_largest_part_that_can_be_converted() -> None:
     net = cs.adaptify(model.wrapped.trunk, "none", outputs="native")
     x = images(2, 65, 70)
     assert_same(net(x), model.wrapped.trunk(x), EXACT)
+
+
+class Pairs(nn.Module):
+    """Reads two images (B, T, C, H, W) by one encoder, as change detection does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.Sequential(block(4, 8), block(8, 32)), nn.Conv2d(32, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, after = self.encoder(x[:, 0]), self.encoder(x[:, 1])
+        return self.head((after - before).abs())
+
+
+@pytest.mark.parametrize("example", ["none", "tensor", "tuple", "dictionary"])
+def test_a_network_of_several_images_names_the_part_that_reads_one(example: str) -> None:
+    model, x = Pairs().eval(), torch.rand(2, 2, 4, 64, 96)
+    given: Any = {"none": None, "tensor": x, "tuple": (x,), "dictionary": {"x": x}}[example]
+    with pytest.raises(cs.CannotConvert, match=r"model.encoder = cs.adaptify\(model.encoder"):
+        cs.adaptify(model, example_input=given)
+
+
+def test_a_part_that_is_put_back_takes_the_calls_of_its_owner() -> None:
+    model, x = Pairs().eval(), torch.rand(2, 2, 4, 64, 96)
+    expected = model(x)
+    model.encoder = cs.adaptify(model.encoder, "none", outputs="native")
+    assert_same(model(x), expected, EXACT)

@@ -93,7 +93,8 @@ def export(
     Args:
         net: a network from `adaptify`, in evaluation mode.
         image: an image batch (B, C, H, W) of the file's size, or with `dynamic` an example. For a network that takes
-            more, what it is called with: a dictionary or list, or a tuple of arguments. Each tensor in them is an input
+            more, what it is called with: a tuple of arguments, a dictionary of them by name, or a dictionary or list
+            that is the only one. Each tensor in them is an input
             of the file by name, the image first; the file is for one size and number of images then. Where images
             calibrate, all else has the example's values; where dictionaries do, each has its own.
         path: file to write.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,8 @@ def open_call(net: AdaptiveModel, given: Any) -> tuple[AdaptiveModel, Any, str]:
 
     Args:
         net: a network; one that takes an image alone is returned itself.
-        given: the image; or what `net` is called with: a tuple of arguments, or the only one, a dictionary or list.
+        given: the image; or what `net` is called with: a tuple of arguments, a dictionary of arguments by name, or the
+            only argument, a dictionary or list.
 
     Raises:
         InvalidInput: the network reads more tensors than are given, or something that is no tensor.
@@ -40,7 +42,11 @@ def open_call(net: AdaptiveModel, given: Any) -> tuple[AdaptiveModel, Any, str]:
         if holder is None and not further_inputs(net):
             return net, given, "image"
         given = (given,) if holder is None else _held(holder, given)
-    arguments = bind_all(net.program.signature, given if isinstance(given, tuple) else (given,), {})
+    signature = net.program.signature
+    if isinstance(given, Mapping) and given.keys() <= signature.parameters.keys():
+        arguments = bind_all(signature, (), given)
+    else:
+        arguments = bind_all(signature, given if isinstance(given, tuple) else (given,), {})
     image = image_of(arguments)
     graph, _ = copy_graph(net.program.graph)
     inputs, others = _take_out(graph, arguments)
