@@ -110,6 +110,7 @@ def networks(rows: list[Row]) -> str:
             share = row.get("floor_share", "")
             compared = [_in_words(row["compared"].get(comparison, "")) for comparison in COMPARISONS]
             notes = [f"converts its {row['part']}"] if row.get("part") else []
+            notes += ["with floors alone"] if row.get("floors_alone") else []
             notes += ["with attention"] if row.get("kind") == "attention" else []
             notes += [f"example: {short(row['needs_example'], 60)}"] if row.get("needs_example") else []
             lines.append((f"`{row['model'].partition(':')[2]}`", strides, *compared, share, ", ".join(notes)))
@@ -146,7 +147,9 @@ def document(rows: list[Row], setting: Row) -> str:
 {len(checked)} networks of {len(_by_library(rows))} libraries were built by their libraries' own classes, with random
 weights and few channels, and converted without a wrapper: `cs.adaptify(model, "edges", outputs="native")`, on the
 built-in images. {len(done)} were converted. Of the {len(plain)} that are convolutional ([the zoo](zoo.md) has the
-criterion) {exact} converted with every comparison exact. This page is generated; nothing in it is written by hand.
+criterion) {exact} converted with every comparison exact. The list of builders is longer: it was begun with one network
+of each library in turn, and networks without a row were not tried. This page is generated; nothing in it is written by
+hand.
 
 `python -m benchmarks.zoo.libraries --out benchmarks/zoo/libraries.jsonl` (of the libraries that are installed; it
 continues an interrupted check), then `python -m benchmarks.libraries_report`.
@@ -159,11 +162,12 @@ continues an interrupted check), then `python -m benchmarks.libraries_report`.
 - The comparisons count the networks for which they are exact, of those for which they could be made: to 1e-4 in
   float32, or in float64 where a deep random network amplifies rounding.
 - *own*: the call's outputs at the network's own level, in the type that the library returns. *high*: everything high
-  is the dense network of that output stride. *floors*: with `coarsest={FLOOR}`, everything high is the network as given,
-  and everything at the floor its dense emulation. *odd*: *own* at an odd size; many decoders take none. *batch*: two images
-  after a conversion on one. *float64*: *own* in float64, to 1e-9.
-- *useful*: everything at the floor takes less than {USEFUL_SHARE} of the work of the network as given, or the network is
-  given at output stride 8. The others gain little by a conversion.
+  is the dense network of that output stride. *floors*: with `coarsest={FLOOR}`, everything high is the network as
+  given, and everything at the floor its dense emulation. *odd*: *own* at an odd size; many decoders take none. *batch*:
+  two images after a conversion on one. *float64*: *own* in float64, to 1e-9. A network without strides converts with
+  `coarsest={FLOOR}` alone.
+- *useful*: everything at the floor takes less than {USEFUL_SHARE} of the work of the network as given, or the network
+  is given at output stride 8. The others gain little by a conversion.
 - *file*: an ONNX file was written and compared in ONNX Runtime, of one or two networks of each library.
 
 Results: {listed}.

@@ -55,8 +55,18 @@ def test_what_cannot_be_built_or_converted_has_a_row_with_the_reason() -> None:
         raise OSError("no such file")
 
     assert check_as_it_is(replace(SUBJECT, build=fails))["why"] == "OSError: no such file"
-    refused = check_as_it_is(replace(SUBJECT, build=lambda: nn.Sequential(nn.Conv2d(3, 8, 3))))
+    refused = check_as_it_is(replace(SUBJECT, build=lambda: nn.Sequential(nn.Linear(4, 4))))
     assert refused["result"] == "refused" and refused["what"] and refused["next"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_without_strides_is_compared_with_floors_alone() -> None:
+    def plain() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 3, padding=1))
+
+    row = check_as_it_is(replace(SUBJECT, build=plain))
+    assert row["result"] == "converts" and row["floors_alone"] and row["floor_share"] < 0.5, row
+    assert isinstance(row["compared"]["high"], str) and row["compared"]["own"] < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore")
