@@ -175,7 +175,7 @@ def _compare_calls(checked: _Checked, row: Row, write: bool) -> None:
         if isinstance(found["odd"], float) and not _holds(found["odd"], tolerance):
             found["odd"] = "float32 rounds too much"
     if write and even:
-        row["file"] = _attempt(lambda: _file(checked, even[0]))
+        row["file"] = _attempt(lambda: _file(checked, row, even[0]))
     wrong = [
         name
         for name, value in found.items()
@@ -216,6 +216,11 @@ def _convert(checked: _Checked, row: Row) -> AdaptiveModel:
     example = checked.sizes(checked.even)
     checked.example, row["needs_example"] = example[0], "its call has other arguments than an image"
     return cs.adaptify(checked.model, "edges", outputs="native", example_input=checked.example)
+
+
+def _floor_of(row: Row) -> dict[str, int]:
+    """The option of further conversions of a network without strides."""
+    return {"coarsest": FLOOR} if row.get("floors_alone") else {}
 
 
 def _floors(checked: _Checked, row: Row, found: dict[str, float | str], even: list[Any]) -> None:
@@ -261,9 +266,8 @@ def _wide(checked: _Checked, row: Row, found: dict[str, float | str], even: list
         found |= dict.fromkeys(("batch", "float64"), "does not run in float64")
         return
     try:
-        floor = {"coarsest": FLOOR} if row.get("floors_alone") else {}
         net = cs.adaptify(
-            wide.model, "edges", outputs="native", example_input=one[0], verify_laws=False, **floor
+            wide.model, "edges", outputs="native", example_input=one[0], verify_laws=False, **_floor_of(row)
         )  # the laws were verified in float32; the calls are compared below
     except Exception as error:
         found["float64"] = f"fails: {describe_error(error)}"
@@ -283,9 +287,11 @@ def _attempt(function: Callable[[], Any]) -> Any:
         return f"fails: {describe_error(error)}"
 
 
-def _file(checked: _Checked, arguments: Any) -> str:
+def _file(checked: _Checked, row: Row, arguments: Any) -> str:
     """Write an ONNX file, which is compared with the network in ONNX Runtime before it appears under its name."""
-    net = cs.adaptify(checked.model, "edges", outputs="native", example_input=checked.example)
+    net = cs.adaptify(
+        checked.model, "edges", outputs="native", example_input=checked.example, **_floor_of(row)
+    )
     with tempfile.TemporaryDirectory() as folder:
         cs.export(net, arguments, Path(folder) / "net.onnx")
     return "written"
