@@ -301,10 +301,14 @@ SITE = [
 @pytest.mark.parametrize("path", ["README.md", *SITE])
 def test_the_python_of_the_documents_runs(tmp_path: Path, path: str) -> None:
     """All snippets one after another, as a reader would type them, in an empty folder and an environment with the
-    extras that the page names; with smaller numbers."""
+    extras that the page names; with smaller numbers. Pages on other libraries have everything that is installed."""
     assert snippets(path)
+    libraries = NEEDED["libraries"].get(path, ())
+    for library in libraries:
+        pytest.importorskip(library, reason="an optional library that the page is about")
+    extras = None if libraries else NEEDED["pages"].get(path, [])
     (tmp_path / "snippets.py").write_text(smaller("\n".join(snippets(path))))
-    code, told = run_alone(tmp_path / "snippets.py", tmp_path, extras=NEEDED["pages"].get(path, []))
+    code, told = run_alone(tmp_path / "snippets.py", tmp_path, extras=extras)
     assert code == 0, told[-2000:]
 
 

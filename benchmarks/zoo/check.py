@@ -16,9 +16,10 @@ import contextlib
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,23 @@ class Limits:
     memory_gib: float = 10.0
 
 
+@dataclass(frozen=True)
+class Check:
+    """How networks are checked.
+
+    Attributes:
+        row_of: checks the network of a name in a process of its own, so that it must be picklable.
+        known: what rows of each name have in any case, at least `family`.
+        imported_first: modules that the processes share.
+        corpus: file or folder from which modules can be imported.
+    """
+
+    row_of: Callable[[str], Row]
+    known: Mapping[str, Row]
+    imported_first: tuple[str, ...]
+    corpus: Path | None = None
+
+
 # -- many networks, one process each -------------------------------------------------------------------
 
 
@@ -49,6 +67,7 @@ def check_networks(
     path: Path,
     *,
     corpus: Path | None = None,
+    check: Check | None = None,
     workers: int = 2,
     limits: Limits = Limits(),
     on_row: Callable[[Row], None] = lambda row: None,
@@ -58,7 +77,8 @@ def check_networks(
     Args:
         names: names of the networks.
         path: JSON Lines file; its first line contains versions and machine.
-        corpus: file or folder that defines the networks; None for networks of the libraries.
+        corpus: file or folder that defines the networks; None for networks of torchvision and timm.
+        check: how a network is checked; default: `check_network`, of the corpus or by its name.
         workers: number of simultaneous processes.
         limits: limits for each network; a network that exceeds them gets a row that says so.
         on_row: called with each new row.
@@ -72,7 +92,8 @@ def check_networks(
     rows = {row["model"]: row for row in _resume(path)}
     with check_writable(path).open("a", encoding="utf-8") as file:
         here = commit()
-        for row in _in_processes([name for name in names if name not in rows], corpus, workers, limits):
+        missing = [name for name in names if name not in rows]
+        for row in _in_processes(missing, check or _usual_check(missing, corpus), workers, limits):
             row["commit"] = here
             file.write(json.dumps(row) + "\n")
             file.flush()
@@ -106,24 +127,35 @@ def _resume(path: Path) -> list[Row]:
     return rows
 
 
-def _in_processes(names: Sequence[str], corpus: Path | None, workers: int, limits: Limits) -> Iterator[Row]:
+def _usual_check(names: Sequence[str], corpus: Path | None) -> Check:
+    families = {name: name.partition(":")[0] if corpus else family_of(name) for name in names}
+    files = sorted(set(families.values())) if corpus else []
+    row_of = partial(_check_named, corpus=corpus)
+    known = {name: {"family": family} for name, family in families.items()}
+    return Check(row_of, known, ("benchmarks.zoo.check", "timm", "torchvision", *files), corpus)
+
+
+def _check_named(name: str, corpus: Path | None) -> Row:
+    return check_network(subject(name, corpus))
+
+
+def _in_processes(names: Sequence[str], check: Check, workers: int, limits: Limits) -> Iterator[Row]:
     """Yield a row for each network as soon as it is finished; each runs in its own process."""
     context = multiprocessing.get_context("forkserver")
-    files = sorted({name.partition(":")[0] for name in names}) if corpus else []
-    context.set_forkserver_preload(["benchmarks.zoo.check", "timm", "torchvision", *files])
+    context.set_forkserver_preload(list(check.imported_first))
     pool = ThreadPoolExecutor(workers)
     try:
-        with beside(corpus) if corpus else contextlib.nullcontext():
-            running = [pool.submit(_alone, name, corpus, limits, context) for name in names]
+        with beside(check.corpus) if check.corpus else contextlib.nullcontext():
+            running = [pool.submit(_alone, name, check, limits, context) for name in names]
             yield from (future.result() for future in as_completed(running))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _alone(name: str, corpus: Path | None, limits: Limits, context: Any) -> Row:
+def _alone(name: str, check: Check, limits: Limits, context: Any) -> Row:
     """Check a network in its own process and return its row, which says so if a limit was exceeded."""
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(name, corpus, limits.memory_gib, sender))
+    process = context.Process(target=_work, args=(name, check.row_of, limits.memory_gib, sender))
     start = time.perf_counter()
     process.start()
     sender.close()
@@ -136,19 +168,18 @@ def _alone(name: str, corpus: Path | None, limits: Limits, context: Any) -> Row:
     process.kill()
     process.join()
     if row is not None:
-        return row
+        return {**row, **check.known[name]}
     result, why = "not checked", f"took more than {limits.seconds:.0f} s"
     if in_time and code:
         ended = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
         result, why = "broken", f"its process {ended}"
     elif in_time:
         why = f"needed more than {limits.memory_gib:g} GiB"
-    family = name.partition(":")[0] if corpus else family_of(name)
     seconds = round(time.perf_counter() - start, 1)
-    return {"model": name, "family": family, "result": result, "why": why, "seconds": seconds}
+    return {"model": name, **check.known[name], "result": result, "why": why, "seconds": seconds}
 
 
-def _work(name: str, corpus: Path | None, memory_gib: float, sender: Any) -> None:
+def _work(name: str, row_of: Callable[[str], Row], memory_gib: float, sender: Any) -> None:
     with contextlib.suppress(ImportError):  # not available on Windows
         import resource
 
@@ -156,7 +187,7 @@ def _work(name: str, corpus: Path | None, memory_gib: float, sender: Any) -> Non
         resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
     torch.set_num_threads(1)
     with contextlib.suppress(MemoryError):  # the parent process reports it
-        sender.send(check_network(subject(name, corpus)))
+        sender.send(row_of(name))
 
 
 def main() -> None:

@@ -68,23 +68,23 @@ def check_network(subject: Subject) -> Row:
     try:
         model = subject.build().eval()
     except Exception as error:  # a builder of a third-party library can fail in any way
-        _check_memory(error)
+        raise_memory_errors(error)
         return {**row, "result": "not built", "why": describe_error(error)}
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     try:
-        example = _example(subject, model)
+        example = example_of(subject, model)
         settle(model, row, example)
         row |= _convert_and_compare(subject, model, example, row)
     except CadError as error:
-        _check_memory(error)
+        raise_memory_errors(error)
         row |= {"result": "refused", **error.to_dict()}
     except Exception as error:  # any failure of the conversion is a finding
-        _check_memory(error)
+        raise_memory_errors(error)
         row |= {"result": "broken", "why": describe_error(error)}
     return {**row, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def _check_memory(error: BaseException | None) -> None:
+def raise_memory_errors(error: BaseException | None) -> None:
     """Raise MemoryError if an error was caused by a lack of memory, for which torch has no type on the CPU."""
     while error is not None:
         if isinstance(error, MemoryError) or (
@@ -151,7 +151,7 @@ def _timing(row: Row, what: str) -> Iterator[None]:
 # -- converting ----------------------------------------------------------------------------------------
 
 
-def _example(subject: Subject, model: nn.Module) -> Any:
+def example_of(subject: Subject, model: nn.Module) -> Any:
     """Return the conversion's example; None (built-in images) unless the call needs more arguments or a size."""
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None or (subject.call is None and subject.size is None):
@@ -161,20 +161,20 @@ def _example(subject: Subject, model: nn.Module) -> Any:
     for size in (subject.size,) if subject.size else EXAMPLE_SIZES:
         image = torch.randn(2, channels, *size, generator=generator).to(first.weight.dtype)
         arguments = subject.arguments(image)
-        if _takes(model, arguments):
+        if takes(model, arguments):
             return arguments
     return None  # the conversion will refuse it
 
 
-def _takes(model: nn.Module, arguments: Any) -> bool:
+def takes(model: nn.Module, arguments: Any) -> bool:
     """True if a network runs on these arguments; networks refuse sizes with errors of many types."""
     with contextlib.suppress(Exception), torch.no_grad(), evaluating(model):
-        _call(model, arguments)
+        call_network(model, arguments)
         return True
     return False
 
 
-def _call(model: nn.Module, arguments: Any, mask: object = None) -> Any:
+def call_network(model: nn.Module, arguments: Any, mask: object = None) -> Any:
     """Call a model with arguments as in `adaptify(example_input=)`; a mask is set separately from the arguments."""
     is_masked = isinstance(model, AdaptiveModel) and mask is not None
     args, kwargs = _split(arguments)
@@ -304,7 +304,7 @@ def _batches(
     batches: list[tuple[Any, tuple[int, int]]] = []
     for sizes in (ODD_SIZES, EVEN_SIZES):
         drawn = ((arguments(size), size) for size in sizes)
-        usable = ((values, size) for values, size in drawn if size != example and _takes(model, values))
+        usable = ((values, size) for values, size in drawn if size != example and takes(model, values))
         batches += islice(usable, 1)
     return batches or [(arguments(example), example)]
 
@@ -313,33 +313,33 @@ def _identity_error(model: nn.Module, net: AdaptiveModel, arguments: Any) -> tup
     """Check law 1 at the network's own level, directly and through kernel maps; also count the outputs."""
     level = net.plan.identity_level or 0
     with torch.no_grad():
-        expected = _call(model, arguments)
+        expected = call_network(model, arguments)
         mask: str | Tensor | None = _word_of(net)
         if mask is None:
-            _call(net, arguments, mask="random")
+            call_network(net, arguments, mask="random")
             mask = torch.full_like(net.levels, level)
-        outputs = [_call(net, arguments, mask=mask)]
+        outputs = [call_network(net, arguments, mask=mask)]
         if type(outputs[0]) is not type(expected):
             return float("inf"), 0
         mapped = replace(net.geometry, dense_shortcut=False)
         args, kwargs = _split(arguments)
         outputs.append(net.run(lambda _, f: mapped.uniform_like(f, level), *args, **kwargs))
         outputs = [at_own_samples(output, net.graph, net.plan) for output in outputs]
-    return max(_largest_error(output, expected) for output in outputs), len(tensors_of(expected))
+    return max(largest_error(output, expected) for output in outputs), len(tensors_of(expected))
 
 
 def _batch_error(net: AdaptiveModel, arguments: Any) -> float:
     """Check law 5: a batch, each image with its own random level map, against its images one by one."""
     torch.manual_seed(2)
     with torch.no_grad():
-        together = tensors_of(_call(net, arguments, mask="random"))
+        together = tensors_of(call_network(net, arguments, mask="random"))
         levels = net.levels
-        apart = [_call(net, _image(arguments, i), mask=levels[i : i + 1]) for i in range(len(levels))]
+        apart = [call_network(net, _image(arguments, i), mask=levels[i : i + 1]) for i in range(len(levels))]
     if any(len(value) == 0 for value in together):
         return float("inf")
     each = zip(*map(tensors_of, apart), strict=True)
     joined = [torch.cat(values) if values[0].dim() else values[0] for values in each]
-    return _largest_error(together, joined)
+    return largest_error(together, joined)
 
 
 def _optimized_error(net: AdaptiveModel, batches: list[Any]) -> float:
@@ -348,8 +348,8 @@ def _optimized_error(net: AdaptiveModel, batches: list[Any]) -> float:
     optimized = net.optimize()
     for arguments in batches:
         with torch.no_grad(), contextlib.suppress(GuardFailed):
-            expected = _call(net, arguments, mask="random")
-            return _largest_error(_call(optimized, arguments, mask=net.levels), expected)
+            expected = call_network(net, arguments, mask="random")
+            return largest_error(call_network(optimized, arguments, mask=net.levels), expected)
     return float("inf")
 
 
@@ -359,7 +359,7 @@ def _host_error(model: nn.Module, net: AdaptiveModel, arguments: Any) -> float:
     if mask is None:
         return 0.0
     with torch.no_grad():
-        return _largest_error(_call(net, arguments, mask=mask), _call(model, arguments))
+        return largest_error(call_network(net, arguments, mask=mask), call_network(model, arguments))
 
 
 def _word_of(net: AdaptiveModel) -> str | None:
@@ -386,7 +386,7 @@ def _image(arguments: Any, position: int) -> Any:
     return tree_map_only(Tensor, lambda values: values[position : position + 1], arguments)
 
 
-def _largest_error(output: Any, expected: Any) -> float:
+def largest_error(output: Any, expected: Any) -> float:
     """Return the largest error of the tensors; infinite if there are none, or not as many as expected."""
     ours, theirs = tensors_of(output), tensors_of(expected)
     if len(ours) != len(theirs):

@@ -56,7 +56,10 @@ def mask_command(
     image: Annotated[
         str,
         options.ArgumentOrOption(
-            "image file; default: a generated street scene", is_needed=False, metavar="image", short=()
+            "image file, or clip (drive.mp4,every=25); default: a generated street scene",
+            is_needed=False,
+            metavar="image",
+            short=(),
         ),
     ],
     options: MaskOptions,

@@ -83,7 +83,7 @@ def main(app: typer.Typer | None = None) -> None:
     except typer.Exit as request:
         sys.exit(request.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        screen.err.print("interrupted")
+        screen.say_interrupted()
         sys.exit(_INTERRUPTED)
     except Exception as error:
         show = getattr(error, "show", None)  # a usage error of the argument parser
@@ -92,5 +92,5 @@ def main(app: typer.Typer | None = None) -> None:
         show()
         sys.exit(2)
     if code == _INTERRUPTED:  # newer versions of typer return this code instead of raising
-        screen.err.print("interrupted")
+        screen.say_interrupted()
     sys.exit(code if isinstance(code, int) else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -28,6 +29,16 @@ if TYPE_CHECKING:
 
 _LINE_EVERY = 30.0  # seconds between lines of progress, where there is no terminal
 
+
+def _open_closed() -> None:
+    """Let standard output and standard error lead to the null device where they are closed (`>&-`): the work is done,
+    nothing is shown, and no file that is opened later stands in their place."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
+_open_closed()
 # A terminal has a width; pipes and files get long lines.
 out = Console(width=None if sys.stdout.isatty() else 140)
 err = Console(width=None if sys.stderr.isatty() else 140, stderr=True)
@@ -66,6 +77,11 @@ class Current:
         return (call.done - call.first) / (call.at - call.begin)
 
     @property
+    def text(self) -> str:
+        """The text of the step."""
+        return self._call.text
+
+    @property
     def words(self) -> str:
         """The text of the step, and the time that is left if it can be estimated."""
         call, speed = self._call, self.speed
@@ -94,11 +110,31 @@ def steps(command: str, *, every: float = _LINE_EVERY) -> Iterator[Current]:
     """Show the current step of a command on standard error, also with --json; only in the first process.
 
     A terminal shows a bar with the time left where items are counted, else a spinner. They vanish at the end and at
-    Ctrl-C. A pipe or a file gets a line each half minute, and none from a command that ends earlier.
+    Ctrl-C. A pipe or a file gets a line each half minute, and none from a command that ends earlier. The
+    step at which Ctrl-C ends the work is said by `say_interrupted`.
     """
     now = Current()
+    try:
+        with _shown(command, now, every):
+            yield now
+    except KeyboardInterrupt:
+        _ended_at[:] = [f"{command}, {now.text}"]
+        raise
+
+
+_ended_at: list[str] = []  # the step at which Ctrl-C ended a command; nothing if it ended by itself
+
+
+def say_interrupted() -> None:
+    """Print that Ctrl-C ended the command, and at which step."""
+    err.print(": ".join(("interrupted", *_ended_at)), markup=False, highlight=False, soft_wrap=True)
+    _ended_at.clear()
+
+
+@contextmanager
+def _shown(command: str, now: Current, every: float) -> Iterator[None]:
     if not is_first_process():
-        yield now
+        yield
     elif err.is_interactive:
         from rich.live import Live
 
@@ -110,13 +146,13 @@ def steps(command: str, *, every: float = _LINE_EVERY) -> Iterator[Current]:
                 console=err, get_renderable=drawn, transient=True, refresh_per_second=5, redirect_stdout=False
             ),
         ):
-            yield now
+            yield
     else:
         end = Event()
         thread = Thread(target=print_lines, args=(command, now, partial(end.wait, every)), daemon=True)
         thread.start()
         try:
-            yield now
+            yield
         finally:
             end.set()
             thread.join()

@@ -121,8 +121,9 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         """True if the images have labels."""
         return bool(self.classes) or self.table is None
 
-    def read_for(self, source: Source) -> SegmentationData:
-        """Return the data whose pictures have the channels that a network of this source reads, from its bands."""
+    def read_for(self, source: Source | None) -> SegmentationData:
+        """Return the data whose pictures have the channels that a network of this source reads, from its bands; or
+        colour, for None."""
         return replace(self, source=source)
 
     def first(self, count: int | None) -> SegmentationData:

@@ -7,9 +7,10 @@ import io
 import math
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-from cadsurgery.data import stores, tiff
+from cadsurgery.data import limits, stores, tiff
 from cadsurgery.data.channels import as_channels as as_channels
 from cadsurgery.data.channels import per_channel
 from cadsurgery.data.channels import statistics_of as statistics_of
@@ -30,9 +31,7 @@ from cadsurgery.support.kinds import PICTURE, of_another_kind
 if TYPE_CHECKING:
     from cadsurgery.data.networks import Source
 
-_SIDE = 2**14
 _Parts = tuple[str, ...]  # folders of a relative path, and its last name
-MOST_PIXELS = _SIDE**2  # limit for generated and resized images: 3 GiB as float32
 SUFFIXES = PICTURE.endings
 _OF_FIRST = ("GIF", "MPO")  # formats whose first picture is read: animations, photographs with smaller copies
 # Formats that pictures can be written in, by file name ending.
@@ -218,17 +217,17 @@ _BEYOND, _DARK = 0.25, 0.25
 
 
 def check_size(size: tuple[int, int] | None) -> None:
-    """Refuse an image size without pixels, or with more than `MOST_PIXELS`.
+    """Refuse an image size without pixels, or with more than `limits.MOST_PIXELS`.
 
     Raises:
         InvalidInput: the size has too few or too many pixels.
     """
     if size is not None and min(size) < 1:
         raise InvalidInput(f"an image of {size[0]}x{size[1]} has no pixels.", next="give a positive size.")
-    if size is not None and size[0] * size[1] > MOST_PIXELS:
+    if size is not None and size[0] * size[1] > limits.MOST_PIXELS:
         raise InvalidInput(
             f"an image of {size[0]}x{size[1]} is too large.",
-            why=f"at most {MOST_PIXELS} pixels are made, e.g. {_SIDE}x{_SIDE}.",
+            why=f"at most {limits.MOST_PIXELS} pixels are made, e.g. {limits.SIDE}x{limits.SIDE}.",
             next="give a smaller size, or cut the image into tiles.",
         )
 
@@ -241,8 +240,9 @@ def _open(path: Path | str, what: str, next: str, content: bytes | None = None) 
         raise FileError(refusal.what, next=f"{refusal.next} Then {next}")
     with (
         _as_file_error(path, what, next),
-        Image.open(path if content is None else io.BytesIO(content)) as file,
+        _open_large(path if content is None else io.BytesIO(content)) as file,
     ):
+        limits.check_pixels(path, file.height, file.width)
         count = getattr(file, "n_frames", 1)
         if count > 1 and file.format not in _OF_FIRST:
             raise FileError(
@@ -258,9 +258,22 @@ def _as_file_error(path: Path | str, what: str, next: str) -> Iterator[None]:
         yield
     except CadError:
         raise
-    except Exception as error:  # decoders raise errors of any type, also for suspiciously large pictures
+    except Exception as error:  # decoders raise errors of any type
         refusal = FileError(f"{path} cannot be read as {what}.", why=str(error), next=next)
         raise of_another_kind(path, PICTURE) or refusal from error
+
+
+_OPENING = threading.Lock()
+
+
+def _open_large(source: Path | str | IO[bytes]) -> Image.Image:
+    """Open a picture without PIL's limit of 179 million pixels; the limit stays for everybody else."""
+    with _OPENING:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(source)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 # Tags of TIFF files: the bits of a value, and how values are to be shown, of which 0 means that 0 is white.
@@ -409,7 +422,7 @@ def no_images(failures: Mapping[str, FileError]) -> FileError:
 
 def _images_of(path: str, name: str, apart: str) -> Iterator[tuple[str, str, dict[str, int]]]:
     """Yield the images of a source, each with its relative path and the names that are used in its folder."""
-    left_out: dict[str, list[str]] = {NO_PICTURES: [], _LINKS: [], _UNREADABLE: []}
+    left_out: dict[str, list[str]] = {NO_PICTURES: [], _LINKS: [], _DANGLING: [], _UNREADABLE: []}
     if not (stores.is_remote(path) or files.is_folder(path)):
         if not files.exists(path):
             raise files.absent(path, "file or folder")
@@ -435,6 +448,7 @@ def _images_of(path: str, name: str, apart: str) -> Iterator[tuple[str, str, dic
 
 
 _LINKS, _UNREADABLE = "links to folders, which are not followed", "folders that cannot be read"
+_DANGLING = "links to what does not exist"
 
 
 def _images_inside(
@@ -461,7 +475,7 @@ def _images_inside(
         elif _is_image(entry.name) and entry.is_file():
             yield place, used
         else:
-            left_out[NO_PICTURES].append(place)
+            left_out[NO_PICTURES if os.path.exists(entry.path) else _DANGLING].append(place)
 
 
 def _is_image(name: str) -> bool:

@@ -148,15 +148,16 @@ def as_data(samples: Samples) -> SegmentationData:
     )
 
 
-MOST_LOOKED_AT = 100  # pictures of which mean and deviation are taken
+MOST = 100  # pictures of data that stand for all of them, e.g. to calibrate by
 
 
-def pictures_of(data: SegmentationData) -> Callable[[Source], Iterator[Tensor]]:
-    """Return a function that yields pictures of data, evenly spread, as a network of a source reads them."""
+def pictures_of(data: SegmentationData, most: int = MOST) -> Callable[[Source | None], Iterator[Tensor]]:
+    """Return a function that yields pictures of data (C, H, W) as a network of a source reads them, or in colour: all
+    if there are no more than `most`, else so many, evenly spread."""
 
-    def read(source: Source) -> Iterator[Tensor]:
-        places = range(0, len(data), -(-len(data) // MOST_LOOKED_AT))
-        return (sample_of(data.read_for(source), place)[0] for place in places)
+    def read(source: Source | None) -> Iterator[Tensor]:
+        count, shown = min(most, len(data)), data.read_for(source)
+        return (sample_of(shown, place * len(data) // count)[0] for place in range(count))
 
     return read
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
+from PIL import Image
 from torch import Tensor
 
 from cadsurgery.data.channels import check_bands
+from cadsurgery.data.clips import ChosenFrames, is_clip, length_of, pyav
 from cadsurgery.data.datasets import (
     IGNORED,
     PictureFile,
@@ -30,18 +32,19 @@ from cadsurgery.data.images import (
     read_labels,
     spread_bands,
 )
+from cadsurgery.data.stores import refuse_stream
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
     CadError,
-    CadWarning,
     FileError,
     InvalidInput,
     UnknownName,
     first_line,
     import_optional,
+    warn,
 )
 from cadsurgery.support.folders import NO_PICTURES, visible, warn_of_left_out
-from cadsurgery.support.kinds import FOLDER, PICTURE, check_kind
+from cadsurgery.support.kinds import CLIP, FOLDER, PICTURE, check_kind
 from cadsurgery.support.plain import split_options
 
 if TYPE_CHECKING:
@@ -133,10 +136,12 @@ def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
     if (IGNORED, IGNORED) in table and str(IGNORED) not in options["ignore"].split("/"):
         warn_of_two_values(labels, f"folder:{place},classes=2,values=0/255 reads 255 as class 1")
     read = partial(_read_files, images, labels)
-    remedy = "raise classes=..., or ignore such pixels: ignore={labels}."
     return SegmentationData(
-        spec, split, classes, tuple(map(str, images)), read, table, any_range=True, remedy=remedy
+        spec, split, classes, tuple(map(str, images)), read, table, any_range=True, remedy=_REMEDY
     )
+
+
+_REMEDY = "raise classes=..., or ignore such pixels: ignore={labels}."
 
 
 def _table(options: Mapping[str, str], classes: int) -> tuple[tuple[int, int], ...]:
@@ -171,12 +176,10 @@ def warn_of_two_values(labels: Sequence[Path], remedy: str) -> None:
         if not stored <= {0, IGNORED}:
             return
     if stored == {0, IGNORED}:
-        warnings.warn(
+        warn(
             f"the labels in {labels[0].parent} hold 0 and 255 alone ({len(looked_at)} of {len(labels)} files read).\n"
             f"  Why: 255 means ignored, which leaves no class but 0.\n"
-            f"  Next: {remedy}; if 255 is to be ignored, say so: ignore=255.",
-            CadWarning,
-            stacklevel=3,
+            f"  Next: {remedy}; if 255 is to be ignored, say so: ignore=255."
         )
 
 
@@ -231,6 +234,61 @@ def _images(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
         images = held_out if split == "val" else sorted(set(images) - set(held_out))
     read = partial(_read_unlabelled, images)
     return SegmentationData(spec, split, (), tuple(map(str, images)), read, identity_table(0), any_range=True)
+
+
+# -- clips ---------------------------------------------------------------------------------------------
+
+
+def _read_frame(frames: ChosenFrames, labels: Sequence[Path], position: int) -> tuple[Image.Image, Any]:
+    return frames[position], read_labels(labels[position]).numpy() if labels else None
+
+
+def _clip(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
+    """Open every N-th frame of a clip, or those that have labels.
+
+    A frame is named by the clip and its number in six digits, `drive.mp4/000025`; its labels are `000025.png`.
+    """
+    pyav()  # refuse first what would be missing anyway
+    path = Path(place)
+    if not files.is_file(path):
+        raise files.absent(path)
+    count, rate = length_of(path)
+    start = _number("start", options["start"])
+    every = _number("every", options["every"]) if options["every"] else 0
+    numbers: Sequence[int] = range(start, count, every or (1 if options["labels"] else max(1, round(rate))))
+    if options["labels"]:
+        numbers = _labelled_frames(path, Path(options["labels"]), numbers, count)
+    names = tuple(f"{path}/{number:06d}" for number in numbers)
+    labels = [labels_of(name, Path(options["labels"])) for name in names] if options["labels"] else []
+    read = partial(_read_frame, ChosenFrames(path, numbers), labels)
+    if not options["classes"]:
+        if values := [option for option in ("ignore", "values") if options[option]]:
+            raise InvalidInput(f"{values[0]}= of labels whose classes are not said.", next="add classes=11.")
+        return SegmentationData(spec, split, (), names, read, None if labels else identity_table(0))
+    classes = class_names(options["classes"])
+    return SegmentationData(spec, split, classes, names, read, _table(options, len(classes)), remedy=_REMEDY)
+
+
+def _labelled_frames(path: Path, folder: Path, numbers: Sequence[int], count: int) -> list[int]:
+    """Return those frames of a clip whose labels are in a folder; say what else the folder holds.
+
+    Raises:
+        FileError: there is no such folder, or the clip has no frame of a number.
+    """
+    check_kind(folder, FOLDER, what="the folder of labels")
+    if not files.is_folder(folder):
+        raise files.absent(folder, "folder")
+    inside = visible(folder)
+    labelled = {int(name.stem): name for name in inside if re.fullmatch(r"\d{6,}\.png", name.name)}
+    if beyond := [number for number in sorted(labelled) if number >= count]:
+        raise FileError(
+            f"{path} has no frame {beyond[0]}, and there are labels of it: {labelled[beyond[0]]}.",
+            why=f"it has {count} frames, 0 to {count - 1}.",
+            next="name the labels by the numbers of the frames; the first is 000000.png.",
+        )
+    others = [name.name for name in inside if name not in labelled.values()]
+    warn_of_left_out(folder, {"not named by the number of a frame, as 000025.png": others})
+    return [number for number in sorted(labelled) if number in numbers]
 
 
 # -- torchvision ---------------------------------------------------------------------------------------
@@ -335,6 +393,15 @@ KINDS = {
         "NAME.jpg (or .png, ...), in folders of any depth: every eighth image is val, the others train; any other "
         "split has all images\nor, with splits: train/, val/, test/\nIn a folder with images/ only that is read.",
     ),
+    "clip": DataKind(
+        _clip,
+        {"every": "", "start": "0", "labels": "", "classes": "", "ignore": "", "values": ""},
+        (),
+        "Give a clip.",
+        "a clip: FILE.mp4 (.mov, .mkv, ...), of which every N-th frame is used (every=N; default: one a second)\n"
+        "with labels=FOLDER the frames that have labels: FOLDER/000025.png, named by the number of the frame in six "
+        "digits, the first is 000000; one channel, as in folder",
+    ),
     "cityscapes": DataKind(
         _cityscapes,
         {},
@@ -392,7 +459,9 @@ def open_data(spec: str, split: str = "train", *, bands: Sequence[int] = ()) -> 
     Kinds: `folder:PATH,classes=11,ignore=11` (slashes separate several ignored values, or class names in place of their
     number; `classes=2,values=0/255` names the values that the classes are stored as), `cityscapes:PATH` (fine
     annotations, the 19 classes of the benchmark), `voc:PATH,year=2012`, `sbd:PATH`, `pets:PATH` (trimaps),
-    `scene:COUNT,height=96,width=128` (generated); `images:FOLDER` has no labels.
+    `scene:COUNT,height=96,width=128` (generated); `images:FOLDER` has no labels. `clip:FILE,every=25` has every 25th
+    frame of a clip (default: one a second), from `start=0` on, and `clip:FILE,labels=FOLDER,classes=11` those frames
+    that have labels.
     Nothing is downloaded.
 
     Args:
@@ -407,6 +476,7 @@ def open_data(spec: str, split: str = "train", *, bands: Sequence[int] = ()) -> 
         FileError: the data is missing, incomplete or empty; the message says where to get it and its layout.
     """
     name, _, rest = spec.partition(":")
+    refuse_stream(rest if name in KINDS else spec)
     if name not in KINDS and files.exists(spec):
         check_kind(spec, FOLDER, what="a folder of data")
         raise InvalidInput(
@@ -420,11 +490,9 @@ def open_data(spec: str, split: str = "train", *, bands: Sequence[int] = ()) -> 
     if not place.strip():
         raise InvalidInput(f"data {spec!r} names no place.", next=f"write {name}:PATH. {kind.where}")
     if name != "scene":
+        expected = {"images": (FOLDER, PICTURE), "clip": (CLIP,)}.get(name, (FOLDER,))
         check_kind(
-            place.strip(),
-            FOLDER,
-            *((PICTURE,) if name == "images" else ()),
-            what=f"the folder of {name}:PATH",
+            place.strip(), *expected, what=f"the {'clip' if name == 'clip' else 'folder'} of {name}:PATH"
         )
     options = {**kind.options, **split_options(text, kind.options, f"data {name!r}")}
     values = {option: value for option, value in options.items() if value is not None}
@@ -434,3 +502,23 @@ def open_data(spec: str, split: str = "train", *, bands: Sequence[int] = ()) -> 
     if kind.splits and split not in kind.splits:
         raise UnknownName(f"split of data {name!r}", split, kind.splits)
     return replace(kind.open(place.strip(), split, values, spec), bands=check_bands(bands))
+
+
+def open_pictures(place: str | Path, split: str = "all", *, bands: Sequence[int] = ()) -> SegmentationData:
+    """Open pictures by the path of a folder, a picture or a clip (with options, `drive.mp4,every=25`), or by a spec.
+
+    Args:
+        place: see above, and `open_data`.
+        split: of data by spec; `all` means `val` where the data has named splits.
+        bands: see `open_data`.
+
+    Raises:
+        CadError: as `open_data`.
+    """
+    text = str(place)
+    kind = KINDS.get(text.partition(":")[0])
+    if kind is None or files.exists(text):
+        refuse_stream(text)
+        named = f"{'clip' if is_clip(Path(split_place(text)[0])) else 'images'}:{text}"
+        return open_data(named, split, bands=bands)
+    return open_data(text, "val" if split == "all" and kind.splits else split, bands=bands)

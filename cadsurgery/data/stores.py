@@ -7,12 +7,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cadsurgery.support.errors import FileError, first_line, import_optional
+from cadsurgery.support.errors import FileError, InvalidInput, first_line, import_optional
 
 
 def is_remote(path: object) -> bool:
     """True for an address with a scheme, such as `s3://bucket/photos`."""
     return "://" in str(path)
+
+
+_STREAMS = ("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "udp", "mms", "mmsh")
+_WEB = ("http", "https")
+
+
+def refuse_stream(address: object) -> None:
+    """Refuse the address of a stream, as of a network camera, or of a file on the web, where a path is expected.
+
+    Raises:
+        InvalidInput: see above; the message says how to get a file.
+    """
+    scheme, is_address, rest = str(address).partition("://")
+    shown = f"{scheme.lower()}://{rest.rpartition('@')[2]}"  # without a password
+    if is_address and scheme.lower() in _STREAMS:
+        raise InvalidInput(
+            f"{shown} is a stream, which has no end.",
+            next="record a part of it and give that: ffmpeg -i ADDRESS -t 60 -c copy part.mkv. In Python: call the "
+            "network on the frames of av.open(ADDRESS).decode(video=0), one by one.",
+        )
+    if is_address and scheme.lower() in _WEB:
+        raise InvalidInput(
+            f"{shown} is an address on the web, from which nothing is read.",
+            next="save the file and give its path: curl -LO ADDRESS.",
+        )
 
 
 def read_bytes(address: str) -> bytes:

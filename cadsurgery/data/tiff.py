@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cadsurgery.data.limits import check_pixels
 from cadsurgery.support.errors import FileError, first_line
 
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -61,8 +62,8 @@ def read_bands(
         The bands, and True if the last one is transparency.
 
     Raises:
-        FileError: the file holds several pictures, values of another kind, or is compressed by a method that needs
-            another package.
+        FileError: the file holds several pictures, too many pixels, values of another kind, or is compressed by a
+            method that needs another package.
     """
     import tifffile
 
@@ -81,6 +82,7 @@ def read_bands(
                 next="store the one you mean in a file of its own; bands of one picture are samples of its pixels "
                 "(in tifffile: planarconfig).",
             )
+        check_pixels(path, page.imagelength, page.imagewidth)
         values = _decode(path, page, series[0])
     values = values[..., None] if not others else np.moveaxis(values, axes.index(others[0]), -1)
     scaled = _scale(values, page, path)

@@ -6,7 +6,6 @@ import io
 import json
 import pickle
 import pickletools
-import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.support import files, kinds
-from cadsurgery.support.errors import CadWarning, FileError, UnknownName, describe_error
+from cadsurgery.support.errors import FileError, UnknownName, describe_error, warn
 
 WEIGHTS = (".safetensors", ".index.json", *kinds.WEIGHTS.endings)  # endings of weight files
 _INDEX = ".index.json"  # of weights in several files, as the Hub's libraries write it
@@ -166,7 +165,7 @@ def load_weights(model: nn.Module, path: Path, entry: str = "") -> str:
     left_out = (*chosen.beside, *(name for name in chosen.state if name not in expected.own))
     words = _in_words(path, chosen, others if fitting else [], left_out)
     if chosen.prefix or left_out or (others and fitting):
-        warnings.warn(f"{words}.", CadWarning, stacklevel=4)
+        warn(f"{words}.")
     return words
 
 

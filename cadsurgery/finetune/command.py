@@ -75,6 +75,13 @@ def finetune(*, model: str, options: FinetuneOptions, step: Step) -> TrainingRep
     check_packages(chosen.log)
     if options.mask:
         resolve_mask(options.mask)
+    if options.data.startswith("clip:"):
+        raise InvalidInput(
+            f"training on {options.data}.",
+            why="training reads pictures in any order, and a clip is read from its beginning to its end.",
+            next="write frames into a folder, ffmpeg -i CLIP -vf fps=1 -start_number 0 frames/%06d.png, and give "
+            "--data images:frames.",
+        )
     held_out = options.validation_split
     step(f"opening {options.data}")
     training = open_data(options.data, options.split, bands=options.bands)

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import os
 import sys
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from cadsurgery.kernels import build
-from cadsurgery.support.errors import CadWarning
+from cadsurgery.support.errors import warn
 
 
 class Kernels(NamedTuple):
@@ -76,11 +75,9 @@ def _why_unusable(path: Path) -> str:
 
 
 def _without(reason: str) -> Kernels:
-    warnings.warn(
+    warn(
         f"the compiled kernels are not used: {reason}. Networks run on torch's operations, which is slower. Install "
-        f"cadsurgery again with a C compiler (in a checkout: python {build.__file__}), or set CADSURGERY_NATIVE=0.",
-        CadWarning,
-        stacklevel=4,
+        f"cadsurgery again with a C compiler (in a checkout: python {build.__file__}), or set CADSURGERY_NATIVE=0."
     )
     return Kernels(None, reason=reason)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,10 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.support.describe import describe
-from cadsurgery.support.errors import InvalidInput, import_optional
+from cadsurgery.support.errors import CadError, InvalidInput, describe_error, import_optional
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+RETURNS = (
+    "A detector gets the images (B, C, H, W) and returns a list with points (n, 2), x and y in pixels, for each image, "
+    "or a floating-point score map (B, h, w)."
+)
 
 
 def opencv() -> Any:
@@ -83,6 +89,25 @@ def in_pixels(places: Tensor, scores: Tensor, image: Tensor) -> Tensor:
     return (places.to(step) + 0.5) * step - 0.5
 
 
+def call_detector(function: Callable[[Tensor], Any], image: Tensor) -> Any:
+    """Return what a detector of the user returns for images (B, C, H, W).
+
+    Raises:
+        InvalidInput: it raises an error.
+    """
+    try:
+        return function(image)
+    except CadError:
+        raise
+    except Exception as error:  # code of the user raises errors of any type
+        raise InvalidInput(
+            f"the detector {getattr(function, '__name__', type(function).__name__)} fails on images of shape "
+            f"{tuple(image.shape)}.",
+            why=describe_error(error),
+            next=f"mend it. {RETURNS}",
+        ) from error
+
+
 def points_of(returned: Any, image: Tensor, count: int, where: str) -> list[Tensor]:
     """Return the result of a detector as points (n, 2), x and y in pixels of the images (B, C, H, W), on their device.
 
@@ -109,8 +134,7 @@ def points_of(returned: Any, image: Tensor, count: int, where: str) -> list[Tens
         raise InvalidInput(
             f"keypoints are {described} for a batch of {batch}.",
             where=where,
-            next="give a list with points (n, 2), x and y in pixels, for each image, or a floating-point score map "
-            f"({batch}, h, w).",
+            next=RETURNS,
         )
     return [_check_points(part, index, image, where) for index, part in enumerate(returned)]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cadsurgery.masks.basic import name_of
 from cadsurgery.masks.context import call_context, first_pass_output
-from cadsurgery.masks.detectors import points_of, sift
+from cadsurgery.masks.detectors import call_detector, points_of, sift
 from cadsurgery.masks.filters import closeness, grey_of
 from cadsurgery.masks.graded import SteppedMask
 from cadsurgery.masks.options import between, check_options
@@ -21,6 +21,7 @@ from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
 
 SIFT, GIVEN, OWN = "sift", "given", "own"
+OF_POINTS = "keypoints"  # what a mask needs that keeps high what lies near given points
 _CALL = "with cadsurgery.masks.keypoints_at(points): net(image)"
 
 
@@ -108,7 +109,7 @@ class KeypointMask(SteppedMask):
     @property
     def needs(self) -> str:  # type: ignore[override]
         """Name the input that the points come from, which a compiled graph cannot contain."""
-        named = {GIVEN: "keypoints", OWN: "a first pass of the network"}
+        named = {GIVEN: OF_POINTS, OWN: "a first pass of the network"}
         return named.get(self._kind, "a detector outside the network")
 
     @property
@@ -159,7 +160,7 @@ class KeypointMask(SteppedMask):
         elif self._kind == SIFT:
             detected = sift_of_normalised(image, self.count)
         else:
-            detected = self._function(image)
+            detected = call_detector(self._function, image)
         points = points_of(detected, image, self.count, where)
         return points if self._kind == GIVEN else [part[: self.count] for part in points]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +22,7 @@ from cadsurgery.network.hosted import HostedModel, check_used, reach
 from cadsurgery.network.macs import PICTURE, count_planned
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.defaults import DEFAULT_MASK
-from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, InvalidInput, describe_error
+from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput, describe_error, warn
 from cadsurgery.support.progress import Step, waiting
 from cadsurgery.support.torch_internals import tree_leaves
 from cadsurgery.surgery.arguments import Arguments, bind, bind_example, image_of, run_forward, take_image
@@ -289,7 +288,7 @@ def _report_empty_mask(net: AdaptiveModel, facts: Facts) -> None:
         next="state how your pictures are normalised, adaptify(normalisation=(mean, std)) with mean and standard "
         f"deviation of your pictures in 0..1, or lower the threshold; options of {part.name}: cadsurgery list masks.",
     )
-    warnings.warn(str(refusal), CadWarning, stacklevel=3)
+    warn(str(refusal))
 
 
 def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str, Facts]:
@@ -450,7 +449,7 @@ def _report_no_effect(plan: Plan, strict: bool) -> None:
     refusal = CannotConvert(what, where=ends, why=why, next=step)
     if strict:
         raise refusal
-    warnings.warn(str(refusal), CadWarning, stacklevel=3)
+    warn(str(refusal))
 
 
 def _refuse_barriers(plan: Plan) -> None:

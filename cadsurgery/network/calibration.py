@@ -8,20 +8,20 @@ from typing import Any
 
 from torch import Tensor
 
-from cadsurgery.data import SegmentationData, sample_of
-from cadsurgery.data.images import find_images, normalise, read_picture_for
+from cadsurgery.data import SegmentationData, open_pictures
+from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source
+from cadsurgery.data.samples import MOST, pictures_of
 from cadsurgery.masks.unit import Normalisation
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.arguments import image_of
 
-MOST = 100  # images of a folder, of data or of a loader, which may hold any number
 _FORMS = (
     "give about 8 to 100 images as the network takes them: a batch (B, C, H, W), a list of batches or of images "
-    "(C, H, W), or a DataLoader, also of pairs (images, labels); or a folder of photos. For a network that takes a "
-    "dictionary, a list of such dictionaries."
+    "(C, H, W), or a DataLoader, also of pairs (images, labels); or a folder of photos or a clip. For a network that "
+    "takes a dictionary, a list of such dictionaries."
 )
 # Values of a picture, undone from its normalisation, beyond which it is none in 0..1; noise is to pass.
 _LEAST, _MOST = -3.0, 4.0
@@ -41,8 +41,8 @@ def read_calibration(images: Any, source: Source, expected: Normalisation | None
 
     Args:
         images: a batch, or batches or images (C, H, W), alone or in pairs with labels, as the network takes them; or a
-            folder of photos or data of `open_data`, which are prepared; or dictionaries as the network takes them. Of
-            folders, data and loaders 100 images are taken, evenly spread, or the first of a loader.
+            folder of photos, a clip or data of `open_data`, which are prepared; or dictionaries as the network takes
+            them. Of folders, data and loaders 100 images are taken, evenly spread, or the first of a loader.
         source: source of the network, for which pictures are read and normalised.
         expected: normalisation of the network's input, if it is known.
 
@@ -51,11 +51,9 @@ def read_calibration(images: Any, source: Source, expected: Normalisation | None
         FileError: an image of the folder cannot be read.
     """
     if isinstance(images, (str, Path)):
-        paths = list(find_images([Path(images)])[0])
-        return [normalise(read_picture_for(source, path), source)[None] for path in _spread(paths)]
+        images = open_pictures(images)
     if isinstance(images, SegmentationData):
-        images = images.read_for(source)
-        return [normalise(sample_of(images, at)[0], source)[None] for at in _spread(range(len(images)))]
+        return [normalise(image, source)[None] for image in pictures_of(images)(source)]
     if not isinstance(images, Iterable):
         raise _no_images(describe(images))
     batches = list(_batches([images] if isinstance(images, (Tensor, dict)) else images))
@@ -70,10 +68,6 @@ def batch_of(call: Any) -> Tensor:
     """Return the image batch of what a network is called with to calibrate: the batch itself, or a dictionary."""
     batch: Tensor = image_of({"call": call})
     return batch
-
-
-def _spread(items: Sequence[Any]) -> Sequence[Any]:
-    return items[:: -(-len(items) // MOST)]
 
 
 def _batches(items: Iterable[Any]) -> Iterator[Any]:

@@ -33,6 +33,7 @@ from cadsurgery.network.adapters import (
     with_adapters,
 )
 from cadsurgery.network.convert import convert_for_call
+from cadsurgery.network.counters import CallingCounters
 from cadsurgery.network.fuse import KERNELS
 from cadsurgery.network.inputs import first_value
 from cadsurgery.network.macs import MacReport, count_macs, meta_copy
@@ -118,8 +119,11 @@ class AdaptiveModel(ProgramNetwork):
         if torch.compiler.is_compiling() and not is_exporting() and not getattr(chosen, "static", False):
             return self._run_uncompiled(*args, mask=mask, **kwargs)
         provider = self._mask_provider if mask is None else resolve_mask(mask)
+        is_counted = self._program.is_counted
 
         def run(program: Program, arguments: dict[str, Any]) -> Masked:
+            if is_counted:
+                program = program.interpreted_by(CallingCounters)
             if program.unchanged is not None and isinstance(provider, UniformMask):
                 level = 0 if provider.high else program.plan.max_level
                 if level == program.plan.identity_level:

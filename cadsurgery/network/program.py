@@ -85,7 +85,7 @@ class Program:
     def bind_to(self, net: Any) -> Program:
         """Return the program bound to the modules of another network; the generated code is shared."""
         program = object.__new__(Program)
-        program.__dict__.update(self.__dict__, net=net, _watch=Watch(net, self.watched))
+        program.__dict__.update(self.__dict__, net=net, _watch=Watch(net, self.watched, not self.is_fused))
         program.__dict__.update(_outside=OutsideWatch(net, self.outside))
         return program
 
@@ -165,6 +165,14 @@ class Program:
             InvalidInput: see `names`.
         """
         self._watch()
+
+    @property
+    def is_counted(self) -> bool:
+        """True if layers have hooks of a tool that counts work, which `counters.CallingCounters` calls."""
+        if torch.compiler.is_compiling():
+            return False
+        self._watch()
+        return self._watch.is_counted
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the arguments of a call by the original's parameter names, with defaults."""

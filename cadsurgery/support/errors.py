@@ -5,8 +5,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+_PACKAGE = __name__.partition(".")[0]
 
 
 class CadError(Exception):
@@ -89,6 +93,22 @@ class CadWarning(UserWarning):
 
 class LeftOut(CadWarning):
     """Warning that something in a folder was left out; the CLI prints it when the command ends."""
+
+
+def warn(message: str, category: type[CadWarning] = CadWarning) -> None:
+    """Warn, and name the line outside of this package that led here; the first of all if there is none."""
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE and frame.f_back is not None:
+        frame = frame.f_back
+    names = frame.f_globals
+    warnings.warn_explicit(
+        message,
+        category,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        names.get("__name__") or "<unknown>",  # Python says nothing of a module without a name
+        names.setdefault("__warningregistry__", {}),
+    )
 
 
 class NotInstalled(CadError):

@@ -137,7 +137,13 @@ def exists(path: Path | str) -> bool:
 
 
 def absent(path: Path | str, what: str = "file") -> FileError:
-    """Return the error for a path that does not exist; it names similar or other entries of the same folder."""
+    """Return the error for a path that does not exist; it names similar or other entries of the same folder, or the
+    target of a link that leads nowhere."""
+    if os.path.islink(path):
+        return FileError(
+            f"{path} is a link to {os.readlink(path)}, which does not exist.",
+            next="let the link lead to what is there, or give that itself.",
+        )
     path = Path(path)
     shown = (
         str(path) if len(str(path)) <= _SHOWN and str(path).isprintable() else f"{str(path)[:_SHOWN]!r}..."

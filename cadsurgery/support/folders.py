@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cadsurgery.support.errors import LeftOut
+from cadsurgery.support.errors import LeftOut, warn
 
 _SYSTEM = ("thumbs.db", "desktop.ini")  # of Windows; of other systems hidden files begin with a dot
 _NAMED = 5  # entries that a message names
@@ -39,4 +38,4 @@ def describe_left_out(left_out: Mapping[str, Sequence[str]]) -> str:
 def warn_of_left_out(folder: Path | str, left_out: Mapping[str, Sequence[str]]) -> None:
     """Warn of what is left out of a folder, by the reason; of nothing if nothing is."""
     if words := describe_left_out(left_out):
-        warnings.warn(f"left out of {folder}: {words}.", LeftOut, stacklevel=3)
+        warn(f"left out of {folder}: {words}.", LeftOut)

@@ -47,7 +47,8 @@ PICTURE = FileKind(
 )
 CLIP = FileKind(
     "a clip",
-    "cadsurgery run NETWORK {path} runs a converted network on it.",
+    "cadsurgery run NETWORK {path} runs a converted network on it; recommend --images, bench --images, eval --data "
+    "clip:{path}, mask and --calibration take its frames.",
     (".mp4", ".mov", ".mkv", ".m4v", ".avi", ".webm", ".mpg", ".mpeg", ".ts", ".wmv"),
 )
 FOLDER = FileKind(

@@ -319,11 +319,13 @@ class Watch:
     A check takes a few microseconds, because modules that passed before are compared by identity.
     """
 
-    def __init__(self, net: nn.Module, watched: tuple[Watched, ...]) -> None:
-        """Take a network and the modules that its rewritten graph relies on."""
-        self._net, self._watched = net, watched
+    def __init__(self, net: nn.Module, watched: tuple[Watched, ...], counts: bool = False) -> None:
+        """Take a network and the modules that its rewritten graph relies on; `counts` is true if the network calls
+        hooks that count work itself, see `is_counted`."""
+        self._net, self._watched, self._counts = net, watched, counts
         self._seen: tuple[_CheckedModule, ...] = ()
         self._order: _Order | None = None
+        self.is_counted = False  # by the hooks of a tool, as the last check found
 
     def __call__(self) -> None:
         """Check all modules.
@@ -331,10 +333,12 @@ class Watch:
         Raises:
             InvalidInput: a module was replaced by one of another class, or has a hook that reads maps.
         """
+        self.is_counted = False
         if self._order is None or not self._order.holds():
             before = self._seen or (None,) * len(self._watched)
             self._seen = tuple(map(self._look_at, self._watched, before))
             self._order = _Order(self._seen)
+            self.is_counted = self._counts and any(counters_of(place.module) for place in self._seen)
 
     def _look_at(self, watched: Watched, before: _CheckedModule | None) -> _CheckedModule:
         module = child(self._net, watched.path)
@@ -344,7 +348,7 @@ class Watch:
             raise _exchange(watched, f"it is {type(module).__name__} and was {_name(watched.kind)}")
         if is_replaced(module) != watched.is_replaced:
             raise _exchange(watched, "its forward was exchanged")
-        if _foreign(module) > watched.hooks:
+        if _foreign(module) - self._counts * len(counters_of(module)) > watched.hooks:
             of_elements = "it runs on elements of several sizes, where a hook expects a map."
             looked_into = f"{watched.path} itself is not called: what it holds was rewritten."
             raise InvalidInput(
@@ -352,9 +356,9 @@ class Watch:
                 why=of_elements if watched.is_called else looked_into,
                 next="remove it (handle.remove()). A hook on the network itself is called, and so is one on an "
                 f"operation outside the region, see print(net.plan). One that {watched.path} has before cs.adaptify "
-                "is called too: the region then ends there, and what follows runs dense. If it counts work, as hooks "
-                "of ptflops, fvcore, thop and torchinfo do, use net.macs(x), or torch's "
-                "torch.utils.flop_counter.FlopCounterMode, which needs no hooks.",
+                "is called too: the region then ends there, and what follows runs dense. If it counts work, use "
+                "net.macs(x), torch's torch.utils.flop_counter.FlopCounterMode, which needs no hooks, or ptflops, "
+                "thop or torchinfo on the network that cs.adaptify gave.",
             )
         holder, _, name = watched.path.rpartition(".")
         around, children = child(self._net, holder), tuple(module._modules)
@@ -498,3 +502,20 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
 
 def _foreign(module: nn.Module) -> int:
     return sum(not isinstance(hook, _COMPUTING) for kind in _KINDS for hook in getattr(module, kind).values())
+
+
+# Packages whose hooks read nothing but shapes, to count work.
+_COUNTERS = ("ptflops", "thop", "torchinfo")
+
+
+def _counts(hook: Any) -> bool:
+    """True if a hook is that of a tool that counts work."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).partition(".")[0] in _COUNTERS
+
+
+def counters_of(module: nn.Module) -> list[Any]:
+    """Return the forward hooks of a module by which tools count its work."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return [hook for hook in hooks if _counts(hook)]

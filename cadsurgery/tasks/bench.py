@@ -18,7 +18,6 @@ import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cadsurgery.data import open_pictures
 from cadsurgery.data.networks import Source, source_of
+from cadsurgery.data.samples import pictures_of
 from cadsurgery.masks import Budget, labelled, resolve_mask
 from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.export import INT8, check_mask
@@ -46,8 +47,14 @@ from cadsurgery.tasks.bench_report import (
     NetworkBench,
     macs_notes,
 )
-from cadsurgery.tasks.export import read_all
-from cadsurgery.tasks.open import example_batch, open_any, original, provenance, with_statistics
+from cadsurgery.tasks.open import (
+    example_batch,
+    open_any,
+    original,
+    pictures_like,
+    provenance,
+    with_statistics,
+)
 from cadsurgery.tasks.options import Benchmark, Conversion
 from cadsurgery.tasks.report import Row, check_outputs
 from cadsurgery.tasks.side import Side, measure
@@ -68,7 +75,7 @@ FRACTIONS = (1.0, 0.5, 0.34, 0.25, 0.1, 0.0)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BAND, LINEAR, GROUPED = 1.06, 0.08, 1.2
 # Options of `bench` for a network made by a method.
-OF_METHODS = ("size", "batch", "device", "threads", "rounds", "processor_time")
+OF_METHODS = ("images", "size", "batch", "device", "threads", "rounds", "processor_time")
 
 
 def bench(
@@ -102,9 +109,10 @@ def bench(
         trust: run code that a file names; see `cadsurgery.load`.
         step: progress callback.
         options: further options of `adaptify`, and conditions of the measurement, see `Benchmark`: `size` (height and
-            width) and number (`batch`) of the generated street scenes, `dtype`, `device`, `threads`, timing `rounds`,
-            the engine (`runtime`), engines whose dense networks are timed in the same run (`against`), the scale of
-            smaller pictures (`smaller`), and images for int8 (`calibration`).
+            width) and number (`batch`) of the pictures, which are generated street scenes or those of a folder or a
+            clip (`images`), `dtype`, `device`, `threads`, timing `rounds`, the engine (`runtime`), engines whose dense
+            networks are timed in the same run (`against`), the scale of smaller pictures (`smaller`), and images for
+            int8 (`calibration`).
 
     Raises:
         InvalidInput: an option is out of range or does not fit the others.
@@ -183,7 +191,7 @@ def _bench_made(
     ends = [row for row in rows if timed.ends and row.label in timed.ends]
     lines = [law(row.macs, ends[1], ends[0]) if ends and not row.anchor else None for row in rows]
     return MethodBench(
-        data="street scenes",
+        data=setup.images or "street scenes",
         image=tuple(images.shape),
         clock="processor" if setup.processor_time else "wall",
         rounds=setup.rounds,
@@ -364,8 +372,8 @@ def convert(network: str | nn.Module, mask: object, setup: Benchmark) -> tuple[A
     """Convert a network without verification; return it with its images (B, C, H, W) and a text about its weights."""
     model, stated = original(network, "none", bands=setup.bands)
     options: dict[str, Any] = {option.name: getattr(setup, option.name) for option in fields(Conversion)}
-    folder = Path(setup.calibration) if setup.calibration else None
-    options = with_statistics(options, stated, partial(read_all, folder) if folder else None)
+    shown = setup.calibration or setup.images
+    options = with_statistics(options, stated, pictures_of(open_pictures(shown)) if shown else None)
     net = adaptify(model, mask, **options, verify_laws=False)
     source = pictures_for(net)
     target: dict[str, Any] = {
@@ -378,8 +386,20 @@ def convert(network: str | nn.Module, mask: object, setup: Benchmark) -> tuple[A
 
 
 def _scenes(source: Source, setup: Benchmark) -> Tensor:
-    """Return the images (B, C, H, W) of the measurement."""
-    return torch.cat([example_batch(source, None, setup.size, seed) for seed in range(setup.batch)])
+    """Return the images (B, C, H, W) of the measurement.
+
+    Raises:
+        InvalidInput: there are fewer pictures than a batch has, or they have no bands that the network reads.
+    """
+    if not setup.images:
+        return torch.cat([example_batch(source, None, setup.size, seed) for seed in range(setup.batch)])
+    pictures = pictures_like(open_pictures(setup.images), setup.size, source, setup.batch)
+    if len(pictures) < setup.batch:
+        raise InvalidInput(
+            f"{setup.images} has {len(pictures)} pictures, and a batch is {setup.batch}.",
+            next=f"give more pictures, or a smaller batch: --batch {len(pictures)}.",
+        )
+    return torch.cat(pictures)
 
 
 def band(net: AdaptiveModel) -> float:
@@ -403,6 +423,7 @@ def _setting(mask: object, setup: Benchmark) -> BenchSetting:
     return BenchSetting(
         mask=f"{resolve_mask(mask).spec()} | budget",
         image=(setup.batch, 3, *setup.size),
+        images=setup.images,
         runtime=setup.runtime,
         dtype=setup.dtype,
         threads=setup.threads,

@@ -127,7 +127,7 @@ class NetworkBench:
 
 @dataclass(frozen=True)
 class BenchSetting:
-    """The conditions of a measurement; `commit` is empty outside a checkout.
+    """The conditions of a measurement; `commit` is empty outside a checkout, `images` for generated street scenes.
 
     `processor` and `instruction_sets` come from `describe_run`; for several runs with different instruction sets, see
     `BenchReport`.
@@ -144,12 +144,13 @@ class BenchSetting:
     date: str
     runtime: str = "torch"
     clock: str = "wall"
+    images: str = ""
     processor: dict[str, str] = field(default_factory=dict)
     instruction_sets: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, without an unknown commit, processor or instruction sets."""
-        optional = ("commit", "processor", "instruction_sets")
+        """Return plain values, without what is unknown or not given."""
+        optional = ("commit", "processor", "instruction_sets", "images")
         return {name: plain(value) for name, value in vars(self).items() if name not in optional or value}
 
     def __str__(self) -> str:
@@ -157,8 +158,9 @@ class BenchSetting:
         numbers = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         commit = f", commit {self.commit}" if self.commit else ""
         clock = ", processor time" if self.clock != "wall" else ""
+        of = f" ({self.images})" if self.images else ""
         return (
-            f"{self.image[0]} image{'s' * (self.image[0] > 1)} of {size}, {self.dtype}, mask {self.mask}, best and "
+            f"{self.image[0]} image{'s' * (self.image[0] > 1)} of {size}{of}, {self.dtype}, mask {self.mask}, best and "
             f"median of {self.rounds} interleaved rounds{clock}, runtime {self.runtime}\n{self.device}; {self.threads} "
             f"threads; {numbers}{commit}; {self.date}"
         )

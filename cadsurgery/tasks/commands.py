@@ -29,7 +29,18 @@ from cadsurgery.tasks.options import (
 
 FOUND = ("detector", "count", "reach", "align", "raw", "output", "max_edge", "max_sum", "multiple")
 _MEASURED = (
-    *("size", "batch", "output_stride", "region", "patch", "normalisation", "dtype", "device", "threads"),
+    *(
+        "images",
+        "size",
+        "batch",
+        "output_stride",
+        "region",
+        "patch",
+        "normalisation",
+        "dtype",
+        "device",
+        "threads",
+    ),
     *("rounds", "processor_time", "runtime", "against", "smaller", "calibration", "bands"),
 )
 _TRAINED = (
@@ -130,6 +141,7 @@ class PlanOptions:
     conversion: Mapping[str, Any] = part(Conversion, "output_stride", "coarsest", "region", "outputs")
     size: tuple[int, int] | None = size_option("size of the example; default: small")
     all_nodes: bool = option(False, "also list dense nodes before the region", name="all")
+    trust: bool = option(False, "as of other commands; the plan of a file is read without running its code")
 
 
 @documented
@@ -153,7 +165,7 @@ class MaskOptions:
         Conversion, "output_stride", "patch", "normalisation", defaults=("8,32",)
     )
     bands: tuple[int, ...] = bands_option()
-    output: Path = option(Path("mask.png"), "PNG to write", short="o")
+    output: Path = option(Path("mask.png"), "picture to write; of a clip also a clip, mask.mp4", short="o")
     trust: bool = trust_option()
 
 
@@ -173,7 +185,7 @@ class RunOptions:
     bands: tuple[int, ...] = bands_option()
     conversion: Mapping[str, Any] = part(Conversion, "normalisation")
     size: tuple[int, int] | None = size_option("resize images to this size; default: no resizing")
-    resume: bool = option(False, "go on with the folder: predictions that are there are not made again")
+    resume: bool = option(False, "go on with the folder or the clip: what is there is not made again")
     workers: int | None = option(
         None,
         "processes with one thread each; default: the cores, fewer for few images, and 1 on a GPU",
@@ -254,7 +266,8 @@ class EvalOptions:
     data: str = option(
         MISSING,
         'labelled images: "folder:PATH,classes=11,ignore=11", cityscapes:PATH, voc:PATH, sbd:PATH, '
-        "pets:PATH, or scene:COUNT (generated); or photos without labels, images:FOLDER",
+        "pets:PATH, or scene:COUNT (generated); or photos without labels, images:FOLDER; or a clip: "
+        '"clip:FILE,every=25", "clip:FILE,labels=FOLDER,classes=11"',
     )
     split: str = option("test", "train, val, test, or all for a folder without splits")
     masks: Sequence[str] = option(
@@ -288,10 +301,11 @@ class EvalOptions:
 class RecommendOptions:
     """Options of `cadsurgery recommend`; see `cadsurgery.recommend`."""
 
-    images: str = option(MISSING, "folder of photos, or labelled data as of eval --data")
+    images: str = option(MISSING, "folder of photos, clip (drive.mp4,every=25), or data as of eval --data")
     labels: str | None = option(
         None,
-        "folder of PNGs named as the photos: the number of the class of each pixel, 255 ignored; "
+        "folder of PNGs named as the photos, or by the numbers of a clip's frames (000025.png): the number of the "
+        "class of each pixel, 255 ignored; "
         "folder:PATH,ignore=11 ignores more",
     )
     keep: float | None = option(
@@ -304,7 +318,7 @@ class RecommendOptions:
     precision: str = option("float32", "float32, bfloat16 or int8")
     size: tuple[int, int] | None = size_option("of the pictures; default: of the first")
     limit: int | None = _limit_option()
-    minutes: float = option(10.0, "of measuring at most")
+    minutes: float = option(10.0, "for all of it, at most; then fewer settings and pictures are tried")
     split: str = option("all", "of labelled data; all: val where it has splits")
     weights: str = weights_option()
     options: Mapping[str, Any] = part(Conversion, "output_stride", "region", "normalisation", given=True)

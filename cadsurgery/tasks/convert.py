@@ -29,7 +29,7 @@ from cadsurgery.network.macs import MacReport, count_network, dense_macs
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.storage import read_method
 from cadsurgery.support.counting import describe_not_counted
-from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput, check_name
+from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput, check_name, warn
 from cadsurgery.support.files import check_folder
 from cadsurgery.support.kinds import CONVERTED, check_kind
 from cadsurgery.support.progress import Step, within
@@ -184,14 +184,12 @@ def _verified(checks: Sequence[Check]) -> list[Text]:
 def _warn_of_more_work(plan: Plan, macs: int, given: int) -> None:
     """Warn of a conversion that multiplies more than the network as given."""
     if macs > given:
-        warnings.warn(
+        warn(
             f"the converted network does {macs / given:.1f} times the work of the network as given: "
             f"{macs:.3e} multiply-accumulates instead of {given:.3e}.\n"
             f"  Why: its maps are as fine as output stride {plan.output_stride[0]} where the mask says so, finer than "
             "those of the network as given.\n"
-            "  Next: convert it for quality, not for speed; cadsurgery recommend measures if that pays.",
-            CadWarning,
-            stacklevel=3,
+            "  Next: convert it for quality, not for speed; cadsurgery recommend measures if that pays."
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby, islice
@@ -232,13 +232,24 @@ def _sides_of(
 
 
 def _with_classes(data: SegmentationData, compared: Comparison, device: torch.device) -> SegmentationData:
-    """Return data with a known number of classes: that of the network's outputs for the first image that it takes."""
+    """Return data with a known number of classes: that of the network's outputs for the first image that it takes.
+
+    Raises:
+        CadError: it takes none; the error of the first one.
+    """
+    first: CadError | None = None
     for index in range(len(data) if data.table is None else 0):
-        with suppress(CadError, RuntimeError), torch.inference_mode():  # reported where the image is judged
-            image, labels = sample_of(data, index)
-            batch = normalise(image[None], compared.source).to(device)
-            with labelled(labels[None].to(device)):
-                return data.with_outputs(class_scores(compared.sides[0].call(batch)).shape[1])
+        image = torch.empty(0, 0, 0)
+        try:  # images that cannot be used are reported where they are judged
+            with torch.inference_mode():
+                image, labels = sample_of(data, index)
+                batch = normalise(image[None], compared.source).to(device)
+                with labelled(labels[None].to(device)):
+                    return data.with_outputs(class_scores(compared.sides[0].call(batch)).shape[1])
+        except (CadError, RuntimeError) as error:
+            first = first or refuse_images(error, image[None])
+    if first is not None:
+        raise first
     return data
 
 

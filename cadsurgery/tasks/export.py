@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from cadsurgery.data.images import find_images, normalise, read_picture_for
-from cadsurgery.data.networks import Source
+from cadsurgery.data import open_pictures
+from cadsurgery.data.samples import pictures_of
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.export import check_calibration, check_mask, export, format_of
 from cadsurgery.network.model import pictures_for
@@ -20,7 +16,7 @@ from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.files import check_folder
 from cadsurgery.support.progress import Step
 from cadsurgery.tasks.commands import ExportOptions
-from cadsurgery.tasks.open import example_batch, is_file, open_converted
+from cadsurgery.tasks.open import example_batch, is_file, open_converted, pictures_like
 
 STATIC_MASK = f"{DEFAULT_MASK} | budget:fraction=0.3"
 
@@ -36,8 +32,9 @@ def export_network(model: str, options: ExportOptions, step: Step) -> dict[str, 
     check_calibration(kind.precision, kind.calibration or None)
     step(f"building {model}")
     form, is_dynamic = format_of(output, kind.to or None), kind.dynamic or kind.level_map
-    folder = Path(kind.calibration) if kind.calibration else None
-    more: dict[str, Any] = {"bands": options.bands, "pictures": partial(read_all, folder) if folder else None}
+    shown = open_pictures(kind.calibration) if kind.calibration else None
+    pictures = None if shown is None else pictures_of(shown)
+    more: dict[str, Any] = {"bands": options.bands, "pictures": pictures}
     net = (
         open_converted(model, mask, options.conversion, trust=options.trust, **more)
         if is_file(model)
@@ -54,9 +51,10 @@ def export_network(model: str, options: ExportOptions, step: Step) -> dict[str, 
     net.eval()
     source = pictures_for(net)
     first, second = (example_batch(source, None, size, seed) for seed in (0, 1))
-    if folder is not None:
+    if shown is not None:
         step("reading the calibration images")
-    calibration = images_like(first, source, folder) if folder is not None else None
+    own = (first.shape[2], first.shape[3])
+    calibration = pictures_like(shown, own, source) if shown is not None else None
     changed = {"to": kind.to or None, "calibration": calibration}
     written = export(net, first, output, other=second, step=step, **{**vars(kind), **changed})
     with torch.inference_mode():
@@ -67,20 +65,3 @@ def export_network(model: str, options: ExportOptions, step: Step) -> dict[str, 
         "active_fraction": net.active_fraction,
         **asdict(written),
     }
-
-
-def images_like(example: Tensor, source: Source, folder: Path) -> list[Tensor]:
-    """Read the images of a folder, each as a batch of the example's size, normalised for a network of this source.
-
-    Raises:
-        FileError: there are no images, or an image cannot be read.
-        InvalidInput: an image has no bands that the network reads.
-    """
-    size = (example.shape[2], example.shape[3])
-    return [normalise(image, source).unsqueeze(0) for image in read_all(folder, source, size)]
-
-
-def read_all(folder: Path, source: Source, size: tuple[int, int] | None = None) -> Iterator[Tensor]:
-    """Yield the images of a folder as a network of this source reads them."""
-    paths, _ = find_images([folder])
-    return (read_picture_for(source, path, size) for path in paths)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +15,42 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import Tensor
 
-from cadsurgery.data.channels import statistics_of
+from cadsurgery.data import SegmentationData, open_pictures, sample_of
+from cadsurgery.data.clips import WRITTEN, check_clip, is_clip, write_clip
 from cadsurgery.data.images import (
     check_labels_fit,
     check_picture,
     labelled_scene,
     normalise,
-    read_image,
     read_labels,
     write_picture,
 )
 from cadsurgery.data.networks import Source
+from cadsurgery.data.samples import pictures_of
+from cadsurgery.data.sources import split_place
+from cadsurgery.data.stores import refuse_stream
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.masks import FineMapSpec, MaskProvider, labelled, resolve_mask
 from cadsurgery.masks.provider import check_levels
-from cadsurgery.masks.unit import BANDS, read_normalisation
+from cadsurgery.masks.unit import read_normalisation
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.storage import load, read_metadata
 from cadsurgery.support import files
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import FileError, InvalidInput
+from cadsurgery.support.files import check_folder
 from cadsurgery.support.progress import Step, counted
 from cadsurgery.tasks.commands import MaskOptions
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
-from cadsurgery.tasks.open import example_image, is_file, open_converted, read_by
+from cadsurgery.tasks.open import (
+    Pictures,
+    example_image,
+    is_file,
+    open_converted,
+    read_by,
+    resized,
+    with_statistics,
+)
 from cadsurgery.tasks.report import Report, Row, figure_picture, percent, plain
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 from cadsurgery.tasks.tables import Column, table
@@ -97,7 +110,8 @@ def _title(row: Row, width: int = 52) -> str:
 class MaskReport(Report):
     """The report of `cadsurgery mask`: a row for each mask, and the picture.
 
-    A row has `mask`, `active_fraction`, `elements`, `fine_pixels` and `share_of_elements`. Masks that are compared in a
+    A row has `mask`, `active_fraction`, `elements`, `fine_pixels` and `share_of_elements`; that of a clip has their
+    means, and the number of `frames`. Masks that are compared in a
     network also have
 
     - for class scores `agreement`, the share of pixels with the class that the dense network predicts, and
@@ -129,8 +143,9 @@ class MaskReport(Report):
         """Yield one mask as a line, several as a table."""
         row = self.rows[0]
         if not self.compared:
-            elements = f"{row.elements} elements for {row.fine_pixels} fine pixels"
-            yield Text(f"active fraction {row.active_fraction:.3f}, {elements}; wrote {self.file}")
+            elements = f"{row.elements:.0f} elements for {row.fine_pixels} fine pixels"
+            mean = f"mean of {row.frames} frames: " if row.get("frames") else ""
+            yield Text(f"{mean}active fraction {row.active_fraction:.3f}, {elements}; wrote {self.file}")
             return
         measured = [name for name in QUALITIES if row.get(name) is not None]
         columns: list[Column[Row]] = [Column("mask", lambda row: Text(row.label), False)]
@@ -152,7 +167,8 @@ class MaskReport(Report):
 def draw_masks(image: str, options: MaskOptions, *, step: Step) -> MaskReport:
     """Draw masks on an image, for a network or for given strides; see `cadsurgery mask --help`.
 
-    Several masks in a network are compared by the quality of its prediction and by its cost.
+    Several masks in a network are compared by the quality of its prediction and by its cost. Of a clip the first frame
+    that is used is drawn or, if the output is a clip, all of them.
 
     Raises:
         InvalidInput: several masks without `compare`, or labels of another size than the image.
@@ -162,22 +178,32 @@ def draw_masks(image: str, options: MaskOptions, *, step: Step) -> MaskReport:
         raise InvalidInput(
             f"{len(masks)} masks for one picture.", next="add --compare to draw them side by side."
         )
+    if options.output.suffix.lower() in WRITTEN:
+        return _draw_frames(image, options, step)
     check_picture(options.output)
-    path = _existing(image)
+    frames = _frames(image, options.bands)
+    path = _existing(image) if frames is None else None
+
+    def pictures(source: Source | None, size: tuple[int, int] | None = size) -> Iterator[Tensor]:
+        if frames is None:
+            yield example_image(path, size, source=source, bands=options.bands)
+        else:
+            yield from (_resized(frame, size) for frame in pictures_of(frames)(source))
+
     net, stored_mask, source = None, None, None
     if model:
         step(f"building {model}")
-        net, stored_mask = _open(model, options, path)
+        net, stored_mask = _open(model, options, pictures)
         source = pictures_for(net)
-    picture = example_image(path, size, source=source, bands=options.bands)
-    truth = _labels(options.labels, path, size, picture)
+    picture = next(pictures(source))
+    truth = _labels(options.labels, image, lambda: next(pictures(None, None)), size, picture)
     asked = [(text, resolve_mask(text)) for text in masks]
     notes = [_NO_NETWORK]
     if net is not None and source is not None:
         step("running it with everything kept high")
         stride, max_level, look, notes = _look_in(net, source, model, picture, compare)
     else:
-        stride, max_level, look = _look_bare(picture, **options.conversion)
+        stride, max_level, look = _look_bare(picture, **_stated(options, pictures))
     if not asked:
         examples = masks_to_compare(max_level, truth is not None) if compare else ()
         asked = [(text, resolve_mask(text)) for text in examples]
@@ -201,12 +227,78 @@ def draw_masks(image: str, options: MaskOptions, *, step: Step) -> MaskReport:
     return MaskReport(tuple(rows), str(options.output), compare, tuple(notes))
 
 
+def _frames(image: str, bands: Sequence[int]) -> SegmentationData | None:
+    """Return the frames of a clip; None for anything else."""
+    place = split_place(image.removeprefix("clip:"))[0]
+    named = image.startswith("clip:") or is_clip(Path(place))
+    return open_pictures(image, bands=bands) if named else None
+
+
+def _resized(picture: Tensor, size: tuple[int, int] | None) -> Tensor:
+    return picture if size is None else resized(picture[None], size)[0]
+
+
+def _stated(options: MaskOptions, pictures: Callable[[None], Iterable[Tensor]]) -> dict[str, Any]:
+    """Return the options without a network, with mean and deviation of the pictures in place of `bands`."""
+    return with_statistics(options.conversion, Source(""), lambda _: pictures(None))
+
+
+def _draw_frames(image: str, options: MaskOptions, step: Step) -> MaskReport:
+    """Draw a mask on the frames of a clip, or on the pictures of a folder, as a clip.
+
+    Raises:
+        InvalidInput: there is no clip, masks are to be compared, or labels are given.
+    """
+    if not image or options.compare or options.labels is not None:
+        raise InvalidInput(
+            f"{options.output} is a clip, and what is to be drawn is "
+            f"{'a generated picture' if not image else 'a comparison' if options.compare else 'one with labels'}.",
+            next="give a clip or a folder of frames, and one mask; or name a picture: --output mask.png.",
+        )
+    check_clip(options.output)
+    check_folder(options.output)
+    mask = resolve_mask(options.masks[0]) if options.masks else None
+    data = open_pictures(image, bands=options.bands)
+    net, stored, source, conversion = None, None, None, {}
+    if options.model:
+        step(f"building {options.model}")
+        net, stored = _open(options.model, options, pictures_of(data))
+        source = pictures_for(net)
+        data = data.read_for(source)
+    else:
+        conversion = _stated(options, pictures_of(data))
+    mask = mask or stored or resolve_mask(DEFAULT_MASK)
+    if stored is not None and stored.spec() == mask.spec():
+        mask = stored  # with its learned weights
+    rows = []
+    with write_clip(options.output, _SHOWN) as add:
+        for at in counted(range(len(data)), step, "frame", "drawing"):
+            picture = _resized(sample_of(data, at)[0], options.size)
+            if net is not None and source is not None:
+                stride, _, look, _ = _look_in(net, source, options.model, picture, False)
+            else:
+                stride, _, look = _look_bare(picture, **conversion)
+            lattice, _ = look(mask)
+            rows.append(_row(mask.spec(), mask.spec(), lattice, {}))
+            add(figure_picture(mask_figure(picture, lattice, stride, title=mask.spec())))
+    means = {
+        name: sum(row.values[name] for row in rows) / len(rows)
+        for name in ("active_fraction", "elements", "share_of_elements")
+    }
+    row = Row(rows[0].label, {**rows[0].values, **means, "frames": len(rows)})
+    return MaskReport((row,), str(options.output), compared=False)
+
+
+_SHOWN = Fraction(4)  # frames in a second of a clip that is drawn
+
+
 def _existing(image: str) -> Path | None:
     """Return the path of an image, None for the generated scene.
 
     Raises:
         FileError: there is no such file.
     """
+    refuse_stream(image)
     if image and not files.exists(image):
         refusal = files.absent(image, "image")
         raise FileError(
@@ -216,19 +308,34 @@ def _existing(image: str) -> Path | None:
 
 
 def _labels(
-    path: Path | None, image: Path | None, size: tuple[int, int] | None, picture: Tensor
+    path: Path | None,
+    image: str,
+    whole: Callable[[], Tensor],
+    size: tuple[int, int] | None,
+    picture: Tensor,
 ) -> Tensor | None:
-    """Return labels (1, H, W) from the file or of the generated scene; None for an image without labels."""
+    """Return labels (1, H, W) from the file or of the generated scene; None for an image without labels.
+
+    Args:
+        path: file of the labels.
+        image: name of the image, empty for the generated scene.
+        whole: reads the image without resizing it.
+        size: what both are resized to.
+        picture: the image.
+
+    Raises:
+        InvalidInput: labels and image differ in size.
+    """
     height, width = picture.shape[1:]
     if path is None:
-        return labelled_scene(height, width)[1].unsqueeze(0) if image is None else None
+        return labelled_scene(height, width)[1].unsqueeze(0) if not image else None
     stored = tuple(read_labels(path).shape)
     own: tuple[int, ...] = (height, width)
-    if image is not None and size is not None:
-        own = tuple(read_image(image, channels=None).shape[1:])
+    if image and size is not None:
+        own = tuple(whole().shape[1:])
         if own != stored[::-1]:  # labels of any size are resized, unless they are turned
             own = stored
-    if image is not None or size is None:
+    if image or size is None:
         next = f"give labels of the image, or resize both: --size {height}x{width}."
         check_labels_fit(image or "the generated scene", own, stored, next)
     return read_labels(path, size).unsqueeze(0)
@@ -245,8 +352,6 @@ def _look_bare(
     """
     high, low = output_stride or (8, 32)
     geometry = Geometry(_halvings(high, low), patch=patch)  # type: ignore[arg-type]
-    if normalisation == BANDS:
-        normalisation = statistics_of([picture])
     read = read_normalisation("imagenet" if normalisation is None else normalisation, len(picture))
     source = Source("", channels=len(picture))
     if read.mean:
@@ -342,12 +447,8 @@ def _refusal(dense: Any, size: tuple[int, int]) -> str:
     return ""
 
 
-def _open(model: str, options: MaskOptions, image: Path | None) -> tuple[AdaptiveModel, MaskProvider | None]:
-    """Return a network, which reads pictures as the options say, and the mask of its file."""
-
-    def pictures(source: Source) -> list[Tensor]:
-        return [example_image(image, options.size, source=source)]
-
+def _open(model: str, options: MaskOptions, pictures: Pictures) -> tuple[AdaptiveModel, MaskProvider | None]:
+    """Return a network, which reads the pictures as the options say, and the mask of its file."""
     if not is_file(model):
         more: dict[str, Any] = {"bands": options.bands, "pictures": pictures}
         return open_converted(model, "none", options.conversion, weights=options.weights, **more), None

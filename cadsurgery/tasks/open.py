@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cadsurgery.data import SegmentationData
 from cadsurgery.data.channels import check_bands, statistics_of
 from cadsurgery.data.hub import is_address
 from cadsurgery.data.images import check_size, normalise, read_picture_for, street_scene
 from cadsurgery.data.networks import Source, build_again, build_model, source_of
 from cadsurgery.data.onnx_files import is_onnx
+from cadsurgery.data.samples import MOST, pictures_of
 from cadsurgery.masks.unit import BANDS, read_normalisation
 from cadsurgery.methods.storage import SiblingModel
 from cadsurgery.methods.storage import load as load_any
@@ -322,3 +325,30 @@ def example_batch(
     """Return the example image, normalised for a network of this source: (1, C, H, W)."""
     size = size or (source.size if source is not None else None)
     return normalise(example_image(path, size, seed, source), source).unsqueeze(0)
+
+
+def pictures_like(
+    data: SegmentationData, size: tuple[int, int], source: Source, most: int = MOST
+) -> list[Tensor]:
+    """Read pictures of data as a network of this source reads them, each as a batch (1, C, H, W) of a size, normalised.
+
+    Args:
+        data: see `open_pictures`.
+        size: (height, width).
+        source: of the network.
+        most: number of pictures at most, evenly spread, see `pictures_of`.
+
+    Raises:
+        CadError: a picture cannot be read, or has no bands that the network reads.
+    """
+    images = pictures_of(data, most)(source)
+    return [normalise(resized(image[None], size), source) for image in images]
+
+
+def resized(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Return images (B, C, H, W) of a size, in the memory layout that they have."""
+    if tuple(image.shape[2:]) == tuple(size):
+        return image
+    is_rows = image.is_contiguous(memory_format=torch.channels_last)
+    small = F.interpolate(image.float(), tuple(size), mode="bilinear", antialias=True).to(image.dtype)
+    return small.contiguous(memory_format=torch.channels_last if is_rows else torch.contiguous_format)

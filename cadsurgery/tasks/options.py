@@ -170,7 +170,9 @@ class Exporting:
         "float", "{default}, as the network's; ONNX with weights and features in float16, or in int8"
     )
     calibration: str = option(
-        "", "folder of images by which int8 is calibrated, without labels", metavar="FOLDER"
+        "",
+        "folder of images, or clip (drive.mp4,every=25), by which int8 is calibrated, without labels",
+        metavar="PLACE",
     )
     with_kernels: bool = option(
         False,
@@ -188,7 +190,12 @@ class Benchmark(Conversion):
     """How networks are converted, and the conditions of a benchmark; see `cadsurgery.bench.bench`."""
 
     size: tuple[int, int] = option(
-        (512, 1024), "size of the generated street scenes", metavar="HxW", read="size"
+        (512, 1024), "size of the pictures that are measured on", metavar="HxW", read="size"
+    )
+    images: str = option(
+        "",
+        "folder of photos or clip (drive.mp4,every=25) to measure on; default: generated street scenes",
+        metavar="PLACE",
     )
     batch: int = option(1, "number of images", min=1)
     dtype: str = option("float32", "{default}, bfloat16, or int8: in an engine, by default onnx-kernels")
@@ -213,7 +220,7 @@ class Benchmark(Conversion):
         min=0,
     )
     calibration: str = option(
-        "", "folder of images by which int8 is calibrated; default: the scenes it is measured on"
+        "", "folder of images, or clip, by which int8 is calibrated; default: the pictures it is measured on"
     )
     bands: tuple[int, ...] = bands_option()
 
@@ -229,7 +236,10 @@ class Extraction:
     """
 
     detector: str = option(
-        "sift", "sift, own (the network's score map), or module:function of the image batch"
+        "sift",
+        'sift, own (the network\'s score map, with --mask "keypoints:detector=own" or a mask of the picture), or '
+        "module:function of the image batch (1, C, H, W), which returns a list with points (n, 2), x and y in pixels, "
+        "for each image, or a score map (1, h, w)",
     )
     count: int = option(512, "maximum number of keypoints per image", min=1)
     mask: str = option(

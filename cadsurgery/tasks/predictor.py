@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cadsurgery.data.clips import open_clip, write_clip
+from cadsurgery.data.clips import is_camera, open_clip
 from cadsurgery.data.images import normalise, read_picture_for, write_picture
 from cadsurgery.data.networks import class_names
 from cadsurgery.data.stores import is_remote
@@ -31,6 +32,7 @@ from cadsurgery.support.files import make_folder
 from cadsurgery.support.pipeline import ahead
 from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step
+from cadsurgery.tasks.clip_parts import FRAMES, ClipParts, Seen
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.evaluation import refuse_images
 from cadsurgery.tasks.figures import CLASSES, OVERLAY, class_picture, prediction_picture
@@ -217,51 +219,90 @@ class Predictor:
             class_picture(classes, channels) if view == CLASSES else prediction_picture(pixels, classes, view)
         )
 
-    def clip_row(self, clip: Item, fps: float, step: Step, stopped: threading.Event) -> tuple[int, Row]:
-        """Return the position and row of a clip, see `draw_clip`."""
+    def clip_row(
+        self, clip: Item, fps: float, step: Step, stopped: threading.Event, resume: bool
+    ) -> tuple[int, Row] | None:
+        """Return the position and row of a clip, see `draw_clip`; None for one that is there."""
         self.start_anew()
+        path, target = Path(clip.source), Path(clip.target)
         try:
-            return clip.position, self.draw_clip(Path(clip.source), Path(clip.target), fps, step, stopped)
+            parts = ClipParts(target, self.settings.identity() | {"fps": fps}, path, resume)
+            if resume and parts.is_whole:
+                return None
+            return clip.position, self.draw_clip(path, target, parts, fps, step, stopped)
         except NotInstalled:
             raise
         except CadError as error:
             return clip.position, {"image": clip.source, **error.to_dict()}
 
     def draw_clip(
-        self, path: Path, target: Path, fps: float, step: Step, stopped: threading.Event
+        self, path: Path, target: Path, parts: ClipParts, fps: float, step: Step, stopped: threading.Event
     ) -> dict[str, Any]:
-        """Predict the frames of a clip and write them as a clip, until it ends or `stopped` is set."""
-        done, sums, counts, start = 0, Counter[str](), Counter[int](), time.perf_counter()
-        first: torch.Size | None = None
-        with (
-            open_clip(path, self.settings.size, fps, self.source) as clip,
-            write_clip(target, clip.rate) as add,
-        ):
-            while frames := list(islice(clip.frames, 0 if stopped.is_set() else self.settings.batch)):
-                for number, frame in enumerate(frames, done + 1):
-                    first = first or frame.shape
-                    if frame.shape != first:
-                        raise FileError(
-                            f"frame {number} of {path} is {frame.shape[1]}x{frame.shape[2]}, the first one is "
-                            f"{first[1]}x{first[2]}.",
-                            next="resize them: --size HxW.",
-                        )
-                for frame, (classes, channels, details) in zip(
-                    frames, self(torch.stack(frames)), strict=True
-                ):
-                    add(self.draw(frame, classes, usual=OVERLAY))
-                    counts += self._count(classes, channels)
-                    details.pop("levels", None)
-                    sums.update({key: value for key, value in details.items() if not isinstance(value, str)})
-                done += len(frames)
-                speed = done / (time.perf_counter() - start)
-                of = f" of {clip.count}" if clip.count else ""
-                step(f"{path.name}, frame {done}{of}, {speed:.1f} frames/s", done, clip.count)
-            if not done:
-                raise FileError(f"{path} holds no frames.", next="give a clip with pictures.")
-        means = {key: sums[key] / done if key in sums else value for key, value in details.items()}
-        ended = {"frames": done, "frames_per_second": speed, "interrupted": stopped.is_set()}
-        return {"image": str(path), "output": str(target), **means, **ended, **self._shares(counts)}
+        """Predict the frames of a clip and write them as a clip, until it ends or `stopped` is set.
+
+        What was written in parts before is not predicted again. The parts stay if the clip did not end.
+        """
+        seen, before, start = parts.seen, parts.seen.frames, time.perf_counter()
+        hold = min(before, self._looks_back())
+        numbers = range(before - hold, sys.maxsize)
+        with open_clip(path, self.settings.size, fps, self.source, numbers) as clip:
+            for frame in islice(clip.frames, hold):  # for masks that need the frames before
+                list(self(frame[None]))
+            batches = iter(lambda: list(islice(clip.frames, self.settings.batch)), [])
+            try:
+                while not stopped.is_set() and (first := next(batches, [])):
+                    with parts.next(clip.rate) as add:
+                        for frames in islice(chain([first], batches), max(1, FRAMES // self.settings.batch)):
+                            self._draw_frames(frames, path, seen, add)
+                            speed = (seen.frames - before) / (time.perf_counter() - start)
+                            of = f" of {clip.count}" if clip.count else ""
+                            text = f"{path.name}, frame {seen.frames}{of}, {speed:.1f} frames/s"
+                            step(text, seen.frames, clip.count)
+                            if stopped.is_set():
+                                break
+                if not seen.frames:
+                    raise FileError(f"{path} holds no frames.", next="give a clip with pictures.")
+            except CadError:
+                parts.remove()
+                raise
+            parts.join(clip.rate)
+        speed = (seen.frames - before) / (time.perf_counter() - start)
+        if not stopped.is_set() or is_camera(path):
+            parts.remove()
+        means = {
+            key: seen.sums[key] / seen.frames if key in seen.sums else seen.last[key] for key in seen.last
+        }
+        ended = {"frames": seen.frames, "frames_per_second": speed, "interrupted": stopped.is_set()}
+        return {"image": str(path), "output": str(target), **means, **ended, **self._shares(seen.classes)}
+
+    def _draw_frames(
+        self, frames: Sequence[Tensor], path: Path, seen: Seen, add: Callable[[Image.Image], None]
+    ) -> None:
+        """Predict frames, append their pictures, and note them.
+
+        Raises:
+            FileError: their size is another one than that of the frames before.
+        """
+        for number, frame in enumerate(frames, seen.frames + 1):
+            size = (frame.shape[1], frame.shape[2])
+            seen.size = seen.size or size
+            if size != seen.size:
+                raise FileError(
+                    f"frame {number} of {path} is {size[0]}x{size[1]}, the first one is {seen.size[0]}x"
+                    f"{seen.size[1]}.",
+                    next="resize them: --size HxW.",
+                )
+        for frame, (classes, channels, details) in zip(frames, self(torch.stack([*frames])), strict=True):
+            add(self.draw(frame, classes, usual=OVERLAY))
+            seen.classes += self._count(classes, channels)
+            details.pop("levels", None)
+            seen.sums.update({key: value for key, value in details.items() if not isinstance(value, str)})
+            seen.last = details
+        seen.frames += len(frames)
+
+    def _looks_back(self) -> int:
+        """Return the number of earlier frames that a mask needs."""
+        return sum(module.hold for module in self.net.modules() if isinstance(module, Smooth))
 
     def _count(self, classes: Tensor, channels: int) -> Counter[int]:
         """Count the pixels of each class; nothing if the classes have no names."""

@@ -18,9 +18,10 @@ from typing import Any
 
 from torch import nn
 
-from cadsurgery.data.clips import WRITTEN, is_clip, is_written_here, pyav
+from cadsurgery.data.clips import WRITTEN, is_camera, is_clip, is_written_here, pyav
 from cadsurgery.data.images import check_size, no_images, stream_images, write_picture
 from cadsurgery.data.networks import class_names
+from cadsurgery.data.stores import refuse_stream
 from cadsurgery.kernels.build import cores
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.network.model import pictures_for
@@ -70,7 +71,8 @@ def predict(
     with one thread each share the images; None for one each core, or one on a GPU. With `ray`, the address of a cluster
     or `local`, processes of Ray do.
 
-    A folder of predictions has a manifest, `Predictions`; with `resume` the predictions in it are not made again.
+    A folder of predictions has a manifest, `Predictions`; with `resume` the predictions in it are not made again, nor
+    the parts of a clip that are there, `ClipParts`.
 
     Raises:
         InvalidInput: the options do not fit the network, a result would replace a file, the folder holds a
@@ -119,12 +121,19 @@ def predict(
                 else:
                     yield item
 
+        def clip_rows(predictor: Predictor) -> Iterator[tuple[int, Row]]:
+            for clip in left(sources.clips):
+                row = predictor.clip_row(clip, options.fps, step, stopped, resume)
+                if row is None:
+                    outcome.counts["skipped"] += 1
+                else:
+                    yield row
+
         stills = left(sources.images() if sources.stills else ())
         if predictor is None:
             answers = predict_in_processes(stills, settings, workers, pool)
         else:
-            clips = (predictor.clip_row(clip, options.fps, step, stopped) for clip in left(sources.clips))
-            answers = chain(predictor.rows(stills), clips)
+            answers = chain(predictor.rows(stills), clip_rows(predictor))
         _take_in(chain(answers, sources.refusals()), outcome, manifest, number, step)
     if number is None and outcome.counts.total() <= len(sources.failures):
         raise no_images(sources.failures)
@@ -217,7 +226,7 @@ def _check_sharing(converted: nn.Module, sources: _Sources, wanted: Mapping[str,
     reasons = {
         "a mask with smooth": (bool(sources.stills) and _has_smooth(converted), {*sharing, "--resume"}),
         "clips": (bool(sources.clips), sharing),
-        "a single clip": (sources.is_one_clip, {"--resume"}),
+        "a camera": (any(is_camera(Path(clip.source)) for clip in sources.clips), {"--resume"}),
     }
     against = {reason: options for reason, (holds, options) in reasons.items() if holds}
     for reason, options in against.items():
@@ -272,11 +281,14 @@ class _Sources:
     """
 
     def __init__(self, sources: Sequence[str], output: str) -> None:
-        """Refuse clips that do not fit the output, and a folder that predictions would be written among its pictures.
+        """Refuse streams, clips that do not fit the output, and a folder that predictions would be written among its
+        pictures.
 
         Raises:
             InvalidInput: see above.
         """
+        for source in sources:
+            refuse_stream(source)
         self.output, self.is_one_clip = output, _is_clip_file(Path(output))
         self.failures: dict[str, FileError] = {}
         clips = _find_clips([*map(Path, sources)], Path(output))

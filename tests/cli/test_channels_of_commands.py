@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,12 @@ from conftest import ROOT, Run
 from PIL import Image
 
 import cadsurgery as cs
+from cadsurgery.data import open_pictures
+from cadsurgery.data.channels import as_channels
+from cadsurgery.data.clips import write_clip
 from cadsurgery.data.images import normalise, read_image
+from cadsurgery.network.calibration import images_to_calibrate
+from cadsurgery.tasks.open import pictures_like
 
 PAGE = (ROOT / "docs" / "howto" / "channels.md").read_text()
 NETWORKS = """
@@ -122,6 +128,91 @@ def test_run_reads_other_bands_and_another_normalisation_where_it_is_said(
 def test_what_is_no_list_of_bands_is_refused_before_any_work(command_line: Run, words: str) -> None:
     code, _, err = command_line("convert", "no.module:here", "--bands", words)
     assert code == 2 and "counted from 1" in err
+
+
+FRAMES = 6
+
+
+@pytest.fixture
+def clip(pictures: Path) -> str:
+    """A clip in colour, in the folder of the networks."""
+    pytest.importorskip("av", reason="PyAV is not installed")
+    random = np.random.default_rng(0)
+    with write_clip(pictures / "drive.mp4", Fraction(2)) as add:
+        for level in range(40, 40 + 30 * FRAMES, 30):
+            blocks = random.integers(0, level, (4, 6, 3), np.uint8)
+            add(Image.fromarray(blocks).resize((48, 32), Image.Resampling.NEAREST))
+    return "drive.mp4"
+
+
+@pytest.fixture
+def grey_file(command_line: Run, pictures: Path) -> str:
+    """A converted network of one channel."""
+    words = ("convert", "usernets:grey", "--image", "slice.png", "--rounds", "0", "--no-verify")
+    code, _, err = command_line(*words, "--normalisation", "bands", "--output", "grey.safetensors")
+    assert code == 0, err
+    return "grey.safetensors"
+
+
+def test_a_grey_network_gets_the_grey_of_every_frame_of_a_clip(
+    command_line: Run, pictures: Path, grey_file: str, clip: str
+) -> None:
+    net = cs.load(pictures / grey_file, trust=True)
+    frames = [as_channels(image, 1) for image, _ in cs.open_data(f"clip:{clip},every=1", "all")]
+    batches = [normalise(frame, net.source)[None] for frame in frames]
+    shares = []
+    with torch.inference_mode():
+        for batch in batches:
+            net(batch)
+            shares.append(net.active_fraction)
+    done = command_line("run", grey_file, clip, "--trust", "--workers", "1", "--json")
+    assert done.code == 0, done.err
+    assert done.json["images"][0]["active_fraction"] == pytest.approx(sum(shares) / FRAMES, abs=1e-6)
+    for words, image in ((("mask.png",), shares[0]), (("mask.mp4",), sum(shares[::3]) / 2)):
+        done = command_line("mask", f"{clip},every=3", "-m", grey_file, "--trust", "--json", "-o", *words)
+        assert done.code == 0, done.err
+        assert done.json["active_fraction"] == pytest.approx(image, abs=1e-6)
+    for given, expected in (
+        (images_to_calibrate(net, f"{clip},every=1"), batches),
+        (pictures_like(open_pictures(f"{clip},every=2"), (32, 48), net.source), batches[::2]),
+    ):
+        assert [batch.shape for batch in given] == [batch.shape for batch in expected]
+        for batch, other in zip(given, expected, strict=True):
+            torch.testing.assert_close(batch, other, rtol=0, atol=1e-5)
+    done = command_line(
+        "eval", grey_file, "--trust", "--data", f"clip:{clip},every=2", "--rounds", "0", "--json"
+    )
+    assert done.code == 0 and done.json["images"] == 3, done.err
+
+
+@pytest.mark.slow
+def test_8_bits_of_a_grey_network_are_calibrated_by_a_clip(
+    command_line: Run, pictures: Path, grey_file: str, clip: str
+) -> None:
+    pytest.importorskip("onnxruntime")
+    words = ("export", grey_file, "--trust", "--size", "32x48", "--precision", "int8", "--calibration")
+    code, _, err = command_line(*words, f"{clip},every=1", "--output", "grey.onnx")
+    assert code == 0 and (pictures / "grey.onnx").is_file(), err
+
+
+def test_a_network_of_six_bands_refuses_a_clip_with_both_numbers(
+    command_line: Run, pictures: Path, clip: str
+) -> None:
+    made = ("convert", "usernets:bands", "--image", "tile.tif", "--normalisation", "bands", "--rounds", "0")
+    assert command_line(*made, "--no-verify", "--output", "net.safetensors").code == 0
+    for words in (
+        ("run", "net.safetensors", clip, "--trust", "--workers", "1"),
+        ("mask", clip, "--model", "net.safetensors", "--trust"),
+        ("mask", clip, "--model", "net.safetensors", "--trust", "--output", "mask.mp4"),
+        ("eval", "net.safetensors", "--trust", "--data", f"clip:{clip}"),
+        ("recommend", "usernets:bands", "--images", clip),
+        ("bench", "usernets:bands", "--images", clip, "--size", "32x48"),
+    ):
+        done = command_line(*words)
+        assert done.code == 1 and "3 bands" in done.err + done.out, words
+        assert "6 channels" in done.err + done.out, words
+    with pytest.raises(cs.InvalidInput, match=r"3 bands[\s\S]*6 channels"):
+        images_to_calibrate(cs.load(pictures / "net.safetensors", trust=True), clip)
 
 
 @pytest.mark.slow

@@ -627,18 +627,25 @@ def test_bench_takes_every_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
         "against": "openvino",
         "smaller": 0.7,
         "calibration": "photos",
+        "images": "drive.mp4,every=5",
         "picture": Path("b.png"),
         "output": Path("rows.jsonl"),
     }
     given = "-m a -m b --mask random --fractions 1,0.25 --size 64x32 --batch 3 --output-stride 8,16 --dtype bfloat16 "
     given += "--region layer3,layer4 --fill linear --fill nearest --patch block --device cuda --threads 2 --rounds 4 "
     given += "--processor-time --against openvino --smaller 0.7 --calibration photos --picture b.png "
+    given += "--images drive.mp4,every=5 "
     given += "--output rows.jsonl --json"
     assert run("bench", *given.split()).code == 0
     assert {name: seen[name] for name in wanted} == wanted
     run("bench", "-m", "a", "--json")
     assert seen["threads"] == 0 and seen["size"] == (512, 1024) and seen["fill"] == ["nearest"]
     assert tuple(seen["fractions"]) == bench.FRACTIONS
+
+
+def test_the_plan_of_a_file_takes_trust_as_other_commands_do(run: Run, file: Path) -> None:
+    plain, trusting = run("plan", file), run("plan", file, "--trust")
+    assert plain.code == trusting.code == 0 and plain.out == trusting.out
 
 
 # -- convert and run -----------------------------------------------------------------------------------

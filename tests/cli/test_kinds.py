@@ -53,7 +53,7 @@ PLACES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("convert", N, "--weights", "FILE"): ("a file of weights", "a converted network"),
     ("convert", N, "--image", "FILE", *QUICK): ("a picture",),
     ("plan", "FILE"): ("a converted network", FILE_OF_ONNX),
-    ("mask", "FILE"): ("a picture",),
+    ("mask", "FILE"): ("a picture", "a clip"),
     ("mask", "-m", "FILE"): ("a converted network", FILE_OF_ONNX),
     ("mask", "photo.jpg", "--labels", "FILE"): ("a picture",),
     ("mask", "-m", N, "--weights", "FILE"): ("a file of weights", "a converted network"),

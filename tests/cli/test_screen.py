@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import typer
-from conftest import Run
+from conftest import ROOT, Run
 from rich.console import Console
 
 import cadsurgery as cs
 from cadsurgery.cli import screen
 from cadsurgery.finetune.command import training_steps
+from cadsurgery.support.errors import LeftOut
 from cadsurgery.support.folders import warn_of_left_out
 from cadsurgery.support.progress import counted, silent, time_in_words, within
 from cadsurgery.support.timing import interleaved
@@ -168,7 +173,7 @@ def test_an_interrupted_command_says_so_in_one_line(
 
     monkeypatch.setattr("cadsurgery.tasks.convert.make_or_read_plan", interrupted)
     done = command_line("plan", "resnet18", "--json")
-    assert done.code == 130 and done.err == "interrupted\n" and done.out == ""
+    assert done.code == 130 and done.err == "interrupted: plan, planning\n" and done.out == ""
 
 
 def test_the_time_left_is_that_of_the_items_that_are_counted_now() -> None:
@@ -254,3 +259,27 @@ def test_what_is_left_out_of_folders_is_said_at_the_end_unless_the_command_is_re
             raise end
     left_out = "warning: left out of photos: no pictures: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 2 more."
     assert stream.getvalue().splitlines() == ["warning: slow", left_out][:lines]
+
+
+@pytest.mark.parametrize("arguments", [("list", "--masks"), ("list", "resnet1*", "--json"), ("--help",)])
+def test_a_closed_output_is_no_error(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """`cadsurgery list >&-`: the work is done, and nothing is shown."""
+    command = " ".join(("exec", sys.executable, "-m", "cadsurgery.cli", *arguments, ">&-"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_warning_names_the_line_outside_the_package(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_left_out(tmp_path, {"no pictures": ["a.txt"]})
+        exec(compile("called(where, what)", "<a line of the user>", "exec"), _names(tmp_path))
+    assert [Path(one.filename).name for one in caught] == [Path(__file__).name, "<a line of the user>"]
+    assert all(one.category is LeftOut for one in caught)
+
+
+def _names(folder: Path) -> dict[str, object]:
+    return {"called": warn_of_left_out, "where": folder, "what": {"no pictures": ["b.txt"]}}

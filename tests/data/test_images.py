@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from conftest import Run, covering
 from PIL import Image
 
 import cadsurgery as cs
+from cadsurgery.data import limits
 from cadsurgery.data.datasets import SegmentationData
 from cadsurgery.data.images import find_images, read_image, read_labels, write_picture
 from cadsurgery.support.errors import LeftOut
@@ -148,13 +150,38 @@ def test_of_a_gif_the_first_picture_is_read(tmp_path: Path) -> None:
     assert torch.equal(read_image(tmp_path / "moving.gif"), read_image(stored(tmp_path / "a.png", GREY)))
 
 
-def test_a_picture_that_is_suspiciously_large_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["large.png", "large.tif", "bands.tif"])
+def test_large_pictures_are_read_up_to_a_stated_size_and_pils_limit_stays(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = stored(tmp_path / "bomb.png", GREY)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(cs.FileError, match=r"bomb\.png cannot be read as an image"):
-        read_image(path)
+    path, shape = tmp_path / name, GREY.shape
+    if name == "bands.tif":
+        tifffile.imwrite(path, np.stack([GREY] * 6), photometric="minisblack", planarconfig="separate")
+    else:
+        stored(path, GREY)
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", GREY.size // 3
+    )  # PIL refuses twice its limit, and warns of it
+    assert read_image(path, channels=None).shape[1:] == shape and GREY.size // 3 == Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(limits, "MOST_PIXELS", GREY.size - 1)
+    with pytest.raises(cs.FileError, match=rf"{name} has {shape[1]} x {shape[0]} pixels[\s\S]*tiles"):
+        read_image(path, channels=None)
+
+
+def test_a_picture_that_is_made_smaller_is_averaged(tmp_path: Path) -> None:
+    stripes = np.zeros((64, 64), np.uint8)
+    stripes[:, ::2] = 255
+    small = read_image(stored(tmp_path / "stripes.png", stripes), (8, 8))
+    assert (small - 0.5).abs().max() < 0.05
+
+
+def test_links_that_lead_nowhere_are_named_with_what_they_point_at(tmp_path: Path) -> None:
+    stored(tmp_path / "a.png", GREY)
+    (tmp_path / "gone.png").symlink_to("moved.png")
+    with pytest.raises(cs.FileError, match=r"gone\.png is a link to moved\.png, which does not exist"):
+        read_image(tmp_path / "gone.png")
+    with pytest.warns(LeftOut, match=r"links to what does not exist: gone\.png"):
+        assert len(find_images([tmp_path])[0]) == 1
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, -1)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 import cadsurgery as cs
 from cadsurgery.data import as_data, sample_of
+from cadsurgery.data.samples import pictures_of
 from cadsurgery.finetune import Settings, fit
 from cadsurgery.finetune.objectives import cross_entropy
 from cadsurgery.masks.context import labels_of
@@ -40,6 +42,14 @@ class Mine:
     def __getitem__(self, index: int) -> Any:
         image, labels = SCENES[index]
         return self.change(image, labels) if index >= self.at else (image, labels)
+
+
+@pytest.mark.parametrize(("most", "taken"), [(1, 1), (4, 4), (6, 6), (10, 10), (99, 10)])
+def test_pictures_are_spread_over_all_of_them_and_as_many_as_asked_for(most: int, taken: int) -> None:
+    shown = [*pictures_of(SCENES, most)(None)]
+    places = [next(at for at, (image, _) in enumerate(SCENES) if torch.equal(image, one)) for one in shown]
+    steps = {after - before for before, after in pairwise(places)}
+    assert len(places) == taken and places[0] == 0 and (not steps or max(steps) - min(steps) <= 1)
 
 
 def network() -> nn.Module:

@@ -44,6 +44,7 @@ FORMS: dict[str, Any] = {
     "a folder": folder,
     "the name of a folder": lambda path: str(folder(path)),
     "data": lambda path: SCENES,
+    "a spec of data": lambda path: f"images:{folder(path)}",
 }
 
 

@@ -96,7 +96,7 @@ def of_call(net: cs.AdaptiveModel, arguments: Any) -> Given:
 def of_corpus(name: str, mask: str) -> Given:
     entry = subject(name, CHECKOUT)
     model = entry.build().eval()
-    example = network_check._example(entry, model)
+    example = network_check.example_of(entry, model)
     network_check.settle(model, example=example)
     net = unverified(model, mask, example_input=example)
     first = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))

@@ -440,3 +440,20 @@ def test_costs_of_an_evaluation_are_relative_to_the_network_given() -> None:
     report = cs.evaluate(model, data, ["edges"], output_stride=[(8, 32), (8, 16)], rounds=0)
     assert [row.macs_of_given for row in report.rows] == [row.macs / given for row in report.rows]
     assert [row.is_given for row in report.rows] == [False, False, True, False, False, False]
+
+
+class Lost:
+    """Data of the user whose disk is not there."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Any:
+        raise OSError("the disk is not mounted")
+
+
+def test_data_of_which_no_sample_can_be_used_says_why() -> None:
+    unequal = [(torch.rand(3, 32, 48), torch.zeros(16, 16, dtype=torch.int64))]
+    for data, said in ((Lost(), "the disk is not mounted"), (unequal, "its labels have 16x16")):
+        with pytest.raises(cs.CadError, match=said):
+            cs.evaluate(street_segmenter(), data, rounds=0)

@@ -19,6 +19,7 @@ from torch import Tensor
 import cadsurgery as cs
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
+from cadsurgery.matching import mutual_matches
 from cadsurgery.tasks.keypoints import (
     Extraction,
     Extractor,
@@ -196,6 +197,55 @@ def test_a_network_with_its_own_score_map_detects_and_describes(command_line: Ru
     given = command_line(*arguments, "--detector", f"{__name__}:middle", "--output", "given", "--json")
     middle = read_features(Path("given/first.npz"))
     assert given.code == 0 and middle.keypoints.tolist() == [[64, 48]] and middle.descriptors.shape == (1, 8)
+
+
+def test_the_networks_own_detector_names_the_mask_that_goes_with_it(command_line: Run, folder: Path) -> None:
+    arguments = (
+        "keypoints",
+        "extract",
+        "photos:Both",
+        folder / "first.png",
+        "--output-stride",
+        "1,4",
+        "--json",
+    )
+    refused = command_line(*arguments, "--detector", "own")
+    assert refused.code == 1 and "keypoints:detector=own" in refused.json["next"]
+    taken = command_line(*arguments, "--detector", "own", "--mask", "keypoints:detector=own")
+    assert taken.code == 0 and taken.json["images"][0]["keypoints"] > 0
+
+
+def nothing(images: Tensor) -> None:
+    """No points, by mistake."""
+
+
+def failing(images: Tensor) -> None:
+    raise RuntimeError("no weights of the detector")
+
+
+def test_a_folder_without_features_is_used_again_after_a_detector_failed(
+    command_line: Run, folder: Path
+) -> None:
+    arguments = ("keypoints", "extract", "photos:describer", folder / "first.png", "--json", "--detector")
+    for name, said in (("nothing", "returns a list with points (n, 2)"), ("failing", "no weights")):
+        failed = command_line(*arguments, f"{__name__}:{name}")
+        assert failed.code == 1 and said in json.dumps(failed.json["failed"])
+    assert command_line(*arguments, f"{__name__}:middle").code == 0
+    other = command_line(*arguments, f"{__name__}:nothing")
+    assert other.code == 1 and "other settings" in other.json["why"]
+
+
+def test_two_photos_are_matched_by_what_extract_wrote(command_line: Run, tmp_path: Path) -> None:
+    """As docs/howto/keypoints shows it: a photo and the same, moved by eight pixels."""
+    photo = scene(96, 136, 0)
+    for name, left in (("left", 0), ("right", 8)):
+        part = (255 * photo[:, :, left : left + 128]).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(part).save(tmp_path / f"{name}.png")
+    assert command_line(*EXTRACT, "left.png", "right.png", "--mask", "all").code == 0
+    left, right = (read_features(Path("features") / f"{name}.npz") for name in ("left", "right"))
+    pairs = mutual_matches(left.descriptors, right.descriptors)
+    moved = left.keypoints[pairs[:, 0]] - right.keypoints[pairs[:, 1]]
+    assert len(pairs) > 5 and moved.median(0).values.tolist() == [8, 0]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from torchvision.io import write_png
 from training import Scenes
 
 import cadsurgery as cs
+from cadsurgery.data import open_pictures
 from cadsurgery.data.networks import source_of
 from cadsurgery.kernels import isa
 from cadsurgery.support import files
@@ -38,8 +39,8 @@ from cadsurgery.tasks.recommend import run as running
 from cadsurgery.tasks.recommend.calls import Calls
 from cadsurgery.tasks.recommend.choice import choose, is_beaten
 from cadsurgery.tasks.recommend.currency import expected_loss
-from cadsurgery.tasks.recommend.report import Requirement, SettingRow
-from cadsurgery.tasks.recommend.settings import Setting, find_candidates
+from cadsurgery.tasks.recommend.report import Requirement, SettingRow, _change, _expected
+from cadsurgery.tasks.recommend.settings import Setting, find_candidates, in_turn
 from cadsurgery.tasks.sides.engines import scaled_size
 
 pytestmark = pytest.mark.usefixtures("not_compiled")
@@ -451,7 +452,7 @@ def test_three_photos_give_a_report_and_say_what_they_cannot_tell(photos: Path, 
 def test_data_with_named_splits_is_its_val_part_unless_another_is_named(tmp_path: Path) -> None:
     spec: Any = "scene:2,height=64,width=96"
     for split, named in (("all", "scene 1000000"), ("test", "scene 2000000")):
-        data = running._open(spec, split)
+        data = open_pictures(spec, split)
         assert data.names[0] == named and data.is_labelled
     report = run(spec, tmp_path / "run", limit=1)
     assert report.measure == LABELS and report.data.startswith("scene:2")
@@ -672,3 +673,69 @@ def test_adapters_of_a_converted_network_are_left_out_with_a_warning(photos: Pat
     with pytest.warns(cs.CadWarning, match="adapters"):
         found = run(photos, tmp_path / "run", network=net, limit=1)
     assert found.rows[0].setting.kind == "given"
+
+
+# -- time ----------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds that pass with each setting that is prepared."""
+
+    def __init__(self, by: float) -> None:
+        self.by, self.now = by, 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-4
+        return self.now
+
+    def step(self, text: str, *count: object) -> None:
+        self.now += self.by * text.startswith("preparing")
+
+
+@pytest.mark.slow
+def test_minutes_bound_the_preparation_too(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: dict[float, list[str]] = {}
+    for seconds, minutes in ((25, 1), (25, 1.5), (70, 1), (1, 10)):
+        clock = Clock(seconds)
+        monkeypatch.setattr(running, "time", clock)
+        folder = tmp_path / str(seconds)
+        report = run(photos, folder, minutes=minutes, step=clock.step)
+        names[minutes] = [row.name for row in report.rows]
+        if seconds == 70:
+            assert len(report.rows) == 1 and not report.is_decided
+            assert (
+                "--minutes 1 was too little" in report.reasons[0]
+                and "--minutes 10 or more" in report.reasons[0]
+            )
+        assert any("left no time" in why for why in report.refused.values()) == (minutes < 10)
+    assert 1 < len(names[1.5]) < len(names[10])
+    settings = in_turn([GIVEN, Setting("compiled"), SMALL, SMALL, DENSE, ADAPTIVE])
+    assert settings == [GIVEN, SMALL, DENSE, ADAPTIVE, SMALL, Setting("compiled")]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (Setting("dense", 8, (4, 8)), "use it at output stride 8 everywhere. That takes 0.50 of the time"),
+        (Setting("size", 8, scale=0.5), "use it on pictures 0.5 times as large. That takes 0.50"),
+        (
+            Setting("dense", 8, (4, 8), scale=1.5),
+            "output stride 8 everywhere and on pictures 1.5 times as large. ",
+        ),
+    ],
+)
+def test_what_is_recommended_is_a_sentence(setting: Setting, words: str) -> None:
+    rows = [row(GIVEN, 100, 0.0, 0.0), row(setting, 50, 0.0)]
+    assert words in choose(rows, Requirement(keep=0.99), LABELS).reasons[0]
+
+
+def test_changes_that_round_to_zero_have_no_sign_of_their_own(photos: Path, tmp_path: Path) -> None:
+    given, other = row(GIVEN, 100, 0.0, 0.0), row(SMALL, 50, -1e-9, loss=(1e-9, 0.0))
+    for words in (
+        _change(other),
+        _expected(other),
+        *choose([given, other], Requirement(0.9), CLASSES).reasons,
+    ):
+        assert "-0.0" not in words

@@ -176,6 +176,68 @@ def test_interrupted_clips_are_whole_up_to_the_last_frame(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("mask", ["", "edges:threshold=0.1 | smooth:hold=2"])
+@pytest.mark.parametrize("output", ["out.mp4", "out.mkv", "out"])
+def test_a_killed_run_of_a_clip_goes_on_where_its_last_part_ends(
+    file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, mask: str
+) -> None:
+    clip, part = make_clip(folder, tmp_path / "clip.mp4"), 2
+    monkeypatch.setattr(predictor, "FRAMES", part)
+    draw, drawn = predictor.prediction_picture, list[int]()
+
+    def place(name: str) -> Path:
+        return tmp_path / name / "clip.mp4" if output == "out" else tmp_path / f"{name}{Path(output).suffix}"
+
+    (row,) = predict(file, [clip], tmp_path / f"whole{Path(output).suffix}", mask=mask).rows
+
+    def killed(*arguments: Any) -> Image.Image:
+        drawn.append(len(drawn))
+        if len(drawn) == 4:  # in the second part
+            raise Killed
+        return draw(*arguments)
+
+    monkeypatch.setattr(predictor, "prediction_picture", killed)
+    with pytest.raises(Killed):
+        predict(file, [clip], tmp_path / output, mask=mask)
+    assert not place("out").exists()
+    try:  # a folder is refused, a clip is reported
+        told = str(predict(file, [clip], tmp_path / output, view="side", resume=True).failed)
+    except CadError as error:
+        told = str(error)
+    assert "another run" in told
+    again = predict(file, [clip], tmp_path / output, mask=mask, resume=True)
+    assert len(drawn) == 4 + FRAMES - part and again.skipped == 0
+    for name in ("frames", "active_fraction", "levels"):
+        assert again.rows[0].get(name) == pytest.approx(row.get(name))
+    for one, other in zip(frames_of(place("out")), frames_of(place("whole")), strict=True):
+        assert torch.equal(one, other)
+    assert not [path for path in place("out").parent.iterdir() if path.name.endswith(".parts")]
+    assert predict(file, [clip], tmp_path / output, mask=mask, resume=True).skipped == 1
+
+
+def test_a_clip_that_was_interrupted_goes_on_and_a_camera_does_not(
+    file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, draw = make_clip(folder, tmp_path / "clip.mp4"), predictor.prediction_picture
+
+    def interrupt(*arguments: Any) -> Image.Image:
+        signal.raise_signal(signal.SIGINT)
+        return draw(*arguments)
+
+    monkeypatch.setattr(predictor, "prediction_picture", interrupt)
+    assert predict(file, [clip], tmp_path / "out.mp4").rows[0]["frames"] == 1
+    assert len(frames_of(tmp_path / "out.mp4")) == 1
+    monkeypatch.setattr(predictor, "prediction_picture", draw)
+    assert predict(file, [clip], tmp_path / "out.mp4", resume=True).rows[0]["frames"] == FRAMES
+    assert len(frames_of(tmp_path / "out.mp4")) == FRAMES
+    with pytest.raises(cs.InvalidInput, match="--resume for a camera"):
+        predict(file, [Path("9")], tmp_path / "seen.mp4", resume=True)
+
+
 def test_smooth_starts_anew_with_each_clip_and_each_folder(file: Path, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "grey").mkdir()
     save(torch.full((3, *SIZE), 0.5), tmp_path / "grey" / "0.png")

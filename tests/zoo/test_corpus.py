@@ -58,9 +58,9 @@ def test_a_network_of_the_corpus_is_what_its_row_says(name: str) -> None:
     first = next(module.weight for module in model.modules() if isinstance(module, nn.Conv2d))
     sizes = ((64, 96), (128, 160))  # it may rearrange pixels first, or be too deep for the smaller one
     images = (torch.randn(2, channels, *size).to(first) for size in sizes for channels in (first.shape[1], 3))
-    image = next(x for x in images if network_check._takes(model, one.arguments(x)))
+    image = next(x for x in images if network_check.takes(model, one.arguments(x)))
     with torch.no_grad():
-        outputs = tensors_of(network_check._call(model.eval(), one.arguments(image)))
+        outputs = tensors_of(network_check.call_network(model.eval(), one.arguments(image)))
     assert any(float(output.double().std()) > 1e-4 for output in outputs)
     if row["result"] == "converts":
         limit = 1e-9 if row.get("dtype") == "float64" else 1e-4
@@ -190,10 +190,10 @@ def test_outputs_are_compared_in_whatever_holds_them() -> None:
     one, other = torch.ones(2, 3), torch.arange(6.0)
     value = {"list": [one], "pair": Pair(one, other), "none": None, "number": 3}
     assert len(tensors_of(value)) == 3
-    assert network_check._largest_error(value, value) == 0.0
-    assert network_check._largest_error([one], [one, one]) == float("inf")
-    assert network_check._largest_error([one], [other]) == float("inf")
-    assert network_check._largest_error([], []) == float("inf")
+    assert network_check.largest_error(value, value) == 0.0
+    assert network_check.largest_error([one], [one, one]) == float("inf")
+    assert network_check.largest_error([one], [other]) == float("inf")
+    assert network_check.largest_error([], []) == float("inf")
     assert network_check._error(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
     assert network_check._error(torch.zeros(200).long(), torch.zeros(200).long()) == 0.0
 
@@ -222,8 +222,8 @@ def test_arguments_of_a_call_are_a_tensor_a_tuple_or_keywords() -> None:
             return x + y
 
     x = torch.ones(1)
-    assert network_check._call(Sum(), x) == 1 and network_check._call(Sum(), (x, x)) == 2
-    assert network_check._call(Sum(), {"x": x, "y": 3}) == 4
+    assert network_check.call_network(Sum(), x) == 1 and network_check.call_network(Sum(), (x, x)) == 2
+    assert network_check.call_network(Sum(), {"x": x, "y": 3}) == 4
 
 
 def test_a_network_is_declared_under_one_name() -> None:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.data.datasets import IGNORED
-from cadsurgery.data.images import MOST_PIXELS
 from cadsurgery.data.labels import as_classes
+from cadsurgery.data.limits import MOST_PIXELS
 from cadsurgery.masks import graded
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, check_name

@@ -7,7 +7,6 @@ with the operations between them. Needs onnx, onnxscript and onnxruntime, which 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -32,7 +31,7 @@ from cadsurgery.network.export.in_bytes import (
 from cadsurgery.network.export.kernels import DOMAIN, declare_kernels
 from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.fidelity import UNSAID, Fidelity, measure
-from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, describe_error
+from cadsurgery.support.errors import CadError, CannotConvert, describe_error, warn
 from cadsurgery.support.progress import Step, counted, silent
 
 _BESIDE = ("Add", "Clip", "MaxPool", "Relu")  # operations that engines fuse with a product or run in 8 bits
@@ -111,13 +110,11 @@ def to_8_bits(
 def _warn_of_error(fidelity: Fidelity) -> None:
     """Warn of a file in 8 bits whose outputs are far from those of the float one."""
     if fidelity.error > UNSAID:
-        warnings.warn(
+        warn(
             f"the outputs of the file in 8 bits differ from those of the float one by {100 * fidelity.error:.2g} % of "
             f"their size on the calibration images, in {fidelity.taken_in}. Other engines round in other places: "
             "compare by check_in=. Calibrate by more images like those it will see, or leave the file in float; "
-            'precision="float16" halves it.',
-            CadWarning,
-            stacklevel=5,
+            'precision="float16" halves it.'
         )
 
 

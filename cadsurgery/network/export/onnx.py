@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import operator
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,7 +51,7 @@ from cadsurgery.network.export.shortcuts import (
 from cadsurgery.network.export.tidy import tidy
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
-from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, describe_error
+from cadsurgery.support.errors import CadError, CannotConvert, describe_error, warn
 from cadsurgery.support.kinds import HOW_TO_OPEN, KERNELS_KEY
 from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.provenance import versions
@@ -184,13 +183,11 @@ def _warn_of_grouped_layers(net: AdaptiveModel) -> None:
     kernels = [node.args[1].target for node in net.program.graph.nodes if node.target is read]
     grouped = sum(operator.attrgetter(name)(net).groups > 1 for name in kernels)
     if grouped:
-        warnings.warn(
+        warn(
             f"{grouped} of {len(kernels)} convolutions of rows in the file are depthwise or grouped, for which "
             "engines have no fast operation: on CPUs such files were little faster than the dense network, or slower, "
             "in float32, and slower in 8 bits. Write the file with this package's kernels, with_kernels=True "
-            "(--with-kernels), or compare it with the dense network: cadsurgery bench --runtime onnx.",
-            CadWarning,
-            stacklevel=4,
+            "(--with-kernels), or compare it with the dense network: cadsurgery bench --runtime onnx."
         )
 
 

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.data.images import normalise
+from cadsurgery.masks import resolve_mask
 from cadsurgery.masks.context import keypoints_at
-from cadsurgery.masks.detectors import in_pixels, opencv, peaks, points_of, sift
+from cadsurgery.masks.detectors import call_detector, in_pixels, opencv, peaks, points_of, sift
 from cadsurgery.masks.filters import grey_of
-from cadsurgery.masks.keypoints import OWN, SIFT, named_outputs, own_scores
+from cadsurgery.masks.keypoints import OF_POINTS, OWN, SIFT, named_outputs, own_scores
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.points import macs_at, read_at, readable, sample_at
 from cadsurgery.support.describe import describe
@@ -69,7 +70,7 @@ class Extractor:
 
     Raises:
         InvalidInput: the network returns no descriptor map, several without a name to choose, or no score map for
-            detector `own`.
+            detector `own`; or that detector is to find points that the mask needs before.
         UnknownName: there is no such detector or output.
         NotInstalled: detector `sift` needs OpenCV.
     """
@@ -83,6 +84,14 @@ class Extractor:
         self._function: Callable[[Tensor], Any] | None = None
         if name == SIFT:
             opencv()  # refuse before any image is read
+        provider = resolve_mask(self.settings.mask) if self.settings.mask else self.net.mask
+        if name == OWN and provider.dependence == OF_POINTS:
+            raise InvalidInput(
+                f"--detector own under mask {provider.spec()}.",
+                why="the mask needs the keypoints before the network runs, and the network finds them.",
+                next='give --mask "keypoints:detector=own", which finds them in a first pass with everything '
+                "downsampled, or a mask of the picture: --mask edges.",
+            )
         if name not in (SIFT, OWN):
             self._function = function_at(name, "--detector", "my_module:my_function")
         output = self.settings.output
@@ -173,7 +182,7 @@ class Extractor:
             return points.to(self.device, torch.float64), scores.to(self.device)
         picture = self.net.normalisation.in_unit(batch) if self.net.normalisation else batch
         detected = points_of(
-            self._function(picture), batch, self.settings.count, f"detector {self.settings.detector}"
+            call_detector(self._function, picture), batch, self.settings.count, self.settings.detector
         )
         points = detected[0][: self.settings.count]
         return points, points.new_ones(len(points))

@@ -185,9 +185,10 @@ def _h5py() -> Any:
 
 
 def _check_folder(folder: Path, identity: dict[str, Any]) -> None:
-    """Check that a folder's features have the same settings; record the settings in a new folder."""
+    """Check that a folder's features have the same settings; record the settings in a folder without features."""
     path, plain = folder / SETTINGS, json.loads(json.dumps(identity))
-    if known := read_json(path):
+    has_features = any(place.suffix[1:] in FORMS for place in folder.rglob("*"))
+    if (known := read_json(path)) and has_features:
         check_same_run(
             known.get("made_with", {}), plain, folder, "its features were made with other settings."
         )

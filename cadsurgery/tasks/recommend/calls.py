@@ -19,6 +19,7 @@ from cadsurgery.network.macs import dense_macs
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import CannotConvert, describe_error
+from cadsurgery.tasks.open import resized
 from cadsurgery.tasks.recommend.settings import Setting
 from cadsurgery.tasks.sides.engines import (
     HIGH,
@@ -28,7 +29,6 @@ from cadsurgery.tasks.sides.engines import (
     InEngine,
     InTorch,
     Runs,
-    resized,
     scaled_size,
 )
 

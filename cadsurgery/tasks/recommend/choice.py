@@ -261,7 +261,12 @@ def _headline(chosen: SettingRow, given: SettingRow) -> str:
         return "Do not convert this network: use it as given."
     if chosen.setting.kind == "compiled":
         return f"Do not convert this network: use it by torch.compile, at {time}."
-    return f"Do not convert this network: use it {chosen.name.removeprefix('as given, ')} instead, at {time}."
+    setting, scale = chosen.setting, chosen.setting.scale
+    where = f"at output stride {setting.stride} everywhere" if setting.kind == "dense" else ""
+    how = f"on pictures {scale:g} times as large" if scale != 1 else ""
+    return (
+        f"Do not convert this network: use it {' and '.join(filter(None, (where, how)))}. That takes {time}."
+    )
 
 
 def _why(chosen: SettingRow, rows: Sequence[SettingRow], request: Requirement, measure: str) -> list[str]:
@@ -307,13 +312,13 @@ def _why(chosen: SettingRow, rows: Sequence[SettingRow], request: Requirement, m
 
 def _in_points(row: SettingRow) -> str:
     error = "" if math.isnan(row.quality.error) else f" (±{100 * row.quality.error:.2f})"
-    return f"{100 * row.quality.change:+.2f}{error} points"
+    return f"{100 * row.quality.change:+z.2f}{error} points"
 
 
 def _expectation(row: SettingRow, measure: str) -> str:
     if measure != CLASSES or row.loss is None:
         return ""
-    return f"; on labels {-100 * row.loss[0]:+.1f} % (±{100 * row.loss[1]:.1f}) of its mIoU are expected"
+    return f"; on labels {-100 * row.loss[0]:+z.1f} % (±{100 * row.loss[1]:.1f}) of its mIoU are expected"
 
 
 def _about_few(rows: Sequence[SettingRow]) -> list[str]:

@@ -233,7 +233,7 @@ def _change(row: SettingRow) -> str:
     if row.setting.kind == "given":
         return ""
     error = "" if math.isnan(row.quality.error) else f" ±{100 * row.quality.error:.2f}"
-    return f"{100 * row.quality.change:+.2f}{error}"
+    return f"{100 * row.quality.change:+z.2f}{error}"
 
 
 def _time_error(row: SettingRow) -> str:
@@ -243,4 +243,4 @@ def _time_error(row: SettingRow) -> str:
 def _expected(row: SettingRow) -> str:
     if row.loss is None or row.setting.kind == "given":
         return ""
-    return f"{-100 * row.loss[0]:+.1f} ±{100 * row.loss[1]:.1f}"
+    return f"{-100 * row.loss[0]:+z.1f} ±{100 * row.loss[1]:.1f}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -24,10 +23,10 @@ from cadsurgery.data.images import check_size, normalise, read_labels
 from cadsurgery.data.networks import Source
 from cadsurgery.data.samples import pictures_of
 from cadsurgery.data.sources import (
-    KINDS,
     class_names,
     ignored_labels,
     labels_of,
+    open_pictures,
     split_place,
     warn_of_two_values,
 )
@@ -44,18 +43,18 @@ from cadsurgery.support import files
 from cadsurgery.support.divergence import maps_of
 from cadsurgery.support.errors import (
     CadError,
-    CadWarning,
     FileError,
     InvalidInput,
     NotInstalled,
     check_name,
     first_line,
+    warn,
 )
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.folders import visible, warn_of_left_out
 from cadsurgery.support.kinds import FOLDER, check_kind
 from cadsurgery.support.plain import split_options
-from cadsurgery.support.progress import Step, counted, silent
+from cadsurgery.support.progress import Step, counted, silent, time_in_words
 from cadsurgery.support.timing import now
 from cadsurgery.tasks.evaluation import refuse_images
 from cadsurgery.tasks.for_each import Failures, each
@@ -79,9 +78,9 @@ from cadsurgery.tasks.open import (
     with_statistics,
 )
 from cadsurgery.tasks.recommend.calls import PRECISIONS, Calls
-from cadsurgery.tasks.recommend.choice import LOOK_EVERY, choose, is_beaten, rows_of
+from cadsurgery.tasks.recommend.choice import LOOK_EVERY, Chosen, choose, is_beaten, rows_of
 from cadsurgery.tasks.recommend.report import Recommendation, Requirement
-from cadsurgery.tasks.recommend.settings import Candidates, find_candidates
+from cadsurgery.tasks.recommend.settings import Candidates, find_candidates, in_turn
 from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, unreadable, write_json
 from cadsurgery.tasks.side import Side
 from cadsurgery.tasks.sides.engines import TORCH, engine_for
@@ -92,6 +91,7 @@ _MOST_TURNS = 5  # in which a picture is timed
 _CALIBRATED_BY = 32  # pictures at most
 _LOOKED_AT = 100  # pictures whose labels are checked first; later ones are reported as failed
 _MOST_WORK = 2.0  # of the network as given: what multiplies more is not tried
+_COMPILING = 60.0  # seconds that torch.compile may take, which nothing foretells
 
 
 def recommend(
@@ -126,9 +126,10 @@ def recommend(
     Args:
         network: a name or `module:function`, or a module; it is not changed. Of a converted network, or its file, the
             network before the conversion is taken, with the weights that it has now.
-        images: a folder of photos, the spec of data (see `open_data`), or data of your own, see
+        images: a folder of photos, a clip, the spec of data (see `open_data`), or data of your own, see
             `cadsurgery.data.samples.Samples`.
-        labels: folder with a PNG of the same name for each photo: the class number of each pixel, 255 ignored; or
+        labels: folder with a PNG of the same name for each photo: the class number of each pixel, 255 ignored (of a
+            clip those frames are used that have labels, `000025.png`); or
             `folder:PATH,ignore=11`, where further values are ignored (slashes separate several), and `classes=` is the
             number of classes or their names, by default one for each output.
         keep: the least share of the quality of the network as given; the fastest setting that keeps it is
@@ -140,7 +141,8 @@ def recommend(
             pictures.
         size: (height, width) that pictures are resized to; default: the size of the first.
         limit: the first so many pictures only.
-        minutes: for measuring; after them the run ends with the pictures it has done, three at least.
+        minutes: for all of it. Settings for whose preparation no time is left are not tried, and measuring ends with
+            the pictures that are done, three at least.
         split: of data by spec; `all` means `val` where the data has named splits.
         weights: of a network by name; see `build_model`.
         options: `output_stride` (that pair alone is tried), `region` or `normalisation` of `adaptify`; the latter also
@@ -157,13 +159,15 @@ def recommend(
         FileError: no picture can be read with its labels, or the folder cannot be written.
         NotInstalled: the runtime is not installed.
     """
+    deadline = time.perf_counter() + 60 * minutes
     runtime = engine_for(runtime, precision)
     _check_options(keep, at_most, runtime, precision, minutes, limit)
     check_size(size)
-    photos = _open(images, split, bands)
+    labels_folder = None if labels is None else _split_labels(labels)[0]
+    photos = _open(images, split, bands, labels_folder)
     data = photos.first(limit)
-    if labels is not None:
-        _look_into_labels(photos, _split_labels(labels)[0])
+    if labels_folder is not None:
+        _look_into_labels(photos, labels_folder)
     step("building the network")
     model, source = _as_given(network, weights, trust, bands)
     folder = make_folder(output or Path(f"{_short_name(source)}-recommended"))
@@ -191,8 +195,8 @@ def recommend(
         folder,
     )
     identity = _identity_of(calls, candidates, source, data, labels)
-    run = _MeasuringRun(candidates, calls, pictures, folder, identity, step)
-    run.measure_until_interrupted(minutes)
+    run = _MeasuringRun(candidates, calls, pictures, folder, identity, step, minutes, deadline)
+    run.measure_until_interrupted()
     request = Requirement(keep if keep is not None or at_most is not None else 0.99, at_most)
     name, typed_weights = _as_typed(network, source, weights)
     described = {"network": name, **provenance(network, source, torch.device("cpu"))}
@@ -243,7 +247,10 @@ def _report_on(
     provenance."""
     calls, pictures, measure = run.calls, run.pictures, run.measured_by
     rows = rows_of(run.candidates, run.judged, run.macs, measure)
-    choice = choose(rows, request, measure, run.candidates.refusal)
+    if len(rows) == 1 and run.late:
+        choice = Chosen(rows[0], (run.too_little,), is_decided=False)
+    else:
+        choice = choose(rows, request, measure, run.candidates.refusal)
     return Recommendation(
         options={**typed, **calls.options},
         data=pictures.data.name,
@@ -304,15 +311,17 @@ def _check_options(
         )
 
 
-def _open(images: str | Path | Samples, split: str, bands: Sequence[int]) -> SegmentationData:
+def _open(
+    images: str | Path | Samples, split: str, bands: Sequence[int], labels: Path | None
+) -> SegmentationData:
     if not isinstance(images, (str, Path)):
         data = as_data(images)
         return replace(data, bands=check_bands(bands)) if bands else data
-    text = str(images)
-    kind = KINDS.get(text.partition(":")[0])
-    if kind is None or files.exists(text):
-        return open_data(f"images:{text}", split, bands=bands)
-    return open_data(text, "val" if split == "all" and kind.splits else split, bands=bands)
+    photos = open_pictures(images, split, bands=bands)
+    if photos.name.startswith("clip:") and labels is not None and ",labels=" not in photos.name:
+        # the frames that have labels
+        return open_data(f"{photos.name},labels={labels}", split, bands=bands)
+    return photos
 
 
 def _as_given(
@@ -332,11 +341,7 @@ def _as_given(
         network = load(network, trust=trust)  # type: ignore[arg-type]
     if isinstance(network, AdaptiveModel):
         if network.adapters:
-            warnings.warn(
-                "The adapters of the converted network are left out: they are fitted to its own levels.",
-                CadWarning,
-                stacklevel=3,
-            )
+            warn("The adapters of the converted network are left out: they are fitted to its own levels.")
         network = unconverted(network)
     model, source = original(network, weights, bands=bands)
     return copy_network(model).eval().to(memory_format=torch.channels_last), source
@@ -480,6 +485,8 @@ class _MeasuringRun:
 
     By the name of a setting are its judgements, on the first pictures that could be read, its MACs on the first
     picture, and why it is not run; `failed` are pictures that cannot be used, `end` is why measuring ended early.
+    `minutes` are what the user gave, up to `deadline` by `time.perf_counter`; `late` are the names of settings for
+    which they did not suffice, and `taken` are the seconds after which the first of them was left out.
     """
 
     candidates: Candidates
@@ -488,10 +495,14 @@ class _MeasuringRun:
     folder: Path
     identity: Identity
     step: Step
+    minutes: float
+    deadline: float
     judged: dict[str, list[Judgement]] = field(default_factory=dict)
     macs: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     failed: list[dict[str, str]] = field(default_factory=list)
+    late: list[str] = field(default_factory=list)
+    taken: float = 0.0
     end: str = ""
     kind: JudgedKind = "auto"
 
@@ -510,9 +521,13 @@ class _MeasuringRun:
             }
             self.failed, self.kind = list(values["failed"]), values["kind"]
             self.macs = {str(name): int(macs) for name, macs in values["macs"].items()}
+            self.late = list(map(str, values.get("late", ())))
+            minutes = float(values.get("minutes", math.inf))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise unreadable(self._path, error) from error
         check_same_run(identity, self.identity, self.folder)
+        if self.late and self.minutes > minutes:  # all settings are to be run on the same pictures
+            self.judged, self.failed, self.late = {}, [], []
 
     @property
     def _path(self) -> Path:
@@ -534,27 +549,39 @@ class _MeasuringRun:
             return LABELS
         return {"values": VALUES, "found": FOUND}.get(self.kind, CLASSES)
 
-    def measure_until_interrupted(self, minutes: float) -> None:
+    @property
+    def left(self) -> float:
+        """Seconds up to the deadline."""
+        return self.deadline - time.perf_counter()
+
+    @property
+    def too_little(self) -> str:
+        """A sentence for a run whose time did not suffice for any setting but the network as given."""
+        return (
+            f"--minutes {self.minutes:g} was too little to try a setting besides the network as given. Reading, "
+            f"planning and preparing that took {time_in_words(self.taken)}: give --minutes "
+            f"{max(1, math.ceil(self.taken / 15))} or more."
+        )
+
+    def measure_until_interrupted(self) -> None:
         """Run `measure`; an interruption ends it with the pictures that are done, if there are any."""
         try:
-            self.measure(minutes)
+            self.measure()
         except KeyboardInterrupt:
             if not self.done:
                 raise
             self.end = "interrupted"
 
-    def measure(self, minutes: float) -> None:
+    def measure(self) -> None:
         """Run all settings on the pictures, one after the other."""
-        sides = self._prepare()
-        begin, data = time.perf_counter(), self.pictures.data
+        sides, data = self._prepare(), self.pictures.data
         for at in range(self.done + len(self.failed), len(data)):
-            taken = time.perf_counter() - begin
-            if self.done >= FEWEST and taken > 60 * minutes:
-                self.end = f"after {minutes:g} minutes"
+            if self.done >= FEWEST and self.left < 0:
+                self.end = f"after {self.minutes:g} minutes"
                 break
             running = self._running(sides)
             text = f"picture {at + 1} of {len(data)}, {len(running)} settings"
-            self.step(text, at, len(data), max(0.0, 60 * minutes - taken))
+            self.step(text, at, len(data), max(0.0, self.left))
             try:
                 image, labels = self.pictures.read(at)
             except CadError as error:
@@ -567,11 +594,20 @@ class _MeasuringRun:
             raise CadError.from_dict(self.failed[0])
 
     def _prepare(self) -> dict[str, Side]:
-        """Return the sides of all settings that can be run; each has run once, to be warm when it is timed."""
+        """Return the sides of all settings that can be run, as far as time suffices to prepare them and to measure
+        some pictures; each has run once, to be warm when it is timed."""
         sides: dict[str, Side] = {}
-        image = self.calls.image
-        settings = self.candidates.settings
+        image, settings = self.calls.image, in_turn(self.candidates.settings)
+        taken = {"compiled": _COMPILING}  # seconds that the last setting of a kind took
+        measuring = 0.0  # seconds of the pictures that are measured in any case
         for setting in counted(settings, self.step, "preparing setting", name=lambda setting: setting.name):
+            if self.done and len(self.judged.get(setting.name, ())) < self.done:
+                continue  # dropped, or not tried, before the run was interrupted
+            if sides and self.left < taken.get(setting.kind, 0.0) + measuring:
+                self.taken = self.taken or 60 * self.minutes - self.left
+                self.late.append(setting.name)
+                continue
+            begin = self.left
             try:
                 macs = self.macs[setting.name] = self.calls.macs(setting)
                 of_given = macs / max(1, self.macs[self._given])
@@ -579,8 +615,11 @@ class _MeasuringRun:
                     self.refused[setting.name] = f"{of_given:.1f} times the work of the network as given."
                     continue
                 call = self.calls.make(setting)
+                made = self.left
                 with torch.inference_mode():
                     output = call(image)
+                taken[setting.kind] = begin - self.left
+                measuring += min(FEWEST, len(self.pictures.data)) * self._turns * (made - self.left)
             except CadError as error:
                 if setting.kind == "given" or isinstance(error, NotInstalled):
                     raise
@@ -590,6 +629,8 @@ class _MeasuringRun:
                 # Labels are compared with classes, also of scores that have no negative value.
                 self.kind = "classes" if self.pictures.data.is_labelled else kind_to_judge(output)
             sides[setting.name] = Side(setting.name, call, macs)
+        if self.late:
+            self.refused["; ".join(self.late)] = f"--minutes {self.minutes:g} left no time to prepare that."
         return sides
 
     def _running(self, sides: Mapping[str, Side]) -> list[Side]:
@@ -603,6 +644,11 @@ class _MeasuringRun:
         turn = self.done % max(1, len(others))
         return [sides[name] for name in (given, *others[turn:], *others[:turn])]
 
+    @property
+    def _turns(self) -> int:
+        """Number of times that a picture is run by each setting."""
+        return min(_MOST_TURNS, math.ceil(FEW / len(self.pictures.data)))
+
     def _judge(self, running: Sequence[Side], image: Tensor, labels: Tensor | None) -> dict[str, Judgement]:
         """Judge all settings on one picture.
 
@@ -612,9 +658,8 @@ class _MeasuringRun:
         judged: dict[str, Judgement] = {}
         given: Any = None
         size = (image.shape[2], image.shape[3])
-        turns = min(_MOST_TURNS, math.ceil(FEW / len(self.pictures.data)))
         with torch.inference_mode():
-            for turn in range(turns):
+            for turn in range(self._turns):
                 for side in running:
                     start = now(time.perf_counter)
                     output = side.call(image)
@@ -633,6 +678,8 @@ class _MeasuringRun:
             "kind": self.kind,
             "failed": self.failed,
             "macs": self.macs,
+            "minutes": self.minutes,
+            "late": self.late,
             "judged": {name: [asdict(judgement) for judgement in some] for name, some in self.judged.items()},
         }
         write_json(self._path, values, indent=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -232,6 +233,18 @@ def find_candidates(
         if pair == pairs[0] and not few:
             settings.append(Setting("adaptive", 0, pair, DEFAULT_MASK, "linear"))
     return Candidates((*settings, *on_own_grid))
+
+
+def in_turn(settings: Sequence[Setting]) -> list[Setting]:
+    """Return settings in an order whose beginning has some of each kind: the network as given, the kinds in turn, and
+    the compiled network, which takes longest to prepare."""
+    given, *others = settings
+    kinds: dict[tuple[str, bool], list[Setting]] = {}
+    for setting in others:
+        kinds.setdefault((setting.kind, setting.coarsest > 0), []).append(setting)
+    compiled = kinds.pop(("compiled", False), [])
+    turns = (setting for turn in zip_longest(*kinds.values()) for setting in turn if setting is not None)
+    return [given, *turns, *compiled]
 
 
 def _with_floors(model: nn.Module, region: str, image: Tensor) -> list[Setting]:

@@ -11,10 +11,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from cadsurgery.data import open_pictures
 from cadsurgery.masks import MaskProvider
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export import INT8, export
@@ -26,7 +25,7 @@ from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.defaults import KERNELS
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.progress import Step, silent, within
-from cadsurgery.tasks.export import images_like
+from cadsurgery.tasks.open import pictures_like, resized
 from cadsurgery.tasks.options import Benchmark
 from cadsurgery.tasks.side import Side
 
@@ -132,15 +131,6 @@ class InEngine:
         return self.engine(path, self.threads)
 
 
-def resized(image: Tensor, size: Sequence[int]) -> Tensor:
-    """Return images (B, 3, H, W) of a size, in the memory layout that they have."""
-    if tuple(image.shape[2:]) == tuple(size):
-        return image
-    is_rows = image.is_contiguous(memory_format=torch.channels_last)
-    small = F.interpolate(image.float(), tuple(size), mode="bilinear", antialias=True).to(image.dtype)
-    return small.contiguous(memory_format=torch.channels_last if is_rows else torch.contiguous_format)
-
-
 def scaled_size(size: Sequence[int], scale: float, multiple: int) -> tuple[int, int]:
     """Return the size of resized pictures, in multiples of the coarsest stride, to which the network's grid fits."""
     if scale == 1:
@@ -175,7 +165,8 @@ def runs_of(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, s
         return InTorch(net, image)
     shown, engine, options = [image], ENGINES[runtime], options_for(runtime)
     if setup.calibration:
-        shown = images_like(image, pictures_for(net), Path(setup.calibration))
+        size = (image.shape[2], image.shape[3])
+        shown = pictures_like(open_pictures(setup.calibration), size, pictures_for(net))
     return InEngine(net, image, engine, folder, setup.dtype, shown, setup.threads, options=options, step=step)
 
 

@@ -1,0 +1,56 @@
+"""Hooks of tools that count work, such as ptflops, on a network whose layers are not called.
+
+They are called with what the layer computes: its rows, as a map of one line. A count is then that of the elements.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from cadsurgery.elements.elements import Elements
+from cadsurgery.elements.on_rows import OnRows
+from cadsurgery.network.program import GraphInterpreter, Program
+from cadsurgery.support.torch_internals import tree_map_only
+from cadsurgery.surgery.hooks import child, counters_of
+from cadsurgery.surgery.rewrite import WORK
+
+
+class CallingCounters(GraphInterpreter):
+    """Runs a program's graph node by node, and calls the counting hooks of the layer whose work a node does."""
+
+    def __init__(self, program: Program, graph: fx.Graph) -> None:
+        """Take a program and its graph."""
+        super().__init__(program, graph)
+        self.net = program.net
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Compute a node, then call the hooks of its layer."""
+        value = super().run_node(n)
+        is_called = n.op == "call_module" or (isinstance(n.target, OnRows) and n.target.operation is None)
+        path = n.meta[WORK][1] if WORK in n.meta and not is_called else ""
+        module = (
+            child(self.net, path) if path else None
+        )  # hooks of the network itself are called with its outputs
+        if n.op == "call_function" and module is not None and counters_of(module):
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            _call(
+                module, _as_maps(tuple(part for part in args if isinstance(part, Elements))), _as_maps(value)
+            )
+        return value
+
+
+def _as_maps(values: Any) -> Any:
+    """Return values with elements as maps (1, C, 1, N)."""
+    return tree_map_only(Elements, lambda x: x.rows.flatten(1).t()[None, :, None], values)
+
+
+def _call(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    for key, hook in tuple(module._forward_pre_hooks.items()):
+        if hook in counters_of(module):
+            hook(module, inputs, {}) if key in module._forward_pre_hooks_with_kwargs else hook(module, inputs)
+    for key, hook in tuple(module._forward_hooks.items()):
+        if hook in counters_of(module):
+            named: tuple[Any, ...] = ({},) if key in module._forward_hooks_with_kwargs else ()
+            hook(module, inputs, *named, output)

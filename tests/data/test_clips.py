@@ -1,0 +1,213 @@
+"""Clips as data: every N-th frame or those that have labels, as `run` decodes them; and clips that cannot be read."""
+
+from __future__ import annotations
+
+import pickle
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+from networks import saved_segmenter
+from PIL import Image
+
+import cadsurgery as cs
+from cadsurgery.data import IGNORED, open_pictures
+from cadsurgery.data.clips import length_of, open_clip, write_clip
+from cadsurgery.data.stores import refuse_stream
+from cadsurgery.support.errors import CadError, LeftOut
+
+pytest.importorskip("av", reason="PyAV is not installed")
+SIZE, FRAMES, RATE = (48, 64), 12, 4
+
+
+def written(path: Path, count: int = FRAMES) -> Path:
+    """A clip whose frames get brighter."""
+    with write_clip(path, Fraction(RATE)) as add:
+        for number in range(count):
+            add(Image.new("RGB", SIZE[::-1], (20 * number, 100, 255 - 20 * number)))
+    return path
+
+
+def labelled(folder: Path, *numbers: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    for number in numbers:
+        Image.fromarray(np.full(SIZE, number % 4, np.uint8)).save(folder / f"{number:06d}.png")
+    return folder
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return written(tmp_path / "drive.mp4")
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".mkv"])
+@pytest.mark.parametrize(
+    ("options", "numbers"),
+    [
+        ("", range(0, FRAMES, RATE)),  # one a second
+        (",every=5", range(0, FRAMES, 5)),
+        (",every=1,start=9", range(9, FRAMES)),
+    ],
+)
+def test_every_nth_frame_is_that_of_the_decoder_of_run(
+    tmp_path: Path, ending: str, options: str, numbers: range
+) -> None:
+    clip = written(tmp_path / f"drive{ending}")
+    with open_clip(clip) as opened:
+        frames = list(opened.frames)
+    data = cs.open_data(f"clip:{clip}{options}", "all")
+    assert length_of(clip) == (FRAMES, RATE) and not data.is_labelled
+    assert [Path(name).name for name in data.names] == [f"{number:06d}" for number in numbers]
+    for position, number in enumerate(numbers):
+        assert torch.equal(data[position][0], frames[number])
+
+
+def test_frames_are_read_in_any_order_and_in_other_processes(clip: Path) -> None:
+    data = cs.open_data(f"clip:{clip},every=1", "all")
+    frames = [data[position][0] for position in range(FRAMES)]
+    for position in (7, 3, 3, 11, 0):
+        assert torch.equal(data[position][0], frames[position])
+    assert torch.equal(pickle.loads(pickle.dumps(data))[2][0], frames[2])
+
+
+def test_labels_are_named_by_the_number_of_their_frame(clip: Path, tmp_path: Path) -> None:
+    folder = labelled(tmp_path / "labels", 0, 5, 11)
+    (folder / "5.png").write_bytes(b"not six digits")
+    with pytest.warns(LeftOut, match=r"000025\.png: 5\.png"):
+        data = cs.open_data(f"clip:{clip},labels={folder},classes=4,ignore=3", "test")
+    frames = cs.open_data(f"clip:{clip},every=1", "all")
+    assert data.is_labelled and [Path(name).name for name in data.names] == ["000000", "000005", "000011"]
+    for position, number in enumerate((0, 5, 11)):
+        image, labels = data[position]
+        expected = IGNORED if number % 4 == 3 else number % 4
+        assert torch.equal(image, frames[number][0]) and labels.unique().tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (",every=0.5", "every=0.5 is not a number"),
+        (",start=99", "has no images"),
+        (",labels=nowhere", "there is no folder nowhere"),
+        (",labels=late,classes=4", f"has no frame {FRAMES}"),
+        (",labels=labels,ignore=3", "classes=11"),
+    ],
+)
+def test_what_no_clip_has_is_refused(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    labelled(tmp_path / "labels", 0)
+    labelled(tmp_path / "late", FRAMES)
+    with pytest.raises(CadError, match=said):
+        cs.open_data(f"clip:{clip}{options}", "all")
+
+
+def test_a_clip_is_no_folder_of_data_and_a_camera_is_no_clip(clip: Path, tmp_path: Path) -> None:
+    with pytest.raises(cs.FileError, match=r"is a clip[\s\S]*--data clip:"):
+        cs.open_data(str(clip), "all")
+    with pytest.raises(cs.FileError, match="there is no file 0"):
+        cs.open_data("clip:0", "all")
+    with pytest.raises(cs.FileError, match="is a picture, not the clip"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+        cs.open_data(f"clip:{tmp_path / 'a.png'}", "all")
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".mkv", ".avi"])
+def test_a_clip_that_was_cut_short_says_so_before_any_work(tmp_path: Path, ending: str) -> None:
+    whole = written(tmp_path / "drive.mp4" if ending == ".avi" else tmp_path / f"drive{ending}")
+    content = whole.read_bytes()
+    if ending == ".avi":
+        content = b"RIFF" + (2000).to_bytes(4, "little") + b"AVI " + bytes(1988)
+    cut = tmp_path / f"cut{ending}"
+    cut.write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(cs.FileError, match=r"was cut short[\s\S]*missing: at least [\d,]+ bytes"):
+        length_of(cut)
+    with pytest.raises(cs.FileError, match="was cut short"), open_clip(cut):
+        pass
+
+
+def test_a_clip_with_its_index_first_may_be_read_only_as_a_whole(clip: Path, tmp_path: Path) -> None:
+    """As cameras and streaming services write it: the index (moov) comes before the frames (mdat)."""
+    import av
+
+    fast = tmp_path / "fast.mp4"
+    with av.open(str(fast), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=RATE, width=64, height=48, pix_fmt="yuv420p")
+        for number in range(FRAMES):
+            pixels = np.random.default_rng(number).integers(0, 256, (*SIZE, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        container.mux(stream.encode())
+    assert length_of(fast)[0] == FRAMES
+    content = fast.read_bytes()
+    fast.write_bytes(content[:-100])
+    with pytest.raises(cs.FileError, match=r"at least 100 bytes[\s\S]*keep the frames that are there"):
+        length_of(fast)
+    fast.write_bytes(content + b"\0")  # a byte too many is no harm
+    assert length_of(fast)[0] == FRAMES
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["rtsp://user:secret@10.0.0.5:554/live", "RTMP://a/b", "udp://@239.0.0.1:1234", "http://a/b.png"],
+)
+def test_streams_and_addresses_of_the_web_are_refused_by_name_in_every_place(
+    address: str, command_line: Run, tmp_path: Path
+) -> None:
+    for place in (f"images:{address}", f"clip:{address}", address):
+        with pytest.raises(cs.InvalidInput, match=r"://") as refusal:
+            open_pictures(place)
+        assert "secret" not in str(refusal.value) and "ADDRESS" in str(refusal.value)
+    net = saved_segmenter(tmp_path / "net.safetensors")
+    for words in (("run", net, address, "-o", "out.mp4"), ("run", net, address), ("mask", address)):
+        done = command_line(*words)
+        assert done.code == 1 and "ADDRESS" in done.err and not (tmp_path / "out.mp4").exists()
+    refuse_stream("s3://bucket/photos")
+    refuse_stream(tmp_path)
+
+
+def test_commands_take_a_clip(clip: Path, command_line: Run, tmp_path: Path) -> None:
+    net = saved_segmenter(tmp_path / "net.safetensors")
+    done = command_line("eval", net, "--trust", "--data", f"clip:{clip},every=6", "--rounds", 0, "--json")
+    assert done.code == 0 and done.json["images"] == 2
+    masked = ("mask", f"{clip},every=6", "--output-stride", "2,8", "--json", "-o")
+    one, two = command_line(*masked, "mask.png"), command_line(*masked, "mask.mp4")
+    assert one.json["file"] == "mask.png" and two.json["frames"] == 2 and length_of(Path("mask.mp4"))[0] == 2
+    with open_clip(Path("mask.mp4")) as drawn:  # the first of both is that of the picture
+        frame, (first, second) = Image.open("mask.png").size, islice(drawn.frames, 2)
+        assert abs(first.shape[2] - frame[0]) <= 1 and not torch.equal(first, second)
+    refused = command_line("mask", clip, "--compare", "-o", "mask.mp4")
+    assert refused.code == 1 and "comparison" in refused.err
+    refused = command_line("finetune", net, "--trust", "--data", f"clip:{clip}", "-o", "run")
+    assert refused.code == 1 and "frames/%06d.png" in refused.err
+
+
+def test_labels_of_a_drawn_frame_are_those_that_are_given(
+    clip: Path, command_line: Run, tmp_path: Path
+) -> None:
+    asked = ("mask", clip, "--output-stride", "2,8", "--json")
+    compared = command_line(*asked, "--compare").json["masks"]
+    assert not any("trimap" in row["mask"] for row in compared)  # the mask of labels
+    (labels,) = labelled(tmp_path / "labels", 1).iterdir()
+    for more in ((), ("--size", "24x32")):
+        done = command_line(*asked, "--mask", "trimap", "--labels", labels, *more)
+        assert done.code == 0, done.err
+    Image.open(labels).rotate(90, expand=True).save(labels)
+    refused = command_line(*asked, "--mask", "trimap", "--labels", labels, "--size", "24x32")
+    assert refused.code == 1 and "exchanged" in refused.out
+
+
+@pytest.mark.slow
+def test_recommend_and_bench_take_a_clip(clip: Path, command_line: Run, tmp_path: Path) -> None:
+    words = ("networks:segmenter", "--output-stride", "8,16", "--json")
+    labels = labelled(tmp_path / "labels", 0, 5)
+    done = command_line("recommend", *words, "--images", clip, "--labels", labels, "--minutes", 1)
+    assert done.code == 0 and done.json["images"] == 2 and done.json["measure"] == "miou"
+    timed = ("bench", *words, "--size", "48x64", "--rounds", 1, "--fractions", 0.5, "--images")
+    done = command_line(*timed, f"{clip},every=6", "--batch", 2)
+    assert done.code == 0 and done.json["images"] == f"{clip},every=6"
+    assert "--batch 3" in command_line(*timed, clip, "--batch", 9).out
