@@ -226,7 +226,7 @@ def test_a_point_outside_the_image_is_refused_with_its_bounds(x: float, y: float
 def test_what_is_neither_points_nor_scores_is_refused(found: Any, what: str) -> None:
     with pytest.raises(cs.InvalidInput, match=what) as caught:
         points_of(found, IMAGE, 5, "mask m")
-    assert "(n, 2)" in caught.value.next and "(2, h, w)" in caught.value.next
+    assert "(n, 2)" in caught.value.next and "(B, h, w)" in caught.value.next
     assert caught.value.where == "mask m"
 
 
