@@ -741,9 +741,10 @@ def _covers_image(options: dict[str, Any], node: fx.Node, facts: MapFacts) -> bo
     if layout != NCHW or any(pair_of(options["padding"])) or options["divisor_override"] is not None:
         return False
     lengths, sides = pair_of(facts.number(kernel)), tuple(facts.shapes[node.args[0]][2:])  # type: ignore[index]
-    if options["ceil_mode"] and pair_of(options["stride"]) == pair_of(kernel):
-        return all(length > side for length, side in zip(lengths, sides, strict=True))
-    return pair_of(kernel) != lengths and lengths == sides
+    if lengths == sides:
+        return pair_of(kernel) != lengths
+    is_apart = pair_of(options["stride"]) in (lengths, pair_of(kernel))
+    return options["ceil_mode"] and is_apart and all(map(operator.gt, lengths, sides))
 
 
 def _unless_own_size(kernel: Any, node: fx.Node) -> Any:

@@ -37,6 +37,7 @@ Calls = dict[str, Callable[[Tensor], Tensor]]
 MISREAD: Calls = {
     "avg_pool2d of the whole map by a divisor": lambda y: F.avg_pool2d(y, y.shape[-2:], divisor_override=7),
     "avg_pool2d of a window larger than the map": lambda y: F.avg_pool2d(y, 64, ceil_mode=True),
+    "avg_pool2d of the whole map, and what there is": lambda y: F.avg_pool2d(y, y.shape[2:], ceil_mode=True),
     "avg_pool2d of a window wider than the map": lambda y: F.avg_pool2d(y, (3, 12), (3, 12), ceil_mode=True),
     "max_pool2d of a window larger than the map": lambda y: F.max_pool2d(y, 64, ceil_mode=True),
     "var: the third is unbiased": lambda y: torch.var(y, BOTH, False),
@@ -147,3 +148,10 @@ def test_a_window_that_covered_the_map_is_refused_where_it_no_longer_does() -> N
     net = converted_quietly(model, example_input=torch.rand(2, 3, 64, 64))
     with pytest.raises(cs.InvalidInput, match="takes another path"):
         net(torch.rand(2, 3, 88, 64))
+
+
+def test_a_window_of_the_maps_own_size_stays_in_the_region() -> None:
+    """Whether a last partial window counts or not, there is none."""
+    model = Encoded(lambda own, image, y: y * F.avg_pool2d(y, y.shape[2:], ceil_mode=True)).eval()
+    net = converted_quietly(model, example_input=torch.rand(2, 3, 64, 64))
+    assert not net.plan.chosen("barrier")
