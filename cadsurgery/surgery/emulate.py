@@ -74,7 +74,7 @@ class Emulator(fx.Interpreter):
         if decision.stages[1] == 0 or not decision.on_elements:
             return value
         if isinstance(value, Tensor) and any(
-            _is_cropped(value, self.env[source]) for source in n.all_input_nodes
+            self._holds(value, decision, read) for read in n.all_input_nodes
         ):
             value = (
                 value.clone()
@@ -82,6 +82,19 @@ class Emulator(fx.Interpreter):
         if isinstance(value, tuple) and isinstance(value[0], Tensor) and not value[-1].is_floating_point():
             return self._fill(value[0], decision), self._places(n)  # a pooling with the places of its maxima
         return self._fill(value, decision) if isinstance(value, Tensor) else value
+
+    def _holds(self, value: Tensor, decision: Decision, read: fx.Node) -> bool:
+        """True if the map that a node gives holds another one: a crop, in the same memory, with fewer lines or columns.
+
+        Other views have the samples of the map in another order, and stay views: what is written in place shows in both.
+        """
+        whole = self.env[read]
+        return (
+            isinstance(whole, Tensor)
+            and self.decisions[read.name].layout == decision.layout
+            and whole.shape[2:] != value.shape[2:]
+            and whole.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
+        )
 
     def _reduced(self, n: fx.Node) -> Any:
         """Compute a node that reduces maps to a vector per image: every cell weighs as much as it covers."""
@@ -206,15 +219,6 @@ def _grid(size: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
 def _in_memory_of(value: Tensor, filled: Tensor) -> Tensor:
     """Write a map into the memory of the one that it replaces, which views of it share; a repeated map has none."""
     return filled if 0 in value.stride() else value.copy_(filled)
-
-
-def _is_cropped(value: Tensor, source: Any) -> bool:
-    """True if a map is a part, in the same memory, of another map with more lines or columns."""
-    return (
-        isinstance(source, Tensor)
-        and source.shape[2:] != value.shape[2:]
-        and source.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
-    )
 
 
 def _at(value: Tensor, y: Tensor, x: Tensor) -> Tensor:
