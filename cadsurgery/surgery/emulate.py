@@ -76,9 +76,7 @@ class Emulator(fx.Interpreter):
         if isinstance(value, Tensor) and any(
             self._holds(value, decision, read) for read in n.all_input_nodes
         ):
-            value = (
-                value.clone()
-            )  # where it ends, its cells are filled by other values than those of the whole map
+            value = value.clone()  # where it ends, its cells are filled by other values than the whole map's
         if isinstance(value, tuple) and isinstance(value[0], Tensor) and not value[-1].is_floating_point():
             return self._fill(value[0], decision), self._places(n)  # a pooling with the places of its maxima
         return self._fill(value, decision) if isinstance(value, Tensor) else value
@@ -86,7 +84,7 @@ class Emulator(fx.Interpreter):
     def _holds(self, value: Tensor, decision: Decision, read: fx.Node) -> bool:
         """True if the map that a node gives holds another one: a crop, in the same memory, with fewer lines or columns.
 
-        Other views have the samples of the map in another order, and stay views: what is written in place shows in both.
+        Other views have the samples of the map in another order and stay views: what is written in place shows in both.
         """
         whole = self.env[read]
         return (
