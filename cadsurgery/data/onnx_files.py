@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cadsurgery.data.onnx_graphs import write_plainly
+from cadsurgery.data.onnx_padding import without_auto_pad
 from cadsurgery.data.onnx_reference import Reference
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
@@ -92,6 +93,7 @@ def read_onnx(path: Path) -> OnnxNetwork:
     for package in ("onnx", "onnxruntime", "onnxscript", "onnx2torch"):
         import_optional(package, f"ONNX files are read through {package}.", _INSTALL)
     model = _with_weights(path, _parse(path))
+    _name_free_axes(model)
     _refuse_kernels(path)
     _refuse_quantised(path, model)
     shape = _image_shape(path, model)
@@ -177,6 +179,14 @@ def _with_weights(path: Path, model: Any) -> Any:
     except Exception as error:  # a range outside the file, no permission
         raise _damaged(path, describe_error(error)) from error
     return model
+
+
+def _name_free_axes(model: Any) -> None:
+    """Name the axes of the inputs that some exporters mark as free by a negative length."""
+    for value in model.graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.dim_value < 0:
+                dim.dim_param = f"{value.name}_{axis}"
 
 
 def _refuse_kernels(path: Path) -> None:
@@ -274,7 +284,8 @@ def _import(path: Path, model: Any, batch: int | None) -> nn.Module:
         )
     try:
         candidate = onnx.shape_inference.infer_shapes(candidate)
-        return write_plainly(convert(candidate, attach_onnx_mapping=True), candidate.graph, batch)
+        imported = convert(without_auto_pad(candidate), attach_onnx_mapping=True)
+        return write_plainly(imported, candidate.graph, batch)
     except CadError:
         raise
     except Exception as error:  # onnx2torch raises errors of many types for what it does not have

@@ -3,6 +3,7 @@
 ONNX computes sizes with tensors: the shape of a map goes through Gather, Slice, Concat and arithmetic into Reshape or
 Resize. Here such numbers are numbers of Python, `x.size(2)` and what is computed from it, as in networks that people
 write. Constants are read while the graph is written, so that `Reshape` with a constant becomes `x.reshape(...)`.
+Tensors that are made of sizes, such as the coordinates of a detector's anchors, are made in each call.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from cadsurgery.data.onnx_padding import LIKE_THE_MAP, call_padded
 from cadsurgery.support.errors import CannotConvert
 
 _TO_THE_END = 2**31 - 1  # ends of slices from here on mean the end of the axis
@@ -27,6 +29,13 @@ _ARITHMETIC: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "Mul": (operator.mul, torch.mul),
     "Div": (operator.truediv, torch.div),
     "Pow": (operator.pow, torch.pow),
+}
+_COMPARISONS: dict[str, Callable[..., bool]] = {
+    "Equal": operator.eq,
+    "Less": operator.lt,
+    "LessOrEqual": operator.le,
+    "Greater": operator.gt,
+    "GreaterOrEqual": operator.ge,
 }
 _ROUNDINGS: dict[str, Callable[..., Any]] = {"Floor": math.floor, "Ceil": math.ceil}
 _MODES = {"nearest": "nearest", "linear": "bilinear", "cubic": "bicubic"}
@@ -79,6 +88,15 @@ class OnnxTracer(fx.Tracer):
     def __init__(self, operations: Mapping[str, OnnxOperation], batch: int | None) -> None:
         super().__init__()
         self._operations, self.batch = operations, batch
+        self._image: fx.Proxy | None = None
+
+    @property
+    def image(self) -> fx.Proxy:
+        """The image, whose device and type of floating-point numbers the tensors that the graph makes have, too."""
+        if self._image is None:
+            inputs = (node for node in self.graph.nodes if node.op == "placeholder")
+            self._image = self.proxy(next(inputs))
+        return self._image
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Write one node of the ONNX graph."""
@@ -86,7 +104,12 @@ class OnnxTracer(fx.Tracer):
         operation = self._operations.get(mapping.outputs[0]) if mapping is not None else None
         write = None if operation is None else self._way_to_write(operation, args)
         result = NotImplemented if write is None else write(self, operation, *args, **kwargs)
-        return super().call_module(m, forward, args, kwargs) if result is NotImplemented else result
+        if result is not NotImplemented:
+            return result
+        call, auto_pad = super().call_module, "" if operation is None else operation.text("auto_pad", "")
+        if auto_pad in LIKE_THE_MAP:
+            return call_padded(m, auto_pad, args[0], lambda value: call(m, forward, (value,), {}))
+        return call(m, forward, args, kwargs)
 
     def _way_to_write(self, operation: OnnxOperation, args: Any) -> Callable[..., Any] | None:
         """Return the function that writes an operation on these arguments; None if its module is written as it is."""
@@ -97,6 +120,12 @@ class OnnxTracer(fx.Tracer):
             table = _OF_MAPS if has_map else _OF_NUMBERS
             return table.get(operation.type, _refuse_numbers)
         return _OF_MAPS.get(operation.type) if has_map else None
+
+    def make(self, function: Callable[..., Any], arguments: Sequence[Any], kind: type) -> Any:
+        """Record a tensor of `kind` that is made of sizes, on the image's device and in its type of floats."""
+        dtype = self.image.dtype if kind is float else torch.bool if kind is bool else torch.int64
+        options = {"dtype": dtype, "device": self.image.device}
+        return self.create_proxy("call_function", function, tuple(arguments), options)
 
     def round(self, function: Callable[..., Any], value: Any) -> Any:
         """Round a number, or record that it is rounded."""
@@ -192,11 +221,24 @@ def _product(writer: OnnxTracer, operation: OnnxOperation, value: Any, axes: Any
 
 
 def _choose(writer: OnnxTracer, operation: OnnxOperation, condition: Any, first: Any, second: Any) -> Any:
-    if isinstance(condition, Numbers):
+    parts = [numbers(part) for part in (condition, first, second)]
+    chosen = _broadcast(*parts)
+    if any(isinstance(is_first, fx.Proxy) for is_first, _, _ in chosen):
         return _refuse_numbers(writer, operation)
+    values = tuple(this if is_first else that for is_first, this, that in chosen)
+    return Numbers(values, all(part.is_scalar for part in parts), parts[1].is_float)
+
+
+def _compare(writer: OnnxTracer, operation: OnnxOperation, first: Any, second: Any) -> Any:
+    """Compare numbers. A size is never negative, so comparisons with -1, which asks for the rest, are known."""
     left, right = numbers(first), numbers(second)
-    chosen = zip(condition.flatten().tolist(), left.values, right.values, strict=True)
-    return Numbers(tuple(this if is_first else that for is_first, this, that in chosen), False, left.is_float)
+    known = []
+    for pair in _broadcast(left, right):
+        signs = [value if isinstance(value, (int, float)) else 0 for value in pair]
+        if signs != list(pair) and min(signs) >= 0:
+            return _refuse_numbers(writer, operation)
+        known.append(_COMPARISONS[operation.type](*signs))
+    return Numbers(tuple(known), left.is_scalar and right.is_scalar)
 
 
 def _compute(writer: OnnxTracer, operation: OnnxOperation, first: Any, second: Any) -> Any:
@@ -205,9 +247,30 @@ def _compute(writer: OnnxTracer, operation: OnnxOperation, first: Any, second: A
     compute = _ARITHMETIC[operation.type][0]
     if operation.type == "Div" and not is_float:
         compute = operator.floordiv  # of sizes, which are not negative
-    count = max(len(left.values), len(right.values))
-    pairs = zip(*(part.values * (count // len(part.values)) for part in (left, right)), strict=True)
-    return Numbers(tuple(compute(*pair) for pair in pairs), left.is_scalar and right.is_scalar, is_float)
+    values = tuple(compute(*pair) for pair in _broadcast(left, right))
+    return Numbers(values, left.is_scalar and right.is_scalar, is_float)
+
+
+def _broadcast(*parts: Numbers) -> list[tuple[Any, ...]]:
+    """Return the operands of each result; a single number is one of all."""
+    count = max(len(part.values) for part in parts)
+    return list(zip(*(part.values * (count // len(part.values)) for part in parts), strict=True))
+
+
+def _range(writer: OnnxTracer, operation: OnnxOperation, *bounds: Any) -> Any:
+    """Write numbers at equal distances, such as the coordinates of a map's columns."""
+    parts = [numbers(bound) for bound in bounds]
+    kind = float if any(part.is_float for part in parts) else int
+    return writer.make(torch.arange, [part.values[0] for part in parts], kind)
+
+
+def _fill(writer: OnnxTracer, operation: OnnxOperation, shape: Any) -> Any:
+    """Write a tensor that has the same value everywhere."""
+    from onnx.numpy_helper import to_array
+
+    stated = operation.attributes.get("value")
+    value = 0.0 if stated is None else to_array(stated).item()
+    return writer.make(torch.full, (numbers(shape).values, value), type(value))
 
 
 def _keep(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
@@ -243,8 +306,11 @@ def _reshape(writer: OnnxTracer, operation: OnnxOperation, value: Any, shape: An
 
 
 def _expand(writer: OnnxTracer, operation: OnnxOperation, value: Any, shape: Any) -> Any:
-    sizes = [-1 if isinstance(size, int) and size == 1 else size for size in numbers(shape).values]
-    return value.expand(sizes)
+    sizes = list(numbers(shape).values)
+    sizes = [1] * (operation.rank - len(sizes)) + sizes
+    new = len(sizes) - operation.rank
+    own = [-1 if isinstance(size, int) and size == 1 else size for size in sizes[new:]]
+    return value.expand(sizes[:new] + own)
 
 
 def _resize(writer: OnnxTracer, operation: OnnxOperation, value: Any, *more: Any, **named: Any) -> Any:
@@ -322,6 +388,9 @@ _OF_NUMBERS: dict[str, Callable[..., Any]] = {
     "Identity": _keep,
     "ReduceProd": _product,
     "Where": _choose,
+    "Range": _range,
+    "ConstantOfShape": _fill,
+    **dict.fromkeys(_COMPARISONS, _compare),
     **dict.fromkeys(_ROUNDINGS, _round),
     **dict.fromkeys(_ARITHMETIC, _compute),
 }

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from cadsurgery.elements import functional
+from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.axes import (
     NCHW,
     axis_word,
@@ -241,7 +242,7 @@ def selection(node: fx.Node, facts: MapFacts) -> Treatment:
 
 @rule(operator.getitem)
 def indexing(node: fx.Node, facts: MapFacts) -> Treatment:
-    """One of several values, some channels of each element, or a crop that moves no anchor."""
+    """One of several values, some channels of each element, every so many-th sample, or a crop that moves no anchor."""
     source, asked = node.args
     if source not in facts.shapes:  # a part of a split, or a result of a pooling with indices
         is_index = asked == 1 and pools_with_indices(source, facts)
@@ -252,6 +253,8 @@ def indexing(node: fx.Node, facts: MapFacts) -> Treatment:
     index = _read_index(asked, layout, facts)
     if isinstance(index, str):
         return barrier(index)
+    if any(part.step not in (None, 1) for part in index.crops.values()):
+        return _every_so_many(index)
     if not index.crops:
         return Treatment("pointwise", rows=Call(operator.getitem, (source, index.rows)), layout=index.layout)
     if index.rows != (slice(None), slice(None)):
@@ -259,6 +262,23 @@ def indexing(node: fx.Node, facts: MapFacts) -> Treatment:
     parts = [index.crops.get(axis, slice(None)) for axis in "hw"]
     arguments = (("starts", tuple(p.start for p in parts)), ("stops", tuple(p.stop for p in parts)))
     return Treatment("pointwise", call=functional.crop, arguments=arguments, spaced=True)
+
+
+def _every_so_many(index: _Index) -> Treatment:
+    """Treat slices with a step as a window of one tap with a stride, as in the space to depth of some detectors."""
+    if index.rows != (slice(None), slice(None)):
+        return barrier("it takes parts of the image and of the channels at once")
+    parts = [index.crops.get(axis, slice(None)) for axis in "hw"]
+    (step, other), starts = (part.step or 1 for part in parts), [part.start or 0 for part in parts]
+    if step != other:
+        return barrier(f"stride {(step, other)} differs between the axes")
+    window = Window((1, 1), step, padding=(-starts[0], 0, -starts[1], 0))
+    return Treatment(
+        "window",
+        "It takes every so many-th sample, as a stride does.",
+        window=window,
+        call=functional.max_pool2d,
+    )
 
 
 @rule(assign)
@@ -331,9 +351,12 @@ def _takes_channels(part: Any, rows: list[Any], facts: MapFacts) -> bool:
 
 
 def _is_crop(part: Any, facts: MapFacts) -> bool:
-    """True if a slice takes the first rows or columns of a map, perhaps not all."""
-    if not isinstance(part, slice) or part.step not in (None, 1) or part.stop is None:
+    """True if a slice takes the first rows or columns of a map, perhaps not all, or every so many-th to the end."""
+    if not isinstance(part, slice):
         return False
+    if part.step not in (None, 1):
+        has_start = type(part.start) is int and part.start >= 0
+        return type(part.step) is int and part.stop is None and (part.start is None or has_start)
     start, stop = facts.number(part.start), facts.number(part.stop)
     return start in (None, 0) and isinstance(stop, int)
 

@@ -24,6 +24,7 @@ from cadsurgery.surgery.kept import Kept, find_kept
 from cadsurgery.surgery.rules import has_rule, ruled_functions
 from cadsurgery.surgery.sameness import Pair, are_same, compare
 from cadsurgery.surgery.shuffles import write_without_batch
+from cadsurgery.surgery.slices import join_slices
 from cadsurgery.surgery.trace import CannotFollow, trace
 
 # Larger images are not tried, because each size costs a run of the network.
@@ -50,8 +51,9 @@ def read(model: nn.Module, example: Arguments | None, exactly: bool = False) -> 
                 facts = _read(model, example, exactly, kept, is_tracing=False)
             except CannotConvert:
                 raise refusal from refusal.__cause__
-        if write_without_batch(facts):
-            facts = observe(model, facts.graph, facts.arguments)
+        for rewrite in (write_without_batch, join_slices):
+            if rewrite(facts):
+                facts = observe(model, facts.graph, facts.arguments)
     return replace(facts, kept=kept)
 
 

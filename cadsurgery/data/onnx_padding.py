@@ -1,0 +1,111 @@
+"""Write `auto_pad` of ONNX as padding of a known amount, or of one that is computed from the map's size.
+
+With SAME_UPPER and SAME_LOWER n samples give ceil(n / stride) outputs, and a transposed convolution gives n * stride.
+Of an odd amount the larger half lies behind the map (upper) or before it (lower).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LIKE_THE_MAP = ("SAME_UPPER", "SAME_LOWER")
+
+
+def without_auto_pad(model: Any) -> Any:
+    """Return an ONNX model whose layers have no padding where `auto_pad` gives it; `call_padded` adds it."""
+    copy = type(model)()
+    copy.CopyFrom(model)
+    for node in copy.graph.node:
+        modes = [stated.s.decode() for stated in node.attribute if stated.name == "auto_pad"]
+        if modes and modes[0] in LIKE_THE_MAP:
+            kept = [stated for stated in node.attribute if stated.name not in ("auto_pad", "pads")]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    return copy
+
+
+def call_padded(module: nn.Module, auto_pad: str, value: Any, call: Callable[[Any], Any]) -> Any:
+    """Call a convolution or pooling that has no padding yet, with the padding that ONNX asks for.
+
+    Args:
+        module: a layer of torch for one to three axes. Where the padding is the same for every size and at both borders,
+            it becomes the layer's own.
+        auto_pad: one of `LIKE_THE_MAP`.
+        value: the map that it reads, (B, C, ...).
+        call: calls the layer with a map.
+    """
+    layer: Any = module
+    is_upper, is_transposed = auto_pad == "SAME_UPPER", "Transpose" in type(module).__name__
+    axes = len(_numbers(layer.kernel_size, 3))
+    kernel, stride, dilation = (
+        _numbers(numbers, axes)
+        for numbers in (layer.kernel_size, layer.stride, getattr(layer, "dilation", 1))
+    )
+    spans = [step * (taps - 1) + 1 for taps, step in zip(kernel, dilation, strict=True)]
+    if is_transposed:
+        return _call_cropped(layer, spans, stride, is_upper, value, call)
+    totals = [
+        _total(span, step, value, axis)
+        for axis, (span, step) in enumerate(zip(spans, stride, strict=True), 2)
+    ]
+    halves = [_halves(total, is_upper) for total in totals]
+    is_own = all(type(total) is int and total % 2 == 0 for total in totals)
+    if is_own and all(before <= taps // 2 for (before, _), taps in zip(halves, kernel, strict=True)):
+        layer.padding = tuple(before for before, _ in halves)
+        return call(value)
+    widths = tuple(width for pair in reversed(halves) for width in pair)
+    if not hasattr(layer, "count_include_pad"):
+        is_convolution = hasattr(layer, "in_channels")
+        return call(F.pad(value, widths, "constant", 0.0 if is_convolution else float("-inf")))
+    if layer.count_include_pad:
+        return call(F.pad(value, widths))
+    if is_upper and kernel == stride == [2] * axes:  # incomplete windows at the end alone
+        layer.ceil_mode = True
+        return call(value)
+    inside = F.pad(torch.ones_like(value[:, :1]), widths)
+    return call(F.pad(value, widths)) / call(inside)
+
+
+def _numbers(value: Any, axes: int) -> list[int]:
+    return list(value) if isinstance(value, (tuple, list)) else [value] * axes
+
+
+def _total(span: int, stride: int, value: Any, axis: int) -> Any:
+    """Return how many samples of padding an axis needs: a number, or what is computed from its length."""
+    if stride == 1 or span == 1:
+        return span - 1
+    total = span - stride + -value.size(axis) % stride
+    return total if span >= stride else (total + abs(total)) // 2  # none where it would be negative
+
+
+def _halves(total: Any, is_upper: bool) -> tuple[Any, Any]:
+    smaller = total // 2
+    return (smaller, total - smaller) if is_upper else (total - smaller, smaller)
+
+
+def _call_cropped(
+    layer: Any, spans: list[int], stride: list[int], is_upper: bool, value: Any, call: Callable[[Any], Any]
+) -> Any:
+    """Call a transposed convolution whose output is `stride` times as long as its input. Torch crops as much before as
+    behind, so what is cropped once too often is added as its output padding, and what is left is cut off."""
+    more = _numbers(layer.output_padding, len(spans))
+    totals = [max(0, span + extra - step) for span, extra, step in zip(spans, more, stride, strict=True)]
+    # ONNX Runtime puts the larger half where ONNX's first versions did: before the map for SAME_UPPER.
+    pairs = [_halves(total, not is_upper) for total in totals]
+    layer.padding = tuple(before for before, _ in pairs)
+    layer.output_padding = tuple(
+        extra + max(0, before - behind) for extra, (before, behind) in zip(more, pairs, strict=True)
+    )
+    result = call(value)
+    if all(before >= behind for before, behind in pairs):
+        return result
+    ends = (
+        slice(value.size(axis) * step) if before < behind else slice(None)
+        for axis, (step, (before, behind)) in enumerate(zip(stride, pairs, strict=True), 2)
+    )
+    return result[(slice(None), slice(None), *ends)]
