@@ -33,8 +33,8 @@ def call_padded(module: nn.Module, auto_pad: str, value: Any, call: Callable[[An
     """Call a convolution or pooling that has no padding yet, with the padding that ONNX asks for.
 
     Args:
-        module: a layer of torch for one to three axes. Where the padding is the same for every size and at both borders,
-            it becomes the layer's own.
+        module: a layer of torch for one to three axes. Padding that is the same for every size and at both borders
+            becomes the layer's own.
         auto_pad: one of `LIKE_THE_MAP`.
         value: the map that it reads, (B, C, ...).
         call: calls the layer with a map.

@@ -155,11 +155,11 @@ def _plan_of_floors(
     if not any(_works(node, flow) for node in chosen.readers):
         raise nothing_to_convert(flow)
     plan = Plan(
-        output_stride=(1, coarsest),
+        output_stride=(chosen.strides[0], coarsest),
         strides=chosen.strides,
         identity_level=0,
         possible=(),
-        finest=1,
+        finest=chosen.strides[0],
         returned="native",
         floors=True,
         **_of_every_plan(flow, _decide(flow, chosen, fine_outputs=False), region, part),

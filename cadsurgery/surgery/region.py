@@ -13,6 +13,11 @@ from functools import cached_property
 from torch import fx
 
 from cadsurgery.surgery.flow import Flow, Role
+from cadsurgery.surgery.graphs import upstream
+
+# A region of floors begins behind barriers if it has at least this share of the MACs then, and so many times the MACs
+# that it has before them.
+_LEAST, _MUCH = 0.05, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +32,7 @@ class Region:
             They are read as elements again where they are joined with maps of the region.
         needed: output stride of the lattice that each other map is computed on.
         before: where level maps are floors, the dense maps that the region reads: the image and what is computed from
-            its pixels alone. Otherwise None.
+            its pixels alone, and a beginning that has to stay dense. Otherwise None.
     """
 
     flow: Flow = field(repr=False)
@@ -153,22 +158,54 @@ def floor_region(flow: Flow, coarsest: int) -> Region | None:
     """Find the region in which maps may become as coarse as `coarsest` pixels: everything from the first operation with
     weights on that no barrier cuts off. Every map of it stays on the network's own grid where it is kept. None if the
     strides of the maps do not lead to `coarsest`.
+
+    Where barriers near the beginning cut off most of the network, it begins behind them instead: what they read is
+    computed dense, and its map is the fine map of the region.
     """
-    outside, before = set[fx.Node](), set[fx.Node]()
+    best = _floor_region(flow, coarsest)
+    total, beginning = sum(flow.macs.values()), set[fx.Node]()
+    most = max(_LEAST * total, _MUCH * _macs_of(best))
+    for node in flow.barriers if most < total else ():
+        if flow.role[node] is Role.MAP and flow.grid[node] < coarsest and node not in beginning:
+            beginning |= {source for source in upstream(node) if flow.role[source] is Role.MAP}
+            behind = _floor_region(flow, coarsest, frozenset(beginning))
+            if (macs := _macs_of(behind)) > most:
+                best, most = behind, macs
+    return best
+
+
+def _macs_of(region: Region | None) -> int:
+    """Return the multiply-accumulates of the maps beyond the first lattice."""
+    return 0 if region is None else sum(region.flow.macs[node] for node in region.needed if region.has(node))
+
+
+def _floor_region(flow: Flow, coarsest: int, beginning: frozenset[fx.Node] = frozenset()) -> Region | None:
+    """Find the region of `floor_region` behind the maps of a beginning that is computed dense."""
+    outside, before = set[fx.Node](), set[fx.Node](beginning)
     maps = [node for node in flow.graph.nodes if flow.role[node] is Role.MAP]
+    read = [node for node in beginning if any(user in maps and user not in before for user in node.users)]
+    high = max((flow.grid[node] for node in read), default=1)
+    if len({flow.images[node] for node in read if flow.grid[node] == high}) > 1:
+        return None  # there is no fine map that all of them have
     for node in maps:
-        if _is_of_pixels(node, flow, before) or _grows(node, flow, before):
+        of_pixels = high == 1 and (_is_of_pixels(node, flow, before) or _grows(node, flow, before))
+        if node in before or of_pixels:
             before.add(node)
-        elif node in flow.barriers or _reads_outside(node, flow, 0, outside):
+            continue
+        is_finer = flow.grid[node] < high or any(
+            source in before and flow.grid[source] < high for source in flow.maps(node)
+        )
+        if node in flow.barriers or is_finer or _reads_outside(node, flow, 0, outside):
             outside.add(node)
     inside = [node for node in maps if node not in outside]
-    strides = [1]
-    for grid in sorted({flow.grid[node] for node in inside}):
+    strides = [high]
+    for grid in sorted({flow.grid[node] for node in inside if node not in before}):
         if grid > strides[-1] and grid % strides[-1] == 0:
             strides.append(grid)
     while strides[-1] < coarsest:
         strides.append(2 * strides[-1])
-    if coarsest not in strides[1:] or any(flow.grid[node] not in strides for node in inside):
+    own = {flow.grid[node] for node in inside if node not in before}
+    if coarsest not in strides[1:] or not own <= set(strides):
         return None
     needed = {node: flow.grid[node] for node in inside}
     return Region(flow, tuple(strides), frozenset(outside), needed, frozenset(before))

@@ -38,8 +38,9 @@ def slices_of(node: Any, facts: Facts) -> Slices | None:
     """Return the slices that an index takes of a tensor, one for each axis; None for any other operation."""
     if not isinstance(node, fx.Node) or node.target is not operator.getitem:
         return None
-    rank = len(facts.shapes.get(node.args[0], ()))
-    parts = list(node.args[1]) if isinstance(node.args[1], tuple) else [node.args[1]]
+    source: Any = node.args[0]
+    asked: Any = node.args[1]
+    rank, parts = len(facts.shapes.get(source, ())), list(asked) if isinstance(asked, tuple) else [asked]
     if any(part is ... for part in parts):
         place = next(i for i, part in enumerate(parts) if part is ...)
         parts[place : place + 1] = [slice(None)] * (rank - len(parts) + 1)
