@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from cadsurgery.elements import functional
-from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.axes import (
     NCHW,
     axis_word,
@@ -29,6 +28,7 @@ from cadsurgery.elements.axes import (
     row_dim,
     shuffle_channels,
 )
+from cadsurgery.elements.kernel_map import Window
 from cadsurgery.support.torch_operations import spellings
 from cadsurgery.surgery.facts import MapFacts
 from cadsurgery.surgery.graphs import axes_order
