@@ -32,6 +32,9 @@ from cadsurgery.support.kinds import has_kernels
 SUFFIX = ".onnx"
 # Sets of operators that onnx2torch is tried with: it has most operators of 17, and some in an earlier form alone.
 _OPSETS = (17, 15, 13)
+# Operators that onnx cannot lower from 18, with the number of inputs up to which they have been the same since 13.
+_INPUTS_SINCE_13 = {"Split": 2, "Pad": 3}
+_ASIDE = "aside"
 _LARGEST = 2**31  # bytes that one ONNX message can have, and values up to which constants are computed
 _INSTALL = "pip install 'cadsurgery[onnx]'"
 
@@ -41,23 +44,36 @@ class OnnxNetwork(nn.Module):
 
     Args:
         layers: the graph as torch operations.
-        size: height and width of its images if the file fixes them; images of other sizes are refused.
+        size: height and width of its images if the file fixes one of them; images of other sizes are refused.
+        is_free: whether the file leaves the height free, and the width.
     """
 
-    def __init__(self, layers: nn.Module, channels: int, size: tuple[int, int] | None) -> None:
+    def __init__(
+        self,
+        layers: nn.Module,
+        channels: int,
+        size: tuple[int, int] | None,
+        is_free: tuple[bool, ...] = (False, False),
+    ) -> None:
         super().__init__()
-        self.layers, self.size = layers, size
+        self.layers, self.size, self._is_free = layers, size, is_free
         if size is not None:
             self.pretrained_cfg = {"input_size": (channels, *size), "fixed_input_size": True}
 
     def forward(self, image: Tensor) -> Any:
         """Compute the outputs of the ONNX graph: a tensor, or a list of them."""
-        if self.size is not None and (image.shape[2], image.shape[3]) != self.size:
-            raise InvalidInput(
-                f"this network takes images of {self.size[0]} x {self.size[1]} alone.",
-                why="its ONNX file fixes the sizes of maps inside.",
-                next="give images of this size (--size), or export the network with dynamic axes for height and width.",
-            )
+        for axis, length in enumerate(self.size or ()):
+            if not self._is_free[axis] and image.shape[2 + axis] != length:
+                sizes = (
+                    "any" if free else str(one)
+                    for one, free in zip(self.size or (), self._is_free, strict=True)
+                )
+                raise InvalidInput(
+                    f"this network takes images of {' x '.join(sizes)} alone.",
+                    why="its ONNX file fixes the sizes of maps inside.",
+                    next="give images of this size (--size), or export the network with dynamic axes for height and "
+                    "width.",
+                )
         return self.layers(image)
 
 
@@ -101,7 +117,7 @@ def read_onnx(path: Path) -> OnnxNetwork:
         reference = Reference(path, model, shape)
         batch = shape[0] if isinstance(shape[0], int) else None
         layers = _import(path, reference.model, batch)
-        network = OnnxNetwork(layers, int(shape[1]), reference.fixed_size).eval()
+        network = OnnxNetwork(layers, int(shape[1]), reference.fixed_size, reference.is_free).eval()
         reference.check(network)
     return network
 
@@ -267,7 +283,7 @@ def _import(path: Path, model: Any, batch: int | None) -> nn.Module:
         candidate = _simplify(model)
         if version != opset:
             try:
-                candidate = _simplify(onnx.version_converter.convert_version(candidate, version))
+                candidate = _simplify(_lowered(candidate, opset, version))
             except Exception:  # of many types, where an operator has no form in this version
                 continue
         missing = _missing(candidate)
@@ -294,6 +310,30 @@ def _import(path: Path, model: Any, batch: int | None) -> nn.Module:
             why=f"onnx2torch: {describe_error(error)}",
             next="export the network with torch.onnx.export, or load it where it was trained: cs.adaptify(model).",
         ) from error
+
+
+def _lowered(model: Any, opset: int, version: int) -> Any:
+    """Return an ONNX model in an earlier set of operators. Operators that onnx cannot lower, although their meaning is
+    the same, are set aside meanwhile."""
+    import onnx
+
+    lowered = type(model)()
+    lowered.CopyFrom(model)
+    lowered.opset_import.append(onnx.helper.make_opsetid(_ASIDE, 1))
+    for node in lowered.graph.node if min(opset, version) >= 13 else ():
+        if len(node.input) <= _INPUTS_SINCE_13.get(node.op_type, -1):
+            node.domain = _ASIDE
+    lowered = onnx.version_converter.convert_version(lowered, version)
+    for node in lowered.graph.node:
+        if node.domain == _ASIDE:
+            node.domain = ""
+            kept = [stated for stated in node.attribute if stated.name != "num_outputs"]  # equal parts
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    imports = [entry for entry in lowered.opset_import if entry.domain != _ASIDE]
+    del lowered.opset_import[:]
+    lowered.opset_import.extend(imports)
+    return lowered
 
 
 def _simplify(model: Any) -> Any:

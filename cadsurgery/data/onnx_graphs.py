@@ -234,8 +234,8 @@ def _compare(writer: OnnxTracer, operation: OnnxOperation, first: Any, second: A
     left, right = numbers(first), numbers(second)
     known = []
     for pair in _broadcast(left, right):
-        signs = [value if isinstance(value, (int, float)) else 0 for value in pair]
-        if signs != list(pair) and min(signs) >= 0:
+        signs = [0 if isinstance(value, fx.Proxy) else value for value in pair]
+        if any(isinstance(value, fx.Proxy) for value in pair) and min(signs) >= 0:
             return _refuse_numbers(writer, operation)
         known.append(_COMPARISONS[operation.type](*signs))
     return Numbers(tuple(known), left.is_scalar and right.is_scalar)
@@ -306,11 +306,13 @@ def _reshape(writer: OnnxTracer, operation: OnnxOperation, value: Any, shape: An
 
 
 def _expand(writer: OnnxTracer, operation: OnnxOperation, value: Any, shape: Any) -> Any:
-    sizes = list(numbers(shape).values)
-    sizes = [1] * (operation.rank - len(sizes)) + sizes
-    new = len(sizes) - operation.rank
-    own = [-1 if isinstance(size, int) and size == 1 else size for size in sizes[new:]]
-    return value.expand(sizes[:new] + own)
+    if isinstance(value, Numbers):
+        return _refuse_numbers(writer, operation)
+    sizes, rank = numbers(shape).values, value.dim() if isinstance(value, Tensor) else operation.rank
+    sizes = (1,) * (rank - len(sizes)) + sizes
+    new = len(sizes) - rank
+    own = (-1 if isinstance(size, int) and size == 1 else size for size in sizes[new:])
+    return writer.create_proxy("call_method", "expand", (value, *sizes[:new], *own), {})
 
 
 def _resize(writer: OnnxTracer, operation: OnnxOperation, value: Any, *more: Any, **named: Any) -> Any:
@@ -388,6 +390,7 @@ _OF_NUMBERS: dict[str, Callable[..., Any]] = {
     "Identity": _keep,
     "ReduceProd": _product,
     "Where": _choose,
+    "Expand": _expand,
     "Range": _range,
     "ConstantOfShape": _fill,
     **dict.fromkeys(_COMPARISONS, _compare),

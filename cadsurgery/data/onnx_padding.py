@@ -91,21 +91,16 @@ def _halves(total: Any, is_upper: bool) -> tuple[Any, Any]:
 def _call_cropped(
     layer: Any, spans: list[int], stride: list[int], is_upper: bool, value: Any, call: Callable[[Any], Any]
 ) -> Any:
-    """Call a transposed convolution whose output is `stride` times as long as its input. Torch crops as much before as
-    behind, so what is cropped once too often is added as its output padding, and what is left is cut off."""
-    more = _numbers(layer.output_padding, len(spans))
-    totals = [max(0, span + extra - step) for span, extra, step in zip(spans, more, stride, strict=True)]
-    # ONNX Runtime puts the larger half where ONNX's first versions did: before the map for SAME_UPPER.
-    pairs = [_halves(total, not is_upper) for total in totals]
-    layer.padding = tuple(before for before, _ in pairs)
-    layer.output_padding = tuple(
-        extra + max(0, before - behind) for extra, (before, behind) in zip(more, pairs, strict=True)
-    )
-    result = call(value)
-    if all(before >= behind for before, behind in pairs):
-        return result
-    ends = (
-        slice(value.size(axis) * step) if before < behind else slice(None)
-        for axis, (step, (before, behind)) in enumerate(zip(stride, pairs, strict=True), 2)
-    )
-    return result[(slice(None), slice(None), *ends)]
+    """Call a transposed convolution whose output is `stride` times as long as its input. Its padding crops as much
+    before as behind; the rest is cut off."""
+    totals = [
+        max(0, span + extra - step)
+        for span, extra, step in zip(spans, _numbers(layer.output_padding, len(spans)), stride, strict=True)
+    ]
+    layer.padding = tuple(total // 2 for total in totals)
+    result, index = call(value), [slice(None), slice(None)]
+    for axis, (total, step) in enumerate(zip(totals, stride, strict=True), 2):
+        length = step * value.size(axis)
+        kept = slice(length) if is_upper else slice(1, length + 1)
+        index.append(kept if total % 2 else slice(None))
+    return result[tuple(index)] if any(total % 2 for total in totals) else result

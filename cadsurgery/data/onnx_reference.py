@@ -21,14 +21,16 @@ class Reference:
 
     Where the file fixes height and width, a model without these sizes is tried: if ONNX Runtime computes it at another
     size, and maps that it returns grow with the image, the file's size was only that of an example. Where it does not,
-    `fixed_size` is the file's. Batches of a fixed number are computed one after the other.
+    `fixed_size` is the file's; of an axis that the file leaves free it is that of the images compared here, and
+    `is_free` tells these axes. Batches of a fixed number are computed one after the other.
     """
 
     def __init__(self, path: Path, model: Any, shape: tuple[int | str, ...]) -> None:
         self.path, self.batch, self.channels = path, shape[0], int(shape[1])
         self.model, self.fixed_size = model, None
-        self._session = _session(path, model)
-        if all(isinstance(size, str) for size in shape[2:]):
+        self._session = own = _session(path, model)
+        self.is_free = tuple(isinstance(size, str) for size in shape[2:])
+        if all(self.is_free):
             self._calls = self._first_that_run(_SIZES)
             return
         size: Any = tuple(
@@ -44,7 +46,13 @@ class Reference:
                 return
         except CadError:
             pass
-        self.fixed_size = size
+        self.fixed_size, self._session = size, own
+        if any(self.is_free):
+            longer = [
+                tuple(length + by * free for length, free in zip(size, self.is_free, strict=True))
+                for by in (64, 33)
+            ]
+            self._calls = self._first_that_run((size, *longer))
 
     def _first_that_run(self, sizes: Any) -> list[tuple[Tensor, list[Tensor]]]:
         """Return random images of the first two sizes that ONNX Runtime computes, and what it returns."""

@@ -54,6 +54,7 @@ class Window(NamedTuple):
         outside: value that zero padding reads; None for the neutral value of the operation.
         finer: output samples per input sample: the stride of a transposed convolution, whose `stride` is 1 and whose
             `padding` crops the output, as in torch.
+        lower: true if the larger half of "same" padding of an odd amount lies before the map, as SAME_LOWER of ONNX.
     """
 
     kernel: tuple[int, int]
@@ -66,6 +67,7 @@ class Window(NamedTuple):
     same: bool = False
     outside: float | None = None
     finer: int = 1
+    lower: bool = False
 
     @property
     def taps(self) -> int:
@@ -112,13 +114,14 @@ class Window(NamedTuple):
         if not self.same:
             return self
         (top, bottom), (left, right) = map(self._same, size, (0, 1))
-        return self._replace(padding=(top, bottom, left, right), same=False)
+        return self._replace(padding=(top, bottom, left, right), same=False, lower=False)
 
     def _same(self, fine: int, axis: int) -> tuple[int, int]:
         samples = divide_up(fine, self.spacing)
         span = self.dilation[axis] * (self.kernel[axis] - 1) + 1
         total = most((divide_up(samples, self.stride) - 1) * self.stride + span - samples, 0)
-        return total // 2, total - total // 2
+        pads = total // 2, total - total // 2
+        return pads[::-1] if self.lower else pads
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the fine size of the output for a fine map of `size`: H' = min(H, n' R), with n' output samples."""

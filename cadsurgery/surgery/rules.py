@@ -157,7 +157,7 @@ def padding(node: fx.Node, facts: MapFacts) -> Treatment:
     pads = tuple(pads) if isinstance(pads, list) else pads
     if not any(known) and pads == known:
         return Treatment("pointwise", "Padding by nothing.", rows=Call(None, (node.args[0],)))
-    if pads != known and (same := _same_for_readers(node, known, layout, mode, facts)) is not None:
+    if pads != known and (same := _same_for_readers(node, pads, known, layout, mode, facts)) is not None:
         arguments = (("pads", tuple(pads)), ("reader", same))
         why = "Padding that a stride asks for; it belongs to the window that reads it."
         call = functional.check_same_padding
@@ -179,16 +179,25 @@ def padding(node: fx.Node, facts: MapFacts) -> Treatment:
 
 
 def _same_for_readers(
-    node: fx.Node, known: tuple[int, ...], layout: str, mode: str, facts: MapFacts
+    node: fx.Node, pads: Any, known: tuple[int, ...], layout: str, mode: str, facts: MapFacts
 ) -> Window | None:
     """Return the common window of all readers of a padded map, if the padding is what their stride requires."""
     windows = {_reader_window(user, facts) for user in node.users}
     window = windows.pop() if len(windows) == 1 else None
-    if window is None or layout != NCHW or mode != "zeros" or len(known) != 4:
+    if window is None or layout != NCHW or mode != "zeros" or len(known) != 4 or not isinstance(pads, tuple):
         return None
     source: Any = node.args[0]
-    top, bottom, left, right = window.fit((facts.shapes[source][2], facts.shapes[source][3])).padding
-    return window if known == (left, right, top, bottom) and any(known) else None
+    kinds = [window, window._replace(lower=True)]
+    left, right = pads[:2]
+    if (
+        isinstance(left, fx.Node) and left.target is operator.sub and left.args[1] is right
+    ):  # of an even amount
+        kinds.reverse()
+    for one in kinds:
+        top, bottom, left, right = one.fit((facts.shapes[source][2], facts.shapes[source][3])).padding
+        if known == (left, right, top, bottom) and any(known):
+            return one
+    return None
 
 
 def _reader_window(user: fx.Node, facts: MapFacts) -> Window | None:

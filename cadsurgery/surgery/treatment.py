@@ -258,7 +258,7 @@ def _add_padding(treatment: Treatment, pad: Window) -> Treatment:
         return barrier("the map it reads was padded for another window")
     total: Any = tuple(a + b for a, b in zip(window.padding, pad.padding, strict=True))
     outside = None if pad.outside == ignored else pad.outside
-    window = window._replace(padding=total, mode=pad.mode, same=pad.same, outside=outside)
+    window = window._replace(padding=total, mode=pad.mode, same=pad.same, lower=pad.lower, outside=outside)
     if reason := growing(window):
         return barrier(reason)
     # An average pooling counts explicit padding in its divisor.
