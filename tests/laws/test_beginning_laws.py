@@ -1,0 +1,245 @@
+"""Networks that begin with what has no lattice or rearranges the picture: the rest gets floors all the same.
+
+`adaptify` verifies the laws on its example: everything high is the network as given, every floor, alone and side by
+side, is its emulation in dense operations. These tests add other sizes, batches and types, and what plans say.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import covering
+from torch import Tensor, nn
+
+import cadsurgery as cs
+
+SIZES = [(64, 96), (66, 38), (52, 70)]
+
+
+class Body(nn.Module):
+    """Two scales that are joined, and a head."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fine, self.down = nn.Conv2d(channels, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.join, self.head = nn.Conv2d(16, 8, 3, 1, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.fine(x).relu()
+        up = F.interpolate(self.down(fine).relu(), fine.shape[2:], mode="bilinear")
+        return self.head(self.join(torch.cat([fine, up], 1)).relu())
+
+
+# -- slices with steps -----------------------------------------------------------------------------------------------
+
+
+class SpaceToDepth(nn.Module):
+    """Every second pixel, four times, in channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Body(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]]
+        return self.body(torch.cat(parts, 1))
+
+
+class OneAxisAfterTheOther(SpaceToDepth):
+    """The same of slices of one axis each, of which one has two readers and one counts axes from the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        even, odd = x[:, :, ::2], x[..., 1::2, :]
+        parts = [even[:, :, :, 0::2], odd[..., ::2], even[..., 1::2], odd[:, :, :, 1::2]]
+        return self.body(torch.cat(parts, 1))
+
+
+class Shortcut(nn.Module):
+    """Shortcuts that take every second sample, as in residual networks without projections; any size fits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        x = self.b(x).relu() + x[:, :, ::2, ::2]
+        return self.c(x).relu() + x[:, :, ::2, ::2]
+
+
+class FarApart(nn.Module):
+    """Every fourth sample from the third row and the fifth column on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.body = nn.Conv2d(3, 8, 3, 1, 1), Body(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.a(x).relu()[:, :, 2::4, 4::4])
+
+
+SLICED = [SpaceToDepth, OneAxisAfterTheOther, Shortcut, FarApart]
+
+
+def made(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().eval().to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "batch", "size"),
+    covering(SLICED, [torch.float32, torch.float64], [1, 3], SIZES),
+)
+def test_slices_with_steps_are_strides(
+    kind: type[nn.Module], dtype: torch.dtype, batch: int, size: tuple[int, int]
+) -> None:
+    model, image = made(kind, dtype), torch.randn(batch, 3, *size, dtype=dtype)
+    net = cs.adaptify(
+        model, "edges", coarsest=16, example_input=torch.randn(2, 3, 64, 96, dtype=dtype)
+    ).eval()
+    assert all(check.passed for check in net.checks) and net.plan.share("adapt", "keep") == 1
+    torch.testing.assert_close(net(image, mask="all"), model(image))
+    torch.testing.assert_close(net.optimize()(image), net(image), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SLICED)
+def test_slices_with_steps_are_adaptive_stages(kind: type[nn.Module]) -> None:
+    """With a lattice finer than the network's own grid they are computed at every sample, as strides are."""
+    model, image = made(kind, torch.float64), torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    low = cs.plan(model).output_stride[1]
+    net = cs.adaptify(model, "edges", output_stride=(1, low), outputs="native").eval()
+    assert all(check.passed for check in net.checks)
+    sliced = [one for one in net.plan.decisions if one.operation.startswith("getitem 1x1")]
+    assert sliced and all(one.action == "adapt" for one in sliced)
+    torch.testing.assert_close(net(image, mask="none"), model(image))
+
+
+def test_odd_sizes_that_the_network_refuses_are_refused() -> None:
+    model = made(SpaceToDepth)
+    net = cs.adaptify(model, "edges", coarsest=16, verify_laws=False).eval()
+    with pytest.raises(cs.InvalidInput, match="cat joins maps of"):
+        net(torch.randn(1, 3, 65, 64))
+
+
+def test_steps_that_differ_between_the_axes_are_no_stride() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Sequential(*(nn.Conv2d(3, 3, 3, 2, 1) for _ in range(2)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x)[:, :, ::2]
+
+    plan = cs.plan(made(Wide), coarsest=16)
+    assert "stride (2, 1) differs between the axes" in str(plan)
+
+
+# -- beginnings that stay dense --------------------------------------------------------------------------------------
+
+
+class Rectangular(nn.Module):
+    """Strides along one axis after the other, in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.body = nn.Conv2d(3, 8, 3, (2, 1), 1), nn.Conv2d(8, 8, 3, (1, 2), 1), Body(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.b(self.a(x)).relu())
+
+
+class Mixing(nn.Module):
+    """Sums along columns behind a convolution: each position reads all above it."""
+
+    stride = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.body = nn.Conv2d(3, 8, 3, self.stride, 1), Body(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(torch.cumsum(self.a(x).relu(), 2) / 10)
+
+
+class MixingBehindAStride(Mixing):
+    stride = 2
+
+
+class TwoBeginnings(nn.Module):
+    """Two branches that each begin with what stays dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, (2, 1), 1), nn.Conv2d(8, 8, 3, (1, 2), 1)
+        self.c, self.d = nn.Conv2d(3, 8, 3, (1, 2), 1), nn.Conv2d(8, 8, 3, (2, 1), 1)
+        self.body = Body(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(torch.cat([self.b(self.a(x)), self.d(self.c(x))], 1))
+
+
+class SkipAround(Rectangular):
+    """The picture itself, finer than the map behind the beginning, is joined at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Conv2d(6, 2, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = F.interpolate(super().forward(x), x.shape[2:], mode="bilinear")
+        return self.last(torch.cat([x, up], 1))
+
+
+BEGINNINGS = {Rectangular: 2, Mixing: 1, MixingBehindAStride: 2, TwoBeginnings: 2, SkipAround: 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "batch", "size"),
+    covering(list(BEGINNINGS), [torch.float32, torch.float64], [1, 3], [(64, 96), (65, 47), (36, 53)]),
+)
+def test_floors_begin_behind_a_dense_beginning(
+    kind: type[nn.Module], dtype: torch.dtype, batch: int, size: tuple[int, int]
+) -> None:
+    model, image = made(kind, dtype), torch.randn(batch, 3, *size, dtype=dtype)
+    net = cs.adaptify(
+        model, "edges", coarsest=16, example_input=torch.randn(2, 3, 64, 96, dtype=dtype)
+    ).eval()
+    assert all(check.passed for check in net.checks)
+    assert net.plan.output_stride == (BEGINNINGS[kind], 16)
+    assert net.plan.share("adapt", "keep") > 0.5
+    torch.testing.assert_close(net(image, mask="all"), model(image))
+    torch.testing.assert_close(net.optimize()(image), net(image), rtol=1e-4, atol=1e-5)
+    low, own = (net.macs(image, mask=mask).mask for mask in ("none", "all"))
+    assert low < 0.6 * own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [SpaceToDepth, Rectangular])
+def test_files_of_such_networks_are_the_networks(kind: type[nn.Module], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    model, image = made(kind), torch.rand(1, 3, 64, 96)
+    net = cs.adaptify(model, "edges", coarsest=16, verify_laws=False).eval()
+    cs.save(net, tmp_path / "net.safetensors")
+    loaded = cs.load(tmp_path / "net.safetensors", model)
+    assert loaded.plan == net.plan
+    torch.testing.assert_close(loaded(image), net(image))
+    exported = cs.export(net, image, tmp_path / "net.onnx", dynamic=True)
+    assert exported.difference < 1e-4 and len(exported.compared) > 2
+
+
+def test_a_beginning_is_kept_dense_only_for_much() -> None:
+    """A barrier behind most of the network ends the region there, as before."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.a, self.last = Body(3), nn.Conv2d(3, 3, 3, (2, 1), 1), nn.Conv2d(3, 3, 3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.a(self.body(x)).relu())
+
+    plan = cs.plan(made(Late), coarsest=16)
+    assert plan.output_stride == (1, 16) and "stride (2, 1)" in plan.region_end[0].reason
