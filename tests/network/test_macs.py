@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import torchvision
 from conftest import covering, images, random_levels, slow
 from networks import build, unverified
 from ptflops import get_model_complexity_info
+from random_networks import random_case
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model
@@ -86,6 +87,12 @@ def by_ptflops(model: nn.Module, size: tuple[int, int]) -> int:
     return int(found[0])
 
 
+def _without_means(first: Sequence[int], second: Sequence[int], *_: object, **__: object) -> int:
+    """Count a product, but nothing for a mean over the image, which is one of a row per image with all rows."""
+    rows, inner = first
+    return 0 if inner > max(200, 64 * rows) else 2 * rows * inner * second[1]
+
+
 MODELS = {
     "strided": lambda: convolutions(*STRIDED),
     "dilated": lambda: convolutions(*DILATED),
@@ -94,6 +101,29 @@ MODELS = {
 
 
 # -- what is counted is what runs ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "seed", [4, 6, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 1, 3, 5))]
+)
+def test_the_count_of_a_random_network_is_what_runs_but_for_means(seed: int) -> None:
+    """Means over an image, also those of norms, are matrix products on elements; as in dense networks they count for
+    nothing. The mask is given: what computes it is counted by itself."""
+    case = random_case(seed)
+    net = unverified(case.model, "edges", example_input=case.given)
+    args = (case.image, *case.more)
+    with torch.no_grad():
+        net(*args)
+    half = torch.zeros_like(net.levels)
+    half[:, : half.shape[1] // 2] = net.plan.max_level
+    for levels in (
+        torch.zeros_like(half),
+        half,
+    ):  # with everything low few rows are left, as in a linear layer
+        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mm: _without_means})
+        with torch.no_grad(), counter:
+            net(*args, mask=levels)
+        assert net.macs(*args, mask=levels).mask == counter.get_total_flops() // 2
 
 
 @pytest.mark.parametrize(
