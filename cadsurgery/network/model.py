@@ -125,10 +125,9 @@ class AdaptiveModel(ProgramNetwork):
 
     def _call(self, provider: MaskProvider, arguments: dict[str, Any]) -> Called:
         """Run the network with a mask; return its output and its lattice."""
-        is_counted = self._program.is_counted
 
         def run(program: Program, arguments: dict[str, Any]) -> Masked:
-            if is_counted:
+            if program.is_counted:
                 program = program.interpreted_by(CallingCounters)
             if program.unchanged is not None and isinstance(provider, UniformMask):
                 level = 0 if provider.high else program.plan.max_level
