@@ -8,7 +8,7 @@
 depend on.
 
 Parts, in the order in which few minutes serve best:
-    networks: the adaptive network under budgets, called eagerly and recorded (`cs.Bucketed`), against the network as
+    networks: the adaptive network under budgets, called layer by layer and recorded, against the network as
         given, eagerly (channels_last, cuDNN's autotuner), as a CUDA graph, and by torch.compile with frozen weights;
         and against its twin at the lowest output stride. Peak memory of each.
     maps: a call that makes lattice and kernel maps, and how often it waits for the device.
@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -181,6 +182,13 @@ def on_device(net: Any, options: argparse.Namespace, dtype: torch.dtype) -> Any:
     return net.to(options.device, dtype).to(memory_format=torch.channels_last)
 
 
+def unrecorded(net: Any) -> Any:
+    """Return an optimised copy that runs layer by layer, as where calls are not recorded."""
+    fast = net.optimize()
+    fast._recordings = SimpleNamespace(call=lambda *_: None)
+    return fast
+
+
 def first_tensor(value: Any) -> Tensor:
     """Return the first tensor of an output that may be a dict or a list."""
     while not isinstance(value, Tensor):
@@ -191,10 +199,12 @@ def first_tensor(value: Any) -> Tensor:
 def measure_maps(options: argparse.Namespace) -> Iterator[Line]:
     """Yield one line: time of a call with a new mask, and the number of device synchronisations."""
     dtype = torch.bfloat16
-    fast = on_device(adaptive(options), options, dtype).optimize()
-    x = pictures(options, 1, dtype)
+    net = on_device(adaptive(options), options, dtype)
+    fast, recorded, x = unrecorded(net), net.optimize(), pictures(options, 1, dtype)
     with torch.inference_mode():
         fast(x)
+        for _ in range(2):
+            recorded(x)
         waits = None
         if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("warn")
@@ -208,6 +218,7 @@ def measure_maps(options: argparse.Namespace) -> Iterator[Line]:
         sides = {
             "mask, lattice, stem": lambda: program.find_lattice(program.masking(fast.mask), x),
             "whole call": lambda: fast(x),
+            "recorded call": lambda: recorded(x),
             "lattice kept": lambda: program(lambda *_: lattice, program.bind(x)),
         }
         best = interleaved(sides, options.rounds)
@@ -223,8 +234,7 @@ def measure_networks(options: argparse.Namespace) -> Iterator[Line]:
     macs_high = net.macs(small, mask="all").mask
     net = on_device(net, options, dtype)
     with torch.inference_mode():
-        fast = net.optimize()
-        recorded = cs.Bucketed(fast)
+        fast, layered = net.optimize(), unrecorded(net)
     for batch in options.batches:
         x = pictures(options, batch, dtype)
         with torch.inference_mode():
@@ -233,18 +243,19 @@ def measure_networks(options: argparse.Namespace) -> Iterator[Line]:
                 "as given": partial(given, x),
                 "as given, CUDA graph": captured(partial(given, x)) or partial(given, x),
                 "low, CUDA graph": captured(partial(low, x)) or partial(low, x),
-                "adaptive": partial(fast, x),
+                "adaptive": partial(layered, x),
             }
             if options.compile and batch == options.batches[0]:
                 runs["as given, compiled"] = compiled(given, x)
             for fraction in options.fractions:
-                name, call = f"adaptive {fraction}", partial(fast, x, mask=budget(fraction))
+                name, call = f"adaptive {fraction}", partial(layered, x, mask=budget(fraction))
                 runs[f"{name}, CUDA graph"] = captured(call) or call
-                runs[f"{name}, recorded"] = partial(recorded, x, mask=budget(fraction))
-            runs["edges, recorded"] = partial(recorded, x, mask="edges")
+                runs[f"{name}, recorded"] = partial(fast, x, mask=budget(fraction))
+            runs["edges, recorded"] = partial(fast, x, mask="edges")
             memory = {}
             for name, run in runs.items():
-                run()
+                for _ in range(3):  # recorded calls are recorded in the second one
+                    run()
                 memory[name] = peak_of(run)
             best = interleaved(runs, options.rounds)
             expected = first_tensor(dense_twin(net, 0, x)(x)).float()
@@ -326,7 +337,7 @@ def milliseconds(run: Callable[[], object]) -> float:
 def measure_profile(options: argparse.Namespace) -> Iterator[Line]:
     """Yield a line per operation, the slowest first."""
     dtype = torch.bfloat16
-    fast, x = on_device(adaptive(options), options, dtype).optimize(), pictures(options, 1, dtype)
+    fast, x = unrecorded(on_device(adaptive(options), options, dtype)), pictures(options, 1, dtype)
 
     def infer() -> None:
         with torch.inference_mode():

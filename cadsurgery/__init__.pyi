@@ -37,7 +37,6 @@ from .methods.resampling import ResampledModel as ResampledModel, resample as re
 from .methods.sampling import SampledModel as SampledModel, sample as sample
 from .methods.storage import load as load, save as save
 from .network.adaptify import adaptify as adaptify, plan as plan
-from .network.compile import Bucketed as Bucketed
 from .network.export import export as export
 from .network.export.kernels import kernels_for as kernels_for
 from .network.model import AdaptiveModel as AdaptiveModel

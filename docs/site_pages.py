@@ -30,7 +30,7 @@ SINGLE_PAGES = {
 # The public names in the order in which somebody needs them; what is in none of these groups follows last.
 GROUPS = {
     "Convert": "adaptify plan Plan AdaptiveModel recommend Recommendation build_model list_models",
-    "Save, load, export": "save load export kernels_for push Bucketed",
+    "Save, load, export": "save load export kernels_for push",
     "Evaluate": "evaluate EvaluationReport SegmentationMetrics open_data SegmentationData Augment",
     "Masks": "list_masks mask_provider MaskProvider MaskWrapper Budget",
     "Values at points": "read_at macs_at",

@@ -532,7 +532,6 @@ UNSUITABLE: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "converted": (adapted, ["AdaptiveModel is converted already", "the original"]),
     "optimised": (lambda: adapted().optimize(), ["OptimizedModel is converted already", "the original"]),
-    "bucketed": (lambda: cs.Bucketed(adapted()), ["Bucketed is converted already", "the original"]),
     "converted within": (
         lambda: nn.Sequential(nn.Identity(), adapted()),
         ["converted already", "module 1 of Sequential", "model.1 ="],

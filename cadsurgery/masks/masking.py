@@ -23,7 +23,7 @@ from cadsurgery.support.torch_internals import is_exporting
 
 # Next step in the error message about a mask that is not static.
 NEEDS_STATIC = (
-    'keep a fixed share of the patches, mask="edges | budget:fraction=0.3", or compile with cs.Bucketed(net).'
+    'keep a fixed share of the patches, mask="edges | budget:fraction=0.3", or run net.optimize() uncompiled.'
 )
 
 

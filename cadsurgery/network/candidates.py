@@ -8,7 +8,6 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from cadsurgery.network.compile import Bucketed
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.support.torch_internals import OpOverload
@@ -77,7 +76,7 @@ def check_network(model: object) -> nn.Module:
 
 def _reason(module: nn.Module) -> tuple[str, str] | None:
     """Return why a module cannot be converted and what to do about it, or None."""
-    if isinstance(module, (AdaptiveModel, Bucketed)):
+    if isinstance(module, AdaptiveModel):
         return (
             "is converted already",
             "pass the original network; another mask needs no conversion: net.mask = ..., or net(x, mask=...).",

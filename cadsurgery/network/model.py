@@ -21,6 +21,7 @@ from cadsurgery.elements.lattice import Lattice
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.context import call_context, masked
 from cadsurgery.masks.masking import NEEDS_STATIC
+from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation, Unit, read_normalisation
 from cadsurgery.network.adapters import (
@@ -39,6 +40,7 @@ from cadsurgery.network.inputs import first_value
 from cadsurgery.network.macs import MacReport, count_macs, meta_copy
 from cadsurgery.network.optimized import BFLOAT16, FLOAT, check_precision, fuse_network
 from cadsurgery.network.program import Masked, Program, ProgramNetwork, frozen_copy, refuse_torchscript
+from cadsurgery.network.recorded import Called, Recordings
 from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import InvalidInput, NotConverted
 from cadsurgery.support.progress import Step, silent, waiting
@@ -119,6 +121,10 @@ class AdaptiveModel(ProgramNetwork):
         if torch.compiler.is_compiling() and not is_exporting() and not getattr(chosen, "static", False):
             return self._run_uncompiled(*args, mask=mask, **kwargs)
         provider = self._mask_provider if mask is None else resolve_mask(mask)
+        return self.finish(*self._program.check_and_run(partial(self._call, provider), *args, **kwargs))
+
+    def _call(self, provider: MaskProvider, arguments: dict[str, Any]) -> Called:
+        """Run the network with a mask; return its output and its lattice."""
 
         def run(program: Program, arguments: dict[str, Any]) -> Masked:
             if program.is_counted:
@@ -130,7 +136,7 @@ class AdaptiveModel(ProgramNetwork):
             masking = program.masking(provider)
             return (program.run_after_first_pass if provider.looks_ahead else program)(masking, arguments)
 
-        return self.finish(*self._program.check_and_run(partial(self._find_way, run), *args, **kwargs))
+        return self._find_way(run, arguments)
 
     def _find_way(
         self, run: Callable[[Program, dict[str, Any]], Masked], arguments: dict[str, Any]
@@ -187,10 +193,12 @@ class AdaptiveModel(ProgramNetwork):
         """Call `forward` for a mask whose shapes a compiler cannot know; compilers break the graph here or refuse."""
         return self.forward(*args, **kwargs)
 
-    def finish(self, output: Any, lattice: Lattice) -> Any:
-        """Return the output after storing the lattice for `levels`; a compiled call stores only the level map, an
-        exported one nothing."""
-        if not torch.compiler.is_compiling():
+    def finish(self, output: Any, lattice: Lattice | Tensor) -> Any:
+        """Return the output after storing the lattice for `levels`; a compiled call stores only the level map, as a
+        recorded one, which gives no more, and an exported one nothing."""
+        if isinstance(lattice, Tensor):
+            self._last.lattice, self._last.levels = None, lattice
+        elif not torch.compiler.is_compiling():
             self._last.lattice, self._last.levels = lattice, None
         elif not is_exporting():
             self._last.lattice, self._last.levels = None, lattice.pyramid.levels
@@ -457,11 +465,10 @@ def _refuse_without_values(net: nn.Module, arguments: tuple[Any, ...]) -> None:
     if torch.compiler.is_compiling():
         return
     refuse_torchscript()
-    weight = first_value(net)
     for value in arguments:
         if not isinstance(value, Tensor):
             continue
-        if value.is_meta and weight is not None and weight.is_meta:
+        if value.is_meta and (weight := first_value(net)) is not None and weight.is_meta:
             raise InvalidInput(
                 "the image has no values: it is on the meta device.",
                 why="the mask reads them, and they decide how many elements there are.",
@@ -501,8 +508,7 @@ class OptimizedModel(AdaptiveModel):
         self._unfused: tuple[AdaptiveModel, ...] = ()
         if len(self.program.signature.parameters) > 1 or any(map(is_guard, self.graph.nodes)):
             self._unfused = (_inference_copy(net),)
-        self._epilogues = epilogues
-        self.weights_version = object()  # another object after weights were loaded or moved
+        self._epilogues, self._recordings = epilogues, Recordings()
         self.register_load_state_dict_post_hook(_forget_other_ways)
         data = {name: value for name, value in vars(net._original[0]).items() if _is_data(name, value)}
         self._original = (SimpleNamespace(**data),)  # type: ignore[assignment]
@@ -528,9 +534,14 @@ class OptimizedModel(AdaptiveModel):
     @Forward
     @torch.compiler.disable(reason="an optimised network is not compiled: compile the one it was made from")
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
-        """Run the network as the original is called; see `AdaptiveModel.forward`. torch.compile does not compile it."""
+        """Run the network as the original is called; see `AdaptiveModel.forward`. torch.compile does not compile it:
+        on a GPU it records its calls, see `network/recorded.py`."""
         with torch.no_grad():
             return super().forward(*args, mask=mask, **kwargs)
+
+    def _call(self, provider: MaskProvider, arguments: dict[str, Any]) -> Called:
+        run = partial(super()._call, provider)
+        return self._recordings.call(self, provider, arguments, run) or run(arguments)
 
     @property
     def counted(self) -> Program:
@@ -556,7 +567,7 @@ class OptimizedModel(AdaptiveModel):
 
     def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModel:
         """Move or convert the modules as torch does, including the unfolded weights kept for other paths."""
-        self._ways, self.weights_version = {}, object()
+        self._ways = {}
         for source in self._unfused:
             source._apply(fn, recurse)
         super()._apply(fn, recurse)
@@ -647,7 +658,7 @@ def _drop_cached(net: nn.Module, _: Any) -> None:
 def _forget_other_ways(model: nn.Module, keys: Any) -> None:
     """Drop the unfolded weights after folded weights were loaded: other paths can no longer be converted."""
     assert isinstance(model, OptimizedModel)
-    model._unfused, model._ways, model.weights_version = (), {}, object()
+    model._unfused, model._ways = (), {}
 
 
 def _is_data(name: str, value: Any) -> bool:

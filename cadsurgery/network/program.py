@@ -19,6 +19,7 @@ from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
+from cadsurgery.masks.unit import Unit
 from cadsurgery.network.inputs import misfit, wrong_for_weights, wrong_size
 from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
@@ -434,6 +435,8 @@ class ProgramNetwork(Derived):
     _program: Program
     _mask_provider: MaskProvider
     _constants: dict[str, Tensor]
+    _unit: Unit
+    _ways: dict[tuple[Any, ...], Program]
 
     @property
     def adaptive_part(self) -> Self:

@@ -60,6 +60,9 @@ NAMES: dict[str, Internal] = {
     "is_transformed": Internal(
         "torch._C._functorch.is_functorch_wrapped_tensor", "masks read values, which torch.func hides"
     ),
+    "has_global_hooks": Internal(
+        "torch.nn.modules.module._has_any_global_hook", "a recorded call calls no module, so no hook either"
+    ),
     "tracing_state": Internal("torch._C._get_tracing_state", "torch.jit.trace is refused in words"),
     "traced_modules": Internal(
         "torch.jit._trace._trace_module_map", "torch.jit.trace reads attributes before it traces"

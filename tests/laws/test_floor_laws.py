@@ -239,12 +239,6 @@ def test_a_file_for_engines_gives_what_the_network_gives(tmp_path: Any) -> None:
     assert report.difference < 1e-4 and len({shape[2:] for shape in report.compared}) > 1
 
 
-def test_it_cannot_be_bucketed() -> None:
-    net = unverified(network("unet", torch.float32), "edges", coarsest=16)
-    with pytest.raises(cs.InvalidInput, match="with floors cannot be bucketed"):
-        cs.Bucketed(net)
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [

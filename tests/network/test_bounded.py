@@ -24,7 +24,7 @@ from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.kernels.load import library
-from cadsurgery.network import compile, points
+from cadsurgery.network import points
 
 
 class Network(nn.Module):
@@ -125,21 +125,6 @@ def test_points_are_read_at_any_number_of_sizes() -> None:
         again = cs.read_at(net, x, wanted)
         torch.testing.assert_close(torch.cat(found), torch.cat(again), atol=1e-4, rtol=1e-4)
     assert all(len(found.places) <= points.MOST_SIZES for found in points._EXITS[net.program].values())
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_a_bucketed_network_keeps_the_graphs_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile, "MOST_GRAPHS", 2)
-    net, (one, *others) = adapted("all"), [images(*size) for size in sizes(4)]
-    fast = cs.Bucketed(net, backend="eager")
-    for x in others:
-        fast(one)
-        kept = [*fast._after.values()][-1]
-        torch.testing.assert_close(fast(x), net(x), atol=1e-4, rtol=1e-4)
-        assert fast.buckets <= 2 and kept in fast._after.values()
-    fast(one)
-    assert [*fast._after.values()][-1] is kept
 
 
 @pytest.mark.slow

@@ -59,10 +59,6 @@ CONVERSIONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "(pixels, scale, mask, others)",
     ),
     "hosted": (lambda: unverified(Hosting().eval(), "edges"), "(pictures, least, mask)"),
-    "bucketed": (
-        lambda: cs.Bucketed(unverified(Scaled().eval(), "edges", example_input=EXAMPLE)),
-        "(pixels, scale, mask, others)",
-    ),
     "anytime": (lambda: cs.anytime(Scaled().eval(), exits=["trunk.1"]), "(pixels, scale, threshold, others)"),
     "resample": (lambda: cs.resample(Scaled().eval(), size=(16, 24)), "(pixels, scale, others)"),
     "sample": (lambda: cs.sample(Scaled().eval()), "(pixels, scale, others)"),

@@ -29,7 +29,7 @@ from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 from cadsurgery.masks import FineMapSpec
 from cadsurgery.masks.masking import Masking
-from cadsurgery.network.compile import bucket
+from cadsurgery.network.recorded import bucket
 
 BUDGET = "edges | budget:fraction=0.34"
 double = torch.float64
@@ -493,9 +493,9 @@ def test_other_masks_break_the_graph_or_are_refused_in_words() -> None:
         torch._dynamo.reset()
         with pytest.raises(Exception) as caught:
             torch.compile(net, backend="eager", fullgraph=True)(x)
-        for words in ("edges | budget:fraction=0.3", "cs.Bucketed(net)"):
+        for words in ("edges | budget:fraction=0.3", "net.optimize()"):
             assert words in str(caught.value)
-        with pytest.raises(cs.InvalidInput, match=r"cs\.Bucketed"):
+        with pytest.raises(cs.InvalidInput, match=r"net\.optimize"):
             torch.export.export(net, (x,), strict=False)
 
 
@@ -527,100 +527,3 @@ def test_a_detector_runs_uncompiled_and_its_part_compiled() -> None:
         found = net(x)[0]
     assert seen.frame_count == 1
     assert_same(found["scores"], expected["scores"], 1e-3)
-
-
-@pytest.mark.slow
-def test_images_of_one_bucket_share_a_graph() -> None:
-    """Any mask, several images: one graph per bucket, results those of the eager network."""
-    net, seen = converted(strided(outputs=4, kernel=3), "edges"), graphs()
-    fast = cs.Bucketed(net, per_octave=1, backend=seen)
-    with torch.no_grad():
-        for kept in (5, 6, 5, 6):  # 87 or 102 elements at the end, 108 or 120 before
-            x, levels = images(2, 64, 96), patch_levels(2, (8, 12), Geometry((2, 2)), kept)
-            found = fast(x, mask=levels)
-            assert torch.equal(net.levels, levels.to(torch.int8))
-            assert_same(found, net(x, mask=levels), 1e-5)
-        assert fast.buckets == 1 and seen.frame_count == 2, "the part before the mask, and the rest"
-        for kept in (0, 12, 10, 12, 0):
-            levels = patch_levels(2, (8, 12), Geometry((2, 2)), kept)
-            assert_same(fast(x, mask=levels), net(x, mask=levels), 1e-5)
-        assert fast.buckets == 4 and seen.frame_count == 5
-        assert_same(fast(x), net(x), 1e-5)
-
-
-@pytest.mark.slow
-def test_more_buckets_than_the_compilers_limit_are_all_compiled() -> None:
-    net, seen, x = converted(strided(outputs=4, kernel=3), "none"), graphs(), images(1, 64, 96)
-    fast = cs.Bucketed(net, per_octave=64, backend=seen)
-    with torch.no_grad():
-        for kept in range(5):
-            for levels in (
-                random_levels(1, (8, 12), (2, 2)),
-                patch_levels(1, (8, 12), Geometry((2, 2)), kept),
-            ):
-                assert_same(fast(x, mask=levels), net(x, mask=levels), 1e-5)
-    assert seen.frame_count == 1 + fast.buckets > 9
-
-
-@pytest.mark.slow
-def test_bucketed_takes_sizes_and_the_original_call() -> None:
-    net = converted(
-        create_feature_extractor(strided(outputs=4, kernel=3), {"4": "map", "10": "logits"}), "edges"
-    )
-    fast = cs.Bucketed(net, backend="eager")
-    with torch.no_grad():
-        for size in ((64, 96), (65, 97), (96, 64)):
-            x = images(1, *size)
-            found = fast(x)
-            assert type(found) is type(net(x))
-            assert_same(found, net(x), 1e-5)
-
-
-def test_bucketed_refuses_what_it_cannot_wrap() -> None:
-    with pytest.raises(cs.InvalidInput, match=r"cs\.adaptify"):
-        cs.Bucketed(build("resnet18", by=4))
-    with pytest.raises(cs.InvalidInput, match="per_octave"):
-        cs.Bucketed(converted(build("resnet18", by=4)), per_octave=0)
-    with pytest.raises(cs.InvalidInput, match="NaN"):
-        cs.Bucketed(converted(build("resnet18", by=4)), backend="eager")(
-            torch.full((1, 3, 64, 96), torch.nan)
-        )
-
-
-def test_an_optimised_copy_is_recorded_instead_of_compiled() -> None:
-    """Without a GPU a recording calls the network on its own copies of the arguments: the same in every call."""
-    net = converted(strided(outputs=4, kernel=3), "edges")
-    optimized = net.optimize()
-    fast = cs.Bucketed(optimized, per_octave=1)
-    with torch.no_grad():
-        for mask in (
-            None,
-            "edges | budget:fraction=0.5",
-            "all",
-            patch_levels(2, (8, 12), Geometry((2, 2)), 5),
-        ):
-            for batch in (2, 1, 2):
-                x = images(batch, 64, 96)
-                given = mask[:batch] if isinstance(mask, torch.Tensor) else mask
-                assert_same(fast(x, mask=given), net(x, mask=given), 1e-4)
-                assert torch.equal(optimized.levels, net.levels)
-    with torch.inference_mode():
-        assert_same(fast(x), net(x), 1e-4)
-    with pytest.raises(cs.InvalidInput, match="is recorded, not compiled"):
-        cs.Bucketed(optimized, mode="max-autotune")
-    with pytest.raises(cs.InvalidInput, match="NaN"):
-        fast(torch.full((1, 3, 64, 96), torch.nan))
-
-
-def test_a_recording_is_made_again_for_other_weights() -> None:
-    net = converted(strided(outputs=4, kernel=3), "edges | budget:fraction=0.5")
-    optimized, x = net.optimize(), images(1, 64, 96)
-    fast = cs.Bucketed(optimized)
-    fast(x)
-    with torch.no_grad():
-        for value in net.parameters():
-            value.mul_(0.9)
-    optimized.load_state_dict(net.optimize().state_dict())
-    assert_same(fast(x), net(x).detach(), 1e-4)
-    recorded = fast._whole[""]
-    assert len(recorded) == 1
