@@ -160,6 +160,8 @@ def observe(model: nn.Module, graph: fx.Graph, example: Arguments | None = None)
             except Exception as error:  # the network may refuse a size with any error
                 failure = failure or error
                 continue
+            if not tensors_of(expected):
+                raise _without_tensors(model, expected)
             try:
                 with observer.counter, AnyLayout():
                     traced = observer.run(*values)
@@ -177,6 +179,15 @@ def observe(model: nn.Module, graph: fx.Graph, example: Arguments | None = None)
         next="pass example_input=, a batch of images the network accepts, or all arguments of a call as a tuple or a "
         "dictionary.",
     ) from failure
+
+
+def _without_tensors(model: nn.Module, output: Any) -> OtherFunction:
+    """Return the error for a network whose outputs nothing can be compared with, such as numpy arrays."""
+    return OtherFunction(
+        f"{type(model).__name__} returns no tensors.",
+        why=f"its forward returns {type(output).__name__}; a conversion is compared with the network by its tensors.",
+        next="convert the part that is a plain CNN and put it back, or let its forward return tensors.",
+    )
 
 
 def _other_function(model: nn.Module, why: str) -> OtherFunction:

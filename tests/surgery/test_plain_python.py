@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -289,3 +291,104 @@ def test_a_part_that_is_put_back_takes_the_calls_of_its_owner() -> None:
     expected = model(x)
     model.encoder = cs.adaptify(model.encoder, "none", outputs="native")
     assert_same(model(x), expected, EXACT)
+
+
+class Extractor(nn.ModuleDict):
+    """A dictionary of modules with a forward of its own, as torchvision's getters of inner layers are."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = {}
+        for name, layer in self.items():
+            x = found[name] = layer(x)
+        return found
+
+
+class Detector(nn.Module):
+    """A detector whose forward ends in numpy, in threads, unless an attribute or argument asks for the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extractor = Extractor({"0": block(3, 8), "1": block(8, 32), "2": block(32, 32)})
+        self.head, self.exportable = nn.Conv2d(32, 2, 1), False
+
+    def forward(self, x: Tensor, only_map: bool = False) -> dict[str, Any]:
+        scores = self.head(self.extractor(x)["2"])
+        if self.exportable or only_map:
+            return {"scores": scores}
+        maps = scores.detach().cpu().permute(0, 2, 3, 1).numpy()
+        with ThreadPoolExecutor(1) as pool:
+            return {"scores": scores, "boxes": list(pool.map(boxes_of, [maps[0]]))}
+
+
+def boxes_of(scores: Any) -> list[Any]:
+    return [(scores[..., place] >= 0).astype(numpy.uint8) for place in range(scores.shape[-1])]
+
+
+class AsArray(Detector):
+    def forward(self, x: Tensor) -> dict[str, Any]:  # type: ignore[override]
+        scores = self.head(self.extractor(x)["2"])
+        return {"scores": scores, "largest": numpy.asarray(scores.detach()).max()}
+
+
+@pytest.mark.parametrize("kind", [Detector, AsArray])
+def test_a_detector_that_ends_in_numpy_names_the_part_that_converts(kind: type[nn.Module]) -> None:
+    model, x = kind().eval(), images(2, 64, 96)
+    with pytest.raises(cs.CannotConvert, match="it computes with numpy arrays") as refusal:
+        cs.adaptify(model)
+    assert "model.extractor = cs.adaptify(model.extractor" in refusal.value.next
+    expected = model(x)
+    model.extractor = cs.adaptify(model.extractor, "none", outputs="native")
+    assert_same(model(x)["scores"], expected["scores"], EXACT)
+
+
+def test_a_detector_that_ends_in_numpy_names_what_makes_it_return_its_map() -> None:
+    model, x = Detector().eval(), images(2, 64, 96)
+    with pytest.raises(cs.CannotConvert) as refusal:
+        cs.adaptify(model)
+    assert "whole network after model.exportable = True" in refusal.value.next
+    assert not model.exportable, "the refused network is as it was"
+    model.exportable = True
+    net = cs.adaptify(model, "none", outputs="native")
+    assert_same(net(x)["scores"], model(x)["scores"], EXACT)
+
+
+class ByArgument(Detector):
+    def forward(self, x: Tensor, only_map: bool = False) -> dict[str, Any]:
+        return Detector.forward(self, x, only_map)
+
+
+def test_a_detector_that_ends_in_numpy_names_the_argument_with_which_it_returns_its_map() -> None:
+    model, x = ByArgument().eval(), images(2, 64, 96)
+    with pytest.raises(cs.CannotConvert) as refusal:
+        cs.adaptify(model, example_input=x)
+    assert 'example_input={"x": images, "only_map": True}' in refusal.value.next
+    net = cs.adaptify(model, "none", outputs="native", example_input={"x": x, "only_map": True})
+    assert_same(net(x, only_map=True)["scores"], model(x, True)["scores"], EXACT)
+
+
+class ReturnsArrays(Detector):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return self.head(self.extractor(x)["2"]).detach().numpy()
+
+
+def test_a_network_that_returns_numpy_arrays_alone_is_refused_in_words() -> None:
+    with pytest.raises(
+        cs.CannotConvert, match=r"returns no tensors(.|\n)*returns ndarray(.|\n)*model.extractor"
+    ):
+        cs.adaptify(ReturnsArrays().eval())
+
+
+class NumbersOfNumpy(Encoder):
+    """Sizes and factors computed by numpy, of which nothing depends on the pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = [2 * int(numpy.ceil(length / 16)) for length in x.shape[2:]]
+        y = numpy.float32(2) * self.head(self.encode(x)) * numpy.sqrt(2)
+        return F.interpolate(y, size)
+
+
+def test_sizes_and_factors_of_numpy_are_numbers() -> None:
+    model = NumbersOfNumpy().eval()
+    net = cs.adaptify(model, "none", outputs="native")
+    for size in SIZES:
+        assert_same(net(x := images(2, *size)), model(x), EXACT)
