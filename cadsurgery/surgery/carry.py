@@ -32,7 +32,16 @@ from cadsurgery.surgery.arguments import AnyLayout, Inputs
 from cadsurgery.surgery.graphs import upwards
 from cadsurgery.surgery.guards import check_branch, compared, user_line
 from cadsurgery.surgery.hooks import is_hooked, prepare_weights
-from cadsurgery.surgery.tracer import HOOKS, Tracer, Unknown, UsesNumpy, Value, cuts_channels, is_constant
+from cadsurgery.surgery.tracer import (
+    HOOKS,
+    Tracer,
+    Unknown,
+    UsesNumpy,
+    Value,
+    assign,
+    cuts_channels,
+    is_constant,
+)
 
 # Functions whose result size depends on values.
 _SELECTIONS = frozenset(
@@ -338,7 +347,7 @@ class Carrier(Tracer):
                 return True
             if asks(node):
                 source: Any = node.args[0]
-                pending.extend(part for part in upwards(source) if _selects(part))
+                pending.extend(part for part in _behind_size(source) if _selects(part))
             elif is_argument(node):
                 if tensors_of(self.values.get(node)):
                     return True
@@ -382,6 +391,17 @@ def _selects(node: fx.Node) -> bool:
         return False
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     return any(isinstance(part, fx.Node) and not _gives_number(part) for part in index)
+
+
+def _behind_size(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield a node and its ancestors, except those assigned to a part of a tensor, which keeps its size."""
+    waiting, seen = [node], {node}
+    for one in waiting:
+        yield one
+        sources = one.args[:1] if one.target is assign else one.all_input_nodes
+        new = [source for source in sources if isinstance(source, fx.Node) and source not in seen]
+        waiting += new
+        seen.update(new)
 
 
 def _names_type(node: fx.Node) -> bool:

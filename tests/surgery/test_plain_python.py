@@ -392,3 +392,22 @@ def test_sizes_and_factors_of_numpy_are_numbers() -> None:
     net = cs.adaptify(model, "none", outputs="native")
     for size in SIZES:
         assert_same(net(x := images(2, *size)), model(x), EXACT)
+
+
+class AssignsByMask(Encoder):
+    """Pixels chosen by a mask get other values, and the size of the map, which stays, decides about padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hue = torch.Tensor(x.shape[0], x.shape[2], x.shape[3]).fill_(0.5)
+        hue[x[:, 0] > 0] = (x[:, 0] / 2)[x[:, 0] > 0]
+        x = x * hue.unsqueeze(1)
+        if x.shape[2] % 2:
+            x = F.pad(x, (0, 0, 0, 1))
+        return self.head(self.encode(x))
+
+
+def test_a_map_with_pixels_assigned_by_a_mask_keeps_its_size() -> None:
+    model = AssignsByMask().eval()
+    net = cs.adaptify(model, "none", outputs="native")
+    for size in SIZES:
+        assert_same(net(x := images(2, *size)), model(x), EXACT)
