@@ -34,6 +34,8 @@ from benchmarks.zoo.network_check import (
 )
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error, first_line
+from cadsurgery.surgery.arguments import image_of
+from cadsurgery.surgery.facts import default_examples
 from cadsurgery.surgery.verify import TOLERANCE
 from cadsurgery.tasks.recorded import Row
 
@@ -107,10 +109,10 @@ class _Checked:
 
     @functools.cached_property
     def channels(self) -> tuple[int, ...]:
-        """Numbers of channels to try: the first convolution may read rearranged pixels."""
-        convolutions = (module for module in self.model.modules() if isinstance(module, nn.Conv2d))
-        first = next(convolutions, None)
-        return (3,) if self.subject.call or first is None else tuple(dict.fromkeys((first.in_channels, 3)))
+        """Numbers of channels to try: those of the images that the conversion tries."""
+        if self.subject.call:
+            return (3,)
+        return tuple(dict.fromkeys(image_of(call).shape[1] for call in default_examples(self.model)))
 
     def sizes(self, kinds: tuple[tuple[int, int], ...], batch: int = 2) -> list[Any]:
         """The arguments at the first of some sizes that the network takes."""

@@ -500,8 +500,11 @@ def _spandrel() -> Declared:
         "DRUNet": ("DRUNet", {"in_nc": 3, "out_nc": 3, "nc": [16, 32, 48, 64], "nb": 1}),
         "DnCNN": ("DnCNN", {"in_nc": 3, "out_nc": 3, "nc": 16, "nb": 4}),
         "ESRGAN": ("RRDBNet", {"num_filters": 16, "num_blocks": 2, "scale": 2}),
-        "ESRGAN-unshuffle": ("RRDBNet", {"num_filters": 16, "num_blocks": 2, "scale": 4, "shuffle_factor": 2}),
-        "FBCNN": ("FBCNN", {"nc": [16, 32, 48, 64], "nb": 1}),
+        "ESRGAN-unshuffle": (
+            "RRDBNet",
+            {"in_nc": 12, "num_filters": 16, "num_blocks": 2, "scale": 4, "shuffle_factor": 2},
+        ),
+        "FBCNN": ("FBCNN", {"nc": [8, 8, 16, 512], "nb": 1}),
         "HVICIDNet": ("CIDNet", {"channels": [12, 12, 24, 48]}),
         "KBNet": (
             "KBNet_s",

@@ -219,10 +219,16 @@ def default_examples(model: nn.Module) -> Iterator[Arguments]:
     when it is asked for, and most networks take the first.
 
     Raises:
-        CannotConvert: the network has no Conv2d.
+        CannotConvert: the network has no weights of a convolution.
     """
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is None:
+    kernels = (
+        (module.weight, module.in_channels) for module in model.modules() if isinstance(module, nn.Conv2d)
+    )
+    held = ((value, value.shape[1]) for value in (*model.parameters(), *model.buffers()) if value.dim() == 4)
+    weight, count = next(kernels, None) or next(
+        held, (None, 0)
+    )  # a network may call torch's functions itself
+    if weight is None:
         raise CannotConvert(
             f"{type(model).__name__} has no Conv2d.",
             why="content-adaptive downsampling acts on strided convolutions and pooling.",
@@ -231,11 +237,12 @@ def default_examples(model: nn.Module) -> Iterator[Arguments]:
     generator = torch.Generator().manual_seed(0)
     declared = tuple((getattr(model, "pretrained_cfg", None) or {}).get("input_size", ()))  # set by timm
     sizes = dict.fromkeys([*EXAMPLE_SIZES, declared[1:]] if len(declared) == 3 else EXAMPLE_SIZES)
-    # The first convolution may read rearranged pixels; then its channels are not those of the image.
-    channels = dict.fromkeys([*declared[:1], first.in_channels, 3])
+    # The first convolution may read rearranged pixels, or gradients of a grey image; then its channels are not those of
+    # the image.
+    channels = dict.fromkeys([*declared[:1], count, 3, 1])
     images = (
         torch.randn(2, count, *size, generator=generator, dtype=torch.float32, device="cpu").to(
-            first.weight.device, first.weight.dtype
+            weight.device, weight.dtype
         )
         for count in channels
         for size in sizes

@@ -411,3 +411,36 @@ def test_a_map_with_pixels_assigned_by_a_mask_keeps_its_size() -> None:
     net = cs.adaptify(model, "none", outputs="native")
     for size in SIZES:
         assert_same(net(x := images(2, *size)), model(x), EXACT)
+
+
+class OwnKernels(nn.Module):
+    """Convolutions by torch's functions, with weights of the network itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(8, 4, 3, 3)), nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for kernel in (self.first, self.second):
+            x = F.conv2d(x, kernel, stride=2, padding=1).relu()
+        return x
+
+
+class GreyGradients(Encoder):
+    """A grey image with its square, as handcrafted features are put before a network's first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = block(2, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encode(torch.cat([x, x.square()], 1))
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(OwnKernels, 4), (GreyGradients, 1)])
+def test_images_are_found_for_networks_without_a_telling_first_layer(
+    kind: type[nn.Module], channels: int
+) -> None:
+    model = kind().eval()
+    net, x = cs.adaptify(model, "none", outputs="native"), torch.rand(2, channels, 71, 85)
+    assert_same(net(x), model(x), EXACT)
