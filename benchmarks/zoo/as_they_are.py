@@ -26,11 +26,10 @@ from benchmarks.zoo.network_check import (
     EVEN_SIZES,
     ODD_SIZES,
     call_network,
-    example_of,
     largest_error,
     raise_memory_errors,
-    settle,
     takes,
+    try_network,
 )
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error, first_line
@@ -68,28 +67,14 @@ def check_as_it_is(subject: Subject, *, write: bool = False, seconds: float = 10
     Raises:
         MemoryError: there is not enough memory.
     """
-    start = time.perf_counter()
-    torch.manual_seed(0)
-    row: Row = {"model": subject.name, "family": subject.family}
-    try:
-        model = subject.build().eval()
-    except Exception as error:  # a builder of a third-party library can fail in any way
-        raise_memory_errors(error)
-        return {**row, "result": "not built", "why": describe_error(error)}
-    row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            example = example_of(subject, model)
-            settle(model, row, example)
-            _compare_calls(_Checked(subject, model, example, start + seconds), row, write)
-    except CadError as error:
-        raise_memory_errors(error)
-        row |= {"result": "refused", **error.to_dict()}
-    except Exception as error:  # any failure of the conversion is a finding
-        raise_memory_errors(error)
-        row |= {"result": "broken", "why": describe_error(error)}
-    return {**row, "seconds": round(time.perf_counter() - start, 1)}
+    end = time.perf_counter() + seconds
+
+    def compare(model: nn.Module, example: Any, row: Row) -> None:
+        _compare_calls(_Checked(subject, model, example, end), row, write)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return try_network(subject, compare)
 
 
 class _Checked:

@@ -209,22 +209,29 @@ def _upernet(tf: Any, backbone: str, options: dict[str, Any]) -> nn.Module:
     return network
 
 
+# The smallest encoder and decoder of networks like DETR.
+SMALL_DETR = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "num_queries": 10,
+}
+
+
 def _rt_detr(tf: Any, four: dict[str, Any]) -> nn.Module:
     backbone = tf.RTDetrResNetConfig(
         **four, embedding_size=16, layer_type="basic", out_features=["stage2", "stage3", "stage4"]
     )
     config = tf.RTDetrConfig(
+        **SMALL_DETR,
         backbone_config=backbone,
         encoder_hidden_dim=32,
         encoder_in_channels=[32, 48, 64],
-        encoder_ffn_dim=32,
-        encoder_attention_heads=2,
-        d_model=32,
         decoder_in_channels=[32, 32, 32],
-        decoder_ffn_dim=32,
-        decoder_layers=1,
-        decoder_attention_heads=2,
-        num_queries=20,
         num_labels=5,
     )
     network: nn.Module = tf.RTDetrForObjectDetection(config)
@@ -234,18 +241,7 @@ def _rt_detr(tf: Any, four: dict[str, Any]) -> nn.Module:
 def _detr(tf: Any, four: dict[str, Any]) -> nn.Module:
     backbone = tf.ResNetConfig(**four, embedding_size=16, out_features=["stage4"])
     config = tf.DetrConfig(
-        backbone_config=backbone,
-        use_timm_backbone=False,
-        backbone=None,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        num_queries=10,
-        num_labels=5,
+        **SMALL_DETR, backbone_config=backbone, use_timm_backbone=False, backbone=None, num_labels=5
     )
     network: nn.Module = tf.DetrForObjectDetection(config)
     return network
@@ -253,19 +249,9 @@ def _detr(tf: Any, four: dict[str, Any]) -> nn.Module:
 
 def _mask_former(tf: Any, four: dict[str, Any]) -> nn.Module:
     stages = ["stage1", "stage2", "stage3", "stage4"]
-    decoder = tf.DetrConfig(
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        num_queries=10,
-    )
     config = tf.MaskFormerConfig(
         backbone_config=tf.ResNetConfig(**four, embedding_size=16, out_features=stages),
-        decoder_config=decoder,
+        decoder_config=tf.DetrConfig(**SMALL_DETR),
         fpn_feature_size=32,
         mask_feature_size=32,
         num_labels=5,
