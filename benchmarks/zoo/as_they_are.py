@@ -241,7 +241,8 @@ def call_work(net: AdaptiveModel, arguments: Any) -> float:
             {},
         )
     )
-    report = net.macs(*args, mask="none", **kwargs)
+    with net.masked("none"):  # a network may have an argument named mask
+        report = net.macs(*args, **kwargs)
     return round(report.low / max(1, report.given or report.high), 3)
 
 

@@ -496,7 +496,6 @@ def _spandrel() -> Declared:
             "KBNet_s",
             {"width": 16, "middle_blk_num": 1, "enc_blk_nums": [1, 1, 1, 1], "dec_blk_nums": [1, 1, 1, 1]},
         ),
-        "LaMa": ("LaMa", {}),
         "MixDehazeNet": ("MixDehazeNet", {}),
         "MoESR": ("MoESR", {"dim": 16, "n_blocks": 1, "n_block": 1}),
         "MoSR": ("MoSR", {"dim": 16, "n_block": 2}),
@@ -520,10 +519,29 @@ def _spandrel() -> Declared:
         "DITN": ("DITN_Real", {"dim": 12, "ITL_blocks": 1, "SAL_blocks": 1}),
     }  # fmt: skip
     folders = {"RealPLKSR": "PLKSR", "RealPLKSR-dysample": "PLKSR"}
-    return {
+    found: Declared = {
         name: partial(_of_spandrel, folders.get(name, name.partition("-")[0]), kind, given)
         for name, (kind, given) in options.items()
     }
+    found["LaMa"] = (_small_lama, _with_a_hole)
+    return found
+
+
+def _small_lama() -> nn.Module:
+    """LaMa, whose class has no options, around a small generator."""
+    network = _of_spandrel("LaMa", "LaMa", {"in_nc": 4})
+    generator = _of_spandrel(
+        "LaMa", "FFCResNetGenerator", {"input_nc": 4, "output_nc": 3, "ngf": 8, "n_blocks": 2}
+    )
+    network.model = generator
+    return network
+
+
+def _with_a_hole(image: Tensor) -> tuple[Tensor, Tensor]:
+    """An image and the mask of what is to be filled."""
+    hole = torch.zeros_like(image[:, :1])
+    hole[..., 20:40, 30:60] = 1
+    return image, hole
 
 
 def _of_spandrel(folder: str, kind: str, options: dict[str, Any]) -> nn.Module:
@@ -619,11 +637,11 @@ LIBRARIES = {
     "easyocr": Library("easyocr", _easyocr, (), {"*(vgg)": (64, 160), "*(resnet)": (32, 160)}),
     "monai": Library("monai", _monai, ("UNet-batch",)),
     "nnunet": Library("dynamic-network-architectures", _nnunet, ("PlainConvUNet-batch",)),
-    "kornia": Library("kornia", _kornia, ("XFeat",)),
+    "kornia": Library("kornia", _kornia, ("XFeat",), {"HardNet": (32, 32)}),
     "spandrel": Library("spandrel", _spandrel, ("DRUNet",)),
     "torchgeo": Library("torchgeo", _torchgeo, ("FCN",)),
     "controlnet_aux": Library("controlnet-aux", _controlnet_aux, ("MLSD-tiny",)),
-    "smp": Library("segmentation-models-pytorch", _smp, ("FPN-resnet18",)),
+    "smp": Library("segmentation-models-pytorch", _smp, ("FPN-resnet18",), {"DPT*": (224, 224)}),
 }
 
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.surgery.carry import symbols_in_python
+from cadsurgery.surgery.flow import flow_forward, position_mixers
+from cadsurgery.surgery.read import read
 
 EXACT = 1e-4
 SIZES = ((64, 96), (71, 85))
@@ -444,3 +446,20 @@ def test_images_are_found_for_networks_without_a_telling_first_layer(
     model = kind().eval()
     net, x = cs.adaptify(model, "none", outputs="native"), torch.rand(2, channels, 71, 85)
     assert_same(net(x), model(x), EXACT)
+
+
+class Fourier(Encoder):
+    """A block that filters a map by its spectrum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.encode(x)
+        filtered = torch.fft.irfftn(torch.fft.rfftn(y, dim=(2, 3)) / 2, s=y.shape[2:], dim=(2, 3))
+        return self.head(y + filtered)
+
+
+def test_a_fourier_transform_joins_all_positions() -> None:
+    model = Fourier().eval()
+    net = cs.adaptify(model, "none", outputs="native")
+    assert_same(net(x := images(2, 71, 85)), model(x), EXACT)
+    joined = {node.target for node in position_mixers(flow_forward(read(model, None)))}
+    assert {torch.fft.rfftn, torch.fft.irfftn} <= joined
