@@ -345,10 +345,9 @@ def _doctr() -> Declared:
         *("starnet_s3",),
     )
     found |= {name: _built("doctr.models.classification", name, pretrained=False) for name in classifiers}
-    found["crnn_mobilenet_v3_small"] = _built(
-        "doctr.models.recognition", "crnn_mobilenet_v3_small", pretrained=False, pretrained_backbone=False
-    )
-    found["tablecenternet"] = _built("doctr.models.table_structure", "tablecenternet", **plain)
+    for module, name in (("recognition", "crnn_mobilenet_v3_small"), ("table_structure", "tablecenternet")):
+        found[name] = _built(f"doctr.models.{module}", name, **plain)
+        found[f"{name} (exportable)"] = _built(f"doctr.models.{module}", name, exportable=True, **plain)
     return found
 
 
