@@ -277,9 +277,7 @@ def _attempt(function: Callable[[], Any]) -> Any:
 
 def _file(checked: _Checked, row: Row, arguments: Any) -> str:
     """Write an ONNX file, which is compared with the network in ONNX Runtime before it appears under its name."""
-    net = cs.adaptify(
-        checked.model, "edges", outputs="native", example_input=checked.example, **_floor_of(row)
-    )
+    net = cs.adaptify(checked.model, "edges", outputs="native", example_input=arguments, **_floor_of(row))
     with tempfile.TemporaryDirectory() as folder:
         cs.export(net, arguments, Path(folder) / "net.onnx")
     return "written"

@@ -192,9 +192,10 @@ def takes(model: nn.Module, arguments: Any) -> bool:
 
 
 def call_network(model: nn.Module, arguments: Any, mask: object = None) -> Any:
-    """Call a model with arguments as in `adaptify(example_input=)`; a mask is set separately from the arguments."""
+    """Call a model with arguments as in `adaptify(example_input=)`, which a network that changes
+    its image in place leaves as they are; a mask is set separately from the arguments."""
     is_masked = isinstance(model, AdaptiveModel) and mask is not None
-    args, kwargs = _split(arguments)
+    args, kwargs = _split(tree_map_only(Tensor, Tensor.clone, arguments))
     with model.masked(mask) if is_masked else contextlib.nullcontext():  # type: ignore[operator]
         return model(*args, **kwargs)
 

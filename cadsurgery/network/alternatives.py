@@ -14,7 +14,7 @@ from cadsurgery.support.errors import CadError, CannotConvert
 from cadsurgery.surgery.arguments import Arguments, run_forward
 from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.entry import signature_of
-from cadsurgery.surgery.facts import OtherFunction, default_examples
+from cadsurgery.surgery.facts import default_examples
 from cadsurgery.surgery.read import read
 from cadsurgery.surgery.trace import CannotFollow, evaluating
 
@@ -36,7 +36,9 @@ def name_alternatives(
     ways = []
     if name := _largest_part(model):
         ways.append(f"convert its {name} and put it back: {_put_back(name)}")
-    if isinstance(refusal, (CannotFollow, OtherFunction)) and (switch := _switch(model, example)):
+    # Networks that end in numpy are refused soon; to try switches of others may take minutes.
+    ends_in_numpy = isinstance(refusal, CannotFollow) and refusal.is_of_any_size
+    if ends_in_numpy and (switch := _switch(model, example)):
         ways.append(f"convert the whole network {switch}")
     if ways:
         first, _, others = parts["next"].partition(", or ")

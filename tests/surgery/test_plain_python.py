@@ -463,3 +463,34 @@ def test_a_fourier_transform_joins_all_positions() -> None:
     assert_same(net(x := images(2, 71, 85)), model(x), EXACT)
     joined = {node.target for node in position_mixers(flow_forward(read(model, None)))}
     assert {torch.fft.rfftn, torch.fft.irfftn} <= joined
+
+
+class Missing:
+    """Stands for an optional package that is not installed: every attribute raises."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise OSError(f"install the package that has {name}")
+
+
+def test_a_network_may_hold_an_object_of_which_nothing_can_be_asked() -> None:
+    model = GreyGradients().eval()
+    model.optional = Missing()  # type: ignore[assignment]
+    net, x = cs.adaptify(model, "none", outputs="native"), torch.rand(2, 1, 71, 85)
+    assert_same(net(x), model(x), EXACT)
+    assert copy.deepcopy(net).optional is model.optional and net.macs(x).mask
+
+
+class Layouts(Encoder):
+    """Asks for a memory layout, of which rows have one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).contiguous(memory_format=torch.channels_last)
+        y = self.rest(y.to(memory_format=torch.channels_last)).clone(memory_format=torch.channels_last)
+        return self.head(y + torch.ones_like(y, memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("floor", [None, 16])
+def test_memory_layouts_of_maps_are_none_of_rows(floor: int | None) -> None:
+    model = Layouts().eval()
+    net = cs.adaptify(model, "none" if floor is None else "all", outputs="native", coarsest=floor)
+    assert_same(net(x := images(2, 71, 85)), model(x), EXACT)
