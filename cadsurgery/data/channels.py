@@ -114,8 +114,8 @@ def statistics_of(images: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[fl
     sums: Tensor | None = None
     for image in images:
         values = image.double().flatten(1)
-        added = torch.stack([torch.full((len(values),), float(values.shape[1])).double().to(values.device),
-                             values.sum(1), values.square().sum(1)])  # fmt: skip
+        number = torch.full_like(values[:, 0], values.shape[1])
+        added = torch.stack([number, values.sum(1), values.square().sum(1)])
         if sums is not None and sums.shape != added.shape:
             raise InvalidInput(
                 f"pictures have {sums.shape[1]} and {added.shape[1]} channels.",

@@ -34,7 +34,7 @@ class Clip:
     """The frames of a clip, which are read as they are asked for.
 
     Attributes:
-        frames: (3, H, W) float32 in 0..1, upright.
+        frames: (C, H, W) float32 in 0..1, upright.
         count: number of frames; None if unknown.
         rate: frames per second.
     """
@@ -147,10 +147,8 @@ def _refuse_cut(path: Path) -> None:
     )
 
 
-_SEGMENT, _OPEN_END = (
-    b"\x18\x53\x80\x67",
-    2**56 - 1,
-)  # of Matroska: the whole of a file, and a length left open
+# Of Matroska: what begins the whole of a file, and a length that is left open.
+_SEGMENT, _OPEN_END = b"\x18\x53\x80\x67", 2**56 - 1
 
 
 def _stated_length(file: IO[bytes], size: int) -> tuple[int, bool]:

@@ -77,7 +77,7 @@ def read_image(
         if read is not None:
             stored, has_alpha = read
             image = as_channels(stored, channels, bands, name=path, has_alpha=has_alpha)
-            return image if size is None else _resized(image, size)
+            return image if size is None else resized(image[None], size)[0]
     with _open(path, "an image", _GIVE, content) as file:
         picture = ImageOps.exif_transpose(file) if upright else file
         return from_picture(picture, channels, bands, file=file, name=path, size=size)
@@ -108,9 +108,8 @@ def read_picture_for(
     return image
 
 
-_FAR = (
-    50  # standard deviations of a network's pictures from their mean, beyond which a value has another unit
-)
+# Standard deviations of a network's pictures from their mean, beyond which a value has another unit.
+_FAR = 50
 
 
 def check_values(image: Tensor, source: Source | None, name: object) -> None:
@@ -194,8 +193,15 @@ def _resized_picture(picture: Image.Image, size: tuple[int, int] | None) -> Imag
     return picture if size is None else picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
 
 
-def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
-    return functional.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+def resized(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Return images (B, C, H, W) of a size, in the memory layout that they have."""
+    if tuple(image.shape[2:]) == tuple(size):
+        return image
+    is_rows = image.is_contiguous(memory_format=torch.channels_last)
+    small = functional.interpolate(image.float(), tuple(size), mode="bilinear", antialias=True).to(
+        image.dtype
+    )
+    return small.contiguous(memory_format=torch.channels_last if is_rows else torch.contiguous_format)
 
 
 def shown(image: Tensor) -> Tensor:

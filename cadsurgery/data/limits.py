@@ -7,9 +7,7 @@ from pathlib import Path
 from cadsurgery.support.errors import FileError
 
 SIDE = 2**14
-MOST_PIXELS = (
-    SIDE**2
-)  # limit for pictures that are read, generated or resized: 1 GiB for each band as float32
+MOST_PIXELS = SIDE**2  # of pictures that are read, generated or resized: 1 GiB for each band as float32
 
 
 def check_pixels(path: Path | str, height: int, width: int) -> None:

@@ -21,7 +21,7 @@ _REDUCED, _MASK = 1, 4  # kinds of further pictures: smaller copies, and masks o
 _UNSIGNED = 1
 _ORIENTATION, _NO_DATA = 274, 42113  # tags; the second is GDAL's
 _BAND_AXES = "SCQ"  # samples, channels, and an axis of an array without a name: bands of one picture
-_EXTENSIONS = {"u": 0, "i": 1, "b": 0}
+_SIGN_BITS = {"u": 0, "i": 1, "b": 0}  # of integers, by NumPy's letter for their kind
 # Turns and mirrors an array (H, W, C) of an orientation so that it is shown upright.
 _UPRIGHT: dict[int, Any] = {
     2: lambda pixels: pixels[:, ::-1],
@@ -146,10 +146,10 @@ def _scale(values: np.ndarray[Any, Any], page: Any, path: Path | str) -> np.ndar
             with contextlib.suppress(ValueError):  # a tag that is no number
                 scaled[values == values.dtype.type(float(no_data))] = np.nan
         return 1 - scaled if int(page.photometric) == _WHITE_IS_ZERO else scaled
-    if kind not in _EXTENSIONS:
+    if kind not in _SIGN_BITS:
         raise FileError(
             f"{path} holds values of type {values.dtype}.", next="store integers or floating-point values."
         )
-    bits = int(page.bitspersample) - _EXTENSIONS[kind]
+    bits = int(page.bitspersample) - _SIGN_BITS[kind]
     scaled = (values / (2.0**bits - 1)).astype(np.float32)
     return 1 - scaled if int(page.photometric) == _WHITE_IS_ZERO and kind != "i" else scaled

@@ -22,14 +22,11 @@ from cadsurgery.support.device_checks import is_capturing
 from cadsurgery.support.errors import CadWarning, InvalidInput, UnknownName
 
 RAW = "raw"  # the user's word for masks that see the network's input unchanged
-BANDS = (
-    "bands"  # the user's word for the mean and deviation of each band of the pictures that a command reads
-)
+BANDS = "bands"  # the user's word for the mean and deviation of each band of a command's pictures
 _EXAMPLE = '((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), or "raw" for masks that see the input as it comes'
 _FIRST_PICTURE = threading.Lock()
-_MOST_DEVIATIONS = (
-    50  # of the mean of pictures, in their deviations: fog has less, a mean divided by 1/255 more
-)
+# Of the mean of pictures, in their deviations: fog has less, a mean divided by 1/255 more.
+_MOST_DEVIATIONS = 50
 
 
 @dataclass(frozen=True)

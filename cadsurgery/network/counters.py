@@ -13,7 +13,7 @@ from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.torch_internals import tree_map_only
-from cadsurgery.surgery.hooks import child, counters_of
+from cadsurgery.surgery.hooks import child, is_counter
 from cadsurgery.surgery.rewrite import WORK
 
 
@@ -30,14 +30,11 @@ class CallingCounters(GraphInterpreter):
         value = super().run_node(n)
         is_called = n.op == "call_module" or (isinstance(n.target, OnRows) and n.target.operation is None)
         path = n.meta[WORK][1] if WORK in n.meta and not is_called else ""
-        module = (
-            child(self.net, path) if path else None
-        )  # hooks of the network itself are called with its outputs
-        if n.op == "call_function" and module is not None and counters_of(module):
+        module = child(self.net, path) if path else None  # the network's own hooks get its outputs
+        if n.op == "call_function" and module is not None:
             args, _ = self.fetch_args_kwargs_from_env(n)
-            _call(
-                module, _as_maps(tuple(part for part in args if isinstance(part, Elements))), _as_maps(value)
-            )
+            maps = tuple(part for part in args if isinstance(part, Elements))
+            _call_counters(module, _as_maps(maps), _as_maps(value))
         return value
 
 
@@ -46,11 +43,11 @@ def _as_maps(values: Any) -> Any:
     return tree_map_only(Elements, lambda x: x.rows.flatten(1).t()[None, :, None], values)
 
 
-def _call(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    for key, hook in tuple(module._forward_pre_hooks.items()):
-        if hook in counters_of(module):
-            hook(module, inputs, {}) if key in module._forward_pre_hooks_with_kwargs else hook(module, inputs)
-    for key, hook in tuple(module._forward_hooks.items()):
-        if hook in counters_of(module):
-            named: tuple[Any, ...] = ({},) if key in module._forward_hooks_with_kwargs else ()
-            hook(module, inputs, *named, output)
+def _call_counters(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    for hooks, named, given in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, ()),
+        (module._forward_hooks, module._forward_hooks_with_kwargs, (output,)),
+    ):
+        for key, hook in tuple(hooks.items()):
+            if is_counter(hook):
+                hook(module, inputs, *([{}] if key in named else []), *given)

@@ -121,10 +121,9 @@ class AdaptiveModel(ProgramNetwork):
         if torch.compiler.is_compiling() and not is_exporting() and not getattr(chosen, "static", False):
             return self._run_uncompiled(*args, mask=mask, **kwargs)
         provider = self._mask_provider if mask is None else resolve_mask(mask)
-        is_counted = self._program.is_counted
 
         def run(program: Program, arguments: dict[str, Any]) -> Masked:
-            if is_counted:
+            if program.is_counted:
                 program = program.interpreted_by(CallingCounters)
             if program.unchanged is not None and isinstance(provider, UniformMask):
                 level = 0 if provider.high else program.plan.max_level

@@ -519,7 +519,7 @@ def _foreign(module: nn.Module) -> int:
 _COUNTERS = ("ptflops", "thop", "torchinfo")
 
 
-def _counts(hook: Any) -> bool:
+def is_counter(hook: Any) -> bool:
     """True if a hook is that of a tool that counts work."""
     while isinstance(hook, functools.partial):
         hook = hook.func
@@ -529,4 +529,4 @@ def _counts(hook: Any) -> bool:
 def counters_of(module: nn.Module) -> list[Any]:
     """Return the forward hooks of a module by which tools count its work."""
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return [hook for hook in hooks if _counts(hook)]
+    return [hook for hook in hooks if is_counter(hook)]

@@ -23,6 +23,7 @@ from cadsurgery.data.images import (
     labelled_scene,
     normalise,
     read_labels,
+    resized,
     write_picture,
 )
 from cadsurgery.data.networks import Source
@@ -48,7 +49,6 @@ from cadsurgery.tasks.open import (
     is_file,
     open_converted,
     read_by,
-    resized,
     with_statistics,
 )
 from cadsurgery.tasks.report import Report, Row, figure_picture, percent, plain

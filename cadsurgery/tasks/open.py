@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadsurgery.data import SegmentationData
 from cadsurgery.data.channels import check_bands, statistics_of
 from cadsurgery.data.hub import is_address
-from cadsurgery.data.images import check_size, normalise, read_picture_for, street_scene
+from cadsurgery.data.images import check_size, normalise, read_picture_for, resized, street_scene
 from cadsurgery.data.networks import Source, build_again, build_model, source_of
 from cadsurgery.data.onnx_files import is_onnx
 from cadsurgery.data.samples import MOST, pictures_of
@@ -344,12 +343,3 @@ def pictures_like(
     """
     images = pictures_of(data, most)(source)
     return [normalise(resized(image[None], size), source) for image in images]
-
-
-def resized(image: Tensor, size: Sequence[int]) -> Tensor:
-    """Return images (B, C, H, W) of a size, in the memory layout that they have."""
-    if tuple(image.shape[2:]) == tuple(size):
-        return image
-    is_rows = image.is_contiguous(memory_format=torch.channels_last)
-    small = F.interpolate(image.float(), tuple(size), mode="bilinear", antialias=True).to(image.dtype)
-    return small.contiguous(memory_format=torch.channels_last if is_rows else torch.contiguous_format)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cadsurgery.data.images import resized
 from cadsurgery.masks import resolve_mask
 from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.export import INT8
@@ -19,7 +20,6 @@ from cadsurgery.network.macs import dense_macs
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import CannotConvert, describe_error
-from cadsurgery.tasks.open import resized
 from cadsurgery.tasks.recommend.settings import Setting
 from cadsurgery.tasks.sides.engines import (
     HIGH,

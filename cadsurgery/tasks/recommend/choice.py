@@ -29,9 +29,8 @@ _FASTER = 0.97  # of the time
 _BEYOND_DOUBT = ((20, 3.6), (10, 4.3), (LOOK_EVERY, 7.2))
 _WORTH = 0.95  # of the time of the network as given: what takes longer is no gain
 _AS_FAST = 1.03  # of the time of the fastest: a simpler setting is as fast
-_CLEARLY_LESS_WORK = (
-    0.6  # of the network as given: the same network on so much smaller pictures cannot be slower
-)
+# Of the network as given: the same network on so much smaller pictures cannot be slower.
+_CLEARLY_LESS_WORK = 0.6
 _TOLD = 3  # doubts in the report
 _DECIDED = 1.64  # standard errors: nine in ten
 _SIMPLE = ("given", "compiled", "size", "dense", "adaptive")  # the simplest first

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from cadsurgery.data import open_pictures
+from cadsurgery.data.images import resized
 from cadsurgery.masks import MaskProvider
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export import INT8, export
@@ -25,7 +26,7 @@ from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.defaults import KERNELS
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.progress import Step, silent, within
-from cadsurgery.tasks.open import pictures_like, resized
+from cadsurgery.tasks.open import pictures_like
 from cadsurgery.tasks.options import Benchmark
 from cadsurgery.tasks.side import Side
 
