@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -195,17 +196,27 @@ that convert. `cadsurgery list PATTERN` shows each network; `--json` with errors
 """
 
 
-def main() -> None:
-    """Write both files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rows", type=Path, default=RECORDED)
+def write_page(about: str, recorded: Path, page: str, document: Callable[[list[Row], Row], str]) -> None:
+    """Write a page from recorded rows; the command line may name other rows, and another folder for the page.
+
+    Args:
+        about: what the command does, for its help.
+        recorded: JSON Lines file of the rows; its first line contains versions and machine.
+        page: the page's file name.
+        document: makes the page of the rows, by name, and of the first line.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, default=recorded)
     parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs")
     options = parser.parse_args()
     rows = sorted(read_rows(options.rows), key=lambda row: row["model"])
     setting = json.loads(options.rows.read_text(encoding="utf-8").splitlines()[0])
-    (options.docs / "zoo.md").write_text(document(rows, setting), encoding="utf-8")
+    (options.docs / page).write_text(document(rows, setting), encoding="utf-8")
+
+
+def main() -> None:
+    """Write the page."""
+    write_page(str(__doc__), RECORDED, "zoo.md", document)
 
 
 if __name__ == "__main__":

@@ -26,14 +26,15 @@ from benchmarks.zoo.network_check import (
     EVEN_SIZES,
     ODD_SIZES,
     call_network,
-    example_of,
     largest_error,
     raise_memory_errors,
-    settle,
     takes,
+    try_network,
 )
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error, first_line
+from cadsurgery.surgery.arguments import image_of
+from cadsurgery.surgery.facts import default_examples
 from cadsurgery.surgery.verify import TOLERANCE
 from cadsurgery.tasks.recorded import Row
 
@@ -66,28 +67,14 @@ def check_as_it_is(subject: Subject, *, write: bool = False, seconds: float = 10
     Raises:
         MemoryError: there is not enough memory.
     """
-    start = time.perf_counter()
-    torch.manual_seed(0)
-    row: Row = {"model": subject.name, "family": subject.family}
-    try:
-        model = subject.build().eval()
-    except Exception as error:  # a builder of a third-party library can fail in any way
-        raise_memory_errors(error)
-        return {**row, "result": "not built", "why": describe_error(error)}
-    row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            example = example_of(subject, model)
-            settle(model, row, example)
-            _compare_calls(_Checked(subject, model, example, start + seconds), row, write)
-    except CadError as error:
-        raise_memory_errors(error)
-        row |= {"result": "refused", **error.to_dict()}
-    except Exception as error:  # any failure of the conversion is a finding
-        raise_memory_errors(error)
-        row |= {"result": "broken", "why": describe_error(error)}
-    return {**row, "seconds": round(time.perf_counter() - start, 1)}
+    end = time.perf_counter() + seconds
+
+    def compare(model: nn.Module, example: Any, row: Row) -> None:
+        _compare_calls(_Checked(subject, model, example, end), row, write)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return try_network(subject, compare)
 
 
 class _Checked:
@@ -107,10 +94,10 @@ class _Checked:
 
     @functools.cached_property
     def channels(self) -> tuple[int, ...]:
-        """Numbers of channels to try: the first convolution may read rearranged pixels."""
-        convolutions = (module for module in self.model.modules() if isinstance(module, nn.Conv2d))
-        first = next(convolutions, None)
-        return (3,) if self.subject.call or first is None else tuple(dict.fromkeys((first.in_channels, 3)))
+        """Numbers of channels to try: those of the images that the conversion tries."""
+        if self.subject.call:
+            return (3,)
+        return tuple(dict.fromkeys(image_of(call).shape[1] for call in default_examples(self.model)))
 
     def sizes(self, kinds: tuple[tuple[int, int], ...], batch: int = 2) -> list[Any]:
         """The arguments at the first of some sizes that the network takes."""
@@ -254,7 +241,8 @@ def call_work(net: AdaptiveModel, arguments: Any) -> float:
             {},
         )
     )
-    report = net.macs(*args, mask="none", **kwargs)
+    with net.masked("none"):  # a network may have an argument named mask
+        report = net.macs(*args, **kwargs)
     return round(report.low / max(1, report.given or report.high), 3)
 
 
@@ -289,9 +277,7 @@ def _attempt(function: Callable[[], Any]) -> Any:
 
 def _file(checked: _Checked, row: Row, arguments: Any) -> str:
     """Write an ONNX file, which is compared with the network in ONNX Runtime before it appears under its name."""
-    net = cs.adaptify(
-        checked.model, "edges", outputs="native", example_input=checked.example, **_floor_of(row)
-    )
+    net = cs.adaptify(checked.model, "edges", outputs="native", example_input=arguments, **_floor_of(row))
     with tempfile.TemporaryDirectory() as folder:
         cs.export(net, arguments, Path(folder) / "net.onnx")
     return "written"

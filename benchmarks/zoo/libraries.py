@@ -209,22 +209,29 @@ def _upernet(tf: Any, backbone: str, options: dict[str, Any]) -> nn.Module:
     return network
 
 
+# The smallest encoder and decoder of networks like DETR.
+SMALL_DETR = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "num_queries": 10,
+}
+
+
 def _rt_detr(tf: Any, four: dict[str, Any]) -> nn.Module:
     backbone = tf.RTDetrResNetConfig(
         **four, embedding_size=16, layer_type="basic", out_features=["stage2", "stage3", "stage4"]
     )
     config = tf.RTDetrConfig(
+        **SMALL_DETR,
         backbone_config=backbone,
         encoder_hidden_dim=32,
         encoder_in_channels=[32, 48, 64],
-        encoder_ffn_dim=32,
-        encoder_attention_heads=2,
-        d_model=32,
         decoder_in_channels=[32, 32, 32],
-        decoder_ffn_dim=32,
-        decoder_layers=1,
-        decoder_attention_heads=2,
-        num_queries=20,
         num_labels=5,
     )
     network: nn.Module = tf.RTDetrForObjectDetection(config)
@@ -234,18 +241,7 @@ def _rt_detr(tf: Any, four: dict[str, Any]) -> nn.Module:
 def _detr(tf: Any, four: dict[str, Any]) -> nn.Module:
     backbone = tf.ResNetConfig(**four, embedding_size=16, out_features=["stage4"])
     config = tf.DetrConfig(
-        backbone_config=backbone,
-        use_timm_backbone=False,
-        backbone=None,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        num_queries=10,
-        num_labels=5,
+        **SMALL_DETR, backbone_config=backbone, use_timm_backbone=False, backbone=None, num_labels=5
     )
     network: nn.Module = tf.DetrForObjectDetection(config)
     return network
@@ -253,19 +249,9 @@ def _detr(tf: Any, four: dict[str, Any]) -> nn.Module:
 
 def _mask_former(tf: Any, four: dict[str, Any]) -> nn.Module:
     stages = ["stage1", "stage2", "stage3", "stage4"]
-    decoder = tf.DetrConfig(
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        num_queries=10,
-    )
     config = tf.MaskFormerConfig(
         backbone_config=tf.ResNetConfig(**four, embedding_size=16, out_features=stages),
-        decoder_config=decoder,
+        decoder_config=tf.DetrConfig(**SMALL_DETR),
         fpn_feature_size=32,
         mask_feature_size=32,
         num_labels=5,
@@ -359,10 +345,9 @@ def _doctr() -> Declared:
         *("starnet_s3",),
     )
     found |= {name: _built("doctr.models.classification", name, pretrained=False) for name in classifiers}
-    found["crnn_mobilenet_v3_small"] = _built(
-        "doctr.models.recognition", "crnn_mobilenet_v3_small", pretrained=False, pretrained_backbone=False
-    )
-    found["tablecenternet"] = _built("doctr.models.table_structure", "tablecenternet", **plain)
+    for module, name in (("recognition", "crnn_mobilenet_v3_small"), ("table_structure", "tablecenternet")):
+        found[name] = _built(f"doctr.models.{module}", name, **plain)
+        found[f"{name} (exportable)"] = _built(f"doctr.models.{module}", name, exportable=True, **plain)
     return found
 
 
@@ -500,14 +485,16 @@ def _spandrel() -> Declared:
         "DRUNet": ("DRUNet", {"in_nc": 3, "out_nc": 3, "nc": [16, 32, 48, 64], "nb": 1}),
         "DnCNN": ("DnCNN", {"in_nc": 3, "out_nc": 3, "nc": 16, "nb": 4}),
         "ESRGAN": ("RRDBNet", {"num_filters": 16, "num_blocks": 2, "scale": 2}),
-        "ESRGAN-unshuffle": ("RRDBNet", {"num_filters": 16, "num_blocks": 2, "scale": 4, "shuffle_factor": 2}),
-        "FBCNN": ("FBCNN", {"nc": [16, 32, 48, 64], "nb": 1}),
+        "ESRGAN-unshuffle": (
+            "RRDBNet",
+            {"in_nc": 12, "num_filters": 16, "num_blocks": 2, "scale": 4, "shuffle_factor": 2},
+        ),
+        "FBCNN": ("FBCNN", {"nc": [8, 8, 16, 512], "nb": 1}),
         "HVICIDNet": ("CIDNet", {"channels": [12, 12, 24, 48]}),
         "KBNet": (
             "KBNet_s",
             {"width": 16, "middle_blk_num": 1, "enc_blk_nums": [1, 1, 1, 1], "dec_blk_nums": [1, 1, 1, 1]},
         ),
-        "LaMa": ("LaMa", {}),
         "MixDehazeNet": ("MixDehazeNet", {}),
         "MoESR": ("MoESR", {"dim": 16, "n_blocks": 1, "n_block": 1}),
         "MoSR": ("MoSR", {"dim": 16, "n_block": 2}),
@@ -531,10 +518,29 @@ def _spandrel() -> Declared:
         "DITN": ("DITN_Real", {"dim": 12, "ITL_blocks": 1, "SAL_blocks": 1}),
     }  # fmt: skip
     folders = {"RealPLKSR": "PLKSR", "RealPLKSR-dysample": "PLKSR"}
-    return {
+    found: Declared = {
         name: partial(_of_spandrel, folders.get(name, name.partition("-")[0]), kind, given)
         for name, (kind, given) in options.items()
     }
+    found["LaMa"] = (_small_lama, _with_a_hole)
+    return found
+
+
+def _small_lama() -> nn.Module:
+    """LaMa, whose class has no options, around a small generator."""
+    network = _of_spandrel("LaMa", "LaMa", {"in_nc": 4})
+    generator = _of_spandrel(
+        "LaMa", "FFCResNetGenerator", {"input_nc": 4, "output_nc": 3, "ngf": 8, "n_blocks": 2}
+    )
+    network.model = generator
+    return network
+
+
+def _with_a_hole(image: Tensor) -> tuple[Tensor, Tensor]:
+    """An image and the mask of what is to be filled."""
+    hole = torch.zeros_like(image[:, :1])
+    hole[..., 20:40, 30:60] = 1
+    return image, hole
 
 
 def _of_spandrel(folder: str, kind: str, options: dict[str, Any]) -> nn.Module:
@@ -630,11 +636,11 @@ LIBRARIES = {
     "easyocr": Library("easyocr", _easyocr, (), {"*(vgg)": (64, 160), "*(resnet)": (32, 160)}),
     "monai": Library("monai", _monai, ("UNet-batch",)),
     "nnunet": Library("dynamic-network-architectures", _nnunet, ("PlainConvUNet-batch",)),
-    "kornia": Library("kornia", _kornia, ("XFeat",)),
+    "kornia": Library("kornia", _kornia, ("XFeat",), {"HardNet": (32, 32)}),
     "spandrel": Library("spandrel", _spandrel, ("DRUNet",)),
     "torchgeo": Library("torchgeo", _torchgeo, ("FCN",)),
     "controlnet_aux": Library("controlnet-aux", _controlnet_aux, ("MLSD-tiny",)),
-    "smp": Library("segmentation-models-pytorch", _smp, ("FPN-resnet18",)),
+    "smp": Library("segmentation-models-pytorch", _smp, ("FPN-resnet18",), {"DPT*": (224, 224)}),
 }
 
 

@@ -6,8 +6,9 @@ import contextlib
 import copy
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -60,6 +61,22 @@ def check_network(subject: Subject) -> Row:
     Raises:
         MemoryError: there is not enough memory.
     """
+    return try_network(subject, partial(_convert_and_compare, subject))
+
+
+def try_network(subject: Subject, compare: Callable[[nn.Module, Any, Row], None]) -> Row:
+    """Build a network with random weights and settled statistics, and compare it with its conversion.
+
+    Args:
+        subject: the network.
+        compare: converts the network, given the conversion's example and the row, to which it adds what it finds.
+
+    Returns:
+        The row; `result` is `not built`, `refused` or `broken` where building, converting or comparing fails.
+
+    Raises:
+        MemoryError: there is not enough memory.
+    """
     start = time.perf_counter()
     torch.manual_seed(0)
     row: Row = {"model": subject.name, "family": subject.family}
@@ -74,7 +91,7 @@ def check_network(subject: Subject) -> Row:
     try:
         example = example_of(subject, model)
         settle(model, row, example)
-        row |= _convert_and_compare(subject, model, example, row)
+        compare(model, example, row)
     except CadError as error:
         raise_memory_errors(error)
         row |= {"result": "refused", **error.to_dict()}
@@ -175,9 +192,10 @@ def takes(model: nn.Module, arguments: Any) -> bool:
 
 
 def call_network(model: nn.Module, arguments: Any, mask: object = None) -> Any:
-    """Call a model with arguments as in `adaptify(example_input=)`; a mask is set separately from the arguments."""
+    """Call a model with arguments as in `adaptify(example_input=)`, which a network that changes
+    its image in place leaves as they are; a mask is set separately from the arguments."""
     is_masked = isinstance(model, AdaptiveModel) and mask is not None
-    args, kwargs = _split(arguments)
+    args, kwargs = _split(tree_map_only(Tensor, Tensor.clone, arguments))
     with model.masked(mask) if is_masked else contextlib.nullcontext():  # type: ignore[operator]
         return model(*args, **kwargs)
 
@@ -189,8 +207,8 @@ def _split(arguments: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return arguments if isinstance(arguments, tuple) else (arguments,), {}
 
 
-def _convert_and_compare(subject: Subject, model: nn.Module, example: Any, row: Row) -> Row:
-    """Plan, convert and compare; in float64 if float32 is not precise enough."""
+def _convert_and_compare(subject: Subject, model: nn.Module, example: Any, row: Row) -> None:
+    """Plan, convert and compare, in float64 if float32 is not precise enough; what is found goes into the row."""
     with _timing(row, "plan"):
         plan(model, example_input=example)
     row["planned"] = True  # so `adaptify` must not refuse it
@@ -209,7 +227,7 @@ def _convert_and_compare(subject: Subject, model: nn.Module, example: Any, row: 
     effect = _has_effect(net.plan)
     if result["result"] == "converts" and not effect and not warned:
         result |= {"result": "broken", "why": "it has no effect, and nothing says so"}
-    return {**result, "effect": effect, "warned": warned}
+    row |= {**result, "effect": effect, "warned": warned}
 
 
 def _has_effect(chosen: Plan) -> bool:

@@ -52,8 +52,9 @@ class OnRows:
         values = _elements_in((*args, *options.values()))
         lattice = next(values).lattice if stage is None else common_lattice(stage, *values, joint=self.joint)
         first, *others = (self._rows_of(part, lattice) for part in args)
-        if options:
-            options = {name: self._rows_of(part, lattice) for name, part in options.items()}
+        if options:  # rows have one memory layout, whatever that of a map would be
+            named = {name: part for name, part in options.items() if name != "memory_format"}
+            options = {name: self._rows_of(part, lattice) for name, part in named.items()}
         call = getattr(first, self.operation) if isinstance(self.operation, str) else self.operation
         if call is None:
             return Elements(first(*others, **options), lattice)

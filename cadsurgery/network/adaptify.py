@@ -16,6 +16,7 @@ from cadsurgery.elements.lattice import Anchor, Fill, Geometry, Patch, Pool, Sta
 from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation, estimate, is_picture, read_normalisation
+from cadsurgery.network.alternatives import name_alternatives
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.convert import carry_out
 from cadsurgery.network.hosted import HostedModel, check_used, reach
@@ -37,7 +38,6 @@ from cadsurgery.surgery.trace import CannotFollow, evaluating
 from cadsurgery.surgery.verify import Case, measure_effect, verify
 
 _LITTLE_SAVED = 0.9  # floors that leave more of the MACs than this are not named in errors
-_MOST_PARTS = 12  # number of parts that are tried if a network cannot be traced
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
 
@@ -308,11 +308,11 @@ def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str
             if isinstance(part, nn.Module):
                 with contextlib.suppress(CannotFollow, OtherFunction):
                     return name, read(part, example and _example_of_part(model, part, image_of(example)))
-        raise _with_part(model, refusal) from refusal
+        raise name_alternatives(model, refusal, example) from refusal
     except CannotConvert as refusal:
         if example_input is not None:
             raise
-        raise _with_part(model, refusal) from refusal
+        raise name_alternatives(model, refusal) from refusal
 
 
 def _checked(model: nn.Module, example_input: Example) -> Arguments:
@@ -335,21 +335,10 @@ def _checked(model: nn.Module, example_input: Example) -> Arguments:
             raise
         why = "the images of a pair or clip come in one tensor; a mask says where one image keeps its resolution."
         several = CannotConvert(refusal.what, why=why, next=refusal.next)
-        raise _with_part(model, several) from refusal
+        raise name_alternatives(model, several) from refusal
     if image.is_meta:
         raise InvalidInput("example_input has no values: it is on the meta device.", next="give an image.")
     return example
-
-
-def _with_part(model: nn.Module, refusal: CannotConvert) -> CannotConvert:
-    """Return a refusal of a whole network that names the part that can be converted, if there is one."""
-    parts = {name: getattr(refusal, name) for name in ("where", "why", "next")}
-    if name := _largest_part(model):
-        words, _, others = parts["next"].partition(", or ")
-        others = others if words.startswith("convert") else parts["next"]
-        back = f'model.{name} = cs.adaptify(model.{name}, outputs="native")'
-        parts["next"] = f"convert its {name} and put it back: {back}, or {others}"
-    return CannotConvert(refusal.what, **parts)
 
 
 def _example_of_part(model: nn.Module, part: nn.Module, image: Tensor) -> Arguments:
@@ -365,24 +354,6 @@ def _example_of_part(model: nn.Module, part: nn.Module, image: Tensor) -> Argume
                     received, named = reach(part, model, batch)
                     return bind(part, *received, **named)
     return arguments
-
-
-def _largest_part(model: nn.Module) -> str:
-    """Return the name of a network's largest strided convolutional module that can be traced, or ""."""
-    parts = [
-        (sum(p.numel() for p in part.parameters()), name) for name, part in model.named_modules() if name
-    ]
-    for _, name in sorted(parts, key=lambda pair: -pair[0])[:_MOST_PARTS]:
-        part = model.get_submodule(name)
-        strided = [
-            module for module in part.modules() if isinstance(module, nn.Conv2d) and max(module.stride) > 1
-        ]
-        is_container = isinstance(part, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict))
-        if len(strided) > 1 and not is_container:
-            with contextlib.suppress(CadError):
-                make_plan(read(part, None))
-                return name
-    return ""
 
 
 def _within(path: str, region: str | Sequence[str]) -> str | Sequence[str]:

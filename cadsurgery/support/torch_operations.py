@@ -206,7 +206,8 @@ _ATTRIBUTES: dict[str, Kind] = {
 # -- more than one position ----------------------------------------------------------------------------
 
 _state("mixes", "scaled_dot_product_attention", nn.MultiheadAttention)
-_state("mixes", "matmul=__matmul__ unfold lstm gru baddbmm einsum bmm grid_sample fft2 rfft2")
+_state("mixes", "matmul=__matmul__ unfold lstm gru baddbmm einsum bmm grid_sample")
+_state("mixes", "fft fft2 fftn ifft ifft2 ifftn rfft rfft2 rfftn irfft irfft2 irfftn hfft ihfft")
 _state("other", "mvlgamma multigammaln var std inv inverse pinv", makes_nan=True)
 
 

@@ -8,6 +8,7 @@ used, and the graph gets a guard (`guards.check_branch`). Branches on pixel valu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -19,6 +20,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 from unittest import mock
 
+import numpy
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
@@ -30,7 +32,16 @@ from cadsurgery.surgery.arguments import AnyLayout, Inputs
 from cadsurgery.surgery.graphs import upwards
 from cadsurgery.surgery.guards import check_branch, compared, user_line
 from cadsurgery.surgery.hooks import is_hooked, prepare_weights
-from cadsurgery.surgery.tracer import HOOKS, Tracer, Unknown, Value, cuts_channels, is_constant
+from cadsurgery.surgery.tracer import (
+    HOOKS,
+    Tracer,
+    Unknown,
+    UsesNumpy,
+    Value,
+    assign,
+    cuts_channels,
+    is_constant,
+)
 
 # Functions whose result size depends on values.
 _SELECTIONS = frozenset(
@@ -153,6 +164,13 @@ class Symbol(Value):
         value = self.tracer.value(self)
         return hash(self.node if isinstance(value, Tensor) else self.tracer.decide(self, _own))
 
+    def __array__(self, *args: Any, **kwargs: Any) -> numpy.ndarray:
+        """Return a number as numpy has it, e.g. for `numpy.ceil(height / 2)`."""
+        self.tracer.value(self)  # and so those of all that it is computed from
+        if self.tracer.is_of_image(self.node):
+            raise UsesNumpy(f"it computes with numpy arrays at {user_line()}")
+        return numpy.asarray(self.tracer.decide(self, _own), *args, **kwargs)
+
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
 
@@ -196,6 +214,14 @@ class Carrier(Tracer):
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Record a function call as a node."""
         return self.create_proxy("call_function", function, args, kwargs)
+
+    def is_array(self, node: fx.Node) -> bool:
+        """True if a node is a numpy array of values that depend on the image, and not on its size alone."""
+        if not super().is_array(node):
+            return False
+        with contextlib.suppress(Exception):  # what comes behind the array may not run
+            self._run()
+        return self.is_of_image(node)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record a module call as torch does; modules created in forward, e.g. by `layers[:4](x)`, are traced into."""
@@ -261,7 +287,7 @@ class Carrier(Tracer):
         outcome = take(value)
         if take is len and isinstance(value, (tuple, list, dict)) and not self._varies(node):
             return outcome
-        if take is not len and self._reads_values(node):
+        if take is not len and self.is_of_image(node):
             raise ByValues(f"it decides by values of the image at {user_line()}")
         checked: Any = node
         if take is len:
@@ -309,7 +335,7 @@ class Carrier(Tracer):
         """Return the keys of a symbol that is a dictionary."""
         return list(self.value(obj).keys())
 
-    def _reads_values(self, node: fx.Node) -> bool:
+    def is_of_image(self, node: fx.Node) -> bool:
         """True if a value depends on pixel values, and not only on sizes and weights."""
         seen, pending = set(), [node]
         while pending:
@@ -321,7 +347,7 @@ class Carrier(Tracer):
                 return True
             if asks(node):
                 source: Any = node.args[0]
-                pending.extend(part for part in upwards(source) if _selects(part))
+                pending.extend(part for part in _behind_size(source) if _selects(part))
             elif is_argument(node):
                 if tensors_of(self.values.get(node)):
                     return True
@@ -365,6 +391,17 @@ def _selects(node: fx.Node) -> bool:
         return False
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     return any(isinstance(part, fx.Node) and not _gives_number(part) for part in index)
+
+
+def _behind_size(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield a node and its ancestors, except those assigned to a part of a tensor, which keeps its size."""
+    waiting, seen = [node], {node}
+    for one in waiting:
+        yield one
+        sources = one.args[:1] if one.target is assign else one.all_input_nodes
+        new = [source for source in sources if isinstance(source, fx.Node) and source not in seen]
+        waiting += new
+        seen.update(new)
 
 
 def _names_type(node: fx.Node) -> bool:

@@ -160,6 +160,8 @@ def observe(model: nn.Module, graph: fx.Graph, example: Arguments | None = None)
             except Exception as error:  # the network may refuse a size with any error
                 failure = failure or error
                 continue
+            if not tensors_of(expected):
+                raise _without_tensors(model, expected)
             try:
                 with observer.counter, AnyLayout():
                     traced = observer.run(*values)
@@ -177,6 +179,15 @@ def observe(model: nn.Module, graph: fx.Graph, example: Arguments | None = None)
         next="pass example_input=, a batch of images the network accepts, or all arguments of a call as a tuple or a "
         "dictionary.",
     ) from failure
+
+
+def _without_tensors(model: nn.Module, output: Any) -> OtherFunction:
+    """Return the error for a network whose outputs nothing can be compared with, such as numpy arrays."""
+    return OtherFunction(
+        f"{type(model).__name__} returns no tensors.",
+        why=f"its forward returns {type(output).__name__}; a conversion is compared with the network by its tensors.",
+        next="convert the part that is a plain CNN and put it back, or let its forward return tensors.",
+    )
 
 
 def _other_function(model: nn.Module, why: str) -> OtherFunction:
@@ -208,10 +219,16 @@ def default_examples(model: nn.Module) -> Iterator[Arguments]:
     when it is asked for, and most networks take the first.
 
     Raises:
-        CannotConvert: the network has no Conv2d.
+        CannotConvert: the network has no weights of a convolution.
     """
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is None:
+    kernels = (
+        (module.weight, module.in_channels) for module in model.modules() if isinstance(module, nn.Conv2d)
+    )
+    held = ((value, value.shape[1]) for value in (*model.parameters(), *model.buffers()) if value.dim() == 4)
+    weight, count = next(kernels, None) or next(
+        held, (None, 0)
+    )  # a network may call torch's functions itself
+    if weight is None:
         raise CannotConvert(
             f"{type(model).__name__} has no Conv2d.",
             why="content-adaptive downsampling acts on strided convolutions and pooling.",
@@ -220,11 +237,12 @@ def default_examples(model: nn.Module) -> Iterator[Arguments]:
     generator = torch.Generator().manual_seed(0)
     declared = tuple((getattr(model, "pretrained_cfg", None) or {}).get("input_size", ()))  # set by timm
     sizes = dict.fromkeys([*EXAMPLE_SIZES, declared[1:]] if len(declared) == 3 else EXAMPLE_SIZES)
-    # The first convolution may read rearranged pixels; then its channels are not those of the image.
-    channels = dict.fromkeys([*declared[:1], first.in_channels, 3])
+    # The first convolution may read rearranged pixels, or gradients of a grey image; then its channels are not those of
+    # the image.
+    channels = dict.fromkeys([*declared[:1], count, 3, 1])
     images = (
         torch.randn(2, count, *size, generator=generator, dtype=torch.float32, device="cpu").to(
-            first.weight.device, first.weight.dtype
+            weight.device, weight.dtype
         )
         for count in channels
         for size in sizes

@@ -184,7 +184,9 @@ def _find_uncopyable(*values: Any) -> Iterator[Any]:
             pending.extend(part for name, part in value.items() if name not in _REGISTRIES)
         elif isinstance(value, (list, tuple, set, frozenset)):
             pending.extend(value)
-        elif hasattr(value, "__deepcopy__"):
+        elif (copies_itself := _copies_itself(value)) is None:
+            yield value
+        elif copies_itself:
             continue
         elif isinstance(value, ModuleType) or not _can_be_reduced(value):
             parts = list(value) if isinstance(value, (KeysView, ValuesView, ItemsView)) else []
@@ -192,6 +194,15 @@ def _find_uncopyable(*values: Any) -> Iterator[Any]:
                 yield value
         else:
             pending.append(getattr(value, "__dict__", None))
+
+
+def _copies_itself(value: Any) -> bool | None:
+    """True if an object has its own way to be copied; None if it cannot be asked, as a missing optional package that
+    raises an error for every attribute."""
+    try:
+        return hasattr(value, "__deepcopy__")
+    except Exception:  # objects may raise any error
+        return None
 
 
 def _can_be_reduced(value: Any) -> bool:

@@ -80,6 +80,8 @@ def _read_on_example(
         try:
             best = observe(model, trace_on(call), call)
         except CannotConvert as error:
+            if isinstance(error, CannotFollow) and error.is_of_any_size:
+                raise
             refusal = refusal or error
             continue
         unserved = 0 if exactly else _drop_moot_guards(best)

@@ -24,11 +24,24 @@ from cadsurgery.surgery.graphs import pads
 from cadsurgery.surgery.guards import line_of
 from cadsurgery.surgery.hooks import is_hooked
 from cadsurgery.surgery.state import State
-from cadsurgery.surgery.tracer import CONSTANT, Functions, NeedsValue, Tracer, assign, is_constant
+from cadsurgery.surgery.tracer import (
+    CONSTANT,
+    Functions,
+    NeedsValue,
+    Tracer,
+    UsesNumpy,
+    assign,
+    is_constant,
+)
 
 
 class CannotFollow(CannotConvert):
     """The network cannot be traced: its Python code depends on values, or torch.fx does not support it."""
+
+    @property
+    def is_of_any_size(self) -> bool:
+        """True if the network cannot be traced on images of other sizes, either."""
+        return isinstance(self.__cause__, UsesNumpy)
 
 
 def _timm_leaves() -> tuple[frozenset[type], Functions]:
@@ -110,7 +123,7 @@ def trace(
     except Exception as error:  # tracing runs foreign code, which can raise any error
         raise CannotFollow(
             f"{type(model).__name__} cannot be traced.",
-            where=_place_of(error),
+            where=_place_of(error) or _place_of(error.__cause__),
             why=describe_error(error),
             next="convert the part that is a plain CNN and put it back, "
             "or move the data-dependent code into a function marked with torch.fx.wrap.",
@@ -134,7 +147,7 @@ def _first_that_succeeds(run: Callable[..., fx.Graph], model: nn.Module, options
     for further in ({}, {"names_buffers": False}):
         try:
             return run(model, options, more | further)
-        except ByExample:
+        except (ByExample, UsesNumpy):
             raise
         except Exception as error:  # tracing runs foreign code, which can raise any error
             failure = failure or error
@@ -204,9 +217,9 @@ class ByGradients(Exception):
     """The Python code branches on whether gradients are needed, which a graph cannot represent."""
 
 
-def _place_of(error: BaseException) -> str:
+def _place_of(error: BaseException | None) -> str:
     """Return the innermost line of the user's code in an error's traceback."""
-    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)] if error is not None else []
     return next((place for frame in reversed(frames) if (place := line_of(frame))), "")
 
 

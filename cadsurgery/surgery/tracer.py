@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NoReturn
 from unittest import mock
 
+import numpy
 import torch
 from torch import Tensor, fx, nn
 
@@ -36,10 +37,15 @@ class NeedsValue(Exception):
     """The Python code asks a proxy for something that only its value tells."""
 
 
+class UsesNumpy(Exception):
+    """The Python code computes with numpy arrays what depends on the image."""
+
+
 class Value(fx.Proxy):
     """A proxy whose `data` can be assigned, as blocks do that merge their branches into one weight in forward."""
 
     tracer: Tracer
+    __array_priority__ = Tensor.__array_priority__  # `numpy.float32(2) * x` is an operation of the tensor
 
     @property
     def data(self) -> Any:
@@ -60,11 +66,11 @@ class Unknown(Value):
             raise AttributeError(name)
         return _UnknownAttribute(self, name)
 
-    def refuse(self, *_: Any) -> NoReturn:
+    def refuse(self, *_: Any, **__: Any) -> NoReturn:
         """Refuse a question."""
         raise NeedsValue(f"it asks for a value at {user_line()}")
 
-    __str__ = __repr__ = __format__ = __hash__ = refuse
+    __str__ = __repr__ = __format__ = __hash__ = __array__ = refuse
 
 
 class _UnknownAttribute(fx.proxy.Attribute, Unknown):
@@ -145,8 +151,18 @@ class Tracer(fx.Tracer):
         try:
             with self._patched(root), hooks:
                 return super().trace(root, *args, **kwargs)
+        except Exception as error:  # tracing runs foreign code, which can raise any error
+            arrays = (node for node in self.graph.nodes if self.is_array(node))
+            if first := next(arrays, None):
+                line = (first.stack_trace or "").strip().rpartition("\n")[2].strip()
+                raise UsesNumpy(f"it computes with numpy arrays from `{line}` on") from error
+            raise
         finally:
             self.is_done = True
+
+    def is_array(self, node: fx.Node) -> bool:
+        """True if a node is a numpy array of values that depend on the image."""
+        return node.op == "call_method" and node.target == "numpy"
 
     @contextmanager
     def _patched(self, root: nn.Module) -> Iterator[None]:
@@ -328,11 +344,12 @@ class Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_arg(self, a: Any) -> Any:
-        """Return an argument of a node; a value that another graph computes cannot be one."""
+        """Return an argument of a node; a value that another graph computes cannot be one. A number of numpy becomes a
+        number of Python, as torch takes it."""
         if isinstance(a, fx.Proxy) and a.node.graph is not self.graph:
             module = self.scope.module_path or type(self.root).__name__
             raise OfEarlierCall(f"{module} uses the result of {name_of(a.node.target)} in an earlier call")
-        return super().create_arg(a)
+        return super().create_arg(a.item() if isinstance(a, numpy.generic) else a)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """Create the inputs, and return the function that calls the network with them.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.surgery.carry import symbols_in_python
+from cadsurgery.surgery.flow import flow_forward, position_mixers
+from cadsurgery.surgery.read import read
 
 EXACT = 1e-4
 SIZES = ((64, 96), (71, 85))
@@ -289,3 +293,204 @@ def test_a_part_that_is_put_back_takes_the_calls_of_its_owner() -> None:
     expected = model(x)
     model.encoder = cs.adaptify(model.encoder, "none", outputs="native")
     assert_same(model(x), expected, EXACT)
+
+
+class Extractor(nn.ModuleDict):
+    """A dictionary of modules with a forward of its own, as torchvision's getters of inner layers are."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = {}
+        for name, layer in self.items():
+            x = found[name] = layer(x)
+        return found
+
+
+class Detector(nn.Module):
+    """A detector whose forward ends in numpy, in threads, unless an attribute or argument asks for the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extractor = Extractor({"0": block(3, 8), "1": block(8, 32), "2": block(32, 32)})
+        self.head, self.exportable = nn.Conv2d(32, 2, 1), False
+
+    def forward(self, x: Tensor, only_map: bool = False) -> dict[str, Any]:
+        scores = self.head(self.extractor(x)["2"])
+        if self.exportable or only_map:
+            return {"scores": scores}
+        maps = scores.detach().cpu().permute(0, 2, 3, 1).numpy()
+        with ThreadPoolExecutor(1) as pool:
+            return {"scores": scores, "boxes": list(pool.map(boxes_of, [maps[0]]))}
+
+
+def boxes_of(scores: Any) -> list[Any]:
+    return [(scores[..., place] >= 0).astype(numpy.uint8) for place in range(scores.shape[-1])]
+
+
+class AsArray(Detector):
+    def forward(self, x: Tensor) -> dict[str, Any]:  # type: ignore[override]
+        scores = self.head(self.extractor(x)["2"])
+        return {"scores": scores, "largest": numpy.asarray(scores.detach()).max()}
+
+
+@pytest.mark.parametrize("kind", [Detector, AsArray])
+def test_a_detector_that_ends_in_numpy_names_the_part_that_converts(kind: type[nn.Module]) -> None:
+    model, x = kind().eval(), images(2, 64, 96)
+    with pytest.raises(cs.CannotConvert, match="it computes with numpy arrays") as refusal:
+        cs.adaptify(model)
+    assert "model.extractor = cs.adaptify(model.extractor" in refusal.value.next
+    expected = model(x)
+    model.extractor = cs.adaptify(model.extractor, "none", outputs="native")
+    assert_same(model(x)["scores"], expected["scores"], EXACT)
+
+
+def test_a_detector_that_ends_in_numpy_names_what_makes_it_return_its_map() -> None:
+    model, x = Detector().eval(), images(2, 64, 96)
+    with pytest.raises(cs.CannotConvert) as refusal:
+        cs.adaptify(model)
+    assert "whole network after model.exportable = True" in refusal.value.next
+    assert not model.exportable, "the refused network is as it was"
+    model.exportable = True
+    net = cs.adaptify(model, "none", outputs="native")
+    assert_same(net(x)["scores"], model(x)["scores"], EXACT)
+
+
+class ByArgument(Detector):
+    def forward(self, x: Tensor, only_map: bool = False) -> dict[str, Any]:
+        return Detector.forward(self, x, only_map)
+
+
+def test_a_detector_that_ends_in_numpy_names_the_argument_with_which_it_returns_its_map() -> None:
+    model, x = ByArgument().eval(), images(2, 64, 96)
+    with pytest.raises(cs.CannotConvert) as refusal:
+        cs.adaptify(model, example_input=x)
+    assert 'example_input={"x": images, "only_map": True}' in refusal.value.next
+    net = cs.adaptify(model, "none", outputs="native", example_input={"x": x, "only_map": True})
+    assert_same(net(x, only_map=True)["scores"], model(x, True)["scores"], EXACT)
+
+
+class ReturnsArrays(Detector):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return self.head(self.extractor(x)["2"]).detach().numpy()
+
+
+def test_a_network_that_returns_numpy_arrays_alone_is_refused_in_words() -> None:
+    with pytest.raises(
+        cs.CannotConvert, match=r"returns no tensors(.|\n)*returns ndarray(.|\n)*model.extractor"
+    ):
+        cs.adaptify(ReturnsArrays().eval())
+
+
+class NumbersOfNumpy(Encoder):
+    """Sizes and factors computed by numpy, of which nothing depends on the pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = [2 * int(numpy.ceil(length / 16)) for length in x.shape[2:]]
+        y = numpy.float32(2) * self.head(self.encode(x)) * numpy.sqrt(2)
+        return F.interpolate(y, size)
+
+
+def test_sizes_and_factors_of_numpy_are_numbers() -> None:
+    model = NumbersOfNumpy().eval()
+    net = cs.adaptify(model, "none", outputs="native")
+    for size in SIZES:
+        assert_same(net(x := images(2, *size)), model(x), EXACT)
+
+
+class AssignsByMask(Encoder):
+    """Pixels chosen by a mask get other values, and the size of the map, which stays, decides about padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hue = torch.Tensor(x.shape[0], x.shape[2], x.shape[3]).fill_(0.5)
+        hue[x[:, 0] > 0] = (x[:, 0] / 2)[x[:, 0] > 0]
+        x = x * hue.unsqueeze(1)
+        if x.shape[2] % 2:
+            x = F.pad(x, (0, 0, 0, 1))
+        return self.head(self.encode(x))
+
+
+def test_a_map_with_pixels_assigned_by_a_mask_keeps_its_size() -> None:
+    model = AssignsByMask().eval()
+    net = cs.adaptify(model, "none", outputs="native")
+    for size in SIZES:
+        assert_same(net(x := images(2, *size)), model(x), EXACT)
+
+
+class OwnKernels(nn.Module):
+    """Convolutions by torch's functions, with weights of the network itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(8, 4, 3, 3)), nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for kernel in (self.first, self.second):
+            x = F.conv2d(x, kernel, stride=2, padding=1).relu()
+        return x
+
+
+class GreyGradients(Encoder):
+    """A grey image with its square, as handcrafted features are put before a network's first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = block(2, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encode(torch.cat([x, x.square()], 1))
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(OwnKernels, 4), (GreyGradients, 1)])
+def test_images_are_found_for_networks_without_a_telling_first_layer(
+    kind: type[nn.Module], channels: int
+) -> None:
+    model = kind().eval()
+    net, x = cs.adaptify(model, "none", outputs="native"), torch.rand(2, channels, 71, 85)
+    assert_same(net(x), model(x), EXACT)
+
+
+class Fourier(Encoder):
+    """A block that filters a map by its spectrum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.encode(x)
+        filtered = torch.fft.irfftn(torch.fft.rfftn(y, dim=(2, 3)) / 2, s=y.shape[2:], dim=(2, 3))
+        return self.head(y + filtered)
+
+
+def test_a_fourier_transform_joins_all_positions() -> None:
+    model = Fourier().eval()
+    net = cs.adaptify(model, "none", outputs="native")
+    assert_same(net(x := images(2, 71, 85)), model(x), EXACT)
+    joined = {node.target for node in position_mixers(flow_forward(read(model, None)))}
+    assert {torch.fft.rfftn, torch.fft.irfftn} <= joined
+
+
+class Missing:
+    """Stands for an optional package that is not installed: every attribute raises."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise OSError(f"install the package that has {name}")
+
+
+def test_a_network_may_hold_an_object_of_which_nothing_can_be_asked() -> None:
+    model = GreyGradients().eval()
+    model.optional = Missing()  # type: ignore[assignment]
+    net, x = cs.adaptify(model, "none", outputs="native"), torch.rand(2, 1, 71, 85)
+    assert_same(net(x), model(x), EXACT)
+    assert copy.deepcopy(net).optional is model.optional and net.macs(x).mask
+
+
+class Layouts(Encoder):
+    """Asks for a memory layout, of which rows have one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).contiguous(memory_format=torch.channels_last)
+        y = self.rest(y.to(memory_format=torch.channels_last)).clone(memory_format=torch.channels_last)
+        return self.head(y + torch.ones_like(y, memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("floor", [None, 16])
+def test_memory_layouts_of_maps_are_none_of_rows(floor: int | None) -> None:
+    model = Layouts().eval()
+    net = cs.adaptify(model, "none" if floor is None else "all", outputs="native", coarsest=floor)
+    assert_same(net(x := images(2, 71, 85)), model(x), EXACT)
