@@ -10,6 +10,7 @@ from typing import Any
 
 from cadsurgery.network.export.kernels import DOMAIN, PICK
 
+_LARGEST = 1 << 28  # number of values that a constant may be computed from
 _WIDTH_OF_A_HALO = 4  # elements that a halo row is interpolated from
 
 
@@ -19,7 +20,8 @@ def tidy(model: Any, has_kernels: bool) -> None:
     from onnxscript.optimizer import fold_constants_ir
 
     passes.InlinePass()(model)
-    fold_constants_ir(model, onnx_shape_inference=True)
+    # Also of large constants: OpenVINO 2026.4 never ends at sums of constants in float64 that are left to it.
+    fold_constants_ir(model, onnx_shape_inference=True, input_size_limit=_LARGEST)
     for node in list(model.graph):
         if _gathers_rows(node):
             _join(node, has_kernels)
