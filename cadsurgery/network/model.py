@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -85,7 +84,6 @@ class AdaptiveModel(ProgramNetwork):
         self.source: Any = None
         self._mask_provider = resolve_mask(mask)
         self._unit: Unit = model._unit if isinstance(model, AdaptiveModel) else Unit()
-        self.register_state_dict_pre_hook(_make_contiguous)
         self.register_state_dict_post_hook(_without_own)
         self.register_load_state_dict_post_hook(_drop_cached)
         self.use_channels_last()
@@ -216,8 +214,7 @@ class AdaptiveModel(ProgramNetwork):
         """Convert the weights of convolutions to channels_last, the layout of elements; values and names do not change.
 
         Networks whose original graph is run as well are left out, because dense convolutions round differently in
-        another layout; so are modules called together with instance norms, see `functional.contiguous_gradient`. A call
-        of `state_dict` makes the weights contiguous, until this method is called again.
+        another layout; so are modules called together with instance norms, see `functional.contiguous_gradient`.
         """
         called = (child(self, name) for name in called_modules(self.graph))
         parts = [list(module.modules()) for module in called if module is not None]
@@ -645,32 +642,6 @@ def _not_converted(original: nn.Module, name: str) -> NotConverted:
         why="it may run the network as it was given, without its mask.",
         next=f"{instead}.",
     )
-
-
-_KEEPS_LAYOUT = ContextVar("_KEEPS_LAYOUT", default=False)
-
-
-@contextlib.contextmanager
-def keeping_layout() -> Iterator[None]:
-    """Let `state_dict` leave the weights in their memory layout for the block, where no other library writes them."""
-    token = _KEEPS_LAYOUT.set(True)
-    try:
-        yield
-    finally:
-        _KEEPS_LAYOUT.reset(token)
-
-
-def _make_contiguous(model: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Make weights contiguous before they become part of a state dict, because safetensors writes no others.
-
-    The network itself then holds these tensors. Copies in the state dict alone would be no part of the network, and
-    moving averages that are written in place into `state_dict().values()` would be lost.
-    """
-    assert isinstance(model, AdaptiveModel)
-    if not _KEEPS_LAYOUT.get() and not model.is_optimized:
-        for parameter in model.parameters():
-            if parameter.dim() == 4 and not parameter.is_contiguous():
-                parameter.data = parameter.data.contiguous()
 
 
 def _without_own(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -25,7 +25,7 @@ from cadsurgery.masks.unit import Normalisation, Unit
 from cadsurgery.network.adapters import MEANS, REFINEMENTS, kind_of
 from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.candidates import check_network
-from cadsurgery.network.model import AdaptiveModel, keeping_layout
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support import files, kinds
 from cadsurgery.support.errors import FileError, InvalidInput, first_line
 from cadsurgery.support.files import as_file_error, write_whole
@@ -86,8 +86,7 @@ def pack(net: AdaptiveModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     net.check_storable()
     net.program.check_modules()
-    with keeping_layout():
-        tensors = net.state_dict()
+    tensors = net.state_dict()
     for prefix, part in ((_MASK, net.mask), (_ADAPTERS, net.adapters)):
         values = part.state_dict() if part is not None else {}
         tensors |= {f"{prefix}{name}": value for name, value in values.items()}

@@ -21,7 +21,7 @@ from cadsurgery.masks.unit import BANDS, read_normalisation
 from cadsurgery.methods.storage import SiblingModel
 from cadsurgery.methods.storage import load as load_any
 from cadsurgery.network.adaptify import adaptify
-from cadsurgery.network.model import AdaptiveModel, keeping_layout, pictures_for
+from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.storage import load, read_method
 from cadsurgery.support import files
 from cadsurgery.support.defaults import DEFAULT_MASK
@@ -274,8 +274,7 @@ def unconverted(net: AdaptiveModel) -> nn.Module:
             "a converted network without a name cannot be built again as it was, or for other output strides.",
             next="pass the original network instead.",
         )
-    with keeping_layout():
-        state = net.state_dict()  # has the original's names; mask and adapters are stored beside it
+    state = net.state_dict()  # has the original's names; mask and adapters are stored beside it
     model = build_again(source, state)
     model.load_state_dict(state)
     model.cad_source = source  # type: ignore[assignment]

@@ -16,7 +16,6 @@ import torch
 from conftest import images
 from networks import PooledSegmenter, adapted, randomise, unverified
 from safetensors import safe_open
-from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -316,57 +315,3 @@ def test_a_copy_keeps_its_training_mode() -> None:
     for training in (True, False):
         twin = copy.deepcopy(adapted().train(training))
         assert all(module.training == training for module in twin.modules())
-
-
-# -- state dicts in the files of other libraries -------------------------------------------------------
-
-
-class Tied(nn.Module):
-    """Two convolutions that are one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.first = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
-        self.second = self.first
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(self.stem(x)).relu())
-
-
-def test_a_state_dict_is_a_file_of_safetensors_that_the_original_loads(tmp_path: Path) -> None:
-    net, image = adapted(), images(2, 97, 129)
-    expected = net(image)["out"]
-    save_file(net.state_dict(), tmp_path / "model.safetensors")
-    tensors, original = load_file(tmp_path / "model.safetensors"), segmenter()
-    original.load_state_dict(tensors)
-    again = cs.adaptify(original, net.mask, verify_laws=False)
-    again.load_state_dict(tensors)
-    assert torch.allclose(net(image)["out"], expected) and torch.allclose(again(image)["out"], expected)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_state_dict_is_the_networks_own_memory(layout: torch.memory_format) -> None:
-    net = unverified(segmenter(), "none").to(memory_format=layout)
-    image, state = images(1, 65, 97), net.state_dict()
-    held = dict(net.named_parameters())
-    assert all(state[name].data_ptr() == parameter.data_ptr() for name, parameter in held.items())
-    for values in state.values():  # as a moving average of weights does
-        values.zero_()
-    assert not net(image)["out"].any()
-
-
-@pytest.mark.filterwarnings("ignore:no mask can improve")
-def test_weights_that_two_modules_share_stay_shared(tmp_path: Path) -> None:
-    net = unverified(Tied().eval(), "none")
-    state = net.state_dict()
-    assert state["first.weight"].data_ptr() == state["second.weight"].data_ptr()
-    save_model(net, str(tmp_path / "model.safetensors"))
-    load_model(again := Tied(), tmp_path / "model.safetensors")
-    assert again.second is again.first and torch.equal(again.first.weight, net.first.weight)
-
-
-def test_saving_leaves_the_layout_of_the_weights(tmp_path: Path) -> None:
-    net = unverified(segmenter(), "none")
-    before = {name: parameter.stride() for name, parameter in net.named_parameters()}
-    cs.save(net, tmp_path / "net.safetensors")
-    assert before == {name: parameter.stride() for name, parameter in net.named_parameters()}
