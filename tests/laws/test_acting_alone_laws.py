@@ -302,7 +302,7 @@ def test_channels_that_are_written_or_chosen_stay_in_the_region(change: str) -> 
         (lambda own, y, z: y.flip(2, 3), "flip joins positions along the height and the width"),
         (lambda own, y, z: y.sort(dim=0)[0], "sort joins positions along the batch"),
         (write((EVERY, EVERY, 0), lambda own, y, z: 0), "writes to parts of the image"),
-        (lambda own, y, z: y[:, :, ::2][:, :, :, ::2], "takes parts of the height"),
+        (lambda own, y, z: y[:, :, 2:], "takes parts of the height"),
     ],
 )
 def test_what_joins_positions_says_along_which_axes(change: Any, words: str) -> None:

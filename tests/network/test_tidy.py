@@ -75,3 +75,22 @@ def test_rows_that_are_read_again_are_read_once(name: str, has_kernels: bool) ->
     picks = has_kernels and name == "behind zeros"
     once = ["Pick"] if picks else ["Gather"]
     assert reads_of_rows(written) == (once if name in _STEPS else ["Gather", "Gather"])
+
+
+@pytest.mark.parametrize("kind", ["float", "double"])
+def test_arithmetic_of_constants_is_done_once(kind: str) -> None:
+    """Whatever the constants hold: OpenVINO never ended at such sums of float64 that were left to it."""
+    text = f"""{_HEAD} (float[N,4] rows) => (float[N,4] out) {{
+        n = Constant<value_float = 4.0>() places = CastLike(n, many) column = Gather<axis = 1>(many, zero)
+        shifted = Sub(column, few) scaled = Mul(shifted, places) sum = ReduceSum<keepdims = 0>(scaled)
+        wide = Cast<to = 1>(sum) out = Add(rows, wide) }}"""
+    model, draw = onnx.parser.parse_model(text), np.random.default_rng(0)
+    dtype = np.float32 if kind == "float" else np.float64
+    constants = {"many": draw.random((96, 128)).astype(dtype), "few": draw.random(96).astype(dtype)}
+    constants["zero"] = np.array(0)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(*pair[::-1]) for pair in constants.items())
+    tidied = ir.from_proto(onnx.shape_inference.infer_shapes(model))
+    tidy(tidied, has_kernels=False)
+    written = ir.to_proto(tidied)
+    assert np.allclose(run(written), run(model))
+    assert [node.op_type for node in written.graph.node] == ["Add"]
