@@ -347,7 +347,7 @@ class Carrier(Tracer):
                 return True
             if asks(node):
                 source: Any = node.args[0]
-                pending.extend(part for part in _behind_size(source) if _selects(part))
+                pending.extend(part for part in upwards(source, _giving_size) if _selects(part))
             elif is_argument(node):
                 if tensors_of(self.values.get(node)):
                     return True
@@ -393,15 +393,11 @@ def _selects(node: fx.Node) -> bool:
     return any(isinstance(part, fx.Node) and not _gives_number(part) for part in index)
 
 
-def _behind_size(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield a node and its ancestors, except those assigned to a part of a tensor, which keeps its size."""
-    waiting, seen = [node], {node}
-    for one in waiting:
-        yield one
-        sources = one.args[:1] if one.target is assign else one.all_input_nodes
-        new = [source for source in sources if isinstance(source, fx.Node) and source not in seen]
-        waiting += new
-        seen.update(new)
+def _giving_size(node: fx.Node) -> list[fx.Node]:
+    """Return the inputs of a node that its size may depend on: what is assigned to a part of a tensor is none."""
+    if node.target is not assign:
+        return node.all_input_nodes
+    return [part for part in node.args[:1] if isinstance(part, fx.Node)]
 
 
 def _names_type(node: fx.Node) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,12 +28,14 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return copied, copies
 
 
-def upwards(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield a node and its ancestors, nearest first."""
+def upwards(
+    node: fx.Node, sources: Callable[[fx.Node], list[fx.Node]] = attrgetter("all_input_nodes")
+) -> Iterator[fx.Node]:
+    """Yield a node and its ancestors, nearest first; `sources` returns the nodes that a node is followed to."""
     waiting, seen = [node], {node}
     for one in waiting:
         yield one
-        waiting += (new := [source for source in one.all_input_nodes if source not in seen])
+        waiting += (new := [source for source in sources(one) if source not in seen])
         seen.update(new)
 
 

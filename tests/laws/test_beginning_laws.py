@@ -89,6 +89,20 @@ def made(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module
     return kind().eval().to(dtype)
 
 
+def with_exact_floors(
+    kind: type[nn.Module], dtype: torch.dtype, batch: int, size: tuple[int, int]
+) -> tuple[cs.AdaptiveModel, Tensor]:
+    """Convert to floors; at an image of another size and batch everything high is the network, and a copy is the same.
+    Return the converted network and the image."""
+    model, image = made(kind, dtype), torch.randn(batch, 3, *size, dtype=dtype)
+    example = torch.randn(2, 3, 64, 96, dtype=dtype)
+    net = cs.adaptify(model, "edges", coarsest=16, example_input=example).eval()
+    assert all(check.passed for check in net.checks)
+    torch.testing.assert_close(net(image, mask="all"), model(image))
+    torch.testing.assert_close(net.optimize()(image), net(image), rtol=1e-4, atol=1e-5)
+    return net, image
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype", "batch", "size"),
     covering(SLICED, [torch.float32, torch.float64], [1, 3], SIZES),
@@ -96,13 +110,8 @@ def made(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module
 def test_slices_with_steps_are_strides(
     kind: type[nn.Module], dtype: torch.dtype, batch: int, size: tuple[int, int]
 ) -> None:
-    model, image = made(kind, dtype), torch.randn(batch, 3, *size, dtype=dtype)
-    net = cs.adaptify(
-        model, "edges", coarsest=16, example_input=torch.randn(2, 3, 64, 96, dtype=dtype)
-    ).eval()
-    assert all(check.passed for check in net.checks) and net.plan.share("adapt", "keep") == 1
-    torch.testing.assert_close(net(image, mask="all"), model(image))
-    torch.testing.assert_close(net.optimize()(image), net(image), rtol=1e-4, atol=1e-5)
+    net, _ = with_exact_floors(kind, dtype, batch, size)
+    assert net.plan.share("adapt", "keep") == 1
 
 
 @pytest.mark.parametrize("kind", SLICED)
@@ -203,15 +212,9 @@ BEGINNINGS = {Rectangular: 2, Mixing: 1, MixingBehindAStride: 2, TwoBeginnings: 
 def test_floors_begin_behind_a_dense_beginning(
     kind: type[nn.Module], dtype: torch.dtype, batch: int, size: tuple[int, int]
 ) -> None:
-    model, image = made(kind, dtype), torch.randn(batch, 3, *size, dtype=dtype)
-    net = cs.adaptify(
-        model, "edges", coarsest=16, example_input=torch.randn(2, 3, 64, 96, dtype=dtype)
-    ).eval()
-    assert all(check.passed for check in net.checks)
+    net, image = with_exact_floors(kind, dtype, batch, size)
     assert net.plan.output_stride == (BEGINNINGS[kind], 16)
     assert net.plan.share("adapt", "keep") > 0.5
-    torch.testing.assert_close(net(image, mask="all"), model(image))
-    torch.testing.assert_close(net.optimize()(image), net(image), rtol=1e-4, atol=1e-5)
     low, own = (net.macs(image, mask=mask).mask for mask in ("none", "all"))
     assert low < 0.6 * own
 

@@ -30,6 +30,7 @@ from cadsurgery.network.export.in_bytes import (
 )
 from cadsurgery.network.export.kernels import DOMAIN, declare_kernels
 from cadsurgery.network.export.quiet import quietly
+from cadsurgery.network.export.tidy import LARGEST
 from cadsurgery.network.fidelity import UNSAID, Fidelity, measure
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error, warn
 from cadsurgery.support.progress import Step, counted, silent
@@ -37,7 +38,6 @@ from cadsurgery.support.progress import Step, counted, silent
 _BESIDE = ("Add", "Clip", "MaxPool", "Relu")  # operations that engines fuse with a product or run in 8 bits
 _MOVING = ("Concat", *MOVES)  # rows are quantised before they are gathered for every tap
 _LEVELS = "levels"
-_LARGEST = 1 << 28  # largest number of values of a folded constant
 
 
 class _Measuring(OnnxRuntime):
@@ -201,7 +201,7 @@ def _choose_nodes(model: Any, engine: type[Engine]) -> tuple[list[Any], set[Any]
     from onnxscript.optimizer import fold_constants
 
     def fold() -> None:
-        fold_constants(model, input_size_limit=_LARGEST, output_size_limit=_LARGEST)
+        fold_constants(model, input_size_limit=LARGEST, output_size_limit=LARGEST)
         common.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
         common.RemoveUnusedNodesPass()(model)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from cadsurgery.network.export.kernels import DOMAIN, PICK
 
-_LARGEST = 1 << 28  # number of values that a constant may be computed from
+LARGEST = 1 << 28  # number of values that a constant may be computed from
 _WIDTH_OF_A_HALO = 4  # elements that a halo row is interpolated from
 
 
@@ -21,7 +21,7 @@ def tidy(model: Any, has_kernels: bool) -> None:
 
     passes.InlinePass()(model)
     # Also of large constants: OpenVINO 2026.4 never ends at sums of constants in float64 that are left to it.
-    fold_constants_ir(model, onnx_shape_inference=True, input_size_limit=_LARGEST)
+    fold_constants_ir(model, onnx_shape_inference=True, input_size_limit=LARGEST)
     for node in list(model.graph):
         if _gathers_rows(node):
             _join(node, has_kernels)
