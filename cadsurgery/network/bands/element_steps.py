@@ -17,6 +17,7 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Lattice, Pyramid
+from cadsurgery.elements.whole_image import areas_in_bins
 from cadsurgery.elements.resizing import Scaling, read_at, resize_onto
 from cadsurgery.network.bands.schedule import SAME, Rows
 from cadsurgery.network.bands.steps import Fetch, entries
@@ -61,6 +62,10 @@ class Cells:
             self._rows[key] = self.pyramid.of_rows(*key)
         height = min(end, grid.size[0]) - first
         return self._rows[key].lattice(grid.stage, (height, grid.size[1]))
+
+    def are_equal(self, grid: Grid) -> bool:
+        """True if all cells of a map have one level, so that they weigh the same; see `Lattice.weights`."""
+        return self.pyramid.lattice(grid.stage, grid.size).uniform_level is not None
 
     def finest(self, grid: Grid) -> int:
         """Return the side of the smallest cells of a map."""
@@ -288,13 +293,15 @@ class Weighted:
     """Sums over the elements of an image, weighed by the area of their cells: mean and variance of each channel, or of
     each of several groups of channels."""
 
-    def __init__(self, groups: int = 0, squares: bool = False) -> None:
-        self.groups, self.squares = groups, squares
+    def __init__(self, groups: int, squares: bool, are_equal: bool) -> None:
+        """Take the number of groups, or 0 for channels, and whether all elements weigh the same."""
+        self.groups, self.squares, self.are_equal = groups, squares, are_equal
         self.area, self.sums = 0, list[Tensor]()
 
     def add(self, x: Elements, first: int) -> None:
         """Take in the elements of a band."""
         areas = x.lattice.areas.double()
+        areas = torch.ones_like(areas) if self.are_equal else areas
         values = x.rows.double().flatten(1)
         each = [values, values.square()] if self.squares else [values]
         sums = [areas @ one for one in each]
@@ -328,6 +335,37 @@ class LargestElement:
         """Return the values."""
         assert self.found is not None
         return self.found * self.sign
+
+
+class BinsOfElements:
+    """Adaptive pooling of elements to a small map (1, C, bins, bins), see `functional.pool_to_bins`."""
+
+    def __init__(
+        self, size: tuple[int, int], bins: tuple[int, int], largest: bool, spacing: int, are_equal: bool
+    ) -> None:
+        self.size, self.bins, self.largest = size, bins, largest
+        self.spacing, self.are_equal = spacing, are_equal
+        self.found: Tensor | None = None
+        self.area: Tensor | float = 0.0
+
+    def add(self, x: Elements, first: int) -> None:
+        """Take in the elements of a band from a fine row on."""
+        _, y, column = x.lattice.coordinates
+        shares = areas_in_bins(x.lattice, (y + first, column), self.size, self.bins, self.spacing, self.are_equal)
+        if self.largest:
+            inside = (shares > 0).unsqueeze(2).unbind(1)
+            found = torch.stack([torch.where(own, x.rows, -torch.inf).amax(0) for own in inside], 1)
+            self.found = found if self.found is None else torch.maximum(self.found, found)
+            return
+        found = x.rows.double().T @ shares
+        self.found = found if self.found is None else self.found + found
+        self.area = self.area + shares.sum(0)
+
+    def finish(self) -> Tensor:
+        """Return the small map."""
+        assert self.found is not None
+        found = self.found if self.largest else self.found / self.area
+        return found.view(1, -1, *self.bins)
 
 
 @dataclass

@@ -102,6 +102,7 @@ class Reading:
         shapes: shape of each tensor for one picture.
         grids: the lattices of each map of the region.
         channels: the number of values of each element of such a map.
+        several: nodes of the region whose value is several maps.
         types: type of each tensor, and of the values of elements.
         numbers: numbers that follow from the size of the picture.
     """
@@ -117,6 +118,7 @@ class Reading:
     shapes: dict[fx.Node, torch.Size] = field(default_factory=dict)
     grids: dict[fx.Node, Grid] = field(default_factory=dict)
     channels: dict[fx.Node, int] = field(default_factory=dict)
+    several: set[fx.Node] = field(default_factory=set)
     types: dict[fx.Node, torch.dtype] = field(default_factory=dict)
     numbers: dict[fx.Node, Any] = field(default_factory=dict)
 
@@ -152,9 +154,11 @@ class _Shapes(GraphInterpreter):
         value = super().run_node(n)
         if isinstance(value, Tensor):
             self.reading.shapes[n], self.reading.types[n] = value.shape, value.dtype
-        elif isinstance(value, Elements):
+        elif isinstance(value, Elements) and isinstance(value.rows, Tensor):
             self.reading.grids[n] = Grid(value.lattice.stage, value.lattice.size)
             self.reading.channels[n], self.reading.types[n] = math.prod(value.rows.shape[1:]), value.rows.dtype
+        elif isinstance(value, Elements):  # several maps in one
+            self.reading.several.add(n)
         elif not isinstance(value, nn.Module):
             self.reading.numbers[n] = value
         return value
@@ -201,7 +205,9 @@ class Reader:
                 self._add(node, None)
             elif node.op in ("placeholder", "get_attr") or node.target is ask_mask:
                 continue
-            elif node in self.reading.grids or any(source in self.reading.grids for source in node.all_input_nodes):
+            elif node in self.reading.several:
+                self.parts[node] = self._maps_of(node)
+            elif any(one in self.reading.grids for one in (node, *node.all_input_nodes)):
                 self._read_elements(node)
             elif any(self._has_map(source) for source in node.all_input_nodes):
                 self._read_node(node)
@@ -375,10 +381,10 @@ class Reader:
         if operation.gives == "vector":
             self._sum_of_elements(node)
             return
-        source = next((one for one in node.all_input_nodes if one in self.reading.number), None)
-        if source is None:
+        maps = self._maps_of(node)
+        if not maps:
             raise self._refusal(node, "it reads no map")
-        self._add(node, self._element_step(node, source, operation, cells))
+        self._add(node, self._element_step(node, maps[0], operation, cells))
 
     def _element_step(self, node: fx.Node, source: fx.Node, operation: Operation, cells: Cells) -> Step:
         grids, options = self.reading.grids, self._options(node)
@@ -434,7 +440,9 @@ class Reader:
         """Call an operation on elements on those of the maps that it reads, with other options."""
 
         def value(read: fx.Node) -> Any:
-            return rows[read] if read in rows else self.values[read]
+            if read in rows:
+                return rows[read]
+            return self._call_with(read, rows, {}) if read in self.parts else self.values[read]
 
         args, kwargs = map_arg(node.args, value), {**map_arg(node.kwargs, value), **more}
         target: Any = node.target
@@ -446,12 +454,18 @@ class Reader:
         is_plain = options.get("layout", NCHW) == NCHW and tuple(options.get("dims", (2, 3))) == (2, 3)
         size, spacing = self.reading.grids[source].size, options.get("spacing", 1)
         samples = math.prod(-(-length // spacing) for length in size)
+        assert self.cells is not None
+        are_equal = self.cells.are_equal(self.reading.grids[source])
         if node.target is functional.global_max or (node.target is functional.global_reduce and how in ("amax", "amin")):
             make: Callable[[], Sum] = partial(element_steps.LargestElement, -1 if how == "amin" else 1)
             made: Callable[[Any], Any] = _unchanged
         elif node.target in (functional.global_mean, functional.global_reduce):
-            make = partial(element_steps.Weighted, 0, how in ("var", "std", "norm"))
+            make = partial(element_steps.Weighted, 0, how in ("var", "std", "norm"), are_equal)
             made = partial(_reduced, how=how, samples=samples, correction=options.get("correction", 1))
+        elif node.target is functional.pool_to_bins:
+            bins, largest = options["size"], options.get("largest", False)
+            make = partial(element_steps.BinsOfElements, size, bins, largest, spacing, are_equal)
+            made = _unchanged
         else:
             is_plain = False
         if not is_plain:
@@ -462,7 +476,9 @@ class Reader:
         groups, key = options["groups"], Statistics(node)
         given = {name: self._resolved(options.get(name)) for name in ("weight", "bias")}
         made = partial(steps.affine_of, groups=groups, eps=options.get("eps", 1e-5), **given)
-        self._add_sum(key, source, partial(element_steps.Weighted, groups, True), made)
+        assert self.cells is not None
+        are_equal = self.cells.are_equal(self.reading.grids[source])
+        self._add_sum(key, source, partial(element_steps.Weighted, groups, True, are_equal), made)
         self.reading.passes[node] = self.reading.passes[key]
 
         def apply(rows: dict[fx.Node, Any], _: dict[str, Any]) -> Elements:
