@@ -157,7 +157,7 @@ def convolution_by(module: PackedConv, window: Window) -> Callable[[Tensor, int,
 
     def apply(x: Tensor, left: int, residual: Tensor | None) -> Tensor:
         stride = (window.stride, window.stride)
-        return convolve(module.weights, x, stride, (0, left), window.dilation, residual)
+        return convolve(module.weights, x, stride, (0, left), window.dilation, residual, any_height=True)
 
     return apply
 
