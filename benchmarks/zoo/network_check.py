@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from benchmarks.zoo.corpus import Subject
-from cadsurgery.network.adaptify import adaptify, plan, traceable_part
+from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.parts import traceable_part
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import (
     CadError,
