@@ -12,6 +12,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -87,7 +88,8 @@ def try_network(subject: Subject, compare: Callable[[nn.Module, Any, Row], None]
         model = subject.build().eval()
     except Exception as error:  # a builder of a third-party library can fail in any way
         raise_memory_errors(error)
-        return {**row, "result": "not built", "why": describe_error(error)}
+        seconds = round(time.perf_counter() - start, 1)
+        return {**row, "result": "not built", "why": describe_error(error), "seconds": seconds}
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     try:
         example = example_of(subject, model)
@@ -406,11 +408,14 @@ def _image(arguments: Any, position: int) -> Any:
 
 
 def largest_error(output: Any, expected: Any) -> float:
-    """Return the largest error of the tensors; infinite if there are none, or not as many as expected."""
-    ours, theirs = tensors_of(output), tensors_of(expected)
-    if len(ours) != len(theirs):
+    """Return the largest error of the tensors and numpy arrays; infinite if there are not as many as expected. Outputs
+    without any, such as words, are equal or not."""
+    ours, theirs = (
+        tensors_of(tree_map_only(numpy.ndarray, torch.as_tensor, values)) for values in (output, expected)
+    )
+    if len(ours) != len(theirs) or (not theirs and output != expected):
         return float("inf")
-    return max(map(_error, ours, theirs), default=float("inf"))
+    return max(map(_error, ours, theirs), default=0.0)
 
 
 def _error(values: Tensor, expected: Tensor) -> float:

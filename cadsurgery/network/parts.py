@@ -167,15 +167,18 @@ def _named_part(model: nn.Module, example: Arguments | None) -> tuple[str, Facts
     for name in BACKBONE_NAMES:
         part = getattr(model, name, None)
         if isinstance(part, nn.Module):
+            call = example and _example_of_part(model, part, example)
             with contextlib.suppress(CannotFollow, OtherFunction):
-                return name, read(part, example and _example_of_part(model, part, example))
+                if example is None or call is not None:
+                    return name, read(part, call)
     return None
 
 
-def _example_of_part(model: nn.Module, part: nn.Module, example: Arguments) -> Arguments:
+def _example_of_part(model: nn.Module, part: nn.Module, example: Arguments) -> Arguments | None:
     """Return the arguments of a call of a part: the image or, if the part does not take that, the map that the network
-    makes of it, as a detector resizes its images."""
-    arguments = take_image(part, image_of(example))
+    makes of it, as a detector resizes its images; None if the image is several and the network makes no map of it."""
+    image = image_of(example)
+    arguments = take_image(part, image)
     with evaluating(model), torch.no_grad():
         try:
             run_forward(part, arguments)
@@ -184,7 +187,7 @@ def _example_of_part(model: nn.Module, part: nn.Module, example: Arguments) -> A
                 with contextlib.suppress(Exception):
                     received, named = reach(part, _run, model, call)
                     return bind(part, *received, **named)
-    return arguments
+    return arguments if image.dim() == 4 else None
 
 
 def _run(model: nn.Module, arguments: Arguments) -> Any:
