@@ -408,14 +408,19 @@ def _image(arguments: Any, position: int) -> Any:
 
 
 def largest_error(output: Any, expected: Any) -> float:
-    """Return the largest error of the tensors and numpy arrays; infinite if there are not as many as expected. Outputs
-    without any, such as words, are equal or not."""
-    ours, theirs = (
-        tensors_of(tree_map_only(numpy.ndarray, torch.as_tensor, values)) for values in (output, expected)
-    )
-    if len(ours) != len(theirs) or (not theirs and output != expected):
+    """Return the largest error of the tensors and, where a network gives these, arrays, numbers and words; infinite if
+    there are none, or not as many as expected."""
+    ours, theirs = _values_of(output), _values_of(expected)
+    if len(ours) != len(theirs):
         return float("inf")
-    return max(map(_error, ours, theirs), default=0.0)
+    return max(map(_error, ours, theirs), default=float("inf"))
+
+
+def _values_of(output: Any) -> list[Tensor]:
+    def as_tensor(value: Any) -> Tensor:
+        return torch.as_tensor(list(value.encode()) if isinstance(value, str) else value)
+
+    return tensors_of(tree_map_only((numpy.ndarray, float, int, str), as_tensor, output))
 
 
 def _error(values: Tensor, expected: Tensor) -> float:
