@@ -127,7 +127,7 @@ def _transformers() -> Declared:
             "CvtConfig",
             {
                 "embed_dim": [16, 32, 48],
-                "depth": [1, 1, 1],
+                "depth": [1, 2, 3],
                 "num_heads": [1, 2, 2],
                 "drop_path_rate": [0.0, 0.0, 0.0],
             },

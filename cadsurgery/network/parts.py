@@ -32,6 +32,7 @@ from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.read import read
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.sameness import Pair
+from cadsurgery.surgery.state import left_as_it_is
 from cadsurgery.surgery.trace import CannotFollow, evaluating
 
 _LEAST_SHARE = 0.5  # of a network's convolution weights, in a part that is converted in place of the whole
@@ -179,7 +180,7 @@ def _example_of_part(model: nn.Module, part: nn.Module, example: Arguments) -> A
     makes of it, as a detector resizes its images; None if the image is several and the network makes no map of it."""
     image = image_of(example)
     arguments = take_image(part, image)
-    with evaluating(model), torch.no_grad():
+    with left_as_it_is(model), evaluating(model), torch.no_grad():
         try:
             run_forward(part, arguments)
         except Exception:  # the part may refuse the image with any error
@@ -242,7 +243,7 @@ def _received(model: nn.Module, parts: Mapping[str, nn.Module], example: Argumen
             for path, part in parts.items()
         ]
         try:
-            with evaluating(model), torch.no_grad():
+            with left_as_it_is(model), evaluating(model), torch.no_grad():
                 _run(model, call)
         except Exception:  # the network may refuse its input with any error
             continue
