@@ -144,7 +144,7 @@ def adaptify(
 
     Args:
         model: a convolutional network, strided or already dilated. If torch.fx cannot follow the whole network, as in
-            a detector, its backbone is converted inside it.
+            a detector, its backbone is converted inside it: the part of that name, or the largest that reads an image.
         mask: a name (`"edges"`, `"edges:threshold=0.15,dilation=11"`, `"all"`, `"none"`, `"random"`), a
             provider, a callable image -> map, or a tensor; see `list_masks`.
         output_stride: (high, low), input pixels per sample where the mask is high and elsewhere. Default:
@@ -169,7 +169,8 @@ def adaptify(
             values of its library or `pretrained_cfg`, else an estimate from `example_input` or from the first picture
             of a call; see `net.normalisation`. `"raw"`: masks read the input unchanged.
         example_input: an image batch (B, C, H, W) to plan and verify on, or all arguments of a call: a tuple of
-            positional arguments, or a dictionary by name; default: small random images.
+            positional arguments, or a dictionary by name; default: small random images. Of a network that takes pairs
+            or clips in one tensor (B, T, C, H, W), that tensor.
         strict: raise an error if an operation without a rule ends the region, or if masks have no effect on the
             outputs; otherwise the latter is a `CadWarning`.
         verify_laws: verify on the example that uniform level maps give the dense networks exactly.
