@@ -392,6 +392,11 @@ class Pyramid:
     in_graph: bool = False
     _derived: dict[Hashable, dict[Hashable, Any]] = field(default_factory=dict, repr=False)
 
+    def of_rows(self, first: int, end: int) -> Pyramid:
+        """Return the pyramid of the fine rows [first, end) of the map, which begin and end between cells, or at its
+        lower border."""
+        return Pyramid(self.levels[:, first:end], self.geometry)
+
     @once
     def has_two_levels(self) -> bool:
         """True if all levels are 0 or the lowest."""
@@ -432,9 +437,11 @@ class Part:
 
     Attributes:
         pixels: (B*H*W,) bool: a cell is present if this map is True at its anchor.
+        between: the anchors [first, end) of a single image, as numbers of fine pixels, where these are the cells.
     """
 
     pixels: Tensor
+    between: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -499,6 +506,19 @@ class Lattice:
     def choose(self, pixels: Tensor) -> Lattice:
         """Return the part of a lattice whose anchors are True in `pixels` (B, H, W) bool."""
         return self.pyramid.lattice(self.stage, self.size, Part(pixels.flatten()))
+
+    def between(self, first: int, end: int) -> Lattice:
+        """Return the part of the lattice of a single image whose anchors lie in the fine rows [first, end)."""
+        ends = first * self.size[1], end * self.size[1]
+        pixels = torch.zeros(math.prod(self.size), dtype=torch.bool, device=self.pyramid.levels.device)
+        pixels[slice(*ends)] = True
+        return self.pyramid.lattice(self.stage, self.size, Part(pixels, ends))
+
+    def row_at(self, line: int) -> int:
+        """Return the number of the first element of a single image at or below a fine row."""
+        if side := self._side_of_uniform:
+            return min(divide_up(line, side), self.samples(side)[0]) * self.samples(side)[1]
+        return int(torch.searchsorted(self.anchors, line * self.size[1]))
 
     def at(self, stage: int, size: tuple[int, int] | None = None) -> Lattice:
         """Return the lattice of the same level map after `stage`, cropped to the fine size, with all cells present."""
@@ -631,8 +651,12 @@ class Lattice:
             )
             index = (is_there.cumsum(0) - 1).to(torch.int32)
             return is_there.nonzero().squeeze(1), index, is_there.view(self.batch, -1).sum(1)
-        if self._side_of_uniform:
+        if self._side_of_uniform and self.part is None:
             return self._cells_of_uniform(self._side_of_uniform)
+        if self.part is not None and self.part.between is not None:
+            whole = self.whole
+            first, end = (whole.row_at(place // width) for place in self.part.between)
+            return whole.anchors[first:end], whole.index - first, whole.counts.new_tensor([end - first])
         if self.part is None and self.capacity is None and maps.supports(self.levels):
             return maps.find_cells(self.levels, self.geometry.sides)
         if self.part is None and self.capacity is not None and self.has_gpu_maps:
@@ -725,6 +749,14 @@ class Lattice:
         return 0 if self.uniform_level is None else self.geometry.sides[self.uniform_level]
 
     @_derive
+    def areas(self) -> Tensor:
+        """(N,) int64: fine pixels of each element's cell inside the map."""
+        height, width = self.size
+        _, y, x = self.coordinates
+        side = constant(self.geometry.sides, torch.int64, self.levels.device)[self.level_of_rows.long()]
+        return torch.minimum(side, height - y) * torch.minimum(side, width - x)
+
+    @_derive
     def weights(self) -> Tensor:
         """(N,) float64: weight of each element in a mean over its image; sums to H*W per image.
 
@@ -732,9 +764,7 @@ class Lattice:
         the same, cropped or not, because that image *is* its dense counterpart (laws 1 and 2). Padding weighs zero.
         """
         height, width = self.size
-        image, y, x = self.coordinates
-        side = constant(self.geometry.sides, torch.int64, self.levels.device)[self.level_of_rows.long()]
-        area = torch.minimum(side, height - y) * torch.minimum(side, width - x)
+        image, area = self.coordinates[0], self.areas
         flat = self.levels.flatten(1)
         uniform = flat.amin(1) == flat.amax(1)
         weights = torch.where(uniform[image], height * width / self.counts[image].double(), area.double())

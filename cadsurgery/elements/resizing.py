@@ -63,16 +63,7 @@ def resize(
         )
     target = x.lattice.resample(stage, fine)
     if x.lattice.geometry.floors:
-        if mode == "nearest" and all(want == have * scale for want, have in zip(after, before, strict=True)):
-            same = partial(_same_sample, x.lattice, target, spacings[0])
-            return Elements(
-                x.rows.index_select(0, x.lattice.derive(("same sample", target.key), same)), target
-            )
-        corners = partial(_own_corners, x.lattice, target, spacings, before, after, mode, bool(align_corners))
-        reading, shares = x.lattice.derive(
-            ("own corners", target.key, spacings, after, mode, align_corners), corners
-        )
-        return Elements(mix(extend(x.rows, reading, 0.0), reading.table.to(torch.int32), shares), target)
+        return resize_onto(x, target, spacings, before, after, mode, bool(align_corners))
     key = ("resize", target.key, spacings, before, after, mode, align_corners)
     ratios = _ratios(before, after, spacings, bool(align_corners))
     stretched = scale == 1 and not all(
@@ -83,6 +74,41 @@ def resize(
         return Elements(mix(x.rows, places.long(), places.double()), target)
     build = partial(_between_cells, x.lattice, target, ratios, mode, bool(align_corners), stretched)
     return Elements(mix(x.rows, *x.lattice.derive(key, build)), target)
+
+
+def resize_onto(
+    x: Elements,
+    target: Lattice,
+    spacings: tuple[int, int],
+    before: tuple[int, int],
+    after: tuple[int, ...],
+    mode: str,
+    align_corners: bool,
+    top: int = 0,
+) -> Elements:
+    """Compute `resize` where level maps are floors, at the elements of a lattice.
+
+    Args:
+        x: elements.
+        target: the lattice, of the same level map.
+        spacings: fine pixels between the samples of the network's own grid, before and after.
+        before: samples (height, width) of the map.
+        after: samples (height, width) of the resized map.
+        mode: `nearest` or `bilinear`.
+        align_corners: as in torch.
+        top: fine row of the picture at which the level map begins.
+    """
+    scale = spacings[0] // spacings[1]
+    if mode == "nearest" and all(want == have * scale for want, have in zip(after, before, strict=True)):
+        same = partial(_same_sample, x.lattice, target, spacings[0])
+        return Elements(
+            x.rows.index_select(0, x.lattice.derive(("same sample", target.key), same)), target
+        )
+    corners = partial(_own_corners, x.lattice, target, spacings, before, after, mode, align_corners, top)
+    reading, shares = x.lattice.derive(
+        ("own corners", target.key, spacings, after, mode, align_corners), corners
+    )
+    return Elements(mix(extend(x.rows, reading, 0.0), reading.table.to(torch.int32), shares), target)
 
 
 def _same_sample(source: Lattice, target: Lattice, spacing: int) -> Tensor:
@@ -99,14 +125,17 @@ def _own_corners(
     after: tuple[int, ...],
     mode: str,
     align_corners: bool,
+    top: int,
 ) -> tuple[Reading, Tensor]:
     """Return where each element of a resized map reads the four samples of the network's own map around it, which may
     lie inside cells, and their weights (M, 4)."""
     (image, *coordinates), ends = target.coordinates, []
-    for at, have, want in zip(coordinates, before, after, strict=True):
-        number = (at // spacings[1]).double()
+    for at, have, want, origin in zip(coordinates, before, after, (top, 0), strict=True):
+        number = ((at + origin) // spacings[1]).double()
         number = number if mode == "nearest" or align_corners else number + 0.5
-        ends.append(ends_of(place_on_map(number, have, want, mode, align_corners), have, slack=1e-9))
+        found = ends_of(place_on_map(number, have, want, mode, align_corners), have, slack=1e-9)
+        (first, one), (second, other) = found
+        ends.append(((first - origin // spacings[0], one), (second - origin // spacings[0], other)))
     pixels, shares = corners(ends, lambda y, x: source.pixels(image, y * spacings[0], x * spacings[0]))
     return read_points(source, pixels), shares
 
@@ -159,9 +188,9 @@ def resize_to_dense(
         return _nearest(x, places)
     every_pixel = lattice.geometry.fill == "linear"
     if side and (every_pixel or side <= spacing):  # only anchors are read
-        return _between_samples(to_dense(x, side), [place / side for place in places])
+        return read_at(to_dense(x, side), [place / side for place in places])
     dense = to_dense(x, 1, guide=guide)
-    return _between_samples(dense, places) if every_pixel else _between_sides(dense, lattice, places, spacing)
+    return read_at(dense, places) if every_pixel else _between_sides(dense, lattice, places, spacing)
 
 
 def read_as_resized(fine: Tensor, spacing: int, **scaling: Any) -> Tensor:
@@ -170,7 +199,7 @@ def read_as_resized(fine: Tensor, spacing: int, **scaling: Any) -> Tensor:
     device = torch.device("cpu") if fine.is_meta else fine.device
     places = how.places((fine.shape[2], fine.shape[3]), spacing, fine.dtype, device)
     if how.mode == "bilinear":
-        return _between_samples(fine, places)
+        return read_at(fine, places)
     y, x = (place.to(fine.device) for place in places)
     return fine.index_select(2, y).index_select(3, x)
 
@@ -281,7 +310,7 @@ def _nearest(x: Elements, places: Sequence[Tensor]) -> Tensor:
     return rows.view(*cell.shape, -1).permute(0, 3, 1, 2)
 
 
-def _between_samples(dense: Tensor, places: Sequence[Tensor]) -> Tensor:
+def read_at(dense: Tensor, places: Sequence[Tensor]) -> Tensor:
     """Interpolate a map (B, C, h, w) bilinearly at the grid that `places` of both axes form."""
     rows = dense.permute(0, 2, 3, 1)
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))

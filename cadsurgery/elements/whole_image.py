@@ -7,7 +7,7 @@ network's own grid, so that it keeps the scale the weights were trained with, at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -293,21 +293,42 @@ def pool_to_bins(x: Elements, size: tuple[int, int], largest: bool = False, spac
 def _shares_of_bins(lattice: Lattice, size: tuple[int, int], spacing: int) -> Tensor:
     """Return the weight of each element in each bin of its image, (N, bins) float64; it sums to one per bin."""
     image, *place = lattice.coordinates
-    side = lattice.side_map.flatten()[lattice.anchors]
     flat = lattice.levels.flatten(1)
     whole = (flat.amin(1) == flat.amax(1))[image]
-    along = []
-    for at, length, bins in zip(place, lattice.size, size, strict=True):
-        samples, numbers = divide_up(length, spacing), torch.arange(bins, device=at.device)
-        first = numbers * samples // bins * spacing
-        last = divide_up((numbers + 1) * samples, bins) * spacing
-        end = torch.where(whole, at + side, (at + side).clamp(max=length)).unsqueeze(1)
-        along.append((torch.minimum(end, last) - torch.maximum(at.unsqueeze(1), first)).clamp(min=0))
-    shares = (along[0].unsqueeze(2) * along[1].unsqueeze(1)).flatten(1).double()
+    shares = areas_in_bins(lattice, place, lattice.size, size, spacing, whole)
     if lattice.real is not None:
         shares = shares * lattice.real.unsqueeze(1)
     total = shares.new_zeros(lattice.batch, shares.shape[1]).index_add(0, image, shares)
     return shares / total[image]
+
+
+def areas_in_bins(
+    lattice: Lattice,
+    place: Sequence[Tensor],
+    whole: tuple[int, int],
+    size: tuple[int, int],
+    spacing: int,
+    counts_in_full: Tensor | bool,
+) -> Tensor:
+    """Return the area that the cell of each element shares with each bin, (N, bins) float64.
+
+    Args:
+        lattice: the lattice, or that of some rows of a map.
+        place: fine row and column of each element on the map.
+        whole: fine size of the map.
+        size: bins (height, width).
+        spacing: fine pixels between the samples of the network's own grid.
+        counts_in_full: True for elements whose cells count beyond the border of the map.
+    """
+    side, along = lattice.side_map.flatten()[lattice.anchors], []
+    for at, length, bins in zip(place, whole, size, strict=True):
+        samples, numbers = divide_up(length, spacing), torch.arange(bins, device=at.device)
+        first = numbers * samples // bins * spacing
+        last = divide_up((numbers + 1) * samples, bins) * spacing
+        inside = (at + side).clamp(max=length)
+        end = torch.where(torch.as_tensor(counts_in_full, device=at.device), at + side, inside).unsqueeze(1)
+        along.append((torch.minimum(end, last) - torch.maximum(at.unsqueeze(1), first)).clamp(min=0))
+    return (along[0].unsqueeze(2) * along[1].unsqueeze(1)).flatten(1).double()
 
 
 @operation(reads="image", gives="vector")

@@ -211,7 +211,7 @@ def test_whatever_raises_is_refused_and_leaves_nothing(
 
     module, name = PHASES[file, phase]
     monkeypatch.setattr(importlib.import_module(module), name, fail)
-    in_8_bits: Any = {"precision": "int8", "calibration": torch.rand(2, 3, 64, 96)}
+    in_8_bits: Any = {"precision": "int8", "calibration": torch.randn(2, 3, 64, 96)}
     options = in_8_bits if phase.endswith("8 bits") else {}
     with pytest.raises(cs.CannotConvert) as refusal:
         cs.export(net, torch.randn(1, 3, 64, 96), path, **options)

@@ -1,0 +1,390 @@
+"""The operations of the region on bands of elements: which fine rows each reads, and how it computes those of some.
+
+A band of elements holds whole cells. What a window reads of a band lies in cells further up or down, so it is computed
+on the lattice of these rows, at the elements of the band alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from cadsurgery.elements import functional
+from cadsurgery.elements.elements import Elements
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.lattice import Lattice, Pyramid
+from cadsurgery.elements.whole_image import areas_in_bins
+from cadsurgery.elements.resizing import Scaling, read_at, resize_onto
+from cadsurgery.network.bands.schedule import SAME, Rows
+from cadsurgery.network.bands.steps import Fetch, entries
+
+_MOST_ROWS = 8  # lattices of so many bands are remembered, with what is derived from them
+Call = Callable[[dict[fx.Node, Any], dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The lattices of a map of the region.
+
+    Attributes:
+        stage: stage of its lattice.
+        size: fine size (height, width).
+    """
+
+    stage: int
+    size: tuple[int, int]
+
+
+@dataclass(eq=False)
+class Cells:
+    """The cells of one picture, in rows.
+
+    Attributes:
+        pyramid: the levels of the whole picture.
+        side: fine rows of the largest cell.
+    """
+
+    pyramid: Pyramid
+    side: int
+    _rows: dict[tuple[int, int], Pyramid] = field(default_factory=dict)
+    _counts: dict[Any, Tensor] = field(default_factory=dict)
+
+    def lattice(self, grid: Grid, first: int, end: int) -> Lattice:
+        """Return the lattice of the fine rows [first, end) of a map."""
+        key = (first, -(-end // self.side) * self.side)
+        if key not in self._rows:
+            if len(self._rows) >= _MOST_ROWS:
+                del self._rows[next(iter(self._rows))]
+            self._rows[key] = self.pyramid.of_rows(*key)
+        height = min(end, grid.size[0]) - first
+        return self._rows[key].lattice(grid.stage, (height, grid.size[1]))
+
+    def are_equal(self, grid: Grid) -> bool:
+        """True if all cells of a map have one level, so that they weigh the same; see `Lattice.weights`."""
+        return self.pyramid.lattice(grid.stage, grid.size).uniform_level is not None
+
+    def finest(self, grid: Grid) -> int:
+        """Return the side of the smallest cells of a map."""
+        geometry = self.pyramid.geometry
+        return geometry.sides[geometry.level_at(0, grid.stage)]
+
+    def elements_above(self, grid: Grid) -> Tensor:
+        """Return for each fine row about how many elements of a map lie above it, (height + 1,) float64."""
+        key = ("above", grid)
+        if key not in self._counts:
+            geometry = self.pyramid.geometry
+            each = torch.tensor([side**-2.0 for side in geometry.sides], dtype=torch.float64)
+            levels = self.pyramid.levels[0, : grid.size[0], : grid.size[1]]
+            of_rows = [
+                each[geometry.levels_at(some, grid.stage).long()].sum(1) for some in levels.split(self.side)
+            ]
+            beyond = grid.size[0] - levels.shape[0]
+            rows = torch.cat([torch.zeros(1, dtype=torch.float64), *of_rows, *of_rows[-1][-1:].expand(max(beyond, 0), 1)])
+            self._counts[key] = rows.cumsum(0)
+        return self._counts[key]
+
+    def reached(self, above: int, below: int, step: int = 1) -> Rows:
+        """Return the rows of whole cells that are read by points so many fine rows above and below an element, which
+        lies on a multiple of `step`; points within a cell read the next one, too."""
+        side = self.side
+
+        def last(row: int) -> int:
+            place = row // step * step + below
+            more = side if place % side == 0 else 2 * side
+            return place // side * side + more - 1
+
+        return Rows(lambda row: (row - above) // side * side, last)
+
+    def within(self, rows: Rows, first: int, end: int, height: int) -> tuple[int, int]:
+        """Return the rows [first, end) of a map that rows of a result read."""
+        return max(rows.first(first), 0), min(rows.last(end - 1) + 1, height)
+
+
+@dataclass
+class RowByRow:
+    """An operation that acts on each element alone."""
+
+    nodes: Sequence[fx.Node]
+    call: Call
+    copies: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def reads(self) -> list[tuple[fx.Node, Rows]]:
+        """The same rows of each map."""
+        return [(node, SAME) for node in self.nodes]
+
+    def compute(self, fetch: Fetch, first: int, end: int) -> Any:
+        """Return the elements of the fine rows [first, end)."""
+        return self.call({node: fetch(node, first, end) for node in self.nodes}, {})
+
+
+@dataclass
+class WindowOfElements:
+    """A convolution or pooling, in place of its call: with the window fitted to the whole map, at the elements of a
+    band.
+
+    Attributes:
+        cells: of the picture.
+        node: the node whose map it reads.
+        residual: node of a map that is added, if any.
+        window: the window, fitted to the whole map.
+        grids: of what it reads, of its result and of the residual.
+        call: calls the operation with rows of maps by node and further options.
+    """
+
+    cells: Cells
+    node: fx.Node
+    residual: fx.Node | None
+    window: Window
+    grids: tuple[Grid, Grid, Grid | None]
+    call: Call
+
+    @property
+    def reads(self) -> list[tuple[fx.Node, Rows]]:
+        """The cells under the taps, and those of the residual."""
+        more = [(self.residual, SAME)] if self.residual is not None else []
+        return [(self.node, self._rows), *more]
+
+    @property
+    def copies(self) -> list[fx.Node]:
+        """What is read of several bands is copied."""
+        return [] if self.window.is_pointwise else [self.node]
+
+    @property
+    def _rows(self) -> Rows:
+        window, height = self.window, self.grids[0].size[0]
+        if window.is_pointwise:
+            return SAME
+        if window.finer > 1:
+            down = [window.output_spacing * (window.padding[0] - tap) for tap in range(window.kernel[0])]
+        else:
+            down = window.offsets[0]
+        rows = self.cells.reached(max(0, -min(down)), max(0, max(down)), self.cells.finest(self.grids[1]))
+        if window.mode == "zeros":
+            return rows
+        pads = [window.spacing * pad for pad in window.padding[:2]]  # what is reflected lies in front of the border
+        side = self.cells.side
+        top, bottom = max(0, height - 1 - 2 * pads[1]) // side * side, (2 * pads[0] // side + 2) * side - 1
+        return Rows(lambda row: min(rows.first(row), top), lambda row: max(rows.last(row), bottom))
+
+    def compute(self, fetch: Fetch, first: int, end: int) -> Elements:
+        """Return the elements of the fine rows [first, end)."""
+        cells, (source, target, added) = self.cells, self.grids
+        begin, stop = cells.within(self._rows, first, end, source.size[0])
+        begin, stop = min(begin, first), max(stop, end)
+        x = fetch(self.node, begin, min(stop, source.size[0]))
+        goal = cells.lattice(target, first, end)
+        if (begin, stop) == (first, end):
+            stage, rows = goal, {self.node: x}
+            if self.residual is not None:
+                rows[self.residual] = fetch(self.residual, first, end)
+        else:
+            stage = cells.lattice(target, begin, stop).between(first - begin, min(end, target.size[0]) - begin)
+            rows = {self.node: x}
+            if self.residual is not None:
+                assert added is not None
+                more = fetch(self.residual, first, end)
+                whole = cells.lattice(added, begin, stop)
+                same = added == target
+                there = stage if same else whole.between(first - begin, min(end, added.size[0]) - begin)
+                rows[self.residual] = Elements(more.rows, there)
+        extra = {"window": self.window, "stage": stage}
+        return Elements(self.call(rows, extra).rows, goal)
+
+
+@dataclass
+class ResizedElements:
+    """A resize within the region, onto the lattice of an earlier stage."""
+
+    cells: Cells
+    node: fx.Node
+    grids: tuple[Grid, Grid]
+    spacings: tuple[int, int]
+    mode: str
+    align_corners: bool
+
+    def __post_init__(self) -> None:
+        source, target = self.grids
+        self.before = tuple(-(-length // self.spacings[0]) for length in source.size)
+        self.after = tuple(-(-length // self.spacings[1]) for length in target.size)
+        self.copies = [self.node]
+        # A sample reads its neighbours; a place moves by less than a sample for each cell, and by the rest of a size.
+        ratio = self.before[0] / self.after[0]
+        side, coarse, fine = self.cells.side, *self.spacings
+
+        def place(row: int) -> float:
+            number = row // fine
+            if self.mode == "nearest" or self.align_corners:
+                have, want = self.before[0], self.after[0]
+                scale = (have - 1) / max(want - 1, 1) if self.align_corners and self.mode != "nearest" else ratio
+                return number * scale
+            return (number + 0.5) * ratio - 0.5
+
+        def first(row: int) -> int:
+            return int((place(row) - 1e-6) // 1) * coarse // side * side
+
+        def last(row: int) -> int:
+            reached = (int((place(row) + 1e-6) // 1) + 1) * coarse
+            return (reached // side + (1 if reached % side == 0 else 2)) * side - 1
+
+        self.reads = [(self.node, Rows(first, last))]
+
+    def compute(self, fetch: Fetch, first: int, end: int) -> Elements:
+        """Return the elements of the fine rows [first, end)."""
+        cells, (source, target) = self.cells, self.grids
+        begin, stop = cells.within(self.reads[0][1], first, end, source.size[0])
+        begin, stop = min(begin, first), max(stop, end)
+        x, goal = fetch(self.node, begin, min(stop, source.size[0])), cells.lattice(target, first, end)
+        stage = cells.lattice(target, begin, stop).between(first - begin, min(end, target.size[0]) - begin)
+        found = resize_onto(
+            x, stage, self.spacings, self.before, self.after, self.mode, self.align_corners, begin
+        )
+        return Elements(found.rows, goal)
+
+
+class DenseMap:
+    """The dense map at the exit of the region: rows of the network's own grid, read from elements."""
+
+    def __init__(self, cells: Cells, node: fx.Node, grid: Grid, spacing: int, call: Call) -> None:
+        self.cells, self.node, self.grid, self.spacing, self.call = cells, node, grid, spacing, call
+        reached = cells.reached(0, 0)
+        self.reads = [
+            (node, Rows(lambda row: reached.first(row * spacing), lambda row: reached.last(row * spacing)))
+        ]
+        self.copies = [node]
+
+    def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
+        """Return rows [first, end) of the map."""
+        begin, stop = self.cells.within(self.reads[0][1], first, end, self.grid.size[0])
+        dense: Tensor = self.call({self.node: fetch(self.node, begin, stop)}, {})
+        start = first - begin // self.spacing
+        return dense[:, :, start : start + end - first]
+
+
+class ResizedAtExit:
+    """A resize at the exit of the region, see `functional.resize_to_dense`."""
+
+    def __init__(
+        self, cells: Cells, node: fx.Node, grid: Grid, spacing: int, scaling: Scaling, dtype: torch.dtype
+    ) -> None:
+        self.cells, self.node, self.grid, self.mode = cells, node, grid, scaling.mode
+        self.places = scaling.places(grid.size, spacing, dtype, torch.device("cpu"))
+        low, high = entries(self.places[0], grid.size[0])
+        reached = cells.reached(0, 0)
+        self.reads = [(node, Rows(lambda row: reached.first(low(row)), lambda row: reached.last(high(row))))]
+        self.copies = [node]
+
+    def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
+        """Return rows [first, end) of the map."""
+        begin, stop = self.cells.within(self.reads[0][1], first, end, self.grid.size[0])
+        x, (down, across) = fetch(self.node, begin, stop), self.places
+        down = down[first:end] - begin
+        if self.mode != "bilinear":
+            cell = x.lattice.index.view(x.lattice.size).index_select(0, down).index_select(1, across)
+            return x.rows.index_select(0, cell.flatten()).view(1, *cell.shape, -1).permute(0, 3, 1, 2)
+        return read_at(functional.to_dense(x, 1), [down, across])
+
+
+class Weighted:
+    """Sums over the elements of an image, weighed by the area of their cells: mean and variance of each channel, or of
+    each of several groups of channels."""
+
+    def __init__(self, groups: int, squares: bool, are_equal: bool) -> None:
+        """Take the number of groups, or 0 for channels, and whether all elements weigh the same."""
+        self.groups, self.squares, self.are_equal = groups, squares, are_equal
+        self.area, self.sums = 0, list[Tensor]()
+
+    def add(self, x: Elements, first: int) -> None:
+        """Take in the elements of a band."""
+        areas = x.lattice.areas.double()
+        areas = torch.ones_like(areas) if self.are_equal else areas
+        values = x.rows.double().flatten(1)
+        each = [values, values.square()] if self.squares else [values]
+        sums = [areas @ one for one in each]
+        if self.groups:
+            sums = [one.view(self.groups, -1).mean(1) for one in sums]
+        sums = [one.unsqueeze(0) for one in sums]
+        self.sums = (
+            [one + other for one, other in zip(self.sums, sums, strict=True)] if self.sums else sums
+        )
+        self.area += int(areas.sum())
+
+    def finish(self) -> tuple[Tensor, Tensor | None]:
+        """Return mean and variance (1, C), float64."""
+        mean = self.sums[0] / self.area
+        return mean, self.sums[1] / self.area - mean.square() if self.squares else None
+
+
+class LargestElement:
+    """The largest value of each channel (1, C), or the smallest, over elements."""
+
+    def __init__(self, sign: int = 1) -> None:
+        self.sign = sign
+        self.found: Tensor | None = None
+
+    def add(self, x: Elements, first: int) -> None:
+        """Take in the elements of a band."""
+        of_rows = (x.rows * self.sign).amax(0, keepdim=True)
+        self.found = of_rows if self.found is None else torch.maximum(self.found, of_rows)
+
+    def finish(self) -> Tensor:
+        """Return the values."""
+        assert self.found is not None
+        return self.found * self.sign
+
+
+class BinsOfElements:
+    """Adaptive pooling of elements to a small map (1, C, bins, bins), see `functional.pool_to_bins`."""
+
+    def __init__(
+        self, size: tuple[int, int], bins: tuple[int, int], largest: bool, spacing: int, are_equal: bool
+    ) -> None:
+        self.size, self.bins, self.largest = size, bins, largest
+        self.spacing, self.are_equal = spacing, are_equal
+        self.found: Tensor | None = None
+        self.area: Tensor | float = 0.0
+
+    def add(self, x: Elements, first: int) -> None:
+        """Take in the elements of a band from a fine row on."""
+        _, y, column = x.lattice.coordinates
+        shares = areas_in_bins(x.lattice, (y + first, column), self.size, self.bins, self.spacing, self.are_equal)
+        if self.largest:
+            inside = (shares > 0).unsqueeze(2).unbind(1)
+            found = torch.stack([torch.where(own, x.rows, -torch.inf).amax(0) for own in inside], 1)
+            self.found = found if self.found is None else torch.maximum(self.found, found)
+            return
+        found = x.rows.double().T @ shares
+        self.found = found if self.found is None else self.found + found
+        self.area = self.area + shares.sum(0)
+
+    def finish(self) -> Tensor:
+        """Return the small map."""
+        assert self.found is not None
+        found = self.found if self.largest else self.found / self.area
+        return found.view(1, -1, *self.bins)
+
+
+@dataclass
+class Entering:
+    """The dense map at the beginning of the region, as elements."""
+
+    cells: Cells
+    node: fx.Node
+    grid: Grid
+    layout: str
+    copies: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def reads(self) -> list[tuple[fx.Node, Rows]]:
+        """The same rows."""
+        return [(self.node, SAME)]
+
+    def compute(self, fetch: Fetch, first: int, end: int) -> Elements:
+        """Return the elements of the fine rows [first, end)."""
+        lattice = self.cells.lattice(self.grid, first, end)
+        found: Elements = functional.to_elements(fetch(self.node, first, end), lattice, self.layout)
+        return Elements(found.rows, lattice)

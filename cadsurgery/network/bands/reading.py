@@ -1,0 +1,599 @@
+"""From the graph of a network to the maps and steps of a walk in bands: one step for each operation, by its rule."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from cadsurgery.elements import functional
+from cadsurgery.elements.backends.packed import PackedConv, PackedLinear, ScaleShift
+from cadsurgery.elements.elements import Elements
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.lattice import Geometry, Lattice, Pyramid
+from cadsurgery.elements.on_rows import OnRows
+from cadsurgery.elements.operations import Operation, operation_of
+from cadsurgery.elements.resizing import Scaling
+from cadsurgery.methods.spatial import Spatial
+from cadsurgery.network.bands import element_steps, steps
+from cadsurgery.network.bands.element_steps import Cells, Grid
+from cadsurgery.network.bands.schedule import Map
+from cadsurgery.network.bands.steps import Step, Sum
+from cadsurgery.network.macs import meta_copy
+from cadsurgery.network.program import GraphInterpreter, Program
+from cadsurgery.support.errors import CannotConvert
+from cadsurgery.support.torch_operations import is_in_place, is_kind
+from cadsurgery.surgery.arguments import in_order
+from cadsurgery.surgery.facts import Facts, MapFacts
+from cadsurgery.surgery.refusals import source_line
+from cadsurgery.surgery.rewrite import ask_mask
+from cadsurgery.surgery.rule_arguments import pair_of
+from cadsurgery.surgery.treatment import Attribute, Call, Treatment, barrier, rule
+
+NCHW = "bchw"
+
+
+@rule(PackedConv)
+def fused_convolution(node: fx.Node, facts: MapFacts) -> Treatment:
+    """A convolution of an inference copy reads what the network's own reads."""
+    module: Any = facts.module(node)
+    stride, (top, left), dilation = map(pair_of, module.window)
+    if stride[0] != stride[1]:
+        return barrier(f"stride {stride} differs between the axes")
+    kernel = (module.weight.shape[2], module.weight.shape[3])
+    return Treatment(
+        "window",
+        call=functional.fused_conv2d,
+        window=Window(kernel, stride[0], dilation, (top, top, left, left)),
+    )
+
+
+@rule(PackedLinear, ScaleShift)
+def fused_product(node: fx.Node, facts: MapFacts) -> Treatment:
+    """A linear layer, or factors and shifts, of an inference copy act on each position alone."""
+    return Treatment("pointwise")
+
+
+class Statistics(NamedTuple):
+    """Stands for mean and variance of a norm among the values of the whole image."""
+
+    node: fx.Node
+
+
+Key = fx.Node | Statistics
+
+
+class WholeImage(NamedTuple):
+    """A value of the whole image, made of sums over its rows.
+
+    Attributes:
+        source: node of the map that it is of.
+        make: makes the empty sums.
+        finish: makes the value from what the sums give.
+    """
+
+    source: fx.Node
+    make: Callable[[], Sum]
+    finish: Callable[[Any], Any]
+
+
+@dataclass
+class Reading:
+    """The maps of a graph for pictures of one size.
+
+    Attributes:
+        graph: the graph.
+        image: node of the picture.
+        maps: all maps in the order of the graph; the picture is the first.
+        nodes: node of each map.
+        steps: what computes each map but the picture.
+        sums: values of the whole image.
+        passes: for each map and each value, how many walks down the picture come before it.
+        axis: the axis of each map that its rows are counted along.
+        shapes: shape of each tensor for one picture.
+        grids: the lattices of each map of the region.
+        channels: the number of values of each element of such a map.
+        several: nodes of the region whose value is several maps.
+        types: type of each tensor, and of the values of elements.
+        numbers: numbers that follow from the size of the picture.
+    """
+
+    graph: fx.Graph
+    image: fx.Node
+    maps: list[Map] = field(default_factory=list)
+    nodes: list[fx.Node] = field(default_factory=list)
+    steps: dict[int, Step] = field(default_factory=dict)
+    sums: dict[Key, WholeImage] = field(default_factory=dict)
+    passes: dict[Key, int] = field(default_factory=dict)
+    axis: dict[fx.Node, int] = field(default_factory=dict)
+    shapes: dict[fx.Node, torch.Size] = field(default_factory=dict)
+    grids: dict[fx.Node, Grid] = field(default_factory=dict)
+    channels: dict[fx.Node, int] = field(default_factory=dict)
+    several: set[fx.Node] = field(default_factory=set)
+    types: dict[fx.Node, torch.dtype] = field(default_factory=dict)
+    numbers: dict[fx.Node, Any] = field(default_factory=dict)
+
+    @property
+    def result(self) -> Any:
+        """What the graph returns, with nodes in place of values."""
+        return next(node for node in self.graph.nodes if node.op == "output").args[0]
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        """The nodes that the graph returns."""
+        return next(node for node in self.graph.nodes if node.op == "output").all_input_nodes
+
+    @property
+    def map_outputs(self) -> list[fx.Node]:
+        """The maps that the graph returns."""
+        return [node for node in self.outputs if node in self.number]
+
+    @property
+    def number(self) -> dict[fx.Node, int]:
+        """The number of the map of each node."""
+        return {node: number for number, node in enumerate(self.nodes)}
+
+
+class _Shapes(GraphInterpreter):
+    """Runs a graph on shapes, and records these."""
+
+    def __init__(self, program: Program, graph: fx.Graph, reading: Reading) -> None:
+        super().__init__(program, graph)
+        self.reading = reading
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.reading.shapes[n], self.reading.types[n] = value.shape, value.dtype
+        elif isinstance(value, Elements) and isinstance(value.rows, Tensor):
+            self.reading.grids[n] = Grid(value.lattice.stage, value.lattice.size)
+            self.reading.channels[n], self.reading.types[n] = math.prod(value.rows.shape[1:]), value.rows.dtype
+        elif isinstance(value, Elements):  # several maps in one
+            self.reading.several.add(n)
+        elif not isinstance(value, nn.Module):
+            self.reading.numbers[n] = value
+        return value
+
+
+class Reader:
+    """Makes the reading of a graph."""
+
+    def __init__(
+        self, program: Program, graph: fx.Graph, arguments: dict[str, Any], image: str, lattice: Lattice | None = None
+    ) -> None:
+        """Take a program, one of its graphs, the arguments of a call with one picture, the picture's name, and the
+        lattice of the region, if the graph has one."""
+        self.program, self.net = program, program.net
+        places = {node.target: node for node in graph.nodes if node.op == "placeholder"}
+        self.reading = Reading(graph, places[image])
+        given = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in arguments.items()}
+        on_meta = program.bind_to(meta_copy(self.net))
+        self.cells = Cells(lattice.pyramid, lattice.geometry.sides[-1]) if lattice is not None else None
+        first = (partial(_coarse, program.geometry),) if lattice is not None else ()
+        with torch.no_grad():
+            _Shapes(on_meta, graph, self.reading).run(*in_order(graph, given, *first))
+        self.run = GraphInterpreter(program, graph)
+        facts = Facts(self.net, graph, given[image], self.reading.shapes, arguments=given)
+        facts.floating.update(node for node, dtype in self.reading.types.items() if dtype.is_floating_point)
+        facts.numbers.update(
+            {node: value for node, value in self.reading.numbers.items() if _is_number(value)}
+        )
+        facts.given.append(self.reading.image)
+        self.spatial = Spatial(facts)
+        self.parts = dict[fx.Node, list[fx.Node]]()  # the maps that several values in one are read from
+        self.arguments = arguments
+
+    def read(self) -> Reading:
+        """Return the reading.
+
+        Raises:
+            CannotConvert: an operation needs a whole map.
+        """
+        for node in self.reading.graph.nodes:
+            if node.op == "output":
+                break
+            if node is self.reading.image:
+                self._add(node, None)
+            elif node.op in ("placeholder", "get_attr") or node.target is ask_mask:
+                continue
+            elif node in self.reading.several:
+                self.parts[node] = self._maps_of(node)
+            elif any(one in self.reading.grids for one in (node, *node.all_input_nodes)):
+                self._read_elements(node)
+            elif any(self._has_map(source) for source in node.all_input_nodes):
+                self._read_node(node)
+            else:
+                self.reading.passes[node] = self._passes(node.all_input_nodes)
+        return self.reading
+
+    def _has_map(self, node: fx.Node) -> bool:
+        return node in self.reading.nodes or node in self.parts
+
+    def _maps_of(self, node: fx.Node) -> list[fx.Node]:
+        """The maps that a node reads, also through several values in one."""
+        read = (self.parts.get(source, [source]) for source in node.all_input_nodes if self._has_map(source))
+        return list(dict.fromkeys(one for some in read for one in some))
+
+    def _passes(self, nodes: Iterable[fx.Node]) -> int:
+        return max((self.reading.passes.get(node, 0) for node in nodes), default=0)
+
+    def _read_node(self, node: fx.Node) -> None:
+        treatment = self.spatial.treatments[node]
+        if node in self.reading.numbers and _is_number(self.reading.numbers[node]):
+            return  # a size
+        if node not in self.reading.shapes:
+            self._refuse_unless_rowwise(node, treatment)
+            self.parts[node] = self._maps_of(node)
+            return
+        if treatment.kind == "global":
+            self._read_sum(node, treatment)
+        elif node not in self.spatial.facts.pads or treatment.kind != "pad":
+            self._add(node, self._step(node, treatment))
+
+    def _add(self, node: fx.Node, step: Step | None) -> None:
+        reading, numbers, size = self.reading, self.reading.number, self.reading.types[node].itemsize
+        if node in reading.grids:
+            assert self.cells is not None
+            grid = reading.grids[node]
+            made = Map(node.name, grid.size[0], reading.channels[node] * size, step=self.cells.side)
+            made.elements = self.cells.elements_above(grid).tolist()
+        else:
+            shape, axis = reading.shapes[node], self._axis(node)
+            reading.axis[node] = axis
+            row = math.prod(shape) // max(shape[axis], 1) * size
+            made = Map(node.name, shape[axis], row if step is not None else 0)
+        if step is not None:
+            made.reads = [(numbers[source], rows) for source, rows in step.reads]
+            made.copied = [numbers[source] for source in step.copies]
+            reading.steps[len(reading.maps)] = step
+            read = [*node.all_input_nodes, *(source for source, _ in step.reads)]
+            reading.passes.setdefault(node, self._passes(read))
+        reading.maps.append(made)
+        reading.nodes.append(node)
+
+    # -- steps ---------------------------------------------------------------------------------------
+
+    def _step(self, node: fx.Node, treatment: Treatment) -> Step:
+        module = self.net.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, PackedConv) and treatment.window is not None:
+            return self._packed(node, module, treatment.window)
+        if treatment.then:
+            raise self._refusal(node, "it is several operations in one")
+        call, arguments = treatment.call, {name: self._resolved(value) for name, value in treatment.arguments}
+        if treatment.window is not None and treatment.kind == "resize":
+            return self._spread(node, treatment.window, arguments)
+        if treatment.window is not None and treatment.kind == "window":
+            return self._windowed(node, treatment, arguments)
+        if call is functional.resize:
+            source = self._source(node)
+            size = self._size(source)
+            scaling = Scaling(**{name: arguments.get(name) for name in ("size", "scale_factor", "align_corners", "recompute_scale_factor")}, mode=arguments.get("mode", "nearest"))
+            return steps.Resized(source, size, scaling, self.reading.types[source])
+        if call in (functional.pad, functional.crop):
+            source = self._source(node)
+            value = arguments.get("value", 0.0) if call is functional.pad else 0.0
+            return steps.Bordered(source, self._size(source), self._size(node), value)
+        if call is functional.group_norm:
+            return self._group_norm(node, arguments)
+        self._refuse_unless_rowwise(node, treatment)
+        return self._pointwise(node)
+
+    def _packed(self, node: fx.Node, module: PackedConv, window: Window) -> Step:
+        source, residual = self._source(node), node.args[1] if len(node.args) > 1 else None
+        if residual is not None and self.reading.shapes.get(residual) != self.reading.shapes[node]:  # type: ignore[call-overload]
+            raise self._refusal(node, "what it adds has another size")
+        more: Any = residual
+        apply, width = steps.convolution_by(module, window), self.reading.shapes[node][3]
+        return steps.Windowed(source, window, self._size(source), width, apply, window.outside or 0.0, more)
+
+    def _windowed(self, node: fx.Node, treatment: Treatment, arguments: dict[str, Any]) -> Step:
+        source, window, call = self._source(node), treatment.window, treatment.call
+        assert window is not None
+        size, width = self._size(source), self.reading.shapes[node][3]
+        window = window.fit(size)
+        make = partial(steps.Windowed, source, window, size, width)
+        outside = window.outside if window.outside is not None else 0.0
+        if call is functional.conv2d:
+            weight, bias = arguments["weight"], arguments.get("bias")
+            return make(steps.convolution_of(weight, bias, arguments.get("groups", 1), window), outside)
+        if call is functional.max_pool2d:
+            outside = -torch.inf if window.outside is None else window.outside
+            return make(steps.largest_of(window), outside)
+        if call is functional.avg_pool2d and window.dilation == (1, 1):
+            sums = make(steps.sums_of(window), outside)
+            return steps.Mean(sums, arguments.get("divisor"), arguments.get("count_include_pad", True))
+        if call is functional.pixel_unshuffle:
+            return make(lambda x, left, _: F.pixel_unshuffle(x, window.stride), 0.0)
+        raise self._refusal(node, "its window is of a kind that needs whole maps")
+
+    def _spread(self, node: fx.Node, window: Window, arguments: dict[str, Any]) -> Step:
+        source = self._source(node)
+        sizes = self._size(source)[0], self.reading.shapes[node][3]
+        groups, bias = arguments.get("groups", 1), arguments.get("bias")
+        return steps.spread_by(source, window, sizes, arguments["weight"], bias, groups)
+
+    def _group_norm(self, node: fx.Node, arguments: dict[str, Any]) -> Step:
+        """Mean and variance are values of the whole image; the rest acts on each row."""
+        source, groups = self._source(node), arguments["groups"]
+        made = partial(steps.affine_of, groups=groups, **{name: arguments[name] for name in ("weight", "bias", "eps")})
+        key = Statistics(node)
+        self._add_sum(key, source, partial(steps.Moments, groups, True), made)
+
+        def apply(rows: dict[fx.Node, Any]) -> Tensor:
+            scale, shift = self.values[key]
+            x = rows[source]
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return torch.addcmul(shift.to(wide), x.to(wide), scale.to(wide)).to(x.dtype)
+
+        self.reading.passes[node] = self.reading.passes[key]
+        return steps.Pointwise([source], apply)
+
+    def _pointwise(self, node: fx.Node) -> Step:
+        maps, axis, shape = self._maps_of(node), self._axis(node), self.reading.shapes[node]
+        heights = {self.reading.shapes[one][self._axis(one)] for one in (*maps, node)}
+        if len(heights) > 1:
+            raise self._refusal(node, "it joins maps of several heights")
+        first: Any = node.args[0] if node.args else None
+        if is_in_place(node.target, node.args, node.kwargs) and len(first.users) > 1:
+            raise self._refusal(node, "it changes a map that others read")
+        if is_kind(node.target, "reshapes"):  # by numbers that are those of the whole map
+
+            def reshape(rows: dict[fx.Node, Any]) -> Tensor:
+                (x,) = rows.values()
+                height = x.shape[self._axis(maps[0])]
+                return x.reshape(*shape[:axis], height, *shape[axis + 1 :])
+
+            return steps.Pointwise(maps, reshape)
+        return steps.Pointwise(maps, partial(self._call, node))
+
+    def _axis(self, node: fx.Node) -> int:
+        return self.reading.axis.get(node) or max(self.spatial.facts.layout(node).find("h"), 0) or 2
+
+    def _call(self, node: fx.Node, rows: dict[fx.Node, Any]) -> Any:
+        """Call the operation of a node on rows of the maps that it reads."""
+
+        def value(read: fx.Node) -> Any:
+            if read in rows:
+                return rows[read].clone() if is_in_place(node.target, node.args, node.kwargs) else rows[read]
+            return self._call(read, rows) if read in self.parts else self.values[read]
+
+        args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
+        return getattr(self.run, node.op)(node.target, args, kwargs)
+
+    # -- the region ----------------------------------------------------------------------------------
+
+    def _read_elements(self, node: fx.Node) -> None:
+        """Read an operation of the region, or one at its border."""
+        operation, cells = operation_of(node.target), self.cells
+        if node in self.reading.numbers and _is_number(self.reading.numbers[node]):
+            return
+        if operation is None or cells is None:
+            raise self._refusal(node, "it is no operation on elements")
+        if operation.gives == "vector":
+            self._sum_of_elements(node)
+            return
+        maps = self._maps_of(node)
+        if not maps:
+            raise self._refusal(node, "it reads no map")
+        self._add(node, self._element_step(node, maps[0], operation, cells))
+
+    def _element_step(self, node: fx.Node, source: fx.Node, operation: Operation, cells: Cells) -> Step:
+        grids, options = self.reading.grids, self._options(node)
+        call = partial(self._call_with, node)
+        if node.target is functional.to_elements:
+            return element_steps.Entering(cells, source, grids[node], options.get("layout", NCHW))
+        if source not in grids:
+            raise self._refusal(node, "it joins a dense map with the region")
+        spacing = options.get("spacing", 1)
+        if node.target is functional.to_dense and options.get("layout", NCHW) == NCHW and not options.get("guide"):
+            return element_steps.DenseMap(cells, source, grids[source], spacing, call)
+        if node.target is functional.resize_to_dense and cells.pyramid.geometry.fill == "linear":
+            names = ("size", "scale_factor", "align_corners", "recompute_scale_factor")
+            scaling = Scaling(**{name: options.get(name) for name in names}, mode=options.get("mode", "nearest"))
+            return element_steps.ResizedAtExit(cells, source, grids[source], spacing, scaling, self.reading.types[source])
+        if node.target is functional.resize and cells.pyramid.geometry.floors:
+            mode, align = options.get("mode", "nearest"), bool(options.get("align_corners"))
+            return element_steps.ResizedElements(
+                cells, source, (grids[source], grids[node]), options["spacings"], mode, align
+            )
+        if operation.reads == "window" and "window" in options:
+            window = options["window"].fit(grids[source].size)
+            residual = options.get("residual")
+            added = grids[residual] if residual is not None else None
+            return element_steps.WindowOfElements(
+                cells, source, residual, window, (grids[source], grids[node], added), call
+            )
+        if node.target is functional.group_norm:
+            return self._group_norm_of_elements(node, source, options)
+        is_border = node.target in (functional.pad, functional.crop, functional.check_same_padding)
+        if operation.reads != "element" or (is_border and grids[node] != grids[source]):
+            raise self._refusal(node, "it needs whole maps")
+        maps = self._maps_of(node)
+        if any(one not in grids for one in maps):
+            raise self._refusal(node, "it joins a dense map with the region")
+        if is_border:
+            return element_steps.RowByRow([source], lambda rows, _: rows[source])
+        return element_steps.RowByRow(maps, call)
+
+    def _options(self, node: fx.Node) -> dict[str, Any]:
+        """The arguments of an operation on elements by name; numbers in place of their nodes."""
+        target: Any = node.target
+        if isinstance(target, OnRows):
+            return {}
+        bound = inspect.signature(target).bind(*node.args, **node.kwargs)
+
+        def number(read: fx.Node) -> Any:
+            return self.reading.numbers.get(read, read)
+
+        return {name: map_arg(value, number) for name, value in bound.arguments.items()}
+
+    def _call_with(self, node: fx.Node, rows: dict[fx.Node, Any], more: dict[str, Any]) -> Any:
+        """Call an operation on elements on those of the maps that it reads, with other options."""
+
+        def value(read: fx.Node) -> Any:
+            if read in rows:
+                return rows[read]
+            return self._call_with(read, rows, {}) if read in self.parts else self.values[read]
+
+        args, kwargs = map_arg(node.args, value), {**map_arg(node.kwargs, value), **more}
+        target: Any = node.target
+        return target(*args, **kwargs)
+
+    def _sum_of_elements(self, node: fx.Node) -> None:
+        (source, *_), options = self._maps_of(node), self._options(node)
+        how, shape, dtype = options.get("how", "mean"), self.reading.shapes[node], self.reading.types[node]
+        is_plain = options.get("layout", NCHW) == NCHW and tuple(options.get("dims", (2, 3))) == (2, 3)
+        size, spacing = self.reading.grids[source].size, options.get("spacing", 1)
+        samples = math.prod(-(-length // spacing) for length in size)
+        assert self.cells is not None
+        are_equal = self.cells.are_equal(self.reading.grids[source])
+        if node.target is functional.global_max or (node.target is functional.global_reduce and how in ("amax", "amin")):
+            make: Callable[[], Sum] = partial(element_steps.LargestElement, -1 if how == "amin" else 1)
+            made: Callable[[Any], Any] = _unchanged
+        elif node.target in (functional.global_mean, functional.global_reduce):
+            make = partial(element_steps.Weighted, 0, how in ("var", "std", "norm"), are_equal)
+            made = partial(_reduced, how=how, samples=samples, correction=options.get("correction", 1))
+        elif node.target is functional.pool_to_bins:
+            bins, largest = options["size"], options.get("largest", False)
+            make = partial(element_steps.BinsOfElements, size, bins, largest, spacing, are_equal)
+            made = _unchanged
+        else:
+            is_plain = False
+        if not is_plain:
+            raise self._refusal(node, "it needs whole maps")
+        self._add_sum(node, source, make, lambda found: made(found).view(shape).to(dtype))
+
+    def _group_norm_of_elements(self, node: fx.Node, source: fx.Node, options: dict[str, Any]) -> Step:
+        groups, key = options["groups"], Statistics(node)
+        given = {name: self._resolved(options.get(name)) for name in ("weight", "bias")}
+        made = partial(steps.affine_of, groups=groups, eps=options.get("eps", 1e-5), **given)
+        assert self.cells is not None
+        are_equal = self.cells.are_equal(self.reading.grids[source])
+        self._add_sum(key, source, partial(element_steps.Weighted, groups, True, are_equal), made)
+        self.reading.passes[node] = self.reading.passes[key]
+
+        def apply(rows: dict[fx.Node, Any], _: dict[str, Any]) -> Elements:
+            scale, shift = (part.flatten() for part in self.values[key])
+            x = rows[source]
+            each = x.rows.shape[1] // len(scale)  # without a weight there is one for each group
+            scale, shift = scale.repeat_interleave(each), shift.repeat_interleave(each)
+            wide = torch.promote_types(x.rows.dtype, torch.float32)
+            found = torch.addcmul(shift.to(wide), x.rows.to(wide), scale.to(wide))
+            return Elements(found.to(x.rows.dtype), x.lattice)
+
+        return element_steps.RowByRow([source], apply)
+
+    # -- values of the whole image -------------------------------------------------------------------
+
+    def _read_sum(self, node: fx.Node, treatment: Treatment) -> None:
+        source, call = self._source(node), treatment.call
+        options = {name: self._resolved(value) for name, value in treatment.arguments}
+        how, make = options.get("how", "mean"), None
+        shape, dtype = self.reading.shapes[node], self.reading.types[node]
+        size = self._size(source)
+        made: Callable[[Any], Any] = _unchanged
+        if call is functional.pool_to_bins:
+            make = partial(steps.Bins, size, options["size"], options["largest"])
+        elif call is functional.global_max or how in ("amax", "amin"):
+            make = partial(steps.Largest, -1 if how == "amin" else 1)
+        elif call in (functional.global_mean, functional.global_reduce):
+            squares, samples = how in ("var", "std", "norm"), size[0] * size[1]
+            make = partial(steps.Moments, 0, squares)
+            made = partial(_reduced, how=how, samples=samples, correction=options.get("correction", 1))
+        if make is None or tuple(options.get("dims", (2, 3))) != (2, 3):
+            raise self._refusal(node, "it needs whole maps")
+        self._add_sum(node, source, make, lambda found: made(found).view(shape).to(dtype))
+
+    def _add_sum(self, key: Key, source: fx.Node, make: Callable[[], Sum], made: Callable[[Any], Any]) -> None:
+        self.reading.sums[key] = WholeImage(source, make, made)
+        self.reading.passes[key] = self.reading.passes.get(source, 0) + 1
+
+    # -- reading the graph ---------------------------------------------------------------------------
+
+    values: dict[fx.Node, Any]  # of all that is no map, while a call runs
+
+    def _source(self, node: fx.Node) -> fx.Node:
+        """The map that a node reads, without its padding."""
+        source: Any = node.args[0] if node.args else next(iter(node.kwargs.values()))
+        source = source.args[0] if source in self.spatial.facts.pads else source
+        if source not in self.reading.nodes:
+            raise self._refusal(node, "what it reads is no map")
+        return source  # type: ignore[no-any-return]
+
+    def _size(self, node: fx.Node) -> tuple[int, int]:
+        shape = self.reading.shapes[node]
+        return shape[2], shape[3]
+
+    def _resolved(self, value: Any) -> Any:
+        """The value of an argument of a treatment."""
+        if isinstance(value, Attribute):
+            return operator.attrgetter(value.path)(self.net)
+        if isinstance(value, Call):
+            args = [self._resolved(part) for part in value.args]
+            return value.target(*args, **value.kwargs) if callable(value.target) else args[0]
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._resolved(part) for part in value)
+        if isinstance(value, fx.Node):
+            if value in self.reading.numbers:
+                return self.reading.numbers[value]
+            if value.op == "get_attr":
+                return self.run.fetch_attr(str(value.target))
+            raise self._refusal(value, "it is computed from the image")
+        return value
+
+    def _refuse_unless_rowwise(self, node: fx.Node, treatment: Treatment) -> None:
+        """Refuse an operation that does not act on each row alone as it is called."""
+        if node.target is operator.getitem and node.args[0] in self.parts:
+            return
+        operation, layouts = treatment.operation, {self.spatial.facts.layout(one) for one in self._maps_of(node)}
+        layouts |= {self.spatial.facts.layout(node)} if node in self.reading.shapes else set()
+        on_rows = operation is None or operation.reads == "element"
+        if treatment.kind not in ("pointwise", "join") or not on_rows or any("h" not in one for one in layouts):
+            raise self._refusal(node, treatment.why or "it needs whole maps")
+
+    def _refusal(self, node: fx.Node, why: str) -> CannotConvert:
+        return CannotConvert(
+            "the network cannot be computed in bands of rows.",
+            where=", ".join(filter(None, (node.name, self.spatial.facts.path(node), source_line(node)))),
+            why=f"{why}.",
+            next="run it whole: net.optimize() without memory=.",
+        )
+
+
+def _unchanged(found: Any) -> Any:
+    return found
+
+
+def _coarse(geometry: Geometry, image: Tensor, features: Tensor) -> Lattice:
+    """Return a lattice of the fewest cells for a fine map, without memory for its levels."""
+    level = torch.tensor(geometry.max_level, dtype=torch.int8)
+    size = (features.shape[2], features.shape[3])
+    pyramid = Pyramid(level.expand(features.shape[0], *size), geometry)
+    return pyramid.lattice(geometry.stage_of_levels, size)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_number, value))
+    return isinstance(value, (int, float, str, bool, type(None), torch.dtype, torch.device))
+
+
+def _reduced(moments: tuple[Tensor, Tensor | None], how: str, samples: int, correction: int) -> Tensor:
+    """Return what a reduction over the image gives from mean and variance (1, C)."""
+    mean, variance = moments
+    if how in ("mean", "sum"):
+        return mean * (samples if how == "sum" else 1)
+    assert variance is not None
+    if how == "norm":
+        return ((variance + mean.square()) * samples).sqrt()
+    variance = variance.clamp(min=0) * (samples / max(samples - correction, 1))
+    return variance.sqrt() if how == "std" else variance

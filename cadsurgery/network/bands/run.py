@@ -1,0 +1,280 @@
+"""Run a network on a picture in bands of rows, within a memory that is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from cadsurgery.elements.axes import fast_layout
+from cadsurgery.elements.elements import Elements
+from cadsurgery.elements.lattice import Lattice
+from cadsurgery.network.bands.reading import Key, Reader, Reading
+from cadsurgery.network.bands.schedule import Map, Pass, used_by, walk
+from cadsurgery.network.bands.steps import Sum
+from cadsurgery.network.program import Program
+from cadsurgery.support.errors import InvalidInput
+from cadsurgery.surgery.rewrite import ask_mask
+
+_MOST_BANDS = 4096  # of one walk
+
+
+@dataclass
+class Walks:
+    """The walks down a picture that give the results.
+
+    Attributes:
+        passes: the walks: one for each value of the whole image that another one needs, and one for the results.
+        ends: the maps that each is for, by number.
+        kept: the maps that stay whole after each.
+        band: rows of the tallest map in a band.
+        work: rows that are computed, each times its bytes, relative to computing each once.
+    """
+
+    passes: list[Pass]
+    ends: list[list[int]]
+    kept: list[set[int]]
+    band: int
+    work: float
+
+    @property
+    def peak(self) -> int:
+        """The most bytes of maps at once."""
+        return max(one.peak for one in self.passes)
+
+
+def plan_walks(reading: Reading, band: int, keeps: bool) -> Walks:
+    """Plan the walks for bands of so many rows.
+
+    Args:
+        reading: the maps of the network.
+        band: rows of the tallest map in a band.
+        keeps: keep maps between walks that a later one reads; otherwise they are computed again from the picture.
+    """
+    number, maps, known = reading.number, reading.maps, {0}
+    last = max((reading.passes.get(node, 0) for node in reading.outputs), default=0)
+    passes, ends, kept = [], [], []
+    for at in range(last + 1):
+        sources = (one.source for key, one in reading.sums.items() if reading.passes[key] == at + 1)
+        wanted = {number[source] for source in sources} if at < last else {number[n] for n in reading.map_outputs}
+        staying = _read_later(reading, at) - known if keeps and at < last else set()
+        wanted |= staying
+        passes.append(walk(maps, sorted(wanted - known), band, known, staying))
+        ends.append(sorted(wanted))
+        kept.append(staying)
+        known = known | staying if keeps else known
+        known = {one for one in known if one == 0 or _is_read_later(reading, one, at)}
+    every = {end for some in ends for end in some}
+    once = sum(maps[one].height * maps[one].row for one in used_by(maps, every, {0}))
+    rows = sum((task.end - task.first) * maps[task.number].row for p in passes for tasks in p.bands for task in tasks)
+    return Walks(passes, ends, kept, band, rows / max(once, 1))
+
+
+def _read_later(reading: Reading, at: int) -> set[int]:
+    """Return the maps of a walk that maps of later ones read, or that are results."""
+    passes, nodes = reading.passes, reading.nodes
+    is_ready = {one for one in range(1, len(nodes)) if passes.get(nodes[one], 0) <= at}
+    waiting = [one for one in range(len(nodes)) if one not in is_ready and one]
+    read = {source for one in waiting for source, _ in reading.maps[one].reads}
+    later = {reading.number[one.source] for key, one in reading.sums.items() if passes[key] > at + 1}
+    return (read | later | {reading.number[node] for node in reading.map_outputs}) & is_ready
+
+
+def _is_read_later(reading: Reading, one: int, at: int) -> bool:
+    return one in _read_later(reading, at)
+
+
+def fit(reading: Reading, memory: int) -> Walks:
+    """Return the walks that need the least work within a memory, in bytes.
+
+    Raises:
+        InvalidInput: bands of the fewest rows need more.
+    """
+    tallest, least = max(one.height for one in reading.maps), None
+    ways = (True, False) if any(reading.sums) else (False,)
+    for keeps in ways:
+        for band in _bands(tallest):
+            walks = plan_walks(reading, band, keeps)
+            if walks.peak <= memory:
+                return walks
+            if least is None or walks.peak < least.peak:
+                least = walks
+    assert least is not None
+    raise InvalidInput(
+        f"memory={memory / 2**20:.0f}MiB is too little for this picture.",
+        why=f"in bands of {least.band} rows its maps take {least.peak / 2**20:.0f} MiB"
+        f", most of it {_largest(reading, least)}.",
+        next=f'give at least memory="{-(-least.peak // 2**20)}MiB".',
+    )
+
+
+def _bands(tallest: int) -> Iterator[int]:
+    """Yield numbers of rows of a band to try, the most first."""
+    band = 1 << max(tallest - 1, 1).bit_length()
+    while band >= 8 and -(-tallest // band) <= _MOST_BANDS:
+        yield band
+        band //= 2
+
+
+def _largest(reading: Reading, walks: Walks) -> str:
+    held = max(walks.passes, key=lambda one: one.peak).largest
+    return ", ".join(
+        "copies of rows" if one < 0 else reading.maps[one].name
+        for one in sorted((n for n in held if n), key=lambda n: -held[n])[:2]
+    )
+
+
+class _Held:
+    """The rows of a map that are there, in parts: along an axis of a dense map, or as elements."""
+
+    def __init__(self, axis: int, lattice: Callable[[int, int], Lattice] | None = None) -> None:
+        self.axis, self.lattice = axis, lattice
+        self.parts = list[tuple[int, int, Any]]()
+
+    def add(self, first: int, end: int, rows: Any) -> None:
+        self.parts.append((first, end, rows))
+
+    def drop(self, row: int) -> None:
+        self.parts = [part for part in self.parts if part[1] > row]
+
+    def rows(self, first: int, end: int) -> Any:
+        found = [
+            rows if (first, end) == (at, stop) else self._narrow(rows, max(first - at, 0), min(end, stop) - at)
+            for at, stop, rows in self.parts
+            if at < end and stop > first
+        ]
+        if self.lattice is None:
+            return found[0] if len(found) == 1 else torch.cat(found, self.axis)
+        rows = [one.rows for one in found]
+        return Elements(rows[0] if len(rows) == 1 else torch.cat(rows), self.lattice(first, end))
+
+    def _narrow(self, rows: Any, first: int, end: int) -> Any:
+        if self.lattice is None:
+            return rows.narrow(self.axis, first, end - first)
+        return Elements(rows.rows[rows.lattice.row_at(first) : rows.lattice.row_at(end)], rows.lattice)
+
+
+class BandedCall:
+    """The computation of one picture in bands."""
+
+    def __init__(self, reader: Reader, walks: Walks) -> None:
+        self.reader, self.reading, self.walks = reader, reader.reading, walks
+        self.held = dict[int, _Held]()
+
+    def run(self, arguments: dict[str, Any], lattice: Lattice | None = None) -> Any:
+        """Return what the graph returns for the arguments of a call with one picture and, if it has a region, the
+        lattice of it."""
+        reading = self.reading
+        values: dict[Key, Any] = {
+            node: lattice if node.target is ask_mask else None
+            for node in reading.graph.nodes
+            if node.target is ask_mask or (node.op == "placeholder" and str(node.target) not in arguments)
+        }
+        self.reader.values = values  # type: ignore[assignment]
+        image = next(arguments[str(node.target)] for node in (reading.image,))
+        whole = _Held(2)
+        whole.add(0, image.shape[2], image)
+        self.held = {0: whole}
+        self._evaluate(arguments, 0)
+        results = {
+            node: fast_layout(torch.empty(reading.shapes[node], dtype=reading.types[node]))
+            for node in reading.map_outputs
+        }
+        for at, (one, kept) in enumerate(zip(self.walks.passes, self.walks.kept, strict=True)):
+            is_last = at == len(self.walks.passes) - 1
+            sums = {key: s.make() for key, s in reading.sums.items() if reading.passes[key] == at + 1}
+            self._walk(one, sums, results if is_last else {}, self.walks.ends[at])
+            for key, total in sums.items():
+                values[key] = reading.sums[key].finish(total.finish())
+            self.held = {number: held for number, held in self.held.items() if number == 0 or number in kept or self._stays(number, at)}
+            self._evaluate(arguments, at + 1)
+        return map_arg(reading.result, lambda node: results[node] if node in results else values[node])
+
+    def _stays(self, number: int, at: int) -> bool:
+        return any(number in kept for kept in self.walks.kept[: at + 1]) and _is_read_later(self.reading, number, at)
+
+    def _evaluate(self, arguments: dict[str, Any], at: int) -> None:
+        """Compute what is no map and can be known before a walk."""
+        reading, values, run = self.reading, self.reader.values, self.reader.run
+        for node in reading.graph.nodes:
+            if node.op == "output" or node in values or reading.passes.get(node, 0) > at:
+                continue
+            if node in reading.number or node in self.reader.parts or node in reading.sums:
+                continue
+            if node.op == "placeholder":
+                values[node] = arguments[str(node.target)]
+            elif node in reading.numbers and not any(part in values for part in ()) and _is_plain(reading, node):
+                values[node] = reading.numbers[node]
+            elif all(source in values for source in node.all_input_nodes):
+                args, kwargs = (map_arg(part, values.__getitem__) for part in (node.args, node.kwargs))
+                values[node] = getattr(run, node.op)(node.target, args, kwargs)
+
+    def _walk(self, one: Pass, sums: dict[Key, Sum], results: dict[fx.Node, Tensor], ends: Collection[int]) -> None:
+        reading, held = self.reading, self.held
+        number = reading.number
+        wanted = {number[node]: rows for node, rows in results.items()}
+        summed: dict[int, list[Sum]] = {}
+        for key, total in sums.items():
+            summed.setdefault(number[reading.sums[key].source], []).append(total)
+        for at in [at for at in (*wanted, *summed) if at in held]:  # whole maps of an earlier walk, or the picture
+            self._hand_on(at, held[at].rows(0, reading.maps[at].height), 0, wanted, summed)
+
+        def fetch(node: fx.Node, first: int, end: int) -> Tensor:
+            return held[number[node]].rows(first, end)
+
+        for tasks in one.bands:
+            for task in tasks:
+                rows = reading.steps[task.number].compute(fetch, task.first, task.end)
+                self._held(task.number).add(task.first, task.end, rows)
+                self._hand_on(task.number, rows, task.first, wanted, summed)
+                del rows
+                for left, row in task.drops:
+                    if left in held:
+                        held[left].drop(row)
+
+    def _held(self, number: int) -> _Held:
+        if number not in self.held:
+            node, cells = self.reading.nodes[number], self.reader.cells
+            grid = self.reading.grids.get(node)
+            lattice = partial(cells.lattice, grid) if grid is not None and cells is not None else None
+            self.held[number] = _Held(self.reading.axis.get(node, 0), lattice)
+        return self.held[number]
+
+    def _hand_on(
+        self, at: int, rows: Tensor, first: int, wanted: dict[int, Tensor], summed: dict[int, list[Sum]]
+    ) -> None:
+        if at in wanted:
+            axis = self.reading.axis[self.reading.nodes[at]]
+            wanted[at].narrow(axis, first, rows.shape[axis]).copy_(rows)
+        for total in summed.get(at, ()):
+            total.add(rows, first)
+
+
+def _is_plain(reading: Reading, node: fx.Node) -> bool:
+    """True if a value is a number that follows from the size of the picture."""
+    return node not in reading.shapes
+
+
+def run_in_bands(program: Program, graph: fx.Graph, arguments: dict[str, Any], image: str, memory: int) -> Any:
+    """Return what a graph of dense maps returns, each picture in bands of rows within a memory, in bytes."""
+    batch = arguments[image]
+    results = []
+    reader = walks = None
+    for one in batch.split(1):
+        call = {**arguments, image: one}
+        if reader is None:
+            reader = Reader(program, graph, call, image)
+            walks = fit(reader.read(), memory)
+        assert walks is not None
+        results.append(BandedCall(reader, walks).run(call))
+    return results
+
+
+def maps_in_words(maps: list[Map]) -> str:
+    """Return the maps with the rows that they read, for debugging."""
+    return "\n".join(f"{n} {one.name} {one.height} rows of {one.row} bytes" for n, one in enumerate(maps))

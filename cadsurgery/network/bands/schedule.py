@@ -1,0 +1,211 @@
+"""Which rows of each map are computed in which band, and the memory that this takes: arithmetic on sizes alone.
+
+A band of the results asks each map for the rows that it lacks. They are computed in the order of the graph, as soon as
+the maps that they read have the rows for it, and a map keeps the rows that a later band reads. So nothing is computed
+twice, and what is kept follows from the width of the picture and the reach of the windows, not from its height.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Rows(NamedTuple):
+    """The rows of a map that rows of a result read, as two functions of the number of a row, which never fall. Rows
+    outside the map may be among them."""
+
+    first: Callable[[int], int]
+    last: Callable[[int], int]
+
+
+def _same(row: int) -> int:
+    return row
+
+
+SAME = Rows(_same, _same)
+
+
+@dataclass(eq=False)
+class Map:
+    """A map that is computed in bands.
+
+    Attributes:
+        name: of its node, for messages.
+        height: rows.
+        row: bytes of a row, or of an element.
+        reads: the maps that it is computed from, by number, and the rows of them that a row reads.
+        step: rows are computed in multiples of so many.
+        copied: numbers of the maps whose rows are copied while it is computed.
+        elements: how many elements lie above each row, where rows have different numbers of them.
+    """
+
+    name: str
+    height: int
+    row: int
+    reads: list[tuple[int, Rows]] = field(default_factory=list)
+    step: int = 1
+    copied: list[int] = field(default_factory=list)
+    elements: Sequence[float] | None = None
+
+    def taken(self, first: int, end: int) -> float:
+        """Return the bytes of rows [first, end)."""
+        if self.elements is None:
+            return (end - first) * self.row
+        return (self.elements[end] - self.elements[first]) * self.row
+
+
+class Task(NamedTuple):
+    """Rows [first, end) of a map that are computed, and what is no longer needed then.
+
+    Attributes:
+        number: number of the map.
+        first, end: the rows.
+        drops: maps whose rows before another one are read by nothing that follows, as pairs of number and row.
+    """
+
+    number: int
+    first: int
+    end: int
+    drops: tuple[tuple[int, int], ...]
+
+
+@dataclass
+class Pass:
+    """A walk down the picture.
+
+    Attributes:
+        bands: for each band of rows, what is computed, in order.
+        peak: the most bytes of maps at once, those that it begins with included.
+        largest: the maps that hold the most at that moment, by number.
+    """
+
+    bands: list[list[Task]]
+    peak: int = 0
+    largest: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def computed(self) -> set[int]:
+        """The numbers of the maps that it computes."""
+        return {task.number for band in self.bands for task in band}
+
+
+def walk(
+    maps: Sequence[Map], ends: Collection[int], band: int, known: Collection[int], kept: Collection[int] = ()
+) -> Pass:
+    """Plan a walk down a picture.
+
+    Args:
+        maps: the maps in the order of the graph.
+        ends: the maps that are asked for.
+        band: rows of the tallest map in a band.
+        known: maps that are there as a whole from the beginning.
+        kept: maps that stay as a whole once they are computed.
+    """
+    used = used_by(maps, ends, known)
+    if not used:
+        return Pass([])
+    readers: dict[int, list[tuple[int, Rows]]] = defaultdict(list)
+    for number in used:
+        for source, rows in maps[number].reads:
+            readers[source].append((number, rows))
+    leaving: dict[int, list[int]] = defaultdict(list)
+    for number in used:
+        leaving[max((reader for reader, _ in readers[number]), default=number)].append(number)
+    done, result = dict.fromkeys(used, 0), Pass([])
+    held = {number: [(0, maps[number].height)] for number in known}
+    for need in _needed(maps, used, readers, ends, band):
+        keep = _still_read(maps, used, readers, need, kept)
+        tasks = []
+        for number in used:
+            drops = tuple((left, keep[left]) for left in leaving[number])
+            if need[number] > done[number]:
+                tasks.append(Task(number, done[number], need[number], drops))
+            elif tasks and drops:
+                tasks[-1] = tasks[-1]._replace(drops=(*tasks[-1].drops, *drops))
+        _count(maps, tasks, held, result)
+        if tasks:
+            result.bands.append(tasks)
+        done = need
+    return result
+
+
+def used_by(maps: Sequence[Map], ends: Collection[int], known: Collection[int]) -> list[int]:
+    """Return the maps that have to be computed for some, in order."""
+    used, left = set[int](), list(ends)
+    while left:
+        number = left.pop()
+        if number not in used and number not in known:
+            used.add(number)
+            left += [source for source, _ in maps[number].reads]
+    return sorted(used)
+
+
+def _needed(
+    maps: Sequence[Map],
+    used: Sequence[int],
+    readers: Mapping[int, Sequence[tuple[int, Rows]]],
+    ends: Collection[int],
+    band: int,
+) -> Iterator[dict[int, int]]:
+    """Yield for each band how many rows of each map must be there after it. The first bands lie above the picture by as
+    much as results read further down, so that no band has more rows to compute than another one."""
+    whole = max((maps[number].height for number in (*used, *ends)), default=0)
+
+    def asked_by(bottom: int) -> dict[int, int]:
+        asked = {end: -(-min(bottom, whole) * maps[end].height // whole) for end in ends}
+        for number in reversed(used):
+            step, rows = maps[number].step, asked.get(number, -maps[number].height)
+            for reader, window in readers[number]:
+                rows = max(rows, window.last(asked[reader] - 1) + 1)
+            asked[number] = min(-(-rows // step) * step, maps[number].height)
+        return asked
+
+    at_top = asked_by(0)
+    above = max((rows * whole // maps[number].height for number, rows in at_top.items()), default=0)
+    for bottom in range(band - -(-max(above, 0) // band) * band, whole + band, band):
+        yield {number: max(rows, 0) for number, rows in asked_by(bottom).items()}
+
+
+def _still_read(
+    maps: Sequence[Map],
+    used: Sequence[int],
+    readers: Mapping[int, Sequence[tuple[int, Rows]]],
+    need: Mapping[int, int],
+    kept: Collection[int],
+) -> dict[int, int]:
+    """Return the first row of each map that is read after a band."""
+    keep = {}
+    for number in used:
+        first = need[number]
+        for reader, window in readers[number]:
+            if need[reader] < maps[reader].height:
+                first = min(first, max(0, window.first(need[reader])))
+        keep[number] = 0 if number in kept else first
+    return keep
+
+
+def _count(
+    maps: Sequence[Map], tasks: Sequence[Task], held: dict[int, list[tuple[int, int]]], result: Pass
+) -> None:
+    """Count the bytes of maps while tasks are carried out. What a task computed is freed as a whole."""
+    for task in tasks:
+        one = maps[task.number]
+        held.setdefault(task.number, []).append((task.first, task.end))
+        copies = 0.0
+        for source, rows in one.reads:
+            if source in one.copied:
+                height = maps[source].height
+                first, last = max(rows.first(task.first), 0), min(rows.last(task.end - 1) + 1, height)
+                copies += maps[source].taken(min(first, last), last)
+        alive = {
+            number: sum(maps[number].taken(*part) for part in parts) for number, parts in held.items()
+        }
+        total = sum(alive.values()) + copies
+        if total > result.peak:
+            result.peak, result.largest = int(total), {**alive, -1: copies}
+        for number, row in task.drops:
+            if number in held:
+                held[number] = [part for part in held[number] if part[1] > row]

@@ -1,0 +1,411 @@
+"""The operations of a network on bands of dense maps: which rows each reads, and how it computes some rows.
+
+A map is (1, C, H, W); rows [first, end) of it are (1, C, end - first, W). Padding is added at the border of the picture
+only. Everything else is the operation of the network, called on the rows that it reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from cadsurgery.elements.backends.onednn import convolve
+from cadsurgery.elements.backends.packed import PackedConv
+from cadsurgery.elements.backends.weights import transpose_weight
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.resizing import Scaling, read_at
+from cadsurgery.network.bands.schedule import SAME, Rows
+
+Fetch = Callable[[fx.Node, int, int], Any]  # rows [first, end) of the map of a node
+
+
+class Step(Protocol):
+    """The computation of the map of a node.
+
+    Attributes:
+        reads: the nodes whose maps it reads, and which rows of them.
+        copies: those of them whose rows are copied while it runs.
+    """
+
+    reads: list[tuple[fx.Node, Rows]]
+    copies: list[fx.Node]
+
+    def compute(self, fetch: Fetch, first: int, end: int) -> Any:
+        """Return rows [first, end) of the map."""
+        ...
+
+
+@dataclass
+class Pointwise:
+    """An operation that acts on each row alone.
+
+    Attributes:
+        nodes: the nodes whose maps it reads.
+        call: called with the rows of these maps by node.
+    """
+
+    nodes: Sequence[fx.Node]
+    call: Callable[[dict[fx.Node, Any]], Any]
+    copies: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def reads(self) -> list[tuple[fx.Node, Rows]]:
+        """The same rows of each map."""
+        return [(node, SAME) for node in self.nodes]
+
+    def compute(self, fetch: Fetch, first: int, end: int) -> Any:
+        """Return rows [first, end) of the map."""
+        return self.call({node: fetch(node, first, end) for node in self.nodes})
+
+
+def rows_of_window(window: Window, height: int) -> Rows:
+    """Return the rows that a window reads of a map of a height; those outside it are padding."""
+    span, (top, bottom) = window.dilation[0] * (window.kernel[0] - 1), window.padding[:2]
+    if window.finer > 1:  # row r of the result is made of rows i with 0 <= r + top - i finer <= span
+        return Rows(
+            lambda row: -(-(row + top - span) // window.finer), lambda row: (row + top) // window.finer
+        )
+    if window.mode == "zeros":
+        return Rows(lambda row: row * window.stride - top, lambda row: row * window.stride - top + span)
+    # What is reflected at a border lies in front of it.
+    return Rows(
+        lambda row: min(row * window.stride - top, height - 1 - bottom),
+        lambda row: max(row * window.stride - top + span, top),
+    )
+
+
+@dataclass
+class Windowed:
+    """A convolution or pooling.
+
+    Attributes:
+        node: the node whose map it reads.
+        window: kernel, stride, dilation, padding; see `Window`.
+        size: (height, width) of that map.
+        width: of the result.
+        apply: computes the operation on padded rows; the last argument is padding of the width that is left to it.
+        outside: value of the padding.
+        residual: node of a map that is added, if any.
+    """
+
+    node: fx.Node
+    window: Window
+    size: tuple[int, int]
+    width: int
+    apply: Callable[[Tensor, int, Tensor | None], Tensor]
+    outside: float
+    residual: fx.Node | None = None
+
+    @property
+    def reads(self) -> list[tuple[fx.Node, Rows]]:
+        """The rows under the window, and those that are added."""
+        more = [(self.residual, SAME)] if self.residual is not None else []
+        return [(self.node, rows_of_window(self.window, self.size[0])), *more]
+
+    @property
+    def copies(self) -> list[fx.Node]:
+        """What is read of several bands is copied."""
+        return [self.node] if self.window.kernel[0] > 1 else []
+
+    def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
+        """Return rows [first, end) of the map."""
+        window, (height, width) = self.window, self.size
+        top, _, left, _ = window.padding
+        down, across = (step * (taps - 1) for step, taps in zip(window.dilation, window.kernel, strict=True))
+        above = max(0, top - first * window.stride)
+        below = max(0, (end - 1) * window.stride - top + down + 1 - height)
+        right = (self.width - 1) * window.stride + across + 1 - left - width
+        rows, start = rows_of_window(window, height), 0
+        if window.mode != "zeros" and (above or below):
+            begin, stop = max(rows.first(first), 0), min(rows.last(end - 1) + 1, height)
+        else:
+            begin = max(first * window.stride - top, 0)
+            stop = min((end - 1) * window.stride - top + down + 1, height)
+        x = fetch(self.node, begin, stop)
+        more = fetch(self.residual, first, end) if self.residual is not None else None
+        is_left = window.mode == "zeros" and self.outside == 0.0 and 0 <= left - right < window.stride
+        if not is_left or left < 0:
+            x, left = _padded(x, (left, right, above, below), window.mode, self.outside), 0
+        elif above or below:
+            x = F.pad(x, (0, 0, above, below), value=self.outside)
+        if window.mode != "zeros":  # rows that were read for their reflection alone
+            start = max(0, (first * window.stride - top + above) - begin)
+            x = x[:, :, start : start + (end - 1 - first) * window.stride + down + 1]
+        return self.apply(x, left, more)
+
+
+def _padded(x: Tensor, pads: tuple[int, int, int, int], mode: str, value: float) -> Tensor:
+    if mode == "zeros":
+        return F.pad(x, pads, value=value)
+    cut = tuple(min(pad, 0) for pad in pads)
+    return F.pad(F.pad(x, cut), tuple(max(pad, 0) for pad in pads), mode=mode)
+
+
+def convolution_by(module: PackedConv, window: Window) -> Callable[[Tensor, int, Tensor | None], Tensor]:
+    """Return the function that computes a fused convolution of padded rows."""
+
+    def apply(x: Tensor, left: int, residual: Tensor | None) -> Tensor:
+        stride = (window.stride, window.stride)
+        return convolve(module.weights, x, stride, (0, left), window.dilation, residual)
+
+    return apply
+
+
+def convolution_of(
+    weight: Tensor, bias: Tensor | None, groups: int, window: Window
+) -> Callable[[Tensor, int, Tensor | None], Tensor]:
+    """Return the function that computes a convolution of padded rows."""
+    return lambda x, left, _: F.conv2d(x, weight, bias, window.stride, (0, left), window.dilation, groups)
+
+
+def largest_of(window: Window) -> Callable[[Tensor, int, Tensor | None], Tensor]:
+    """Return the function that computes a maximum pooling of padded rows."""
+    return lambda x, left, _: F.max_pool2d(x, window.kernel, window.stride, 0, window.dilation)
+
+
+class Mean:
+    """An average pooling, as `Windowed`: sums of padded rows, and of ones for the divisor."""
+
+    def __init__(self, windowed: Windowed, divisor: int | None, counts_padding: bool) -> None:
+        self.windowed, self.divisor, self.counts_padding = windowed, divisor, counts_padding
+        self.reads, self.copies = windowed.reads, windowed.copies
+
+    def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
+        """Return rows [first, end) of the map."""
+        sums = self.windowed.compute(fetch, first, end)
+        if self.divisor is not None:
+            return sums / self.divisor
+        window, size = self.windowed.window, self.windowed.size
+        along = []
+        for axis, places in enumerate((range(first, end), range(self.windowed.width))):
+            before, after = window.padding[2 * axis : 2 * axis + 2] if self.counts_padding else (0, 0)
+            taps = range(window.kernel[axis])
+            starts = [place * window.stride - window.padding[2 * axis] for place in places]
+            along.append([sum(-before <= at + tap < size[axis] + after for tap in taps) for at in starts])
+        counts = torch.tensor(along[0]).unsqueeze(1) * torch.tensor(along[1])
+        return sums / counts.to(sums)
+
+
+def sums_of(window: Window) -> Callable[[Tensor, int, Tensor | None], Tensor]:
+    """Return the function that sums the values under a window, of padded rows."""
+    return lambda x, left, _: F.avg_pool2d(x, window.kernel, window.stride, divisor_override=1)
+
+
+@dataclass
+class Spread:
+    """A transposed convolution; see `Window.finer`.
+
+    Attributes:
+        node: the node whose map it reads.
+        window: see `Window`.
+        height: of that map.
+        width: of the result.
+        weight: (C, O / groups, kh, kw), as torch takes it.
+        bias: (O,) or None.
+        groups: channel groups.
+    """
+
+    node: fx.Node
+    window: Window
+    height: int
+    width: int
+    weight: Tensor
+    bias: Tensor | None
+    groups: int
+
+    @property
+    def reads(self) -> list[tuple[fx.Node, Rows]]:
+        """The rows whose taps reach a row of the result."""
+        return [(self.node, rows_of_window(self.window, self.height))]
+
+    @property
+    def copies(self) -> list[fx.Node]:
+        """What is read of several bands is copied."""
+        return [self.node]
+
+    def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
+        """Return rows [first, end) of the map."""
+        window, rows = self.window, rows_of_window(self.window, self.height)
+        begin, stop = max(rows.first(first), 0), min(rows.last(end - 1) + 1, self.height)
+        start = first + window.padding[0] - window.finer * begin
+        taken = slice(start, start + end - first), slice(window.padding[2], window.padding[2] + self.width)
+        out = fetch(self.node, begin, stop) if stop > begin else None
+        if out is not None:
+            out = F.conv_transpose2d(out, self.weight, None, window.finer, 0, 0, self.groups)
+            out = F.pad(out, (0, max(0, taken[1].stop - out.shape[3]), 0, max(0, taken[0].stop - out.shape[2])))
+            out = out[:, :, taken[0], taken[1]]
+        else:  # below the last row that is spread
+            channels = self.weight.shape[1] * self.groups
+            out = self.weight.new_zeros(1, channels, end - first, self.width)
+        return out if self.bias is None else out + self.bias.view(-1, 1, 1)
+
+
+def spread_by(
+    node: fx.Node, window: Window, sizes: tuple[int, int], weight: Tensor, bias: Tensor | None, groups: int
+) -> Spread:
+    """Return the step of a transposed convolution whose weight is (O, C / groups, kh, kw); `sizes` are the height of
+    the map and the width of the result."""
+    return Spread(node, window, *sizes, transpose_weight(weight, groups).contiguous(), bias, groups)
+
+
+class Resized:
+    """A resize of a map (height, width) by torch's interpolation."""
+
+    def __init__(self, node: fx.Node, size: tuple[int, int], scaling: Scaling, dtype: torch.dtype) -> None:
+        self.node, self.height = node, size[0]
+        self.places = scaling.places(size, 1, dtype, torch.device("cpu"))
+        self.reads = [(node, Rows(*entries(self.places[0], size[0])))]
+        self.copies = [node]
+
+    def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
+        """Return rows [first, end) of the map."""
+        (_, rows), down = self.reads[0], self.places[0][first:end]
+        begin = rows.first(first)
+        x = fetch(self.node, begin, rows.last(end - 1) + 1)
+        return read_at(x, [down - begin, self.places[1]])
+
+
+def entries(places: Tensor, height: int) -> tuple[Callable[[int], int], Callable[[int], int]]:
+    """Return the rows of a map that are read at places of it, as functions of the number of the place. Before the
+    first, rows above the map, as far above as the scale says."""
+    low = places.floor().long()
+    high = (low + (places > low)).clamp(max=height - 1)
+    first, last = (partial(_entry, table.tolist(), height / len(places)) for table in (low, high))
+    return first, last
+
+
+def _entry(table: list[int], ratio: float, row: int) -> int:
+    return table[row] if row >= 0 else math.floor(row * ratio)
+
+
+class Bordered:
+    """A map that is cut or padded at its lower and right border, to `size` (height, width)."""
+
+    def __init__(
+        self, node: fx.Node, have: tuple[int, int], size: tuple[int, int], value: float | None
+    ) -> None:
+        self.node, self.have, self.size, self.value = node, have, size, value
+        last = have[0] - 1
+        self.reads = [(node, Rows(lambda row: min(row, last), lambda row: min(row, last)))]
+        self.copies = list[fx.Node]()
+
+    def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
+        """Return rows [first, end) of the map."""
+        begin, stop = min(first, self.have[0] - 1), min(end, self.have[0])
+        x = fetch(self.node, begin, max(stop, begin + 1))
+        pads = (0, self.size[1] - self.have[1], 0, end - begin - x.shape[2])
+        x = F.pad(x, pads, value=self.value) if self.value is not None else _repeat(x, pads)
+        return x[:, :, first - begin :]
+
+
+def _repeat(x: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
+    return F.pad(F.pad(x, tuple(min(pad, 0) for pad in pads)), tuple(max(pad, 0) for pad in pads), "replicate")
+
+
+class Sum(Protocol):
+    """A value of the whole image, made of sums over its rows."""
+
+    def add(self, rows: Tensor, first: int) -> None:
+        """Take in rows of the map from `first` on."""
+        ...
+
+    def finish(self) -> Any:
+        """Return the value."""
+        ...
+
+
+class Moments:
+    """Mean and, with `squares`, variance of each channel, or of each of several groups of channels."""
+
+    def __init__(self, groups: int = 0, squares: bool = False) -> None:
+        self.groups, self.squares = groups, squares
+        self.count, self.sums = 0, list[Tensor]()
+
+    def add(self, rows: Tensor, first: int) -> None:
+        """Take in rows of the map."""
+        values = rows.double()
+        values = values.flatten(2) if not self.groups else values.view(1, self.groups, -1)
+        sums = [values.sum(2)] + ([values.square().sum(2)] if self.squares else [])
+        self.sums = sums if not self.sums else [one + other for one, other in zip(self.sums, sums, strict=True)]
+        self.count += values.shape[2]
+
+    def finish(self) -> tuple[Tensor, Tensor | None]:
+        """Return mean and variance (1, C), float64."""
+        mean = self.sums[0] / self.count
+        return mean, self.sums[1] / self.count - mean.square() if self.squares else None
+
+
+class Largest:
+    """The largest value of each channel (1, C), or the smallest."""
+
+    def __init__(self, sign: int = 1) -> None:
+        self.sign = sign
+        self.found: Tensor | None = None
+
+    def add(self, rows: Tensor, first: int) -> None:
+        """Take in rows of the map."""
+        of_rows = (rows * self.sign).amax((2, 3))
+        self.found = of_rows if self.found is None else torch.maximum(self.found, of_rows)
+
+    def finish(self) -> Tensor:
+        """Return the values."""
+        assert self.found is not None
+        return self.found * self.sign
+
+
+class Bins:
+    """Adaptive pooling to a small map (1, C, bins, bins): means, or the largest values."""
+
+    def __init__(self, size: tuple[int, int], bins: tuple[int, int], largest: bool) -> None:
+        self.bins, self.largest = bins, largest
+        self.spans = [
+            [(i * n // b, -(-(i + 1) * n // b)) for i in range(b)] for n, b in zip(size, bins, strict=True)
+        ]
+        self.found: Tensor | None = None
+
+    def add(self, rows: Tensor, first: int) -> None:
+        """Take in rows of the map from `first` on."""
+        if self.found is None:
+            start = -math.inf if self.largest else 0.0
+            kind = rows.dtype if self.largest else torch.float64
+            self.found = torch.full((*rows.shape[:2], *self.bins), start, dtype=kind)
+        for i, (top, bottom) in enumerate(self.spans[0]):
+            part = rows[:, :, max(top - first, 0) : max(bottom - first, 0)]
+            if not part.shape[2]:
+                continue
+            for j, (left, right) in enumerate(self.spans[1]):
+                of_bin = part[..., left:right]
+                if self.largest:
+                    self.found[..., i, j] = torch.maximum(self.found[..., i, j], of_bin.amax((2, 3)))
+                else:
+                    self.found[..., i, j] += of_bin.double().sum((2, 3))
+
+    def finish(self) -> Tensor:
+        """Return the small map."""
+        assert self.found is not None
+        if self.largest:
+            return self.found
+        heights, widths = (torch.tensor([stop - start for start, stop in axis]) for axis in self.spans)
+        return self.found / (heights.unsqueeze(1) * widths)
+
+
+def affine_of(
+    moments: tuple[Tensor, Tensor], groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return factor and shift (1, C, 1, 1) of a group norm from mean and variance (1, groups); `groups` of channels,
+    each of which has `weight`'s length over `groups` channels."""
+    mean, scale = moments[0], (moments[1].clamp(min=0) + eps).rsqrt()
+    if weight is not None:
+        each = len(weight) // groups
+        mean, scale = mean.repeat_interleave(each, 1), scale.repeat_interleave(each, 1)
+        scale = scale * weight.double()
+    shift = -mean * scale
+    shift = shift if bias is None else shift + bias.double()
+    return scale[:, :, None, None], shift[:, :, None, None]
