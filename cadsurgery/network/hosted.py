@@ -164,7 +164,8 @@ class HostedModel(Host, AdaptiveModel):
     adaptive_part = Host.part
 
     def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
-        """Count the multiply-accumulates of the part when the network is called with these arguments."""
+        """Count the multiply-accumulates of the first call of the part when the network is called with these
+        arguments."""
         inputs, named = self.reach_part(*args, **kwargs)
         return self.part.macs(*inputs, mask=mask, rule=rule, **named)
 
