@@ -464,6 +464,24 @@ def test_a_tensor_may_be_replaced_by_what_is_computed_of_it(is_buffer: bool) -> 
     assert_same(net(x := images(2, 71, 85)), model(x), EXACT)
 
 
+class NormOfTokens(Encoder):
+    """Normalises tokens whose batch and places are one axis, and gives them the shape of the tokens again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.encode(x).flatten(2).transpose(1, 2)
+        return tokens + self.norm(tokens.flatten(0, 1)).reshape_as(tokens)
+
+
+def test_a_value_that_is_no_map_may_get_the_shape_of_a_map() -> None:
+    model = NormOfTokens().eval()
+    net = cs.adaptify(model, "none", outputs="native")
+    assert_same(net(x := images(2, 71, 85)), model(x), EXACT)
+
+
 def filled_in(forward: Any) -> Any:
     """A decorator that sets an argument by name, as transformers' backbones have."""
 
