@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.data.images import SCENE_CLASSES, street_scene
+from cadsurgery.surgery.arguments import take_image
+from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.read import read
 
 # -- networks that are made once -----------------------------------------------------------------------
 
@@ -256,6 +259,12 @@ def converted_quietly(model: nn.Module, **options: Any) -> cs.AdaptiveModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", cs.CadWarning)
         return cs.adaptify(model.eval(), mask="none", outputs="native", **options)
+
+
+def followed(model: nn.Module) -> Facts:
+    """Read by torch.fx whole, which is the point, and no part of it."""
+    weight = next(model.parameters())
+    return read(model.eval(), take_image(model, torch.rand(1, 3, 64, 64).to(weight)))
 
 
 # -- networks with stages, for exits and sampled inputs ------------------------------------------------

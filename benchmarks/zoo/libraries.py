@@ -127,7 +127,7 @@ def _transformers() -> Declared:
             "CvtConfig",
             {
                 "embed_dim": [16, 32, 48],
-                "depth": [1, 1, 1],
+                "depth": [1, 2, 3],
                 "num_heads": [1, 2, 2],
                 "drop_path_rate": [0.0, 0.0, 0.0],
             },
@@ -407,10 +407,14 @@ def _monai() -> Declared:
         )
         for name, given in options.items()
     }
-    found["QuickNAT"] = _built(
-        "monai.networks.nets", "Quicknat", num_classes=4, num_channels=3, num_filters=16
-    )
+    found["QuickNAT"] = _quicknat
     return found
+
+
+def _quicknat() -> nn.Module:
+    """QuickNAT, which MONAI builds without the package that its forward needs."""
+    importlib.import_module("squeeze_and_excitation")
+    return _built("monai.networks.nets", "Quicknat", num_classes=4, num_channels=3, num_filters=16)()
 
 
 def _nnunet() -> Declared:
@@ -513,7 +517,7 @@ def _spandrel() -> Declared:
         "SPAN": ("SPAN", {"num_in_ch": 3, "num_out_ch": 3, "feature_channels": 16}),
         "SeemoRe": ("SeemoRe", {"num_experts": 2, "num_layers": 1, "embedding_dim": 16}),
         "SwiftSRGAN": ("Generator", {"num_channels": 16, "num_blocks": 2}),
-        "SCUNet": ("SCUNet", {"config": [1] * 7, "dim": 16}),
+        "SCUNet": ("SCUNet", {"config": [1] * 7, "dim": 64}),
         "OmniSR": ("OmniSR", {"num_feat": 16}),
         "DITN": ("DITN_Real", {"dim": 12, "ITL_blocks": 1, "SAL_blocks": 1}),
     }  # fmt: skip

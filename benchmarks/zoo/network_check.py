@@ -12,13 +12,15 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from benchmarks.zoo.corpus import Subject
-from cadsurgery.network.adaptify import adaptify, plan, traceable_part
+from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.parts import traceable_part
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import (
     CadError,
@@ -86,7 +88,8 @@ def try_network(subject: Subject, compare: Callable[[nn.Module, Any, Row], None]
         model = subject.build().eval()
     except Exception as error:  # a builder of a third-party library can fail in any way
         raise_memory_errors(error)
-        return {**row, "result": "not built", "why": describe_error(error)}
+        seconds = round(time.perf_counter() - start, 1)
+        return {**row, "result": "not built", "why": describe_error(error), "seconds": seconds}
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     try:
         example = example_of(subject, model)
@@ -405,11 +408,19 @@ def _image(arguments: Any, position: int) -> Any:
 
 
 def largest_error(output: Any, expected: Any) -> float:
-    """Return the largest error of the tensors; infinite if there are none, or not as many as expected."""
-    ours, theirs = tensors_of(output), tensors_of(expected)
+    """Return the largest error of the tensors and, where a network gives these, arrays, numbers and words; infinite if
+    there are none, or not as many as expected."""
+    ours, theirs = _values_of(output), _values_of(expected)
     if len(ours) != len(theirs):
         return float("inf")
     return max(map(_error, ours, theirs), default=float("inf"))
+
+
+def _values_of(output: Any) -> list[Tensor]:
+    def as_tensor(value: Any) -> Tensor:
+        return torch.as_tensor(list(value.encode()) if isinstance(value, str) else value)
+
+    return tensors_of(tree_map_only((numpy.ndarray, float, int, str), as_tensor, output))
 
 
 def _error(values: Tensor, expected: Tensor) -> float:

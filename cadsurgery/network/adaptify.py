@@ -4,42 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cadsurgery.data.networks import source_of, stated_statistics
 from cadsurgery.elements.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
-from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation, estimate, is_picture, read_normalisation
-from cadsurgery.network.alternatives import name_alternatives
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.convert import carry_out
-from cadsurgery.network.hosted import HostedModel, check_used, reach
+from cadsurgery.network.hosted import HostedModel, check_used
 from cadsurgery.network.macs import PICTURE, count_planned
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.parts import Example, traceable_part
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput, describe_error, warn
 from cadsurgery.support.progress import Step, waiting
-from cadsurgery.support.torch_internals import tree_leaves
-from cadsurgery.surgery.arguments import Arguments, bind, bind_example, image_of, run_forward, take_image
+from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.decide import FLOOR, floors_prospect, make_plan
-from cadsurgery.surgery.facts import Facts, OtherFunction
+from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow
 from cadsurgery.surgery.hooks import copying, take_over, why_not_copied
 from cadsurgery.surgery.plan import Outputs, Plan
-from cadsurgery.surgery.read import read
-from cadsurgery.surgery.refusals import BACKBONE_NAMES
-from cadsurgery.surgery.trace import CannotFollow, evaluating
 from cadsurgery.surgery.verify import Case, measure_effect, verify
 
 _LITTLE_SAVED = 0.9  # floors that leave more of the MACs than this are not named in errors
-
-Example = Tensor | tuple[Any, ...] | dict[str, Any]
 
 
 def plan(
@@ -153,7 +144,7 @@ def adaptify(
 
     Args:
         model: a convolutional network, strided or already dilated. If torch.fx cannot follow the whole network, as in
-            a detector, its backbone is converted inside it.
+            a detector, its backbone is converted inside it: the part of that name, or the largest that reads an image.
         mask: a name (`"edges"`, `"edges:threshold=0.15,dilation=11"`, `"all"`, `"none"`, `"random"`), a
             provider, a callable image -> map, or a tensor; see `list_masks`.
         output_stride: (high, low), input pixels per sample where the mask is high and elsewhere. Default:
@@ -178,7 +169,8 @@ def adaptify(
             values of its library or `pretrained_cfg`, else an estimate from `example_input` or from the first picture
             of a call; see `net.normalisation`. `"raw"`: masks read the input unchanged.
         example_input: an image batch (B, C, H, W) to plan and verify on, or all arguments of a call: a tuple of
-            positional arguments, or a dictionary by name; default: small random images.
+            positional arguments, or a dictionary by name; default: small random images. Of a network that takes pairs
+            or clips in one tensor (B, T, C, H, W), that tensor.
         strict: raise an error if an operation without a rule ends the region, or if masks have no effect on the
             outputs; otherwise the latter is a `CadWarning`.
         verify_laws: verify on the example that uniform level maps give the dense networks exactly.
@@ -289,71 +281,6 @@ def _report_empty_mask(net: AdaptiveModel, facts: Facts) -> None:
         f"deviation of your pictures in 0..1, or lower the threshold; options of {part.name}: cadsurgery list masks.",
     )
     warn(str(refusal))
-
-
-def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str, Facts]:
-    """Return name and facts of the part of a model that can be traced: the model itself ("") or its backbone.
-
-    Raises:
-        CannotConvert: there is no such part, or it does not run on the example.
-    """
-    example = None
-    try:
-        if example_input is not None:
-            example = _checked(model, example_input)
-        return "", read(model, example)
-    except (CannotFollow, OtherFunction) as refusal:
-        for name in BACKBONE_NAMES:
-            part = getattr(model, name, None)
-            if isinstance(part, nn.Module):
-                with contextlib.suppress(CannotFollow, OtherFunction):
-                    return name, read(part, example and _example_of_part(model, part, image_of(example)))
-        raise name_alternatives(model, refusal, example) from refusal
-    except CannotConvert as refusal:
-        if example_input is not None:
-            raise
-        raise name_alternatives(model, refusal) from refusal
-
-
-def _checked(model: nn.Module, example_input: Example) -> Arguments:
-    """Return the arguments of the example's call by name.
-
-    Raises:
-        InvalidInput: the network does not take them, or no image batch with values is among them.
-        CannotConvert: the network takes several images at once; the message names its part that takes one.
-    """
-    if isinstance(example_input, Mapping):  # e.g. what a preprocessor gives
-        example_input = dict(example_input)
-    try:
-        if not isinstance(example_input, (tuple, dict)):
-            check_image(example_input, "example_input")
-        example = bind_example(model, example_input)
-        image = image_of(example)
-        check_image(image, "example_input")
-    except InvalidInput as refusal:
-        if not any(isinstance(value, Tensor) and value.dim() > 4 for value in tree_leaves(example_input)):
-            raise
-        why = "the images of a pair or clip come in one tensor; a mask says where one image keeps its resolution."
-        several = CannotConvert(refusal.what, why=why, next=refusal.next)
-        raise name_alternatives(model, several) from refusal
-    if image.is_meta:
-        raise InvalidInput("example_input has no values: it is on the meta device.", next="give an image.")
-    return example
-
-
-def _example_of_part(model: nn.Module, part: nn.Module, image: Tensor) -> Arguments:
-    """Return the arguments of a call of a part: the image or, if the part does not take that, the map that the network
-    makes of it, as a detector resizes its images."""
-    arguments = take_image(part, image)
-    with evaluating(model), torch.no_grad():
-        try:
-            run_forward(part, arguments)
-        except Exception:  # the part may refuse the image with any error
-            for batch in (image, list(image)):
-                with contextlib.suppress(Exception):
-                    received, named = reach(part, model, batch)
-                    return bind(part, *received, **named)
-    return arguments
 
 
 def _within(path: str, region: str | Sequence[str]) -> str | Sequence[str]:

@@ -36,9 +36,7 @@ def name_alternatives(
     ways = []
     if name := _largest_part(model):
         ways.append(f"convert its {name} and put it back: {_put_back(name)}")
-    # Networks that end in numpy are refused soon; to try switches of others may take minutes.
-    ends_in_numpy = isinstance(refusal, CannotFollow) and refusal.is_of_any_size
-    if ends_in_numpy and (switch := _switch(model, example)):
+    if switch := name_switch(model, refusal, example):
         ways.append(f"convert the whole network {switch}")
     if ways:
         first, _, others = parts["next"].partition(", or ")
@@ -71,9 +69,11 @@ def _largest_part(model: nn.Module) -> str:
     return ""
 
 
-def _switch(model: nn.Module, example: Arguments | None) -> str:
-    """Return how a truth value is set with which the network can be converted: an attribute that its forward reads, or
-    an argument of the call, as detectors have to return their maps; "" if there is none."""
+def name_switch(model: nn.Module, refusal: CannotConvert, example: Arguments | None = None) -> str:
+    """Return how a truth value is set with which a network that ends in numpy can be converted whole: an attribute that
+    its forward reads, or an argument of the call, as detectors have to return their maps; "" if there is none."""
+    if not (isinstance(refusal, CannotFollow) and refusal.is_of_any_size):
+        return ""  # networks that end in numpy are refused soon; to try switches of others may take minutes
     code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
     read_by_forward = code.co_names if code is not None else ()
     attributes = [name for name in read_by_forward if isinstance(vars(model).get(name), bool)]

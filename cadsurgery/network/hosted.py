@@ -20,6 +20,7 @@ from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.support.torch_internals import is_exporting
 from cadsurgery.surgery.entry import signature_of
 from cadsurgery.surgery.hooks import copying
+from cadsurgery.surgery.state import left_as_it_is
 from cadsurgery.surgery.trace import evaluating
 
 
@@ -54,7 +55,7 @@ def check_used(host: nn.Module, path: str, example: Tensor) -> None:
         CannotConvert: the network ran and did not call the part.
     """
     ran, part = False, host.get_submodule(path)
-    with evaluating(host):
+    with left_as_it_is(host), evaluating(host):
         for images in (example, -example, torch.zeros_like(example)):
             for batch in (images, list(images)):
                 with contextlib.suppress(Exception):  # the network may refuse its input with any error
@@ -163,7 +164,8 @@ class HostedModel(Host, AdaptiveModel):
     adaptive_part = Host.part
 
     def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
-        """Count the multiply-accumulates of the part when the network is called with these arguments."""
+        """Count the multiply-accumulates of the first call of the part when the network is called with these
+        arguments."""
         inputs, named = self.reach_part(*args, **kwargs)
         return self.part.macs(*inputs, mask=mask, rule=rule, **named)
 

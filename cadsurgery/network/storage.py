@@ -26,6 +26,7 @@ from cadsurgery.network.adapters import MEANS, REFINEMENTS, kind_of
 from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.parts import CallOfPart
 from cadsurgery.support import files, kinds
 from cadsurgery.support.errors import FileError, InvalidInput, first_line
 from cadsurgery.support.files import as_file_error, write_whole
@@ -138,9 +139,9 @@ def _plan_of(net: AdaptiveModel) -> Plan:
 
 def _example_for(plan: Plan, model: nn.Module) -> Any:
     """Return an example of a plan for `adaptify`, in the type of the network."""
-    if plan.call:
-        return example_of(plan.call)
-    return torch.zeros(plan.example_shape, dtype=next((p.dtype for p in model.parameters()), torch.float32))
+    zeros = torch.zeros(plan.example_shape, dtype=next((p.dtype for p in model.parameters()), torch.float32))
+    example = example_of(plan.call) if plan.call else zeros
+    return CallOfPart(plan.part, example) if plan.part else example
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

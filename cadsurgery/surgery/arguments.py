@@ -128,9 +128,19 @@ class Inputs:
         yield from sorted(pairs, key=lambda pair: len(pair[1]))
 
     def call(self, values: Arguments) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return positional and named arguments of a call with these values."""
+        """Return positional and named arguments of a call with these values, without those that are defaults: code
+        around a forward may set these by name."""
+        parameters = self.signature.parameters
+        kinds = {one.kind for one in parameters.values()}
+        can_leave_out = inspect.Parameter.VAR_POSITIONAL not in kinds
         bound = self.signature.bind_partial()
-        bound.arguments.update({name: values[name] for name in self.signature.parameters})
+        bound.arguments.update(
+            {
+                name: values[name]
+                for name, one in parameters.items()
+                if not (can_leave_out and values[name] is one.default)
+            }
+        )
         return bound.args, bound.kwargs
 
     def open(self, name: str, proxy: Any) -> Any:

@@ -31,7 +31,7 @@ from cadsurgery.support.torch_operations import asks, is_kind, name_of
 from cadsurgery.surgery.arguments import AnyLayout, Inputs
 from cadsurgery.surgery.graphs import upwards
 from cadsurgery.surgery.guards import check_branch, compared, user_line
-from cadsurgery.surgery.hooks import is_hooked, prepare_weights
+from cadsurgery.surgery.hooks import child, is_hooked, prepare_weights
 from cadsurgery.surgery.tracer import (
     HOOKS,
     Tracer,
@@ -182,8 +182,28 @@ class _Lookup(fx.proxy.Attribute, Symbol):
     """An attribute of a symbol; its node is created only when its value is needed, since it may be a method."""
 
 
-class _WithoutHooks(fx.Interpreter):
-    """Runs a graph without the hooks that are operations of the graph themselves."""
+class _OnExample(fx.Interpreter):
+    """Runs a graph without the hooks that are operations of the graph themselves, on the tensors that the network held
+    at first: its code may have set an attribute to what it computed from it.
+
+    Args:
+        model: the network.
+        graph: its graph.
+        attributes: names of tensors that are attributes, and no parameters or buffers.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, attributes: Mapping[Any, str]) -> None:
+        super().__init__(model, graph=graph)
+        self.attributes = {name: value for value, name in attributes.items()}
+
+    def fetch_attr(self, target: str) -> Any:
+        """Return a parameter, buffer or attribute."""
+        path, _, name = target.rpartition(".")
+        owner = child(self.module, path)
+        held = {**owner._parameters, **owner._buffers} if owner is not None else {}
+        if name in held:
+            return held[name]
+        return self.attributes[target] if target in self.attributes else super().fetch_attr(target)
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_module" or HOOKS not in n.meta:
@@ -254,7 +274,7 @@ class Carrier(Tracer):
 
     def _run(self) -> None:
         """Run the new nodes in order, so that in-place operations take effect."""
-        interpreter = _WithoutHooks(self.root, graph=self.graph)
+        interpreter = _OnExample(self.root, self.graph, self.tensor_attrs)
         interpreter.env = self.values
         self._is_running = True
         try:

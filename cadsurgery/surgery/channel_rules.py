@@ -193,6 +193,8 @@ def repetition(node: fx.Node, facts: MapFacts) -> Treatment:
 def reshaping(node: fx.Node, facts: MapFacts) -> Treatment:
     """Regroups channels, or flattens the image: the rows keep their order, only their shape changes."""
     source: Any = node.args[0]
+    if not facts.layout(source):  # it reads the shape of a map alone, as `reshape_as` does
+        return barrier("is computed from values that are no map")
     layout, shape, new = facts.layout(source), facts.shapes[source], facts.shapes[node]
     after, reason = regroup_axes(layout, shape, new, facts.images[source])
     if after is None:

@@ -14,10 +14,10 @@ from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.arguments import describe_call
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, Role, copy_read, flow_forward, why_inside_cells
-from cadsurgery.surgery.graphs import and_after
+from cadsurgery.surgery.graphs import and_after, source_line
 from cadsurgery.surgery.plan import Action, Decision, Leaves, Outputs, Plan, Prospect
 from cadsurgery.surgery.readings import DilationReading, consider, read_dilations
-from cadsurgery.surgery.refusals import RegionOption, asked_region, nothing_to_convert, source_line
+from cadsurgery.surgery.refusals import RegionOption, asked_region, nothing_to_convert
 from cadsurgery.surgery.region import Region, floor_region, region_of
 from cadsurgery.surgery.settle import Refusal, settle_flow
 from cadsurgery.surgery.treatment import Barrier, Cause, Treatment, operation_name

@@ -8,7 +8,7 @@ must be equal to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Emulator(fx.Interpreter):
         levels: (B, H, W) legal level map, one level per pixel of the fine map.
         sizes: height and width in fine pixels of maps whose mean is taken, by name: the last sample may cover less than
             others, as where a finer map was cropped.
+        padded: names of paddings that are elements of their map, and no window's.
     """
 
     def __init__(
@@ -54,9 +55,11 @@ class Emulator(fx.Interpreter):
         geometry: Geometry,
         levels: Tensor,
         sizes: Mapping[str, tuple[int, int]],
+        padded: Set[str] = frozenset(),
     ) -> None:
         """Prepare a run; see the class."""
         super().__init__(model, graph=graph)
+        self.padded = padded
         self.decisions = {decision.node: decision for decision in plan.decisions}
         self.geometry, self.levels, self.sizes = geometry, levels, sizes
 
@@ -69,7 +72,7 @@ class Emulator(fx.Interpreter):
         if isinstance(module, BatchNorm) and module.running_mean is None:
             raise CannotEmulate(n.name)
         value = super().run_node(n)
-        if pads(module or n.target):
+        if pads(module or n.target) and n.name not in self.padded:
             return value  # the windows that read it apply the padding
         if decision.stages[1] == 0 or not decision.on_elements:
             return value

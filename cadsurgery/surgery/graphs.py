@@ -6,6 +6,7 @@ import inspect
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.support.torch_operations import name_of
+from cadsurgery.surgery.guards import is_of_library
 
 # The name of the file that code made from graphs seems to come from, in tracebacks.
 GRAPH_FILE = "<cadsurgery graph>"
@@ -175,3 +177,14 @@ def module_of(node: fx.Node) -> str:
     """Return the qualified name of the module in whose forward a node was traced; empty for the network itself."""
     stack = node.meta.get("nn_module_stack") or {}
     return next((str(path) for path, _ in reversed(stack.values())), "") if stack else ""
+
+
+def source_line(node: fx.Node) -> str:
+    """Return the line of the network's own code that a node comes from, e.g. `resnet.py:148`."""
+    lines = [line.strip() for line in (node.stack_trace or "").splitlines()]
+    places = [line.removeprefix('File "').split('", line ') for line in lines if line.startswith('File "')]
+    own = [(file, rest) for file, rest in places if not is_of_library(file)]
+    if not own:
+        return ""
+    file, rest = own[-1]
+    return f"{Path(file).name}:{rest.partition(',')[0]}"

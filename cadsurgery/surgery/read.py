@@ -22,7 +22,7 @@ from cadsurgery.surgery.guards import GuardFailed, drop_dead_code, is_guard
 from cadsurgery.surgery.hooks import is_apart
 from cadsurgery.surgery.kept import Kept, find_kept
 from cadsurgery.surgery.rules import has_rule, ruled_functions
-from cadsurgery.surgery.sameness import Pair, are_same, compare
+from cadsurgery.surgery.sameness import Pair, are_same, compare, no_dead_branches
 from cadsurgery.surgery.shuffles import write_without_batch
 from cadsurgery.surgery.slices import join_slices
 from cadsurgery.surgery.trace import CannotFollow, trace
@@ -105,29 +105,37 @@ def _with_rests(call: Arguments) -> Iterator[Arguments]:
 
 
 def _drop_moot_guards(facts: Facts) -> int:
-    """Drop guards that may fail without changing the outputs; return at how many sizes a failure changes them. A guard
-    that failed at any of these is kept, since no experiment tells which of several failures did it."""
+    """Drop guards that may fail without changing the outputs; return at how many sizes a failure changes them.
+
+    A guard that failed at any of these is kept, since no experiment tells which of several failures did it; and so is
+    one that failed without a change only together with one that is kept, which refuses such a call in any case.
+    """
     graph = facts.graph
     if not any(map(is_guard, graph.nodes)):
         return 0
     pair, base = _smaller_call(facts)
-    unserved, moot, harmful = 0, set[fx.Node](), set[fx.Node]()
+    unserved, moot, harmful = 0, list[set[fx.Node]](), set[fx.Node]()
     for call in _of_other_sizes(base):
         run, outputs = _Unguarded(pair.model, graph=graph), None
-        with contextlib.suppress(Exception):  # this path may not fit the size
-            outputs = pair.run_graph(call, run)
-            if not run.failed_guards:
+        with no_dead_branches(pair.model):
+            with contextlib.suppress(Exception):  # this path may not fit the size
+                outputs = pair.run_graph(call, run)
+                if not run.failed_guards:
+                    continue
+            try:
+                expected = pair.run_network(call)
+            except Exception:  # the network may refuse a size with any error
                 continue
-        try:
-            expected = pair.run_network(call)
-        except Exception:  # the network may refuse a size with any error
-            continue
         if outputs is not None and are_same(outputs, expected):
-            moot |= run.failed_guards
+            moot.append(run.failed_guards)
         else:
             harmful |= run.failed_guards
             unserved += 1
-    for node in moot - harmful:
+    while mixed := [failed for failed in moot if failed & harmful]:
+        moot = [failed for failed in moot if not failed & harmful]
+        dropped = set[fx.Node]().union(*moot)
+        harmful |= {node for failed in mixed for node in failed if node not in dropped}
+    for node in set[fx.Node]().union(*moot):
         graph.erase_node(node)
     drop_dead_code(graph)
     return unserved
@@ -148,6 +156,7 @@ def _of_other_sizes(call: Arguments) -> Iterator[Arguments]:
     height, width = image_of(call).shape[2:]
     sizes = {(height + by, width + by) for by in (1, 2, 3)} | {(height + 32, width)}
     sizes |= {(-(-height // step) * step, -(-width // step) * step) for step in (4, 8, 16, 32)}
+    sizes |= {((-(-height // 4) | 1) * 4, (-(-width // 4) | 1) * 4)}  # which later strides do not divide
     for tall, wide in sorted(sizes - {(height, width)}):
         if tall * wide <= _MOST_PIXELS:
             yield change_images(call, partial(_pad, by=(0, wide - width, 0, tall - height)))

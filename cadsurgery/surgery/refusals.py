@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import fx
 
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, position_mixers
-from cadsurgery.surgery.guards import is_of_library
+from cadsurgery.surgery.graphs import source_line
 from cadsurgery.surgery.settle import Refusal
 from cadsurgery.surgery.treatment import Barrier, Cause, operation_name, why_whole
 
@@ -135,14 +134,3 @@ def place_of(node: fx.Node, facts: Facts) -> str:
     """Return module, operation and source line of a node, for messages."""
     parts = (operation_name(node, facts), source_line(node))
     return f"{facts.path(node) or node.name} ({', '.join(part for part in parts if part)})"
-
-
-def source_line(node: fx.Node) -> str:
-    """Return the line of the network's own code that a node comes from, e.g. `resnet.py:148`."""
-    lines = [line.strip() for line in (node.stack_trace or "").splitlines()]
-    places = [line.removeprefix('File "').split('", line ') for line in lines if line.startswith('File "')]
-    own = [(file, rest) for file, rest in places if not is_of_library(file)]
-    if not own:
-        return ""
-    file, rest = own[-1]
-    return f"{Path(file).name}:{rest.partition(',')[0]}"

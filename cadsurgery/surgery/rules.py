@@ -186,6 +186,9 @@ def _same_for_readers(
     window = windows.pop() if len(windows) == 1 else None
     if window is None or layout != NCHW or mode != "zeros" or len(known) != 4 or not isinstance(pads, tuple):
         return None
+    most = max(step * (taps - 1) for step, taps in zip(window.dilation, window.kernel, strict=True))
+    if most > 1 and pads[::2] == (0, 0):  # on one side only, where a stride may ask for some on both
+        return None
     source: Any = node.args[0]
     kinds = [window, window._replace(lower=True)]
     left, right = pads[:2]

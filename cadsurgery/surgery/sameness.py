@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +135,20 @@ def compare(pair: Pair, call: Arguments) -> tuple[Pair, Arguments, bool]:
         ):  # it may make values of float32 itself, which no float64 weight takes
             return wide, widened, are_same(wide.run_graph(widened), wide.run_network(widened))
     return pair, call, pair.holds_for(call)
+
+
+@contextlib.contextmanager
+def no_dead_branches(model: nn.Module) -> Iterator[None]:
+    """Set parameters that are (nearly) zero everywhere to one half for a while: branches with a zero-initialised norm
+    or a small layer scale would hide errors."""
+    dead = {p: p.detach().clone() for p in model.parameters() if p.numel() and p.abs().max() < 1e-3}
+    for parameter in dead:
+        parameter.data.fill_(0.5)
+    try:
+        yield
+    finally:
+        for parameter, value in dead.items():
+            parameter.data.copy_(value)
 
 
 @contextlib.contextmanager

@@ -98,11 +98,12 @@ def _leaving_choices(flow: Flow) -> list[fx.Node]:
 
 
 def _lone_pads(flow: Flow) -> dict[fx.Node, Barrier]:
-    """Return padding operations whose result is read by other nodes than windows of the region."""
+    """Return padding operations whose result is read by other nodes than windows and paddings of the region."""
 
-    def is_window(user: fx.Node) -> bool:  # or asks for the size
+    def is_window(user: fx.Node) -> bool:  # or pads it further, or asks for the size
         kind = flow.treatments[user].kind
-        return user not in flow.barriers and (kind == "window" or (kind == "shape" and user.op != "output"))
+        of_region = kind in ("window", "pad") or (kind == "shape" and user.op != "output")
+        return user not in flow.barriers and of_region
 
     return {
         pad: Barrier(

@@ -71,6 +71,21 @@ class Entry:
             _delete(self.container, key)
 
 
+@contextmanager
+def left_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Put everything back behind a block in which a network runs: what its modules hold, and the values of its buffers
+    and of tensors that are attributes."""
+    state = State(model)
+    held = [*model.buffers(), *(entry.value for entry in state.tensors())]
+    values = [tensor.detach().clone() for tensor in held]
+    try:
+        yield
+    finally:
+        state.restore()
+        for tensor, value in zip(held, values, strict=True):
+            tensor.data.copy_(value)
+
+
 class State:
     """All attributes of a network's modules, what containers in them hold, and global containers of its code."""
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from itertools import zip_longest
 from traceback import walk_tb
 from typing import Any
 from unittest import mock
@@ -20,7 +21,7 @@ from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.support.torch_operations import asks, is_in_place, is_kind, name_of
 from cadsurgery.surgery.arguments import Arguments, Inputs, has_numbers, with_other_values
 from cadsurgery.surgery.carry import Carrier, asking_types, is_argument, symbols_in_python
-from cadsurgery.surgery.graphs import pads
+from cadsurgery.surgery.graphs import pads, source_line
 from cadsurgery.surgery.guards import line_of
 from cadsurgery.surgery.hooks import is_hooked
 from cadsurgery.surgery.state import State
@@ -179,11 +180,11 @@ def _trace_on_example(
             darker = replace(more["inputs"], values=with_other_values(more["inputs"].values))
             known = set(vars(model))
             other = _trace_with(Carrier(*options, **(more | {"inputs": darker})), model)
-            place = _first_difference(model, graph, other)
+            difference = _first_difference(model, graph, other)
             for name in vars(model).keys() - known:
                 delattr(model, name)
-            if place is not None:
-                raise ByExample(f"it uses what was noted beside the graph in the middle of a call{place}")
+            if difference:
+                raise ByExample(difference)
     return graph
 
 
@@ -191,17 +192,26 @@ class ByExample(Exception):
     """The graph has a value of the example as a constant, such as one that a hook has noted."""
 
 
-def _first_difference(model: nn.Module, graph: fx.Graph, other: fx.Graph) -> str | None:
-    """Return the line at which two graphs of a network differ, with a word before it; None if they are the same."""
-    if CONSTANT.sub("", str(graph)) != CONSTANT.sub("", str(other)):
-        return ""
-    for ours, theirs in zip(graph.nodes, other.nodes, strict=True):
+def _first_difference(model: nn.Module, graph: fx.Graph, other: fx.Graph) -> str:
+    """Return what tells two graphs of a network apart, which were traced on two images of one size; "" if they are the
+    same."""
+    for ours, theirs in zip_longest(graph.nodes, other.nodes):
+        if _without_constants(ours) != _without_constants(theirs):
+            return f"it decides by values: another image of this size takes another path{_at_line(ours or theirs)}"
         if is_constant(ours):
             values = (getattr(model, str(node.target)) for node in (ours, theirs))
             if not torch.equal(*values):
-                lines = [line for line in (ours.stack_trace or "").splitlines() if line.strip()]
-                return f" at {lines[-1].strip()}" if lines else ""
-    return None
+                return f"it uses what was noted beside the graph in the middle of a call{_at_line(ours)}"
+    return ""
+
+
+def _without_constants(node: fx.Node | None) -> str:
+    return "" if node is None else CONSTANT.sub("", node.format_node() or "")
+
+
+def _at_line(node: fx.Node) -> str:
+    lines = [line for line in (node.stack_trace or "").splitlines() if line.strip()]
+    return f" at {source_line(node)}: {lines[-1].strip()}" if lines else ""
 
 
 def _trace_with(tracer: Tracer, model: nn.Module) -> fx.Graph:

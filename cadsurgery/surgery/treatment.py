@@ -246,8 +246,11 @@ def treat(node: fx.Node, facts: MapFacts) -> Treatment:
 
 
 def _add_padding(treatment: Treatment, pad: Window) -> Treatment:
-    """Add the padding of the map that a window reads to the window's own padding."""
+    """Add the padding of the map that a window or another padding reads to that one's own."""
     window = treatment.window
+    if treatment.kind == "pad" and window is not None and _are_one_padding(pad, window):
+        both: Any = tuple(a + b for a, b in zip(window.padding, pad.padding, strict=True))
+        return replace(treatment, window=window._replace(padding=both))
     if treatment.kind != "window" or window is None:
         return barrier("reads a padded map without a window that would reach into the padding")
     ignored = treatment.operation.outside if treatment.operation is not None else 0.0
@@ -264,6 +267,12 @@ def _add_padding(treatment: Treatment, pad: Window) -> Treatment:
     # An average pooling counts explicit padding in its divisor.
     counted = tuple((k, True if k == "count_include_pad" else v) for k, v in treatment.arguments)
     return replace(treatment, window=window, arguments=counted)
+
+
+def _are_one_padding(first: Window, then: Window) -> bool:
+    """True if a padding of a padded map is the same as one padding by their sum."""
+    of_one_kind = (first.mode, first.outside, first.same) == (then.mode, then.outside, False)
+    return of_one_kind and not then.same and then.mode in ("zeros", "replicate")
 
 
 def growing(window: Window) -> str:

@@ -51,7 +51,7 @@ from cadsurgery.surgery.graphs import downstream, gives
 from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.plan import SMALL_EFFECT, Decision, Plan
 from cadsurgery.surgery.rewrite import ORIGIN
-from cadsurgery.surgery.sameness import TOLERANCE, scales, wide_copy
+from cadsurgery.surgery.sameness import TOLERANCE, no_dead_branches, scales, wide_copy
 from cadsurgery.surgery.trace import evaluating
 
 _REPORT = "please report this with the model's name; a smaller region=[...] may avoid the operation."
@@ -145,7 +145,7 @@ class Case:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Prepare the model for comparisons, for a block."""
-        dead, order = _no_dead_branches(self.model), _in_one_order(self.plan)
+        dead, order = no_dead_branches(self.model), _in_one_order(self.plan)
         with torch.no_grad(), evaluating(self.model), dead, AnyLayout(), order:
             yield
 
@@ -308,12 +308,13 @@ def _emulated_checks(case: Case) -> list[Check]:
         for level in range(1, plan.max_level + 1)
     }
     maps[f"{of_level}s side by side"] = partial(_side_by_side, geometry=geometry)
+    padded = {node.meta[ORIGIN] for node in case.adapted.nodes if node.target is functional.pad}
     for name, levels in maps.items() if can_emulate(case.adapted, geometry) else ():
         lattices: list[Lattice] = []
         masking = partial(_of_fine_map, geometry=mapped, levels=levels, made=lattices)
         sizes: dict[str, tuple[int, int]] = {}
         ours = _values(case, masking, case.fewer, watched, every=True, sizes=sizes)
-        emulator = Emulator(case.model, case.original, plan, geometry, lattices[-1].levels, sizes)
+        emulator = Emulator(case.model, case.original, plan, geometry, lattices[-1].levels, sizes, padded)
         try:
             expected = _values(case, None, case.fewer, watched, interpreter=emulator)
         except CannotEmulate:
@@ -486,20 +487,6 @@ def _levels(plan: Plan, geometry: Geometry, adapted: fx.Graph) -> list[int]:
     operations = (operation_of(node.target) for node, window in windows if window and window.stride > 1)
     drops = geometry.pool == "drop" and any(known is not None and known.drops for known in operations)
     return [level for level in levels if level == len(geometry.strides)] if drops else levels
-
-
-@contextmanager
-def _no_dead_branches(model: nn.Module) -> Iterator[None]:
-    """Set parameters that are (nearly) zero everywhere to one half for a while: branches with a zero-initialised norm
-    or a small layer scale would hide errors."""
-    dead = {p: p.detach().clone() for p in model.parameters() if p.numel() and p.abs().max() < 1e-3}
-    for parameter in dead:
-        parameter.data.fill_(0.5)
-    try:
-        yield
-    finally:
-        for parameter, value in dead.items():
-            parameter.data.copy_(value)
 
 
 def _uniform(geometry: Geometry, level: int) -> Masking:

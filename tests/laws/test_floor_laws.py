@@ -288,6 +288,88 @@ def test_padding_that_is_handed_on_as_it_is_belongs_to_the_window_that_reads_it(
         assert not torch.equal(net(image, mask="none"), model(image))
 
 
+def by_constants(x: Tensor, step: int) -> Tensor:
+    return F.pad(F.pad(x, (0, 1)), (0, 0, 0, 1))
+
+
+def by_rests(x: Tensor, step: int) -> Tensor:
+    x = F.pad(x, (0, -x.shape[3] % step))
+    return F.pad(x, (0, 0, 0, -x.shape[2] % step))
+
+
+def where_needed(x: Tensor, step: int) -> Tensor:
+    height, width = x.shape[2:]
+    if width % step:
+        x = F.pad(x, (0, step - width % step))
+    if height % step:
+        x = F.pad(x, (0, 0, 0, step - height % step))
+    return x
+
+
+class PadsAlongEachAxis(nn.Module):
+    """Pads a map on the right, then below, for a convolution that reads patches, as transformers with stages do."""
+
+    def __init__(self, pad: Callable[[Tensor, int], Tensor], is_image_padded: bool = False) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 2, 2)
+        self.pad, self.is_image_padded = pad, is_image_padded
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(self.pad(x, 4) if self.is_image_padded else x)
+        return self.down(self.pad(x, 2))
+
+
+@pytest.mark.parametrize("pad", [by_constants, by_rests, where_needed])
+def test_a_map_that_is_padded_along_each_axis_in_turn_is_exact(pad: Callable[[Tensor, int], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = PadsAlongEachAxis(pad).double().eval()
+    net = cs.adaptify(model, coarsest=32, outputs="native", example_input=torch.rand(2, 3, 100, 132).double())
+    assert any(check.law.startswith("floors side by side") for check in net.checks)
+    assert net.plan.share("adapt", "keep") == 1
+    with torch.no_grad():
+        for size in ((100, 132), (104, 100), (96, 128), (99, 131)):
+            assert_same(net(x := torch.rand(1, 3, *size).double(), mask="all"), model(x), 1e-9)
+
+
+@pytest.mark.parametrize("size", [(99, 131), (98, 130)], ids=str)
+def test_an_image_that_is_padded_on_one_side_alone_may_be_padded_by_any_amount(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model = PadsAlongEachAxis(where_needed, True).double().eval()
+    net = cs.adaptify(model, coarsest=32, outputs="native", example_input=torch.rand(2, 3, *size).double())
+    with torch.no_grad():
+        for other in ((97, 129), (98, 130), (99, 131), (100, 132), (96, 128)):
+            assert_same(net(x := torch.rand(1, 3, *other).double(), mask="all"), model(x), 1e-9)
+
+
+class Hides(PadsAlongEachAxis):
+    """A column of padding more or less makes no difference while the biases are zero."""
+
+    def __init__(self) -> None:
+        super().__init__(where_needed, True)
+        for layer in (self.stem, self.down):
+            nn.init.zeros_(layer.bias)
+
+
+def through_kernel_maps(net: cs.AdaptiveModel, image: Tensor) -> Tensor:
+    mapped = replace(net.geometry, dense_shortcut=False)
+    return net.run(lambda _, features: mapped.uniform_like(features, net.plan.identity_level), image)
+
+
+@pytest.mark.parametrize("size", [(100, 132), (99, 131), (96, 128)], ids=str)
+def test_weights_of_zero_hide_no_branch_of_the_code(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model = Hides().double().eval()
+    example = torch.rand(1, 3, *size).double()
+    net = cs.adaptify(model, coarsest=32, outputs="native", example_input=example, verify_laws=False)
+    for layer in (model.stem, model.down):
+        nn.init.ones_(layer.bias)
+    net.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for other in ((100, 132), (99, 131), (96, 128), (104, 136), (98, 132)):
+            x = torch.rand(1, 3, *other).double()
+            assert_same(through_kernel_maps(net, x), model(x), 1e-9)
+
+
 @pytest.mark.parametrize("size", [(97, 129), (64, 96)], ids=str)
 def test_differences_of_neighbours_are_exact(size: tuple[int, int]) -> None:
     """A crop is a view of the map that it is taken from, which has other values where it goes on."""

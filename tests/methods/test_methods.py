@@ -30,7 +30,8 @@ from cadsurgery.methods.report import MethodMacs, MethodPlan
 from cadsurgery.methods.resampling import ResampledPlan
 from cadsurgery.methods.sampling import SamplingPlan
 from cadsurgery.methods.storage import read_plan
-from cadsurgery.network.adaptify import copy_network, traceable_part
+from cadsurgery.network.adaptify import copy_network
+from cadsurgery.network.parts import traceable_part
 
 # -- a method ------------------------------------------------------------------------------------------
 

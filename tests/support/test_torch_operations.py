@@ -15,9 +15,9 @@ from conftest import assert_same, images, pointwise_rule
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cadsurgery.network.adaptify import traceable_part
 from cadsurgery.network.fuse import Fuser, activation_of
 from cadsurgery.network.idioms import step_of
+from cadsurgery.network.parts import traceable_part
 from cadsurgery.support.counting import MacCounter
 from cadsurgery.support.torch_operations import (
     asks,

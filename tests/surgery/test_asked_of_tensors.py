@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import relative_error
-from networks import Encoded, converted_quietly
+from networks import Encoded, converted_quietly, followed
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -156,7 +156,7 @@ def test_a_buffer_that_the_next_call_depends_on_is_refused() -> None:
         return own.head(y) * own.count
 
     with pytest.raises(cs.CannotConvert, match=r"own\.count \* 0\.9\n.*assigns count, on which"):
-        converted_quietly(Encoded(scaled, count=nn.Buffer(torch.ones(()))))
+        followed(Encoded(scaled, count=nn.Buffer(torch.ones(()))))
 
 
 @pytest.mark.parametrize("of", ["image", "map"])
@@ -166,7 +166,7 @@ def test_a_branch_on_gradients_is_refused_where_both_ways_differ(of: str) -> Non
         return own.head(y) if needs else own.head(2 * y)
 
     with pytest.raises(cs.CannotConvert, match=r"where gradients are needed, at test_asked_of_tensors\.py"):
-        converted_quietly(Encoded(branch))
+        followed(Encoded(branch))
 
 
 def test_a_branch_on_gradients_that_computes_the_same_is_followed() -> None:

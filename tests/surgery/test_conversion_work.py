@@ -94,8 +94,8 @@ def work(run: Callable[[], Any]) -> tuple[int, Any]:
 
 Nested = subject("unets:NestedSalience", CHECKOUT).build  # a U of small Us
 NETWORKS = (ResidualStream, Nested, Edges)
-# What decides by sizes is also run at seven other sizes, to find out which decisions matter.
-MOST_CALLS = {Edges: 11}
+# What decides by sizes is also run at eight other sizes, to find out which decisions matter.
+MOST_CALLS = {Edges: 12}
 
 
 @pytest.mark.filterwarnings("ignore::cadsurgery.CadWarning")

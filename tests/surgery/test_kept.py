@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import covering, relative_error
-from networks import Encoded, converted_quietly
+from networks import Encoded, converted_quietly, followed
 from torch import Tensor, fx, nn
 
 import cadsurgery as cs
@@ -197,7 +197,7 @@ def test_the_network_given_is_what_it_was_when_it_is_refused() -> None:
     model = with_grid(_keep_and_raise, grid=None, grids=[None], by_name={"last": None}).eval()
     held = all_held(model)
     with pytest.raises(cs.CannotConvert, match="decides by values"):
-        converted_quietly(model)
+        followed(model)
     assert all_held(model) == held
     assert not isinstance(OF_CODE.pop("last", None), fx.Proxy)
 
@@ -226,7 +226,16 @@ DEPENDING = {
 def test_what_depends_on_pixels_of_earlier_calls_is_refused_with_its_line(name: str) -> None:
     build, words = DEPENDING[name]
     with pytest.raises(cs.CannotConvert, match=words):
-        converted_quietly(build())
+        followed(build())
+
+
+@pytest.mark.parametrize("name", DEPENDING)
+def test_a_network_that_depends_on_earlier_calls_keeps_what_it_kept_around_its_part(name: str) -> None:
+    model = DEPENDING[name][0]().eval()
+    net = converted_quietly(copy.deepcopy(model))
+    assert net.plan.part == "encode"
+    for image in torch.rand(3, 1, 3, 64, 64):
+        assert torch.equal(net(image), model(image))
 
 
 def _of_type(own: Any, y: Tensor) -> Tensor:
@@ -249,4 +258,4 @@ def test_values_of_an_earlier_trace_are_refused_with_module_and_operation() -> N
         return result + torch.zeros(y.shape[2], 1)
 
     with pytest.raises(cs.CannotConvert, match="Encoded uses the result of mean in an earlier call"):
-        converted_quietly(with_grid(beside))
+        followed(with_grid(beside))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images
-from networks import unverified
+from networks import followed, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -153,4 +153,8 @@ class ByValues(Plain):
 
 def test_a_call_that_cannot_be_followed_is_refused_with_its_line() -> None:
     with pytest.raises(cs.CannotConvert, match=r"x\.max\(\) > 1"):
-        cs.adaptify(made(ByValues))
+        followed(made(ByValues))
+    net, x = unverified(made(ByValues), "none"), images(1, 64, 96, torch.float64)
+    assert net.plan.part == "blocks"
+    for image in (x, 300 * x.abs()):
+        assert_same(net(image), made(ByValues)(image), EXACT)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -258,14 +260,13 @@ class DecidesByValues(nn.Module):
         return self.net(x) if float(self.small(x).mean()) > 0 else self.wrapped["trunk"](x)
 
 
-def test_a_refusal_names_the_largest_part_that_can_be_converted() -> None:
-    model = DecidesByValues().eval()
-    with pytest.raises(cs.CannotConvert) as refusal:
-        cs.adaptify(model)
-    assert "model.wrapped.trunk = cs.adaptify(model.wrapped.trunk" in str(refusal.value)
-    net = cs.adaptify(model.wrapped.trunk, "none", outputs="native")
-    x = images(2, 65, 70)
-    assert_same(net(x), model.wrapped.trunk(x), EXACT)
+def test_the_largest_part_that_reads_the_image_is_converted_inside_a_network_that_decides_by_values() -> None:
+    model, x = DecidesByValues().eval(), images(2, 65, 70)
+    net = cs.adaptify(model, "none")
+    assert net.plan.part in ("net", "wrapped.trunk") and net.hosts_part
+    with torch.no_grad():
+        for image in (x, -x, x - 3):
+            assert_same(net(image), model(image), EXACT)
 
 
 class Pairs(nn.Module):
@@ -280,12 +281,44 @@ class Pairs(nn.Module):
         return self.head((after - before).abs())
 
 
-@pytest.mark.parametrize("example", ["none", "tensor", "tuple", "dictionary"])
-def test_a_network_of_several_images_names_the_part_that_reads_one(example: str) -> None:
+@pytest.mark.parametrize("example", ["tensor", "tuple", "dictionary"])
+def test_the_encoder_of_a_network_of_several_images_is_converted_inside_it(example: str) -> None:
     model, x = Pairs().eval(), torch.rand(2, 2, 4, 64, 96)
-    given: Any = {"none": None, "tensor": x, "tuple": (x,), "dictionary": {"x": x}}[example]
+    given: Any = {"tensor": x, "tuple": (x,), "dictionary": {"x": x}}[example]
+    net = cs.adaptify(model, "none", example_input=given)
+    assert net.plan.part == "encoder" and net.plan.example_shape[1:] == (4, 64, 96)
+    net(x, mask=torch.ones(2, 64, 96, dtype=torch.bool))  # one map for each pair
+    assert net.active_fraction == 1
+    for size in SIZES:
+        pair = torch.rand(3, 2, 4, *size)
+        assert_same(net(pair), model(pair), EXACT)
+
+
+def test_a_network_of_several_images_is_saved_and_loaded(tmp_path: Path) -> None:
+    model, x = Pairs().eval(), torch.rand(2, 2, 4, 64, 96)
+    net = cs.adaptify(model, "none", example_input=x)
+    cs.save(net, tmp_path / "net.safetensors")
+    loaded = cs.load(tmp_path / "net.safetensors", model=Pairs())
+    assert loaded.plan == net.plan
+    assert_same(loaded(x), model(x), EXACT)
+    with pytest.raises(cs.FileError, match="has no encoder"):
+        cs.load(tmp_path / "net.safetensors", model=Encoder())
+
+
+def test_a_network_of_several_images_without_an_example_names_the_part_that_reads_one() -> None:
     with pytest.raises(cs.CannotConvert, match=r"model.encoder = cs.adaptify\(model.encoder"):
-        cs.adaptify(model, example_input=given)
+        cs.adaptify(Pairs().eval())
+
+
+def test_a_network_of_several_images_without_a_part_that_reads_one_is_refused() -> None:
+    class Joined(Pairs):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.encoder:
+                x = torch.stack([layer(image) for image in x.unbind(1)], 1)
+            return x
+
+    with pytest.raises(cs.CannotConvert, match="images of a pair or clip come in one tensor"):
+        cs.adaptify(Joined().eval(), example_input=torch.rand(2, 2, 4, 64, 96))
 
 
 def test_a_part_that_is_put_back_takes_the_calls_of_its_owner() -> None:
@@ -332,26 +365,26 @@ class AsArray(Detector):
         return {"scores": scores, "largest": numpy.asarray(scores.detach()).max()}
 
 
-@pytest.mark.parametrize("kind", [Detector, AsArray])
-def test_a_detector_that_ends_in_numpy_names_the_part_that_converts(kind: type[nn.Module]) -> None:
-    model, x = kind().eval(), images(2, 64, 96)
-    with pytest.raises(cs.CannotConvert, match="it computes with numpy arrays") as refusal:
-        cs.adaptify(model)
-    assert "model.extractor = cs.adaptify(model.extractor" in refusal.value.next
-    expected = model(x)
-    model.extractor = cs.adaptify(model.extractor, "none", outputs="native")
-    assert_same(model(x)["scores"], expected["scores"], EXACT)
+def test_the_part_of_a_detector_that_ends_in_numpy_is_converted_inside_it() -> None:
+    model, x = AsArray().eval(), images(2, 64, 96)
+    net, expected = cs.adaptify(model, "none"), model(x)
+    assert net.plan.part == "extractor" and net.plan.returned == "native"
+    assert_same(net(x)["scores"], expected["scores"], EXACT)
+    assert net(x)["largest"] == pytest.approx(expected["largest"], rel=EXACT)
 
 
-def test_a_detector_that_ends_in_numpy_names_what_makes_it_return_its_map() -> None:
+def test_a_detector_that_ends_in_numpy_is_told_what_makes_it_return_its_map() -> None:
     model, x = Detector().eval(), images(2, 64, 96)
-    with pytest.raises(cs.CannotConvert) as refusal:
-        cs.adaptify(model)
-    assert "whole network after model.exportable = True" in refusal.value.next
-    assert not model.exportable, "the refused network is as it was"
-    model.exportable = True
-    net = cs.adaptify(model, "none", outputs="native")
+    with pytest.warns(
+        cs.CadWarning, match=r"only its extractor(.|\n)*whole network after model.exportable = True"
+    ):
+        net = cs.adaptify(model, "none")
     assert_same(net(x)["scores"], model(x)["scores"], EXACT)
+    assert not model.exportable, "the network is as it was"
+    model.exportable = True
+    whole = cs.adaptify(model, "none", outputs="native")
+    assert not whole.plan.part
+    assert_same(whole(x)["scores"], model(x)["scores"], EXACT)
 
 
 class ByArgument(Detector):
@@ -359,11 +392,10 @@ class ByArgument(Detector):
         return Detector.forward(self, x, only_map)
 
 
-def test_a_detector_that_ends_in_numpy_names_the_argument_with_which_it_returns_its_map() -> None:
+def test_a_detector_that_ends_in_numpy_is_told_the_argument_with_which_it_returns_its_map() -> None:
     model, x = ByArgument().eval(), images(2, 64, 96)
-    with pytest.raises(cs.CannotConvert) as refusal:
+    with pytest.warns(cs.CadWarning, match=r'example_input=\{"x": images, "only_map": True\}'):
         cs.adaptify(model, example_input=x)
-    assert 'example_input={"x": images, "only_map": True}' in refusal.value.next
     net = cs.adaptify(model, "none", outputs="native", example_input={"x": x, "only_map": True})
     assert_same(net(x, only_map=True)["scores"], model(x, True)["scores"], EXACT)
 
@@ -373,11 +405,126 @@ class ReturnsArrays(Detector):
         return self.head(self.extractor(x)["2"]).detach().numpy()
 
 
-def test_a_network_that_returns_numpy_arrays_alone_is_refused_in_words() -> None:
-    with pytest.raises(
-        cs.CannotConvert, match=r"returns no tensors(.|\n)*returns ndarray(.|\n)*model.extractor"
-    ):
-        cs.adaptify(ReturnsArrays().eval())
+def test_a_network_that_returns_numpy_arrays_alone_converts_its_part() -> None:
+    model, x = ReturnsArrays().eval(), images(2, 64, 96)
+    net = cs.adaptify(model, "none")
+    assert net.plan.part == "extractor"
+    assert_same(torch.from_numpy(net(x)), torch.from_numpy(model(x)), EXACT)
+
+
+class OnlyArrays(Encoder):
+    def forward(self, x: Tensor) -> Any:
+        for layer in (self.stem, *self.rest, self.head):
+            x = layer(x)
+        return x.detach().numpy()
+
+
+def test_a_network_without_a_part_that_returns_numpy_arrays_alone_is_refused_in_words() -> None:
+    with pytest.raises(cs.CannotConvert, match=r"returns no tensors(.|\n)*returns ndarray"):
+        cs.adaptify(OnlyArrays().eval())
+
+
+class DecidesByValuesAlone(Encoder):
+    """How often it runs a layer depends on the image, which its conversion could take for a size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x) * torch.tensor(2.0)
+        for _ in range(len(x.flatten().nonzero()) % 3):
+            x = self.rest[0](x)
+        return x
+
+
+def test_a_network_that_decides_by_values_is_refused_and_the_line_named() -> None:
+    with pytest.raises(cs.CannotConvert, match=r"decides by values(.|\n)*test_plain_python.py"):
+        cs.adaptify(DecidesByValuesAlone().eval())
+
+
+class KeepsInPlaceOf(Encoder):
+    """Holds what it computes of a tensor in the place of that tensor, and asks a table for the number of axes."""
+
+    def __init__(self, is_buffer: bool) -> None:
+        super().__init__()
+        mean = torch.full((1, 3, 1, 1), 0.4)
+        if is_buffer:
+            self.register_buffer("mean", mean)
+        else:
+            self.mean = mean
+        self.names = {4: "map"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = self.mean.type_as(x)
+        y = self.encode(x - self.mean)
+        return self.head(y) if self.names[y.ndim] == "map" else y
+
+
+@pytest.mark.parametrize("is_buffer", [True, False])
+def test_a_tensor_may_be_replaced_by_what_is_computed_of_it(is_buffer: bool) -> None:
+    model = KeepsInPlaceOf(is_buffer).eval()
+    net = cs.adaptify(model, "none", outputs="native")
+    assert_same(net(x := images(2, 71, 85)), model(x), EXACT)
+
+
+class NormOfTokens(Encoder):
+    """Normalises tokens whose batch and places are one axis, and gives them the shape of the tokens again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.encode(x).flatten(2).transpose(1, 2)
+        return tokens + self.norm(tokens.flatten(0, 1)).reshape_as(tokens)
+
+
+def test_a_value_that_is_no_map_may_get_the_shape_of_a_map() -> None:
+    model = NormOfTokens().eval()
+    net = cs.adaptify(model, "none", outputs="native")
+    assert_same(net(x := images(2, 71, 85)), model(x), EXACT)
+
+
+def filled_in(forward: Any) -> Any:
+    """A decorator that sets an argument by name, as transformers' backbones have."""
+
+    @functools.wraps(forward)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs["scale"] = 2
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+class FilledIn(Encoder):
+    @filled_in
+    def forward(self, x: Tensor, scale: int | None = None, **more: Any) -> Tensor:
+        return self.head(self.encode(x)) * (scale or 1)
+
+
+def test_a_decorator_may_set_an_argument_by_name() -> None:
+    model = FilledIn().eval()
+    net = cs.adaptify(model, "none", outputs="native")
+    assert_same(net(x := images(2, 71, 85)), model(x), EXACT)
+
+
+class OfOneBatch(Encoder):
+    """Gathers what it finds in each image, which decides by values unless there is one image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(self.stem, self.rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.head(self.trunk(x))
+        found = [one[:, one[0] > 0] for one in maps]
+        most = max(points.shape[1] for points in found)
+        return torch.stack([F.pad(points, (0, most - points.shape[1])) for points in found])
+
+
+def test_a_network_that_decides_by_values_for_several_images_converts_its_part_on_one_image() -> None:
+    model = OfOneBatch().eval()
+    net = cs.adaptify(model, "none", example_input=images(1, 64, 96))
+    assert net.plan.part == "trunk"
+    for batch in (1, 3):
+        assert_same(net(x := images(batch, 64, 96)), model(x), EXACT)
 
 
 class NumbersOfNumpy(Encoder):

@@ -22,8 +22,9 @@ from cadsurgery.methods.anytime.run import AnytimeRun
 from cadsurgery.methods.converted import GraphModel, Stored, register
 from cadsurgery.methods.positions import Sites
 from cadsurgery.methods.program import CallWork, work_of
-from cadsurgery.network.adaptify import Example, copy_network, traceable_part
+from cadsurgery.network.adaptify import copy_network
 from cadsurgery.network.macs import meta_copy
+from cadsurgery.network.parts import Example, traceable_part
 from cadsurgery.network.signature import Forward
 from cadsurgery.network.storage import check_width
 from cadsurgery.support.errors import CannotConvert, InvalidInput, check_name

@@ -17,8 +17,9 @@ from cadsurgery.methods.sampling.gates import DECAY, GRID, TEMPERATURE, Gate, ha
 from cadsurgery.methods.sampling.program import Block, Gated, SampledProgram, gather, reconstruct
 from cadsurgery.methods.sampling.report import BranchPlan, GatePlan, SampledMacs, SamplingPlan, count
 from cadsurgery.methods.sampling.run import SampledRun
-from cadsurgery.network.adaptify import Example, copy_network, traceable_part
+from cadsurgery.network.adaptify import copy_network
 from cadsurgery.network.hosted import Host, check_used
+from cadsurgery.network.parts import Example, traceable_part
 from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.arguments import image_of

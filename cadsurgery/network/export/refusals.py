@@ -11,8 +11,7 @@ from torch import fx, nn
 from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
-from cadsurgery.surgery.graphs import module_of, raised_by, written_at
-from cadsurgery.surgery.refusals import source_line
+from cadsurgery.surgery.graphs import module_of, raised_by, source_line, written_at
 from cadsurgery.surgery.rewrite import ORIGIN
 
 LINE = "cadsurgery_line"  # of the network's graph, in the metadata of a node that was traced there
