@@ -35,9 +35,9 @@ from cadsurgery.data.networks import build_model
 from cadsurgery.elements import functional
 from cadsurgery.elements.bilinear import ends_of, place_on_map
 from cadsurgery.elements.kernel_map import Window
-from cadsurgery.methods.spatial import Spatial
 from cadsurgery.surgery.arguments import take_image
 from cadsurgery.surgery.read import read
+from cadsurgery.surgery.spatial import Spatial
 from cadsurgery.surgery.treatment import Treatment
 
 BYTES = 4

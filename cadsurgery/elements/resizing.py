@@ -101,9 +101,7 @@ def resize_onto(
     scale = spacings[0] // spacings[1]
     if mode == "nearest" and all(want == have * scale for want, have in zip(after, before, strict=True)):
         same = partial(_same_sample, x.lattice, target, spacings[0])
-        return Elements(
-            x.rows.index_select(0, x.lattice.derive(("same sample", target.key), same)), target
-        )
+        return Elements(x.rows.index_select(0, x.lattice.derive(("same sample", target.key), same)), target)
     corners = partial(_own_corners, x.lattice, target, spacings, before, after, mode, align_corners, top)
     reading, shares = x.lattice.derive(
         ("own corners", target.key, spacings, after, mode, align_corners), corners

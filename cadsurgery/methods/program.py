@@ -16,13 +16,13 @@ from torch.fx.node import map_aggregate
 
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.weights import FusedConv
-from cadsurgery.methods.spatial import WHOLE, SpatialKind
 from cadsurgery.network.macs import to_meta
 from cadsurgery.support.counting import MacCounter
 from cadsurgery.support.torch_internals import tree_map
 from cadsurgery.surgery.arguments import bind_all, contain
 from cadsurgery.surgery.hooks import child, parameter
 from cadsurgery.surgery.rewrite import pack_graph, unpack_graph
+from cadsurgery.surgery.spatial import WHOLE, SpatialKind
 
 
 class Ref(NamedTuple):

@@ -33,6 +33,7 @@ from cadsurgery.network.adapters import (
     make_refinements,
     with_adapters,
 )
+from cadsurgery.network.bands.run import Bands, Walks
 from cadsurgery.network.convert import convert_for_call
 from cadsurgery.network.counters import CallingCounters
 from cadsurgery.network.fuse import KERNELS
@@ -43,6 +44,7 @@ from cadsurgery.network.program import Masked, Program, ProgramNetwork, frozen_c
 from cadsurgery.network.recorded import Called, Recordings
 from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import InvalidInput, NotConverted
+from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent, waiting
 from cadsurgery.support.torch_internals import is_exporting, is_transformed, tree_leaves
 from cadsurgery.surgery.arguments import kinds_of
@@ -82,6 +84,7 @@ class AdaptiveModel(ProgramNetwork):
         self._overridden = False  # True once `masked` was used: torch before 2.15 cannot compile the look-up
         self.checks: tuple[Check, ...] = ()
         self.source: Any = None
+        self._bands: Bands | None = None  # of an inference copy that computes pictures in bands
         self._mask_provider = resolve_mask(mask)
         self._unit: Unit = model._unit if isinstance(model, AdaptiveModel) else Unit()
         self.register_state_dict_post_hook(_without_own)
@@ -370,6 +373,7 @@ class AdaptiveModel(ProgramNetwork):
         fuse: bool = True,
         *,
         precision: str = FLOAT,
+        memory: int | str | None = None,
         calibration: Any = None,
         step: Step = silent,
     ) -> AdaptiveModel:
@@ -385,22 +389,28 @@ class AdaptiveModel(ProgramNetwork):
                 best ordinary dense network, with which `cadsurgery bench` compares.
             precision: `float` keeps the precision of the weights; the copy in `bfloat16` takes images in bfloat16, too.
                 8 bits are for files: `cadsurgery.export`.
+            memory: what the maps of a picture may take beside weights, picture and results, in bytes or as a text such
+                as `"1.5GiB"`: pictures are computed one by one in bands of rows, with the same result. On the CPU.
             calibration: images for 8 bits, which are refused here with what to call.
             step: progress callback; see `cadsurgery.support.progress.Step`.
 
         Raises:
             UnknownName: an unknown precision.
-            InvalidInput: 8 bits; or another precision for a network that is optimised already.
+            InvalidInput: 8 bits; no amount of memory; or another precision or memory for a network that is optimised
+                already.
         """
         check_precision(precision, calibration)
+        bands = Bands(bytes_of(memory)) if memory is not None else None
         with waiting(step) as shown:
             shown("optimising the network")
             fast = self._optimize(fuse)
-        if precision != FLOAT and fast is self:
+        if fast is self and (precision != FLOAT or memory is not None):
+            asked = f"precision={precision!r}" if memory is None else f"memory={memory!r}"
             raise InvalidInput(
-                f"an optimised network is not put into {precision}.",
-                next=f"ask the network it was made from: net.optimize(precision={precision!r}).",
+                f"an optimised network gets no other {asked.partition('=')[0]}.",
+                next=f"ask the network it was made from: net.optimize({asked}).",
             )
+        fast.adaptive_part._bands = bands
         return fast.to(torch.bfloat16) if precision == BFLOAT16 else fast
 
     def _optimize(self, fuse: bool) -> AdaptiveModel:
@@ -540,8 +550,30 @@ class OptimizedModel(AdaptiveModel):
             return super().forward(*args, mask=mask, **kwargs)
 
     def _call(self, provider: MaskProvider, arguments: dict[str, Any]) -> Called:
+        if self._bands is not None:
+            return self._find_way(partial(self._bands, provider), arguments)
         run = partial(super()._call, provider)
         return self._recordings.call(self, provider, arguments, run) or run(arguments)
+
+    def plan_memory(self, *args: Any, mask: object = None, **kwargs: Any) -> Walks:
+        """Return how the first picture of a call is computed in bands, and the memory that its maps take; only the mask
+        is computed.
+
+        Args:
+            args: as for a call.
+            mask: mask for this plan only, as for a call.
+            kwargs: as for a call.
+
+        Raises:
+            CannotConvert: an operation needs a whole map.
+            InvalidInput: the memory is too little, or the copy was made without one.
+        """
+        if self._bands is None:
+            raise InvalidInput(
+                "the network runs whole.", next='make a copy with a memory: net.optimize(memory="1.5GiB").'
+            )
+        provider = self._mask_provider if mask is None else resolve_mask(mask)
+        return self._bands.plan(provider, self.program, self.program.bind(*args, **kwargs))
 
     @property
     def counted(self) -> Program:

@@ -280,6 +280,11 @@ class Program:
         return arguments.get(self._image) if self._image else image_of(arguments)
 
     @property
+    def image_name(self) -> str:
+        """The name of the argument that is the image, or "" if the mask reads none of the arguments as it is."""
+        return self._image
+
+    @property
     def masks_an_argument(self) -> bool:
         """True if the image that the mask reads is an argument of the call; else it is computed from arguments."""
         return bool(self._image)

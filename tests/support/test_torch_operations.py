@@ -15,7 +15,6 @@ from conftest import assert_same, images, pointwise_rule
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cadsurgery.methods.spatial import Spatial
 from cadsurgery.network.adaptify import traceable_part
 from cadsurgery.network.fuse import Fuser, activation_of
 from cadsurgery.network.idioms import step_of
@@ -30,6 +29,7 @@ from cadsurgery.support.torch_operations import (
     spellings,
 )
 from cadsurgery.surgery.flow import is_filled
+from cadsurgery.surgery.spatial import Spatial
 from cadsurgery.surgery.trace import trace
 
 # Moderate numbers, zero and those at which functions have poles or end among them.

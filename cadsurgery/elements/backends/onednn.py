@@ -103,10 +103,12 @@ def convolve(
     padding: Pair,
     dilation: Pair,
     residual: Tensor | None = None,
+    any_height: bool = False,
 ) -> Tensor:
     """Compute an ordinary convolution of a dense map (B, C, H, W).
 
-    `residual` is added before the activation; it may be any tensor that broadcasts to the result.
+    `residual` is added before the activation; it may be any tensor that broadcasts to the result. With `any_height` one
+    packed weight serves maps of all heights, as those of the bands of a picture.
 
     Raises:
         Misfit: the map has other channels than the weight.
@@ -129,8 +131,9 @@ def convolve(
     image = image.contiguous(memory_format=torch.channels_last)
     if weights.dense:
         shape, pack = list(image.shape), torch_internals.packed_convolution
+        known = (shape[1], shape[3]) if any_height else tuple(shape)
         weight = weights.form(
-            ("image", image.dtype, stride, padding, dilation, *shape),
+            ("image", image.dtype, stride, padding, dilation, *known),
             lambda: pack(weight.contiguous(), padding, stride, dilation, weights.groups, shape),
         )
     return _convolve(weights, image, weight, residual, (stride, padding, dilation), weights.groups)

@@ -22,7 +22,6 @@ from cadsurgery.methods.anytime.run import AnytimeRun
 from cadsurgery.methods.converted import GraphModel, Stored, register
 from cadsurgery.methods.positions import Sites
 from cadsurgery.methods.program import CallWork, work_of
-from cadsurgery.methods.spatial import WHOLE, Spatial, SpatialKind
 from cadsurgery.network.adaptify import Example, copy_network, traceable_part
 from cadsurgery.network.macs import meta_copy
 from cadsurgery.network.signature import Forward
@@ -33,6 +32,7 @@ from cadsurgery.surgery.entry import signature_of
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.graphs import upstream
 from cadsurgery.surgery.hooks import child
+from cadsurgery.surgery.spatial import WHOLE, Spatial, SpatialKind
 from cadsurgery.surgery.trace import evaluating
 
 Confidence = Literal["probability", "entropy"]

@@ -14,8 +14,8 @@ from torch import fx
 
 from cadsurgery.methods.anytime.heads import resize_like
 from cadsurgery.methods.program import ProgramStep, StepProgram, steps_of
-from cadsurgery.methods.spatial import SpatialKind
 from cadsurgery.surgery.graphs import downstream, upstream
+from cadsurgery.surgery.spatial import SpatialKind
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

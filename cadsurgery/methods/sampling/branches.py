@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from cadsurgery.elements.kernel_map import Window
-from cadsurgery.methods.spatial import CHANNELS_FIRST, CHANNELS_LAST, Spatial
 from cadsurgery.network.fuse import leaves_values
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName
 from cadsurgery.support.torch_operations import operation_of
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.graphs import only_user
+from cadsurgery.surgery.spatial import CHANNELS_FIRST, CHANNELS_LAST, Spatial
 
 
 @dataclass(frozen=True)

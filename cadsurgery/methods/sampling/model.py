@@ -17,7 +17,6 @@ from cadsurgery.methods.sampling.gates import DECAY, GRID, TEMPERATURE, Gate, ha
 from cadsurgery.methods.sampling.program import Block, Gated, SampledProgram, gather, reconstruct
 from cadsurgery.methods.sampling.report import BranchPlan, GatePlan, SampledMacs, SamplingPlan, count
 from cadsurgery.methods.sampling.run import SampledRun
-from cadsurgery.methods.spatial import Spatial
 from cadsurgery.network.adaptify import Example, copy_network, traceable_part
 from cadsurgery.network.hosted import Host, check_used
 from cadsurgery.network.signature import Forward
@@ -25,6 +24,7 @@ from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.entry import signature_of
 from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.spatial import Spatial
 from cadsurgery.surgery.trace import evaluating
 
 GATES = "sampling_gates"  # name of the child module that holds the gates

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.methods.program import ProgramStep, StepProgram, steps_of
-from cadsurgery.methods.spatial import SpatialKind
+from cadsurgery.surgery.spatial import SpatialKind
 
 
 def reconstruct(value: Tensor, source: Tensor, gate: int) -> Tensor:

@@ -17,8 +17,9 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Lattice, Pyramid
-from cadsurgery.elements.whole_image import areas_in_bins
 from cadsurgery.elements.resizing import Scaling, read_at, resize_onto
+from cadsurgery.elements.sizes import divide_up
+from cadsurgery.elements.whole_image import areas_in_bins
 from cadsurgery.network.bands.schedule import SAME, Rows
 from cadsurgery.network.bands.steps import Fetch, entries
 
@@ -83,7 +84,9 @@ class Cells:
                 each[geometry.levels_at(some, grid.stage).long()].sum(1) for some in levels.split(self.side)
             ]
             beyond = grid.size[0] - levels.shape[0]
-            rows = torch.cat([torch.zeros(1, dtype=torch.float64), *of_rows, *of_rows[-1][-1:].expand(max(beyond, 0), 1)])
+            rows = torch.cat(
+                [torch.zeros(1, dtype=torch.float64), *of_rows, *of_rows[-1][-1:].expand(max(beyond, 0), 1)]
+            )
             self._counts[key] = rows.cumsum(0)
         return self._counts[key]
 
@@ -166,7 +169,9 @@ class WindowOfElements:
         rows = self.cells.reached(max(0, -min(down)), max(0, max(down)), self.cells.finest(self.grids[1]))
         if window.mode == "zeros":
             return rows
-        pads = [window.spacing * pad for pad in window.padding[:2]]  # what is reflected lies in front of the border
+        pads = [
+            window.spacing * pad for pad in window.padding[:2]
+        ]  # what is reflected lies in front of the border
         side = self.cells.side
         top, bottom = max(0, height - 1 - 2 * pads[1]) // side * side, (2 * pads[0] // side + 2) * side - 1
         return Rows(lambda row: min(rows.first(row), top), lambda row: max(rows.last(row), bottom))
@@ -183,7 +188,9 @@ class WindowOfElements:
             if self.residual is not None:
                 rows[self.residual] = fetch(self.residual, first, end)
         else:
-            stage = cells.lattice(target, begin, stop).between(first - begin, min(end, target.size[0]) - begin)
+            stage = cells.lattice(target, begin, stop).between(
+                first - begin, min(end, target.size[0]) - begin
+            )
             rows = {self.node: x}
             if self.residual is not None:
                 assert added is not None
@@ -209,18 +216,21 @@ class ResizedElements:
 
     def __post_init__(self) -> None:
         source, target = self.grids
-        self.before = tuple(-(-length // self.spacings[0]) for length in source.size)
-        self.after = tuple(-(-length // self.spacings[1]) for length in target.size)
+        (coarse, fine), (source, target) = self.spacings, self.grids
+        self.before = divide_up(source.size[0], coarse), divide_up(source.size[1], coarse)
+        self.after = divide_up(target.size[0], fine), divide_up(target.size[1], fine)
         self.copies = [self.node]
         # A sample reads its neighbours; a place moves by less than a sample for each cell, and by the rest of a size.
         ratio = self.before[0] / self.after[0]
-        side, coarse, fine = self.cells.side, *self.spacings
+        side = self.cells.side
 
         def place(row: int) -> float:
             number = row // fine
             if self.mode == "nearest" or self.align_corners:
                 have, want = self.before[0], self.after[0]
-                scale = (have - 1) / max(want - 1, 1) if self.align_corners and self.mode != "nearest" else ratio
+                scale = (
+                    (have - 1) / max(want - 1, 1) if self.align_corners and self.mode != "nearest" else ratio
+                )
                 return number * scale
             return (number + 0.5) * ratio - 0.5
 
@@ -244,6 +254,30 @@ class ResizedElements:
             x, stage, self.spacings, self.before, self.after, self.mode, self.align_corners, begin
         )
         return Elements(found.rows, goal)
+
+
+@dataclass
+class OfNeighbours:
+    """An operation whose elements read no further than the next cells: it is called on these, too."""
+
+    cells: Cells
+    node: fx.Node
+    grids: tuple[Grid, Grid]
+    call: Call
+
+    def __post_init__(self) -> None:
+        side = self.cells.side
+        self.reads = [(self.node, self.cells.reached(side, side))]
+        self.copies = [self.node]
+
+    def compute(self, fetch: Fetch, first: int, end: int) -> Elements:
+        """Return the elements of the fine rows [first, end)."""
+        (source, target), cells = self.grids, self.cells
+        begin, stop = cells.within(self.reads[0][1], first, end, source.size[0])
+        found: Elements = self.call({self.node: fetch(self.node, begin, stop)}, {})
+        lines = first - begin, min(end, target.size[0]) - begin
+        rows = found.rows[slice(*map(found.lattice.row_at, lines))]
+        return Elements(rows, cells.lattice(target, first, end))
 
 
 class DenseMap:
@@ -308,9 +342,7 @@ class Weighted:
         if self.groups:
             sums = [one.view(self.groups, -1).mean(1) for one in sums]
         sums = [one.unsqueeze(0) for one in sums]
-        self.sums = (
-            [one + other for one, other in zip(self.sums, sums, strict=True)] if self.sums else sums
-        )
+        self.sums = [one + other for one, other in zip(self.sums, sums, strict=True)] if self.sums else sums
         self.area += int(areas.sum())
 
     def finish(self) -> tuple[Tensor, Tensor | None]:
@@ -351,7 +383,9 @@ class BinsOfElements:
     def add(self, x: Elements, first: int) -> None:
         """Take in the elements of a band from a fine row on."""
         _, y, column = x.lattice.coordinates
-        shares = areas_in_bins(x.lattice, (y + first, column), self.size, self.bins, self.spacing, self.are_equal)
+        shares = areas_in_bins(
+            x.lattice, (y + first, column), self.size, self.bins, self.spacing, self.are_equal
+        )
         if self.largest:
             inside = (shares > 0).unsqueeze(2).unbind(1)
             found = torch.stack([torch.where(own, x.rows, -torch.inf).amax(0) for own in inside], 1)

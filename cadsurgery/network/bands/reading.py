@@ -6,13 +6,13 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from cadsurgery.elements import functional
@@ -23,7 +23,6 @@ from cadsurgery.elements.lattice import Geometry, Lattice, Pyramid
 from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.elements.operations import Operation, operation_of
 from cadsurgery.elements.resizing import Scaling
-from cadsurgery.methods.spatial import Spatial
 from cadsurgery.network.bands import element_steps, steps
 from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.schedule import Map
@@ -37,6 +36,7 @@ from cadsurgery.surgery.facts import Facts, MapFacts
 from cadsurgery.surgery.refusals import source_line
 from cadsurgery.surgery.rewrite import ask_mask
 from cadsurgery.surgery.rule_arguments import pair_of
+from cadsurgery.surgery.spatial import Spatial
 from cadsurgery.surgery.treatment import Attribute, Call, Treatment, barrier, rule
 
 NCHW = "bchw"
@@ -124,13 +124,16 @@ class Reading:
 
     @property
     def result(self) -> Any:
-        """What the graph returns, with nodes in place of values."""
-        return next(node for node in self.graph.nodes if node.op == "output").args[0]
+        """The output of the network, with nodes in place of values; a graph returns it with the fine map or lattice."""
+        output: Any = next(node for node in self.graph.nodes if node.op == "output").args[0]
+        return output[0]
 
     @property
     def outputs(self) -> list[fx.Node]:
-        """The nodes that the graph returns."""
-        return next(node for node in self.graph.nodes if node.op == "output").all_input_nodes
+        """The nodes of the output."""
+        found = dict[fx.Node, None]()
+        map_arg(self.result, lambda node: found.setdefault(node))
+        return list(found)
 
     @property
     def map_outputs(self) -> list[fx.Node]:
@@ -156,10 +159,13 @@ class _Shapes(GraphInterpreter):
             self.reading.shapes[n], self.reading.types[n] = value.shape, value.dtype
         elif isinstance(value, Elements) and isinstance(value.rows, Tensor):
             self.reading.grids[n] = Grid(value.lattice.stage, value.lattice.size)
-            self.reading.channels[n], self.reading.types[n] = math.prod(value.rows.shape[1:]), value.rows.dtype
+            self.reading.channels[n], self.reading.types[n] = (
+                math.prod(value.rows.shape[1:]),
+                value.rows.dtype,
+            )
         elif isinstance(value, Elements):  # several maps in one
             self.reading.several.add(n)
-        elif not isinstance(value, nn.Module):
+        elif _is_number(value):
             self.reading.numbers[n] = value
         return value
 
@@ -167,37 +173,46 @@ class _Shapes(GraphInterpreter):
 class Reader:
     """Makes the reading of a graph."""
 
-    def __init__(
-        self, program: Program, graph: fx.Graph, arguments: dict[str, Any], image: str, lattice: Lattice | None = None
-    ) -> None:
-        """Take a program, one of its graphs, the arguments of a call with one picture, the picture's name, and the
-        lattice of the region, if the graph has one."""
+    def __init__(self, program: Program, graph: fx.Graph, arguments: dict[str, Any], image: str) -> None:
+        """Take a program, one of its graphs, the arguments of a call with one picture, and the picture's name."""
         self.program, self.net = program, program.net
         places = {node.target: node for node in graph.nodes if node.op == "placeholder"}
-        self.reading = Reading(graph, places[image])
-        given = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in arguments.items()}
+        self.image = places[image]
+        self.reading = Reading(graph, self.image)
+        given = {
+            name: value.to("meta") if isinstance(value, Tensor) else value
+            for name, value in arguments.items()
+        }
         on_meta = program.bind_to(meta_copy(self.net))
-        self.cells = Cells(lattice.pyramid, lattice.geometry.sides[-1]) if lattice is not None else None
-        first = (partial(_coarse, program.geometry),) if lattice is not None else ()
+        self.cells: Cells | None = None
+        self.region = next((node for node in graph.nodes if node.target is ask_mask), None)
+        first = (partial(_coarsest, program.geometry),) if self.region is not None else ()
         with torch.no_grad():
             _Shapes(on_meta, graph, self.reading).run(*in_order(graph, given, *first))
         self.run = GraphInterpreter(program, graph)
         facts = Facts(self.net, graph, given[image], self.reading.shapes, arguments=given)
         facts.floating.update(node for node, dtype in self.reading.types.items() if dtype.is_floating_point)
-        facts.numbers.update(
-            {node: value for node, value in self.reading.numbers.items() if _is_number(value)}
-        )
+        facts.numbers.update(self.reading.numbers)
         facts.given.append(self.reading.image)
         self.spatial = Spatial(facts)
         self.parts = dict[fx.Node, list[fx.Node]]()  # the maps that several values in one are read from
-        self.arguments = arguments
+        self.values = dict[Key, Any]()  # of all that is no map, while a call runs
 
-    def read(self) -> Reading:
-        """Return the reading.
+    def fine_size(self) -> tuple[int, int]:
+        """Return height and width of the fine map of the region."""
+        output: Any = next(node for node in self.reading.graph.nodes if node.op == "output").args[0]
+        fine: Any = output[1] if self.region is None else self.region.args[2]
+        return self._size(fine)
+
+    def read(self, lattice: Lattice | None = None) -> Reading:
+        """Return the reading for the lattice of a picture, if the graph has a region.
 
         Raises:
             CannotConvert: an operation needs a whole map.
         """
+        self.reading = replace(self.reading, maps=[], nodes=[], steps={}, sums={}, passes={}, axis={})
+        self.cells = Cells(lattice.pyramid, lattice.geometry.sides[-1]) if lattice is not None else None
+        self.parts.clear()
         for node in self.reading.graph.nodes:
             if node.op == "output":
                 break
@@ -228,29 +243,33 @@ class Reader:
 
     def _read_node(self, node: fx.Node) -> None:
         treatment = self.spatial.treatments[node]
-        if node in self.reading.numbers and _is_number(self.reading.numbers[node]):
+        if node in self.reading.numbers:
             return  # a size
         if node not in self.reading.shapes:
             self._refuse_unless_rowwise(node, treatment)
             self.parts[node] = self._maps_of(node)
             return
-        if treatment.kind == "global":
+        if node.target is functional.contiguous_gradient:
+            self._add(node, self._pointwise(node))
+        elif treatment.kind == "global":
             self._read_sum(node, treatment)
         elif node not in self.spatial.facts.pads or treatment.kind != "pad":
             self._add(node, self._step(node, treatment))
 
     def _add(self, node: fx.Node, step: Step | None) -> None:
+        if self.reading.shapes.get(node, (1,))[0] != 1:
+            raise self._refusal(node, "it joins images, or copies of them")
         reading, numbers, size = self.reading, self.reading.number, self.reading.types[node].itemsize
         if node in reading.grids:
             assert self.cells is not None
             grid = reading.grids[node]
-            made = Map(node.name, grid.size[0], reading.channels[node] * size, step=self.cells.side)
+            made = Map(self._name(node), grid.size[0], reading.channels[node] * size, step=self.cells.side)
             made.elements = self.cells.elements_above(grid).tolist()
         else:
             shape, axis = reading.shapes[node], self._axis(node)
             reading.axis[node] = axis
             row = math.prod(shape) // max(shape[axis], 1) * size
-            made = Map(node.name, shape[axis], row if step is not None else 0)
+            made = Map(self._name(node), shape[axis], row if step is not None else 0)
         if step is not None:
             made.reads = [(numbers[source], rows) for source, rows in step.reads]
             made.copied = [numbers[source] for source in step.copies]
@@ -259,6 +278,20 @@ class Reader:
             reading.passes.setdefault(node, self._passes(read))
         reading.maps.append(made)
         reading.nodes.append(node)
+
+    def _name(self, node: fx.Node) -> str:
+        """The name of a node, or that of the layer that was fused."""
+        held = [
+            str(one.target) for one in (node, *node.all_input_nodes) if one.op in ("get_attr", "call_module")
+        ]
+        origins = (
+            getattr(self.net.get_submodule(path), "origin", "") for path in held if self._is_module(path)
+        )
+        return next(filter(None, origins), node.name)
+
+    def _is_module(self, path: str) -> bool:
+        owner, _, name = path.rpartition(".")
+        return name in self.net.get_submodule(owner)._modules
 
     # -- steps ---------------------------------------------------------------------------------------
 
@@ -276,7 +309,13 @@ class Reader:
         if call is functional.resize:
             source = self._source(node)
             size = self._size(source)
-            scaling = Scaling(**{name: arguments.get(name) for name in ("size", "scale_factor", "align_corners", "recompute_scale_factor")}, mode=arguments.get("mode", "nearest"))
+            scaling = Scaling(
+                **{
+                    name: arguments.get(name)
+                    for name in ("size", "scale_factor", "align_corners", "recompute_scale_factor")
+                },
+                mode=arguments.get("mode", "nearest"),
+            )
             return steps.Resized(source, size, scaling, self.reading.types[source])
         if call in (functional.pad, functional.crop):
             source = self._source(node)
@@ -288,12 +327,14 @@ class Reader:
         return self._pointwise(node)
 
     def _packed(self, node: fx.Node, module: PackedConv, window: Window) -> Step:
-        source, residual = self._source(node), node.args[1] if len(node.args) > 1 else None
-        if residual is not None and self.reading.shapes.get(residual) != self.reading.shapes[node]:  # type: ignore[call-overload]
+        source = self._source(node)
+        residual: Any = node.args[1] if len(node.args) > 1 else None
+        if residual is not None and self.reading.shapes.get(residual) != self.reading.shapes[node]:
             raise self._refusal(node, "what it adds has another size")
-        more: Any = residual
         apply, width = steps.convolution_by(module, window), self.reading.shapes[node][3]
-        return steps.Windowed(source, window, self._size(source), width, apply, window.outside or 0.0, more)
+        return steps.Windowed(
+            source, window, self._size(source), width, apply, window.outside or 0.0, residual
+        )
 
     def _windowed(self, node: fx.Node, treatment: Treatment, arguments: dict[str, Any]) -> Step:
         source, window, call = self._source(node), treatment.window, treatment.call
@@ -307,12 +348,12 @@ class Reader:
             return make(steps.convolution_of(weight, bias, arguments.get("groups", 1), window), outside)
         if call is functional.max_pool2d:
             outside = -torch.inf if window.outside is None else window.outside
-            return make(steps.largest_of(window), outside)
+            return make(steps.largest_of(window), outside, pads=False)
         if call is functional.avg_pool2d and window.dilation == (1, 1):
-            sums = make(steps.sums_of(window), outside)
+            sums = make(steps.sums_of(window), outside, pads=False)
             return steps.Mean(sums, arguments.get("divisor"), arguments.get("count_include_pad", True))
         if call is functional.pixel_unshuffle:
-            return make(lambda x, left, _: F.pixel_unshuffle(x, window.stride), 0.0)
+            return make(lambda x, left, _: F.pixel_unshuffle(x, window.stride), 0.0, pads=False)
         raise self._refusal(node, "its window is of a kind that needs whole maps")
 
     def _spread(self, node: fx.Node, window: Window, arguments: dict[str, Any]) -> Step:
@@ -324,7 +365,9 @@ class Reader:
     def _group_norm(self, node: fx.Node, arguments: dict[str, Any]) -> Step:
         """Mean and variance are values of the whole image; the rest acts on each row."""
         source, groups = self._source(node), arguments["groups"]
-        made = partial(steps.affine_of, groups=groups, **{name: arguments[name] for name in ("weight", "bias", "eps")})
+        made = partial(
+            steps.affine_of, groups=groups, **{name: arguments[name] for name in ("weight", "bias", "eps")}
+        )
         key = Statistics(node)
         self._add_sum(key, source, partial(steps.Moments, groups, True), made)
 
@@ -374,7 +417,7 @@ class Reader:
     def _read_elements(self, node: fx.Node) -> None:
         """Read an operation of the region, or one at its border."""
         operation, cells = operation_of(node.target), self.cells
-        if node in self.reading.numbers and _is_number(self.reading.numbers[node]):
+        if node in self.reading.numbers:
             return
         if operation is None or cells is None:
             raise self._refusal(node, "it is no operation on elements")
@@ -394,16 +437,32 @@ class Reader:
         if source not in grids:
             raise self._refusal(node, "it joins a dense map with the region")
         spacing = options.get("spacing", 1)
-        if node.target is functional.to_dense and options.get("layout", NCHW) == NCHW and not options.get("guide"):
+        if (
+            node.target is functional.to_dense
+            and options.get("layout", NCHW) == NCHW
+            and not options.get("guide")
+        ):
             return element_steps.DenseMap(cells, source, grids[source], spacing, call)
         if node.target is functional.resize_to_dense and cells.pyramid.geometry.fill == "linear":
             names = ("size", "scale_factor", "align_corners", "recompute_scale_factor")
-            scaling = Scaling(**{name: options.get(name) for name in names}, mode=options.get("mode", "nearest"))
-            return element_steps.ResizedAtExit(cells, source, grids[source], spacing, scaling, self.reading.types[source])
+            scaling = Scaling(
+                **{name: options.get(name) for name in names}, mode=options.get("mode", "nearest")
+            )
+            return element_steps.ResizedAtExit(
+                cells, source, grids[source], spacing, scaling, self.reading.types[source]
+            )
         if node.target is functional.resize and cells.pyramid.geometry.floors:
             mode, align = options.get("mode", "nearest"), bool(options.get("align_corners"))
             return element_steps.ResizedElements(
                 cells, source, (grids[source], grids[node]), options["spacings"], mode, align
+            )
+        both = (grids[source], grids[node]) if node in grids else None
+        if both is not None and (
+            node.target is functional.pixel_shuffle or self._is_whole_resize(node, options)
+        ):
+            sized = {"size": None} if node.target is functional.resize else {}
+            return element_steps.OfNeighbours(
+                cells, source, both, lambda rows, more: self._call_with(node, rows, {**more, **sized})
             )
         if operation.reads == "window" and "window" in options:
             window = options["window"].fit(grids[source].size)
@@ -416,13 +475,22 @@ class Reader:
             return self._group_norm_of_elements(node, source, options)
         is_border = node.target in (functional.pad, functional.crop, functional.check_same_padding)
         if operation.reads != "element" or (is_border and grids[node] != grids[source]):
-            raise self._refusal(node, "it needs whole maps")
+            raise self._refusal(node, "it needs whole maps, or a batch")
         maps = self._maps_of(node)
         if any(one not in grids for one in maps):
             raise self._refusal(node, "it joins a dense map with the region")
         if is_border:
             return element_steps.RowByRow([source], lambda rows, _: rows[source])
         return element_steps.RowByRow(maps, call)
+
+    def _is_whole_resize(self, node: fx.Node, options: dict[str, Any]) -> bool:
+        """True for a resize by a whole number, whose samples lie alike in every cell."""
+        if node.target is not functional.resize or options.get("align_corners"):
+            return False
+        (have, want), scale = options["spacings"], options["scale"]
+        before, after = self.reading.grids[self._maps_of(node)[0]].size, self.reading.grids[node].size
+        pairs = zip(before, after, strict=True)
+        return have == want * scale and all(-(-b // have) * scale == -(-a // want) for b, a in pairs)
 
     def _options(self, node: fx.Node) -> dict[str, Any]:
         """The arguments of an operation on elements by name; numbers in place of their nodes."""
@@ -451,12 +519,16 @@ class Reader:
     def _sum_of_elements(self, node: fx.Node) -> None:
         (source, *_), options = self._maps_of(node), self._options(node)
         how, shape, dtype = options.get("how", "mean"), self.reading.shapes[node], self.reading.types[node]
-        is_plain = options.get("layout", NCHW) == NCHW and tuple(options.get("dims", (2, 3))) == (2, 3)
+        dims = tuple(options.get("dims", (2, 3)))
+        is_plain = options.get("layout", NCHW) == NCHW and dims in ((2, 3), (1, 2, 3))
+        is_plain = is_plain and (dims == (2, 3) or how in ("mean", "sum", "amax", "amin"))
         size, spacing = self.reading.grids[source].size, options.get("spacing", 1)
         samples = math.prod(-(-length // spacing) for length in size)
         assert self.cells is not None
         are_equal = self.cells.are_equal(self.reading.grids[source])
-        if node.target is functional.global_max or (node.target is functional.global_reduce and how in ("amax", "amin")):
+        if node.target is functional.global_max or (
+            node.target is functional.global_reduce and how in ("amax", "amin")
+        ):
             make: Callable[[], Sum] = partial(element_steps.LargestElement, -1 if how == "amin" else 1)
             made: Callable[[Any], Any] = _unchanged
         elif node.target in (functional.global_mean, functional.global_reduce):
@@ -469,8 +541,11 @@ class Reader:
         else:
             is_plain = False
         if not is_plain:
-            raise self._refusal(node, "it needs whole maps")
-        self._add_sum(node, source, make, lambda found: made(found).view(shape).to(dtype))
+            raise self._refusal(node, "it needs whole maps, or a batch")
+        over = dims == (1, 2, 3) and (
+            torch.mean if how == "mean" else torch.sum if how == "sum" else getattr(torch, how)
+        )
+        self._add_sum(node, source, make, lambda found: _over(over, made(found)).view(shape).to(dtype))
 
     def _group_norm_of_elements(self, node: fx.Node, source: fx.Node, options: dict[str, Any]) -> Step:
         groups, key = options["groups"], Statistics(node)
@@ -497,9 +572,10 @@ class Reader:
     def _read_sum(self, node: fx.Node, treatment: Treatment) -> None:
         source, call = self._source(node), treatment.call
         options = {name: self._resolved(value) for name, value in treatment.arguments}
-        how, make = options.get("how", "mean"), None
+        how = options.get("how", "mean")
         shape, dtype = self.reading.shapes[node], self.reading.types[node]
         size = self._size(source)
+        make: Callable[[], Sum] | None = None
         made: Callable[[Any], Any] = _unchanged
         if call is functional.pool_to_bins:
             make = partial(steps.Bins, size, options["size"], options["largest"])
@@ -509,17 +585,20 @@ class Reader:
             squares, samples = how in ("var", "std", "norm"), size[0] * size[1]
             make = partial(steps.Moments, 0, squares)
             made = partial(_reduced, how=how, samples=samples, correction=options.get("correction", 1))
-        if make is None or tuple(options.get("dims", (2, 3))) != (2, 3):
-            raise self._refusal(node, "it needs whole maps")
-        self._add_sum(node, source, make, lambda found: made(found).view(shape).to(dtype))
+        dims = tuple(options.get("dims", (2, 3)))
+        is_over_all = dims == (1, 2, 3) and how in ("mean", "sum", "amax", "amin")
+        if make is None or not (dims == (2, 3) or is_over_all):
+            raise self._refusal(node, "it needs whole maps, or a batch")
+        over = getattr(torch, how) if is_over_all else None
+        self._add_sum(node, source, make, lambda found: _over(over, made(found)).view(shape).to(dtype))
 
-    def _add_sum(self, key: Key, source: fx.Node, make: Callable[[], Sum], made: Callable[[Any], Any]) -> None:
+    def _add_sum(
+        self, key: Key, source: fx.Node, make: Callable[[], Sum], made: Callable[[Any], Any]
+    ) -> None:
         self.reading.sums[key] = WholeImage(source, make, made)
         self.reading.passes[key] = self.reading.passes.get(source, 0) + 1
 
     # -- reading the graph ---------------------------------------------------------------------------
-
-    values: dict[fx.Node, Any]  # of all that is no map, while a call runs
 
     def _source(self, node: fx.Node) -> fx.Node:
         """The map that a node reads, without its padding."""
@@ -527,7 +606,7 @@ class Reader:
         source = source.args[0] if source in self.spatial.facts.pads else source
         if source not in self.reading.nodes:
             raise self._refusal(node, "what it reads is no map")
-        return source  # type: ignore[no-any-return]
+        return source
 
     def _size(self, node: fx.Node) -> tuple[int, int]:
         shape = self.reading.shapes[node]
@@ -543,21 +622,35 @@ class Reader:
         if isinstance(value, (tuple, list)):
             return type(value)(self._resolved(part) for part in value)
         if isinstance(value, fx.Node):
-            if value in self.reading.numbers:
-                return self.reading.numbers[value]
-            if value.op == "get_attr":
-                return self.run.fetch_attr(str(value.target))
-            raise self._refusal(value, "it is computed from the image")
+            return self._constant(value)
         return value
+
+    def _constant(self, node: fx.Node) -> Any:
+        """The value of a node that does not depend on the call, such as a weight that is computed from another."""
+        if node.op == "get_attr":
+            return self.run.fetch_attr(str(node.target))
+        if node in self.reading.numbers:
+            return self.reading.numbers[node]
+        if node.op == "placeholder" or self._has_map(node) or node in self.reading.sums:
+            raise self._refusal(node, "a window is computed from it")
+        args, kwargs = (map_arg(part, self._constant) for part in (node.args, node.kwargs))
+        return getattr(self.run, node.op)(node.target, args, kwargs)
 
     def _refuse_unless_rowwise(self, node: fx.Node, treatment: Treatment) -> None:
         """Refuse an operation that does not act on each row alone as it is called."""
         if node.target is operator.getitem and node.args[0] in self.parts:
             return
-        operation, layouts = treatment.operation, {self.spatial.facts.layout(one) for one in self._maps_of(node)}
+        operation, layouts = (
+            treatment.operation,
+            {self.spatial.facts.layout(one) for one in self._maps_of(node)},
+        )
         layouts |= {self.spatial.facts.layout(node)} if node in self.reading.shapes else set()
         on_rows = operation is None or operation.reads == "element"
-        if treatment.kind not in ("pointwise", "join") or not on_rows or any("h" not in one for one in layouts):
+        if (
+            treatment.kind not in ("pointwise", "join")
+            or not on_rows
+            or any("h" not in one for one in layouts)
+        ):
             raise self._refusal(node, treatment.why or "it needs whole maps")
 
     def _refusal(self, node: fx.Node, why: str) -> CannotConvert:
@@ -569,16 +662,24 @@ class Reader:
         )
 
 
+def _over(reduce: Any, found: Tensor) -> Tensor:
+    """Reduce a value (1, C) over its channels, if it is to be."""
+    return reduce(found, 1) if reduce else found
+
+
 def _unchanged(found: Any) -> Any:
     return found
 
 
-def _coarse(geometry: Geometry, image: Tensor, features: Tensor) -> Lattice:
-    """Return a lattice of the fewest cells for a fine map, without memory for its levels."""
-    level = torch.tensor(geometry.max_level, dtype=torch.int8)
-    size = (features.shape[2], features.shape[3])
-    pyramid = Pyramid(level.expand(features.shape[0], *size), geometry)
-    return pyramid.lattice(geometry.stage_of_levels, size)
+def uniform(geometry: Geometry, level: int, size: tuple[int, int], batch: int = 1) -> Lattice:
+    """Return the lattice of pictures with all cells at a level, without memory for its level map."""
+    levels = torch.tensor(level, dtype=torch.int8).expand(batch, *size)
+    return Pyramid(levels, geometry).lattice(geometry.stage_of_levels, size)
+
+
+def _coarsest(geometry: Geometry, image: Tensor, features: Tensor) -> Lattice:
+    """Return the lattice of the fewest cells for a fine map."""
+    return uniform(geometry, geometry.max_level, (features.shape[2], features.shape[3]), len(features))
 
 
 def _is_number(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
+from threading import RLock
 from typing import Any
 
 import torch
@@ -13,15 +14,21 @@ from torch.fx.node import map_arg
 
 from cadsurgery.elements.axes import fast_layout
 from cadsurgery.elements.elements import Elements
-from cadsurgery.elements.lattice import Lattice
-from cadsurgery.network.bands.reading import Key, Reader, Reading
-from cadsurgery.network.bands.schedule import Map, Pass, used_by, walk
+from cadsurgery.elements.lattice import Lattice, Pyramid
+from cadsurgery.masks.basic import UniformMask
+from cadsurgery.masks.provider import MaskProvider
+from cadsurgery.network.bands.reading import Key, Reader, Reading, uniform
+from cadsurgery.network.bands.schedule import Pass, used_by, walk
 from cadsurgery.network.bands.steps import Sum
-from cadsurgery.network.program import Program
+from cadsurgery.network.program import Masked, Program
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.memory import in_mebibytes
+from cadsurgery.support.torch_internals import tree_map
 from cadsurgery.surgery.rewrite import ask_mask
 
 _MOST_BANDS = 4096  # of one walk
+_MOST_READERS = 4  # kinds of calls that are remembered
+_WHOLE = "run it whole: net.optimize() without memory=."
 
 
 @dataclass
@@ -61,7 +68,9 @@ def plan_walks(reading: Reading, band: int, keeps: bool) -> Walks:
     passes, ends, kept = [], [], []
     for at in range(last + 1):
         sources = (one.source for key, one in reading.sums.items() if reading.passes[key] == at + 1)
-        wanted = {number[source] for source in sources} if at < last else {number[n] for n in reading.map_outputs}
+        wanted = (
+            {number[source] for source in sources} if at < last else {number[n] for n in reading.map_outputs}
+        )
         staying = _read_later(reading, at) - known if keeps and at < last else set()
         wanted |= staying
         passes.append(walk(maps, sorted(wanted - known), band, known, staying))
@@ -71,7 +80,9 @@ def plan_walks(reading: Reading, band: int, keeps: bool) -> Walks:
         known = {one for one in known if one == 0 or _is_read_later(reading, one, at)}
     every = {end for some in ends for end in some}
     once = sum(maps[one].height * maps[one].row for one in used_by(maps, every, {0}))
-    rows = sum((task.end - task.first) * maps[task.number].row for p in passes for tasks in p.bands for task in tasks)
+    rows = sum(
+        (task.end - task.first) * maps[task.number].row for p in passes for tasks in p.bands for task in tasks
+    )
     return Walks(passes, ends, kept, band, rows / max(once, 1))
 
 
@@ -106,10 +117,11 @@ def fit(reading: Reading, memory: int) -> Walks:
                 least = walks
     assert least is not None
     raise InvalidInput(
-        f"memory={memory / 2**20:.0f}MiB is too little for this picture.",
-        why=f"in bands of {least.band} rows its maps take {least.peak / 2**20:.0f} MiB"
-        f", most of it {_largest(reading, least)}.",
-        next=f'give at least memory="{-(-least.peak // 2**20)}MiB".',
+        f"{in_mebibytes(memory)} are too little for this picture.",
+        where="memory",
+        why=f"in bands of {least.band} rows its maps take {in_mebibytes(least.peak)}, "
+        f"most of it {_largest(reading, least)}.",
+        next=f'give at least memory="{in_mebibytes(least.peak).replace(" ", "")}".',
     )
 
 
@@ -144,7 +156,9 @@ class _Held:
 
     def rows(self, first: int, end: int) -> Any:
         found = [
-            rows if (first, end) == (at, stop) else self._narrow(rows, max(first - at, 0), min(end, stop) - at)
+            rows
+            if (first, end) == (at, stop)
+            else self._narrow(rows, max(first - at, 0), min(end, stop) - at)
             for at, stop, rows in self.parts
             if at < end and stop > first
         ]
@@ -175,8 +189,8 @@ class BandedCall:
             for node in reading.graph.nodes
             if node.target is ask_mask or (node.op == "placeholder" and str(node.target) not in arguments)
         }
-        self.reader.values = values  # type: ignore[assignment]
-        image = next(arguments[str(node.target)] for node in (reading.image,))
+        self.reader.values = values
+        image = arguments[str(reading.image.target)]
         whole = _Held(2)
         whole.add(0, image.shape[2], image)
         self.held = {0: whole}
@@ -191,12 +205,18 @@ class BandedCall:
             self._walk(one, sums, results if is_last else {}, self.walks.ends[at])
             for key, total in sums.items():
                 values[key] = reading.sums[key].finish(total.finish())
-            self.held = {number: held for number, held in self.held.items() if number == 0 or number in kept or self._stays(number, at)}
+            self.held = {
+                number: held
+                for number, held in self.held.items()
+                if number == 0 or number in kept or self._stays(number, at)
+            }
             self._evaluate(arguments, at + 1)
         return map_arg(reading.result, lambda node: results[node] if node in results else values[node])
 
     def _stays(self, number: int, at: int) -> bool:
-        return any(number in kept for kept in self.walks.kept[: at + 1]) and _is_read_later(self.reading, number, at)
+        return any(number in kept for kept in self.walks.kept[: at + 1]) and _is_read_later(
+            self.reading, number, at
+        )
 
     def _evaluate(self, arguments: dict[str, Any], at: int) -> None:
         """Compute what is no map and can be known before a walk."""
@@ -208,20 +228,24 @@ class BandedCall:
                 continue
             if node.op == "placeholder":
                 values[node] = arguments[str(node.target)]
-            elif node in reading.numbers and not any(part in values for part in ()) and _is_plain(reading, node):
+            elif node in reading.numbers:
                 values[node] = reading.numbers[node]
             elif all(source in values for source in node.all_input_nodes):
                 args, kwargs = (map_arg(part, values.__getitem__) for part in (node.args, node.kwargs))
                 values[node] = getattr(run, node.op)(node.target, args, kwargs)
 
-    def _walk(self, one: Pass, sums: dict[Key, Sum], results: dict[fx.Node, Tensor], ends: Collection[int]) -> None:
+    def _walk(
+        self, one: Pass, sums: dict[Key, Sum], results: dict[fx.Node, Tensor], ends: Collection[int]
+    ) -> None:
         reading, held = self.reading, self.held
         number = reading.number
         wanted = {number[node]: rows for node, rows in results.items()}
         summed: dict[int, list[Sum]] = {}
         for key, total in sums.items():
             summed.setdefault(number[reading.sums[key].source], []).append(total)
-        for at in [at for at in (*wanted, *summed) if at in held]:  # whole maps of an earlier walk, or the picture
+        for at in [
+            at for at in (*wanted, *summed) if at in held
+        ]:  # whole maps of an earlier walk, or the picture
             self._hand_on(at, held[at].rows(0, reading.maps[at].height), 0, wanted, summed)
 
         def fetch(node: fx.Node, first: int, end: int) -> Tensor:
@@ -255,26 +279,104 @@ class BandedCall:
             total.add(rows, first)
 
 
-def _is_plain(reading: Reading, node: fx.Node) -> bool:
-    """True if a value is a number that follows from the size of the picture."""
-    return node not in reading.shapes
+class Bands:
+    """Computes the calls of an inference copy in bands of rows, within a memory."""
+
+    def __init__(self, memory: int) -> None:
+        """Take the memory in bytes."""
+        self.memory = memory
+        self._readers = dict[tuple[Any, ...], Reader]()
+        self._lock = RLock()  # a reader holds the values of the call that is running
+
+    def __reduce__(self) -> tuple[type[Bands], tuple[int]]:
+        return Bands, (self.memory,)
+
+    def __call__(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Masked:
+        """Return output and lattice of a call with a mask; see `Program`.
+
+        Raises:
+            CannotConvert: an operation needs a whole map.
+            InvalidInput: the memory is too little for this picture; or the call is none that bands can compute.
+        """
+        program.check_kinds(arguments)
+        image, name = self._image(provider, program, arguments), program.image_name
+        with self._lock, torch.no_grad():
+            lattices = self._lattices(provider, program, arguments)
+            outputs = []
+            for one, lattice in zip(image.split(1), lattices, strict=True):
+                call = {**arguments, name: one}
+                reader, walks = self._prepare(program, call, lattice)
+                outputs.append(BandedCall(reader, walks).run(call, lattice))
+        output = outputs[0] if len(outputs) == 1 else tree_map(_join, *outputs)
+        levels = [lattice.pyramid.levels for lattice in lattices]
+        pyramid = Pyramid(levels[0] if len(levels) == 1 else torch.cat(levels), program.geometry)
+        return program.contain(output), pyramid.lattice(lattices[0].stage, lattices[0].size)
+
+    def plan(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Walks:
+        """Return the walks for the first picture of a call, without computing it."""
+        image, name = self._image(provider, program, arguments), program.image_name
+        with self._lock, torch.no_grad():
+            call = {**arguments, name: image[:1]}
+            return self._prepare(program, call, self._lattices(provider, program, call)[0])[1]
+
+    def _image(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Tensor:
+        image: Any = program.image(arguments)
+        why = next_ = ""
+        if not program.masks_an_argument:
+            why, next_ = "the network computes from its arguments the picture that masks see.", _WHOLE
+        elif provider.looks_ahead:
+            why = f"mask {provider.name} reads the output of a first pass over the whole picture."
+            next_ = "choose a mask that looks at the picture alone, e.g. content or edges."
+        elif image.device.type != "cpu":
+            why, next_ = f"the picture is on {image.device}; bands are computed on the CPU.", _WHOLE
+        if why:
+            raise InvalidInput("the network is not computed in bands here.", why=why, next=next_)
+        return image
+
+    def _lattices(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> list[Lattice]:
+        """Return the lattice of each picture of a call."""
+        image, name, own = program.image(arguments), program.image_name, program.plan.identity_level
+        first = {**arguments, name: image[:1]}
+        if isinstance(provider, UniformMask) and program.unchanged is not None:
+            level = 0 if provider.high else program.plan.max_level
+            if level == own:
+                size = self._reader(program, program.unchanged, first).fine_size()
+                return [uniform(program.geometry, level, size)] * len(image)
+        reader = self._reader(program, program.graph, first)
+        assert reader.region is not None
+        features = image
+        if reader.region.args[2] is not reader.image:
+            if provider.sees_features:
+                raise InvalidInput(
+                    "the network is not computed in bands here.",
+                    why=f"mask {provider.name} reads features of the whole picture.",
+                    next="choose a mask that looks at the picture alone, e.g. content or edges.",
+                )
+            features = image.new_zeros(()).expand(len(image), 1, *reader.fine_size())  # for its size
+        lattice = program.masking(provider)(image, features)
+        pyramids = [Pyramid(levels, program.geometry) for levels in lattice.pyramid.levels.split(1)]
+        return [one.lattice(lattice.stage, lattice.size) for one in pyramids]
+
+    def _prepare(self, program: Program, call: dict[str, Any], lattice: Lattice) -> tuple[Reader, Walks]:
+        """Return the reader of the graph that computes a picture, and its walks: the network's own graph where all
+        cells are as in the network."""
+        own, unchanged = program.plan.identity_level, program.unchanged
+        is_own = unchanged is not None and lattice.uniform_level == own
+        reader = self._reader(program, unchanged if is_own and unchanged is not None else program.graph, call)
+        return reader, fit(reader.read(None if is_own else lattice), self.memory)
+
+    def _reader(self, program: Program, graph: fx.Graph, call: dict[str, Any]) -> Reader:
+        kinds = tuple(
+            (n, v.shape, v.dtype) if isinstance(v, Tensor) else (n, repr(v)) for n, v in call.items()
+        )
+        key = (id(graph), kinds)
+        if key not in self._readers:
+            if len(self._readers) >= _MOST_READERS:
+                del self._readers[next(iter(self._readers))]
+            self._readers[key] = Reader(program, graph, call, program.image_name)
+        return self._readers[key]
 
 
-def run_in_bands(program: Program, graph: fx.Graph, arguments: dict[str, Any], image: str, memory: int) -> Any:
-    """Return what a graph of dense maps returns, each picture in bands of rows within a memory, in bytes."""
-    batch = arguments[image]
-    results = []
-    reader = walks = None
-    for one in batch.split(1):
-        call = {**arguments, image: one}
-        if reader is None:
-            reader = Reader(program, graph, call, image)
-            walks = fit(reader.read(), memory)
-        assert walks is not None
-        results.append(BandedCall(reader, walks).run(call))
-    return results
-
-
-def maps_in_words(maps: list[Map]) -> str:
-    """Return the maps with the rows that they read, for debugging."""
-    return "\n".join(f"{n} {one.name} {one.height} rows of {one.row} bytes" for n, one in enumerate(maps))
+def _join(*parts: Any) -> Any:
+    is_map = isinstance(parts[0], Tensor) and parts[0].dim() > 0
+    return torch.cat(parts) if is_map else parts[0]

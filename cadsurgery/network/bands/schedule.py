@@ -200,9 +200,7 @@ def _count(
                 height = maps[source].height
                 first, last = max(rows.first(task.first), 0), min(rows.last(task.end - 1) + 1, height)
                 copies += maps[source].taken(min(first, last), last)
-        alive = {
-            number: sum(maps[number].taken(*part) for part in parts) for number, parts in held.items()
-        }
+        alive = {number: sum(maps[number].taken(*part) for part in parts) for number, parts in held.items()}
         total = sum(alive.values()) + copies
         if total > result.peak:
             result.peak, result.largest = int(total), {**alive, -1: copies}

@@ -27,15 +27,17 @@ Fetch = Callable[[fx.Node, int, int], Any]  # rows [first, end) of the map of a 
 
 
 class Step(Protocol):
-    """The computation of the map of a node.
+    """The computation of the map of a node."""
 
-    Attributes:
-        reads: the nodes whose maps it reads, and which rows of them.
-        copies: those of them whose rows are copied while it runs.
-    """
+    @property
+    def reads(self) -> list[tuple[fx.Node, Rows]]:
+        """The nodes whose maps it reads, and which rows of them."""
+        ...
 
-    reads: list[tuple[fx.Node, Rows]]
-    copies: list[fx.Node]
+    @property
+    def copies(self) -> list[fx.Node]:
+        """Those of them whose rows are copied while it runs."""
+        ...
 
     def compute(self, fetch: Fetch, first: int, end: int) -> Any:
         """Return rows [first, end) of the map."""
@@ -93,6 +95,7 @@ class Windowed:
         apply: computes the operation on padded rows; the last argument is padding of the width that is left to it.
         outside: value of the padding.
         residual: node of a map that is added, if any.
+        pads: true if `apply` takes padding of the width; otherwise it is given padded rows.
     """
 
     node: fx.Node
@@ -102,6 +105,7 @@ class Windowed:
     apply: Callable[[Tensor, int, Tensor | None], Tensor]
     outside: float
     residual: fx.Node | None = None
+    pads: bool = True
 
     @property
     def reads(self) -> list[tuple[fx.Node, Rows]]:
@@ -130,8 +134,8 @@ class Windowed:
             stop = min((end - 1) * window.stride - top + down + 1, height)
         x = fetch(self.node, begin, stop)
         more = fetch(self.residual, first, end) if self.residual is not None else None
-        is_left = window.mode == "zeros" and self.outside == 0.0 and 0 <= left - right < window.stride
-        if not is_left or left < 0:
+        is_left = self.pads and window.mode == "zeros" and self.outside == 0.0
+        if not is_left or left < 0 or not 0 <= left - right < window.stride:
             x, left = _padded(x, (left, right, above, below), window.mode, self.outside), 0
         elif above or below:
             x = F.pad(x, (0, 0, above, below), value=self.outside)
@@ -153,7 +157,7 @@ def convolution_by(module: PackedConv, window: Window) -> Callable[[Tensor, int,
 
     def apply(x: Tensor, left: int, residual: Tensor | None) -> Tensor:
         stride = (window.stride, window.stride)
-        return convolve(module.weights, x, stride, (0, left), window.dilation, residual)
+        return convolve(module.weights, x, stride, (0, left), window.dilation, residual, any_height=True)
 
     return apply
 
@@ -239,7 +243,9 @@ class Spread:
         out = fetch(self.node, begin, stop) if stop > begin else None
         if out is not None:
             out = F.conv_transpose2d(out, self.weight, None, window.finer, 0, 0, self.groups)
-            out = F.pad(out, (0, max(0, taken[1].stop - out.shape[3]), 0, max(0, taken[0].stop - out.shape[2])))
+            out = F.pad(
+                out, (0, max(0, taken[1].stop - out.shape[3]), 0, max(0, taken[0].stop - out.shape[2]))
+            )
             out = out[:, :, taken[0], taken[1]]
         else:  # below the last row that is spread
             channels = self.weight.shape[1] * self.groups
@@ -306,13 +312,15 @@ class Bordered:
 
 
 def _repeat(x: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
-    return F.pad(F.pad(x, tuple(min(pad, 0) for pad in pads)), tuple(max(pad, 0) for pad in pads), "replicate")
+    return F.pad(
+        F.pad(x, tuple(min(pad, 0) for pad in pads)), tuple(max(pad, 0) for pad in pads), "replicate"
+    )
 
 
 class Sum(Protocol):
     """A value of the whole image, made of sums over its rows."""
 
-    def add(self, rows: Tensor, first: int) -> None:
+    def add(self, rows: Any, first: int) -> None:
         """Take in rows of the map from `first` on."""
         ...
 
@@ -331,9 +339,11 @@ class Moments:
     def add(self, rows: Tensor, first: int) -> None:
         """Take in rows of the map."""
         values = rows.double()
-        values = values.flatten(2) if not self.groups else values.view(1, self.groups, -1)
+        values = values.reshape(1, self.groups or values.shape[1], -1)
         sums = [values.sum(2)] + ([values.square().sum(2)] if self.squares else [])
-        self.sums = sums if not self.sums else [one + other for one, other in zip(self.sums, sums, strict=True)]
+        self.sums = (
+            sums if not self.sums else [one + other for one, other in zip(self.sums, sums, strict=True)]
+        )
         self.count += values.shape[2]
 
     def finish(self) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,34 @@
+"""Amounts of memory: from what users write, and in words."""
+
+from __future__ import annotations
+
+import re
+
+from cadsurgery.support.errors import InvalidInput
+
+_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_DECIMAL = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def bytes_of(memory: int | str) -> int:
+    """Return a number of bytes, given as such or as a text, such as `1.5GiB`, `800 MiB` or `2GB` (2 * 10^9).
+
+    Raises:
+        InvalidInput: it is no amount of memory.
+    """
+    if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
+        return memory
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)(B?)\s*", str(memory), re.IGNORECASE)
+    if not isinstance(memory, str) or found is None or not float(found[1]):
+        raise InvalidInput(
+            f"memory={memory!r} is no amount of memory.",
+            next='give bytes, or a text such as "1.5GiB", "800MiB" or "2GB".',
+        )
+    unit = found[2].upper()
+    is_decimal = bool(unit and found[4] and not found[3])
+    return int(float(found[1]) * (_DECIMAL[f"{unit}B"] if is_decimal else _UNITS[unit]))
+
+
+def in_mebibytes(amount: float) -> str:
+    """Return an amount of memory in MiB, rounded up."""
+    return f"{-(-int(amount) // 2**20)} MiB"

@@ -1,0 +1,317 @@
+"""A picture computed in bands of rows gives what it gives whole, in the memory that is asked for."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from conftest import slow
+from networks import ResidualSegmenter, Segmenter, build, seeded, strided, unverified
+from random_networks import random_case
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import cadsurgery as cs
+from cadsurgery.network.bands import run, schedule
+from cadsurgery.network.bands.schedule import SAME, Map, Rows
+from cadsurgery.support.memory import bytes_of
+
+SEEDS = int(os.environ.get("CADSURGERY_SEEDS", 500))
+MUCH = "1TiB"
+MASK = "gradient | budget:fraction=0.4"
+
+
+@contextmanager
+def bands_of(rows: int) -> Iterator[None]:
+    """Within, every band has so many rows of the tallest map."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_bands", lambda tallest: iter([rows]))
+        yield
+
+
+def difference(one: Any, other: Any) -> float:
+    """The largest difference of two outputs relative to the largest value of each tensor."""
+    pairs = list(zip(tree_leaves(one), tree_leaves(other), strict=True))
+    assert all(type(a) is type(b) for a, b in pairs)
+    found = [(a, b) for a, b in pairs if isinstance(a, Tensor)]
+    assert found and all(a.shape == b.shape and a.dtype == b.dtype for a, b in found)
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in found)
+
+
+def picture(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(1, 3, *size, dtype=dtype)
+
+
+class Norms(nn.Module):
+    """Norms over the image, pooling to bins, and a resize, as decoders have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.GroupNorm(2, 8), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.InstanceNorm2d(8, affine=True), nn.ReLU())
+        self.bins = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Conv2d(8, 8, 1))
+        self.up = nn.ConvTranspose2d(8, 8, 2, 2)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.body(self.stem(x))
+        return nn.functional.interpolate(self.head(self.up(x)), scale_factor=2.0), self.bins(x)
+
+
+class Pools(nn.Module):
+    """Poolings with padding, reflected and repeated borders, and gates of the whole image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 7, 2, 3, padding_mode="reflect")
+        self.pool = nn.AvgPool2d(3, 2, 1)
+        self.body = nn.Conv2d(8, 8, 3, padding=2, dilation=2, padding_mode="replicate")
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Sigmoid())
+        self.more = nn.MaxPool2d(2, 2, ceil_mode=True)
+        self.head = nn.Conv2d(8, 3, 5, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.stem(x))
+        x = self.body(x).relu()
+        return self.head(self.more(x * self.gate(x)))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "strided": lambda: strided(3, outputs=4, kernel=3),
+    "segmenter": Segmenter,
+    "residual segmenter": ResidualSegmenter,
+    "norms": Norms,
+    "pools": Pools,
+}
+LIBRARY = ("convnext_tiny", "densenet121", "mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5", "vgg11")
+
+
+def made(name: str) -> nn.Module:
+    if name in LIBRARY:
+        return build(name, torch.float64, by=8)
+    return seeded(NETWORKS[name])
+
+
+@pytest.mark.parametrize("rows", [1, 16, 1000])
+@pytest.mark.parametrize("mask", ["all", MASK])
+@pytest.mark.parametrize("name", [*NETWORKS, *(slow(one) for one in LIBRARY)])
+@torch.no_grad()
+def test_in_bands_is_whole(name: str, mask: str, rows: int) -> None:
+    """Floors; at odd sizes, for bands of the fewest rows and for one band. `all` is the network as given."""
+    net = unverified(made(name), mask, example_input=picture(64, 96), coarsest=16)
+    image = picture(75, 101)
+    whole, banded = net.optimize(), net.optimize(memory=MUCH)
+    with bands_of(rows):
+        output = banded(image)
+    assert difference(whole(image), output) < 1e-9
+    assert torch.equal(whole.levels, banded.levels)
+
+
+@pytest.mark.parametrize("rows", [8, slow(64)])
+@pytest.mark.parametrize("name", ["strided", "segmenter", *(slow(one) for one in LIBRARY)])
+@torch.no_grad()
+def test_in_bands_is_whole_where_strides_are_removed(name: str, rows: int) -> None:
+    model, example = made(name), picture(64, 96)
+    net = unverified(model, MASK, example_input=example)
+    image = picture(131, 101)
+    with bands_of(rows):
+        output = net.optimize(memory=MUCH)(image)
+    assert difference(net.optimize()(image), output) < 1e-9
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_random_networks_in_bands_are_whole_or_refused() -> None:
+    """Of those that convert; what needs a whole map is refused in words, before anything is computed."""
+    computed = 0
+    for seed in range(SEEDS):
+        case = random_case(seed)
+        for options in ({"coarsest": 16}, {}):
+            try:
+                net = unverified(case.model, MASK, example_input=case.given, **options)
+                expected = net.optimize()(case.image, *case.more)
+            except cs.CadError:
+                continue
+            for rows in (8, 64):
+                with bands_of(rows):
+                    try:
+                        output = net.optimize(memory=MUCH)(case.image, *case.more)
+                    except (cs.CannotConvert, cs.InvalidInput) as refusal:
+                        assert refusal.why and refusal.next, seed
+                        continue
+                assert difference(expected, output) < 1e-9, seed
+                computed += 1
+    assert computed >= SEEDS // 5
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_a_batch_is_computed_picture_by_picture_in_any_memory_format(layout: torch.memory_format) -> None:
+    net = unverified(made("segmenter"), MASK, example_input=picture(64, 96), coarsest=16)
+    images = torch.cat([picture(80, 96), picture(80, 96)]).contiguous(memory_format=layout)
+    whole, banded = net.optimize(), net.optimize(memory=MUCH)
+    with bands_of(16):
+        output = banded(images)
+    assert difference(whole(images), output) < 1e-9 and torch.equal(whole.levels, banded.levels)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@torch.no_grad()
+def test_other_types_agree_up_to_their_rounding(dtype: torch.dtype, error: float) -> None:
+    model = made("residual segmenter").to(torch.float32)
+    net = unverified(model, "all", example_input=picture(64, 96, dtype=torch.float32), coarsest=16)
+    image = picture(80, 96, dtype=torch.float32).to(dtype)
+    options: dict[str, Any] = {"precision": "bfloat16"} if dtype == torch.bfloat16 else {}
+    with bands_of(16):
+        output = net.optimize(memory=MUCH, **options)(image)
+    assert difference(net.optimize(**options)(image), output) < error
+
+
+@torch.no_grad()
+def test_threads_may_call_it_at_once() -> None:
+    net = unverified(made("strided"), MASK, example_input=picture(64, 96), coarsest=16)
+    banded, images = net.optimize(memory=MUCH), [picture(80, 96) for _ in range(4)]
+    expected, outputs = [net.optimize()(image) for image in images], dict[int, Any]()
+
+    def call(number: int) -> None:
+        outputs[number] = banded(images[number])
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(difference(one, outputs[number]) < 1e-9 for number, one in enumerate(expected))
+
+
+@torch.no_grad()
+def test_a_copy_of_the_copy_has_the_same_memory() -> None:
+    net = unverified(made("strided"), "all", example_input=picture(64, 96), coarsest=16)
+    banded, image = net.optimize(memory=MUCH), picture(80, 96)
+    for other in (copy.deepcopy(banded), pickle.loads(pickle.dumps(banded))):
+        assert difference(banded(image), other(image)) == 0 and other.plan_memory(image).peak
+
+
+# -- the memory that is asked for ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_too_little_memory_names_the_least_that_works() -> None:
+    net = unverified(made("segmenter").float(), "all", example_input=torch.randn(1, 3, 64, 96), coarsest=16)
+    image = torch.randn(1, 3, 1024, 1024)
+    with pytest.raises(cs.InvalidInput, match="too little for this picture") as refusal:
+        net.optimize(memory="1KiB")(image)
+    least = refusal.value.next.partition('memory="')[2].partition('"')[0]
+    banded = net.optimize(memory=least)
+    plan = banded.plan_memory(image)
+    assert plan.peak <= bytes_of(least) and plan.band < 1024
+    assert difference(net.optimize()(image), banded(image)) < 1e-5
+
+
+@torch.no_grad()
+def test_the_memory_grows_with_the_width_and_not_with_the_height() -> None:
+    net = unverified(made("strided").float(), "all", example_input=torch.randn(1, 3, 64, 96), coarsest=16)
+    banded = net.optimize(memory=MUCH)
+    with bands_of(16):
+        peaks = [
+            banded.plan_memory(torch.empty(1, 3, height, width).normal_()).peak
+            for height, width in ((256, 128), (1024, 128), (256, 256))
+        ]
+    assert peaks[1] <= 1.1 * peaks[0] and peaks[2] > 1.8 * peaks[0]
+
+
+@torch.no_grad()
+def test_means_over_the_image_are_passes_that_keep_what_fits() -> None:
+    net = unverified(made("pools").float(), "all", example_input=torch.randn(1, 3, 64, 96), coarsest=16)
+    banded, image = net.optimize(memory=MUCH), torch.randn(1, 3, 512, 128)
+    kept = banded.plan_memory(image)
+    assert len(kept.passes) == 2 and kept.work == 1
+    with pytest.raises(cs.InvalidInput) as refusal:
+        net.optimize(memory="1KiB")(image)
+    least = refusal.value.next.partition('memory="')[2].partition('"')[0]
+    assert bytes_of(least) < kept.peak
+
+
+def test_amounts_of_memory() -> None:
+    assert bytes_of("1.5GiB") == bytes_of("1536 MiB") == bytes_of(3 * 2**29)
+    assert bytes_of("2GB") == 2 * 10**9 and bytes_of("512K") == 2**19
+    for wrong in ("much", "", 0, -1, True, "0MiB", "1.5XB"):
+        with pytest.raises(cs.InvalidInput, match="no amount of memory"):
+            bytes_of(wrong)
+
+
+# -- what is refused -----------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.turned = nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(self.stem(x).relu())
+        return self.turned(x.flip(2))
+
+
+def test_what_needs_a_whole_map_is_refused_with_its_operation() -> None:
+    net = unverified(seeded(Attention), "all", example_input=picture(64, 96), coarsest=4)
+    with pytest.raises(cs.CannotConvert, match="cannot be computed in bands") as refusal:
+        net.optimize(memory=MUCH)(picture(80, 96))
+    assert "flip" in refusal.value.where and "memory" in refusal.value.next
+
+
+def test_masks_that_need_more_than_the_picture_are_refused() -> None:
+    net = unverified(made("strided"), "preview:scale=0.5", example_input=picture(64, 96), coarsest=16)
+    with pytest.raises(cs.InvalidInput, match="not computed in bands") as refusal:
+        net.optimize(memory=MUCH)(picture(80, 96))
+    assert "first pass" in refusal.value.why
+
+
+def test_only_a_new_copy_gets_a_memory() -> None:
+    net = unverified(made("strided"), "all", example_input=picture(64, 96), coarsest=16)
+    with pytest.raises(cs.InvalidInput, match="optimised network gets no other memory"):
+        net.optimize().optimize(memory=MUCH)
+    with pytest.raises(cs.InvalidInput, match="runs whole"):
+        net.optimize().plan_memory(picture(80, 96))
+    with pytest.raises(cs.InvalidInput, match="no amount of memory"):
+        net.optimize(memory="much")
+
+
+# -- the schedule ----------------------------------------------------------------------------------------
+
+
+def test_nothing_is_computed_twice_or_read_before_it_is_there() -> None:
+    """A chain with a skip connection: every task reads rows that are held then."""
+    window = Rows(lambda row: row - 1, lambda row: row + 1)
+    strided_window = Rows(lambda row: 2 * row - 1, lambda row: 2 * row + 1)
+    upwards = Rows(lambda row: row // 2, lambda row: row // 2)
+    maps = [
+        Map("picture", 101, 0),
+        Map("first", 101, 10, [(0, window)]),
+        Map("half", 51, 10, [(1, strided_window)]),
+        Map("deep", 51, 10, [(2, window)]),
+        Map("up", 101, 10, [(3, upwards)]),
+        Map("joined", 101, 10, [(1, SAME), (4, SAME)]),
+    ]
+    for rows in (1, 7, 32, 500):
+        plan = schedule.walk(maps, [5], rows, [0])
+        held = {0: (0, 101)} | dict.fromkeys(range(1, 6), (0, 0))
+        for task in (task for band in plan.bands for task in band):
+            first, end = held[task.number]
+            assert task.first == end
+            for source, read in maps[task.number].reads:
+                height = maps[source].height
+                assert held[source][0] <= max(read.first(task.first), 0)
+                assert min(read.last(task.end - 1) + 1, height) <= held[source][1]
+            held[task.number] = (first, task.end)
+            for number, row in task.drops:
+                held[number] = (max(held[number][0], row), held[number][1])
+        assert all(held[number][1] == maps[number].height for number in range(1, 6))
