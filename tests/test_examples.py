@@ -102,7 +102,8 @@ def test_a_package_runs_without_python(tmp_path: Path) -> None:
         StreetSegmenter(as_dictionary=True).eval(),
         picture(2, 72, 104),
     )  # compilers take a minute for more
-    net = cs.adaptify(model, "edges | budget:fraction=0.3", verify_laws=False)
+    mask = "edges | budget:fraction=0.3"
+    net = cs.adaptify(model, mask, verify_laws=False, output_stride=(16, 32))
     cs.export(net, image, tmp_path / "net.pt2")
     files = [tmp_path / "net.pt2", tmp_path / "compiled.pt2"]
     subprocess.run([sys.executable, DEPLOY / "compile.py", *files], check=True)

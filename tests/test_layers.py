@@ -278,8 +278,9 @@ def test_another_engine_is_a_file_and_a_row() -> None:
 
 def test_no_test_imports_another() -> None:
     """What two files need is in a module that has no tests, so that each runs alone."""
-    found = {path: [name for name in imports(path) if name.startswith("test_")] for path in TESTS}
-    assert len(found) > 90 and not any(found.values()), found
+    say_so = [path for path in TESTS if re.search(r"\b(from|import) test_", (ROOT / path).read_text())]
+    found = {path: [name for name in imports(path) if name.startswith("test_")] for path in say_so}
+    assert len(TESTS) > 90 and not any(found.values()), found
 
 
 PAGES = Path(os.environ.get("CADSURGERY_DATA", "none")) / "text_detection"

@@ -60,7 +60,7 @@ class TwoWays(nn.Module):
 def test_maps_of_unequal_sizes_are_not_joined(mask: str, size: tuple[int, int], optimised: bool) -> None:
     options = {"output_stride": (8, 32), "example_input": torch.rand(1, 3, 64, 64), "outputs": "native"}
     model = TwoWays().eval()
-    net = cs.adaptify(model, mask=mask, **options)
+    net = unverified(model, mask=mask, **options)
     net = net.optimize() if optimised else net
     with torch.no_grad():
         if mask == "none":
@@ -128,7 +128,7 @@ JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def test_every_join_refuses_what_torch_refuses(name: str, optimised: bool) -> None:
     model = Rounded(JOINS[name]).eval()
     options = {"output_stride": (2, 8), "example_input": torch.rand(1, 3, 64, 64), "outputs": "native"}
-    net = cs.adaptify(model, mask="none", **options)
+    net = unverified(model, mask="none", **options)
     net = net.optimize() if optimised else net
     fits, image = torch.rand(2, 3, 56, 88), torch.rand(1, 3, 66, 64)
     with torch.no_grad():

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, slow
-from networks import seeded
+from networks import seeded, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -161,7 +161,7 @@ def test_what_is_kept_is_as_if_all_were_kept(
     way: Callable[[Run, Tensor], Tensor], options: str, where: str
 ) -> None:
     model, x = seeded(lambda: Twice(way)).eval(), images(2, SIDE, SIDE, torch.float64)
-    net = cs.adaptify(model, "content", example_input=x[:1], **OPTIONS[options])
+    net = unverified(model, "content", example_input=x[:1], **OPTIONS[options])
     levels, part = kept(where)
     if options == "finer":
         levels = levels[:, ::2, ::2]
@@ -179,7 +179,7 @@ def test_what_is_kept_is_as_if_all_were_kept(
 def test_copies_of_later_maps_are_none_of_the_masks_either(way: Callable[[Run, Tensor], Tensor]) -> None:
     """A map of the stem is moved, before the maps that the mask decides about."""
     model, x = seeded(lambda: Twice(way, behind=True)).eval(), images(1, SIDE, SIDE, torch.float64)
-    net = cs.adaptify(model, "content", example_input=x, output_stride=(2, 8))
+    net = unverified(model, "content", example_input=x, output_stride=(2, 8))
     levels, part = kept("left")
     assert_same(net(x, mask=levels[:1, ::2, ::2])[..., *part], net(x, mask="all")[..., *part], EXACT)
     assert_same(net(x, mask="none"), model(x), EXACT)

@@ -90,7 +90,7 @@ def test_vectors_of_images_meet_a_map_with_the_mean_weights() -> None:
 
 @pytest.mark.slow
 def test_the_gradient_of_the_weights_is_that_of_finite_differences() -> None:
-    x = images(1, 17, 25, double)
+    x = images(1, 9, 17, double)
     net = convert(randomise(Branches(inplace=False)).double(), x, output_stride=(2, 8)).requires_grad_(False)
     net(x)
     weights = torch.rand(1, 3, *net.levels.shape[1:], dtype=double, requires_grad=True)

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from conftest import assert_same, covering, images, random_levels, relative_error
 from networks import build, randomise, strided, unverified
+from timm.models._efficientnet_blocks import CondConvResidual
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -355,16 +357,18 @@ def test_operations_on_a_whole_image_are_compiled() -> None:
     assert seen.frame_count == 1
 
 
-# What `test_operations_on_a_whole_image_are_compiled` lacks: kernels mixed per image, attention over the image, split
-# attention, norms of groups by their deviation. On elements each operation is in `OPERATIONS`.
-SAMPLE = ("efficientnet_cc_b0_4e", "gcresnext26ts", "resnest14d", "test_efficientnet_evos")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SAMPLE)
-def test_a_sample_of_the_zoo_is_compiled(name: str) -> None:
-    """One graph, which gives what the network gives in eager mode, with padding."""
-    net = converted(randomise(cs.build_model(name, "none")))
+def test_blocks_of_libraries_are_compiled() -> None:
+    """What the network above lacks, in one graph: kernels mixed per image, attention over the image, split attention,
+    norms of groups by their deviation. On sizes with padding; on elements each operation is in `OPERATIONS`."""
+    blocks = (
+        CondConvResidual(4, 4, 3, num_experts=3),
+        timm.layers.GlobalContext(4, rd_channels=2),
+        timm.layers.SplitAttn(4, rd_channels=4),
+        timm.layers.EvoNorm2dS0(4, groups=2),
+    )
+    layers = (strided(outputs=4, kernel=3), *blocks, nn.Conv2d(4, 4, 3, 1, 1))
+    net = converted(randomise(nn.Sequential(*layers)))
     x, seen = images(2, 72, 104), graphs("aot_eager")
     with torch.no_grad():
         found, expected = torch.compile(net, backend=seen, fullgraph=True)(x), net(x)
@@ -378,7 +382,8 @@ def test_inductor_gives_what_eager_gives() -> None:
     code."""
     more = [nn.Conv2d(4, 4, 3, 1, 1, groups=4), nn.MaxPool2d(3, 1, 1), Excited("norm"), nn.GroupNorm(2, 4)]
     more += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    net, x = converted(nn.Sequential(strided(outputs=4, kernel=3), *more).eval()), images(1, 72, 104)
+    model = nn.Sequential(strided(outputs=4, kernel=3), *more).eval()
+    net, x = converted(model, output_stride=(16, 32)), images(1, 72, 104)
     with torch.no_grad():
         assert_same(torch.compile(net, fullgraph=True)(x), net(x), 1e-5)
 

@@ -185,7 +185,7 @@ def test_at_random_as_many_positions_are_open_but_others(small: torch.nn.Module)
 def test_rows_stand_beside_the_dense_network(
     small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pictures = images(40, 33, 33)
+    pictures = images(16, 33, 33)
     monkeypatch.setattr(classifiers, "build", lambda name, data: small)
     monkeypatch.setattr(classifiers, "load_images", lambda name, data: pictures)
     monkeypatch.setattr(classifiers, "TIMED", 1)
