@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
 from cadsurgery.network.bands import run, schedule
-from cadsurgery.network.bands.schedule import SAME, Map, Rows
+from cadsurgery.network.bands.schedule import SAME, BandMap, RowsRead
 from cadsurgery.support.memory import bytes_of
 
 SEEDS = int(os.environ.get("CADSURGERY_SEEDS", 500))
@@ -290,16 +290,16 @@ def test_only_a_new_copy_gets_a_memory() -> None:
 
 def test_nothing_is_computed_twice_or_read_before_it_is_there() -> None:
     """A chain with a skip connection: every task reads rows that are held then."""
-    window = Rows(lambda row: row - 1, lambda row: row + 1)
-    strided_window = Rows(lambda row: 2 * row - 1, lambda row: 2 * row + 1)
-    upwards = Rows(lambda row: row // 2, lambda row: row // 2)
+    window = RowsRead(lambda row: row - 1, lambda row: row + 1)
+    strided_window = RowsRead(lambda row: 2 * row - 1, lambda row: 2 * row + 1)
+    upwards = RowsRead(lambda row: row // 2, lambda row: row // 2)
     maps = [
-        Map("picture", 101, 0),
-        Map("first", 101, 10, [(0, window)]),
-        Map("half", 51, 10, [(1, strided_window)]),
-        Map("deep", 51, 10, [(2, window)]),
-        Map("up", 101, 10, [(3, upwards)]),
-        Map("joined", 101, 10, [(1, SAME), (4, SAME)]),
+        BandMap("picture", 101, 0),
+        BandMap("first", 101, 10, [(0, window)]),
+        BandMap("half", 51, 10, [(1, strided_window)]),
+        BandMap("deep", 51, 10, [(2, window)]),
+        BandMap("up", 101, 10, [(3, upwards)]),
+        BandMap("joined", 101, 10, [(1, SAME), (4, SAME)]),
     ]
     for rows in (1, 7, 32, 500):
         plan = schedule.walk(maps, [5], rows, [0])

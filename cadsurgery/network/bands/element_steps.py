@@ -20,7 +20,7 @@ from cadsurgery.elements.lattice import Lattice, Pyramid
 from cadsurgery.elements.resizing import Scaling, read_at, resize_onto
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.elements.whole_image import areas_in_bins
-from cadsurgery.network.bands.schedule import SAME, Rows
+from cadsurgery.network.bands.schedule import SAME, RowsRead
 from cadsurgery.network.bands.steps import Fetch, entries
 
 _MOST_ROWS = 8  # lattices of so many bands are remembered, with what is derived from them
@@ -90,7 +90,7 @@ class Cells:
             self._counts[key] = rows.cumsum(0)
         return self._counts[key]
 
-    def reached(self, above: int, below: int, step: int = 1) -> Rows:
+    def reached(self, above: int, below: int, step: int = 1) -> RowsRead:
         """Return the rows of whole cells that are read by points so many fine rows above and below an element, which
         lies on a multiple of `step`; points within a cell read the next one, too."""
         side = self.side
@@ -100,9 +100,9 @@ class Cells:
             more = side if place % side == 0 else 2 * side
             return place // side * side + more - 1
 
-        return Rows(lambda row: (row - above) // side * side, last)
+        return RowsRead(lambda row: (row - above) // side * side, last)
 
-    def within(self, rows: Rows, first: int, end: int, height: int) -> tuple[int, int]:
+    def within(self, rows: RowsRead, first: int, end: int, height: int) -> tuple[int, int]:
         """Return the rows [first, end) of a map that rows of a result read."""
         return max(rows.first(first), 0), min(rows.last(end - 1) + 1, height)
 
@@ -116,7 +116,7 @@ class RowByRow:
     copies: list[fx.Node] = field(default_factory=list)
 
     @property
-    def reads(self) -> list[tuple[fx.Node, Rows]]:
+    def reads(self) -> list[tuple[fx.Node, RowsRead]]:
         """The same rows of each map."""
         return [(node, SAME) for node in self.nodes]
 
@@ -147,7 +147,7 @@ class WindowOfElements:
     call: Call
 
     @property
-    def reads(self) -> list[tuple[fx.Node, Rows]]:
+    def reads(self) -> list[tuple[fx.Node, RowsRead]]:
         """The cells under the taps, and those of the residual."""
         more = [(self.residual, SAME)] if self.residual is not None else []
         return [(self.node, self._rows), *more]
@@ -158,7 +158,7 @@ class WindowOfElements:
         return [] if self.window.is_pointwise else [self.node]
 
     @property
-    def _rows(self) -> Rows:
+    def _rows(self) -> RowsRead:
         window, height = self.window, self.grids[0].size[0]
         if window.is_pointwise:
             return SAME
@@ -174,7 +174,7 @@ class WindowOfElements:
         ]  # what is reflected lies in front of the border
         side = self.cells.side
         top, bottom = max(0, height - 1 - 2 * pads[1]) // side * side, (2 * pads[0] // side + 2) * side - 1
-        return Rows(lambda row: min(rows.first(row), top), lambda row: max(rows.last(row), bottom))
+        return RowsRead(lambda row: min(rows.first(row), top), lambda row: max(rows.last(row), bottom))
 
     def compute(self, fetch: Fetch, first: int, end: int) -> Elements:
         """Return the elements of the fine rows [first, end)."""
@@ -241,7 +241,7 @@ class ResizedElements:
             reached = (int((place(row) + 1e-6) // 1) + 1) * coarse
             return (reached // side + (1 if reached % side == 0 else 2)) * side - 1
 
-        self.reads = [(self.node, Rows(first, last))]
+        self.reads = [(self.node, RowsRead(first, last))]
 
     def compute(self, fetch: Fetch, first: int, end: int) -> Elements:
         """Return the elements of the fine rows [first, end)."""
@@ -287,7 +287,10 @@ class DenseMap:
         self.cells, self.node, self.grid, self.spacing, self.call = cells, node, grid, spacing, call
         reached = cells.reached(0, 0)
         self.reads = [
-            (node, Rows(lambda row: reached.first(row * spacing), lambda row: reached.last(row * spacing)))
+            (
+                node,
+                RowsRead(lambda row: reached.first(row * spacing), lambda row: reached.last(row * spacing)),
+            )
         ]
         self.copies = [node]
 
@@ -309,7 +312,9 @@ class ResizedAtExit:
         self.places = scaling.places(grid.size, spacing, dtype, torch.device("cpu"))
         low, high = entries(self.places[0], grid.size[0])
         reached = cells.reached(0, 0)
-        self.reads = [(node, Rows(lambda row: reached.first(low(row)), lambda row: reached.last(high(row))))]
+        self.reads = [
+            (node, RowsRead(lambda row: reached.first(low(row)), lambda row: reached.last(high(row))))
+        ]
         self.copies = [node]
 
     def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
@@ -413,7 +418,7 @@ class Entering:
     copies: list[fx.Node] = field(default_factory=list)
 
     @property
-    def reads(self) -> list[tuple[fx.Node, Rows]]:
+    def reads(self) -> list[tuple[fx.Node, RowsRead]]:
         """The same rows."""
         return [(self.node, SAME)]
 

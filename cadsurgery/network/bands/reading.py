@@ -25,8 +25,8 @@ from cadsurgery.elements.operations import Operation, operation_of
 from cadsurgery.elements.resizing import Scaling
 from cadsurgery.network.bands import element_steps, steps
 from cadsurgery.network.bands.element_steps import Cells, Grid
-from cadsurgery.network.bands.schedule import Map
-from cadsurgery.network.bands.steps import Step, Sum
+from cadsurgery.network.bands.schedule import BandMap
+from cadsurgery.network.bands.steps import BandStep, Sum
 from cadsurgery.network.macs import meta_copy
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import CannotConvert
@@ -87,8 +87,8 @@ class WholeImage(NamedTuple):
 
 
 @dataclass
-class Reading:
-    """The maps of a graph for pictures of one size.
+class BandPlan:
+    """The maps of a graph for pictures of one size, and the steps that compute them.
 
     Attributes:
         graph: the graph.
@@ -109,9 +109,9 @@ class Reading:
 
     graph: fx.Graph
     image: fx.Node
-    maps: list[Map] = field(default_factory=list)
+    maps: list[BandMap] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
-    steps: dict[int, Step] = field(default_factory=dict)
+    steps: dict[int, BandStep] = field(default_factory=dict)
     sums: dict[Key, WholeImage] = field(default_factory=dict)
     passes: dict[Key, int] = field(default_factory=dict)
     axis: dict[fx.Node, int] = field(default_factory=dict)
@@ -146,10 +146,10 @@ class Reading:
         return {node: number for number, node in enumerate(self.nodes)}
 
 
-class _Shapes(GraphInterpreter):
+class _ShapesOfMaps(GraphInterpreter):
     """Runs a graph on shapes, and records these."""
 
-    def __init__(self, program: Program, graph: fx.Graph, reading: Reading) -> None:
+    def __init__(self, program: Program, graph: fx.Graph, reading: BandPlan) -> None:
         super().__init__(program, graph)
         self.reading = reading
 
@@ -170,7 +170,7 @@ class _Shapes(GraphInterpreter):
         return value
 
 
-class Reader:
+class BandReader:
     """Makes the reading of a graph."""
 
     def __init__(self, program: Program, graph: fx.Graph, arguments: dict[str, Any], image: str) -> None:
@@ -178,7 +178,7 @@ class Reader:
         self.program, self.net = program, program.net
         places = {node.target: node for node in graph.nodes if node.op == "placeholder"}
         self.image = places[image]
-        self.reading = Reading(graph, self.image)
+        self.reading = BandPlan(graph, self.image)
         given = {
             name: value.to("meta") if isinstance(value, Tensor) else value
             for name, value in arguments.items()
@@ -188,7 +188,7 @@ class Reader:
         self.region = next((node for node in graph.nodes if node.target is ask_mask), None)
         first = (partial(_coarsest, program.geometry),) if self.region is not None else ()
         with torch.no_grad():
-            _Shapes(on_meta, graph, self.reading).run(*in_order(graph, given, *first))
+            _ShapesOfMaps(on_meta, graph, self.reading).run(*in_order(graph, given, *first))
         self.run = GraphInterpreter(program, graph)
         facts = Facts(self.net, graph, given[image], self.reading.shapes, arguments=given)
         facts.floating.update(node for node, dtype in self.reading.types.items() if dtype.is_floating_point)
@@ -204,7 +204,7 @@ class Reader:
         fine: Any = output[1] if self.region is None else self.region.args[2]
         return self._size(fine)
 
-    def read(self, lattice: Lattice | None = None) -> Reading:
+    def read(self, lattice: Lattice | None = None) -> BandPlan:
         """Return the reading for the lattice of a picture, if the graph has a region.
 
         Raises:
@@ -256,20 +256,22 @@ class Reader:
         elif node not in self.spatial.facts.pads or treatment.kind != "pad":
             self._add(node, self._step(node, treatment))
 
-    def _add(self, node: fx.Node, step: Step | None) -> None:
+    def _add(self, node: fx.Node, step: BandStep | None) -> None:
         if self.reading.shapes.get(node, (1,))[0] != 1:
             raise self._refusal(node, "it joins images, or copies of them")
         reading, numbers, size = self.reading, self.reading.number, self.reading.types[node].itemsize
         if node in reading.grids:
             assert self.cells is not None
             grid = reading.grids[node]
-            made = Map(self._name(node), grid.size[0], reading.channels[node] * size, step=self.cells.side)
+            made = BandMap(
+                self._name(node), grid.size[0], reading.channels[node] * size, step=self.cells.side
+            )
             made.elements = self.cells.elements_above(grid).tolist()
         else:
             shape, axis = reading.shapes[node], self._axis(node)
             reading.axis[node] = axis
             row = math.prod(shape) // max(shape[axis], 1) * size
-            made = Map(self._name(node), shape[axis], row if step is not None else 0)
+            made = BandMap(self._name(node), shape[axis], row if step is not None else 0)
         if step is not None:
             made.reads = [(numbers[source], rows) for source, rows in step.reads]
             made.copied = [numbers[source] for source in step.copies]
@@ -295,7 +297,7 @@ class Reader:
 
     # -- steps ---------------------------------------------------------------------------------------
 
-    def _step(self, node: fx.Node, treatment: Treatment) -> Step:
+    def _step(self, node: fx.Node, treatment: Treatment) -> BandStep:
         module = self.net.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, PackedConv) and treatment.window is not None:
             return self._packed(node, module, treatment.window)
@@ -326,7 +328,7 @@ class Reader:
         self._refuse_unless_rowwise(node, treatment)
         return self._pointwise(node)
 
-    def _packed(self, node: fx.Node, module: PackedConv, window: Window) -> Step:
+    def _packed(self, node: fx.Node, module: PackedConv, window: Window) -> BandStep:
         source = self._source(node)
         residual: Any = node.args[1] if len(node.args) > 1 else None
         if residual is not None and self.reading.shapes.get(residual) != self.reading.shapes[node]:
@@ -336,7 +338,7 @@ class Reader:
             source, window, self._size(source), width, apply, window.outside or 0.0, residual
         )
 
-    def _windowed(self, node: fx.Node, treatment: Treatment, arguments: dict[str, Any]) -> Step:
+    def _windowed(self, node: fx.Node, treatment: Treatment, arguments: dict[str, Any]) -> BandStep:
         source, window, call = self._source(node), treatment.window, treatment.call
         assert window is not None
         size, width = self._size(source), self.reading.shapes[node][3]
@@ -356,13 +358,13 @@ class Reader:
             return make(lambda x, left, _: F.pixel_unshuffle(x, window.stride), 0.0, pads=False)
         raise self._refusal(node, "its window is of a kind that needs whole maps")
 
-    def _spread(self, node: fx.Node, window: Window, arguments: dict[str, Any]) -> Step:
+    def _spread(self, node: fx.Node, window: Window, arguments: dict[str, Any]) -> BandStep:
         source = self._source(node)
         sizes = self._size(source)[0], self.reading.shapes[node][3]
         groups, bias = arguments.get("groups", 1), arguments.get("bias")
         return steps.spread_by(source, window, sizes, arguments["weight"], bias, groups)
 
-    def _group_norm(self, node: fx.Node, arguments: dict[str, Any]) -> Step:
+    def _group_norm(self, node: fx.Node, arguments: dict[str, Any]) -> BandStep:
         """Mean and variance are values of the whole image; the rest acts on each row."""
         source, groups = self._source(node), arguments["groups"]
         made = partial(
@@ -380,7 +382,7 @@ class Reader:
         self.reading.passes[node] = self.reading.passes[key]
         return steps.Pointwise([source], apply)
 
-    def _pointwise(self, node: fx.Node) -> Step:
+    def _pointwise(self, node: fx.Node) -> BandStep:
         maps, axis, shape = self._maps_of(node), self._axis(node), self.reading.shapes[node]
         heights = {self.reading.shapes[one][self._axis(one)] for one in (*maps, node)}
         if len(heights) > 1:
@@ -429,7 +431,7 @@ class Reader:
             raise self._refusal(node, "it reads no map")
         self._add(node, self._element_step(node, maps[0], operation, cells))
 
-    def _element_step(self, node: fx.Node, source: fx.Node, operation: Operation, cells: Cells) -> Step:
+    def _element_step(self, node: fx.Node, source: fx.Node, operation: Operation, cells: Cells) -> BandStep:
         grids, options = self.reading.grids, self._options(node)
         call = partial(self._call_with, node)
         if node.target is functional.to_elements:
@@ -547,7 +549,7 @@ class Reader:
         )
         self._add_sum(node, source, make, lambda found: _over(over, made(found)).view(shape).to(dtype))
 
-    def _group_norm_of_elements(self, node: fx.Node, source: fx.Node, options: dict[str, Any]) -> Step:
+    def _group_norm_of_elements(self, node: fx.Node, source: fx.Node, options: dict[str, Any]) -> BandStep:
         groups, key = options["groups"], Statistics(node)
         given = {name: self._resolved(options.get(name)) for name in ("weight", "bias")}
         made = partial(steps.affine_of, groups=groups, eps=options.get("eps", 1e-5), **given)

@@ -17,7 +17,7 @@ from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.lattice import Lattice, Pyramid
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.provider import MaskProvider
-from cadsurgery.network.bands.reading import Key, Reader, Reading, uniform
+from cadsurgery.network.bands.reading import BandPlan, BandReader, Key, uniform
 from cadsurgery.network.bands.schedule import Pass, used_by, walk
 from cadsurgery.network.bands.steps import Sum
 from cadsurgery.network.program import Masked, Program
@@ -55,7 +55,7 @@ class Walks:
         return max(one.peak for one in self.passes)
 
 
-def plan_walks(reading: Reading, band: int, keeps: bool) -> Walks:
+def plan_walks(reading: BandPlan, band: int, keeps: bool) -> Walks:
     """Plan the walks for bands of so many rows.
 
     Args:
@@ -86,7 +86,7 @@ def plan_walks(reading: Reading, band: int, keeps: bool) -> Walks:
     return Walks(passes, ends, kept, band, rows / max(once, 1))
 
 
-def _read_later(reading: Reading, at: int) -> set[int]:
+def _read_later(reading: BandPlan, at: int) -> set[int]:
     """Return the maps of a walk that maps of later ones read, or that are results."""
     passes, nodes = reading.passes, reading.nodes
     is_ready = {one for one in range(1, len(nodes)) if passes.get(nodes[one], 0) <= at}
@@ -96,11 +96,11 @@ def _read_later(reading: Reading, at: int) -> set[int]:
     return (read | later | {reading.number[node] for node in reading.map_outputs}) & is_ready
 
 
-def _is_read_later(reading: Reading, one: int, at: int) -> bool:
+def _is_read_later(reading: BandPlan, one: int, at: int) -> bool:
     return one in _read_later(reading, at)
 
 
-def fit(reading: Reading, memory: int) -> Walks:
+def fit(reading: BandPlan, memory: int) -> Walks:
     """Return the walks that need the least work within a memory, in bytes.
 
     Raises:
@@ -133,7 +133,7 @@ def _bands(tallest: int) -> Iterator[int]:
         band //= 2
 
 
-def _largest(reading: Reading, walks: Walks) -> str:
+def _largest(reading: BandPlan, walks: Walks) -> str:
     held = max(walks.passes, key=lambda one: one.peak).largest
     return ", ".join(
         "copies of rows" if one < 0 else reading.maps[one].name
@@ -176,7 +176,7 @@ class _Held:
 class BandedCall:
     """The computation of one picture in bands."""
 
-    def __init__(self, reader: Reader, walks: Walks) -> None:
+    def __init__(self, reader: BandReader, walks: Walks) -> None:
         self.reader, self.reading, self.walks = reader, reader.reading, walks
         self.held = dict[int, _Held]()
 
@@ -285,7 +285,7 @@ class Bands:
     def __init__(self, memory: int) -> None:
         """Take the memory in bytes."""
         self.memory = memory
-        self._readers = dict[tuple[Any, ...], Reader]()
+        self._readers = dict[tuple[Any, ...], BandReader]()
         self._lock = RLock()  # a reader holds the values of the call that is running
 
     def __reduce__(self) -> tuple[type[Bands], tuple[int]]:
@@ -357,7 +357,7 @@ class Bands:
         pyramids = [Pyramid(levels, program.geometry) for levels in lattice.pyramid.levels.split(1)]
         return [one.lattice(lattice.stage, lattice.size) for one in pyramids]
 
-    def _prepare(self, program: Program, call: dict[str, Any], lattice: Lattice) -> tuple[Reader, Walks]:
+    def _prepare(self, program: Program, call: dict[str, Any], lattice: Lattice) -> tuple[BandReader, Walks]:
         """Return the reader of the graph that computes a picture, and its walks: the network's own graph where all
         cells are as in the network."""
         own, unchanged = program.plan.identity_level, program.unchanged
@@ -365,7 +365,7 @@ class Bands:
         reader = self._reader(program, unchanged if is_own and unchanged is not None else program.graph, call)
         return reader, fit(reader.read(None if is_own else lattice), self.memory)
 
-    def _reader(self, program: Program, graph: fx.Graph, call: dict[str, Any]) -> Reader:
+    def _reader(self, program: Program, graph: fx.Graph, call: dict[str, Any]) -> BandReader:
         kinds = tuple(
             (n, v.shape, v.dtype) if isinstance(v, Tensor) else (n, repr(v)) for n, v in call.items()
         )
@@ -373,7 +373,7 @@ class Bands:
         if key not in self._readers:
             if len(self._readers) >= _MOST_READERS:
                 del self._readers[next(iter(self._readers))]
-            self._readers[key] = Reader(program, graph, call, program.image_name)
+            self._readers[key] = BandReader(program, graph, call, program.image_name)
         return self._readers[key]
 
 

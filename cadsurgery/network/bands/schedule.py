@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
-class Rows(NamedTuple):
-    """The rows of a map that rows of a result read, as two functions of the number of a row, which never fall. Rows
+class RowsRead(NamedTuple):
+    """The rows of a map that rows of a result read, as two functions of the number of a row, which never fall. RowsRead
     outside the map may be among them."""
 
     first: Callable[[int], int]
@@ -25,11 +25,11 @@ def _same(row: int) -> int:
     return row
 
 
-SAME = Rows(_same, _same)
+SAME = RowsRead(_same, _same)
 
 
 @dataclass(eq=False)
-class Map:
+class BandMap:
     """A map that is computed in bands.
 
     Attributes:
@@ -45,7 +45,7 @@ class Map:
     name: str
     height: int
     row: int
-    reads: list[tuple[int, Rows]] = field(default_factory=list)
+    reads: list[tuple[int, RowsRead]] = field(default_factory=list)
     step: int = 1
     copied: list[int] = field(default_factory=list)
     elements: Sequence[float] | None = None
@@ -93,7 +93,11 @@ class Pass:
 
 
 def walk(
-    maps: Sequence[Map], ends: Collection[int], band: int, known: Collection[int], kept: Collection[int] = ()
+    maps: Sequence[BandMap],
+    ends: Collection[int],
+    band: int,
+    known: Collection[int],
+    kept: Collection[int] = (),
 ) -> Pass:
     """Plan a walk down a picture.
 
@@ -107,7 +111,7 @@ def walk(
     used = used_by(maps, ends, known)
     if not used:
         return Pass([])
-    readers: dict[int, list[tuple[int, Rows]]] = defaultdict(list)
+    readers: dict[int, list[tuple[int, RowsRead]]] = defaultdict(list)
     for number in used:
         for source, rows in maps[number].reads:
             readers[source].append((number, rows))
@@ -132,7 +136,7 @@ def walk(
     return result
 
 
-def used_by(maps: Sequence[Map], ends: Collection[int], known: Collection[int]) -> list[int]:
+def used_by(maps: Sequence[BandMap], ends: Collection[int], known: Collection[int]) -> list[int]:
     """Return the maps that have to be computed for some, in order."""
     used, left = set[int](), list(ends)
     while left:
@@ -144,9 +148,9 @@ def used_by(maps: Sequence[Map], ends: Collection[int], known: Collection[int]) 
 
 
 def _needed(
-    maps: Sequence[Map],
+    maps: Sequence[BandMap],
     used: Sequence[int],
-    readers: Mapping[int, Sequence[tuple[int, Rows]]],
+    readers: Mapping[int, Sequence[tuple[int, RowsRead]]],
     ends: Collection[int],
     band: int,
 ) -> Iterator[dict[int, int]]:
@@ -170,9 +174,9 @@ def _needed(
 
 
 def _still_read(
-    maps: Sequence[Map],
+    maps: Sequence[BandMap],
     used: Sequence[int],
-    readers: Mapping[int, Sequence[tuple[int, Rows]]],
+    readers: Mapping[int, Sequence[tuple[int, RowsRead]]],
     need: Mapping[int, int],
     kept: Collection[int],
 ) -> dict[int, int]:
@@ -188,7 +192,7 @@ def _still_read(
 
 
 def _count(
-    maps: Sequence[Map], tasks: Sequence[Task], held: dict[int, list[tuple[int, int]]], result: Pass
+    maps: Sequence[BandMap], tasks: Sequence[Task], held: dict[int, list[tuple[int, int]]], result: Pass
 ) -> None:
     """Count the bytes of maps while tasks are carried out. What a task computed is freed as a whole."""
     for task in tasks:

@@ -21,16 +21,16 @@ from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.weights import transpose_weight
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.resizing import Scaling, read_at
-from cadsurgery.network.bands.schedule import SAME, Rows
+from cadsurgery.network.bands.schedule import SAME, RowsRead
 
 Fetch = Callable[[fx.Node, int, int], Any]  # rows [first, end) of the map of a node
 
 
-class Step(Protocol):
+class BandStep(Protocol):
     """The computation of the map of a node."""
 
     @property
-    def reads(self) -> list[tuple[fx.Node, Rows]]:
+    def reads(self) -> list[tuple[fx.Node, RowsRead]]:
         """The nodes whose maps it reads, and which rows of them."""
         ...
 
@@ -58,7 +58,7 @@ class Pointwise:
     copies: list[fx.Node] = field(default_factory=list)
 
     @property
-    def reads(self) -> list[tuple[fx.Node, Rows]]:
+    def reads(self) -> list[tuple[fx.Node, RowsRead]]:
         """The same rows of each map."""
         return [(node, SAME) for node in self.nodes]
 
@@ -67,17 +67,17 @@ class Pointwise:
         return self.call({node: fetch(node, first, end) for node in self.nodes})
 
 
-def rows_of_window(window: Window, height: int) -> Rows:
+def rows_of_window(window: Window, height: int) -> RowsRead:
     """Return the rows that a window reads of a map of a height; those outside it are padding."""
     span, (top, bottom) = window.dilation[0] * (window.kernel[0] - 1), window.padding[:2]
     if window.finer > 1:  # row r of the result is made of rows i with 0 <= r + top - i finer <= span
-        return Rows(
+        return RowsRead(
             lambda row: -(-(row + top - span) // window.finer), lambda row: (row + top) // window.finer
         )
     if window.mode == "zeros":
-        return Rows(lambda row: row * window.stride - top, lambda row: row * window.stride - top + span)
+        return RowsRead(lambda row: row * window.stride - top, lambda row: row * window.stride - top + span)
     # What is reflected at a border lies in front of it.
-    return Rows(
+    return RowsRead(
         lambda row: min(row * window.stride - top, height - 1 - bottom),
         lambda row: max(row * window.stride - top + span, top),
     )
@@ -108,7 +108,7 @@ class Windowed:
     pads: bool = True
 
     @property
-    def reads(self) -> list[tuple[fx.Node, Rows]]:
+    def reads(self) -> list[tuple[fx.Node, RowsRead]]:
         """The rows under the window, and those that are added."""
         more = [(self.residual, SAME)] if self.residual is not None else []
         return [(self.node, rows_of_window(self.window, self.size[0])), *more]
@@ -203,7 +203,7 @@ def sums_of(window: Window) -> Callable[[Tensor, int, Tensor | None], Tensor]:
 
 
 @dataclass
-class Spread:
+class SpreadRows:
     """A transposed convolution; see `Window.finer`.
 
     Attributes:
@@ -225,7 +225,7 @@ class Spread:
     groups: int
 
     @property
-    def reads(self) -> list[tuple[fx.Node, Rows]]:
+    def reads(self) -> list[tuple[fx.Node, RowsRead]]:
         """The rows whose taps reach a row of the result."""
         return [(self.node, rows_of_window(self.window, self.height))]
 
@@ -255,10 +255,10 @@ class Spread:
 
 def spread_by(
     node: fx.Node, window: Window, sizes: tuple[int, int], weight: Tensor, bias: Tensor | None, groups: int
-) -> Spread:
+) -> SpreadRows:
     """Return the step of a transposed convolution whose weight is (O, C / groups, kh, kw); `sizes` are the height of
     the map and the width of the result."""
-    return Spread(node, window, *sizes, transpose_weight(weight, groups).contiguous(), bias, groups)
+    return SpreadRows(node, window, *sizes, transpose_weight(weight, groups).contiguous(), bias, groups)
 
 
 class Resized:
@@ -267,7 +267,7 @@ class Resized:
     def __init__(self, node: fx.Node, size: tuple[int, int], scaling: Scaling, dtype: torch.dtype) -> None:
         self.node, self.height = node, size[0]
         self.places = scaling.places(size, 1, dtype, torch.device("cpu"))
-        self.reads = [(node, Rows(*entries(self.places[0], size[0])))]
+        self.reads = [(node, RowsRead(*entries(self.places[0], size[0])))]
         self.copies = [node]
 
     def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
@@ -299,7 +299,7 @@ class Bordered:
     ) -> None:
         self.node, self.have, self.size, self.value = node, have, size, value
         last = have[0] - 1
-        self.reads = [(node, Rows(lambda row: min(row, last), lambda row: min(row, last)))]
+        self.reads = [(node, RowsRead(lambda row: min(row, last), lambda row: min(row, last)))]
         self.copies = list[fx.Node]()
 
     def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
