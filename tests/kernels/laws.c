@@ -393,6 +393,7 @@ static void gather_mixing_law(void) {
     end_law(TEXT(SUFFIX(gather_mixing)));
 }
 
+#ifndef BYTES /* maps are interpolated in floats */
 static void mix_lines_law(void) {
     for (long k = 0; k < COUNT(widths); k++) {
         const long channels = widths[k], lines = 5, count = 21, n = 33;
@@ -417,6 +418,7 @@ static void mix_lines_law(void) {
     }
     end_law(TEXT(SUFFIX(mix_lines)));
 }
+#endif
 #endif
 
 #ifdef OF_pool
@@ -899,7 +901,9 @@ int main(int count, char **arguments) {
 #ifdef OF_move
     mix_law();
     gather_mixing_law();
+#ifndef BYTES
     mix_lines_law();
+#endif
 #endif
 #ifdef OF_pool
     pool_law();

@@ -206,6 +206,7 @@ def programs(
             ]
         )
         laws = {f"{law}_{suffix}" for law in chain.from_iterable(IN_C[file] for file in files)}
+        laws -= {f"mix_lines_{suffix}"} if "-DBYTES" in element else set()  # of maps, which are floats
         found.append((own[0], program, laws))
     compile_all(commands)
     return found
