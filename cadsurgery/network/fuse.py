@@ -23,7 +23,16 @@ from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.network.idioms import Affine, AppliedOperation, affine_of, name_activations, step_of
 from cadsurgery.support import torch_operations
-from cadsurgery.surgery.graphs import Constants, copy_graph, downstream, gives, only_user, torch_target
+from cadsurgery.surgery.graphs import (
+    Constants,
+    changes_in_place,
+    copy_graph,
+    downstream,
+    gives,
+    only_user,
+    read_elsewhere,
+    torch_target,
+)
 from cadsurgery.surgery.guards import drop_dead_code
 from cadsurgery.surgery.hooks import act_alike, acts_as, child, is_hooked
 from cadsurgery.surgery.treatment import has_rule
@@ -127,7 +136,13 @@ class Fuser:
         return is_call and torch_operations.may_make_nan(torch_target(node)) and node not in self.numbers
 
     def run(self) -> None:
-        """Remove operations that change nothing, then fuse every convolution and linear layer."""
+        """Remove operations that change nothing, then fuse every convolution and linear layer; none where a value is
+        read behind a change in place of another view of it: fused operations would read it at another time."""
+        if any(
+            changes_in_place(node, self.called) and read_elsewhere(node, self.called)
+            for node in self.graph.nodes
+        ):
+            return
         for node in list(self.graph.nodes):
             self.drop_identity(node)
         if self.epilogues:
@@ -161,6 +176,11 @@ class Fuser:
         if isinstance(node, fx.Node) and torch_target(node) is None:
             return self.model.get_submodule(str(node.args[0].target))  # type: ignore[union-attr]
         return None
+
+    def called(self, node: fx.Node) -> Any:
+        """Return the module, function or method that a node calls."""
+        module = self.module(node)
+        return module if module is not None else torch_target(node)
 
     def consumer(self, node: fx.Node) -> fx.Node | None:
         """Return the only operation that reads the value of a node, and acts on elements where that is elements, on a

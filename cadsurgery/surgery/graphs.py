@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from operator import attrgetter
@@ -15,7 +16,8 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.elements.operations import operation_of
-from cadsurgery.support.torch_operations import name_of
+from cadsurgery.support import torch_operations
+from cadsurgery.support.torch_operations import is_in_place, name_of
 from cadsurgery.surgery.guards import is_of_library
 
 # The name of the file that code made from graphs seems to come from, in tracebacks.
@@ -90,6 +92,38 @@ def torch_target(node: fx.Node) -> Any:
 def only_user(node: fx.Node) -> fx.Node | None:
     """Return the only user of a value; None if there are several or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def changes_in_place(node: fx.Node, called: Callable[[fx.Node], Any]) -> bool:
+    """True if a node changes its first operand in place; `called` gives the module, function or method of a node."""
+    operand = _first_operand(node)
+    return operand is not None and is_in_place(called(node), node.args, node.kwargs)
+
+
+def read_elsewhere(node: fx.Node, called: Callable[[fx.Node], Any]) -> set[fx.Node]:
+    """Return what reads the memory that a node changes in place, through the same value or another view of it."""
+
+    def is_view(one: fx.Node) -> bool:
+        target = called(one)
+        stated = torch_operations.operation_of(target)
+        is_same = stated is not None and (stated.kind in _VIEWS or stated.keeps_values)
+        return (is_same or target is operator.getitem) and name_of(target) != "clone"
+
+    whole: Any = _first_operand(node)
+    while _first_operand(whole) is not None and is_view(whole):
+        whole = _first_operand(whole)
+    sharing = [whole]
+    for one in sharing:
+        sharing += [user for user in one.users if _first_operand(user) is one and is_view(user)]
+    return {user for one in sharing for user in one.users} - {*sharing, node}
+
+
+_VIEWS = ("copies", "converts", "reshapes", "permutes", "splits", "selects")  # kinds of operations
+
+
+def _first_operand(node: fx.Node) -> fx.Node | None:
+    operands = node.args[torch_target(node) is None :]
+    return operands[0] if operands and isinstance(operands[0], fx.Node) else None
 
 
 def axes_order(node: fx.Node, rank: int) -> list[int] | None:

@@ -18,10 +18,10 @@ import torch
 from torch import fx, nn
 
 from cadsurgery.support.errors import CannotConvert, describe_error
-from cadsurgery.support.torch_operations import asks, is_in_place, is_kind, name_of
+from cadsurgery.support.torch_operations import asks, is_kind, name_of
 from cadsurgery.surgery.arguments import Arguments, Inputs, has_numbers, with_other_values
 from cadsurgery.surgery.carry import Carrier, asking_types, is_argument, symbols_in_python
-from cadsurgery.surgery.graphs import pads, source_line
+from cadsurgery.surgery.graphs import changes_in_place, pads, read_elsewhere, source_line
 from cadsurgery.surgery.guards import line_of
 from cadsurgery.surgery.hooks import is_hooked
 from cadsurgery.surgery.state import State
@@ -309,6 +309,8 @@ def _open_dataclass(graph: fx.Graph) -> None:
 
 
 def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:
+    """Let what follows a change in place read its result. Where something else reads the value that is changed, a copy
+    of it is changed instead, since operations are moved and fused."""
     order = {node: position for position, node in enumerate(graph.nodes)}
 
     def read_instead(value: fx.Node, after: fx.Node, changed: fx.Node) -> None:
@@ -316,12 +318,12 @@ def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:
             if order.get(user, -1) > order[after]:
                 user.replace_input_with(value, changed)
 
+    def called(node: fx.Node) -> Any:
+        return model.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+
     for node in list(graph.nodes):
-        target: Any = node.target
-        if node.op == "call_module":
-            target = model.get_submodule(str(node.target))
-        if node.args and isinstance(node.args[0], fx.Node) and is_in_place(target, node.args, node.kwargs):
-            part = node.args[0]
+        if changes_in_place(node, called):
+            part: Any = node.args[0]
             read_instead(part, node, node)
             if _is_view(part):  # the viewed tensor changes as well
                 whole: Any = part.args[0]
@@ -330,6 +332,10 @@ def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:
                 read_instead(whole, node, changed)
                 if not changed.users:
                     graph.erase_node(changed)
+            others = read_elsewhere(node, called)
+            if others and all(order.get(user, -1) < order[node] for user in others):
+                with graph.inserting_before(node):
+                    node.replace_input_with(part, graph.call_method("clone", (part,)))
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -200,6 +200,12 @@ class RunOptions:
     fps: float = option(25.0, "frames per second of a folder of frames", min=0.01)
     device: str = device_option()
     precision: str = option("float", "precision of the optimised copy: float, as the weights, or bfloat16")
+    memory: str = option(
+        "",
+        "what the maps of a picture may take, e.g. 1.5GiB: pictures are computed in bands of rows, one after "
+        "the other; on the CPU",
+        metavar="AMOUNT",
+    )
     until: float = option(
         0, "for a network with exits: time limit in milliseconds for its best prediction", metavar="MS", min=0
     )

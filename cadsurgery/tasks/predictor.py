@@ -56,9 +56,9 @@ class Item(NamedTuple):
 class PredictionSettings:
     """What predictions are made by; it can be sent to other processes.
 
-    `precision` is that of the optimised copy, see `AdaptiveModel.optimize`. If `until` is not 0, a network with exits
-    stops after this many milliseconds, see `AnytimeModel.until`. `view` is one of `VIEWS`, by default `classes` for
-    images and `overlay` for clips.
+    `precision` and `memory` are those of the optimised copy, see `AdaptiveModel.optimize`. If `until` is not 0, a
+    network with exits stops after this many milliseconds, see `AnytimeModel.until`. `view` is one of `VIEWS`, by
+    default `classes` for images and `overlay` for clips.
     """
 
     file: str
@@ -69,6 +69,7 @@ class PredictionSettings:
     view: str = RunOptions.view
     device: str = RunOptions.device
     precision: str = RunOptions.precision
+    memory: str = RunOptions.memory
     until: float = RunOptions.until
     batch: int = RunOptions.batch
     trust: bool = RunOptions.trust
@@ -133,7 +134,8 @@ class Predictor:
         self.settings, self.device = settings, own_device(settings.device)
         self.kind, self.source = kind_of(converted), pictures_for(converted)
         self.names, self._folder = class_names(self.source), ""
-        options = {} if self.kind is not None else {"precision": settings.precision}
+        options = {"precision": settings.precision, "memory": settings.memory or None}
+        options = {} if self.kind is not None else options
         self.net: Any = converted.optimize(**options)  # type: ignore[operator]
         self._dtype = torch.bfloat16 if settings.precision == BFLOAT16 else None
 

@@ -30,6 +30,7 @@ from cadsurgery.support.errors import FileError, InvalidInput, check_name
 from cadsurgery.support.files import absent, as_file_error, check_folder, exists, is_folder
 from cadsurgery.support.kinds import kind_by_ending
 from cadsurgery.support.launcher import world
+from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step
 from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks import ray_data
@@ -240,10 +241,10 @@ def _check_sharing(converted: nn.Module, sources: _Sources, wanted: Mapping[str,
 
 
 def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
-    """Refuse a time limit, a batch or a precision that does not fit the network.
+    """Refuse a time limit, a batch, a precision or a memory that does not fit the network.
 
     Raises:
-        InvalidInput: it has no exits, runs images one by one, or runs in float only.
+        InvalidInput: it has no exits, runs images one by one, runs in float only, or is not computed in bands.
     """
     kind, batch = kind_of(converted), settings.batch
     if settings.until and not (kind and kind.has_thresholds):
@@ -257,6 +258,15 @@ def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
             why="it computes another amount for each image." if kind else _FOLLOW,
             next="leave --batch out.",
         )
+    if settings.memory:
+        bytes_of(settings.memory)
+        if kind is not None or find_device(settings.device).type != "cpu":
+            place = f"on {settings.device}" if kind is None else f"for a network {kind.words}"
+            raise InvalidInput(
+                f"--memory {settings.memory} {place}.",
+                why="bands of rows are computed on the CPU, of networks that choose how finely to compute each place.",
+                next="leave it out.",
+            )
     if kind is not None and settings.precision != FLOAT:
         raise InvalidInput(
             f"--precision {settings.precision} for a network {kind.words}.",

@@ -4,6 +4,7 @@ layers (`fused_convolution`, `fused_product`) are asked by every case."""
 from __future__ import annotations
 
 import copy
+import operator
 import os
 import pickle
 import threading
@@ -125,6 +126,59 @@ def test_in_bands_is_whole_where_strides_are_removed(name: str, rows: int) -> No
     with bands_of(rows):
         output = net.optimize(memory=MUCH)(image)
     assert difference(net.optimize()(image), output) < 1e-9
+
+
+class InPlace(nn.Module):
+    """Halves a map in place, which a convolution before it reads, too, and, if `skips`, one behind it."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor], skips: bool = False) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.before, self.deep = nn.Conv2d(8, 8, 5, padding=2), nn.Conv2d(8, 8, 3, padding=1)
+        self.change, self.skips = change, skips
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(self.stem(x).sigmoid())
+        y = self.before(x)
+        z = self.deep(self.change(x))
+        return y + z + x if self.skips else y + z
+
+
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "method": lambda x: x.mul_(0.5),
+    "function": lambda x: nn.functional.elu(x, inplace=True),
+    "module": nn.ELU(inplace=True),
+    "operator": lambda x: operator.imul(x, 0.5),
+    "view": lambda x: x.view(len(x), -1, *x.shape[2:]).clamp_(-0.1, 0.1),
+}
+
+
+@pytest.mark.parametrize("rows", [2, 16])
+@pytest.mark.parametrize("mask", ["all", MASK])
+@pytest.mark.parametrize(
+    ("change", "skips"), [*((name, False) for name in IN_PLACE), ("method", True), ("module", True)]
+)
+@torch.no_grad()
+def test_a_change_in_place_reaches_what_is_read_behind_it_alone(
+    change: str, skips: bool, mask: str, rows: int
+) -> None:
+    """Neither fused layers nor bands read the map at another time than the network."""
+    model, image = seeded(lambda: InPlace(IN_PLACE[change], skips)), picture(75, 101)
+    net = unverified(model, mask, example_input=picture(64, 96), coarsest=16)
+    expected = model(image) if mask == "all" else net(image)
+    with bands_of(rows):
+        output = net.optimize(memory=MUCH)(image)
+    assert difference(expected, output) < 1e-9 and difference(expected, net.optimize()(image)) < 1e-9
+
+
+@torch.no_grad()
+def test_a_map_read_behind_a_change_of_a_view_of_it_is_refused_in_bands_alone() -> None:
+    model, image = seeded(lambda: InPlace(IN_PLACE["view"], skips=True)), picture(75, 101)
+    net = unverified(model, "all", example_input=picture(64, 96), coarsest=16)
+    assert difference(model(image), net.optimize()(image)) < 1e-9
+    with pytest.raises(cs.CannotConvert, match="cannot be computed in bands") as refusal:
+        net.optimize(memory=MUCH)(image)
+    assert refusal.value.why == "it changes in place what others read."
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ on the lattice of these rows, at the elements of the band alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from cadsurgery.network.bands.schedule import SAME, RowsRead
 from cadsurgery.network.bands.steps import Fetch, entries
 
 _MOST_ROWS = 8  # lattices of so many bands are remembered, with what is derived from them
-Call = Callable[[dict[fx.Node, Any], dict[str, Any]], Any]
+Call = Callable[..., Any]  # with the rows of maps by node, and perhaps further options of the operation
 
 
 @dataclass(frozen=True)
@@ -102,28 +102,6 @@ class Cells:
 
         return RowsRead(lambda row: (row - above) // side * side, last)
 
-    def within(self, rows: RowsRead, first: int, end: int, height: int) -> tuple[int, int]:
-        """Return the rows [first, end) of a map that rows of a result read."""
-        return max(rows.first(first), 0), min(rows.last(end - 1) + 1, height)
-
-
-@dataclass
-class RowByRow:
-    """An operation that acts on each element alone."""
-
-    nodes: Sequence[fx.Node]
-    call: Call
-    copies: list[fx.Node] = field(default_factory=list)
-
-    @property
-    def reads(self) -> list[tuple[fx.Node, RowsRead]]:
-        """The same rows of each map."""
-        return [(node, SAME) for node in self.nodes]
-
-    def compute(self, fetch: Fetch, first: int, end: int) -> Any:
-        """Return the elements of the fine rows [first, end)."""
-        return self.call({node: fetch(node, first, end) for node in self.nodes}, {})
-
 
 @dataclass
 class WindowOfElements:
@@ -179,7 +157,7 @@ class WindowOfElements:
     def compute(self, fetch: Fetch, first: int, end: int) -> Elements:
         """Return the elements of the fine rows [first, end)."""
         cells, (source, target, added) = self.cells, self.grids
-        begin, stop = cells.within(self._rows, first, end, source.size[0])
+        begin, stop = self._rows.within(first, end, source.size[0])
         begin, stop = min(begin, first), max(stop, end)
         x = fetch(self.node, begin, min(stop, source.size[0]))
         goal = cells.lattice(target, first, end)
@@ -200,7 +178,7 @@ class WindowOfElements:
                 there = stage if same else whole.between(first - begin, min(end, added.size[0]) - begin)
                 rows[self.residual] = Elements(more.rows, there)
         extra = {"window": self.window, "stage": stage}
-        return Elements(self.call(rows, extra).rows, goal)
+        return Elements(self.call(rows, **extra).rows, goal)
 
 
 @dataclass
@@ -215,7 +193,6 @@ class ResizedElements:
     align_corners: bool
 
     def __post_init__(self) -> None:
-        source, target = self.grids
         (coarse, fine), (source, target) = self.spacings, self.grids
         self.before = divide_up(source.size[0], coarse), divide_up(source.size[1], coarse)
         self.after = divide_up(target.size[0], fine), divide_up(target.size[1], fine)
@@ -246,7 +223,7 @@ class ResizedElements:
     def compute(self, fetch: Fetch, first: int, end: int) -> Elements:
         """Return the elements of the fine rows [first, end)."""
         cells, (source, target) = self.cells, self.grids
-        begin, stop = cells.within(self.reads[0][1], first, end, source.size[0])
+        begin, stop = self.reads[0][1].within(first, end, source.size[0])
         begin, stop = min(begin, first), max(stop, end)
         x, goal = fetch(self.node, begin, min(stop, source.size[0])), cells.lattice(target, first, end)
         stage = cells.lattice(target, begin, stop).between(first - begin, min(end, target.size[0]) - begin)
@@ -273,8 +250,8 @@ class OfNeighbours:
     def compute(self, fetch: Fetch, first: int, end: int) -> Elements:
         """Return the elements of the fine rows [first, end)."""
         (source, target), cells = self.grids, self.cells
-        begin, stop = cells.within(self.reads[0][1], first, end, source.size[0])
-        found: Elements = self.call({self.node: fetch(self.node, begin, stop)}, {})
+        begin, stop = self.reads[0][1].within(first, end, source.size[0])
+        found: Elements = self.call({self.node: fetch(self.node, begin, stop)})
         lines = first - begin, min(end, target.size[0]) - begin
         rows = found.rows[slice(*map(found.lattice.row_at, lines))]
         return Elements(rows, cells.lattice(target, first, end))
@@ -296,8 +273,8 @@ class DenseMap:
 
     def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
         """Return rows [first, end) of the map."""
-        begin, stop = self.cells.within(self.reads[0][1], first, end, self.grid.size[0])
-        dense: Tensor = self.call({self.node: fetch(self.node, begin, stop)}, {})
+        begin, stop = self.reads[0][1].within(first, end, self.grid.size[0])
+        dense: Tensor = self.call({self.node: fetch(self.node, begin, stop)})
         start = first - begin // self.spacing
         return dense[:, :, start : start + end - first]
 
@@ -319,59 +296,13 @@ class ResizedAtExit:
 
     def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
         """Return rows [first, end) of the map."""
-        begin, stop = self.cells.within(self.reads[0][1], first, end, self.grid.size[0])
+        begin, stop = self.reads[0][1].within(first, end, self.grid.size[0])
         x, (down, across) = fetch(self.node, begin, stop), self.places
         down = down[first:end] - begin
         if self.mode != "bilinear":
             cell = x.lattice.index.view(x.lattice.size).index_select(0, down).index_select(1, across)
             return x.rows.index_select(0, cell.flatten()).view(1, *cell.shape, -1).permute(0, 3, 1, 2)
         return read_at(functional.to_dense(x, 1), [down, across])
-
-
-class Weighted:
-    """Sums over the elements of an image, weighed by the area of their cells: mean and variance of each channel, or of
-    each of several groups of channels."""
-
-    def __init__(self, groups: int, squares: bool, are_equal: bool) -> None:
-        """Take the number of groups, or 0 for channels, and whether all elements weigh the same."""
-        self.groups, self.squares, self.are_equal = groups, squares, are_equal
-        self.area, self.sums = 0, list[Tensor]()
-
-    def add(self, x: Elements, first: int) -> None:
-        """Take in the elements of a band."""
-        areas = x.lattice.areas.double()
-        areas = torch.ones_like(areas) if self.are_equal else areas
-        values = x.rows.double().flatten(1)
-        each = [values, values.square()] if self.squares else [values]
-        sums = [areas @ one for one in each]
-        if self.groups:
-            sums = [one.view(self.groups, -1).mean(1) for one in sums]
-        sums = [one.unsqueeze(0) for one in sums]
-        self.sums = [one + other for one, other in zip(self.sums, sums, strict=True)] if self.sums else sums
-        self.area += int(areas.sum())
-
-    def finish(self) -> tuple[Tensor, Tensor | None]:
-        """Return mean and variance (1, C), float64."""
-        mean = self.sums[0] / self.area
-        return mean, self.sums[1] / self.area - mean.square() if self.squares else None
-
-
-class LargestElement:
-    """The largest value of each channel (1, C), or the smallest, over elements."""
-
-    def __init__(self, sign: int = 1) -> None:
-        self.sign = sign
-        self.found: Tensor | None = None
-
-    def add(self, x: Elements, first: int) -> None:
-        """Take in the elements of a band."""
-        of_rows = (x.rows * self.sign).amax(0, keepdim=True)
-        self.found = of_rows if self.found is None else torch.maximum(self.found, of_rows)
-
-    def finish(self) -> Tensor:
-        """Return the values."""
-        assert self.found is not None
-        return self.found * self.sign
 
 
 class BinsOfElements:

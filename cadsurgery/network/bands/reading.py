@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, UntypedStorage, fx
 from torch.fx.node import map_arg
 
 from cadsurgery.elements import functional
@@ -30,7 +30,8 @@ from cadsurgery.network.bands.steps import BandStep, Sum
 from cadsurgery.network.macs import meta_copy
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import CannotConvert
-from cadsurgery.support.torch_operations import is_in_place, is_kind
+from cadsurgery.support.torch_internals import tree_leaves, tree_map
+from cadsurgery.support.torch_operations import is_kind
 from cadsurgery.surgery.arguments import in_order
 from cadsurgery.surgery.facts import Facts, MapFacts
 from cadsurgery.surgery.refusals import source_line
@@ -94,7 +95,7 @@ class BandPlan:
         graph: the graph.
         image: node of the picture.
         maps: all maps in the order of the graph; the picture is the first.
-        nodes: node of each map.
+        number: number of the map of each node.
         steps: what computes each map but the picture.
         sums: values of the whole image.
         passes: for each map and each value, how many walks down the picture come before it.
@@ -105,12 +106,14 @@ class BandPlan:
         several: nodes of the region whose value is several maps.
         types: type of each tensor, and of the values of elements.
         numbers: numbers that follow from the size of the picture.
+        memories: the memory of the value of each node, which views share.
+        changed: for each node that changes values in place, the nodes of these.
     """
 
     graph: fx.Graph
     image: fx.Node
     maps: list[BandMap] = field(default_factory=list)
-    nodes: list[fx.Node] = field(default_factory=list)
+    number: dict[fx.Node, int] = field(default_factory=dict)
     steps: dict[int, BandStep] = field(default_factory=dict)
     sums: dict[Key, WholeImage] = field(default_factory=dict)
     passes: dict[Key, int] = field(default_factory=dict)
@@ -121,6 +124,8 @@ class BandPlan:
     several: set[fx.Node] = field(default_factory=set)
     types: dict[fx.Node, torch.dtype] = field(default_factory=dict)
     numbers: dict[fx.Node, Any] = field(default_factory=dict)
+    memories: dict[fx.Node, set[UntypedStorage]] = field(default_factory=dict)
+    changed: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
 
     @property
     def result(self) -> Any:
@@ -140,11 +145,6 @@ class BandPlan:
         """The maps that the graph returns."""
         return [node for node in self.outputs if node in self.number]
 
-    @property
-    def number(self) -> dict[fx.Node, int]:
-        """The number of the map of each node."""
-        return {node: number for number, node in enumerate(self.nodes)}
-
 
 class _ShapesOfMaps(GraphInterpreter):
     """Runs a graph on shapes, and records these."""
@@ -154,15 +154,22 @@ class _ShapesOfMaps(GraphInterpreter):
         self.reading = reading
 
     def run_node(self, n: fx.Node) -> Any:
+        before = {
+            source: [part._version for part in _tensors(self.env[source])] for source in n.all_input_nodes
+        }
         value = super().run_node(n)
+        self.reading.changed[n] = [
+            source
+            for source, versions in before.items()
+            if versions != [part._version for part in _tensors(self.env[source])]
+        ]
+        self.reading.memories[n] = {part.untyped_storage() for part in _tensors(value)}
         if isinstance(value, Tensor):
             self.reading.shapes[n], self.reading.types[n] = value.shape, value.dtype
         elif isinstance(value, Elements) and isinstance(value.rows, Tensor):
             self.reading.grids[n] = Grid(value.lattice.stage, value.lattice.size)
-            self.reading.channels[n], self.reading.types[n] = (
-                math.prod(value.rows.shape[1:]),
-                value.rows.dtype,
-            )
+            self.reading.channels[n] = math.prod(value.rows.shape[1:])
+            self.reading.types[n] = value.rows.dtype
         elif isinstance(value, Elements):  # several maps in one
             self.reading.several.add(n)
         elif _is_number(value):
@@ -197,6 +204,7 @@ class BandReader:
         self.spatial = Spatial(facts)
         self.parts = dict[fx.Node, list[fx.Node]]()  # the maps that several values in one are read from
         self.values = dict[Key, Any]()  # of all that is no map, while a call runs
+        self._refuse_changes_that_others_read()
 
     def fine_size(self) -> tuple[int, int]:
         """Return height and width of the fine map of the region."""
@@ -210,7 +218,7 @@ class BandReader:
         Raises:
             CannotConvert: an operation needs a whole map.
         """
-        self.reading = replace(self.reading, maps=[], nodes=[], steps={}, sums={}, passes={}, axis={})
+        self.reading = replace(self.reading, maps=[], number={}, steps={}, sums={}, passes={}, axis={})
         self.cells = Cells(lattice.pyramid, lattice.geometry.sides[-1]) if lattice is not None else None
         self.parts.clear()
         for node in self.reading.graph.nodes:
@@ -231,7 +239,7 @@ class BandReader:
         return self.reading
 
     def _has_map(self, node: fx.Node) -> bool:
-        return node in self.reading.nodes or node in self.parts
+        return node in self.reading.number or node in self.parts
 
     def _maps_of(self, node: fx.Node) -> list[fx.Node]:
         """The maps that a node reads, also through several values in one."""
@@ -252,14 +260,15 @@ class BandReader:
         if node.target is functional.contiguous_gradient:
             self._add(node, self._pointwise(node))
         elif treatment.kind == "global":
-            self._read_sum(node, treatment)
+            options = {name: self._resolved(value) for name, value in treatment.arguments}
+            self._read_sum(node, self._source(node), treatment.call, options)
         elif node not in self.spatial.facts.pads or treatment.kind != "pad":
             self._add(node, self._step(node, treatment))
 
     def _add(self, node: fx.Node, step: BandStep | None) -> None:
         if self.reading.shapes.get(node, (1,))[0] != 1:
             raise self._refusal(node, "it joins images, or copies of them")
-        reading, numbers, size = self.reading, self.reading.number, self.reading.types[node].itemsize
+        reading, size = self.reading, self.reading.types[node].itemsize
         if node in reading.grids:
             assert self.cells is not None
             grid = reading.grids[node]
@@ -273,13 +282,13 @@ class BandReader:
             row = math.prod(shape) // max(shape[axis], 1) * size
             made = BandMap(self._name(node), shape[axis], row if step is not None else 0)
         if step is not None:
-            made.reads = [(numbers[source], rows) for source, rows in step.reads]
-            made.copied = [numbers[source] for source in step.copies]
+            made.reads = [(reading.number[source], rows) for source, rows in step.reads]
+            made.copied = [reading.number[source] for source in step.copies]
             reading.steps[len(reading.maps)] = step
             read = [*node.all_input_nodes, *(source for source, _ in step.reads)]
             reading.passes.setdefault(node, self._passes(read))
+        reading.number[node] = len(reading.maps)
         reading.maps.append(made)
-        reading.nodes.append(node)
 
     def _name(self, node: fx.Node) -> str:
         """The name of a node, or that of the layer that was fused."""
@@ -310,21 +319,13 @@ class BandReader:
             return self._windowed(node, treatment, arguments)
         if call is functional.resize:
             source = self._source(node)
-            size = self._size(source)
-            scaling = Scaling(
-                **{
-                    name: arguments.get(name)
-                    for name in ("size", "scale_factor", "align_corners", "recompute_scale_factor")
-                },
-                mode=arguments.get("mode", "nearest"),
-            )
-            return steps.Resized(source, size, scaling, self.reading.types[source])
+            return steps.Resized(source, self._size(source), _scaling(arguments), self.reading.types[source])
         if call in (functional.pad, functional.crop):
             source = self._source(node)
             value = arguments.get("value", 0.0) if call is functional.pad else 0.0
             return steps.Bordered(source, self._size(source), self._size(node), value)
         if call is functional.group_norm:
-            return self._group_norm(node, arguments)
+            return self._group_norm(node, self._source(node), arguments)
         self._refuse_unless_rowwise(node, treatment)
         return self._pointwise(node)
 
@@ -364,32 +365,33 @@ class BandReader:
         groups, bias = arguments.get("groups", 1), arguments.get("bias")
         return steps.spread_by(source, window, sizes, arguments["weight"], bias, groups)
 
-    def _group_norm(self, node: fx.Node, arguments: dict[str, Any]) -> BandStep:
-        """Mean and variance are values of the whole image; the rest acts on each row."""
-        source, groups = self._source(node), arguments["groups"]
-        made = partial(
-            steps.affine_of, groups=groups, **{name: arguments[name] for name in ("weight", "bias", "eps")}
-        )
-        key = Statistics(node)
-        self._add_sum(key, source, partial(steps.Moments, groups, True), made)
-
-        def apply(rows: dict[fx.Node, Any]) -> Tensor:
-            scale, shift = self.values[key]
-            x = rows[source]
-            wide = torch.promote_types(x.dtype, torch.float32)
-            return torch.addcmul(shift.to(wide), x.to(wide), scale.to(wide)).to(x.dtype)
-
+    def _group_norm(self, node: fx.Node, source: fx.Node, options: dict[str, Any]) -> BandStep:
+        """Mean and variance are values of the whole image; the rest acts on each row, or element."""
+        grid, groups, key = self.reading.grids.get(source), options["groups"], Statistics(node)
+        channels = self.reading.channels[source] if grid else self.reading.shapes[source][1]
+        weight, bias = (self._resolved(options.get(name)) for name in ("weight", "bias"))
+        eps = options.get("eps", 1e-5)
+        made = partial(steps.affine_of, channels=channels, weight=weight, bias=bias, eps=eps)
+        self._add_sum(key, source, partial(steps.Moments, groups, True, self._are_equal(grid)), made)
         self.reading.passes[node] = self.reading.passes[key]
+
+        def apply(rows: dict[fx.Node, Any]) -> Any:
+            x, (scale, shift) = rows[source], self.values[key]
+            if isinstance(x, Elements):
+                return Elements(steps.scaled(x.rows, scale, shift), x.lattice)
+            return steps.scaled(x, scale.view(-1, 1, 1), shift.view(-1, 1, 1))
+
         return steps.Pointwise([source], apply)
+
+    def _are_equal(self, grid: Grid | None) -> bool:
+        """True if all elements of a map weigh the same; those of dense maps do."""
+        return grid is None or self.cells is None or self.cells.are_equal(grid)
 
     def _pointwise(self, node: fx.Node) -> BandStep:
         maps, axis, shape = self._maps_of(node), self._axis(node), self.reading.shapes[node]
         heights = {self.reading.shapes[one][self._axis(one)] for one in (*maps, node)}
         if len(heights) > 1:
             raise self._refusal(node, "it joins maps of several heights")
-        first: Any = node.args[0] if node.args else None
-        if is_in_place(node.target, node.args, node.kwargs) and len(first.users) > 1:
-            raise self._refusal(node, "it changes a map that others read")
         if is_kind(node.target, "reshapes"):  # by numbers that are those of the whole map
 
             def reshape(rows: dict[fx.Node, Any]) -> Tensor:
@@ -398,20 +400,22 @@ class BandReader:
                 return x.reshape(*shape[:axis], height, *shape[axis + 1 :])
 
             return steps.Pointwise(maps, reshape)
-        return steps.Pointwise(maps, partial(self._call, node))
+        return steps.Pointwise(maps, partial(self.call, node))
 
     def _axis(self, node: fx.Node) -> int:
         return self.reading.axis.get(node) or max(self.spatial.facts.layout(node).find("h"), 0) or 2
 
-    def _call(self, node: fx.Node, rows: dict[fx.Node, Any]) -> Any:
-        """Call the operation of a node on rows of the maps that it reads."""
+    def call(self, node: fx.Node, rows: dict[fx.Node, Any], **more: Any) -> Any:
+        """Call the operation of a node on rows of the maps that it reads, perhaps with other options, or on values
+        that are no maps. What it changes in place is its own."""
 
         def value(read: fx.Node) -> Any:
-            if read in rows:
-                return rows[read].clone() if is_in_place(node.target, node.args, node.kwargs) else rows[read]
-            return self._call(read, rows) if read in self.parts else self.values[read]
+            found = (
+                self.call(read, rows) if read in self.parts else (rows if read in rows else self.values)[read]
+            )
+            return copied(found) if read in self.reading.changed[node] else found
 
-        args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
+        args, kwargs = map_arg(node.args, value), {**map_arg(node.kwargs, value), **more}
         return getattr(self.run, node.op)(node.target, args, kwargs)
 
     # -- the region ----------------------------------------------------------------------------------
@@ -424,7 +428,8 @@ class BandReader:
         if operation is None or cells is None:
             raise self._refusal(node, "it is no operation on elements")
         if operation.gives == "vector":
-            self._sum_of_elements(node)
+            source, options = self._maps_of(node)[0], self._options(node)
+            self._read_sum(node, source, node.target, options)
             return
         maps = self._maps_of(node)
         if not maps:
@@ -433,7 +438,7 @@ class BandReader:
 
     def _element_step(self, node: fx.Node, source: fx.Node, operation: Operation, cells: Cells) -> BandStep:
         grids, options = self.reading.grids, self._options(node)
-        call = partial(self._call_with, node)
+        call = partial(self.call, node)
         if node.target is functional.to_elements:
             return element_steps.Entering(cells, source, grids[node], options.get("layout", NCHW))
         if source not in grids:
@@ -446,13 +451,8 @@ class BandReader:
         ):
             return element_steps.DenseMap(cells, source, grids[source], spacing, call)
         if node.target is functional.resize_to_dense and cells.pyramid.geometry.fill == "linear":
-            names = ("size", "scale_factor", "align_corners", "recompute_scale_factor")
-            scaling = Scaling(
-                **{name: options.get(name) for name in names}, mode=options.get("mode", "nearest")
-            )
-            return element_steps.ResizedAtExit(
-                cells, source, grids[source], spacing, scaling, self.reading.types[source]
-            )
+            scaling, dtype = _scaling(options), self.reading.types[source]
+            return element_steps.ResizedAtExit(cells, source, grids[source], spacing, scaling, dtype)
         if node.target is functional.resize and cells.pyramid.geometry.floors:
             mode, align = options.get("mode", "nearest"), bool(options.get("align_corners"))
             return element_steps.ResizedElements(
@@ -463,9 +463,7 @@ class BandReader:
             node.target is functional.pixel_shuffle or self._is_whole_resize(node, options)
         ):
             sized = {"size": None} if node.target is functional.resize else {}
-            return element_steps.OfNeighbours(
-                cells, source, both, lambda rows, more: self._call_with(node, rows, {**more, **sized})
-            )
+            return element_steps.OfNeighbours(cells, source, both, partial(call, **sized))
         if operation.reads == "window" and "window" in options:
             window = options["window"].fit(grids[source].size)
             residual = options.get("residual")
@@ -474,7 +472,7 @@ class BandReader:
                 cells, source, residual, window, (grids[source], grids[node], added), call
             )
         if node.target is functional.group_norm:
-            return self._group_norm_of_elements(node, source, options)
+            return self._group_norm(node, source, options)
         is_border = node.target in (functional.pad, functional.crop, functional.check_same_padding)
         if operation.reads != "element" or (is_border and grids[node] != grids[source]):
             raise self._refusal(node, "it needs whole maps, or a batch")
@@ -482,8 +480,8 @@ class BandReader:
         if any(one not in grids for one in maps):
             raise self._refusal(node, "it joins a dense map with the region")
         if is_border:
-            return element_steps.RowByRow([source], lambda rows, _: rows[source])
-        return element_steps.RowByRow(maps, call)
+            return steps.Pointwise([source], lambda rows: rows[source])
+        return steps.Pointwise(maps, call)
 
     def _is_whole_resize(self, node: fx.Node, options: dict[str, Any]) -> bool:
         """True for a resize by a whole number, whose samples lie alike in every cell."""
@@ -506,90 +504,32 @@ class BandReader:
 
         return {name: map_arg(value, number) for name, value in bound.arguments.items()}
 
-    def _call_with(self, node: fx.Node, rows: dict[fx.Node, Any], more: dict[str, Any]) -> Any:
-        """Call an operation on elements on those of the maps that it reads, with other options."""
-
-        def value(read: fx.Node) -> Any:
-            if read in rows:
-                return rows[read]
-            return self._call_with(read, rows, {}) if read in self.parts else self.values[read]
-
-        args, kwargs = map_arg(node.args, value), {**map_arg(node.kwargs, value), **more}
-        target: Any = node.target
-        return target(*args, **kwargs)
-
-    def _sum_of_elements(self, node: fx.Node) -> None:
-        (source, *_), options = self._maps_of(node), self._options(node)
-        how, shape, dtype = options.get("how", "mean"), self.reading.shapes[node], self.reading.types[node]
-        dims = tuple(options.get("dims", (2, 3)))
-        is_plain = options.get("layout", NCHW) == NCHW and dims in ((2, 3), (1, 2, 3))
-        is_plain = is_plain and (dims == (2, 3) or how in ("mean", "sum", "amax", "amin"))
-        size, spacing = self.reading.grids[source].size, options.get("spacing", 1)
-        samples = math.prod(-(-length // spacing) for length in size)
-        assert self.cells is not None
-        are_equal = self.cells.are_equal(self.reading.grids[source])
-        if node.target is functional.global_max or (
-            node.target is functional.global_reduce and how in ("amax", "amin")
-        ):
-            make: Callable[[], Sum] = partial(element_steps.LargestElement, -1 if how == "amin" else 1)
-            made: Callable[[Any], Any] = _unchanged
-        elif node.target in (functional.global_mean, functional.global_reduce):
-            make = partial(element_steps.Weighted, 0, how in ("var", "std", "norm"), are_equal)
-            made = partial(_reduced, how=how, samples=samples, correction=options.get("correction", 1))
-        elif node.target is functional.pool_to_bins:
-            bins, largest = options["size"], options.get("largest", False)
-            make = partial(element_steps.BinsOfElements, size, bins, largest, spacing, are_equal)
-            made = _unchanged
-        else:
-            is_plain = False
-        if not is_plain:
-            raise self._refusal(node, "it needs whole maps, or a batch")
-        over = dims == (1, 2, 3) and (
-            torch.mean if how == "mean" else torch.sum if how == "sum" else getattr(torch, how)
-        )
-        self._add_sum(node, source, make, lambda found: _over(over, made(found)).view(shape).to(dtype))
-
-    def _group_norm_of_elements(self, node: fx.Node, source: fx.Node, options: dict[str, Any]) -> BandStep:
-        groups, key = options["groups"], Statistics(node)
-        given = {name: self._resolved(options.get(name)) for name in ("weight", "bias")}
-        made = partial(steps.affine_of, groups=groups, eps=options.get("eps", 1e-5), **given)
-        assert self.cells is not None
-        are_equal = self.cells.are_equal(self.reading.grids[source])
-        self._add_sum(key, source, partial(element_steps.Weighted, groups, True, are_equal), made)
-        self.reading.passes[node] = self.reading.passes[key]
-
-        def apply(rows: dict[fx.Node, Any], _: dict[str, Any]) -> Elements:
-            scale, shift = (part.flatten() for part in self.values[key])
-            x = rows[source]
-            each = x.rows.shape[1] // len(scale)  # without a weight there is one for each group
-            scale, shift = scale.repeat_interleave(each), shift.repeat_interleave(each)
-            wide = torch.promote_types(x.rows.dtype, torch.float32)
-            found = torch.addcmul(shift.to(wide), x.rows.to(wide), scale.to(wide))
-            return Elements(found.to(x.rows.dtype), x.lattice)
-
-        return element_steps.RowByRow([source], apply)
-
     # -- values of the whole image -------------------------------------------------------------------
 
-    def _read_sum(self, node: fx.Node, treatment: Treatment) -> None:
-        source, call = self._source(node), treatment.call
-        options = {name: self._resolved(value) for name, value in treatment.arguments}
-        how = options.get("how", "mean")
+    def _read_sum(self, node: fx.Node, source: fx.Node, call: Any, options: dict[str, Any]) -> None:
+        """Read a value of the whole image, of a dense map or of one of the region."""
+        grid, how, dims = (
+            self.reading.grids.get(source),
+            options.get("how", "mean"),
+            options.get("dims", (2, 3)),
+        )
         shape, dtype = self.reading.shapes[node], self.reading.types[node]
-        size = self._size(source)
+        size, spacing = (grid.size, options.get("spacing", 1)) if grid else (self._size(source), 1)
+        are_equal, made = self._are_equal(grid), _unchanged
         make: Callable[[], Sum] | None = None
-        made: Callable[[Any], Any] = _unchanged
-        if call is functional.pool_to_bins:
-            make = partial(steps.Bins, size, options["size"], options["largest"])
-        elif call is functional.global_max or how in ("amax", "amin"):
+        if call is functional.global_max or (call is functional.global_reduce and how in ("amax", "amin")):
             make = partial(steps.Largest, -1 if how == "amin" else 1)
         elif call in (functional.global_mean, functional.global_reduce):
-            squares, samples = how in ("var", "std", "norm"), size[0] * size[1]
-            make = partial(steps.Moments, 0, squares)
+            samples = math.prod(-(-length // spacing) for length in size)
+            make = partial(steps.Moments, 0, how in ("var", "std", "norm"), are_equal)
             made = partial(_reduced, how=how, samples=samples, correction=options.get("correction", 1))
-        dims = tuple(options.get("dims", (2, 3)))
-        is_over_all = dims == (1, 2, 3) and how in ("mean", "sum", "amax", "amin")
-        if make is None or not (dims == (2, 3) or is_over_all):
+        elif call is functional.pool_to_bins:
+            bins, largest = options["size"], options.get("largest", False)
+            make = partial(steps.Bins, size, bins, largest)
+            if grid:
+                make = partial(element_steps.BinsOfElements, size, bins, largest, spacing, are_equal)
+        is_over_all = tuple(dims) == (1, 2, 3) and how in ("mean", "sum", "amax", "amin")
+        if make is None or options.get("layout", NCHW) != NCHW or not (tuple(dims) == (2, 3) or is_over_all):
             raise self._refusal(node, "it needs whole maps, or a batch")
         over = getattr(torch, how) if is_over_all else None
         self._add_sum(node, source, make, lambda found: _over(over, made(found)).view(shape).to(dtype))
@@ -606,7 +546,7 @@ class BandReader:
         """The map that a node reads, without its padding."""
         source: Any = node.args[0] if node.args else next(iter(node.kwargs.values()))
         source = source.args[0] if source in self.spatial.facts.pads else source
-        if source not in self.reading.nodes:
+        if source not in self.reading.number:
             raise self._refusal(node, "what it reads is no map")
         return source
 
@@ -655,6 +595,17 @@ class BandReader:
         ):
             raise self._refusal(node, treatment.why or "it needs whole maps")
 
+    def _refuse_changes_that_others_read(self) -> None:
+        """Refuse an operation in place if what it changes is read by something behind it, but through its result: rows
+        are changed in a copy."""
+        places = {node: place for place, node in enumerate(self.reading.graph.nodes)}
+        for node, sources in self.reading.changed.items():
+            changed = set().union(*(self.reading.memories[source] for source in sources))
+            for other, memories in self.reading.memories.items():
+                is_read = any(places[user] > places[node] for user in other.users)
+                if places[other] < places[node] and memories & changed and is_read:
+                    raise self._refusal(node, "it changes in place what others read")
+
     def _refusal(self, node: fx.Node, why: str) -> CannotConvert:
         return CannotConvert(
             "the network cannot be computed in bands of rows.",
@@ -662,6 +613,24 @@ class BandReader:
             why=f"{why}.",
             next="run it whole: net.optimize() without memory=.",
         )
+
+
+def copied(value: Any) -> Any:
+    """Return a tensor, elements, or several, in memory of their own."""
+    if isinstance(value, Elements):
+        return Elements(copied(value.rows), value.lattice)
+    return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, value)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    value = value.rows if isinstance(value, Elements) else value
+    return [part for part in tree_leaves(value) if isinstance(part, Tensor)]
+
+
+def _scaling(options: dict[str, Any]) -> Scaling:
+    """Return the scaling of a resize with some options."""
+    names = ("size", "scale_factor", "align_corners", "recompute_scale_factor")
+    return Scaling(**{name: options.get(name) for name in names}, mode=options.get("mode", "nearest"))
 
 
 def _over(reduce: Any, found: Tensor) -> Tensor:

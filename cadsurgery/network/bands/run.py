@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
@@ -37,14 +38,12 @@ class Walks:
 
     Attributes:
         passes: the walks: one for each value of the whole image that another one needs, and one for the results.
-        ends: the maps that each is for, by number.
-        kept: the maps that stay whole after each.
+        kept: the maps that stay as a whole after each, by number.
         band: rows of the tallest map in a band.
         work: rows that are computed, each times its bytes, relative to computing each once.
     """
 
     passes: list[Pass]
-    ends: list[list[int]]
     kept: list[set[int]]
     band: int
     work: float
@@ -65,39 +64,34 @@ def plan_walks(reading: BandPlan, band: int, keeps: bool) -> Walks:
     """
     number, maps, known = reading.number, reading.maps, {0}
     last = max((reading.passes.get(node, 0) for node in reading.outputs), default=0)
-    passes, ends, kept = [], [], []
+    every, passes, kept = set[int](), [], []
     for at in range(last + 1):
-        sources = (one.source for key, one in reading.sums.items() if reading.passes[key] == at + 1)
-        wanted = (
-            {number[source] for source in sources} if at < last else {number[n] for n in reading.map_outputs}
-        )
-        staying = _read_later(reading, at) - known if keeps and at < last else set()
-        wanted |= staying
-        passes.append(walk(maps, sorted(wanted - known), band, known, staying))
-        ends.append(sorted(wanted))
-        kept.append(staying)
-        known = known | staying if keeps else known
-        known = {one for one in known if one == 0 or _is_read_later(reading, one, at)}
-    every = {end for some in ends for end in some}
+        wanted, later, staying = {number[node] for node in reading.map_outputs}, set[int](), set[int]()
+        if at < last:
+            wanted = {
+                number[one.source] for key, one in reading.sums.items() if reading.passes[key] == at + 1
+            }
+            later = _read_later(reading, at) if keeps else later
+            staying = later - known
+        passes.append(walk(maps, sorted((wanted | staying) - known), band, known, staying))
+        every |= wanted | staying
+        known = {0} | ((known | staying) & later)
+        kept.append(known)
     once = sum(maps[one].height * maps[one].row for one in used_by(maps, every, {0}))
     rows = sum(
         (task.end - task.first) * maps[task.number].row for p in passes for tasks in p.bands for task in tasks
     )
-    return Walks(passes, ends, kept, band, rows / max(once, 1))
+    return Walks(passes, kept, band, rows / max(once, 1))
 
 
 def _read_later(reading: BandPlan, at: int) -> set[int]:
     """Return the maps of a walk that maps of later ones read, or that are results."""
-    passes, nodes = reading.passes, reading.nodes
-    is_ready = {one for one in range(1, len(nodes)) if passes.get(nodes[one], 0) <= at}
-    waiting = [one for one in range(len(nodes)) if one not in is_ready and one]
+    passes, number = reading.passes, reading.number
+    is_ready = {one for node, one in number.items() if one and passes.get(node, 0) <= at}
+    waiting = set(number.values()) - is_ready
     read = {source for one in waiting for source, _ in reading.maps[one].reads}
-    later = {reading.number[one.source] for key, one in reading.sums.items() if passes[key] > at + 1}
-    return (read | later | {reading.number[node] for node in reading.map_outputs}) & is_ready
-
-
-def _is_read_later(reading: BandPlan, one: int, at: int) -> bool:
-    return one in _read_later(reading, at)
+    later = {number[one.source] for key, one in reading.sums.items() if passes[key] > at + 1}
+    return (read | later | {number[node] for node in reading.map_outputs}) & is_ready
 
 
 def fit(reading: BandPlan, memory: int) -> Walks:
@@ -178,6 +172,7 @@ class BandedCall:
 
     def __init__(self, reader: BandReader, walks: Walks) -> None:
         self.reader, self.reading, self.walks = reader, reader.reading, walks
+        self.nodes = list(self.reading.number)  # by number of their maps
         self.held = dict[int, _Held]()
 
     def run(self, arguments: dict[str, Any], lattice: Lattice | None = None) -> Any:
@@ -202,25 +197,16 @@ class BandedCall:
         for at, (one, kept) in enumerate(zip(self.walks.passes, self.walks.kept, strict=True)):
             is_last = at == len(self.walks.passes) - 1
             sums = {key: s.make() for key, s in reading.sums.items() if reading.passes[key] == at + 1}
-            self._walk(one, sums, results if is_last else {}, self.walks.ends[at])
+            self._walk(one, sums, results if is_last else {})
             for key, total in sums.items():
                 values[key] = reading.sums[key].finish(total.finish())
-            self.held = {
-                number: held
-                for number, held in self.held.items()
-                if number == 0 or number in kept or self._stays(number, at)
-            }
+            self.held = {number: held for number, held in self.held.items() if number in kept}
             self._evaluate(arguments, at + 1)
         return map_arg(reading.result, lambda node: results[node] if node in results else values[node])
 
-    def _stays(self, number: int, at: int) -> bool:
-        return any(number in kept for kept in self.walks.kept[: at + 1]) and _is_read_later(
-            self.reading, number, at
-        )
-
     def _evaluate(self, arguments: dict[str, Any], at: int) -> None:
         """Compute what is no map and can be known before a walk."""
-        reading, values, run = self.reading, self.reader.values, self.reader.run
+        reading, values = self.reading, self.reader.values
         for node in reading.graph.nodes:
             if node.op == "output" or node in values or reading.passes.get(node, 0) > at:
                 continue
@@ -231,14 +217,10 @@ class BandedCall:
             elif node in reading.numbers:
                 values[node] = reading.numbers[node]
             elif all(source in values for source in node.all_input_nodes):
-                args, kwargs = (map_arg(part, values.__getitem__) for part in (node.args, node.kwargs))
-                values[node] = getattr(run, node.op)(node.target, args, kwargs)
+                values[node] = self.reader.call(node, {})
 
-    def _walk(
-        self, one: Pass, sums: dict[Key, Sum], results: dict[fx.Node, Tensor], ends: Collection[int]
-    ) -> None:
-        reading, held = self.reading, self.held
-        number = reading.number
+    def _walk(self, one: Pass, sums: dict[Key, Sum], results: dict[fx.Node, Tensor]) -> None:
+        reading, held, number = self.reading, self.held, self.reading.number
         wanted = {number[node]: rows for node, rows in results.items()}
         summed: dict[int, list[Sum]] = {}
         for key, total in sums.items():
@@ -263,7 +245,7 @@ class BandedCall:
 
     def _held(self, number: int) -> _Held:
         if number not in self.held:
-            node, cells = self.reading.nodes[number], self.reader.cells
+            node, cells = self.nodes[number], self.reader.cells
             grid = self.reading.grids.get(node)
             lattice = partial(cells.lattice, grid) if grid is not None and cells is not None else None
             self.held[number] = _Held(self.reading.axis.get(node, 0), lattice)
@@ -273,7 +255,7 @@ class BandedCall:
         self, at: int, rows: Tensor, first: int, wanted: dict[int, Tensor], summed: dict[int, list[Sum]]
     ) -> None:
         if at in wanted:
-            axis = self.reading.axis[self.reading.nodes[at]]
+            axis = self.reading.axis[self.nodes[at]]
             wanted[at].narrow(axis, first, rows.shape[axis]).copy_(rows)
         for total in summed.get(at, ()):
             total.add(rows, first)
@@ -286,6 +268,7 @@ class Bands:
         """Take the memory in bytes."""
         self.memory = memory
         self._readers = dict[tuple[Any, ...], BandReader]()
+        self._walks = WeakKeyDictionary[BandReader, Walks]()  # of the network's own graph: one for each size
         self._lock = RLock()  # a reader holds the values of the call that is running
 
     def __reduce__(self) -> tuple[type[Bands], tuple[int]]:
@@ -362,8 +345,13 @@ class Bands:
         cells are as in the network."""
         own, unchanged = program.plan.identity_level, program.unchanged
         is_own = unchanged is not None and lattice.uniform_level == own
-        reader = self._reader(program, unchanged if is_own and unchanged is not None else program.graph, call)
-        return reader, fit(reader.read(None if is_own else lattice), self.memory)
+        if is_own and unchanged is not None:
+            reader = self._reader(program, unchanged, call)
+            if reader not in self._walks:
+                self._walks[reader] = fit(reader.read(), self.memory)
+            return reader, self._walks[reader]
+        reader = self._reader(program, program.graph, call)
+        return reader, fit(reader.read(lattice), self.memory)
 
     def _reader(self, program: Program, graph: fx.Graph, call: dict[str, Any]) -> BandReader:
         kinds = tuple(

@@ -14,11 +14,15 @@ from typing import NamedTuple
 
 
 class RowsRead(NamedTuple):
-    """The rows of a map that rows of a result read, as two functions of the number of a row, which never fall. RowsRead
+    """The rows of a map that rows of a result read, as two functions of the number of a row, which never fall. Rows
     outside the map may be among them."""
 
     first: Callable[[int], int]
     last: Callable[[int], int]
+
+    def within(self, first: int, end: int, height: int) -> tuple[int, int]:
+        """Return the rows [first, end) of a map of a height that rows [first, end) of the result read."""
+        return max(self.first(first), 0), min(self.last(end - 1) + 1, height)
 
 
 def _same(row: int) -> int:
@@ -86,10 +90,39 @@ class Pass:
     peak: int = 0
     largest: dict[int, float] = field(default_factory=dict)
 
-    @property
-    def computed(self) -> set[int]:
-        """The numbers of the maps that it computes."""
-        return {task.number for band in self.bands for task in band}
+
+class _Meter:
+    """Counts the bytes of maps while tasks are carried out."""
+
+    def __init__(self, maps: Sequence[BandMap], known: Collection[int]) -> None:
+        self.maps, self.total, self.peak, self.largest = maps, 0.0, 0.0, dict[int, float]()
+        self.held: dict[int, list[tuple[int, float]]] = defaultdict(
+            list
+        )  # end and bytes of what a task computed
+        for number in known:
+            self._hold(number, 0, maps[number].height)
+
+    def _hold(self, number: int, first: int, end: int) -> None:
+        taken = self.maps[number].taken(first, end)
+        self.held[number].append((end, taken))
+        self.total += taken
+
+    def carry_out(self, task: Task) -> None:
+        """Count a task. What another one computed is freed as a whole."""
+        self._hold(task.number, task.first, task.end)
+        one, copies = self.maps[task.number], 0.0
+        for source, rows in one.reads:
+            if source in one.copied:
+                first, end = rows.within(task.first, task.end, self.maps[source].height)
+                copies += self.maps[source].taken(min(first, end), end)
+        if self.total + copies > self.peak:
+            self.peak = self.total + copies
+            alive = {number: sum(taken for _, taken in parts) for number, parts in self.held.items()}
+            self.largest = {**alive, -1: copies}
+        for number, row in task.drops:
+            parts = self.held[number]
+            self.held[number] = [part for part in parts if part[0] > row]
+            self.total -= sum(taken for end, taken in parts if end <= row)
 
 
 def walk(
@@ -118,8 +151,7 @@ def walk(
     leaving: dict[int, list[int]] = defaultdict(list)
     for number in used:
         leaving[max((reader for reader, _ in readers[number]), default=number)].append(number)
-    done, result = dict.fromkeys(used, 0), Pass([])
-    held = {number: [(0, maps[number].height)] for number in known}
+    done, bands, meter = dict.fromkeys(used, 0), list[list[Task]](), _Meter(maps, known)
     for need in _needed(maps, used, readers, ends, band):
         keep = _still_read(maps, used, readers, need, kept)
         tasks = []
@@ -129,11 +161,12 @@ def walk(
                 tasks.append(Task(number, done[number], need[number], drops))
             elif tasks and drops:
                 tasks[-1] = tasks[-1]._replace(drops=(*tasks[-1].drops, *drops))
-        _count(maps, tasks, held, result)
+        for task in tasks:
+            meter.carry_out(task)
         if tasks:
-            result.bands.append(tasks)
+            bands.append(tasks)
         done = need
-    return result
+    return Pass(bands, int(meter.peak), meter.largest)
 
 
 def used_by(maps: Sequence[BandMap], ends: Collection[int], known: Collection[int]) -> list[int]:
@@ -189,25 +222,3 @@ def _still_read(
                 first = min(first, max(0, window.first(need[reader])))
         keep[number] = 0 if number in kept else first
     return keep
-
-
-def _count(
-    maps: Sequence[BandMap], tasks: Sequence[Task], held: dict[int, list[tuple[int, int]]], result: Pass
-) -> None:
-    """Count the bytes of maps while tasks are carried out. What a task computed is freed as a whole."""
-    for task in tasks:
-        one = maps[task.number]
-        held.setdefault(task.number, []).append((task.first, task.end))
-        copies = 0.0
-        for source, rows in one.reads:
-            if source in one.copied:
-                height = maps[source].height
-                first, last = max(rows.first(task.first), 0), min(rows.last(task.end - 1) + 1, height)
-                copies += maps[source].taken(min(first, last), last)
-        alive = {number: sum(maps[number].taken(*part) for part in parts) for number, parts in held.items()}
-        total = sum(alive.values()) + copies
-        if total > result.peak:
-            result.peak, result.largest = int(total), {**alive, -1: copies}
-        for number, row in task.drops:
-            if number in held:
-                held[number] = [part for part in held[number] if part[1] > row]

@@ -1,7 +1,8 @@
 """The operations of a network on bands of dense maps: which rows each reads, and how it computes some rows.
 
 A map is (1, C, H, W); rows [first, end) of it are (1, C, end - first, W). Padding is added at the border of the picture
-only. Everything else is the operation of the network, called on the rows that it reads.
+only. Everything else is the operation of the network, called on the rows that it reads. What acts on each row alone,
+and sums over the image, serve elements as well.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, fx
 from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.weights import transpose_weight
+from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.resizing import Scaling, read_at
 from cadsurgery.network.bands.schedule import SAME, RowsRead
@@ -126,12 +128,7 @@ class Windowed:
         above = max(0, top - first * window.stride)
         below = max(0, (end - 1) * window.stride - top + down + 1 - height)
         right = (self.width - 1) * window.stride + across + 1 - left - width
-        rows, start = rows_of_window(window, height), 0
-        if window.mode != "zeros" and (above or below):
-            begin, stop = max(rows.first(first), 0), min(rows.last(end - 1) + 1, height)
-        else:
-            begin = max(first * window.stride - top, 0)
-            stop = min((end - 1) * window.stride - top + down + 1, height)
+        begin, stop = rows_of_window(window, height).within(first, end, height)
         x = fetch(self.node, begin, stop)
         more = fetch(self.residual, first, end) if self.residual is not None else None
         is_left = self.pads and window.mode == "zeros" and self.outside == 0.0
@@ -237,7 +234,7 @@ class SpreadRows:
     def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
         """Return rows [first, end) of the map."""
         window, rows = self.window, rows_of_window(self.window, self.height)
-        begin, stop = max(rows.first(first), 0), min(rows.last(end - 1) + 1, self.height)
+        begin, stop = rows.within(first, end, self.height)
         start = first + window.padding[0] - window.finer * begin
         taken = slice(start, start + end - first), slice(window.padding[2], window.padding[2] + self.width)
         out = fetch(self.node, begin, stop) if stop > begin else None
@@ -265,17 +262,14 @@ class Resized:
     """A resize of a map (height, width) by torch's interpolation."""
 
     def __init__(self, node: fx.Node, size: tuple[int, int], scaling: Scaling, dtype: torch.dtype) -> None:
-        self.node, self.height = node, size[0]
+        self.node, self.height, self.copies = node, size[0], [node]
         self.places = scaling.places(size, 1, dtype, torch.device("cpu"))
         self.reads = [(node, RowsRead(*entries(self.places[0], size[0])))]
-        self.copies = [node]
 
     def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
         """Return rows [first, end) of the map."""
-        (_, rows), down = self.reads[0], self.places[0][first:end]
-        begin = rows.first(first)
-        x = fetch(self.node, begin, rows.last(end - 1) + 1)
-        return read_at(x, [down - begin, self.places[1]])
+        begin, stop = self.reads[0][1].within(first, end, self.height)
+        return read_at(fetch(self.node, begin, stop), [self.places[0][first:end] - begin, self.places[1]])
 
 
 def entries(places: Tensor, height: int) -> tuple[Callable[[int], int], Callable[[int], int]]:
@@ -307,14 +301,8 @@ class Bordered:
         begin, stop = min(first, self.have[0] - 1), min(end, self.have[0])
         x = fetch(self.node, begin, max(stop, begin + 1))
         pads = (0, self.size[1] - self.have[1], 0, end - begin - x.shape[2])
-        x = F.pad(x, pads, value=self.value) if self.value is not None else _repeat(x, pads)
-        return x[:, :, first - begin :]
-
-
-def _repeat(x: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
-    return F.pad(
-        F.pad(x, tuple(min(pad, 0) for pad in pads)), tuple(max(pad, 0) for pad in pads), "replicate"
-    )
+        mode = "zeros" if self.value is not None else "replicate"
+        return _padded(x, pads, mode, self.value or 0.0)[:, :, first - begin :]
 
 
 class Sum(Protocol):
@@ -329,27 +317,39 @@ class Sum(Protocol):
         ...
 
 
+def _values(rows: Any) -> Tensor:
+    """Return the values (N, C) of rows of a map (1, C, H, W), or of elements."""
+    values: Tensor = rows.rows.flatten(1) if isinstance(rows, Elements) else rows.flatten(2)[0].T
+    return values
+
+
 class Moments:
-    """Mean and, with `squares`, variance of each channel, or of each of several groups of channels."""
+    """Mean and, with `squares`, variance of each channel, or of each of several groups of channels. Elements are
+    weighed by the area of their cells."""
 
-    def __init__(self, groups: int = 0, squares: bool = False) -> None:
-        self.groups, self.squares = groups, squares
-        self.count, self.sums = 0, list[Tensor]()
+    def __init__(self, groups: int = 0, squares: bool = False, are_equal: bool = True) -> None:
+        """Take the number of groups, or 0 for channels, and whether all elements weigh the same."""
+        self.groups, self.squares, self.are_equal = groups, squares, are_equal
+        self.weight, self.sums = 0.0, list[Tensor]()
 
-    def add(self, rows: Tensor, first: int) -> None:
+    def add(self, rows: Any, first: int) -> None:
         """Take in rows of the map."""
-        values = rows.double()
-        values = values.reshape(1, self.groups or values.shape[1], -1)
-        sums = [values.sum(2)] + ([values.square().sum(2)] if self.squares else [])
-        self.sums = (
-            sums if not self.sums else [one + other for one, other in zip(self.sums, sums, strict=True)]
-        )
-        self.count += values.shape[2]
+        values = _values(rows).double()
+        each = [values, values.square()] if self.squares else [values]
+        if self.are_equal:
+            weight, sums = float(len(values)), [one.sum(0, keepdim=True) for one in each]
+        else:
+            areas = rows.lattice.areas.double().unsqueeze(0)
+            weight, sums = float(areas.sum()), [areas @ one for one in each]
+        if self.groups:
+            sums = [one.view(1, self.groups, -1).mean(2) for one in sums]
+        self.sums = [one + other for one, other in zip(self.sums, sums, strict=True)] if self.sums else sums
+        self.weight += weight
 
     def finish(self) -> tuple[Tensor, Tensor | None]:
         """Return mean and variance (1, C), float64."""
-        mean = self.sums[0] / self.count
-        return mean, self.sums[1] / self.count - mean.square() if self.squares else None
+        mean = self.sums[0] / self.weight
+        return mean, self.sums[1] / self.weight - mean.square() if self.squares else None
 
 
 class Largest:
@@ -359,9 +359,9 @@ class Largest:
         self.sign = sign
         self.found: Tensor | None = None
 
-    def add(self, rows: Tensor, first: int) -> None:
+    def add(self, rows: Any, first: int) -> None:
         """Take in rows of the map."""
-        of_rows = (rows * self.sign).amax((2, 3))
+        of_rows = (_values(rows) * self.sign).amax(0, keepdim=True)
         self.found = of_rows if self.found is None else torch.maximum(self.found, of_rows)
 
     def finish(self) -> Tensor:
@@ -407,15 +407,17 @@ class Bins:
 
 
 def affine_of(
-    moments: tuple[Tensor, Tensor], groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    moments: tuple[Tensor, Tensor], channels: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return factor and shift (1, C, 1, 1) of a group norm from mean and variance (1, groups); `groups` of channels,
-    each of which has `weight`'s length over `groups` channels."""
-    mean, scale = moments[0], (moments[1].clamp(min=0) + eps).rsqrt()
-    if weight is not None:
-        each = len(weight) // groups
-        mean, scale = mean.repeat_interleave(each, 1), scale.repeat_interleave(each, 1)
-        scale = scale * weight.double()
+    """Return factor and shift (channels,), float64, of a group norm from mean and variance (1, groups)."""
+    mean, variance = (one[0].repeat_interleave(channels // one.shape[1]) for one in moments)
+    scale = (variance.clamp(min=0) + eps).rsqrt()
+    scale = scale if weight is None else scale * weight.double()
     shift = -mean * scale
-    shift = shift if bias is None else shift + bias.double()
-    return scale[:, :, None, None], shift[:, :, None, None]
+    return scale, shift if bias is None else shift + bias.double()
+
+
+def scaled(rows: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return rows times a factor plus a shift, in the type of the rows; computed in float32 at least."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return torch.addcmul(shift.to(wide), rows.to(wide), scale.to(wide)).to(rows.dtype)
