@@ -156,7 +156,7 @@ def test_interrupted_clips_are_whole_up_to_the_last_frame(
     file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command_line: Any
 ) -> None:
     clips = [make_clip(folder, tmp_path / f"{name}.mp4") for name in ("first", "second")]
-    draw = predictor.prediction_picture
+    draw, handler = predictor.prediction_picture, signal.getsignal(signal.SIGINT)
     calls = []
 
     def interrupt(*arguments: Any) -> Image.Image:
@@ -173,7 +173,7 @@ def test_interrupted_clips_are_whole_up_to_the_last_frame(
     assert predict(file, clips, tmp_path / "out", resume=True).skipped == 0
     assert [len(frames_of(tmp_path / "out" / clip.name)) for clip in clips] == [FRAMES, FRAMES]
     assert predict(file, clips, tmp_path / "out", resume=True).skipped == 2
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 class Killed(BaseException):
