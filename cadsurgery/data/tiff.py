@@ -1,10 +1,12 @@
 """Read TIFF files that Pillow cannot read as they are: of many bands, of more than 8 bits in several bands, of signed
-or floating-point values; planar or chunky, in strips or tiles."""
+or floating-point values; planar or chunky, in strips or tiles. Files that do not fit into memory are read and written
+some rows at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,29 +72,41 @@ def read_bands(
     with tifffile.TiffFile(path if content is None else io.BytesIO(content)) as file:
         page: Any = file.pages.first
         series = [entry for entry in file.series if not _is_secondary(entry.pages[0])]
-        axes = series[0].axes if len(series) == 1 else ""
-        others = [axis for axis in axes if axis not in "YX"]
-        is_one = bool(axes) and len(others) <= 1 and set(others) <= set(_BAND_AXES)
-        if _is_for_pillow(page) and not (is_one and len(series[0].pages) > 1):
+        others = _band_axes(series)
+        if _is_for_pillow(page) and not (others is not None and len(series[0].pages) > 1):
             return None
-        if not is_one:
-            count = len(series) if len(series) != 1 else len(series[0].pages)
-            raise FileError(
-                f"{path} holds {count} pictures.",
-                next="store the one you mean in a file of its own; bands of one picture are samples of its pixels "
-                "(in tifffile: planarconfig).",
-            )
+        if others is None:
+            raise _of_several(path, series)
         check_pixels(path, page.imagelength, page.imagewidth)
-        values = _decode(path, page, series[0])
-    values = values[..., None] if not others else np.moveaxis(values, axes.index(others[0]), -1)
+        with _decoding(path, page):
+            values: np.ndarray[Any, Any] = series[0].asarray()
+    values = values[..., None] if not others else np.moveaxis(values, series[0].axes.index(others), -1)
     scaled = _scale(values, page, path)
     orientation = int(page.tags.valueof(_ORIENTATION, 1))
     turned = _UPRIGHT.get(orientation if upright else 1, lambda pixels: pixels)(scaled)
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(turned, -1, 0))), _has_alpha(page)
+
+
+def _band_axes(series: Sequence[Any]) -> str | None:
+    """Return the axis of the bands of a file's only picture, empty for one band; None for several pictures."""
+    axes = series[0].axes if len(series) == 1 else ""
+    others = "".join(axis for axis in axes if axis not in "YX")
+    return others if axes and len(others) <= 1 and set(others) <= set(_BAND_AXES) else None
+
+
+def _of_several(path: Path | str, series: Sequence[Any]) -> FileError:
+    count = len(series) if len(series) != 1 else len(series[0].pages)
+    return FileError(
+        f"{path} holds {count} pictures.",
+        next="store the one you mean in a file of its own; bands of one picture are samples of its pixels "
+        "(in tifffile: planarconfig).",
+    )
+
+
+def _has_alpha(page: Any) -> bool:
     extras = tuple(page.extrasamples)
     is_colour = page.photometric in (_BLACK_IS_ZERO, _RGB)
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(turned, -1, 0))), bool(
-        is_colour and extras and int(extras[-1]) in (1, 2)
-    )
+    return bool(is_colour and extras and int(extras[-1]) in (1, 2))
 
 
 def _is_for_pillow(page: Any) -> bool:
@@ -114,13 +128,14 @@ def _is_secondary(page: Any) -> bool:
     return bool(int(page.subfiletype) & (_REDUCED | _MASK))
 
 
-def _decode(path: Path | str, page: Any, series: Any) -> np.ndarray[Any, Any]:
+@contextlib.contextmanager
+def _decoding(path: Path | str, page: Any) -> Iterator[None]:
+    """Turn errors of the block, which decodes values of a page, into a `FileError`."""
     from tifffile import TIFF
 
     lacks_codec = page.compression not in TIFF.DECOMPRESSORS or page.predictor not in TIFF.UNPREDICTORS
     try:
-        values: np.ndarray[Any, Any] = series.asarray()
-        return values
+        yield
     except Exception as error:  # decoders raise errors of any type
         if lacks_codec:
             name = getattr(page.compression, "name", page.compression)
@@ -153,3 +168,132 @@ def _scale(values: np.ndarray[Any, Any], page: Any, path: Path | str) -> np.ndar
     bits = int(page.bitspersample) - _SIGN_BITS[kind]
     scaled = (values / (2.0**bits - 1)).astype(np.float32)
     return 1 - scaled if int(page.photometric) == _WHITE_IS_ZERO and kind != "i" else scaled
+
+
+# -- pictures that do not fit into memory --------------------------------------------------------------
+
+_MOST_DECODED = 2**28  # bytes of the strips or tiles that lie beside each other, which are decoded as a whole
+
+
+class TiffRows:
+    """The picture of a TIFF file, of which some rows are read at a time.
+
+    Attributes:
+        shape: (C, H, W) with all bands of the file.
+        has_alpha: True if the last band is transparency.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        """Open a file; see `close`.
+
+        Raises:
+            FileError: it holds several pictures, or one that is turned, has a palette, or is not stored in small
+                pieces.
+        """
+        import tifffile
+
+        self._path = path
+        try:
+            self._file = tifffile.TiffFile(path)
+        except Exception as error:  # of any type, where a file is cut short
+            raise FileError(f"{path} cannot be read as a TIFF.", why=first_line(error)) from error
+        page: Any = self._file.pages.first
+        series = [entry for entry in self._file.series if not _is_secondary(entry.pages[0])]
+        self._page, samples = page, int(page.samplesperpixel)
+        self.shape, self.has_alpha = (samples, int(page.imagelength), int(page.imagewidth)), _has_alpha(page)
+        self._is_planar = samples > 1 and int(page.planarconfig) != 1
+        is_raw = page.is_contiguous and page.compression == 1 and page.predictor == 1
+        self._is_raw = bool(is_raw and page.bitspersample == 8 * page.dtype.itemsize)
+        self._height = int(page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength))
+        self._decoded = dict[int, np.ndarray[Any, Any]]()
+        why, next_ = "", "store it upright in grey or colour, in tiles (in tifffile: tile=(512, 512))."
+        if _band_axes(series) is None or len(series[0].pages) > 1:
+            raise _of_several(path, series)
+        if int(page.tags.valueof(_ORIENTATION, 1)) != 1:
+            why = "its orientation says that it is shown turned or mirrored."
+        elif int(page.photometric) not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB):
+            why = f"its values are of kind {getattr(page.photometric, 'name', page.photometric)}."
+        elif not self._is_raw and self._height * self._row_bytes > _MOST_DECODED:
+            why = f"it is stored in pieces of {self._height} rows, which are decoded as a whole."
+        if why:
+            self.close()
+            raise FileError(f"{path} cannot be read in rows.", why=why, next=next_)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.shape[0] * self.shape[2] * int(self._page.dtype.itemsize)
+
+    def rows(self, first: int, end: int) -> Tensor:
+        """Return rows [first, end), (C, end - first, W) float32, with values as `read_bands` gives them.
+
+        Raises:
+            FileError: they cannot be decoded.
+        """
+        with _decoding(self._path, self._page):
+            values = self._stored(first, end) if self._is_raw else self._pasted(first, end)
+        return torch.from_numpy(
+            np.ascontiguousarray(np.moveaxis(_scale(values, self._page, self._path), -1, 0))
+        )
+
+    def _stored(self, first: int, end: int) -> np.ndarray[Any, Any]:
+        """Read rows (rows, W, C) of values that are stored one after the other."""
+        page, (samples, height, width), file = self._page, self.shape, self._file.filehandle
+        kind = np.dtype(f"{self._file.byteorder}{page.dtype.char}")
+        together, planes = (1, samples) if self._is_planar else (samples, 1)
+        values = np.empty((end - first, width, samples), page.dtype)
+        for plane in range(planes):
+            row = width * together
+            file.seek(page.dataoffsets[0] + (plane * height + first) * row * kind.itemsize)
+            read = np.frombuffer(file.read((end - first) * row * kind.itemsize), kind)
+            values[:, :, plane : plane + together] = read.reshape(end - first, width, together)
+        return values
+
+    def _pasted(self, first: int, end: int) -> np.ndarray[Any, Any]:
+        """Put rows (rows, W, C) together from strips or tiles."""
+        values = np.empty((end - first, self.shape[2], self.shape[0]), self._page.dtype)
+        for number in range(first // self._height, -(-end // self._height)):
+            top = number * self._height
+            part = self._across(number)
+            begin, stop = max(first, top), min(end, top + len(part))
+            values[begin - first : stop - first] = part[begin - top : stop - top]
+        return values
+
+    def _across(self, number: int) -> np.ndarray[Any, Any]:
+        """Return the rows of the strips or tiles that lie beside each other; the last two of these are remembered."""
+        if number in self._decoded:
+            return self._decoded[number]
+        page, (samples, height, width) = self._page, self.shape
+        down = -(-height // self._height)
+        across = -(-width // int(page.tilewidth)) if page.is_tiled else 1
+        top = number * self._height
+        values = np.zeros((min(self._height, height - top), width, samples), page.dtype)
+        for plane in range(samples if self._is_planar else 1):
+            for column in range(across):
+                index = (plane * down + number) * across + column
+                self._file.filehandle.seek(page.dataoffsets[index])
+                stored = self._file.filehandle.read(page.databytecounts[index]) or None
+                part, (*_, left, _), _ = page.decode(stored, index, jpegtables=page.jpegtables)
+                if part is None:  # a tile of which nothing is stored
+                    continue
+                part = part[0][: len(values), : width - left]
+                values[: len(part), left : left + part.shape[1], plane : plane + part.shape[2]] = part
+        if len(self._decoded) > 1:
+            del self._decoded[next(iter(self._decoded))]
+        self._decoded[number] = values
+        return values
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def make_empty(path: Path | str, size: tuple[int, int], dtype: Any, colours: Any = None) -> int:
+    """Write a grey TIFF of zeros (height, width), or with a palette (3, 256) of 16 bits; return the offset of its first
+    row. Rows follow each other without compression, so that others can be written there."""
+    import tifffile
+
+    kind = (
+        {"photometric": "minisblack"} if colours is None else {"photometric": "palette", "colormap": colours}
+    )
+    written: Any = tifffile.imwrite(path, shape=size, dtype=dtype, returnoffset=True, metadata=None, **kind)
+    return int(written[0])

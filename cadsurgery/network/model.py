@@ -11,7 +11,7 @@ from functools import partial
 from itertools import islice
 from threading import RLock
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from cadsurgery.network.adapters import (
     make_refinements,
     with_adapters,
 )
-from cadsurgery.network.bands.run import Bands, Walks
+from cadsurgery.network.bands.run import Bands, RowsOfResult, Walks
 from cadsurgery.network.convert import convert_for_call
 from cadsurgery.network.counters import CallingCounters
 from cadsurgery.network.fuse import KERNELS
@@ -57,6 +57,8 @@ from cadsurgery.surgery.verify import Check
 # Tracing patches functions of torch, so only one thread traces at a time; a waiting thread reuses the traced program.
 _FOLLOWING = RLock()
 _MOST_TRIED = 4  # the latest paths read for other calls, which are tried before the network is read anew
+
+Result = TypeVar("Result")
 
 
 class AdaptiveModel(ProgramNetwork):
@@ -142,8 +144,8 @@ class AdaptiveModel(ProgramNetwork):
         return self._find_way(run, arguments)
 
     def _find_way(
-        self, run: Callable[[Program, dict[str, Any]], Masked], arguments: dict[str, Any]
-    ) -> Masked:
+        self, run: Callable[[Program, dict[str, Any]], Result], arguments: dict[str, Any]
+    ) -> Result:
         """Run the network; where Python branches differ from the conversion's, run a graph traced for this call."""
         if torch.compiler.is_compiling():
             return run(self._program, arguments)
@@ -568,12 +570,42 @@ class OptimizedModel(AdaptiveModel):
             CannotConvert: an operation needs a whole map.
             InvalidInput: the memory is too little, or the copy was made without one.
         """
+        provider = self._mask_provider if mask is None else resolve_mask(mask)
+        return self._banded().plan(provider, self.program, self.program.bind(*args, **kwargs))
+
+    def rows(
+        self, picture: Any, *args: Any, mask: object = None, start: int = 0, **kwargs: Any
+    ) -> RowsOfResult:
+        """Compute a picture that need not fit into memory; the result is given in rows, see `RowsOfResult`.
+
+        Args:
+            picture: (C, H, W) as the network takes it: a tensor, or anything with a shape of which `picture[:, a:b]`
+                gives rows, such as `numpy.memmap` or an array of zarr. Masks other than `all` and `none` are given all
+                of it.
+            args, kwargs: further arguments of the call.
+            mask: mask for this call only.
+            start: the first row of the result that is asked for.
+
+        Raises:
+            CannotConvert: an operation needs a whole map.
+            InvalidInput: the memory is too little, the copy was made without one, the output holds no map, or has no
+                such row.
+        """
+        provider = self._mask_provider if mask is None else resolve_mask(mask)
+
+        def read(first: int, end: int) -> Tensor:
+            return torch.as_tensor(picture[:, first:end]).unsqueeze(0)
+
+        size = read(0, 1).new_empty(()).expand(1, *picture.shape)
+        run = partial(self._banded().rows, provider, start, read)
+        return self._find_way(run, self.program.bind(size, *args, **kwargs))
+
+    def _banded(self) -> Bands:
         if self._bands is None:
             raise InvalidInput(
                 "the network runs whole.", next='make a copy with a memory: net.optimize(memory="1.5GiB").'
             )
-        provider = self._mask_provider if mask is None else resolve_mask(mask)
-        return self._bands.plan(provider, self.program, self.program.bind(*args, **kwargs))
+        return self._bands
 
     @property
     def counted(self) -> Program:

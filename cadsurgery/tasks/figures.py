@@ -172,8 +172,13 @@ def class_picture(prediction: Tensor, count: int = 256) -> Image.Image:
         return Image.fromarray(prediction.to("cpu").numpy().astype(np.uint16))
     classes = prediction.to("cpu").numpy().astype(np.uint8)
     picture = Image.fromarray(classes, mode="P")
-    picture.putpalette([value for colour in _class_colours() for value in colour])
+    picture.putpalette(palette().flatten().tolist())
     return picture
+
+
+def palette() -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """Return the colours of 256 classes, (256, 3) uint8."""
+    return np.array(_class_colours(), np.uint8)
 
 
 def _class_colours() -> list[tuple[int, int, int]]:

@@ -36,6 +36,7 @@ from cadsurgery.tasks.clip_parts import FRAMES, ClipParts, Seen
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.evaluation import refuse_images
 from cadsurgery.tasks.figures import CLASSES, OVERLAY, class_picture, prediction_picture
+from cadsurgery.tasks.large import LargePicture, predict_large
 from cadsurgery.tasks.manifest import fingerprint
 from cadsurgery.tasks.open import read_by
 from cadsurgery.tasks.sides import kind_of
@@ -103,12 +104,15 @@ class PredictionSettings:
 
 class Picture(NamedTuple):
     """An image on its way: its pixels, or the error that ended it; and class numbers (H, W), channels of the network's
-    output and fields of its row."""
+    output and fields of its row. One that is read in rows is written in rows, too; `written` are the fields of its
+    row."""
 
     item: Item
     pixels: Tensor | None = None
     error: CadError | None = None
     result: tuple[Tensor, int, Row] | None = None
+    large: LargePicture | None = None
+    written: Row | None = None
 
 
 def _write(drawn: Image.Image, target: str) -> Row:
@@ -177,6 +181,8 @@ class Predictor:
 
     def _read(self, item: Item) -> Picture:
         try:
+            if item.target.endswith(".tif"):
+                return Picture(item, large=LargePicture(item.source, self.source, self.settings, self._dtype))
             read = read_picture_for(self.source, item.source, self.settings.size, content=item.content)
             return Picture(item, read)
         except CadError as error:
@@ -185,7 +191,19 @@ class Predictor:
     def _predict(self, pictures: Iterable[Picture]) -> Iterator[Picture]:
         for shape, alike in groupby(pictures, lambda picture: getattr(picture.pixels, "shape", None)):
             while together := list(islice(alike, self.settings.batch)):
-                yield from self._predict_together(together) if shape else together
+                yield from self._predict_together(together) if shape else map(self._predict_large, together)
+
+    def _predict_large(self, picture: Picture) -> Picture:
+        if picture.large is None:
+            return picture
+        try:
+            made_by = self.settings.identity()
+            row = predict_large(self.net, picture.large, picture.item.target, made_by, self._count)
+            return picture._replace(written=row | self._shares(row.pop("counts")))
+        except CadError as error:
+            return picture._replace(error=error)
+        finally:
+            picture.large.file.close()
 
     def _predict_together(self, pictures: list[Picture]) -> Iterator[Picture]:
         folder = pictures[0].item.source.rpartition("/")[0]
@@ -203,8 +221,8 @@ class Predictor:
         return (picture._replace(result=result) for picture, result in zip(pictures, results, strict=True))
 
     def _finish(self, put: Callable[[Image.Image, str], Row], picture: Picture) -> tuple[int, Row]:
-        item, pixels, error, result = picture
-        row: Row = {"image": item.source}
+        item, pixels, error, result, *_ = picture
+        row: Row = {"image": item.source, **(picture.written or {})}
         if pixels is not None and result is not None:
             try:
                 row |= put(self.draw(pixels, *result[:2]), item.target)

@@ -36,6 +36,7 @@ from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks import ray_data
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import VIEWS, figure_picture, legend_figure
+from cadsurgery.tasks.large import target_for
 from cadsurgery.tasks.manifest import Predictions
 from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row
 from cadsurgery.tasks.report import FilesReport
@@ -92,7 +93,7 @@ def predict(
         if resume:
             raise InvalidInput("--resume for Parquet.", next="leave --resume out, and name another --output.")
         return ray_data.predict_tables([*map(str, images)], output, settings, ray, workers)
-    sources, own = _Sources([*map(str, images)], output), find_device(settings.device)
+    sources, own = _Sources([*map(str, images)], output, settings.memory), find_device(settings.device)
     if sources.clips:
         pyav()  # refuse before any work
     converted = settings.load()
@@ -290,7 +291,7 @@ class _Sources:
         failures: errors of sources that hold no images, as far as they were searched.
     """
 
-    def __init__(self, sources: Sequence[str], output: str) -> None:
+    def __init__(self, sources: Sequence[str], output: str, memory: str = "") -> None:
         """Refuse streams, clips that do not fit the output, and a folder that predictions would be written among its
         pictures.
 
@@ -299,6 +300,7 @@ class _Sources:
         """
         for source in sources:
             refuse_stream(source)
+        self._memory = memory
         self.output, self.is_one_clip = output, _is_clip_file(Path(output))
         self.failures: dict[str, FileError] = {}
         clips = _find_clips([*map(Path, sources)], Path(output))
@@ -352,7 +354,7 @@ class _Sources:
         given = [(source, Path(source).name) for source in self.stills]
         streamed: Iterable[tuple[str, str]] = _listed(self.stills) if is_listed else given
         for position, (image, place) in enumerate(stream_images(streamed, self.failures, self.output)):
-            yield Item(position, image, os.path.join(self.output, place))
+            yield Item(position, image, target_for(image, os.path.join(self.output, place), self._memory))
 
     def refusals(self) -> Iterator[tuple[int, Row]]:
         """Yield the rows of sources that hold no images, before all others."""

@@ -19,6 +19,7 @@ from networks import ResidualSegmenter, Segmenter, build, seeded, strided, unver
 from random_networks import random_case
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 import cadsurgery as cs
 from cadsurgery.network.bands import run, schedule
@@ -91,19 +92,19 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "residual segmenter": ResidualSegmenter,
     "norms": Norms,
     "pools": Pools,
+    "convnext": lambda: ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)], num_classes=5),
 }
-LIBRARY = ("convnext_tiny", "densenet121", "mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5", "vgg11")
+SMALL = ("strided", "segmenter", "residual segmenter", "norms", "pools")
+LIBRARY = ("densenet121", "mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5", "vgg11")
 
 
 def made(name: str) -> nn.Module:
-    if name in LIBRARY:
-        return build(name, torch.float64, by=8)
-    return seeded(NETWORKS[name])
+    return build(name, torch.float64, by=8) if name in LIBRARY else seeded(NETWORKS[name])
 
 
 @pytest.mark.parametrize("rows", [1, 16, 1000])
 @pytest.mark.parametrize("mask", ["all", MASK])
-@pytest.mark.parametrize("name", [*NETWORKS, *(slow(one) for one in LIBRARY)])
+@pytest.mark.parametrize("name", [*SMALL, *(slow(one) for one in ("convnext", *LIBRARY))])
 @torch.no_grad()
 def test_in_bands_is_whole(name: str, mask: str, rows: int) -> None:
     """Floors; at odd sizes, for bands of the fewest rows and for one band. `all` is the network as given."""
@@ -252,6 +253,48 @@ def test_a_copy_of_the_copy_has_the_same_memory() -> None:
     banded, image = net.optimize(memory=MUCH), picture(80, 96)
     for other in (copy.deepcopy(banded), pickle.loads(pickle.dumps(banded))):
         assert difference(banded(image), other(image)) == 0 and other.plan_memory(image).peak
+
+
+# -- pictures and results that are larger than the memory ------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", ["all", MASK])
+@pytest.mark.parametrize("name", ["segmenter", "norms", "pools"])
+@torch.no_grad()
+def test_rows_are_those_of_the_call_from_any_start(name: str, mask: str) -> None:
+    """The picture is any array that gives rows; a later start computes no more than what is read for it."""
+    net = unverified(made(name), mask, example_input=picture(64, 96), coarsest=16)
+    image = picture(175, 101)
+    whole, banded = tree_leaves(net.optimize()(image))[0], net.optimize(memory=MUCH)
+    height, tasks = whole.shape[2], list[int]()
+    for start in (0, 1, height // 3, height - 1):
+        with bands_of(16):
+            rows = banded.rows(image[0].numpy(), start=start)
+        parts = list(rows)
+        first = parts[0][0]
+        assert rows.shape == whole.shape[1:] and first <= start
+        assert [number for number, _ in parts] == [
+            first + sum(part.shape[1] for _, part in parts[:place]) for place in range(len(parts))
+        ]
+        assert difference(whole[0, :, first:], torch.cat([part for _, part in parts], 1)) < 1e-9
+        tasks.append(sum(len(band) for one in rows.walks.passes[-1:] for band in one.bands))
+        if mask == "all":
+            assert int(rows.levels.sum()) == 0
+    assert tasks[-1] < tasks[0]
+
+
+def test_rows_of_what_has_no_such_rows_are_refused() -> None:
+    net = unverified(made("strided"), "all", example_input=picture(64, 96), coarsest=16)
+    with pytest.raises(cs.InvalidInput, match="is no row of the result"):
+        net.optimize(memory=MUCH).rows(picture(64, 96)[0], start=64)
+    with pytest.raises(cs.InvalidInput, match="runs whole"):
+        net.optimize().rows(picture(64, 96)[0])
+    vector = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    net = unverified(vector.double().eval(), "all", example_input=picture(64, 96), coarsest=4)
+    with pytest.raises(cs.InvalidInput, match="holds no map"):
+        net.optimize(memory=MUCH).rows(picture(64, 96)[0])
 
 
 # -- the memory that is asked for ----------------------------------------------------------------------

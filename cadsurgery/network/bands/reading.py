@@ -106,6 +106,7 @@ class BandPlan:
         several: nodes of the region whose value is several maps.
         types: type of each tensor, and of the values of elements.
         numbers: numbers that follow from the size of the picture.
+        only_first: of the maps that the graph returns, only the first is asked for.
         memories: the memory of the value of each node, which views share.
         changed: for each node that changes values in place, the nodes of these.
     """
@@ -124,6 +125,7 @@ class BandPlan:
     several: set[fx.Node] = field(default_factory=set)
     types: dict[fx.Node, torch.dtype] = field(default_factory=dict)
     numbers: dict[fx.Node, Any] = field(default_factory=dict)
+    only_first: bool = False
     memories: dict[fx.Node, set[UntypedStorage]] = field(default_factory=dict)
     changed: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
 
@@ -142,8 +144,9 @@ class BandPlan:
 
     @property
     def map_outputs(self) -> list[fx.Node]:
-        """The maps that the graph returns."""
-        return [node for node in self.outputs if node in self.number]
+        """The maps of the output that are asked for."""
+        found = [node for node in self.outputs if node in self.number]
+        return found[:1] if self.only_first else found
 
 
 class _ShapesOfMaps(GraphInterpreter):
@@ -154,14 +157,10 @@ class _ShapesOfMaps(GraphInterpreter):
         self.reading = reading
 
     def run_node(self, n: fx.Node) -> Any:
-        before = {
-            source: [part._version for part in _tensors(self.env[source])] for source in n.all_input_nodes
-        }
+        before = {source: _versions(self.env[source]) for source in n.all_input_nodes}
         value = super().run_node(n)
         self.reading.changed[n] = [
-            source
-            for source, versions in before.items()
-            if versions != [part._version for part in _tensors(self.env[source])]
+            source for source, versions in before.items() if versions != _versions(self.env[source])
         ]
         self.reading.memories[n] = {part.untyped_storage() for part in _tensors(value)}
         if isinstance(value, Tensor):
@@ -186,15 +185,15 @@ class BandReader:
         places = {node.target: node for node in graph.nodes if node.op == "placeholder"}
         self.image = places[image]
         self.reading = BandPlan(graph, self.image)
-        given = {
-            name: value.to("meta") if isinstance(value, Tensor) else value
-            for name, value in arguments.items()
-        }
-        on_meta = program.bind_to(meta_copy(self.net))
         self.cells: Cells | None = None
         self.region = next((node for node in graph.nodes if node.target is ask_mask), None)
         first = (partial(_coarsest, program.geometry),) if self.region is not None else ()
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors do not tell changes in place
+            given = {
+                name: value.to("meta") if isinstance(value, Tensor) else value
+                for name, value in arguments.items()
+            }
+            on_meta = program.bind_to(meta_copy(self.net))
             _ShapesOfMaps(on_meta, graph, self.reading).run(*in_order(graph, given, *first))
         self.run = GraphInterpreter(program, graph)
         facts = Facts(self.net, graph, given[image], self.reading.shapes, arguments=given)
@@ -212,13 +211,19 @@ class BandReader:
         fine: Any = output[1] if self.region is None else self.region.args[2]
         return self._size(fine)
 
-    def read(self, lattice: Lattice | None = None) -> BandPlan:
+    def read(self, lattice: Lattice | None = None, only_first: bool = False) -> BandPlan:
         """Return the reading for the lattice of a picture, if the graph has a region.
+
+        Args:
+            lattice: the lattice of the picture.
+            only_first: of the maps of the output, only the first is asked for.
 
         Raises:
             CannotConvert: an operation needs a whole map.
         """
-        self.reading = replace(self.reading, maps=[], number={}, steps={}, sums={}, passes={}, axis={})
+        self.reading = replace(
+            self.reading, maps=[], number={}, steps={}, sums={}, passes={}, axis={}, only_first=only_first
+        )
         self.cells = Cells(lattice.pyramid, lattice.geometry.sides[-1]) if lattice is not None else None
         self.parts.clear()
         for node in self.reading.graph.nodes:
@@ -625,6 +630,11 @@ def copied(value: Any) -> Any:
 def _tensors(value: Any) -> list[Tensor]:
     value = value.rows if isinstance(value, Elements) else value
     return [part for part in tree_leaves(value) if isinstance(part, Tensor)]
+
+
+def _versions(value: Any) -> list[int]:
+    """Return how often the tensors of a value were changed in place."""
+    return [part._version for part in _tensors(value) if not part.is_inference()]
 
 
 def _scaling(options: dict[str, Any]) -> Scaling:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from threading import RLock
@@ -27,6 +27,7 @@ from cadsurgery.support.memory import in_mebibytes
 from cadsurgery.support.torch_internals import tree_map
 from cadsurgery.surgery.rewrite import ask_mask
 
+ReadRows = Callable[[int, int], Tensor]  # rows [first, end) of a picture, (1, C, end - first, W)
 _MOST_BANDS = 4096  # of one walk
 _MOST_READERS = 4  # kinds of calls that are remembered
 _WHOLE = "run it whole: net.optimize() without memory=."
@@ -54,16 +55,18 @@ class Walks:
         return max(one.peak for one in self.passes)
 
 
-def plan_walks(reading: BandPlan, band: int, keeps: bool) -> Walks:
+def plan_walks(reading: BandPlan, band: int, keeps: bool, start: int = 0) -> Walks:
     """Plan the walks for bands of so many rows.
 
     Args:
         reading: the maps of the network.
         band: rows of the tallest map in a band.
         keeps: keep maps between walks that a later one reads; otherwise they are computed again from the picture.
+        start: the first row of the results that is asked for.
     """
     number, maps, known = reading.number, reading.maps, {0}
-    last = max((reading.passes.get(node, 0) for node in reading.outputs), default=0)
+    asked = reading.map_outputs if reading.only_first else reading.outputs
+    last = max((reading.passes.get(node, 0) for node in asked), default=0)
     every, passes, kept = set[int](), [], []
     for at in range(last + 1):
         wanted, later, staying = {number[node] for node in reading.map_outputs}, set[int](), set[int]()
@@ -73,7 +76,8 @@ def plan_walks(reading: BandPlan, band: int, keeps: bool) -> Walks:
             }
             later = _read_later(reading, at) if keeps else later
             staying = later - known
-        passes.append(walk(maps, sorted((wanted | staying) - known), band, known, staying))
+        ends = sorted((wanted | staying) - known)
+        passes.append(walk(maps, ends, band, known, staying, start if at == last else 0))
         every |= wanted | staying
         known = {0} | ((known | staying) & later)
         kept.append(known)
@@ -94,8 +98,8 @@ def _read_later(reading: BandPlan, at: int) -> set[int]:
     return (read | later | {number[node] for node in reading.map_outputs}) & is_ready
 
 
-def fit(reading: BandPlan, memory: int) -> Walks:
-    """Return the walks that need the least work within a memory, in bytes.
+def fit(reading: BandPlan, memory: int, start: int = 0) -> Walks:
+    """Return the walks that need the least work within a memory, in bytes, for results from a row on.
 
     Raises:
         InvalidInput: bands of the fewest rows need more.
@@ -104,7 +108,7 @@ def fit(reading: BandPlan, memory: int) -> Walks:
     ways = (True, False) if any(reading.sums) else (False,)
     for keeps in ways:
         for band in _bands(tallest):
-            walks = plan_walks(reading, band, keeps)
+            walks = plan_walks(reading, band, keeps, start)
             if walks.peak <= memory:
                 return walks
             if least is None or walks.peak < least.peak:
@@ -167,42 +171,58 @@ class _Held:
         return Elements(rows.rows[rows.lattice.row_at(first) : rows.lattice.row_at(end)], rows.lattice)
 
 
+class _Picture:
+    """The rows of the picture, which are read when they are asked for."""
+
+    def __init__(self, read: ReadRows) -> None:
+        self.rows = read
+
+    def drop(self, row: int) -> None:
+        """Nothing is held."""
+
+
 class BandedCall:
     """The computation of one picture in bands."""
 
     def __init__(self, reader: BandReader, walks: Walks) -> None:
         self.reader, self.reading, self.walks = reader, reader.reading, walks
         self.nodes = list(self.reading.number)  # by number of their maps
-        self.held = dict[int, _Held]()
+        self.held = dict[int, Any]()  # `_Held`, or `_Picture`
 
     def run(self, arguments: dict[str, Any], lattice: Lattice | None = None) -> Any:
         """Return what the graph returns for the arguments of a call with one picture and, if it has a region, the
         lattice of it."""
-        reading = self.reading
-        values: dict[Key, Any] = {
-            node: lattice if node.target is ask_mask else None
-            for node in reading.graph.nodes
-            if node.target is ask_mask or (node.op == "placeholder" and str(node.target) not in arguments)
-        }
-        self.reader.values = values
-        image = arguments[str(reading.image.target)]
-        whole = _Held(2)
-        whole.add(0, image.shape[2], image)
-        self.held = {0: whole}
-        self._evaluate(arguments, 0)
+        reading, values = self.reading, self.reader.values
+        image: Tensor = arguments[str(reading.image.target)]
         results = {
             node: fast_layout(torch.empty(reading.shapes[node], dtype=reading.types[node]))
             for node in reading.map_outputs
         }
+        for node, first, rows in self.rows(arguments, lattice, lambda first, end: image[:, :, first:end]):
+            axis = reading.axis[node]
+            results[node].narrow(axis, first, rows.shape[axis]).copy_(rows)
+        return map_arg(reading.result, lambda node: results[node] if node in results else values[node])
+
+    def rows(
+        self, arguments: dict[str, Any], lattice: Lattice | None, read: ReadRows
+    ) -> Iterator[tuple[fx.Node, int, Tensor]]:
+        """Yield rows of the results as they are computed: node, number of the first one, rows. `read` gives rows of the
+        picture; of that in the arguments only the size is asked."""
+        reading, values = self.reading, self.reader.values
+        values.clear()
+        for node in reading.graph.nodes:
+            if node.target is ask_mask or (node.op == "placeholder" and str(node.target) not in arguments):
+                values[node] = lattice if node.target is ask_mask else None
+        self.held = {0: _Picture(read)}
+        self._evaluate(arguments, 0)
         for at, (one, kept) in enumerate(zip(self.walks.passes, self.walks.kept, strict=True)):
             is_last = at == len(self.walks.passes) - 1
             sums = {key: s.make() for key, s in reading.sums.items() if reading.passes[key] == at + 1}
-            self._walk(one, sums, results if is_last else {})
+            yield from self._walk(one, sums, reading.map_outputs if is_last else ())
             for key, total in sums.items():
                 values[key] = reading.sums[key].finish(total.finish())
             self.held = {number: held for number, held in self.held.items() if number in kept}
             self._evaluate(arguments, at + 1)
-        return map_arg(reading.result, lambda node: results[node] if node in results else values[node])
 
     def _evaluate(self, arguments: dict[str, Any], at: int) -> None:
         """Compute what is no map and can be known before a walk."""
@@ -219,31 +239,41 @@ class BandedCall:
             elif all(source in values for source in node.all_input_nodes):
                 values[node] = self.reader.call(node, {})
 
-    def _walk(self, one: Pass, sums: dict[Key, Sum], results: dict[fx.Node, Tensor]) -> None:
+    def _walk(
+        self, one: Pass, sums: dict[Key, Sum], wanted: Collection[fx.Node]
+    ) -> Iterator[tuple[fx.Node, int, Tensor]]:
         reading, held, number = self.reading, self.held, self.reading.number
-        wanted = {number[node]: rows for node, rows in results.items()}
-        summed: dict[int, list[Sum]] = {}
+        summed: dict[fx.Node, list[Sum]] = {}
         for key, total in sums.items():
-            summed.setdefault(number[reading.sums[key].source], []).append(total)
-        for at in [
-            at for at in (*wanted, *summed) if at in held
-        ]:  # whole maps of an earlier walk, or the picture
-            self._hand_on(at, held[at].rows(0, reading.maps[at].height), 0, wanted, summed)
+            summed.setdefault(reading.sums[key].source, []).append(total)
 
-        def fetch(node: fx.Node, first: int, end: int) -> Tensor:
-            return held[number[node]].rows(first, end)
-
-        for tasks in one.bands:
-            for task in tasks:
-                rows = reading.steps[task.number].compute(fetch, task.first, task.end)
+        def computed() -> Iterator[tuple[fx.Node, int, Any]]:
+            for node in {node: None for node in (*wanted, *summed) if number[node] in held}:
+                height = reading.maps[
+                    number[node]
+                ].height  # of the picture, or a whole map of an earlier walk
+                for first in range(0, height, self.walks.band):
+                    yield node, first, held[number[node]].rows(first, min(first + self.walks.band, height))
+            for task in (task for tasks in one.bands for task in tasks):
+                rows = reading.steps[task.number].compute(self._fetch, task.first, task.end)
                 self._held(task.number).add(task.first, task.end, rows)
-                self._hand_on(task.number, rows, task.first, wanted, summed)
+                yield self.nodes[task.number], task.first, rows
                 del rows
                 for left, row in task.drops:
                     if left in held:
                         held[left].drop(row)
 
-    def _held(self, number: int) -> _Held:
+        for node, first, rows in computed():
+            for total in summed.get(node, ()):
+                total.add(rows, first)
+            if node in wanted:
+                yield node, first, rows
+            del rows
+
+    def _fetch(self, node: fx.Node, first: int, end: int) -> Any:
+        return self.held[self.reading.number[node]].rows(first, end)
+
+    def _held(self, number: int) -> Any:
         if number not in self.held:
             node, cells = self.nodes[number], self.reader.cells
             grid = self.reading.grids.get(node)
@@ -251,14 +281,27 @@ class BandedCall:
             self.held[number] = _Held(self.reading.axis.get(node, 0), lattice)
         return self.held[number]
 
-    def _hand_on(
-        self, at: int, rows: Tensor, first: int, wanted: dict[int, Tensor], summed: dict[int, list[Sum]]
-    ) -> None:
-        if at in wanted:
-            axis = self.reading.axis[self.nodes[at]]
-            wanted[at].narrow(axis, first, rows.shape[axis]).copy_(rows)
-        for total in summed.get(at, ()):
-            total.add(rows, first)
+
+@dataclass
+class RowsOfResult:
+    """The first map of a network's output, in rows: iterate over it to compute them, from the top.
+
+    Attributes:
+        shape: (C, H, W) of the map.
+        levels: the level of each cell, (1, h, w).
+        walks: how it is computed, and what memory that takes.
+    """
+
+    shape: tuple[int, ...]
+    levels: Tensor
+    walks: Walks
+    _rows: Iterator[tuple[fx.Node, int, Tensor]]
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the number of a row, and rows (C, rows, W) from there on."""
+        with torch.no_grad():
+            for _, first, rows in self._rows:
+                yield first, rows[0]
 
 
 class Bands:
@@ -302,6 +345,39 @@ class Bands:
             call = {**arguments, name: image[:1]}
             return self._prepare(program, call, self._lattices(provider, program, call)[0])[1]
 
+    def rows(
+        self, provider: MaskProvider, start: int, read: ReadRows, program: Program, arguments: dict[str, Any]
+    ) -> RowsOfResult:
+        """Return the first map of the output in rows, from `start` on. Of the picture in the arguments only size and
+        type are asked; a mask other than a uniform one is given all that `read` gives.
+
+        Raises:
+            CannotConvert, InvalidInput: as for a call; or the output holds no map.
+        """
+        program.check_kinds(arguments)
+        image, name = self._image(provider, program, arguments), program.image_name
+        with torch.no_grad():
+            uniform = self._uniform_lattice(provider, program, arguments)
+            given = arguments if uniform is not None else {**arguments, name: read(0, image.shape[2])}
+            (lattice,) = [uniform] if uniform is not None else self._lattices(provider, program, given)
+            graph, is_own = self._graph(program, lattice)
+            reader = BandReader(program, graph, arguments, name)  # holds the values of this call alone
+            reading = reader.read(None if is_own else lattice, only_first=True)
+            if not reading.map_outputs or reading.axis[reading.map_outputs[0]] != 2:
+                raise InvalidInput(
+                    "the network's output holds no map (B, C, H, W) that could be written in rows.",
+                    next=_WHOLE,
+                )
+            shape = tuple(reading.shapes[reading.map_outputs[0]][1:])
+            if not 0 <= start < shape[1]:
+                raise InvalidInput(
+                    f"start={start} is no row of the result, which has {shape[1]}.",
+                    next=f"give 0 to {shape[1] - 1}.",
+                )
+            walks = fit(reading, self.memory, start)
+        rows = BandedCall(reader, walks).rows(arguments, None if is_own else lattice, read)
+        return RowsOfResult(shape, lattice.pyramid.levels, walks, rows)
+
     def _image(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Tensor:
         image: Any = program.image(arguments)
         why = next_ = ""
@@ -318,14 +394,10 @@ class Bands:
 
     def _lattices(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> list[Lattice]:
         """Return the lattice of each picture of a call."""
-        image, name, own = program.image(arguments), program.image_name, program.plan.identity_level
-        first = {**arguments, name: image[:1]}
-        if isinstance(provider, UniformMask) and program.unchanged is not None:
-            level = 0 if provider.high else program.plan.max_level
-            if level == own:
-                size = self._reader(program, program.unchanged, first).fine_size()
-                return [uniform(program.geometry, level, size)] * len(image)
-        reader = self._reader(program, program.graph, first)
+        image, name = program.image(arguments), program.image_name
+        if (same := self._uniform_lattice(provider, program, arguments)) is not None:
+            return [same] * len(image)
+        reader = self._reader(program, program.graph, {**arguments, name: image[:1]})
         assert reader.region is not None
         features = image
         if reader.region.args[2] is not reader.image:
@@ -340,18 +412,36 @@ class Bands:
         pyramids = [Pyramid(levels, program.geometry) for levels in lattice.pyramid.levels.split(1)]
         return [one.lattice(lattice.stage, lattice.size) for one in pyramids]
 
+    def _uniform_lattice(
+        self, provider: MaskProvider, program: Program, arguments: dict[str, Any]
+    ) -> Lattice | None:
+        """Return the lattice of a mask by which the network runs as it was given; None for any other."""
+        if not isinstance(provider, UniformMask) or program.unchanged is None:
+            return None
+        level, image = 0 if provider.high else program.plan.max_level, program.image(arguments)
+        if level != program.plan.identity_level:
+            return None
+        first = {**arguments, program.image_name: image[:1]}
+        size = self._reader(program, program.unchanged, first).fine_size()
+        return uniform(program.geometry, level, size)
+
+    def _graph(self, program: Program, lattice: Lattice) -> tuple[fx.Graph, bool]:
+        """Return the graph that computes a picture, and whether it is the network's own: where all cells are as
+        there."""
+        unchanged = program.unchanged
+        if unchanged is not None and lattice.uniform_level == program.plan.identity_level:
+            return unchanged, True
+        return program.graph, False
+
     def _prepare(self, program: Program, call: dict[str, Any], lattice: Lattice) -> tuple[BandReader, Walks]:
-        """Return the reader of the graph that computes a picture, and its walks: the network's own graph where all
-        cells are as in the network."""
-        own, unchanged = program.plan.identity_level, program.unchanged
-        is_own = unchanged is not None and lattice.uniform_level == own
-        if is_own and unchanged is not None:
-            reader = self._reader(program, unchanged, call)
-            if reader not in self._walks:
-                self._walks[reader] = fit(reader.read(), self.memory)
-            return reader, self._walks[reader]
-        reader = self._reader(program, program.graph, call)
-        return reader, fit(reader.read(lattice), self.memory)
+        """Return the reader of the graph that computes a picture, and its walks."""
+        graph, is_own = self._graph(program, lattice)
+        reader = self._reader(program, graph, call)
+        if not is_own:
+            return reader, fit(reader.read(lattice), self.memory)
+        if reader not in self._walks:
+            self._walks[reader] = fit(reader.read(), self.memory)
+        return reader, self._walks[reader]
 
     def _reader(self, program: Program, graph: fx.Graph, call: dict[str, Any]) -> BandReader:
         kinds = tuple(

@@ -131,6 +131,7 @@ def walk(
     band: int,
     known: Collection[int],
     kept: Collection[int] = (),
+    start: int = 0,
 ) -> Pass:
     """Plan a walk down a picture.
 
@@ -140,6 +141,7 @@ def walk(
         band: rows of the tallest map in a band.
         known: maps that are there as a whole from the beginning.
         kept: maps that stay as a whole once they are computed.
+        start: the first row of those asked for; of the others those are left out that nothing reads then.
     """
     used = used_by(maps, ends, known)
     if not used:
@@ -151,8 +153,10 @@ def walk(
     leaving: dict[int, list[int]] = defaultdict(list)
     for number in used:
         leaving[max((reader for reader, _ in readers[number]), default=number)].append(number)
-    done, bands, meter = dict.fromkeys(used, 0), list[list[Task]](), _Meter(maps, known)
-    for need in _needed(maps, used, readers, ends, band):
+    done = _first_rows(maps, used, readers, ends, start)
+    bands, meter = list[list[Task]](), _Meter(maps, known)
+    for asked in _needed(maps, used, readers, ends, band):
+        need = {number: max(rows, done[number]) for number, rows in asked.items()}
         keep = _still_read(maps, used, readers, need, kept)
         tasks = []
         for number in used:
@@ -178,6 +182,23 @@ def used_by(maps: Sequence[BandMap], ends: Collection[int], known: Collection[in
             used.add(number)
             left += [source for source, _ in maps[number].reads]
     return sorted(used)
+
+
+def _first_rows(
+    maps: Sequence[BandMap],
+    used: Sequence[int],
+    readers: Mapping[int, Sequence[tuple[int, RowsRead]]],
+    ends: Collection[int],
+    start: int,
+) -> dict[int, int]:
+    """Return the first row of each map that is computed."""
+    first = dict.fromkeys(ends, start)
+    for number in reversed(used):
+        rows = [window.first(first[reader]) for reader, window in readers[number]]
+        rows += [first[number]] if number in first else []
+        step = maps[number].step
+        first[number] = max(min(rows, default=0), 0) // step * step if start else 0
+    return first
 
 
 def _needed(

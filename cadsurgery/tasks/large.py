@@ -1,0 +1,180 @@
+"""Predict pictures that do not fit into memory: rows of a TIFF file are read, computed and written, band by band."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cadsurgery.data import tiff
+from cadsurgery.data.channels import as_channels
+from cadsurgery.data.images import check_values, normalise
+from cadsurgery.data.stores import is_remote
+from cadsurgery.support.errors import FileError, InvalidInput
+from cadsurgery.support.files import as_file_error, make_folder, write_whole
+from cadsurgery.support.memory import bytes_of
+from cadsurgery.tasks.figures import CLASSES, palette
+
+if TYPE_CHECKING:
+    from cadsurgery.tasks.predictor import PredictionSettings, Row
+
+Count = Callable[[Tensor, int], Counter[int]]  # the pixels of each class of rows (rows, W) of so many classes
+
+
+def target_for(source: str, target: str, memory: str) -> str:
+    """Return where the prediction of a picture goes: into a TIFF file if it is read in rows, because as float32 it
+    takes more than the memory for maps."""
+    if not memory or is_remote(source) or is_remote(target) or not tiff.is_tiff(source):
+        return target
+    try:
+        file = tiff.TiffRows(source)
+    except FileError:  # what cannot be read in rows may still be read whole
+        return target
+    file.close()
+    is_large = 4 * file.shape[0] * file.shape[1] * file.shape[2] > bytes_of(memory)
+    return str(Path(target).with_suffix(".tif")) if is_large else target
+
+
+class LargePicture:
+    """A picture (C, H, W) of a TIFF file as a network takes it, of which rows are read where it is sliced."""
+
+    def __init__(
+        self, path: str, source: Any, settings: PredictionSettings, dtype: torch.dtype | None = None
+    ) -> None:
+        """Open the file for a network's `source`; `dtype` is the type of its pictures.
+
+        Raises:
+            InvalidInput: the settings need the whole picture.
+        """
+        for name, value, usual in (
+            ("--size", settings.size, None),
+            ("--view", settings.view or CLASSES, CLASSES),
+        ):
+            if value != usual:
+                raise InvalidInput(
+                    f"{name} for {path}, which is read in rows.",
+                    why="the picture takes more memory than --memory.",
+                    next="leave it out, or give more memory.",
+                )
+        self.file, self.path, self._source, self._dtype = tiff.TiffRows(path), path, source, dtype
+        self._bands = settings.bands or (source.bands if source is not None else ())
+        self.shape = (self[:, :1].shape[0], *self.file.shape[1:])
+
+    def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
+        """Return rows (C, rows, W).
+
+        Raises:
+            FileError, InvalidInput: as `read_picture_for`.
+        """
+        first, end, _ = place[1].indices(self.file.shape[1])
+        channels = None if self._source is None else self._source.channels
+        stored = self.file.rows(first, end)
+        rows = as_channels(stored, channels, self._bands, name=self.path, has_alpha=self.file.has_alpha)
+        check_values(rows, self._source, self.path)
+        return normalise(rows, self._source).to(self._dtype)
+
+
+class _Part:
+    """The prediction of a picture as far as it is written: a TIFF file beside its place, and what is known of it."""
+
+    def __init__(self, target: Path, made_of: dict[str, Any]) -> None:
+        self.target, self._made_of = target, made_of
+        self.file = target.with_name(f".{target.name}.part")
+        self._known = target.with_name(f".{target.name}.json")
+        self.rows, self.counts, self.milliseconds = 0, Counter[int](), 0.0
+        self._offset, self._row = 0, 0
+        try:
+            known = json.loads(self._known.read_text())
+            if self.file.exists() and known["made of"] == made_of:
+                self.rows, self._offset, self.milliseconds = (
+                    known["rows"],
+                    known["offset"],
+                    known["milliseconds"],
+                )
+                self.counts = Counter({int(number): count for number, count in known["counts"].items()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass  # nothing was written yet
+
+    def begin(self, size: tuple[int, int], channels: int) -> None:
+        """Make the file, unless there are rows in it: classes with their colours; one channel as its values."""
+        kind = np.float32 if channels == 1 else np.uint8 if channels <= 256 else np.uint16
+        self._row = size[1] * np.dtype(kind).itemsize
+        if not self.rows:
+            make_folder(self.target.parent)
+            colours = palette().T.astype(np.uint16) * 257 if kind == np.uint8 else None
+            with as_file_error(f"{self.target} cannot be written.", "choose another --output."):
+                self._offset = tiff.make_empty(self.file, size, kind, colours)
+
+    def write(self, first: int, values: Tensor, counts: Counter[int], milliseconds: float) -> None:
+        """Write rows (rows, W), and then that they are there."""
+        kind = (
+            np.float32
+            if values.is_floating_point()
+            else np.uint8
+            if self._row == values.shape[1]
+            else np.uint16
+        )
+        written = values[max(self.rows - first, 0) :]  # of a run that was ended
+        self.rows, self.milliseconds = first + len(values), self.milliseconds + milliseconds
+        self.counts += counts
+        with as_file_error(f"{self.target} cannot be written.", "choose another --output."):
+            with self.file.open("r+b") as file:
+                file.seek(self._offset + (self.rows - len(written)) * self._row)
+                file.write(written.numpy().astype(kind).tobytes())
+            known = {"made of": self._made_of, "rows": self.rows, "offset": self._offset}
+            known |= {"milliseconds": self.milliseconds, "counts": self.counts}
+            with write_whole(self._known) as path:
+                path.write_text(json.dumps(known))
+
+    def finish(self) -> None:
+        """Put the whole file in its place."""
+        with as_file_error(f"{self.target} cannot be written.", "choose another --output."):
+            self.file.replace(self.target)
+            self._known.unlink(missing_ok=True)
+
+
+def predict_large(net: Any, picture: LargePicture, target: str, made_by: dict[str, Any], count: Count) -> Row:
+    """Predict a picture in rows and write the classes of its pixels; of a network with one channel its values.
+
+    What a run that was ended has written of the same picture, by the same settings, is not computed again.
+
+    Returns:
+        Fields of its row, with the number of pixels of each class.
+
+    Raises:
+        CadError: the picture cannot be read, computed or written.
+    """
+    height, width = picture.shape[1:]
+    status = os.stat(picture.path)
+    made_of = {"path": os.path.abspath(picture.path), "bytes": status.st_size, "changed": status.st_mtime_ns}
+    part = _Part(Path(target), made_of | {"by": json.loads(json.dumps(made_by, default=str))})
+    with torch.inference_mode():
+        start = time.perf_counter()
+        result = net.rows(picture, start=part.rows)
+        channels = result.shape[0]
+        part.begin((result.shape[1], result.shape[2]), channels)
+        for first, rows in result:
+            values = rows[0].float() if channels == 1 else rows.float().argmax(0)
+            new = values[max(part.rows - first, 0) :]
+            now = time.perf_counter()
+            part.write(first, values, count(new, channels), 1e3 * (now - start))
+            start = now
+    part.finish()
+    levels = result.levels if any(result.levels.stride()) else result.levels.flatten()[:1]
+    shares = [int((levels == level).sum()) / levels.numel() for level in range(net.geometry.max_level + 1)]
+    return {
+        "output": target,
+        "size": [height, width],
+        "active_fraction": shares[0],
+        "levels": shares,
+        "milliseconds": part.milliseconds,
+        "counts": part.counts,
+    }
