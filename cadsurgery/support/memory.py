@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from cadsurgery.support.errors import InvalidInput
 
@@ -27,6 +28,15 @@ def bytes_of(memory: int | str) -> int:
     unit = found[2].upper()
     is_decimal = bool(unit and found[4] and not found[3])
     return int(float(found[1]) * (_DECIMAL[f"{unit}B"] if is_decimal else _UNITS[unit]))
+
+
+def free_memory() -> int | None:
+    """Return the bytes of memory that processes can still get; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def in_mebibytes(amount: float) -> str:

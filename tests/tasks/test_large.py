@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from networks import saved_segmenter
+from networks import saved_segmenter, seeded, segmenter
 from PIL import Image
+from torch import nn
 
 import cadsurgery as cs
 from cadsurgery.data.images import read_image, street_scene
 from cadsurgery.data.tiff import TiffRows
+from cadsurgery.support.memory import free_memory
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks import large, predictor, run
 from cadsurgery.tasks.commands import RunOptions
+from cadsurgery.tasks.recommend import fits
 from cadsurgery.tasks.report import FilesReport
 
 SIZE = (733, 301)  # odd; 2.5 MiB as float32
@@ -195,3 +198,28 @@ def test_a_memory_needs_a_network_that_is_computed_in_bands(
 ) -> None:
     with pytest.raises(cs.InvalidInput, match="no amount of memory"):
         predict(file, picture, tmp_path / "out", memory="much")
+
+
+# -- recommend ----------------------------------------------------------------------------------------
+
+
+def test_recommend_names_what_computes_pictures_whose_maps_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What does not fit is refused before it is computed; what fits, and what no plan is made of, is tried."""
+    model, image = seeded(segmenter, torch.float32), torch.zeros(1, 3, 512, 512)
+    monkeypatch.setattr(fits, "_SMALLER", 1)
+    for free, refused in ((2**20, True), (2**36, False), (None, False)):
+        monkeypatch.setattr(fits, "free_memory", lambda free=free: free)
+        if refused:
+            with pytest.raises(cs.InvalidInput, match="do not fit into memory") as refusal:
+                fits.refuse_what_does_not_fit(model, image)
+            assert "--memory" in refusal.value.next
+        else:
+            fits.refuse_what_does_not_fit(model, image)
+    monkeypatch.setattr(fits, "free_memory", lambda: 1)
+    fits.refuse_what_does_not_fit(nn.Conv2d(3, 3, 1), image)
+
+
+def test_the_system_tells_the_memory_that_is_free() -> None:
+    assert (free_memory() or 2**20) >= 2**20

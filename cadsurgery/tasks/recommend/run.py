@@ -79,6 +79,7 @@ from cadsurgery.tasks.open import (
 )
 from cadsurgery.tasks.recommend.calls import PRECISIONS, Calls
 from cadsurgery.tasks.recommend.choice import LOOK_EVERY, Chosen, choose, is_beaten, rows_of
+from cadsurgery.tasks.recommend.fits import refuse_what_does_not_fit
 from cadsurgery.tasks.recommend.report import Recommendation, Requirement
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates, in_turn
 from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, unreadable, write_json
@@ -210,6 +211,7 @@ def recommend(
 def _complete(pictures: _Pictures, model: nn.Module, labels: str | Path | None, step: Step) -> Tensor:
     """Give pictures their classes and labels, and check these; return the first picture."""
     first = pictures.readable(1)[0]
+    refuse_what_does_not_fit(model, first)
     classes, data = _output_of(model, first), pictures.data
     pictures.data = data.with_outputs(classes) if labels is None else _with_labels(data, labels, classes)
     _check_labels(pictures.data, step)

@@ -1,0 +1,234 @@
+"""Measure networks on pictures that are too large for memory: whole, in bands of rows, and in windows.
+
+    python -m benchmarks.large_pictures --heights 1536 5024 20096 --width 4000
+    python -m benchmarks.large_pictures --plans --width 4000 --heights 5024
+    python -m benchmarks.large_pictures --masks 0.1 0.3 --heights 1536
+
+A U-Net of 32 to 512 channels with random weights and two classes. Each side runs in a process of its own, which gives
+freed memory back at once, on a picture of street scenes beside each other. *Raised* is by how much the call raises the
+peak of the resident set above its size before; the picture is there before, results are counted: whole sides return
+all of it, bands as rows (`net.optimize(memory=...).rows`), of which the classes are kept. *Windows* is MONAI's
+`sliding_window_inference` (which has to be installed) with windows of 1,024 and an overlap of an eighth. *Error* is the
+largest difference from the network as given relative to its largest value, where that was measured.
+
+With `--plans` nothing is measured: the bands that several networks would take within some memories, and their work
+relative to computing each map once. With `--masks` the network is computed under floors, in bands and whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models.segmentation import deeplabv3_resnet101
+
+import cadsurgery as cs
+from benchmarks import networks
+from benchmarks.memory import peak_raised_by, run_alone
+from cadsurgery.data.images import street_scene
+from cadsurgery.data.networks import build_model
+from cadsurgery.support.errors import CadError
+from cadsurgery.support.memory import bytes_of, in_mebibytes
+from cadsurgery.support.provenance import setting
+
+WINDOW, OVERLAP, MEMORY = 1024, 0.125, "512MiB"
+MEMORIES = ("256MiB", "512MiB", "1GiB", "2GiB")
+GIVEN, WHOLE, BANDS, WINDOWS = "as given", "converted, whole", "in bands", "windows"
+
+
+class Returned(nn.Module):
+    """A network whose call returns one of the maps of its dictionary, as users of the network take it."""
+
+    def __init__(self, network: nn.Module, name: str) -> None:
+        super().__init__()
+        self.network, self.name = network, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map of that name."""
+        output: Tensor = self.network(x)[self.name]
+        return output
+
+
+def _deeplab() -> nn.Module:
+    return Returned(deeplabv3_resnet101(weights=None, weights_backbone=None), "out")
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "unet_resnet34": networks.resnet34_unet,
+    "unet": networks.unet,
+    "pyramid_resnet50": networks.resnet50_pyramid,
+    "deeplabv3_resnet101": _deeplab,
+    "d2net": partial(build_model, "recipes.d2net_vgg.network:trunk"),
+}
+
+
+def thin_unet() -> nn.Module:
+    """Build a U-Net of 32 to 512 channels with two classes."""
+    torch.manual_seed(0)
+    net = networks.UNet(32)
+    net.head = nn.Conv2d(32, 2, 1)
+    return net.eval()
+
+
+class Scenes:
+    """A picture (3, H, W) of street scenes beside each other, of which rows are made where it is sliced."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self.shape, self._scene = (3, height, width), street_scene(512, 1000)
+
+    def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
+        """Return rows (3, rows, W)."""
+        first, end, _ = place[1].indices(self.shape[1])
+        rows = self._scene[:, torch.arange(first, end) % self._scene.shape[1]]
+        return rows.repeat(1, 1, -(-self.shape[2] // rows.shape[2]))[:, :, : self.shape[2]].contiguous()
+
+
+def _run_of(task: dict[str, Any]) -> Callable[[], Any]:
+    """Return the call of a side, which returns its result or, in rows, the classes."""
+    model, side, picture = thin_unet(), task["side"], Scenes(task["height"], task["width"])
+    if side in (WHOLE, BANDS):
+        net = cs.adaptify(
+            model, task["mask"], coarsest=32, example_input=torch.randn(1, 3, 256, 320), verify_laws=False
+        )
+        fast = net.optimize(memory=task["memory"] if side == BANDS else None)
+    if side == BANDS:
+        keeps = bool(task["keep"])
+
+        def in_rows() -> Any:
+            result = fast.rows(picture)
+            task["plan"] = (result.walks.band, result.walks.peak)
+            parts = [rows.clone() if keeps else rows.argmax(0).byte() for _, rows in result]
+            return torch.cat(parts, 1).unsqueeze(0) if keeps else torch.cat(parts)
+
+        return in_rows
+    image = picture[:, :].unsqueeze(0)
+    if side == WINDOWS:
+        from monai.inferers import sliding_window_inference
+
+        return lambda: sliding_window_inference(image, (WINDOW, WINDOW), 1, model, overlap=OVERLAP)
+    return lambda: (fast if side == WHOLE else model)(image)
+
+
+def print_side(task: str) -> None:
+    """Run one side, and print its seconds, by how many MiB it raises the peak of the resident set, and its plan."""
+    arguments: dict[str, Any] = ast.literal_eval(task)
+    found: dict[str, Any] = {}
+    with torch.inference_mode():
+        run = _run_of(arguments)
+
+        def timed() -> None:
+            start = time.perf_counter()
+            found["result"] = run()
+            found["seconds"] = time.perf_counter() - start
+
+        raised = peak_raised_by(timed)
+    if arguments["keep"]:
+        np.save(arguments["keep"], found["result"].numpy())
+    print((found["seconds"], raised, arguments.get("plan")))
+
+
+def measured(side: str, mask: str, size: tuple[int, int], memory: str, keep: str = "") -> tuple[Any, ...]:
+    """Return seconds, MiB and plan of a side that runs in a process of its own."""
+    task = {"side": side, "mask": mask, "height": size[0], "width": size[1], "memory": memory, "keep": keep}
+    code = f"from {__spec__.name} import print_side; print_side(sys.argv[1])"
+    found: tuple[Any, ...] = ast.literal_eval(run_alone(code, repr(task)))
+    return found
+
+
+def rows_of_sides(
+    size: tuple[int, int], sides: Sequence[str], mask: str, memory: str, rounds: int
+) -> Iterator[str]:
+    """Yield the table's rows of a size; the sides are measured in turn, and the best time of each counts."""
+    megapixels, results = size[0] * size[1] / 1e6, dict[str, list[tuple[Any, ...]]]()
+    with tempfile.TemporaryDirectory() as folder:
+        files = {side: str(Path(folder) / f"{place}.npy") for place, side in enumerate(sides)}
+        is_compared = sides[0] in (GIVEN, WHOLE) and megapixels < 10
+        for turn in range(rounds):
+            for side in sides:
+                keep = files[side] if is_compared and turn == rounds - 1 else ""
+                results.setdefault(side, []).append(measured(side, mask, size, memory, keep))
+        right = np.load(files[sides[0]]) if is_compared else None
+        first = min(seconds for seconds, *_ in results[sides[0]])
+        for side, found in results.items():
+            seconds, raised = min(one[0] for one in found), min(one[1] for one in found)
+            error = ""
+            if right is not None:
+                difference = np.abs(np.load(files[side]) - right)
+                error = f"{difference.max() / np.abs(right).max():.1e}"
+            plan = found[0][2]
+            planned = f"{plan[1] / 2**20:.0f} in bands of {plan[0]}" if plan else ""
+            yield (
+                f"| {megapixels:.1f} | {side} | {seconds:.1f} | {seconds / first:.2f} | {raised:.0f} | {planned} | "
+                f"{error} |"
+            )
+
+
+def rows_of_plans(size: tuple[int, int], memories: Sequence[str]) -> Iterator[str]:
+    """Yield the table's rows of the bands that networks would take."""
+    for name, build in NETWORKS.items():
+        try:
+            model = build().eval()
+        except ImportError as error:
+            yield f"| {name} | left out: {error} |"
+            continue
+        net = cs.adaptify(
+            model, "all", coarsest=32, example_input=torch.randn(1, 3, 256, 320), verify_laws=False
+        )
+        picture, cells = torch.zeros(()).expand(1, 3, *size), []
+        for memory in memories:
+            try:
+                plan = net.optimize(memory=memory).plan_memory(picture)
+                cells.append(f"{plan.band} rows, {in_mebibytes(plan.peak)}, work {plan.work:.2f}")
+            except CadError as refusal:
+                cells.append(refusal.next.removeprefix("give ").rstrip("."))
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--width", type=int, default=4000)
+    parser.add_argument("--heights", type=int, nargs="+", default=[1536, 5024, 20096])
+    parser.add_argument("--memory", default=MEMORY)
+    parser.add_argument("--rounds", type=int, default=2, help="of pictures below 10 megapixels")
+    parser.add_argument(
+        "--most", type=float, default=25, help="megapixels up to which a picture is computed whole"
+    )
+    parser.add_argument("--plans", action="store_true")
+    parser.add_argument(
+        "--masks", type=float, nargs="+", default=[], help="shares of the cells that are kept"
+    )
+    options = parser.parse_args()
+    bytes_of(options.memory)
+    print(setting(torch.device("cpu")))
+    sizes = [(height, options.width) for height in options.heights]
+    if options.plans:
+        print(f"| network | {' | '.join(MEMORIES)} |")
+        for size in sizes:
+            for line in rows_of_plans(size, MEMORIES):
+                print(line, flush=True)
+        return
+    print("| megapixels | side | seconds | of the first | MiB raised | MiB planned | error |")
+    for size in sizes:
+        is_small = size[0] * size[1] < 10e6
+        whole = [GIVEN, WHOLE] if size[0] * size[1] < options.most * 1e6 else []
+        cases = [(f"content | budget:fraction={share}", [WHOLE, BANDS]) for share in options.masks]
+        for mask, sides in cases or [("all", [*whole, BANDS, WINDOWS])]:
+            print(f"mask {mask}:")
+            for line in rows_of_sides(size, sides, mask, options.memory, options.rounds if is_small else 1):
+                print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
