@@ -35,6 +35,6 @@ def refuse_what_does_not_fit(model: nn.Module, image: Tensor) -> None:
         raise InvalidInput(
             f"the maps of the network do not fit into memory for a picture of {size}.",
             why=why,
-            next='compute it in bands of rows: net.optimize(memory="1.5GiB"), cadsurgery run --memory 1.5GiB; or compare '
-            "settings on smaller pictures: --size HxW.",
+            next='compute it in bands of rows: net.optimize(memory="1.5GiB") or cadsurgery run --memory 1.5GiB; '
+            "or compare settings on smaller pictures: --size HxW.",
         )
