@@ -4,12 +4,12 @@
     python -m benchmarks.large_pictures --plans --width 4000 --heights 5024
     python -m benchmarks.large_pictures --masks 0.1 0.3 --heights 1536
 
-A U-Net of 32 to 512 channels with random weights and two classes. Each side runs in a process of its own, which gives
-freed memory back at once, on a picture of street scenes beside each other. *Raised* is by how much the call raises the
-peak of the resident set above its size before; the picture is there before, results are counted: whole sides return
-all of it, bands as rows (`net.optimize(memory=...).rows`), of which the classes are kept. *Windows* is MONAI's
-`sliding_window_inference` (which has to be installed) with windows of 1,024 and an overlap of an eighth. *Error* is the
-largest difference from the network as given relative to its largest value, where that was measured.
+A U-Net of 32 to 512 channels with random weights and two classes, on a picture of street scenes beside each other. Each
+side runs in processes of its own: some are timed, and one gives freed memory back at once and tells by how much the
+call *raises* the peak of the resident set above its size before. The picture is there before, results are counted:
+whole sides return all of it, bands give rows (`net.optimize(memory=...).rows`), of which classes are kept. *Windows* is
+MONAI's `sliding_window_inference` (which has to be installed) with windows of 1,024 and an overlap of an eighth. *Error*
+is the largest difference from the network as given relative to its largest value, where that was measured.
 
 With `--plans` nothing is measured: the bands that several networks would take within some memories, and their work
 relative to computing each map once. With `--masks` the network is computed under floors, in bands and whole.
@@ -41,6 +41,7 @@ from cadsurgery.support.memory import bytes_of, in_mebibytes
 from cadsurgery.support.provenance import setting
 
 WINDOW, OVERLAP, MEMORY = 1024, 0.125, "512MiB"
+_ROWS = 128
 MEMORIES = ("256MiB", "512MiB", "1GiB", "2GiB")
 GIVEN, WHOLE, BANDS, WINDOWS = "as given", "converted, whole", "in bands", "windows"
 
@@ -92,84 +93,87 @@ class Scenes:
         return rows.repeat(1, 1, -(-self.shape[2] // rows.shape[2]))[:, :, : self.shape[2]].contiguous()
 
 
-def _run_of(task: dict[str, Any]) -> Callable[[], Any]:
-    """Return the call of a side, which returns its result or, in rows, the classes."""
-    model, side, picture = thin_unet(), task["side"], Scenes(task["height"], task["width"])
+def _run_of(task: dict[str, Any]) -> Callable[[Any], Any]:
+    """Return the call of a side: of a picture's tensor; in rows, of the picture. It returns the result, or the classes
+    of rows unless the result is kept."""
+    model, side = thin_unet(), task["side"]
     if side in (WHOLE, BANDS):
-        net = cs.adaptify(
-            model, task["mask"], coarsest=32, example_input=torch.randn(1, 3, 256, 320), verify_laws=False
-        )
-        fast = net.optimize(memory=task["memory"] if side == BANDS else None)
+        example, memory = torch.randn(1, 3, 256, 320), task["memory"] if side == BANDS else None
+        net = cs.adaptify(model, task["mask"], coarsest=32, example_input=example, verify_laws=False)
+        fast = net.optimize(memory=memory)
     if side == BANDS:
         keeps = bool(task["keep"])
 
-        def in_rows() -> Any:
+        def in_rows(picture: Scenes) -> Any:
             result = fast.rows(picture)
             task["plan"] = (result.walks.band, result.walks.peak)
-            parts = [rows.clone() if keeps else rows.argmax(0).byte() for _, rows in result]
-            return torch.cat(parts, 1).unsqueeze(0) if keeps else torch.cat(parts)
+            shape = result.shape if keeps else result.shape[1:]
+            found = torch.empty(shape, dtype=torch.float32 if keeps else torch.uint8)
+            for first, rows in result:
+                found[..., first : first + rows.shape[1], :] = rows if keeps else rows.argmax(0)
+            return found.unsqueeze(0)
 
         return in_rows
-    image = picture[:, :].unsqueeze(0)
     if side == WINDOWS:
         from monai.inferers import sliding_window_inference
 
-        return lambda: sliding_window_inference(image, (WINDOW, WINDOW), 1, model, overlap=OVERLAP)
-    return lambda: (fast if side == WHOLE else model)(image)
+        return lambda image: sliding_window_inference(image, (WINDOW, WINDOW), 1, model, overlap=OVERLAP)
+    return fast if side == WHOLE else model
 
 
 def print_side(task: str) -> None:
-    """Run one side, and print its seconds, by how many MiB it raises the peak of the resident set, and its plan."""
+    """Run one side, and print its seconds, by how many MiB it raises the peak of the resident set, and its plan. A few
+    rows are computed before: weights are packed then."""
     arguments: dict[str, Any] = ast.literal_eval(task)
     found: dict[str, Any] = {}
     with torch.inference_mode():
         run = _run_of(arguments)
+        for height in (_ROWS, arguments["height"]):
+            picture: Any = Scenes(height, arguments["width"])
+            given = picture if arguments["side"] == BANDS else picture[:, :].unsqueeze(0)
 
-        def timed() -> None:
-            start = time.perf_counter()
-            found["result"] = run()
-            found["seconds"] = time.perf_counter() - start
+            def timed(given: Any = given) -> None:
+                start = time.perf_counter()
+                found["result"] = run(given)
+                found["seconds"] = time.perf_counter() - start
 
-        raised = peak_raised_by(timed)
+            raised = peak_raised_by(timed)
     if arguments["keep"]:
         np.save(arguments["keep"], found["result"].numpy())
     print((found["seconds"], raised, arguments.get("plan")))
 
 
-def measured(side: str, mask: str, size: tuple[int, int], memory: str, keep: str = "") -> tuple[Any, ...]:
+def measured(
+    side: str, mask: str, size: tuple[int, int], memory: str, keep: str = "", gives_back: bool = True
+) -> tuple[Any, ...]:
     """Return seconds, MiB and plan of a side that runs in a process of its own."""
     task = {"side": side, "mask": mask, "height": size[0], "width": size[1], "memory": memory, "keep": keep}
     code = f"from {__spec__.name} import print_side; print_side(sys.argv[1])"
-    found: tuple[Any, ...] = ast.literal_eval(run_alone(code, repr(task)))
+    found: tuple[Any, ...] = ast.literal_eval(run_alone(code, repr(task), gives_back))
     return found
 
 
 def rows_of_sides(
     size: tuple[int, int], sides: Sequence[str], mask: str, memory: str, rounds: int
 ) -> Iterator[str]:
-    """Yield the table's rows of a size; the sides are measured in turn, and the best time of each counts."""
-    megapixels, results = size[0] * size[1] / 1e6, dict[str, list[tuple[Any, ...]]]()
+    """Yield the table's rows of a size; the sides are timed in turn, and the best time of each counts."""
+    megapixels, seconds = size[0] * size[1] / 1e6, dict[str, float]()
+    for side in list(sides) * rounds:
+        once = measured(side, mask, size, memory, gives_back=False)[0]
+        seconds[side] = min(once, seconds.get(side, once))
     with tempfile.TemporaryDirectory() as folder:
-        files = {side: str(Path(folder) / f"{place}.npy") for place, side in enumerate(sides)}
-        is_compared = sides[0] in (GIVEN, WHOLE) and megapixels < 10
-        for turn in range(rounds):
-            for side in sides:
-                keep = files[side] if is_compared and turn == rounds - 1 else ""
-                results.setdefault(side, []).append(measured(side, mask, size, memory, keep))
-        right = np.load(files[sides[0]]) if is_compared else None
-        first = min(seconds for seconds, *_ in results[sides[0]])
-        for side, found in results.items():
-            seconds, raised = min(one[0] for one in found), min(one[1] for one in found)
-            error = ""
-            if right is not None:
-                difference = np.abs(np.load(files[side]) - right)
-                error = f"{difference.max() / np.abs(right).max():.1e}"
-            plan = found[0][2]
-            planned = f"{plan[1] / 2**20:.0f} in bands of {plan[0]}" if plan else ""
-            yield (
-                f"| {megapixels:.1f} | {side} | {seconds:.1f} | {seconds / first:.2f} | {raised:.0f} | {planned} | "
-                f"{error} |"
-            )
+        right = None
+        for place, side in enumerate(sides):
+            _, raised, plan = measured(side, mask, size, memory)
+            cells = [f"{megapixels:.1f}", side, f"{seconds[side]:.1f}" if rounds else "", f"{raised:.0f}"]
+            cells += [f"{plan[1] / 2**20:.0f} in bands of {plan[0]}" if plan else ""]
+            if megapixels < 10:
+                keep = str(Path(folder) / f"{place}.npy")
+                measured(side, mask, size, memory, keep, gives_back=False)
+                result = np.load(keep)
+                right = result if right is None else right
+                cells += [f"{np.abs(result - right).max() / np.abs(right).max():.1e}"]
+            yield f"| {' | '.join(cells)} |"
 
 
 def rows_of_plans(size: tuple[int, int], memories: Sequence[str]) -> Iterator[str]:
@@ -219,14 +223,17 @@ def main() -> None:
             for line in rows_of_plans(size, MEMORIES):
                 print(line, flush=True)
         return
-    print("| megapixels | side | seconds | of the first | MiB raised | MiB planned | error |")
+    print("| megapixels | side | seconds | MiB raised | MiB planned | error |")
     for size in sizes:
-        is_small = size[0] * size[1] < 10e6
-        whole = [GIVEN, WHOLE] if size[0] * size[1] < options.most * 1e6 else []
+        megapixels = size[0] * size[1] / 1e6
+        sides = [GIVEN, WHOLE, BANDS, WINDOWS] if megapixels < 10 else [WHOLE, BANDS, WINDOWS]
+        rounds = options.rounds if megapixels < 10 else 1
+        if megapixels > options.most:  # the memory alone
+            sides, rounds = [BANDS], 0
         cases = [(f"content | budget:fraction={share}", [WHOLE, BANDS]) for share in options.masks]
-        for mask, sides in cases or [("all", [*whole, BANDS, WINDOWS])]:
+        for mask, compared in cases or [("all", sides)]:
             print(f"mask {mask}:")
-            for line in rows_of_sides(size, sides, mask, options.memory, options.rounds if is_small else 1):
+            for line in rows_of_sides(size, compared, mask, options.memory, rounds):
                 print(line, flush=True)
 
 

@@ -38,6 +38,7 @@ from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.files import append_lines
+from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.support.provenance import describe_run, device_in_words, find_device
 from cadsurgery.tasks.bench_report import (
@@ -65,6 +66,7 @@ from cadsurgery.tasks.sides.engines import (
     RIVALS,
     TORCH,
     Runs,
+    banded_sides,
     engine_for,
     rival_sides,
     runs_of,
@@ -111,8 +113,8 @@ def bench(
         options: further options of `adaptify`, and conditions of the measurement, see `Benchmark`: `size` (height and
             width) and number (`batch`) of the pictures, which are generated street scenes or those of a folder or a
             clip (`images`), `dtype`, `device`, `threads`, timing `rounds`, the engine (`runtime`), engines whose dense
-            networks are timed in the same run (`against`), the scale of smaller pictures (`smaller`), and images for
-            int8 (`calibration`).
+            networks are timed in the same run (`against`), the scale of smaller pictures (`smaller`), what maps may
+            take in bands of rows (`memory`), and images for int8 (`calibration`).
 
     Raises:
         InvalidInput: an option is out of range or does not fit the others.
@@ -307,6 +309,7 @@ def _compare(
     others = [
         *rival_sides(first.net, first.image.float().contiguous(), setup, folder, step),
         *smaller_sides(first.net, first.image, setup, first.runs),
+        *banded_sides(first.net, first.image, setup),
         *own,
     ]
     high, low, *rows = measure(
@@ -458,6 +461,14 @@ def _check(
             f"smaller={setup.smaller:g}.",
             next="give the scale of the smaller pictures, between 0 and 1, e.g. 0.7.",
         )
+    if setup.memory:
+        bytes_of(setup.memory)
+        if setup.runtime != TORCH or setup.device != "cpu":
+            raise InvalidInput(
+                f"memory={setup.memory} for {setup.runtime} on {setup.device}.",
+                why="bands of rows are computed by torch on the CPU.",
+                next="leave it out.",
+            )
     if setup.calibration and setup.dtype != INT8:
         raise InvalidInput(
             "there is nothing to calibrate by images.",

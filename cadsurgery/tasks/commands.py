@@ -41,7 +41,7 @@ _MEASURED = (
         "device",
         "threads",
     ),
-    *("rounds", "processor_time", "runtime", "against", "smaller", "calibration", "bands"),
+    *("rounds", "processor_time", "runtime", "against", "smaller", "memory", "calibration", "bands"),
 )
 _TRAINED = (
     *("steps", "batch", "accumulate", "crop", "lr", "optimizer", "clip", "batch_norm", "freeze", "train"),

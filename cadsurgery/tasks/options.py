@@ -219,6 +219,11 @@ class Benchmark(Conversion):
         "also time dense high on pictures of this scale, e.g. 0.7, resized in the call; 0 for none",
         min=0,
     )
+    memory: str = option(
+        "",
+        "also time the network as given in bands of rows, whose maps take no more than this, e.g. 512MiB",
+        metavar="AMOUNT",
+    )
     calibration: str = option(
         "", "folder of images, or clip, by which int8 is calibrated; default: the pictures it is measured on"
     )

@@ -626,6 +626,7 @@ def test_bench_takes_every_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
         "processor_time": True,
         "against": "openvino",
         "smaller": 0.7,
+        "memory": "1GiB",
         "calibration": "photos",
         "images": "drive.mp4,every=5",
         "picture": Path("b.png"),
@@ -634,6 +635,7 @@ def test_bench_takes_every_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     given = "-m a -m b --mask random --fractions 1,0.25 --size 64x32 --batch 3 --output-stride 8,16 --dtype bfloat16 "
     given += "--region layer3,layer4 --fill linear --fill nearest --patch block --device cuda --threads 2 --rounds 4 "
     given += "--processor-time --against openvino --smaller 0.7 --calibration photos --picture b.png "
+    given += "--memory 1GiB "
     given += "--images drive.mp4,every=5 "
     given += "--output rows.jsonl --json"
     assert run("bench", *given.split()).code == 0

@@ -312,6 +312,13 @@ def test_all_sides_are_files_of_the_same_engine(runtime: str, package: str, dtyp
     assert all(side.milliseconds > 0 for side in (found.networks[0].high, *found.networks[0].rows))
 
 
+def test_the_network_as_given_is_measured_in_bands_that_the_label_names() -> None:
+    found = bench(trunk(), fractions=[0.5], size=SIZE, rounds=1, memory="1GiB")
+    (side,) = found.networks[0].sides
+    assert "as given, in bands of" in side.label and side.label.endswith("MiB") and side.milliseconds > 0
+    assert side.macs == found.networks[0].given_macs
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"dtype": "bfloat16"}, slow({"dtype": "int8"}), slow({"runtime": "onnx"})],
@@ -481,6 +488,9 @@ WRONG: list[tuple[dict[str, Any], type[cs.CadError], str, str]] = [
     ({"calibration": "photos"}, cs.InvalidInput, "calibrate", "int8"),
     ({"runtime": "openvino", "mask": "edges | smooth"}, cs.InvalidInput, "smooth", "level_map"),
     ({"smaller": 1.5}, cs.InvalidInput, "smaller=1.5", "0.7"),
+    ({"memory": "much"}, cs.InvalidInput, "no amount of memory", "GiB"),
+    ({"memory": "1GiB", "runtime": "openvino"}, cs.InvalidInput, "memory=1GiB", "leave it out"),
+    ({"memory": "1KiB"}, cs.InvalidInput, "too little", "at least"),
     ({"device": "abacus"}, cs.InvalidInput, "abacus", "cpu"),
     ({"mask": "edgs"}, cs.UnknownName, "edgs", "edges"),
     ({"networks": "resnt18"}, cs.UnknownName, "resnt18", "resnet18"),

@@ -25,6 +25,7 @@ from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.defaults import KERNELS
 from cadsurgery.support.files import make_folder
+from cadsurgery.support.memory import in_mebibytes
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.tasks.open import pictures_like
 from cadsurgery.tasks.options import Benchmark
@@ -148,6 +149,22 @@ def smaller_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, runs: Run
     run = runs.dense(HIGH, resized(image, size))
     macs = net.macs(resized(image, size), mask="none").high
     return [Side(f"{HIGH} at {size[0]}x{size[1]}", lambda image: run(resized(image, size)), macs)]
+
+
+def banded_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark) -> list[Side]:
+    """Return the side of the network as given in bands of rows, named by what they take; none without `setup.memory`.
+
+    Raises:
+        CannotConvert: an operation needs a whole map.
+        InvalidInput: the memory is too little.
+    """
+    if not setup.memory:
+        return []
+    mask = "all" if net.plan.identity_level == 0 else "none"
+    fast = net.optimize(memory=setup.memory)
+    plan = fast.plan_memory(image[:1], mask=mask)
+    name = f"as given, in bands of {plan.band} rows: {in_mebibytes(plan.peak)}"
+    return [Side(name, lambda image: fast(image, mask=mask), net.macs(image, mask="none").given)]
 
 
 def level_of(net: AdaptiveModel, name: str) -> int:
