@@ -7,9 +7,9 @@
 A U-Net of 32 to 512 channels with random weights and two classes, on a picture of street scenes beside each other. Each
 side runs in processes of its own: some are timed, and one gives freed memory back at once and tells by how much the
 call *raises* the peak of the resident set above its size before. The picture is there before, results are counted:
-whole sides return all of it, bands give rows (`net.optimize(memory=...).rows`), of which classes are kept. *Windows* is
-MONAI's `sliding_window_inference` (which has to be installed) with windows of 1,024 and an overlap of an eighth. *Error*
-is the largest difference from the network as given relative to its largest value, where that was measured.
+whole sides return all of it, bands give rows (`net.optimize(memory=...).rows`), of which classes are kept. *Windows*
+is MONAI's `sliding_window_inference` (which has to be installed) with windows of 1,024 and an overlap of an eighth.
+*Error* is the largest difference from the first side relative to its largest value, where that was measured.
 
 With `--plans` nothing is measured: the bands that several networks would take within some memories, and their work
 relative to computing each map once. With `--masks` the network is computed under floors, in bands and whole.

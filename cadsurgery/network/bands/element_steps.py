@@ -23,7 +23,9 @@ from cadsurgery.elements.whole_image import areas_in_bins
 from cadsurgery.network.bands.schedule import SAME, RowsRead
 from cadsurgery.network.bands.steps import Fetch, entries
 
-_MOST_ROWS = 8  # lattices of so many bands are remembered, with what is derived from them
+_MOST_ROWS = 2  # lattices of so many bands are remembered, with what is derived from them
+# Bytes of these for each fine pixel, as measured: elements of each pixel, kernel maps, and what is needed to make them.
+LATTICE = 28 * _MOST_ROWS
 Call = Callable[..., Any]  # with the rows of maps by node, and perhaps further options of the operation
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import operator
@@ -187,7 +188,9 @@ class BandReader:
         self.reading = BandPlan(graph, self.image)
         self.cells: Cells | None = None
         self.region = next((node for node in graph.nodes if node.target is ask_mask), None)
-        first = (partial(_coarsest, program.geometry),) if self.region is not None else ()
+        own = program.plan.identity_level
+        level = program.plan.max_level if own is None or program.unchanged is None else own
+        first = (partial(_lattice_of, program.geometry, level),) if self.region is not None else ()
         with torch.inference_mode(False), torch.no_grad():  # inference tensors do not tell changes in place
             given = {
                 name: value.to("meta") if isinstance(value, Tensor) else value
@@ -204,6 +207,12 @@ class BandReader:
         self.parts = dict[fx.Node, list[fx.Node]]()  # the maps that several values in one are read from
         self.values = dict[Key, Any]()  # of all that is no map, while a call runs
         self._refuse_changes_that_others_read()
+
+    def for_another_call(self) -> BandReader:
+        """Return a reader of the same graph that holds the values of another call."""
+        other = copy.copy(self)
+        other.parts, other.values = {}, {}
+        return other
 
     def fine_size(self) -> tuple[int, int]:
         """Return height and width of the fine map of the region."""
@@ -281,6 +290,7 @@ class BandReader:
                 self._name(node), grid.size[0], reading.channels[node] * size, step=self.cells.side
             )
             made.elements = self.cells.elements_above(grid).tolist()
+            made.lattice = element_steps.LATTICE * grid.size[1]
         else:
             shape, axis = reading.shapes[node], self._axis(node)
             reading.axis[node] = axis
@@ -658,9 +668,10 @@ def uniform(geometry: Geometry, level: int, size: tuple[int, int], batch: int = 
     return Pyramid(levels, geometry).lattice(geometry.stage_of_levels, size)
 
 
-def _coarsest(geometry: Geometry, image: Tensor, features: Tensor) -> Lattice:
-    """Return the lattice of the fewest cells for a fine map."""
-    return uniform(geometry, geometry.max_level, (features.shape[2], features.shape[3]), len(features))
+def _lattice_of(geometry: Geometry, level: int, image: Tensor, features: Tensor) -> Lattice:
+    """Return the lattice of a fine map with all cells at a level; at the network's own, shapes follow from those of
+    ordinary operations on dense maps."""
+    return uniform(geometry, level, (features.shape[2], features.shape[3]), len(features))
 
 
 def _is_number(value: Any) -> bool:

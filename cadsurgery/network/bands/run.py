@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,6 +17,7 @@ from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.lattice import Lattice, Pyramid
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.provider import MaskProvider
+from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.reading import BandPlan, BandReader, Key, uniform
 from cadsurgery.network.bands.schedule import Pass, used_by, walk
 from cadsurgery.network.bands.steps import Sum
@@ -140,35 +140,53 @@ def _largest(reading: BandPlan, walks: Walks) -> str:
 
 
 class _Held:
-    """The rows of a map that are there, in parts: along an axis of a dense map, or as elements."""
+    """The rows of a dense map that are there, in parts."""
 
-    def __init__(self, axis: int, lattice: Callable[[int, int], Lattice] | None = None) -> None:
-        self.axis, self.lattice = axis, lattice
-        self.parts = list[tuple[int, int, Any]]()
+    def __init__(self, axis: int) -> None:
+        """Take the axis along which rows are counted."""
+        self.axis = axis
+        self.parts = list[tuple[int, int, Tensor]]()
 
-    def add(self, first: int, end: int, rows: Any) -> None:
+    def add(self, first: int, end: int, rows: Tensor) -> None:
         self.parts.append((first, end, rows))
 
     def drop(self, row: int) -> None:
         self.parts = [part for part in self.parts if part[1] > row]
 
-    def rows(self, first: int, end: int) -> Any:
+    def rows(self, first: int, end: int) -> Tensor:
+        found = []
+        for at, stop, rows in self.parts:
+            begin, until = max(first, at), min(end, stop)
+            if begin < until:
+                is_all = (begin, until) == (at, stop)
+                found.append(rows if is_all else rows.narrow(self.axis, begin - at, until - begin))
+        return found[0] if len(found) == 1 else torch.cat(found, self.axis)
+
+
+class _HeldElements:
+    """The elements of whole cells that are there, in parts. Lattices, which take more memory, are made where they are
+    read."""
+
+    def __init__(self, cells: Cells, grid: Grid) -> None:
+        self.cells, self.grid = cells, grid
+        self.parts = list[tuple[int, int, Tensor, dict[int, int]]]()
+
+    def add(self, first: int, end: int, x: Elements) -> None:
+        inside = range(first + self.cells.side, end, self.cells.side)
+        numbers = {row: x.lattice.row_at(row - first) for row in inside}  # of the first element at a fine row
+        self.parts.append((first, end, x.rows, {first: 0, **numbers, end: len(x.rows)}))
+
+    def drop(self, row: int) -> None:
+        self.parts = [part for part in self.parts if part[1] > row]
+
+    def rows(self, first: int, end: int) -> Elements:
         found = [
-            rows
-            if (first, end) == (at, stop)
-            else self._narrow(rows, max(first - at, 0), min(end, stop) - at)
-            for at, stop, rows in self.parts
+            rows[numbers[max(first, at)] : numbers[min(end, stop)]]
+            for at, stop, rows, numbers in self.parts
             if at < end and stop > first
         ]
-        if self.lattice is None:
-            return found[0] if len(found) == 1 else torch.cat(found, self.axis)
-        rows = [one.rows for one in found]
-        return Elements(rows[0] if len(rows) == 1 else torch.cat(rows), self.lattice(first, end))
-
-    def _narrow(self, rows: Any, first: int, end: int) -> Any:
-        if self.lattice is None:
-            return rows.narrow(self.axis, first, end - first)
-        return Elements(rows.rows[rows.lattice.row_at(first) : rows.lattice.row_at(end)], rows.lattice)
+        rows = found[0] if len(found) == 1 else torch.cat(found)
+        return Elements(rows, self.cells.lattice(self.grid, first, end))
 
 
 class _Picture:
@@ -187,7 +205,7 @@ class BandedCall:
     def __init__(self, reader: BandReader, walks: Walks) -> None:
         self.reader, self.reading, self.walks = reader, reader.reading, walks
         self.nodes = list(self.reading.number)  # by number of their maps
-        self.held = dict[int, Any]()  # `_Held`, or `_Picture`
+        self.held = dict[int, Any]()  # `_Held`, `_HeldElements` or `_Picture`
 
     def run(self, arguments: dict[str, Any], lattice: Lattice | None = None) -> Any:
         """Return what the graph returns for the arguments of a call with one picture and, if it has a region, the
@@ -277,8 +295,10 @@ class BandedCall:
         if number not in self.held:
             node, cells = self.nodes[number], self.reader.cells
             grid = self.reading.grids.get(node)
-            lattice = partial(cells.lattice, grid) if grid is not None and cells is not None else None
-            self.held[number] = _Held(self.reading.axis.get(node, 0), lattice)
+            if grid is None or cells is None:
+                self.held[number] = _Held(self.reading.axis[node])
+            else:
+                self.held[number] = _HeldElements(cells, grid)
         return self.held[number]
 
 
@@ -361,7 +381,7 @@ class Bands:
             given = arguments if uniform is not None else {**arguments, name: read(0, image.shape[2])}
             (lattice,) = [uniform] if uniform is not None else self._lattices(provider, program, given)
             graph, is_own = self._graph(program, lattice)
-            reader = BandReader(program, graph, arguments, name)  # holds the values of this call alone
+            reader = self._reader(program, graph, {**arguments, name: image[:1]}).for_another_call()
             reading = reader.read(None if is_own else lattice, only_first=True)
             if not reading.map_outputs or reading.axis[reading.map_outputs[0]] != 2:
                 raise InvalidInput(

@@ -44,6 +44,7 @@ class BandMap:
         step: rows are computed in multiples of so many.
         copied: numbers of the maps whose rows are copied while it is computed.
         elements: how many elements lie above each row, where rows have different numbers of them.
+        lattice: bytes of lattices and kernel maps, for each row that is computed or read for it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class BandMap:
     step: int = 1
     copied: list[int] = field(default_factory=list)
     elements: Sequence[float] | None = None
+    lattice: int = 0
 
     def taken(self, first: int, end: int) -> float:
         """Return the bytes of rows [first, end)."""
@@ -110,11 +112,13 @@ class _Meter:
     def carry_out(self, task: Task) -> None:
         """Count a task. What another one computed is freed as a whole."""
         self._hold(task.number, task.first, task.end)
-        one, copies = self.maps[task.number], 0.0
+        one, copies, top, bottom = self.maps[task.number], 0.0, task.first, task.end
         for source, rows in one.reads:
             if source in one.copied:
                 first, end = rows.within(task.first, task.end, self.maps[source].height)
                 copies += self.maps[source].taken(min(first, end), end)
+                top, bottom = min(top, first), max(bottom, end)
+        copies += one.lattice * (bottom - top)
         if self.total + copies > self.peak:
             self.peak = self.total + copies
             alive = {number: sum(taken for _, taken in parts) for number, parts in self.held.items()}
