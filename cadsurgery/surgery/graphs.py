@@ -101,7 +101,8 @@ def changes_in_place(node: fx.Node, called: Callable[[fx.Node], Any]) -> bool:
 
 
 def read_elsewhere(node: fx.Node, called: Callable[[fx.Node], Any]) -> set[fx.Node]:
-    """Return what reads the memory that a node changes in place, through the same value or another view of it."""
+    """Return what reads the memory that a node changes in place, through the same value or another view of it, but not
+    through the node."""
 
     def is_view(one: fx.Node) -> bool:
         target = called(one)
@@ -114,7 +115,8 @@ def read_elsewhere(node: fx.Node, called: Callable[[fx.Node], Any]) -> set[fx.No
         whole = _first_operand(whole)
     sharing = [whole]
     for one in sharing:
-        sharing += [user for user in one.users if _first_operand(user) is one and is_view(user)]
+        views = (user for user in one.users if _first_operand(user) is one and is_view(user))
+        sharing += [user for user in views if user is not node]
     return {user for one in sharing for user in one.users} - {*sharing, node}
 
 

@@ -30,7 +30,7 @@ from cadsurgery.network import fuse
 from cadsurgery.network.model import OptimizedModel
 
 MIXED = "random:fraction=0.4,seed=3,block=3"
-CONVOLUTIONS = {"resnet18": 18 + 2, "mobilenet_v2": 52, "vgg11_bn": 8}
+CONVOLUTIONS = {"resnet18": 18 + 2, "mobilenet_v2": 52, "vgg11_bn": 8, "mobilenet_v3_small": 52}
 
 
 def modules_of(net: cs.AdaptiveModel) -> list[nn.Module]:
