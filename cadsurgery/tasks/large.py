@@ -6,9 +6,9 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.files import as_file_error, make_folder, write_whole
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.tasks.figures import CLASSES, palette
-
-if TYPE_CHECKING:
-    from cadsurgery.tasks.predictor import PredictionSettings, Row
 
 Count = Callable[[Tensor, int], Counter[int]]  # the pixels of each class of rows (rows, W) of so many classes
 
@@ -47,17 +44,28 @@ class LargePicture:
     """A picture (C, H, W) of a TIFF file as a network takes it, of which rows are read where it is sliced."""
 
     def __init__(
-        self, path: str, source: Any, settings: PredictionSettings, dtype: torch.dtype | None = None
+        self,
+        path: str,
+        source: Any,
+        bands: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
+        size: tuple[int, int] | None = None,
+        view: str = "",
     ) -> None:
-        """Open the file for a network's `source`; `dtype` is the type of its pictures.
+        """Open a file.
+
+        Args:
+            path: the file.
+            source: the network's source.
+            bands: the bands to take instead of the source's.
+            dtype: type of the network's pictures.
+            size, view: as of a run; others than the usual need the whole picture.
 
         Raises:
-            InvalidInput: the settings need the whole picture.
+            FileError: see `TiffRows`.
+            InvalidInput: the picture is to be resized, or drawn upon.
         """
-        for name, value, usual in (
-            ("--size", settings.size, None),
-            ("--view", settings.view or CLASSES, CLASSES),
-        ):
+        for name, value, usual in (("--size", size, None), ("--view", view or CLASSES, CLASSES)):
             if value != usual:
                 raise InvalidInput(
                     f"{name} for {path}, which is read in rows.",
@@ -65,7 +73,7 @@ class LargePicture:
                     next="leave it out, or give more memory.",
                 )
         self.file, self.path, self._source, self._dtype = tiff.TiffRows(path), path, source, dtype
-        self._bands = settings.bands or (source.bands if source is not None else ())
+        self._bands = bands or (source.bands if source is not None else ())
         self.shape = (self[:, :1].shape[0], *self.file.shape[1:])
 
     def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
@@ -82,7 +90,7 @@ class LargePicture:
         return normalise(rows, self._source).to(self._dtype)
 
 
-class _Part:
+class _WrittenRows:
     """The prediction of a picture as far as it is written: a TIFF file beside its place, and what is known of it."""
 
     def __init__(self, target: Path, made_of: dict[str, Any]) -> None:
@@ -141,7 +149,9 @@ class _Part:
             self._known.unlink(missing_ok=True)
 
 
-def predict_large(net: Any, picture: LargePicture, target: str, made_by: dict[str, Any], count: Count) -> Row:
+def predict_large(
+    net: Any, picture: LargePicture, target: str, made_by: dict[str, Any], count: Count
+) -> dict[str, Any]:
     """Predict a picture in rows and write the classes of its pixels; of a network with one channel its values.
 
     What a run that was ended has written of the same picture, by the same settings, is not computed again.
@@ -155,7 +165,7 @@ def predict_large(net: Any, picture: LargePicture, target: str, made_by: dict[st
     height, width = picture.shape[1:]
     status = os.stat(picture.path)
     made_of = {"path": os.path.abspath(picture.path), "bytes": status.st_size, "changed": status.st_mtime_ns}
-    part = _Part(Path(target), made_of | {"by": json.loads(json.dumps(made_by, default=str))})
+    part = _WrittenRows(Path(target), made_of | {"by": json.loads(json.dumps(made_by, default=str))})
     with torch.inference_mode():
         start = time.perf_counter()
         result = net.rows(picture, start=part.rows)

@@ -182,7 +182,9 @@ class Predictor:
     def _read(self, item: Item) -> Picture:
         try:
             if item.target.endswith(".tif"):
-                return Picture(item, large=LargePicture(item.source, self.source, self.settings, self._dtype))
+                how = self.settings
+                large = LargePicture(item.source, self.source, how.bands, self._dtype, how.size, how.view)
+                return Picture(item, large=large)
             read = read_picture_for(self.source, item.source, self.settings.size, content=item.content)
             return Picture(item, read)
         except CadError as error:

@@ -109,7 +109,7 @@ def test_a_killed_run_goes_on_behind_the_rows_that_are_there(
     for module in (predictor, run):
         monkeypatch.setattr(module, "class_names", lambda _: tuple("abcdef"))
     whole = predict(file, picture, tmp_path / "at once", mask=mask)
-    write, seen = large._Part.write, list[int]()
+    write, seen = large._WrittenRows.write, list[int]()
 
     def until_killed(part: Any, first: int, *others: Any) -> None:
         if len(seen) == 3:
@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on_behind_the_rows_that_are_there(
         seen.append(first)
         write(part, first, *others)
 
-    monkeypatch.setattr(large._Part, "write", until_killed)
+    monkeypatch.setattr(large._WrittenRows, "write", until_killed)
     with pytest.raises(Killed):
         predict(file, picture, tmp_path / "out", mask=mask)
     assert not (tmp_path / "out" / "page.tif").exists()
@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_behind_the_rows_that_are_there(
         seen.append(first)
         write(part, first, *others)
 
-    monkeypatch.setattr(large._Part, "write", noted)
+    monkeypatch.setattr(large._WrittenRows, "write", noted)
     report = predict(file, picture, tmp_path / "out", mask=mask, resume=True)
     assert seen[0] > before[1]  # the first rows are not computed again
     ended, at_once = ((tmp_path / name / "page.tif").read_bytes() for name in ("out", "at once"))
@@ -142,8 +142,8 @@ def test_another_picture_or_mask_does_not_go_on_with_what_is_there(
     def killed(part: Any, *_: Any) -> None:
         raise Killed
 
-    write = large._Part.write
-    monkeypatch.setattr(large._Part, "write", lambda part, *rest: (write(part, *rest), killed(part)))
+    write = large._WrittenRows.write
+    monkeypatch.setattr(large._WrittenRows, "write", lambda part, *rest: (write(part, *rest), killed(part)))
     with pytest.raises(Killed):
         predict(file, picture, tmp_path / "out")
     picture.write_bytes(picture.read_bytes() + b"\0")
@@ -153,7 +153,7 @@ def test_another_picture_or_mask_does_not_go_on_with_what_is_there(
         seen.append(first)
         write(part, first, *others)
 
-    monkeypatch.setattr(large._Part, "write", noted)
+    monkeypatch.setattr(large._WrittenRows, "write", noted)
     predict(file, picture, tmp_path / "out", resume=True)
     assert seen[0] == 0
 

@@ -189,7 +189,7 @@ class _HeldElements:
         return Elements(rows, self.cells.lattice(self.grid, first, end))
 
 
-class _Picture:
+class _ReadPicture:
     """The rows of the picture, which are read when they are asked for."""
 
     def __init__(self, read: ReadRows) -> None:
@@ -205,7 +205,7 @@ class BandedCall:
     def __init__(self, reader: BandReader, walks: Walks) -> None:
         self.reader, self.reading, self.walks = reader, reader.reading, walks
         self.nodes = list(self.reading.number)  # by number of their maps
-        self.held = dict[int, Any]()  # `_Held`, `_HeldElements` or `_Picture`
+        self.held = dict[int, Any]()  # `_Held`, `_HeldElements` or `_ReadPicture`
 
     def run(self, arguments: dict[str, Any], lattice: Lattice | None = None) -> Any:
         """Return what the graph returns for the arguments of a call with one picture and, if it has a region, the
@@ -231,7 +231,7 @@ class BandedCall:
         for node in reading.graph.nodes:
             if node.target is ask_mask or (node.op == "placeholder" and str(node.target) not in arguments):
                 values[node] = lattice if node.target is ask_mask else None
-        self.held = {0: _Picture(read)}
+        self.held = {0: _ReadPicture(read)}
         self._evaluate(arguments, 0)
         for at, (one, kept) in enumerate(zip(self.walks.passes, self.walks.kept, strict=True)):
             is_last = at == len(self.walks.passes) - 1
