@@ -202,22 +202,36 @@ class TiffRows:
         self._page, samples = page, int(page.samplesperpixel)
         self.shape, self.has_alpha = (samples, int(page.imagelength), int(page.imagewidth)), _has_alpha(page)
         self._is_planar = samples > 1 and int(page.planarconfig) != 1
-        is_raw = page.is_contiguous and page.compression == 1 and page.predictor == 1
-        self._is_raw = bool(is_raw and page.bitspersample == 8 * page.dtype.itemsize)
+        is_plain = (
+            page.is_contiguous and page.compression == 1 and page.predictor == 1 and page.dtype is not None
+        )
+        self._is_raw = bool(is_plain and page.bitspersample == 8 * page.dtype.itemsize)
         self._height = int(page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength))
         self._decoded = dict[int, np.ndarray[Any, Any]]()
-        why, next_ = "", "store it upright in grey or colour, in tiles (in tifffile: tile=(512, 512))."
+        if (refusal := self._refusal(series)) is not None:
+            self.close()
+            raise refusal
+
+    def _refusal(self, series: Sequence[Any]) -> FileError | None:
+        """Return why the file cannot be read in rows, if so."""
+        page, path = self._page, self._path
         if _band_axes(series) is None or len(series[0].pages) > 1:
-            raise _of_several(path, series)
-        if int(page.tags.valueof(_ORIENTATION, 1)) != 1:
+            return _of_several(path, series)
+        if page.dtype is None:
+            why = f"its values have {page.bitspersample} bits."
+        elif int(page.tags.valueof(_ORIENTATION, 1)) != 1:
             why = "its orientation says that it is shown turned or mirrored."
         elif int(page.photometric) not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB):
             why = f"its values are of kind {getattr(page.photometric, 'name', page.photometric)}."
         elif not self._is_raw and self._height * self._row_bytes > _MOST_DECODED:
             why = f"it is stored in pieces of {self._height} rows, which are decoded as a whole."
-        if why:
-            self.close()
-            raise FileError(f"{path} cannot be read in rows.", why=why, next=next_)
+        else:
+            return None
+        return FileError(
+            f"{path} cannot be read in rows.",
+            why=why,
+            next="store it upright in grey or colour, in tiles (in tifffile: tile=(512, 512)).",
+        )
 
     @property
     def _row_bytes(self) -> int:

@@ -576,7 +576,8 @@ class OptimizedModel(AdaptiveModel):
     def rows(
         self, picture: Any, *args: Any, mask: object = None, start: int = 0, **kwargs: Any
     ) -> RowsOfResult:
-        """Compute a picture that need not fit into memory; the result is given in rows, see `RowsOfResult`.
+        """Compute a picture that does not fit into memory: the first map of the output comes in rows, as they are
+        computed; see `RowsOfResult`.
 
         Args:
             picture: (C, H, W) as the network takes it: a tensor, or anything with a shape of which `picture[:, a:b]`

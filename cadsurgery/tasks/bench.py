@@ -309,7 +309,7 @@ def _compare(
     others = [
         *rival_sides(first.net, first.image.float().contiguous(), setup, folder, step),
         *smaller_sides(first.net, first.image, setup, first.runs),
-        *banded_sides(first.net, first.image, setup),
+        *banded_sides(first.net, first.image, setup, first.dense),
         *own,
     ]
     high, low, *rows = measure(

@@ -7,6 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,45 +99,34 @@ class _WrittenRows:
         self.file = target.with_name(f".{target.name}.part")
         self._known = target.with_name(f".{target.name}.json")
         self.rows, self.counts, self.milliseconds = 0, Counter[int](), 0.0
-        self._offset, self._row = 0, 0
-        try:
+        self._offset = 0
+        self._kind: np.dtype[Any] = np.dtype(np.uint8)
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # nothing was written yet
             known = json.loads(self._known.read_text())
+            counts = Counter({int(number): count for number, count in known["counts"].items()})
+            found = known["rows"], known["offset"], known["milliseconds"]
             if self.file.exists() and known["made of"] == made_of:
-                self.rows, self._offset, self.milliseconds = (
-                    known["rows"],
-                    known["offset"],
-                    known["milliseconds"],
-                )
-                self.counts = Counter({int(number): count for number, count in known["counts"].items()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # nothing was written yet
+                self.rows, self._offset, self.milliseconds = found
+                self.counts = counts
 
     def begin(self, size: tuple[int, int], channels: int) -> None:
         """Make the file, unless there are rows in it: classes with their colours; one channel as its values."""
-        kind = np.float32 if channels == 1 else np.uint8 if channels <= 256 else np.uint16
-        self._row = size[1] * np.dtype(kind).itemsize
+        self._kind = np.dtype(np.float32 if channels == 1 else np.uint8 if channels <= 256 else np.uint16)
         if not self.rows:
             make_folder(self.target.parent)
-            colours = palette().T.astype(np.uint16) * 257 if kind == np.uint8 else None
+            colours = palette().T.astype(np.uint16) * 257 if self._kind == np.uint8 else None
             with as_file_error(f"{self.target} cannot be written.", "choose another --output."):
-                self._offset = tiff.make_empty(self.file, size, kind, colours)
+                self._offset = tiff.make_empty(self.file, size, self._kind, colours)
 
     def write(self, first: int, values: Tensor, counts: Counter[int], milliseconds: float) -> None:
         """Write rows (rows, W), and then that they are there."""
-        kind = (
-            np.float32
-            if values.is_floating_point()
-            else np.uint8
-            if self._row == values.shape[1]
-            else np.uint16
-        )
-        written = values[max(self.rows - first, 0) :]  # of a run that was ended
+        missing = values[max(self.rows - first, 0) :]  # others are those of a run that was ended
         self.rows, self.milliseconds = first + len(values), self.milliseconds + milliseconds
         self.counts += counts
         with as_file_error(f"{self.target} cannot be written.", "choose another --output."):
             with self.file.open("r+b") as file:
-                file.seek(self._offset + (self.rows - len(written)) * self._row)
-                file.write(written.numpy().astype(kind).tobytes())
+                file.seek(self._offset + (self.rows - len(missing)) * values.shape[1] * self._kind.itemsize)
+                file.write(missing.numpy().astype(self._kind).tobytes())
             known = {"made of": self._made_of, "rows": self.rows, "offset": self._offset}
             known |= {"milliseconds": self.milliseconds, "counts": self.counts}
             with write_whole(self._known) as path:

@@ -283,6 +283,33 @@ def test_rows_are_those_of_the_call_from_any_start(name: str, mask: str) -> None
     assert tasks[-1] < tasks[0]
 
 
+class Watched:
+    """A picture that notes the most rows that were read of it at once."""
+
+    def __init__(self, image: Tensor) -> None:
+        self.image, self.shape, self.most = image, image.shape, 0
+
+    def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
+        rows = self.image[place]
+        self.most = max(self.most, rows.shape[1])
+        return rows
+
+
+@pytest.mark.parametrize("mask", ["all", "none", MASK])
+def test_rows_can_be_computed_again_and_leave_gradients_to_the_caller(mask: str) -> None:
+    """Only a mask that looks at the picture is given all of it."""
+    net = unverified(made("strided"), mask, example_input=picture(64, 96), coarsest=16)
+    watched = Watched(picture(256, 96)[0])
+    with bands_of(16):
+        rows = net.optimize(memory=MUCH).rows(watched)
+    seen = []
+    for _, part in rows:
+        assert torch.is_grad_enabled() and not part.requires_grad
+        seen.append(part)
+    assert torch.equal(torch.cat(seen, 1), torch.cat([part for _, part in rows], 1))
+    assert torch.is_grad_enabled() and (watched.most == 256) == (mask == MASK)
+
+
 def test_rows_of_what_has_no_such_rows_are_refused() -> None:
     net = unverified(made("strided"), "all", example_input=picture(64, 96), coarsest=16)
     with pytest.raises(cs.InvalidInput, match="is no row of the result"):

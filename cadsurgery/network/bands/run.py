@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -99,7 +100,12 @@ def _read_later(reading: BandPlan, at: int) -> set[int]:
 
 
 def fit(reading: BandPlan, memory: int, start: int = 0) -> Walks:
-    """Return the walks that need the least work within a memory, in bytes, for results from a row on.
+    """Return the walks that need the least work within a memory.
+
+    Args:
+        reading: the maps of the network.
+        memory: bytes that maps may take.
+        start: the first row of the results that is asked for.
 
     Raises:
         InvalidInput: bands of the fewest rows need more.
@@ -267,9 +273,8 @@ class BandedCall:
 
         def computed() -> Iterator[tuple[fx.Node, int, Any]]:
             for node in {node: None for node in (*wanted, *summed) if number[node] in held}:
-                height = reading.maps[
-                    number[node]
-                ].height  # of the picture, or a whole map of an earlier walk
+                # Of the picture, or of a map that an earlier walk has kept.
+                height = reading.maps[number[node]].height
                 for first in range(0, height, self.walks.band):
                     yield node, first, held[number[node]].rows(first, min(first + self.walks.band, height))
             for task in (task for tasks in one.bands for task in tasks):
@@ -304,7 +309,7 @@ class BandedCall:
 
 @dataclass
 class RowsOfResult:
-    """The first map of a network's output, in rows: iterate over it to compute them, from the top.
+    """The first map of a network's output, in rows. Each iteration computes them, from the top; one at a time.
 
     Attributes:
         shape: (C, H, W) of the map.
@@ -315,13 +320,13 @@ class RowsOfResult:
     shape: tuple[int, ...]
     levels: Tensor
     walks: Walks
-    _rows: Iterator[tuple[fx.Node, int, Tensor]]
+    _compute: Callable[[], Iterator[tuple[fx.Node, int, Tensor]]]
 
+    @torch.no_grad()  # as a decorator it does not hold for the code of the caller between two rows
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the number of a row, and rows (C, rows, W) from there on."""
-        with torch.no_grad():
-            for _, first, rows in self._rows:
-                yield first, rows[0]
+        for _, first, rows in self._compute():
+            yield first, rows[0]
 
 
 class Bands:
@@ -369,17 +374,17 @@ class Bands:
         self, provider: MaskProvider, start: int, read: ReadRows, program: Program, arguments: dict[str, Any]
     ) -> RowsOfResult:
         """Return the first map of the output in rows, from `start` on. Of the picture in the arguments only size and
-        type are asked; a mask other than a uniform one is given all that `read` gives.
+        type are asked; `read` gives its rows, and all of it to masks other than `all` and `none`.
 
         Raises:
             CannotConvert, InvalidInput: as for a call; or the output holds no map.
         """
         program.check_kinds(arguments)
         image, name = self._image(provider, program, arguments), program.image_name
-        with torch.no_grad():
-            uniform = self._uniform_lattice(provider, program, arguments)
-            given = arguments if uniform is not None else {**arguments, name: read(0, image.shape[2])}
-            (lattice,) = [uniform] if uniform is not None else self._lattices(provider, program, given)
+        with self._lock, torch.no_grad():
+            is_seen = not isinstance(provider, UniformMask)
+            given = {**arguments, name: read(0, image.shape[2])} if is_seen else arguments
+            (lattice,) = self._lattices(provider, program, given)
             graph, is_own = self._graph(program, lattice)
             reader = self._reader(program, graph, {**arguments, name: image[:1]}).for_another_call()
             reading = reader.read(None if is_own else lattice, only_first=True)
@@ -395,8 +400,8 @@ class Bands:
                     next=f"give 0 to {shape[1] - 1}.",
                 )
             walks = fit(reading, self.memory, start)
-        rows = BandedCall(reader, walks).rows(arguments, None if is_own else lattice, read)
-        return RowsOfResult(shape, lattice.pyramid.levels, walks, rows)
+        compute = partial(BandedCall(reader, walks).rows, arguments, None if is_own else lattice, read)
+        return RowsOfResult(shape, lattice.pyramid.levels, walks, compute)
 
     def _image(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Tensor:
         image: Any = program.image(arguments)
@@ -414,10 +419,14 @@ class Bands:
 
     def _lattices(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> list[Lattice]:
         """Return the lattice of each picture of a call."""
-        image, name = program.image(arguments), program.image_name
-        if (same := self._uniform_lattice(provider, program, arguments)) is not None:
-            return [same] * len(image)
-        reader = self._reader(program, program.graph, {**arguments, name: image[:1]})
+        image, name, own = program.image(arguments), program.image_name, program.plan.identity_level
+        first = {**arguments, name: image[:1]}
+        if isinstance(provider, UniformMask) and program.unchanged is not None:
+            level = 0 if provider.high else program.plan.max_level
+            if level == own:
+                size = self._reader(program, program.unchanged, first).fine_size()
+                return [uniform(program.geometry, level, size)] * len(image)
+        reader = self._reader(program, program.graph, first)
         assert reader.region is not None
         features = image
         if reader.region.args[2] is not reader.image:
@@ -431,19 +440,6 @@ class Bands:
         lattice = program.masking(provider)(image, features)
         pyramids = [Pyramid(levels, program.geometry) for levels in lattice.pyramid.levels.split(1)]
         return [one.lattice(lattice.stage, lattice.size) for one in pyramids]
-
-    def _uniform_lattice(
-        self, provider: MaskProvider, program: Program, arguments: dict[str, Any]
-    ) -> Lattice | None:
-        """Return the lattice of a mask by which the network runs as it was given; None for any other."""
-        if not isinstance(provider, UniformMask) or program.unchanged is None:
-            return None
-        level, image = 0 if provider.high else program.plan.max_level, program.image(arguments)
-        if level != program.plan.identity_level:
-            return None
-        first = {**arguments, program.image_name: image[:1]}
-        size = self._reader(program, program.unchanged, first).fine_size()
-        return uniform(program.geometry, level, size)
 
     def _graph(self, program: Program, lattice: Lattice) -> tuple[fx.Graph, bool]:
         """Return the graph that computes a picture, and whether it is the network's own: where all cells are as

@@ -98,9 +98,8 @@ class _Meter:
 
     def __init__(self, maps: Sequence[BandMap], known: Collection[int]) -> None:
         self.maps, self.total, self.peak, self.largest = maps, 0.0, 0.0, dict[int, float]()
-        self.held: dict[int, list[tuple[int, float]]] = defaultdict(
-            list
-        )  # end and bytes of what a task computed
+        # End and bytes of what each task computed, by map.
+        self.held: dict[int, list[tuple[int, float]]] = defaultdict(list)
         for number in known:
             self._hold(number, 0, maps[number].height)
 

@@ -22,6 +22,7 @@ from cadsurgery.network.export.dense import write_dense
 from cadsurgery.network.export.engine import Engine
 from cadsurgery.network.export.engines import ENGINES, options_for
 from cadsurgery.network.export.int8 import to_8_bits
+from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.defaults import KERNELS
 from cadsurgery.support.files import make_folder
@@ -151,8 +152,9 @@ def smaller_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, runs: Run
     return [Side(f"{HIGH} at {size[0]}x{size[1]}", lambda image: run(resized(image, size)), macs)]
 
 
-def banded_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark) -> list[Side]:
-    """Return the side of the network as given in bands of rows, named by what they take; none without `setup.memory`.
+def banded_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, counted: MacReport) -> list[Side]:
+    """Return the side of the network as given in bands of rows (of dense low, if no level is the network's own), named
+    by what they take; none without `setup.memory`.
 
     Raises:
         CannotConvert: an operation needs a whole map.
@@ -160,12 +162,11 @@ def banded_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark) -> list[Si
     """
     if not setup.memory:
         return []
-    mask = "all" if net.plan.identity_level == 0 else "none"
-    fast = net.optimize(memory=setup.memory)
+    own, fast = net.plan.identity_level, net.optimize(memory=setup.memory)
+    mask, macs = ("all", counted.high) if own == 0 else ("none", counted.low)
     plan = fast.plan_memory(image[:1], mask=mask)
-    name = f"as given, in bands of {plan.band} rows: {in_mebibytes(plan.peak)}"
-    counted = net.macs(image, mask="none")
-    macs = counted.high if mask == "all" else counted.low
+    which = "as given" if own in (0, net.plan.max_level) else LOW
+    name = f"{which}, in bands of {plan.band} rows: {in_mebibytes(plan.peak)}"
     return [Side(name, lambda image: fast(image, mask=mask), macs)]
 
 
