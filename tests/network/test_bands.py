@@ -8,6 +8,7 @@ import operator
 import os
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 import cadsurgery as cs
+from cadsurgery.elements import kernel_map
 from cadsurgery.network.bands import run, schedule
 from cadsurgery.network.bands.schedule import SAME, BandMap, RowsRead
 from cadsurgery.support.memory import bytes_of
@@ -35,7 +37,7 @@ MASK = "gradient | budget:fraction=0.4"
 def bands_of(rows: int) -> Iterator[None]:
     """Within, every band has so many rows of the tallest map."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_bands", lambda tallest: iter([rows]))
+        patch.setattr(run, "_bands", lambda *_: iter([rows]))
         yield
 
 
@@ -350,6 +352,40 @@ def test_the_memory_grows_with_the_width_and_not_with_the_height() -> None:
             for height, width in ((256, 128), (1024, 128), (256, 256))
         ]
     assert peaks[1] <= 1.1 * peaks[0] and peaks[2] > 1.8 * peaks[0]
+
+
+@pytest.mark.parametrize("name", ["segmenter", "residual segmenter"])
+@torch.no_grad()
+def test_rows_with_many_elements_and_with_few_follow_each_other(name: str) -> None:
+    """The memory of maps becomes larger and smaller, and their elements move."""
+    image = torch.zeros(1, 3, 611, 90, dtype=torch.float64)
+    for first, end in ((40, 120), (190, 200), (300, 480), (560, 611)):
+        image[:, :, first:end] = picture(end - first, 90)
+    net = unverified(made(name), "gradient | budget:fraction=0.5", example_input=picture(64, 96), coarsest=16)
+    assert difference(net.optimize()(image), net.optimize(memory=MUCH)(image)) < 1e-9
+
+
+@torch.no_grad()
+def test_layers_behind_each_other_share_kernel_maps_which_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_maps, alive = list[Any](), list[int]()
+    layers = [nn.Conv2d(3, 8, 3, 2, 1), *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(6))]
+    model = seeded(lambda: nn.Sequential(*layers))
+    net = unverified(model, MASK, example_input=picture(64, 96), coarsest=16)
+    image, find = picture(320, 64), kernel_map.find_taps
+
+    def counted(*args: Any) -> Any:
+        found = find(*args)
+        made_maps.append(weakref.ref(found[0]))
+        alive.append(sum(one() is not None for one in made_maps))
+        return found
+
+    monkeypatch.setattr(kernel_map, "find_taps", counted)
+    net.optimize(memory=MUCH)(image)
+    rows = 320 // 16
+    assert (
+        rows <= len(made_maps) <= 3 * rows
+    )  # one for each row of the seven layers' two windows, and at the exit
+    assert max(alive) <= 8
 
 
 @torch.no_grad()
