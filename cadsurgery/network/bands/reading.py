@@ -173,7 +173,7 @@ class _ShapesOfMaps(GraphInterpreter):
         elif isinstance(value, Elements):  # several maps in one
             self.reading.several.add(n)
         elif _is_number(value):
-            self.reading.numbers[n] = value
+            self.reading.numbers[n] = torch.device("cpu") if isinstance(value, torch.device) else value
         return value
 
 

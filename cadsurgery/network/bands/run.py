@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,14 +17,15 @@ from torch.fx.node import map_arg
 from cadsurgery.elements.axes import fast_layout
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.lattice import Lattice, Pyramid
-from cadsurgery.masks.basic import UniformMask
+from cadsurgery.masks.basic import KeepAll, RandomMask, UniformMask
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.bands.element_steps import Cells, Grid, WindowOfElements
 from cadsurgery.network.bands.reading import BandPlan, BandReader, Key, copied, uniform
 from cadsurgery.network.bands.schedule import SPARE, Pass, Task, is_table_kept, joined, used_by, walk
 from cadsurgery.network.bands.steps import Sum
+from cadsurgery.network.bands.turned import agree, turned_lattice, turned_maps, turned_program
 from cadsurgery.network.program import Masked, Program
-from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.support.memory import in_mebibytes
 from cadsurgery.support.pages import offering
 from cadsurgery.support.torch_internals import tree_map
@@ -33,7 +35,12 @@ ReadRows = Callable[[int, int], Tensor]  # rows [first, end) of a picture, (1, C
 _MOST_BANDS = 4096  # of one walk
 _MOST_SPARE = 1.5  # of the memory of joined elements: so many times what is needed, before it is made smaller
 _MOST_READERS = 4  # kinds of calls that are remembered
+_TRIED = 64, 224, 288  # channels and size of a noise by which turned networks are tried
 _WHOLE = "run it whole: net.optimize() without memory=."
+
+
+class TooLittle(InvalidInput):
+    """No bands of rows fit into a memory."""
 
 
 @dataclass
@@ -110,7 +117,7 @@ def fit(reading: BandPlan, memory: int, start: int = 0) -> Walks:
         start: the first row of the results that is asked for.
 
     Raises:
-        InvalidInput: bands of the fewest rows need more.
+        TooLittle: bands of the fewest rows need more.
     """
     tallest, least = max(one.height for one in reading.maps), None
     ways = (True, False) if any(reading.sums) else (False,)
@@ -122,7 +129,7 @@ def fit(reading: BandPlan, memory: int, start: int = 0) -> Walks:
             if least is None or walks.peak < least.peak:
                 least = walks
     assert least is not None
-    raise InvalidInput(
+    raise TooLittle(
         f"{in_mebibytes(memory)} are too little for this picture.",
         where="memory",
         why=f"in bands of {least.band} rows its maps take {in_mebibytes(least.peak)}, "
@@ -451,6 +458,7 @@ class Bands:
         """Take the memory in bytes."""
         self.memory = memory
         self._readers = dict[tuple[Any, ...], BandReader]()
+        self._turned = dict[int, Program | None]()  # by the number of a graph, which the programs hold
         self._walks = WeakKeyDictionary[BandReader, Walks]()  # of the network's own graph: one for each size
         self._lock = RLock()  # a reader holds the values of the call that is running
 
@@ -471,8 +479,7 @@ class Bands:
             outputs = []
             for one, lattice in zip(image.split(1), lattices, strict=True):
                 call = {**arguments, name: one}
-                reader, walks = self._prepare(program, call, lattice)
-                outputs.append(BandedCall(reader, walks).run(call, lattice))
+                outputs.append(self._way(program, call, lattice)[1]())
         output = outputs[0] if len(outputs) == 1 else tree_map(_join, *outputs)
         levels = [lattice.pyramid.levels for lattice in lattices]
         pyramid = Pyramid(levels[0] if len(levels) == 1 else torch.cat(levels), program.geometry)
@@ -483,7 +490,7 @@ class Bands:
         image, name = self._image(provider, program, arguments), program.image_name
         with self._lock, torch.no_grad():
             call = {**arguments, name: image[:1]}
-            return self._prepare(program, call, self._lattices(provider, program, call)[0])[1]
+            return self._way(program, call, self._lattices(provider, program, call)[0])[0]
 
     def rows(
         self, provider: MaskProvider, start: int, read: ReadRows, program: Program, arguments: dict[str, Any]
@@ -563,6 +570,59 @@ class Bands:
         if unchanged is not None and lattice.uniform_level == program.plan.identity_level:
             return unchanged, True
         return program.graph, False
+
+    def _way(
+        self, program: Program, call: dict[str, Any], lattice: Lattice
+    ) -> tuple[Walks, Callable[[], Any]]:
+        """Return the walks of a picture, and what computes it: in rows or, of a picture that is wider than high, in
+        columns if rows do not fit."""
+        name = program.image_name
+        try:
+            reader, walks = self._prepare(program, call, lattice)
+            return walks, partial(BandedCall(reader, walks).run, call, lattice)
+        except TooLittle:
+            if call[name].shape[3] <= call[name].shape[2]:
+                raise
+            turned = self._turned_program(program, call)
+            if turned is None:
+                raise
+        call, lattice = {**call, name: call[name].transpose(2, 3)}, turned_lattice(lattice)
+        reader, walks = self._prepare(turned, call, lattice)
+        return walks, lambda: turned_maps(BandedCall(reader, walks).run(call, lattice))
+
+    def _turned_program(self, program: Program, call: dict[str, Any]) -> Program | None:
+        """Return the program for turned pictures; None if there is none, which is tried on a part of the picture, with
+        cells of several levels."""
+        key, name = id(program.graph), program.image_name
+        if key not in self._turned:
+            turned = turned_program(program)
+            image = call[name]
+            size = [min(have, most) for have, most in zip(image.shape[1:], _TRIED, strict=True)]
+            noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+            part = {**call, name: noise.to(image)}
+            if turned is not None and not all(
+                self._turns(program, turned, part, mask) for mask in (KeepAll(), RandomMask(seed=0))
+            ):
+                turned = None
+            self._turned[key] = turned
+        return self._turned[key]
+
+    def _turns(self, program: Program, turned: Program, call: dict[str, Any], mask: MaskProvider) -> bool:
+        """True if a program gives the results of another one, turned."""
+        name, bands = program.image_name, Bands(sys.maxsize)
+        across = {**call, name: call[name].transpose(2, 3)}
+        try:
+            (lattice,) = self._lattices(mask, program, call)
+            outputs = [
+                BandedCall(*bands._prepare(one, given, cells)).run(given, cells)
+                for one, given, cells in (
+                    (program, call, lattice),
+                    (turned, across, turned_lattice(lattice)),
+                )
+            ]
+        except (CadError, RuntimeError):
+            return False
+        return agree(outputs[0], turned_maps(outputs[1]))
 
     def _prepare(self, program: Program, call: dict[str, Any], lattice: Lattice) -> tuple[BandReader, Walks]:
         """Return the reader of the graph that computes a picture, and its walks."""
