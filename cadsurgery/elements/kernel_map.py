@@ -410,7 +410,8 @@ def _find_on_gpu(
     """Return the reading of taps so many fine pixels down and across from `targets`, see `find_taps`."""
     assert source.capacity is not None
     cells = (source.index, source.anchors, source.levels)
-    halo = max(source.index.numel() - source.capacity[0], 0) if _has_halo(source) else 0
+    entries = targets.numel() * len(steps[0]) * len(steps[1])
+    halo = max(min(source.index.numel() - source.capacity[0], entries), 0) if _has_halo(source) else 0
     table, sources, mix, used = gpu_maps.shift_taps(
         cells, source.geometry.sides, targets, (source.size, size), steps, halo
     )

@@ -101,17 +101,19 @@ def _starts(rows, shift, source, outside, C: tl.constexpr, HALO: tl.constexpr, W
 @_jit
 def _first_entries(table, places, n, place, count, TAPS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return where the first taps of outputs n are in a table, with a row per output or, given `places`, of samples."""
-    if places is None:
-        return table + place * TAPS
-    return table + tl.load(places + n, mask=n < count, other=0)
+    first = place * TAPS
+    if places is not None:
+        first = tl.load(places + n, mask=n < count, other=0)
+    return table + first
 
 
 @_jit
 def _behind(tap, places, down, across, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return how many entries behind its output's first tap a tap is; among samples the window has lines of ACROSS."""
-    if places is None:
-        return tap
-    return tap // ACROSS * down + tap % ACROSS * across
+    behind = tap
+    if places is not None:
+        behind = tap // ACROSS * down + tap % ACROSS * across
+    return behind
 
 
 @_jit
