@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
+import cadsurgery as cs
 from cadsurgery.elements.backends import gpu, gpu_maps, triton_kernels
 from cadsurgery.elements.backends.choose import (
     Convolution,
@@ -25,6 +26,7 @@ from cadsurgery.elements.backends.choose import (
     extend,
     mix,
 )
+from cadsurgery.elements.backends.reference import Torch
 from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.functional import Elements, conv2d, fused_conv2d, to_dense
 from cadsurgery.elements.kernel_map import Window, kernel_map, sample_map
@@ -495,14 +497,14 @@ def rows_of(source: Lattice, channels: int, dtype: torch.dtype, room: int) -> tu
     return rows.double(), padded.to(DEVICE)
 
 
-FLOORS = [
-    pytest.param(levels, window, dtype, id=f"{levels}, {window}, {str(dtype)[6:]}", marks=marks)
-    for at, (levels, window, dtype) in enumerate(product(LEVELS, WINDOWS, gpu.DTYPES))
-    for marks in [() if at % 16 == 0 else pytest.mark.slow]
-]
-
-
-@pytest.mark.parametrize(("levels", "case", "dtype"), FLOORS)
+@pytest.mark.parametrize(
+    ("levels", "case", "dtype"),
+    [
+        pytest.param(*pair, gpu.DTYPES[(at + at // len(WINDOWS)) % 3], marks=marks)
+        for at, pair in enumerate(product(LEVELS, WINDOWS))  # each in one type after the other
+        for marks in [() if at % 6 == 2 else pytest.mark.slow]
+    ],
+)
 def test_under_floors_a_convolution_is_that_of_the_reference(
     levels: str, case: str, dtype: torch.dtype
 ) -> None:
@@ -578,3 +580,38 @@ def test_what_lies_between_samples_or_needs_a_gradient_is_read_by_a_table() -> N
     assert name(rows, window) == "triton samples"
     assert name(rows, window._replace(spacing=1)) == name(rows, window._replace(mode="replicate")) == "triton"
     assert name(rows.clone().requires_grad_(), window) == "triton"
+
+
+class SmallUNet(nn.Module):
+    """Every operation of U-Nets: windows, pooling, transposed convolutions, skips, a resize."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 6, 3, 1, 1), nn.Conv2d(6, 10, 3, 1, 1)
+        self.four = nn.Conv2d(10, 12, 3, 2, 1)
+        self.up, self.last = nn.ConvTranspose2d(12, 10, 2, 2), nn.Conv2d(26, 2, 3, padding=2, dilation=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = self.one(x).relu()
+        two = self.two(F.max_pool2d(one, 2)).relu()
+        joined = torch.cat([self.up(self.four(two).relu()), two], 1)
+        return self.last(torch.cat([F.interpolate(joined, scale_factor=2, mode="bilinear"), one], 1))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, pytest.param(1.0, marks=pytest.mark.slow)])
+def test_under_floors_a_network_is_itself_and_nothing_is_left_to_the_reference(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.rand(2, 3, 32, 48)
+    mask = cs.Budget(lambda image: image.mean(1), share)
+    net = cs.adaptify(SmallUNet().eval(), mask, coarsest=8, example_input=x, verify_laws=False)
+    with torch.no_grad():
+        expected, levels = net.double()(x.double()).float(), net.levels
+        program = net.float().to(DEVICE).optimize().program
+        for task in ("convolve", "spread", "pool"):
+            monkeypatch.delattr(Torch, task)
+        lattice = program.geometry.lattice
+        kept = int((levels[:, ::8, ::8] == 0).sum())
+        bounds = Bounds.of_patches(program.geometry, 2, (32, 48), (kept,))
+        found = program(lambda *_: lattice(levels.to(DEVICE), bounds), program.bind(x.to(DEVICE)))[0]
+    close(found.cpu(), expected)

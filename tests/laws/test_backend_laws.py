@@ -259,7 +259,7 @@ TASKS = [
     (name, task)
     for name in NAMES
     for task in ("pool", "mix", "mix_lines", "pick", "fill")
-    if has(name, task) and name not in ("torch", "without overlap", "triton")
+    if has(name, task) and name not in ("torch", "without overlap", "triton samples", "triton")
 ]
 
 
