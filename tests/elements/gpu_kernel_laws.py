@@ -480,14 +480,10 @@ def floor_lattices(levels: Tensor, case: Windowed) -> tuple[Window, tuple[Lattic
     before, after = case.stages
     pad = case.kernel // 2 * case.dilation if case.kernel % 2 else 0
     spacing = geometry.sides[max(before - 1, 0)]
-    window = Window(
-        (case.kernel,) * 2, case.stride, (case.dilation,) * 2, (pad,) * 4, spacing=spacing
-    )
+    window = Window((case.kernel,) * 2, case.stride, (case.dilation,) * 2, (pad,) * 4, spacing=spacing)
     size = window.output_size((19, 25))
     maps = (bounded(levels.to(DEVICE), geometry), geometry.lattice(levels))
-    return window, tuple(
-        one for whole in maps for one in (whole.at(before, (19, 25)), whole.at(after, size))
-    )
+    return window, tuple(one for whole in maps for one in (whole.at(before, (19, 25)), whole.at(after, size)))
 
 
 def rows_of(source: Lattice, channels: int, dtype: torch.dtype, room: int) -> tuple[Tensor, Tensor]:
@@ -556,12 +552,12 @@ def test_a_map_of_samples_reads_what_the_kernel_map_reads(levels: str) -> None:
     places = found.places.long().unsqueeze(1) + tap // 3 * found.down + tap % 3 * found.across
     rows = torch.randn(len(source), 2, device=DEVICE)
     taps = []
-    for entries, sources, mix, used in (
+    for entries, sources, shares, used in (
         (found.samples[places], found.sources, found.mix, found.used),
         (reading.table, reading.sources, reading.mix, reading.used),
     ):
         count = int(used) if used is not None else len(sources)
-        mixed = (rows[sources[:count].long()] * mix[:count].unsqueeze(2)).sum(1)
+        mixed = (rows[sources[:count].long()] * shares[:count].unsqueeze(2)).sum(1)
         taps.append(torch.cat([rows, 0 * rows[:1], mixed])[entries[:real].long()])
     assert_close(*taps)
     if found.used is not None and reading.used is not None:

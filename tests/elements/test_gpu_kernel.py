@@ -79,7 +79,8 @@ def test_the_benchmark_runs_whole_without_a_gpu(tmp_path: Path) -> None:
         "from torch import nn\n\n\ndef net():\n"
         "    blocks = [(nn.Conv2d(3 if at == 0 else 8, 8, 3, 2, 1), nn.ReLU()) for at in range(5)]\n"
         "    return nn.Sequential(*(part for block in blocks for part in block))\n\n\ndef up():\n"
-        "    return nn.Sequential(net(), *(nn.ConvTranspose2d(8, 8, 2, 2) for _ in range(5)), nn.Conv2d(8, 4, 3, 1, 1))\n"
+        "    grow = [nn.ConvTranspose2d(8, 8, 2, 2) for _ in range(5)]\n"
+        "    return nn.Sequential(net(), *grow, nn.Conv2d(8, 4, 3, 1, 1))\n"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
@@ -221,7 +222,11 @@ ASKED_OF_TOYS: dict[str, Callable[[], torch.nn.Module]] = {
     "many operations": lambda: randomise(ManyOperations()),
     "floors": lambda: nn.Sequential(
         *(nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU()),
-        *(nn.ConvTranspose2d(8, 8, 2, 2), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(8, 4, 3, 1, 1)),
+        *(
+            nn.ConvTranspose2d(8, 8, 2, 2),
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            nn.Conv2d(8, 4, 3, 1, 1),
+        ),
     ),
 }
 _LARGER = (

@@ -483,10 +483,22 @@ def _forward(
         return out
     weight, bias, residual = map(_operand, (weight, bias, residual))
     rows, halo, shift = _beside(_operand(rows), _operand(halo), outside)
-    sizes = {"C": channels, "TAPS": taps, "ACROSS": reads.width, "HALO": halo is not None}
+    sizes: dict[str, Any] = {"C": channels, "TAPS": taps, "ACROSS": reads.width, "HALO": halo is not None}
     sizes |= {"ACTIVATION": activation, "SLOPE": slope, "WIDE": _is_wide(rows, out, reads.table, halo)}
     of_reads = (reads.table, reads.places)
-    arguments = (rows, shift, weight, *of_reads, bias, residual, out, count, outside, reads.down, reads.across)
+    arguments = (
+        rows,
+        shift,
+        weight,
+        *of_reads,
+        bias,
+        residual,
+        out,
+        count,
+        outside,
+        reads.down,
+        reads.across,
+    )
     with torch.cuda.device_of(rows):
         if table is not None and groups == channels == outputs:
             tile = gpu_tiles.depthwise_tile(channels)
@@ -512,7 +524,7 @@ def _forward(
 def pool_samples(
     rows: Tensor, samples: SampleMap, halo: Tensor | None, outside: float, largest: bool
 ) -> Tensor:
-    """Compute the largest value, or the sum, over the taps of each output, (N, C); `outside` is read outside the map."""
+    """Compute the largest value or the sum over the taps of each output, (N, C); `outside` is read outside the map."""
     reads, channels = _entries(rows, samples), rows.shape[1]
     out = rows.new_empty(reads.shape[0], channels)
     if not out.numel():
@@ -520,13 +532,13 @@ def pool_samples(
     number = rows.shape[0]
     rows, halo, shift = _beside(_operand(rows), _operand(halo), number)
     tile = gpu_tiles.depthwise_tile(channels)
-    sizes = {"C": channels, "TAPS": reads.shape[1], "ACROSS": reads.width, "HALO": halo is not None}
+    sizes: dict[str, Any] = {"C": channels, "TAPS": reads.shape[1], "ACROSS": reads.width}
+    sizes |= {"HALO": halo is not None, "BLOCK_N": tile.n, "BLOCK_C": tile.c}
     sizes |= {"LARGEST": largest, "OUTSIDE": outside, "WIDE": _is_wide(rows, out, halo)}
     with torch.cuda.device_of(rows):
         triton_kernels.pool[(_cdiv(len(out), tile.n), _cdiv(channels, tile.c))](
             *(rows, shift, reads.table, reads.places, out, len(out), number, reads.down, reads.across),
             **sizes,
-            **{"BLOCK_N": tile.n, "BLOCK_C": tile.c},
             num_warps=tile.warps,
         )
     return out

@@ -640,8 +640,8 @@ def place_taps(  # type: ignore[no-untyped-def]
     ACROSS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write where the first tap of each target is in a map of samples, see `gpu_maps.SampleMap`, of LINES x COLUMNS with
-    its border; and the flags in `wanted` of the samples between anchors that a tap reads."""
+    """Write where each target's first tap is in a map of LINES x COLUMNS samples, see `gpu_maps.SampleMap`; and the
+    flags in `wanted` of the samples between anchors that a tap reads."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = n < count
     target = tl.load(targets + n, mask=mask, other=0).to(tl.int32)
