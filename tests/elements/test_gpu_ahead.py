@@ -159,16 +159,15 @@ def _others(channels: int, taps: int) -> list[tuple[str, dict[str, Any], tuple[s
     act = {"ACTIVATION": "gelu", "SLOPE": 0.0}
     size = {"HEIGHT": 33, "WIDTH": 65, "BLOCK": 256}
     window = {"TARGET_HEIGHT": 33, "TARGET_WIDTH": 65, "DOWN": 3, "ACROSS": taps // 3 or 1, "WIDE": False}
-    grid = {**size, "SPACING": 2, "ABOVE": 1, "BEFORE": 1, "LINES": 19, "COLUMNS": 35}
     of_window = {**of_depthwise, "ACROSS": 3, "WIDE": False, "HALO": True}
     return [
         ("depthwise", {**of_window, **act}, ("places",)),
         ("depthwise", {**of_window, **act}, ()),
         ("pool", {**of_window, "LARGEST": True, "OUTSIDE": float("-inf")}, ()),
         ("pool", {**of_window, "LARGEST": False, "OUTSIDE": 0.0}, ()),
-        ("place_taps", {**grid, **window}, ()),
-        ("read_samples", grid, ()),
-        ("read_samples", grid, ("wanted", "ranks")),
+        ("place_taps", {**size, **window}, ()),
+        ("read_samples", size, ()),
+        ("read_samples", size, ("wanted", "ranks")),
         ("depthwise_weight", of_depthwise, ()),
         ("blend", {**tile, "READ": 4}, ()),
         ("blend", {**tile, "READ": 4}, ("used",)),

@@ -166,20 +166,19 @@ def map_samples(
     sources = torch.empty(halo, 4, dtype=torch.int32, device=device)
     mix = torch.empty(halo, 4, device=device)
     wanted = torch.zeros_like(samples) if halo else None
-    size = {"HEIGHT": height, "WIDTH": width, "SPACING": spacing, "BLOCK": _BLOCK}
-    size |= {"ABOVE": above, "BEFORE": before, "LINES": lines, "COLUMNS": columns}
+    # Sizes are no constants here: a picture of another size compiles nothing again.
+    size = (height, width, spacing, above, before, lines, columns)
     with torch.cuda.device_of(index):
         triton_kernels.place_taps[(-(-targets.numel() // _BLOCK),)](
             *(index, anchors, targets, places, wanted, targets.numel()),
-            *(steps[0][0], steps[1][0], down, across),
-            **size,
-            **{"TARGET_HEIGHT": sizes[1][0], "TARGET_WIDTH": sizes[1][1]},
-            **{"DOWN": len(steps[0]), "ACROSS": len(steps[1])},
+            *(steps[0][0], steps[1][0], down, across, *size, *sizes[1]),
+            **{"DOWN": len(steps[0]), "ACROSS": len(steps[1]), "BLOCK": _BLOCK},
         )
         ranks = wanted.cumsum(0, dtype=torch.int32) if wanted is not None else None
         side_of = constant(sides, torch.int32, device)
         triton_kernels.read_samples[(-(-count // _BLOCK),)](
-            *(levels, side_of, index, wanted, ranks, samples, sources, mix, count, anchors.numel()), **size
+            *(levels, side_of, index, wanted, ranks, samples, sources, mix, count, anchors.numel(), *size),
+            BLOCK=_BLOCK,
         )
     used = ranks[-1] if ranks is not None else None
     width, taps = len(steps[1]), len(steps[0]) * len(steps[1])

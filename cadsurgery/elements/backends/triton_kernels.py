@@ -20,7 +20,8 @@ INSTALLED = triton is not None
 INTERPRETED = INSTALLED and triton.knobs.runtime.interpret
 # Numbers that differ from image to image; a kernel is not compiled again for 1 or for multiples of 16.
 _VARYING = ["count", "length", "outside", "room", "first_down", "first_across", "step_down", "step_across"]
-_VARYING += ["down", "across"]
+_VARYING += ["down", "across", "height", "width", "target_height", "target_width", "spacing"]
+_VARYING += ["above", "before", "lines", "columns"]
 
 _jit: Callable[[Any], Any] = triton.jit if triton is not None else lambda kernel: kernel
 
@@ -567,21 +568,21 @@ def read_halo(table, ranks, outside, count, WIDE: tl.constexpr, BLOCK: tl.conste
 
 
 @_jit
-def _mix(levels, sides, index, pixel, mask, halo, sources, shares, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _mix(levels, sides, index, pixel, mask, halo, sources, shares, height, width):  # type: ignore[no-untyped-def]
     """Write the rows and weights of the bilinear interpolation of pixels into halo rows, see
     `kernel_map.interpolation`."""
     side = tl.load(sides + tl.load(levels + pixel, mask=mask, other=0).to(tl.int32), mask=mask, other=1)
-    y, x = pixel // WIDTH % HEIGHT, pixel % WIDTH
+    y, x = pixel // width % height, pixel % width
     down, across = y % side, x % side
-    low = tl.minimum(y - down + side, HEIGHT - 1) - (y - down)
-    right = tl.minimum(x - across + side, WIDTH - 1) - (x - across)
-    first = pixel - down * WIDTH - across
+    low = tl.minimum(y - down + side, height - 1) - (y - down)
+    right = tl.minimum(x - across + side, width - 1) - (x - across)
+    first = pixel - down * width - across
     own = tl.load(index + first, mask=mask, other=0)
     for at in tl.static_range(4):
         part_down = down if at >= 2 else side - down
         part_across = across if at % 2 == 1 else side - across
         share = part_down.to(tl.float32) / side * (part_across.to(tl.float32) / side)
-        corner = first + (low * WIDTH if at >= 2 else 0) + (right if at % 2 == 1 else 0)
+        corner = first + (low * width if at >= 2 else 0) + (right if at % 2 == 1 else 0)
         # A corner of weight zero is replaced by the pixel's own cell, whose weight is never zero.
         row = tl.where(share > 0, tl.load(index + corner, mask=mask, other=0), own)
         tl.store(sources + halo * 4 + at, row, mask=mask)
@@ -627,38 +628,38 @@ def place_taps(  # type: ignore[no-untyped-def]
     first_across,
     step_down,
     step_across,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TARGET_HEIGHT: tl.constexpr,
-    TARGET_WIDTH: tl.constexpr,
-    SPACING: tl.constexpr,
-    ABOVE: tl.constexpr,
-    BEFORE: tl.constexpr,
-    LINES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    height,
+    width,
+    spacing,
+    above,
+    before,
+    lines,
+    columns,
+    target_height,
+    target_width,
     DOWN: tl.constexpr,
     ACROSS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write where each target's first tap is in a map of LINES x COLUMNS samples, see `gpu_maps.SampleMap`; and the
+    """Write where each target's first tap is in a map of lines x columns samples, see `gpu_maps.SampleMap`; and the
     flags in `wanted` of the samples between anchors that a tap reads."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = n < count
     target = tl.load(targets + n, mask=mask, other=0).to(tl.int32)
-    image = target // (TARGET_HEIGHT * TARGET_WIDTH)
-    line = target // TARGET_WIDTH % TARGET_HEIGHT // SPACING + first_down
-    column = target % TARGET_WIDTH // SPACING + first_across
-    place = (image * LINES + line + ABOVE) * COLUMNS + column + BEFORE
+    image = target // (target_height * target_width)
+    line = target // target_width % target_height // spacing + first_down
+    column = target % target_width // spacing + first_across
+    place = (image * lines + line + above) * columns + column + before
     tl.store(places + n, place, mask=mask)
     if wanted is not None:
         for tap in range(DOWN * ACROSS):
-            y = (line + tap // ACROSS * step_down) * SPACING
-            x = (column + tap % ACROSS * step_across) * SPACING
-            inside = mask & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
-            pixel = (image * HEIGHT + y) * WIDTH + x
+            y = (line + tap // ACROSS * step_down) * spacing
+            x = (column + tap % ACROSS * step_across) * spacing
+            inside = mask & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            pixel = (image * height + y) * width + x
             row = tl.load(index + pixel, mask=inside, other=0)
             between = inside & (tl.load(anchors + row, mask=inside, other=0) != pixel)
-            behind = tap // ACROSS * step_down * COLUMNS + tap % ACROSS * step_across
+            behind = tap // ACROSS * step_down * columns + tap % ACROSS * step_across
             tl.store(wanted + place + behind, tl.full((BLOCK,), 1, tl.int32), mask=between)
 
 
@@ -674,24 +675,24 @@ def read_samples(  # type: ignore[no-untyped-def]
     shares,
     count,
     outside,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPACING: tl.constexpr,
-    ABOVE: tl.constexpr,
-    BEFORE: tl.constexpr,
-    LINES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    height,
+    width,
+    spacing,
+    above,
+    before,
+    lines,
+    columns,
     BLOCK: tl.constexpr,
 ):
     """Write the row of each of `count` samples, given the number of wanted ones up to each, and mix the wanted ones."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    y, x = (at // COLUMNS % LINES - ABOVE) * SPACING, (at % COLUMNS - BEFORE) * SPACING
-    inside = (at < count) & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
-    pixel = (at // (LINES * COLUMNS) * HEIGHT + y) * WIDTH + x
+    y, x = (at // columns % lines - above) * spacing, (at % columns - before) * spacing
+    inside = (at < count) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    pixel = (at // (lines * columns) * height + y) * width + x
     row = tl.load(index + pixel, mask=inside, other=0)
     if wanted is not None:
         between = inside & (tl.load(wanted + at, mask=inside, other=0) != 0)
         rank = tl.load(ranks + at, mask=between, other=1)
         row = tl.where(between, outside + rank, row)
-        _mix(levels, sides, index, pixel, between, rank - 1, sources, shares, HEIGHT, WIDTH)
+        _mix(levels, sides, index, pixel, between, rank - 1, sources, shares, height, width)
     tl.store(samples + at, tl.where(inside, row, outside), mask=at < count)
