@@ -3,9 +3,9 @@
     out[n] = act(sum_t W_t rows[table[n, t]] + bias + residual[n])                             (*)
 
 The kernel is an implicit matrix product with one program per tile of outputs: gathered rows go straight to the
-tensor cores and never exist in memory. Halo rows stand in memory of their own, and only those that are read are
-computed. There are no atomic additions, and tiles are chosen by rule (`gpu_tiles.py`), so forward and backward give
-the same bits every time.
+tensor cores and never exist in memory. Under floors the table is a map of samples (`gpu_maps.SampleMap`). Halo rows
+stand in memory of their own, and only those that are read are computed. There are no atomic additions, and tiles are
+chosen by rule (`gpu_tiles.py`), so forward and backward give the same bits every time.
 
 Triton is optional. With TRITON_INTERPRET=1 set before its import the kernels run on CPU tensors, for tests.
 The first call with a shape compiles; make this call before a CUDA graph is captured.
