@@ -342,15 +342,19 @@ class Bounds(NamedTuple):
             most.append(min(pixels, many))
         return Bounds(tuple(least), tuple(most))
 
+    def level_at(self, stage: int, geometry: Geometry) -> int | None:
+        """Return the common level of all cells of the lattice of a stage; None if the levels can differ."""
+        levels = (0, geometry.max_level) if self.level is None else (self.level,)
+        common = {geometry.level_at(level, stage) for level in levels}
+        return common.pop() if len(common) == 1 else None
+
     def of(self, lattice: Lattice) -> tuple[int, int]:
         """Return the smallest and largest number of elements of a lattice, given its stage and its cropped size."""
         (height, width), stage, (whole_height, whole_width) = lattice.size, lattice.stage, lattice.whole_size
         pixels = lattice.batch * height * width
-        if stage == 0:
-            return pixels, pixels
-        if self.level is not None:
-            side = lattice.geometry.sides[lattice.geometry.level_at(self.level, stage)]
-            exact = lattice.batch * _cells(height, width, side)
+        level = self.level_at(stage, lattice.geometry)
+        if level is not None:
+            exact = lattice.batch * _cells(height, width, lattice.geometry.sides[level])
             return exact, exact
         lost = lattice.batch * whole_height * whole_width - pixels
         if lost < 0:  # each pixel beyond the level map may or may not be an additional element
@@ -751,8 +755,7 @@ class Lattice:
         if self.part is not None:
             return None
         if self.pyramid.bounds is not None:
-            level = 0 if self.stage == 0 else self.pyramid.bounds.level
-            return None if level is None else self.geometry.level_at(level, self.stage)
+            return self.pyramid.bounds.level_at(self.stage, self.geometry)
         if self.is_open:
             return None
         if self.geometry.floors and self.stage == 0:

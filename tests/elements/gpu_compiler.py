@@ -21,7 +21,14 @@ POINTERS |= {
     "anchors": "*i64",
     "index": "*i32",
 }
-POINTERS |= {"targets": "*i64", "wanted": "*i32", "readers": "*i64", "starts": "*i64"}
+POINTERS |= {
+    "places": "*i32",
+    "samples": "*i32",
+    "targets": "*i64",
+    "wanted": "*i32",
+    "readers": "*i64",
+    "starts": "*i64",
+}
 ROWS = ("rows", "halo", "weight", "bias", "residual", "out", "grad", "sums")
 
 

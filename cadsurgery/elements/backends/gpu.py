@@ -3,9 +3,9 @@
     out[n] = act(sum_t W_t rows[table[n, t]] + bias + residual[n])                             (*)
 
 The kernel is an implicit matrix product with one program per tile of outputs: gathered rows go straight to the
-tensor cores and never exist in memory. Halo rows stand in memory of their own, and only those that are read are
-computed. There are no atomic additions, and tiles are chosen by rule (`gpu_tiles.py`), so forward and backward give
-the same bits every time.
+tensor cores and never exist in memory. Under floors the table is a map of samples (`gpu_maps.SampleMap`). Halo rows
+stand in memory of their own, and only those that are read are computed. There are no atomic additions, and tiles are
+chosen by rule (`gpu_tiles.py`), so forward and backward give the same bits every time.
 
 Triton is optional. With TRITON_INTERPRET=1 set before its import the kernels run on CPU tensors, for tests.
 The first call with a shape compiles; make this call before a CUDA graph is captured.
@@ -24,10 +24,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cadsurgery.elements.backends import gpu_tiles, triton_kernels
-from cadsurgery.elements.backends.choose import Backend, Convolution, Mixing, WindowRead, extend
-from cadsurgery.elements.backends.gpu_maps import available
+from cadsurgery.elements.backends.choose import Backend, Convolution, Mixing, Pooling, WindowRead, extend
+from cadsurgery.elements.backends.gpu_maps import SampleMap, available
 from cadsurgery.elements.backends.weights import Activation, FusedConv
-from cadsurgery.elements.kernel_map import Reading
+from cadsurgery.elements.kernel_map import Reading, has_samples, sample_map
 from cadsurgery.kernels.dispatch import is_observed
 from cadsurgery.support.torch_internals import add_and_activate
 
@@ -127,6 +127,44 @@ class Triton(Backend):
         return mixed
 
 
+class TritonSamples(Backend):
+    """Windows under floors in inference: an implicit dense convolution of the network's own grid, in which the kernels
+    find the taps of an element beside those of its neighbours."""
+
+    name = "triton samples"
+
+    def applies(self, work: Convolution | Pooling) -> bool:
+        """Return True for windows on supported GPUs whose taps lie on the source's own grid."""
+        reads = work.reads
+        if work.graph or is_observed() or work.gradient or not isinstance(reads, WindowRead) or reads.drop:
+            return False
+        if not has_samples(reads.source, reads.target, reads.window):
+            return False
+        if isinstance(work, Pooling):
+            return work.rows.dim() == 2 and supports(work.rows, work.rows)
+        return not work.outside and supports(work.rows, work.weights.weight)
+
+    def convolve(self, work: Convolution) -> Tensor:
+        """Compute rows (N, O)."""
+        samples, halo = self._read(work)
+        weights, outside = work.weights, work.rows.shape[0]
+        more = (weights.bias, work.residual, weights.activation, weights.groups)
+        return gather_conv(work.rows, matrix_of(weights), samples, *more, halo=halo, outside=outside)
+
+    def pool(self, work: Pooling) -> Tensor:
+        """Compute rows (N, C)."""
+        samples, halo = self._read(work)
+        return pool_samples(work.rows, samples, halo, work.outside, work.largest)
+
+    def _read(self, work: Convolution | Pooling) -> tuple[SampleMap, Tensor | None]:
+        """Return where taps are read, and the halo rows (M, C), of which those that are read are computed."""
+        assert isinstance(work.reads, WindowRead)
+        samples = sample_map(work.reads.source, work.reads.target, work.reads.window)
+        if samples.used is None:
+            return samples, None
+        return samples, blend(work.rows, samples.sources, samples.mix, samples.used)
+
+
 def _multiply_deep(
     rows: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None
 ) -> Tensor:
@@ -207,7 +245,7 @@ def reverse_map(table: Tensor, rows: int) -> ReversedMap:
 def gather_conv(
     rows: Tensor,
     weight: Tensor,
-    table: Tensor | None,
+    table: Tensor | SampleMap | None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: Activation | None = None,
@@ -221,8 +259,8 @@ def gather_conv(
     Args:
         rows: (R, C) float32, float16 or bfloat16; sums are float32.
         weight: (O, taps C / groups), taps outermost.
-        table: (N, taps) int32 into the rows; a negative entry reads zero. None: each output reads its own row alone;
-            without gradients.
+        table: (N, taps) int32 into the rows; a negative entry reads zero. A map of samples, or None, where each output
+            reads its own row alone, is without gradients.
         bias: (O,).
         residual: (N, O).
         activation: applied last, inside the kernel if it supports the function.
@@ -232,7 +270,7 @@ def gather_conv(
         outside: an entry that reads zero, like those that are negative; without gradients.
     """
     channels, outputs = rows.shape[1], weight.shape[0]
-    count, taps = table.shape if table is not None else (rows.shape[0], 1)
+    count, taps = _entries(rows, table).shape
     if channels % groups or outputs % groups:
         raise ValueError(f"{channels} and {outputs} channels are not {groups} groups.")
     expected = {
@@ -246,7 +284,7 @@ def gather_conv(
     fused = _name_activation(activation)
     operands = (rows, weight, bias, residual)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
-        assert table is not None and halo is None and outside < 0
+        assert isinstance(table, Tensor) and halo is None and outside < 0
         fused = fused if fused is not None and fused[0] in _INVERTIBLE else None
         name = fused[0] if fused is not None else "none"
         out = GatherConv.apply(rows, weight, bias, residual, table, name, groups, reverse)
@@ -429,7 +467,7 @@ def _grad_rows(
 def _forward(
     rows: Tensor,
     weight: Tensor,
-    table: Tensor | None,
+    table: Tensor | SampleMap | None,
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str,
@@ -438,27 +476,29 @@ def _forward(
     halo: Tensor | None = None,
     outside: int = -1,
 ) -> Tensor:
-    count, outputs, channels = (rows if table is None else table).shape[0], weight.shape[0], rows.shape[1]
+    reads, outputs, channels = _entries(rows, table), weight.shape[0], rows.shape[1]
+    count, taps = reads.shape
     out = rows.new_empty(count, outputs)
     if not count:
         return out
-    rows, weight, bias, residual, halo = map(_operand, (rows, weight, bias, residual, halo))
-    size = rows.element_size()
-    table = table.contiguous() if table is not None else None
-    shift = 0
-    if halo is not None:
-        shift, rest = divmod(halo.data_ptr() - rows.data_ptr(), size)
-        if rest or (
-            shift % 16 and not channels % 16
-        ):  # views that begin at odd places; the kernel copies 16 bytes
-            return _forward(
-                rows.clone(), weight, table, bias, residual, activation, slope, groups, halo.clone(), outside
-            )
-        shift -= (outside + 1) * channels
-    sizes = {"C": channels, "TAPS": table.shape[1] if table is not None else 1, "ACTIVATION": activation}
-    sizes["HALO"] = halo is not None
-    sizes |= {"SLOPE": slope, "WIDE": _is_wide(rows, out, table, halo)}
-    arguments = (rows, shift, weight, table, bias, residual, out, count, outside)
+    weight, bias, residual = map(_operand, (weight, bias, residual))
+    rows, halo, shift = _beside(_operand(rows), _operand(halo), outside)
+    sizes: dict[str, Any] = {"C": channels, "TAPS": taps, "ACROSS": reads.width, "HALO": halo is not None}
+    sizes |= {"ACTIVATION": activation, "SLOPE": slope, "WIDE": _is_wide(rows, out, reads.table, halo)}
+    of_reads = (reads.table, reads.places)
+    arguments = (
+        rows,
+        shift,
+        weight,
+        *of_reads,
+        bias,
+        residual,
+        out,
+        count,
+        outside,
+        reads.down,
+        reads.across,
+    )
     with torch.cuda.device_of(rows):
         if table is not None and groups == channels == outputs:
             tile = gpu_tiles.depthwise_tile(channels)
@@ -468,8 +508,8 @@ def _forward(
             return out
         width, depth, precision = outputs // groups, channels // groups, _precision(rows.dtype)
         kind = gpu_tiles.kind_of(precision == "ieee", residual is not None)
-        device, taps = gpu_tiles.device_of(rows.device), sizes["TAPS"]
-        tile = gpu_tiles.tile_of(count, width, groups, depth, taps, size, kind, device)
+        device = gpu_tiles.device_of(rows.device)
+        tile = gpu_tiles.tile_of(count, width, groups, depth, taps, rows.element_size(), kind, device)
         triton_kernels.product[(_cdiv(count, tile.n) * groups * _cdiv(width, tile.o),)](
             *arguments,
             **sizes,
@@ -479,6 +519,62 @@ def _forward(
             num_stages=tile.stages,
         )
     return out
+
+
+def pool_samples(
+    rows: Tensor, samples: SampleMap, halo: Tensor | None, outside: float, largest: bool
+) -> Tensor:
+    """Compute the largest value or the sum over the taps of each output, (N, C); `outside` is read outside the map."""
+    reads, channels = _entries(rows, samples), rows.shape[1]
+    out = rows.new_empty(reads.shape[0], channels)
+    if not out.numel():
+        return out
+    number = rows.shape[0]
+    rows, halo, shift = _beside(_operand(rows), _operand(halo), number)
+    tile = gpu_tiles.depthwise_tile(channels)
+    sizes: dict[str, Any] = {"C": channels, "TAPS": reads.shape[1], "ACROSS": reads.width}
+    sizes |= {"HALO": halo is not None, "BLOCK_N": tile.n, "BLOCK_C": tile.c}
+    sizes |= {"LARGEST": largest, "OUTSIDE": outside, "WIDE": _is_wide(rows, out, halo)}
+    with torch.cuda.device_of(rows):
+        triton_kernels.pool[(_cdiv(len(out), tile.n), _cdiv(channels, tile.c))](
+            *(rows, shift, reads.table, reads.places, out, len(out), number, reads.down, reads.across),
+            **sizes,
+            num_warps=tile.warps,
+        )
+    return out
+
+
+class _Entries(NamedTuple):
+    """A table as the kernels take it: outputs and taps; entries; and for a map of samples where each output's begin,
+    the entries from line to line and tap to tap, and the taps of a line."""
+
+    shape: tuple[int, int]
+    table: Tensor | None
+    places: Tensor | None = None
+    down: int = 0
+    across: int = 0
+    width: int = 1
+
+
+def _entries(rows: Tensor, table: Tensor | SampleMap | None) -> _Entries:
+    if isinstance(table, SampleMap):
+        places = (table.places, table.down, table.across, table.width)
+        return _Entries((table.places.shape[0], table.taps), table.samples, *places)
+    if table is None:
+        return _Entries((rows.shape[0], 1), None)
+    return _Entries((table.shape[0], table.shape[1]), table.contiguous())
+
+
+def _beside(rows: Tensor, halo: Tensor | None, outside: int) -> tuple[Tensor, Tensor | None, int]:
+    """Return rows and halo rows, and how many values the latter lie behind the place that their entries name; copies
+    of both if they are views that begin at odd places, because the kernels copy 16 bytes."""
+    if halo is None:
+        return rows, None, 0
+    channels, size = rows.shape[1], rows.element_size()
+    shift, rest = divmod(halo.data_ptr() - rows.data_ptr(), size)
+    if rest or (shift % 16 and not channels % 16):
+        return _beside(rows.clone(), halo.clone(), outside)
+    return rows, halo, shift - (outside + 1) * channels
 
 
 def _grad_weight(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tensor:
