@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import RLock
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from cadsurgery.elements.axes import fast_layout
-from cadsurgery.elements.elements import Elements
+from cadsurgery.elements.elements import Elements, SmallMap
 from cadsurgery.elements.lattice import Lattice, Pyramid
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.provider import MaskProvider
@@ -294,7 +294,12 @@ class BandedCall:
             del rows
 
     def _fetch(self, node: fx.Node, first: int, end: int) -> Any:
-        return self.held[self.reading.number[node]].rows(first, end)
+        if node in self.reading.number:
+            return self.held[self.reading.number[node]].rows(first, end)
+        value = self.reader.values[node]
+        if isinstance(value, SmallMap):
+            return replace(value, top=first)
+        return value.narrow(self.reading.axis[node], first, end - first)
 
     def _held(self, number: int) -> Any:
         if number not in self.held:
