@@ -263,9 +263,10 @@ class BorderOfElements:
     value: float | None
 
     def __post_init__(self) -> None:
-        last = max(self.grids[0].size[0] - self.spacing, 0) // self.cells.side * self.cells.side
-        is_same = self.grids[0] == self.grids[1]
-        self.reads = [(self.node, SAME if is_same else RowsRead(lambda row: min(row, last), lambda row: row))]
+        side = self.cells.side
+        last = max(self.grids[0].size[0] - self.spacing, 0) // side * side  # the cells of the last samples
+        own = RowsRead(lambda row: min(row // side * side, last), lambda row: row // side * side + side - 1)
+        self.reads = [(self.node, own)]
         self.copies = list[fx.Node]()
 
     def compute(self, fetch: Fetch, first: int, end: int) -> Elements:
@@ -274,7 +275,7 @@ class BorderOfElements:
         begin, stop = self.reads[0][1].within(first, end, source.size[0])
         x = fetch(self.node, begin, stop)
         if source == target:
-            return Elements(x.rows, x.lattice)
+            return x
         stage = cells.lattice(target, begin, end).between(first - begin, min(end, target.size[0]) - begin)
         return Elements(
             onto_border(x, stage, self.spacing, self.value).rows, cells.lattice(target, first, end)

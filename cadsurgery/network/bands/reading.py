@@ -503,6 +503,10 @@ class BandReader:
             self._read_sum(node, source, node.target, options)
             return
         maps = self._maps_of(node)
+        if not maps and node.target is functional.to_elements:  # another input of the network
+            layout = self._options(node).get("layout", NCHW)
+            self._note_axis(node.args[0], layout.find("h"))
+            maps = node.all_input_nodes[:1]
         if not maps:
             raise self._refusal(node, "it reads no map")
         self._add(node, self._element_step(node, maps[0], operation, cells))
@@ -516,7 +520,9 @@ class BandReader:
             raise self._refusal(node, "it joins a dense map with the region")
         spacing = options.get("spacing", 1)
         layout = options.get("layout", NCHW)
-        if node.target is functional.to_dense and "h" in layout and not options.get("guide"):
+        is_read = layout != NCHW and any(user.op != "output" for user in node.users)  # by what knows not its axes
+        if node.target is functional.to_dense and "h" in layout and not is_read and not options.get("guide"):
+            self.reading.axis[node] = layout.index("h")
             return element_steps.DenseMap(cells, source, grids[source], spacing, call, layout.index("h"))
         if node.target is functional.resize_to_dense and cells.pyramid.geometry.fill == "linear":
             scaling, dtype = _scaling(options), self.reading.types[source]
