@@ -131,9 +131,7 @@ def _arguments(subject: Subject, net: AdaptiveModel, batch: int) -> Any:
 def _result(found: dict[str, str]) -> Row:
     compared = {name: what for name, what in found.items() if not what.startswith("not ")}
     refused = [what for what in compared.values() if what.startswith("refused")]
-    wrong = [
-        f"{name} {what}" for name, what in compared.items() if what != "equal" and what not in refused
-    ]
+    wrong = [f"{name} {what}" for name, what in compared.items() if what != "equal" and what not in refused]
     if wrong:
         return {"result": "broken", "why": "; ".join(wrong)}
     if not compared:

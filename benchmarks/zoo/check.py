@@ -203,7 +203,9 @@ def main() -> None:
     )
     parser.add_argument("--library", default="", help="torchvision or timm; default both")
     parser.add_argument("--corpus", action="store_true", help="check networks of Python files, which are run")
-    parser.add_argument("--bands", action="store_true", help="compare pictures in bands of rows with whole ones")
+    parser.add_argument(
+        "--bands", action="store_true", help="compare pictures in bands of rows with whole ones"
+    )
     parser.add_argument("--output", type=Path, default=Path("zoo.jsonl"))
     parser.add_argument("--workers", type=int, default=2, help="number of networks at a time")
     parser.add_argument("--memory", type=float, default=Limits.memory_gib, help="limit for a network, in GiB")

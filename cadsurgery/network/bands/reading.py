@@ -38,9 +38,10 @@ from cadsurgery.surgery.arguments import in_order
 from cadsurgery.surgery.facts import Facts, MapFacts
 from cadsurgery.surgery.refusals import source_line
 from cadsurgery.surgery.rewrite import ask_mask
-from cadsurgery.surgery.rule_arguments import pair_of
+from cadsurgery.surgery.rule_arguments import arguments_of, pair_of
 from cadsurgery.surgery.spatial import Spatial
 from cadsurgery.surgery.treatment import Attribute, Call, Treatment, barrier, rule
+
 
 @rule(PackedConv)
 def fused_convolution(node: fx.Node, facts: MapFacts) -> Treatment:
@@ -201,7 +202,9 @@ class BandReader:
                 for name, value in arguments.items()
             }
             on_meta = program.bind_to(meta_copy(self.net))
-            _ShapesOfMaps(on_meta, graph, self.reading, arguments[image].device).run(*in_order(graph, given, *first))
+            _ShapesOfMaps(on_meta, graph, self.reading, arguments[image].device).run(
+                *in_order(graph, given, *first)
+            )
         self.run = GraphInterpreter(program, graph)
         facts = Facts(self.net, graph, given[image], self.reading.shapes, arguments=given)
         facts.floating.update(node for node, dtype in self.reading.types.items() if dtype.is_floating_point)
@@ -338,8 +341,8 @@ class BandReader:
             return self._spread(node, treatment.window, arguments)
         if treatment.window is not None and treatment.kind == "window":
             return self._windowed(node, treatment, arguments)
-        if treatment.kind == "pad":
-            return self._padded(node, treatment, arguments)
+        if (pads := self._pads(node, treatment)) is not None:
+            return self._padded(node, pads)
         if treatment.kind == "broadcast":
             return self._enlarged(node)
         if call is functional.pixel_shuffle:
@@ -347,10 +350,6 @@ class BandReader:
         if call is functional.resize:
             source = self._source(node)
             return steps.Resized(source, self._size(source), _scaling(arguments), self.reading.types[source])
-        if call in (functional.pad, functional.crop):
-            source = self._source(node)
-            value = arguments.get("value", 0.0) if call is functional.pad else 0.0
-            return steps.Bordered(source, self._size(source), self._size(node), value)
         if call is functional.group_norm:
             return self._group_norm(node, self._source(node), arguments)
         self._refuse_unless_rowwise(node, treatment)
@@ -386,17 +385,29 @@ class BandReader:
             return make(lambda x, left, _: F.pixel_unshuffle(x, window.stride), 0.0, pads=False)
         raise self._refusal(node, "its window is of a kind that needs whole maps")
 
-    def _padded(self, node: fx.Node, treatment: Treatment, arguments: dict[str, Any]) -> BandStep:
+    def _pads(self, node: fx.Node, treatment: Treatment) -> Window | None:
+        """The padding of an operation that pads or cuts a map, by the sizes of this picture; None for any other."""
+        if node.target is F.pad:
+            options = arguments_of(node, "input", "pad", mode="constant", value=None)
+            pads, mode = self.spatial.facts.number(options["pad"]), options["mode"]
+            layout = self.spatial.facts.layout(node.args[0])
+            if layout != NCHW or mode == "circular" or pads is None or any(pads[4:]):
+                return None
+            left, right, top, bottom = (*pads, 0, 0)[:4]
+            mode = "zeros" if mode == "constant" else mode
+            return Window((1, 1), padding=(top, bottom, left, right), mode=mode, outside=options["value"])
+        if treatment.call is functional.crop:
+            (height, width), after = self._size(self._source(node)), self._size(node)
+            return Window((1, 1), padding=(0, after[0] - height, 0, after[1] - width))
+        if treatment.kind != "pad" or treatment.window is None:
+            return None
+        window = treatment.window.fit(self._size(self._source(node)))
+        return Window((1, 1), padding=window.padding, mode=window.mode, outside=window.outside)
+
+    def _padded(self, node: fx.Node, pads: Window) -> BandStep:
         """Padding is a window of one tap."""
-        source, window = self._source(node), treatment.window
-        assert window is not None
-        size = self._size(source)
-        top, bottom, left, right = window.fit(size).padding
-        if "pads" in arguments:  # those of the call
-            left, right, top, bottom = arguments["pads"]
-        tap = Window((1, 1), padding=(top, bottom, left, right), mode=window.mode)
-        width, outside = self.reading.shapes[node][3], window.outside or 0.0
-        return steps.Windowed(source, tap, size, width, lambda x, *_: x, outside, pads=False)
+        source, width, outside = self._source(node), self.reading.shapes[node][3], pads.outside or 0.0
+        return steps.Windowed(source, pads, self._size(source), width, lambda x, *_: x, outside, pads=False)
 
     def _is_enlarged(self, node: fx.Node) -> bool:
         """True if a value of the whole image is resized, or repeated over a map."""
@@ -504,9 +515,8 @@ class BandReader:
             return
         maps = self._maps_of(node)
         if not maps and node.target is functional.to_elements:  # another input of the network
-            layout = self._options(node).get("layout", NCHW)
-            self._note_axis(node.args[0], layout.find("h"))
             maps = node.all_input_nodes[:1]
+            self._note_axis(maps[0], self._options(node).get("layout", NCHW).find("h"))
         if not maps:
             raise self._refusal(node, "it reads no map")
         self._add(node, self._element_step(node, maps[0], operation, cells))
@@ -520,7 +530,9 @@ class BandReader:
             raise self._refusal(node, "it joins a dense map with the region")
         spacing = options.get("spacing", 1)
         layout = options.get("layout", NCHW)
-        is_read = layout != NCHW and any(user.op != "output" for user in node.users)  # by what knows not its axes
+        is_read = layout != NCHW and any(
+            user.op != "output" for user in node.users
+        )  # by what knows not its axes
         if node.target is functional.to_dense and "h" in layout and not is_read and not options.get("guide"):
             self.reading.axis[node] = layout.index("h")
             return element_steps.DenseMap(cells, source, grids[source], spacing, call, layout.index("h"))
@@ -551,7 +563,9 @@ class BandReader:
         maps = self._maps_of(node)
         if any(one not in grids for one in maps):
             raise self._refusal(node, "it joins a dense map with the region")
-        return steps.Pointwise([*maps, *(one for one in node.all_input_nodes if one in self.reading.small)], call)
+        return steps.Pointwise(
+            [*maps, *(one for one in node.all_input_nodes if one in self.reading.small)], call
+        )
 
     def _options(self, node: fx.Node) -> dict[str, Any]:
         """The arguments of an operation on elements by name; numbers in place of their nodes."""

@@ -355,12 +355,12 @@ class Bands:
             InvalidInput: the memory is too little for this picture; or the call is none that bands can compute.
         """
         program.check_kinds(arguments)
-        image, name = self._image(provider, program, arguments), program.image_name
+        image = self._image(provider, program, arguments)
         with self._lock, torch.no_grad():
             lattices = self._lattices(provider, program, arguments)
             outputs = []
-            for one, lattice in zip(image.split(1), lattices, strict=True):
-                call = {**arguments, name: one}
+            for position, lattice in enumerate(lattices):
+                call = _of_picture(arguments, image, position)
                 reader, walks = self._prepare(program, call, lattice)
                 outputs.append(BandedCall(reader, walks).run(call, lattice))
         output = outputs[0] if len(outputs) == 1 else tree_map(_join, *outputs)
@@ -370,9 +370,9 @@ class Bands:
 
     def plan(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Walks:
         """Return the walks for the first picture of a call, without computing it."""
-        image, name = self._image(provider, program, arguments), program.image_name
+        image = self._image(provider, program, arguments)
         with self._lock, torch.no_grad():
-            call = {**arguments, name: image[:1]}
+            call = _of_picture(arguments, image, 0)
             return self._prepare(program, call, self._lattices(provider, program, call)[0])[1]
 
     def rows(
@@ -424,8 +424,8 @@ class Bands:
 
     def _lattices(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> list[Lattice]:
         """Return the lattice of each picture of a call."""
-        image, name, own = program.image(arguments), program.image_name, program.plan.identity_level
-        first = {**arguments, name: image[:1]}
+        image, own = program.image(arguments), program.plan.identity_level
+        first = _of_picture(arguments, image, 0)
         if isinstance(provider, UniformMask) and program.unchanged is not None:
             level = 0 if provider.high else program.plan.max_level
             if level == own:
@@ -474,6 +474,17 @@ class Bands:
                 del self._readers[next(iter(self._readers))]
             self._readers[key] = BandReader(program, graph, call, program.image_name)
         return self._readers[key]
+
+
+def _of_picture(arguments: dict[str, Any], image: Tensor, position: int) -> dict[str, Any]:
+    """Return the arguments of a call with one picture of a batch: of every tensor that is such a batch, too."""
+    size = image.shape[2:]
+
+    def of_picture(value: Any) -> Any:
+        is_batch = isinstance(value, Tensor) and value.dim() == 4 and len(value) == len(image)
+        return value[position : position + 1] if is_batch and value.shape[2:] == size else value
+
+    return {name: of_picture(value) for name, value in arguments.items()}
 
 
 def _join(*parts: Any) -> Any:

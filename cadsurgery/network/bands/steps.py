@@ -314,26 +314,6 @@ def _entry(table: list[int], ratio: float, row: int) -> int:
     return table[row] if row >= 0 else math.floor(row * ratio)
 
 
-class Bordered:
-    """A map that is cut or padded at its lower and right border, to `size` (height, width)."""
-
-    def __init__(
-        self, node: fx.Node, have: tuple[int, int], size: tuple[int, int], value: float | None
-    ) -> None:
-        self.node, self.have, self.size, self.value = node, have, size, value
-        last = have[0] - 1
-        self.reads = [(node, RowsRead(lambda row: min(row, last), lambda row: min(row, last)))]
-        self.copies = list[fx.Node]()
-
-    def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
-        """Return rows [first, end) of the map."""
-        begin, stop = min(first, self.have[0] - 1), min(end, self.have[0])
-        x = fetch(self.node, begin, max(stop, begin + 1))
-        pads = (0, self.size[1] - self.have[1], 0, end - begin - x.shape[2])
-        mode = "zeros" if self.value is not None else "replicate"
-        return _padded(x, pads, mode, self.value or 0.0)[:, :, first - begin :]
-
-
 class Sum(Protocol):
     """A value of the whole image, made of sums over its rows."""
 
