@@ -178,7 +178,8 @@ class WindowOfElements:
                 more = fetch(self.residual, first, end)
                 whole = cells.lattice(added, begin, stop)
                 same = added == target
-                there = stage if same else whole.between(first - begin, min(end, added.size[0]) - begin)
+                below = min(divide_up(end, cells.side) * cells.side, added.size[0])
+                there = stage if same else whole.between(first - begin, below - begin)
                 rows[self.residual] = Elements(more.rows, there)
         extra = {"window": self.window, "stage": stage}
         return Elements(self.call(rows, **extra).rows, goal)
@@ -266,7 +267,7 @@ class BorderOfElements:
         side = self.cells.side
         last = max(self.grids[0].size[0] - self.spacing, 0) // side * side  # the cells of the last samples
         own = RowsRead(lambda row: min(row // side * side, last), lambda row: row // side * side + side - 1)
-        self.reads = [(self.node, own)]
+        self.reads = [(self.node, SAME if self.grids[0] == self.grids[1] else own)]
         self.copies = list[fx.Node]()
 
     def compute(self, fetch: Fetch, first: int, end: int) -> Elements:

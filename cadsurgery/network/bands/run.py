@@ -186,6 +186,8 @@ class _HeldElements:
         self.parts = [part for part in self.parts if part[1] > row]
 
     def rows(self, first: int, end: int) -> Elements:
+        """Return the elements of whole cells: a map may end a little below the one that it is joined with."""
+        end = min(-(-end // self.cells.side) * self.cells.side, self.grid.size[0])
         found = [
             rows[numbers[max(first, at)] : numbers[min(end, stop)]]
             for at, stop, rows, numbers in self.parts
@@ -477,14 +479,24 @@ class Bands:
 
 
 def _of_picture(arguments: dict[str, Any], image: Tensor, position: int) -> dict[str, Any]:
-    """Return the arguments of a call with one picture of a batch: of every tensor that is such a batch, too."""
-    size = image.shape[2:]
+    """Return the arguments of a call with one picture of a batch: of every tensor that is such a batch, too.
+
+    Raises:
+        InvalidInput: a tensor has as many entries as there are pictures, which may be one for each or the same for all.
+    """
 
     def of_picture(value: Any) -> Any:
-        is_batch = isinstance(value, Tensor) and value.dim() == 4 and len(value) == len(image)
-        return value[position : position + 1] if is_batch and value.shape[2:] == size else value
+        if len(image) == 1 or not isinstance(value, Tensor) or not value.dim() or len(value) != len(image):
+            return value
+        if value.dim() == 4 and value.shape[2:] == image.shape[2:]:
+            return value[position : position + 1]
+        raise InvalidInput(
+            "a batch is not computed in bands here.",
+            why=f"whether a tensor of shape {tuple(value.shape)} belongs to the pictures one by one is not known.",
+            next="call the network picture by picture.",
+        )
 
-    return {name: of_picture(value) for name, value in arguments.items()}
+    return {name: tree_map(of_picture, value) for name, value in arguments.items()}
 
 
 def _join(*parts: Any) -> Any:
