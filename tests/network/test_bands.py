@@ -96,22 +96,22 @@ class Pyramid(nn.Module):
 
 
 class Borders(nn.Module):
-    """Padded maps that two windows read, padding that a stride asks for, and depth to space."""
+    """Padded maps that two windows read, padding that a stride asks for, depth to space, and a map that grows and is cut
+    on all sides."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(3, 8, 7, 2))
         self.body, self.pool = nn.Conv2d(8, 8, 3), nn.MaxPool2d(3)
-        self.strided, self.head = nn.Conv2d(8, 16, 3, 2), nn.Conv2d(4, 3, 1)
+        self.strided, self.head = nn.Conv2d(8, 16, 3, 2), nn.ConvTranspose2d(4, 3, 4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.pad(self.stem(x), (2, 0, 2, 0))
         x = self.body(x) + nn.functional.max_pool2d(x, 3, 1)
         pads = [max((-(-n // 2) - 1) * 2 + 3 - n, 0) for n in x.shape[2:]]
         (top, left), (bottom, right) = (pad // 2 for pad in pads), (pad - pad // 2 for pad in pads)
-        return self.head(
-            nn.functional.pixel_shuffle(self.strided(nn.functional.pad(x, (left, right, top, bottom))), 2)
-        )
+        x = self.strided(nn.functional.pad(x, (left, right, top, bottom)))
+        return self.head(nn.functional.pixel_shuffle(x, 2))[..., 1:-1, 1:-1]
 
 
 class Decoder(nn.Module):

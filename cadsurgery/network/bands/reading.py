@@ -337,7 +337,7 @@ class BandReader:
         if treatment.then:
             raise self._refusal(node, "it is several operations in one")
         call, arguments = treatment.call, {name: self._resolved(value) for name, value in treatment.arguments}
-        if treatment.window is not None and treatment.kind == "resize":
+        if treatment.window is not None and treatment.window.finer > 1:
             return self._spread(node, treatment.window, arguments)
         if treatment.window is not None and treatment.kind == "window":
             return self._windowed(node, treatment, arguments)
@@ -396,13 +396,33 @@ class BandReader:
             left, right, top, bottom = (*pads, 0, 0)[:4]
             mode = "zeros" if mode == "constant" else mode
             return Window((1, 1), padding=(top, bottom, left, right), mode=mode, outside=options["value"])
-        if treatment.call is functional.crop:
-            (height, width), after = self._size(self._source(node)), self._size(node)
-            return Window((1, 1), padding=(0, after[0] - height, 0, after[1] - width))
+        if node.target is operator.getitem and (crop := self._crop(node)) is not None:
+            return crop
         if treatment.kind != "pad" or treatment.window is None:
             return None
         window = treatment.window.fit(self._size(self._source(node)))
         return Window((1, 1), padding=window.padding, mode=window.mode, outside=window.outside)
+
+    def _crop(self, node: fx.Node) -> Window | None:
+        """Negative padding for slices that cut a map (1, C, H, W), without steps; None for any other index."""
+        source: Any = node.args[0]
+        asked: Any = node.args[1]
+        index: list[Any] = list(asked) if isinstance(asked, tuple) else [asked]
+        rest = [slice(None)] * (5 - len(index))
+        at = next((place for place, part in enumerate(index) if part is Ellipsis), None)
+        index = [*index, *rest[1:]] if at is None else [*index[:at], *rest, *index[at + 1 :]]
+        is_cut = all(isinstance(part, slice) for part in index) and index[:2] == [slice(None)] * 2
+        if self.spatial.facts.layout(source) != NCHW or len(index) != 4 or not is_cut:
+            return None
+        number = self.spatial.facts.number
+        parts = [slice(*number((part.start, part.stop, part.step))) for part in index]
+        lengths, pads = self._size(self._source(node)), list[int]()
+        for part, length in zip(parts[2:], lengths, strict=True):
+            start, stop, step = part.indices(length)
+            if step != 1:
+                return None
+            pads += [-start, stop - length]
+        return Window((1, 1), padding=(pads[0], pads[1], pads[2], pads[3]))
 
     def _padded(self, node: fx.Node, pads: Window) -> BandStep:
         """Padding is a window of one tap."""
