@@ -96,7 +96,7 @@ class Pyramid(nn.Module):
 
 
 class Borders(nn.Module):
-    """Padded maps that two windows read, padding that a stride asks for, depth to space, and a map that grows and is cut
+    """Padded maps that two windows read, padding that a stride asks for, depth to space, a map that grows and is cut
     on all sides."""
 
     def __init__(self) -> None:
