@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.zoo.corpus import beside, family_of, find_corpus, read_corpus, subject
+from benchmarks.zoo.bands_check import check_in_bands
+from benchmarks.zoo.corpus import Subject, beside, family_of, find_corpus, read_corpus, subject
 from benchmarks.zoo.network_check import check_network
 from cadsurgery.data.networks import list_models
 from cadsurgery.support.errors import FileError
@@ -127,16 +128,18 @@ def _resume(path: Path) -> list[Row]:
     return rows
 
 
-def _usual_check(names: Sequence[str], corpus: Path | None) -> Check:
+def _usual_check(
+    names: Sequence[str], corpus: Path | None, check_one: Callable[[Subject], Row] = check_network
+) -> Check:
     families = {name: name.partition(":")[0] if corpus else family_of(name) for name in names}
     files = sorted(set(families.values())) if corpus else []
-    row_of = partial(_check_named, corpus=corpus)
+    row_of = partial(_check_named, corpus=corpus, check_one=check_one)
     known = {name: {"family": family} for name, family in families.items()}
     return Check(row_of, known, ("benchmarks.zoo.check", "timm", "torchvision", *files), corpus)
 
 
-def _check_named(name: str, corpus: Path | None) -> Row:
-    return check_network(subject(name, corpus))
+def _check_named(name: str, corpus: Path | None, check_one: Callable[[Subject], Row]) -> Row:
+    return check_one(subject(name, corpus))
 
 
 def _in_processes(names: Sequence[str], check: Check, workers: int, limits: Limits) -> Iterator[Row]:
@@ -200,6 +203,9 @@ def main() -> None:
     )
     parser.add_argument("--library", default="", help="torchvision or timm; default both")
     parser.add_argument("--corpus", action="store_true", help="check networks of Python files, which are run")
+    parser.add_argument(
+        "--bands", action="store_true", help="compare pictures in bands of rows with whole ones"
+    )
     parser.add_argument("--output", type=Path, default=Path("zoo.jsonl"))
     parser.add_argument("--workers", type=int, default=2, help="number of networks at a time")
     parser.add_argument("--memory", type=float, default=Limits.memory_gib, help="limit for a network, in GiB")
@@ -215,8 +221,9 @@ def main() -> None:
         print(f"{row['model']:40} {outlook(row)}", flush=True)
 
     limits = Limits(options.seconds, options.memory)
+    check = _usual_check(names, folder, check_in_bands) if options.bands else None
     rows = check_networks(
-        names, options.output, corpus=folder, workers=options.workers, limits=limits, on_row=tell
+        names, options.output, corpus=folder, check=check, workers=options.workers, limits=limits, on_row=tell
     )
     print(summary(rows))
 

@@ -9,6 +9,7 @@ import torch
 from cadsurgery.elements.backends.choose import select_rows
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
 from cadsurgery.elements.sizes import is_at_most, is_statically_true, least, most
 from cadsurgery.support.errors import InvalidInput
@@ -110,6 +111,19 @@ def _with_border(x: Elements, counts: Sequence[int], spacing: int, value: float 
     target = lattice.resample(lattice.stage, fine)
     if all(is_at_most(length, before) for length, before in zip(fine, lattice.size, strict=True)):
         return Elements(select_rows(x.rows, lattice, target), target)
+    return onto_border(x, target, spacing, value)
+
+
+def onto_border(x: Elements, target: Lattice, spacing: int, value: float | None) -> Elements:
+    """Return a map on a lattice of the same level map that begins where its own does and ends elsewhere.
+
+    Args:
+        x: elements.
+        target: the lattice.
+        spacing: fine pixels between the samples of the network's own grid.
+        value: of the elements beyond the map; None for a copy of its last sample.
+    """
+    lattice = x.lattice
     key = ("border", target.key, spacing)
 
     def build() -> tuple[torch.Tensor, torch.Tensor]:

@@ -174,6 +174,7 @@ class SmallMap:
         mode: `nearest` or `bilinear`.
         align_corners: as in torch.
         name: of the operation that joins it with maps of the region.
+        top: fine row of the picture at which the lattices that read it begin; None if they are those of the whole map.
     """
 
     values: Tensor
@@ -182,6 +183,7 @@ class SmallMap:
     mode: str = "nearest"
     align_corners: bool = False
     name: str = "an operation"
+    top: int | None = None
 
     def rows_on(self, lattice: Lattice) -> Tensor:
         """Return the map's values (N, C) on the elements of a lattice, interpolated as torch resizes. `bilinear` reads
@@ -192,7 +194,8 @@ class SmallMap:
         Raises:
             InvalidInput: see `check_joint`.
         """
-        check_samples(lattice.samples(self.spacing), self.size or self.values.shape[2:], self.name)
+        if self.top is None:
+            check_samples(lattice.samples(self.spacing), self.size or self.values.shape[2:], self.name)
         key = ("small map", tuple(self.values.shape[2:]), self.spacing, self.size)
         build = partial(self._corners, lattice)
         sources, shares = lattice.derive((*key, self.mode, self.align_corners), build)
@@ -208,8 +211,9 @@ class SmallMap:
         side: Any = self.spacing if floors else lattice.side_map.flatten()[lattice.anchors]
         counts = self.values.shape[2:]
         ends = []
-        for at, have, want in zip(lattice.coordinates[1:], counts, self.size or counts, strict=True):
-            at = at.double()
+        tops, wanted = (self.top or 0, 0), self.size or counts
+        for at, top, have, want in zip(lattice.coordinates[1:], tops, counts, wanted, strict=True):
+            at = (at + top).double()
             if self.size is None:
                 place = at / self.spacing if lattice.geometry.interpolates else at // self.spacing
                 place = place.clamp(0, have - 1)

@@ -62,18 +62,7 @@ def resize(
             next="pad or resize the image to a multiple of the lowest output stride.",
         )
     target = x.lattice.resample(stage, fine)
-    if x.lattice.geometry.floors:
-        return resize_onto(x, target, spacings, before, after, mode, bool(align_corners))
-    key = ("resize", target.key, spacings, before, after, mode, align_corners)
-    ratios = _ratios(before, after, spacings, bool(align_corners))
-    stretched = scale == 1 and not all(
-        is_statically_true(one == two) for one, two in zip(before, after, strict=True)
-    )
-    if x.rows.is_meta:  # to count, the places that elements are read from need no values
-        places = x.rows.new_empty((target.count, 4))
-        return Elements(mix(x.rows, places.long(), places.double()), target)
-    build = partial(_between_cells, x.lattice, target, ratios, mode, bool(align_corners), stretched)
-    return Elements(mix(x.rows, *x.lattice.derive(key, build)), target)
+    return resize_onto(x, target, spacings, before, after, mode, bool(align_corners))
 
 
 def resize_onto(
@@ -85,8 +74,9 @@ def resize_onto(
     mode: str,
     align_corners: bool,
     top: int = 0,
+    whole: tuple[int, int] | None = None,
 ) -> Elements:
-    """Compute `resize` where level maps are floors, at the elements of a lattice.
+    """Compute `resize` at the elements of a lattice.
 
     Args:
         x: elements.
@@ -97,8 +87,22 @@ def resize_onto(
         mode: `nearest` or `bilinear`.
         align_corners: as in torch.
         top: fine row of the picture at which the level map begins.
+        whole: fine size of the whole map, if it is not that of the elements.
     """
-    scale = spacings[0] // spacings[1]
+    scale, size = spacings[0] // spacings[1], whole or x.lattice.size
+    if not x.lattice.geometry.floors:
+        key = ("resize", target.key, spacings, before, after, mode, align_corners)
+        ratios = _ratios(before, after, spacings, align_corners)
+        stretched = scale == 1 and not all(
+            is_statically_true(one == two) for one, two in zip(before, after, strict=True)
+        )
+        if x.rows.is_meta:  # to count, the places that elements are read from need no values
+            places = x.rows.new_empty((target.count, 4))
+            return Elements(mix(x.rows, places.long(), places.double()), target)
+        between = partial(
+            _between_cells, x.lattice, target, ratios, mode, align_corners, stretched, top, size
+        )
+        return Elements(mix(x.rows, *x.lattice.derive(key, between)), target)
     if mode == "nearest" and all(want == have * scale for want, have in zip(after, before, strict=True)):
         same = partial(_same_sample, x.lattice, target, spacings[0])
         return Elements(x.rows.index_select(0, x.lattice.derive(("same sample", target.key), same)), target)
@@ -386,17 +390,20 @@ def _between_cells(
     mode: str,
     align_corners: bool,
     stretched: bool,
+    top: int,
+    size: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """Return the four elements of `source` (M, 4), and their weights, that each element of a finer lattice
-    interpolates. Elements in cells of equal size copy their value unless `stretched`."""
+    interpolates. Elements in cells of equal size copy their value unless `stretched`. The lattices begin at the fine
+    row `top` of a map of a fine `size`."""
     height, width = source.size
     image, *place = target.coordinates
     side = target.side_map.flatten()[target.anchors]
     cell = source.side_map.flatten()[source.pixels(image, *place)]
     same = (cell == side) & (not stretched)
     ends = []
-    for fine, length, (above, below) in zip(place, source.size, ratios, strict=True):
-        at = fine.double()
+    for fine, length, (above, below), origin in zip(place, size, ratios, (top, 0), strict=True):
+        at = (fine + origin).double()
         # Sizes that are symbols are divided as tensors: engines divide plain sizes in float32, and a point that is
         # rounded down below a whole number reads the neighbouring sample.
         whole = isinstance(above, int) and isinstance(below, int)
@@ -409,6 +416,7 @@ def _between_cells(
         low = (point / cell + 1e-9).floor()
         share = torch.where(same, 0.0, (point / cell - low).clamp(min=0))
         first = (low * cell).long().clamp(max=length - 1)
-        ends.append(((first, 1 - share), ((first + cell).clamp(max=length - 1), share)))
+        second = (first + cell).clamp(max=length - 1)
+        ends.append(((first - origin, 1 - share), (second - origin, share)))
     points, shares = corners(ends, lambda y, x: (image * height + y) * width + x)
     return source.index[points], shares

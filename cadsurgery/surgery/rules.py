@@ -41,6 +41,7 @@ from cadsurgery.surgery.treatment import (
     Attribute,
     Call,
     Cause,
+    Kind,
     Treatment,
     barrier,
     first_line,
@@ -558,8 +559,20 @@ def transposed_convolution(node: fx.Node, facts: MapFacts) -> Treatment:
         return _treat_window(functional.conv2d, window, **arguments)
     if size is not None:
         arguments["size"] = size
-    items = tuple(arguments.items())
-    return Treatment("resize", call=functional.conv2d, arguments=items, window=window, scale=window.finer)
+    items, scale = tuple(arguments.items()), window.finer
+    grows = any(taps - sum(cut) > scale for taps, cut in zip(kernel, _cuts(window), strict=True))
+    why = (
+        f"it gives more than {scale} samples for each that it reads, which makes the map grow"
+        if grows
+        else ""
+    )
+    kind: Kind = "barrier" if grows else "resize"
+    return Treatment(kind, why, functional.conv2d, items, window, scale=1 if grows else scale)
+
+
+def _cuts(window: Window) -> tuple[tuple[int, ...], ...]:
+    """Return what a transposed convolution crops of its result, for each axis."""
+    return window.padding[:2], window.padding[2:]
 
 
 def _transposed_window(kernel: Any, stride: Any, padding: Any, more: Any, dilation: Any) -> Window | str:
@@ -579,8 +592,6 @@ def _transposed_window(kernel: Any, stride: Any, padding: Any, more: Any, dilati
         return "a transposed convolution with stride and dilation leaves positions without taps"
     if min(kernel) < stride:
         return "its kernel is smaller than its stride, so that positions are left without taps"
-    if any(taps + extra - 2 * cut > stride for taps, cut, extra, _ in by_axis):
-        return f"it gives more than {stride} samples for each that it reads, which makes the map grow"
     (top, below), (left, beside) = ((cut, cut - extra) for _, cut, extra, _ in by_axis)
     return Window(kernel, padding=(top, below, left, beside), finer=stride)
 

@@ -4,13 +4,13 @@ layers (`fused_convolution`, `fused_product`) are asked by every case."""
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 import os
 import pickle
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,22 +23,13 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 import cadsurgery as cs
+from benchmarks.zoo.bands_check import MASK, MUCH, bands_of
 from cadsurgery.elements import kernel_map
-from cadsurgery.network.bands import run, schedule
+from cadsurgery.network.bands import schedule
 from cadsurgery.network.bands.schedule import SAME, BandMap, RowsRead
 from cadsurgery.support.memory import bytes_of
 
 SEEDS = int(os.environ.get("CADSURGERY_SEEDS", 500))
-MUCH = "1TiB"
-MASK = "gradient | budget:fraction=0.4"
-
-
-@contextmanager
-def bands_of(rows: int) -> Iterator[None]:
-    """Within, every band has so many rows of the tallest map."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_bands", lambda *_: iter([rows]))
-        yield
 
 
 def difference(one: Any, other: Any) -> float:
@@ -88,15 +79,93 @@ class Pools(nn.Module):
         return self.head(self.more(x * self.gate(x)))
 
 
+class Pyramid(nn.Module):
+    """Means over the image and over bins, resized to the map and joined with it, and coordinates beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = strided(2, 8), nn.Conv2d(34, 4, 3, padding=1)
+        self.bins = nn.ModuleList([nn.AdaptiveAvgPool2d(count) for count in (1, 2, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        size = x.shape[2:]
+        bins = [nn.functional.interpolate(pool(x), size, mode="bilinear") for pool in self.bins]
+        down = torch.linspace(-1, 1, size[0], dtype=x.dtype, device=x.device).view(1, 1, -1, 1)
+        across = torch.linspace(-1, 1, size[1], dtype=x.dtype, device=x.device).view(1, 1, 1, -1)
+        places = down.expand(len(x), 1, *size), across.expand(len(x), 1, *size)
+        return self.head(torch.cat([x + bins[0], *bins, *places], 1))
+
+
+class Borders(nn.Module):
+    """Padded maps that two windows read, padding that a stride asks for, depth to space, a map that grows and is cut
+    on all sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(3, 8, 7, 2))
+        self.body, self.pool = nn.Conv2d(8, 8, 3), nn.MaxPool2d(3)
+        self.strided, self.head = nn.Conv2d(8, 16, 3, 2), nn.ConvTranspose2d(4, 3, 4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(self.stem(x), (2, 0, 2, 0))
+        x = self.body(x) + nn.functional.max_pool2d(x, 3, 1)
+        pads = [max((-(-n // 2) - 1) * 2 + 3 - n, 0) for n in x.shape[2:]]
+        (top, left), (bottom, right) = (pad // 2 for pad in pads), (pad - pad // 2 for pad in pads)
+        x = self.strided(nn.functional.pad(x, (left, right, top, bottom)))
+        return self.head(nn.functional.pixel_shuffle(x, 2))[..., 1:-1, 1:-1]
+
+
+class Decoder(nn.Module):
+    """Comes back to each stage, whose sizes it cuts, stretches or pads its maps to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList([nn.Conv2d(c, 8, 3, 2, 1) for c in (3, 8, 8, 8)])
+        self.up = nn.ConvTranspose2d(8, 8, 2, 2)
+        self.joined = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c, d = itertools.islice(
+            itertools.accumulate((x, *self.down), lambda y, down: down(y).relu()), 1, None
+        )
+        y = nn.functional.interpolate(d, c.shape[2:], mode="bilinear")
+        y = self.joined[0](y + c)
+        y = nn.functional.interpolate(y, scale_factor=2.0)[:, :, : b.shape[2], : b.shape[3]]
+        y = self.up(self.joined[1](y * b))
+        y = nn.functional.pad(y, (0, a.shape[3] - y.shape[3], 0, a.shape[2] - y.shape[2]))
+        return self.joined[2](y + a)
+
+
+class ChannelsLast(nn.Module):
+    """Blocks with the channels last and what is added to them; returns such a map, and its means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 2, 2)
+        self.one, self.two = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(x).permute(0, 2, 3, 1)
+        x = x + self.two(self.one(self.norm(x)).relu())
+        x = self.down(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x, self.norm(x).mean((1, 2))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "strided": lambda: strided(3, outputs=4, kernel=3),
     "segmenter": Segmenter,
     "residual segmenter": ResidualSegmenter,
     "norms": Norms,
     "pools": Pools,
+    "pyramid": Pyramid,
+    "borders": Borders,
+    "decoder": Decoder,
+    "channels last": ChannelsLast,
     "convnext": lambda: ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)], num_classes=5),
 }
-SMALL = ("strided", "segmenter", "residual segmenter", "norms", "pools")
+SMALL = tuple(name for name in NETWORKS if name != "convnext")
 LIBRARY = ("densenet121", "mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5", "vgg11")
 
 
@@ -120,7 +189,7 @@ def test_in_bands_is_whole(name: str, mask: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [8, slow(64)])
-@pytest.mark.parametrize("name", ["strided", "segmenter", *(slow(one) for one in LIBRARY)])
+@pytest.mark.parametrize("name", ["strided", "segmenter", "decoder", *(slow(one) for one in LIBRARY)])
 @torch.no_grad()
 def test_in_bands_is_whole_where_strides_are_removed(name: str, rows: int) -> None:
     model, example = made(name), picture(64, 96)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from cadsurgery.elements import functional
+from cadsurgery.elements.borders import onto_border
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Lattice, Pyramid
@@ -71,12 +72,12 @@ class Cells:
             if len(self._known) > _MOST_KNOWN:
                 self._forget(self._known.pop(0))
         of_rows, (height, width) = self._rows[key], grid.size
-        whole = of_rows.lattice(grid.stage, (min(stop, height) - begin, width))
+        whole = of_rows.lattice(grid.stage, (min(key[1], height) - begin, width))
         if (begin, stop) == (first, end):
             return whole
         parts, part = self._parts[key], (grid, first, end)
         if part not in parts:
-            parts[part] = whole.between(first - begin, min(end, height) - begin)
+            parts[part] = whole.between(first - begin, min(self._key(first, end)[1], height) - begin)
         return parts[part]
 
     def _key(self, first: int, end: int) -> tuple[int, int]:
@@ -85,7 +86,7 @@ class Cells:
     def forget_table(self, grid: Grid, within: tuple[int, int], window: Window) -> None:
         """Forget the kernel maps by which a window reads the fine rows `within` of a map."""
         if (of_rows := self._rows.get(self._key(*within))) is not None:
-            size = min(within[1], grid.size[0]) - within[0], grid.size[1]
+            size = min(self._key(*within)[1], grid.size[0]) - within[0], grid.size[1]
             of_rows.lattice(grid.stage, size).forget_tables(window)
 
     def _forget(self, key: tuple[int, int]) -> None:
@@ -240,6 +241,7 @@ class ResizedElements:
 
     def __post_init__(self) -> None:
         (coarse, fine), (source, target) = self.spacings, self.grids
+        floors = self.cells.pyramid.geometry.floors
         self.before = divide_up(source.size[0], coarse), divide_up(source.size[1], coarse)
         self.after = divide_up(target.size[0], fine), divide_up(target.size[1], fine)
         self.copies = [self.node]
@@ -264,7 +266,20 @@ class ResizedElements:
             reached = (int((place(row) + 1e-6) // 1) + 1) * coarse
             return (reached // side + (1 if reached % side == 0 else 2)) * side - 1
 
-        self.reads = [(self.node, RowsRead(first, last))]
+        # Between cells, at most a cell before and behind the place of an element, and its own cell.
+        stretch = self.before[0] * coarse / (self.after[0] * fine)
+        if self.align_corners:
+            stretch = (self.before[0] - 1) * coarse / (max(self.after[0] - 1, 1) * fine)
+        bottom = (source.size[0] - 1) // side * side
+
+        def first_cell(row: int) -> int:
+            return min(row // side, int((row * stretch - 1.5 * side) // side)) * side
+
+        def last_cell(row: int) -> int:
+            return max(row // side, int(((row + side / 2) * stretch + side) // side)) * side + side - 1
+
+        between = RowsRead(lambda row: min(first_cell(row), bottom), last_cell)
+        self.reads = [(self.node, RowsRead(first, last) if floors else between)]
 
     def compute(self, fetch: Fetch, first: int, end: int) -> Elements:
         """Return the elements of the fine rows [first, end)."""
@@ -274,9 +289,41 @@ class ResizedElements:
         x = fetch(self.node, begin, min(stop, source.size[0]))
         stage = cells.lattice(target, first, end, (begin, stop))
         found = resize_onto(
-            x, stage, self.spacings, self.before, self.after, self.mode, self.align_corners, begin
+            x,
+            *(stage, self.spacings, self.before, self.after, self.mode, self.align_corners),
+            *(begin, source.size),
         )
         return Elements(found.rows, cells.lattice(target, first, end))
+
+
+@dataclass
+class BorderOfElements:
+    """A map of the region that is cut or padded at its lower and right border; `value` as of `functional.pad`."""
+
+    cells: Cells
+    node: fx.Node
+    grids: tuple[Grid, Grid]
+    spacing: int
+    value: float | None
+
+    def __post_init__(self) -> None:
+        side = self.cells.side
+        last = max(self.grids[0].size[0] - self.spacing, 0) // side * side  # the cells of the last samples
+        own = RowsRead(lambda row: min(row // side * side, last), lambda row: row // side * side + side - 1)
+        self.reads = [(self.node, SAME if self.grids[0] == self.grids[1] else own)]
+        self.copies = list[fx.Node]()
+
+    def compute(self, fetch: Fetch, first: int, end: int) -> Elements:
+        """Return the elements of the fine rows [first, end)."""
+        (source, target), cells = self.grids, self.cells
+        begin, stop = self.reads[0][1].within(first, end, source.size[0])
+        x = fetch(self.node, begin, stop)
+        if source == target:
+            return x
+        stage = cells.lattice(target, first, end, (begin, end))
+        return Elements(
+            onto_border(x, stage, self.spacing, self.value).rows, cells.lattice(target, first, end)
+        )
 
 
 @dataclass
@@ -306,8 +353,11 @@ class OfNeighbours:
 class DenseMap:
     """The dense map at the exit of the region: rows of the network's own grid, read from elements."""
 
-    def __init__(self, cells: Cells, node: fx.Node, grid: Grid, spacing: int, call: Call) -> None:
+    def __init__(
+        self, cells: Cells, node: fx.Node, grid: Grid, spacing: int, call: Call, axis: int = 2
+    ) -> None:
         self.cells, self.node, self.grid, self.spacing, self.call = cells, node, grid, spacing, call
+        self.axis = axis
         reached = cells.reached(0, 0)
         self.reads = [
             (
@@ -322,7 +372,7 @@ class DenseMap:
         begin, stop = self.reads[0][1].within(first, end, self.grid.size[0])
         dense: Tensor = self.call({self.node: fetch(self.node, begin, stop)})
         start = first - begin // self.spacing
-        return dense[:, :, start : start + end - first]
+        return dense.narrow(self.axis, start, end - first)
 
 
 class ResizedAtExit:

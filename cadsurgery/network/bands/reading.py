@@ -17,8 +17,9 @@ from torch import Tensor, UntypedStorage, fx
 from torch.fx.node import map_arg
 
 from cadsurgery.elements import functional
+from cadsurgery.elements.axes import NCHW, image_dims
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear, ScaleShift
-from cadsurgery.elements.elements import Elements
+from cadsurgery.elements.elements import Elements, SmallMap
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry, Lattice, Pyramid
 from cadsurgery.elements.on_rows import OnRows
@@ -28,7 +29,7 @@ from cadsurgery.network.bands import element_steps, steps
 from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.schedule import BandMap
 from cadsurgery.network.bands.steps import BandStep, Sum
-from cadsurgery.network.macs import meta_copy
+from cadsurgery.network.macs import meta_copy, to_meta
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import CannotConvert
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
@@ -37,11 +38,9 @@ from cadsurgery.surgery.arguments import in_order
 from cadsurgery.surgery.facts import Facts, MapFacts
 from cadsurgery.surgery.refusals import source_line
 from cadsurgery.surgery.rewrite import ask_mask
-from cadsurgery.surgery.rule_arguments import pair_of
+from cadsurgery.surgery.rule_arguments import arguments_of, pair_of
 from cadsurgery.surgery.spatial import Spatial
 from cadsurgery.surgery.treatment import Attribute, Call, Treatment, barrier, rule
-
-NCHW = "bchw"
 
 
 @rule(PackedConv)
@@ -61,8 +60,8 @@ def fused_convolution(node: fx.Node, facts: MapFacts) -> Treatment:
 
 @rule(PackedLinear, ScaleShift)
 def fused_product(node: fx.Node, facts: MapFacts) -> Treatment:
-    """A linear layer, or factors and shifts, of an inference copy act on each position alone."""
-    return Treatment("pointwise")
+    """A linear layer, or factors and shifts, of an inference copy act on each position alone; a map may be added."""
+    return Treatment("join" if len(node.all_input_nodes) > 1 else "pointwise")
 
 
 class Statistics(NamedTuple):
@@ -105,6 +104,7 @@ class BandPlan:
         grids: the lattices of each map of the region.
         channels: the number of values of each element of such a map.
         several: nodes of the region whose value is several maps.
+        small: nodes whose value is a small map that the region reads.
         types: type of each tensor, and of the values of elements.
         numbers: numbers that follow from the size of the picture.
         only_first: of the maps that the graph returns, only the first is asked for.
@@ -124,6 +124,7 @@ class BandPlan:
     grids: dict[fx.Node, Grid] = field(default_factory=dict)
     channels: dict[fx.Node, int] = field(default_factory=dict)
     several: set[fx.Node] = field(default_factory=set)
+    small: set[fx.Node] = field(default_factory=set)
     types: dict[fx.Node, torch.dtype] = field(default_factory=dict)
     numbers: dict[fx.Node, Any] = field(default_factory=dict)
     only_first: bool = False
@@ -153,13 +154,13 @@ class BandPlan:
 class _ShapesOfMaps(GraphInterpreter):
     """Runs a graph on shapes, and records these."""
 
-    def __init__(self, program: Program, graph: fx.Graph, reading: BandPlan) -> None:
+    def __init__(self, program: Program, graph: fx.Graph, reading: BandPlan, device: torch.device) -> None:
         super().__init__(program, graph)
-        self.reading = reading
+        self.reading, self.device = reading, device
 
     def run_node(self, n: fx.Node) -> Any:
         before = {source: _versions(self.env[source]) for source in n.all_input_nodes}
-        value = super().run_node(n)
+        value = to_meta(super().run_node(n))  # also tensors that the network creates, e.g. by torch.zeros
         self.reading.changed[n] = [
             source for source, versions in before.items() if versions != _versions(self.env[source])
         ]
@@ -172,8 +173,12 @@ class _ShapesOfMaps(GraphInterpreter):
             self.reading.types[n] = value.rows.dtype
         elif isinstance(value, Elements):  # several maps in one
             self.reading.several.add(n)
+        elif isinstance(value, SmallMap):
+            self.reading.small.add(n)
+        elif isinstance(value, torch.device):
+            self.reading.numbers[n] = self.device
         elif _is_number(value):
-            self.reading.numbers[n] = torch.device("cpu") if isinstance(value, torch.device) else value
+            self.reading.numbers[n] = value
         return value
 
 
@@ -197,7 +202,9 @@ class BandReader:
                 for name, value in arguments.items()
             }
             on_meta = program.bind_to(meta_copy(self.net))
-            _ShapesOfMaps(on_meta, graph, self.reading).run(*in_order(graph, given, *first))
+            _ShapesOfMaps(on_meta, graph, self.reading, arguments[image].device).run(
+                *in_order(graph, given, *first)
+            )
         self.run = GraphInterpreter(program, graph)
         facts = Facts(self.net, graph, given[image], self.reading.shapes, arguments=given)
         facts.floating.update(node for node, dtype in self.reading.types.items() if dtype.is_floating_point)
@@ -248,6 +255,8 @@ class BandReader:
                 self._read_elements(node)
             elif any(self._has_map(source) for source in node.all_input_nodes):
                 self._read_node(node)
+            elif self._is_enlarged(node):
+                self._add(node, self._enlarged(node))
             else:
                 self.reading.passes[node] = self._passes(node.all_input_nodes)
         return self.reading
@@ -276,7 +285,7 @@ class BandReader:
         elif treatment.kind == "global":
             options = {name: self._resolved(value) for name, value in treatment.arguments}
             self._read_sum(node, self._source(node), treatment.call, options)
-        elif node not in self.spatial.facts.pads or treatment.kind != "pad":
+        else:
             self._add(node, self._step(node, treatment))
 
     def _add(self, node: fx.Node, step: BandStep | None) -> None:
@@ -297,8 +306,8 @@ class BandReader:
             row = math.prod(shape) // max(shape[axis], 1) * size
             made = BandMap(self._name(node), shape[axis], row if step is not None else 0)
         if step is not None:
-            made.reads = [(reading.number[source], rows) for source, rows in step.reads]
-            made.copied = [reading.number[source] for source in step.copies]
+            made.reads = [(reading.number[one], rows) for one, rows in step.reads if one in reading.number]
+            made.copied = [reading.number[one] for one in step.copies if one in reading.number]
             made.table = step.table if isinstance(step, element_steps.WindowOfElements) else None
             reading.steps[len(reading.maps)] = step
             read = [*node.all_input_nodes, *(source for source, _ in step.reads)]
@@ -329,17 +338,19 @@ class BandReader:
         if treatment.then:
             raise self._refusal(node, "it is several operations in one")
         call, arguments = treatment.call, {name: self._resolved(value) for name, value in treatment.arguments}
-        if treatment.window is not None and treatment.kind == "resize":
+        if treatment.window is not None and treatment.window.finer > 1:
             return self._spread(node, treatment.window, arguments)
         if treatment.window is not None and treatment.kind == "window":
             return self._windowed(node, treatment, arguments)
+        if (pads := self._pads(node, treatment)) is not None:
+            return self._padded(node, pads)
+        if treatment.kind == "broadcast":
+            return self._enlarged(node)
+        if call is functional.pixel_shuffle:
+            return steps.Finer(self._source(node), treatment.scale, partial(self.call, node))
         if call is functional.resize:
             source = self._source(node)
             return steps.Resized(source, self._size(source), _scaling(arguments), self.reading.types[source])
-        if call in (functional.pad, functional.crop):
-            source = self._source(node)
-            value = arguments.get("value", 0.0) if call is functional.pad else 0.0
-            return steps.Bordered(source, self._size(source), self._size(node), value)
         if call is functional.group_norm:
             return self._group_norm(node, self._source(node), arguments)
         self._refuse_unless_rowwise(node, treatment)
@@ -375,6 +386,65 @@ class BandReader:
             return make(lambda x, left, _: F.pixel_unshuffle(x, window.stride), 0.0, pads=False)
         raise self._refusal(node, "its window is of a kind that needs whole maps")
 
+    def _pads(self, node: fx.Node, treatment: Treatment) -> Window | None:
+        """The padding of an operation that pads or cuts a map, by the sizes of this picture; None for any other."""
+        if node.target is F.pad:
+            options = arguments_of(node, "input", "pad", mode="constant", value=None)
+            pads, mode = self.spatial.facts.number(options["pad"]), options["mode"]
+            layout = self.spatial.facts.layout(node.args[0])
+            if layout != NCHW or mode == "circular" or pads is None or any(pads[4:]):
+                return None
+            left, right, top, bottom = (*pads, 0, 0)[:4]
+            mode = "zeros" if mode == "constant" else mode
+            return Window((1, 1), padding=(top, bottom, left, right), mode=mode, outside=options["value"])
+        if node.target is operator.getitem and (crop := self._crop(node)) is not None:
+            return crop
+        if treatment.kind != "pad" or treatment.window is None:
+            return None
+        window = treatment.window.fit(self._size(self._source(node)))
+        return Window((1, 1), padding=window.padding, mode=window.mode, outside=window.outside)
+
+    def _crop(self, node: fx.Node) -> Window | None:
+        """Negative padding for slices that cut a map (1, C, H, W), without steps; None for any other index."""
+        source: Any = node.args[0]
+        asked: Any = node.args[1]
+        index: list[Any] = list(asked) if isinstance(asked, tuple) else [asked]
+        rest = [slice(None)] * (5 - len(index))
+        at = next((place for place, part in enumerate(index) if part is Ellipsis), None)
+        index = [*index, *rest[1:]] if at is None else [*index[:at], *rest, *index[at + 1 :]]
+        is_cut = all(isinstance(part, slice) for part in index) and index[:2] == [slice(None)] * 2
+        if self.spatial.facts.layout(source) != NCHW or len(index) != 4 or not is_cut:
+            return None
+        number = self.spatial.facts.number
+        parts = [slice(*number((part.start, part.stop, part.step))) for part in index]
+        lengths, pads = self._size(self._source(node)), list[int]()
+        for part, length in zip(parts[2:], lengths, strict=True):
+            start, stop, step = part.indices(length)
+            if step != 1:
+                return None
+            pads += [-start, stop - length]
+        return Window((1, 1), padding=(pads[0], pads[1], pads[2], pads[3]))
+
+    def _padded(self, node: fx.Node, pads: Window) -> BandStep:
+        """Padding is a window of one tap."""
+        source, width, outside = self._source(node), self.reading.shapes[node][3], pads.outside or 0.0
+        return steps.Windowed(source, pads, self._size(source), width, lambda x, *_: x, outside, pads=False)
+
+    def _is_enlarged(self, node: fx.Node) -> bool:
+        """True if a value of the whole image is resized, or repeated over a map."""
+        treatment = self.spatial.treatments[node]
+        is_resized = treatment.kind == "broadcast" or treatment.call is functional.resize
+        return is_resized and len(self.reading.shapes.get(node, ())) == 4
+
+    def _enlarged(self, node: fx.Node) -> BandStep:
+        """The map that a value of the whole image is resized to."""
+        options = dict(self.spatial.treatments[node].arguments)
+        source: Any = node.args[0] if node.args else node.kwargs["input"]
+        self._note_axis(source, 2)
+        align, mode = options.get("align_corners"), options.get("mode", "nearest")
+        scaling = Scaling(self._size(node), mode=mode, align_corners=align)
+        return steps.Resized(source, self._size(source), scaling, self.reading.types[source])
+
     def _spread(self, node: fx.Node, window: Window, arguments: dict[str, Any]) -> BandStep:
         source = self._source(node)
         sizes = self._size(source)[0], self.reading.shapes[node][3]
@@ -405,6 +475,7 @@ class BandReader:
 
     def _pointwise(self, node: fx.Node) -> BandStep:
         maps, axis, shape = self._maps_of(node), self._axis(node), self.reading.shapes[node]
+        values = self._values_with_rows(node, axis, shape)
         heights = {self.reading.shapes[one][self._axis(one)] for one in (*maps, node)}
         if len(heights) > 1:
             raise self._refusal(node, "it joins maps of several heights")
@@ -416,7 +487,23 @@ class BandReader:
                 return x.reshape(*shape[:axis], height, *shape[axis + 1 :])
 
             return steps.Pointwise(maps, reshape)
-        return steps.Pointwise(maps, partial(self.call, node))
+        return steps.Pointwise([*maps, *values], partial(self.call, node))
+
+    def _values_with_rows(self, node: fx.Node, axis: int, shape: torch.Size) -> list[fx.Node]:
+        """The values of the whole image, such as coordinates, that have a row for each row of a map they are joined
+        with."""
+        found = []
+        for one in node.all_input_nodes:
+            own = self.reading.shapes.get(one, ())
+            at = axis - len(shape) + len(own)  # as torch broadcasts
+            if not self._has_map(one) and at >= 0 and own[at] == shape[axis] > 1:
+                self._note_axis(one, at)
+                found.append(one)
+        return found
+
+    def _note_axis(self, value: fx.Node, axis: int) -> None:
+        if self.reading.axis.setdefault(value, axis) != axis:
+            raise self._refusal(value, "its rows are read along two axes")
 
     def _axis(self, node: fx.Node) -> int:
         return self.reading.axis.get(node) or max(self.spatial.facts.layout(node).find("h"), 0) or 2
@@ -439,8 +526,8 @@ class BandReader:
     def _read_elements(self, node: fx.Node) -> None:
         """Read an operation of the region, or one at its border."""
         operation, cells = operation_of(node.target), self.cells
-        if node in self.reading.numbers:
-            return
+        if node in self.reading.numbers or (node.users and self.reading.numbers.keys() >= node.users.keys()):
+            return  # a size, or what only such is asked of
         if operation is None or cells is None:
             raise self._refusal(node, "it is no operation on elements")
         if operation.gives == "vector":
@@ -448,6 +535,9 @@ class BandReader:
             self._read_sum(node, source, node.target, options)
             return
         maps = self._maps_of(node)
+        if not maps and node.target is functional.to_elements:  # another input of the network
+            maps = node.all_input_nodes[:1]
+            self._note_axis(maps[0], self._options(node).get("layout", NCHW).find("h"))
         if not maps:
             raise self._refusal(node, "it reads no map")
         self._add(node, self._element_step(node, maps[0], operation, cells))
@@ -460,26 +550,23 @@ class BandReader:
         if source not in grids:
             raise self._refusal(node, "it joins a dense map with the region")
         spacing = options.get("spacing", 1)
-        if (
-            node.target is functional.to_dense
-            and options.get("layout", NCHW) == NCHW
-            and not options.get("guide")
-        ):
-            return element_steps.DenseMap(cells, source, grids[source], spacing, call)
+        layout = options.get("layout", NCHW)
+        is_read = layout != NCHW and any(
+            user.op != "output" for user in node.users
+        )  # by what knows not its axes
+        if node.target is functional.to_dense and "h" in layout and not is_read and not options.get("guide"):
+            self.reading.axis[node] = layout.index("h")
+            return element_steps.DenseMap(cells, source, grids[source], spacing, call, layout.index("h"))
         if node.target is functional.resize_to_dense and cells.pyramid.geometry.fill == "linear":
             scaling, dtype = _scaling(options), self.reading.types[source]
             return element_steps.ResizedAtExit(cells, source, grids[source], spacing, scaling, dtype)
-        if node.target is functional.resize and cells.pyramid.geometry.floors:
+        if node.target is functional.resize:
             mode, align = options.get("mode", "nearest"), bool(options.get("align_corners"))
             return element_steps.ResizedElements(
                 cells, source, (grids[source], grids[node]), options["spacings"], mode, align
             )
-        both = (grids[source], grids[node]) if node in grids else None
-        if both is not None and (
-            node.target is functional.pixel_shuffle or self._is_whole_resize(node, options)
-        ):
-            sized = {"size": None} if node.target is functional.resize else {}
-            return element_steps.OfNeighbours(cells, source, both, partial(call, **sized))
+        if node.target is functional.pixel_shuffle:
+            return element_steps.OfNeighbours(cells, source, (grids[source], grids[node]), call)
         if operation.reads == "window" and "window" in options:
             window = options["window"].fit(grids[source].size)
             residual = options.get("residual")
@@ -489,24 +576,17 @@ class BandReader:
             )
         if node.target is functional.group_norm:
             return self._group_norm(node, source, options)
-        is_border = node.target in (functional.pad, functional.crop, functional.check_same_padding)
-        if operation.reads != "element" or (is_border and grids[node] != grids[source]):
+        if operation.reads != "element":
             raise self._refusal(node, "it needs whole maps, or a batch")
+        if node.target in (functional.pad, functional.crop, functional.check_same_padding):
+            value = options.get("value", 0.0)
+            return element_steps.BorderOfElements(cells, source, (grids[source], grids[node]), spacing, value)
         maps = self._maps_of(node)
         if any(one not in grids for one in maps):
             raise self._refusal(node, "it joins a dense map with the region")
-        if is_border:
-            return steps.Pointwise([source], lambda rows: rows[source])
-        return steps.Pointwise(maps, call)
-
-    def _is_whole_resize(self, node: fx.Node, options: dict[str, Any]) -> bool:
-        """True for a resize by a whole number, whose samples lie alike in every cell."""
-        if node.target is not functional.resize or options.get("align_corners"):
-            return False
-        (have, want), scale = options["spacings"], options["scale"]
-        before, after = self.reading.grids[self._maps_of(node)[0]].size, self.reading.grids[node].size
-        pairs = zip(before, after, strict=True)
-        return have == want * scale and all(-(-b // have) * scale == -(-a // want) for b, a in pairs)
+        return steps.Pointwise(
+            [*maps, *(one for one in node.all_input_nodes if one in self.reading.small)], call
+        )
 
     def _options(self, node: fx.Node) -> dict[str, Any]:
         """The arguments of an operation on elements by name; numbers in place of their nodes."""
@@ -530,7 +610,7 @@ class BandReader:
             options.get("dims", (2, 3)),
         )
         shape, dtype = self.reading.shapes[node], self.reading.types[node]
-        size, spacing = (grid.size, options.get("spacing", 1)) if grid else (self._size(source), 1)
+        size, spacing = (grid.size, options.get("spacing", 1)) if grid else (self._lengths(source), 1)
         are_equal, made = self._are_equal(grid), _unchanged
         make: Callable[[], Sum] | None = None
         if call is functional.global_max or (call is functional.global_reduce and how in ("amax", "amin")):
@@ -544,9 +624,12 @@ class BandReader:
             make = partial(steps.Bins, size, bins, largest)
             if grid:
                 make = partial(element_steps.BinsOfElements, size, bins, largest, spacing, are_equal)
-        is_over_all = tuple(dims) == (1, 2, 3) and how in ("mean", "sum", "amax", "amin")
-        if make is None or options.get("layout", NCHW) != NCHW or not (tuple(dims) == (2, 3) or is_over_all):
+        layout = options.get("layout", NCHW) if grid else self.spatial.facts.layout(source)
+        is_over_all = set(dims) == {1, 2, 3} and how in ("mean", "sum", "amax", "amin")
+        if make is None or not (tuple(dims) == image_dims(layout) or is_over_all):
             raise self._refusal(node, "it needs whole maps, or a batch")
+        if grid is None and layout != NCHW:
+            make = partial(steps.OfPermuted, make, tuple(map(layout.index, NCHW)))
         over = getattr(torch, how) if is_over_all else None
         self._add_sum(node, source, make, lambda found: _over(over, made(found)).view(shape).to(dtype))
 
@@ -559,9 +642,8 @@ class BandReader:
     # -- reading the graph ---------------------------------------------------------------------------
 
     def _source(self, node: fx.Node) -> fx.Node:
-        """The map that a node reads, without its padding."""
+        """The map that a node reads."""
         source: Any = node.args[0] if node.args else next(iter(node.kwargs.values()))
-        source = source.args[0] if source in self.spatial.facts.pads else source
         if source not in self.reading.number:
             raise self._refusal(node, "what it reads is no map")
         return source
@@ -569,6 +651,11 @@ class BandReader:
     def _size(self, node: fx.Node) -> tuple[int, int]:
         shape = self.reading.shapes[node]
         return shape[2], shape[3]
+
+    def _lengths(self, node: fx.Node) -> tuple[int, int]:
+        """Height and width of a map of any axes."""
+        layout, shape = self.spatial.facts.layout(node), self.reading.shapes[node]
+        return shape[layout.index("h")], shape[layout.index("w")]
 
     def _resolved(self, value: Any) -> Any:
         """The value of an argument of a treatment."""
@@ -609,7 +696,7 @@ class BandReader:
             or not on_rows
             or any("h" not in one for one in layouts)
         ):
-            raise self._refusal(node, treatment.why or "it needs whole maps")
+            raise self._refusal(node, treatment.why if treatment.kind == "barrier" else "it needs whole maps")
 
     def _refuse_changes_that_others_read(self) -> None:
         """Refuse an operation in place if what it changes is read by something behind it, but through its result: rows
@@ -626,7 +713,7 @@ class BandReader:
         return CannotConvert(
             "the network cannot be computed in bands of rows.",
             where=", ".join(filter(None, (node.name, self.spatial.facts.path(node), source_line(node)))),
-            why=f"{why}.",
+            why=f"{why.rstrip('.')}.",
             next="run it whole: net.optimize() without memory=.",
         )
 

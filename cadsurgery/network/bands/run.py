@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import RLock
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from cadsurgery.elements.axes import fast_layout
-from cadsurgery.elements.elements import Elements
+from cadsurgery.elements.elements import Elements, SmallMap
 from cadsurgery.elements.lattice import Lattice, Pyramid
 from cadsurgery.masks.basic import KeepAll, RandomMask, UniformMask
 from cadsurgery.masks.provider import MaskProvider
@@ -204,6 +204,8 @@ class _HeldElements:
             del self.parts[at]
 
     def rows(self, first: int, end: int) -> Elements:
+        """Return the elements of whole cells: a map may end a little below the one that it is joined with."""
+        end = min(-(-end // self.cells.side) * self.cells.side, self.grid.size[0])
         found = [self.parts[at] for at in range(first, end, self.cells.side)]
         rows = found[0] if len(found) == 1 else self._together(found)
         return Elements(rows, self.cells.lattice(self.grid, first, end))
@@ -416,7 +418,12 @@ class BandedCall:
         )
 
     def _fetch(self, node: fx.Node, first: int, end: int) -> Any:
-        return self.held[self.reading.number[node]].rows(first, end)
+        if node in self.reading.number:
+            return self.held[self.reading.number[node]].rows(first, end)
+        value = self.reader.values[node]
+        if isinstance(value, SmallMap):
+            return replace(value, top=first)
+        return value.narrow(self.reading.axis[node], first, end - first)
 
     def _held(self, number: int) -> Any:
         if number not in self.held:
@@ -473,13 +480,12 @@ class Bands:
             InvalidInput: the memory is too little for this picture; or the call is none that bands can compute.
         """
         program.check_kinds(arguments)
-        image, name = self._image(provider, program, arguments), program.image_name
+        image = self._image(provider, program, arguments)
         with self._lock, torch.no_grad():
             lattices = self._lattices(provider, program, arguments)
             outputs = []
-            for one, lattice in zip(image.split(1), lattices, strict=True):
-                call = {**arguments, name: one}
-                outputs.append(self._way(program, call, lattice)[1]())
+            for position, lattice in enumerate(lattices):
+                outputs.append(self._way(program, _of_picture(arguments, image, position), lattice)[1]())
         output = outputs[0] if len(outputs) == 1 else tree_map(_join, *outputs)
         levels = [lattice.pyramid.levels for lattice in lattices]
         pyramid = Pyramid(levels[0] if len(levels) == 1 else torch.cat(levels), program.geometry)
@@ -487,9 +493,9 @@ class Bands:
 
     def plan(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Walks:
         """Return the walks for the first picture of a call, without computing it."""
-        image, name = self._image(provider, program, arguments), program.image_name
+        image = self._image(provider, program, arguments)
         with self._lock, torch.no_grad():
-            call = {**arguments, name: image[:1]}
+            call = _of_picture(arguments, image, 0)
             return self._way(program, call, self._lattices(provider, program, call)[0])[0]
 
     def rows(
@@ -541,8 +547,8 @@ class Bands:
 
     def _lattices(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> list[Lattice]:
         """Return the lattice of each picture of a call."""
-        image, name, own = program.image(arguments), program.image_name, program.plan.identity_level
-        first = {**arguments, name: image[:1]}
+        image, own = program.image(arguments), program.plan.identity_level
+        first = _of_picture(arguments, image, 0)
         if isinstance(provider, UniformMask) and program.unchanged is not None:
             level = 0 if provider.high else program.plan.max_level
             if level == own:
@@ -644,6 +650,27 @@ class Bands:
                 del self._readers[next(iter(self._readers))]
             self._readers[key] = BandReader(program, graph, call, program.image_name)
         return self._readers[key]
+
+
+def _of_picture(arguments: dict[str, Any], image: Tensor, position: int) -> dict[str, Any]:
+    """Return the arguments of a call with one picture of a batch: of every tensor that is such a batch, too.
+
+    Raises:
+        InvalidInput: a tensor has as many entries as there are pictures, which may be one for each or the same for all.
+    """
+
+    def of_picture(value: Any) -> Any:
+        if len(image) == 1 or not isinstance(value, Tensor) or not value.dim() or len(value) != len(image):
+            return value
+        if value.dim() == 4 and value.shape[2:] == image.shape[2:]:
+            return value[position : position + 1]
+        raise InvalidInput(
+            "a batch is not computed in bands here.",
+            why=f"whether a tensor of shape {tuple(value.shape)} belongs to the pictures one by one is not known.",
+            next="call the network picture by picture.",
+        )
+
+    return {name: tree_map(of_picture, value) for name, value in arguments.items()}
 
 
 def _join(*parts: Any) -> Any:

@@ -77,7 +77,10 @@ def rows_of_window(window: Window, height: int) -> RowsRead:
             lambda row: -(-(row + top - span) // window.finer), lambda row: (row + top) // window.finer
         )
     if window.mode == "zeros":
-        return RowsRead(lambda row: row * window.stride - top, lambda row: row * window.stride - top + span)
+        return RowsRead(
+            lambda row: min(row * window.stride - top, height - 1),
+            lambda row: max(row * window.stride - top + span, 0),
+        )
     # What is reflected at a border lies in front of it.
     return RowsRead(
         lambda row: min(row * window.stride - top, height - 1 - bottom),
@@ -136,9 +139,8 @@ class Windowed:
             x, left = _padded(x, (left, right, above, below), window.mode, self.outside), 0
         elif above or below:
             x = F.pad(x, (0, 0, above, below), value=self.outside)
-        if window.mode != "zeros":  # rows that were read for their reflection alone
-            start = max(0, (first * window.stride - top + above) - begin)
-            x = x[:, :, start : start + (end - 1 - first) * window.stride + down + 1]
+        start = max(0, (first * window.stride - top + above) - begin)  # rows read for their reflection alone
+        x = x[:, :, start : start + (end - 1 - first) * window.stride + down + 1]
         return self.apply(x, left, more)
 
 
@@ -258,6 +260,33 @@ def spread_by(
     return SpreadRows(node, window, *sizes, transpose_weight(weight, groups).contiguous(), bias, groups)
 
 
+@dataclass
+class Finer:
+    """An operation that makes a whole number of rows of each row, such as depth to space.
+
+    Attributes:
+        node: the node whose map it reads.
+        factor: the number of rows.
+        call: called with the rows of this map by node.
+    """
+
+    node: fx.Node
+    factor: int
+    call: Callable[[dict[fx.Node, Any]], Tensor]
+    copies: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def reads(self) -> list[tuple[fx.Node, RowsRead]]:
+        """The row that a row is made of."""
+        return [(self.node, RowsRead(lambda row: row // self.factor, lambda row: row // self.factor))]
+
+    def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
+        """Return rows [first, end) of the map."""
+        begin, stop = first // self.factor, -(-end // self.factor)
+        start = first - begin * self.factor
+        return self.call({self.node: fetch(self.node, begin, stop)})[:, :, start : start + end - first]
+
+
 class Resized:
     """A resize of a map (height, width) by torch's interpolation."""
 
@@ -285,26 +314,6 @@ def _entry(table: list[int], ratio: float, row: int) -> int:
     return table[row] if row >= 0 else math.floor(row * ratio)
 
 
-class Bordered:
-    """A map that is cut or padded at its lower and right border, to `size` (height, width)."""
-
-    def __init__(
-        self, node: fx.Node, have: tuple[int, int], size: tuple[int, int], value: float | None
-    ) -> None:
-        self.node, self.have, self.size, self.value = node, have, size, value
-        last = have[0] - 1
-        self.reads = [(node, RowsRead(lambda row: min(row, last), lambda row: min(row, last)))]
-        self.copies = list[fx.Node]()
-
-    def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
-        """Return rows [first, end) of the map."""
-        begin, stop = min(first, self.have[0] - 1), min(end, self.have[0])
-        x = fetch(self.node, begin, max(stop, begin + 1))
-        pads = (0, self.size[1] - self.have[1], 0, end - begin - x.shape[2])
-        mode = "zeros" if self.value is not None else "replicate"
-        return _padded(x, pads, mode, self.value or 0.0)[:, :, first - begin :]
-
-
 class Sum(Protocol):
     """A value of the whole image, made of sums over its rows."""
 
@@ -315,6 +324,22 @@ class Sum(Protocol):
     def finish(self) -> Any:
         """Return the value."""
         ...
+
+
+class OfPermuted:
+    """A value of a map with other axes than (1, C, H, W)."""
+
+    def __init__(self, make: Callable[[], Sum], order: tuple[int, ...]) -> None:
+        """Take what makes the sums, and the order that gives a map these axes."""
+        self.sum, self.order = make(), order
+
+    def add(self, rows: Tensor, first: int) -> None:
+        """Take in rows of the map from `first` on."""
+        self.sum.add(rows.permute(self.order), first)
+
+    def finish(self) -> Any:
+        """Return the value."""
+        return self.sum.finish()
 
 
 def _values(rows: Any) -> Tensor:
