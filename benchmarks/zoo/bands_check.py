@@ -37,8 +37,10 @@ REFUSALS = ("cannot be computed in bands", "not computed in bands here")  # othe
 
 @contextmanager
 def bands_of(rows: int) -> Iterator[None]:
-    """Within, every band has so many rows of the tallest map, rounded up to whole cells."""
-    with mock.patch.object(run, "_bands", lambda *_: iter([rows])):
+    """Within, every band has so many rows of the tallest map, rounded up to whole cells; one of them at a time, or of
+    bands with many rows two."""
+    cells = mock.patch.object(run, "_CELLS", (1 if rows <= 16 else 2,))
+    with cells, mock.patch.object(run, "_bands", lambda *_: iter([rows])):
         yield
 
 

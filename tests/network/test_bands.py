@@ -449,7 +449,8 @@ def test_layers_behind_each_other_share_kernel_maps_which_are_freed(monkeypatch:
         return found
 
     monkeypatch.setattr(kernel_map, "find_taps", counted)
-    net.optimize(memory=MUCH)(image)
+    with bands_of(16):
+        net.optimize(memory=MUCH)(image)
     rows = 320 // 16
     assert (
         rows <= len(made_maps) <= 3 * rows

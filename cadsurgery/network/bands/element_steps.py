@@ -50,7 +50,7 @@ class Cells:
 
     Attributes:
         pyramid: the levels of the whole picture.
-        side: fine rows of the largest cell.
+        side: fine rows that are computed at a time: of the largest cell, or of several.
     """
 
     pyramid: Pyramid

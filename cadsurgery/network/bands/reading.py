@@ -227,12 +227,13 @@ class BandReader:
         fine: Any = output[1] if self.region is None else self.region.args[2]
         return self._size(fine)
 
-    def read(self, lattice: Lattice | None = None, only_first: bool = False) -> BandPlan:
+    def read(self, lattice: Lattice | None = None, only_first: bool = False, cells: int = 1) -> BandPlan:
         """Return the reading for the lattice of a picture, if the graph has a region.
 
         Args:
             lattice: the lattice of the picture.
             only_first: of the maps of the output, only the first is asked for.
+            cells: rows of cells that are computed at a time.
 
         Raises:
             CannotConvert: an operation needs a whole map.
@@ -240,7 +241,9 @@ class BandReader:
         self.reading = replace(
             self.reading, maps=[], number={}, steps={}, sums={}, passes={}, axis={}, only_first=only_first
         )
-        self.cells = Cells(lattice.pyramid, lattice.geometry.sides[-1]) if lattice is not None else None
+        self.cells = None
+        if lattice is not None:
+            self.cells = Cells(lattice.pyramid, lattice.geometry.sides[-1] * cells)
         self.parts.clear()
         for node in self.reading.graph.nodes:
             if node.op == "output":

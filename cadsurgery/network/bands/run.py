@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,7 +34,9 @@ from cadsurgery.surgery.rewrite import ask_mask
 
 ReadRows = Callable[[int, int], Tensor]  # rows [first, end) of a picture, (1, C, end - first, W)
 _MOST_BANDS = 4096  # of one walk
-_MOST_SPARE = 1.5  # of the memory of joined elements: so many times what is needed, before it is made smaller
+# Rows of cells at a time, and the spare memory of elements that lie together, the fastest first.
+_CELLS, _SPARES = (4, 2, 1), (3.0, 2.0, SPARE)
+_TOO_MUCH = 1.125  # times the memory of elements that lie together, before it is made smaller
 _MOST_READERS = 4  # kinds of calls that are remembered
 _TRIED = 64, 224, 288  # channels and size of a noise by which turned networks are tried
 _WHOLE = "run it whole: net.optimize() without memory=."
@@ -52,12 +55,14 @@ class Walks:
         kept: the maps that stay as a whole after each, by number.
         band: rows of the tallest map in a band.
         work: rows that are computed, each times its bytes, relative to computing each once.
+        spare: see `walk`.
     """
 
     passes: list[Pass]
     kept: list[set[int]]
     band: int
     work: float
+    spare: float = SPARE
 
     @property
     def peak(self) -> int:
@@ -65,7 +70,7 @@ class Walks:
         return max(one.peak for one in self.passes)
 
 
-def plan_walks(reading: BandPlan, band: int, keeps: bool, start: int = 0) -> Walks:
+def plan_walks(reading: BandPlan, band: int, keeps: bool, start: int = 0, spare: float = SPARE) -> Walks:
     """Plan the walks for bands of so many rows.
 
     Args:
@@ -73,6 +78,7 @@ def plan_walks(reading: BandPlan, band: int, keeps: bool, start: int = 0) -> Wal
         band: rows of the tallest map in a band.
         keeps: keep maps between walks that a later one reads; otherwise they are computed again from the picture.
         start: the first row of the results that is asked for.
+        spare: see `walk`.
     """
     number, maps, known = reading.number, reading.maps, {0}
     asked = reading.map_outputs if reading.only_first else reading.outputs
@@ -87,7 +93,7 @@ def plan_walks(reading: BandPlan, band: int, keeps: bool, start: int = 0) -> Wal
             later = _read_later(reading, at) if keeps else later
             staying = later - known
         ends = sorted((wanted | staying) - known)
-        passes.append(walk(maps, ends, band, known, staying, start if at == last else 0))
+        passes.append(walk(maps, ends, band, known, staying, start if at == last else 0, spare))
         every |= wanted | staying
         known = {0} | ((known | staying) & later)
         kept.append(known)
@@ -95,7 +101,7 @@ def plan_walks(reading: BandPlan, band: int, keeps: bool, start: int = 0) -> Wal
     rows = sum(
         (task.end - task.first) * maps[task.number].row for p in passes for tasks in p.bands for task in tasks
     )
-    return Walks(passes, kept, band, rows / max(once, 1))
+    return Walks(passes, kept, band, rows / max(once, 1), spare)
 
 
 def _read_later(reading: BandPlan, at: int) -> set[int]:
@@ -120,10 +126,11 @@ def fit(reading: BandPlan, memory: int, start: int = 0) -> Walks:
         TooLittle: bands of the fewest rows need more.
     """
     tallest, least = max(one.height for one in reading.maps), None
+    cell = _rows_of_cell(reading, tallest)
     ways = (True, False) if any(reading.sums) else (False,)
     for keeps in ways:
-        for band in _bands(tallest, _rows_of_cell(reading, tallest)):
-            walks = plan_walks(reading, band, keeps, start)
+        for band, spare in product(_bands(tallest, cell), _SPARES if cell else (SPARE,)):
+            walks = plan_walks(reading, band, keeps, start, spare)
             if walks.peak <= memory:
                 return walks
             if least is None or walks.peak < least.peak:
@@ -217,9 +224,11 @@ class _HeldElements:
 class _JoinedElements(_HeldElements):
     """Elements of which several rows of cells are read at once: they lie behind each other in one memory."""
 
-    def __init__(self, cells: Cells, grid: Grid) -> None:
+    def __init__(self, cells: Cells, grid: Grid, spare: float) -> None:
+        """Take also how much more memory they have than they take."""
         super().__init__(cells, grid)
         self.memory: Tensor | None = None
+        self.spare = spare
         self.used = 0  # elements of the memory, the dropped ones before the first part among them
 
     def memory_for(self, first: int, end: int) -> Tensor | None:
@@ -241,7 +250,7 @@ class _JoinedElements(_HeldElements):
             self.memory, self.used = None, 0
         elif self.memory is not None:
             lengths = list(map(len, self.parts.values()))
-            if len(self.memory) > _MOST_SPARE * (sum(lengths) + max(lengths)):
+            if len(self.memory) > _TOO_MUCH * self.spare * (sum(lengths) + max(lengths)):
                 self._move(max(lengths), self.memory)
 
     def _behind(self, count: int, like: Tensor) -> Tensor:
@@ -256,8 +265,8 @@ class _JoinedElements(_HeldElements):
         parts = list(self.parts.values())
         live = sum(map(len, parts))
         there, wanted = self._together(parts) if parts else like[:0], live + count
-        if self.memory is None or not wanted <= len(self.memory) <= _MOST_SPARE * wanted:
-            self.memory = like.new_empty((int(wanted * SPARE), *like.shape[1:]))
+        if self.memory is None or not wanted <= len(self.memory) <= _TOO_MUCH * self.spare * wanted:
+            self.memory = like.new_empty((int(wanted * self.spare), *like.shape[1:]))
         elif self.used < 2 * live:  # where they are and where they shall be overlap
             there = there.clone()
         self.memory[:live] = there
@@ -432,7 +441,10 @@ class BandedCall:
             if grid is None or cells is None:
                 self.held[number] = _Held(self.reading.axis[node])
             else:
-                self.held[number] = (_JoinedElements if number in self.joined else _HeldElements)(cells, grid)
+                is_joined, spare = number in self.joined, self.walks.spare
+                self.held[number] = (
+                    _JoinedElements(cells, grid, spare) if is_joined else _HeldElements(cells, grid)
+                )
         return self.held[number]
 
 
@@ -527,7 +539,7 @@ class Bands:
                     f"start={start} is no row of the result, which has {shape[1]}.",
                     next=f"give 0 to {shape[1] - 1}.",
                 )
-            walks = fit(reading, self.memory, start)
+            walks = self._fit(reader, None if is_own else lattice, True, start)
         compute = partial(BandedCall(reader, walks).rows, arguments, None if is_own else lattice, read)
         return RowsOfResult(shape, lattice.pyramid.levels, walks, compute)
 
@@ -635,10 +647,22 @@ class Bands:
         graph, is_own = self._graph(program, lattice)
         reader = self._reader(program, graph, call)
         if not is_own:
-            return reader, fit(reader.read(lattice), self.memory)
+            return reader, self._fit(reader, lattice)
         if reader not in self._walks:
-            self._walks[reader] = fit(reader.read(), self.memory)
+            self._walks[reader] = self._fit(reader)
         return reader, self._walks[reader]
+
+    def _fit(
+        self, reader: BandReader, lattice: Lattice | None = None, only_first: bool = False, start: int = 0
+    ) -> Walks:
+        """Return the walks for a reader, which has read the graph for them then; see `fit`."""
+        for cells in _CELLS if lattice is not None else (1,):
+            reading = reader.read(lattice, only_first, cells)
+            try:
+                return fit(reading, self.memory, start)
+            except TooLittle as refusal:
+                too_little = refusal
+        raise too_little
 
     def _reader(self, program: Program, graph: fx.Graph, call: dict[str, Any]) -> BandReader:
         kinds = tuple(

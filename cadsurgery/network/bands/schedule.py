@@ -96,14 +96,15 @@ class Pass:
     largest: dict[int, float] = field(default_factory=dict)
 
 
-SPARE = 4 / 3  # maps that are `joined` have so much more memory than their elements take
+SPARE = 4 / 3  # maps that are `joined` have at least so much more memory than their elements take
 _SOON = 3  # rows of cells
 
 
 class _Meter:
     """Counts the bytes of maps while tasks are carried out."""
 
-    def __init__(self, maps: Sequence[BandMap], known: Collection[int]) -> None:
+    def __init__(self, maps: Sequence[BandMap], known: Collection[int], spare: float) -> None:
+        self.spare = spare
         self.maps, self.total, self.peak, self.largest = maps, 0.0, 0.0, dict[int, float]()
         self.tables = 0.0
         self.joined = joined(maps)
@@ -113,7 +114,7 @@ class _Meter:
             self._hold(number, 0, maps[number].height)
 
     def _hold(self, number: int, first: int, end: int) -> None:
-        taken = self.maps[number].taken(first, end) * (SPARE if number in self.joined else 1.0)
+        taken = self.maps[number].taken(first, end) * (self.spare if number in self.joined else 1.0)
         self.held[number].append((end, taken))
         self.total += taken
 
@@ -145,6 +146,7 @@ def walk(
     known: Collection[int],
     kept: Collection[int] = (),
     start: int = 0,
+    spare: float = SPARE,
 ) -> Pass:
     """Plan a walk down a picture.
 
@@ -155,6 +157,7 @@ def walk(
         known: maps that are there as a whole from the beginning.
         kept: maps that stay as a whole once they are computed.
         start: the first row of those asked for; of the others those are left out that nothing reads then.
+        spare: maps that are `joined` have so much more memory than their elements take.
     """
     used = used_by(maps, ends, known)
     if not used:
@@ -167,7 +170,7 @@ def walk(
     for number in used:
         leaving[max((reader for reader, _ in readers[number]), default=number)].append(number)
     done = _first_rows(maps, used, readers, ends, start)
-    bands, meter = list[list[Task]](), _Meter(maps, known)
+    bands, meter = list[list[Task]](), _Meter(maps, known, spare)
     for asked in _needed(maps, used, readers, ends, band):
         need = {number: max(rows, done[number]) for number, rows in asked.items()}
         keep = _still_read(maps, used, readers, need, kept)
