@@ -11,7 +11,7 @@ from networks import strided
 from torch import Tensor, nn
 
 from benchmarks.zoo.bands_check import CONVERSIONS, check_in_bands
-from benchmarks.zoo.corpus import Subject, subject
+from benchmarks.zoo.corpus import CHECKOUT, Subject, subject
 from cadsurgery.network.bands.steps import Windowed
 from cadsurgery.tasks.recorded import read_rows
 
@@ -25,6 +25,7 @@ def plain():
     """Three strides."""
     return nn.Sequential(*[nn.Conv2d(c, 8, 3, 2, 1) for c in (3, 8, 8)], nn.Conv2d(8, 2, 1))
 '''
+CORPUS = ("pictures:Inpainting", "realtime:BiSeNetLike", "unets:UNetUnpadded")
 # Families that `network/test_bands.py` has no network of, one small network of each.
 SAMPLE = (
     "ese_vovnet19b_slim_dw",
@@ -77,6 +78,13 @@ def test_a_wrong_result_and_a_failure_are_findings(monkeypatch: pytest.MonkeyPat
 def test_what_is_late_is_left_out_and_that_is_said() -> None:
     row = check_in_bands(Subject("own:strided", "own", lambda: strided(3, outputs=2)), seconds=0.0)
     assert row["result"] == "not converted" and "no time was left" in row["why"], row
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_networks_as_users_write_them_in_bands_are_whole(name: str) -> None:
+    """Pooled maps that are added to others, crops on all sides, coarse dense maps beside the region, other inputs."""
+    row = check_in_bands(subject(name, CHECKOUT))
+    assert row["result"] == "in bands", row
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from cadsurgery.elements.operations import Operation, operation_of
 from cadsurgery.elements.resizing import Scaling
 from cadsurgery.network.bands import element_steps, steps
 from cadsurgery.network.bands.element_steps import Cells, Grid
-from cadsurgery.network.bands.schedule import BandMap
+from cadsurgery.network.bands.schedule import BandMap, RowsRead
 from cadsurgery.network.bands.steps import BandStep, Sum
 from cadsurgery.network.macs import meta_copy, to_meta
 from cadsurgery.network.program import GraphInterpreter, Program
@@ -252,7 +252,7 @@ class BandReader:
                 self._add(node, None)
             elif node.op in ("placeholder", "get_attr") or node.target is ask_mask:
                 continue
-            elif node in self.reading.several:
+            elif node in self.reading.several or (node in self.reading.small and self._maps_of(node)):
                 self.parts[node] = self._maps_of(node)
             elif any(one in self.reading.grids for one in (node, *node.all_input_nodes)):
                 self._read_elements(node)
@@ -522,7 +522,9 @@ class BandReader:
             return copied(found) if read in self.reading.changed[node] else found
 
         args, kwargs = map_arg(node.args, value), {**map_arg(node.kwargs, value), **more}
-        return getattr(self.run, node.op)(node.target, args, kwargs)
+        result = getattr(self.run, node.op)(node.target, args, kwargs)
+        of_rows = isinstance(result, SmallMap) and node in self.parts  # it begins where the lattice does
+        return replace(result, top=0) if of_rows else result
 
     # -- the region ----------------------------------------------------------------------------------
 
@@ -584,12 +586,21 @@ class BandReader:
         if node.target in (functional.pad, functional.crop, functional.check_same_padding):
             value = options.get("value", 0.0)
             return element_steps.BorderOfElements(cells, source, (grids[source], grids[node]), spacing, value)
-        maps = self._maps_of(node)
-        if any(one not in grids for one in maps):
+        maps, small = self._maps_of(node), [one for one in node.all_input_nodes if one in self.reading.small]
+        dense = dict(self._rows_of_small(one, cells.side) for one in small if one in self.parts)
+        if any(one not in grids and one not in dense for one in maps):
             raise self._refusal(node, "it joins a dense map with the region")
-        return steps.Pointwise(
-            [*maps, *(one for one in node.all_input_nodes if one in self.reading.small)], call
-        )
+        return steps.Pointwise([*maps, *(one for one in small if one not in self.parts)], call, dense)
+
+    def _rows_of_small(self, node: fx.Node, side: int) -> tuple[fx.Node, tuple[RowsRead, int]]:
+        """The dense map that the region reads between its samples, the rows of it that fine rows read, and its
+        height."""
+        (source,), options = self.parts[node], self._options(node)
+        spacing: int = options["spacing"]
+        if options.get("size") is not None or side % spacing:
+            raise self._refusal(node, "it joins a dense map with the region")
+        rows = RowsRead(lambda row: row // spacing, lambda row: row // spacing + 1)
+        return source, (rows, self.reading.shapes[source][2])
 
     def _options(self, node: fx.Node) -> dict[str, Any]:
         """The arguments of an operation on elements by name; numbers in place of their nodes."""
@@ -648,7 +659,9 @@ class BandReader:
         """The map that a node reads."""
         source: Any = node.args[0] if node.args else next(iter(node.kwargs.values()))
         if source not in self.reading.number:
-            raise self._refusal(node, "what it reads is no map")
+            if len(self.reading.shapes.get(source, ())) != 4:
+                raise self._refusal(node, "what it reads is no map")
+            self._note_axis(source, 2)  # a value that is there as a whole, such as another input
         return source
 
     def _size(self, node: fx.Node) -> tuple[int, int]:

@@ -53,20 +53,23 @@ class Pointwise:
     Attributes:
         nodes: the nodes whose maps it reads.
         call: called with the rows of these maps by node.
+        others: of maps on other grids, the rows that are read, and the height.
     """
 
     nodes: Sequence[fx.Node]
     call: Callable[[dict[fx.Node, Any]], Any]
+    others: dict[fx.Node, tuple[RowsRead, int]] = field(default_factory=dict)
     copies: list[fx.Node] = field(default_factory=list)
 
     @property
     def reads(self) -> list[tuple[fx.Node, RowsRead]]:
-        """The same rows of each map."""
-        return [(node, SAME) for node in self.nodes]
+        """The same rows of each map, but of those on other grids."""
+        return [(node, self.others[node][0] if node in self.others else SAME) for node in self.nodes]
 
     def compute(self, fetch: Fetch, first: int, end: int) -> Any:
         """Return rows [first, end) of the map."""
-        return self.call({node: fetch(node, first, end) for node in self.nodes})
+        places = {node: rows.within(first, end, height) for node, (rows, height) in self.others.items()}
+        return self.call({node: fetch(node, *places.get(node, (first, end))) for node in self.nodes})
 
 
 def rows_of_window(window: Window, height: int) -> RowsRead:
