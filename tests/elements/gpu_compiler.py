@@ -22,7 +22,8 @@ POINTERS |= {
     "index": "*i32",
 }
 POINTERS |= {"targets": "*i64", "wanted": "*i32", "readers": "*i64", "starts": "*i64"}
-ROWS = ("rows", "halo", "weight", "bias", "residual", "out", "grad", "sums")
+POINTERS |= {"centre": "*fp32", "scale": "*fp32", "totals": "*fp32"}
+ROWS = ("rows", "halo", "weight", "bias", "residual", "own", "out", "grad", "sums")
 
 
 class Compiled(NamedTuple):
