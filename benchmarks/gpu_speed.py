@@ -14,7 +14,8 @@ Parts, in the order in which few minutes serve best:
     maps: a call that makes lattice and kernel maps, and how often it waits for the device.
     kernels: a convolution of elements as users call it, with 1 and 9 taps, on lattices of several active fractions,
         against cuDNN's dense one with as many outputs: rates of multiply-accumulates.
-    training: a step of both.
+    training: a step of both; of the adaptive network also with torch's operations in place of the kernels of batch
+        norms, or of all kernels. Peak memory of each.
     profile: the operations of an adaptive call that take longest, in inference and in training.
     roofline: bytes, multiply-accumulates, and the least time that they take on three GPUs; needs no GPU.
     tiles: every tile that fits, for the shapes of one network: what `gpu_tiles.py` has its rates from.
@@ -24,22 +25,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.elements.backends import gpu, gpu_tiles
+from cadsurgery.elements.backends import gpu, gpu_norm, gpu_tiles
+from cadsurgery.elements.backends.choose import BACKENDS
 from cadsurgery.elements.functional import Elements, conv2d
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry, Lattice
@@ -289,37 +294,60 @@ def compiled(net: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def measure_training(options: argparse.Namespace) -> Iterator[Line]:
-    """Yield a line per side: forward, loss, backward under bfloat16 autocast."""
-    sides = training_steps(options)
-    with torch.inference_mode(False), torch.enable_grad():
-        for run in sides.values():
-            run()
-        times: dict[str, list[float]] = {name: [] for name in sides}
-        memory = {name: peak_of(run) for name, run in sides.items()}
-        for _ in range(options.rounds):
-            for name, run in sides.items():
-                times[name].append(milliseconds(run))
-    for name in sides:
-        yield {"part": "training", "side": name, "ms": min(times[name]), "mib": memory[name]}
+    """Yield a line per batch size and side: forward, loss, backward under bfloat16 autocast."""
+    for batch in options.training_batches:
+        sides = training_steps(options, batch)
+        with torch.inference_mode(False), torch.enable_grad():
+            for run in sides.values():
+                run()
+            times: dict[str, list[float]] = {name: [] for name in sides}
+            memory = {name: peak_of(run) for name, run in sides.items()}
+            for _ in range(options.rounds):
+                for name, run in sides.items():
+                    times[name].append(milliseconds(run))
+        for name, found in times.items():
+            share = min(found) / min(times["as given"])
+            line: Line = {"part": "training", "batch": batch, "side": name, "ms": min(found)}
+            yield line | {"median": statistics.median(found), "of_given": share, "mib": memory[name]}
 
 
-def training_steps(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
+@contextmanager
+def torch_only(norms_alone: bool) -> Iterator[None]:
+    """Compute with torch's operations in the block: batch norms alone, or all works."""
+    of_gpu = [backend for backend in BACKENDS if isinstance(backend, gpu.Triton) and not norms_alone]
+    before = BACKENDS[:]
+    with patch.object(gpu_norm, "applies", lambda rows: False):
+        BACKENDS[:] = [backend for backend in before if backend not in of_gpu]
+        try:
+            yield
+        finally:
+            BACKENDS[:] = before
+
+
+def training_steps(options: argparse.Namespace, batch: int) -> dict[str, Callable[[], None]]:
     """Return a step of training (forward, loss, backward, in bfloat16 by autocast) of the network as given and of the
-    adaptive one at three masks."""
+    adaptive one: at three masks, and with torch's operations in place of kernels."""
     given = on_device(as_given(options), options, torch.float32).train()
     net = on_device(adaptive(options), options, torch.float32).train()
-    x = pictures(options, options.training_batch, torch.float32)
+    x = pictures(options, batch, torch.float32)
     kind = torch.device(options.device).type
 
     def step(model: nn.Module, **how: Any) -> None:
-        model.zero_grad(set_to_none=True)
+        given.zero_grad(set_to_none=True)
+        net.zero_grad(set_to_none=True)
         with torch.autocast(kind, torch.bfloat16):
             out = first_tensor(model(x, **how))
         out.float().square().mean().backward()
 
+    def without_kernels(norms_alone: bool) -> None:
+        with torch_only(norms_alone):
+            step(net)
+
     return {
         "as given": partial(step, given),
         "adaptive": partial(step, net),
+        "adaptive, norms by torch": partial(without_kernels, True),
+        "adaptive, all by torch": partial(without_kernels, False),
         "all high": partial(step, net, mask="all"),
         "all low": partial(step, net, mask="none"),
     }
@@ -343,7 +371,7 @@ def measure_profile(options: argparse.Namespace) -> Iterator[Line]:
         with torch.inference_mode():
             fast(x)
 
-    runs = {"inference": infer, "training": training_steps(options)["adaptive"]}
+    runs = {"inference": infer, "training": training_steps(options, options.training_batches[0])["adaptive"]}
     by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     for what, run in runs.items():
         run()
@@ -452,7 +480,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, nargs="+", default=(64, 128, 256, 512, 1024, 2048))
     parser.add_argument("--count", type=int, default=32768, help="approximate number of outputs of a kernel")
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 4))
-    parser.add_argument("--training-batch", type=int, default=4)
+    parser.add_argument("--training-batches", type=int, nargs="+", default=(2, 8))
     parser.add_argument("--size", type=int, nargs=2, default=(1024, 2048))
     parser.add_argument("--fraction", type=float, default=0.34)
     parser.add_argument("--fractions", type=float, nargs="+", default=(0.1, 0.34, 1.0))
