@@ -46,7 +46,7 @@ import cadsurgery as cs
 from cadsurgery.elements.backends import gpu, gpu_norm, gpu_tiles
 from cadsurgery.elements.backends.choose import BACKENDS
 from cadsurgery.elements.functional import Elements, conv2d
-from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.support.provenance import describe_run
@@ -98,14 +98,14 @@ def peak_of(run: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def lattice_of(fraction: float, count: int, device: torch.device) -> Lattice:
-    """Build a lattice with about `count` elements: random 4 x 4 blocks at level 0, the rest at level 2."""
+def lattice_of(fraction: float, count: int, device: torch.device, stage: int = 2) -> Lattice:
+    """Build a lattice of random 4 x 4 blocks at level 0, the rest at level 2: about `count` elements after stage 2."""
     rows = max(1, round((count / (1 + 15 * fraction)) ** 0.5))
     generator = torch.Generator().manual_seed(0)
     order = torch.rand(rows * rows, generator=generator).argsort()
     levels = torch.where(order < round(fraction * rows * rows), 0, 2).view(1, rows, rows)
     levels = levels.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
-    return Geometry((2, 2)).lattice(levels.to(device)).at(2)
+    return Geometry((2, 2)).lattice(levels.to(device)).at(stage)
 
 
 def measure_kernels(options: argparse.Namespace) -> Iterator[Line]:
@@ -422,6 +422,57 @@ def measure_roofline(options: argparse.Namespace) -> Iterator[Line]:
                 "gmacs": macs / 1e9,
             }
             yield line | {f"ms on {name}": value for name, value in least.items()}
+    # Layers of the network, and the lattice of the part `kernels`.
+    for channels, stage, count in (
+        (256, 1, 12448),
+        (512, 2, 12448),
+        (256, 2, options.count),
+        (512, 2, options.count),
+    ):
+        yield from measure_halo(lattice_of(options.fraction, count, torch.device("cpu"), stage), channels)
+
+
+def measure_halo(lattice: Lattice, channels: int) -> Iterator[Line]:
+    """Yield a line per way to the halo rows of a 3 x 3 convolution: the least bytes that these add to memory traffic,
+    the bytes that the convolution gathers through L2, and the least time of what comes before it, and with it.
+
+    separate: a kernel writes the halo rows, which the convolution reads; as it is done.
+    epilogue: the kernel before writes them, with the rows they are mixed of at hand.
+    shared: the convolution mixes each where it is read, and reads four rows for one; nothing is written.
+    """
+    reading = kernel_map(
+        lattice, lattice, Window((3, 3), padding=(1,) * 4, spacing=lattice.geometry.sides[lattice.stage])
+    )
+    count, halo, row = len(lattice), len(reading.sources), 2 * channels
+    sources = len(reading.sources[reading.mix != 0].unique())
+    entries, mixed = int((reading.table != count).sum()), int((reading.table > count).sum())
+    columns, tables = (
+        -(-channels // 256),
+        8 * 4 * halo,
+    )  # a tile has up to 256 output channels; int32 and float32
+    macs = 9 * channels * channels * count
+    whole = 2 * count * row + 2 * 9 * channels**2 + 4 * reading.table.numel()
+    ways = {
+        "separate": (halo * row + sources * row + tables, halo * row, entries),
+        "epilogue": (halo * row + tables, halo * row, entries),
+        "shared": (0, tables, entries + 3 * mixed),
+    }
+    for way, (before, within, gathered) in ways.items():
+        line: Line = {
+            "part": "roofline",
+            "kernel": f"halo, {way}",
+            "channels": channels,
+            "outputs": count,
+            "halo": halo,
+        }
+        line |= {"added_mb": (before + within) / 1e6, "l2_mb": gathered * row * columns / 1e6}
+        for name, (rate, memory) in GPUS.items():
+            product_time = max(macs / rate, (whole + within) / memory)
+            line |= {
+                f"ms added on {name}": 1e3 * before / memory,
+                f"ms on {name}": 1e3 * (before / memory + product_time),
+            }
+        yield line
 
 
 def measure_tiles(options: argparse.Namespace) -> Iterator[Line]:
