@@ -14,6 +14,8 @@ Parts, in the order in which few minutes serve best:
     maps: a call that makes lattice and kernel maps, and how often it waits for the device.
     kernels: a convolution of elements as users call it, with 1 and 9 taps, on lattices of several active fractions,
         against cuDNN's dense one with as many outputs: rates of multiply-accumulates.
+    floors: networks whose maps become coarser where the mask keeps nothing, at several shares in clusters, against the
+        network as given; with taps found among samples of the network's own grid, and by a table. Needs timm.
     training: a step of both; of the adaptive network also with torch's operations in place of the kernels of batch
         norms, or of all kernels. Peak memory of each.
     profile: the operations of an adaptive call that take longest, in inference and in training.
@@ -43,8 +45,9 @@ import torch
 from torch import Tensor, nn
 
 import cadsurgery as cs
+from cadsurgery.elements import BACKENDS
 from cadsurgery.elements.backends import gpu, gpu_norm, gpu_tiles
-from cadsurgery.elements.backends.choose import BACKENDS
+from cadsurgery.elements.backends.choose import Backend
 from cadsurgery.elements.functional import Elements, conv2d
 from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice
@@ -283,6 +286,79 @@ def measure_networks(options: argparse.Namespace) -> Iterator[Line]:
         }
 
 
+def clusters(image: Tensor) -> Tensor:
+    """Return scores (B, h, w) whose largest values lie in a few clusters, as content does; a mask for a budget."""
+    y, x = (torch.arange(64, device=image.device) / 64 for _ in range(2))
+    waves = torch.sin(9 * y).unsqueeze(1) * torch.sin(7 * x) + 0.3 * torch.sin(17 * x + 11 * y.unsqueeze(1))
+    return waves.expand(len(image), -1, -1)
+
+
+@contextmanager
+def without_backends(*kinds: type[Backend]) -> Iterator[None]:
+    """Switch off the backends of these kinds in the block."""
+    every = BACKENDS[:]
+    BACKENDS[:] = [backend for backend in every if not isinstance(backend, kinds)]
+    try:
+        yield
+    finally:
+        BACKENDS[:] = every
+
+
+def measure_floors(options: argparse.Namespace) -> Iterator[Line]:
+    """Yield a line per network, size of the picture, batch size and side."""
+    dtype = torch.bfloat16
+    for model, size, batch in product(options.floor_models, options.floor_sizes, options.batches):
+        network = cs.build_model(model, weights="none").eval()
+        example = torch.randn(1, 3, 64, 64)
+        net = cs.adaptify(network, "none", coarsest=32, example_input=example, verify_laws=False)
+        masks = {share: f"gpu_speed:clusters | budget:fraction={share}" for share in options.floor_shares}
+        small = torch.randn(1, 3, min(size, 256), min(size, 256))
+        work = {share: net.macs(small, mask=mask).of_given for share, mask in masks.items()}
+        given, net = on_device(network, options, dtype), on_device(net, options, dtype)
+        x = torch.randn(batch, 3, size, size).to(options.device, dtype)
+        x = x.to(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            layered, fast = unrecorded(net), net.optimize()
+            runs: dict[str, Callable[[], object]] = {"as given": partial(given, x)}
+            runs["as given, CUDA graph"] = captured(partial(given, x)) or partial(given, x)
+            if options.compile and batch == options.batches[0]:
+                runs["as given, compiled"] = compiled(given, x)
+            for share, mask in masks.items():
+                call = partial(layered, x, mask=mask)
+                runs[f"floors {share}, CUDA graph"] = captured(call) or call
+                without = partial(_by_tables, call)
+                runs[f"floors {share}, by tables, CUDA graph"] = captured(without) or without
+                runs[f"floors {share}, recorded"] = partial(fast, x, mask=mask)
+            runs["everything high, recorded"] = partial(fast, x, mask="all")
+            memory = {}
+            for name, run in runs.items():
+                for _ in range(3):  # recorded calls are recorded in the second one
+                    run()
+                memory[name] = peak_of(run)
+            best = interleaved(runs, options.rounds)
+            line: Line = {"part": "floors", "model": model, "size": size, "batch": batch}
+            fastest = min(timing.best for name, timing in best.items() if name.startswith("as given"))
+            ends = best.get("floors 0.0, CUDA graph")
+            for name, timing in best.items():
+                found = {"side": name, "ms": timing.best, "median": timing.median, "mib": memory[name]}
+                found["of_given"] = timing.best / fastest
+                share = next((share for share in masks if f"floors {share}," in name), None)
+                if share is not None and ends is not None:
+                    found["of_line"] = timing.best / (ends.best + share * (fastest - ends.best))
+                yield line | found
+            for share, mask in masks.items():
+                call = partial(layered, x, mask=mask)
+                ours, other = (first_tensor(run()).float() for run in (call, partial(_by_tables, call)))
+                error = float((ours - other).abs().max() / other.abs().max())
+                side = {"side": f"floors {share}, beside tables", "error": error}
+                yield line | side | {"macs_of_given": work[share]}
+
+
+def _by_tables(run: Callable[[], object]) -> object:
+    with without_backends(gpu.TritonSamples):
+        return run()
+
+
 def compiled(net: nn.Module, x: Tensor) -> Callable[[], object]:
     """Compile a network with frozen weights, so that norms are folded, and CUDA graphs; the first call compiles."""
     import torch._inductor.config as inductor
@@ -314,14 +390,9 @@ def measure_training(options: argparse.Namespace) -> Iterator[Line]:
 @contextmanager
 def torch_only(norms_alone: bool) -> Iterator[None]:
     """Compute with torch's operations in the block: batch norms alone, or all works."""
-    of_gpu = [backend for backend in BACKENDS if isinstance(backend, gpu.Triton) and not norms_alone]
-    before = BACKENDS[:]
-    with patch.object(gpu_norm, "applies", lambda rows: False):
-        BACKENDS[:] = [backend for backend in before if backend not in of_gpu]
-        try:
-            yield
-        finally:
-            BACKENDS[:] = before
+    of_gpu = () if norms_alone else (gpu.Triton, gpu.TritonSamples)
+    with patch.object(gpu_norm, "applies", lambda rows: False), without_backends(*of_gpu):
+        yield
 
 
 def training_steps(options: argparse.Namespace, batch: int) -> dict[str, Callable[[], None]]:
@@ -504,6 +575,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
     "networks": measure_networks,
     "maps": measure_maps,
     "kernels": measure_kernels,
+    "floors": measure_floors,
     "training": measure_training,
     "profile": measure_profile,
     "roofline": measure_roofline,
@@ -535,6 +607,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(1024, 2048))
     parser.add_argument("--fraction", type=float, default=0.34)
     parser.add_argument("--fractions", type=float, nargs="+", default=(0.1, 0.34, 1.0))
+    parser.add_argument("--floor-models", nargs="+", default=("networks:unet", "networks:resnet50_pyramid"))
+    parser.add_argument("--floor-sizes", type=int, nargs="+", default=(1024, 2048))
+    parser.add_argument("--floor-shares", type=float, nargs="+", default=(0.0, 0.1, 0.3, 0.6, 1.0))
     parser.add_argument("--dtypes", nargs="+", default=("bfloat16", "float16", "float32"))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--no-compile", dest="compile", action="store_false")

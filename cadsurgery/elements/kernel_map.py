@@ -16,6 +16,7 @@ On the network's own grid these points are the samples i. Other elements use the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -409,13 +410,51 @@ def _find_on_gpu(
     """Return the reading of taps so many fine pixels down and across from `targets`, see `find_taps`."""
     assert source.capacity is not None
     cells = (source.index, source.anchors, source.levels)
-    halo = max(source.index.numel() - source.capacity[0], 0) if _has_halo(source) else 0
+    entries = targets.numel() * len(steps[0]) * len(steps[1])
+    halo = max(min(source.index.numel() - source.capacity[0], entries), 0) if _has_halo(source) else 0
     table, sources, mix, used = gpu_maps.shift_taps(
         cells, source.geometry.sides, targets, (source.size, size), steps, halo
     )
     if used is not None and torch.is_grad_enabled():  # less to mix, forward and backward, is worth a wait
         sources, mix, used = sources[: int(used)], mix[: int(used)], None
     return Reading(table, sources, mix, has_outside, used)
+
+
+def has_samples(source: Lattice, target: Lattice, window: Window) -> bool:
+    """Return True if `sample_map` applies: kernels on a GPU find the taps, level maps are floors, and all anchors and
+    taps lie on the source's own grid."""
+    geometry = source.geometry
+    if not geometry.floors or source.part is not None or target.part is not None or window.taps == 1:
+        return False
+    is_plain = window.mode == "zeros" and window.finer == 1 and target.stage >= source.stage
+    return is_plain and window.spacing % _own_grid(source) == 0 and _is_found_on_gpu(source)
+
+
+def sample_map(source: Lattice, target: Lattice, window: Window) -> gpu_maps.SampleMap:
+    """Return where the taps of a window are read under floors, computed once per pair of lattices and window.
+
+    Unlike `kernel_map` it has one entry per sample of the own grid and one per element, and as many halo rows as the
+    own grid has samples between anchors, not as there are fine pixels between them.
+    """
+
+    def build() -> gpu_maps.SampleMap:
+        assert source.capacity is not None
+        grid, taps = _own_grid(source), window.taps
+        between = source.batch * math.prod(source.samples(grid)) - source.capacity[0]
+        halo = max(min(between, target.count * taps), 0) if _has_halo(source) else 0
+        cells = (source.index, source.anchors, source.levels)
+        down, across = ([step // grid for step in steps] for steps in window.offsets)
+        sizes = (source.size, target.size)
+        return gpu_maps.map_samples(
+            cells, source.geometry.sides, target.anchors, sizes, (down, across), grid, halo
+        )
+
+    return source.derive(("sample_map", target.key, window), build)
+
+
+def _own_grid(lattice: Lattice) -> int:
+    """Return the fine pixels between the samples of a map's own grid, where level maps are floors."""
+    return lattice.geometry.sides[max(lattice.stage - 1, 0)]
 
 
 def find_taps(

@@ -342,15 +342,19 @@ class Bounds(NamedTuple):
             most.append(min(pixels, many))
         return Bounds(tuple(least), tuple(most))
 
+    def level_at(self, stage: int, geometry: Geometry) -> int | None:
+        """Return the common level of all cells of the lattice of a stage; None if the levels can differ."""
+        levels = (0, geometry.max_level) if self.level is None else (self.level,)
+        common = {geometry.level_at(level, stage) for level in levels}
+        return common.pop() if len(common) == 1 else None
+
     def of(self, lattice: Lattice) -> tuple[int, int]:
         """Return the smallest and largest number of elements of a lattice, given its stage and its cropped size."""
         (height, width), stage, (whole_height, whole_width) = lattice.size, lattice.stage, lattice.whole_size
         pixels = lattice.batch * height * width
-        if stage == 0:
-            return pixels, pixels
-        if self.level is not None:
-            side = lattice.geometry.sides[lattice.geometry.level_at(self.level, stage)]
-            exact = lattice.batch * _cells(height, width, side)
+        level = self.level_at(stage, lattice.geometry)
+        if level is not None:
+            exact = lattice.batch * _cells(height, width, lattice.geometry.sides[level])
             return exact, exact
         lost = lattice.batch * whole_height * whole_width - pixels
         if lost < 0:  # each pixel beyond the level map may or may not be an additional element
@@ -397,6 +401,15 @@ class Pyramid:
         lower border."""
         return Pyramid(self.levels[:, first:end], self.geometry)
 
+    def forget_cells(self) -> None:
+        """Free what lattices know of their cells, which is found again where it is asked for. Kernel maps and numbers
+        stay."""
+        for derived in self._derived.values():
+            for name in [
+                name for name, value in derived.items() if isinstance(name, str) and not _is_small(value)
+            ]:
+                del derived[name]
+
     @once
     def has_two_levels(self) -> bool:
         """True if all levels are 0 or the lowest."""
@@ -407,6 +420,10 @@ class Pyramid:
         key: Hashable = (stage, size, part)
         key = str(key) if self.in_graph else key  # symbolic sizes cannot be hashed
         return Lattice(self, stage, size, part, key, self._derived.setdefault(key, {}))
+
+
+def _is_small(value: Any) -> bool:
+    return value is None or isinstance(value, int)
 
 
 def _cover(count: int, length: int, spacing: int) -> int:
@@ -436,7 +453,7 @@ class Part:
     """The subset of a lattice's cells that is present.
 
     Attributes:
-        pixels: (B*H*W,) bool: a cell is present if this map is True at its anchor.
+        pixels: (B*H*W,) bool: a cell is present if this map is True at its anchor; empty where `between` says it.
         between: the anchors [first, end) of a single image, as numbers of fine pixels, where these are the cells.
     """
 
@@ -508,11 +525,15 @@ class Lattice:
         return self.pyramid.lattice(self.stage, self.size, Part(pixels.flatten()))
 
     def between(self, first: int, end: int) -> Lattice:
-        """Return the part of the lattice of a single image whose anchors lie in the fine rows [first, end)."""
-        ends = first * self.size[1], end * self.size[1]
-        pixels = torch.zeros(math.prod(self.size), dtype=torch.bool, device=self.pyramid.levels.device)
-        pixels[slice(*ends)] = True
-        return self.pyramid.lattice(self.stage, self.size, Part(pixels, ends))
+        """Return the part of the lattice of a single image whose anchors lie in the fine rows [first, end); what is
+        computed may belong to it, and what is read may not."""
+        ends, none = (first * self.size[1], end * self.size[1]), torch.empty(0, dtype=torch.bool)
+        return self.pyramid.lattice(self.stage, self.size, Part(none, ends))
+
+    def forget_tables(self, window: Hashable) -> None:
+        """Free the kernel maps of a window that reads this lattice."""
+        for key in [key for key in self._derived if isinstance(key, tuple) and window in key]:
+            del self._derived[key]
 
     def row_at(self, line: int) -> int:
         """Return the number of the first element of a single image at or below a fine row."""
@@ -653,10 +674,10 @@ class Lattice:
             return is_there.nonzero().squeeze(1), index, is_there.view(self.batch, -1).sum(1)
         if self._side_of_uniform and self.part is None:
             return self._cells_of_uniform(self._side_of_uniform)
-        if self.part is not None and self.part.between is not None:
+        if self.part is not None and self.part.between is not None:  # no pixel is read
             whole = self.whole
             first, end = (whole.row_at(place // width) for place in self.part.between)
-            return whole.anchors[first:end], whole.index - first, whole.counts.new_tensor([end - first])
+            return whole.anchors[first:end], whole.index[:0], whole.counts.new_tensor([end - first])
         if self.part is None and self.capacity is None and maps.supports(self.levels):
             return maps.find_cells(self.levels, self.geometry.sides)
         if self.part is None and self.capacity is not None and self.has_gpu_maps:
@@ -703,7 +724,7 @@ class Lattice:
         """Return `count`; use `count` itself in graphs for any size, where it is a symbol."""
         return self.count
 
-    @property
+    @_derive
     def count(self) -> int:
         """Number of rows: elements and, if only bounds are known, padding."""
         if side := self._side_of_uniform:
@@ -734,8 +755,7 @@ class Lattice:
         if self.part is not None:
             return None
         if self.pyramid.bounds is not None:
-            level = 0 if self.stage == 0 else self.pyramid.bounds.level
-            return None if level is None else self.geometry.level_at(level, self.stage)
+            return self.pyramid.bounds.level_at(self.stage, self.geometry)
         if self.is_open:
             return None
         if self.geometry.floors and self.stage == 0:

@@ -132,8 +132,6 @@ class Recordings:
             arguments: the arguments by name.
             run: runs the network on arguments.
         """
-        if net.plan.floors:  # which of its two graphs runs follows from the mask of the call
-            return None
         leaves, form = tree_flatten(arguments)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not _is_plain(leaves) or not tensors or any(x.requires_grad or x.is_meta for x in tensors):
@@ -378,7 +376,7 @@ def _copied(results: Any) -> Any:
 
 def bounds_of(lattice: Lattice) -> Bounds:
     """Return the bucket of a lattice: bounds on its numbers of elements, which many level maps share."""
-    counts = [lattice.at(stage).count for stage in range(lattice.stage + 1)]
+    counts = [lattice.at(stage).count for stage in range(lattice.geometry.stages)]
     if lattice.uniform_level is not None:
         return Bounds(tuple(counts), tuple(counts), lattice.uniform_level)
     least, most = zip(*map(bucket, counts), strict=True)

@@ -21,7 +21,14 @@ POINTERS |= {
     "anchors": "*i64",
     "index": "*i32",
 }
-POINTERS |= {"targets": "*i64", "wanted": "*i32", "readers": "*i64", "starts": "*i64"}
+POINTERS |= {
+    "places": "*i32",
+    "samples": "*i32",
+    "targets": "*i64",
+    "wanted": "*i32",
+    "readers": "*i64",
+    "starts": "*i64",
+}
 POINTERS |= {"centre": "*fp32", "scale": "*fp32", "totals": "*fp32"}
 ROWS = ("rows", "halo", "weight", "bias", "residual", "own", "out", "grad", "sums")
 

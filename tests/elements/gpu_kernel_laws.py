@@ -6,7 +6,7 @@ With TRITON_INTERPRET=1 the kernels run on the CPU and sizes are small; otherwis
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,10 +16,21 @@ from torch.testing import assert_close
 
 import cadsurgery as cs
 from cadsurgery.elements.backends import gpu, gpu_maps, gpu_norm, triton_kernels
-from cadsurgery.elements.backends.choose import Mixing, Picking, extend, mix
+from cadsurgery.elements.backends.choose import (
+    Convolution,
+    Mixing,
+    Picking,
+    Pooling,
+    WindowRead,
+    choose,
+    compute,
+    extend,
+    mix,
+)
+from cadsurgery.elements.backends.reference import Torch
 from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.functional import Elements, batch_norm, conv2d, fused_conv2d, to_dense
-from cadsurgery.elements.kernel_map import Window, kernel_map
+from cadsurgery.elements.kernel_map import Window, kernel_map, sample_map
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 
 DEVICE = torch.device("cpu" if triton_kernels.INTERPRETED else "cuda")
@@ -405,7 +416,7 @@ def test_fused_convolutions_use_it(activation: Activation | None) -> None:
 def bounded(levels: Tensor, geometry: Geometry) -> Lattice:
     """The lattice of a level map with bounds: with rows of padding, or as on a GPU with exact numbers."""
     lattice = geometry.lattice(levels.cpu())
-    counts = [len(lattice.at(stage)) for stage in range(len(geometry.strides) + 1)]
+    counts = [len(lattice.at(stage)) for stage in range(geometry.stages)]
     return geometry.lattice(levels, Bounds(tuple(counts), tuple(count + 3 for count in counts)))
 
 
@@ -594,3 +605,185 @@ def test_a_step_of_training_is_that_without_the_kernels(monkeypatch: pytest.Monk
     for key, value in expected.items():
         assert_close(found[key], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()), msg=key)
         assert torch.equal(found[key], again[key]), key
+
+
+def clusters(share: float, size: tuple[int, int], side: int) -> Tensor:
+    """Level maps (2, H, W) of two levels: cells of the coarsest level, of which a share is kept, cut at the border."""
+    cells = [-(-length // side) for length in size]
+    heights = F.interpolate(torch.rand(2, 1, 3, 3), size=cells, mode="bicubic")[:, 0]
+    kept = heights.flatten().argsort().argsort().view_as(heights) < round(share * heights.numel())
+    levels = torch.where(kept, 0, side.bit_length() - 1).repeat_interleave(side, 1).repeat_interleave(side, 2)
+    return levels[:, : size[0], : size[1]]
+
+
+LEVELS = {
+    **{f"{share} kept": clusters(share, (19, 25), 8) for share in (0, 0.1, 0.5, 1)},
+    "many levels": torch.randint(0, 4, (2, 19, 25)),
+}
+
+
+class Windowed(NamedTuple):
+    """A window on the maps of floors: its kernel, stride, dilation, the stages it goes between, and channel groups."""
+
+    kernel: int = 3
+    stride: int = 1
+    dilation: int = 1
+    stages: tuple[int, int] = (1, 1)
+    groups: int = 1
+    channels: tuple[int, int] = (5, 33)
+    fill: Any = "linear"
+
+
+WINDOWS = {
+    "3x3 on the finest grid": Windowed(),
+    "3x3 on a coarser grid": Windowed(stages=(2, 2), channels=(33, 5)),
+    "dilated": Windowed(dilation=2),
+    "5x5": Windowed(kernel=5),
+    "strided": Windowed(stride=2, stages=(1, 2)),
+    "even": Windowed(kernel=2, stride=2, stages=(2, 3)),
+    "from a dense map": Windowed(stages=(0, 1)),
+    "on the coarsest grid": Windowed(stages=(4, 4)),
+    "in groups": Windowed(groups=3, channels=(12, 6)),
+    "depthwise": Windowed(groups=6, channels=(6, 6)),
+    "nearest": Windowed(fill="nearest"),
+}
+
+
+def floor_lattices(levels: Tensor, case: Windowed) -> tuple[Window, tuple[Lattice, ...]]:
+    """The window with its lattices: source and target on a GPU with bounds, then on the CPU without."""
+    geometry = Geometry((2, 2, 2), floors=True, fill=case.fill)
+    before, after = case.stages
+    pad = case.kernel // 2 * case.dilation if case.kernel % 2 else 0
+    spacing = geometry.sides[max(before - 1, 0)]
+    window = Window((case.kernel,) * 2, case.stride, (case.dilation,) * 2, (pad,) * 4, spacing=spacing)
+    size = window.output_size((19, 25))
+    maps = (bounded(levels.to(DEVICE), geometry), geometry.lattice(levels))
+    return window, tuple(one for whole in maps for one in (whole.at(before, (19, 25)), whole.at(after, size)))
+
+
+def rows_of(source: Lattice, channels: int, dtype: torch.dtype, room: int) -> tuple[Tensor, Tensor]:
+    """Rows in float64 on the CPU, and the same with NaN in the rows of padding, which nothing may read."""
+    rows = torch.randn(len(source), channels).to(dtype)
+    padded = F.pad(rows, (0, 0, 0, room - len(rows)), value=torch.nan)
+    return rows.double(), padded.to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("levels", "case", "dtype"),
+    [
+        pytest.param(*pair, gpu.DTYPES[(at + at // len(WINDOWS)) % 3], marks=marks)
+        for at, pair in enumerate(product(LEVELS, WINDOWS))  # each in one type after the other
+        for marks in [() if at % 6 == 2 else pytest.mark.slow]
+    ],
+)
+def test_under_floors_a_convolution_is_that_of_the_reference(
+    levels: str, case: str, dtype: torch.dtype
+) -> None:
+    """With bias, residual and activation; cells of one level, and of all, beside each other and cut at the border."""
+    how = WINDOWS[case]
+    window, (source, target, plain, plain_target) = floor_lattices(LEVELS[levels], how)
+    inner, outer = how.channels
+    exact, rows = rows_of(plain, inner, dtype, len(source))
+    more = torch.randn(len(plain_target), outer).to(dtype)
+    weight = (torch.randn(outer, inner // how.groups, how.kernel, how.kernel) / how.kernel).to(dtype)
+    bias, relu = torch.randn(outer).to(dtype), Activation("relu")
+    on_gpu = (weight.to(DEVICE), bias.to(DEVICE), how.groups, relu)
+    padded = F.pad(more, (0, 0, 0, len(target) - len(more))).to(DEVICE)
+    work = Convolution(rows, FusedConv(*on_gpu), WindowRead(source, target, window), 0.0, padded)
+    is_dense = case == "on the coarsest grid"  # which is known to be uniform
+    assert choose(work).backend.name == ("uniform" if is_dense else "triton samples")
+    weights = FusedConv(weight.double(), bias.double(), how.groups, relu)
+    reads = WindowRead(plain, plain_target, window)
+    expected = compute(Convolution(exact, weights, reads, 0.0, more.double()))
+    close(compute(work)[: len(expected)].cpu(), expected.to(dtype))
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("dtype", gpu.DTYPES)
+@pytest.mark.parametrize("case", ["even", "strided", "dilated"])
+@pytest.mark.parametrize("levels", ["0.5 kept", pytest.param("many levels", marks=pytest.mark.slow)])
+def test_under_floors_pooling_is_that_of_the_reference(
+    levels: str, case: str, dtype: torch.dtype, largest: bool
+) -> None:
+    window, (source, target, plain, plain_target) = floor_lattices(LEVELS[levels], WINDOWS[case])
+    exact, rows = rows_of(plain, 21, dtype, len(source))
+    exact[3] = rows[3] = torch.nan
+    outside = -torch.inf if largest else 0.0
+    work = Pooling(rows, WindowRead(source, target, window), outside, largest)
+    assert choose(work).backend.name == "triton samples"
+    expected = compute(Pooling(exact, WindowRead(plain, plain_target, window), outside, largest)).to(dtype)
+    tolerance = TOLERANCE[dtype]
+    found = compute(work)[: len(expected)].cpu()
+    assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("levels", LEVELS)
+def test_a_map_of_samples_reads_what_the_kernel_map_reads(levels: str) -> None:
+    """Entry by entry; and a halo row is mixed for a sample, not for a pixel, and only if it is read."""
+    window, (source, target, *_) = floor_lattices(LEVELS[levels], WINDOWS["3x3 on a coarser grid"])
+    found, reading = sample_map(source, target, window), kernel_map(source, target, window)
+    real = int(target.counts.sum())
+    tap = torch.arange(9, device=DEVICE)
+    places = found.places.long().unsqueeze(1) + tap // 3 * found.down + tap % 3 * found.across
+    rows = torch.randn(len(source), 2, device=DEVICE)
+    taps = []
+    for entries, sources, shares, used in (
+        (found.samples[places], found.sources, found.mix, found.used),
+        (reading.table, reading.sources, reading.mix, reading.used),
+    ):
+        count = int(used) if used is not None else len(sources)
+        mixed = (rows[sources[:count].long()] * shares[:count].unsqueeze(2)).sum(1)
+        taps.append(torch.cat([rows, 0 * rows[:1], mixed])[entries[:real].long()])
+    assert_close(*taps)
+    if found.used is not None and reading.used is not None:
+        assert int(found.used) == int(reading.used)
+        assert len(found.sources) <= 2 * 10 * 13 and len(reading.sources) > len(found.sources)
+
+
+def test_what_lies_between_samples_or_needs_a_gradient_is_read_by_a_table() -> None:
+    window, (source, target, *_) = floor_lattices(LEVELS["0.5 kept"], Windowed(stages=(2, 2)))
+    weights = FusedConv(random(4, 4, 3, 3), None)
+    rows = random(len(source), 4)
+
+    def name(rows: Tensor, window: Window) -> str:
+        return choose(Convolution(rows, weights, WindowRead(source, target, window))).backend.name
+
+    assert name(rows, window) == "triton samples"
+    assert name(rows, window._replace(spacing=1)) == name(rows, window._replace(mode="replicate")) == "triton"
+    assert name(rows.clone().requires_grad_(), window) == "triton"
+
+
+class SmallUNet(nn.Module):
+    """Every operation of U-Nets: windows, pooling, transposed convolutions, skips, a resize."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 6, 3, 1, 1), nn.Conv2d(6, 10, 3, 1, 1)
+        self.four = nn.Conv2d(10, 12, 3, 2, 1)
+        self.up, self.last = nn.ConvTranspose2d(12, 10, 2, 2), nn.Conv2d(26, 2, 3, padding=2, dilation=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = self.one(x).relu()
+        two = self.two(F.max_pool2d(one, 2)).relu()
+        joined = torch.cat([self.up(self.four(two).relu()), two], 1)
+        return self.last(torch.cat([F.interpolate(joined, scale_factor=2, mode="bilinear"), one], 1))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, pytest.param(1.0, marks=pytest.mark.slow)])
+def test_under_floors_a_network_is_itself_and_nothing_is_left_to_the_reference(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.rand(2, 3, 32, 48)
+    mask = cs.Budget(lambda image: image.mean(1), share)
+    net = cs.adaptify(SmallUNet().eval(), mask, coarsest=8, example_input=x, verify_laws=False)
+    with torch.no_grad():
+        expected, levels = net.double()(x.double()).float(), net.levels
+        program = net.float().to(DEVICE).optimize().program
+        for task in ("convolve", "spread", "pool"):
+            monkeypatch.delattr(Torch, task)
+        lattice = program.geometry.lattice
+        kept = int((levels[:, ::8, ::8] == 0).sum())
+        bounds = Bounds.of_patches(program.geometry, 2, (32, 48), (kept,))
+        found = program(lambda *_: lattice(levels.to(DEVICE), bounds), program.bind(x.to(DEVICE)))[0]
+    close(found.cpu(), expected)

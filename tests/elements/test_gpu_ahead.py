@@ -76,23 +76,28 @@ def compile_product(
     groups: int = 1,
     residual: bool = False,
     halo: bool = True,
+    samples: bool = False,
 ) -> Compiled:
     constants = {"C": channels, "C_OUT": outputs, "TAPS": taps, "GROUPS": groups, "ACTIVATION": "relu"}
     constants |= {"SLOPE": 0.0, "PRECISION": kind.precision, "WIDE": False, "HALO": halo}
-    constants |= {"BLOCK_N": tile.n, "BLOCK_O": tile.o, "BLOCK_C": tile.c}
+    constants |= {"BLOCK_N": tile.n, "BLOCK_O": tile.o, "BLOCK_C": tile.c, "ACROSS": 3}
     absent = (*(() if residual else ("residual",)), *(() if taps > 1 else ("table",)))
+    absent += () if samples else ("places",)
     return compile_for("product", capability, kind.dtype, constants, tile.warps, tile.stages, absent)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "residual", "capability"), covering(KINDS, [False, True], CAPABILITIES))
-def test_every_tile_of_a_product_fits(kind: Kind, capability: int, residual: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "residual", "samples", "capability"), covering(KINDS, [False, True], [False, True], CAPABILITIES)
+)
+def test_every_tile_of_a_product_fits(kind: Kind, capability: int, residual: bool, samples: bool) -> None:
     tiles = gpu_tiles.usable_products(
         256, kind.size, gpu_tiles.kind_of(kind.is_full, residual), device_of(capability)
     )
     assert tiles
     for tile in tiles if capability not in QUICK else tiles[:2]:
-        compiled = compile_product(tile, kind, capability, residual=residual, taps=1 if residual else 9)
+        taps = 1 if residual and not samples else 9
+        compiled = compile_product(tile, kind, capability, residual=residual, taps=taps, samples=samples)
         check(compiled, capability, (tile, kind), has_product=not kind.is_full)
         if not kind.is_full:
             assert "cp.async" in compiled.ptx, "loads are asynchronous"
@@ -155,8 +160,15 @@ def _others(channels: int, taps: int) -> list[tuple[str, dict[str, Any], tuple[s
     act = {"ACTIVATION": "gelu", "SLOPE": 0.0}
     size = {"HEIGHT": 33, "WIDTH": 65, "BLOCK": 256}
     window = {"TARGET_HEIGHT": 33, "TARGET_WIDTH": 65, "DOWN": 3, "ACROSS": taps // 3 or 1, "WIDE": False}
+    of_window = {**of_depthwise, "ACROSS": 3, "WIDE": False, "HALO": True}
     return [
-        ("depthwise", {**of_depthwise, **act, "WIDE": False, "HALO": True}, ()),
+        ("depthwise", {**of_window, **act}, ("places",)),
+        ("depthwise", {**of_window, **act}, ()),
+        ("pool", {**of_window, "LARGEST": True, "OUTSIDE": float("-inf")}, ()),
+        ("pool", {**of_window, "LARGEST": False, "OUTSIDE": 0.0}, ()),
+        ("place_taps", {**size, **window}, ()),
+        ("read_samples", size, ()),
+        ("read_samples", size, ("wanted", "ranks")),
         ("depthwise_weight", {**of_depthwise, "HALO": True}, ()),
         ("blend", {**tile, "READ": 4}, ()),
         ("blend", {**tile, "READ": 4}, ("used",)),

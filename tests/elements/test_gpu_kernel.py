@@ -22,6 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import ManyOperations, randomise, strided
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -77,11 +78,14 @@ def test_the_benchmark_runs_whole_without_a_gpu(tmp_path: Path) -> None:
     (tmp_path / "tiny.py").write_text(
         "from torch import nn\n\n\ndef net():\n"
         "    layers = [(nn.Conv2d(3 if at == 0 else 8, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()) for at in range(5)]\n"
-        "    return nn.Sequential(*(part for layer in layers for part in layer))\n"
+        "    return nn.Sequential(*(part for layer in layers for part in layer))\n\n\ndef up():\n"
+        "    grow = [nn.ConvTranspose2d(8, 8, 2, 2) for _ in range(5)]\n"
+        "    return nn.Sequential(net(), *grow, nn.Conv2d(8, 4, 3, 1, 1))\n"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     sizes = "--channels 8 --count 40 --batches 1 --training-batches 1 2 --size 64 64 --rounds 1 --no-compile"
+    sizes += " --floor-models tiny:up --floor-sizes 64 --floor-shares 0 0.5"
     command = [sys.executable, "benchmarks/gpu_speed.py", "--device", "cpu", "--model", "tiny:net"]
     lines = tmp_path / "lines.jsonl"
     command += [*sizes.split(), "--dtypes", "bfloat16", "--fractions", "0.34", "--json", str(lines)]
@@ -93,12 +97,14 @@ def test_the_benchmark_runs_whole_without_a_gpu(tmp_path: Path) -> None:
         "kernels",
         "maps",
         "networks",
+        "floors",
         "training",
         "profile",
         "roofline",
         "tiles",
     }
     assert not any("failed" in line for line in found)
+    assert all(line["error"] < 0.05 for line in found if "beside tables" in line.get("side", ""))
 
 
 @st.composite
@@ -214,6 +220,14 @@ def _on_a_gpu_that_is_not_there(fast: torch.nn.Module) -> None:
 ASKED_OF_TOYS: dict[str, Callable[[], torch.nn.Module]] = {
     "strided": lambda: strided(outputs=4, kernel=3),
     "many operations": lambda: randomise(ManyOperations()),
+    "floors": lambda: nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU()),
+        *(
+            nn.ConvTranspose2d(8, 8, 2, 2),
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            nn.Conv2d(8, 4, 3, 1, 1),
+        ),
+    ),
 }
 _LARGER = (
     *("fcn_resnet50", "lraspp_mobilenet_v3_large", "densenet121", "regnet_y_400mf", "convnext_tiny"),
@@ -232,7 +246,9 @@ def test_a_call_under_a_budget_asks_the_gpu_for_nothing(
     the second call. Only the checks of the image's values, which a recording leaves out, would wait."""
     make = ASKED_OF_TOYS.get(name, lambda: cs.build_model(name, weights="none"))
     example = torch.randn(1, 3, 128, 160)
-    fast = cs.adaptify(make().eval(), "edges", example_input=example, verify_laws=False).optimize()
+    options = {"coarsest": 32} if name == "floors" else {}
+    net = cs.adaptify(make().eval(), "edges", example_input=example, verify_laws=False, **options)
+    fast = net.optimize()
     smooth = torch.nn.functional.avg_pool2d(example, 9, 1, 4)
     fast(smooth)  # the first picture decides about the normalisation
     monkeypatch.setattr(gpu_maps, "available", lambda device: device.type == "cuda")

@@ -36,7 +36,7 @@ from cadsurgery.elements.kernel_map import Reading, Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice, Part
 
 NAMES = [
-    *("uniform", "without overlap", "portable", "graph", "triton", "native"),
+    *("uniform", "without overlap", "portable", "graph", "triton samples", "triton", "native"),
     *("products", "expression", "torch"),
 ]
 OF_GRAPHS = ("portable", "graph", "expression")  # which apply while a graph is made
@@ -259,7 +259,7 @@ TASKS = [
     (name, task)
     for name in NAMES
     for task in ("pool", "mix", "mix_lines", "pick", "fill")
-    if has(name, task) and name not in ("torch", "without overlap", "triton")
+    if has(name, task) and name not in ("torch", "without overlap", "triton samples", "triton")
 ]
 
 

@@ -8,6 +8,7 @@ import operator
 import os
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 import cadsurgery as cs
+from cadsurgery.elements import kernel_map
 from cadsurgery.network.bands import run, schedule
 from cadsurgery.network.bands.schedule import SAME, BandMap, RowsRead
 from cadsurgery.support.memory import bytes_of
@@ -35,7 +37,7 @@ MASK = "gradient | budget:fraction=0.4"
 def bands_of(rows: int) -> Iterator[None]:
     """Within, every band has so many rows of the tallest map."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_bands", lambda tallest: iter([rows]))
+        patch.setattr(run, "_bands", lambda *_: iter([rows]))
         yield
 
 
@@ -352,6 +354,91 @@ def test_the_memory_grows_with_the_width_and_not_with_the_height() -> None:
     assert peaks[1] <= 1.1 * peaks[0] and peaks[2] > 1.8 * peaks[0]
 
 
+@pytest.mark.parametrize("name", ["segmenter", "residual segmenter"])
+@torch.no_grad()
+def test_rows_with_many_elements_and_with_few_follow_each_other(name: str) -> None:
+    """The memory of maps becomes larger and smaller, and their elements move."""
+    image = torch.zeros(1, 3, 611, 90, dtype=torch.float64)
+    for first, end in ((40, 120), (190, 200), (300, 480), (560, 611)):
+        image[:, :, first:end] = picture(end - first, 90)
+    net = unverified(made(name), "gradient | budget:fraction=0.5", example_input=picture(64, 96), coarsest=16)
+    assert difference(net.optimize()(image), net.optimize(memory=MUCH)(image)) < 1e-9
+
+
+@torch.no_grad()
+def test_layers_behind_each_other_share_kernel_maps_which_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_maps, alive = list[Any](), list[int]()
+    layers = [nn.Conv2d(3, 8, 3, 2, 1), *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(6))]
+    model = seeded(lambda: nn.Sequential(*layers))
+    net = unverified(model, MASK, example_input=picture(64, 96), coarsest=16)
+    image, find = picture(320, 64), kernel_map.find_taps
+
+    def counted(*args: Any) -> Any:
+        found = find(*args)
+        made_maps.append(weakref.ref(found[0]))
+        alive.append(sum(one() is not None for one in made_maps))
+        return found
+
+    monkeypatch.setattr(kernel_map, "find_taps", counted)
+    net.optimize(memory=MUCH)(image)
+    rows = 320 // 16
+    assert (
+        rows <= len(made_maps) <= 3 * rows
+    )  # one for each row of the seven layers' two windows, and at the exit
+    assert max(alive) <= 8
+
+
+class Lopsided(nn.Module):
+    """Windows that are not square, padded unlike at each side, a transposed convolution, and what tells rows from
+    columns."""
+
+    def __init__(self, rows: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, (3, 5), 2, (1, 2))
+        self.wide = nn.Conv2d(8, 8, (1, 7), padding=(0, 3), dilation=1)
+        self.pool = nn.AvgPool2d((3, 1), 1, (1, 0))
+        self.down, self.up = nn.Conv2d(8, 8, (2, 3), 2, (0, 1)), nn.ConvTranspose2d(8, 8, (2, 2), 2)
+        self.rows = rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.wide(self.stem(x)).relu()
+        x = self.up(self.down(self.pool(x)).relu())
+        return (
+            x * torch.linspace(0, 1, x.shape[2], dtype=x.dtype, device=x.device).view(-1, 1)
+            if self.rows
+            else x
+        )
+
+
+def least_of(refusal: pytest.ExceptionInfo[cs.InvalidInput]) -> str:
+    return refusal.value.next.partition('memory="')[2].partition('"')[0]
+
+
+@pytest.mark.parametrize("mask", ["all", MASK])
+@pytest.mark.parametrize("name", ["segmenter", "pools", "norms", "lopsided"])
+@torch.no_grad()
+def test_wide_pictures_are_computed_in_columns_where_rows_do_not_fit(name: str, mask: str) -> None:
+    model = seeded(lambda: Lopsided(rows=False)) if name == "lopsided" else made(name)
+    net = unverified(model, mask, example_input=picture(64, 96), coarsest=16)
+    image = torch.cat([picture(76, 6401), picture(76, 6401)])
+    with pytest.raises(cs.InvalidInput) as refusal:
+        net.optimize(memory="1KiB").rows(image[0])  # rows are promised from the top
+    memory = bytes_of(least_of(refusal)) // 2
+    banded = net.optimize(memory=memory)
+    assert banded.plan_memory(image).peak <= memory
+    assert difference(net.optimize()(image), banded(image)) < 1e-9
+
+
+@torch.no_grad()
+def test_what_tells_rows_from_columns_is_computed_in_rows() -> None:
+    net = unverified(seeded(lambda: Lopsided(rows=True)), "all", example_input=picture(64, 96), coarsest=16)
+    wide, given = picture(76, 1601), net.optimize(memory=MUCH)
+    with pytest.raises(cs.InvalidInput) as refusal:
+        net.optimize(memory="1KiB")(wide)
+    assert bytes_of(least_of(refusal)) >= given.plan_memory(wide).peak // 8
+    assert difference(net.optimize()(wide), given(wide)) < 1e-9
+
+
 @torch.no_grad()
 def test_means_over_the_image_are_passes_that_keep_what_fits() -> None:
     net = unverified(made("pools").float(), "all", example_input=torch.randn(1, 3, 64, 96), coarsest=16)
@@ -360,8 +447,7 @@ def test_means_over_the_image_are_passes_that_keep_what_fits() -> None:
     assert len(kept.passes) == 2 and kept.work == 1
     with pytest.raises(cs.InvalidInput) as refusal:
         net.optimize(memory="1KiB")(image)
-    least = refusal.value.next.partition('memory="')[2].partition('"')[0]
-    assert bytes_of(least) < kept.peak
+    assert bytes_of(least_of(refusal)) < kept.peak
 
 
 def test_amounts_of_memory() -> None:

@@ -66,20 +66,22 @@ def converted(model: nn.Module, mask: Any = BUDGET, **options: Any) -> cs.Adapti
 
 
 @pytest.mark.parametrize(
-    ("strides", "size", "max_level", "patch"),
+    ("strides", "size", "max_level", "patch", "floors"),
     covering(
         [(2,), (2, 2), (4, 2), (3, 2), (2, 2, 2)],
         [(16, 24), (13, 17), (3, 5)],
         [1, -1],
         ["quadtree", "block"],
+        [False, True],
     ),
 )
 def test_bounds_hold_for_every_choice_of_patches(
-    strides: tuple[int, ...], max_level: int, size: tuple[int, int], patch: Any
+    strides: tuple[int, ...], max_level: int, size: tuple[int, int], patch: Any, floors: bool
 ) -> None:
     """How many patches have level i or finer decides. No map of so many has fewer or more elements after any stage, at
-    the whole size or a cut one; where patches divide the map, the bounds are met."""
-    geometry = Geometry(strides, max_level, patch=patch)
+    the whole size or a cut one; where patches divide the map, the bounds are met. The level is known where all cells
+    of a stage have one."""
+    geometry = Geometry(strides, max_level, patch=patch, floors=floors)
     grid = FineMapSpec.of(geometry, 2, size, 8)
     total, rows = 2 * grid.patches, -(-size[0] // grid.patch)
     cut = (size[0] - 1, size[1] - 2)
@@ -93,10 +95,13 @@ def test_bounds_hold_for_every_choice_of_patches(
             levels = by_patch.repeat_interleave(grid.patch, 1).repeat_interleave(grid.patch, 2)
             levels = levels[:, : size[0], : size[1]]
             exact, bounded = geometry.lattice(levels), geometry.lattice(levels, bounds)
-            for stage in range(len(strides) + 1):
+            for stage in range(geometry.stages):
                 assert bounds.least[stage] <= len(exact.at(stage)) <= bounds.most[stage]
                 least, most = bounded.at(stage, cut).capacity or (0, 0)
                 assert least <= len(exact.at(stage, cut)) <= most
+                assert bounded.at(stage).uniform_level in (None, exact.at(stage).uniform_level)
+            if floors:
+                assert bounded.at(len(strides) + 1).uniform_level == len(strides)
             assert bounds.level == exact.uniform_level
             if all(length % grid.patch == 0 for length in size):
                 assert bounds.least == bounds.most

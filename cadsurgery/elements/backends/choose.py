@@ -86,7 +86,8 @@ class WindowRead:
         source, target = self.source, self.target
         geometry, levels = source.geometry, (source.uniform_level, target.uniform_level)
         parts = (source.part is None, target.part is None, source.has_known_counts, target.has_known_counts)
-        return self.window, self.drop, levels, parts, geometry, self.window.is_pointwise
+        stages = (source.stage, target.stage) if geometry.floors else ()
+        return self.window, self.drop, levels, parts, geometry, self.window.is_pointwise, stages
 
     @property
     def reading(self) -> Reading:

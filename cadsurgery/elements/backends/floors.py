@@ -39,7 +39,7 @@ class WithoutOverlap(Backend):
         if work.gradient or work.graph == "compiled" or work.rows.dim() != 2:
             return False
         is_apart = window.kernel == (window.finer, window.finer) and not any(window.padding)
-        is_whole = source.part is None and target.part is None and source.capacity is None
+        is_whole = source.part is None and target.part is None
         return is_apart and is_whole and source.geometry.floors and not reads.drop
 
     def spread(self, work: TransposedConvolution) -> Tensor:

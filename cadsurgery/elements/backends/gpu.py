@@ -3,9 +3,9 @@
     out[n] = act(sum_t W_t rows[table[n, t]] + bias + residual[n])                             (*)
 
 The kernel is an implicit matrix product with one program per tile of outputs: gathered rows go straight to the
-tensor cores and never exist in memory. Halo rows stand in memory of their own, and only those that are read are
-computed. There are no atomic additions, and tiles are chosen by rule (`gpu_tiles.py`), so forward and backward give
-the same bits every time.
+tensor cores and never exist in memory. Under floors the table is a map of samples (`gpu_maps.SampleMap`). Halo rows
+stand in memory of their own, and only those that are read are computed. There are no atomic additions, and tiles are
+chosen by rule (`gpu_tiles.py`), so forward and backward give the same bits every time.
 
 Triton is optional. With TRITON_INTERPRET=1 set before its import the kernels run on CPU tensors, for tests.
 The first call with a shape compiles; make this call before a CUDA graph is captured.
@@ -24,10 +24,18 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cadsurgery.elements.backends import gpu_tiles, triton_kernels
-from cadsurgery.elements.backends.choose import Backend, Convolution, Mixing, Picking, WindowRead, extend
-from cadsurgery.elements.backends.gpu_maps import available
+from cadsurgery.elements.backends.choose import (
+    Backend,
+    Convolution,
+    Mixing,
+    Picking,
+    Pooling,
+    WindowRead,
+    extend,
+)
+from cadsurgery.elements.backends.gpu_maps import SampleMap, available
 from cadsurgery.elements.backends.weights import Activation, FusedConv
-from cadsurgery.elements.kernel_map import Reading
+from cadsurgery.elements.kernel_map import Reading, has_samples, sample_map
 from cadsurgery.kernels.dispatch import is_observed
 from cadsurgery.support.torch_internals import add_and_activate
 
@@ -156,6 +164,44 @@ def _behind(work: Convolution) -> tuple[Halo | None, int]:
     return Halo(reading.sources, reading.mix, reading.used) if has_halo else None, work.rows.shape[0]
 
 
+class TritonSamples(Backend):
+    """Windows under floors in inference: an implicit dense convolution of the network's own grid, in which the kernels
+    find the taps of an element beside those of its neighbours."""
+
+    name = "triton samples"
+
+    def applies(self, work: Convolution | Pooling) -> bool:
+        """Return True for windows on supported GPUs whose taps lie on the source's own grid."""
+        reads = work.reads
+        if work.graph or is_observed() or work.gradient or not isinstance(reads, WindowRead) or reads.drop:
+            return False
+        if not has_samples(reads.source, reads.target, reads.window):
+            return False
+        if isinstance(work, Pooling):
+            return work.rows.dim() == 2 and supports(work.rows, work.rows)
+        return not work.outside and supports(work.rows, work.weights.weight)
+
+    def convolve(self, work: Convolution) -> Tensor:
+        """Compute rows (N, O)."""
+        samples, halo = self._read(work)
+        weights, outside = work.weights, work.rows.shape[0]
+        more = (weights.bias, work.residual, weights.activation, weights.groups)
+        return gather_conv(work.rows, matrix_of(weights), samples, *more, halo=halo, outside=outside)
+
+    def pool(self, work: Pooling) -> Tensor:
+        """Compute rows (N, C)."""
+        samples, halo = self._read(work)
+        return pool_samples(work.rows, samples, halo, work.outside, work.largest)
+
+    def _read(self, work: Convolution | Pooling) -> tuple[SampleMap, Halo | None]:
+        """Return where taps are read, and the halo rows among them."""
+        assert isinstance(work.reads, WindowRead)
+        samples = sample_map(work.reads.source, work.reads.target, work.reads.window)
+        if samples.used is None:
+            return samples, None
+        return samples, Halo(samples.sources, samples.mix, samples.used)
+
+
 def _multiply_deep(
     rows: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None
 ) -> Tensor:
@@ -236,7 +282,7 @@ def reverse_map(table: Tensor, rows: int) -> ReversedMap:
 def gather_conv(
     rows: Tensor,
     weight: Tensor,
-    table: Tensor | None,
+    table: Tensor | SampleMap | None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: Activation | None = None,
@@ -250,8 +296,8 @@ def gather_conv(
     Args:
         rows: (R, C) float32, float16 or bfloat16; sums are float32.
         weight: (O, taps C / groups), taps outermost.
-        table: (N, taps) int32 into the rows; a negative entry reads zero. None: each output reads its own row alone;
-            without gradients.
+        table: (N, taps) int32 into the rows; a negative entry reads zero. A map of samples, or None, where each output
+            reads its own row alone, is without gradients.
         bias: (O,).
         residual: (N, O).
         activation: applied last, inside the kernel if it supports the function.
@@ -261,7 +307,7 @@ def gather_conv(
         outside: an entry that reads zero, like those that are negative.
     """
     channels, outputs = rows.shape[1], weight.shape[0]
-    count, taps = table.shape if table is not None else (rows.shape[0], 1)
+    count, taps = _entries(rows, table).shape
     if channels % groups or outputs % groups:
         raise ValueError(f"{channels} and {outputs} channels are not {groups} groups.")
     expected = {
@@ -275,13 +321,12 @@ def gather_conv(
     fused = _name_activation(activation)
     operands = (rows, weight, bias, residual)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
-        assert table is not None
+        assert isinstance(table, Tensor)
         fused = fused if fused is not None and fused[0] in _INVERTIBLE else None
         name = fused[0] if fused is not None else "none"
         out = GatherConv.apply(rows, weight, bias, residual, table, name, groups, reverse, halo, outside)
     else:
-        mixed = blend(rows, *halo) if halo is not None else None
-        out = _forward(rows, weight, table, bias, residual, *(fused or ("none", 0.0)), groups, mixed, outside)
+        out = _forward(rows, weight, table, bias, residual, *(fused or ("none", 0.0)), groups, halo, outside)
     return out if fused is not None or activation is None else activation.apply_(out)
 
 
@@ -420,8 +465,7 @@ class GatherConv(torch.autograd.Function):
         outside: int,
     ) -> Tensor:
         """See `gather_conv`."""
-        mixed = blend(rows, *halo) if halo is not None else None
-        out = _forward(rows, weight, table, bias, residual, activation, 0.0, groups, mixed, outside)
+        out = _forward(rows, weight, table, bias, residual, activation, 0.0, groups, halo, outside)
         ctx.save_for_backward(rows, weight, table, None if activation == "none" else out)
         ctx.activation, ctx.groups, ctx.reverse = activation, groups, reverse
         ctx.halo, ctx.outside = halo, outside
@@ -449,8 +493,8 @@ class GatherConv(torch.autograd.Function):
             if halo is not None:
                 grad_rows = _spread_back(parts[count + 1 :], halo.sources, halo.shares, grad_rows)
         if needs[1]:
-            mixed = blend(rows, *halo) if halo is not None else None  # again: less memory, for little time
-            grad_weight = _grad_weight(rows, grad, table, ctx.groups, mixed, ctx.outside).to(weight.dtype)
+            # Halo rows are computed again: less memory, for little time.
+            grad_weight = _grad_weight(rows, grad, table, ctx.groups, halo, ctx.outside).to(weight.dtype)
         grad_bias = grad.sum(0, dtype=torch.float32).to(bias_dtype) if needs[2] else None
         grad_residual = grad.to(residual_dtype) if needs[3] else None
         return grad_rows, grad_weight, grad_bias, grad_residual, *(None,) * 6
@@ -475,27 +519,28 @@ def _grad_rows(
 def _forward(
     rows: Tensor,
     weight: Tensor,
-    table: Tensor | None,
+    table: Tensor | SampleMap | None,
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str,
     slope: float,
     groups: int,
-    halo: Tensor | None = None,
+    halo: Halo | None = None,
     outside: int = -1,
 ) -> Tensor:
-    count, outputs, channels = (rows if table is None else table).shape[0], weight.shape[0], rows.shape[1]
+    reads, outputs, channels = _entries(rows, table), weight.shape[0], rows.shape[1]
+    count, taps = reads.shape
     out = rows.new_empty(count, outputs)
     if not count:
         return out
-    rows, weight, bias, residual, halo = map(operand, (rows, weight, bias, residual, halo))
-    size = rows.element_size()
-    table = table.contiguous() if table is not None else None
-    rows, halo, shift = _join(rows, halo, outside)
-    sizes = {"C": channels, "TAPS": table.shape[1] if table is not None else 1, "ACTIVATION": activation}
-    sizes["HALO"] = halo is not None
-    sizes |= {"SLOPE": slope, "WIDE": is_wide(rows, out, table, halo)}
-    arguments = (rows, shift, weight, table, bias, residual, out, count, outside)
+    weight, bias, residual = map(operand, (weight, bias, residual))
+    rows, mixed, shift = _join(rows, halo, outside)
+    sizes: dict[str, Any] = {"C": channels, "TAPS": taps, "ACROSS": reads.width, "HALO": halo is not None}
+    sizes |= {"ACTIVATION": activation, "SLOPE": slope, "WIDE": is_wide(rows, out, reads.table, mixed)}
+    arguments = (
+        *(rows, shift, weight, reads.table, reads.places, bias, residual, out),
+        *(count, outside, reads.down, reads.across),
+    )
     with torch.cuda.device_of(rows):
         if table is not None and groups == channels == outputs:
             tile = gpu_tiles.depthwise_tile(channels)
@@ -505,8 +550,8 @@ def _forward(
             return out
         width, depth, precision = outputs // groups, channels // groups, _precision(rows.dtype)
         kind = gpu_tiles.kind_of(precision == "ieee", residual is not None)
-        device, taps = gpu_tiles.device_of(rows.device), sizes["TAPS"]
-        tile = gpu_tiles.tile_of(count, width, groups, depth, taps, size, kind, device)
+        device = gpu_tiles.device_of(rows.device)
+        tile = gpu_tiles.tile_of(count, width, groups, depth, taps, rows.element_size(), kind, device)
         triton_kernels.product[(cdiv(count, tile.n) * groups * cdiv(width, tile.o),)](
             *arguments,
             **sizes,
@@ -518,27 +563,71 @@ def _forward(
     return out
 
 
-def _join(rows: Tensor, halo: Tensor | None, outside: int) -> tuple[Tensor, Tensor | None, int]:
-    """Return rows, halo rows, and the values between the place of a halo row and the one it would have behind rows."""
+def pool_samples(
+    rows: Tensor, samples: SampleMap, halo: Halo | None, outside: float, largest: bool
+) -> Tensor:
+    """Compute the largest value or the sum over the taps of each output, (N, C); `outside` is read outside the map."""
+    reads, channels = _entries(rows, samples), rows.shape[1]
+    out = rows.new_empty(reads.shape[0], channels)
+    if not out.numel():
+        return out
+    number = rows.shape[0]
+    rows, mixed, shift = _join(rows, halo, number)
+    tile = gpu_tiles.depthwise_tile(channels)
+    sizes: dict[str, Any] = {"C": channels, "TAPS": reads.shape[1], "ACROSS": reads.width}
+    sizes |= {"HALO": halo is not None, "BLOCK_N": tile.n, "BLOCK_C": tile.c}
+    sizes |= {"LARGEST": largest, "OUTSIDE": outside, "WIDE": is_wide(rows, out, mixed)}
+    with torch.cuda.device_of(rows):
+        triton_kernels.pool[(cdiv(len(out), tile.n), cdiv(channels, tile.c))](
+            *(rows, shift, reads.table, reads.places, out, len(out), number, reads.down, reads.across),
+            **sizes,
+            num_warps=tile.warps,
+        )
+    return out
+
+
+class _Entries(NamedTuple):
+    """A table as the kernels take it: outputs and taps; entries; and for a map of samples where each output's begin,
+    the entries from line to line and tap to tap, and the taps of a line."""
+
+    shape: tuple[int, int]
+    table: Tensor | None
+    places: Tensor | None = None
+    down: int = 0
+    across: int = 0
+    width: int = 1
+
+
+def _entries(rows: Tensor, table: Tensor | SampleMap | None) -> _Entries:
+    if isinstance(table, SampleMap):
+        places = (table.places, table.down, table.across, table.width)
+        return _Entries((table.places.shape[0], table.taps), table.samples, *places)
+    if table is None:
+        return _Entries((rows.shape[0], 1), None)
+    return _Entries((table.shape[0], table.shape[1]), table.contiguous())
+
+
+def _join(rows: Tensor, halo: Halo | None, outside: int) -> tuple[Tensor, Tensor | None, int]:
+    """Return operands of the kernels: rows, halo rows, and how many values the latter lie behind the place that entries
+    name; of rows that are a view that begins at an odd place a copy, because the kernels copy 16 bytes."""
+    given = operand(rows)
     if halo is None:
-        return rows, None, 0
-    channels = rows.shape[1]
-    shift, rest = divmod(halo.data_ptr() - rows.data_ptr(), rows.element_size())
-    if rest or (
-        shift % 16 and not channels % 16
-    ):  # views that begin at odd places; the kernel copies 16 bytes
-        return _join(rows.clone(), halo.clone(), outside)
-    return rows, halo, shift - (outside + 1) * channels
+        return given, None, 0
+    mixed, channels = operand(blend(rows, *halo)), rows.shape[1]
+    shift, rest = divmod(mixed.data_ptr() - given.data_ptr(), given.element_size())
+    if rest or (shift % 16 and not channels % 16):
+        return _join(rows.clone(), halo, outside)
+    return given, mixed, shift - (outside + 1) * channels
 
 
 def _grad_weight(
-    rows: Tensor, grad: Tensor, table: Tensor, groups: int, halo: Tensor | None, outside: int
+    rows: Tensor, grad: Tensor, table: Tensor, groups: int, halo: Halo | None, outside: int
 ) -> Tensor:
     """Compute the float32 gradient of the weight: each program sums a share of the outputs; the shares are added."""
     (count, taps), channels, outputs = table.shape, rows.shape[1], grad.shape[1]
     width, depth, size = outputs // groups, channels // groups, rows.element_size()
-    rows, grad, halo, table = operand(rows), operand(grad), operand(halo), table.contiguous()
-    rows, halo, shift = _join(rows, halo, outside)
+    grad, table = operand(grad), table.contiguous()
+    rows, _, shift = _join(rows, halo, outside)
     if not count:
         return rows.new_zeros(outputs, taps * depth, dtype=torch.float32)
     is_depthwise = groups == channels == outputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cadsurgery.elements.backends.choose import BACKENDS
 from cadsurgery.elements.backends.dense import Uniform
 from cadsurgery.elements.backends.floors import WithoutOverlap
-from cadsurgery.elements.backends.gpu import Triton
+from cadsurgery.elements.backends.gpu import Triton, TritonSamples
 from cadsurgery.elements.backends.graph import GraphOperation
 from cadsurgery.elements.backends.native import Native
 from cadsurgery.elements.backends.portable import Portable
@@ -17,6 +17,7 @@ BACKENDS[:] = [
     WithoutOverlap(),  # transposed convolutions without overlap under floors, as one product
     Portable(),  # graphs for engines other than torch
     GraphOperation(),  # graphs compiled for the CPU: one custom operation, which uses this table again when it runs
+    TritonSamples(),  # the same kernels where floors put all taps on the network's own grid
     Triton(),  # GPUs, gathering and multiplying in one kernel
     Native(),  # compiled C that reads rows in place
     Products(),  # products of rows, in place or gathered block by block

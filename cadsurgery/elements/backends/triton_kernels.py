@@ -20,6 +20,8 @@ INSTALLED = triton is not None
 INTERPRETED = INSTALLED and triton.knobs.runtime.interpret
 # Numbers that differ from image to image; a kernel is not compiled again for 1 or for multiples of 16.
 _VARYING = ["count", "length", "outside", "room", "first_down", "first_across", "step_down", "step_across"]
+_VARYING += ["down", "across", "height", "width", "target_height", "target_width", "spacing"]
+_VARYING += ["above", "before", "lines", "columns"]
 
 _jit: Callable[[Any], Any] = triton.jit if triton is not None else lambda kernel: kernel
 
@@ -98,6 +100,24 @@ def _starts(rows, shift, source, outside, C: tl.constexpr, HALO: tl.constexpr, W
 
 
 @_jit
+def _first_entries(table, places, n, place, count, TAPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return where the first taps of outputs n are in a table, with a row per output or, given `places`, of samples."""
+    first = place * TAPS
+    if places is not None:
+        first = tl.load(places + n, mask=n < count, other=0)
+    return table + first
+
+
+@_jit
+def _behind(tap, places, down, across, ACROSS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return how many entries behind its output's first tap a tap is; among samples the window has lines of ACROSS."""
+    behind = tap
+    if places is not None:
+        behind = tap // ACROSS * down + tap % ACROSS * across
+    return behind
+
+
+@_jit
 def _tile(count, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the numbers of this program's tile along outputs and among the TILES along channels of a group; the group.
 
@@ -119,14 +139,18 @@ def product(  # type: ignore[no-untyped-def]
     shift,
     weight,
     table,
+    places,
     bias,
     residual,
     out,
     count,
     outside,
+    down,
+    across,
     C: tl.constexpr,
     C_OUT: tl.constexpr,
     TAPS: tl.constexpr,
+    ACROSS: tl.constexpr,
     HALO: tl.constexpr,
     GROUPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -153,8 +177,8 @@ def product(  # type: ignore[no-untyped-def]
     # Numbers of table entries exceed 2^31 only where those of values do, too.
     source = tl.where(n < count, n, -1)
     if table is not None:
-        row_of_table = table + place * TAPS
-        source = tl.load(row_of_table, mask=n < count, other=-1)
+        entries = _first_entries(table, places, n, place, count, TAPS)
+        source = tl.load(entries, mask=n < count, other=-1)
     taps_of = weight + (group * width + of_group)[:, None] * (TAPS * depth)
     for step in range(TAPS * blocks):
         c = step % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -170,7 +194,8 @@ def product(  # type: ignore[no-untyped-def]
         total = tl.dot(gathered, kernel.T, total, input_precision=PRECISION)
         if table is not None:
             following = tl.minimum((step + 1) // blocks, TAPS - 1)
-            source = tl.load(row_of_table + following, mask=n < count, other=-1)
+            behind = _behind(following, places, down, across, ACROSS)
+            source = tl.load(entries + behind, mask=n < count, other=-1)
     first = group * width
     # Tiles with a residual are finished by halves, because whole ones would take more registers than there are.
     half: tl.constexpr = BLOCK_O // 2
@@ -189,13 +214,17 @@ def depthwise(  # type: ignore[no-untyped-def]
     shift,
     weight,
     table,
+    places,
     bias,
     residual,
     out,
     count,
     outside,
+    down,
+    across,
     C: tl.constexpr,
     TAPS: tl.constexpr,
+    ACROSS: tl.constexpr,
     HALO: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
@@ -208,8 +237,9 @@ def depthwise(  # type: ignore[no-untyped-def]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     place = n.to(tl.int64) if WIDE else n
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    entries = _first_entries(table, places, n, place, count, TAPS)
     for tap in tl.range(TAPS, loop_unroll_factor=8):
-        source = tl.load(table + place * TAPS + tap, mask=n < count, other=-1)
+        source = tl.load(entries + _behind(tap, places, down, across, ACROSS), mask=n < count, other=-1)
         starts = _starts(rows, shift, source, outside, C, HALO, WIDE)
         mask = ((source >= 0) & (source != outside))[:, None] & (c < C)[None, :]
         gathered = tl.load(starts[:, None] + c[None, :], mask=mask, other=0.0)
@@ -217,6 +247,46 @@ def depthwise(  # type: ignore[no-untyped-def]
         total += gathered.to(tl.float32) * kernel.to(tl.float32)[None, :]
     mask = (n < count)[:, None] & (c < C)[None, :]
     total = _activate(_add(total, place, c, mask, bias, residual, C), ACTIVATION, SLOPE)
+    tl.store(out + place[:, None] * C + c[None, :], total, mask=mask)
+
+
+@_kernel
+def pool(  # type: ignore[no-untyped-def]
+    rows,
+    shift,
+    table,
+    places,
+    out,
+    count,
+    outside,
+    down,
+    across,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    ACROSS: tl.constexpr,
+    HALO: tl.constexpr,
+    LARGEST: tl.constexpr,
+    OUTSIDE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Compute a (BLOCK_N, BLOCK_C) tile of the largest value or the sum over taps; OUTSIDE is read outside the map."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (n < count)[:, None] & (c < C)[None, :]
+    place = n.to(tl.int64) if WIDE else n
+    total = tl.full((BLOCK_N, BLOCK_C), float("-inf") if LARGEST else 0.0, tl.float32)
+    entries = _first_entries(table, places, n, place, count, TAPS)
+    for tap in tl.range(TAPS, loop_unroll_factor=8):
+        source = tl.load(entries + _behind(tap, places, down, across, ACROSS), mask=n < count, other=-1)
+        starts = _starts(rows, shift, source, outside, C, HALO, WIDE)
+        is_read = ((source >= 0) & (source != outside))[:, None] & (c < C)[None, :]
+        value = tl.load(starts[:, None] + c[None, :], mask=is_read, other=OUTSIDE).to(tl.float32)
+        if LARGEST:
+            total = tl.maximum(total, value, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            total += value
     tl.store(out + place[:, None] * C + c[None, :], total, mask=mask)
 
 
@@ -587,6 +657,28 @@ def read_halo(table, ranks, outside, count, WIDE: tl.constexpr, BLOCK: tl.conste
     tl.store(table + place, outside + rank, mask=between)
 
 
+@_jit
+def _mix(levels, sides, index, pixel, mask, halo, sources, shares, height, width):  # type: ignore[no-untyped-def]
+    """Write the rows and weights of the bilinear interpolation of pixels into halo rows, see
+    `kernel_map.interpolation`."""
+    side = tl.load(sides + tl.load(levels + pixel, mask=mask, other=0).to(tl.int32), mask=mask, other=1)
+    y, x = pixel // width % height, pixel % width
+    down, across = y % side, x % side
+    low = tl.minimum(y - down + side, height - 1) - (y - down)
+    right = tl.minimum(x - across + side, width - 1) - (x - across)
+    first = pixel - down * width - across
+    own = tl.load(index + first, mask=mask, other=0)
+    for at in tl.static_range(4):
+        part_down = down if at >= 2 else side - down
+        part_across = across if at % 2 == 1 else side - across
+        share = part_down.to(tl.float32) / side * (part_across.to(tl.float32) / side)
+        corner = first + (low * width if at >= 2 else 0) + (right if at % 2 == 1 else 0)
+        # A corner of weight zero is replaced by the pixel's own cell, whose weight is never zero.
+        row = tl.where(share > 0, tl.load(index + corner, mask=mask, other=0), own)
+        tl.store(sources + halo * 4 + at, row, mask=mask)
+        tl.store(shares + halo * 4 + at, share, mask=mask)
+
+
 @_kernel
 def mix_between(  # type: ignore[no-untyped-def]
     levels,
@@ -607,22 +699,90 @@ def mix_between(  # type: ignore[no-untyped-def]
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = (pixel < count) & (tl.load(wanted + pixel, mask=pixel < count, other=0) != 0)
     halo = tl.load(ranks + pixel, mask=mask, other=1) - 1
-    side = tl.load(sides + tl.load(levels + pixel, mask=mask, other=0).to(tl.int32), mask=mask, other=1)
-    y, x = pixel // WIDTH % HEIGHT, pixel % WIDTH
-    down, across = y % side, x % side
-    low = tl.minimum(y - down + side, HEIGHT - 1) - (y - down)
-    right = tl.minimum(x - across + side, WIDTH - 1) - (x - across)
-    first = pixel - down * WIDTH - across
-    own = tl.load(index + first, mask=mask, other=0)
+    _mix(levels, sides, index, pixel, mask, halo, sources, shares, HEIGHT, WIDTH)
     for at in tl.static_range(4):
-        part_down = down if at >= 2 else side - down
-        part_across = across if at % 2 == 1 else side - across
-        share = part_down.to(tl.float32) / side * (part_across.to(tl.float32) / side)
-        corner = first + (low * WIDTH if at >= 2 else 0) + (right if at % 2 == 1 else 0)
-        # A corner of weight zero is replaced by the pixel's own cell, whose weight is never zero.
-        row = tl.where(share > 0, tl.load(index + corner, mask=mask, other=0), own)
-        tl.store(sources + halo * 4 + at, row, mask=mask)
-        tl.store(shares + halo * 4 + at, share, mask=mask)
         is_free = (pixel >= tl.load(ranks + count - 1)) & (pixel < room)
         tl.store(sources + pixel * 4 + at, tl.zeros((BLOCK,), tl.int32), mask=is_free)
         tl.store(shares + pixel * 4 + at, tl.zeros((BLOCK,), tl.float32), mask=is_free)
+
+
+@_kernel
+def place_taps(  # type: ignore[no-untyped-def]
+    index,
+    anchors,
+    targets,
+    places,
+    wanted,
+    count,
+    first_down,
+    first_across,
+    step_down,
+    step_across,
+    height,
+    width,
+    spacing,
+    above,
+    before,
+    lines,
+    columns,
+    target_height,
+    target_width,
+    DOWN: tl.constexpr,
+    ACROSS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write where each target's first tap is in a map of lines x columns samples, see `gpu_maps.SampleMap`; and the
+    flags in `wanted` of the samples between anchors that a tap reads."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = n < count
+    target = tl.load(targets + n, mask=mask, other=0).to(tl.int32)
+    image = target // (target_height * target_width)
+    line = target // target_width % target_height // spacing + first_down
+    column = target % target_width // spacing + first_across
+    place = (image * lines + line + above) * columns + column + before
+    tl.store(places + n, place, mask=mask)
+    if wanted is not None:
+        for tap in range(DOWN * ACROSS):
+            y = (line + tap // ACROSS * step_down) * spacing
+            x = (column + tap % ACROSS * step_across) * spacing
+            inside = mask & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            pixel = (image * height + y) * width + x
+            row = tl.load(index + pixel, mask=inside, other=0)
+            between = inside & (tl.load(anchors + row, mask=inside, other=0) != pixel)
+            behind = tap // ACROSS * step_down * columns + tap % ACROSS * step_across
+            tl.store(wanted + place + behind, tl.full((BLOCK,), 1, tl.int32), mask=between)
+
+
+@_kernel
+def read_samples(  # type: ignore[no-untyped-def]
+    levels,
+    sides,
+    index,
+    wanted,
+    ranks,
+    samples,
+    sources,
+    shares,
+    count,
+    outside,
+    height,
+    width,
+    spacing,
+    above,
+    before,
+    lines,
+    columns,
+    BLOCK: tl.constexpr,
+):
+    """Write the row of each of `count` samples, given the number of wanted ones up to each, and mix the wanted ones."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    y, x = (at // columns % lines - above) * spacing, (at % columns - before) * spacing
+    inside = (at < count) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    pixel = (at // (lines * columns) * height + y) * width + x
+    row = tl.load(index + pixel, mask=inside, other=0)
+    if wanted is not None:
+        between = inside & (tl.load(wanted + at, mask=inside, other=0) != 0)
+        rank = tl.load(ranks + at, mask=between, other=1)
+        row = tl.where(between, outside + rank, row)
+        _mix(levels, sides, index, pixel, between, rank - 1, sources, shares, height, width)
+    tl.store(samples + at, tl.where(inside, row, outside), mask=at < count)

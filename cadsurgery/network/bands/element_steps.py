@@ -7,7 +7,7 @@ on the lattice of these rows, at the elements of the band alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,9 +23,10 @@ from cadsurgery.elements.whole_image import areas_in_bins
 from cadsurgery.network.bands.schedule import SAME, RowsRead
 from cadsurgery.network.bands.steps import Fetch, entries
 
-_MOST_ROWS = 2  # lattices of so many bands are remembered, with what is derived from them
-# Bytes of these for each fine pixel, as measured: elements of each pixel, kernel maps, and what is needed to make them.
-LATTICE = 28 * _MOST_ROWS
+_MOST_KNOWN = 2  # the cells of so many ranges of rows are known at a time; of others, their kernel maps alone
+# Bytes for each fine pixel of these, as measured: elements of each pixel, and what is needed to make kernel maps.
+LATTICE = 28 * _MOST_KNOWN
+_TAP, _HALO = 4, 12  # bytes of a kernel map for each element: of a tap, and of what is interpolated
 Call = Callable[..., Any]  # with the rows of maps by node, and perhaps further options of the operation
 
 
@@ -54,17 +55,50 @@ class Cells:
     pyramid: Pyramid
     side: int
     _rows: dict[tuple[int, int], Pyramid] = field(default_factory=dict)
+    _parts: dict[tuple[int, int], dict[Any, Lattice]] = field(default_factory=dict)
+    _known: list[tuple[int, int]] = field(default_factory=list)
     _counts: dict[Any, Tensor] = field(default_factory=dict)
 
-    def lattice(self, grid: Grid, first: int, end: int) -> Lattice:
-        """Return the lattice of the fine rows [first, end) of a map."""
-        key = (first, -(-end // self.side) * self.side)
+    def lattice(self, grid: Grid, first: int, end: int, within: tuple[int, int] | None = None) -> Lattice:
+        """Return the lattice of the fine rows [first, end) of a map, or of the rows [begin, stop) `within` which they
+        lie, with these cells alone. Lattices of the same rows share their kernel maps."""
+        begin, stop = within or (first, end)
+        key = self._key(begin, stop)
         if key not in self._rows:
-            if len(self._rows) >= _MOST_ROWS:
-                del self._rows[next(iter(self._rows))]
-            self._rows[key] = self.pyramid.of_rows(*key)
-        height = min(end, grid.size[0]) - first
-        return self._rows[key].lattice(grid.stage, (height, grid.size[1]))
+            self._rows[key], self._parts[key] = self.pyramid.of_rows(*key), {}
+        if key not in self._known:
+            self._known.append(key)
+            if len(self._known) > _MOST_KNOWN:
+                self._forget(self._known.pop(0))
+        of_rows, (height, width) = self._rows[key], grid.size
+        whole = of_rows.lattice(grid.stage, (min(stop, height) - begin, width))
+        if (begin, stop) == (first, end):
+            return whole
+        parts, part = self._parts[key], (grid, first, end)
+        if part not in parts:
+            parts[part] = whole.between(first - begin, min(end, height) - begin)
+        return parts[part]
+
+    def _key(self, first: int, end: int) -> tuple[int, int]:
+        return first, -(-end // self.side) * self.side
+
+    def forget_table(self, grid: Grid, within: tuple[int, int], window: Window) -> None:
+        """Forget the kernel maps by which a window reads the fine rows `within` of a map."""
+        if (of_rows := self._rows.get(self._key(*within))) is not None:
+            size = min(within[1], grid.size[0]) - within[0], grid.size[1]
+            of_rows.lattice(grid.stage, size).forget_tables(window)
+
+    def _forget(self, key: tuple[int, int]) -> None:
+        if key in self._rows:
+            self._rows[key].forget_cells()
+            self._parts[key] = {
+                part: replace(lattice) for part, lattice in self._parts[key].items()
+            }  # without what these have read
+
+    def drop(self, row: int) -> None:
+        """Forget kernel maps of rows before one, which nothing computes any more."""
+        for key in [key for key in self._rows if key[1] <= row]:
+            del self._rows[key], self._parts[key]
 
     def are_equal(self, grid: Grid) -> bool:
         """True if all cells of a map have one level, so that they weigh the same; see `Lattice.weights`."""
@@ -134,13 +168,31 @@ class WindowOfElements:
 
     @property
     def copies(self) -> list[fx.Node]:
-        """What is read of several bands is copied."""
-        return [] if self.window.is_pointwise else [self.node]
+        """What is read of several rows of cells has to lie together."""
+        return [] if self.stays_in_cells else [self.node]
+
+    @property
+    def stays_in_cells(self) -> bool:
+        """True if an element reads its own cell alone."""
+        window = self.window
+        is_apart = window.kernel == (window.finer, window.finer) and not any(window.padding)
+        return window.is_pointwise or (window.finer > 1 and is_apart)
+
+    @property
+    def table(self) -> tuple[Any, int] | None:
+        """What its kernel map depends on, and the bytes of it for each element of the result."""
+        if self.window.is_pointwise:
+            return None
+        return (*self.grids[:2], self.window), _TAP * self.window.taps + _HALO
+
+    def forget_table(self, first: int, end: int) -> None:
+        """Free the kernel map of the fine rows [first, end)."""
+        self.cells.forget_table(self.grids[0], self._within(first, end), self.window)
 
     @property
     def _rows(self) -> RowsRead:
         window, height = self.window, self.grids[0].size[0]
-        if window.is_pointwise:
+        if self.stays_in_cells:
             return SAME
         if window.finer > 1:
             down = [window.output_spacing * (window.padding[0] - tap) for tap in range(window.kernel[0])]
@@ -156,31 +208,23 @@ class WindowOfElements:
         top, bottom = max(0, height - 1 - 2 * pads[1]) // side * side, (2 * pads[0] // side + 2) * side - 1
         return RowsRead(lambda row: min(rows.first(row), top), lambda row: max(rows.last(row), bottom))
 
+    def _within(self, first: int, end: int) -> tuple[int, int]:
+        """Return the fine rows that are read, those of the result among them."""
+        begin, stop = self._rows.within(first, end, self.grids[0].size[0])
+        return min(begin, first), max(stop, end)
+
     def compute(self, fetch: Fetch, first: int, end: int) -> Elements:
         """Return the elements of the fine rows [first, end)."""
         cells, (source, target, added) = self.cells, self.grids
-        begin, stop = self._rows.within(first, end, source.size[0])
-        begin, stop = min(begin, first), max(stop, end)
-        x = fetch(self.node, begin, min(stop, source.size[0]))
-        goal = cells.lattice(target, first, end)
-        if (begin, stop) == (first, end):
-            stage, rows = goal, {self.node: x}
-            if self.residual is not None:
-                rows[self.residual] = fetch(self.residual, first, end)
-        else:
-            stage = cells.lattice(target, begin, stop).between(
-                first - begin, min(end, target.size[0]) - begin
-            )
-            rows = {self.node: x}
-            if self.residual is not None:
-                assert added is not None
-                more = fetch(self.residual, first, end)
-                whole = cells.lattice(added, begin, stop)
-                same = added == target
-                there = stage if same else whole.between(first - begin, min(end, added.size[0]) - begin)
-                rows[self.residual] = Elements(more.rows, there)
-        extra = {"window": self.window, "stage": stage}
-        return Elements(self.call(rows, **extra).rows, goal)
+        within = self._within(first, end)
+        rows = {self.node: fetch(self.node, within[0], min(within[1], source.size[0]))}
+        stage = cells.lattice(target, first, end, within)
+        if self.residual is not None:
+            assert added is not None
+            more = fetch(self.residual, first, end)
+            rows[self.residual] = Elements(more.rows, cells.lattice(added, first, end, within))
+        found: Elements = self.call(rows, window=self.window, stage=stage)
+        return Elements(found.rows, cells.lattice(target, first, end))
 
 
 @dataclass
@@ -227,12 +271,12 @@ class ResizedElements:
         cells, (source, target) = self.cells, self.grids
         begin, stop = self.reads[0][1].within(first, end, source.size[0])
         begin, stop = min(begin, first), max(stop, end)
-        x, goal = fetch(self.node, begin, min(stop, source.size[0])), cells.lattice(target, first, end)
-        stage = cells.lattice(target, begin, stop).between(first - begin, min(end, target.size[0]) - begin)
+        x = fetch(self.node, begin, min(stop, source.size[0]))
+        stage = cells.lattice(target, first, end, (begin, stop))
         found = resize_onto(
             x, stage, self.spacings, self.before, self.after, self.mode, self.align_corners, begin
         )
-        return Elements(found.rows, goal)
+        return Elements(found.rows, cells.lattice(target, first, end))
 
 
 @dataclass

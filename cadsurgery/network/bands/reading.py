@@ -173,7 +173,7 @@ class _ShapesOfMaps(GraphInterpreter):
         elif isinstance(value, Elements):  # several maps in one
             self.reading.several.add(n)
         elif _is_number(value):
-            self.reading.numbers[n] = value
+            self.reading.numbers[n] = torch.device("cpu") if isinstance(value, torch.device) else value
         return value
 
 
@@ -299,6 +299,7 @@ class BandReader:
         if step is not None:
             made.reads = [(reading.number[source], rows) for source, rows in step.reads]
             made.copied = [reading.number[source] for source in step.copies]
+            made.table = step.table if isinstance(step, element_steps.WindowOfElements) else None
             reading.steps[len(reading.maps)] = step
             read = [*node.all_input_nodes, *(source for source, _ in step.reads)]
             reading.passes.setdefault(node, self._passes(read))

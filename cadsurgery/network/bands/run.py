@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,22 +17,30 @@ from torch.fx.node import map_arg
 from cadsurgery.elements.axes import fast_layout
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.lattice import Lattice, Pyramid
-from cadsurgery.masks.basic import UniformMask
+from cadsurgery.masks.basic import KeepAll, RandomMask, UniformMask
 from cadsurgery.masks.provider import MaskProvider
-from cadsurgery.network.bands.element_steps import Cells, Grid
-from cadsurgery.network.bands.reading import BandPlan, BandReader, Key, uniform
-from cadsurgery.network.bands.schedule import Pass, used_by, walk
+from cadsurgery.network.bands.element_steps import Cells, Grid, WindowOfElements
+from cadsurgery.network.bands.reading import BandPlan, BandReader, Key, copied, uniform
+from cadsurgery.network.bands.schedule import SPARE, Pass, Task, is_table_kept, joined, used_by, walk
 from cadsurgery.network.bands.steps import Sum
+from cadsurgery.network.bands.turned import agree, turned_lattice, turned_maps, turned_program
 from cadsurgery.network.program import Masked, Program
-from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.support.memory import in_mebibytes
+from cadsurgery.support.pages import offering
 from cadsurgery.support.torch_internals import tree_map
 from cadsurgery.surgery.rewrite import ask_mask
 
 ReadRows = Callable[[int, int], Tensor]  # rows [first, end) of a picture, (1, C, end - first, W)
 _MOST_BANDS = 4096  # of one walk
+_MOST_SPARE = 1.5  # of the memory of joined elements: so many times what is needed, before it is made smaller
 _MOST_READERS = 4  # kinds of calls that are remembered
+_TRIED = 64, 224, 288  # channels and size of a noise by which turned networks are tried
 _WHOLE = "run it whole: net.optimize() without memory=."
+
+
+class TooLittle(InvalidInput):
+    """No bands of rows fit into a memory."""
 
 
 @dataclass
@@ -108,19 +117,19 @@ def fit(reading: BandPlan, memory: int, start: int = 0) -> Walks:
         start: the first row of the results that is asked for.
 
     Raises:
-        InvalidInput: bands of the fewest rows need more.
+        TooLittle: bands of the fewest rows need more.
     """
     tallest, least = max(one.height for one in reading.maps), None
     ways = (True, False) if any(reading.sums) else (False,)
     for keeps in ways:
-        for band in _bands(tallest):
+        for band in _bands(tallest, _rows_of_cell(reading, tallest)):
             walks = plan_walks(reading, band, keeps, start)
             if walks.peak <= memory:
                 return walks
             if least is None or walks.peak < least.peak:
                 least = walks
     assert least is not None
-    raise InvalidInput(
+    raise TooLittle(
         f"{in_mebibytes(memory)} are too little for this picture.",
         where="memory",
         why=f"in bands of {least.band} rows its maps take {in_mebibytes(least.peak)}, "
@@ -129,12 +138,18 @@ def fit(reading: BandPlan, memory: int, start: int = 0) -> Walks:
     )
 
 
-def _bands(tallest: int) -> Iterator[int]:
-    """Yield numbers of rows of a band to try, the most first."""
-    band = 1 << max(tallest - 1, 1).bit_length()
+def _bands(tallest: int, cell: int) -> Iterator[int]:
+    """Yield numbers of rows of a band to try, the most first. Cells are computed row by row, so that bands hold one."""
+    band = 1 << max((cell or tallest) - 1, 1).bit_length()
     while band >= 8 and -(-tallest // band) <= _MOST_BANDS:
         yield band
         band //= 2
+
+
+def _rows_of_cell(reading: BandPlan, tallest: int) -> int:
+    """Return rows of the tallest map that hold a row of cells; 0 if the graph has no region."""
+    cells = [one for one in reading.maps if one.elements is not None]
+    return max((-(-one.step * tallest // one.height) for one in cells), default=0)
 
 
 def _largest(reading: BandPlan, walks: Walks) -> str:
@@ -170,29 +185,93 @@ class _Held:
 
 
 class _HeldElements:
-    """The elements of whole cells that are there, in parts. Lattices, which take more memory, are made where they are
-    read."""
+    """The elements that are there, a tensor for each row of cells. Lattices, which take more memory, are made where
+    they are read."""
 
     def __init__(self, cells: Cells, grid: Grid) -> None:
         self.cells, self.grid = cells, grid
-        self.parts = list[tuple[int, int, Tensor, dict[int, int]]]()
+        self.parts = dict[int, Tensor]()  # by their first fine row
+
+    def memory_for(self, first: int, end: int) -> Tensor | None:
+        """Return where rows could be computed that are added next."""
+        return None
 
     def add(self, first: int, end: int, x: Elements) -> None:
-        inside = range(first + self.cells.side, end, self.cells.side)
-        numbers = {row: x.lattice.row_at(row - first) for row in inside}  # of the first element at a fine row
-        self.parts.append((first, end, x.rows, {first: 0, **numbers, end: len(x.rows)}))
+        self.parts[first] = x.rows
 
     def drop(self, row: int) -> None:
-        self.parts = [part for part in self.parts if part[1] > row]
+        for at in [at for at in self.parts if at + self.cells.side <= row]:
+            del self.parts[at]
 
     def rows(self, first: int, end: int) -> Elements:
-        found = [
-            rows[numbers[max(first, at)] : numbers[min(end, stop)]]
-            for at, stop, rows, numbers in self.parts
-            if at < end and stop > first
-        ]
-        rows = found[0] if len(found) == 1 else torch.cat(found)
+        found = [self.parts[at] for at in range(first, end, self.cells.side)]
+        rows = found[0] if len(found) == 1 else self._together(found)
         return Elements(rows, self.cells.lattice(self.grid, first, end))
+
+    def _together(self, found: list[Tensor]) -> Tensor:
+        return torch.cat(found)
+
+
+class _JoinedElements(_HeldElements):
+    """Elements of which several rows of cells are read at once: they lie behind each other in one memory."""
+
+    def __init__(self, cells: Cells, grid: Grid) -> None:
+        super().__init__(cells, grid)
+        self.memory: Tensor | None = None
+        self.used = 0  # elements of the memory, the dropped ones before the first part among them
+
+    def memory_for(self, first: int, end: int) -> Tensor | None:
+        if self.memory is None:
+            return None
+        above = self.cells.elements_above(self.grid)
+        return self._behind(int(above[end] - above[first]) + self.cells.side, self.memory)
+
+    def add(self, first: int, end: int, x: Elements) -> None:
+        place = self._behind(len(x.rows), x.rows)[: len(x.rows)]
+        if place.data_ptr() != x.rows.data_ptr():
+            place.copy_(x.rows.clone() if _is_same_memory(place, x.rows) else x.rows)
+        self.used += len(x.rows)
+        super().add(first, end, Elements(place, x.lattice))
+
+    def drop(self, row: int) -> None:
+        super().drop(row)
+        if not self.parts:
+            self.memory, self.used = None, 0
+        elif self.memory is not None:
+            lengths = list(map(len, self.parts.values()))
+            if len(self.memory) > _MOST_SPARE * (sum(lengths) + max(lengths)):
+                self._move(max(lengths), self.memory)
+
+    def _behind(self, count: int, like: Tensor) -> Tensor:
+        """Return the memory behind the last element, with room for so many more."""
+        if self.memory is None or self.used + count > len(self.memory):
+            self._move(count, like)
+        assert self.memory is not None
+        return self.memory[self.used :]
+
+    def _move(self, count: int, like: Tensor) -> None:
+        """Move the elements to the beginning of the memory, or into another one of the right size."""
+        parts = list(self.parts.values())
+        live = sum(map(len, parts))
+        there, wanted = self._together(parts) if parts else like[:0], live + count
+        if self.memory is None or not wanted <= len(self.memory) <= _MOST_SPARE * wanted:
+            self.memory = like.new_empty((int(wanted * SPARE), *like.shape[1:]))
+        elif self.used < 2 * live:  # where they are and where they shall be overlap
+            there = there.clone()
+        self.memory[:live] = there
+        self.used = live
+        self.parts = dict(zip(self.parts, self.memory[:live].split(list(map(len, parts))), strict=True))
+
+    def _together(self, found: list[Tensor]) -> Tensor:
+        first, last = found[0], found[-1]
+        length = last.storage_offset() - first.storage_offset()
+        return first.as_strided(
+            (length // max(first.stride(0), 1) + len(last), *first.shape[1:]), first.stride()
+        )
+
+
+def _is_same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 class _ReadPicture:
@@ -212,6 +291,7 @@ class BandedCall:
         self.reader, self.reading, self.walks = reader, reader.reading, walks
         self.nodes = list(self.reading.number)  # by number of their maps
         self.held = dict[int, Any]()  # `_Held`, `_HeldElements` or `_ReadPicture`
+        self.joined = joined(self.reading.maps)
 
     def run(self, arguments: dict[str, Any], lattice: Lattice | None = None) -> Any:
         """Return what the graph returns for the arguments of a call with one picture and, if it has a region, the
@@ -275,16 +355,29 @@ class BandedCall:
             for node in {node: None for node in (*wanted, *summed) if number[node] in held}:
                 # Of the picture, or of a map that an earlier walk has kept.
                 height = reading.maps[number[node]].height
-                for first in range(0, height, self.walks.band):
-                    yield node, first, held[number[node]].rows(first, min(first + self.walks.band, height))
-            for task in (task for tasks in one.bands for task in tasks):
-                rows = reading.steps[task.number].compute(self._fetch, task.first, task.end)
-                self._held(task.number).add(task.first, task.end, rows)
-                yield self.nodes[task.number], task.first, rows
-                del rows
-                for left, row in task.drops:
-                    if left in held:
-                        held[left].drop(row)
+                step = (
+                    -(-self.walks.band // reading.maps[number[node]].step) * reading.maps[number[node]].step
+                )
+                for first in range(0, height, step):
+                    yield node, first, held[number[node]].rows(first, min(first + step, height))
+            done = {
+                task.number: 0 for tasks in one.bands for task in tasks if reading.maps[task.number].elements
+            }
+            for tasks in one.bands:
+                for task in tasks:
+                    rows = self._compute(task)
+                    yield self.nodes[task.number], task.first, rows
+                    del rows
+                    for left, row in task.drops:
+                        if left in held:
+                            held[left].drop(row)
+                    if task.number in done:
+                        self._forget_table(task, done)
+                if done and self.reader.cells is not None:
+                    heights = {one: reading.maps[one].height for one in done}
+                    self.reader.cells.drop(
+                        min((row for one, row in done.items() if row < heights[one]), default=0)
+                    )
 
         for node, first, rows in computed():
             for total in summed.get(node, ()):
@@ -292,6 +385,35 @@ class BandedCall:
             if node in wanted:
                 yield node, first, rows
             del rows
+
+    def _compute(self, task: Task) -> Any:
+        """Return rows of a map, which are held from now on."""
+        holder, step = self._held(task.number), self.reading.steps[task.number]
+        if not isinstance(holder, _HeldElements):
+            rows = step.compute(self._fetch, task.first, task.end)
+        else:
+            with offering(holder.memory_for(task.first, task.end)):
+                rows = step.compute(self._fetch, task.first, task.end)
+        if not isinstance(holder, _JoinedElements):  # what others hold may be moved
+            rows = self._of_its_own(rows)
+        holder.add(task.first, task.end, rows)
+        return rows
+
+    def _forget_table(self, task: Task, done: dict[int, int]) -> None:
+        """Take in that a task is done, and free its kernel map unless that is needed soon."""
+        done[task.number], step = task.end, self.reading.steps[task.number]
+        if isinstance(step, WindowOfElements) and not is_table_kept(
+            self.reading.maps, task.number, task.end, done
+        ):
+            step.forget_table(task.first, task.end)
+
+    def _of_its_own(self, rows: Any) -> Any:
+        """Return rows that are no view of a memory whose rows move."""
+        values = rows.rows if isinstance(rows, Elements) else rows
+        moved = (one.memory for one in self.held.values() if isinstance(one, _JoinedElements))
+        return (
+            copied(rows) if any(one is not None and _is_same_memory(values, one) for one in moved) else rows
+        )
 
     def _fetch(self, node: fx.Node, first: int, end: int) -> Any:
         return self.held[self.reading.number[node]].rows(first, end)
@@ -303,7 +425,7 @@ class BandedCall:
             if grid is None or cells is None:
                 self.held[number] = _Held(self.reading.axis[node])
             else:
-                self.held[number] = _HeldElements(cells, grid)
+                self.held[number] = (_JoinedElements if number in self.joined else _HeldElements)(cells, grid)
         return self.held[number]
 
 
@@ -336,6 +458,7 @@ class Bands:
         """Take the memory in bytes."""
         self.memory = memory
         self._readers = dict[tuple[Any, ...], BandReader]()
+        self._turned = dict[int, Program | None]()  # by the number of a graph, which the programs hold
         self._walks = WeakKeyDictionary[BandReader, Walks]()  # of the network's own graph: one for each size
         self._lock = RLock()  # a reader holds the values of the call that is running
 
@@ -356,8 +479,7 @@ class Bands:
             outputs = []
             for one, lattice in zip(image.split(1), lattices, strict=True):
                 call = {**arguments, name: one}
-                reader, walks = self._prepare(program, call, lattice)
-                outputs.append(BandedCall(reader, walks).run(call, lattice))
+                outputs.append(self._way(program, call, lattice)[1]())
         output = outputs[0] if len(outputs) == 1 else tree_map(_join, *outputs)
         levels = [lattice.pyramid.levels for lattice in lattices]
         pyramid = Pyramid(levels[0] if len(levels) == 1 else torch.cat(levels), program.geometry)
@@ -368,7 +490,7 @@ class Bands:
         image, name = self._image(provider, program, arguments), program.image_name
         with self._lock, torch.no_grad():
             call = {**arguments, name: image[:1]}
-            return self._prepare(program, call, self._lattices(provider, program, call)[0])[1]
+            return self._way(program, call, self._lattices(provider, program, call)[0])[0]
 
     def rows(
         self, provider: MaskProvider, start: int, read: ReadRows, program: Program, arguments: dict[str, Any]
@@ -448,6 +570,59 @@ class Bands:
         if unchanged is not None and lattice.uniform_level == program.plan.identity_level:
             return unchanged, True
         return program.graph, False
+
+    def _way(
+        self, program: Program, call: dict[str, Any], lattice: Lattice
+    ) -> tuple[Walks, Callable[[], Any]]:
+        """Return the walks of a picture, and what computes it: in rows or, of a picture that is wider than high, in
+        columns if rows do not fit."""
+        name = program.image_name
+        try:
+            reader, walks = self._prepare(program, call, lattice)
+            return walks, partial(BandedCall(reader, walks).run, call, lattice)
+        except TooLittle:
+            if call[name].shape[3] <= call[name].shape[2]:
+                raise
+            turned = self._turned_program(program, call)
+            if turned is None:
+                raise
+        call, lattice = {**call, name: call[name].transpose(2, 3)}, turned_lattice(lattice)
+        reader, walks = self._prepare(turned, call, lattice)
+        return walks, lambda: turned_maps(BandedCall(reader, walks).run(call, lattice))
+
+    def _turned_program(self, program: Program, call: dict[str, Any]) -> Program | None:
+        """Return the program for turned pictures; None if there is none, which is tried on a part of the picture, with
+        cells of several levels."""
+        key, name = id(program.graph), program.image_name
+        if key not in self._turned:
+            turned = turned_program(program)
+            image = call[name]
+            size = [min(have, most) for have, most in zip(image.shape[1:], _TRIED, strict=True)]
+            noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+            part = {**call, name: noise.to(image)}
+            if turned is not None and not all(
+                self._turns(program, turned, part, mask) for mask in (KeepAll(), RandomMask(seed=0))
+            ):
+                turned = None
+            self._turned[key] = turned
+        return self._turned[key]
+
+    def _turns(self, program: Program, turned: Program, call: dict[str, Any], mask: MaskProvider) -> bool:
+        """True if a program gives the results of another one, turned."""
+        name, bands = program.image_name, Bands(sys.maxsize)
+        across = {**call, name: call[name].transpose(2, 3)}
+        try:
+            (lattice,) = self._lattices(mask, program, call)
+            outputs = [
+                BandedCall(*bands._prepare(one, given, cells)).run(given, cells)
+                for one, given, cells in (
+                    (program, call, lattice),
+                    (turned, across, turned_lattice(lattice)),
+                )
+            ]
+        except (CadError, RuntimeError):
+            return False
+        return agree(outputs[0], turned_maps(outputs[1]))
 
     def _prepare(self, program: Program, call: dict[str, Any], lattice: Lattice) -> tuple[BandReader, Walks]:
         """Return the reader of the graph that computes a picture, and its walks."""

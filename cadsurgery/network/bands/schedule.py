@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 
 class RowsRead(NamedTuple):
@@ -41,10 +42,11 @@ class BandMap:
         height: rows.
         row: bytes of a row, or of an element.
         reads: the maps that it is computed from, by number, and the rows of them that a row reads.
-        step: rows are computed in multiples of so many.
-        copied: numbers of the maps whose rows are copied while it is computed.
+        step: rows are computed in multiples of so many; elements by so many.
+        copied: numbers of the maps whose rows are copied while it is computed, unless they lie together; see `joined`.
         elements: how many elements lie above each row, where rows have different numbers of them.
-        lattice: bytes of lattices and kernel maps, for each row that is computed or read for it.
+        lattice: bytes of lattices, for each row that is computed or read for it.
+        table: what its kernel map depends on, and the bytes of that for each element; see `is_table_kept`.
     """
 
     name: str
@@ -55,6 +57,7 @@ class BandMap:
     copied: list[int] = field(default_factory=list)
     elements: Sequence[float] | None = None
     lattice: int = 0
+    table: tuple[Any, int] | None = None
 
     def taken(self, first: int, end: int) -> float:
         """Return the bytes of rows [first, end)."""
@@ -93,18 +96,24 @@ class Pass:
     largest: dict[int, float] = field(default_factory=dict)
 
 
+SPARE = 4 / 3  # maps that are `joined` have so much more memory than their elements take
+_SOON = 3  # rows of cells
+
+
 class _Meter:
     """Counts the bytes of maps while tasks are carried out."""
 
     def __init__(self, maps: Sequence[BandMap], known: Collection[int]) -> None:
         self.maps, self.total, self.peak, self.largest = maps, 0.0, 0.0, dict[int, float]()
+        self.tables = 0.0
+        self.joined = joined(maps)
         # End and bytes of what each task computed, by map.
         self.held: dict[int, list[tuple[int, float]]] = defaultdict(list)
         for number in known:
             self._hold(number, 0, maps[number].height)
 
     def _hold(self, number: int, first: int, end: int) -> None:
-        taken = self.maps[number].taken(first, end)
+        taken = self.maps[number].taken(first, end) * (SPARE if number in self.joined else 1.0)
         self.held[number].append((end, taken))
         self.total += taken
 
@@ -115,9 +124,10 @@ class _Meter:
         for source, rows in one.reads:
             if source in one.copied:
                 first, end = rows.within(task.first, task.end, self.maps[source].height)
-                copies += self.maps[source].taken(min(first, end), end)
+                if source not in self.joined:
+                    copies += self.maps[source].taken(min(first, end), end)
                 top, bottom = min(top, first), max(bottom, end)
-        copies += one.lattice * (bottom - top)
+        copies += one.lattice * (bottom - top) + self.tables
         if self.total + copies > self.peak:
             self.peak = self.total + copies
             alive = {number: sum(taken for _, taken in parts) for number, parts in self.held.items()}
@@ -161,11 +171,15 @@ def walk(
     for asked in _needed(maps, used, readers, ends, band):
         need = {number: max(rows, done[number]) for number, rows in asked.items()}
         keep = _still_read(maps, used, readers, need, kept)
+        meter.tables = _bytes_of_tables(maps, used, need)
         tasks = []
         for number in used:
             drops = tuple((left, keep[left]) for left in leaving[number])
-            if need[number] > done[number]:
-                tasks.append(Task(number, done[number], need[number], drops))
+            step = max(maps[number].step if maps[number].elements is not None else maps[number].height, 1)
+            starts = range(done[number], need[number], step)
+            tasks += [Task(number, at, min(at + step, need[number]), ()) for at in starts]
+            if starts:
+                tasks[-1] = tasks[-1]._replace(drops=drops)
             elif tasks and drops:
                 tasks[-1] = tasks[-1]._replace(drops=(*tasks[-1].drops, *drops))
         for task in tasks:
@@ -174,6 +188,41 @@ def walk(
             bands.append(tasks)
         done = need
     return Pass(bands, int(meter.peak), meter.largest)
+
+
+def joined(maps: Sequence[BandMap]) -> set[int]:
+    """Return the maps of elements of which every reader reads rows of cells together; the number of each."""
+    apart = {source for one in maps for source, _ in one.reads if source not in one.copied}
+    return {source for one in maps for source in one.copied if maps[source].elements is not None} - apart
+
+
+def is_table_kept(maps: Sequence[BandMap], number: int, row: int, done: Mapping[int, int]) -> bool:
+    """True if a map that is to be computed soon has the kernel map of the rows before `row` of another one.
+
+    Args:
+        maps: all maps.
+        number: of the other one.
+        row: up to which that is computed.
+        done: up to which row others are.
+    """
+    own = maps[number].table
+    soon = row - _SOON * maps[number].step
+    return any(maps[one].table == own and soon <= at < row for one, at in done.items() if one != number)
+
+
+def _bytes_of_tables(maps: Sequence[BandMap], used: Sequence[int], done: Mapping[int, int]) -> float:
+    """Return the bytes of the kernel maps that are kept for maps that are computed soon."""
+    users = defaultdict[Any, list[int]](list)
+    for number in used:
+        if maps[number].table is not None:
+            users[maps[number].table].append(number)
+    total = 0.0
+    for (_, size), numbers in users.items():
+        rows, elements = sorted(done[one] for one in numbers), maps[numbers[0]].elements
+        assert elements is not None
+        pairs = [(a, b) for a, b in pairwise(rows) if b - a <= _SOON * maps[numbers[0]].step]
+        total += size * sum(elements[b] - elements[a] for a, b in pairs)
+    return total
 
 
 def used_by(maps: Sequence[BandMap], ends: Collection[int], known: Collection[int]) -> list[int]:
