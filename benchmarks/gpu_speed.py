@@ -16,7 +16,8 @@ Parts, in the order in which few minutes serve best:
         against cuDNN's dense one with as many outputs: rates of multiply-accumulates.
     floors: networks whose maps become coarser where the mask keeps nothing, at several shares in clusters, against the
         network as given; with taps found among samples of the network's own grid, and by a table. Needs timm.
-    training: a step of both.
+    training: a step of both; of the adaptive network also with torch's operations in place of the kernels of batch
+        norms, or of all kernels. Peak memory of each.
     profile: the operations of an adaptive call that take longest, in inference and in training.
     roofline: bytes, multiply-accumulates, and the least time that they take on three GPUs; needs no GPU.
     tiles: every tile that fits, for the shapes of one network: what `gpu_tiles.py` has its rates from.
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -37,15 +39,17 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.elements import BACKENDS
-from cadsurgery.elements.backends import gpu, gpu_tiles
+from cadsurgery.elements.backends import gpu, gpu_norm, gpu_tiles
+from cadsurgery.elements.backends.choose import Backend
 from cadsurgery.elements.functional import Elements, conv2d
-from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.support.provenance import describe_run
@@ -97,14 +101,14 @@ def peak_of(run: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def lattice_of(fraction: float, count: int, device: torch.device) -> Lattice:
-    """Build a lattice with about `count` elements: random 4 x 4 blocks at level 0, the rest at level 2."""
+def lattice_of(fraction: float, count: int, device: torch.device, stage: int = 2) -> Lattice:
+    """Build a lattice of random 4 x 4 blocks at level 0, the rest at level 2: about `count` elements after stage 2."""
     rows = max(1, round((count / (1 + 15 * fraction)) ** 0.5))
     generator = torch.Generator().manual_seed(0)
     order = torch.rand(rows * rows, generator=generator).argsort()
     levels = torch.where(order < round(fraction * rows * rows), 0, 2).view(1, rows, rows)
     levels = levels.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
-    return Geometry((2, 2)).lattice(levels.to(device)).at(2)
+    return Geometry((2, 2)).lattice(levels.to(device)).at(stage)
 
 
 def measure_kernels(options: argparse.Namespace) -> Iterator[Line]:
@@ -290,10 +294,10 @@ def clusters(image: Tensor) -> Tensor:
 
 
 @contextmanager
-def by_tables() -> Iterator[None]:
-    """Switch off the backend that finds taps among samples of the network's own grid."""
+def without_backends(*kinds: type[Backend]) -> Iterator[None]:
+    """Switch off the backends of these kinds in the block."""
     every = BACKENDS[:]
-    BACKENDS[:] = [backend for backend in every if not isinstance(backend, gpu.TritonSamples)]
+    BACKENDS[:] = [backend for backend in every if not isinstance(backend, kinds)]
     try:
         yield
     finally:
@@ -351,7 +355,7 @@ def measure_floors(options: argparse.Namespace) -> Iterator[Line]:
 
 
 def _by_tables(run: Callable[[], object]) -> object:
-    with by_tables():
+    with without_backends(gpu.TritonSamples):
         return run()
 
 
@@ -366,37 +370,55 @@ def compiled(net: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def measure_training(options: argparse.Namespace) -> Iterator[Line]:
-    """Yield a line per side: forward, loss, backward under bfloat16 autocast."""
-    sides = training_steps(options)
-    with torch.inference_mode(False), torch.enable_grad():
-        for run in sides.values():
-            run()
-        times: dict[str, list[float]] = {name: [] for name in sides}
-        memory = {name: peak_of(run) for name, run in sides.items()}
-        for _ in range(options.rounds):
-            for name, run in sides.items():
-                times[name].append(milliseconds(run))
-    for name in sides:
-        yield {"part": "training", "side": name, "ms": min(times[name]), "mib": memory[name]}
+    """Yield a line per batch size and side: forward, loss, backward under bfloat16 autocast."""
+    for batch in options.training_batches:
+        sides = training_steps(options, batch)
+        with torch.inference_mode(False), torch.enable_grad():
+            for run in sides.values():
+                run()
+            times: dict[str, list[float]] = {name: [] for name in sides}
+            memory = {name: peak_of(run) for name, run in sides.items()}
+            for _ in range(options.rounds):
+                for name, run in sides.items():
+                    times[name].append(milliseconds(run))
+        for name, found in times.items():
+            share = min(found) / min(times["as given"])
+            line: Line = {"part": "training", "batch": batch, "side": name, "ms": min(found)}
+            yield line | {"median": statistics.median(found), "of_given": share, "mib": memory[name]}
 
 
-def training_steps(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
+@contextmanager
+def torch_only(norms_alone: bool) -> Iterator[None]:
+    """Compute with torch's operations in the block: batch norms alone, or all works."""
+    of_gpu = () if norms_alone else (gpu.Triton, gpu.TritonSamples)
+    with patch.object(gpu_norm, "applies", lambda rows: False), without_backends(*of_gpu):
+        yield
+
+
+def training_steps(options: argparse.Namespace, batch: int) -> dict[str, Callable[[], None]]:
     """Return a step of training (forward, loss, backward, in bfloat16 by autocast) of the network as given and of the
-    adaptive one at three masks."""
+    adaptive one: at three masks, and with torch's operations in place of kernels."""
     given = on_device(as_given(options), options, torch.float32).train()
     net = on_device(adaptive(options), options, torch.float32).train()
-    x = pictures(options, options.training_batch, torch.float32)
+    x = pictures(options, batch, torch.float32)
     kind = torch.device(options.device).type
 
     def step(model: nn.Module, **how: Any) -> None:
-        model.zero_grad(set_to_none=True)
+        given.zero_grad(set_to_none=True)
+        net.zero_grad(set_to_none=True)
         with torch.autocast(kind, torch.bfloat16):
             out = first_tensor(model(x, **how))
         out.float().square().mean().backward()
 
+    def without_kernels(norms_alone: bool) -> None:
+        with torch_only(norms_alone):
+            step(net)
+
     return {
         "as given": partial(step, given),
         "adaptive": partial(step, net),
+        "adaptive, norms by torch": partial(without_kernels, True),
+        "adaptive, all by torch": partial(without_kernels, False),
         "all high": partial(step, net, mask="all"),
         "all low": partial(step, net, mask="none"),
     }
@@ -420,7 +442,7 @@ def measure_profile(options: argparse.Namespace) -> Iterator[Line]:
         with torch.inference_mode():
             fast(x)
 
-    runs = {"inference": infer, "training": training_steps(options)["adaptive"]}
+    runs = {"inference": infer, "training": training_steps(options, options.training_batches[0])["adaptive"]}
     by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     for what, run in runs.items():
         run()
@@ -471,6 +493,57 @@ def measure_roofline(options: argparse.Namespace) -> Iterator[Line]:
                 "gmacs": macs / 1e9,
             }
             yield line | {f"ms on {name}": value for name, value in least.items()}
+    # Layers of the network, and the lattice of the part `kernels`.
+    for channels, stage, count in (
+        (256, 1, 12448),
+        (512, 2, 12448),
+        (256, 2, options.count),
+        (512, 2, options.count),
+    ):
+        yield from measure_halo(lattice_of(options.fraction, count, torch.device("cpu"), stage), channels)
+
+
+def measure_halo(lattice: Lattice, channels: int) -> Iterator[Line]:
+    """Yield a line per way to the halo rows of a 3 x 3 convolution: the least bytes that these add to memory traffic,
+    the bytes that the convolution gathers through L2, and the least time of what comes before it, and with it.
+
+    separate: a kernel writes the halo rows, which the convolution reads; as it is done.
+    epilogue: the kernel before writes them, with the rows they are mixed of at hand.
+    shared: the convolution mixes each where it is read, and reads four rows for one; nothing is written.
+    """
+    reading = kernel_map(
+        lattice, lattice, Window((3, 3), padding=(1,) * 4, spacing=lattice.geometry.sides[lattice.stage])
+    )
+    count, halo, row = len(lattice), len(reading.sources), 2 * channels
+    sources = len(reading.sources[reading.mix != 0].unique())
+    entries, mixed = int((reading.table != count).sum()), int((reading.table > count).sum())
+    columns, tables = (
+        -(-channels // 256),
+        8 * 4 * halo,
+    )  # a tile has up to 256 output channels; int32 and float32
+    macs = 9 * channels * channels * count
+    whole = 2 * count * row + 2 * 9 * channels**2 + 4 * reading.table.numel()
+    ways = {
+        "separate": (halo * row + sources * row + tables, halo * row, entries),
+        "epilogue": (halo * row + tables, halo * row, entries),
+        "shared": (0, tables, entries + 3 * mixed),
+    }
+    for way, (before, within, gathered) in ways.items():
+        line: Line = {
+            "part": "roofline",
+            "kernel": f"halo, {way}",
+            "channels": channels,
+            "outputs": count,
+            "halo": halo,
+        }
+        line |= {"added_mb": (before + within) / 1e6, "l2_mb": gathered * row * columns / 1e6}
+        for name, (rate, memory) in GPUS.items():
+            product_time = max(macs / rate, (whole + within) / memory)
+            line |= {
+                f"ms added on {name}": 1e3 * before / memory,
+                f"ms on {name}": 1e3 * (before / memory + product_time),
+            }
+        yield line
 
 
 def measure_tiles(options: argparse.Namespace) -> Iterator[Line]:
@@ -530,7 +603,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, nargs="+", default=(64, 128, 256, 512, 1024, 2048))
     parser.add_argument("--count", type=int, default=32768, help="approximate number of outputs of a kernel")
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 4))
-    parser.add_argument("--training-batch", type=int, default=4)
+    parser.add_argument("--training-batches", type=int, nargs="+", default=(2, 8))
     parser.add_argument("--size", type=int, nargs=2, default=(1024, 2048))
     parser.add_argument("--fraction", type=float, default=0.34)
     parser.add_argument("--fractions", type=float, nargs="+", default=(0.1, 0.34, 1.0))

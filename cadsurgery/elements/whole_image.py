@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cadsurgery.elements.axes import NCHW, image_dims
-from cadsurgery.elements.backends import gpu
+from cadsurgery.elements.backends import gpu, gpu_norm
 from cadsurgery.elements.backends.packed import ScaleShift
 from cadsurgery.elements.elements import Elements, check_joint, native_shape, no_autocast, own_image, rows_on
 from cadsurgery.elements.lattice import Lattice
@@ -57,16 +57,29 @@ def batch_norm(
         rows = _back_to_rows(image)
         variance = inverse.detach().square().reciprocal() - norm.eps
     else:
-        each = x.rows.new_ones(count) if real is None else real
-        share = x.lattice.weights if weighted else each.double()
-        share = (share / share.sum()).to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
-        values = without_padding(x).to(share.dtype)
-        affine = [part.to(values) if part is not None else None for part in (norm.weight, norm.bias)]
-        rows, mean, variance = _WeightedNorm.apply(values, share, *affine, norm.eps)
+        share = x.lattice.derive(("share", weighted), lambda: _share_of_batch(x.lattice, weighted))
+        share = share.to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
+        if gpu_norm.applies(x.rows):
+            rows, mean, variance = gpu_norm.normalise(x.rows, share, norm.weight, norm.bias, norm.eps)
+        else:
+            values = without_padding(x).to(share.dtype)
+            affine = [part.to(values) if part is not None else None for part in (norm.weight, norm.bias)]
+            rows, mean, variance = _WeightedNorm.apply(values, share, *affine, norm.eps)
     if norm.training and norm.track_running_stats:
         of_batch = of_batch.to(variance) if isinstance(of_batch, Tensor) else of_batch
         _update_statistics(norm, mean.detach(), variance.detach(), of_batch)
     return Elements(rows.to(x.rows.dtype), x.lattice)
+
+
+def _share_of_batch(lattice: Lattice, weighted: bool) -> Tensor:
+    """Return each element's weight in a mean over the batch, by its area or the same for each: (N,) float64."""
+    if weighted:
+        share = lattice.weights
+    elif lattice.real is not None:
+        share = lattice.real.double()
+    else:
+        share = torch.ones(lattice.count, dtype=torch.float64, device=lattice.levels.device)
+    return share / share.sum()
 
 
 @operation(reads="element")

@@ -29,7 +29,8 @@ POINTERS |= {
     "readers": "*i64",
     "starts": "*i64",
 }
-ROWS = ("rows", "halo", "weight", "bias", "residual", "out", "grad", "sums")
+POINTERS |= {"centre": "*fp32", "scale": "*fp32", "totals": "*fp32"}
+ROWS = ("rows", "halo", "weight", "bias", "residual", "own", "out", "grad", "sums")
 
 
 class Compiled(NamedTuple):

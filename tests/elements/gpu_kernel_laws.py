@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import cadsurgery as cs
-from cadsurgery.elements.backends import gpu, gpu_maps, triton_kernels
+from cadsurgery.elements.backends import gpu, gpu_maps, gpu_norm, triton_kernels
 from cadsurgery.elements.backends.choose import (
     Convolution,
     Mixing,
+    Picking,
     Pooling,
     WindowRead,
     choose,
@@ -28,7 +29,7 @@ from cadsurgery.elements.backends.choose import (
 )
 from cadsurgery.elements.backends.reference import Torch
 from cadsurgery.elements.backends.weights import Activation, FusedConv
-from cadsurgery.elements.functional import Elements, conv2d, fused_conv2d, to_dense
+from cadsurgery.elements.functional import Elements, batch_norm, conv2d, fused_conv2d, to_dense
 from cadsurgery.elements.kernel_map import Window, kernel_map, sample_map
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 
@@ -190,14 +191,41 @@ def test_without_a_table_each_output_reads_its_own_row(dtype: torch.dtype) -> No
     close(gpu.gather_conv(rows, weight, None, **more), reference(rows, weight, table, **more))
 
 
+def with_halo(rows: Tensor, halo: gpu.Halo, outside: int, table: Tensor, **more: Any) -> Tensor:
+    """The reference of a convolution whose table names halo rows behind a row of zeros, `outside`."""
+    mixed = (rows[halo.sources.long()] * halo.shares.to(rows).unsqueeze(2)).sum(1)
+    return reference(torch.cat([rows, 0 * rows[:1], mixed]), table=table, **more)
+
+
+def random_halo(rows: int, count: int) -> gpu.Halo:
+    """Row 0 is read by many, row 9 by none, and some sources have no weight."""
+    sources = (torch.randint(rows, (count, 4)) - 10).clamp(min=0)
+    shares = torch.rand(count, 4, dtype=torch.float64)
+    sources[sources == 9] = 8
+    shares[torch.rand(count, 4) < 0.2] = 0
+    return gpu.Halo(sources.to(DEVICE, torch.int32), shares.to(DEVICE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 3, 12])
-def test_halo_rows_stand_behind_the_rows_and_the_padding(groups: int) -> None:
-    rows, weight, table = operands(COUNT, 12, 12, 9, torch.float32, groups)
-    halo = random(7, 12)
-    table = torch.where(table % 5 == 3, len(rows) + 1 + table % 7, table)
-    table[table == 1] = len(rows)
-    found = gpu.gather_conv(rows, weight, table, groups=groups, halo=halo, outside=len(rows))
-    close(found, reference(torch.cat([rows, 0 * rows[:1], halo]), weight, table, groups=groups))
+def test_halo_rows_stand_behind_the_rows_and_the_padding(groups: int, dtype: torch.dtype) -> None:
+    """With gradients, which are the same every time."""
+    rows, weight, table = operands(COUNT, 12, 12, 9, dtype, groups)
+    halo, outside = random_halo(len(rows), 7), len(rows)
+    table = torch.where(table % 5 == 3, outside + 1 + table % 7, table)
+    table[table == 1] = outside
+    options: Any = {"groups": groups, "halo": halo, "outside": outside}
+    close(
+        gpu.gather_conv(rows, weight, table, **options),
+        with_halo(rows, weight=weight, table=table, **options),
+    )
+    parts = {"rows": rows, "weight": weight}
+    found = gradients(gpu.gather_conv, parts, table, **options)
+    expected = gradients(with_halo, {key: part.double() for key, part in parts.items()}, table, **options)
+    for key, value in expected.items():
+        assert float((found[key] - value).norm() / value.norm()) < TOLERANCE[dtype], key
+    again = gradients(gpu.gather_conv, parts, table, **options)
+    assert all(torch.equal(found[key], again[key]) for key in parts)
 
 
 @pytest.mark.parametrize("dtype", gpu.DTYPES)
@@ -430,6 +458,153 @@ def test_weighted_sums_of_rows() -> None:
     rows[5] = torch.nan  # padding, which does not count
     expected = shares.double() @ rows.double().nan_to_num()
     assert_close(gpu.weigh(shares, rows).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def mixed_lattice(padded: bool) -> Lattice:
+    """Cells of three sizes in two images, some cropped; with rows of padding if asked for."""
+    geometry, levels = Geometry((2, 2)), torch.randint(0, 3, (2, 13, 18)).to(DEVICE)
+    return (bounded(levels, geometry) if padded else geometry.lattice(levels)).at(2)
+
+
+def norm_of(channels: int, dtype: torch.dtype, **options: Any) -> nn.BatchNorm2d:
+    """A batch norm in training, whose parameters differ by channel."""
+    norm = nn.BatchNorm2d(channels, **options).to(DEVICE, dtype)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(torch.linspace(0.5, 1.5, channels))
+    return norm
+
+
+def normalised(
+    norm: nn.BatchNorm2d, rows: Tensor, grad: Tensor, lattice: Lattice, weighted: bool
+) -> dict[str, Tensor]:
+    """The rows behind a batch norm, all gradients, and the running statistics."""
+    leaf = rows.clone().requires_grad_()
+    out = batch_norm(Elements(leaf, lattice), norm, weighted=weighted).rows
+    named = dict(norm.named_parameters())
+    found = torch.autograd.grad(out, [leaf, *named.values()], grad.to(out.dtype))
+    return {"out": out, **dict(zip(("rows", *named), found, strict=True)), **dict(norm.named_buffers())}
+
+
+@pytest.mark.parametrize("dtype", gpu.DTYPES)
+@pytest.mark.parametrize(
+    ("channels", "padded", "weighted", "options"),
+    [
+        (5, False, True, {}),
+        (70, True, True, {"momentum": None}),
+        (33, True, False, {"affine": False}),
+        (264, True, True, {"track_running_stats": False}),
+    ],
+)
+def test_weighted_batch_norm_is_that_of_the_reference_and_the_same_every_time(
+    channels: int, padded: bool, weighted: bool, options: Any, dtype: torch.dtype, monkeypatch: Any
+) -> None:
+    """Values, gradients and running statistics in float64 without the kernels; padding is not read, whatever it is.
+
+    The parameters are float32, as under autocast. A mean far from zero costs no digits."""
+    lattice = mixed_lattice(padded)
+    real = lattice.real if lattice.real is not None else torch.ones(len(lattice), dtype=torch.bool)
+    assert bool(real.all()) != padded
+    rows, grad = (
+        3 * random(len(lattice), channels, dtype=dtype) + 20,
+        random(len(lattice), channels, dtype=dtype),
+    )
+    rows[~real] = torch.inf
+    assert gpu_norm.applies(rows)
+    norms = [norm_of(channels, kind, **options) for kind in (torch.float32, torch.float32, torch.float64)]
+    found, again = (normalised(norm, rows, grad, lattice, weighted) for norm in norms[:2])
+    expected = normalised(norms[2], rows.double(), grad, lattice, weighted)
+    assert found["out"].dtype == found["rows"].dtype == dtype and not found["rows"][~real].any()
+    tolerance = TOLERANCE[dtype] if dtype != torch.float32 else 2e-5
+    for key, value in expected.items():
+        same = real if key in ("out", "rows") else ...
+        error = (found[key] - value)[same].double().norm() / value[same].double().norm()
+        # Statistics and gradients of parameters are sums in float32 of what is in the rows.
+        assert error <= (tolerance if key in ("out", "rows") else 2e-5), key
+        assert torch.equal(found[key][same], again[key][same]), key
+
+
+def test_norms_without_all_gradients_and_of_channels_without_spread() -> None:
+    """A channel of one value has no variance, and frozen parts get no gradient."""
+    lattice, norm = mixed_lattice(False), norm_of(6, torch.float32)
+    rows = random(len(lattice), 6)
+    rows[:, 2] = 1e4
+    out = batch_norm(Elements(rows, lattice), norm).rows
+    close(out[:, 2], norm.bias[2].expand(len(rows)))
+    out.square().sum().backward()
+    assert norm.weight.grad is not None and norm.bias.grad is not None
+    norm.requires_grad_(False)
+    (found,) = torch.autograd.grad(
+        batch_norm(Elements(rows.requires_grad_(), lattice), norm).rows.square().sum(), rows
+    )
+    assert found.isfinite().all()
+
+
+def test_picked_rows_have_gradients_in_a_fixed_order() -> None:
+    """Pixels between anchors too; without gradients torch picks."""
+    lattice = mixed_lattice(False)
+    rows, grad = random(len(lattice), 21), random(2, 21, 13, 18)
+    assert not gpu.Triton().applies(Picking(rows, kernel_map(lattice, lattice, Window((1, 1)))))
+
+    def run(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaf = rows.to(dtype).requires_grad_()
+        dense = to_dense(Elements(leaf, lattice))
+        return dense, *torch.autograd.grad(dense, leaf, grad.to(dtype))
+
+    for found, again, expected in zip(*map(run, (torch.float32, torch.float32, torch.float64)), strict=True):
+        close(found, expected.float())
+        assert torch.equal(found, again)
+
+
+def test_weights_of_sums_that_have_gradients_are_left_to_torch() -> None:
+    rows, sources = random(9, 6), torch.zeros(4, 4, dtype=torch.int32, device=DEVICE)
+    shares = torch.rand(4, 4).to(DEVICE)
+    for needs in (False, True):  # the choice of one is not that of the other
+        leaves = [rows.clone().requires_grad_(), shares.clone().requires_grad_(needs)]
+        found = torch.autograd.grad(mix(leaves[0], sources, leaves[1]).sum(), leaves[: 1 + needs])
+        assert [part.any().item() for part in found] == [True] * (1 + needs)
+
+
+def test_a_step_of_training_is_that_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a whole network: loss, every gradient and every buffer."""
+    layers: list[nn.Module] = []
+    for stride, width in ((2, 6), (2, 8), (2, 12)):
+        before = layers[-2].num_features if layers else 3
+        layers += [nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    image = random(2, 3, 32, 48)
+    net = cs.adaptify(
+        nn.Sequential(*layers).to(DEVICE).eval(),
+        "edges",
+        output_stride=(2, 8),
+        example_input=image,
+        verify_laws=False,
+    )
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+
+    def step() -> dict[str, Tensor]:
+        net.load_state_dict(state)
+        net.train().zero_grad()
+        loss = net(image, mask="edges | budget:fraction=0.4").square().mean()
+        loss.backward()
+        gradients = {key: part.grad for key, part in net.named_parameters() if part.grad is not None}
+        return {
+            "loss": loss.detach(),
+            **gradients,
+            **{key: part.clone() for key, part in net.named_buffers()},
+        }
+
+    calls: list[bool] = []
+    applies = gpu_norm.applies
+    monkeypatch.setattr(gpu_norm, "applies", lambda rows: calls.append(True) or applies(rows))
+    found, again = step(), step()
+    assert calls
+    monkeypatch.setattr(gpu, "available", lambda device: False)
+    monkeypatch.setattr("cadsurgery.elements.backends.choose._CHOICES", {})
+    expected = step()
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert_close(found[key], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()), msg=key)
+        assert torch.equal(found[key], again[key]), key
 
 
 def clusters(share: float, size: tuple[int, int], side: int) -> Tensor:

@@ -146,6 +146,7 @@ def test_gradients_of_weights_fit(capability: int) -> None:
     for (channels, outputs), kind in product(shapes, KINDS):
         tile = gpu_tiles.weight_tile(outputs, channels, kind.size, kind.is_full, device_of(capability))
         constants = {"C": channels, "C_OUT": outputs, "TAPS": 9, "GROUPS": 1, "PRECISION": kind.precision}
+        constants["HALO"] = True
         constants |= {"BLOCK_N": tile.n, "BLOCK_O": tile.o, "BLOCK_C": tile.c}
         compiled = compile_for("product_weight", capability, kind.dtype, constants, tile.warps, tile.stages)
         check(compiled, capability, (channels, outputs, tile, kind), has_product=not kind.is_full)
@@ -168,11 +169,13 @@ def _others(channels: int, taps: int) -> list[tuple[str, dict[str, Any], tuple[s
         ("place_taps", {**size, **window}, ()),
         ("read_samples", size, ()),
         ("read_samples", size, ("wanted", "ranks")),
-        ("depthwise_weight", of_depthwise, ()),
+        ("depthwise_weight", {**of_depthwise, "HALO": True}, ()),
         ("blend", {**tile, "READ": 4}, ()),
         ("blend", {**tile, "READ": 4}, ("used",)),
         ("finish", {**tile, **act}, ()),
         ("weigh", tile, ()),
+        *(("norm_sums", tile, absent) for absent in ((), ("grad",))),
+        *(("norm_rows", tile, absent) for absent in (("bias",), ("grad", "totals"))),
         (
             "spread_back",
             {"C": channels, "READ": 4, "BLOCK_C": min(1024, 1 << (channels - 1).bit_length())},

@@ -77,14 +77,14 @@ def test_the_benchmark_runs_whole_without_a_gpu(tmp_path: Path) -> None:
     """In the interpreter, with a tiny network: what it prints then means nothing, but a minute of a GPU is dear."""
     (tmp_path / "tiny.py").write_text(
         "from torch import nn\n\n\ndef net():\n"
-        "    blocks = [(nn.Conv2d(3 if at == 0 else 8, 8, 3, 2, 1), nn.ReLU()) for at in range(5)]\n"
-        "    return nn.Sequential(*(part for block in blocks for part in block))\n\n\ndef up():\n"
+        "    layers = [(nn.Conv2d(3 if at == 0 else 8, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()) for at in range(5)]\n"
+        "    return nn.Sequential(*(part for layer in layers for part in layer))\n\n\ndef up():\n"
         "    grow = [nn.ConvTranspose2d(8, 8, 2, 2) for _ in range(5)]\n"
         "    return nn.Sequential(net(), *grow, nn.Conv2d(8, 4, 3, 1, 1))\n"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    sizes = "--channels 8 --count 40 --batches 1 --training-batch 1 --size 64 64 --rounds 1 --no-compile"
+    sizes = "--channels 8 --count 40 --batches 1 --training-batches 1 2 --size 64 64 --rounds 1 --no-compile"
     sizes += " --floor-models tiny:up --floor-sizes 64 --floor-shares 0 0.5"
     command = [sys.executable, "benchmarks/gpu_speed.py", "--device", "cpu", "--model", "tiny:net"]
     lines = tmp_path / "lines.jsonl"

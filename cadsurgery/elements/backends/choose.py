@@ -263,6 +263,11 @@ class Mixing(Work):
         """Tensors that a gradient may be asked for."""
         return self.rows, self.shares
 
+    @property
+    def case(self) -> tuple[Hashable, ...]:
+        """The rows' kind, and whether the shares have a gradient, which not every backend computes."""
+        return *super().case, self.shares.requires_grad
+
 
 @dataclass(frozen=True, eq=False)
 class MixingLines(Work):

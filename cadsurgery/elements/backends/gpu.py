@@ -24,7 +24,15 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cadsurgery.elements.backends import gpu_tiles, triton_kernels
-from cadsurgery.elements.backends.choose import Backend, Convolution, Mixing, Pooling, WindowRead, extend
+from cadsurgery.elements.backends.choose import (
+    Backend,
+    Convolution,
+    Mixing,
+    Picking,
+    Pooling,
+    WindowRead,
+    extend,
+)
 from cadsurgery.elements.backends.gpu_maps import SampleMap, available
 from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.kernel_map import Reading, has_samples, sample_map
@@ -47,7 +55,7 @@ _INVERTIBLE = ("none", "relu", "relu6")
 # Channels above which cuBLAS multiplies rows faster than the kernel: measured on an H100.
 _DEEP = 1024
 # Number of programs in the weight's backward: enough for any GPU, with partial sums of only about 16 MB.
-_PROGRAMS = 1024
+PROGRAMS = 1024
 
 
 class Triton(Backend):
@@ -55,10 +63,13 @@ class Triton(Backend):
 
     name = "triton"
 
-    def applies(self, work: Convolution | Mixing) -> bool:
-        """Return True for rows on supported GPUs; with gradients, torch multiplies and mixes rows that are no taps."""
+    def applies(self, work: Convolution | Mixing | Picking) -> bool:
+        """Return True for rows on supported GPUs; torch multiplies rows that are no taps where gradients are needed,
+        and picks rows where none are."""
         if work.graph or is_observed():
             return False
+        if isinstance(work, Picking):
+            return work.gradient and supports(work.rows, work.rows)
         if isinstance(work, Mixing):
             return not work.shares.requires_grad and supports(work.rows, work.rows)
         if work.is_product and work.gradient:
@@ -72,12 +83,8 @@ class Triton(Backend):
             return self._multiply(work, weight)
         if work.gradient or work.outside or not isinstance(work.reads, WindowRead):
             return self._by_table(work, weight)
-        rows, reading = work.rows, work.reading
         more = (work.weights.bias, work.residual, work.weights.activation, work.weights.groups)
-        # Halo rows behind the last that is read are not computed.
-        has_halo = reading.sources.shape[0] > 0
-        halo = blend(rows, reading.sources, reading.mix, reading.used) if has_halo else None
-        return gather_conv(rows, weight, reading.table, *more, halo=halo, outside=rows.shape[0])
+        return gather_conv(work.rows, weight, work.reading.table, *more, None, *_behind(work))
 
     def _multiply(self, work: Convolution, weight: Tensor) -> Tensor:
         """Compute rows (N, ..., O) of one tap at the element itself."""
@@ -96,28 +103,36 @@ class Triton(Backend):
 
     def _by_table(self, work: Convolution, weight: Tensor) -> Tensor:
         """Compute rows (N, O) with gradients, or with another value than zero outside the map."""
-        reading = work.reading
+        reading, reads = work.reading, work.reads
         more = (work.weights.bias, work.residual, work.weights.activation, work.weights.groups)
-        if reading.sources.shape[0] or work.outside:
+        behind: tuple[Halo | None, int] = (None, -1)
+        if work.outside:
             rows, table = extend(work.rows, reading, work.outside), reading.table
         else:
-            rows, table = work.rows, self._signed(work, reading)
-        if not isinstance(work.reads, WindowRead):
-            return gather_conv(rows, weight, table, *more)
-        key = ("reversed", work.reads.target.key, work.reads.window)
+            rows, table, behind = work.rows, self._signed(work, reading), _behind(work)
+        if not isinstance(reads, WindowRead):
+            return gather_conv(rows, weight, table, *more, None, *behind)
+        count = rows.shape[0] + (1 + reading.sources.shape[0] if behind[0] is not None else 0)
         # Computed when a gradient is first needed.
-        reverse = work.reads.source.derive(key, lambda: cache(lambda: reverse_map(table, rows.shape[0])))
-        return gather_conv(rows, weight, table, *more, reverse)
+        key = ("reversed", reads.target.key, reads.window, reads.drop, not work.outside)
+        reverse = reads.source.derive(key, lambda: cache(lambda: reverse_map(table, count)))
+        return gather_conv(rows, weight, table, *more, reverse, *behind)
 
     def _signed(self, work: Convolution, reading: Reading) -> Tensor:
-        """Return the table with -1 for padding, which avoids a copy of the rows with a row of zeros."""
-        count = work.rows.shape[0]
-        if not reading.has_outside:
-            return reading.table
-        if not isinstance(work.reads, WindowRead):
-            return reading.table.masked_fill(reading.table == count, -1)
-        key = ("signed", work.reads.target.key, work.reads.window, work.reads.drop)
-        return work.reads.source.derive(key, lambda: reading.table.masked_fill(reading.table == count, -1))
+        """Return the table with -1 for what lies outside and in outputs that are padding: one row that all of them
+        read would owe its gradient to so many outputs that one program would sum for longer than all others."""
+        table, reads = reading.table, work.reads
+        real = reads.target.real if isinstance(reads, WindowRead) else None
+        if not reading.has_outside and real is None:
+            return table
+
+        def sign() -> Tensor:
+            reads_none = table == work.rows.shape[0]
+            return table.masked_fill(reads_none if real is None else reads_none | ~real.unsqueeze(1), -1)
+
+        if not isinstance(reads, WindowRead):
+            return sign()
+        return reads.source.derive(("signed", reads.target.key, reads.window, reads.drop), sign)
 
     def mix(self, work: Mixing) -> Tensor:
         """Compute rows (M, C)."""
@@ -125,6 +140,28 @@ class Triton(Backend):
             return blend(work.rows, work.sources, work.shares)
         mixed: Tensor = _BlendWithGradient.apply(work.rows, work.sources, work.shares)
         return mixed
+
+    def pick(self, work: Picking) -> Tensor:
+        """Compute rows (entries, C), each the sum of one: torch's gradient would add atomically, in any order."""
+        rows, table = extend(work.rows, work.reading, 0.0), work.reading.table.reshape(-1, 1).int()
+        picked: Tensor = _BlendWithGradient.apply(rows, table, torch.ones_like(table, dtype=torch.float32))
+        return picked
+
+
+class Halo(NamedTuple):
+    """The halo rows of a convolution, as the weighted sums of `blend`."""
+
+    sources: Tensor
+    shares: Tensor
+    used: Tensor | None = None
+
+
+def _behind(work: Convolution) -> tuple[Halo | None, int]:
+    """Return the halo rows that a work's table names behind the padding row, if there are any, and the padding row."""
+    reading = work.reading
+    has_halo = reading.sources.shape[0] > 0
+    # Halo rows behind the last that is read are not computed.
+    return Halo(reading.sources, reading.mix, reading.used) if has_halo else None, work.rows.shape[0]
 
 
 class TritonSamples(Backend):
@@ -156,13 +193,13 @@ class TritonSamples(Backend):
         samples, halo = self._read(work)
         return pool_samples(work.rows, samples, halo, work.outside, work.largest)
 
-    def _read(self, work: Convolution | Pooling) -> tuple[SampleMap, Tensor | None]:
-        """Return where taps are read, and the halo rows (M, C), of which those that are read are computed."""
+    def _read(self, work: Convolution | Pooling) -> tuple[SampleMap, Halo | None]:
+        """Return where taps are read, and the halo rows among them."""
         assert isinstance(work.reads, WindowRead)
         samples = sample_map(work.reads.source, work.reads.target, work.reads.window)
         if samples.used is None:
             return samples, None
-        return samples, blend(work.rows, samples.sources, samples.mix, samples.used)
+        return samples, Halo(samples.sources, samples.mix, samples.used)
 
 
 def _multiply_deep(
@@ -251,10 +288,10 @@ def gather_conv(
     activation: Activation | None = None,
     groups: int = 1,
     reverse: Callable[[], ReversedMap] | None = None,
-    halo: Tensor | None = None,
+    halo: Halo | None = None,
     outside: int = -1,
 ) -> Tensor:
-    """Compute the convolution (*), (N, O), for operands that `supports` accepts; only table and halo have no gradient.
+    """Compute the convolution (*), (N, O), for operands that `supports` accepts; tables and shares have no gradient.
 
     Args:
         rows: (R, C) float32, float16 or bfloat16; sums are float32.
@@ -266,8 +303,8 @@ def gather_conv(
         activation: applied last, inside the kernel if it supports the function.
         groups: channel groups.
         reverse: returns the inverse of the table, cached by the caller; if None, the inverse is computed.
-        halo: (M, C), read by entries behind `outside`; without gradients.
-        outside: an entry that reads zero, like those that are negative; without gradients.
+        halo: M sums of rows, read by entries behind `outside`.
+        outside: an entry that reads zero, like those that are negative.
     """
     channels, outputs = rows.shape[1], weight.shape[0]
     count, taps = _entries(rows, table).shape
@@ -284,10 +321,10 @@ def gather_conv(
     fused = _name_activation(activation)
     operands = (rows, weight, bias, residual)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
-        assert isinstance(table, Tensor) and halo is None and outside < 0
+        assert isinstance(table, Tensor)
         fused = fused if fused is not None and fused[0] in _INVERTIBLE else None
         name = fused[0] if fused is not None else "none"
-        out = GatherConv.apply(rows, weight, bias, residual, table, name, groups, reverse)
+        out = GatherConv.apply(rows, weight, bias, residual, table, name, groups, reverse, halo, outside)
     else:
         out = _forward(rows, weight, table, bias, residual, *(fused or ("none", 0.0)), groups, halo, outside)
     return out if fused is not None or activation is None else activation.apply_(out)
@@ -303,13 +340,13 @@ def blend(rows: Tensor, sources: Tensor, shares: Tensor, used: Tensor | None = N
     out = rows.new_empty(count, channels)
     if not count or not channels:
         return out
-    given = _operand(rows)
+    given = operand(rows)
     tile = gpu_tiles.elementwise_tile(channels)
     if triton_kernels.INTERPRETED:
         shares = shares.float()
-    sizes = {"C": channels, "READ": read, "WIDE": _is_wide(given, out), "BLOCK_N": tile.n, "BLOCK_C": tile.c}
+    sizes = {"C": channels, "READ": read, "WIDE": is_wide(given, out), "BLOCK_N": tile.n, "BLOCK_C": tile.c}
     with torch.cuda.device_of(rows):
-        triton_kernels.blend[(_cdiv(count, tile.n), _cdiv(channels, tile.c))](
+        triton_kernels.blend[(cdiv(count, tile.n), cdiv(channels, tile.c))](
             given, sources.contiguous(), shares.contiguous(), used, out, count, **sizes, num_warps=tile.warps
         )
     return out
@@ -319,13 +356,13 @@ def weigh(shares: Tensor, rows: Tensor) -> Tensor:
     """Compute `shares @ rows`, (B, C) float32, for (B, N) weights and (N, C) rows, which are read as they are."""
     (lines, count), channels = shares.shape, rows.shape[1]
     tile = gpu_tiles.elementwise_tile(channels)
-    programs = max(1, min(_PROGRAMS // max(1, lines * _cdiv(channels, tile.c)), _cdiv(count, tile.n)))
+    programs = max(1, min(PROGRAMS // max(1, lines * cdiv(channels, tile.c)), cdiv(count, tile.n)))
     partial = torch.empty(programs, lines, channels, dtype=torch.float32, device=rows.device)
     if not count or not channels:
         return partial.zero_().sum(0)
     with torch.cuda.device_of(rows):
-        triton_kernels.weigh[(programs, _cdiv(channels, tile.c), lines)](
-            *(_operand(rows), shares.contiguous(), partial, count, _cdiv(count, programs)),
+        triton_kernels.weigh[(programs, cdiv(channels, tile.c), lines)](
+            *(operand(rows), shares.contiguous(), partial, count, cdiv(count, programs)),
             **{"C": channels, "BLOCK_N": tile.n, "BLOCK_C": tile.c},
             num_warps=tile.warps,
         )
@@ -347,31 +384,37 @@ class _BlendWithGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradient of the rows."""
         sources, shares = ctx.saved_tensors
-        channels = grad.shape[1]
-        out = grad.new_empty(ctx.count, channels)
-        if not out.numel():
-            return out, None, None
-        readers, starts = _readers(sources, ctx.count)
+        out = grad.new_zeros(ctx.count, grad.shape[1])
+        return _spread_back(grad, sources, shares, out), None, None
+
+
+def _spread_back(grad: Tensor, sources: Tensor, shares: Tensor, out: Tensor) -> Tensor:
+    """Add to each row of `out` (R, C) what the gradient (M, C) of `blend` owes it, in a fixed order; return `out`."""
+    count, channels = out.shape
+    if out.numel() and grad.numel():
+        readers, starts = _readers(sources, shares, count)
         block = min(1024, max(16, 1 << (channels - 1).bit_length()))
         with torch.cuda.device_of(grad):
-            triton_kernels.spread_back[(ctx.count, _cdiv(channels, block))](
-                *(_operand(grad), readers, starts, shares.contiguous().float(), out),
+            triton_kernels.spread_back[(count, cdiv(channels, block))](
+                *(operand(grad), readers, starts, shares.contiguous().float(), operand(out), out),
                 **{"C": channels, "READ": sources.shape[1], "BLOCK_C": block},
             )
-        return out, None, None
+    return out
 
 
-# Of each table of sources: which entries read each row. Tables live as long as the lattices of a forward pass.
+# Of the weights of each halo: which of its sums read each row. Tables live as long as the lattices of a forward pass.
 _READERS = WeakTensorKeyDictionary()
 
 
-def _readers(sources: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the entries of `sources` (M, k) sorted by the row they read, and where each row's begin (count + 1,)."""
-    found: tuple[Tensor, Tensor] | None = _READERS.get(sources)
+def _readers(sources: Tensor, shares: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the entries of `sources` (M, k) sorted by the row they read, and where each row's begin (count + 1,).
+
+    Entries without weight stand behind those of the last row."""
+    found: tuple[Tensor, Tensor] | None = _READERS.get(shares)
     if found is None or found[1].shape[0] != count + 1:
-        rows, readers = sources.flatten().sort(stable=True)
+        rows, readers = torch.where(shares != 0, sources, count).flatten().sort(stable=True)
         every = torch.arange(count + 1, dtype=rows.dtype, device=rows.device)
-        found = _READERS[sources] = readers, torch.searchsorted(rows, every)
+        found = _READERS[shares] = readers, torch.searchsorted(rows, every)
     return found
 
 
@@ -392,9 +435,9 @@ def finish(
     nothing = bias is None and residual is None and name == "none"
     if sums.numel() and not nothing:
         tile = gpu_tiles.elementwise_tile(channels)
-        sizes = {"C": channels, "ACTIVATION": name, "SLOPE": slope, "WIDE": _is_wide(sums)}
+        sizes = {"C": channels, "ACTIVATION": name, "SLOPE": slope, "WIDE": is_wide(sums)}
         with torch.cuda.device_of(sums):
-            triton_kernels.finish[(_cdiv(count, tile.n), _cdiv(channels, tile.c))](
+            triton_kernels.finish[(cdiv(count, tile.n), cdiv(channels, tile.c))](
                 *(sums, bias, residual if residual is None else residual.contiguous(), count),
                 **sizes,
                 BLOCK_N=tile.n,
@@ -418,11 +461,14 @@ class GatherConv(torch.autograd.Function):
         activation: str,
         groups: int,
         reverse: Callable[[], ReversedMap] | None,
+        halo: Halo | None,
+        outside: int,
     ) -> Tensor:
         """See `gather_conv`."""
-        out = _forward(rows, weight, table, bias, residual, activation, 0.0, groups)
+        out = _forward(rows, weight, table, bias, residual, activation, 0.0, groups, halo, outside)
         ctx.save_for_backward(rows, weight, table, None if activation == "none" else out)
         ctx.activation, ctx.groups, ctx.reverse = activation, groups, reverse
+        ctx.halo, ctx.outside = halo, outside
         ctx.dtypes = [x.dtype if x is not None else None for x in (bias, residual)]
         return out
 
@@ -438,14 +484,20 @@ class GatherConv(torch.autograd.Function):
             grad = grad * ((out > 0) & open_above)
         grad = grad.contiguous()
         grad_rows = grad_weight = None
+        halo, count = ctx.halo, rows.shape[0]
         if needs[0]:
-            reverse = ctx.reverse() if ctx.reverse is not None else reverse_map(table, rows.shape[0])
-            grad_rows = _grad_rows(grad, weight, reverse, table.shape[1], rows.shape[0], ctx.groups)
+            read = count + (1 + halo.sources.shape[0] if halo is not None else 0)
+            reverse = ctx.reverse() if ctx.reverse is not None else reverse_map(table, read)
+            parts = _grad_rows(grad, weight, reverse, table.shape[1], read, ctx.groups)
+            grad_rows = parts[:count]
+            if halo is not None:
+                grad_rows = _spread_back(parts[count + 1 :], halo.sources, halo.shares, grad_rows)
         if needs[1]:
-            grad_weight = _grad_weight(rows, grad, table, ctx.groups).to(weight.dtype)
+            # Halo rows are computed again: less memory, for little time.
+            grad_weight = _grad_weight(rows, grad, table, ctx.groups, halo, ctx.outside).to(weight.dtype)
         grad_bias = grad.sum(0, dtype=torch.float32).to(bias_dtype) if needs[2] else None
         grad_residual = grad.to(residual_dtype) if needs[3] else None
-        return grad_rows, grad_weight, grad_bias, grad_residual, *(None,) * 4
+        return grad_rows, grad_weight, grad_bias, grad_residual, *(None,) * 6
 
 
 def _grad_rows(
@@ -473,7 +525,7 @@ def _forward(
     activation: str,
     slope: float,
     groups: int,
-    halo: Tensor | None = None,
+    halo: Halo | None = None,
     outside: int = -1,
 ) -> Tensor:
     reads, outputs, channels = _entries(rows, table), weight.shape[0], rows.shape[1]
@@ -481,28 +533,18 @@ def _forward(
     out = rows.new_empty(count, outputs)
     if not count:
         return out
-    weight, bias, residual = map(_operand, (weight, bias, residual))
-    rows, halo, shift = _beside(_operand(rows), _operand(halo), outside)
+    weight, bias, residual = map(operand, (weight, bias, residual))
+    rows, mixed, shift = _join(rows, halo, outside)
     sizes: dict[str, Any] = {"C": channels, "TAPS": taps, "ACROSS": reads.width, "HALO": halo is not None}
-    sizes |= {"ACTIVATION": activation, "SLOPE": slope, "WIDE": _is_wide(rows, out, reads.table, halo)}
-    of_reads = (reads.table, reads.places)
+    sizes |= {"ACTIVATION": activation, "SLOPE": slope, "WIDE": is_wide(rows, out, reads.table, mixed)}
     arguments = (
-        rows,
-        shift,
-        weight,
-        *of_reads,
-        bias,
-        residual,
-        out,
-        count,
-        outside,
-        reads.down,
-        reads.across,
+        *(rows, shift, weight, reads.table, reads.places, bias, residual, out),
+        *(count, outside, reads.down, reads.across),
     )
     with torch.cuda.device_of(rows):
         if table is not None and groups == channels == outputs:
             tile = gpu_tiles.depthwise_tile(channels)
-            triton_kernels.depthwise[(_cdiv(count, tile.n), _cdiv(channels, tile.c))](
+            triton_kernels.depthwise[(cdiv(count, tile.n), cdiv(channels, tile.c))](
                 *arguments, **sizes, BLOCK_N=tile.n, BLOCK_C=tile.c, num_warps=tile.warps
             )
             return out
@@ -510,7 +552,7 @@ def _forward(
         kind = gpu_tiles.kind_of(precision == "ieee", residual is not None)
         device = gpu_tiles.device_of(rows.device)
         tile = gpu_tiles.tile_of(count, width, groups, depth, taps, rows.element_size(), kind, device)
-        triton_kernels.product[(_cdiv(count, tile.n) * groups * _cdiv(width, tile.o),)](
+        triton_kernels.product[(cdiv(count, tile.n) * groups * cdiv(width, tile.o),)](
             *arguments,
             **sizes,
             **{"C_OUT": outputs, "GROUPS": groups, "PRECISION": precision},
@@ -522,7 +564,7 @@ def _forward(
 
 
 def pool_samples(
-    rows: Tensor, samples: SampleMap, halo: Tensor | None, outside: float, largest: bool
+    rows: Tensor, samples: SampleMap, halo: Halo | None, outside: float, largest: bool
 ) -> Tensor:
     """Compute the largest value or the sum over the taps of each output, (N, C); `outside` is read outside the map."""
     reads, channels = _entries(rows, samples), rows.shape[1]
@@ -530,13 +572,13 @@ def pool_samples(
     if not out.numel():
         return out
     number = rows.shape[0]
-    rows, halo, shift = _beside(_operand(rows), _operand(halo), number)
+    rows, mixed, shift = _join(rows, halo, number)
     tile = gpu_tiles.depthwise_tile(channels)
     sizes: dict[str, Any] = {"C": channels, "TAPS": reads.shape[1], "ACROSS": reads.width}
     sizes |= {"HALO": halo is not None, "BLOCK_N": tile.n, "BLOCK_C": tile.c}
-    sizes |= {"LARGEST": largest, "OUTSIDE": outside, "WIDE": _is_wide(rows, out, halo)}
+    sizes |= {"LARGEST": largest, "OUTSIDE": outside, "WIDE": is_wide(rows, out, mixed)}
     with torch.cuda.device_of(rows):
-        triton_kernels.pool[(_cdiv(len(out), tile.n), _cdiv(channels, tile.c))](
+        triton_kernels.pool[(cdiv(len(out), tile.n), cdiv(channels, tile.c))](
             *(rows, shift, reads.table, reads.places, out, len(out), number, reads.down, reads.across),
             **sizes,
             num_warps=tile.warps,
@@ -565,38 +607,43 @@ def _entries(rows: Tensor, table: Tensor | SampleMap | None) -> _Entries:
     return _Entries((table.shape[0], table.shape[1]), table.contiguous())
 
 
-def _beside(rows: Tensor, halo: Tensor | None, outside: int) -> tuple[Tensor, Tensor | None, int]:
-    """Return rows and halo rows, and how many values the latter lie behind the place that their entries name; copies
-    of both if they are views that begin at odd places, because the kernels copy 16 bytes."""
+def _join(rows: Tensor, halo: Halo | None, outside: int) -> tuple[Tensor, Tensor | None, int]:
+    """Return operands of the kernels: rows, halo rows, and how many values the latter lie behind the place that entries
+    name; of rows that are a view that begins at an odd place a copy, because the kernels copy 16 bytes."""
+    given = operand(rows)
     if halo is None:
-        return rows, None, 0
-    channels, size = rows.shape[1], rows.element_size()
-    shift, rest = divmod(halo.data_ptr() - rows.data_ptr(), size)
+        return given, None, 0
+    mixed, channels = operand(blend(rows, *halo)), rows.shape[1]
+    shift, rest = divmod(mixed.data_ptr() - given.data_ptr(), given.element_size())
     if rest or (shift % 16 and not channels % 16):
-        return _beside(rows.clone(), halo.clone(), outside)
-    return rows, halo, shift - (outside + 1) * channels
+        return _join(rows.clone(), halo, outside)
+    return given, mixed, shift - (outside + 1) * channels
 
 
-def _grad_weight(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tensor:
+def _grad_weight(
+    rows: Tensor, grad: Tensor, table: Tensor, groups: int, halo: Halo | None, outside: int
+) -> Tensor:
     """Compute the float32 gradient of the weight: each program sums a share of the outputs; the shares are added."""
     (count, taps), channels, outputs = table.shape, rows.shape[1], grad.shape[1]
     width, depth, size = outputs // groups, channels // groups, rows.element_size()
-    rows, grad, table = _operand(rows), _operand(grad), table.contiguous()
+    grad, table = operand(grad), table.contiguous()
+    rows, _, shift = _join(rows, halo, outside)
     if not count:
         return rows.new_zeros(outputs, taps * depth, dtype=torch.float32)
     is_depthwise = groups == channels == outputs
     precision = _precision(rows.dtype)
     if is_depthwise:
         tile = gpu_tiles.depthwise_tile(channels)
-        tiles = taps * _cdiv(channels, tile.c)
+        tiles = taps * cdiv(channels, tile.c)
     else:
         device = gpu_tiles.device_of(rows.device)
         tile = gpu_tiles.weight_tile(width, depth, size, precision == "ieee", device)
-        tiles = taps * groups * _cdiv(width, tile.o) * _cdiv(depth, tile.c)
-    shares = max(1, min(_PROGRAMS // tiles, _cdiv(count, 256)))
+        tiles = taps * groups * cdiv(width, tile.o) * cdiv(depth, tile.c)
+    shares = max(1, min(PROGRAMS // tiles, cdiv(count, 256)))
     partial = rows.new_empty(shares, outputs, taps * depth, dtype=torch.float32)
     sizes = {"C": channels, "TAPS": taps, "BLOCK_N": tile.n, "BLOCK_C": tile.c, "num_warps": tile.warps}
-    arguments = (rows, grad, table, partial, count, _cdiv(count, shares))
+    sizes["HALO"] = halo is not None
+    arguments = (rows, shift, grad, table, partial, count, outside, cdiv(count, shares))
     with torch.cuda.device_of(rows):
         if is_depthwise:
             triton_kernels.depthwise_weight[(tiles, shares)](*arguments, **sizes)
@@ -608,12 +655,12 @@ def _grad_weight(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tens
     return partial.sum(0)
 
 
-def _is_wide(*tensors: Tensor | None) -> bool:
+def is_wide(*tensors: Tensor | None) -> bool:
     """Return True if places in a tensor exceed 32 bits."""
     return any(x is not None and x.numel() >= 1 << 31 for x in tensors)
 
 
-def _operand(x: Any) -> Any:
+def operand(x: Any) -> Any:
     """Prepare a tensor or None for the kernels; Triton 3.9's interpreter cannot multiply bfloat16."""
     if x is None:
         return None
@@ -621,7 +668,8 @@ def _operand(x: Any) -> Any:
     return x.contiguous().float() if wide else x.contiguous()
 
 
-def _cdiv(length: int, block: int) -> int:
+def cdiv(length: int, block: int) -> int:
+    """Return the number of blocks that cover a length."""
     return -(-length // block)
 
 

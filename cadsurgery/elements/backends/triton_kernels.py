@@ -329,15 +329,16 @@ def spread_back(  # type: ignore[no-untyped-def]
     readers,
     starts,
     shares,
+    own,
     out,
     C: tl.constexpr,
     READ: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sum a row's gradient over the sums of `blend` that read it: `readers` from `starts[row]` to `starts[row + 1]`."""
+    """Add what a row is owed by the sums of `blend` that read it, `readers` from `starts[row]` to `starts[row + 1]`."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros((BLOCK_C,), tl.float32)
+    total = tl.load(own + row * C + c, mask=c < C, other=0.0).to(tl.float32)
     for at in range(tl.load(starts + row), tl.load(starts + row + 1)):
         reader = tl.load(readers + at).to(tl.int64)
         share = tl.load(shares + reader).to(tl.float32)
@@ -398,17 +399,103 @@ def weigh(  # type: ignore[no-untyped-def]
     tl.store(place, tl.sum(total, 0), mask=c < C)
 
 
+@_jit
+def _deviate(rows, shares, centre, n, place, c, end, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the weights of rows n, and how far these lie from `centre`; rows without weight count as zeros."""
+    share = tl.load(shares + n, mask=n < end, other=0.0)
+    mask = (share != 0)[:, None] & (c < C)[None, :]
+    values = tl.load(rows + place[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    return share, values - tl.load(centre + c, mask=c < C, other=0.0)[None, :]
+
+
 @_kernel
-def product_weight(  # type: ignore[no-untyped-def]
+def norm_sums(  # type: ignore[no-untyped-def]
     rows,
     grad,
-    table,
+    shares,
+    centre,
     partial,
     count,
     length,
     C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sum w d and w d^2, or dy and dy d if there is a gradient dy, over a share of the rows: see `gpu_norm.py`."""
+    program = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    end = tl.minimum((program + 1) * length, count)
+    first = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    second = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for start in range(program * length, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        share, off = _deviate(rows, shares, centre, n, n, c, end, C)
+        if grad is None:
+            each = share[:, None] * off
+        else:
+            mask = (n < end)[:, None] & (c < C)[None, :]
+            each = tl.load(grad + n[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        first += each
+        second += each * off
+    place = partial + program * 2 * C + c
+    tl.store(place, tl.sum(first, 0), mask=c < C)
+    tl.store(place + C, tl.sum(second, 0), mask=c < C)
+
+
+@_kernel
+def norm_rows(  # type: ignore[no-untyped-def]
+    rows,
+    grad,
+    shares,
+    centre,
+    scale,
+    weight,
+    bias,
+    totals,
+    out,
+    count,
+    C: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Compute a tile of normalised rows or, given a gradient and the `totals` of `norm_sums`, of the rows' gradient."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    place = n.to(tl.int64) if WIDE else n
+    mask = (n < count)[:, None] & (c < C)[None, :]
+    share, off = _deviate(rows, shares, centre, n, place, c, count, C)
+    inverse = tl.load(scale + c, mask=c < C, other=0.0)
+    factor = inverse
+    if weight is not None:
+        factor *= tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
+    if grad is None:
+        result = off * factor[None, :]
+        if bias is not None:
+            result += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    else:
+        above = tl.load(grad + place[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        total = tl.load(totals + c, mask=c < C, other=0.0)
+        slope = tl.load(totals + C + c, mask=c < C, other=0.0) * inverse * inverse
+        result = factor[None, :] * (above - share[:, None] * (total[None, :] + off * slope[None, :]))
+        result = tl.where((share != 0)[:, None], result, 0.0)
+    tl.store(out + place[:, None] * C + c[None, :], result, mask=mask)
+
+
+@_kernel
+def product_weight(  # type: ignore[no-untyped-def]
+    rows,
+    shift,
+    grad,
+    table,
+    partial,
+    count,
+    outside,
+    length,
+    C: tl.constexpr,
     C_OUT: tl.constexpr,
     TAPS: tl.constexpr,
+    HALO: tl.constexpr,
     GROUPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -432,10 +519,9 @@ def product_weight(  # type: ignore[no-untyped-def]
     n = share * length + tl.arange(0, BLOCK_N)
     source = tl.load(table + n * TAPS + tap, mask=n < end, other=-1)
     for _ in range(tl.cdiv(length, BLOCK_N)):
-        starts = _starts(rows, 0, source, 0, C, False, True) + group * depth
-        gathered = tl.load(
-            starts[:, None] + c[None, :], mask=(source >= 0)[:, None] & (c < depth)[None, :], other=0.0
-        )
+        starts = _starts(rows, shift, source, outside, C, HALO, True) + group * depth
+        is_read = ((source >= 0) & (source != outside))[:, None] & (c < depth)[None, :]
+        gathered = tl.load(starts[:, None] + c[None, :], mask=is_read, other=0.0)
         above = tl.load(
             grad + n[:, None] * C_OUT + o[None, :],
             mask=(n < end)[:, None] & (of_group < width)[None, :],
@@ -451,13 +537,16 @@ def product_weight(  # type: ignore[no-untyped-def]
 @_kernel
 def depthwise_weight(  # type: ignore[no-untyped-def]
     rows,
+    shift,
     grad,
     table,
     partial,
     count,
+    outside,
     length,
     C: tl.constexpr,
     TAPS: tl.constexpr,
+    HALO: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -470,9 +559,10 @@ def depthwise_weight(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for start in range(share * length, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        source = tl.load(table + n * TAPS + tap, mask=n < end, other=-1).to(tl.int64)
-        mask = (source >= 0)[:, None] & (c < C)[None, :]
-        gathered = tl.load(rows + source[:, None] * C + c[None, :], mask=mask, other=0.0)
+        source = tl.load(table + n * TAPS + tap, mask=n < end, other=-1)
+        starts = _starts(rows, shift, source, outside, C, HALO, True)
+        mask = ((source >= 0) & (source != outside))[:, None] & (c < C)[None, :]
+        gathered = tl.load(starts[:, None] + c[None, :], mask=mask, other=0.0)
         above = tl.load(grad + n[:, None] * C + c[None, :], mask=mask, other=0.0)
         total += gathered.to(tl.float32) * above.to(tl.float32)
     place = partial + (share * C + c) * TAPS + tap
