@@ -22,7 +22,16 @@ from cadsurgery.masks.basic import KeepAll, RandomMask, UniformMask
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.bands.element_steps import Cells, Grid, WindowOfElements
 from cadsurgery.network.bands.reading import BandPlan, BandReader, Key, copied, uniform
-from cadsurgery.network.bands.schedule import SPARE, Pass, Task, is_table_kept, joined, used_by, walk
+from cadsurgery.network.bands.schedule import (
+    SPARE,
+    TOO_MUCH,
+    Pass,
+    Task,
+    is_table_kept,
+    joined,
+    used_by,
+    walk,
+)
 from cadsurgery.network.bands.steps import Sum
 from cadsurgery.network.bands.turned import agree, turned_lattice, turned_maps, turned_program
 from cadsurgery.network.program import Masked, Program
@@ -36,7 +45,6 @@ ReadRows = Callable[[int, int], Tensor]  # rows [first, end) of a picture, (1, C
 _MOST_BANDS = 4096  # of one walk
 # Rows of cells at a time, and the spare memory of elements that lie together, the fastest first.
 _CELLS, _SPARES = (4, 2, 1), (3.0, 2.0, SPARE)
-_TOO_MUCH = 1.125  # times the memory of elements that lie together, before it is made smaller
 _MOST_READERS = 4  # kinds of calls that are remembered
 _TRIED = 64, 224, 288  # channels and size of a noise by which turned networks are tried
 _WHOLE = "run it whole: net.optimize() without memory=."
@@ -250,7 +258,7 @@ class _JoinedElements(_HeldElements):
             self.memory, self.used = None, 0
         elif self.memory is not None:
             lengths = list(map(len, self.parts.values()))
-            if len(self.memory) > _TOO_MUCH * self.spare * (sum(lengths) + max(lengths)):
+            if len(self.memory) > TOO_MUCH * self.spare * (sum(lengths) + max(lengths)):
                 self._move(max(lengths), self.memory)
 
     def _behind(self, count: int, like: Tensor) -> Tensor:
@@ -265,7 +273,7 @@ class _JoinedElements(_HeldElements):
         parts = list(self.parts.values())
         live = sum(map(len, parts))
         there, wanted = self._together(parts) if parts else like[:0], live + count
-        if self.memory is None or not wanted <= len(self.memory) <= _TOO_MUCH * self.spare * wanted:
+        if self.memory is None or not wanted <= len(self.memory) <= TOO_MUCH * self.spare * wanted:
             self.memory = like.new_empty((int(wanted * self.spare), *like.shape[1:]))
         elif self.used < 2 * live:  # where they are and where they shall be overlap
             there = there.clone()

@@ -97,6 +97,7 @@ class Pass:
 
 
 SPARE = 4 / 3  # maps that are `joined` have at least so much more memory than their elements take
+TOO_MUCH = 1.125  # times that, before their memory is made smaller
 _SOON = 3  # rows of cells
 
 
@@ -110,13 +111,29 @@ class _Meter:
         self.joined = joined(maps)
         # End and bytes of what each task computed, by map.
         self.held: dict[int, list[tuple[int, float]]] = defaultdict(list)
+        self.bytes: dict[int, float] = defaultdict(float)
         for number in known:
             self._hold(number, 0, maps[number].height)
 
     def _hold(self, number: int, first: int, end: int) -> None:
-        taken = self.maps[number].taken(first, end) * (self.spare if number in self.joined else 1.0)
+        taken = self.maps[number].taken(first, end)
         self.held[number].append((end, taken))
-        self.total += taken
+        if number not in self.joined:
+            self._set(number, self.bytes[number] + taken)
+        elif (live := sum(taken for _, taken in self.held[number])) > self.bytes[number]:
+            self._set(number, self.spare * live)
+
+    def _set(self, number: int, size: float) -> None:
+        self.total += size - self.bytes[number]
+        self.bytes[number] = size
+
+    def _drop(self, number: int, row: int) -> None:
+        self.held[number] = parts = [part for part in self.held[number] if part[0] > row]
+        sizes = [taken for _, taken in parts]
+        if number not in self.joined or not parts:
+            self._set(number, sum(sizes))
+        elif self.bytes[number] > TOO_MUCH * self.spare * (sum(sizes) + max(sizes)):
+            self._set(number, self.spare * (sum(sizes) + max(sizes)))
 
     def carry_out(self, task: Task) -> None:
         """Count a task. What another one computed is freed as a whole."""
@@ -131,12 +148,9 @@ class _Meter:
         copies += one.lattice * (bottom - top) + self.tables
         if self.total + copies > self.peak:
             self.peak = self.total + copies
-            alive = {number: sum(taken for _, taken in parts) for number, parts in self.held.items()}
-            self.largest = {**alive, -1: copies}
+            self.largest = {**self.bytes, -1: copies}
         for number, row in task.drops:
-            parts = self.held[number]
-            self.held[number] = [part for part in parts if part[0] > row]
-            self.total -= sum(taken for end, taken in parts if end <= row)
+            self._drop(number, row)
 
 
 def walk(
