@@ -50,6 +50,8 @@ needs_gpu = pytest.mark.skipif(
     ],
 )
 def test_the_laws_hold(interpreted: str, which: str) -> None:
+    if "CADSURGERY_FEW" in os.environ:
+        which = "not slow"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": interpreted, "PYTHONPATH": str(ROOT)}
     command = [
