@@ -278,6 +278,19 @@ def test_random_networks_in_bands_are_whole_or_refused() -> None:
     assert computed >= SEEDS // 5
 
 
+@pytest.mark.parametrize("seed", [192, slow(293), slow(435), slow(481)])
+@torch.no_grad()
+def test_a_fused_sum_reads_a_map_of_an_earlier_stage(seed: int) -> None:
+    """Random networks with strides removed whose convolution adds a map that has more elements."""
+    case = random_case(seed)
+    net = unverified(case.model, MASK, example_input=case.given)
+    expected = net.optimize()(case.image, *case.more)
+    for rows in (8, 64):
+        with bands_of(rows):
+            output = net.optimize(memory=MUCH)(case.image, *case.more)
+        assert difference(expected, output) < 1e-9
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @torch.no_grad()
 def test_a_batch_is_computed_picture_by_picture_in_any_memory_format(layout: torch.memory_format) -> None:

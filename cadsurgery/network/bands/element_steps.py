@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.borders import onto_border
-from cadsurgery.elements.elements import Elements
+from cadsurgery.elements.elements import Elements, rows_on
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Lattice, Pyramid
 from cadsurgery.elements.resizing import Scaling, read_at, resize_onto
@@ -221,9 +221,10 @@ class WindowOfElements:
         rows = {self.node: fetch(self.node, within[0], min(within[1], source.size[0]))}
         stage = cells.lattice(target, first, end, within)
         if self.residual is not None:
-            assert added is not None
             more = fetch(self.residual, first, end)
-            rows[self.residual] = Elements(more.rows, cells.lattice(added, first, end, within))
+            # Of an earlier stage, or of another size, the elements that the result has.
+            more = more.rows if added == target else rows_on(more, cells.lattice(target, first, end))
+            rows[self.residual] = Elements(more, stage)
         found: Elements = self.call(rows, window=self.window, stage=stage)
         return Elements(found.rows, cells.lattice(target, first, end))
 
