@@ -81,6 +81,12 @@ class Window(NamedTuple):
         return self.kernel == (1, 1) and not any(self.padding) and self.finer == 1
 
     @property
+    def reads_one_sample(self) -> bool:
+        """True if each sample of the result reads one sample, whose cell its own lies in: a 1x1 window, or a transposed
+        convolution without overlap."""
+        return self.kernel == (self.finer, self.finer) and not any(self.padding)
+
+    @property
     def taps_of_phase(self) -> tuple[int, int]:
         """Largest number of taps (vertical, horizontal) that an element reads."""
         return -(-self.kernel[0] // self.finer), -(-self.kernel[1] // self.finer)

@@ -319,13 +319,19 @@ class _Index(NamedTuple):
     crops: dict[str, slice]
 
 
-def _read_index(asked: Any, layout: str, facts: MapFacts) -> _Index | str:
-    """Return what an index takes of a map, or the reason why elements cannot be indexed so."""
+def parts_of_index(asked: Any, axes: int) -> list[Any]:
+    """Return the parts of an index of a tensor of so many axes, with slices in place of an ellipsis."""
     index: list[Any] = list(asked) if isinstance(asked, tuple) else [asked]
     if any(part is Ellipsis for part in index):
         at = next(i for i, part in enumerate(index) if part is Ellipsis)
         used = sum(part is not None for part in index) - 1
-        index[at : at + 1] = [slice(None)] * (len(layout) - used)
+        index[at : at + 1] = [slice(None)] * (axes - used)
+    return index
+
+
+def _read_index(asked: Any, layout: str, facts: MapFacts) -> _Index | str:
+    """Return what an index takes of a map, or the reason why elements cannot be indexed so."""
+    index = parts_of_index(asked, len(layout))
     rows: list[Any] = [slice(None)]
     after, dim, crops = "", 0, dict[str, slice]()
     for part in index:

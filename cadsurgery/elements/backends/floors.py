@@ -38,9 +38,8 @@ class WithoutOverlap(Backend):
         source, target, window = reads.source, reads.target, reads.window
         if work.gradient or work.graph == "compiled" or work.rows.dim() != 2:
             return False
-        is_apart = window.kernel == (window.finer, window.finer) and not any(window.padding)
         is_whole = source.part is None and target.part is None
-        return is_apart and is_whole and source.geometry.floors and not reads.drop
+        return window.reads_one_sample and is_whole and source.geometry.floors and not reads.drop
 
     def spread(self, work: TransposedConvolution) -> Tensor:
         """Compute rows (N, O)."""

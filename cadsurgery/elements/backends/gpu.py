@@ -36,6 +36,7 @@ from cadsurgery.elements.backends.choose import (
 from cadsurgery.elements.backends.gpu_maps import SampleMap, available
 from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.kernel_map import Reading, has_samples, sample_map
+from cadsurgery.elements.sizes import divide_up
 from cadsurgery.kernels.dispatch import is_observed
 from cadsurgery.support.torch_internals import add_and_activate
 
@@ -346,7 +347,7 @@ def blend(rows: Tensor, sources: Tensor, shares: Tensor, used: Tensor | None = N
         shares = shares.float()
     sizes = {"C": channels, "READ": read, "WIDE": is_wide(given, out), "BLOCK_N": tile.n, "BLOCK_C": tile.c}
     with torch.cuda.device_of(rows):
-        triton_kernels.blend[(cdiv(count, tile.n), cdiv(channels, tile.c))](
+        triton_kernels.blend[(divide_up(count, tile.n), divide_up(channels, tile.c))](
             given, sources.contiguous(), shares.contiguous(), used, out, count, **sizes, num_warps=tile.warps
         )
     return out
@@ -356,13 +357,13 @@ def weigh(shares: Tensor, rows: Tensor) -> Tensor:
     """Compute `shares @ rows`, (B, C) float32, for (B, N) weights and (N, C) rows, which are read as they are."""
     (lines, count), channels = shares.shape, rows.shape[1]
     tile = gpu_tiles.elementwise_tile(channels)
-    programs = max(1, min(PROGRAMS // max(1, lines * cdiv(channels, tile.c)), cdiv(count, tile.n)))
+    programs = max(1, min(PROGRAMS // max(1, lines * divide_up(channels, tile.c)), divide_up(count, tile.n)))
     partial = torch.empty(programs, lines, channels, dtype=torch.float32, device=rows.device)
     if not count or not channels:
         return partial.zero_().sum(0)
     with torch.cuda.device_of(rows):
-        triton_kernels.weigh[(programs, cdiv(channels, tile.c), lines)](
-            *(operand(rows), shares.contiguous(), partial, count, cdiv(count, programs)),
+        triton_kernels.weigh[(programs, divide_up(channels, tile.c), lines)](
+            *(operand(rows), shares.contiguous(), partial, count, divide_up(count, programs)),
             **{"C": channels, "BLOCK_N": tile.n, "BLOCK_C": tile.c},
             num_warps=tile.warps,
         )
@@ -395,7 +396,7 @@ def _spread_back(grad: Tensor, sources: Tensor, shares: Tensor, out: Tensor) -> 
         readers, starts = _readers(sources, shares, count)
         block = min(1024, max(16, 1 << (channels - 1).bit_length()))
         with torch.cuda.device_of(grad):
-            triton_kernels.spread_back[(count, cdiv(channels, block))](
+            triton_kernels.spread_back[(count, divide_up(channels, block))](
                 *(operand(grad), readers, starts, shares.contiguous().float(), operand(out), out),
                 **{"C": channels, "READ": sources.shape[1], "BLOCK_C": block},
             )
@@ -437,7 +438,7 @@ def finish(
         tile = gpu_tiles.elementwise_tile(channels)
         sizes = {"C": channels, "ACTIVATION": name, "SLOPE": slope, "WIDE": is_wide(sums)}
         with torch.cuda.device_of(sums):
-            triton_kernels.finish[(cdiv(count, tile.n), cdiv(channels, tile.c))](
+            triton_kernels.finish[(divide_up(count, tile.n), divide_up(channels, tile.c))](
                 *(sums, bias, residual if residual is None else residual.contiguous(), count),
                 **sizes,
                 BLOCK_N=tile.n,
@@ -544,7 +545,7 @@ def _forward(
     with torch.cuda.device_of(rows):
         if table is not None and groups == channels == outputs:
             tile = gpu_tiles.depthwise_tile(channels)
-            triton_kernels.depthwise[(cdiv(count, tile.n), cdiv(channels, tile.c))](
+            triton_kernels.depthwise[(divide_up(count, tile.n), divide_up(channels, tile.c))](
                 *arguments, **sizes, BLOCK_N=tile.n, BLOCK_C=tile.c, num_warps=tile.warps
             )
             return out
@@ -552,7 +553,7 @@ def _forward(
         kind = gpu_tiles.kind_of(precision == "ieee", residual is not None)
         device = gpu_tiles.device_of(rows.device)
         tile = gpu_tiles.tile_of(count, width, groups, depth, taps, rows.element_size(), kind, device)
-        triton_kernels.product[(cdiv(count, tile.n) * groups * cdiv(width, tile.o),)](
+        triton_kernels.product[(divide_up(count, tile.n) * groups * divide_up(width, tile.o),)](
             *arguments,
             **sizes,
             **{"C_OUT": outputs, "GROUPS": groups, "PRECISION": precision},
@@ -578,7 +579,7 @@ def pool_samples(
     sizes |= {"HALO": halo is not None, "BLOCK_N": tile.n, "BLOCK_C": tile.c}
     sizes |= {"LARGEST": largest, "OUTSIDE": outside, "WIDE": is_wide(rows, out, mixed)}
     with torch.cuda.device_of(rows):
-        triton_kernels.pool[(cdiv(len(out), tile.n), cdiv(channels, tile.c))](
+        triton_kernels.pool[(divide_up(len(out), tile.n), divide_up(channels, tile.c))](
             *(rows, shift, reads.table, reads.places, out, len(out), number, reads.down, reads.across),
             **sizes,
             num_warps=tile.warps,
@@ -634,16 +635,16 @@ def _grad_weight(
     precision = _precision(rows.dtype)
     if is_depthwise:
         tile = gpu_tiles.depthwise_tile(channels)
-        tiles = taps * cdiv(channels, tile.c)
+        tiles = taps * divide_up(channels, tile.c)
     else:
         device = gpu_tiles.device_of(rows.device)
         tile = gpu_tiles.weight_tile(width, depth, size, precision == "ieee", device)
-        tiles = taps * groups * cdiv(width, tile.o) * cdiv(depth, tile.c)
-    shares = max(1, min(PROGRAMS // tiles, cdiv(count, 256)))
+        tiles = taps * groups * divide_up(width, tile.o) * divide_up(depth, tile.c)
+    shares = max(1, min(PROGRAMS // tiles, divide_up(count, 256)))
     partial = rows.new_empty(shares, outputs, taps * depth, dtype=torch.float32)
     sizes = {"C": channels, "TAPS": taps, "BLOCK_N": tile.n, "BLOCK_C": tile.c, "num_warps": tile.warps}
     sizes["HALO"] = halo is not None
-    arguments = (rows, shift, grad, table, partial, count, outside, cdiv(count, shares))
+    arguments = (rows, shift, grad, table, partial, count, outside, divide_up(count, shares))
     with torch.cuda.device_of(rows):
         if is_depthwise:
             triton_kernels.depthwise_weight[(tiles, shares)](*arguments, **sizes)
@@ -666,11 +667,6 @@ def operand(x: Any) -> Any:
         return None
     wide = triton_kernels.INTERPRETED and x.dtype == torch.bfloat16
     return x.contiguous().float() if wide else x.contiguous()
-
-
-def cdiv(length: int, block: int) -> int:
-    """Return the number of blocks that cover a length."""
-    return -(-length // block)
 
 
 def _precision(dtype: torch.dtype) -> str:

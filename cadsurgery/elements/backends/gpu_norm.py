@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cadsurgery.elements.backends import gpu_tiles, triton_kernels
-from cadsurgery.elements.backends.gpu import PROGRAMS, cdiv, is_wide, operand, supports
+from cadsurgery.elements.backends.gpu import PROGRAMS, is_wide, operand, supports
+from cadsurgery.elements.sizes import divide_up
 from cadsurgery.kernels.dispatch import is_observed
 
 
 def applies(rows: Tensor) -> bool:
     """Return True if `normalise` takes rows (N, C): some, on a supported GPU, of which nothing else keeps account."""
-    return rows.dim() == 2 and rows.numel() > 0 and supports(rows, rows) and not is_observed()
+    return rows.dim() == 2 and supports(rows, rows) and not is_observed() and rows.numel() > 0
 
 
 def normalise(
@@ -78,12 +79,12 @@ def _sums(rows: Tensor, grad: Tensor | None, shares: Tensor, centre: Tensor) -> 
     """Return the sums of w d and w d^2 of d = x - `centre`, or with a gradient dy of dy and dy d: (2, C) float32."""
     count, channels = rows.shape
     tile = gpu_tiles.elementwise_tile(channels)
-    columns = cdiv(channels, tile.c)
-    programs = max(1, min(PROGRAMS // columns, cdiv(count, tile.n)))
+    columns = divide_up(channels, tile.c)
+    programs = max(1, min(PROGRAMS // columns, divide_up(count, tile.n)))
     partial = torch.empty(programs, 2, channels, dtype=torch.float32, device=rows.device)
     with torch.cuda.device_of(rows):
         triton_kernels.norm_sums[(programs, columns)](
-            *(operand(rows), operand(grad), shares, centre, partial, count, cdiv(count, programs)),
+            *(operand(rows), operand(grad), shares, centre, partial, count, divide_up(count, programs)),
             **{"C": channels, "BLOCK_N": tile.n, "BLOCK_C": tile.c},
             num_warps=tile.warps,
         )
@@ -106,7 +107,7 @@ def _scaled(
     tile = gpu_tiles.elementwise_tile(channels)
     sizes = {"C": channels, "WIDE": is_wide(rows), "BLOCK_N": tile.n, "BLOCK_C": tile.c}
     with torch.cuda.device_of(rows):
-        triton_kernels.norm_rows[(cdiv(count, tile.n), cdiv(channels, tile.c))](
+        triton_kernels.norm_rows[(divide_up(count, tile.n), divide_up(channels, tile.c))](
             *(
                 operand(rows),
                 operand(grad),

@@ -60,6 +60,10 @@ class Cells:
     _known: list[tuple[int, int]] = field(default_factory=list)
     _counts: dict[Any, Tensor] = field(default_factory=dict)
 
+    def in_blocks(self, side: int) -> Cells:
+        """Return the same cells, of which so many fine rows are computed at a time."""
+        return Cells(self.pyramid, side, _counts=self._counts)
+
     def lattice(self, grid: Grid, first: int, end: int, within: tuple[int, int] | None = None) -> Lattice:
         """Return the lattice of the fine rows [first, end) of a map, or of the rows [begin, stop) `within` which they
         lie, with these cells alone. Lattices of the same rows share their kernel maps."""
@@ -90,16 +94,15 @@ class Cells:
             of_rows.lattice(grid.stage, size).forget_tables(window)
 
     def _forget(self, key: tuple[int, int]) -> None:
-        if key in self._rows:
-            self._rows[key].forget_cells()
-            self._parts[key] = {
-                part: replace(lattice) for part, lattice in self._parts[key].items()
-            }  # without what these have read
+        """Forget the cells of some rows; lattices are made again without what they have read of them."""
+        self._rows[key].forget_cells()
+        self._parts[key] = {part: replace(lattice) for part, lattice in self._parts[key].items()}
 
     def drop(self, row: int) -> None:
         """Forget kernel maps of rows before one, which nothing computes any more."""
         for key in [key for key in self._rows if key[1] <= row]:
             del self._rows[key], self._parts[key]
+        self._known = [key for key in self._known if key in self._rows]
 
     def are_equal(self, grid: Grid) -> bool:
         """True if all cells of a map have one level, so that they weigh the same; see `Lattice.weights`."""
@@ -170,14 +173,7 @@ class WindowOfElements:
     @property
     def copies(self) -> list[fx.Node]:
         """What is read of several rows of cells has to lie together."""
-        return [] if self.stays_in_cells else [self.node]
-
-    @property
-    def stays_in_cells(self) -> bool:
-        """True if an element reads its own cell alone."""
-        window = self.window
-        is_apart = window.kernel == (window.finer, window.finer) and not any(window.padding)
-        return window.is_pointwise or (window.finer > 1 and is_apart)
+        return [] if self.window.reads_one_sample else [self.node]
 
     @property
     def table(self) -> tuple[Any, int] | None:
@@ -193,7 +189,7 @@ class WindowOfElements:
     @property
     def _rows(self) -> RowsRead:
         window, height = self.window, self.grids[0].size[0]
-        if self.stays_in_cells:
+        if window.reads_one_sample:
             return SAME
         if window.finer > 1:
             down = [window.output_spacing * (window.padding[0] - tap) for tap in range(window.kernel[0])]

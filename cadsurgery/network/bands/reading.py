@@ -35,6 +35,7 @@ from cadsurgery.support.errors import CannotConvert
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
 from cadsurgery.support.torch_operations import is_kind
 from cadsurgery.surgery.arguments import in_order
+from cadsurgery.surgery.channel_rules import parts_of_index
 from cadsurgery.surgery.facts import Facts, MapFacts
 from cadsurgery.surgery.refusals import source_line
 from cadsurgery.surgery.rewrite import ask_mask
@@ -241,9 +242,7 @@ class BandReader:
         self.reading = replace(
             self.reading, maps=[], number={}, steps={}, sums={}, passes={}, axis={}, only_first=only_first
         )
-        self.cells = None
-        if lattice is not None:
-            self.cells = Cells(lattice.pyramid, lattice.geometry.sides[-1] * cells)
+        self.cells = self._cells_of(lattice, cells)
         self.parts.clear()
         for node in self.reading.graph.nodes:
             if node.op == "output":
@@ -263,6 +262,15 @@ class BandReader:
             else:
                 self.reading.passes[node] = self._passes(node.all_input_nodes)
         return self.reading
+
+    def _cells_of(self, lattice: Lattice | None, many: int) -> Cells | None:
+        """Return the cells of a lattice in blocks of so many rows; of one picture they are counted once."""
+        if lattice is None:
+            return None
+        before, side = self.cells, lattice.geometry.sides[-1] * many
+        if before is not None and before.pyramid is lattice.pyramid:
+            return before.in_blocks(side)
+        return Cells(lattice.pyramid, side)
 
     def _has_map(self, node: fx.Node) -> bool:
         return node in self.reading.number or node in self.parts
@@ -410,11 +418,8 @@ class BandReader:
     def _crop(self, node: fx.Node) -> Window | None:
         """Negative padding for slices that cut a map (1, C, H, W), without steps; None for any other index."""
         source: Any = node.args[0]
-        asked: Any = node.args[1]
-        index: list[Any] = list(asked) if isinstance(asked, tuple) else [asked]
-        rest = [slice(None)] * (5 - len(index))
-        at = next((place for place, part in enumerate(index) if part is Ellipsis), None)
-        index = [*index, *rest[1:]] if at is None else [*index[:at], *rest, *index[at + 1 :]]
+        index = parts_of_index(node.args[1], 4)
+        index += [slice(None)] * (4 - len(index))
         is_cut = all(isinstance(part, slice) for part in index) and index[:2] == [slice(None)] * 2
         if self.spatial.facts.layout(source) != NCHW or len(index) != 4 or not is_cut:
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -25,8 +25,10 @@ from cadsurgery.network.bands.reading import BandPlan, BandReader, Key, copied, 
 from cadsurgery.network.bands.schedule import (
     SPARE,
     TOO_MUCH,
+    BandMap,
     Pass,
     Task,
+    has_too_much,
     is_table_kept,
     joined,
     used_by,
@@ -44,7 +46,7 @@ from cadsurgery.surgery.rewrite import ask_mask
 ReadRows = Callable[[int, int], Tensor]  # rows [first, end) of a picture, (1, C, end - first, W)
 _MOST_BANDS = 4096  # of one walk
 # Rows of cells at a time, and the spare memory of elements that lie together, the fastest first.
-_CELLS, _SPARES = (4, 2, 1), (3.0, 2.0, SPARE)
+_CELLS, _SPARES = (4, 2, 1), (3.0, 2.0)
 _MOST_READERS = 4  # kinds of calls that are remembered
 _TRIED = 64, 224, 288  # channels and size of a noise by which turned networks are tried
 _WHOLE = "run it whole: net.optimize() without memory=."
@@ -63,7 +65,7 @@ class Walks:
         kept: the maps that stay as a whole after each, by number.
         band: rows of the tallest map in a band.
         work: rows that are computed, each times its bytes, relative to computing each once.
-        spare: see `walk`.
+        spare: maps that are `joined` have so much more memory than their elements take.
     """
 
     passes: list[Pass]
@@ -77,8 +79,12 @@ class Walks:
         """The most bytes of maps at once."""
         return max(one.peak for one in self.passes)
 
+    def with_spare(self, maps: Sequence[BandMap], spare: float) -> Walks:
+        """Return the same walks with more memory for maps that are `joined`, whose elements then move less often."""
+        return replace(self, passes=[one.measured(maps, spare) for one in self.passes], spare=spare)
 
-def plan_walks(reading: BandPlan, band: int, keeps: bool, start: int = 0, spare: float = SPARE) -> Walks:
+
+def plan_walks(reading: BandPlan, band: int, keeps: bool, start: int = 0) -> Walks:
     """Plan the walks for bands of so many rows.
 
     Args:
@@ -86,7 +92,6 @@ def plan_walks(reading: BandPlan, band: int, keeps: bool, start: int = 0, spare:
         band: rows of the tallest map in a band.
         keeps: keep maps between walks that a later one reads; otherwise they are computed again from the picture.
         start: the first row of the results that is asked for.
-        spare: see `walk`.
     """
     number, maps, known = reading.number, reading.maps, {0}
     asked = reading.map_outputs if reading.only_first else reading.outputs
@@ -101,7 +106,7 @@ def plan_walks(reading: BandPlan, band: int, keeps: bool, start: int = 0, spare:
             later = _read_later(reading, at) if keeps else later
             staying = later - known
         ends = sorted((wanted | staying) - known)
-        passes.append(walk(maps, ends, band, known, staying, start if at == last else 0, spare))
+        passes.append(walk(maps, ends, band, known, staying, start if at == last else 0))
         every |= wanted | staying
         known = {0} | ((known | staying) & later)
         kept.append(known)
@@ -109,7 +114,7 @@ def plan_walks(reading: BandPlan, band: int, keeps: bool, start: int = 0, spare:
     rows = sum(
         (task.end - task.first) * maps[task.number].row for p in passes for tasks in p.bands for task in tasks
     )
-    return Walks(passes, kept, band, rows / max(once, 1), spare)
+    return Walks(passes, kept, band, rows / max(once, 1))
 
 
 def _read_later(reading: BandPlan, at: int) -> set[int]:
@@ -122,49 +127,53 @@ def _read_later(reading: BandPlan, at: int) -> set[int]:
     return (read | later | {number[node] for node in reading.map_outputs}) & is_ready
 
 
-def fit(reading: BandPlan, memory: int, start: int = 0) -> Walks:
+def fit(read: Callable[[int], BandPlan], memory: int, start: int = 0, cells: Sequence[int] = (1,)) -> Walks:
     """Return the walks that need the least work within a memory.
 
     Args:
-        reading: the maps of the network.
+        read: returns the maps of the network for so many rows of cells at a time; what it returned last is in use.
         memory: bytes that maps may take.
         start: the first row of the results that is asked for.
+        cells: the rows of cells to try, the fastest first.
 
     Raises:
         TooLittle: bands of the fewest rows need more.
     """
-    tallest, least = max(one.height for one in reading.maps), None
-    cell = _rows_of_cell(reading, tallest)
-    ways = (True, False) if any(reading.sums) else (False,)
-    for keeps in ways:
-        for band, spare in product(_bands(tallest, cell), _SPARES if cell else (SPARE,)):
-            walks = plan_walks(reading, band, keeps, start, spare)
+    least: tuple[BandPlan, Walks] | None = None
+    for keeps, many in product((True, False), cells):
+        reading = read(many)
+        if not keeps and not reading.sums:
+            break  # there is nothing to keep
+        for band in _bands(reading, many == cells[-1]):
+            walks = plan_walks(reading, band, keeps, start)
             if walks.peak <= memory:
-                return walks
-            if least is None or walks.peak < least.peak:
-                least = walks
+                spares = _SPARES if any(one.elements is not None for one in reading.maps) else ()
+                roomier = (walks.with_spare(reading.maps, spare) for spare in spares)
+                return next((one for one in roomier if one.peak <= memory), walks)
+            if least is None or walks.peak < least[1].peak:
+                least = reading, walks
     assert least is not None
+    reading, walks = least
     raise TooLittle(
         f"{in_mebibytes(memory)} are too little for this picture.",
         where="memory",
-        why=f"in bands of {least.band} rows its maps take {in_mebibytes(least.peak)}, "
-        f"most of it {_largest(reading, least)}.",
-        next=f'give at least memory="{in_mebibytes(least.peak).replace(" ", "")}".',
+        why=f"in bands of {walks.band} rows its maps take {in_mebibytes(walks.peak)}, "
+        f"most of it {_largest(reading, walks)}.",
+        next=f'give at least memory="{in_mebibytes(walks.peak).replace(" ", "")}".',
     )
 
 
-def _bands(tallest: int, cell: int) -> Iterator[int]:
-    """Yield numbers of rows of a band to try, the most first. Cells are computed row by row, so that bands hold one."""
-    band = 1 << max((cell or tallest) - 1, 1).bit_length()
+def _bands(reading: BandPlan, has_fewest_cells: bool = True) -> Iterator[int]:
+    """Yield numbers of rows of a band to try, the most first. Bands hold one block of rows of cells, in which elements
+    are computed; those with fewer rows are for dense maps beside the region, and tried where blocks are smallest."""
+    tallest = max(one.height for one in reading.maps)
+    blocks = [-(-one.step * tallest // one.height) for one in reading.maps if one.elements is not None]
+    band = 1 << max(max(blocks, default=tallest) - 1, 1).bit_length()
     while band >= 8 and -(-tallest // band) <= _MOST_BANDS:
         yield band
+        if blocks and not has_fewest_cells:
+            return
         band //= 2
-
-
-def _rows_of_cell(reading: BandPlan, tallest: int) -> int:
-    """Return rows of the tallest map that hold a row of cells; 0 if the graph has no region."""
-    cells = [one for one in reading.maps if one.elements is not None]
-    return max((-(-one.step * tallest // one.height) for one in cells), default=0)
 
 
 def _largest(reading: BandPlan, walks: Walks) -> str:
@@ -207,10 +216,6 @@ class _HeldElements:
         self.cells, self.grid = cells, grid
         self.parts = dict[int, Tensor]()  # by their first fine row
 
-    def memory_for(self, first: int, end: int) -> Tensor | None:
-        """Return where rows could be computed that are added next."""
-        return None
-
     def add(self, first: int, end: int, x: Elements) -> None:
         self.parts[first] = x.rows
 
@@ -233,13 +238,14 @@ class _JoinedElements(_HeldElements):
     """Elements of which several rows of cells are read at once: they lie behind each other in one memory."""
 
     def __init__(self, cells: Cells, grid: Grid, spare: float) -> None:
-        """Take also how much more memory they have than they take."""
+        """Take the cells, the lattices of the map, and how many times the memory that the elements take is held."""
         super().__init__(cells, grid)
         self.memory: Tensor | None = None
         self.spare = spare
         self.used = 0  # elements of the memory, the dropped ones before the first part among them
 
     def memory_for(self, first: int, end: int) -> Tensor | None:
+        """Return where the elements of rows [first, end) could be computed, which are added next."""
         if self.memory is None:
             return None
         above = self.cells.elements_above(self.grid)
@@ -258,7 +264,7 @@ class _JoinedElements(_HeldElements):
             self.memory, self.used = None, 0
         elif self.memory is not None:
             lengths = list(map(len, self.parts.values()))
-            if len(self.memory) > TOO_MUCH * self.spare * (sum(lengths) + max(lengths)):
+            if has_too_much(len(self.memory), lengths, self.spare):
                 self._move(max(lengths), self.memory)
 
     def _behind(self, count: int, like: Tensor) -> Tensor:
@@ -408,12 +414,10 @@ class BandedCall:
     def _compute(self, task: Task) -> Any:
         """Return rows of a map, which are held from now on."""
         holder, step = self._held(task.number), self.reading.steps[task.number]
-        if not isinstance(holder, _HeldElements):
+        is_joined = isinstance(holder, _JoinedElements)
+        with offering(holder.memory_for(task.first, task.end) if is_joined else None):
             rows = step.compute(self._fetch, task.first, task.end)
-        else:
-            with offering(holder.memory_for(task.first, task.end)):
-                rows = step.compute(self._fetch, task.first, task.end)
-        if not isinstance(holder, _JoinedElements):  # what others hold may be moved
+        if not is_joined:  # what others hold may be moved
             rows = self._of_its_own(rows)
         holder.add(task.first, task.end, rows)
         return rows
@@ -485,7 +489,9 @@ class Bands:
         """Take the memory in bytes."""
         self.memory = memory
         self._readers = dict[tuple[Any, ...], BandReader]()
-        self._turned = dict[int, Program | None]()  # by the number of a graph, which the programs hold
+        self._turned = WeakKeyDictionary[
+            fx.Graph, Program | None
+        ]()  # by the graph of the program that is turned
         self._walks = WeakKeyDictionary[BandReader, Walks]()  # of the network's own graph: one for each size
         self._lock = RLock()  # a reader holds the values of the call that is running
 
@@ -617,10 +623,10 @@ class Bands:
         return walks, lambda: turned_maps(BandedCall(reader, walks).run(call, lattice))
 
     def _turned_program(self, program: Program, call: dict[str, Any]) -> Program | None:
-        """Return the program for turned pictures; None if there is none, which is tried on a part of the picture, with
-        cells of several levels."""
-        key, name = id(program.graph), program.image_name
-        if key not in self._turned:
+        """Return the program for turned pictures; None if there is none, which is tried on noise, with every cell high
+        and with cells of several levels."""
+        graph, name = program.graph, program.image_name
+        if graph not in self._turned:
             turned = turned_program(program)
             image = call[name]
             size = [min(have, most) for have, most in zip(image.shape[1:], _TRIED, strict=True)]
@@ -630,8 +636,8 @@ class Bands:
                 self._turns(program, turned, part, mask) for mask in (KeepAll(), RandomMask(seed=0))
             ):
                 turned = None
-            self._turned[key] = turned
-        return self._turned[key]
+            self._turned[graph] = turned
+        return self._turned[graph]
 
     def _turns(self, program: Program, turned: Program, call: dict[str, Any], mask: MaskProvider) -> bool:
         """True if a program gives the results of another one, turned."""
@@ -664,13 +670,8 @@ class Bands:
         self, reader: BandReader, lattice: Lattice | None = None, only_first: bool = False, start: int = 0
     ) -> Walks:
         """Return the walks for a reader, which has read the graph for them then; see `fit`."""
-        for cells in _CELLS if lattice is not None else (1,):
-            reading = reader.read(lattice, only_first, cells)
-            try:
-                return fit(reading, self.memory, start)
-            except TooLittle as refusal:
-                too_little = refusal
-        raise too_little
+        read = partial(reader.read, lattice, only_first)
+        return fit(read, self.memory, start, _CELLS if lattice is not None else (1,))
 
     def _reader(self, program: Program, graph: fx.Graph, call: dict[str, Any]) -> BandReader:
         kinds = tuple(

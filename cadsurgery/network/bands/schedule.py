@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ class BandMap:
         height: rows.
         row: bytes of a row, or of an element.
         reads: the maps that it is computed from, by number, and the rows of them that a row reads.
-        step: rows are computed in multiples of so many; elements by so many.
+        step: rows are computed in multiples of so many, and elements in blocks of exactly so many.
         copied: numbers of the maps whose rows are copied while it is computed, unless they lie together; see `joined`.
         elements: how many elements lie above each row, where rows have different numbers of them.
         lattice: bytes of lattices, for each row that is computed or read for it.
@@ -87,13 +87,26 @@ class Pass:
 
     Attributes:
         bands: for each band of rows, what is computed, in order.
+        tables: for each band, the bytes of the kernel maps that are kept.
+        known: maps that are there as a whole from the beginning.
         peak: the most bytes of maps at once, those that it begins with included.
         largest: the maps that hold the most at that moment, by number.
     """
 
     bands: list[list[Task]]
+    tables: list[float] = field(default_factory=list)
+    known: Collection[int] = ()
     peak: int = 0
     largest: dict[int, float] = field(default_factory=dict)
+
+    def measured(self, maps: Sequence[BandMap], spare: float) -> Pass:
+        """Return the walk with its peak, where maps that are `joined` have so much more memory than their elements
+        take."""
+        meter = _Meter(maps, self.known, spare)
+        for tasks, meter.tables in zip(self.bands, self.tables, strict=True):
+            for task in tasks:
+                meter.carry_out(task)
+        return replace(self, peak=int(meter.peak), largest=meter.largest)
 
 
 SPARE = 4 / 3  # maps that are `joined` have at least so much more memory than their elements take
@@ -132,7 +145,7 @@ class _Meter:
         sizes = [taken for _, taken in parts]
         if number not in self.joined or not parts:
             self._set(number, sum(sizes))
-        elif self.bytes[number] > TOO_MUCH * self.spare * (sum(sizes) + max(sizes)):
+        elif has_too_much(self.bytes[number], sizes, self.spare):
             self._set(number, self.spare * (sum(sizes) + max(sizes)))
 
     def carry_out(self, task: Task) -> None:
@@ -160,7 +173,6 @@ def walk(
     known: Collection[int],
     kept: Collection[int] = (),
     start: int = 0,
-    spare: float = SPARE,
 ) -> Pass:
     """Plan a walk down a picture.
 
@@ -171,7 +183,9 @@ def walk(
         known: maps that are there as a whole from the beginning.
         kept: maps that stay as a whole once they are computed.
         start: the first row of those asked for; of the others those are left out that nothing reads then.
-        spare: maps that are `joined` have so much more memory than their elements take.
+
+    Returns:
+        The walk, measured with the least spare memory.
     """
     used = used_by(maps, ends, known)
     if not used:
@@ -184,11 +198,10 @@ def walk(
     for number in used:
         leaving[max((reader for reader, _ in readers[number]), default=number)].append(number)
     done = _first_rows(maps, used, readers, ends, start)
-    bands, meter = list[list[Task]](), _Meter(maps, known, spare)
+    one, users = Pass([], known=known), _users_of_tables(maps, used)
     for asked in _needed(maps, used, readers, ends, band):
         need = {number: max(rows, done[number]) for number, rows in asked.items()}
         keep = _still_read(maps, used, readers, need, kept)
-        meter.tables = _bytes_of_tables(maps, used, need)
         tasks = []
         for number in used:
             drops = tuple((left, keep[left]) for left in leaving[number])
@@ -199,18 +212,23 @@ def walk(
                 tasks[-1] = tasks[-1]._replace(drops=drops)
             elif tasks and drops:
                 tasks[-1] = tasks[-1]._replace(drops=(*tasks[-1].drops, *drops))
-        for task in tasks:
-            meter.carry_out(task)
         if tasks:
-            bands.append(tasks)
+            one.bands.append(tasks)
+            one.tables.append(_bytes_of_tables(maps, users, need))
         done = need
-    return Pass(bands, int(meter.peak), meter.largest)
+    return one.measured(maps, SPARE)
 
 
 def joined(maps: Sequence[BandMap]) -> set[int]:
     """Return the maps of elements of which every reader reads rows of cells together; the number of each."""
     apart = {source for one in maps for source, _ in one.reads if source not in one.copied}
     return {source for one in maps for source in one.copied if maps[source].elements is not None} - apart
+
+
+def has_too_much(memory: float, sizes: Sequence[float], spare: float) -> bool:
+    """True if the memory of a map that is `joined` shall become smaller: its parts take `sizes` of it, and one more as
+    large as the largest of them is to have room."""
+    return memory > TOO_MUCH * spare * (sum(sizes) + max(sizes))
 
 
 def is_table_kept(maps: Sequence[BandMap], number: int, row: int, done: Mapping[int, int]) -> bool:
@@ -227,14 +245,21 @@ def is_table_kept(maps: Sequence[BandMap], number: int, row: int, done: Mapping[
     return any(maps[one].table == own and soon <= at < row for one, at in done.items() if one != number)
 
 
-def _bytes_of_tables(maps: Sequence[BandMap], used: Sequence[int], done: Mapping[int, int]) -> float:
-    """Return the bytes of the kernel maps that are kept for maps that are computed soon."""
-    users = defaultdict[Any, list[int]](list)
+def _users_of_tables(maps: Sequence[BandMap], used: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Return the maps that have a kernel map in common, with the bytes of it for each element."""
+    users = defaultdict[tuple[Any, int], list[int]](list)
     for number in used:
-        if maps[number].table is not None:
-            users[maps[number].table].append(number)
+        if (table := maps[number].table) is not None:
+            users[table].append(number)
+    return [(size, numbers) for (_, size), numbers in users.items()]
+
+
+def _bytes_of_tables(
+    maps: Sequence[BandMap], users: Sequence[tuple[int, list[int]]], done: Mapping[int, int]
+) -> float:
+    """Return the bytes of the kernel maps that are kept for maps that are computed soon."""
     total = 0.0
-    for (_, size), numbers in users.items():
+    for size, numbers in users:
         rows, elements = sorted(done[one] for one in numbers), maps[numbers[0]].elements
         assert elements is not None
         pairs = [(a, b) for a, b in pairwise(rows) if b - a <= _SOON * maps[numbers[0]].step]
