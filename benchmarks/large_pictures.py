@@ -9,10 +9,13 @@ side runs in processes of its own: some are timed, and one gives freed memory ba
 call *raises* the peak of the resident set above its size before. The picture is there before, results are counted:
 whole sides return all of it, bands give rows (`net.optimize(memory=...).rows`), of which classes are kept. *Windows*
 is MONAI's `sliding_window_inference` (which has to be installed) with windows of 1,024 and an overlap of an eighth.
-*Error* is the largest difference from the first side relative to its largest value, where that was measured.
+*Error* is the largest difference from the first side relative to its largest value, where that was measured. The
+network as given runs in channels_last, which is faster here.
 
 With `--plans` nothing is measured: the bands that several networks would take within some memories, and their work
-relative to computing each map once. With `--masks` the network is computed under floors, in bands and whole.
+relative to computing each map once. With `--masks` the network is computed under floors, in bands and whole; *of the
+line* is the time relative to the line between nothing kept, whole, and the network as given. All sides are then given
+the picture as a tensor.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ from cadsurgery.support.provenance import setting
 WINDOW, OVERLAP, MEMORY = 1024, 0.125, "512MiB"
 _ROWS = 128
 MEMORIES = ("256MiB", "512MiB", "1GiB", "2GiB")
-GIVEN, WHOLE, BANDS, WINDOWS = "as given", "converted, whole", "in bands", "windows"
+GIVEN, LOW = "as given", "nothing kept, whole"
+WHOLE, BANDS, WINDOWS = "converted, whole", "in bands", "windows"
 
 
 class Returned(nn.Module):
@@ -96,15 +100,16 @@ class Scenes:
 def _run_of(task: dict[str, Any]) -> Callable[[Any], Any]:
     """Return the call of a side: of a picture's tensor; in rows, of the picture. It returns the result, or the classes
     of rows unless the result is kept."""
-    model, side = thin_unet(), task["side"]
-    if side in (WHOLE, BANDS):
+    model, side = thin_unet().to(memory_format=torch.channels_last), task["side"]
+    if side in (LOW, WHOLE, BANDS):
         example, memory = torch.randn(1, 3, 256, 320), task["memory"] if side == BANDS else None
-        net = cs.adaptify(model, task["mask"], coarsest=32, example_input=example, verify_laws=False)
+        mask = "none" if side == LOW else task["mask"]
+        net = cs.adaptify(model, mask, coarsest=32, example_input=example, verify_laws=False)
         fast = net.optimize(memory=memory)
     if side == BANDS:
         keeps = bool(task["keep"])
 
-        def in_rows(picture: Scenes) -> Any:
+        def in_rows(picture: Any) -> Any:
             result = fast.rows(picture)
             task["plan"] = (result.walks.band, result.walks.peak)
             shape = result.shape if keeps else result.shape[1:]
@@ -118,7 +123,7 @@ def _run_of(task: dict[str, Any]) -> Callable[[Any], Any]:
         from monai.inferers import sliding_window_inference
 
         return lambda image: sliding_window_inference(image, (WINDOW, WINDOW), 1, model, overlap=OVERLAP)
-    return fast if side == WHOLE else model
+    return model if side == GIVEN else fast
 
 
 def print_side(task: str) -> None:
@@ -129,8 +134,11 @@ def print_side(task: str) -> None:
     with torch.inference_mode():
         run = _run_of(arguments)
         for height in (_ROWS, arguments["height"]):
-            picture: Any = Scenes(height, arguments["width"])
-            given = picture if arguments["side"] == BANDS else picture[:, :].unsqueeze(0)
+            given: Any = Scenes(height, arguments["width"])
+            if arguments["side"] != BANDS or arguments["mask"] != "all":
+                given = given[:, :]
+            if arguments["side"] != BANDS:
+                given = given.unsqueeze(0).contiguous(memory_format=torch.channels_last)
 
             def timed(given: Any = given) -> None:
                 start = time.perf_counter()
@@ -154,11 +162,17 @@ def measured(
 
 
 def rows_of_sides(
-    size: tuple[int, int], sides: Sequence[str], mask: str, memory: str, rounds: int
+    size: tuple[int, int],
+    sides: Sequence[str],
+    mask: str,
+    memory: str,
+    rounds: int,
+    kept: float | None = None,
 ) -> Iterator[str]:
-    """Yield the table's rows of a size; the sides are timed in turn, and the best time of each counts."""
+    """Yield the table's rows of a size; the sides are timed in turn, and the best time of each counts. `kept` is the
+    share of the cells that the mask keeps."""
     megapixels, seconds = size[0] * size[1] / 1e6, dict[str, float]()
-    for side in list(sides) * rounds:
+    for side in [*sides, *((LOW, GIVEN) if kept is not None else ())] * rounds:
         once = measured(side, mask, size, memory, gives_back=False)[0]
         seconds[side] = min(once, seconds.get(side, once))
     with tempfile.TemporaryDirectory() as folder:
@@ -173,6 +187,9 @@ def rows_of_sides(
                 result = np.load(keep)
                 right = result if right is None else right
                 cells += [f"{np.abs(result - right).max() / np.abs(right).max():.1e}"]
+            if kept is not None and rounds:
+                line = seconds[LOW] + kept * (seconds[GIVEN] - seconds[LOW])
+                cells += [f"{seconds[side] / line:.2f} of {line:.1f} s"]
             yield f"| {' | '.join(cells)} |"
 
 
@@ -223,17 +240,18 @@ def main() -> None:
             for line in rows_of_plans(size, MEMORIES):
                 print(line, flush=True)
         return
-    print("| megapixels | side | seconds | MiB raised | MiB planned | error |")
+    print("| megapixels | side | seconds | MiB raised | MiB planned | error | of the line |")
     for size in sizes:
         megapixels = size[0] * size[1] / 1e6
         sides = [GIVEN, WHOLE, BANDS, WINDOWS] if megapixels < 10 else [WHOLE, BANDS, WINDOWS]
         rounds = options.rounds if megapixels < 10 else 1
         if megapixels > options.most:  # the memory alone
             sides, rounds = [BANDS], 0
-        cases = [(f"content | budget:fraction={share}", [WHOLE, BANDS]) for share in options.masks]
-        for mask, compared in cases or [("all", sides)]:
+        for kept in options.masks or [None]:
+            mask = "all" if kept is None else f"content | budget:fraction={kept}"
+            compared = sides if kept is None else [WHOLE, BANDS]
             print(f"mask {mask}:")
-            for line in rows_of_sides(size, compared, mask, options.memory, rounds):
+            for line in rows_of_sides(size, compared, mask, options.memory, rounds, kept):
                 print(line, flush=True)
 
 

@@ -731,6 +731,10 @@ class Lattice:
             return self.batch * math.prod(self.samples(side))
         return self.anchors.shape[0] if self.capacity is None else self.capacity[1]
 
+    def know_count(self, count: int) -> None:
+        """Take the number of cells of a lattice whose cells are counted, which is else found together with them."""
+        self._derived.setdefault("count", count)
+
     @_derive
     def level_of_rows(self) -> Tensor:
         """(N,) int32: level of each element's cell."""

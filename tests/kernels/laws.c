@@ -552,7 +552,7 @@ long SUFFIX(shift_taps)(const map *);
 
 /* The cells of a level map, and the taps of a 3 x 3 window around each of them. */
 static void maps_law(void) {
-    enum { BATCH = 2, HEIGHT = 13, WIDTH = 18, PIXELS = BATCH * HEIGHT * WIDTH, TAPS = 9 };
+    enum { BATCH = 2, HEIGHT = 77, WIDTH = 18, PIXELS = BATCH * HEIGHT * WIDTH, TAPS = 9 };
     static const int64_t side_of[] = {1, 2, 4}, steps[] = {-3, 0, 2};
     for (int has_halo = 0; has_halo < 2; has_halo++) {
         int64_t *sides = NEW(int64_t, 3), *anchors = NEW(int64_t, PIXELS), *counts = NEW(int64_t, BATCH);

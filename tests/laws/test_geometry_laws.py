@@ -313,6 +313,20 @@ def test_compiled_cells_and_kernel_maps_are_those_of_torch(data: st.DataObject) 
 # -- reading -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(library() is None, reason="no C compiler here")
+@pytest.mark.parametrize("strides", [(2, 2, 2), (3,), (4, 2)], ids=str)
+def test_compiled_cells_are_those_of_torch_where_threads_share_them(strides: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    levels = random_levels(3, (205, 71), strides)
+    compiled = [Geometry(strides).lattice(levels).at(stage) for stage in range(len(strides) + 1)]
+    found = [(lattice.anchors, lattice.index, lattice.counts) for lattice in compiled]
+    with patch.object(maps, "supports", lambda *given: False):
+        for stage, own in enumerate(found):
+            lattice = Geometry(strides).lattice(levels).at(stage)
+            for one, expected in zip(own, (lattice.anchors, lattice.index, lattice.counts), strict=True):
+                assert torch.equal(one, expected)
+
+
 @QUICK
 @given(worlds(), st.integers(0, 3), st.sampled_from([1, 2, 4, 8]))
 def test_to_dense_reads_every_pixel_by_fill(world: World, stage: int, spacing: int) -> None:

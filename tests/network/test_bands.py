@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import slow
+from conftest import random_levels, slow
 from networks import ResidualSegmenter, Segmenter, build, seeded, strided, unverified
 from random_networks import random_case
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 import cadsurgery as cs
 from benchmarks.zoo.bands_check import MASK, MUCH, bands_of
 from cadsurgery.elements import kernel_map
+from cadsurgery.elements.lattice import Geometry
 from cadsurgery.network.bands import schedule
+from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.schedule import SAME, BandMap, RowsRead
 from cadsurgery.support.memory import bytes_of
 
@@ -421,7 +423,22 @@ def test_too_little_memory_names_the_least_that_works() -> None:
     banded = net.optimize(memory=least)
     plan = banded.plan_memory(image)
     assert plan.peak <= bytes_of(least) and plan.band < 1024
+    assert f"at most {least.removesuffix('MiB')} MiB at once, in bands of {plan.band} rows, in 1 walk" in str(
+        plan
+    )
     assert difference(net.optimize()(image), banded(image)) < 1e-5
+
+
+@pytest.mark.parametrize("floors", [False, True], ids=["strides", "floors"])
+def test_elements_are_counted_before_cells_are_found(floors: bool) -> None:
+    """For maps that end within a cell, and for some that are larger than the level map."""
+    geometry, side = Geometry((2, 2, 2), floors=floors), 8
+    torch.manual_seed(0)
+    pyramid = geometry.lattice(random_levels(1, (43, 61), (2, 2, 2))).pyramid
+    for stage, size in itertools.product(range(geometry.stages), [(43, 61), (37, 50), (48, 64)]):
+        cells, grid = Cells(pyramid, side), Grid(stage, size)
+        above, lattice = cells.elements_above(grid), pyramid.lattice(stage, size)
+        assert above == [lattice.row_at(line) for line in range(size[0])] + [lattice.count]
 
 
 @torch.no_grad()

@@ -51,7 +51,6 @@ static tensor vector_of(const void *data, int64_t count) { return (tensor){data,
 static tensor table_of(const void *data, int64_t rows, int64_t columns) { return (tensor){data, 2, {rows, columns}}; }
 
 const char *cadsurgery_find_cells(const tensor *in, found *to, share_in_engine *way) {
-    (void)way;
     const char *reason = check_levels(in);
     if (reason) return reason;
     const int64_t *size = in[LEVELS].size, pixels = size[0] * size[1] * size[2], many = in[SIDES].size[0];
@@ -70,7 +69,9 @@ const char *cadsurgery_find_cells(const tensor *in, found *to, share_in_engine *
     }
     widen(in + SIDES, many, sides);
     c.levels = copy_levels(in + LEVELS, pixels, levels), c.sides = sides;
+    cadsurgery_share_by(way);
     const long count = find_cells_scalar(&c);
+    cadsurgery_share_by(0);
     for (long i = 0; i < count; i++) anchors[i] = (int32_t)c.anchors[i];
     *to = (found){{vector_of(anchors, count), vector_of(c.index, pixels)}, 2, all.memory};
     return 0;

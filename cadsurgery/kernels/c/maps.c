@@ -11,6 +11,13 @@
 
 #include "parallel.h"
 
+/* Return the highest level; a negative one counts as more than any that is. */
+static int highest_level(const cells *c, long pixels) {
+    uint8_t most = 0;
+    for (long i = 0; i < pixels; i++) most = (uint8_t)c->levels[i] > most ? (uint8_t)c->levels[i] : most;
+    return most;
+}
+
 /* Levels that have no side, or one that is not positive, would be read beyond it. */
 static long check_cells(const cells *c, long pixels) {
     const long *const held = c->held;
@@ -22,40 +29,100 @@ static long check_cells(const cells *c, long pixels) {
     NEEDS(held, 4, c->batch, int64_t);
     const long many = held[1] / (long)sizeof *c->sides;
     for (long i = 0; i < many; i++) POSSIBLE(c->sides[i] > 0);
-    int least = 0, most = 0;
-    for (long i = 0; i < pixels; i++) {
-        least = c->levels[i] < least ? c->levels[i] : least;
-        most = c->levels[i] > most ? c->levels[i] : most;
-    }
-    POSSIBLE(least >= 0 && (most < many || !pixels));
+    POSSIBLE(highest_level(c, pixels) < many || !pixels);
     return FITS;
 }
 
-/* Return the number of cells; write their anchors, the row of each pixel's cell and the number of cells of each image. Along a
- * line, all pixels of a cell follow from its first. */
-long SUFFIX(find_cells)(const cells *c) {
-    const long width = c->width, pixels = product_of(product_of(c->batch, c->height), width);
-    const int64_t *const sides = c->sides;
-    RETURN_UNLESS_FITS(check_cells(c, pixels));
-    long count = 0;
-    for (long line = 0; line < c->batch * c->height; line++) {
-        const long y = line % c->height, first = line * width, image = line / c->height;
-        const int8_t *level = c->levels + first;
-        int32_t *own = c->index + first;
-        if (y == 0) c->counts[image] = 0;
-        for (long x = 0; x < width;) {
-            const long side = sides[level[x]], end = x + side < width ? x + side : width;
-            if (y % side) {
-                memcpy(own + x, own + x - width, (end - x) * sizeof *own);
-            } else {
-                c->anchors[count] = first + x;
-                c->counts[image]++;
-                for (long i = x; i < end; i++) own[i] = (int32_t)count;
-                count++;
+/* The cells of a map in blocks of lines, in which whole cells lie. */
+typedef struct {
+    const cells *c;
+    int levels; /* that there are */
+    long tall;  /* lines of a block, the side of the largest cells */
+} blocks;
+
+static blocks blocks_of(const cells *c, long pixels) {
+    blocks b = {c, highest_level(c, pixels) + 1, 1};
+    for (int i = 0; i < b.levels; i++) b.tall = c->sides[i] > b.tall ? c->sides[i] : b.tall;
+    return b;
+}
+
+/* Count the anchors of each line, in its first entry of the index. Only the last cell of a line can be cut off, so the pixels of
+ * a level tell its cells. */
+static void count_anchors(long begin, long end, void *work) {
+    const blocks *b = work;
+    const cells *c = b->c;
+    for (long line = begin; line < end; line++) {
+        const long y = line % c->height;
+        const int8_t *level = c->levels + line * c->width;
+        int32_t count = 0;
+        for (int i = 0; i < b->levels; i++) {
+            const long side = c->sides[i];
+            if (y % side) continue;
+            int32_t pixels = 0;
+            for (long x = 0; x < c->width; x++) pixels += level[x] == i;
+            count += (pixels + side - 1) / side;
+        }
+        c->index[line * c->width] = count;
+    }
+}
+
+/* Write anchors and rows of blocks; the first entry of each line is the row of its first anchor. Pixels are taken in runs of
+ * cells of one level. */
+static void fill_cells(long begin, long end, void *work) {
+    const blocks *b = work;
+    const cells *c = b->c;
+    const long width = c->width, each = (c->height + b->tall - 1) / b->tall;
+    for (long block = begin; block < end; block++) {
+        const long top = block % each * b->tall, bottom = top + b->tall < c->height ? top + b->tall : c->height;
+        for (long y = top; y < bottom; y++) {
+            const long first = (block / each * c->height + y) * width;
+            const int8_t *level = c->levels + first;
+            int32_t *own = c->index + first, row = *own;
+            for (long x = 0, stop; x < width; x = stop) {
+                const long side = c->sides[level[x]];
+                for (stop = x + side; stop < width && level[stop] == level[x];) stop += side;
+                stop = stop < width ? stop : width;
+                if (y % side) {
+                    memcpy(own + x, own + x - width, (stop - x) * sizeof *own);
+                } else if (side == 1) {
+                    for (long i = 0; i < stop - x; i++) c->anchors[row + i] = first + x + i;
+                    for (long i = 0; i < stop - x; i++) own[x + i] = row + (int32_t)i;
+                    row += (int32_t)(stop - x);
+                } else {
+                    for (long at = x; at < stop; at += side) {
+                        c->anchors[row] = first + at;
+                        for (long i = at; i < (at + side < stop ? at + side : stop); i++) own[i] = row;
+                        row++;
+                    }
+                }
             }
-            x = end;
         }
     }
+}
+
+/* Return the number of cells; write their anchors, the row of each pixel's cell and the number of cells of each image. */
+long SUFFIX(find_cells)(const cells *c) {
+    const long lines = product_of(c->batch, c->height), pixels = product_of(lines, c->width);
+    RETURN_UNLESS_FITS(check_cells(c, pixels));
+    if (!pixels) {
+        for (long image = 0; image < c->batch; image++) c->counts[image] = 0;
+        return 0;
+    }
+    const blocks b = blocks_of(c, pixels);
+    cadsurgery_share(lines, 64, count_anchors, (void *)&b);
+    long count = 0;
+    for (long image = 0; image < c->batch; image++) {
+        const long before = count;
+        for (long line = image * c->height; line < (image + 1) * c->height; line++) {
+            int32_t *own = c->index + line * c->width;
+            const long anchors = *own;
+            *own = (int32_t)count;
+            count += anchors;
+        }
+        c->counts[image] = count - before;
+    }
+    const long each = (c->height + b.tall - 1) / b.tall;
+    cadsurgery_share(c->batch * each, (64 + b.tall - 1) / b.tall, fill_cells, (void *)&b);
     return count;
 }
 

@@ -58,7 +58,7 @@ class Cells:
     _rows: dict[tuple[int, int], Pyramid] = field(default_factory=dict)
     _parts: dict[tuple[int, int], dict[Any, Lattice]] = field(default_factory=dict)
     _known: list[tuple[int, int]] = field(default_factory=list)
-    _counts: dict[Any, Tensor] = field(default_factory=dict)
+    _counts: dict[Grid, list[int]] = field(default_factory=dict)
 
     def in_blocks(self, side: int) -> Cells:
         """Return the same cells, of which so many fine rows are computed at a time."""
@@ -77,12 +77,19 @@ class Cells:
                 self._forget(self._known.pop(0))
         of_rows, (height, width) = self._rows[key], grid.size
         whole = of_rows.lattice(grid.stage, (min(key[1], height) - begin, width))
+        whole.know_count(self._count(grid, *key))
         if (begin, stop) == (first, end):
             return whole
         parts, part = self._parts[key], (grid, first, end)
         if part not in parts:
-            parts[part] = whole.between(first - begin, min(self._key(first, end)[1], height) - begin)
+            own = self._key(first, end)
+            parts[part] = whole.between(first - begin, min(own[1], height) - begin)
+            parts[part].know_count(self._count(grid, *own))
         return parts[part]
+
+    def _count(self, grid: Grid, first: int, end: int) -> int:
+        above = self.elements_above(grid)
+        return above[min(end, grid.size[0])] - above[first]
 
     def _key(self, first: int, end: int) -> tuple[int, int]:
         return first, -(-end // self.side) * self.side
@@ -113,22 +120,30 @@ class Cells:
         geometry = self.pyramid.geometry
         return geometry.sides[geometry.level_at(0, grid.stage)]
 
-    def elements_above(self, grid: Grid) -> Tensor:
-        """Return for each fine row about how many elements of a map lie above it, (height + 1,) float64."""
-        key = ("above", grid)
-        if key not in self._counts:
-            geometry = self.pyramid.geometry
-            each = torch.tensor([side**-2.0 for side in geometry.sides], dtype=torch.float64)
-            levels = self.pyramid.levels[0, : grid.size[0], : grid.size[1]]
-            of_rows = [
-                each[geometry.levels_at(some, grid.stage).long()].sum(1) for some in levels.split(self.side)
-            ]
-            beyond = grid.size[0] - levels.shape[0]
-            rows = torch.cat(
-                [torch.zeros(1, dtype=torch.float64), *of_rows, *of_rows[-1][-1:].expand(max(beyond, 0), 1)]
-            )
-            self._counts[key] = rows.cumsum(0)
-        return self._counts[key]
+    def elements_above(self, grid: Grid) -> list[int]:
+        """Return for each fine row how many elements of a map have their anchors above it: height + 1 numbers."""
+        if grid not in self._counts:
+            found = [torch.zeros(1, dtype=torch.int64)]
+            for rows in torch.arange(grid.size[0]).split(self.pyramid.geometry.sides[-1]):
+                found.append(self._anchors_on(rows, grid))
+            self._counts[grid] = torch.cat(found).cumsum(0).tolist()
+        return self._counts[grid]
+
+    def _anchors_on(self, rows: Tensor, grid: Grid) -> Tensor:
+        """Return how many anchors lie on each of some fine rows, the first of which is the first one of cells."""
+        geometry, levels = self.pyramid.geometry, self.pyramid.levels[0]
+        columns = torch.arange(grid.size[1]).clamp(
+            max=levels.shape[1] - 1
+        )  # beyond the map its border continues
+        levels = levels[rows.clamp(max=levels.shape[0] - 1)]
+        levels = geometry.levels_at(
+            levels if len(columns) <= levels.shape[1] else levels[:, columns], grid.stage
+        )
+        found = torch.zeros_like(rows)
+        for level in {geometry.level_at(level, grid.stage) for level in range(geometry.max_level + 1)}:
+            side = geometry.sides[level]
+            found[::side] += (levels[::side, : grid.size[1] : side] == level).count_nonzero(1)
+        return found
 
     def reached(self, above: int, below: int, step: int = 1) -> RowsRead:
         """Return the rows of whole cells that are read by points so many fine rows above and below an element, which

@@ -65,6 +65,13 @@ def fused_product(node: fx.Node, facts: MapFacts) -> Treatment:
     return Treatment("join" if len(node.all_input_nodes) > 1 else "pointwise")
 
 
+_NEEDS = {
+    "image": "it reads a map of the whole picture at once",
+    "batch": "it reads the whole batch at once",
+    "window": "it reads neighbours in an order that bands do not know",
+}  # by what an operation reads
+
+
 class Statistics(NamedTuple):
     """Stands for mean and variance of a norm among the values of the whole image."""
 
@@ -309,7 +316,7 @@ class BandReader:
             made = BandMap(
                 self._name(node), grid.size[0], reading.channels[node] * size, step=self.cells.side
             )
-            made.elements = self.cells.elements_above(grid).tolist()
+            made.elements = self.cells.elements_above(grid)
             made.lattice = element_steps.LATTICE * grid.size[1]
         else:
             shape, axis = reading.shapes[node], self._axis(node)
@@ -395,7 +402,7 @@ class BandReader:
             return steps.Mean(sums, arguments.get("divisor"), arguments.get("count_include_pad", True))
         if call is functional.pixel_unshuffle:
             return make(lambda x, left, _: F.pixel_unshuffle(x, window.stride), 0.0, pads=False)
-        raise self._refusal(node, "its window is of a kind that needs whole maps")
+        raise self._refusal(node, _NEEDS["window"])
 
     def _pads(self, node: fx.Node, treatment: Treatment) -> Window | None:
         """The padding of an operation that pads or cuts a map, by the sizes of this picture; None for any other."""
@@ -587,7 +594,7 @@ class BandReader:
         if node.target is functional.group_norm:
             return self._group_norm(node, source, options)
         if operation.reads != "element":
-            raise self._refusal(node, "it needs whole maps, or a batch")
+            raise self._refusal(node, _NEEDS.get(operation.reads, _NEEDS["image"]))
         if node.target in (functional.pad, functional.crop, functional.check_same_padding):
             value = options.get("value", 0.0)
             return element_steps.BorderOfElements(cells, source, (grids[source], grids[node]), spacing, value)
@@ -646,7 +653,9 @@ class BandReader:
         layout = options.get("layout", NCHW) if grid else self.spatial.facts.layout(source)
         is_over_all = set(dims) == {1, 2, 3} and how in ("mean", "sum", "amax", "amin")
         if make is None or not (tuple(dims) == image_dims(layout) or is_over_all):
-            raise self._refusal(node, "it needs whole maps, or a batch")
+            axes = "the whole batch" if 0 in dims else "a part of the axes of a map"
+            why = _NEEDS["image"] if make is None else f"it reads {axes} at once"
+            raise self._refusal(node, why)
         if grid is None and layout != NCHW:
             make = partial(steps.OfPermuted, make, tuple(map(layout.index, NCHW)))
         over = getattr(torch, how) if is_over_all else None
@@ -717,7 +726,7 @@ class BandReader:
             or not on_rows
             or any("h" not in one for one in layouts)
         ):
-            raise self._refusal(node, treatment.why if treatment.kind == "barrier" else "it needs whole maps")
+            raise self._refusal(node, treatment.why if treatment.kind == "barrier" else _NEEDS["image"])
 
     def _refuse_changes_that_others_read(self) -> None:
         """Refuse an operation in place if what it changes is read by something behind it, but through its result: rows

@@ -47,6 +47,7 @@ ReadRows = Callable[[int, int], Tensor]  # rows [first, end) of a picture, (1, C
 _MOST_BANDS = 4096  # of one walk
 # Rows of cells at a time, and the spare memory of elements that lie together, the fastest first.
 _CELLS, _SPARES = (4, 2, 1), (3.0, 2.0)
+_MOST_COPIES = 16  # in which elements are moved within their memory
 _MOST_READERS = 4  # kinds of calls that are remembered
 _TRIED = 64, 224, 288  # channels and size of a noise by which turned networks are tried
 _WHOLE = "run it whole: net.optimize() without memory=."
@@ -78,6 +79,18 @@ class Walks:
     def peak(self) -> int:
         """The most bytes of maps at once."""
         return max(one.peak for one in self.passes)
+
+    def __str__(self) -> str:
+        walks = "1 walk" if len(self.passes) == 1 else f"{len(self.passes)} walks"
+        work = (
+            f"{self.work:.2f} times the work of computing"
+            if self.work >= 1.005
+            else "no more work than computing"
+        )
+        return (
+            f"maps of at most {in_mebibytes(self.peak)} at once, in bands of {self.band} rows, in {walks} down the "
+            f"picture; {work} each map once"
+        )
 
     def with_spare(self, maps: Sequence[BandMap], spare: float) -> Walks:
         """Return the same walks with more memory for maps that are `joined`, whose elements then move less often."""
@@ -249,7 +262,7 @@ class _JoinedElements(_HeldElements):
         if self.memory is None:
             return None
         above = self.cells.elements_above(self.grid)
-        return self._behind(int(above[end] - above[first]) + self.cells.side, self.memory)
+        return self._behind(above[end] - above[first], self.memory)
 
     def add(self, first: int, end: int, x: Elements) -> None:
         place = self._behind(len(x.rows), x.rows)[: len(x.rows)]
@@ -278,12 +291,15 @@ class _JoinedElements(_HeldElements):
         """Move the elements to the beginning of the memory, or into another one of the right size."""
         parts = list(self.parts.values())
         live = sum(map(len, parts))
-        there, wanted = self._together(parts) if parts else like[:0], live + count
+        there, wanted, distance = self._together(parts) if parts else like[:0], live + count, self.used - live
         if self.memory is None or not wanted <= len(self.memory) <= TOO_MUCH * self.spare * wanted:
             self.memory = like.new_empty((int(wanted * self.spare), *like.shape[1:]))
-        elif self.used < 2 * live:  # where they are and where they shall be overlap
-            there = there.clone()
-        self.memory[:live] = there
+            distance = live
+        elif distance < live // _MOST_COPIES:
+            there, distance = there.clone(), live
+        for at in range(0, live, max(distance, 1)):  # what is read and what is written do not overlap
+            end = min(at + distance, live)
+            self.memory[at:end] = there[at:end]
         self.used = live
         self.parts = dict(zip(self.parts, self.memory[:live].split(list(map(len, parts))), strict=True))
 
