@@ -46,7 +46,7 @@ from cadsurgery.surgery.rewrite import ask_mask
 ReadRows = Callable[[int, int], Tensor]  # rows [first, end) of a picture, (1, C, end - first, W)
 _MOST_BANDS = 4096  # of one walk
 # Rows of cells at a time, and the spare memory of elements that lie together, the fastest first.
-_CELLS, _SPARES = (4, 2, 1), (3.0, 2.0)
+_CELLS, _SPARES = (16, 8, 4, 2, 1), (3.0, 2.0)
 _MOST_COPIES = 16  # in which elements are moved within their memory
 _MOST_READERS = 4  # kinds of calls that are remembered
 _TRIED = 64, 224, 288  # channels and size of a noise by which turned networks are tried
