@@ -25,10 +25,12 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 import cadsurgery as cs
 from benchmarks.zoo.bands_check import MASK, MUCH, bands_of
 from cadsurgery.elements import kernel_map
+from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.network.bands import schedule
 from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.schedule import SAME, BandMap, RowsRead
+from cadsurgery.network.bands.steps import rows_of_window
 from cadsurgery.support.memory import bytes_of
 
 SEEDS = int(os.environ.get("CADSURGERY_SEEDS", 500))
@@ -597,6 +599,22 @@ def test_only_a_new_copy_gets_a_memory() -> None:
 
 
 # -- the schedule ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+@pytest.mark.parametrize("dilation", [1, 3])
+def test_no_band_computes_more_rows_than_others(mode: str, dilation: int) -> None:
+    """However far a deep network reads ahead: the first bands lie above the picture."""
+    padding = (dilation,) * 4
+    window = Window((3, 3), dilation=(dilation, dilation), padding=padding, mode=mode)
+    maps = [BandMap("picture", 1024, 0)]
+    for place in range(40):
+        stride = 2 if place in (1, 5) else 1
+        rows = rows_of_window(window._replace(stride=stride), maps[-1].height)
+        maps.append(BandMap(f"map {place}", maps[-1].height // stride, 10, [(place, rows)]))
+    plan = schedule.walk(maps, [40], 16, [0])
+    for task in (task for band in plan.bands for task in band):
+        assert task.end - task.first <= 2 * 16 * maps[task.number].height // maps[1].height
 
 
 def test_nothing_is_computed_twice_or_read_before_it_is_there() -> None:

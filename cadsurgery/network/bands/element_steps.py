@@ -218,7 +218,7 @@ class WindowOfElements:
         ]  # what is reflected lies in front of the border
         side = self.cells.side
         top, bottom = max(0, height - 1 - 2 * pads[1]) // side * side, (2 * pads[0] // side + 2) * side - 1
-        return RowsRead(lambda row: min(rows.first(row), top), lambda row: max(rows.last(row), bottom))
+        return rows.with_rows(top, bottom)
 
     def _within(self, first: int, end: int) -> tuple[int, int]:
         """Return the fine rows that are read, those of the result among them."""

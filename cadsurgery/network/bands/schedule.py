@@ -25,6 +25,15 @@ class RowsRead(NamedTuple):
         """Return the rows [first, end) of a map of a height that rows [first, end) of the result read."""
         return max(self.first(first), 0), min(self.last(end - 1) + 1, height)
 
+    def with_rows(self, most: int, least: int) -> RowsRead:
+        """Return the same with a first row of at most `most` and a last row of at least `least`, where windows that lie
+        in the padding read something. Rows above the result still read above the map: they tell how far ahead results
+        read, see `walk`."""
+        return RowsRead(
+            lambda row: min(self.first(row), most),
+            lambda row: max(self.last(row), least) if row >= 0 else self.last(row),
+        )
+
 
 def _same(row: int) -> int:
     return row

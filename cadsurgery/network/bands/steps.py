@@ -79,16 +79,10 @@ def rows_of_window(window: Window, height: int) -> RowsRead:
         return RowsRead(
             lambda row: -(-(row + top - span) // window.finer), lambda row: (row + top) // window.finer
         )
+    rows = RowsRead(lambda row: row * window.stride - top, lambda row: row * window.stride - top + span)
     if window.mode == "zeros":
-        return RowsRead(
-            lambda row: min(row * window.stride - top, height - 1),
-            lambda row: max(row * window.stride - top + span, 0),
-        )
-    # What is reflected at a border lies in front of it.
-    return RowsRead(
-        lambda row: min(row * window.stride - top, height - 1 - bottom),
-        lambda row: max(row * window.stride - top + span, top),
-    )
+        return rows.with_rows(height - 1, 0)
+    return rows.with_rows(height - 1 - bottom, top)  # what is reflected at a border lies in front of it
 
 
 @dataclass
