@@ -208,9 +208,11 @@ def rows_of_sides(
             yield f"| {' | '.join(cells)} |"
 
 
-def rows_of_plans(size: tuple[int, int], memories: Sequence[str]) -> Iterator[str]:
-    """Yield the table's rows of the bands that networks would take."""
-    for name, build in NETWORKS.items():
+def rows_of_plans(
+    size: tuple[int, int], memories: Sequence[str], models: Sequence[str] = ()
+) -> Iterator[str]:
+    """Yield the table's rows of the bands that networks would take; `models` are further ones by name."""
+    for name, build in (NETWORKS | {Path(name).name: partial(build_model, name) for name in models}).items():
         try:
             model = build().eval()
         except ImportError as error:
@@ -242,6 +244,7 @@ def main() -> None:
         "--most", type=float, default=25, help="megapixels up to which a picture is computed whole"
     )
     parser.add_argument("--plans", action="store_true")
+    parser.add_argument("--models", nargs="*", default=[], help="further networks of --plans, as in commands")
     parser.add_argument(
         "--masks", type=float, nargs="+", default=[], help="shares of the cells that are kept"
     )
@@ -252,7 +255,7 @@ def main() -> None:
     if options.plans:
         print(f"| network | {' | '.join(MEMORIES)} |")
         for size in sizes:
-            for line in rows_of_plans(size, MEMORIES):
+            for line in rows_of_plans(size, MEMORIES, options.models):
                 print(line, flush=True)
         return
     print("| megapixels | side | seconds | MiB raised | MiB planned | error | of the line |")
