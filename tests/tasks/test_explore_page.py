@@ -105,7 +105,7 @@ def test_an_error_of_the_user_has_no_traceback(
     from gradio_client import handle_file
 
     for mask in ("edgs", "os:system"):
-        with pytest.raises(Exception, match=r"edgs|cannot name a function"):
+        with pytest.raises(Exception, match=r"edgs|no mask named .*os"):
             client(address).predict(handle_file(photo), "street 1", mask, *SHOW[3:], api_name="/show")
     assert "Traceback" not in capfd.readouterr().err
 
