@@ -45,10 +45,8 @@ from cadsurgery.support.provenance import setting
 
 WINDOW, OVERLAP, MEMORY = 1024, 0.125, "512MiB"
 _ROWS = 128
-_SMALL, _CALLS = (
-    10,
-    3,
-)  # megapixels of pictures that are computed several times, and how often in each process
+_SMALL = 10  # megapixels; pictures of fewer are computed several times
+_CALLS = 3  # so often in each process
 MEMORIES = ("256MiB", "512MiB", "1GiB", "2GiB")
 GIVEN, LOW = "as given", "nothing kept, whole"
 WHOLE, BANDS, WINDOWS = "converted, whole", "in bands", "windows"

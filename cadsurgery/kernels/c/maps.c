@@ -36,8 +36,8 @@ static long check_cells(const cells *c, long pixels) {
 /* The cells of a map in blocks of lines, in which whole cells lie. */
 typedef struct {
     const cells *c;
-    int levels; /* that there are */
-    long tall;  /* lines of a block, the side of the largest cells */
+    int levels; /* how many there are */
+    long tall;  /* lines of a block: the side of the largest cells */
 } blocks;
 
 static blocks blocks_of(const cells *c, long pixels) {

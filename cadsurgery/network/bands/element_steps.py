@@ -123,27 +123,13 @@ class Cells:
     def elements_above(self, grid: Grid) -> list[int]:
         """Return for each fine row how many elements of a map have their anchors above it: height + 1 numbers."""
         if grid not in self._counts:
+            (height, width), side = grid.size, self.pyramid.geometry.sides[-1]
             found = [torch.zeros(1, dtype=torch.int64)]
-            for rows in torch.arange(grid.size[0]).split(self.pyramid.geometry.sides[-1]):
-                found.append(self._anchors_on(rows, grid))
+            for first in range(0, height, side):
+                rows = self.pyramid.of_rows(first, first + side)
+                found.append(_anchors_on(rows.lattice(grid.stage, (min(side, height - first), width))))
             self._counts[grid] = torch.cat(found).cumsum(0).tolist()
         return self._counts[grid]
-
-    def _anchors_on(self, rows: Tensor, grid: Grid) -> Tensor:
-        """Return how many anchors lie on each of some fine rows, the first of which is the first one of cells."""
-        geometry, levels = self.pyramid.geometry, self.pyramid.levels[0]
-        columns = torch.arange(grid.size[1]).clamp(
-            max=levels.shape[1] - 1
-        )  # beyond the map its border continues
-        levels = levels[rows.clamp(max=levels.shape[0] - 1)]
-        levels = geometry.levels_at(
-            levels if len(columns) <= levels.shape[1] else levels[:, columns], grid.stage
-        )
-        found = torch.zeros_like(rows)
-        for level in {geometry.level_at(level, grid.stage) for level in range(geometry.max_level + 1)}:
-            side = geometry.sides[level]
-            found[::side] += (levels[::side, : grid.size[1] : side] == level).count_nonzero(1)
-        return found
 
     def reached(self, above: int, below: int, step: int = 1) -> RowsRead:
         """Return the rows of whole cells that are read by points so many fine rows above and below an element, which
@@ -156,6 +142,15 @@ class Cells:
             return place // side * side + more - 1
 
         return RowsRead(lambda row: (row - above) // side * side, last)
+
+
+def _anchors_on(lattice: Lattice) -> Tensor:
+    """Return how many anchors lie on each fine row of a lattice of one image."""
+    geometry, found = lattice.geometry, torch.zeros(lattice.size[0], dtype=torch.int64)
+    for level in {geometry.level_at(level, lattice.stage) for level in range(geometry.max_level + 1)}:
+        side = geometry.sides[level]
+        found[::side] += (lattice.levels[0, ::side, ::side] == level).count_nonzero(1)
+    return found
 
 
 @dataclass

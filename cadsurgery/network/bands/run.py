@@ -505,9 +505,8 @@ class Bands:
         """Take the memory in bytes."""
         self.memory = memory
         self._readers = dict[tuple[Any, ...], BandReader]()
-        self._turned = WeakKeyDictionary[
-            fx.Graph, Program | None
-        ]()  # by the graph of the program that is turned
+        # By the graph of the program that is turned.
+        self._turned = WeakKeyDictionary[fx.Graph, Program | None]()
         self._walks = WeakKeyDictionary[BandReader, Walks]()  # of the network's own graph: one for each size
         self._lock = RLock()  # a reader holds the values of the call that is running
 
