@@ -29,6 +29,7 @@ from cadsurgery.elements.whole_image import (
     contiguous_gradient,
     drop_channels,
     drop_per_image,
+    exact_layout,
     global_max,
     global_mean,
     global_reduce,

@@ -26,7 +26,9 @@ from cadsurgery.kernels.dispatch import is_observed
 from cadsurgery.support.processes import count_together
 from cadsurgery.support.torch_internals import is_exporting
 
-_BLOCK = 256  # rows that are converted to a wider dtype at once
+_BLOCK = 512  # rows whose products are added in float32; sums of blocks are added in float64
+_MANY = 1 << 16  # positions whose sum in float32 is off by about 1e-5 if they are added one by one
+_BLOCKS = 16  # blocks that are multiplied at once, while they are in the cache
 
 
 @operation(reads="element")
@@ -50,12 +52,6 @@ def batch_norm(
     of_batch: int | Tensor = count if real is None else x.lattice.counts.sum()
     if norm.training and isinstance(norm, nn.SyncBatchNorm) and count_together(norm.process_group) > 1:
         rows, mean, variance, of_batch = _norm_together(x, norm, weighted, of_batch)
-    elif real is None and not is_exporting() and (not weighted or x.lattice.uniform_level is not None):
-        # All elements have equal weight, as in torch.
-        by_channel = (norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
-        image, mean, inverse = torch.native_batch_norm(_as_map(x.rows), *by_channel)
-        rows = _back_to_rows(image)
-        variance = inverse.detach().square().reciprocal() - norm.eps
     else:
         share = x.lattice.derive(("share", weighted), lambda: _share_of_batch(x.lattice, weighted))
         share = share.to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
@@ -115,9 +111,9 @@ def _norm_together(
     share = share.to(values)
     with no_autocast(values):
         numbers = torch.stack([share.sum(), torch.as_tensor(count).to(share)])
-        sums = all_reduce(torch.cat([numbers, share @ values]), group=norm.process_group)
+        sums = all_reduce(torch.cat([numbers, _weigh(share, values)]), group=norm.process_group)
         mean = sums[2:] / sums[0]
-        squares = all_reduce(share @ (values - mean).square(), group=norm.process_group)
+        squares = all_reduce(_weigh(share, (values - mean).square()), group=norm.process_group)
         variance = squares / sums[0]
         rows = (values - mean) * (variance + norm.eps).rsqrt()
         if norm.weight is not None:
@@ -151,8 +147,8 @@ class _WeightedNorm(torch.autograd.Function):
         ctx: Any, rows: Tensor, share: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         with no_autocast(rows):
-            mean = share @ rows
-            variance = share @ (rows - mean).square_()
+            mean = _weigh(share, rows)
+            variance = _weigh(share, (rows - mean).square_())
         scale = (variance + eps).rsqrt()
         ctx.save_for_backward(rows, share, mean, scale, weight)
         ctx.mark_non_differentiable(mean, variance)
@@ -201,6 +197,18 @@ def contiguous_gradient(values: Tensor) -> Tensor:
     return values
 
 
+def exact_layout(values: Tensor) -> Tensor:
+    """Return a dense map in the memory layout in which torch's norms of the image or batch are exact.
+
+    On the CPU, torch 2.15 adds up channels_last maps one position after the other in their own type: the result of a
+    group norm over 1.6 million positions is off by 7e-3. A copy takes longer than the norm, so only maps are copied
+    whose sums lose digits that matter.
+    """
+    if is_exporting() or values.dim() != 4 or values.device.type != "cpu":
+        return values
+    return values.contiguous() if values.shape[2] * values.shape[3] >= _MANY else values
+
+
 def _contiguous(gradient: Tensor | None) -> Tensor | None:
     return gradient.contiguous() if gradient is not None else None
 
@@ -240,25 +248,50 @@ def global_mean(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor
     """Compute the area-weighted mean of each image, (B, C, 1, 1) or (B, C)."""
     share = x.lattice.membership.to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
     values = without_padding(x).reshape(x.lattice.count, -1)
-    mean = _multiply(share, values)
-    return _per_image(mean.to(x.rows.dtype), x, keepdim, layout)
-
-
-def _multiply(share: Tensor, values: Tensor) -> Tensor:
-    """Compute `share @ values` for (B, N) and (N, C) in the dtype of `share`. Narrower values are converted block by
-    block, while they are in the cache, unless gradients are needed or a graph is traced."""
     if (
         gpu.supports(values, values)
         and not (values.requires_grad or is_observed())
         and share.dtype == torch.float32
     ):
-        return gpu.weigh(share, values)
-    if share.dtype == values.dtype or values.requires_grad or is_observed():
-        return share @ values.to(share.dtype)
-    total = share.new_zeros(share.shape[0], values.shape[1])
-    for weights, rows in zip(share.split(_BLOCK, 1), values.split(_BLOCK), strict=True):
-        total.addmm_(weights, rows.to(share.dtype))
-    return total
+        mean = gpu.weigh(share, values)
+    else:
+        mean = sum_products(share.transpose(0, 1), values)
+    return _per_image(mean.to(x.rows.dtype), x, keepdim, layout)
+
+
+def _weigh(share: Tensor, values: Tensor) -> Tensor:
+    """Return the weighted sum (C,) of rows (N, C) with weights (N,); see `sum_products`."""
+    return sum_products(share.unsqueeze(1), values).squeeze(0)
+
+
+def sum_products(left: Tensor, right: Tensor) -> Tensor:
+    """Sum the outer products of rows (N, ..., I) and (N, ..., J): (..., I, J) in the dtype of `left`.
+
+    One product over millions of rows loses digits in float32. Products are added up in blocks of rows, and the sums of
+    the blocks in float64. Rows of `right` that have a narrower dtype are converted block by block.
+    """
+    product = "kn...i,kn...j->k...ij"
+    count, dtype = left.shape[0], left.dtype
+    if (
+        is_exporting() or torch.compiler.is_compiling()
+    ):  # the number of rows is a symbol: fill up the last block
+        blocks = divide_up(count, _BLOCK)
+        missing = blocks * _BLOCK - count
+        whole = [
+            torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))).view(blocks, _BLOCK, *rows.shape[1:])
+            for rows in (left, right.to(dtype))
+        ]
+        return torch.einsum(product, *whole).sum(0, dtype=torch.float64).to(dtype)
+    if count <= _BLOCK:
+        return torch.einsum("n...i,n...j->...ij", left, right.to(dtype))
+    whole, parts = count // _BLOCK * _BLOCK, []
+    for start in range(0, whole, _BLOCKS * _BLOCK):
+        block = slice(start, min(start + _BLOCKS * _BLOCK, whole))
+        several = [rows[block].unflatten(0, (-1, _BLOCK)) for rows in (left, right)]
+        parts.append(torch.einsum(product, several[0], several[1].to(dtype)).sum(0, dtype=torch.float64))
+    if whole < count:
+        parts.append(torch.einsum("n...i,n...j->...ij", left[whole:], right[whole:].to(dtype)).double())
+    return torch.stack(parts).sum(0).to(dtype)
 
 
 @operation(reads="image", gives="vector")
@@ -455,12 +488,13 @@ def _products_of_images(lattice: Lattice, left: Tensor, right: Tensor) -> Tensor
     """Sum the outer products of rows (N, ..., I) and (N, ..., J) over each image: (B, ..., I, J)."""
     if lattice.has_known_counts:
         parts = zip(*(rows.split(lattice.counts.tolist()) for rows in (left, right)), strict=True)
-        return torch.stack([torch.einsum("n...i,n...j->...ij", *part) for part in parts])
-    by_image = right.new_zeros(lattice.batch, *right.shape)  # zero in the rows of other images
-    by_image[lattice.coordinates[0].to(right.device), torch.arange(lattice.count, device=right.device)] = (
-        right
-    )
-    return torch.einsum("n...i,bn...j->b...ij", left, by_image)
+        return torch.stack([sum_products(*part) for part in parts])
+    apart = right.new_zeros(
+        lattice.count, lattice.batch, *right.shape[1:]
+    )  # zero in the rows of other images
+    apart[torch.arange(lattice.count, device=right.device), lattice.coordinates[0].to(right.device)] = right
+    columns = apart.movedim(1, -2).flatten(-2)
+    return sum_products(left, columns).unflatten(-1, (lattice.batch, -1)).movedim(-2, 0)
 
 
 def _per_image(values: Tensor, x: Elements, keepdim: bool, layout: str) -> Tensor:

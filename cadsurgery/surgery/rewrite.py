@@ -43,6 +43,15 @@ _SIZES = (
 )  # size queries that elements answer for their map
 
 
+_NORMS = (F.group_norm, torch.group_norm, F.batch_norm, torch.batch_norm)
+
+
+def _sums_map(module: nn.Module) -> bool:
+    """Return True for a norm whose sums over the image or batch torch computes in the layout of its input."""
+    is_of_batch = isinstance(module, nn.BatchNorm2d) and (module.training or module.running_mean is None)
+    return isinstance(module, nn.GroupNorm) or is_of_batch
+
+
 @dataclass
 class Rewriter:
     """Copies a graph node by node, replacing the nodes of the region.
@@ -213,7 +222,11 @@ class Rewriter:
         if copied.target == "view" and not isinstance(copied.args[1], torch.dtype):
             copied.target = "reshape"  # our maps may have another memory layout
         module = self.flow.module(node) if node.op == "call_module" else None
-        parts = module.modules() if module is not None else ()
+        parts = list(module.modules()) if module is not None else []
+        if any(map(_sums_map, parts)) or node.target in _NORMS:
+            read = copied.args[0] if copied.args else copied.kwargs["input"]
+            with self.graph.inserting_before(copied):
+                copied.replace_input_with(read, self.call(functional.exact_layout, read))
         if any(isinstance(part, nn.InstanceNorm2d) for part in parts) or node.target in (
             F.instance_norm,
             torch.instance_norm,

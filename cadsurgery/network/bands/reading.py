@@ -298,7 +298,7 @@ class BandReader:
             self._refuse_unless_rowwise(node, treatment)
             self.parts[node] = self._maps_of(node)
             return
-        if node.target is functional.contiguous_gradient:
+        if node.target in (functional.contiguous_gradient, functional.exact_layout):
             self._add(node, self._pointwise(node))
         elif treatment.kind == "global":
             options = {name: self._resolved(value) for name, value in treatment.arguments}

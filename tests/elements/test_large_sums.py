@@ -1,0 +1,106 @@
+"""Sums over large maps are as exact as sums in float64, for every operation on an image as a whole."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.elements import functional
+from cadsurgery.elements.functional import Elements
+from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.elements.whole_image import sum_products
+
+EXACT = 2e-6
+SIZE = (2048, 2048)  # 4 megapixels
+CHANNELS = 4
+
+OPERATIONS: dict[str, Callable[[Elements], Tensor]] = {
+    "mean": functional.global_mean,
+    "sum": lambda x: functional.global_reduce(x, "sum", (2, 3)),
+    "norm": lambda x: functional.global_reduce(x, "norm", (2, 3)),
+    "variance": lambda x: functional.global_reduce(x, "var", (2, 3)),
+    "deviation with channels": lambda x: functional.global_reduce(x, "std", (1, 2, 3)),
+    "instance norm": lambda x: functional.group_norm(x, CHANNELS, None, None).rows,
+    "group norm": lambda x: functional.group_norm(x, 2, None, None).rows,
+    "group deviation": lambda x: functional.group_deviation(x, 2, 1e-5).rows,
+    "batch norm of the batch": lambda x: functional.batch_norm(x, _norm(x.rows)).rows,
+    "bins": lambda x: functional.pool_to_bins(x, (3, 2)),
+    "softmax over the image": lambda x: functional.softmax_over_image(x, 1).rows,
+    "normalised over the image": lambda x: functional.normalize_over_image(x, 1).rows,
+    "products": lambda x: functional.sum_of_products(x, x, 1, "bhwc"),
+}
+
+
+def _norm(rows: Tensor) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(rows.shape[1], track_running_stats=False).to(
+        torch.promote_types(rows.dtype, torch.float32)
+    )
+
+
+@pytest.fixture(scope="module", params=["one level", "two levels"])
+def lattice(request: pytest.FixtureRequest) -> Lattice:
+    levels = torch.zeros(1, *SIZE, dtype=torch.uint8)
+    if request.param == "two levels":
+        levels[:, :, SIZE[1] // 2 :] = 1
+    return Geometry((2,)).lattice(levels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_sums_over_four_megapixels_are_those_of_float64(
+    lattice: Lattice, name: str, dtype: torch.dtype
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows = (torch.rand(len(lattice), CHANNELS, generator=draw) + torch.arange(1.0, CHANNELS + 1) / 2).to(
+        dtype
+    )
+    exact = OPERATIONS[name](Elements(rows.double(), lattice)).detach()
+    result = OPERATIONS[name](Elements(rows, lattice)).detach().double()
+    rounding = (
+        0.0 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    )  # of rows of the result, and between
+    assert float((result - exact).abs().max() / exact.abs().max()) < EXACT + rounding
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(2, 4), nn.BatchNorm2d(4, track_running_stats=False), nn.InstanceNorm2d(4)]
+)
+@pytest.mark.parametrize("is_behind", [False, True], ids=["in the region", "behind the region"])
+def test_norms_of_converted_networks_are_those_of_float64(norm: nn.Module, is_behind: bool) -> None:
+    first = [nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1)]
+    resize = nn.Upsample(scale_factor=4, mode="bicubic")
+    net = nn.Sequential(*first, *([resize] if is_behind else []), norm, nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    example = torch.rand(1, 3, 64, 64)
+    converted = cs.adaptify(net, "none", verify_laws=False, example_input=example)
+    image = F.interpolate(torch.rand(1, 3, 30, 40), (1100, 1500), mode="bicubic")
+    with torch.no_grad():
+        for mask in ("none", "all", "random:fraction=0.3"):
+            exact = copy.deepcopy(converted).double()(image.double(), mask=mask)
+            for form in (converted, converted.optimize()):
+                assert_same(form(image, mask=mask), exact.float(), EXACT)
+
+
+@pytest.mark.parametrize("count", [0, 1, 511, 512, 513, 8192, 20001])
+@pytest.mark.parametrize("shape", [(), (2,), (2, 3)], ids=str)
+def test_products_of_rows_are_those_of_einsum_with_gradients(count: int, shape: tuple[int, ...]) -> None:
+    left, right = (
+        torch.randn(count, *shape, width, dtype=torch.float64, requires_grad=True) for width in (2, 5)
+    )
+    result, exact = sum_products(left, right), torch.einsum("n...i,n...j->...ij", left, right)
+    torch.testing.assert_close(result, exact)
+    pull = torch.randn_like(exact)
+    for found, wanted in zip(
+        torch.autograd.grad(result, (left, right), pull),
+        torch.autograd.grad(exact, (left, right), pull),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
+    compiled = torch.compile(sum_products, backend="eager", dynamic=True)(left.detach(), right.detach())
+    torch.testing.assert_close(compiled, exact.detach())
