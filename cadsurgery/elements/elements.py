@@ -106,6 +106,8 @@ def _by_pixel(x: Elements, spacing: int, guide: Tensor | None) -> Tensor:
     """Read every `spacing`-th fine pixel (B, h, w, ...); see `to_dense`."""
     lattice = x.lattice
     height, width = lattice.size
+    if x.rows.is_meta:
+        return x.rows.new_empty((lattice.batch, *lattice.samples(spacing), *x.rows.shape[1:]))
     if not x.rows.is_floating_point():  # truth values and whole numbers: those of the cell
         cells = lattice.index.view(lattice.batch, height, width)[..., ::spacing, ::spacing]
         return x.rows[cells.to(x.rows.device)]
@@ -196,6 +198,8 @@ class SmallMap:
         """
         if self.top is None:
             check_samples(lattice.samples(self.spacing), self.size or self.values.shape[2:], self.name)
+        if self.values.is_meta:
+            return self.values.new_empty((lattice.count, self.values.shape[1]))
         key = ("small map", tuple(self.values.shape[2:]), self.spacing, self.size)
         build = partial(self._corners, lattice)
         sources, shares = lattice.derive((*key, self.mode, self.align_corners), build)

@@ -729,7 +729,16 @@ class Lattice:
         """Number of rows: elements and, if only bounds are known, padding."""
         if side := self._side_of_uniform:
             return self.batch * math.prod(self.samples(side))
-        return self.anchors.shape[0] if self.capacity is None else self.capacity[1]
+        if self.capacity is not None:
+            return self.capacity[1]
+        if self.is_counted_here and self.part is None and self.geometry.strides and is_observed():
+            return self._count_corners()  # without the tables of positions, whose kernels do not run then
+        return self.anchors.shape[0]
+
+    def _count_corners(self) -> int:
+        """Count the cells by their corners."""
+        every = enumerate(self.geometry.sides)
+        return sum(int((self.levels[:, ::side, ::side] == level).sum()) for level, side in every)
 
     def know_count(self, count: int) -> None:
         """Take the number of cells of a lattice whose cells are counted, which is else found together with them."""

@@ -90,15 +90,14 @@ def resize_onto(
         whole: fine size of the whole map, if it is not that of the elements.
     """
     scale, size = spacings[0] // spacings[1], whole or x.lattice.size
+    if x.rows.is_meta:  # the places that elements are read from have no influence on shapes
+        return Elements(x.rows.new_empty((target.count, *x.rows.shape[1:])), target)
     if not x.lattice.geometry.floors:
         key = ("resize", target.key, spacings, before, after, mode, align_corners)
         ratios = _ratios(before, after, spacings, align_corners)
         stretched = scale == 1 and not all(
             is_statically_true(one == two) for one, two in zip(before, after, strict=True)
         )
-        if x.rows.is_meta:  # to count, the places that elements are read from need no values
-            places = x.rows.new_empty((target.count, 4))
-            return Elements(mix(x.rows, places.long(), places.double()), target)
         between = partial(
             _between_cells, x.lattice, target, ratios, mode, align_corners, stretched, top, size
         )

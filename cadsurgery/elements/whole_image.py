@@ -282,7 +282,7 @@ def sum_products(left: Tensor, right: Tensor) -> Tensor:
             for rows in (left, right.to(dtype))
         ]
         return torch.einsum(product, *whole).sum(0, dtype=torch.float64).to(dtype)
-    if count <= _BLOCK:
+    if count <= _BLOCK or left.is_meta:
         return torch.einsum("n...i,n...j->...ij", left, right.to(dtype))
     whole, parts = count // _BLOCK * _BLOCK, []
     for start in range(0, whole, _BLOCKS * _BLOCK):

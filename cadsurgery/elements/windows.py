@@ -38,6 +38,8 @@ def _macs_of_weight(out: Elements, x: Elements, weight: Tensor, *rest: Any, **op
     spread = spread_of(WindowRead(x.lattice, out.lattice, window))
     if spread is not None:
         return x.lattice.batch * spread.shifts**2 * math.prod(spread.samples) * weight.numel()
+    if window.has_equal_phases and out.lattice.capacity is None:
+        return out.lattice.count * weight.numel() // window.finer**2
     every, _ = phases(x.lattice, out.lattice, window)
     return sum(phase.table.numel() for phase in every) * weight[:, :, 0, 0].numel()
 
@@ -214,8 +216,8 @@ def avg_pool2d(
     drop = drops(target, window)
     reads = WindowRead(x.lattice, target, window, drop)
     total = compute(Pooling(x.rows, reads, window.outside or 0.0, largest=False))
-    if divisor is not None:
-        return Elements(total / divisor, target)
+    if divisor is not None or total.is_meta:
+        return Elements(total / (divisor or 1), target)
     counts = divisors(x.lattice, target, window, drop=drop, padding=count_include_pad)
     return Elements(total / counts.unsqueeze(1).to(total), target)
 

@@ -149,6 +149,11 @@ class Work:
         """The dictionary in which the choice is stored."""
         return _CHOICES
 
+    def on_shapes(self) -> Tensor | None:
+        """Return the result of rows on the meta device, which have no values, so that no table of positions is made
+        for them; None if the backends compute it."""
+        return None
+
 
 @dataclass(frozen=True, eq=False)
 class Convolution(Work):
@@ -213,6 +218,13 @@ class Convolution(Work):
         """The choices of the layer if it stores them, otherwise the global ones."""
         return _CHOICES if self.weights.packed_cache is None else self.weights.choices
 
+    def on_shapes(self) -> Tensor:
+        """Return the product of as many rows as the result has, which counts as the convolution does."""
+        read, reads = self.weights.weight[0].numel(), self.reads
+        count = _count_of(reads) if reads is not None else self.rows.shape[0]
+        gathered = self.rows.new_empty((count, *self.rows.shape[1:-1], read))
+        return gathered @ self.weights.weight.to("meta").flatten(1).transpose(0, 1)
+
     @property
     def of_target(self) -> Tensor:
         """The input rows of a product, restricted to the target lattice."""
@@ -249,6 +261,10 @@ class Pooling(Work):
         """The reading of the input rows."""
         return self.reads.reading
 
+    def on_shapes(self) -> Tensor:
+        """Return rows without values."""
+        return self.rows.new_empty((_count_of(self.reads), *self.rows.shape[1:]))
+
 
 @dataclass(frozen=True, eq=False)
 class Mixing(Work):
@@ -267,6 +283,10 @@ class Mixing(Work):
     def case(self) -> tuple[Hashable, ...]:
         """The rows' kind, and whether the shares have a gradient, which not every backend computes."""
         return *super().case, self.shares.requires_grad
+
+    def on_shapes(self) -> Tensor:
+        """Return rows without values."""
+        return self.rows.new_empty((self.sources.shape[0], *self.rows.shape[1:]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -355,6 +375,11 @@ class Filling(Work):
         return Picking(rows, Reading(table.unsqueeze(1), sources, mass, has_outside))
 
 
+def _count_of(reads: WindowRead | Reading) -> int:
+    """Return the number of rows that a window's operation computes."""
+    return reads.target.count if isinstance(reads, WindowRead) else reads.table.shape[0]
+
+
 class Backend:
     """An implementation of works, with one method per supported task, named like the task."""
 
@@ -423,6 +448,8 @@ def compute(work: Work, choice: Choice | None = None) -> Any:
     """
     if not torch.compiler.is_compiling():  # a graph is checked by torch, and compiled anew for other shapes
         work.check()
+        if work.rows.is_meta and (result := work.on_shapes()) is not None:
+            return result
     chosen = choice or choose(work)
     if not torch.compiler.is_compiling() and is_profiled():
         with torch.profiler.record_function(f"{work.task} ({chosen.backend.name})"):
@@ -459,5 +486,9 @@ def read_own_rows(count: int, device: torch.device) -> Reading:
 
 def select_rows(rows: Tensor, source: Lattice, target: Lattice) -> Tensor:
     """Return the rows (N, ...) of a lattice that the same or a later stage still has."""
+    if source is target:
+        return rows
+    if rows.is_meta:
+        return rows.new_empty((target.count, *rows.shape[1:]))
     numbers = row_numbers(source, target)
     return rows if numbers is None else rows.index_select(0, numbers.to(rows.device))
