@@ -9,7 +9,7 @@ import pkgutil
 
 from cadsurgery.masks.basic import FixedMask, FunctionMask, RandomMask, UniformMask
 from cadsurgery.masks.content import ContentMask
-from cadsurgery.masks.context import keypoints_at, labelled
+from cadsurgery.masks.context import keypoints_at, labelled, sized
 from cadsurgery.masks.graded import EdgeMask, GradedMask, GradientMask, TrimapMask
 from cadsurgery.masks.keypoints import KeypointMask
 from cadsurgery.masks.learned import EstimatedMask, LearnedMask

@@ -99,6 +99,7 @@ class FixedMask(MaskProvider):
     image_only = ignores_image = True
 
     storable = True  # the tensor is stored beside the mask's text
+    judges_each_image = False  # it has a map for each image
 
     def __init__(self, levels: Tensor) -> None:
         super().__init__()

@@ -5,12 +5,14 @@ They are held in a context variable, so each thread or async task has its own.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cadsurgery.data.labels import as_classes
@@ -28,6 +30,7 @@ class CallContext:
         first_passes: outputs of the network with everything kept at one level, by level.
         preview: output of the network as given on a smaller picture; None if no mask asked for it.
         masks: masks that replace the network's own during a call, by network; see `AdaptiveModel.masked`.
+        sizes: (height, width) of each image of a batch that is padded below and at the right; see `sized`.
     """
 
     labels: Tensor | None = None
@@ -35,6 +38,7 @@ class CallContext:
     first_passes: Mapping[int, Any] = field(default_factory=dict)
     preview: Any = None
     masks: Mapping[nn.Module, object] = field(default_factory=dict)
+    sizes: Sequence[tuple[int, int]] | None = None
 
 
 _CALL = "with cadsurgery.masks.labelled(labels): net(image)"
@@ -116,6 +120,75 @@ def keypoints_at(points: Sequence[Tensor]) -> AbstractContextManager[None]:
         points: for each image (n, 2) x and y in image pixels; n may differ between images, and may be 0.
     """
     return _within(points=points)
+
+
+def sized(sizes: Sequence[tuple[int, int]] | Tensor | None) -> AbstractContextManager[None]:
+    """Say how large the images of padded batches are, for the masks evaluated inside the `with` block, in this thread:
+    each image gets the mask that it has alone, and nothing is kept in its padding. None takes batches as they come.
+
+    Args:
+        sizes: for each image (height, width) in pixels, from the top left corner.
+
+    Raises:
+        InvalidInput: `sizes` are no pairs of whole numbers above 0.
+    """
+    return _within(sizes=_as_sizes(sizes))
+
+
+def _as_sizes(sizes: Any) -> list[tuple[int, int]] | None:
+    if sizes is None:
+        return None
+    try:
+        pairs = [(operator.index(height), operator.index(width)) for height, width in sizes]
+    except (TypeError, ValueError):
+        pairs = [(0, 0)]
+    if any(length < 1 for pair in pairs for length in pair):
+        raise InvalidInput(
+            f"{describe(sizes)} are no sizes of images.",
+            where="sizes",
+            next="give (height, width) in pixels for each image: sizes=[(480, 640), (427, 640)].",
+        )
+    return pairs
+
+
+def note_sizes(values: Any) -> None:
+    """Take the sizes of images from what a network has made of them, for masks evaluated later in a `sized` block:
+    an object with `image_sizes` beside its batch, as torchvision's detectors have; else nothing changes."""
+    for value in values if isinstance(values, tuple | list) else (values,):
+        sizes = getattr(value, "image_sizes", None)
+        if isinstance(sizes, list) and isinstance(getattr(value, "tensors", None), Tensor):
+            _put(sizes=_as_sizes(sizes))
+
+
+def sizes_in(arguments: Mapping[str, Any]) -> list[tuple[int, int]] | None:
+    """Return the sizes of images that the `pixel_mask` (B, H, W) of a call states, as image processors make it: ones
+    from the top left corner, zeros in the padding. None without one, or if it has another form."""
+    mask = arguments.get("pixel_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 3 or mask.is_meta or torch.compiler.is_compiling():
+        return None
+    down, across = (mask != 0).any(2), (mask != 0).any(1)
+    heights, widths = down.sum(1).tolist(), across.sum(1).tolist()
+    is_corner = int((mask != 0).sum()) == sum(h * w for h, w in zip(heights, widths, strict=True))
+    starts = bool(down[:, 0].all()) and bool(across[:, 0].all())
+    return list(zip(heights, widths, strict=True)) if is_corner and starts else None
+
+
+def sizes_of(image: Tensor) -> Sequence[tuple[int, int]] | None:
+    """Return the sizes of the images of a padded batch (B, C, H, W); None if no image is smaller than the batch.
+
+    Raises:
+        InvalidInput: there are more or fewer sizes than images, or one is larger than the batch.
+    """
+    sizes, whole = call_context().sizes, (int(image.shape[2]), int(image.shape[3]))
+    if sizes is None or torch.compiler.is_compiling():
+        return None
+    if len(sizes) != image.shape[0] or any(h > whole[0] or w > whole[1] for h, w in sizes):
+        raise InvalidInput(
+            f"the sizes {', '.join(f'{h} x {w}' for h, w in sizes)} do not fit a batch of {describe(image)}.",
+            where="sizes",
+            next="give (height, width) for each image of the batch, at most those of the batch.",
+        )
+    return sizes if any(size != whole for size in sizes) else None
 
 
 def first_passes(outputs: Mapping[int, Any], preview: Any = None) -> AbstractContextManager[None]:

@@ -113,6 +113,11 @@ class KeypointMask(SteppedMask):
         return named.get(self._kind, "a detector outside the network")
 
     @property
+    def judges_each_image(self) -> bool:
+        """True for detectors that look at an image alone, not for given points or the network's own output."""
+        return self._kind in (SIFT, "")
+
+    @property
     def sees_image(self) -> bool:
         """True if the points are detected in the picture."""
         return self._kind not in (GIVEN, OWN)

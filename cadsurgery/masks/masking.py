@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from cadsurgery.elements.fresh import of_size
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
-from cadsurgery.elements.sizes import is_for_any_size
+from cadsurgery.elements.sizes import divide_up, is_for_any_size
+from cadsurgery.masks.context import sizes_of
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels
 from cadsurgery.masks.unit import AS_IT_COMES, Unit
 from cadsurgery.support import device_checks
@@ -55,20 +57,55 @@ class Masking:
         geometry, bounds, grid = self.geometry, None, self.grid(features)
         in_graph = torch.compiler.is_compiling() and not is_for_any_size(features.shape)
         # Exact numbers are faster on the CPU; a GPU would have to be waited for.
-        is_bounded = self.static or (self.provider.static and features.device.type == "cuda")
+        sizes = sizes_of(image) if self.provider.sees_image or self.provider.sees_features else None
+        # The numbers of patches of a static mask are those of images that fill the batch.
+        is_bounded = sizes is None and (
+            self.static or (self.provider.static and features.device.type == "cuda")
+        )
         if is_bounded or (in_graph and (self.provider.static or not self.any_number)):
             bounds = self._bounds(grid)
         if not image.is_floating_point():  # differences of uint8 pictures would wrap around
             image = image.to(torch.get_default_dtype())
         # torch.export splits a program and joins it again where it switches gradients off.
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            shown = self.unit(image) if self.provider.sees_image else image
-            part, before = self._of_image(grid._replace(deviation=self.unit.deviation))
-            levels = check_levels(self.provider(shown, features, part), part, self.provider.name)
-            if before:
-                levels = F.pad(levels, [before, self._beyond - before] * 2, value=grid.max_level)
+            if sizes is None:
+                levels = self._levels(image, features, grid)
+            else:
+                levels = self._levels_of_each(image, features, grid, sizes)
         levels = of_size(levels, grid.size)
         return geometry.lattice(levels, bounds)
+
+    def _levels(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
+        """Return the levels (B, h, w) that the mask asks for."""
+        shown = self.unit(image) if self.provider.sees_image else image
+        part, before = self._of_image(grid._replace(deviation=self.unit.deviation))
+        levels = check_levels(self.provider(shown, features, part), part, self.provider.name)
+        if before:
+            levels = F.pad(levels, [before, self._beyond - before] * 2, value=grid.max_level)
+        return levels
+
+    def _levels_of_each(
+        self, image: Tensor, features: Tensor, grid: FineMapSpec, sizes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Return the levels of a padded batch: those of each image alone, and the lowest in the padding. A mask that
+        looks at more than an image, such as labels or earlier images, is computed for the whole batch."""
+        is_alone, lowest = self.provider.judges_each_image, grid.max_level
+        levels = None if is_alone else self._levels(image, features, grid)
+        every = []
+        for number, (height, width) in enumerate(sizes):
+            own = [
+                min(divide_up(length, self.output_stride) + self._beyond, most)
+                for length, most in zip((height, width), grid.size, strict=True)
+            ]
+            if levels is None:
+                one = slice(number, number + 1)
+                seen, entering = image[one, :, :height, :width], features[one, :, : own[0], : own[1]]
+                alone = self._levels(seen, entering, grid._replace(batch=1, size=(own[0], own[1])))
+            else:
+                alone = levels[number : number + 1, : own[0], : own[1]]
+            beyond = (0, grid.size[1] - own[1], 0, grid.size[0] - own[0])
+            every.append(F.pad(alone, beyond, value=lowest))
+        return torch.cat(every)
 
     def grid(self, features: Tensor) -> FineMapSpec:
         """Describe the fine map `features` (B, C, h, w) for the mask."""

@@ -150,6 +150,11 @@ class MaskProvider(nn.Module):
         return self.needs or next((part.dependence for part in self.parts if part.dependence), "")
 
     @property
+    def judges_each_image(self) -> bool:
+        """True if the levels of an image depend on that image alone, so that each may be given by itself."""
+        return not self.needs and all(part.judges_each_image for part in self.parts)
+
+    @property
     def storable(self) -> bool:
         """True if `spec()` defines the mask completely, apart from learned tensors."""
         is_known = PROVIDERS.get(self.name) is type(self) and not self.has_own_function

@@ -205,6 +205,11 @@ class Budget(MaskWrapper):
                 ".1 at level 0 and .3 at level 1 or finer.",
             )
 
+    @property
+    def judges_each_image(self) -> bool:
+        """False for a budget of the batch."""
+        return not self.per_batch and super().judges_each_image
+
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Return (B, h, w) int8: level i in the patches kept for it, the lowest level elsewhere.
 

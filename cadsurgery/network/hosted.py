@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from cadsurgery.elements.lattice import Lattice
+from cadsurgery.masks.context import call_context, note_sizes, sized, sizes_in
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, shapes_of
 from cadsurgery.network.program import PARTS, Derived
@@ -24,22 +25,37 @@ from cadsurgery.surgery.state import left_as_it_is
 from cadsurgery.surgery.trace import evaluating
 
 
-class _Reached(Exception):
-    """The part was called with these arguments."""
+class Reached(NamedTuple):
+    """How a network calls its part.
+
+    Attributes:
+        inputs: positional arguments.
+        named: keyword arguments.
+        sizes: sizes of the images of a padded batch, see `masks.sized`; None if they are not known.
+    """
+
+    inputs: tuple[Any, ...]
+    named: dict[str, Any]
+    sizes: Sequence[tuple[int, int]] | None
 
 
-def reach(part: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Run a call until it reaches a part; return the part's positional and keyword arguments, None if never reached."""
+class _Stopped(Exception):
+    """The part was reached."""
+
+
+def reach(part: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Reached | None:
+    """Run a call until it reaches a part; return the part's arguments, None if it is never reached."""
 
     def stop(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        raise _Reached(inputs, named)
+        raise _Stopped(Reached(inputs, named, call_context().sizes))
 
     handle = part.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with torch.no_grad():
             call(*args, **kwargs)
-    except _Reached as reached:
-        return reached.args
+    except _Stopped as stopped:
+        reached: Reached = stopped.args[0]
+        return reached
     finally:
         handle.remove()
     return None
@@ -72,6 +88,10 @@ def check_used(host: nn.Module, path: str, example: Tensor) -> None:
         )
 
 
+def _note_sizes(module: nn.Module, args: Any, output: Any) -> None:
+    note_sizes(output)
+
+
 class Host(Derived):
     """Base of networks that run their own code around one converted part; their state dict is the original's.
 
@@ -94,6 +114,12 @@ class Host(Derived):
     def put(self, host: nn.Module, path: str, part: nn.Module) -> None:
         """Put `part` into `host` at `path`, and share the modules of `host`."""
         host.set_submodule(path, part)
+        for (
+            name,
+            child,
+        ) in host.named_children():  # one of them may pad a batch, and knows how large its images are
+            if name != path.partition(".")[0] and _note_sizes not in child._forward_hooks.values():
+                child.register_forward_hook(_note_sizes)
         self._host = (host,)  # in a tuple, so that it is not registered as a submodule
         self.__dict__.update({kind: host.__dict__[kind] for kind in PARTS})
         self._path, self.training = path, host.training
@@ -112,18 +138,19 @@ class Host(Derived):
         """Run the network's own code."""
         host = self._host[0]
         host.training = self.training
-        return host(*args, **kwargs)
+        with sized(call_context().sizes or sizes_in(kwargs)):
+            return host(*args, **kwargs)
 
-    def reach_part(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def reach_part(self, *args: Any, **kwargs: Any) -> Reached:
         """Return the arguments of its part when the network is called with these arguments.
 
         Raises:
             InvalidInput: the network did not call its part.
         """
-        arguments: Any = reach(self.part, self, *args, **kwargs)
-        if arguments is None:
+        reached = reach(self.part, self, *args, **kwargs)
+        if reached is None:
             raise InvalidInput(f"the network did not call its {self._path}.", next="check the arguments.")
-        return arguments
+        return reached
 
     def with_part(self, part: nn.Module) -> Self:
         """Return an inference copy of the network with another part."""
@@ -147,9 +174,12 @@ class HostedModel(Host, AdaptiveModel):
         self._shapes = shapes_of(self)
 
     @Forward
-    def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, mask: object = None, sizes: Any = None, **kwargs: Any) -> Any:
         """Run the network as the original is called; see `AdaptiveModel.forward`. Compile its part, not the whole:
         `net.part.compile()`."""
+        if sizes is not None:
+            with sized(sizes):
+                return self.forward(*args, mask=mask, **kwargs)
         if torch.compiler.is_compiling() and not is_exporting():
             return self._run_uncompiled(*args, mask=mask, **kwargs)
         with self.part.masked(mask) if mask is not None else contextlib.nullcontext():
@@ -163,11 +193,14 @@ class HostedModel(Host, AdaptiveModel):
 
     adaptive_part = Host.part
 
-    def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
+    def macs(
+        self, *args: Any, mask: object = None, sizes: Any = None, rule: str = "conv", **kwargs: Any
+    ) -> MacReport:
         """Count the multiply-accumulates of the first call of the part when the network is called with these
         arguments."""
-        inputs, named = self.reach_part(*args, **kwargs)
-        return self.part.macs(*inputs, mask=mask, rule=rule, **named)
+        inputs, named, known = self.reach_part(*args, **kwargs)
+        sizes = known if sizes is None else sizes
+        return self.part.macs(*inputs, mask=mask, sizes=sizes, rule=rule, **named)
 
     def _optimize(self, fuse: bool) -> HostedModel:
         return self.with_part(self.part.optimize(fuse))

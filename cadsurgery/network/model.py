@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cadsurgery.data.networks import Source, source_of
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.masks.basic import UniformMask
-from cadsurgery.masks.context import call_context, masked
+from cadsurgery.masks.context import call_context, masked, sized, sizes_in
 from cadsurgery.masks.masking import NEEDS_STATIC
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
@@ -104,7 +104,7 @@ class AdaptiveModel(ProgramNetwork):
         return self.program.is_fused
 
     @Forward
-    def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, mask: object = None, sizes: Any = None, **kwargs: Any) -> Any:
         """Run the network as the original is called.
 
         Args:
@@ -112,11 +112,19 @@ class AdaptiveModel(ProgramNetwork):
             mask: mask for this call only: (B, h, w) bool (True = keep high) or integer levels, or anything
                 `adaptify` takes as a mask. If the original has an argument of this name, it is passed to the original;
                 use `masked` then.
+            sizes: for each image of a padded batch its (height, width) from the top left corner: each gets the mask
+                that it has alone, and nothing is kept in the padding. A `pixel_mask` of the call says the same. Passed
+                on if the original has an argument of this name; use `cs.masks.sized` then.
             kwargs: the original's keyword arguments.
 
         Raises:
             InvalidInput: an image that is empty or holds NaN, or a mask of wrong size, type or values.
         """
+        if sizes is not None and "sizes" in self._program.signature.parameters:
+            kwargs["sizes"] = sizes
+        elif sizes is not None:
+            with sized(sizes):
+                return self.forward(*args, mask=mask, **kwargs)
         _refuse_without_values(self, args)
         if mask is not None and "mask" in self._program.signature.parameters:  # an argument of the original
             kwargs["mask"], mask = mask, None
@@ -126,7 +134,14 @@ class AdaptiveModel(ProgramNetwork):
         if torch.compiler.is_compiling() and not is_exporting() and not getattr(chosen, "static", False):
             return self._run_uncompiled(*args, mask=mask, **kwargs)
         provider = self._mask_provider if mask is None else resolve_mask(mask)
-        return self.finish(*self._program.check_and_run(partial(self._call, provider), *args, **kwargs))
+        return self.finish(*self._program.check_and_run(partial(self._call_sized, provider), *args, **kwargs))
+
+    def _call_sized(self, provider: MaskProvider, arguments: dict[str, Any]) -> Called:
+        """Run the network; its masks know the sizes of images that the call states."""
+        if call_context().sizes is None and (sizes := sizes_in(arguments)) is not None:
+            with sized(sizes):
+                return self._call(provider, arguments)
+        return self._call(provider, arguments)
 
     def _call(self, provider: MaskProvider, arguments: dict[str, Any]) -> Called:
         """Run the network with a mask; return its output and its lattice."""
@@ -342,16 +357,22 @@ class AdaptiveModel(ProgramNetwork):
         """The share of the fine map that the last call kept at the high output stride."""
         return self.lattice.active_fraction
 
-    def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
+    def macs(
+        self, *args: Any, mask: object = None, sizes: Any = None, rule: str = "conv", **kwargs: Any
+    ) -> MacReport:
         """Count the multiply-accumulates on an image: with the mask, as given, with everything high and everything low.
 
         Args:
             args: as for a call. The network runs only as far as its mask needs; the rest is computed on shapes.
             mask: mask for this count only, as for a call.
+            sizes: sizes of the images of a padded batch, as for a call.
             rule: `"conv"`, multiply-accumulates of convolutions and matrix products, or `"published"`,
                 the counting of the CAD reference code (seed of its Tab. 2).
             kwargs: as for a call.
         """
+        if sizes is not None:
+            with sized(sizes):
+                return self.macs(*args, mask=mask, rule=rule, **kwargs)
         if mask is not None and "mask" in self.program.signature.parameters:  # an argument of the original
             kwargs["mask"], mask = mask, None
         provider = self.mask if mask is None else mask
@@ -545,16 +566,18 @@ class OptimizedModel(AdaptiveModel):
 
     @Forward
     @torch.compiler.disable(reason="an optimised network is not compiled: compile the one it was made from")
-    def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, mask: object = None, sizes: Any = None, **kwargs: Any) -> Any:
         """Run the network as the original is called; see `AdaptiveModel.forward`. torch.compile does not compile it:
         on a GPU it records its calls, see `network/recorded.py`."""
         with torch.no_grad():
-            return super().forward(*args, mask=mask, **kwargs)
+            return super().forward(*args, mask=mask, sizes=sizes, **kwargs)
 
     def _call(self, provider: MaskProvider, arguments: dict[str, Any]) -> Called:
         if self._bands is not None:
             return self._find_way(partial(self._bands, provider), arguments)
         run = partial(super()._call, provider)
+        if call_context().sizes is not None:  # which are no part of what is recorded
+            return run(arguments)
         return self._recordings.call(self, provider, arguments, run) or run(arguments)
 
     def plan_memory(self, *args: Any, mask: object = None, **kwargs: Any) -> Walks:

@@ -186,8 +186,8 @@ def _example_of_part(model: nn.Module, part: nn.Module, example: Arguments) -> A
         except Exception:  # the part may refuse the image with any error
             for call in _calls_like(model, example):
                 with contextlib.suppress(Exception):
-                    received, named = reach(part, _run, model, call)
-                    return bind(part, *received, **named)
+                    if (reached := reach(part, _run, model, call)) is not None:
+                        return bind(part, *reached.inputs, **reached.named)
     return arguments if image.dim() == 4 else None
 
 

@@ -351,7 +351,7 @@ class HostedSampled(Host, SampledModel):
             InvalidInput: the network did not call the part.
         """
         with evaluating(self):
-            inputs, named = self.reach_part(*args, **kwargs)
+            inputs, named, _ = self.reach_part(*args, **kwargs)
         return self.part.macs(*inputs, rule=rule, **named)
 
     def optimize(self) -> HostedSampled:
