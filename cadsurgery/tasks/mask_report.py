@@ -16,6 +16,7 @@ from rich.text import Text
 from torch import Tensor
 
 from cadsurgery.data import SegmentationData, open_pictures, sample_of
+from cadsurgery.data.tiff import split_page
 from cadsurgery.data.clips import WRITTEN, check_clip, is_clip, write_clip
 from cadsurgery.data.images import (
     check_labels_fit,
@@ -299,7 +300,7 @@ def _existing(image: str) -> Path | None:
         FileError: there is no such file.
     """
     refuse_stream(image)
-    if image and not files.exists(image):
+    if image and not files.exists(split_page(image)[0]):
         refusal = files.absent(image, "image")
         raise FileError(
             refusal.what, next=f"{refusal.next} A network is named by -m: cadsurgery mask -m {image}."
