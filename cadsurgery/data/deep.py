@@ -1,14 +1,16 @@
-"""Read pictures whose values Pillow would round to 8 bits or to another range: PNG of 16 bits by torchvision, PGM and PPM
-of any range; other formats of more than 8 bits in colour are refused."""
+"""Read pictures whose values Pillow would round to 8 bits or to another range: PNG of 16 bits in several bands, PGM and
+PPM of any range. Other formats of more than 8 bits in colour are refused."""
 
 from __future__ import annotations
 
+import io
 import re
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 from cadsurgery.support.errors import FileError
@@ -17,6 +19,19 @@ _HEAD = 2**16  # bytes among which the depth of a format is stated
 _ALPHA = (2, 4)  # bands of a PNG whose last one is transparency
 # Magic number, width, height and largest value of a PGM or PPM; comments may stand between them.
 _PNM = re.compile(rb"P([2356])" + rb"(?:\s|#[^\r\n]*)+(\d+)" * 3 + rb"\s")
+
+
+_OPENING = threading.Lock()
+
+
+def open_large(source: Path | str | IO[bytes]) -> Image.Image:
+    """Open a picture without PIL's limit of 179 million pixels; the limit stays for everybody else."""
+    with _OPENING:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(source)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 class DeepPicture(NamedTuple):
@@ -43,16 +58,20 @@ def read_deep(picture: Image.Image, name: object) -> DeepPicture | None:
     if file is None or not getattr(picture, "tile", None):  # decoded before, or made in memory
         return None
     raw = str(picture.tile[0][3])
-    if picture.format == "PNG" and "16B" in raw:
-        return _png(_content(file))
+    if picture.format == "PNG" and ";16B" in raw and len(picture.getbands()) > 1:
+        return _png(_content(file), raw)
     if picture.format == "PPM":
         return _pnm(_content(file))
-    depth = _DEPTHS.get(picture.format or "", lambda head: 0)(_content(file, _HEAD))
-    if depth > 8 or (";16" in raw and len(picture.getbands()) > 1):
+    if picture.format == "TIFF":
+        depth = 16 if ";16" in raw else 8
+    else:
+        depth = _DEPTHS.get(picture.format or "", lambda head: 8)(_content(file, _HEAD))
+    is_kept = depth <= 8 or (picture.mode.startswith("I") and picture.format in ("TIFF", "JPEG2000") and depth == 16)
+    if not is_kept:
         raise FileError(
-            f"{name} is a {picture.format} of more than 8 bits for each colour.",
-            why="its values would be rounded to 8 bits.",
-            next="store it as PNG or TIFF of 16 bits, or in 8 bits.",
+            f"{name} is of format {picture.format} with more than 8 bits for each colour.",
+            why="its values would be rounded.",
+            next="store it as PNG or TIFF of 16 bits in grey or red, green and blue; or in 8 bits.",
         )
     return None
 
@@ -66,11 +85,23 @@ def _content(file: IO[bytes], most: int = -1) -> bytes:
     return content
 
 
-def _png(content: bytes) -> DeepPicture:
-    from torchvision.io import decode_png
-
-    values = decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8)).permute(1, 2, 0).numpy()
+def _png(content: bytes, raw: str) -> DeepPicture:
+    """Decode a PNG of 16 bits in several bands by Pillow, whose modes hold a byte of each value."""
+    if raw == "LA;16B":  # both bytes of both values, as four bands
+        pair = _decoded(content, "RGBA")
+        high, low = pair[..., ::2], pair[..., 1::2]
+    else:
+        high, low = _decoded(content, raw), _decoded(content, raw.replace("16B", "16L"))
+    values = high.astype(np.uint16) << 8 | low
     return DeepPicture(values, np.iinfo(values.dtype).max, values.shape[2] in _ALPHA)
+
+
+def _decoded(content: bytes, raw: str) -> np.ndarray[Any, Any]:
+    """Return the pixels of a picture (H, W, C), unpacked as a raw mode of Pillow says."""
+    picture: Any = open_large(io.BytesIO(content))
+    codec, box, offset, _ = picture.tile[0]
+    picture.tile = [(codec, box, offset, raw)]
+    return np.array(picture)
 
 
 def _pnm(content: bytes) -> DeepPicture | None:

@@ -7,10 +7,9 @@ import io
 import math
 import os
 import re
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from cadsurgery.data import limits, stores, tiff
 from cadsurgery.data.channels import as_channels as as_channels
 from cadsurgery.data.channels import per_channel
 from cadsurgery.data.channels import statistics_of as statistics_of
-from cadsurgery.data.deep import read_deep
+from cadsurgery.data.deep import open_large, read_deep
 from cadsurgery.support import files
 from cadsurgery.support.errors import CadError, FileError, InvalidInput
 from cadsurgery.support.files import check_folder, write_whole
@@ -275,7 +274,7 @@ def _open(
         raise FileError(refusal.what, next=f"{refusal.next} Then {next}")
     with (
         _as_file_error(path, what, next),
-        _open_large(path if content is None else io.BytesIO(content)) as file,
+        open_large(path if content is None else io.BytesIO(content)) as file,
     ):
         if page is not None and file.format != "TIFF":
             raise FileError(f"{path} has no pages.", next="leave out page=, which is for TIFF files.")
@@ -300,19 +299,6 @@ def _as_file_error(path: Path | str, what: str, next: str) -> Iterator[None]:
     except Exception as error:  # decoders raise errors of any type
         refusal = FileError(f"{path} cannot be read as {what}.", why=str(error), next=next)
         raise of_another_kind(path, PICTURE) or refusal from error
-
-
-_OPENING = threading.Lock()
-
-
-def _open_large(source: Path | str | IO[bytes]) -> Image.Image:
-    """Open a picture without PIL's limit of 179 million pixels; the limit stays for everybody else."""
-    with _OPENING:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            return Image.open(source)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
 
 
 # Tags of TIFF files: the bits of a value, and how values are to be shown, of which 0 means that 0 is white.
