@@ -195,7 +195,7 @@ def _of_several(path: Path | str, file: Any, what: str) -> FileError:
     """Return the error for a file whose picture has to be named, which lists its pages."""
     pages = [
         f"{number}: {page.imagewidth} x {page.imagelength}, {page.samplesperpixel} of {page.dtype}"
-        for number, page in enumerate(itertools.islice(file.pages, _LISTED))
+        for number, page in enumerate(entry.aspage() for entry in itertools.islice(file.pages, _LISTED))
     ]
     more = [f"and {len(file.pages) - _LISTED} more"] * (len(file.pages) > _LISTED)
     return FileError(
@@ -230,7 +230,7 @@ def _is_for_pillow(page: Any, file: Any) -> bool:
 
 
 def _is_secondary(page: Any) -> bool:
-    return bool(int(page.subfiletype) & (_REDUCED | _MASK))
+    return bool(int(getattr(page, "subfiletype", 0)) & (_REDUCED | _MASK))  # some pages are as the first one
 
 
 def _name(value: Any) -> str:
@@ -267,7 +267,8 @@ def _scale(values: np.ndarray[Any, Any], page: Any, path: Path | str) -> np.ndar
     data are NaN."""
     kind = values.dtype.kind
     if kind == "f":
-        scaled = values.astype(np.float32)
+        with np.errstate(over="ignore"):  # what float32 does not hold is infinite, and refused like NaN
+            scaled = values.astype(np.float32)
     elif kind in _SIGN_BITS:
         bits = int(page.bitspersample) - _SIGN_BITS[kind]
         scaled = (values / (2.0**bits - 1)).astype(np.float32)
