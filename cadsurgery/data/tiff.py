@@ -349,6 +349,8 @@ class TiffRows:
         page, path = self._page, self._path
         if not picture.is_one_page:
             why = "its bands are in several pages."
+        elif _lacks_codec(page):
+            why = f"it is compressed by {_name(page.compression)}, which needs the package imagecodecs."
         elif page.dtype is None:
             why = f"its values have {page.bitspersample} bits."
         elif orientation_of(page) != 1:
