@@ -91,7 +91,8 @@ def open_clip(
     """
     if files.is_folder(path):
         images, _ = find_images([path])
-        shown, wanted = Fraction(rate), ((n, image) for n, image in enumerate(images) if numbers is None or n in numbers)
+        shown, numbered = Fraction(rate), enumerate(images)
+        wanted = ((number, image) for number, image in numbered if numbers is None or number in numbers)
         read = read_image if source is None else partial(read_picture_for, source)
         timed = ((number / shown, read(image, size)) for number, image in wanted)
         yield Clip(timed, len(images), shown, 1 / shown)
@@ -194,8 +195,7 @@ def _decode(
     rate: Fraction = _USUAL_RATE,
     from_zero: bool = False,
 ) -> Iterator[tuple[Fraction, Image.Image]]:
-    """Yield the wanted frames of a stream, turned and mirrored as players show them, each with the second at which it is
-    shown.
+    """Yield the wanted frames of a stream, turned and mirrored as players show them, each with its second.
 
     Times rise: a frame without one follows the frame before it by `rate`, one that is not later by a tick. With
     `from_zero` they count from the first frame.

@@ -55,9 +55,10 @@ def read_deep(picture: Image.Image, name: object) -> DeepPicture | None:
         FileError: the format has values of more than 8 bits, which Pillow would round.
     """
     file: IO[bytes] | None = getattr(picture, "fp", None)
-    if file is None or not getattr(picture, "tile", None):  # decoded before, or made in memory
+    tiles: Any = getattr(picture, "tile", None)
+    if file is None or not tiles:  # decoded before, or made in memory
         return None
-    raw = str(picture.tile[0][3])
+    raw = str(tiles[0][3])
     if picture.format == "PNG" and ";16B" in raw and len(picture.getbands()) > 1:
         return _png(_content(file), raw)
     if picture.format == "PPM":
@@ -66,7 +67,9 @@ def read_deep(picture: Image.Image, name: object) -> DeepPicture | None:
         depth = 16 if ";16" in raw else 8
     else:
         depth = _DEPTHS.get(picture.format or "", lambda head: 8)(_content(file, _HEAD))
-    is_kept = depth <= 8 or (picture.mode.startswith("I") and picture.format in ("TIFF", "JPEG2000") and depth == 16)
+    is_kept = depth <= 8 or (
+        picture.mode.startswith("I") and picture.format in ("TIFF", "JPEG2000") and depth == 16
+    )
     if not is_kept:
         raise FileError(
             f"{name} is of format {picture.format} with more than 8 bits for each colour.",

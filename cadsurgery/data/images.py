@@ -53,8 +53,8 @@ def read_image(
     """Read an image file as (channels, H, W) float32, resized to `size` (height, width) if given.
 
     Integers are divided by the largest value of their type, e.g. 255 or 65535; floating-point values stay as they are.
-    Palettes are read as the colours that they stand for. Of a GIF the first picture is read; of a TIFF file the one that
-    is there in full, not reduced copies of it, masks, and labels of slides.
+    Palettes are read as the colours that they stand for. Of a GIF the first picture is read; of a TIFF file the one
+    that is there in full, not reduced copies of it, masks, and labels of slides.
 
     Args:
         path: the image file, or its address in object storage; `FILE,page=N` for a page of a TIFF file, from 0 on.
@@ -166,7 +166,9 @@ def from_picture(
     """
     if (deep := read_deep(picture, name)) is not None:
         pixels = tiff.turned(deep.values, picture.getexif().get(tiff.ORIENTATION, 1) if upright else 1)
-        stored = torch.from_numpy(np.moveaxis(pixels.astype(np.float32) / np.float32(deep.largest), -1, 0).copy())
+        stored = torch.from_numpy(
+            np.moveaxis(pixels.astype(np.float32) / np.float32(deep.largest), -1, 0).copy()
+        )
         image = as_channels(stored, channels, bands, name=name, has_alpha=deep.has_alpha)
         return image if size is None else resized(image[None], size)[0]
     shown = ImageOps.exif_transpose(picture) if upright else picture
@@ -328,8 +330,8 @@ def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     """Read a label file (grey or palette, of any whole numbers) as (H, W) int64, turned as `read_image` turns pictures,
     and resized to `size` (height, width) by nearest neighbour.
 
-    Classes are the numbers that the file stores, however a viewer shows them; of one bit, 1 is what is shown white. Of a
-    TIFF file the page is read that `read_image` reads.
+    Classes are the numbers that the file stores, however a viewer shows them; of one bit, 1 is what is shown white. Of
+    a TIFF file the page is read that `read_image` reads.
 
     Raises:
         FileError: the file is missing, unreadable, or a colour picture.
@@ -356,9 +358,7 @@ def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     return _as_labels(pixels.reshape(*pixels.shape[:2], -1), path, f"mode {mode}", size)
 
 
-def _as_labels(
-    pixels: np.ndarray[Any, Any], path: Path, kind: str, size: tuple[int, int] | None
-) -> Tensor:
+def _as_labels(pixels: np.ndarray[Any, Any], path: Path, kind: str, size: tuple[int, int] | None) -> Tensor:
     """Return stored values (H, W, 1) as labels (H, W) of a size.
 
     Raises:
@@ -371,7 +371,9 @@ def _as_labels(
         )
     labels = pixels[..., 0].astype(np.int64)
     if size is not None:  # by the middle of each pixel
-        down, right = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, labels.shape, strict=True))
+        down, right = (
+            (2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, labels.shape, strict=True)
+        )
         labels = labels[down[:, None], right]
     return torch.from_numpy(np.ascontiguousarray(labels))
 

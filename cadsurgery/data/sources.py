@@ -464,9 +464,9 @@ def open_data(spec: str, split: str = "train", *, bands: Sequence[int] = ()) -> 
     Kinds: `folder:PATH,classes=11,ignore=11` (slashes separate several ignored values, or class names in place of their
     number; `classes=2,values=0/255` names the values that the classes are stored as), `cityscapes:PATH` (fine
     annotations, the 19 classes of the benchmark), `voc:PATH,year=2012`, `sbd:PATH`, `pets:PATH` (trimaps),
-    `scene:COUNT,height=96,width=128` (generated); `images:FOLDER` has no labels, `images:FILE,page=N` is a page of a TIFF file. `clip:FILE,every=25` has every 25th
-    frame of a clip (default: one a second), from `start=0` on, and `clip:FILE,labels=FOLDER,classes=11` those frames
-    that have labels.
+    `scene:COUNT,height=96,width=128` (generated); `images:FOLDER` has no labels, `images:FILE,page=N` is a
+    page of a TIFF file. `clip:FILE,every=25` has every 25th frame of a clip (default: one a second), from `start=0` on,
+    and `clip:FILE,labels=FOLDER,classes=11` those frames that have labels.
     Nothing is downloaded.
 
     Args:

@@ -1,5 +1,5 @@
-"""Read TIFF files: the picture among their pages, with any number of bands, of integer or floating-point values; planar or
-chunky, in strips or tiles. What only Pillow decodes is left to it. Files that do not fit into memory are read and
+"""Read TIFF files: the picture among their pages, with any number of bands, of integer or floating-point values; planar
+or chunky, in strips or tiles. What only Pillow decodes is left to it. Files that do not fit into memory are read and
 written some rows at a time."""
 
 from __future__ import annotations
@@ -142,9 +142,10 @@ class _Picture:
     @classmethod
     def of(cls, stored: Any) -> _Picture:
         """Return that of a page or a series of tifffile."""
-        kept = [(axis, count) for axis, count in zip(stored.axes, stored.shape, strict=True) if axis in "YX" or count > 1]
-        axes, shape = "".join(axis for axis, _ in kept), tuple(count for _, count in kept)
-        return cls(getattr(stored, "keyframe", stored), axes, shape, stored.asarray)
+        axes = zip(stored.axes, stored.shape, strict=True)
+        kept = [(axis, count) for axis, count in axes if axis in "YX" or count > 1]
+        letters, shape = "".join(axis for axis, _ in kept), tuple(count for _, count in kept)
+        return cls(getattr(stored, "keyframe", stored), letters, shape, stored.asarray)
 
     @property
     def bands(self) -> str:
@@ -176,14 +177,15 @@ def _picture_of(file: Any, path: Path | str, number: int | None) -> _Picture:
     else:
         all_series = [entry for entry in file.series if entry.name == _SLIDE] or file.series
         parts = [(entry, [page for page in entry.pages if not _is_secondary(page)]) for entry in all_series]
-        parts = [(entry, full) for entry, full in parts if full] or [(e, [*e.pages]) for e in all_series]
+        parts = [part for part in parts if part[1]] or [(entry, [*entry.pages]) for entry in all_series]
         count = sum(len(full) for _, full in parts)
         entry, full = parts[0]
         picture = _Picture.of(full[0] if count == 1 and len(entry.pages) > 1 else entry)
         if len(parts) > 1 or len(full) not in (1, len(entry.pages)):
             raise _of_several(path, file, f"{path} holds {count} pictures.")
     if not picture.is_flat:
-        raise _of_several(path, file, f"{path} holds {math.prod(picture.shape) // _area(picture.page)} pictures.")
+        count = math.prod(picture.shape) // _area(picture.page)
+        raise _of_several(path, file, f"{path} holds {count} pictures.")
     return picture
 
 
@@ -194,13 +196,13 @@ def _area(page: Any) -> int:
 def _of_several(path: Path | str, file: Any, what: str) -> FileError:
     """Return the error for a file whose picture has to be named, which lists its pages."""
     pages = [
-        f"{number}: {page.imagewidth} x {page.imagelength}, {page.samplesperpixel} of {page.dtype}"
+        f"page {number}: {page.imagewidth} x {page.imagelength}, {page.samplesperpixel} of {page.dtype}"
         for number, page in enumerate(entry.aspage() for entry in itertools.islice(file.pages, _LISTED))
     ]
     more = [f"and {len(file.pages) - _LISTED} more"] * (len(file.pages) > _LISTED)
     return FileError(
         what,
-        where="; ".join([f"page {pages[0]}", *pages[1:], *more]) + ".",
+        where="; ".join([*pages, *more]) + ".",
         next=f"name a page: {path},page=0; or store the picture in a file of its own. Bands of one picture are samples "
         "of its pixels (in tifffile: planarconfig).",
     )
@@ -321,15 +323,15 @@ class TiffRows:
 
         self._path = path
         place, number = split_page(path)
-        try:
-            self._file = tifffile.TiffFile(place)
-        except Exception as error:  # of any type, where a file is cut short
-            raise FileError(f"{path} cannot be read as a TIFF.", why=first_line(error)) from error
-        try:
-            picture = _picture_of(self._file, place, number)
-        except FileError:
-            self.close()
-            raise
+        with contextlib.ExitStack() as opened:
+            try:
+                self._file = opened.enter_context(tifffile.TiffFile(place))
+                picture = _picture_of(self._file, place, number)
+            except FileError:
+                raise
+            except Exception as error:  # of any type, where a file is cut short
+                raise FileError(f"{path} cannot be read as a TIFF.", why=first_line(error)) from error
+            opened.pop_all()  # it stays open
         self._page = page = picture.page
         self.position, samples = _position(page), int(page.samplesperpixel)
         self.shape, self.has_alpha = (samples, int(page.imagelength), int(page.imagewidth)), _has_alpha(page)

@@ -74,7 +74,10 @@ class ClipParts:
         self._made_by = json.loads(json.dumps({**made_by, "source": os.path.abspath(source), "file": file}))
         self._target, self._folder = target, target.with_name(f".{target.name}.parts")
         self._state = self._folder / "parts.json"
-        self.seen, self._parts = Seen(), dict[str, str]()  # names of parts, and the seconds at which they begin
+        self.seen, self._parts = (
+            Seen(),
+            dict[str, str](),
+        )  # names of parts, and the seconds at which they begin
         if not resume:
             self.remove()
         elif known := read_json(self._state):

@@ -172,7 +172,8 @@ def predict_large(
         size = (result.shape[1], result.shape[2])
         if position and size != (height, width):
             sizes = f"it has {size[1]} x {size[0]} pixels, and the picture {width} x {height}."
-            warn_of_position(picture.path, sizes, "give it that of the picture, in larger pixels: gdal_translate -a_ullr.")
+            next = "give it that of the picture, in larger pixels: gdal_translate -a_srs, -a_ullr."
+            warn_of_position(picture.path, sizes, next)
             position = ()
         part.begin(size, channels, position)
         for first, rows in result:

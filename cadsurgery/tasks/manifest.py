@@ -49,7 +49,9 @@ class Predictions:
         """
         self.classes = set[str]()
         self._sources: dict[str, str] = {}  # by prediction
-        self._states: dict[str, list[int] | None] = {}  # of the pictures, by prediction, when they were predicted
+        self._states: dict[
+            str, list[int] | None
+        ] = {}  # of the pictures, by prediction, when they were predicted
         self._read_as: dict[str, list[int]] = {}  # by picture that is being predicted
         self._output, self._uploaded = str(output), time.monotonic()
         self._made_by = json.loads(json.dumps(made_by, default=str))

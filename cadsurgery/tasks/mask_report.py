@@ -16,7 +16,6 @@ from rich.text import Text
 from torch import Tensor
 
 from cadsurgery.data import SegmentationData, open_pictures, sample_of
-from cadsurgery.data.tiff import split_page
 from cadsurgery.data.clips import WRITTEN, check_clip, is_clip, write_clip
 from cadsurgery.data.images import (
     check_labels_fit,
@@ -31,6 +30,7 @@ from cadsurgery.data.networks import Source
 from cadsurgery.data.samples import pictures_of
 from cadsurgery.data.sources import split_place
 from cadsurgery.data.stores import refuse_stream
+from cadsurgery.data.tiff import split_page
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.masks import FineMapSpec, MaskProvider, labelled, resolve_mask
 from cadsurgery.masks.provider import check_levels

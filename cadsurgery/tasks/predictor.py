@@ -321,8 +321,8 @@ class Predictor:
                     next="resize them: --size HxW.",
                 )
         results = self(torch.stack(frames))
-        for time, frame, (classes, channels, details) in zip(times, frames, results, strict=True):
-            add(self.draw(frame, classes, usual=OVERLAY), time)
+        for second, frame, (classes, channels, details) in zip(times, frames, results, strict=True):
+            add(self.draw(frame, classes, usual=OVERLAY), second)
             seen.classes += self._count(classes, channels)
             details.pop("levels", None)
             seen.sums.update({key: value for key, value in details.items() if not isinstance(value, str)})

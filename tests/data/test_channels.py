@@ -163,7 +163,10 @@ def pages_of(layout: str, stored: np.ndarray[Any, Any], write: Any) -> None:
         write(stored, **kind)
 
 
-LAYOUTS = ("reduced copies", "a copy before it", "copies and masks", "a copy of its size", "SubIFDs", "a slide", "alone")
+LAYOUTS = (
+    *("reduced copies", "a copy before it", "copies and masks", "a copy of its size", "SubIFDs", "a slide"),
+    "alone",
+)
 
 
 @pytest.mark.parametrize("byteorder", ["<", ">"])
@@ -392,7 +395,9 @@ STATED = [(kind, text) for kind, texts in NO_DATA.items() for text in texts]
 
 @pytest.mark.parametrize(("dtype", "text"), STATED)
 @pytest.mark.parametrize("bands", [1, 3, 4])
-def test_the_value_for_no_data_is_no_signal_in_any_type(tmp_path: Path, dtype: str, text: str, bands: int) -> None:
+def test_the_value_for_no_data_is_no_signal_in_any_type(
+    tmp_path: Path, dtype: str, text: str, bands: int
+) -> None:
     stored = values(bands, dtype)
     stored[stored == NO_DATA[dtype][text]] = 1
     stored[:, 2:5, 3] = NO_DATA[dtype][text]
@@ -400,7 +405,10 @@ def test_the_value_for_no_data_is_no_signal_in_any_type(tmp_path: Path, dtype: s
     for number, form in enumerate(forms):
         tags = [(42113, "s", 0, text, True)]
         path = tiff(tmp_path / f"{number}.tif", stored, extratags=tags, **form)
-        whole, rows = read_image(path, channels=bands, bands=[*range(1, bands + 1)]), TiffRows(path).rows(0, HEIGHT)
+        whole, rows = (
+            read_image(path, channels=bands, bands=[*range(1, bands + 1)]),
+            TiffRows(path).rows(0, HEIGHT),
+        )
         for found in (whole, rows):
             assert found[:, 2:5, 3].isnan().all() and found.isnan().sum() == 3 * bands, form
         with pytest.raises(cs.InvalidInput, match="3 pixels without data"):

@@ -212,7 +212,9 @@ def chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
 
 
-def png(path: Path, values: np.ndarray[Any, Any], kind: int, interlaced: bool = False, orientation: int = 1) -> Path:
+def png(
+    path: Path, values: np.ndarray[Any, Any], kind: int, interlaced: bool = False, orientation: int = 1
+) -> Path:
     """Write a PNG (H, W, C) of 8 or 16 bits, in passes or not, by its specification."""
     (height, width, _), bits = values.shape, 8 * values.dtype.itemsize
     passes = [values[y::down, x::right] for x, y, right, down in ADAM7] if interlaced else [values]

@@ -101,7 +101,10 @@ def test_a_large_picture_is_predicted_as_one_that_fits(
 
 ZONE = (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 25832)  # UTM zone 32N
 PLACES: dict[str, list[Any]] = {
-    "north up": [(33550, 12, 3, (0.2, 0.2, 0.0), True), (33922, 12, 6, (0.0, 0.0, 0.0, 5e5, 5.2e6, 0.0), True)],
+    "north up": [
+        (33550, 12, 3, (0.2, 0.2, 0.0), True),
+        (33922, 12, 6, (0.0, 0.0, 0.0, 5e5, 5.2e6, 0.0), True),
+    ],
     "turned": [(34264, 12, 16, tuple(float(value) for value in range(16)), True)],
     "control points": [(33922, 12, 18, tuple(float(value) for value in range(18)), True)],
     "polynomials": [(50844, 12, 92, tuple(float(value) for value in range(92)), True)],
@@ -137,7 +140,9 @@ def test_a_position_that_is_not_carried_along_is_said_once(
     stored = np.random.default_rng(0).integers(1, 255, (*SIZE, 3), dtype=np.uint8)
     for name in "ab":
         written(tmp_path / "maps" / f"{name}.tif", stored, photometric="rgb", extratags=tags)
-    with pytest.warns(cs.CadWarning, match=r"a\.tif is written without its position[\s\S]*--memory") as warned:
+    with pytest.warns(
+        cs.CadWarning, match=r"a\.tif is written without its position[\s\S]*--memory"
+    ) as warned:
         predict(file, tmp_path / "maps", tmp_path / "whole", memory="")
     assert len(warned) == 1
     (tmp_path / "coarse.py").write_text(
@@ -163,7 +168,9 @@ def test_a_page_of_a_large_file_is_predicted_in_rows(file: Path, picture: Path, 
     predict(file, Path(f"{pages},page=1"), tmp_path / "out", mask="all")
     written(tmp_path / "alone.tif", whole[::-1], photometric="rgb")
     predict(file, tmp_path / "alone.tif", tmp_path / "one", mask="all")
-    assert np.array_equal(tifffile.imread(tmp_path / "out" / "pages.tif"), tifffile.imread(tmp_path / "one" / "alone.tif"))
+    assert np.array_equal(
+        tifffile.imread(tmp_path / "out" / "pages.tif"), tifffile.imread(tmp_path / "one" / "alone.tif")
+    )
 
 
 class Killed(BaseException):

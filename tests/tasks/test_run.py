@@ -302,7 +302,13 @@ def times_of(path: Path) -> list[Fraction]:
 )
 @pytest.mark.parametrize("base", [Fraction(1, 1000), Fraction(1, 90_000)])
 def test_predictions_of_a_clip_are_shown_when_its_frames_are(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, source: str, name: str, base: Fraction
+    file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ending: str,
+    source: str,
+    name: str,
+    base: Fraction,
 ) -> None:
     """Also where the clip is written in parts, and where the source has frames that are decoded out of order."""
     av = pytest.importorskip("av", reason="PyAV is not installed")
