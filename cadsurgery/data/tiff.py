@@ -124,7 +124,7 @@ def orientation_of(page: Any) -> int:
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _PagesPicture:
     """A picture of a TIFF file.
 
     Attributes:
@@ -140,7 +140,7 @@ class _Picture:
     read: Callable[[], Any]
 
     @classmethod
-    def of(cls, stored: Any) -> _Picture:
+    def of(cls, stored: Any) -> _PagesPicture:
         """Return that of a page or a series of tifffile."""
         axes = zip(stored.axes, stored.shape, strict=True)
         kept = [(axis, count) for axis, count in axes if axis in "YX" or count > 1]
@@ -163,7 +163,7 @@ class _Picture:
         return set(self.axes) >= {*"YX"} and len(self.bands) <= 1 and set(self.bands) <= set(_BAND_AXES)
 
 
-def _picture_of(file: Any, path: Path | str, number: int | None) -> _Picture:
+def _picture_of(file: Any, path: Path | str, number: int | None) -> _PagesPicture:
     """Return the picture of a page, or without a number the only one of its file in full: copies that are marked as
     reduced, masks, and what makers of slide scanners write beside the slide (labels, thumbnails) are none.
 
@@ -173,14 +173,14 @@ def _picture_of(file: Any, path: Path | str, number: int | None) -> _Picture:
     if number is not None:
         if number >= len(file.pages):
             raise _of_several(path, file, f"{path} has no page {number}.")
-        picture = _Picture.of(file.pages[number])
+        picture = _PagesPicture.of(file.pages[number])
     else:
         all_series = [entry for entry in file.series if entry.name == _SLIDE] or file.series
         parts = [(entry, [page for page in entry.pages if not _is_secondary(page)]) for entry in all_series]
         parts = [part for part in parts if part[1]] or [(entry, [*entry.pages]) for entry in all_series]
         count = sum(len(full) for _, full in parts)
         entry, full = parts[0]
-        picture = _Picture.of(full[0] if count == 1 and len(entry.pages) > 1 else entry)
+        picture = _PagesPicture.of(full[0] if count == 1 and len(entry.pages) > 1 else entry)
         if len(parts) > 1 or len(full) not in (1, len(entry.pages)):
             raise _of_several(path, file, f"{path} holds {count} pictures.")
     if not picture.is_flat:
@@ -346,7 +346,7 @@ class TiffRows:
             self.close()
             raise refusal
 
-    def _refusal(self, picture: _Picture) -> FileError | None:
+    def _refusal(self, picture: _PagesPicture) -> FileError | None:
         """Return why the file cannot be read in rows, if so."""
         page, path = self._page, self._path
         if not picture.is_one_page:
