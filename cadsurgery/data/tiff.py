@@ -172,7 +172,7 @@ def _picture_of(file: Any, path: Path | str, number: int | None) -> _PagesPictur
     """
     if number is not None:
         if number >= len(file.pages):
-            raise _of_several(path, file, f"{path} has no page {number}.")
+            raise _of_several(path, file, f"{path} has no page {number}")
         picture = _PagesPicture.of(file.pages[number])
     else:
         all_series = [entry for entry in file.series if entry.name == _SLIDE] or file.series
@@ -182,10 +182,10 @@ def _picture_of(file: Any, path: Path | str, number: int | None) -> _PagesPictur
         entry, full = parts[0]
         picture = _PagesPicture.of(full[0] if count == 1 and len(entry.pages) > 1 else entry)
         if len(parts) > 1 or len(full) not in (1, len(entry.pages)):
-            raise _of_several(path, file, f"{path} holds {count} pictures.")
+            raise _of_several(path, file, f"{path} holds {count} pictures")
     if not picture.is_flat:
         count = math.prod(picture.shape) // _area(picture.page)
-        raise _of_several(path, file, f"{path} holds {count} pictures.")
+        raise _of_several(path, file, f"{path} holds {count} pictures")
     return picture
 
 
@@ -201,8 +201,7 @@ def _of_several(path: Path | str, file: Any, what: str) -> FileError:
     ]
     more = [f"and {len(file.pages) - _LISTED} more"] * (len(file.pages) > _LISTED)
     return FileError(
-        what,
-        where="; ".join([*pages, *more]) + ".",
+        f"{what}: {'; '.join([*pages, *more])}.",
         next=f"name a page: {path},page=0; or store the picture in a file of its own. Bands of one picture are samples "
         "of its pixels (in tifffile: planarconfig).",
     )

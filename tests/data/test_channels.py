@@ -107,7 +107,7 @@ def test_pictures_in_a_stack_are_no_bands_and_each_is_read_by_its_page(
         with pytest.raises(cs.FileError, match=f"holds {count} pictures") as caught:
             read_image(path, channels=channels)
         assert f"{path},page=0" in caught.value.next and "planarconfig" in caught.value.next
-        assert f"page 0: {WIDTH} x {HEIGHT}" in caught.value.where
+        assert f"page 0: {WIDTH} x {HEIGHT}" in caught.value.what
     with pytest.raises(cs.FileError):
         TiffRows(path)
     if stack == "times, ImageJ":  # behind each other in one page
