@@ -3,13 +3,16 @@ clips. Needs PyAV, except for folders."""
 
 from __future__ import annotations
 
+import math
+import struct
 import sys
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
 
 WRITTEN = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}  # formats of clips that are written, by ending
 
+_USUAL_RATE = Fraction(25)  # frames per second of a clip that states none
+_FINEST = Fraction(1, 60_000)  # seconds: MPEG-4 counts in no smaller ones
+# MP4 and MOV state when the first frame is shown in these parts of a second.
+_PARTS_OF_A_SECOND = {"movie_timescale": "90000"}
 _WRITTEN_HERE = "a prediction, written by cadsurgery"
 
 
@@ -34,14 +41,21 @@ class Clip:
     """The frames of a clip, which are read as they are asked for.
 
     Attributes:
-        frames: (C, H, W) float32 in 0..1, upright.
+        timed: the second at which each frame is shown, and the frame: (C, H, W) float32 in 0..1, upright.
         count: number of frames; None if unknown.
-        rate: frames per second.
+        rate: frames per second, on average.
+        time_base: seconds of which the times are multiples.
     """
 
-    frames: Iterator[Tensor]
+    timed: Iterator[tuple[Fraction, Tensor]]
     count: int | None
     rate: Fraction
+    time_base: Fraction
+
+    @property
+    def frames(self) -> Iterator[Tensor]:
+        """The frames that were not read yet, without their times."""
+        return (frame for _, frame in self.timed)
 
 
 def is_camera(path: Path) -> bool:
@@ -58,7 +72,7 @@ def is_clip(path: Path) -> bool:
 def open_clip(
     path: Path,
     size: tuple[int, int] | None = None,
-    rate: float = 25.0,
+    rate: float = float(_USUAL_RATE),
     source: Source | None = None,
     numbers: Container[int] | None = None,
 ) -> Iterator[Clip]:
@@ -77,20 +91,20 @@ def open_clip(
     """
     if files.is_folder(path):
         images, _ = find_images([path])
-        wanted = (image for number, image in enumerate(images) if numbers is None or number in numbers)
-        frames = (
-            read_image(image, size) if source is None else read_picture_for(source, image, size)
-            for image in wanted
-        )
-        yield Clip(frames, len(images), Fraction(rate))
+        shown, numbered = Fraction(rate), enumerate(images)
+        wanted = ((number, image) for number, image in numbered if numbers is None or number in numbers)
+        read = read_image if source is None else partial(read_picture_for, source)
+        timed = ((number / shown, read(image, size)) for number, image in wanted)
+        yield Clip(timed, len(images), shown, 1 / shown)
         return
     with _opened(path) as (container, stream):
         channels, bands = (source.channels, source.bands) if source is not None else (3, ())
-        frames = (
-            from_picture(frame, channels, bands, name=path, size=size)
-            for frame in _decode(container, stream, numbers)
+        average = stream.average_rate or Fraction(rate)
+        timed = (
+            (time, from_picture(frame, channels, bands, name=path, size=size))
+            for time, frame in _decode(container, stream, numbers, average, from_zero=is_camera(path))
         )
-        yield Clip(frames, stream.frames or None, stream.average_rate or Fraction(rate))
+        yield Clip(timed, stream.frames or None, average, stream.time_base)
 
 
 @contextmanager
@@ -174,13 +188,30 @@ def _stated_length(file: IO[bytes], size: int) -> tuple[int, bool]:
     return at, has_index
 
 
-def _decode(container: Any, stream: Any, numbers: Container[int] | None) -> Iterator[Image.Image]:
-    """Yield the wanted frames of a stream, turned as the camera says."""
-    done = 0
+def _decode(
+    container: Any,
+    stream: Any,
+    numbers: Container[int] | None,
+    rate: Fraction = _USUAL_RATE,
+    from_zero: bool = False,
+) -> Iterator[tuple[Fraction, Image.Image]]:
+    """Yield the wanted frames of a stream, turned and mirrored as players show them, each with its second.
+
+    Times rise: a frame without one follows the frame before it by `rate`, one that is not later by a tick. With
+    `from_zero` they count from the first frame.
+    """
+    done, last, first = 0, Fraction(-1), None
     try:
         for frame in container.decode(stream):
+            time = None if frame.pts is None else frame.pts * frame.time_base
+            if first is None:
+                time = time or Fraction(0)
+                first = time if from_zero else Fraction(0)
+            elif time is None or time <= last:
+                time = last + (1 / rate if time is None or last - time > 1 / rate else stream.time_base)
+            last = time
             if numbers is None or done in numbers:
-                yield frame.to_image().rotate(frame.rotation, expand=True)
+                yield time - first, _as_shown(frame)
             done += 1
     except pyav().FFmpegError as error:
         raise FileError(
@@ -188,6 +219,43 @@ def _decode(container: Any, stream: Any, numbers: Container[int] | None) -> Iter
             why=first_line(error),
             next="cut the clip there, or convert it to MP4 anew.",
         ) from error
+
+
+# How a picture is turned, by its display matrix: True if rows become columns, and the signs of the axes x and y.
+_TURNS = {
+    (False, -1, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (False, 1, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (False, -1, -1): Image.Transpose.ROTATE_180,
+    (True, 1, 1): Image.Transpose.TRANSPOSE,
+    (True, -1, -1): Image.Transpose.TRANSVERSE,
+    (True, -1, 1): Image.Transpose.ROTATE_270,
+    (True, 1, -1): Image.Transpose.ROTATE_90,
+}
+
+
+def _as_shown(frame: Any) -> Image.Image:
+    """Return a frame as a picture, with the matrix applied to it by which a player shows it."""
+    picture: Image.Image = frame.to_image()
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return picture
+    # The pixel (x, y) is shown at (a x + c y, b x + d y); the other five numbers are about its place and depth.
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix)[:36])
+    straight, crossed = min(abs(a), abs(d)), min(abs(b), abs(c))
+    if max(straight, crossed) > _OBLIQUE * max(1, min(straight, crossed)):
+        is_turned = crossed > straight
+        across, down = (c, b) if is_turned else (a, d)
+        turn = _TURNS.get((is_turned, 1 if across > 0 else -1, 1 if down > 0 else -1))
+        return picture if turn is None else picture.transpose(turn)
+    if a * d == b * c:  # no picture would be left
+        return picture
+    if a * d < b * c:  # mirrored before it is rotated
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        a, b = -a, -b
+    return picture.rotate(-math.degrees(math.atan2(b, a)), expand=True)
+
+
+_OBLIQUE = 1000  # an axis that is longer by this factor than the other lies along a side
 
 
 class ChosenFrames:
@@ -200,7 +268,7 @@ class ChosenFrames:
     def __init__(self, path: Path, numbers: Sequence[int]) -> None:
         """Choose frames by their numbers, rising; the first frame of the clip is 0."""
         self._path, self._numbers, self._stack = path, numbers, ExitStack()
-        self._frames: Iterator[Image.Image] | None = None
+        self._frames: Iterator[tuple[Fraction, Image.Image]] | None = None
         self._at = -1  # position of the frame that was read last
 
     def __reduce__(self) -> tuple[type[ChosenFrames], tuple[Path, Sequence[int]]]:
@@ -225,7 +293,7 @@ class ChosenFrames:
                     f"{self._path} ends before frame {self._numbers[position]}.",
                     next="leave out what follows, or convert the clip to MP4 anew.",
                 )
-            self._last, self._at = frame, self._at + 1
+            self._last, self._at = frame[1], self._at + 1
         return self._last
 
 
@@ -237,53 +305,79 @@ def length_of(path: Path) -> tuple[int, Fraction]:
     """
     with _opened(path) as (container, stream):
         count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-        return count, stream.average_rate or Fraction(25)
+        return count, stream.average_rate or _USUAL_RATE
+
+
+class AddFrame(Protocol):
+    """Appends a picture to a clip."""
+
+    def __call__(self, picture: Image.Image, time: Fraction | None = None) -> None:
+        """Append a picture that is shown at a second; default: by the rate of the clip."""
+        ...
 
 
 @contextmanager
-def write_clip(path: Path, rate: Fraction) -> Iterator[Callable[[Image.Image], None]]:
+def write_clip(path: Path, rate: Fraction, time_base: Fraction | None = None) -> Iterator[AddFrame]:
     """Yield a function that appends a picture to a clip; it appears at the end of the block, whole or not at all.
 
     Codecs need even sizes: the last row or column of an odd picture is repeated.
+
+    Args:
+        path: the clip.
+        rate: frames per second.
+        time_base: seconds of which the times of pictures are multiples; default: those between two pictures.
 
     Raises:
         FileError: the path cannot be written, or its ending belongs to no format that is written.
     """
     av, format = pyav(), check_clip(path)
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    with write_whole(path) as temporary, av.open(str(temporary), "w", format=format) as container:
+    base = time_base or 1 / rate
+    base = base if codec == "libx264" or base.denominator <= 1 / _FINEST else _FINEST
+    with write_whole(path) as temporary, _writing(temporary, format) as container:
         container.metadata["comment"] = _WRITTEN_HERE
         stream = container.add_stream(codec, rate=rate, pix_fmt="yuv420p")
+        # Frames are encoded in the order in which they are shown, so that parts follow each other at any times.
+        stream.codec_context.time_base, stream.codec_context.max_b_frames = base, 0
+        count, ticks = 0, -1
 
-        def add(picture: Image.Image) -> None:
+        def add(picture: Image.Image, time: Fraction | None = None) -> None:
+            nonlocal count, ticks
             pixels = np.asarray(picture.convert("RGB"))
             height, width = pixels.shape[:2]
             pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
             if not stream.codec_context.is_open:
                 stream.height, stream.width = pixels.shape[:2]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+            frame = av.VideoFrame.from_ndarray(pixels)
+            ticks = max(ticks + 1, round((count / rate if time is None else time) / base))
+            frame.pts, frame.time_base, count = ticks, base, count + 1
+            container.mux(stream.encode(frame))
 
         yield add
         container.mux(stream.encode())
 
 
-def join_clips(parts: Sequence[Path], path: Path, rate: Fraction, made_by: str) -> None:
+def _writing(path: Path, format: str) -> Any:
+    options = {} if format == WRITTEN[".mkv"] else _PARTS_OF_A_SECOND
+    return pyav().open(str(path), "w", format=format, options=options)
+
+
+def join_clips(parts: Sequence[tuple[Path, Fraction]], path: Path, made_by: str) -> None:
     """Write clips that `write_clip` wrote, one after the other, as one clip, without encoding them anew.
 
     Args:
-        parts: the clips.
+        parts: the clips, each with the second at which it begins.
         path: the clip to write, whole or not at all.
-        rate: frames per second.
         made_by: what made it, which `comment_of` returns.
 
     Raises:
         FileError: the path cannot be written, or its ending belongs to no format that is written.
     """
-    av, format, begin = pyav(), check_clip(path), Fraction(0)
-    with write_whole(path) as temporary, av.open(str(temporary), "w", format=format) as joined:
+    av, format = pyav(), check_clip(path)
+    with write_whole(path) as temporary, _writing(temporary, format) as joined:
         joined.metadata["comment"] = f"{_WRITTEN_HERE} {made_by}"
         stream = None
-        for part in parts:
+        for part, begin in parts:
             with av.open(str(part)) as container:
                 own = container.streams.video[0]
                 stream = stream or joined.add_stream_from_template(own)
@@ -292,7 +386,6 @@ def join_clips(parts: Sequence[Path], path: Path, rate: Fraction, made_by: str) 
                     if packet.dts is not None:
                         packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, stream
                         joined.mux(packet)
-                begin += own.frames / rate
 
 
 def comment_of(path: Path) -> str:

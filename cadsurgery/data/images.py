@@ -7,10 +7,9 @@ import io
 import math
 import os
 import re
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from cadsurgery.data import limits, stores, tiff
 from cadsurgery.data.channels import as_channels as as_channels
 from cadsurgery.data.channels import per_channel
 from cadsurgery.data.channels import statistics_of as statistics_of
+from cadsurgery.data.deep import open_large, read_deep
 from cadsurgery.support import files
 from cadsurgery.support.errors import CadError, FileError, InvalidInput
 from cadsurgery.support.files import check_folder, write_whole
@@ -53,10 +53,11 @@ def read_image(
     """Read an image file as (channels, H, W) float32, resized to `size` (height, width) if given.
 
     Integers are divided by the largest value of their type, e.g. 255 or 65535; floating-point values stay as they are.
-    Palettes are read as the colours that they stand for. Of a GIF the first picture is read.
+    Palettes are read as the colours that they stand for. Of a GIF the first picture is read; of a TIFF file the one
+    that is there in full, not reduced copies of it, masks, and labels of slides.
 
     Args:
-        path: the image file, or its address in object storage.
+        path: the image file, or its address in object storage; `FILE,page=N` for a page of a TIFF file, from 0 on.
         size: target size, or None to keep the size.
         channels: number of channels: as many bands are taken as they are, colour becomes grey, grey becomes colour,
             transparency is left out; see `as_channels`. None: all bands of the file but transparency.
@@ -69,18 +70,19 @@ def read_image(
         InvalidInput: the size has no pixels, or too many; or the file has other bands than asked for.
     """
     check_size(size)
-    if content is None and stores.is_remote(path):
-        content = stores.read_bytes(str(path))
-    if tiff.is_tiff(path, content):
+    place, page = tiff.split_page(path)
+    if content is None and stores.is_remote(place):
+        content = stores.read_bytes(str(place))
+    if tiff.is_tiff(place, content):
         with _as_file_error(path, "an image", _GIVE):
             read = tiff.read_bands(path, content, upright=upright)
-        if read is not None:
+        if not isinstance(read, int):
             stored, has_alpha = read
             image = as_channels(stored, channels, bands, name=path, has_alpha=has_alpha)
             return image if size is None else resized(image[None], size)[0]
-    with _open(path, "an image", _GIVE, content) as file:
-        picture = ImageOps.exif_transpose(file) if upright else file
-        return from_picture(picture, channels, bands, file=file, name=path, size=size)
+        page = read
+    with _open(place, "an image", _GIVE, content, page) as file:
+        return from_picture(file, channels, bands, name=path, size=size, upright=upright)
 
 
 def read_picture_for(
@@ -146,25 +148,50 @@ def from_picture(
     channels: int | None = 3,
     bands: Sequence[int] = (),
     *,
-    file: Image.Image | None = None,
     name: object = "an image",
     size: tuple[int, int] | None = None,
+    upright: bool = False,
 ) -> Tensor:
     """Convert a picture of Pillow, of any mode, to (channels, H, W) float32; see `read_image`.
 
     Args:
-        picture: the picture.
+        picture: the picture; one that is opened and not loaded is read in all its bits.
         channels, bands, size: see `read_image`.
-        file: the picture as it was opened, which knows its file's tags; default: the picture.
         name: its name, for messages.
+        upright: rotate it by its EXIF orientation.
 
     Raises:
-        FileError: its values have an unknown range.
+        FileError: its values have an unknown range, or more bits than can be read.
         InvalidInput: it has other bands than asked for.
     """
+    if (deep := read_deep(picture, name)) is not None:
+        pixels = tiff.turned(deep.values, picture.getexif().get(tiff.ORIENTATION, 1) if upright else 1)
+        stored = torch.from_numpy(
+            np.moveaxis(pixels.astype(np.float32) / np.float32(deep.largest), -1, 0).copy()
+        )
+        image = as_channels(stored, channels, bands, name=name, has_alpha=deep.has_alpha)
+        return image if size is None else resized(image[None], size)[0]
+    shown = ImageOps.exif_transpose(picture) if upright else picture
+    no_data = getattr(picture, "tag_v2", {}).get(tiff.NO_DATA)
+    if no_data is None or (is_lacking := tiff.without_data(np.array(shown), no_data)) is None:
+        return _from_shallow(shown, channels, bands, picture, name, size)
+    image = _from_shallow(shown, channels, bands, picture, name, None)
+    image[:, torch.from_numpy(is_lacking.reshape(*is_lacking.shape[:2], -1).any(2))] = math.nan
+    return image if size is None else resized(image[None], size)[0]
+
+
+def _from_shallow(
+    picture: Image.Image,
+    channels: int | None,
+    bands: Sequence[int],
+    file: Image.Image,
+    name: object,
+    size: tuple[int, int] | None,
+) -> Tensor:
+    """Convert a picture whose values Pillow keeps; `file` is the picture as it was opened, with its tags."""
     if picture.mode == "F" or picture.mode.startswith("I"):
         # Pillow's conversion would clip values of more than 8 bits to 255.
-        wide = Image.fromarray(_grey(np.array(picture), file or picture, name))
+        wide = Image.fromarray(_grey(np.array(picture), file, name))
         values = torch.from_numpy(np.array(_resized_picture(wide, size)))[None]
         return as_channels(values, channels, bands, name=name)
     stored = picture.convert(_BANDS_OF_MODE.get(picture.mode, "RGB"))
@@ -239,17 +266,24 @@ def check_size(size: tuple[int, int] | None) -> None:
 
 
 @contextlib.contextmanager
-def _open(path: Path | str, what: str, next: str, content: bytes | None = None) -> Iterator[Image.Image]:
-    """Open a file with a single picture; errors in the block become a `FileError` that names the file."""
+def _open(
+    path: Path | str, what: str, next: str, content: bytes | None = None, page: int | None = None
+) -> Iterator[Image.Image]:
+    """Open a file with a single picture, or a page of a TIFF file; errors in the block become a `FileError` that names
+    the file."""
     if content is None and not files.exists(path):
         refusal = files.absent(path)
         raise FileError(refusal.what, next=f"{refusal.next} Then {next}")
     with (
         _as_file_error(path, what, next),
-        _open_large(path if content is None else io.BytesIO(content)) as file,
+        open_large(path if content is None else io.BytesIO(content)) as file,
     ):
+        if page is not None and file.format != "TIFF":
+            raise FileError(f"{path} has no pages.", next="leave out page=, which is for TIFF files.")
+        if page:
+            file.seek(page)
         limits.check_pixels(path, file.height, file.width)
-        count = getattr(file, "n_frames", 1)
+        count = 1 if page is not None else getattr(file, "n_frames", 1)
         if count > 1 and file.format not in _OF_FIRST:
             raise FileError(
                 f"{path} holds {count} pictures.", next="store the one you mean in a file of its own."
@@ -267,19 +301,6 @@ def _as_file_error(path: Path | str, what: str, next: str) -> Iterator[None]:
     except Exception as error:  # decoders raise errors of any type
         refusal = FileError(f"{path} cannot be read as {what}.", why=str(error), next=next)
         raise of_another_kind(path, PICTURE) or refusal from error
-
-
-_OPENING = threading.Lock()
-
-
-def _open_large(source: Path | str | IO[bytes]) -> Image.Image:
-    """Open a picture without PIL's limit of 179 million pixels; the limit stays for everybody else."""
-    with _OPENING:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            return Image.open(source)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
 
 
 # Tags of TIFF files: the bits of a value, and how values are to be shown, of which 0 means that 0 is white.
@@ -306,26 +327,55 @@ def _grey(values: np.ndarray[Any, Any], file: Image.Image, path: object) -> np.n
 
 
 def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
-    """Read a label file (grey or palette, up to 16 bits) as (H, W) int64, turned as `read_image` turns pictures, and
-    resized to `size` (height, width) by nearest neighbour.
+    """Read a label file (grey or palette, of any whole numbers) as (H, W) int64, turned as `read_image` turns pictures,
+    and resized to `size` (height, width) by nearest neighbour.
 
-    Classes are the numbers that the file stores, however a viewer shows them; of one bit, 1 is what is shown white.
+    Classes are the numbers that the file stores, however a viewer shows them; of one bit, 1 is what is shown white. Of
+    a TIFF file the page is read that `read_image` reads.
 
     Raises:
         FileError: the file is missing, unreadable, or a colour picture.
     """
-    with _open(path, "labels", "give a PNG of one class per pixel.") as file:
-        shown = _SHOWN.fullmatch(_raw_mode(file))  # the file forgets it when it is read
-        labels, mode = ImageOps.exif_transpose(file), file.mode
-    if mode not in ("1", "L", "P") and not mode.startswith("I"):
+    (place, page), next = tiff.split_page(path), "give a PNG of one class per pixel."
+    if tiff.is_tiff(place):
+        with _as_file_error(path, "labels", next):
+            read = tiff.read_stored(path)
+        if not isinstance(read, int):
+            values, stored = read
+            pixels = tiff.turned(values, tiff.orientation_of(stored))
+            return _as_labels(pixels, path, f"{pixels.shape[2]} bands of {pixels.dtype}", size)
+        page = read
+    with _open(place, "labels", next, page=page) as file:
+        if (deep := read_deep(file, path)) is not None:
+            pixels, mode = tiff.turned(deep.values, file.getexif().get(tiff.ORIENTATION, 1)), file.mode
+        else:
+            shown = _SHOWN.fullmatch(_raw_mode(file))  # the file forgets it when it is read
+            pixels, mode = np.array(ImageOps.exif_transpose(file)), file.mode
+            if mode not in ("1", "L", "P") and not mode.startswith("I"):
+                pixels = pixels.astype(np.float32)  # colour, which may have one band
+            elif shown:
+                pixels = _as_stored(pixels.astype(np.int64), int(shown[1] or 8), bool(shown[2]))
+    return _as_labels(pixels.reshape(*pixels.shape[:2], -1), path, f"mode {mode}", size)
+
+
+def _as_labels(pixels: np.ndarray[Any, Any], path: Path, kind: str, size: tuple[int, int] | None) -> Tensor:
+    """Return stored values (H, W, 1) as labels (H, W) of a size.
+
+    Raises:
+        FileError: there are several bands, or values of another type.
+    """
+    if pixels.shape[2] > 1 or pixels.dtype.kind == "f":
         raise FileError(
-            f"{path} is a picture of mode {mode}, not labels.",
+            f"{path} is a picture of {kind}, not labels.",
             next="give a PNG with one channel, grey or palette, whose values are classes.",
         )
-    if size is not None:
-        labels = labels.resize((size[1], size[0]), Image.Resampling.NEAREST)
-    values = torch.from_numpy(np.array(labels).astype(np.int64))
-    return _as_stored(values, int(shown[1] or 8), bool(shown[2])) if shown else values
+    labels = pixels[..., 0].astype(np.int64)
+    if size is not None:  # by the middle of each pixel
+        down, right = (
+            (2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, labels.shape, strict=True)
+        )
+        labels = labels[down[:, None], right]
+    return torch.from_numpy(np.ascontiguousarray(labels))
 
 
 # How PIL names the values of a grey file: their bits, if fewer than 8, and `I` where 0 is white.
@@ -338,7 +388,7 @@ def _raw_mode(file: Image.Image) -> str:
     return str(tile[3][0] if isinstance(tile[3], tuple) and tile[3] else tile[3])
 
 
-def _as_stored(values: Tensor, bits: int, is_inverted: bool) -> Tensor:
+def _as_stored(values: np.ndarray[Any, Any], bits: int, is_inverted: bool) -> np.ndarray[Any, Any]:
     """Return the stored numbers of a grey picture, which PIL spreads over 0..255, and inverts where 0 is white."""
     return (255 - values if is_inverted else values) // (255 // (2**bits - 1))
 
@@ -430,7 +480,7 @@ def _images_of(path: str, name: str, apart: str) -> Iterator[tuple[str, str, dic
     """Yield the images of a source, each with its relative path and the names that are used in its folder."""
     left_out: dict[str, list[str]] = {NO_PICTURES: [], _LINKS: [], _DANGLING: [], _UNREADABLE: []}
     if not (stores.is_remote(path) or files.is_folder(path)):
-        if not files.exists(path):
+        if not files.exists(tiff.split_page(path)[0]):
             raise files.absent(path, "file or folder")
         yield path, name, {}
         return

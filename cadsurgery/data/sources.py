@@ -217,6 +217,10 @@ def _read_unlabelled(images: Sequence[Path], position: int) -> tuple[PictureFile
 
 
 def _images(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
+    if options["page"]:
+        page = Path(f"{place},page={_number('page', options['page'])}")
+        read = partial(_read_unlabelled, [page])
+        return SegmentationData(spec, split, (), (str(page),), read, identity_table(0), any_range=True)
     root = Path(place)
     splits = [name for name in ("train", "val", "test") if files.is_folder(root / name)]
     if splits and split not in (*splits, "all"):
@@ -387,11 +391,12 @@ KINDS = {
     ),
     "images": DataKind(
         _images,
-        {},
+        {"page": ""},
         (),
         "Give a folder of photographs, without labels.",
         "NAME.jpg (or .png, ...), in folders of any depth: every eighth image is val, the others train; any other "
-        "split has all images\nor, with splits: train/, val/, test/\nIn a folder with images/ only that is read.",
+        "split has all images\nor, with splits: train/, val/, test/\nIn a folder with images/ only that is read.\n"
+        "or a picture: FILE.tif,page=N is a page of a TIFF file, from 0 on",
     ),
     "clip": DataKind(
         _clip,
@@ -459,9 +464,9 @@ def open_data(spec: str, split: str = "train", *, bands: Sequence[int] = ()) -> 
     Kinds: `folder:PATH,classes=11,ignore=11` (slashes separate several ignored values, or class names in place of their
     number; `classes=2,values=0/255` names the values that the classes are stored as), `cityscapes:PATH` (fine
     annotations, the 19 classes of the benchmark), `voc:PATH,year=2012`, `sbd:PATH`, `pets:PATH` (trimaps),
-    `scene:COUNT,height=96,width=128` (generated); `images:FOLDER` has no labels. `clip:FILE,every=25` has every 25th
-    frame of a clip (default: one a second), from `start=0` on, and `clip:FILE,labels=FOLDER,classes=11` those frames
-    that have labels.
+    `scene:COUNT,height=96,width=128` (generated); `images:FOLDER` has no labels, `images:FILE,page=N` is a
+    page of a TIFF file. `clip:FILE,every=25` has every 25th frame of a clip (default: one a second), from `start=0` on,
+    and `clip:FILE,labels=FOLDER,classes=11` those frames that have labels.
     Nothing is downloaded.
 
     Args:

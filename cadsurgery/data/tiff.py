@@ -1,12 +1,16 @@
-"""Read TIFF files that Pillow cannot read as they are: of many bands, of more than 8 bits in several bands, of signed
-or floating-point values; planar or chunky, in strips or tiles. Files that do not fit into memory are read and written
-some rows at a time."""
+"""Read TIFF files: the picture among their pages, with any number of bands, of integer or floating-point values; planar
+or chunky, in strips or tiles. What only Pillow decodes is left to it. Files that do not fit into memory are read and
+written some rows at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +19,19 @@ import torch
 from torch import Tensor
 
 from cadsurgery.data.limits import check_pixels
+from cadsurgery.support import files
 from cadsurgery.support.errors import FileError, first_line
 
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _OF_MASK = 0, 1, 2, 4
+_PLAIN = (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _OF_MASK)  # kinds of values that are read as they are
 _REDUCED, _MASK = 1, 4  # kinds of further pictures: smaller copies, and masks of transparency
 _UNSIGNED = 1
-_ORIENTATION, _NO_DATA = 274, 42113  # tags; the second is GDAL's
-_BAND_AXES = "SCQ"  # samples, channels, and an axis of an array without a name: bands of one picture
+ORIENTATION, NO_DATA = 274, 42113  # tags; the second is GDAL's
+_BAND_AXES = "SC"  # samples and channels: bands of one picture
+_SLIDE = "Baseline"  # tifffile's name of the slide in files of slide scanners
+_NAMED = re.compile(r"(.+),page=(\d+)")
+_LISTED = 8  # pages in a message
 _SIGN_BITS = {"u": 0, "i": 1, "b": 0}  # of integers, by NumPy's letter for their kind
 # Turns and mirrors an array (H, W, C) of an orientation so that it is shown upright.
 _UPRIGHT: dict[int, Any] = {
@@ -47,59 +56,154 @@ def is_tiff(path: Path | str, content: bytes | None = None) -> bool:
         return False
 
 
+def split_page(path: Path | str) -> tuple[Path | str, int | None]:
+    """Split `FILE,page=N` into the file and the number of a page, from 0 on; None for a path without one."""
+    named = _NAMED.fullmatch(str(path))
+    if named is None or files.exists(path):
+        return path, None
+    return named[1], int(named[2])
+
+
 def read_bands(
     path: Path | str, content: bytes | None = None, *, upright: bool = True
-) -> tuple[Tensor, bool] | None:
-    """Read all bands of a TIFF file as (C, H, W) float32; None for a file that is left to Pillow.
+) -> tuple[Tensor, bool] | int:
+    """Read all bands of a TIFF file as (C, H, W) float32.
 
     Integers are divided by the largest value of their type; where 0 is white, they are inverted. Floating-point values
-    are returned as they are; those that GDAL's tag calls no data are NaN.
+    are returned as they are. Values that GDAL's tag calls no data are NaN.
 
     Args:
-        path: the file.
+        path: the file, or a page of it: `FILE,page=N`.
         content: its content, if it was read before.
         upright: turn the picture by its orientation.
 
     Returns:
-        The bands, and True if the last one is transparency.
+        The bands, and True if the last one is transparency; or the number of the page, if it is left to Pillow.
 
     Raises:
         FileError: the file holds several pictures, too many pixels, values of another kind, or is compressed by a
             method that needs another package.
     """
+    stored = read_stored(path, content)
+    if isinstance(stored, int):
+        return stored
+    values, page = stored
+    if int(page.photometric) not in _PLAIN:
+        raise FileError(
+            f"{path} holds values of kind {_name(page.photometric)}.", next="store it in grey or in colour."
+        )
+    scaled = turned(_scale(values, page, path), orientation_of(page) if upright else 1)
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(scaled, -1, 0))), _has_alpha(page)
+
+
+def read_stored(path: Path | str, content: bytes | None = None) -> tuple[np.ndarray[Any, Any], Any] | int:
+    """Return the values of a TIFF file (H, W, C) as it stores them, and their page; see `read_bands`."""
     import tifffile
 
-    with tifffile.TiffFile(path if content is None else io.BytesIO(content)) as file:
-        page: Any = file.pages.first
-        series = [entry for entry in file.series if not _is_secondary(entry.pages[0])]
-        others = _band_axes(series)
-        if _is_for_pillow(page) and not (others is not None and len(series[0].pages) > 1):
-            return None
-        if others is None:
-            raise _of_several(path, series)
+    place, number = split_page(path)
+    with tifffile.TiffFile(place if content is None else io.BytesIO(content)) as file:
+        picture = _picture_of(file, place, number)
+        page = picture.page
+        if picture.is_one_page and isinstance(page.index, int) and _is_for_pillow(page, file):
+            return page.index
         check_pixels(path, page.imagelength, page.imagewidth)
         with _decoding(path, page):
-            values: np.ndarray[Any, Any] = series[0].asarray()
-    values = values[..., None] if not others else np.moveaxis(values, series[0].axes.index(others), -1)
-    scaled = _scale(values, page, path)
-    orientation = int(page.tags.valueof(_ORIENTATION, 1))
-    turned = _UPRIGHT.get(orientation if upright else 1, lambda pixels: pixels)(scaled)
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(turned, -1, 0))), _has_alpha(page)
+            values: np.ndarray[Any, Any] = picture.read().reshape(picture.shape)
+    bands = picture.bands
+    return values[..., None] if not bands else np.moveaxis(values, picture.axes.index(bands), -1), page
 
 
-def _band_axes(series: Sequence[Any]) -> str | None:
-    """Return the axis of the bands of a file's only picture, empty for one band; None for several pictures."""
-    axes = series[0].axes if len(series) == 1 else ""
-    others = "".join(axis for axis in axes if axis not in "YX")
-    return others if axes and len(others) <= 1 and set(others) <= set(_BAND_AXES) else None
+def turned(pixels: np.ndarray[Any, Any], orientation: int) -> np.ndarray[Any, Any]:
+    """Return pixels (H, W, C) as they are shown, by the number of an orientation."""
+    return _UPRIGHT.get(orientation, lambda pixels: pixels)(pixels)
 
 
-def _of_several(path: Path | str, series: Sequence[Any]) -> FileError:
-    count = len(series) if len(series) != 1 else len(series[0].pages)
+def orientation_of(page: Any) -> int:
+    """Return the number of a page's orientation, see `turned`."""
+    return int(page.tags.valueof(ORIENTATION, 1))
+
+
+@dataclass(frozen=True)
+class _PagesPicture:
+    """A picture of a TIFF file.
+
+    Attributes:
+        page: its page, or the first one, which has its tags.
+        axes: letters of its axes but rows and columns only if they are longer than 1.
+        shape: their lengths.
+        read: returns its values.
+    """
+
+    page: Any
+    axes: str
+    shape: tuple[int, ...]
+    read: Callable[[], Any]
+
+    @classmethod
+    def of(cls, stored: Any) -> _PagesPicture:
+        """Return that of a page or a series of tifffile."""
+        axes = zip(stored.axes, stored.shape, strict=True)
+        kept = [(axis, count) for axis, count in axes if axis in "YX" or count > 1]
+        letters, shape = "".join(axis for axis, _ in kept), tuple(count for _, count in kept)
+        return cls(getattr(stored, "keyframe", stored), letters, shape, stored.asarray)
+
+    @property
+    def bands(self) -> str:
+        """The axis of the bands; empty for one band."""
+        return self.axes.strip("YX")
+
+    @property
+    def is_one_page(self) -> bool:
+        """True if all of it is in one page."""
+        return math.prod(self.shape) == int(self.page.size)
+
+    @property
+    def is_flat(self) -> bool:
+        """True for a picture, or several bands of one; False for a volume or a stack of pictures."""
+        return set(self.axes) >= {*"YX"} and len(self.bands) <= 1 and set(self.bands) <= set(_BAND_AXES)
+
+
+def _picture_of(file: Any, path: Path | str, number: int | None) -> _PagesPicture:
+    """Return the picture of a page, or without a number the only one of its file in full: copies that are marked as
+    reduced, masks, and what makers of slide scanners write beside the slide (labels, thumbnails) are none.
+
+    Raises:
+        FileError: there is no such page, or there are several pictures.
+    """
+    if number is not None:
+        if number >= len(file.pages):
+            raise _of_several(path, file, f"{path} has no page {number}")
+        picture = _PagesPicture.of(file.pages[number])
+    else:
+        all_series = [entry for entry in file.series if entry.name == _SLIDE] or file.series
+        parts = [(entry, [page for page in entry.pages if not _is_secondary(page)]) for entry in all_series]
+        parts = [part for part in parts if part[1]] or [(entry, [*entry.pages]) for entry in all_series]
+        count = sum(len(full) for _, full in parts)
+        entry, full = parts[0]
+        picture = _PagesPicture.of(full[0] if count == 1 and len(entry.pages) > 1 else entry)
+        if len(parts) > 1 or len(full) not in (1, len(entry.pages)):
+            raise _of_several(path, file, f"{path} holds {count} pictures")
+    if not picture.is_flat:
+        count = math.prod(picture.shape) // _area(picture.page)
+        raise _of_several(path, file, f"{path} holds {count} pictures")
+    return picture
+
+
+def _area(page: Any) -> int:
+    return int(page.imagelength * page.imagewidth * page.samplesperpixel)
+
+
+def _of_several(path: Path | str, file: Any, what: str) -> FileError:
+    """Return the error for a file whose picture has to be named, which lists its pages."""
+    pages = [
+        f"page {number}: {page.imagewidth} x {page.imagelength}, {page.samplesperpixel} of {page.dtype}"
+        for number, page in enumerate(entry.aspage() for entry in itertools.islice(file.pages, _LISTED))
+    ]
+    more = [f"and {len(file.pages) - _LISTED} more"] * (len(file.pages) > _LISTED)
     return FileError(
-        f"{path} holds {count} pictures.",
-        next="store the one you mean in a file of its own; bands of one picture are samples of its pixels "
-        "(in tifffile: planarconfig).",
+        f"{what}: {'; '.join([*pages, *more])}.",
+        next=f"name a page: {path},page=0; or store the picture in a file of its own. Bands of one picture are samples "
+        "of its pixels (in tifffile: planarconfig).",
     )
 
 
@@ -109,38 +213,46 @@ def _has_alpha(page: Any) -> bool:
     return bool(is_colour and extras and int(extras[-1]) in (1, 2))
 
 
-def _is_for_pillow(page: Any) -> bool:
-    """True for what Pillow reads as it is: grey of up to 16 bits, colour and palettes of 8 bits."""
+def _is_for_pillow(page: Any, file: Any) -> bool:
+    """True for what only Pillow decodes as it is shown: palettes, other colours than red, green and blue, values packed
+    in bytes, and compressions that tifffile lacks."""
     unsigned = int(page.sampleformat) == _UNSIGNED
     samples, bits, photometric = page.samplesperpixel, page.bitspersample, int(page.photometric)
-    if not unsigned or bits > 16:
+    if not unsigned or bits > 16 or photometric == _OF_MASK or (file.is_bigtiff and file.byteorder == ">"):
         return False
-    if photometric not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB):
+    if photometric not in _PLAIN:
         return True  # palettes, CMYK, luma and chroma
     # A fourth sample of unknown meaning is a band, which Pillow would leave out.
     extras = tuple(map(int, page.extrasamples))
     usual = 3 if photometric == _RGB else 1
     is_usual = samples == usual or (samples == usual + 1 and extras in ((1,), (2,)))
-    return is_usual and (bits <= 8 or samples == 1)
+    is_read = is_usual and (bits <= 8 or samples == 1)
+    return is_read and (bits % 8 > 0 or extras == (1,) or _lacks_codec(page))
 
 
 def _is_secondary(page: Any) -> bool:
-    return bool(int(page.subfiletype) & (_REDUCED | _MASK))
+    return bool(int(getattr(page, "subfiletype", 0)) & (_REDUCED | _MASK))  # some pages are as the first one
+
+
+def _name(value: Any) -> str:
+    return str(getattr(value, "name", value))
+
+
+def _lacks_codec(page: Any) -> bool:
+    from tifffile import TIFF
+
+    return page.compression not in TIFF.DECOMPRESSORS or page.predictor not in TIFF.UNPREDICTORS
 
 
 @contextlib.contextmanager
 def _decoding(path: Path | str, page: Any) -> Iterator[None]:
     """Turn errors of the block, which decodes values of a page, into a `FileError`."""
-    from tifffile import TIFF
-
-    lacks_codec = page.compression not in TIFF.DECOMPRESSORS or page.predictor not in TIFF.UNPREDICTORS
     try:
         yield
     except Exception as error:  # decoders raise errors of any type
-        if lacks_codec:
-            name = getattr(page.compression, "name", page.compression)
+        if _lacks_codec(page):
             raise FileError(
-                f"{path} is compressed by {name}, which cannot be decoded here.",
+                f"{path} is compressed by {_name(page.compression)}, which cannot be decoded here.",
                 why="TIFF files of this kind are read by tifffile, which decodes this compression with the package "
                 "imagecodecs.",
                 next="pip install imagecodecs; or store the file without compression, or compressed by deflate "
@@ -152,22 +264,37 @@ def _decoding(path: Path | str, page: Any) -> Iterator[None]:
 
 
 def _scale(values: np.ndarray[Any, Any], page: Any, path: Path | str) -> np.ndarray[Any, Any]:
-    """Return values as float32: integers divided by the largest value of their type, others as they are."""
+    """Return values as float32: integers divided by the largest value of their type, others as they are; those without
+    data are NaN."""
     kind = values.dtype.kind
     if kind == "f":
-        scaled = values.astype(np.float32)
-        no_data = str(page.tags.valueof(_NO_DATA, "")).strip("\0 ")
-        if no_data:
-            with contextlib.suppress(ValueError):  # a tag that is no number
-                scaled[values == values.dtype.type(float(no_data))] = np.nan
-        return 1 - scaled if int(page.photometric) == _WHITE_IS_ZERO else scaled
-    if kind not in _SIGN_BITS:
+        with np.errstate(over="ignore"):  # what float32 does not hold is infinite, and refused like NaN
+            scaled = values.astype(np.float32)
+    elif kind in _SIGN_BITS:
+        bits = int(page.bitspersample) - _SIGN_BITS[kind]
+        scaled = (values / (2.0**bits - 1)).astype(np.float32)
+    else:
         raise FileError(
             f"{path} holds values of type {values.dtype}.", next="store integers or floating-point values."
         )
-    bits = int(page.bitspersample) - _SIGN_BITS[kind]
-    scaled = (values / (2.0**bits - 1)).astype(np.float32)
+    if (is_lacking := without_data(values, page.tags.valueof(NO_DATA))) is not None:
+        scaled[is_lacking] = np.nan
     return 1 - scaled if int(page.photometric) == _WHITE_IS_ZERO and kind != "i" else scaled
+
+
+def without_data(values: np.ndarray[Any, Any], stated: object) -> np.ndarray[Any, Any] | None:
+    """Return where values are the one that GDAL's tag states for pixels without data; None if it states none."""
+    try:
+        number = float(str(stated).strip("\0 "))
+    except ValueError:  # no tag, or one that is no number
+        return None
+    if values.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            return values == values.dtype.type(number)
+    limits = np.iinfo(np.uint8 if values.dtype.kind == "b" else values.dtype)
+    if not number.is_integer() or not limits.min <= number <= limits.max:
+        return None  # no value of this type
+    return values == values.dtype.type(int(number))
 
 
 # -- pictures that do not fit into memory --------------------------------------------------------------
@@ -181,10 +308,11 @@ class TiffRows:
     Attributes:
         shape: (C, H, W) with all bands of the file.
         has_alpha: True if the last band is transparency.
+        position: tags that say where the picture lies on the earth, as `make_empty` takes them.
     """
 
     def __init__(self, path: Path | str) -> None:
-        """Open a file; see `close`.
+        """Open a file, or a page of it: `FILE,page=N`; see `close`.
 
         Raises:
             FileError: it holds several pictures, or one that is turned, has a palette, or is not stored in small
@@ -193,13 +321,18 @@ class TiffRows:
         import tifffile
 
         self._path = path
-        try:
-            self._file = tifffile.TiffFile(path)
-        except Exception as error:  # of any type, where a file is cut short
-            raise FileError(f"{path} cannot be read as a TIFF.", why=first_line(error)) from error
-        page: Any = self._file.pages.first
-        series = [entry for entry in self._file.series if not _is_secondary(entry.pages[0])]
-        self._page, samples = page, int(page.samplesperpixel)
+        place, number = split_page(path)
+        with contextlib.ExitStack() as opened:
+            try:
+                self._file = opened.enter_context(tifffile.TiffFile(place))
+                picture = _picture_of(self._file, place, number)
+            except FileError:
+                raise
+            except Exception as error:  # of any type, where a file is cut short
+                raise FileError(f"{path} cannot be read as a TIFF.", why=first_line(error)) from error
+            opened.pop_all()  # it stays open
+        self._page = page = picture.page
+        self.position, samples = _position(page), int(page.samplesperpixel)
         self.shape, self.has_alpha = (samples, int(page.imagelength), int(page.imagewidth)), _has_alpha(page)
         self._is_planar = samples > 1 and int(page.planarconfig) != 1
         is_plain = (
@@ -208,21 +341,23 @@ class TiffRows:
         self._is_raw = bool(is_plain and page.bitspersample == 8 * page.dtype.itemsize)
         self._height = int(page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength))
         self._decoded = dict[int, np.ndarray[Any, Any]]()
-        if (refusal := self._refusal(series)) is not None:
+        if (refusal := self._refusal(picture)) is not None:
             self.close()
             raise refusal
 
-    def _refusal(self, series: Sequence[Any]) -> FileError | None:
+    def _refusal(self, picture: _PagesPicture) -> FileError | None:
         """Return why the file cannot be read in rows, if so."""
         page, path = self._page, self._path
-        if _band_axes(series) is None or len(series[0].pages) > 1:
-            return _of_several(path, series)
-        if page.dtype is None:
+        if not picture.is_one_page:
+            why = "its bands are in several pages."
+        elif _lacks_codec(page):
+            why = f"it is compressed by {_name(page.compression)}, which needs the package imagecodecs."
+        elif page.dtype is None:
             why = f"its values have {page.bitspersample} bits."
-        elif int(page.tags.valueof(_ORIENTATION, 1)) != 1:
+        elif orientation_of(page) != 1:
             why = "its orientation says that it is shown turned or mirrored."
-        elif int(page.photometric) not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB):
-            why = f"its values are of kind {getattr(page.photometric, 'name', page.photometric)}."
+        elif int(page.photometric) not in _PLAIN:
+            why = f"its values are of kind {_name(page.photometric)}."
         elif not self._is_raw and self._height * self._row_bytes > _MOST_DECODED:
             why = f"it is stored in pieces of {self._height} rows, which are decoded as a whole."
         else:
@@ -280,7 +415,7 @@ class TiffRows:
         down = -(-height // self._height)
         across = -(-width // int(page.tilewidth)) if page.is_tiled else 1
         top = number * self._height
-        values = np.zeros((min(self._height, height - top), width, samples), page.dtype)
+        values = np.full((min(self._height, height - top), width, samples), page.nodata, page.dtype)
         for plane in range(samples if self._is_planar else 1):
             for column in range(across):
                 index = (plane * down + number) * across + column
@@ -301,13 +436,45 @@ class TiffRows:
         self._file.close()
 
 
-def make_empty(path: Path | str, size: tuple[int, int], dtype: Any, colours: Any = None) -> int:
-    """Write a grey TIFF of zeros (height, width), or with a palette (3, 256) of 16 bits; return the offset of its first
-    row. Rows follow each other without compression, so that others can be written there."""
+# Tags of GeoTIFF and of GDAL: scale of pixels, tie points, a transform, coordinate system, rational polynomials.
+_POSITION = (33550, 33922, 34264, 34735, 34736, 34737, 50844)
+_METADATA = 42112  # GDAL's own, as XML; items of a band describe its values
+
+
+def _position(page: Any) -> tuple[Any, ...]:
+    """Return the tags of a page that say where its picture lies; empty if there are none."""
+    tags = [tag for code in _POSITION if (tag := page.tags.get(code)) is not None]
+    found = [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in tags]
+    if found and (stated := page.tags.valueof(_METADATA)) is not None:
+        kept = re.sub(r"\s*<Item[^>]*\ssample=[^>]*>.*?</Item>", "", str(stated), flags=re.DOTALL)
+        found.append((_METADATA, 2, None, kept, True))
+    return tuple(found)
+
+
+def states_position(path: Path | str) -> bool:
+    """True for a TIFF file that says where its picture lies on the earth."""
     import tifffile
 
-    kind = (
+    place, number = split_page(path)
+    if not str(place).lower().endswith((".tif", ".tiff")) or not is_tiff(place):
+        return False
+    with contextlib.suppress(Exception), tifffile.TiffFile(place) as file:  # reported where it is read
+        return bool(_position(_picture_of(file, place, number).page))
+    return False
+
+
+def make_empty(
+    path: Path | str, size: tuple[int, int], dtype: Any, colours: Any = None, position: Sequence[Any] = ()
+) -> int:
+    """Write a grey TIFF of zeros (height, width), or with a palette (3, 256) of 16 bits; return the offset of its first
+    row. Rows follow each other without compression, so that others can be written there. `position` is that of a
+    picture, see `TiffRows`."""
+    import tifffile
+
+    kind: dict[str, Any] = (
         {"photometric": "minisblack"} if colours is None else {"photometric": "palette", "colormap": colours}
     )
-    written: Any = tifffile.imwrite(path, shape=size, dtype=dtype, returnoffset=True, metadata=None, **kind)
+    written: Any = tifffile.imwrite(
+        path, shape=size, dtype=dtype, returnoffset=True, metadata=None, extratags=position, **kind
+    )
     return int(written[0])

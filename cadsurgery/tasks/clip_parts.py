@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from cadsurgery.data.clips import comment_of, join_clips, write_clip
+from cadsurgery.data.clips import Clip, comment_of, join_clips, write_clip
 from cadsurgery.support import files
 from cadsurgery.support.files import make_folder
 from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, write_json
@@ -74,36 +74,47 @@ class ClipParts:
         self._made_by = json.loads(json.dumps({**made_by, "source": os.path.abspath(source), "file": file}))
         self._target, self._folder = target, target.with_name(f".{target.name}.parts")
         self._state = self._folder / "parts.json"
-        self.seen, self._paths = Seen(), list[Path]()
+        self.seen, self._parts = (
+            Seen(),
+            dict[str, str](),
+        )  # names of parts, and the seconds at which they begin
         if not resume:
             self.remove()
         elif known := read_json(self._state):
             check_same_run(known["made_by"], self._made_by, target)
             self.seen = Seen.from_dict(known["seen"])
-            self._paths = [self._folder / name for name in known["parts"]]
+            self._parts = dict(known["parts"])
 
     @property
     def is_whole(self) -> bool:
         """True if the clip is there, as this run would make it, and no part is left."""
-        return not self._paths and comment_of(self._target).endswith(self._digest)
+        return not self._parts and comment_of(self._target).endswith(self._digest)
 
     @property
     def _digest(self) -> str:
         return hashlib.sha256(json.dumps(self._made_by, sort_keys=True).encode()).hexdigest()[:16]
 
     @contextmanager
-    def next(self, rate: Fraction) -> Iterator[Callable[[Image.Image], None]]:
-        """Yield a function that appends a picture to a new part, which is noted with `seen` at the end of the block."""
-        path = make_folder(self._folder) / f"{len(self._paths):06d}.mp4"
-        with write_clip(path, rate) as add:
-            yield add
-        self._paths.append(path)
-        parts = [part.name for part in self._paths]
-        write_json(self._state, {"made_by": self._made_by, "seen": self.seen.to_dict(), "parts": parts})
+    def next(self, clip: Clip) -> Iterator[Callable[[Image.Image, Fraction], None]]:
+        """Yield a function that appends a picture, shown at a second, to a new part, which is noted with `seen` at the
+        end of the block."""
+        path, begin = make_folder(self._folder) / f"{len(self._parts):06d}.mp4", None
+        with write_clip(path, clip.rate, clip.time_base) as append:
 
-    def join(self, rate: Fraction) -> None:
+            def add(picture: Image.Image, time: Fraction) -> None:
+                nonlocal begin
+                begin = time if begin is None else begin
+                append(picture, time - begin)
+
+            yield add
+        self._parts[path.name] = str(begin)
+        values = {"made_by": self._made_by, "seen": self.seen.to_dict(), "parts": self._parts}
+        write_json(self._state, values)
+
+    def join(self) -> None:
         """Write the clip of all parts."""
-        join_clips(self._paths, self._target, rate, self._digest)
+        parts = [(self._folder / name, Fraction(begin)) for name, begin in self._parts.items()]
+        join_clips(parts, self._target, self._digest)
 
     def remove(self) -> None:
         """Remove the parts."""

@@ -19,7 +19,7 @@ from cadsurgery.data import tiff
 from cadsurgery.data.channels import as_channels
 from cadsurgery.data.images import check_values, normalise
 from cadsurgery.data.stores import is_remote
-from cadsurgery.support.errors import FileError, InvalidInput
+from cadsurgery.support.errors import FileError, InvalidInput, warn
 from cadsurgery.support.files import as_file_error, make_folder, write_whole
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.tasks.figures import CLASSES, palette
@@ -30,7 +30,7 @@ Count = Callable[[Tensor, int], Counter[int]]  # the pixels of each class of row
 def target_for(source: str, target: str, memory: str) -> str:
     """Return where the prediction of a picture goes: into a TIFF file if it is read in rows, because as float32 it
     takes more than the memory for maps."""
-    if not memory or is_remote(source) or is_remote(target) or not tiff.is_tiff(source):
+    if not memory or is_remote(source) or is_remote(target) or not tiff.is_tiff(tiff.split_page(source)[0]):
         return target
     try:
         file = tiff.TiffRows(source)
@@ -39,6 +39,14 @@ def target_for(source: str, target: str, memory: str) -> str:
     file.close()
     is_large = 4 * file.shape[0] * file.shape[1] * file.shape[2] > bytes_of(memory)
     return str(Path(target).with_suffix(".tif")) if is_large else target
+
+
+def warn_of_position(source: str, why: str, next: str) -> None:
+    """Warn that the prediction of a picture will not say where it lies on the earth, as its TIFF file does."""
+    warn(
+        f"the prediction of {source} is written without its position and coordinate system (GeoTIFF).\n"
+        f"  Why: {why}\n  Next: {next}"
+    )
 
 
 class LargePicture:
@@ -109,14 +117,15 @@ class _WrittenRows:
                 self.rows, self._offset, self.milliseconds = found
                 self.counts = counts
 
-    def begin(self, size: tuple[int, int], channels: int) -> None:
-        """Make the file, unless there are rows in it: classes with their colours; one channel as its values."""
+    def begin(self, size: tuple[int, int], channels: int, position: Sequence[Any]) -> None:
+        """Make the file at a position, unless there are rows in it: classes with their colours; one channel as its
+        values."""
         self._kind = np.dtype(np.float32 if channels == 1 else np.uint8 if channels <= 256 else np.uint16)
         if not self.rows:
             make_folder(self.target.parent)
             colours = palette().T.astype(np.uint16) * 257 if self._kind == np.uint8 else None
             with as_file_error(f"{self.target} cannot be written.", "choose another --output."):
-                self._offset = tiff.make_empty(self.file, size, self._kind, colours)
+                self._offset = tiff.make_empty(self.file, size, self._kind, colours, position)
 
     def write(self, first: int, values: Tensor, counts: Counter[int], milliseconds: float) -> None:
         """Write rows (rows, W), and then that they are there."""
@@ -153,14 +162,20 @@ def predict_large(
         CadError: the picture cannot be read, computed or written.
     """
     height, width = picture.shape[1:]
-    status = os.stat(picture.path)
+    status, position = os.stat(tiff.split_page(picture.path)[0]), picture.file.position
     made_of = {"path": os.path.abspath(picture.path), "bytes": status.st_size, "changed": status.st_mtime_ns}
     part = _WrittenRows(Path(target), made_of | {"by": json.loads(json.dumps(made_by, default=str))})
     with torch.inference_mode():
         start = time.perf_counter()
         result = net.rows(picture, start=part.rows)
         channels = result.shape[0]
-        part.begin((result.shape[1], result.shape[2]), channels)
+        size = (result.shape[1], result.shape[2])
+        if position and size != (height, width):
+            sizes = f"it has {size[1]} x {size[0]} pixels, and the picture {width} x {height}."
+            next = "give it that of the picture, in larger pixels: gdal_translate -a_srs, -a_ullr."
+            warn_of_position(picture.path, sizes, next)
+            position = ()
+        part.begin(size, channels, position)
         for first, rows in result:
             values = rows[0].float() if channels == 1 else rows.float().argmax(0)
             new = values[max(part.rows - first, 0) :]

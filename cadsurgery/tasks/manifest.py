@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from cadsurgery.data import stores
 from cadsurgery.data.hub import fetch, is_address
+from cadsurgery.data.tiff import split_page
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.files import append_line, exists, make_folder
 from cadsurgery.tasks.run_folder import Identity, check_same_run, unreadable
@@ -48,6 +49,10 @@ class Predictions:
         """
         self.classes = set[str]()
         self._sources: dict[str, str] = {}  # by prediction
+        self._states: dict[
+            str, list[int] | None
+        ] = {}  # of the pictures, by prediction, when they were predicted
+        self._read_as: dict[str, list[int]] = {}  # by picture that is being predicted
         self._output, self._uploaded = str(output), time.monotonic()
         self._made_by = json.loads(json.dumps(made_by, default=str))
         self._folder = self._download() if stores.is_remote(output) else Path(output)
@@ -82,11 +87,12 @@ class Predictions:
 
     def _note(self, row: Row) -> None:
         if "output" in row:
-            self._sources[row["output"]] = row["path"]
+            self._sources[row["output"]], self._states[row["output"]] = row["path"], row.get("file")
             self.classes |= row.get("classes", {}).keys()
 
     def is_written(self, source: str, target: str) -> bool:
-        """True if the prediction of a picture is in place; in object storage, if a row says so.
+        """True if the prediction of a picture is in place, and the picture's file has the size and the time of change
+        that it had then; in object storage, if a row says so.
 
         Raises:
             InvalidInput: the prediction of another picture, or a file that no run has written, would be replaced.
@@ -102,7 +108,13 @@ class Predictions:
                 where=target,
                 next="choose another --output.",
             )
-        return is_there and written is not None
+        is_done = is_there and written is not None
+        return is_done and self._states.get(self._place(target)) in (None, _state_of(source))
+
+    def note_start(self, source: str) -> None:
+        """Note the state of a picture's file before it is read, for its row."""
+        if (state := _state_of(source)) is not None:
+            self._read_as[source] = state
 
     def begin(self) -> None:
         """Write the first line, unless it is there."""
@@ -114,12 +126,14 @@ class Predictions:
 
     def add_prediction(self, row: Row) -> None:
         """Append the row of a prediction that is in place, or of a picture that failed, with the reason."""
-        row = {**row, "image": _whole(row["image"])}
-        path = row.pop("image")
+        source = row["image"]
+        path, state = _whole(source), self._read_as.pop(source, None)
+        row = {name: value for name, value in row.items() if name != "image"}
         if "output" not in row:
             self._add({"path": path, "error": row})
         else:
-            self._add({"path": path, **row, "output": self._place(row["output"])})
+            file = {} if state is None else {"file": state}
+            self._add({"path": path, **file, **row, "output": self._place(row["output"])})
 
     def _add(self, row: Row) -> None:
         append_line(self._own, json.dumps(row))
@@ -147,6 +161,14 @@ class Predictions:
                     content = stores.read_bytes(f"{self._output}/{place}")
                     (Path(self._temporary.name) / place).write_bytes(content)
         return Path(self._temporary.name)
+
+
+def _state_of(source: str) -> list[int] | None:
+    """Return size and time of change (ns) of a picture's file; None in object storage."""
+    with suppress(OSError, ValueError):
+        status = os.stat(split_page(source)[0])
+        return [status.st_size, status.st_mtime_ns]
+    return None
 
 
 def _whole(path: str) -> str:

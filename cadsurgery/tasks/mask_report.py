@@ -30,6 +30,7 @@ from cadsurgery.data.networks import Source
 from cadsurgery.data.samples import pictures_of
 from cadsurgery.data.sources import split_place
 from cadsurgery.data.stores import refuse_stream
+from cadsurgery.data.tiff import split_page
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.masks import FineMapSpec, MaskProvider, labelled, resolve_mask
 from cadsurgery.masks.provider import check_levels
@@ -299,7 +300,7 @@ def _existing(image: str) -> Path | None:
         FileError: there is no such file.
     """
     refuse_stream(image)
-    if image and not files.exists(image):
+    if image and not files.exists(split_page(image)[0]):
         refusal = files.absent(image, "image")
         raise FileError(
             refusal.what, next=f"{refusal.next} A network is named by -m: cadsurgery mask -m {image}."

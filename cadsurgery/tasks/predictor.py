@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -270,10 +271,10 @@ class Predictor:
         with open_clip(path, self.settings.size, fps, self.source, numbers) as clip:
             for frame in islice(clip.frames, hold):  # for masks that need the frames before
                 list(self(frame[None]))
-            batches = iter(lambda: list(islice(clip.frames, self.settings.batch)), [])
+            batches = iter(lambda: list(islice(clip.timed, self.settings.batch)), [])
             try:
                 while not stopped.is_set() and (first := next(batches, [])):
-                    with parts.next(clip.rate) as add:
+                    with parts.next(clip) as add:
                         for frames in islice(chain([first], batches), max(1, FRAMES // self.settings.batch)):
                             self._draw_frames(frames, path, seen, add)
                             speed = (seen.frames - before) / (time.perf_counter() - start)
@@ -287,7 +288,7 @@ class Predictor:
             except CadError:
                 parts.remove()
                 raise
-            parts.join(clip.rate)
+            parts.join()
         speed = (seen.frames - before) / (time.perf_counter() - start)
         if not stopped.is_set() or is_camera(path):
             parts.remove()
@@ -298,13 +299,18 @@ class Predictor:
         return {"image": str(path), "output": str(target), **means, **ended, **self._shares(seen.classes)}
 
     def _draw_frames(
-        self, frames: Sequence[Tensor], path: Path, seen: Seen, add: Callable[[Image.Image], None]
+        self,
+        timed: Sequence[tuple[Fraction, Tensor]],
+        path: Path,
+        seen: Seen,
+        add: Callable[[Image.Image, Fraction], None],
     ) -> None:
-        """Predict frames, append their pictures, and note them.
+        """Predict frames, append their pictures at their times, and note them.
 
         Raises:
             FileError: their size is another one than that of the frames before.
         """
+        times, frames = zip(*timed, strict=True)
         for number, frame in enumerate(frames, seen.frames + 1):
             size = (frame.shape[1], frame.shape[2])
             seen.size = seen.size or size
@@ -314,8 +320,9 @@ class Predictor:
                     f"{seen.size[1]}.",
                     next="resize them: --size HxW.",
                 )
-        for frame, (classes, channels, details) in zip(frames, self(torch.stack([*frames])), strict=True):
-            add(self.draw(frame, classes, usual=OVERLAY))
+        results = self(torch.stack(frames))
+        for second, frame, (classes, channels, details) in zip(times, frames, results, strict=True):
+            add(self.draw(frame, classes, usual=OVERLAY), second)
             seen.classes += self._count(classes, channels)
             details.pop("levels", None)
             seen.sums.update({key: value for key, value in details.items() if not isinstance(value, str)})

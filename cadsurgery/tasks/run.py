@@ -22,6 +22,7 @@ from cadsurgery.data.clips import WRITTEN, is_camera, is_clip, is_written_here, 
 from cadsurgery.data.images import check_size, no_images, stream_images, write_picture
 from cadsurgery.data.networks import class_names
 from cadsurgery.data.stores import refuse_stream
+from cadsurgery.data.tiff import states_position
 from cadsurgery.kernels.build import cores
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.network.model import pictures_for
@@ -36,7 +37,7 @@ from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks import ray_data
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import VIEWS, figure_picture, legend_figure
-from cadsurgery.tasks.large import target_for
+from cadsurgery.tasks.large import target_for, warn_of_position
 from cadsurgery.tasks.manifest import Predictions
 from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row
 from cadsurgery.tasks.report import FilesReport
@@ -120,8 +121,10 @@ def predict(
                     return
                 if manifest is not None and manifest.is_written(item.source, item.target):
                     outcome.counts["skipped"] += 1
-                else:
-                    yield item
+                    continue
+                if manifest is not None:
+                    manifest.note_start(item.source)
+                yield item
 
         def clip_rows(predictor: Predictor) -> Iterator[tuple[int, Row]]:
             for clip in left(sources.clips):
@@ -300,7 +303,7 @@ class _Sources:
         """
         for source in sources:
             refuse_stream(source)
-        self._memory = memory
+        self._memory, self._is_said = memory, False
         self.output, self.is_one_clip = output, _is_clip_file(Path(output))
         self.failures: dict[str, FileError] = {}
         clips = _find_clips([*map(Path, sources)], Path(output))
@@ -354,7 +357,15 @@ class _Sources:
         given = [(source, Path(source).name) for source in self.stills]
         streamed: Iterable[tuple[str, str]] = _listed(self.stills) if is_listed else given
         for position, (image, place) in enumerate(stream_images(streamed, self.failures, self.output)):
-            yield Item(position, image, target_for(image, os.path.join(self.output, place), self._memory))
+            target = target_for(image, os.path.join(self.output, place), self._memory)
+            if not self._is_said and not target.endswith(".tif") and states_position(image):
+                self._is_said = True
+                warn_of_position(
+                    image,
+                    "PNG files hold none.",
+                    "--memory with less than the pictures take writes TIFF files with it; this is said of the first.",
+                )
+            yield Item(position, image, target)
 
     def refusals(self) -> Iterator[tuple[int, Row]]:
         """Yield the rows of sources that hold no images, before all others."""

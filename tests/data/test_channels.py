@@ -9,22 +9,27 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from conftest import Run
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as torchvision_functional
 
 import cadsurgery as cs
+from cadsurgery.data import open_pictures
 from cadsurgery.data.images import (
     as_channels,
     check_values,
+    find_images,
     normalise,
     read_image,
+    read_labels,
     read_picture_for,
     shown,
     statistics_of,
     street_scene,
 )
 from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD, Source, channels_of, source_of
+from cadsurgery.data.tiff import TiffRows
 
 RANDOM = np.random.default_rng(0)
 HEIGHT, WIDTH = 20, 28
@@ -80,18 +85,143 @@ def test_any_number_of_bands_is_read(tmp_path: Path, bands: int, dtype: str) -> 
     torch.testing.assert_close(found, scaled(stored[::-1].copy()), rtol=1e-6, atol=1e-7)
 
 
-def test_bands_of_an_array_without_a_word_on_its_axes_are_read(tmp_path: Path) -> None:
-    stored = values(6, "uint16")
-    tifffile.imwrite(tmp_path / "tile.tif", stored)
-    torch.testing.assert_close(read_image(tmp_path / "tile.tif", channels=6), scaled(stored))
+# How several pictures come into one file, by what is told of their axis.
+STACKS: dict[str, dict[str, Any]] = {
+    "an array": {},
+    "pages": {"metadata": None},
+    "depths": {"metadata": {"axes": "ZYX"}},
+    "times, ImageJ": {"metadata": {"axes": "TYX"}, "imagej": True},
+    "times, OME": {"metadata": {"axes": "TYX"}, "ome": True},
+}
 
 
-def test_several_pictures_in_a_tiff_of_deep_values_are_refused(tmp_path: Path) -> None:
-    with tifffile.TiffWriter(tmp_path / "pages.tif") as file:
-        for size in (16, 24):
-            file.write(np.zeros((size, size), np.float32))
-    with pytest.raises(cs.FileError, match="2 pictures"):
-        read_image(tmp_path / "pages.tif")
+@pytest.mark.parametrize("count", [2, 3, 6])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("stack", STACKS)
+def test_pictures_in_a_stack_are_no_bands_and_each_is_read_by_its_page(
+    tmp_path: Path, stack: str, dtype: str, count: int
+) -> None:
+    stored, path = values(count, dtype), tmp_path / "stack.tif"
+    tifffile.imwrite(path, stored, photometric="minisblack", **STACKS[stack])
+    for channels in (None, 1, count):
+        with pytest.raises(cs.FileError, match=f"holds {count} pictures") as caught:
+            read_image(path, channels=channels)
+        assert f"{path},page=0" in caught.value.next and "planarconfig" in caught.value.next
+        assert f"page 0: {WIDTH} x {HEIGHT}" in caught.value.what
+    with pytest.raises(cs.FileError):
+        TiffRows(path)
+    if stack == "times, ImageJ":  # behind each other in one page
+        return
+    for number in range(count):
+        page = read_image(f"{path},page={number}", channels=1)
+        torch.testing.assert_close(page, scaled(stored[number : number + 1]), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(TiffRows(f"{path},page={number}").rows(0, HEIGHT), page)
+    with pytest.raises(cs.FileError, match=f"no page {count}"):
+        read_image(f"{path},page={count}")
+
+
+def test_channels_over_several_pages_are_bands(tmp_path: Path) -> None:
+    stored = values(4, "uint16")
+    tifffile.imwrite(tmp_path / "cells.tif", stored, photometric="minisblack", metadata={"axes": "CYX"})
+    torch.testing.assert_close(read_image(tmp_path / "cells.tif", channels=4), scaled(stored))
+
+
+def pages_of(layout: str, stored: np.ndarray[Any, Any], write: Any) -> None:
+    """Write a picture (H, W, C) and what stands beside it in files of this kind."""
+    kind: dict[str, Any] = {"photometric": "rgb" if stored.shape[-1] == 3 else "minisblack", "metadata": None}
+    kind |= {"planarconfig": "contig"} if stored.shape[-1] > 1 else {}
+    inside = stored[..., 0] > 9
+    stored = stored if stored.shape[-1] > 1 else stored[..., 0]
+    half, mask = stored[::2, ::2], {"subfiletype": 4, "photometric": 4, "metadata": None}
+    slide = "Aperio Image Library v11\n{} (64x64) JPEG|AppMag = 20"
+    if layout == "reduced copies":
+        write(stored, **kind)
+        write(half, **kind, subfiletype=1)
+        write(half[::2, ::2], **kind, subfiletype=1)
+    elif layout == "a copy before it":
+        write(half, **kind, subfiletype=1)
+        write(stored, **kind)
+    elif layout == "copies and masks":
+        write(stored, **kind)
+        write(inside, **mask)
+        write(half, **kind, subfiletype=1)
+        write(inside[::2, ::2], **{**mask, "subfiletype": 5})
+    elif layout == "a copy of its size":
+        write(stored, **kind)
+        write(stored[::-1], **kind, subfiletype=1)
+    elif layout == "SubIFDs":
+        write(stored, **kind, subifds=2)
+        write(half, **kind, subfiletype=1)
+        write(half[::2, ::2], **kind, subfiletype=1)
+    elif layout == "a slide":
+        write(stored, **kind, tile=(16, 16), description=slide.format("full"))
+        write(stored[::4, ::4], **kind, description="Aperio thumbnail")
+        write(stored[::4, ::4], **kind, tile=(16, 16), description=slide.format("quarter"))
+        write(stored[:10, :9], **kind, subfiletype=1, description="Aperio label 9x10")
+        write(stored[:10, :14], **kind, subfiletype=9, description="Aperio macro 14x10")
+    else:
+        write(stored, **kind)
+
+
+LAYOUTS = (
+    *("reduced copies", "a copy before it", "copies and masks", "a copy of its size", "SubIFDs", "a slide"),
+    "alone",
+)
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("bigtiff", [False, True])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("bands", [1, 3, 5])
+def test_the_full_picture_is_read_among_copies_masks_and_labels(
+    tmp_path: Path, bands: int, dtype: str, bigtiff: bool, byteorder: Any
+) -> None:
+    stored = np.moveaxis(values(bands, dtype), 0, -1)
+    for layout in LAYOUTS:
+        path = tmp_path / f"{layout}.tif"
+        with tifffile.TiffWriter(path, bigtiff=bigtiff, byteorder=byteorder) as file:
+            pages_of(layout, stored, file.write)
+        expected = scaled(np.ascontiguousarray(np.moveaxis(stored, -1, 0)))
+        found = read_image(path, channels=None)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7, msg=layout)
+        torch.testing.assert_close(TiffRows(path).rows(0, HEIGHT), expected, rtol=1e-6, atol=1e-7, msg=layout)
+        if bands == 1 and dtype != "float32":
+            assert np.array_equal(read_labels(path).numpy(), stored[..., 0]), layout
+    half = read_image(f"{tmp_path / 'reduced copies.tif'},page=1", channels=None)
+    assert half.shape == (bands, HEIGHT // 2, WIDTH // 2)
+    inside = read_image(f"{tmp_path / 'copies and masks.tif'},page=1", channels=1)
+    assert set(inside.unique().tolist()) <= {0, 1}
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "packbits", "jpeg"])
+def test_a_page_is_read_whatever_decodes_it(tmp_path: Path, compression: str) -> None:
+    """Pillow reads what tifffile does not decode."""
+    pages = [Image.fromarray(np.full((16, 24 - 8 * number, 3), 40 * number, np.uint8)) for number in range(3)]
+    path = tmp_path / "pages.tif"
+    pages[0].save(path, save_all=True, append_images=pages[1:], compression=compression)
+    with pytest.raises(cs.FileError, match="holds 3 pictures"):
+        read_image(path)
+    for number, page in enumerate(pages):
+        found = read_image(f"{path},page={number}")
+        assert found.shape == (3, *page.size[::-1]) and abs(found.mean() - 40 * number / 255) < 0.01
+
+
+def test_a_page_is_named_wherever_a_picture_is(tmp_path: Path, command_line: Run) -> None:
+    first, second = values(3, "uint8"), values(3, "uint8")
+    with tifffile.TiffWriter(tmp_path / "two.tif") as file:
+        for stored in (first, second):
+            file.write(np.moveaxis(stored, 0, -1), photometric="rgb", metadata=None)
+    named = f"{tmp_path / 'two.tif'},page=1"
+    assert torch.equal(open_pictures(named)[0][0], scaled(second))
+    assert [str(path) for path in find_images([Path(named)])[0]] == [named]
+    assert command_line("mask", named, "--output-stride", "2,8", "-o", "mask.png").code == 0
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(cs.FileError, match="has no pages"):
+        read_image(f"{tmp_path / 'a.png'},page=0")
+    with pytest.raises(cs.FileError, match=r"no file .*gone\.tif"):
+        read_image(f"{tmp_path / 'gone.tif'},page=0")
+    (tmp_path / "two.tif,page=1").write_bytes((tmp_path / "a.png").read_bytes())  # a file of this name
+    assert read_image(named).shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -249,6 +379,62 @@ def test_pixels_without_data_are_refused_where_a_network_reads_them(tmp_path: Pa
     with pytest.raises(cs.InvalidInput, match="2 pixels without data") as caught:
         read_picture_for(Source("mine", channels=6), path)
     assert "fill them" in caught.value.next
+
+
+# Values for pixels without data as files state them, by type, and the value that is stored.
+NO_DATA = {
+    "uint8": {"0": 0, "255": 255, "0.0": 0, " 7\0": 7},
+    "uint16": {"0": 0, "65535": 65535},
+    "int16": {"-9999": -9999, "-32768": -32768},
+    "uint32": {"4294967295": 2**32 - 1},
+    "float32": {"-9999": -9999, "-3.4028234663852886e+38": np.finfo(np.float32).min, "nan": np.nan},
+    "float64": {"-1.7976931348623157e+308": -np.finfo(np.float64).max},
+}
+STATED = [(kind, text) for kind, texts in NO_DATA.items() for text in texts]
+
+
+@pytest.mark.parametrize(("dtype", "text"), STATED)
+@pytest.mark.parametrize("bands", [1, 3, 4])
+def test_the_value_for_no_data_is_no_signal_in_any_type(
+    tmp_path: Path, dtype: str, text: str, bands: int
+) -> None:
+    stored = values(bands, dtype)
+    stored[stored == NO_DATA[dtype][text]] = 1
+    stored[:, 2:5, 3] = NO_DATA[dtype][text]
+    forms: list[dict[str, Any]] = [{}, {"compression": "zlib"}, {"tile": (16, 16)}, {"planar": False}]
+    for number, form in enumerate(forms):
+        tags = [(42113, "s", 0, text, True)]
+        path = tiff(tmp_path / f"{number}.tif", stored, extratags=tags, **form)
+        whole, rows = (
+            read_image(path, channels=bands, bands=[*range(1, bands + 1)]),
+            TiffRows(path).rows(0, HEIGHT),
+        )
+        for found in (whole, rows):
+            assert found[:, 2:5, 3].isnan().all() and found.isnan().sum() == 3 * bands, form
+        with pytest.raises(cs.InvalidInput, match="3 pixels without data"):
+            read_picture_for(None, path)
+        with pytest.raises(cs.InvalidInput, match="pixels without data"):  # resized, they spread
+            read_picture_for(None, path, (10, 14))
+    plain = tiff(tmp_path / "plain.tif", stored)
+    assert read_image(plain, channels=None).isnan().any() == (text == "nan")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "I;16"])
+def test_the_value_for_no_data_is_no_signal_in_what_pillow_decodes(tmp_path: Path, mode: str) -> None:
+    picture = Image.fromarray(RANDOM.integers(1, 255, (HEIGHT, WIDTH), dtype=np.uint8)).convert(mode)
+    picture.paste((0, 0, 0) if mode == "RGB" else 0, (3, 2, 4, 5))
+    picture.save(tmp_path / "a.tif", compression="tiff_lzw", tiffinfo={42113: "0"})
+    with pytest.raises(cs.InvalidInput, match="3 pixels without data"):
+        read_picture_for(None, tmp_path / "a.tif")
+    with pytest.raises(cs.InvalidInput, match="pixels without data"):
+        read_picture_for(None, tmp_path / "a.tif", (10, 14))
+
+
+@pytest.mark.parametrize("text", ["-9999", "0.5", "1e9", "nothing", ""])
+def test_a_value_that_no_pixel_can_have_marks_none(tmp_path: Path, text: str) -> None:
+    stored = values(3, "uint8")
+    path = tiff(tmp_path / "tile.tif", stored, extratags=[(42113, "s", 0, text or "\0", True)])
+    torch.testing.assert_close(read_picture_for(None, path), scaled(stored))
 
 
 def test_pictures_of_any_bands_are_drawn_in_colour() -> None:

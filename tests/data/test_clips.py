@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import struct
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from PIL import Image
 
 import cadsurgery as cs
 from cadsurgery.data import IGNORED, open_pictures
-from cadsurgery.data.clips import length_of, open_clip, write_clip
+from cadsurgery.data.clips import _decode, length_of, open_clip, write_clip
 from cadsurgery.data.stores import refuse_stream
 from cadsurgery.support.errors import CadError, LeftOut
 
@@ -64,6 +68,76 @@ def test_every_nth_frame_is_that_of_the_decoder_of_run(
     assert [Path(name).name for name in data.names] == [f"{number:06d}" for number in numbers]
     for position, number in enumerate(numbers):
         assert torch.equal(data[position][0], frames[number])
+
+
+TURNS = {  # by the matrix that shows a pixel (x, y) at (a x + c y, b x + d y)
+    (1, 0, 0, 1): lambda pixels: pixels,
+    (-1, 0, 0, 1): lambda pixels: pixels[:, ::-1],
+    (1, 0, 0, -1): lambda pixels: pixels[::-1],
+    (-1, 0, 0, -1): lambda pixels: pixels[::-1, ::-1],
+    (0, 1, 1, 0): lambda pixels: pixels.swapaxes(0, 1),
+    (0, 1, -1, 0): lambda pixels: pixels.swapaxes(0, 1)[:, ::-1],
+    (0, -1, 1, 0): lambda pixels: pixels.swapaxes(0, 1)[::-1],
+    (0, -1, -1, 0): lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],
+}
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".mov"])
+@pytest.mark.parametrize("unit", [1 << 16, 1 << 15, 3 << 16], ids=["as it is", "halved", "enlarged"])
+@pytest.mark.parametrize("matrix", TURNS, ids=str)
+def test_frames_are_turned_and_mirrored_as_players_show_them(
+    tmp_path: Path, ending: str, unit: int, matrix: tuple[int, int, int, int]
+) -> None:
+    """The matrix of a track stands behind 40 bytes of its header (ISO/IEC 14496-12, 8.3.2)."""
+    pixels = np.full((*SIZE, 3), 30, np.uint8)
+    pixels[:24, :32], pixels[:24, 32:], pixels[24:, :32] = (220, 60, 60), (60, 220, 60), (60, 60, 220)
+    clip = tmp_path / f"turned{ending}"
+    with write_clip(clip, Fraction(RATE)) as add:
+        add(Image.fromarray(pixels))
+    content = bytearray(clip.read_bytes())
+    a, b, c, d = (unit * value for value in matrix)
+    at = content.index(b"tkhd") + 44
+    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    clip.write_bytes(content)
+    expected = TURNS[matrix](pixels).astype(np.float32) / 255
+    with open_clip(clip) as opened:
+        (frame,) = opened.frames
+    chosen = cs.open_data(f"clip:{clip},every=1", "all")[0][0]
+    assert torch.equal(chosen, frame) and frame.shape[1:] == expected.shape[:2]
+    assert abs(frame.permute(1, 2, 0).numpy() - expected).mean() < 0.02
+
+
+def test_a_clip_that_is_turned_by_another_angle_is_rotated(tmp_path: Path) -> None:
+    clip = written(tmp_path / "oblique.mp4", 1)
+    content = bytearray(clip.read_bytes())
+    at = content.index(b"tkhd") + 44
+    turn = round((1 << 16) * 0.5**0.5)
+    for flip in (1, -1):  # mirrored, too
+        content[at : at + 36] = struct.pack(">9i", flip * turn, flip * turn, 0, -turn, turn, 0, 0, 0, 1 << 30)
+        clip.write_bytes(content)
+        with open_clip(clip) as opened:
+            (frame,) = opened.frames
+        assert min(frame.shape[1:]) > max(SIZE) and frame[:, 0, 0].sum() == 0  # a corner is empty
+
+
+def test_times_rise_where_a_clip_states_none_or_falls_back(tmp_path: Path) -> None:
+    class Stated:
+        """A stream whose frames have these times in seconds."""
+
+        time_base, name = Fraction(1, 1000), "stated"
+
+        def decode(self, stream: object) -> Iterator[Any]:
+            for seconds in (Fraction(1), None, Fraction("1.2"), Fraction("1.2"), Fraction(0), Fraction(5)):
+                pts = None if seconds is None else int(seconds * 1000)
+                picture = Image.new("RGB", (8, 8))
+                yield SimpleNamespace(
+                    pts=pts, time_base=self.time_base, to_image=lambda picture=picture: picture, side_data={}
+                )
+
+    times = [time for time, _ in _decode(Stated(), Stated(), None, Fraction(10))]
+    assert times == [1, Fraction("1.1"), Fraction("1.2"), Fraction("1.201"), Fraction("1.301"), 5]
+    camera = [time for time, _ in _decode(Stated(), Stated(), None, Fraction(10), from_zero=True)]
+    assert camera == [time - 1 for time in times]
 
 
 def test_frames_are_read_in_any_order_and_in_other_processes(clip: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,127 @@ def test_labelled_data_reads_pictures_as_everything_else_does(tmp_path: Path) ->
     stored(tmp_path / "labels" / "deep.png", GREY % 3)
     image, _ = cs.open_data(f"folder:{tmp_path},classes=3", "all")[0]
     torch.testing.assert_close(image, torch.from_numpy(GREY).float().expand(3, -1, -1) / 255)
+
+
+# -- every mode and depth ------------------------------------------------------------------------------
+
+RANDOM = np.random.default_rng(1)
+KINDS_OF_PNG = {"grey": (0, 1), "RGB": (2, 3), "grey and alpha": (4, 2), "RGBA": (6, 4)}
+ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    check = zlib.crc32(name + content)
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
+
+
+def png(
+    path: Path, values: np.ndarray[Any, Any], kind: int, interlaced: bool = False, orientation: int = 1
+) -> Path:
+    """Write a PNG (H, W, C) of 8 or 16 bits, in passes or not, by its specification."""
+    (height, width, _), bits = values.shape, 8 * values.dtype.itemsize
+    passes = [values[y::down, x::right] for x, y, right, down in ADAM7] if interlaced else [values]
+    rows = [row for part in passes if part.size for row in part.astype(values.dtype.newbyteorder(">"))]
+    head = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, int(interlaced))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = [
+        chunk(b"IHDR", head),
+        chunk(b"eXIf", exif.tobytes()[6:]),
+        chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))),
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(content) + chunk(b"IEND", b""))
+    return path
+
+
+def random_values(bands: int, kind: str, size: tuple[int, int] = (21, 13)) -> np.ndarray[Any, Any]:
+    return RANDOM.integers(0, np.iinfo(kind).max, (*size, bands), kind, endpoint=True)
+
+
+def fractions(values: np.ndarray[Any, Any], largest: int | None = None) -> torch.Tensor:
+    """Values (H, W, C) as parts of the largest one, (C, H, W)."""
+    largest = largest or np.iinfo(values.dtype).max
+    return torch.from_numpy((np.moveaxis(values, -1, 0) / largest).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "interlaced", "orientation"),
+    covering([*KINDS_OF_PNG], ["uint8", "uint16"], [False, True], [1, 2, 3, 4, 5, 6, 7, 8]),
+)
+def test_a_png_is_read_as_it_was_written(
+    tmp_path: Path, name: str, kind: str, interlaced: bool, orientation: int
+) -> None:
+    code, bands = KINDS_OF_PNG[name]
+    values = random_values(bands, kind)
+    path = png(tmp_path / "a.png", values, code, interlaced, orientation)
+    every = [*range(1, bands + 1)]
+    stored = read_image(path, channels=None, bands=every, upright=False)
+    torch.testing.assert_close(stored, fractions(values), rtol=0, atol=1e-6)
+    plain = png(tmp_path / "plain.png", values[..., :1].astype(np.uint8), 0, orientation=orientation)
+    assert read_image(path).shape[1:] == read_image(plain).shape[1:]
+    rounded = np.round(values / np.iinfo(kind).max * 255).astype(np.uint8)
+    png(tmp_path / "shallow.png", rounded, code, orientation=orientation)
+    assert (read_image(path) - read_image(tmp_path / "shallow.png")).abs().max() < 2 / 255
+    small = read_image(path, (7, 5)), read_image(tmp_path / "shallow.png", (7, 5))
+    assert (small[0] - small[1]).abs().max() < 3 / 255
+
+
+@pytest.mark.parametrize("largest", [1, 100, 255, 256, 4095, 65535])
+@pytest.mark.parametrize("magic", [2, 3, 5, 6])
+def test_a_pgm_or_ppm_is_read_as_parts_of_the_largest_value_that_it_states(
+    tmp_path: Path, magic: int, largest: int
+) -> None:
+    values = RANDOM.integers(0, largest, (6, 5, 3 if magic in (3, 6) else 1), endpoint=True)
+    if magic < 4:
+        body = "# no value\n".join(f"{value}\n" for value in values.flatten()).encode()
+    else:
+        body = values.astype(">u2" if largest > 255 else np.uint8).tobytes()
+    path = tmp_path / "a.pnm"
+    path.write_bytes(f"P{magic} # 9 9 9\n5 6\n# 7\n{largest}\n".encode() + body)
+    torch.testing.assert_close(read_image(path, channels=None), fractions(values, largest), rtol=0, atol=1e-6)
+    if values.shape[2] == 1:
+        assert np.array_equal(read_labels(path).numpy(), values[..., 0])  # classes are numbers, not shares
+    path.write_bytes(path.read_bytes()[: -len(body) // 2])
+    with pytest.raises(cs.FileError):
+        read_image(path)
+
+
+def test_a_value_beyond_the_largest_that_a_pgm_states_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 1 100\n" + bytes([7, 101]))
+    with pytest.raises(cs.FileError, match="holds the value 101"):
+        read_image(tmp_path / "a.pgm")
+
+
+def test_data_read_pictures_of_16_bits_of_other_libraries_in_all_their_bits(tmp_path: Path) -> None:
+    """Data sets give pictures as Pillow opens them."""
+    values = random_values(3, "uint16")
+    path = png(tmp_path / "a.png", values, 2)
+    data = SegmentationData("mine", "all", (), ("a",), lambda place: (Image.open(path), None), ((255, 255),))
+    torch.testing.assert_close(data[0][0], fractions(values), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["a.jp2", "a.avif", "cmyk.tif"])
+@pytest.mark.parametrize("deep", [True, False])
+def test_colour_that_would_be_rounded_is_refused(tmp_path: Path, name: str, deep: bool) -> None:
+    path, kind = tmp_path / name, "uint16" if deep else "uint8"
+    values = random_values(4 if name == "cmyk.tif" else 3, kind, (32, 48))
+    if name == "cmyk.tif":
+        tifffile.imwrite(path, values, photometric="separated")
+    else:
+        cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
+        bits = [cv2.IMWRITE_AVIF_DEPTH, 10 if deep else 8] if name == "a.avif" else []
+        try:
+            written = cv2.imwrite(str(path), values >> 6 if deep and bits else values, bits)
+        except cv2.error:
+            written = False
+        if not written or Image.registered_extensions().get(path.suffix) not in Image.OPEN:
+            pytest.skip(f"{path.suffix} is not written or read here")
+    if not deep:
+        assert read_image(path).shape == (3, 32, 48)
+        return
+    with pytest.raises(cs.FileError, match="more than 8 bits") as caught:
+        read_image(path)
+    assert "16 bits" in caught.value.next
 
 
 # -- finding -------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ def predict(file: Path, picture: Path, output: Path, **options: Any) -> FilesRep
 
 
 def written(path: Path, stored: np.ndarray, **options: Any) -> Path:
+    path.parent.mkdir(exist_ok=True)
     tifffile.imwrite(path, stored, **options)
     return path
 
@@ -96,6 +97,80 @@ def test_a_large_picture_is_predicted_as_one_that_fits(
         assert rows.rows[0].get(name) == pytest.approx(whole.rows[0].get(name), abs=1e-3)
     assert not [path for path in (tmp_path / "rows").iterdir() if path.name.startswith(".page")]
     assert predict(file, picture, tmp_path / "rows", mask=mask, resume=True).skipped == 1
+
+
+ZONE = (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 25832)  # UTM zone 32N
+PLACES: dict[str, list[Any]] = {
+    "north up": [
+        (33550, 12, 3, (0.2, 0.2, 0.0), True),
+        (33922, 12, 6, (0.0, 0.0, 0.0, 5e5, 5.2e6, 0.0), True),
+    ],
+    "turned": [(34264, 12, 16, tuple(float(value) for value in range(16)), True)],
+    "control points": [(33922, 12, 18, tuple(float(value) for value in range(18)), True)],
+    "polynomials": [(50844, 12, 92, tuple(float(value) for value in range(92)), True)],
+}
+NAMES = [(34736, 12, 2, (0.5, 7.25), True), (34737, 2, None, "a zone|", True)]
+ITEMS = '<GDALMetadata><Item name="AREA_OR_POINT">Area</Item>{}</GDALMetadata>'
+OF_BAND = '<Item name="STATISTICS_MEAN" sample="0">117.2</Item>'
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_a_prediction_in_rows_lies_where_its_picture_does(
+    file: Path, tmp_path: Path, place: str, byteorder: str
+) -> None:
+    stored = np.random.default_rng(0).integers(1, 255, (*SIZE, 3), dtype=np.uint8)
+    tags = [*PLACES[place], (34735, 3, len(ZONE), ZONE, True), *NAMES]
+    given = [*tags, (42112, 2, None, ITEMS.format(OF_BAND), True), (42113, 2, None, "0", True)]
+    picture = written(tmp_path / "map.tif", stored, photometric="rgb", extratags=given, byteorder=byteorder)
+    predict(file, picture, tmp_path / "out", mask="all")
+    with tifffile.TiffFile(picture) as source, tifffile.TiffFile(tmp_path / "out" / "map.tif") as made:
+        before, after = source.pages.first.tags, made.pages.first.tags
+        for code, *_ in tags:
+            assert after[code].value == before[code].value and after[code].dtype == before[code].dtype
+        assert after[42112].value == ITEMS.format("")  # means of the picture's bands are not those of classes
+        assert 42113 not in after  # nor is class 0 no data
+
+
+def test_a_position_that_is_not_carried_along_is_said_once(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PNG files hold none, and a smaller map has other pixels."""
+    tags = [*PLACES["north up"], (34735, 3, len(ZONE), ZONE, True)]
+    stored = np.random.default_rng(0).integers(1, 255, (*SIZE, 3), dtype=np.uint8)
+    for name in "ab":
+        written(tmp_path / "maps" / f"{name}.tif", stored, photometric="rgb", extratags=tags)
+    with pytest.warns(
+        cs.CadWarning, match=r"a\.tif is written without its position[\s\S]*--memory"
+    ) as warned:
+        predict(file, tmp_path / "maps", tmp_path / "whole", memory="")
+    assert len(warned) == 1
+    (tmp_path / "coarse.py").write_text(
+        "from torch import nn\ndef network():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 5, 3, 2, 1)).eval()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    net = tmp_path / "coarse.safetensors"
+    cs.save(cs.adaptify(cs.build_model("coarse.py:network"), "edges", coarsest=8), net)
+    with pytest.warns(cs.CadWarning, match="without its position") as warned:
+        predict(net, tmp_path / "maps" / "a.tif", tmp_path / "rows", mask="all")
+    assert len(warned) == 1 and "x" in str(warned[0].message)
+    with tifffile.TiffFile(tmp_path / "rows" / "a.tif") as made:
+        assert made.pages.first.shape != SIZE and 33550 not in made.pages.first.tags
+
+
+def test_a_page_of_a_large_file_is_predicted_in_rows(file: Path, picture: Path, tmp_path: Path) -> None:
+    pages = tmp_path / "pages.tif"
+    whole = tifffile.imread(picture)
+    with tifffile.TiffWriter(pages) as writer:
+        for number in range(2):
+            writer.write(whole[:: 1 - 2 * number], photometric="rgb", metadata=None)
+    predict(file, Path(f"{pages},page=1"), tmp_path / "out", mask="all")
+    written(tmp_path / "alone.tif", whole[::-1], photometric="rgb")
+    predict(file, tmp_path / "alone.tif", tmp_path / "one", mask="all")
+    assert np.array_equal(
+        tifffile.imread(tmp_path / "out" / "pages.tif"), tifffile.imread(tmp_path / "one" / "alone.tif")
+    )
 
 
 class Killed(BaseException):

@@ -231,6 +231,47 @@ def test_what_is_missing_or_new_is_predicted(file: Path, photos: Path, whole: Pa
     assert {**before, "new.png": (whole / "new.png").read_bytes()} == predictions(whole)
 
 
+@pytest.mark.parametrize("how", ["size", "time", "while it was predicted"])
+def test_a_picture_that_was_replaced_is_predicted_again(
+    file: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    changed, out = photos / "a" / "2.png", tmp_path / "out"
+    before = changed.stat()
+
+    def replace() -> None:
+        draw(changed, 9)
+        os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns + (how != "size")))
+
+    if how == "while it was predicted":
+        write = predictor.write_picture
+
+        def replaced(drawn: Image.Image, target: str) -> None:
+            write(drawn, target)
+            if target.endswith("2.png"):
+                replace()
+
+        monkeypatch.setattr(predictor, "write_picture", replaced)
+    predict(file, photos, out)
+    monkeypatch.undo()
+    if how != "while it was predicted":
+        replace()
+    again = predict(file, photos, out, resume=True)
+    assert again.skipped == COUNT - 1 and [row["image"] for row in again.rows] == [str(changed)]
+    predict(file, photos, tmp_path / "new")
+    assert predictions(out) == predictions(tmp_path / "new")
+    assert predict(file, photos, out, resume=True).skipped == COUNT
+
+
+def test_rows_of_an_earlier_version_say_nothing_of_the_files_and_are_trusted(
+    file: Path, photos: Path, whole: Path
+) -> None:
+    manifest = whole / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    assert all(row.pop("file") for row in rows[1:])
+    manifest.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert predict(file, photos, whole, resume=True).skipped == COUNT
+
+
 def test_a_prediction_is_not_replaced_by_that_of_another_picture(
     file: Path, photos: Path, whole: Path
 ) -> None:

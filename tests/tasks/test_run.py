@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import covering
 from networks import saved_segmenter
 from PIL import Image
 
@@ -130,12 +132,12 @@ def test_frames_are_read_one_batch_at_a_time(
     def open_counted(*arguments: Any) -> Iterator[Clip]:
         with open_clip(*arguments) as clip:
 
-            def frames() -> Iterator[torch.Tensor]:
-                for number, frame in enumerate(clip.frames):
+            def timed() -> Iterator[tuple[Fraction, torch.Tensor]]:
+                for number, frame in enumerate(clip.timed):
                     ahead.append(number - len(shown))
                     yield frame
 
-            yield Clip(frames(), clip.count, clip.rate)
+            yield replace(clip, timed=timed())
 
     monkeypatch.setattr(predictor, "open_clip", open_counted)
     predict(file, [folder], tmp_path / "out.mp4", batch=batch)
@@ -281,6 +283,48 @@ def test_clips_are_turned_as_the_camera_says(tmp_path: Path) -> None:
         container.mux(stream.encode())
     (frame,) = frames_of(tmp_path / "turned.mp4")
     assert frame.shape == (3, 48, 32) and frame[:, :20].mean() > 0.9 and frame[:, 28:].mean() < 0.1
+
+
+MILLISECONDS = {
+    "jumps": (0, 40, 1000, 1040, 1041, 3000, 3500),
+    "late": (1400, 1433, 1500, 2900, 2950, 3000, 9000),
+    "steady": tuple(range(0, 280, 40)),
+}
+
+
+def times_of(path: Path) -> list[Fraction]:
+    with open_clip(path) as clip:
+        return [time for time, _ in clip.timed]
+
+
+@pytest.mark.parametrize(
+    ("ending", "source", "name"), covering([".mp4", ".mov", ".mkv"], [".mp4", ".mkv"], [*MILLISECONDS])
+)
+@pytest.mark.parametrize("base", [Fraction(1, 1000), Fraction(1, 90_000)])
+def test_predictions_of_a_clip_are_shown_when_its_frames_are(
+    file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ending: str,
+    source: str,
+    name: str,
+    base: Fraction,
+) -> None:
+    """Also where the clip is written in parts, and where the source has frames that are decoded out of order."""
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    monkeypatch.setattr(predictor, "FRAMES", 3)
+    clip, milliseconds = tmp_path / f"clip{source}", MILLISECONDS[name]
+    with av.open(str(clip), "w") as container:
+        stream = container.add_stream("libx264", rate=25, width=64, height=48, pix_fmt="yuv420p")
+        stream.codec_context.time_base, stream.codec_context.max_b_frames = base, 2
+        for number, shown in enumerate(milliseconds):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 30 * number, np.uint8))
+            frame.pts, frame.time_base = round(Fraction(shown, 1000) / base), base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert times_of(clip) == pytest.approx([shown / 1000 for shown in milliseconds], abs=6e-4)
+    predict(file, [clip], tmp_path / f"out{ending}")
+    assert times_of(tmp_path / f"out{ending}") == pytest.approx(times_of(clip), abs=6e-4)
 
 
 def test_classes_with_names_have_shares_and_a_legend(
