@@ -194,16 +194,19 @@ class Geometry:
 
 
 def as_levels(levels: Tensor, max_level: int, where: str = "") -> Tensor:
-    """Convert an integer map to levels (int64). In a bool map True means level 0 and False the lowest resolution.
+    """Convert an integer map to signed levels. In a bool map True means level 0 and False the lowest resolution.
 
     Raises:
         InvalidInput: a level is outside 0..max_level, or the map may as well be a yes or no: zeros and ones in uint8,
             where there are more levels; `where` is quoted in the message.
     """
     if levels.dtype == torch.bool:
-        return torch.where(levels, 0, max_level)
+        if torch.compiler.is_compiling():  # engines do not multiply bytes
+            return torch.where(levels, 0, max_level)
+        return levels.logical_not().to(torch.int8).mul_(max_level)
     is_byte = levels.dtype == torch.uint8  # the type of masks in image files and of older comparisons
-    levels = levels.long()  # not all integer types can be compared
+    if levels.dtype != torch.int8 or torch.compiler.is_compiling():  # large maps come in int8
+        levels = levels.long()  # not all integer types can be compared
     if torch.compiler.is_compiling():  # values are unknown while a graph is made
         return levels
     low, high = torch.aminmax(levels)

@@ -30,6 +30,10 @@ class UniformMask(MaskProvider):
         level = 0 if self.high else grid.max_level
         return torch.full((grid.batch, *grid.size), level, dtype=torch.int8, device=features.device)
 
+    def reach(self, grid: FineMapSpec) -> int:
+        """Return 0."""
+        return 0
+
     def kept_patches(self, grid: FineMapSpec) -> tuple[int, ...]:
         """Return the number of all patches, or 0."""
         return (grid.batch * grid.patches if self.high else 0,)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.sizes import divide_up
+from cadsurgery.masks.context import call_context
 from cadsurgery.masks.filters import differences, grey_of, on_samples
 from cadsurgery.masks.options import SHARE, between, check_options
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
@@ -60,11 +62,31 @@ class ContentMask(MaskProvider):
 
     def _changes(self, image: Tensor, grid: FineMapSpec) -> tuple[Tensor, Tensor]:
         """Return the change (B, H, W) at each pixel, and the threshold (B,) for it."""
-        framed = F.pad(grey_of(image).float().unsqueeze(1), (1, 1, 1, 1), mode="replicate").squeeze(1)
-        smooth = _sum_pairs(_sum_pairs(framed)) / 16  # a quarter, a half, a quarter
-        right, down = differences(smooth, "replicate")
-        change = right.abs().maximum(down.abs())
-        return change, (self.noise * median_of_samples(change)).clamp(min=self.least * grid.deviation)
+        change, limit = _change(image), call_context().limits.get(self)
+        return change, self._limit(samples_of(change), grid) if limit is None else limit
+
+    def _limit(self, samples: Tensor, grid: FineMapSpec) -> Tensor:
+        return (self.noise * median(samples)).clamp(min=self.least * grid.deviation)
+
+    def reach(self, grid: FineMapSpec) -> int:
+        """Return the margin, a cell that contains the sample, and the two pixels that a change depends on; the
+        threshold comes from `limit_of_parts` then."""
+        return (self.margin + 1) * grid.side * grid.output_stride + 2
+
+    def limit_of_parts(
+        self, parts: Iterable[tuple[int, int, Tensor]], height: int, grid: FineMapSpec
+    ) -> Tensor:
+        """Return the threshold (B,) of a picture of which parts are given: first row, the last one plus one, and these
+        rows (B, C, rows, W) with the two above and below, where there are any."""
+        wanted, found = torch.arange(_SAMPLES) * height // _SAMPLES, []
+        for first, end, rows in parts:
+            above = min(first, 2)
+            for row in wanted[(wanted >= first) & (wanted < end)].tolist():
+                top = max(row - first + above - 2, 0)
+                near = rows[:, :, top : row - first + above + 3]
+                found.append(_change(near)[:, row - first + above - top])
+        changes = torch.stack(found, 1)
+        return self._limit(changes[:, :, _places(changes.shape[2], changes.device)], grid)
 
     def _shares(self, image: Tensor, grid: FineMapSpec) -> Tensor:
         """Return the share of pixels with content of each cell (B, rows, columns)."""
@@ -82,13 +104,28 @@ def _sum_pairs(values: Tensor) -> Tensor:
     return across[:, 1:] + across[:, :-1]
 
 
-def median_of_samples(values: Tensor) -> Tensor:
-    """Return the median of each map (B, H, W), estimated from a regular grid of its values.
+def _change(image: Tensor) -> Tensor:
+    """Return the largest difference (B, H, W) of neighbours of the smoothed grey picture."""
+    framed = F.pad(grey_of(image).float().unsqueeze(1), (1, 1, 1, 1), mode="replicate").squeeze(1)
+    smooth = _sum_pairs(_sum_pairs(framed)) / 16  # a quarter, a half, a quarter
+    right, down = differences(smooth, "replicate")
+    return right.abs().maximum(down.abs())
 
-    Their number is fixed: ONNX has no median, but can sort a fixed number of values of an image of any size.
+
+def _places(length: int, device: torch.device) -> Tensor:
+    return torch.arange(_SAMPLES, device=device) * length // _SAMPLES
+
+
+def samples_of(values: Tensor) -> Tensor:
+    """Return a regular grid of the values of maps (B, H, W), of a fixed size.
+
+    ONNX has no median, but can sort a fixed number of values of an image of any size.
     """
-    height, width = values.shape[1:]
-    places = torch.arange(_SAMPLES, device=values.device)
-    samples = values[:, places * height // _SAMPLES][:, :, places * width // _SAMPLES]
+    rows, columns = (_places(length, values.device) for length in values.shape[1:])
+    return values[:, rows][:, :, columns]
+
+
+def median(samples: Tensor) -> Tensor:
+    """Return the median (B,) of `samples_of` each map."""
     half = _SAMPLES * _SAMPLES // 2
     return samples.flatten(1).topk(half, 1, largest=False).values.amax(1)

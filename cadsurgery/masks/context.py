@@ -30,6 +30,7 @@ class CallContext:
         first_passes: outputs of the network with everything kept at one level, by level.
         preview: output of the network as given on a smaller picture; None if no mask asked for it.
         masks: masks that replace the network's own during a call, by network; see `AdaptiveModel.masked`.
+        limits: what masks compare with a threshold of the whole picture, by mask, where they are given parts of it.
         sizes: (height, width) of each image of a batch that is padded below and at the right; see `sized`.
     """
 
@@ -38,6 +39,7 @@ class CallContext:
     first_passes: Mapping[int, Any] = field(default_factory=dict)
     preview: Any = None
     masks: Mapping[nn.Module, object] = field(default_factory=dict)
+    limits: Mapping[nn.Module, Tensor] = field(default_factory=dict)
     sizes: Sequence[tuple[int, int]] | None = None
 
 
@@ -120,6 +122,12 @@ def keypoints_at(points: Sequence[Tensor]) -> AbstractContextManager[None]:
         points: for each image (n, 2) x and y in image pixels; n may differ between images, and may be 0.
     """
     return _within(points=points)
+
+
+def limited(limits: Mapping[nn.Module, Tensor]) -> AbstractContextManager[None]:
+    """Provide thresholds (B,) that masks take from whole pictures, for masks that are given parts of these inside the
+    `with` block."""
+    return _within(limits=limits)
 
 
 def sized(sizes: Sequence[tuple[int, int]] | Tensor | None) -> AbstractContextManager[None]:

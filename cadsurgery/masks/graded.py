@@ -7,6 +7,7 @@ deviation, whatever normalisation the network takes.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -76,6 +77,15 @@ class GradedMask(SteppedMask):
         """Compute the map (B, H, W), floating-point, that the thresholds apply to."""
         raise NotImplementedError
 
+    @property
+    def spread(self) -> int | None:
+        """Input pixels around a pixel that its strength depends on; None if they are all."""
+        return None
+
+    def reach(self, grid: FineMapSpec) -> int | None:
+        """Return half of the largest dilation, and the pixels that the strength there depends on."""
+        return None if self.spread is None else max(self.dilation) // 2 + self.spread
+
     def steps(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> list[Tensor]:
         """Mark the samples within dilation i of a strength of at least threshold i."""
         strength = self.strength(image)
@@ -101,6 +111,8 @@ class EdgeMask(GradedMask):
         self, threshold: float | tuple[float, ...] = (0.35,), dilation: int | tuple[int, ...] = (11,)
     ) -> None:
         super().__init__(threshold, dilation)
+
+    spread = 1
 
     def strength(self, image: Tensor) -> Tensor:
         """Compute (B, H, W), the larger of the signed central differences to the right and downwards, zero-padded.
@@ -130,6 +142,11 @@ class GradientMask(GradedMask):
         super().__init__(threshold, dilation)
         check_options("gradient", sigma=(sigma, WIDTH))
         self.sigma = sigma
+
+    @property
+    def spread(self) -> int:
+        """The neighbours, and three standard deviations of the Gaussian."""
+        return 1 + math.ceil(3 * self.sigma)
 
     def strength(self, image: Tensor) -> Tensor:
         """Compute the length (B, H, W) of the vector of central differences, with replicated borders."""

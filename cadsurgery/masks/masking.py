@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cadsurgery.elements.fresh import of_size
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 from cadsurgery.elements.sizes import divide_up, is_for_any_size
-from cadsurgery.masks.context import sizes_of
+from cadsurgery.masks.content import ContentMask
+from cadsurgery.masks.context import call_context, limited, sizes_of
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels
 from cadsurgery.masks.unit import AS_IT_COMES, Unit
 from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.torch_internals import is_exporting
+
+_BAND = 1 << 18  # pixels of a large picture that masks see at once
 
 # Next step in the error message about a mask that is not static.
 NEEDS_STATIC = (
@@ -64,8 +67,6 @@ class Masking:
         )
         if is_bounded or (in_graph and (self.provider.static or not self.any_number)):
             bounds = self._bounds(grid)
-        if not image.is_floating_point():  # differences of uint8 pictures would wrap around
-            image = image.to(torch.get_default_dtype())
         # torch.export splits a program and joins it again where it switches gradients off.
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             if sizes is None:
@@ -77,6 +78,7 @@ class Masking:
 
     def _levels(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Return the levels (B, h, w) that the mask asks for."""
+        image = _floating(image)
         shown = self.unit(image) if self.provider.sees_image else image
         part, before = self._of_image(grid._replace(deviation=self.unit.deviation))
         levels = check_levels(self.provider(shown, features, part), part, self.provider.name)
@@ -107,6 +109,39 @@ class Masking:
             every.append(F.pad(alone, beyond, value=lowest))
         return torch.cat(every)
 
+    def of_rows(self, read: Callable[[int, int], Tensor], height: int, features: Tensor) -> Lattice:
+        """Return the lattice of a picture that is read in rows: `read` gives rows [first, end) of all `height`,
+        (B, C, end - first, W). Masks that judge samples by their surroundings never have more than a band of it."""
+        grid = self.grid(features)._replace(deviation=self.unit.deviation)
+        reach, unit = self.provider.reach(grid), grid.patch * self.output_stride
+        is_known = self.unit.normalisation is not None or not self.provider.sees_image
+        if reach is None or not is_known or self._beyond or call_context().sizes is not None:
+            return self(read(0, height), features)
+        tall = divide_up(max(1, _BAND // max(1, grid.size[1] * self.output_stride)), unit) * unit
+
+        def bands(around: int) -> Iterator[tuple[int, int, Tensor]]:
+            for first in range(0, grid.size[0] * self.output_stride, tall):
+                end = first + tall if first + tall < grid.size[0] * self.output_stride else height
+                yield first, end, read(max(first - around, 0), min(end + around, height))
+
+        with torch.no_grad():
+            limits: dict[nn.Module, Tensor] = {}
+            for mask in self.provider.modules():
+                if isinstance(mask, ContentMask):
+                    shown = ((first, end, self.unit(_floating(rows))) for first, end, rows in bands(2))
+                    limits[mask] = mask.limit_of_parts(shown, height, grid)
+            levels = torch.empty(grid.batch, *grid.size, dtype=torch.int8)
+            around = divide_up(reach, unit) * unit
+            with limited(limits):
+                for first, end, rows in bands(around):
+                    top, start = max(first - around, 0) // self.output_stride, first // self.output_stride
+                    stop = grid.size[0] if end + around >= height else (end + around) // self.output_stride
+                    last = grid.size[0] if end >= height else end // self.output_stride
+                    part = grid._replace(size=(stop - top, grid.size[1]))
+                    found = self._levels(rows, features[:, :, top:stop], part)
+                    levels[:, start:last] = found[:, start - top : last - top]
+        return self.geometry.lattice(levels)
+
     def grid(self, features: Tensor) -> FineMapSpec:
         """Describe the fine map `features` (B, C, h, w) for the mask."""
         size = (features.shape[2], features.shape[3])
@@ -114,7 +149,7 @@ class Masking:
 
     def contrasts(self, image: Tensor) -> list[tuple[MaskProvider, float, float]]:
         """Return the masks with a threshold, each with the largest value in an image and the least threshold for it."""
-        image = image if image.is_floating_point() else image.to(torch.get_default_dtype())
+        image = _floating(image)
         grid = FineMapSpec.of(self.geometry, image.shape[0], (1, 1), self.output_stride)
         with torch.no_grad():
             shown, grid = self.unit(image), grid._replace(deviation=self.unit.deviation)
@@ -141,6 +176,11 @@ class Masking:
         if patches is None:
             raise not_static(self.provider, "a compiled or exported network has fixed shapes.")
         return Bounds.of_patches(self.geometry, grid.batch, grid.size, patches)
+
+
+def _floating(image: Tensor) -> Tensor:
+    """Return an image whose differences do not wrap around, as those of uint8 do."""
+    return image if image.is_floating_point() else image.to(torch.get_default_dtype())
 
 
 def not_static(mask: MaskProvider, why: str, next: str = "") -> InvalidInput:

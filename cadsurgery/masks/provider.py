@@ -93,6 +93,11 @@ class MaskProvider(nn.Module):
         some of it; None for masks without. It explains a mask that keeps nothing."""
         return None
 
+    def reach(self, grid: FineMapSpec) -> int | None:
+        """Return the distance in input pixels from which on the picture has no influence on a sample's level, so that
+        large pictures are judged in bands of rows; None if all of the picture counts."""
+        return None
+
     def kept_patches(self, grid: FineMapSpec) -> tuple[int, ...] | None:
         """Return how many patches (`FineMapSpec.patch`) of a batch are kept at level 0, at level 1 or finer, and so
         on.

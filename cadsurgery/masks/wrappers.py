@@ -82,6 +82,11 @@ class Dilate(MaskWrapper):
         check_options("dilate", size=(size, ODD))
         self.size = size
 
+    def reach(self, grid: FineMapSpec) -> int | None:
+        """Return the inner mask's, and half of the window."""
+        inner = self.mask.reach(grid)
+        return None if inner is None else inner + self.size // 2 * grid.output_stride
+
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Return (B, h, w) int8: the finest level in the window around each sample."""
         levels = self.inner_levels(image, features, grid)
@@ -108,6 +113,10 @@ class Threshold(MaskWrapper, SteppedMask):
         self.at = several(at)
         check_options("threshold", at=(self.at, NUMBER))
         check_falling("threshold", self.at)
+
+    def reach(self, grid: FineMapSpec) -> int | None:
+        """Return the inner mask's."""
+        return self.mask.reach(grid)
 
     def steps(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> list[Tensor]:
         """Mark where the inner mask's scores reach each threshold."""
@@ -149,6 +158,11 @@ class Union(MaskProvider):
     def spec(self) -> str:
         """Return the text form, which `resolve_mask` reads back: the masks with a plus between them."""
         return join([mask.spec() for mask in self.parts])
+
+    def reach(self, grid: FineMapSpec) -> int | None:
+        """Return the largest of the masks'."""
+        every = [mask.reach(grid) for mask in self.parts]
+        return None if None in every else max(one for one in every if one is not None)
 
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Return (B, h, w) int64: the finest level of any mask."""

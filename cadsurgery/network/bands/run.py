@@ -551,9 +551,7 @@ class Bands:
         program.check_kinds(arguments)
         image, name = self._image(provider, program, arguments), program.image_name
         with self._lock, torch.no_grad():
-            is_seen = not isinstance(provider, UniformMask)
-            given = {**arguments, name: read(0, image.shape[2])} if is_seen else arguments
-            (lattice,) = self._lattices(provider, program, given)
+            (lattice,) = self._lattices(provider, program, arguments, read)
             graph, is_own = self._graph(program, lattice)
             reader = self._reader(program, graph, {**arguments, name: image[:1]}).for_another_call()
             reading = reader.read(None if is_own else lattice, only_first=True)
@@ -586,8 +584,14 @@ class Bands:
             raise InvalidInput("the network is not computed in bands here.", why=why, next=next_)
         return image
 
-    def _lattices(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> list[Lattice]:
-        """Return the lattice of each picture of a call."""
+    def _lattices(
+        self,
+        provider: MaskProvider,
+        program: Program,
+        arguments: dict[str, Any],
+        read: ReadRows | None = None,
+    ) -> list[Lattice]:
+        """Return the lattice of each picture of a call; `read` gives rows of the picture in place of the arguments."""
         image, own = program.image(arguments), program.plan.identity_level
         first = _of_picture(arguments, image, 0)
         if isinstance(provider, UniformMask) and program.unchanged is not None:
@@ -606,7 +610,14 @@ class Bands:
                     next="choose a mask that looks at the picture alone, e.g. content or edges.",
                 )
             features = image.new_zeros(()).expand(len(image), 1, *reader.fine_size())  # for its size
-        lattice = program.masking(provider)(image, features)
+        read = read or (lambda first, end: image[:, :, first:end])
+        if features is image:
+            features = (
+                image.new_zeros(()).expand_as(image)
+                if not provider.sees_features
+                else read(0, image.shape[2])
+            )
+        lattice = program.masking(provider).of_rows(read, image.shape[2], features)
         pyramids = [Pyramid(levels, program.geometry) for levels in lattice.pyramid.levels.split(1)]
         return [one.lattice(lattice.stage, lattice.size) for one in pyramids]
 
