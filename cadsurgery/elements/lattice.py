@@ -233,6 +233,9 @@ def _wrong_levels(low: int, high: int, max_level: int, where: str, is_byte: bool
     )
 
 
+_AT_ONCE = 1 << 16  # samples of a row of blocks that are made legal at once
+
+
 def legalise(levels: Tensor, geometry: Geometry) -> Tensor:
     """Lower levels until every cell fits: a cell of level l exists only where all its pixels have level l or more.
 
@@ -245,10 +248,14 @@ def legalise(levels: Tensor, geometry: Geometry) -> Tensor:
     Returns:
         (B, H, W) int8 with `result <= levels`; the function is idempotent.
     """
+    is_read = levels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if is_read and levels.numel() > _AT_ONCE * geometry.sides[-1]:  # blocks do not depend on each other
+        rows = divide_up(_AT_ONCE, levels.shape[0] * levels.shape[2]) * geometry.sides[-1]
+        if levels.shape[1] > rows:
+            return torch.cat([legalise(part, geometry) for part in levels.split(rows, 1)], 1)
     if geometry.patch == "block":
         whole = _block_minimum(levels, geometry.sides[-1]) >= geometry.max_level
         return (whole * geometry.max_level).to(torch.int8)
-    is_read = levels.device.type == "cpu" and not torch.compiler.is_compiling()
     if geometry.floors and is_read and _is_by_cell(levels, geometry):
         return levels.to(torch.int8)
     legal = torch.zeros_like(levels, dtype=torch.int8)

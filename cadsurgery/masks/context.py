@@ -187,9 +187,10 @@ def sizes_of(image: Tensor) -> Sequence[tuple[int, int]] | None:
     Raises:
         InvalidInput: there are more or fewer sizes than images, or one is larger than the batch.
     """
-    sizes, whole = call_context().sizes, (int(image.shape[2]), int(image.shape[3]))
+    sizes = call_context().sizes
     if sizes is None or torch.compiler.is_compiling():
         return None
+    whole = (int(image.shape[2]), int(image.shape[3]))
     if len(sizes) != image.shape[0] or any(h > whole[0] or w > whole[1] for h, w in sizes):
         raise InvalidInput(
             f"the sizes {', '.join(f'{h} x {w}' for h, w in sizes)} do not fit a batch of {describe(image)}.",

@@ -81,7 +81,7 @@ def convert(*, model: str, options: ConvertOptions, step: Step) -> ConversionRep
         own = with_statistics(own, source, partial(_image_of, options))
 
     def example(source: Source) -> Tensor:
-        return example_batch(source, options.image, options.size).to(device)
+        return _piece_of(example_batch(source, options.image, options.size), options).to(device)
 
     torch.manual_seed(0)  # new parameters of a method are the same in every run
     made = make(ConversionRequest(before.to(device), source, example, own, not options.no_verify, step))
@@ -102,6 +102,29 @@ def convert(*, model: str, options: ConvertOptions, step: Step) -> ConversionRep
         notes=tuple(notes),
         **describe_run(device),
     )
+
+
+# Pixels of a picture on which a network is verified and timed as a whole; of a larger one it is the middle.
+_MOST_PIXELS = 1 << 21
+_PIECE = (1024, 2048)  # (height, width), multiples of all usual strides
+
+
+def _piece_of(batch: Tensor, options: ConvertOptions) -> Tensor:
+    """Return the middle of a large picture of the user's, with a warning; any other batch as it is."""
+    size, sides = (
+        batch.shape[2:],
+        [min(have, most) for have, most in zip(batch.shape[2:], _PIECE, strict=True)],
+    )
+    if options.image is None or options.size is not None or size.numel() <= _MOST_PIXELS:
+        return batch
+    top, left = ((have - side) // 2 for have, side in zip(size, sides, strict=True))
+    warn(
+        f"the network is verified and timed on the middle of {options.image}: {sides[0]} x {sides[1]} of its "
+        f"{size[0]} x {size[1]} pixels.\n"
+        "  Why: the maps of all of it take many times its memory.\n"
+        f"  Next: --size {_PIECE[0]}x{_PIECE[1]} takes all of it, made smaller."
+    )
+    return batch[:, :, top : top + sides[0], left : left + sides[1]].clone()
 
 
 def _image_of(options: ConvertOptions | MacsOptions, source: Source) -> list[Tensor]:

@@ -51,14 +51,17 @@ EXAMPLE = torch.rand(1, 3, 32, 48)
 CONVERSIONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "adaptify": (
         lambda: unverified(Scaled().eval(), "edges", example_input=EXAMPLE),
-        "(pixels, scale, mask, others)",
+        "(pixels, scale, mask, sizes, others)",
     ),
-    "an own mask": (lambda: unverified(Masked().eval(), "edges", example_input=EXAMPLE), "(pixels, mask)"),
+    "an own mask": (
+        lambda: unverified(Masked().eval(), "edges", example_input=EXAMPLE),
+        "(pixels, mask, sizes)",
+    ),
     "optimize": (
         lambda: unverified(Scaled().eval(), "edges", example_input=EXAMPLE).optimize(),
-        "(pixels, scale, mask, others)",
+        "(pixels, scale, mask, sizes, others)",
     ),
-    "hosted": (lambda: unverified(Hosting().eval(), "edges"), "(pictures, least, mask)"),
+    "hosted": (lambda: unverified(Hosting().eval(), "edges"), "(pictures, least, mask, sizes)"),
     "anytime": (lambda: cs.anytime(Scaled().eval(), exits=["trunk.1"]), "(pixels, scale, threshold, others)"),
     "resample": (lambda: cs.resample(Scaled().eval(), size=(16, 24)), "(pixels, scale, others)"),
     "sample": (lambda: cs.sample(Scaled().eval()), "(pixels, scale, others)"),

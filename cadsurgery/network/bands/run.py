@@ -610,14 +610,11 @@ class Bands:
                     next="choose a mask that looks at the picture alone, e.g. content or edges.",
                 )
             features = image.new_zeros(()).expand(len(image), 1, *reader.fine_size())  # for its size
+        masking, height = program.masking(provider), image.shape[2]
         read = read or (lambda first, end: image[:, :, first:end])
         if features is image:
-            features = (
-                image.new_zeros(()).expand_as(image)
-                if not provider.sees_features
-                else read(0, image.shape[2])
-            )
-        lattice = program.masking(provider).of_rows(read, image.shape[2], features)
+            features = read(0, height) if provider.sees_features else image.new_zeros(()).expand_as(image)
+        lattice = masking.of_rows(read, height, features) if provider.sees_image else masking(image, features)
         pyramids = [Pyramid(levels, program.geometry) for levels in lattice.pyramid.levels.split(1)]
         return [one.lattice(lattice.stage, lattice.size) for one in pyramids]
 
