@@ -233,6 +233,7 @@ def _wrong_levels(low: int, high: int, max_level: int, where: str, is_byte: bool
     )
 
 
+_LARGE = 1 << 20  # samples of a level map whose cells are counted before they are found
 _AT_ONCE = 1 << 16  # samples of a row of blocks that are made legal at once
 
 
@@ -741,8 +742,12 @@ class Lattice:
             return self.batch * math.prod(self.samples(side))
         if self.capacity is not None:
             return self.capacity[1]
-        if self.is_counted_here and self.part is None and self.geometry.strides and is_observed():
-            return self._count_corners()  # without the tables of positions, whose kernels do not run then
+        is_counted = self.is_counted_here and self.part is None and self.geometry.strides != ()
+        is_wide = is_counted and (self.levels.numel() > _LARGE or is_observed())
+        if is_wide and "_cells" not in self._derived:
+            return (
+                self._count_corners()
+            )  # where only the number is asked for, no tables of positions are made
         return self.anchors.shape[0]
 
     def _count_corners(self) -> int:
