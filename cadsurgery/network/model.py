@@ -6,10 +6,9 @@ import contextlib
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from threading import RLock
+from threading import RLock, local
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -65,7 +64,7 @@ class AdaptiveModel(ProgramNetwork):
     """A network with content-adaptive downsampling: same call, same output structure, same state dict as the original.
 
     Calling it with `mask=` overrides the mask for that call. After a call, `levels` and `active_fraction` describe the
-    cells that were kept high.
+    cells that this thread's call kept high.
 
     Attributes:
         checks: results of the verification at conversion; empty if it was skipped.
@@ -201,12 +200,10 @@ class AdaptiveModel(ProgramNetwork):
     def finish(self, output: Any, lattice: Lattice | Tensor) -> Any:
         """Return the output after storing the lattice for `levels`; a compiled call stores only the level map, as a
         recorded one, which gives no more, and an exported one nothing."""
-        if isinstance(lattice, Tensor):
-            self._last.lattice, self._last.levels = None, lattice
-        elif not torch.compiler.is_compiling():
-            self._last.lattice, self._last.levels = lattice, None
+        if not torch.compiler.is_compiling():
+            self._last.note(lattice)
         elif not is_exporting():
-            self._last.lattice, self._last.levels = None, lattice.pyramid.levels
+            self._last.of_compiled = lattice if isinstance(lattice, Tensor) else lattice.pyramid.levels
         return output
 
     def masked(self, mask: object) -> AbstractContextManager[None]:
@@ -323,23 +320,26 @@ class AdaptiveModel(ProgramNetwork):
 
     @property
     def lattice(self) -> Lattice:
-        """The lattice of the last call."""
-        last = self._last
-        if last.lattice is None and last.levels is not None:
-            last.lattice = self.geometry.lattice(last.levels)
-        if last.lattice is None:
+        """The lattice of the last call of this thread; of the last call of all, if this thread made none or calls are
+        compiled."""
+        last = self._last.read()
+        if isinstance(last, Tensor):
+            last = self.geometry.lattice(last)
+            self._last.note(last)
+        if last is None:
             refuse_torchscript()
             raise InvalidInput("the network has not run yet.", next="call it on an image first: net(x).")
-        return last.lattice
+        return last
 
     @property
     def levels(self) -> Tensor:
-        """The level map (B, h, w) of the last call, as the lattice realises it; 0 is the high output stride."""
+        """The level map (B, h, w) of the last call of this thread, as the lattice realises it; 0 is the high output
+        stride."""
         return self.lattice.levels
 
     @property
     def active_fraction(self) -> float:
-        """The share of the fine map that the last call kept at the high output stride."""
+        """The share of the fine map that the last call of this thread kept at the high output stride."""
         return self.lattice.active_fraction
 
     def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
@@ -671,12 +671,29 @@ def shapes_of(net: AdaptiveModel) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in net.named_parameters() if not net.is_own(name)}
 
 
-@dataclass
 class _Last:
-    """State of the last call: its lattice, or its level map."""
+    """Lattices, or level maps, of the last calls: of each thread its own.
 
-    lattice: Lattice | None = None
-    levels: Tensor | None = None
+    Attributes:
+        of_compiled: level map of a compiled call, if that was the last one; a compiler follows no values of threads.
+    """
+
+    def __init__(self) -> None:
+        self.of_compiled: Tensor | None = None
+        self._of_all: Lattice | Tensor | None = None
+        self._own = local()
+
+    def note(self, lattice: Lattice | Tensor) -> None:
+        """Remember a call of this thread."""
+        self._own.lattice = self._of_all = lattice
+        self.of_compiled = None
+
+    def read(self) -> Lattice | Tensor | None:
+        """Return what this thread noted; if it noted nothing, what any other did."""
+        return getattr(self._own, "lattice", self._of_all) if self.of_compiled is None else self.of_compiled
+
+    def __reduce__(self) -> Any:
+        return _Last, ()
 
 
 def _value_of(value: Any) -> Any:
