@@ -22,6 +22,7 @@ from cadsurgery.data.onnx_files import digest, is_onnx, read_onnx
 from cadsurgery.data.weights import is_weights, load_weights, split_entry
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
+    CadError,
     FileError,
     InvalidInput,
     UnknownName,
@@ -526,6 +527,15 @@ def _of_classes(
     return model, replace(source, kwargs=options, note=note)
 
 
+def _is_of_fetching(error: Exception) -> bool:
+    """True if an error says that weights could not be had: no connection, no cached file, a broken download. Clients of
+    HTTP have classes of errors of their own, which differ between versions."""
+    is_pythons_own = type(error).__module__ == "builtins"
+    return isinstance(error, (OSError, RuntimeError, EOFError)) or not (
+        is_pythons_own or isinstance(error, CadError)
+    )
+
+
 def _pretrained(
     library: str, name: str, weights: str, names: list[str], what: str | None, build: Callable[[], nn.Module]
 ) -> tuple[nn.Module | None, str]:
@@ -539,7 +549,9 @@ def _pretrained(
         return None, f"weights are RANDOM: {library} has none for this network"
     try:
         return build(), ""
-    except (OSError, RuntimeError) as error:  # no connection, no cached file, a broken download
+    except Exception as error:
+        if not _is_of_fetching(error):
+            raise
         cause = first_line(getattr(error, "reason", None) or error)
         if weights == "auto":
             return None, f"weights are RANDOM: {what} is neither cached nor reachable ({cause})"
