@@ -22,7 +22,7 @@ from cadsurgery.network.parts import Example, traceable_part
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput, describe_error, warn
 from cadsurgery.support.progress import Step, waiting
-from cadsurgery.surgery.arguments import image_of
+from cadsurgery.surgery.arguments import image_of, outside_inference_mode
 from cadsurgery.surgery.decide import FLOOR, floors_prospect, make_plan
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow
@@ -118,6 +118,7 @@ def _with_work(net: AdaptiveModel, facts: Facts, is_example: bool) -> AdaptiveMo
     return net
 
 
+@outside_inference_mode
 def adaptify(
     model: nn.Module,
     mask: object = DEFAULT_MASK,

@@ -46,7 +46,7 @@ from cadsurgery.support.errors import InvalidInput, NotConverted
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent, waiting
 from cadsurgery.support.torch_internals import is_exporting, is_transformed, tree_leaves
-from cadsurgery.surgery.arguments import kinds_of
+from cadsurgery.surgery.arguments import kinds_of, outside_inference_mode
 from cadsurgery.surgery.graphs import called_modules
 from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import acts_as, child, copying, take_over
@@ -257,6 +257,7 @@ class AdaptiveModel(ProgramNetwork):
         adapters = self.adaptive_part._modules.get(ADAPTERS)  # another module in an optimised copy
         return adapters if isinstance(adapters, nn.ModuleDict) else None
 
+    @outside_inference_mode
     def add_mean_shifts(self) -> nn.ModuleDict:
         """Add a `MeanShift` to each layer that reads a mean over the region, once; until set it changes nothing.
 
@@ -276,6 +277,7 @@ class AdaptiveModel(ProgramNetwork):
             "an optimised copy gets none, and a mean must be of the region, read by a convolution or linear layer.",
         )
 
+    @outside_inference_mode
     def add_refinement(self, hidden: int = 48) -> nn.ModuleDict:
         """Add a `Refinement` to each final map of the region at the fine size, once; untrained, it changes nothing.
 

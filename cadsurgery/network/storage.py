@@ -32,7 +32,7 @@ from cadsurgery.support.errors import FileError, InvalidInput, first_line
 from cadsurgery.support.files import as_file_error, write_whole
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.provenance import import_nothing_for, versions
-from cadsurgery.surgery.arguments import example_of, values_of
+from cadsurgery.surgery.arguments import example_of, outside_inference_mode, values_of
 from cadsurgery.surgery.plan import Plan
 
 FORMAT = 3  # no release wrote the two before
@@ -158,6 +158,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             raise OSError(str(error)) from error
 
 
+@outside_inference_mode
 def load(
     path: str | Path, model: nn.Module | None = None, *, mask: object = None, trust: bool = False
 ) -> AdaptiveModel:
