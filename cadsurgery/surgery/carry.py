@@ -29,7 +29,7 @@ from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.torch_internals import tree_map_only
 from cadsurgery.support.torch_operations import asks, is_kind, name_of
 from cadsurgery.surgery.arguments import AnyLayout, Inputs
-from cadsurgery.surgery.graphs import upwards
+from cadsurgery.surgery.graphs import Interpreter, upwards
 from cadsurgery.surgery.guards import check_branch, compared, user_line
 from cadsurgery.surgery.hooks import child, is_hooked, prepare_weights
 from cadsurgery.surgery.tracer import (
@@ -183,7 +183,7 @@ class _Lookup(fx.proxy.Attribute, Symbol):
     """An attribute of a symbol; its node is created only when its value is needed, since it may be a method."""
 
 
-class _OnExample(fx.Interpreter):
+class _OnExample(Interpreter):
     """Runs a graph without the hooks that are operations of the graph themselves, on the tensors that the network held
     at first: its code may have set an attribute to what it computed from it.
 
