@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from cadsurgery.data.networks import source_of, stated_statistics
+from cadsurgery.data.networks import license_of, source_of, stated_statistics
 from cadsurgery.elements.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation, estimate, is_picture, read_normalisation
@@ -222,7 +222,9 @@ def adaptify(
         if chosen.hardly_matters:
             chosen = _with_prospect(chosen, facts)
             _report_no_effect(chosen, strict and not chosen.matters)
-        return HostedModel(whole, path, net) if path else net
+        made = HostedModel(whole, path, net) if path else net
+        made.license = license_of(model)
+        return made
 
 
 def _verify_and_measure(net: AdaptiveModel, facts: Facts, step: Step) -> Plan:

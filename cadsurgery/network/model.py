@@ -69,8 +69,11 @@ class AdaptiveModel(ProgramNetwork):
     Attributes:
         checks: results of the verification at conversion; empty if it was skipped.
         source: the source of the network if it was built by name; `save` records it.
+        license: licence of the weights, as far as anything states it, see `data.networks.license_of`; files and cards
+            have it.
     """
 
+    license = ""
     hosts_part = False  # True if the network runs its own code with one adaptive part; see `HostedModel`
 
     def __init__(self, model: nn.Module, program: Program, mask: object) -> None:

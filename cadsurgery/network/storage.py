@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cadsurgery.data.hub import fetch, is_address
-from cadsurgery.data.networks import Source, build_again, channels_of
+from cadsurgery.data.networks import Source, build_again, channels_of, license_of
 from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
 from cadsurgery.masks.spec import parse
 from cadsurgery.masks.unit import Normalisation, Unit
@@ -102,6 +102,7 @@ def pack(net: AdaptiveModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "options": _options_of(net),
         "plan": _plan_of(net).to_json(),
         "tensors": checksum(tensors),
+        **({"license": license} if (license := license_of(net)) else {}),
     }
 
 
@@ -222,6 +223,7 @@ def unpack(
             adapters.load_state_dict(adapter_tensors, assign=True)
     net.adaptive_part.use_channels_last()
     net.source = source and replace(source, channels=channels_of(net))
+    net.license = stated.license
     if stated.normalisation is not None:
         net._unit = Unit(stated.normalisation)
     return net
@@ -292,6 +294,7 @@ class FileMetadata(NamedTuple):
     plan: Plan
     tensors: str
     normalisation: Normalisation | None = None
+    license: str = ""
 
 
 _IN_FILE = {**get_type_hints(FileMetadata), "source": dict[str, Any] | None, "plan": str}

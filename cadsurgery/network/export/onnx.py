@@ -16,7 +16,7 @@ from torch import SymInt, Tensor, fx, nn
 from torch.export import Dim
 
 from cadsurgery.data.channels import per_channel
-from cadsurgery.data.networks import source_of
+from cadsurgery.data.networks import license_of, source_of
 from cadsurgery.elements import functional
 from cadsurgery.elements.backends.target import Condition, Target, portable, recorded_conditions
 from cadsurgery.elements.fresh import drop_fresh, fresh_map, in_multiples, of_size
@@ -641,6 +641,7 @@ def _metadata(net: AdaptiveModel, dynamic: bool, multiple: int) -> dict[str, str
         "cadsurgery.options": json.dumps(options),
         "cadsurgery.images": json.dumps({**images, **({"bands": source.bands} if source.bands else {})}),
         "cadsurgery.versions": json.dumps(versions()),
+        **({"license": license} if (license := license_of(net)) else {}),
     }
 
 
