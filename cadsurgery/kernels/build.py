@@ -312,13 +312,13 @@ def _quotas(root: Path) -> Iterator[float]:
     for line in groups:
         _, controllers, place = line.split(":", 2)
         # Version 2 has one tree for all controllers, version 1 one for each.
-        of_version = {"": ("", ("cpu.max",))}
+        folders: tuple[str, ...] = ("",)
+        names: tuple[str, ...] = ("cpu.max",)
         if "cpu" in controllers.split(","):
-            files = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-            of_version = {name: (name, files) for name in ("cpu", controllers)}
+            folders, names = ("cpu", controllers), ("cpu.cfs_quota_us", "cpu.cfs_period_us")
         elif controllers:
             continue
-        for folder, names in of_version.values():
+        for folder in dict.fromkeys(folders):
             tree = root / "sys/fs/cgroup" / folder
             inside = PurePosixPath(place.strip("/"))
             for group in (inside, *inside.parents):  # in a container the path may be that of the host

@@ -240,7 +240,7 @@ def pack(net: ConvertedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "plan": net.plan.to_json(),
             "tensors": checksum(tensors),
         },
-        **({"license": license} if (license := license_of(net)) else {}),
+        **({"license": stated} if (stated := license_of(net)) else {}),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from cadsurgery.data.hub import FILE, Address, client, read_address, refusing
 from cadsurgery.data.networks import license_of
@@ -32,7 +33,7 @@ net = cs.load("{address}"{model})
 """
 
 
-def _licence_on_the_card(license: str) -> dict[str, str]:
+def _licence_on_the_card(license: str) -> dict[str, Any]:
     """Return the fields of a card: licences that have no name on the Hub, such as an address, are its `other`."""
     if not license:
         return {}

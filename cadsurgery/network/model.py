@@ -418,6 +418,7 @@ class AdaptiveModel(ProgramNetwork):
                 next=f"ask the network it was made from: net.optimize({asked}).",
             )
         fast.adaptive_part._bands = bands
+        fast.license = self.license
         return fast.to(torch.bfloat16) if precision == BFLOAT16 else fast
 
     def _optimize(self, fuse: bool) -> AdaptiveModel:

@@ -102,7 +102,7 @@ def pack(net: AdaptiveModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "options": _options_of(net),
         "plan": _plan_of(net).to_json(),
         "tensors": checksum(tensors),
-        **({"license": license} if (license := license_of(net)) else {}),
+        **({"license": stated} if (stated := license_of(net)) else {}),
     }
 
 

@@ -351,7 +351,8 @@ class _Loads:
 @cache
 def _loads_of(code: CodeType) -> _Loads:
     """Read the instructions of a piece of code, without the functions in it."""
-    paths, enclosed, attributes, written = [], set[str](), set[str](), set[str]()
+    paths = list[tuple[str, ...]]()
+    enclosed, attributes, written = set[str](), set[str](), set[str]()
     is_path = False  # the last instruction loaded a global value, or an attribute of one
     for one in dis.get_instructions(code):
         kind, name = one.opname, one.argval

@@ -641,7 +641,7 @@ def _metadata(net: AdaptiveModel, dynamic: bool, multiple: int) -> dict[str, str
         "cadsurgery.options": json.dumps(options),
         "cadsurgery.images": json.dumps({**images, **({"bands": source.bands} if source.bands else {})}),
         "cadsurgery.versions": json.dumps(versions()),
-        **({"license": license} if (license := license_of(net)) else {}),
+        **({"license": stated} if (stated := license_of(net)) else {}),
     }
 
 
