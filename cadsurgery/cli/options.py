@@ -15,6 +15,7 @@ from typing import Annotated, Any, cast, get_type_hints
 import typer
 
 from cadsurgery.cli import screen
+from cadsurgery.support.plain import docstring_of
 from cadsurgery.tasks.options import Conversion as Conversion  # many commands take some of its options
 
 
@@ -274,7 +275,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             mark.take(arguments, name, hints[name])
         function(**arguments)
 
-    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__name__, run.__doc__ = function.__name__, docstring_of(function)
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run

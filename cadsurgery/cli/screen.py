@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -38,7 +39,19 @@ def _open_closed() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
+def _show_what_it_can() -> None:
+    """Let standard output replace characters that its encoding lacks (a name in Chinese, the sign of plus or minus on a
+    console of ASCII), as standard error does: after minutes of work no command ends at a character."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # In UTF-8 that handler writes the bytes of file names as they are; elsewhere it knows nothing but these.
+            is_utf = stream.encoding.lower().startswith("utf")
+            if stream.errors == "strict" or (stream.errors == "surrogateescape" and not is_utf):
+                stream.reconfigure(errors="replace")
+
+
 _open_closed()
+_show_what_it_can()
 # A terminal has a width; pipes and files get long lines.
 out = Console(width=None if sys.stdout.isatty() else 140)
 err = Console(width=None if sys.stderr.isatty() else 140, stderr=True)
@@ -138,7 +151,7 @@ def _shown(command: str, now: Current, every: float) -> Iterator[None]:
     elif err.is_interactive:
         from rich.live import Live
 
-        drawn = partial(_draw, now, Spinner("dots"))
+        drawn = partial(_draw, now, Spinner("line" if err.options.ascii_only else "dots"))
         # Standard output is not redirected: results printed there are for another program if it is a pipe.
         with (
             elsewhere(),

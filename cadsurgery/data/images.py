@@ -23,6 +23,7 @@ from cadsurgery.data.channels import per_channel
 from cadsurgery.data.channels import statistics_of as statistics_of
 from cadsurgery.data.deep import open_large, read_deep
 from cadsurgery.support import files
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadError, FileError, InvalidInput
 from cadsurgery.support.files import check_folder, write_whole
 from cadsurgery.support.folders import NO_PICTURES, describe_left_out, is_hidden, warn_of_left_out
@@ -570,9 +571,15 @@ def normalise(image: Tensor, source: Source | None) -> Tensor:
     keeps its channels, and mean and deviation are ImageNet's. If there are not as many means as channels, each channel
     has the average of the means and of the deviations.
 
+    Args:
+        image: floating-point values, in 0..1 for a picture.
+        source: what is known of the network.
+
     Raises:
-        InvalidInput: the image has a number of channels that no rule leads from to those of the network.
+        InvalidInput: the image is no floating-point tensor of such a shape, or has a number of channels that no rule
+            leads from to those of the network.
     """
+    check_is_scaled(image)
     from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD
 
     mean, std = (source.mean, source.std) if source is not None else (IMAGENET_MEAN, IMAGENET_STD)
@@ -583,6 +590,37 @@ def normalise(image: Tensor, source: Source | None) -> Tensor:
         for values in (mean, std)
     )
     return (image - shift) / scale
+
+
+def check_is_scaled(image: object) -> None:
+    """Refuse what mean and deviation of a picture in 0..1 do not fit.
+
+    Raises:
+        InvalidInput: the image is no tensor (C, H, W) or (B, C, H, W) of floating-point values.
+    """
+    if isinstance(image, Tensor) and image.is_floating_point() and image.dim() in (3, 4):
+        return
+    if isinstance(image, Tensor):
+        is_whole = not image.is_floating_point() and not image.is_complex() and image.dtype != torch.bool
+        scaled = f"image / {torch.iinfo(image.dtype).max}" if is_whole else "image.float()"
+        steps = f"{scaled}, with the axes (channels, height, width)"
+    elif isinstance(image, np.ndarray):
+        scaled = f" / {np.iinfo(image.dtype).max}" if image.dtype.kind in "ui" else ""
+        order = (
+            ".permute(2, 0, 1)"
+            if image.ndim == 3
+            else "[None]"
+            if image.ndim == 2
+            else ".permute(0, 3, 1, 2)"
+        )
+        steps = f"torch.from_numpy(image){order}{scaled}, colours as red, green, blue (OpenCV's are blue, green, red)"
+    else:
+        steps = "a picture of Pillow as cadsurgery.images.from_picture(picture), a file as read_image(path)"
+    raise InvalidInput(
+        f"an image to normalise is {describe(image)}.",
+        why="mean and deviation are those of floating-point values in 0..1, channels first.",
+        next=f"give {steps}.",
+    )
 
 
 SCENE_CLASSES = ("sky", "building", "ground", "road", "pole", "car")

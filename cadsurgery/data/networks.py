@@ -19,9 +19,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cadsurgery.data.hub import offline_without_network
 from cadsurgery.data.onnx_files import digest, is_onnx, read_onnx
-from cadsurgery.data.weights import is_weights, load_weights, split_entry
+from cadsurgery.data.weights import is_weights, license_in, load_weights, split_entry
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
+    CadError,
     FileError,
     InvalidInput,
     UnknownName,
@@ -60,6 +61,7 @@ class Source:
         std: standard deviation of the expected images per channel.
         size: height and width of the images, if the network takes no others.
         bands: which bands of a file the network reads, counted from 1, in their order; empty for all.
+        license: licence of the weights, by its name on the Hub where it has one; "" if nothing states it.
         channels: number of channels that the network's first layer reads; found in the network, not recorded.
         untrusted: path of the file this source was read from, if the user has not declared it trusted; then none of its
             code is run.
@@ -74,13 +76,14 @@ class Source:
     std: tuple[float, ...] = IMAGENET_STD
     size: tuple[int, int] | None = None
     bands: tuple[int, ...] = ()
+    license: str = ""
     channels: int = field(default=3, compare=False)
     untrusted: str = field(default="", compare=False)
     folder: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, for JSON."""
-        absent = {*_NOT_WRITTEN, *(name for name in ("size", "bands") if not getattr(self, name))}
+        absent = {*_NOT_WRITTEN, *(name for name in ("size", "bands", "license") if not getattr(self, name))}
         return {name: value for name, value in asdict(self).items() if name not in absent}
 
     @staticmethod
@@ -143,7 +146,7 @@ def build_model(
         )
         note = load_weights(model, path, entry)
         # The name instead of the path: converted networks are shared and should not reveal local folders.
-        source = replace(source, weights=path.name, note=note)
+        source = replace(source, weights=path.name, note=note, license=license_in(path))
     else:
         model, source = _of_classes(build, weights, kwargs, num_classes)
     model.cad_source = replace(source, channels=channels_of(model))  # type: ignore[assignment]
@@ -241,7 +244,9 @@ def source_of(network: nn.Module) -> Source:
     else ImageNet's.
     """
     note = "weights as they were given"
-    source = Source(type(network).__name__, {}, "own", note, *_statistics(network))
+    source = Source(
+        type(network).__name__, {}, "own", note, *_statistics(network), license=license_of(network)
+    )
     sources = (getattr(network, name, None) for name in ("source", "cad_source"))
     source = next((recorded for recorded in sources if isinstance(recorded, Source)), source)
     source = replace(source, channels=channels_of(network))
@@ -250,6 +255,19 @@ def source_of(network: nn.Module) -> Source:
     if mean and isinstance(mean, tuple) and not is_part:  # for a part these are statistics of its own input
         return replace(source, mean=mean, std=normalisation.std)
     return source
+
+
+def license_of(network: nn.Module) -> str:
+    """Return the licence of a network's weights: what a converted network or the record of `build_model` states, else
+    its `pretrained_cfg` (timm) or those of its parts; several with commas between, "" if nothing states one."""
+    if (stated := getattr(network, "license", "")) and isinstance(stated, str):
+        return stated
+    for name in ("source", "cad_source"):
+        if isinstance(recorded := getattr(network, name, None), Source):
+            return recorded.license
+    configs = map(_config, network.modules())
+    found = dict.fromkeys(config.get("license") for config in configs)
+    return ", ".join(license for license in found if license and isinstance(license, str))
 
 
 _SMALL_IMAGE = (64, 64)  # on which a network is asked whether it takes so many channels
@@ -380,7 +398,9 @@ def _torchvision_builder(name: str) -> Builder:
             classes = {"num_classes": len(categories)} if categories else {}
             kwargs = {**classes, **_decisions(model, parameters), **kwargs}
         weights = entry.name if entry is not None else "random"
-        return model, Source(f"torchvision:{name}", kwargs, weights, note, *_image_statistics(model, entry))
+        license = str(entry.meta.get("license", "")) if entry is not None else ""
+        statistics = _image_statistics(model, entry)
+        return model, Source(f"torchvision:{name}", kwargs, weights, note, *statistics, license=license)
 
     return build
 
@@ -431,7 +451,8 @@ def _timm_builder(name: str) -> Builder:
         else:
             weights = str(_config(model).get("tag") or "default")
             note = f"pretrained weights {weights}"
-        return model, Source(f"timm:{plain}", kwargs, weights, note, *_statistics(model))
+        license = str(_config(model).get("license") or "") if weights != "random" else ""
+        return model, Source(f"timm:{plain}", kwargs, weights, note, *_statistics(model), license=license)
 
     return build
 
@@ -526,6 +547,15 @@ def _of_classes(
     return model, replace(source, kwargs=options, note=note)
 
 
+def _is_of_fetching(error: Exception) -> bool:
+    """True if an error says that weights could not be had: no connection, no cached file, a broken download. Clients of
+    HTTP have classes of errors of their own, which differ between versions."""
+    is_pythons_own = type(error).__module__ == "builtins"
+    return isinstance(error, (OSError, RuntimeError, EOFError)) or not (
+        is_pythons_own or isinstance(error, CadError)
+    )
+
+
 def _pretrained(
     library: str, name: str, weights: str, names: list[str], what: str | None, build: Callable[[], nn.Module]
 ) -> tuple[nn.Module | None, str]:
@@ -539,7 +569,9 @@ def _pretrained(
         return None, f"weights are RANDOM: {library} has none for this network"
     try:
         return build(), ""
-    except (OSError, RuntimeError) as error:  # no connection, no cached file, a broken download
+    except Exception as error:
+        if not _is_of_fetching(error):
+            raise
         cause = first_line(getattr(error, "reason", None) or error)
         if weights == "auto":
             return None, f"weights are RANDOM: {what} is neither cached nor reachable ({cause})"

@@ -169,6 +169,21 @@ def load_weights(model: nn.Module, path: Path, entry: str = "") -> str:
     return words
 
 
+def license_in(path: Path) -> str:
+    """Return the licence that a file of weights states: in the metadata of a safetensors file, or as an entry `license`
+    beside the weights of a checkpoint; "" if it states none."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            return str((file.metadata() or {}).get("license", ""))
+    if path.name.endswith(_INDEX):
+        return ""
+    content = _read(path)
+    stated = content.get("license", "") if isinstance(content, dict) else ""
+    return stated if isinstance(stated, str) else ""
+
+
 def _choose(path: Path, listed: list[Weights], entry: str) -> list[Weights]:
     if not entry:
         return listed

@@ -225,11 +225,20 @@ def _wrong_levels(low: int, high: int, max_level: int, where: str, is_byte: bool
             why="1 may mean yes, keep the high resolution, or level 1, which is coarser than level 0.",
             next="give map.bool() if 1 marks what to keep, map.to(torch.int64) if these are levels.",
         )
+    high_is_kept = "give map > 0, which is True where the high resolution is kept"
+    if high == 255 and low >= 0:
+        return InvalidInput(
+            f"the map has values {low}..255, as masks in pictures have.",
+            where=where,
+            why=f"levels go the other way, from 0 (keep the high resolution) to {max_level} (downsample everything).",
+            next=f"{high_is_kept}, if 255 marks what to keep; map == 0 if it marks the rest.",
+        )
     return InvalidInput(
         f"the map has levels {low}..{high}.",
         where=where,
         why=f"levels go from 0 (keep the high resolution) to {max_level} (downsample everything).",
-        next=f"clamp them: levels.clamp(0, {max_level}).",
+        next=f"if these are levels, clamp them: levels.clamp(0, {max_level}). If larger values mark what to keep, "
+        f"{high_is_kept} (bool).",
     )
 
 

@@ -28,6 +28,7 @@ from cadsurgery.methods.sampling.gates import DECAY
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.divergence import KINDS, Kind, class_scores, divergence, maps_of, resize
 from cadsurgery.support.errors import InvalidInput, check_name
+from cadsurgery.support.plain import docstring_of
 from cadsurgery.support.processes import mean_everywhere
 from cadsurgery.support.provenance import check_unclaimed
 from cadsurgery.surgery.trace import evaluating
@@ -105,7 +106,7 @@ def objective(name: str) -> Callable[[O], O]:
 
 def list_objectives() -> dict[str, str]:
     """Return the name and the first line of the docstring of every objective."""
-    return {name: (kind.__doc__ or "").strip().splitlines()[0] for name, kind in OBJECTIVES.items()}
+    return {name: docstring_of(kind).partition("\n")[0] for name, kind in OBJECTIVES.items()}
 
 
 def make_objective(name: str, net: nn.Module, options: Mapping[str, Any]) -> Objective:

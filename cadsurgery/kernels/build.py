@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import math
 import os
 import platform
 import re
@@ -24,10 +25,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 SOURCES = Path(__file__).parent / "c"
@@ -291,9 +292,41 @@ def _find(variable: str, names: Sequence[str]) -> list[str] | None:
     return next(([path] for name in names if (path := shutil.which(name))), None)
 
 
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores(root: Path = Path("/")) -> int:
+    """Return the number of cores that this process may use: those it may run on, and the time that its container, or
+    another control group, gets of them, rounded up.
+
+    Args:
+        root: the folder below which Linux shows processes and control groups.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([usable, *map(math.ceil, _quotas(root))]))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Yield the cores' worth of time that each control group of this process, and those around it, may use."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return
+    for line in groups:
+        _, controllers, place = line.split(":", 2)
+        # Version 2 has one tree for all controllers, version 1 one for each.
+        folders: tuple[str, ...] = ("",)
+        names: tuple[str, ...] = ("cpu.max",)
+        if "cpu" in controllers.split(","):
+            folders, names = ("cpu", controllers), ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        elif controllers:
+            continue
+        for folder in dict.fromkeys(folders):
+            tree = root / "sys/fs/cgroup" / folder
+            inside = PurePosixPath(place.strip("/"))
+            for group in (inside, *inside.parents):  # in a container the path may be that of the host
+                with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+                    text = " ".join((tree / group / name).read_text(encoding="ascii") for name in names)
+                    quota, period = map(int, text.split())  # "max" is no number, and there -1 is no quota
+                    if quota > 0:
+                        yield quota / period
 
 
 def build(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -51,6 +52,11 @@ def extension(kernels: Path) -> Path:
     if folder is None:
         raise Unusable(
             "the cache folder cannot be written", "Set XDG_CACHE_HOME to a folder that is yours alone."
+        )
+    if hasattr(os, "ST_NOEXEC") and os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        raise Unusable(
+            f"the cache folder {folder} is on a file system from which no code is run (noexec)",
+            "Set XDG_CACHE_HOME to a folder on another one.",
         )
     path = folder / f"openvino-{_digest(command)}.so"
     if not path.exists():

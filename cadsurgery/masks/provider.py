@@ -16,6 +16,7 @@ from cadsurgery.masks.options import format_options, options_of
 from cadsurgery.support.describe import describe
 from cadsurgery.support.device_checks import check
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.plain import docstring_of
 from cadsurgery.support.provenance import check_unclaimed
 
 
@@ -249,7 +250,7 @@ _FORMS = {"none": "{name}", "one": "MASK | {name}", "many": "MASK + MASK"}
 
 def _summary(provider: type[MaskProvider]) -> str:
     """Return the first paragraph of the class's docstring as one line."""
-    return " ".join((provider.__doc__ or "").partition("\n\n")[0].split())
+    return " ".join(docstring_of(provider).partition("\n\n")[0].split())
 
 
 def check_levels(returned: object, grid: FineMapSpec, provider: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from itertools import pairwise
+from threading import local
 from typing import Any
 
 import torch
@@ -279,9 +280,10 @@ class Budget(MaskWrapper):
 class Smooth(MaskWrapper):
     """Over video frames, keep a sample until the inner mask has not asked for it for some frames (hysteresis).
 
-    Every call counts as a frame, including that of `net.macs`. Each position in the batch is a video of its own; for
-    videos in separate calls use one object per video, `net(frame, mask=smooth_of_this_video)`. A change of batch size,
-    image size or device starts anew, as `reset()` does. State dicts, copies and files do not contain the frames.
+    Every call counts as a frame, including that of `net.macs`. Each position in the batch is a video of its own, and so
+    are the calls of each thread; for several videos in calls of one thread, or one video in calls of several, use one
+    object per video, `net(frame, mask=smooth_of_this_video)`. A change of batch size, image size or device starts anew,
+    as `reset()` does for all threads. State dicts, copies and files do not contain the frames.
 
     Args:
         mask: anything `adaptify` takes as a mask.
@@ -310,17 +312,19 @@ class Smooth(MaskWrapper):
         """Return the highest score of this frame and the `hold` frames before it; not shared with `forward`."""
         return self._scores.with_next(self.inner_scores(image, features, grid), grid).amax(0)
 
-    def __getstate__(self) -> dict[str, Any]:
-        forgotten = {"_levels": _Frames(self.hold + 1), "_scores": _Frames(self.hold + 1)}
-        return {**super().__getstate__(), **forgotten}
 
+class _Frames(local):
+    """The most recent maps of a stream, in each thread of its own; cleared when the grid, dtype or device changes.
 
-class _Frames:
-    """The most recent maps of a stream; cleared when the grid, dtype or device changes."""
+    A copy has none.
+    """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int) -> None:  # runs again in each thread
         self.maps: deque[Tensor] = deque(maxlen=count)
         self.key: object = None
+
+    def __reduce__(self) -> Any:
+        return _Frames, (self.maps.maxlen,)
 
     def with_next(self, newest: Tensor, grid: FineMapSpec) -> Tensor:
         """Append a map and return all remembered maps, (frames, B, h, w)."""

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from cadsurgery.data.networks import Source, channels_of
+from cadsurgery.data.networks import Source, channels_of, license_of
 from cadsurgery.masks.masking import check_image
 from cadsurgery.methods.program import CallWork, StepProgram, work_of
 from cadsurgery.methods.report import RULES, MethodMacs, MethodPlan
@@ -47,7 +47,7 @@ from cadsurgery.surgery.hooks import copying, freeze_computed_weights
 
 _IN_FILE: dict[str, Any] = {
     **{METHOD: str, "format": int, "versions": dict[str, str], "source": dict[str, Any] | None},
-    **{"options": dict[str, Any], "plan": str, "tensors": str},
+    **{"options": dict[str, Any], "plan": str, "tensors": str, "license": str},
 }
 _REMEMBERED = 16  # size of the cache of `GraphModel.remember`
 M = TypeVar("M", bound="type[ConvertedModel]")
@@ -240,6 +240,7 @@ def pack(net: ConvertedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "plan": net.plan.to_json(),
             "tensors": checksum(tensors),
         },
+        **({"license": stated} if (stated := license_of(net)) else {}),
     }
 
 
@@ -277,6 +278,8 @@ def unpack(
     kind.check_stored(path, stored, tensors)
     net = kind.rebuild(path, stored, tensors, model)
     net.source = replace(source, channels=channels_of(net)) if source else net.source
+    if net.source is not None:
+        net.source = replace(net.source, license=fields.get("license", ""))
     return net
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from cadsurgery.data.hub import FILE, Address, client, read_address, refusing
+from cadsurgery.data.networks import license_of
 from cadsurgery.methods.storage import Converted, save
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.support.errors import warn
 
 _CARD = """---
 {about}
@@ -29,6 +33,16 @@ net = cs.load("{address}"{model})
 """
 
 
+def _licence_on_the_card(license: str) -> dict[str, Any]:
+    """Return the fields of a card: licences that have no name on the Hub, such as an address, are its `other`."""
+    if not license:
+        return {}
+    if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        return {"license": license}
+    link = {"license_link": license} if license.startswith("http") else {}
+    return {"license": "other", "license_name": license, **link}
+
+
 def push(net: Converted, repository: str, *, license: str | None = None) -> str:
     """Write a converted network to the Hugging Face Hub, in one commit, and return its address, for `load`.
 
@@ -38,7 +52,11 @@ def push(net: Converted, repository: str, *, license: str | None = None) -> str:
     Args:
         net: a network that `save` takes.
         repository: `owner/name` or `owner/name@branch`.
-        license: licence for the card, by its name on the Hub, such as `"apache-2.0"`.
+        license: licence for the card, by its name on the Hub, such as `"apache-2.0"`; default: that of the weights, as
+            far as it is stated, see `data.networks.license_of`.
+
+    Warns:
+        CadWarning: nothing states a licence.
 
     Raises:
         InvalidInput: `repository` is not `owner/name`, or the network cannot be saved.
@@ -50,9 +68,12 @@ def push(net: Converted, repository: str, *, license: str | None = None) -> str:
 
     with TemporaryDirectory() as folder, refusing(address, "be written"):
         save(net, file := Path(folder) / FILE)
+        license = license or license_of(net)
         by_name = net.source is not None and net.source.name.startswith(("torchvision:", "timm:"))
         card = _CARD.format(
-            about=ModelCardData(license=license, library_name="cadsurgery", tags=["cadsurgery"]).to_yaml(),
+            about=ModelCardData(
+                **_licence_on_the_card(license), library_name="cadsurgery", tags=["cadsurgery"]
+            ).to_yaml(),
             name=address.repository,
             network=f"network {net.source.name}, {net.source.note}"
             if net.source
@@ -68,4 +89,10 @@ def push(net: Converted, repository: str, *, license: str | None = None) -> str:
             hub.create_branch(address.repository, branch=address.revision, exist_ok=True)
         files = [CommitOperationAdd("README.md", card.encode()), CommitOperationAdd(FILE, str(file))]
         told = {"commit_message": "Network and card, by cadsurgery", "revision": address.revision}
-        return str(Address(address.repository, hub.create_commit(address.repository, files, **told).oid))
+        written = Address(address.repository, hub.create_commit(address.repository, files, **told).oid)
+    if not license:
+        warn(
+            f"{written} has no licence: nothing states that of the weights. Without one others may not use them: "
+            'cs.push(net, "owner/name", license="apache-2.0").'
+        )
+    return str(written)

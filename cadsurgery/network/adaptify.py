@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from cadsurgery.data.networks import source_of, stated_statistics
+from cadsurgery.data.networks import license_of, source_of, stated_statistics
 from cadsurgery.elements.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation, estimate, is_picture, read_normalisation
@@ -22,7 +22,7 @@ from cadsurgery.network.parts import Example, traceable_part
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput, describe_error, warn
 from cadsurgery.support.progress import Step, waiting
-from cadsurgery.surgery.arguments import image_of
+from cadsurgery.surgery.arguments import image_of, outside_inference_mode
 from cadsurgery.surgery.decide import FLOOR, floors_prospect, make_plan
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow
@@ -118,6 +118,7 @@ def _with_work(net: AdaptiveModel, facts: Facts, is_example: bool) -> AdaptiveMo
     return net
 
 
+@outside_inference_mode
 def adaptify(
     model: nn.Module,
     mask: object = DEFAULT_MASK,
@@ -221,7 +222,9 @@ def adaptify(
         if chosen.hardly_matters:
             chosen = _with_prospect(chosen, facts)
             _report_no_effect(chosen, strict and not chosen.matters)
-        return HostedModel(whole, path, net) if path else net
+        made = HostedModel(whole, path, net) if path else net
+        made.license = license_of(model)
+        return made
 
 
 def _verify_and_measure(net: AdaptiveModel, facts: Facts, step: Step) -> Plan:

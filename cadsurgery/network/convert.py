@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadError, InvalidInput
-from cadsurgery.surgery.arguments import Arguments, Inputs
+from cadsurgery.surgery.arguments import Arguments, Inputs, outside_inference_mode
 from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.entry import signature_of
 from cadsurgery.surgery.facts import Facts
@@ -60,6 +60,7 @@ def _live(graph: fx.Graph) -> set[str]:
     return live
 
 
+@outside_inference_mode
 def convert_for_call(
     model: nn.Module, program: Program, arguments: Arguments, refusal: GuardFailed
 ) -> Program:

@@ -25,6 +25,7 @@ from cadsurgery.network.idioms import Affine, AppliedOperation, affine_of, name_
 from cadsurgery.support import torch_operations
 from cadsurgery.surgery.graphs import (
     Constants,
+    Interpreter,
     changes_in_place,
     copy_graph,
     downstream,
@@ -115,7 +116,7 @@ class Fuser:
     ) -> None:
         self.graph, self.model, self.epilogues = graph, model, epilogues
         self.kernels = kernels if kernels is not None else nn.Module()
-        self.constants = Constants(fx.Interpreter(model, graph=graph))
+        self.constants = Constants(Interpreter(model, graph=graph))
         self.numbers = _find_numbers(graph)
         first = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self.dtype = torch.promote_types(first, torch.float32)  # torch computes norms no narrower

@@ -69,6 +69,12 @@ def wrong_size(image: Tensor, example: tuple[int, ...], low: int, error: Excepti
         low: the lowest output stride.
         error: the error that the call raised, which is the original's own.
     """
+    if "Inference tensors cannot be saved" in str(error):
+        return InvalidInput(
+            "a tensor that was made in torch.inference_mode() cannot be part of training.",
+            why=first_line(error),
+            next="make images and weights outside of that mode (image.clone()), or call under torch.no_grad().",
+        )
     if image.shape[2:] == example[2:] or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return None
     return InvalidInput(

@@ -6,10 +6,9 @@ import contextlib
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from threading import RLock
+from threading import RLock, local
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -47,7 +46,7 @@ from cadsurgery.support.errors import InvalidInput, NotConverted
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent, waiting
 from cadsurgery.support.torch_internals import is_exporting, is_transformed, tree_leaves
-from cadsurgery.surgery.arguments import kinds_of
+from cadsurgery.surgery.arguments import kinds_of, outside_inference_mode
 from cadsurgery.surgery.graphs import called_modules
 from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import acts_as, child, copying, take_over
@@ -65,13 +64,16 @@ class AdaptiveModel(ProgramNetwork):
     """A network with content-adaptive downsampling: same call, same output structure, same state dict as the original.
 
     Calling it with `mask=` overrides the mask for that call. After a call, `levels` and `active_fraction` describe the
-    cells that were kept high.
+    cells that this thread's call kept high.
 
     Attributes:
         checks: results of the verification at conversion; empty if it was skipped.
         source: the source of the network if it was built by name; `save` records it.
+        license: licence of the weights, as far as anything states it, see `data.networks.license_of`; files and cards
+            have it.
     """
 
+    license = ""
     hosts_part = False  # True if the network runs its own code with one adaptive part; see `HostedModel`
 
     def __init__(self, model: nn.Module, program: Program, mask: object) -> None:
@@ -216,12 +218,10 @@ class AdaptiveModel(ProgramNetwork):
     def finish(self, output: Any, lattice: Lattice | Tensor) -> Any:
         """Return the output after storing the lattice for `levels`; a compiled call stores only the level map, as a
         recorded one, which gives no more, and an exported one nothing."""
-        if isinstance(lattice, Tensor):
-            self._last.lattice, self._last.levels = None, lattice
-        elif not torch.compiler.is_compiling():
-            self._last.lattice, self._last.levels = lattice, None
+        if not torch.compiler.is_compiling():
+            self._last.note(lattice)
         elif not is_exporting():
-            self._last.lattice, self._last.levels = None, lattice.pyramid.levels
+            self._last.of_compiled = lattice if isinstance(lattice, Tensor) else lattice.pyramid.levels
         return output
 
     def masked(self, mask: object) -> AbstractContextManager[None]:
@@ -275,6 +275,7 @@ class AdaptiveModel(ProgramNetwork):
         adapters = self.adaptive_part._modules.get(ADAPTERS)  # another module in an optimised copy
         return adapters if isinstance(adapters, nn.ModuleDict) else None
 
+    @outside_inference_mode
     def add_mean_shifts(self) -> nn.ModuleDict:
         """Add a `MeanShift` to each layer that reads a mean over the region, once; until set it changes nothing.
 
@@ -294,6 +295,7 @@ class AdaptiveModel(ProgramNetwork):
             "an optimised copy gets none, and a mean must be of the region, read by a convolution or linear layer.",
         )
 
+    @outside_inference_mode
     def add_refinement(self, hidden: int = 48) -> nn.ModuleDict:
         """Add a `Refinement` to each final map of the region at the fine size, once; untrained, it changes nothing.
 
@@ -338,23 +340,26 @@ class AdaptiveModel(ProgramNetwork):
 
     @property
     def lattice(self) -> Lattice:
-        """The lattice of the last call."""
-        last = self._last
-        if last.lattice is None and last.levels is not None:
-            last.lattice = self.geometry.lattice(last.levels)
-        if last.lattice is None:
+        """The lattice of the last call of this thread; of the last call of all, if this thread made none or calls are
+        compiled."""
+        last = self._last.read()
+        if isinstance(last, Tensor):
+            last = self.geometry.lattice(last)
+            self._last.note(last)
+        if last is None:
             refuse_torchscript()
             raise InvalidInput("the network has not run yet.", next="call it on an image first: net(x).")
-        return last.lattice
+        return last
 
     @property
     def levels(self) -> Tensor:
-        """The level map (B, h, w) of the last call, as the lattice realises it; 0 is the high output stride."""
+        """The level map (B, h, w) of the last call of this thread, as the lattice realises it; 0 is the high output
+        stride."""
         return self.lattice.levels
 
     @property
     def active_fraction(self) -> float:
-        """The share of the fine map that the last call kept at the high output stride."""
+        """The share of the fine map that the last call of this thread kept at the high output stride."""
         return self.lattice.active_fraction
 
     def macs(
@@ -434,6 +439,7 @@ class AdaptiveModel(ProgramNetwork):
                 next=f"ask the network it was made from: net.optimize({asked}).",
             )
         fast.adaptive_part._bands = bands
+        fast.license = self.license
         return fast.to(torch.bfloat16) if precision == BFLOAT16 else fast
 
     def _optimize(self, fuse: bool) -> AdaptiveModel:
@@ -694,12 +700,29 @@ def shapes_of(net: AdaptiveModel) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in net.named_parameters() if not net.is_own(name)}
 
 
-@dataclass
 class _Last:
-    """State of the last call: its lattice, or its level map."""
+    """Lattices, or level maps, of the last calls: of each thread its own.
 
-    lattice: Lattice | None = None
-    levels: Tensor | None = None
+    Attributes:
+        of_compiled: level map of a compiled call, if that was the last one; a compiler follows no values of threads.
+    """
+
+    def __init__(self) -> None:
+        self.of_compiled: Tensor | None = None
+        self._of_all: Lattice | Tensor | None = None
+        self._own = local()
+
+    def note(self, lattice: Lattice | Tensor) -> None:
+        """Remember a call of this thread."""
+        self._own.lattice = self._of_all = lattice
+        self.of_compiled = None
+
+    def read(self) -> Lattice | Tensor | None:
+        """Return what this thread noted; if it noted nothing, what any other did."""
+        return getattr(self._own, "lattice", self._of_all) if self.of_compiled is None else self.of_compiled
+
+    def __reduce__(self) -> Any:
+        return _Last, ()
 
 
 def _value_of(value: Any) -> Any:

@@ -26,7 +26,7 @@ from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput
 from cadsurgery.support.torch_internals import is_traced_by_jit
 from cadsurgery.surgery.arguments import bind_all, contain, image_of, in_order, kind_of
-from cadsurgery.surgery.graphs import GRAPH_FILE
+from cadsurgery.surgery.graphs import GRAPH_FILE, Interpreter
 from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.hooks import Watch, Watched
 from cadsurgery.surgery.outside import Changed, Outside, OutsideWatch
@@ -533,7 +533,7 @@ class Names:
         raise AttributeError(name)
 
 
-class GraphInterpreter(fx.Interpreter):
+class GraphInterpreter(Interpreter):
     """Runs a graph of an adaptive network with the modules and parameters of its program."""
 
     def __init__(self, program: Program, graph: fx.Graph, parts: Mapping[str, Lattice] | None = None) -> None:
@@ -541,7 +541,6 @@ class GraphInterpreter(fx.Interpreter):
         super().__init__(nn.Module(), graph=graph)
         self.module: Any = program.names()
         self._parts = parts or {}
-        self.extra_traceback = False  # errors of masks are shown to users
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a node, with its reduced lattice in place of its stage."""

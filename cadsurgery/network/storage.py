@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cadsurgery.data.hub import fetch, is_address
-from cadsurgery.data.networks import Source, build_again, channels_of
+from cadsurgery.data.networks import Source, build_again, channels_of, license_of
 from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
 from cadsurgery.masks.spec import parse
 from cadsurgery.masks.unit import Normalisation, Unit
@@ -32,7 +32,7 @@ from cadsurgery.support.errors import FileError, InvalidInput, first_line
 from cadsurgery.support.files import as_file_error, write_whole
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.provenance import import_nothing_for, versions
-from cadsurgery.surgery.arguments import example_of, values_of
+from cadsurgery.surgery.arguments import example_of, outside_inference_mode, values_of
 from cadsurgery.surgery.plan import Plan
 
 FORMAT = 3  # no release wrote the two before
@@ -102,6 +102,7 @@ def pack(net: AdaptiveModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "options": _options_of(net),
         "plan": _plan_of(net).to_json(),
         "tensors": checksum(tensors),
+        **({"license": stated} if (stated := license_of(net)) else {}),
     }
 
 
@@ -158,6 +159,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             raise OSError(str(error)) from error
 
 
+@outside_inference_mode
 def load(
     path: str | Path, model: nn.Module | None = None, *, mask: object = None, trust: bool = False
 ) -> AdaptiveModel:
@@ -221,6 +223,7 @@ def unpack(
             adapters.load_state_dict(adapter_tensors, assign=True)
     net.adaptive_part.use_channels_last()
     net.source = source and replace(source, channels=channels_of(net))
+    net.license = stated.license
     if stated.normalisation is not None:
         net._unit = Unit(stated.normalisation)
     return net
@@ -291,6 +294,7 @@ class FileMetadata(NamedTuple):
     plan: Plan
     tensors: str
     normalisation: Normalisation | None = None
+    license: str = ""
 
 
 _IN_FILE = {**get_type_hints(FileMetadata), "source": dict[str, Any] | None, "plan": str}

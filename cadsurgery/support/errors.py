@@ -122,7 +122,8 @@ class TrainingStopped(CadError):
 def first_line(error: object) -> str:
     """Return the first line of an error's message, or its type's name if the message is empty."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    # torch.fx's own words where an error has none
+    return text.splitlines()[0] if text and not text.startswith("While executing ") else type(error).__name__
 
 
 def describe_error(error: BaseException | None) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cadsurgery.support.errors import InvalidInput
 
+_MOST_DIGITS = 6  # behind the point of MiB: one byte
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _DECIMAL = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -39,6 +40,19 @@ def free_memory() -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def in_mebibytes(amount: float) -> str:
-    """Return an amount of memory in MiB, rounded up."""
-    return f"{-(-int(amount) // 2**20)} MiB"
+def in_mebibytes(amount: float, *others: float) -> str:
+    """Return an amount of memory in MiB, or in KiB where it is less than one, rounded up, with the digits that tell it
+    from other amounts."""
+    unit, name = (2**20, "MiB") if amount >= 2**20 else (2**10, "KiB")
+    digits = 0
+    while digits < _MOST_DIGITS and any(
+        _rounded_up(amount, unit, digits) == _rounded_up(other, unit, digits)
+        for other in others
+        if int(other) != int(amount)
+    ):
+        digits += 1
+    return f"{_rounded_up(amount, unit, digits):.{digits}f} {name}"
+
+
+def _rounded_up(amount: float, unit: int, digits: int) -> float:
+    return -(-int(amount) * 10**digits // unit) / 10**digits

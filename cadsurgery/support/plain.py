@@ -1,9 +1,12 @@
-"""Check plain values from a file against type annotations, and parse `option=value` texts."""
+"""Check plain values from a file against type annotations, parse `option=value` texts, and read docstrings."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from functools import cache
@@ -104,3 +107,17 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return type(value) is int and abs(value) < _LARGEST
     return hint is Any or isinstance(value, NoneType if hint is None else hint)
+
+
+def docstring_of(value: Any) -> str:
+    """Return the docstring of a class or function, without its indentation; also where Python has dropped it
+    (`python -OO`, `PYTHONOPTIMIZE=2`), as long as the source is there."""
+    text = vars(value).get("__doc__") if isinstance(value, type) else value.__doc__
+    if text is not None:
+        return inspect.cleandoc(text)
+    try:
+        source = ast.parse(textwrap.dedent(inspect.getsource(value)))
+    except (OSError, TypeError, SyntaxError):  # it has no source file, or is no class or function
+        return ""
+    definition: Any = source.body[0]
+    return (ast.get_docstring(definition) or "") if hasattr(definition, "name") else ""

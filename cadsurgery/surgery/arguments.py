@@ -6,13 +6,14 @@ with four axes.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,6 +24,8 @@ from cadsurgery.support.torch_internals import tree_leaves, tree_map_only
 from cadsurgery.surgery.entry import call_alone, signature_of
 
 Arguments = dict[str, Any]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _PLAIN = (bool, int, float, str, type(None))
 # Values that Python code compares and never computes with: a graph has them as constants.
@@ -296,6 +299,25 @@ class AnyLayout(TorchFunctionMode):
         if func is Tensor.view and len(args) > 1 and not isinstance(args[1], torch.dtype):
             func = Tensor.reshape
         return func(*args, **(kwargs or {}))
+
+
+def outside_inference_mode(make: Callable[P, T]) -> Callable[P, T]:
+    """Let a function that makes a network do so outside of `torch.inference_mode`, without gradients: what is made in
+    that mode cannot be trained afterwards."""
+
+    @functools.wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.is_inference_mode_enabled():
+            return make(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            args, kwargs = tree_map_only(Tensor, _with_history, (args, kwargs))
+            return make(*args, **kwargs)
+
+    return made
+
+
+def _with_history(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def run_forward(model: nn.Module, arguments: Arguments) -> Any:

@@ -29,7 +29,7 @@ from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.torch_internals import tree_map_only
 from cadsurgery.support.torch_operations import asks, is_kind, name_of
 from cadsurgery.surgery.arguments import AnyLayout, Inputs
-from cadsurgery.surgery.graphs import upwards
+from cadsurgery.surgery.graphs import Interpreter, upwards
 from cadsurgery.surgery.guards import check_branch, compared, user_line
 from cadsurgery.surgery.hooks import child, is_hooked, prepare_weights
 from cadsurgery.surgery.tracer import (
@@ -63,6 +63,7 @@ _FACTS = frozenset(
         *("dense_dim", "sparse_dim", "volatile"),
     )
 )
+_OF_LAYOUT = ("stride", "is_contiguous", "dim_order")
 _OF_TYPE = ("is_floating_point", "is_complex", "is_signed")
 # Attributes that follow from the device, of which elements have the type alone.
 _IS_ON_DEVICE = frozenset(
@@ -182,7 +183,7 @@ class _Lookup(fx.proxy.Attribute, Symbol):
     """An attribute of a symbol; its node is created only when its value is needed, since it may be a method."""
 
 
-class _OnExample(fx.Interpreter):
+class _OnExample(Interpreter):
     """Runs a graph without the hooks that are operations of the graph themselves, on the tensors that the network held
     at first: its code may have set an attribute to what it computed from it.
 
@@ -223,6 +224,7 @@ class Carrier(Tracer):
         super().__init__(*options, **named)
         self._needs_gradients, self._foreign = needs_gradients, False
         self.asks_for_gradients = ""  # the line of the network's code that asks
+        self.asks_for_layout = ""  # the same, for the order of a tensor's numbers in memory
         self.values: dict[fx.Node, Any] = {}
         self._run_so_far = 0
         self._is_running = False
@@ -304,6 +306,8 @@ class Carrier(Tracer):
         if node.target is getattr and node.args[1] == "requires_grad":
             self.asks_for_gradients = user_line()
             return self._needs_gradients
+        if any(name_of(part.target) in _OF_LAYOUT for part in upwards(node, _of_asked)):
+            self.asks_for_layout = user_line()
         outcome = take(value)
         if take is len and isinstance(value, (tuple, list, dict)) and not self._varies(node):
             return outcome
@@ -331,6 +335,11 @@ class Carrier(Tracer):
                 asked = self.create_node("call_method", fact, (node,), {})
                 outcome = getattr(value, fact)()
                 self.create_node("call_function", check_branch, (asked, outcome, user_line()), {})
+
+    def outputs(self) -> list[Tensor]:
+        """Return the tensors that the traced graph gives on the example."""
+        self._run()
+        return tensors_of(next(self.values[node] for node in self.graph.nodes if node.op == "output"))
 
     def _varies(self, node: fx.Node) -> bool:
         """True if a value may have another number of parts in another call: a tensor that is cut into pieces of a size,
@@ -377,7 +386,7 @@ class Carrier(Tracer):
 
     def _is_of_rank(self, node: fx.Node) -> bool:
         """True if a value depends only on numbers of dimensions, which no image changes, or on memory layouts, which
-        change no result."""
+        change no result: tracing compares the results of two, see `asks_for_layout`."""
         if asks(node):
             return asks(node, of_rank=True)
         sources = node.all_input_nodes
@@ -389,6 +398,11 @@ def is_argument(node: fx.Node) -> bool:
     while node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node.op == "placeholder"
+
+
+def _of_asked(node: fx.Node) -> list[fx.Node]:
+    """Return the values that a number is computed from; none of what is asked of a tensor."""
+    return [] if asks(node) else node.all_input_nodes
 
 
 def _as_key(part: Any) -> Any:

@@ -21,7 +21,7 @@ from cadsurgery.elements.operations import operation_of
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.support.torch_internals import BatchNorm
 from cadsurgery.support.torch_operations import name_of
-from cadsurgery.surgery.graphs import pads
+from cadsurgery.surgery.graphs import Interpreter, pads
 from cadsurgery.surgery.plan import Decision, Plan
 
 # Reductions whose result depends on the number of samples, which is that of the network's own grid at every level.
@@ -33,7 +33,7 @@ class CannotEmulate(Exception):
     its result depends on the number of samples."""
 
 
-class Emulator(fx.Interpreter):
+class Emulator(Interpreter):
     """Runs a network's own graph with all maps of the region in cells that are no finer than its own grid.
 
     Args:

@@ -17,7 +17,7 @@ from cadsurgery.support.counting import MacCounter
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CannotConvert, describe_error, first_line
 from cadsurgery.surgery.arguments import AnyLayout, Arguments, image_of, in_order, run_forward, take_image
-from cadsurgery.surgery.graphs import module_of
+from cadsurgery.surgery.graphs import Interpreter, module_of
 from cadsurgery.surgery.sameness import Pair, are_equal, compare
 from cadsurgery.surgery.state import Kept
 from cadsurgery.surgery.trace import evaluating
@@ -115,7 +115,7 @@ class OtherFunction(CannotConvert):
     """The traced graph computes something else than the network."""
 
 
-class _Observer(fx.Interpreter):
+class _Observer(Interpreter):
     def __init__(self, facts: Facts) -> None:
         super().__init__(facts.model, garbage_collect_values=True, graph=facts.graph)
         self.facts = facts

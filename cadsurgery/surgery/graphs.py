@@ -155,6 +155,16 @@ def _moved(rank: int, sources: Any, places: Any) -> list[int] | None:
     return list(moved.shape)  # the lengths of the axes are their numbers
 
 
+class Interpreter(fx.Interpreter):
+    """torch.fx's interpreter with the errors of operations as they are: torch.fx adds a node, and advice on its own
+    tools, to messages that users read."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take what torch.fx's takes."""
+        super().__init__(*args, **kwargs)
+        self.extra_traceback = False
+
+
 class Constants:
     """Values of nodes that are computed only from modules and parameters, each computed on first use."""
 

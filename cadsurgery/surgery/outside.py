@@ -8,21 +8,24 @@
         def forward(self, x):
             return F.leaky_relu(x, self.slope) * gain if self.mode == "sum" else x
 
-A graph has such values as constants. Those that the code names are noted with the network, and compared before a call:
+A graph has such values as constants. Those that the code loads are noted with the network, and compared before a call:
 where one is another value now, the network is read anew. Tensors, parameters and modules are no constants of a graph.
+What the code loads is read from its instructions: `self.n` loads an attribute `n`, and no global value of that name.
 """
 
 from __future__ import annotations
 
 import builtins
+import dis
 import math
+import os
 import sys
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property, partial, partialmethod
+from functools import cache, cached_property, partial, partialmethod
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -45,18 +48,62 @@ _NOT_CALLED = frozenset(
 _BY_NAME = frozenset(("getattr", "hasattr", "vars", "__dict__"))  # who calls these may read any attribute
 _OF_MODULES = frozenset(vars(nn.Module()))  # attributes that every module has
 _DEEPEST = 4  # containers in containers, and objects in objects, that are looked into
+_ENVIRONMENT = ("os.environ",)  # stands for the variables of the environment
+# Methods of objects that code calls without their name.
+_UNNAMED = frozenset(
+    ("__call__", "__getattr__", "__getitem__", "__bool__", "__len__", "__iter__", "__contains__", "__eq__")
+)
 _MOST = 256  # items of a container; a longer one is a table or a cache and is not looked into
 
 
-class Place(NamedTuple):
-    """Where a value is: the path of a module, a class, or the name of a Python module, and a name there."""
+class Enclosed:
+    """The variables that a function takes from the functions around it. A copy is of the same function; a process that
+    gets one has none."""
 
-    holder: str | type | tuple[str]
+    def __init__(self, function: FunctionType | None) -> None:
+        """Take the function."""
+        self.function = function
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Enclosed) and self.function is other.function
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Enclosed:
+        return self
+
+    def __reduce__(self) -> Any:
+        return Enclosed, (None,)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a variable's value; the default if it has none."""
+        function = self.function
+        names = function.__code__.co_freevars if function is not None else ()
+        cells = (function.__closure__ or ()) if function is not None else ()
+        return next(
+            (_content(cell) for each, cell in zip(names, cells, strict=True) if each == name), default
+        )
+
+    def __contains__(self, name: object) -> bool:
+        return self.function is not None and name in self.function.__code__.co_freevars
+
+
+class Place(NamedTuple):
+    """Where a value is: the path of a module, a class, the name of a Python module or a function that encloses it, and
+    a name there."""
+
+    holder: str | type | tuple[str] | Enclosed
     name: str
 
     def __str__(self) -> str:
-        holder = self.holder[0] if isinstance(self.holder, tuple) else self.holder
-        holder = holder.__name__ if isinstance(holder, type) else holder
+        holder = self.holder
+        if isinstance(holder, tuple):
+            holder = holder[0]
+        elif isinstance(holder, Enclosed):
+            holder = getattr(holder.function, "__qualname__", "")
+        elif isinstance(holder, type):
+            holder = holder.__name__
         return f"{holder}.{self.name}" if holder else self.name
 
 
@@ -100,12 +147,11 @@ class Outside:
                         values[Place(path, name)] = vars(module).get(name, _GONE)
         for kind in code.kinds:
             values |= {Place(kind, name): value for name, value in vars(kind).items() if name in code.names}
-        for space, names in code.spaces():
-            key = str(space.get("__name__"))
-            if sys.modules.get(key) is not None and vars(sys.modules[key]) is space:
-                values |= {
-                    Place((key,), name): space[name] for name in names if (id(space), name) not in written
-                }
+        values |= {
+            place: value
+            for place, (owner, value) in code.loaded.items()
+            if (owner, place.name) not in written
+        }
         read = ((place, value) for place, value in values.items() if id(value) not in containers)
         copies = dict[tuple[int, int], Any]()
         known = {place: _copied(value, code.names, with_tensors, copies) for place, value in read}
@@ -136,13 +182,21 @@ class OutsideWatch:
         self._net, self._outside = net, outside
 
     @cached_property
-    def _holders(self) -> list[tuple[Place, Mapping[str, Any]]]:
+    def _holders(self) -> list[tuple[Place, Any]]:
         """The namespace of each place. An inference copy has other modules, and of the attributes of the original none
         or a few; what it does not have is left out."""
         found = ((place, _space_of(place.holder, self._net)) for place in self._outside.values)
         known = [(place, space) for place, space in found if space is not None]
         is_whole = isinstance(_original_of(self._net), nn.Module)
-        return known if is_whole else [(place, space) for place, space in known if place.name in space]
+        return (
+            known
+            if is_whole
+            else [
+                (place, space)
+                for place, space in known
+                if place.name in space or place.holder == _ENVIRONMENT
+            ]
+        )
 
     def _now(self) -> list[Any]:
         names, with_tensors, copies = (
@@ -188,9 +242,13 @@ def _original_of(net: Any) -> Any:
     return net
 
 
-def _space_of(holder: str | type | tuple[str], net: nn.Module) -> Mapping[str, Any] | None:
+def _space_of(holder: str | type | tuple[str] | Enclosed, net: nn.Module) -> Any:
+    if isinstance(holder, Enclosed):
+        return holder if holder.function is not None else None
     if isinstance(holder, type):
         return vars(holder)
+    if holder == _ENVIRONMENT:
+        return os.environ
     if isinstance(holder, tuple):
         module = sys.modules.get(holder[0])
         return vars(module) if module is not None else None
@@ -258,44 +316,102 @@ def _is_of_library(kind: type) -> bool:
     return is_of_python(kind.__module__) and kind not in (SimpleNamespace, Namespace)
 
 
-# -- what the code of a network names ----------------------------------------------------------------------------
+# -- what the code of a network loads ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Loads:
+    """What the instructions of a piece of code load.
+
+    Attributes:
+        paths: names of global values, each with the attributes that are read from it at once: `config.size.height`.
+        enclosed: variables of the functions around it.
+        attributes: attributes of any object.
+        texts: texts that may be names of attributes.
+        written: global values and variables of other functions that the code itself sets: they are no settings.
+    """
+
+    paths: frozenset[tuple[str, ...]]
+    enclosed: frozenset[str]
+    attributes: frozenset[str]
+    texts: frozenset[str]
+    written: frozenset[str]
+
+    @cached_property
+    def globals(self) -> frozenset[str]:
+        """Names of global values."""
+        return frozenset(path[0] for path in self.paths)
+
+    @cached_property
+    def named(self) -> frozenset[str]:
+        """Names that the code may read from an object."""
+        return self.attributes | self.texts
+
+
+@cache
+def _loads_of(code: CodeType) -> _Loads:
+    """Read the instructions of a piece of code, without the functions in it."""
+    paths = list[tuple[str, ...]]()
+    enclosed, attributes, written = set[str](), set[str](), set[str]()
+    is_path = False  # the last instruction loaded a global value, or an attribute of one
+    for one in dis.get_instructions(code):
+        kind, name = one.opname, one.argval
+        if kind == "EXTENDED_ARG":
+            continue
+        if kind in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"):
+            attributes.add(name)
+            if is_path:
+                paths[-1] = (*paths[-1], name)
+            continue
+        is_path = kind in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
+        if is_path:
+            paths.append((name,))
+        elif kind in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"):
+            enclosed.add(name)
+        elif kind in ("STORE_GLOBAL", "STORE_DEREF"):
+            written.add(name)
+    texts = frozenset(text for text in code.co_consts if isinstance(text, str) and text.isidentifier())
+    if any(path[0] == "globals" for path in paths):
+        paths += [(text,) for text in texts]
+    return _Loads(frozenset(paths), frozenset(enclosed), frozenset(attributes), texts, frozenset(written))
 
 
 @dataclass(frozen=True)
 class _Code:
-    """The code that forwards of a network reach: methods of its classes, and functions that these name.
+    """The code that forwards of a network reach: methods of its classes, functions that these name, and methods of
+    objects that they read.
 
     Attributes:
-        kinds: the classes.
-        names: all names in the code, and texts that may be names.
+        kinds: the classes of modules.
+        names: attributes that the code reads, and texts that may be names.
         by_name: classes whose code asks for attributes by name, so that it may read any, with the texts in it.
-        globals_read: the names that the code reads in each namespace, by the namespace's identity.
+        loaded: values that the code loads from elsewhere, each with the identity of the namespace that holds it.
     """
 
     kinds: tuple[type, ...]
     names: frozenset[str]
     by_name: Mapping[type, frozenset[str]]
-    globals_read: Mapping[int, tuple[dict[str, Any], frozenset[str]]]
+    loaded: Mapping[Place, tuple[int, Any]]
 
     @classmethod
     def of(cls, model: nn.Module) -> _Code:
         """Read the code of a network's classes."""
         found = dict.fromkeys(kind for module in model.modules() for kind in type(module).__mro__)
         kinds = tuple(kind for kind in found if not _is_of_library(kind))
-        names, by_name, seen = set[str](), dict[type, frozenset[str]](), set[CodeType | FunctionType]()
-        read: dict[int, tuple[dict[str, Any], set[str]]] = {}
+        by_name, seen = dict[type, frozenset[str]](), set[CodeType | FunctionType]()
+        reached: list[tuple[FunctionType, _Loads]] = []
         for kind in kinds:
             own = [value for name, value in vars(kind).items() if name not in _NOT_CALLED]
-            for function, code in _reached(own, seen):
-                texts = {text for text in code.co_consts if isinstance(text, str) and text.isidentifier()}
-                names.update(code.co_names, texts)
-                read.setdefault(id(function.__globals__), (function.__globals__, set()))[1].update(
-                    code.co_names
-                )
-                if _BY_NAME.intersection(code.co_names):
-                    by_name[kind] = by_name.get(kind, frozenset()) | texts
-        frozen = {key: (space, frozenset(words & space.keys())) for key, (space, words) in read.items()}
-        return cls(kinds, frozenset(names), by_name, frozen)
+            for function, loads in _reached(own, seen):
+                reached.append((function, loads))
+                if _BY_NAME.intersection(loads.globals | loads.attributes):
+                    by_name[kind] = by_name.get(kind, frozenset()) | loads.texts
+        names = frozenset[str]().union(*(loads.named for _, loads in reached))
+        held = {id(value): value for module in model.modules() for value in vars(module).values()}
+        methods = [method for value in held.values() for method in _methods_of(value, names)]
+        reached += _reached(methods, seen)
+        names = names.union(*(loads.named for _, loads in reached))
+        return cls(kinds, names, by_name, _loaded(reached, names))
 
     def attributes_of(self, module: nn.Module, with_tensors: bool) -> Iterator[str]:
         """Yield the attributes of a module that the code may read; also those of its class, or asked for by name, which
@@ -309,22 +425,90 @@ class _Code:
             if is_own and is_read and (with_tensors or not isinstance(vars(module).get(name), Tensor)):
                 yield name
 
-    def spaces(self) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
-        """Yield the namespaces of Python modules, with the names that the code reads there: those of the code itself,
-        and of modules that it names."""
-        yield from self.globals_read.values()
-        for space, words in self.globals_read.values():
-            for name in words:
-                module = space[name]
-                if isinstance(module, ModuleType) and not is_of_python(module.__name__):
-                    yield vars(module), self.names.intersection(vars(module))
+
+def _loaded(
+    reached: Iterable[tuple[FunctionType, _Loads]], names: frozenset[str]
+) -> dict[Place, tuple[int, Any]]:
+    """Return the values that code loads from elsewhere: global values, attributes of Python modules and classes among
+    them, variables of the functions around it, and variables of the environment."""
+    found: dict[Place, tuple[int, Any]] = {}
+    written = {(id(function.__globals__), name) for function, loads in reached for name in loads.written}
+    cells = {
+        id(cell)
+        for function, loads in reached
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        if name in loads.written
+    }
+    for function, loads in reached:
+        space = function.__globals__
+        for path in loads.paths:
+            if path[0] in space and (id(space), path[0]) not in written:
+                found |= _along(space, path, names)
+            if path[0] in space and _reads_environment(space[path[0]], path):
+                found |= {Place(_ENVIRONMENT, text): (0, os.environ.get(text, _GONE)) for text in loads.texts}
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            if name in loads.enclosed and id(cell) not in cells:
+                found[Place(Enclosed(function), name)] = (id(cell), _content(cell))
+    return found
+
+
+def _along(space: Mapping[str, Any], path: tuple[str, ...], names: frozenset[str]) -> dict[Place, Any]:
+    """Return the values along a path from a namespace: the first, and what is read from modules and classes. Where one
+    of these itself is used, any of the names may be read from it."""
+    found: dict[Place, tuple[int, Any]] = {}
+    holder: Any = (str(space.get("__name__")),)
+    if holder[0] not in sys.modules or vars(sys.modules[holder[0]]) is not space:
+        return found
+    for place, name in enumerate(path):
+        if name not in space:
+            return found
+        value = space[name]
+        found[Place(holder, name)] = (id(space), value)
+        if isinstance(value, ModuleType):
+            if is_of_python(value.__name__):
+                return found
+            holder, space = (value.__name__,), vars(value)
+        elif isinstance(value, type):
+            if _is_of_library(value) or issubclass(value, (nn.Module, Tensor)):
+                return found
+            holder, space = value, vars(value)
+        else:
+            for kind in _own_kinds(value):
+                found |= {
+                    Place(kind, each): (id(vars(kind)), vars(kind)[each])
+                    for each in names & vars(kind).keys()
+                }
+            return found
+        if place == len(path) - 1:
+            found |= {Place(holder, each): (id(space), space[each]) for each in names & space.keys()}
+    return found
+
+
+def _reads_environment(value: Any, path: tuple[str, ...]) -> bool:
+    """True if a path leads to the variables of the environment."""
+    reads = path[1:2] in (("environ",), ("getenv",)) if value is os else False
+    return reads or value is os.environ or value is os.getenv
+
+
+def _own_kinds(value: Any) -> list[type]:
+    """Return the classes of an object of the network's own code, from its own to the most general; [] for modules,
+    tensors and all others."""
+    if isinstance(value, (*_PLAIN, *_CALLED, Tensor, nn.Module, ModuleType)):
+        return []
+    return [kind for kind in type(value).__mro__ if not _is_of_library(kind)]
+
+
+def _methods_of(value: Any, names: frozenset[str]) -> Iterator[Any]:
+    """Yield the methods and properties of an object of the network's own code that code with these names may call."""
+    for kind in _own_kinds(value):
+        yield from (vars(kind)[name] for name in (names | _UNNAMED) & vars(kind).keys() - _NOT_CALLED)
 
 
 def _reached(
     values: Iterable[Any], seen: set[CodeType | FunctionType]
-) -> Iterator[tuple[FunctionType, CodeType]]:
-    """Yield the code of functions and of those that they name, each with the function that it belongs to; not what was
-    seen before. Functions of one code, as a decorator makes them, differ in what they enclose."""
+) -> Iterator[tuple[FunctionType, _Loads]]:
+    """Yield what functions and those that they name load, each with the function that it belongs to; not what was seen
+    before. Functions of one code, as a decorator makes them, differ in what they enclose."""
     waiting = [function for value in values for function in _functions_in(value)]
     while waiting:
         function = waiting.pop()
@@ -334,15 +518,21 @@ def _reached(
         codes = [function.__code__]
         while codes:
             code = codes.pop()
+            loads = _loads_of(code)
+            yield function, loads
             if code in seen:
                 continue
             seen.add(code)
-            yield function, code
             codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-            named = (function.__globals__.get(name, vars(builtins).get(name)) for name in code.co_names)
+            named = [function.__globals__.get(name, vars(builtins).get(name)) for name in loads.globals]
+            named += [method for value in named for method in _methods_of(value, loads.named)]
             waiting += [other for value in named for other in _functions_in(value)]
         cells = function.__closure__ or ()
-        waiting += [other for cell in cells for other in _functions_in(_content(cell))]
+        contents = [_content(cell) for cell in cells]
+        contents += [
+            method for value in contents for method in _methods_of(value, _loads_of(function.__code__).named)
+        ]
+        waiting += [other for value in contents for other in _functions_in(value)]
 
 
 def _content(cell: Any) -> Any:

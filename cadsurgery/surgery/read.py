@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from cadsurgery.support.errors import CannotConvert
 from cadsurgery.surgery.arguments import Arguments, change_images, crop, image_of, part_of
 from cadsurgery.surgery.facts import Facts, OtherFunction, default_examples, observe
+from cadsurgery.surgery.graphs import Interpreter
 from cadsurgery.surgery.guards import GuardFailed, drop_dead_code, is_guard
 from cadsurgery.surgery.hooks import is_apart
 from cadsurgery.surgery.kept import Kept, find_kept
@@ -166,7 +167,7 @@ def _pad(image: Tensor, by: tuple[int, ...]) -> Tensor:
     return nn.functional.pad(image, by, mode="replicate" if image.is_floating_point() else "constant")
 
 
-class _Unguarded(fx.Interpreter):
+class _Unguarded(Interpreter):
     """Runs a graph without stopping at guards, and records the guards that failed."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:

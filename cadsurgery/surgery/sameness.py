@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.torch_internals import tree_map_only
 from cadsurgery.surgery.arguments import AnyLayout, Arguments, in_order, run_forward, widen
+from cadsurgery.surgery.graphs import Interpreter
 from cadsurgery.surgery.hooks import child, copying
 from cadsurgery.surgery.trace import evaluating
 
@@ -113,7 +114,7 @@ class Pair:
         """Return what the graph gives; another interpreter may run it."""
         own = tree_map_only(Tensor, Tensor.clone, in_order(self.graph, call))
         with _alike(self.model), AnyLayout():
-            return (interpreter or fx.Interpreter(self.model, graph=self.graph)).run(*own)
+            return (interpreter or Interpreter(self.model, graph=self.graph)).run(*own)
 
     def holds_for(self, call: Arguments) -> bool:
         """True if the graph gives what the network gives for a call, in the type of this pair."""

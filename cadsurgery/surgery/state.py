@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -172,6 +172,7 @@ def _containers(model: nn.Module) -> Iterator[tuple[str, Any]]:
         waiting += [
             (f"{kind.__name__}.{name}", value) for name, value in vars(kind).items() if _is_container(value)
         ]
+        waiting += _enclosed(vars(kind).values())
     seen, spaces = set[int](), {id(space): space for space in name_spaces(model)}
     while waiting:
         place, held = waiting.pop()
@@ -197,6 +198,23 @@ def _containers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             if _is_container(value) and id(value) not in seen and not name.startswith("__"):
                 seen.add(id(value))
                 yield name, value
+
+
+def _enclosed(values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the containers that functions take from the functions around them, such as the results that a decorator
+    keeps, with the names of the functions."""
+    waiting, seen = [value for value in values if type(value) is FunctionType], set[FunctionType]()
+    while waiting:
+        function = waiting.pop()
+        if function in seen or _is_of_python(function):
+            continue
+        seen.add(function)
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            value = cell.cell_contents if cell != CellType() else None
+            if type(value) is FunctionType:
+                waiting.append(value)
+            elif _is_container(value):
+                yield f"{function.__qualname__}.{name}", value
 
 
 def _is_of_torch(key: Any) -> bool:

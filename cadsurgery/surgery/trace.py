@@ -15,9 +15,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from cadsurgery.support.errors import CannotConvert, describe_error
+from cadsurgery.support.torch_internals import tree_map_only
 from cadsurgery.support.torch_operations import asks, is_kind, name_of
 from cadsurgery.surgery.arguments import Arguments, Inputs, has_numbers, with_other_values
 from cadsurgery.surgery.carry import Carrier, asking_types, is_argument, symbols_in_python
@@ -176,6 +177,14 @@ def _trace_on_example(
             other = _trace_with(Carrier(*options, needs_gradients=True, **more), model)
             if str(other) != str(graph):
                 raise ByGradients(f"it computes something else where gradients are needed, at {line}")
+        if line := carrier.asks_for_layout:
+            turned = replace(
+                more["inputs"], values=tree_map_only(Tensor, _in_other_layout, more["inputs"].values)
+            )
+            other_carrier = Carrier(*options, **(more | {"inputs": turned}))
+            other = _trace_with(other_carrier, model)
+            if str(other) != str(graph) and not _agree(carrier.outputs(), other_carrier.outputs()):
+                raise ByLayout(f"it computes something else for an image of another memory layout, at {line}")
         if carrier.may_know_values():
             darker = replace(more["inputs"], values=with_other_values(more["inputs"].values))
             known = set(vars(model))
@@ -225,6 +234,28 @@ def _trace_with(tracer: Tracer, model: nn.Module) -> fx.Graph:
 
 class ByGradients(Exception):
     """The Python code branches on whether gradients are needed, which a graph cannot represent."""
+
+
+class ByLayout(Exception):
+    """The Python code branches on the order of a tensor's numbers in memory, which a graph has no part in, and computes
+    other values in the other branch."""
+
+
+def _in_other_layout(tensor: Tensor) -> Tensor:
+    """Return maps with their channels last in memory; those that have them last, with them first."""
+    if tensor.dim() != 4:
+        return tensor
+    is_last = tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    return tensor.contiguous(memory_format=torch.contiguous_format if is_last else torch.channels_last)
+
+
+def _agree(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    """True if two calls give the same, up to rounding in another order."""
+    return [each.shape for each in ours] == [each.shape for each in theirs] and all(
+        torch.allclose(a, b, 0, 1e-3 * float(a.abs().max()), equal_nan=True)
+        for a, b in zip(ours, theirs, strict=True)
+        if a.is_floating_point() and a.numel()
+    )
 
 
 def _place_of(error: BaseException | None) -> str:

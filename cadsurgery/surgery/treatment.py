@@ -21,6 +21,7 @@ from cadsurgery.elements.axes import NCHW
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import Operation, operation_of
 from cadsurgery.support.errors import InvalidInput, UnknownName
+from cadsurgery.support.plain import docstring_of
 from cadsurgery.support.provenance import same_place
 from cadsurgery.support.torch_operations import is_kind
 from cadsurgery.surgery.facts import Facts, MapFacts
@@ -182,7 +183,7 @@ def rule(*operations: object, of_vectors: bool = False) -> Callable[[Rule], Rule
 
 def first_line(function: Rule) -> str:
     """Return the first line of a rule's docstring, which is its geometric reason."""
-    return (function.__doc__ or "").strip().partition("\n")[0]
+    return docstring_of(function).partition("\n")[0]
 
 
 def barrier(why: str, cause: Cause = Cause.OPERATION) -> Treatment:

@@ -47,7 +47,7 @@ from cadsurgery.surgery.arguments import (
 )
 from cadsurgery.surgery.emulate import CannotEmulate, Emulator, can_emulate
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.graphs import downstream, gives
+from cadsurgery.surgery.graphs import Interpreter, downstream, gives
 from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.plan import SMALL_EFFECT, Decision, Plan
 from cadsurgery.surgery.rewrite import ORIGIN
@@ -152,7 +152,7 @@ class Case:
     def run(self, level: int, call: Arguments) -> Any:
         """Return the outputs of the adaptive network with all cells at a level."""
         values = in_order(self.adapted, call, _uniform(self.geometry, level))
-        return fx.Interpreter(self.model, graph=self.adapted).run(*values)[0]
+        return Interpreter(self.model, graph=self.adapted).run(*values)[0]
 
 
 def verify(case: Case) -> tuple[Check, ...]:
@@ -506,7 +506,7 @@ def _values(
     own grid, and the outputs there or, with `every`, at all positions; note the sizes of watched elements in fine
     pixels. Another interpreter may run the graph."""
     graph, first = (case.original, []) if masking is None else (case.adapted, [masking])
-    interpreter = interpreter or fx.Interpreter(case.model, graph=graph)
+    interpreter = interpreter or Interpreter(case.model, graph=graph)
     values: dict[str, Tensor] = {}
     run_node = interpreter.run_node
 

@@ -86,6 +86,38 @@ def judge(
     )
 
 
+def in_rows(given: Any, output: Any, size: tuple[int, int], is_resized: bool) -> str:
+    """Describe outputs that are rows, as detectors return the boxes of all anchors (B, C, N); "" for maps and vectors.
+
+    Rows of a resized picture, or of another output stride, are other places: to resize them along the anchors would
+    compare numbers that have nothing to do with each other. The sides of a map are in proportion to those of the
+    picture, and change together with them.
+
+    Args:
+        given: output of the network as given.
+        output: output of a setting for the same picture.
+        size: (height, width) of the picture.
+        is_resized: True if the setting resizes the picture.
+    """
+    target, ours = (maps_of(each)[0] for each in (given, output))
+    before, after = target.shape[2:], ours.shape[2:]
+    if before.numel() == 1 or (before == after and not is_resized):
+        return ""
+    steps = [side / length for side, length in zip(before, size, strict=True)]
+    ratios = [side / length for side, length in zip(after, before, strict=True)]
+    is_unchanged = before == after
+    wanted, slack = (
+        (steps, [1 / length for length in size]) if is_unchanged else (ratios, [1 / side for side in before])
+    )
+    # A side may be rounded up, or lack a border.
+    together = abs(wanted[0] - wanted[1]) <= sum(slack)
+    is_map = together and max(steps) <= 2 * min(steps) + max(1 / length for length in size)
+    if is_map:
+        return ""
+    shape = tuple(before) if target.shape[1] == 1 else tuple(target.shape[1:])
+    return f"its output {(len(target), *shape)} is rows, no map (batch, channels, height, width)"
+
+
 def kind_to_judge(output: Any) -> JudgedKind:
     """Return the kind of an output: `found` for a single map of probabilities, else that of `kind_of`.
 

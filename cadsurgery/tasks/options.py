@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cadsurgery.support.defaults import ENGINES, KERNELS
 from cadsurgery.support.errors import FileError, InvalidInput, UnknownName, check_name, first_line
 from cadsurgery.support.kinds import JSON, of_another_kind
+from cadsurgery.support.plain import docstring_of
 
 if TYPE_CHECKING:
     from cadsurgery.network.points import Align, Reach
@@ -53,7 +54,7 @@ def part(kind: type, *names: str, is_whole: bool = False, **more: Any) -> Any:
 def documented(kind: type[D]) -> type[D]:
     """Add the help of each field to the docstring of a dataclass, so that it is said once."""
     lines = (f"    {entry.name}: {entry.metadata['help']}" for entry in fields(kind))
-    kind.__doc__ = "\n".join((f"{kind.__doc__}\n\nAttributes:", *lines))
+    kind.__doc__ = "\n".join((f"{docstring_of(kind)}\n\nAttributes:", *lines))
     return kind
 
 

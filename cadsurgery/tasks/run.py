@@ -16,6 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from cadsurgery.data.clips import WRITTEN, is_camera, is_clip, is_written_here, pyav
@@ -107,7 +108,8 @@ def predict(
     number, outcome = sources.count(manifest), _Processed()
     pool = partial(ray_data.tasks, ray) if ray else processes
     if workers is None:
-        usual = cores() if is_shared and own.type == "cpu" else 1
+        # A process has one thread; OMP_NUM_THREADS and torch.set_num_threads say how many there may be.
+        usual = min(cores(), torch.get_num_threads()) if is_shared and own.type == "cpu" else 1
         usual = max(1, min(usual, (number or sys.maxsize) // _FOR_A_PROCESS))
         workers = ray_data.count_processes(ray, settings) if ray else usual
     predictor = None if ray or workers > 1 else Predictor(converted, settings)

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKEN, OWNER = "hf_of_this_test", "someone"
-LICENCES = ("mit", "apache-2.0", "other")
+LICENCES = ("mit", "apache-2.0", "cc-by-nc-4.0", "other")
 
 
 @dataclass

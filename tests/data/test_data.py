@@ -7,7 +7,7 @@ import sys
 import types
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from unicodedata import normalize
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import cadsurgery as cs
 from cadsurgery.data import IGNORED, Augment, SegmentationData
-from cadsurgery.data.images import SCENE_CLASSES, normalise
+from cadsurgery.data.images import SCENE_CLASSES, from_picture, normalise
 from cadsurgery.data.networks import IMAGENET_MEAN, Source
 from cadsurgery.data.sources import KINDS
 from cadsurgery.support.errors import LeftOut
@@ -479,3 +479,37 @@ def test_impossible_augmentation_is_refused(options: dict) -> None:
 def test_a_batch_is_normalised_as_its_images() -> None:
     batch, source = torch.rand(2, 3, 5, 7), Source("x", mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3))
     assert torch.equal(normalise(batch, source), torch.stack([normalise(image, source) for image in batch]))
+
+
+NOT_SCALED: dict[str, Any] = {
+    "bytes": torch.full((3, 5, 7), 200, dtype=torch.uint8),
+    "a batch of bytes": torch.full((2, 3, 5, 7), 200, dtype=torch.uint8),
+    "16 bits": torch.full((3, 5, 7), 200, dtype=torch.int16),
+    "a truth value": torch.ones(1, 5, 7, dtype=torch.bool),
+    "a frame": np.full((5, 7, 3), 200, dtype=np.uint8),
+    "a frame of 16 bits": np.full((5, 7, 3), 200, dtype=">u2"),
+    "frames": np.full((2, 5, 7, 3), 200, dtype=np.uint8),
+    "a grey frame": np.full((5, 7), 200, dtype=np.uint8),
+    "a frame of numbers": np.full((5, 7, 3), 0.5),
+    "a picture": Image.new("RGB", (7, 5)),
+    "a plane": torch.rand(5, 7),
+}
+
+
+@pytest.mark.parametrize("source", [None, Source("x")], ids=["no source", "a source"])
+@pytest.mark.parametrize("image", NOT_SCALED.values(), ids=NOT_SCALED)
+def test_what_is_no_image_in_0_to_1_is_not_normalised(image: Any, source: Source | None) -> None:
+    """Mean and deviation of a picture in 0..1 would give values up to a thousand in silence."""
+    with pytest.raises(cs.InvalidInput, match=r"0\.\.1, channels first") as caught:
+        normalise(image, source)
+    if getattr(image, "dtype", None) in (torch.uint8, np.uint8):
+        assert "/ 255" in caught.value.next
+
+
+def test_the_advice_about_a_frame_gives_its_picture() -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    with pytest.raises(cs.InvalidInput) as caught:
+        normalise(frame, None)
+    steps = caught.value.next.removeprefix("give ").partition(",  ")[0].partition(", colours")[0]
+    image = eval(steps, {"torch": torch, "image": frame})
+    assert torch.equal(image, from_picture(Image.fromarray(frame)))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hub_server
 import pytest
+import timm
 import torch
 from conftest import ROOT, Run, images, rewritten
 from hub_server import Hub, Repository, serve
@@ -22,6 +23,9 @@ from safetensors.torch import save_file
 import cadsurgery as cs
 from cadsurgery.data.hub import FILE, Address, read_address
 from cadsurgery.tasks.open import at_strides, open_converted, weights_in_words
+
+# What a card without a licence says is the matter of one test.
+pytestmark = pytest.mark.filterwarnings("ignore:.* has no licence")
 
 NAME = f"{hub_server.OWNER}/small-net"
 HOME = f"hf:{NAME}"
@@ -150,9 +154,75 @@ def test_the_card_says_what_was_converted_and_how_it_is_loaded(hub: Hub) -> None
     for told in ("torchvision:squeezenet1_1, weights are random", net.mask.spec(), f'cs.load("{HOME}")'):
         assert told in text
     assert net.plan.summary() in text
-    cs.push(adapted(), NAME)
+    with pytest.warns(cs.CadWarning, match="has no licence"):
+        cs.push(adapted(), NAME)
     text = written(hub)["README.md"].decode()
     assert f'cs.load("{HOME}", model)' in text and "license" not in ModelCard(text).data.to_dict()
+
+
+def _by_timm(tmp_path: Path) -> torch.nn.Module:
+    model = timm.create_model("test_convnext.r160_in1k")
+    model.pretrained_cfg["license"] = "cc-by-nc-4.0"
+    return model
+
+
+def _as_a_part(tmp_path: Path) -> torch.nn.Module:
+    return torch.nn.Sequential(_by_timm(tmp_path), torch.nn.Identity())
+
+
+def _from_a_file(tmp_path: Path) -> torch.nn.Module:
+    state = cs.build_model("timm:test_convnext", "none").state_dict()
+    save_file(state, tmp_path / "weights.safetensors", {"license": "cc-by-nc-4.0"})
+    return cs.build_model("timm:test_convnext", str(tmp_path / "weights.safetensors"))
+
+
+def _from_a_checkpoint(tmp_path: Path) -> torch.nn.Module:
+    state = cs.build_model("timm:test_convnext", "none").state_dict()
+    torch.save({"model": state, "license": "cc-by-nc-4.0"}, tmp_path / "weights.pth")
+    return cs.build_model("timm:test_convnext", str(tmp_path / "weights.pth"))
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["converted", "loaded"])
+@pytest.mark.parametrize("make", [_by_timm, _as_a_part, _from_a_file, _from_a_checkpoint])
+def test_the_licence_of_weights_is_in_the_file_and_on_the_card(
+    make: Callable[[Path], torch.nn.Module], again: bool, hub: Hub, tmp_path: Path
+) -> None:
+    model = make(tmp_path).eval()
+    net = cs.adaptify(model, "edges", verify_laws=False)
+    assert net.license == "cc-by-nc-4.0"
+    if again:
+        cs.save(net, tmp_path / "net.safetensors")
+        net = cs.load(tmp_path / "net.safetensors", timm_without_licence(make, tmp_path))
+    cs.push(net, NAME)
+    assert ModelCard(written(hub)["README.md"].decode()).data.to_dict()["license"] == "cc-by-nc-4.0"
+    header = written(hub)[FILE]
+    assert b"cc-by-nc-4.0" in header[: 8 + int.from_bytes(header[:8], "little")]
+    cs.push(net, NAME, license="mit")
+    assert ModelCard(written(hub)["README.md"].decode()).data.to_dict()["license"] == "mit"
+
+
+def timm_without_licence(make: Callable[[Path], torch.nn.Module], tmp_path: Path) -> torch.nn.Module:
+    """The same network by a library that states no licence: the file's is what counts."""
+    model = make(tmp_path).eval()
+    for part in model.modules():
+        vars(part).pop("pretrained_cfg", None)
+    vars(model).pop("cad_source", None)
+    return model
+
+
+def test_weights_of_ones_own_have_not_the_licence_of_the_librarys(tmp_path: Path) -> None:
+    state = cs.build_model("timm:test_convnext", "none").state_dict()
+    save_file(state, tmp_path / "weights.safetensors")
+    model = cs.build_model("timm:test_convnext", str(tmp_path / "weights.safetensors"))
+    model.pretrained_cfg["license"] = "cc-by-nc-4.0"
+    assert cs.adaptify(model, "edges", verify_laws=False).license == ""
+
+
+def test_a_licence_without_a_name_on_the_hub_is_another(hub: Hub) -> None:
+    address = "https://github.com/facebookresearch/SWAG/blob/main/LICENSE"
+    cs.push(adapted(), NAME, license=address)
+    about = ModelCard(written(hub)["README.md"].decode()).data.to_dict()
+    assert about["license"] == "other" and about["license_link"] == address
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import Run
 from networks import Segmenter, seeded
@@ -281,3 +282,40 @@ def test_an_index_whose_files_are_not_whole_is_refused(tmp_path: Path, harm: str
     with pytest.raises(cs.FileError) as refusal:
         load_weights(seeded(Segmenter, torch.float32), path)
     assert refusal.value.next and (place if harm.startswith("a part") else path.name) in str(refusal.value)
+
+
+class OfClient(Exception):
+    """An error of a client of HTTP, whose classes are its own."""
+
+
+@pytest.mark.parametrize(
+    "error", [OfClient("403 Forbidden"), OSError("no route"), RuntimeError("broken"), EOFError("cut short")]
+)
+@pytest.mark.parametrize("weights", ["auto", "a1_in1k"])
+def test_weights_that_cannot_be_fetched_are_random_or_refused_in_words(
+    error: Exception, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever stands between: a proxy that refuses, a connection that closes."""
+    create = timm.create_model
+
+    def refuse(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
+        if pretrained:
+            raise error
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    if weights == "auto":
+        note = cs.build_model("timm:resnet18", weights).cad_source.note
+        assert "RANDOM" in note and str(error) in note
+    else:
+        with pytest.raises(cs.FileError, match=str(error)):
+            cs.build_model("timm:resnet18", weights)
+
+
+def test_a_fault_of_the_builder_is_no_lack_of_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, **options: Any) -> nn.Module:
+        raise TypeError("no such argument")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(TypeError, match="no such argument"):
+        cs.build_model("timm:resnet18")

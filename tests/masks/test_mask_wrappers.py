@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,24 @@ def test_smooth_starts_anew_for_another_video(how: str) -> None:
         model = copy.deepcopy(model) if how == "copy" else pickle.loads(pickle.dumps(model))
     model({"batch": frames[1][:1], "size": frames[1][:, :, :64]}.get(how, frames[1]))
     assert model.active_fraction == 0
+
+
+@pytest.mark.parametrize("optimised", [False, True])
+def test_each_thread_is_a_video(optimised: bool) -> None:
+    """Two cameras with a thread each, whose frames take turns: one shows edges at first, the other never."""
+    mask, frames = fading()
+    model = net(mask).optimize() if optimised else net(mask)
+    kept: dict[str, list[bool]] = {"first": [], "other": []}
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as other:
+        for frame in frames:
+            for name, camera, shown in (("first", first, frame), ("other", other, frames[-1])):
+
+                def call(shown: Tensor = shown) -> bool:
+                    model(shown)
+                    return model.active_fraction > 0
+
+                kept[name].append(camera.submit(call).result())
+    assert kept == {"first": [True, True, True, False, False], "other": [False] * 5}
 
 
 def test_each_position_of_the_batch_is_a_video_and_objects_do_not_share() -> None:

@@ -463,6 +463,24 @@ def test_zeros_and_ones_in_uint8_are_levels_where_there_are_two() -> None:
     assert torch.equal(model.levels.long(), levels)
 
 
+@pytest.mark.parametrize("strides", [(8, 16), (8, 32)])
+@pytest.mark.parametrize("inside", [100, 127, 255])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_a_region_as_a_picture_shows_it_is_refused_and_the_advice_keeps_that_region(
+    dtype: torch.dtype, inside: int, strides: tuple[int, int]
+) -> None:
+    """OpenCV draws 255 inside: as levels, clamped, it would be everything else that is kept."""
+    model = cs.adaptify(strided(), output_stride=strides, verify_laws=False)
+    region, image = torch.zeros(1, 12, 16, dtype=dtype), torch.randn(1, 3, 96, 128)
+    region[:, 4:8, 8:12] = inside
+    with pytest.raises(cs.InvalidInput) as caught:
+        model(image, mask=region)
+    assert "give map > 0" in caught.value.next
+    assert inside != 255 or "clamp" not in caught.value.next
+    model(image, mask=region > 0)
+    assert model.active_fraction == 16 / (12 * 16)
+
+
 def test_true_keeps_high_and_false_goes_to_the_lowest_level() -> None:
     model, image = net(), torch.randn(2, 3, 96, 128)
     keep = torch.rand(2, 12, 16) < 0.1

@@ -3,8 +3,10 @@ is refused by name, and without their library the file is."""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -859,6 +861,19 @@ def test_an_extension_that_cannot_be_built_says_why(tmp_path: Path, monkeypatch:
     with pytest.raises(cs.CadError, match="failing says error: not today"):
         cs.kernels_for("openvino")
     assert not list(tmp_path.rglob("openvino-*.so"))
+
+
+@pytest.mark.skipif(not hasattr(os, "ST_NOEXEC"), reason="file systems as of Linux")
+def test_a_cache_on_a_file_system_without_code_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension_of_openvino()
+    status = os.statvfs
+
+    def without_code(path: Any) -> Any:
+        return types.SimpleNamespace(f_flag=status(path).f_flag | os.ST_NOEXEC)
+
+    monkeypatch.setattr(os, "statvfs", without_code)
+    with pytest.raises(cs.CadError, match=r"(?s)noexec.*XDG_CACHE_HOME"):
+        cs.kernels_for("openvino")
 
 
 @pytest.mark.slow

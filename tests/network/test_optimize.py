@@ -429,3 +429,34 @@ def test_a_hooked_norm_is_not_taken_apart() -> None:
     seen.clear()
     fast(images(1, 64, 64))
     assert seen == [1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("optimised", [False, True])
+def test_levels_after_a_call_are_those_of_the_thread(optimised: bool) -> None:
+    """Calls of several threads take turns, and each reads what its own kept, whatever the size of the others."""
+    net = unverified(strided())
+    called = net.optimize() if optimised else net
+    masks = {"all": images(1, 64, 96), "none": images(2, 32, 48), "edges": images(1, 96, 64)}
+    expected = {}
+    for mask, x in masks.items():
+        called(x, mask=mask)
+        expected[mask] = called.levels
+    pools = {mask: ThreadPoolExecutor(1) for mask in masks}
+    for _ in range(2):
+        for mask, pool in pools.items():
+            pool.submit(called, masks[mask], mask=mask).result()
+        for mask, pool in pools.items():
+            assert torch.equal(pool.submit(lambda: called.levels).result(), expected[mask])
+            assert pool.submit(lambda: called.active_fraction).result() == float(
+                (expected[mask] == 0).float().mean()
+            )
+    for pool in pools.values():
+        pool.shutdown()
+
+
+def test_a_thread_without_a_call_reads_the_last_one() -> None:
+    net = unverified(strided())
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(net, images(1, 32, 48), mask="all").result()
+    assert net.active_fraction == 1

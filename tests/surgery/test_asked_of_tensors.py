@@ -176,3 +176,39 @@ def test_a_branch_on_gradients_that_computes_the_same_is_followed() -> None:
         return own.head(y * 2)
 
     check(Encoded(branch))
+
+
+def _asks_layout(name: str) -> Callable[[Tensor], bool]:
+    return {
+        "is_contiguous": lambda y: y.is_contiguous(),
+        "channels last": lambda y: not y.is_contiguous(memory_format=torch.channels_last),
+        "stride": lambda y: y.stride()[1] != 1,
+        "stride of an axis": lambda y: y.stride(1) > y.stride(3),
+    }[name]
+
+
+LAYOUTS = ("is_contiguous", "channels last", "stride", "stride of an axis")
+
+
+@pytest.mark.parametrize("of", ["image", "map"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_branch_on_memory_layouts_is_refused_where_both_ways_differ(name: str, of: str) -> None:
+    fact = _asks_layout(name)
+
+    def branch(own: Any, image: Tensor, y: Tensor) -> Tensor:
+        return own.head(y) if fact(image if of == "image" else y) else own.head(2 * y)
+
+    with pytest.raises(cs.CannotConvert, match=r"another memory layout, at test_asked_of_tensors\.py"):
+        followed(Encoded(branch))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_branch_on_memory_layouts_that_computes_the_same_is_followed(name: str) -> None:
+    fact = _asks_layout(name)
+
+    def branch(own: Any, image: Tensor, y: Tensor) -> Tensor:
+        if fact(y):
+            return own.head(y)
+        return own.head(y.contiguous() * 2) / 2 + own.head.bias.view(1, -1, 1, 1) / 2
+
+    check(Encoded(branch))

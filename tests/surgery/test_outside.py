@@ -4,6 +4,7 @@ type of its parameters, what its hooks note. None of it is a constant of the con
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -358,3 +359,167 @@ def test_functions_that_enclose_each_other_are_read_once() -> None:
     model, x = Counted().eval(), images(1, 32, 48)
     net = cs.adaptify(model, "all", coarsest=8, example_input=x)
     assert_same(net(x), model(x), 1e-5)
+
+
+class Flags:
+    """A class as a namespace, and objects of it that are asked by methods."""
+
+    turned = False
+
+    def __init__(self) -> None:
+        self.is_on = False
+
+    def asked(self) -> bool:
+        return self.is_on
+
+    @property
+    def shown(self) -> bool:
+        return self.asked()
+
+    def __bool__(self) -> bool:
+        return self.is_on
+
+    def __getitem__(self, name: str) -> bool:
+        return bool(getattr(self, name))
+
+
+TURNED, FLAGS, OPTION = False, Flags(), Flags()
+userconfig.inner = ModuleType("userconfig.inner")  # type: ignore[attr-defined]
+userconfig.inner.turned = False
+sys.modules["userconfig.inner"] = userconfig.inner
+
+
+def enclosing() -> tuple[Callable[[], bool], Callable[[bool], None]]:
+    """Return a function that reads a variable of the function around it, and one that sets it."""
+    turned = False
+
+    def is_turned() -> bool:
+        return turned
+
+    def turn(value: bool) -> None:
+        nonlocal turned
+        turned = value
+
+    return is_turned, turn
+
+
+is_turned, turn = enclosing()
+READ: dict[str, tuple[Callable[[], Any], Callable[[bool], object]]] = {
+    "a global value": (lambda: TURNED, lambda value: globals().update(TURNED=value)),
+    "by its name": (lambda: globals()["TURNED"], lambda value: globals().update(TURNED=value)),
+    "a class": (lambda: Flags.turned, lambda value: setattr(Flags, "turned", value)),
+    "the class of an object": (lambda: FLAGS.turned, lambda value: setattr(Flags, "turned", value)),
+    "an object": (lambda: FLAGS.is_on, lambda value: setattr(FLAGS, "is_on", value)),
+    "a method": (lambda: OPTION.asked(), lambda value: setattr(OPTION, "is_on", value)),
+    "a property": (lambda: OPTION.shown, lambda value: setattr(OPTION, "is_on", value)),
+    "a truth value": (lambda: bool(OPTION), lambda value: setattr(OPTION, "is_on", value)),
+    "an item": (lambda: OPTION["is_on"], lambda value: setattr(OPTION, "is_on", value)),
+    "a module in a module": (
+        lambda: userconfig.inner.turned,  # type: ignore[attr-defined]
+        lambda value: setattr(userconfig.inner, "turned", value),  # type: ignore[attr-defined]
+    ),
+    "a closure": (is_turned, turn),
+    "the environment": (
+        lambda: os.environ.get("TURNED_BY_TEST") == "True",
+        lambda value: os.environ.update(TURNED_BY_TEST=str(value)),
+    ),
+}
+
+
+def asked_outside() -> bool:
+    """Stand for what the test reads."""
+    raise NotImplementedError
+
+
+class Turns(Encoder):
+    """Returns its channels last where a value outside says so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.encode(x)
+        return (2 * y).permute(0, 2, 3, 1) if asked_outside() else y
+
+
+@pytest.mark.parametrize(("read", "write"), READ.values(), ids=READ)
+def test_a_flag_outside_is_never_kept_in_silence(
+    read: Callable[[], Any], write: Callable[[bool], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the flag is: the converted network follows, an inference copy refuses."""
+    monkeypatch.setenv("TURNED_BY_TEST", "False")
+    monkeypatch.setitem(globals(), "asked_outside", read)
+    model, x = randomise(Turns()).eval(), images(1, 64, 96)
+    net = convert(model, {"output_stride": (1, 4)})
+    fast, before = net.optimize(), model(x)
+    assert_same(fast(x), before)
+    try:
+        write(True)
+        assert model(x).shape != before.shape
+        assert_same(net(x), model(x))
+        with pytest.raises(cs.InvalidInput, match=r"(?s)is .* and was .*call optimize\(\) again"):
+            fast(x)
+        assert_same(copy.deepcopy(net)(x), model(x))
+    finally:
+        write(False)
+    assert_same(net(x), before)
+    assert_same(fast(x), before)
+
+
+n, gain, steps, tail = 0, 0, 0, 0  # names of attributes, variables, arguments and methods below
+
+
+class NamesAlike(Encoder):
+    """Has names of its own that are global values of the file, too, and reads none of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = nn.Conv2d(2, 2, 1)
+
+    def tail(self, x: Tensor, gain: float) -> Tensor:
+        return x * gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = [self.n(self.encode(x))]
+        return self.tail(steps[0], gain=2.0)
+
+
+@pytest.mark.parametrize("name", ["n", "gain", "steps", "tail"])
+def test_a_global_value_that_only_shares_a_name_may_change(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A counter of a loop in a notebook, for one."""
+    model, x = randomise(NamesAlike()).eval(), images(1, 64, 96)
+    net = convert(model, {"output_stride": (1, 4)})
+    fast = net.optimize()
+    for value in range(3):
+        monkeypatch.setitem(globals(), name, value)
+        assert_same(fast(x), model(x))
+        assert_same(net(x), model(x))
+    assert not net._ways
+
+
+def _counting(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A decorator that counts and keeps in what it encloses."""
+    count, kept = 0, dict[Any, int]()
+
+    def wrapper(*args: Any) -> Tensor:
+        nonlocal count
+        count += 1
+        kept[count] = count
+        return forward(*args)
+
+    return wrapper
+
+
+class CountedAlone(Encoder):
+    @_counting
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encode(x)
+
+
+def test_what_calls_count_in_a_closure_is_no_setting() -> None:
+    model, x = randomise(CountedAlone()).eval(), images(1, 64, 96)
+    net = convert(model, {"output_stride": (1, 4)})
+    fast = net.optimize()
+    for _ in range(3):
+        assert_same(net(x), model(x))
+        assert_same(fast(x), model(x))
+    assert not net._ways

@@ -315,7 +315,7 @@ def test_all_sides_are_files_of_the_same_engine(runtime: str, package: str, dtyp
 def test_the_network_as_given_is_measured_in_bands_that_the_label_names() -> None:
     found = bench(trunk(), fractions=[0.5], size=SIZE, rounds=1, memory="1GiB")
     (side,) = found.networks[0].sides
-    assert "as given, in bands of" in side.label and side.label.endswith("MiB") and side.milliseconds > 0
+    assert "as given, in bands of" in side.label and side.label.endswith("iB") and side.milliseconds > 0
     assert side.macs == found.networks[0].low.macs
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from cadsurgery.tasks.judging import (
     FOUND,
     Judgement,
     estimate,
+    in_rows,
     judge,
     kind_to_judge,
 )
@@ -88,3 +91,56 @@ def test_a_map_of_probabilities_is_judged_by_what_it_finds() -> None:
 )
 def test_other_maps_without_negative_values_are_no_probabilities(values: Tensor) -> None:
     assert kind_to_judge(values) == "values"
+
+
+PICTURES = [(128, 160), (97, 129), (640, 640), (64, 512)]
+SCALES = [0.5, 0.625, 0.875, 1.25]
+
+
+def _anchors(size: tuple[int, int]) -> int:
+    return sum(-(-size[0] // stride) * -(-size[1] // stride) for stride in (8, 16, 32))
+
+
+ROWS: dict[str, Callable[[tuple[int, int]], tuple[int, ...]]] = {
+    "boxes of anchors": lambda size: (1, 6, _anchors(size)),
+    "boxes first": lambda size: (1, _anchors(size), 84),
+    "two numbers of each": lambda size: (1, 2, _anchors(size)),
+    "boxes of the best": lambda size: (1, 300, 6),
+    "classes of queries": lambda size: (1, 100, 91),
+    "in four axes": lambda size: (1, 1, _anchors(size), 85),
+    "of one channel": lambda size: (1, 4, 1, _anchors(size)),
+}
+MAPS: dict[str, Callable[[tuple[int, int]], tuple[int, ...]]] = {
+    "classes": lambda size: (1, 19, *size),
+    "depth": lambda size: (1, *size),
+    "at stride 8": lambda size: (1, 5, -(-size[0] // 8), -(-size[1] // 8)),
+    "at stride 32, rounded down": lambda size: (1, max(1, size[0] // 32), max(1, size[1] // 32)),
+    "without a border": lambda size: (1, 2, size[0] // 4 - 1, size[1] // 4 - 1),
+    "a vector": lambda size: (1, 10),
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("size", PICTURES)
+def test_rows_of_a_resized_picture_are_not_compared_and_maps_are(size: tuple[int, int], scale: float) -> None:
+    """By resizing along its anchors a detector of another picture would get a number without meaning."""
+    small = (round(size[0] * scale), round(size[1] * scale))
+    for name, shape in ROWS.items():
+        words = in_rows(torch.rand(shape(size)), (torch.rand(shape(small)), []), size, is_resized=True)
+        assert "is rows" in words and str(shape(size)[-1]) in words, name
+        assert not in_rows(torch.rand(shape(size)), torch.rand(shape(size)), size, is_resized=False), name
+    for name, shape in MAPS.items():
+        assert not in_rows(
+            {"out": torch.rand(shape(size))}, torch.rand(shape(small)), size, is_resized=True
+        ), name
+
+
+@pytest.mark.parametrize("size", PICTURES)
+def test_rows_at_another_output_stride_are_not_compared_and_maps_are(size: tuple[int, int]) -> None:
+    fine, coarse = (torch.rand(1, 6, _anchors(size) // part) for part in (1, 4))
+    assert in_rows(fine, coarse, size, is_resized=False)
+    for part in (2, 4):
+        lower = torch.rand(1, 19, -(-size[0] // (8 * part)), -(-size[1] // (8 * part)))
+        assert not in_rows(
+            torch.rand(1, 19, -(-size[0] // 8), -(-size[1] // 8)), lower, size, is_resized=False
+        )

@@ -317,6 +317,26 @@ def run(photos: Path | str, folder: Path, network: nn.Module | None = None, **op
     )
 
 
+class Boxes(nn.Module):
+    """Rows (B, 6, N): boxes, in pixels, and classes of all positions of two grids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.heads = nn.ModuleList([nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [y := self.one(x).relu(), self.two(y).relu()]
+        rows = [head(each).flatten(2) for head, each in zip(self.heads, maps, strict=True)]
+        return torch.cat([rows[0] * 2, rows[1] * 4], 2)
+
+
+def test_smaller_pictures_are_not_judged_by_rows_of_boxes(photos: Path, tmp_path: Path) -> None:
+    report = recommend(Boxes(), photos, limit=2, output=tmp_path / "run", minutes=0.2)
+    assert not [row for row in report.rows if row.setting.scale != 1]
+    assert any("is rows" in why for name, why in report.refused.items() if "times as large" in name)
+
+
 @pytest.mark.slow
 def test_on_pages_that_are_mostly_empty_floors_do_less_work(tmp_path: Path) -> None:
     folder, page = tmp_path / "pages", torch.full((3, 128, 160), 230, dtype=torch.uint8)

@@ -28,7 +28,7 @@ from cadsurgery.network.parts import Example, traceable_part
 from cadsurgery.network.signature import Forward
 from cadsurgery.network.storage import check_width
 from cadsurgery.support.errors import CannotConvert, InvalidInput, check_name
-from cadsurgery.surgery.arguments import image_of
+from cadsurgery.surgery.arguments import image_of, outside_inference_mode
 from cadsurgery.surgery.entry import signature_of
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.graphs import upstream
@@ -48,6 +48,7 @@ WIDTH_NAME = "width"  # name of a convolution's parameter
 _HIDDEN = 64
 
 
+@outside_inference_mode
 def anytime(
     model: nn.Module,
     exits: str | Sequence[str] = "auto",

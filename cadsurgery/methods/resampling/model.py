@@ -50,7 +50,7 @@ from cadsurgery.support.errors import CadError, CannotConvert, FileError, Invali
 from cadsurgery.support.files import as_file_error
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
-from cadsurgery.surgery.arguments import image_of
+from cadsurgery.surgery.arguments import image_of, outside_inference_mode
 from cadsurgery.surgery.entry import signature_of
 from cadsurgery.surgery.trace import evaluating
 
@@ -59,6 +59,7 @@ _PREFIX, _OWN = f"{NETWORK}.", f"{SAMPLER}."
 _ADAPTIVE = "adaptive"  # method of an adaptive inner network, in files
 
 
+@outside_inference_mode
 def resample(
     model: nn.Module,
     sampler: object = "learned",

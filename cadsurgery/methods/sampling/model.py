@@ -22,7 +22,7 @@ from cadsurgery.network.hosted import Host, check_used
 from cadsurgery.network.parts import Example, traceable_part
 from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.surgery.arguments import image_of
+from cadsurgery.surgery.arguments import image_of, outside_inference_mode
 from cadsurgery.surgery.entry import signature_of
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.spatial import Spatial
@@ -32,6 +32,7 @@ GATES = "sampling_gates"  # name of the child module that holds the gates
 _LAST = 0.75  # weight of a branch's last gate in the sparse loss, as published
 
 
+@outside_inference_mode
 def sample(
     model: nn.Module,
     where: str | Sequence[str] = "auto",

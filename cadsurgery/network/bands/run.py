@@ -167,12 +167,13 @@ def fit(read: Callable[[int], BandPlan], memory: int, start: int = 0, cells: Seq
                 least = reading, walks
     assert least is not None
     reading, walks = least
+    least_memory = in_mebibytes(walks.peak, memory)
     raise TooLittle(
-        f"{in_mebibytes(memory)} are too little for this picture.",
+        f"{in_mebibytes(memory, walks.peak)} are too little for this picture.",
         where="memory",
-        why=f"in bands of {walks.band} rows its maps take {in_mebibytes(walks.peak)}, "
+        why=f"in bands of {walks.band} rows its maps take {least_memory}, "
         f"most of it {_largest(reading, walks)}.",
-        next=f'give at least memory="{in_mebibytes(walks.peak).replace(" ", "")}".',
+        next=f'give at least memory="{least_memory.replace(" ", "")}".',
     )
 
 

@@ -16,7 +16,7 @@ from torch import SymInt, Tensor, fx, nn
 from torch.export import Dim
 
 from cadsurgery.data.channels import per_channel
-from cadsurgery.data.networks import source_of
+from cadsurgery.data.networks import license_of, source_of
 from cadsurgery.elements import functional
 from cadsurgery.elements.backends.target import Condition, Target, portable, recorded_conditions
 from cadsurgery.elements.fresh import drop_fresh, fresh_map, in_multiples, of_size
@@ -42,7 +42,13 @@ from cadsurgery.network.export.kernels import declare_kernels, resize_by_kernels
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
 from cadsurgery.network.export.quiet import quietly
-from cadsurgery.network.export.refusals import cause_of, place_of, place_of_translation, refused
+from cadsurgery.network.export.refusals import (
+    cause_of,
+    place_of,
+    place_of_translation,
+    refused,
+    saying_if_too_large,
+)
 from cadsurgery.network.export.shortcuts import (
     following_quickly,
     promoting_without_runs,
@@ -126,7 +132,8 @@ def write(
     answers = _answers(net, image, other, dynamic, None if 0 in free else len(image), multiple)
     batches = [answer.image for answer in answers]
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
-    largest = _compare_all(net, run, answers, level_map, tolerance, step)
+    with saying_if_too_large(net, batches, float16):
+        largest = _compare_all(net, run, answers, level_map, tolerance, step)
     shapes = tuple(tuple(batch.shape) for batch in batches)
     compared = FileComparison(largest, shapes, input_names, outputs, multiple)
     if calibration:
@@ -634,6 +641,7 @@ def _metadata(net: AdaptiveModel, dynamic: bool, multiple: int) -> dict[str, str
         "cadsurgery.options": json.dumps(options),
         "cadsurgery.images": json.dumps({**images, **({"bands": source.bands} if source.bands else {})}),
         "cadsurgery.versions": json.dumps(versions()),
+        **({"license": stated} if (stated := license_of(net)) else {}),
     }
 
 

@@ -13,7 +13,7 @@ from cadsurgery.network.export.compare import FileComparison, check_difference, 
 from cadsurgery.network.export.dictionaries import further_inputs
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.quiet import without_graphs_of_errors
-from cadsurgery.network.export.refusals import place_of
+from cadsurgery.network.export.refusals import place_of, saying_if_too_large
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CannotConvert, describe_error
@@ -56,10 +56,11 @@ def write_program(
     path.write_bytes(content.getbuffer())  # torch's own writer ends the process where a disk is full
     run = torch.export.load(path).module()
     others = more_images(image, other)
-    largest = check_difference(
-        difference(run(batch, *further_inputs(net).values()), net(batch))
-        for batch in counted(others, step, "comparing, batch")
-    )
+    with saying_if_too_large(net, others, is_half=False):
+        largest = check_difference(
+            difference(run(batch, *further_inputs(net).values()), net(batch))
+            for batch in counted(others, step, "comparing, batch")
+        )
     compared = tuple(tuple(batch.shape) for batch in others)
     return FileComparison(largest, compared, ("image",), output_names(output)), tuple(image.shape)
 

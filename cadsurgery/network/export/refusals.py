@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
+from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.program import GraphInterpreter
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
 from cadsurgery.surgery.graphs import module_of, raised_by, source_line, written_at
 from cadsurgery.surgery.rewrite import ORIGIN
@@ -28,6 +34,68 @@ def refused(what: str, next: str, net: nn.Module | None = None) -> Iterator[None
     except Exception as error:
         place = place_of(error, net)
         raise CannotConvert(f"{what}.", where=place, why=cause_of(error), next=next) from error
+
+
+@contextmanager
+def saying_if_too_large(net: AdaptiveModel, images: Iterable[Tensor], is_half: bool) -> Iterator[None]:
+    """Let a refusal in the block say which layer's values exceed the range of float16, if one's do on these images.
+
+    Args:
+        net: the network, in any type.
+        images: image batches on which a file was compared.
+        is_half: the file computes in float16, whatever the type of the network.
+
+    Raises:
+        CannotConvert: in place of another.
+    """
+    try:
+        yield
+    except CannotConvert as error:
+        first = next((value for value in net.parameters() if value.is_floating_point()), None)
+        if not (is_half or (first is not None and first.dtype == torch.float16)):
+            raise
+        for image in images:
+            if (found := _beyond_float16(net, image)) is not None:
+                where, largest = found
+                raise CannotConvert(
+                    f"values of the network reach {largest:.3g}, and float16 ends at {_LARGEST:.0f}.",
+                    where=where,
+                    why="larger ones become infinite, and differences of these NaN; nothing was written.",
+                    next='write the file in float32, precision="float" of a network in float32; or run it in bfloat16, '
+                    'which has the range of float32: net.optimize(precision="bfloat16").',
+                ) from error
+        raise
+
+
+_LARGEST = torch.finfo(torch.float16).max
+
+
+@torch.no_grad()
+def _beyond_float16(net: AdaptiveModel, image: Tensor) -> tuple[str, float] | None:
+    """Return the weight, or else the first operation, with values beyond float16's range, and the largest of them; None
+    if there is none."""
+    wide = copy.deepcopy(net).float()
+    for name, weight in wide.named_parameters():
+        if weight.numel() and not float(weight.abs().max()) <= _LARGEST:
+            return f"the weights {name}", float(weight.abs().max())
+    found: list[tuple[str, float]] = []
+
+    class Watching(GraphInterpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            tensor = value.rows if isinstance(value, Elements) else value
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
+                largest = float(tensor.abs().max())
+                if largest > _LARGEST and math.isfinite(largest):
+                    found.append((_words_for(n), largest))
+            return value
+
+    wide._program = wide.program.interpreted_by(Watching)
+    try:
+        wide(image.float())
+    except Exception:  # operations of users' own may know no other type
+        return None
+    return found[0] if found else None
 
 
 def cause_of(error: BaseException) -> str:

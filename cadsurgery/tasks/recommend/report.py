@@ -149,8 +149,9 @@ class Recommendation(RunReport):
         else:
             yield Text("")
         yield Text("\n".join(self.python))
-        for name, why in self.refused.items():
-            yield Text(f"not tried: {name}: {why}", style="yellow")
+        for why in dict.fromkeys(self.refused.values()):
+            names = "; ".join(name for name, reason in self.refused.items() if reason == why)
+            yield Text(f"not tried: {names}: {why}", style="yellow")
         yield from self.failures()
         yield Text(f"\n{self.folder}: report.json, curve.png", style="dim")
 

@@ -66,6 +66,7 @@ from cadsurgery.tasks.judging import (
     VALUES,
     JudgedKind,
     Judgement,
+    in_rows,
     judge,
     kind_to_judge,
 )
@@ -602,6 +603,7 @@ class _MeasuringRun:
         image, settings = self.calls.image, in_turn(self.candidates.settings)
         taken = {"compiled": _COMPILING}  # seconds that the last setting of a kind took
         measuring = 0.0  # seconds of the pictures that are measured in any case
+        given: Any = None
         for setting in counted(settings, self.step, "preparing setting", name=lambda setting: setting.name):
             if self.done and len(self.judged.get(setting.name, ())) < self.done:
                 continue  # dropped, or not tried, before the run was interrupted
@@ -620,6 +622,10 @@ class _MeasuringRun:
                 made = self.left
                 with torch.inference_mode():
                     output = call(image)
+                given = output if setting.kind == "given" else given
+                if rows := in_rows(given, output, (image.shape[2], image.shape[3]), setting.scale != 1):
+                    self.refused[setting.name] = f"nothing tells its quality: {rows}."
+                    continue
                 taken[setting.kind] = begin - self.left
                 measuring += min(FEWEST, len(self.pictures.data)) * self._turns * (made - self.left)
             except CadError as error:
