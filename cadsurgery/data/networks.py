@@ -573,10 +573,13 @@ def _pretrained(
         if not _is_of_fetching(error):
             raise
         cause = first_line(getattr(error, "reason", None) or error)
-        if weights == "auto":
+        # A client's own class of error: there is a connection, and a proxy or server that refuses or breaks off.
+        is_refused = not isinstance(error, (OSError, RuntimeError, EOFError))
+        if weights == "auto" and not is_refused:
             return None, f"weights are RANDOM: {what} is neither cached nor reachable ({cause})"
+        mend = "look at HTTPS_PROXY and NO_PROXY" if is_refused else "connect to the internet"
         raise FileError(
             f"the weights {what} cannot be had.",
             why=cause,
-            next="connect to the internet, copy the file into the library's cache, or use --weights auto or none.",
+            next=f"{mend}, copy the file into the library's cache, or take random weights: --weights none.",
         ) from error
