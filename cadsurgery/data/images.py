@@ -28,6 +28,7 @@ from cadsurgery.support.errors import CadError, FileError, InvalidInput
 from cadsurgery.support.files import check_folder, write_whole
 from cadsurgery.support.folders import NO_PICTURES, describe_left_out, is_hidden, warn_of_left_out
 from cadsurgery.support.kinds import PICTURE, of_another_kind
+from cadsurgery.support.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from cadsurgery.data.networks import Source
@@ -300,6 +301,12 @@ def _as_file_error(path: Path | str, what: str, next: str) -> Iterator[None]:
     except CadError:
         raise
     except Exception as error:  # decoders raise errors of any type
+        if is_out_of_memory(error):
+            raise FileError(
+                f"there is not enough memory to read {path}.",
+                why=str(error),
+                next="give a smaller picture, or a TIFF file, which cadsurgery run --memory 1.5GiB reads in rows.",
+            ) from error
         refusal = FileError(f"{path} cannot be read as {what}.", why=str(error), next=next)
         raise of_another_kind(path, PICTURE) or refusal from error
 

@@ -24,7 +24,7 @@ from cadsurgery.elements.operations import operation
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.kernels.dispatch import is_observed
 from cadsurgery.support.processes import count_together
-from cadsurgery.support.torch_internals import is_exporting
+from cadsurgery.support.torch_internals import current_dispatch_mode, is_exporting
 
 _BLOCK = 512  # rows whose products are added in float32; sums of blocks are added in float64
 _MANY = 1 << 16  # positions whose sum in float32 is off by about 1e-5 if they are added one by one
@@ -282,15 +282,18 @@ def sum_products(left: Tensor, right: Tensor) -> Tensor:
             for rows in (left, right.to(dtype))
         ]
         return torch.einsum(product, *whole).sum(0, dtype=torch.float64).to(dtype)
-    if count <= _BLOCK or left.is_meta:
-        return torch.einsum("n...i,n...j->...ij", left, right.to(dtype))
-    whole, parts = count // _BLOCK * _BLOCK, []
-    for start in range(0, whole, _BLOCKS * _BLOCK):
-        block = slice(start, min(start + _BLOCKS * _BLOCK, whole))
+    if count <= _BLOCK or left.is_meta or current_dispatch_mode() is not None:  # or it is counted or recorded
+        right = right.to(dtype)
+        if left.dim() == 2:
+            return left.transpose(0, 1) @ right
+        return torch.einsum("n...i,n...j->...ij", left, right)
+    end, parts = count // _BLOCK * _BLOCK, []
+    for start in range(0, end, _BLOCKS * _BLOCK):
+        block = slice(start, min(start + _BLOCKS * _BLOCK, end))
         several = [rows[block].unflatten(0, (-1, _BLOCK)) for rows in (left, right)]
         parts.append(torch.einsum(product, several[0], several[1].to(dtype)).sum(0, dtype=torch.float64))
-    if whole < count:
-        parts.append(torch.einsum("n...i,n...j->...ij", left[whole:], right[whole:].to(dtype)).double())
+    if end < count:
+        parts.append(torch.einsum("n...i,n...j->...ij", left[end:], right[end:].to(dtype)).double())
     return torch.stack(parts).sum(0).to(dtype)
 
 

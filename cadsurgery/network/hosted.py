@@ -88,6 +88,13 @@ def check_used(host: nn.Module, path: str, example: Tensor) -> None:
         )
 
 
+def _may_pad(module: nn.Module) -> bool:
+    """True for a module that may put images into a padded batch, and knows their sizes: it has no tensors, and is none
+    of torch's layers."""
+    has_tensors = any(True for _ in (*module.parameters(), *module.buffers()))
+    return not has_tensors and not type(module).__module__.startswith("torch.nn.")
+
+
 def _note_sizes(module: nn.Module, args: Any, output: Any) -> None:
     note_sizes(output)
 
@@ -114,11 +121,8 @@ class Host(Derived):
     def put(self, host: nn.Module, path: str, part: nn.Module) -> None:
         """Put `part` into `host` at `path`, and share the modules of `host`."""
         host.set_submodule(path, part)
-        for (
-            name,
-            child,
-        ) in host.named_children():  # one of them may pad a batch, and knows how large its images are
-            if name != path.partition(".")[0] and _note_sizes not in child._forward_hooks.values():
+        for child in filter(_may_pad, host.children()):
+            if _note_sizes not in child._forward_hooks.values():
                 child.register_forward_hook(_note_sizes)
         self._host = (host,)  # in a tuple, so that it is not registered as a submodule
         self.__dict__.update({kind: host.__dict__[kind] for kind in PARTS})

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from cadsurgery.elements.functional import to_elements
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, describe_error, first_line
+from cadsurgery.support.memory import is_out_of_memory
 from cadsurgery.surgery.graphs import torch_target
 from cadsurgery.surgery.hooks import parameter
 from cadsurgery.surgery.rewrite import ask_mask
@@ -75,7 +76,16 @@ def wrong_size(image: Tensor, example: tuple[int, ...], low: int, error: Excepti
             why=first_line(error),
             next="make images and weights outside of that mode (image.clone()), or call under torch.no_grad().",
         )
-    if image.shape[2:] == example[2:] or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, torch.OutOfMemoryError):
+        return None
+    if is_out_of_memory(error):
+        return InvalidInput(
+            f"there is not enough memory for an image of {image.shape[2]} x {image.shape[3]} pixels.",
+            why=first_line(error),
+            next='compute it in bands, net.optimize(memory="1.5GiB") or cadsurgery run --memory 1.5GiB; or give a '
+            "smaller image.",
+        )
+    if image.shape[2:] == example[2:]:
         return None
     return InvalidInput(
         f"the network does not run on an image of {image.shape[2]} x {image.shape[3]} pixels.",

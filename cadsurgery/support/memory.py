@@ -12,6 +12,14 @@ _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _DECIMAL = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for the errors of Python and torch for memory that the system does not give; on the CPU torch has no class
+    of its own for it."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 def bytes_of(memory: int | str) -> int:
     """Return a number of bytes, given as such or as a text, such as `1.5GiB`, `800 MiB` or `2GB` (2 * 10^9).
 

@@ -224,7 +224,7 @@ class Rewriter:
         module = self.flow.module(node) if node.op == "call_module" else None
         parts = list(module.modules()) if module is not None else []
         if any(map(_sums_map, parts)) or node.target in _NORMS:
-            read = copied.args[0] if copied.args else copied.kwargs["input"]
+            read: Any = copied.args[0] if copied.args else copied.kwargs["input"]
             with self.graph.inserting_before(copied):
                 copied.replace_input_with(read, self.call(functional.exact_layout, read))
         if any(isinstance(part, nn.InstanceNorm2d) for part in parts) or node.target in (

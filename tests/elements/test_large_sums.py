@@ -69,6 +69,7 @@ def test_sums_over_four_megapixels_are_those_of_float64(
     assert float((result - exact).abs().max() / exact.abs().max()) < EXACT + rounding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "norm", [nn.GroupNorm(2, 4), nn.BatchNorm2d(4, track_running_stats=False), nn.InstanceNorm2d(4)]
 )
@@ -81,7 +82,7 @@ def test_norms_of_converted_networks_are_those_of_float64(norm: nn.Module, is_be
     converted = cs.adaptify(net, "none", verify_laws=False, example_input=example)
     image = F.interpolate(torch.rand(1, 3, 30, 40), (1100, 1500), mode="bicubic")
     with torch.no_grad():
-        for mask in ("none", "all", "random:fraction=0.3"):
+        for mask in ("none", "all", "random:fraction=0.3,seed=1"):
             exact = copy.deepcopy(converted).double()(image.double(), mask=mask)
             for form in (converted, converted.optimize()):
                 assert_same(form(image, mask=mask), exact.float(), EXACT)
