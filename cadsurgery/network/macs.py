@@ -8,12 +8,11 @@ Interpolated halo rows are memory traffic, not MACs.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,18 +29,18 @@ from cadsurgery.network.program import GraphInterpreter, Program, ProgramNetwork
 from cadsurgery.support.counting import MacCounter, describe_not_counted
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, check_name, first_line
+from cadsurgery.support.meta_tensors import to_meta
 from cadsurgery.support.torch_internals import tree_map
 from cadsurgery.surgery.arguments import Arguments, change_images, image_of, in_order
 from cadsurgery.surgery.graphs import torch_target
-from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.plan import PlannedWork
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import WORK
+from cadsurgery.surgery.sameness import meta_copy
 
 RULES = ("conv", "published")
 PICTURE = (512, 1024)  # size of the image on which the work of a plan is counted by default
 Place = tuple[int, tuple[int, int]] | None  # stage and fine size of a lattice
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -401,19 +400,6 @@ def published_macs(module: nn.Module, inputs: int, outputs: int) -> int:
     if isinstance(module, nn.MaxPool2d):
         return inputs
     return outputs if isinstance(module, nn.ReLU) else 0
-
-
-def to_meta(value: Any) -> Any:
-    """Move a tensor to the meta device; return any other value unchanged."""
-    return value.to("meta") if isinstance(value, Tensor) else value
-
-
-def meta_copy(net: M) -> M:
-    """Copy a network to the meta device (shapes without values), in evaluation mode."""
-    memo = copying(net)
-    memo |= {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in net.parameters()}
-    memo |= {id(b): b.to("meta") for b in net.buffers()}
-    return copy.deepcopy(net, memo).eval()
 
 
 class Counter(GraphInterpreter):

@@ -151,3 +151,42 @@ def test_a_graph_of_the_example_serves_the_example() -> None:
     net(x)
     assert not net._ways
     assert net.plan.example_shape == x.shape
+
+
+class Patches(nn.Module):
+    """A patch embedding that pads what does not divide into patches, as Swin and FocalNet write it; then two windows
+    of stride 2, with or without padding, and a mean over the image, of which the head takes little."""
+
+    def __init__(self, patch: int, pads: bool, asks: bool) -> None:
+        super().__init__()
+        self.patch, self.asks, sides = patch, asks, (3, 1) if pads else (2, 0)
+        self.embed = nn.Conv2d(3, 6, patch, patch)
+        self.two, self.three = (nn.Conv2d(6, 6, sides[0], 2, sides[1]) for _ in range(2))
+        self.head = nn.Linear(6, 3)
+        self.head.weight.data *= 0.01
+
+    def forward(self, x: Tensor) -> Tensor:
+        (high, wide), patch = x.shape[2:], self.patch
+        if not self.asks or wide % patch != 0:
+            x = F.pad(x, (0, patch - wide % patch))
+        if not self.asks or high % patch != 0:
+            x = F.pad(x, (0, 0, 0, patch - high % patch))
+        x = F.gelu(self.three(F.gelu(self.two(F.gelu(self.embed(x))))))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("patch", "pads", "asks", "options", "example"),
+    covering([2, 4, 7], [False, True], [True, False], OPTIONS, [(128, 192), (97, 129)]),
+)
+@torch.no_grad()
+def test_a_patch_that_later_strides_drop_at_some_sizes_is_not_forgotten(
+    patch: int, pads: bool, asks: bool, options: str, example: tuple[int, int]
+) -> None:
+    """One row of patches more changes nothing where a stride of 2 drops it, and something at other sizes."""
+    model = seeded(partial(Patches, patch, pads, asks)).eval()
+    given = {"output_stride": (patch, 4 * patch)} if options == "finer" else OPTIONS[options]
+    net = cs.adaptify(model, example_input=images(1, *example, torch.float64), **given)
+    for size in ((128, 192), (131, 197), (64, 96), (119, 125), (112, 140)):
+        x = images(2, *size, torch.float64)
+        assert_same(net(x, mask=own_level(net)) - model.head.bias, model(x) - model.head.bias, EXACT)

@@ -29,9 +29,9 @@ from cadsurgery.network.bands import element_steps, steps
 from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.schedule import BandMap, RowsRead
 from cadsurgery.network.bands.steps import BandStep, Sum
-from cadsurgery.network.macs import meta_copy, to_meta
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import CannotConvert
+from cadsurgery.support.meta_tensors import to_meta
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
 from cadsurgery.support.torch_operations import is_kind
 from cadsurgery.surgery.arguments import in_order
@@ -40,6 +40,7 @@ from cadsurgery.surgery.facts import Facts, MapFacts
 from cadsurgery.surgery.refusals import source_line
 from cadsurgery.surgery.rewrite import ask_mask
 from cadsurgery.surgery.rule_arguments import arguments_of, pair_of
+from cadsurgery.surgery.sameness import meta_copy
 from cadsurgery.surgery.spatial import Spatial
 from cadsurgery.surgery.treatment import Attribute, Call, Treatment, barrier, rule
 
