@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_aggregate
 
 from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.support.torch_operations import asks, is_kind, name_of
@@ -134,6 +135,7 @@ def trace(
     _make_in_place_explicit(model, graph)
     _read_padded_maps_directly(model, graph)
     _follow_training_flag(graph)
+    _write_sizes_of_weights(model, graph)
     for node in reversed(graph.nodes):
         is_answered = asks(node) or node.op == "get_attr" or (is_argument(node) and node.op != "placeholder")
         if is_answered and not node.users:
@@ -336,6 +338,40 @@ def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:
             if others and all(order.get(user, -1) < order[node] for user in others):
                 with graph.inserting_before(node):
                     node.replace_input_with(part, graph.call_method("clone", (part,)))
+
+
+def _write_sizes_of_weights(model: nn.Module, graph: fx.Graph) -> None:
+    """Write what follows from the shapes of weights alone as numbers, such as half of a filter's side by which a map is
+    padded: unlike sizes of the image they are the same in every call."""
+    interpreter, known = fx.Interpreter(model, graph=graph), dict[fx.Node, Any]()
+
+    def follows(node: fx.Node) -> bool:
+        sources = node.all_input_nodes
+        if asks(node) and node.args[0] is sources[0] and sources[0].op == "get_attr":
+            known[sources[0]] = interpreter.fetch_attr(str(sources[0].target))
+        return node.op in ("call_function", "call_method") and bool(sources) and known.keys() >= set(sources)
+
+    numbers = dict[fx.Node, Any]()
+    for node in graph.nodes:
+        if follows(node) and (asks(node) or numbers.keys() >= set(node.all_input_nodes)):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            value = getattr(interpreter, node.op)(node.target, args, kwargs)
+            if _is_plain_number(value):
+                known[node] = numbers[node] = value
+    for node, value in numbers.items():
+        for user in list(node.users):
+            if user not in numbers:
+                user.args, user.kwargs = (
+                    map_aggregate(part, lambda one, node=node, value=value: value if one is node else one)
+                    for part in (user.args, user.kwargs)
+                )
+    for node in reversed(numbers):
+        graph.erase_node(node)
+
+
+def _is_plain_number(value: Any) -> bool:
+    several = isinstance(value, (tuple, list))
+    return all(map(_is_plain_number, value)) if several else isinstance(value, (int, float))
 
 
 def _is_view(node: fx.Node) -> bool:
