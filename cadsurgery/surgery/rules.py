@@ -447,7 +447,22 @@ def arithmetic(node: fx.Node, facts: MapFacts) -> Treatment:
     """Combines the values of one cell; operands of an earlier stage are subsampled first."""
     if name_of(node.target) == "where" and len(node.args) + len(node.kwargs) == 1:
         return barrier("it returns the places of values, whose number depends on the image")
+    maps = [source for source in node.all_input_nodes if facts.layout(source) and source in facts.floating]
+    is_choice = name_of(node.target) in ("eq", "ne", "isclose")
+    compares = is_choice or name_of(node.target) in ("gt", "ge", "lt", "le")
+    if len(maps) > 1 and (is_choice or (compares and any(_is_largest(source, facts) for source in maps))):
+        return barrier(
+            "it asks which values are equal, and between interpolated values rounding decides that"
+        )
     return Treatment("join", first_line(arithmetic))
+
+
+def _is_largest(node: fx.Node, facts: MapFacts) -> bool:
+    """True if a map is a max pooling at the grid of what it reads: each of its values equals one of that map's."""
+    known = rule_of(node, facts)
+    return known in (max_pooling, max_pooling_same) and facts.images.get(node) == facts.images.get(
+        node.args[0]
+    )  # type: ignore[arg-type]
 
 
 @rule(nn.Linear, F.linear)

@@ -498,3 +498,45 @@ def test_a_padded_copy_of_the_picture_beside_it_is_no_map_of_it(of_filter: bool,
     assert_same(net(x, mask="all"), model(x))
     padding = [decision for decision in net.plan.decisions if decision.operation == "pad"]
     assert all(decision.on_elements for decision in padding) == (mode == "replicate")
+
+
+PEAKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "equal": lambda heat, largest: heat * (largest == heat),
+    "as large": lambda heat, largest: torch.where(heat >= largest, heat, 0.0),
+    "none is larger": lambda heat, largest: heat * (1 - (largest > heat).to(heat.dtype)),
+    "close": lambda heat, largest: heat * torch.isclose(heat, largest),
+}
+
+
+class Peaks(nn.Module):
+    """Peaks of a heatmap, the highest of them, and another map read there (CenterNet)."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, 2, 1), nn.ReLU())
+        self.up = nn.ConvTranspose2d(6, 6, 4, 2, 1)
+        self.heat, self.size, self.pool = nn.Conv2d(6, 2, 1), nn.Conv2d(6, 2, 1), nn.MaxPool2d(3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(self.body(x)).relu()
+        heat = self.heat(y).sigmoid()
+        heat = PEAKS[self.how](heat, self.pool(heat))
+        batch, _, height, width = heat.shape
+        scores, places = heat.view(batch, -1).topk(5)
+        size = self.size(y).permute(0, 2, 3, 1).reshape(batch, -1, 2)
+        found = torch.gather(size[:, :, 0], 1, places.fmod(height * width))
+        return torch.stack((scores, found, places.to(scores)), 2)
+
+
+@pytest.mark.parametrize("how", PEAKS)
+@torch.no_grad()
+def test_peaks_of_a_map_are_found_dense(how: str) -> None:
+    """Between anchors many values are equal but for rounding: the heatmap leaves the region before."""
+    torch.manual_seed(1)
+    model = Peaks(how).eval().double()
+    net = cs.adaptify(model, "none", coarsest=16)
+    assert any("which values are equal" in decision.reason for decision in net.plan.chosen("barrier"))
+    x, levels = torch.rand(2, 3, 64, 96).double(), mixed(2, (64, 96), 16, net.plan.max_level)
+    assert_same(net(x, mask="all"), model(x))
+    assert_same(net(x, mask=levels)[1:], net(x[1:], mask=levels[1:]))
