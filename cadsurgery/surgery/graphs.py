@@ -43,6 +43,12 @@ def upwards(
         seen.update(new)
 
 
+def follows_from(node: fx.Node, is_first: Callable[[fx.Node], bool]) -> bool:
+    """True if a node, or all that it is computed from, is first. It takes no recursion: networks are deep."""
+    way = upwards(node, lambda one: [] if is_first(one) else one.all_input_nodes)
+    return all(is_first(one) or one.all_input_nodes for one in way)
+
+
 def and_after(*nodes: fx.Node, without: Collection[fx.Node] = ()) -> set[fx.Node]:
     """Return nodes and all their descendants, except nodes of `without` and what is reached only through these."""
     reached, pending = set[fx.Node](), list(nodes)

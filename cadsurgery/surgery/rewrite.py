@@ -40,6 +40,7 @@ _SIZES = (
     "numel",
     "nelement",
     getattr,
+    len,
 )  # size queries that elements answer for their map
 
 
@@ -230,6 +231,8 @@ class Rewriter:
     def shape_of(self, node: fx.Node, source: fx.Node) -> fx.Node:
         """Add a size, dtype or device query on elements."""
         elements = self.elements[source]
+        if source not in self.flow.shapes:  # how many parts a map was split into
+            return self.call(len, self.call(getattr, elements, "rows"))
         if node.target is getattr and node.args[1] not in ("shape", "ndim"):
             return self.call(getattr, self.call(getattr, elements, "rows"), node.args[1])
         decision = self.plan[source.name]
@@ -240,6 +243,8 @@ class Rewriter:
             return self.call(operator.getitem, size, axis)
         if node.target in ("numel", "nelement"):
             return self.call(math.prod, size)
+        if node.target is len:
+            return self.call(operator.getitem, size, 0)
         if node.target in ("dim", "ndimension") or node.args[1:] == ("ndim",):
             return self.call(len, size)
         return size
