@@ -54,6 +54,24 @@ _FACTORIES = (
 )
 
 
+# Methods of a tensor that may be a plain attribute of the network, which take a type or numbers that are symbols.
+_TAKE_NUMBERS = (
+    *("to", "type", "expand", "expand_as", "repeat", "tile", "view", "view_as", "reshape", "reshape_as"),
+    *(
+        "narrow",
+        "roll",
+        "repeat_interleave",
+        "unflatten",
+        "split",
+        "chunk",
+        "select",
+        "unfold",
+        "index_select",
+    ),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "clamp", "flip", "type_as", "__getitem__"),
+)
+
+
 # Facts of a tensor that neither pixels nor sizes decide: attributes, and methods or functions of the tensor alone.
 _FACTS = frozenset(
     (
@@ -645,7 +663,7 @@ def symbols_in_python(model: nn.Module, with_legacy: bool = False) -> Iterator[N
             if hasattr(torch, name):
                 stack.enter_context(mock.patch.object(torch, name, _checking(getattr(torch, name))))
         of_network = _TorchOfNetwork("torch")
-        for name in ("to", "type"):  # with the type of a symbol
+        for name in _TAKE_NUMBERS:
             stack.enter_context(mock.patch.object(Tensor, name, _recording_method(name)))
         for space in spaces:
             free = {name: value for name, value in shadows.items() if name not in space}

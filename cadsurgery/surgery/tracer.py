@@ -117,7 +117,7 @@ def is_number_of_channels(node: fx.Node, root: nn.Module) -> bool:
 
 
 def _axes_asked(node: fx.Node) -> tuple[Any, Any]:
-    """Return a map of four axes and the axis, or the list of axes, whose length a node asks of it; else (None, None)."""
+    """Return a map of four axes, and the axis or the axes whose lengths a node asks of it; else None and None."""
     if node.op == "call_method" and node.target == "size":
         return node.args[0], node.args[1] if len(node.args) > 1 else [0, 1, 2, 3]
     if node.target is getattr and node.args[1] == "shape":

@@ -245,3 +245,44 @@ def test_a_deep_network_is_read_without_recursion() -> None:
     """What a number is computed from is followed through all layers before it."""
     graph = read(Attentive(40, 2, by_shape).eval(), {"x": torch.rand(1, 3, 32, 32)}).graph
     assert len(graph.nodes) > 1000
+
+
+# -- plain tensors and sizes ---------------------------------------------------------------------------
+
+OF_SIZES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "expand": lambda code, b, w: code.expand(b, -1, -1, -1),
+    "repeat": lambda code, b, w: code.repeat(b, 1, 1, 1),
+    "tile": lambda code, b, w: code.tile((b, 1, 1, 1)),
+    "view": lambda code, b, w: code.view(1, -1, 1, w // w),
+    "reshape": lambda code, b, w: code.reshape((w // w, 4, 1, 1)),
+    "narrow": lambda code, b, w: code.narrow(0, 0, w // w),
+    "roll": lambda code, b, w: code.roll(w, 1),
+    "repeat_interleave": lambda code, b, w: code.repeat_interleave(b, 0),
+    "select": lambda code, b, w: code.select(0, w - w)[None],
+    "split": lambda code, b, w: code.split(w, 1)[0],
+    "slice": lambda code, b, w: code[: w // w],
+    "new_zeros": lambda code, b, w: code + code.new_zeros((b, 1, 1, 1)),
+    "clamp": lambda code, b, w: code.clamp(max=w / 100),
+}
+
+
+@pytest.mark.parametrize("name", OF_SIZES)
+def test_a_plain_tensor_takes_sizes_of_the_image(name: str) -> None:
+    """It is an attribute of the network, and neither a parameter nor a buffer."""
+
+    class Coded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1)
+            self.head, self.code = nn.Conv2d(4, 2, 3, 1, 1), torch.rand(1, 4, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            code = OF_SIZES[name](self.code, x.shape[0], x.shape[3])
+            return self.head(F.relu(self.two(F.relu(self.one(x)))) * code)
+
+    torch.manual_seed(0)
+    model, x = Coded().eval(), torch.rand(2, 3, 64, 96)
+    net = cs.adaptify(model, "none", output_stride=(2, 4), outputs="native", example_input=x)
+    with torch.no_grad():
+        for image in (x, torch.rand(1, 3, 48, 72)):
+            assert_same(net(image), model(image))
