@@ -247,8 +247,8 @@ def test_a_network_without_parts_that_takes_no_example_asks_for_one() -> None:
             self.one, self.two = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            if x.shape[3] % 160:
-                raise ValueError("give multiples of 160")
+            if x.shape[3] % 192:
+                raise ValueError("give multiples of 192")
             return self.two(F.relu(self.one(x)))
 
     with pytest.raises(cs.CannotConvert, match="example_input"):
