@@ -413,10 +413,10 @@ class OnShapes(GraphInterpreter):
         """Return the arguments of a node: sizes are computed on the CPU, all else has no values."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         if n in self._sizes:
-            return tree_map(_to_cpu, (args, kwargs))  # type: ignore[no-any-return]
+            return tree_map(_to_cpu, (args, kwargs))
         if takes_sizes(n) or self._sizes.isdisjoint(n.all_input_nodes):
             return args, kwargs
-        return tree_map(to_meta, (args, kwargs))  # type: ignore[no-any-return]
+        return tree_map(to_meta, (args, kwargs))
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node."""

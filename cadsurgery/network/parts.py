@@ -87,13 +87,14 @@ def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str
             _check(example, example_input)
         facts = read(model, example)
         return _part_for_any_batch(model, facts) or ("", facts)
-    except (CannotFollow, OtherFunction, _TakesSeveralImages) as refusal:
+    except (CannotFollow, OtherFunction, _TakesSeveralImages) as error:
+        refusal: CannotConvert = error
         found = _named_part(model, example) or _largest_part(model, example)
         takes_none = example is None and not _takes_an_example(model)
         if takes_none:
             refusal = _without_example(model, refusal)
         if found is None:
-            raise (refusal if takes_none else name_alternatives(model, refusal, example)) from refusal
+            raise (refusal if takes_none else name_alternatives(model, refusal, example)) from error
         if takes_none:
             what = f"of {type(model).__name__} only its {found[0]} becomes adaptive."
             warn(str(CannotConvert(what, where=refusal.where, why=refusal.why, next=refusal.next)))

@@ -181,7 +181,7 @@ def _most_telling(pair: Pair, base: Arguments) -> list[Arguments]:
 def _difference_in_shapes(pair: Pair, call: Arguments) -> tuple[frozenset[fx.Node], int] | None:
     """Return the guards that fail in a call, and how many results of the network on the meta device have shapes that
     none of its graph has; all of them if the graph does not run."""
-    run, own, expected = _Unguarded(pair), _Shapes(), _Shapes()
+    run, own, expected = _Unguarded(pair), _ResultShapes(), _ResultShapes()
     arguments = dict(tree_map_only(Tensor, to_meta, call))
     with expected, torch.device("meta"):
         pair.run_network(arguments)
@@ -190,7 +190,7 @@ def _difference_in_shapes(pair: Pair, call: Arguments) -> tuple[frozenset[fx.Nod
     return frozenset(run.failed_guards), (expected.count - own.count).total()
 
 
-class _Shapes(TorchDispatchMode):
+class _ResultShapes(TorchDispatchMode):
     """Counts the shapes of the results of operations on the meta device."""
 
     def __init__(self) -> None:

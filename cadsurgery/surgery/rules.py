@@ -459,10 +459,9 @@ def arithmetic(node: fx.Node, facts: MapFacts) -> Treatment:
 
 def _is_largest(node: fx.Node, facts: MapFacts) -> bool:
     """True if a map is a max pooling at the grid of what it reads: each of its values equals one of that map's."""
-    known = rule_of(node, facts)
-    return known in (max_pooling, max_pooling_same) and facts.images.get(node) == facts.images.get(
-        node.args[0]
-    )  # type: ignore[arg-type]
+    known, source = rule_of(node, facts), node.all_input_nodes[:1]
+    is_pooled = known in (max_pooling, max_pooling_same) and bool(source)
+    return is_pooled and facts.images.get(node) == facts.images.get(source[0])
 
 
 @rule(nn.Linear, F.linear)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from traceback import walk_tb
 from typing import Any
@@ -361,12 +362,14 @@ def _write_sizes_of_weights(model: nn.Module, graph: fx.Graph) -> None:
     for node, value in numbers.items():
         for user in list(node.users):
             if user not in numbers:
-                user.args, user.kwargs = (
-                    map_aggregate(part, lambda one, node=node, value=value: value if one is node else one)
-                    for part in (user.args, user.kwargs)
-                )
+                given: Any = map_aggregate((user.args, user.kwargs), partial(_replaced, node, value))
+                user.args, user.kwargs = given
     for node in reversed(numbers):
         graph.erase_node(node)
+
+
+def _replaced(node: fx.Node, value: Any, part: Any) -> Any:
+    return value if part is node else part
 
 
 def _is_plain_number(value: Any) -> bool:
