@@ -16,8 +16,8 @@ from torch.fx.node import map_aggregate
 
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.weights import FusedConv
-from cadsurgery.network.macs import to_meta
 from cadsurgery.support.counting import MacCounter
+from cadsurgery.support.meta_tensors import to_meta
 from cadsurgery.support.torch_internals import tree_map
 from cadsurgery.surgery.arguments import bind_all, contain
 from cadsurgery.surgery.hooks import child, parameter

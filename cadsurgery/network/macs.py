@@ -8,12 +8,11 @@ Interpolated halo rows are memory traffic, not MACs.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,18 +29,18 @@ from cadsurgery.network.program import GraphInterpreter, Program, ProgramNetwork
 from cadsurgery.support.counting import MacCounter, describe_not_counted
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, check_name, first_line
+from cadsurgery.support.meta_tensors import to_meta
 from cadsurgery.support.torch_internals import tree_map
 from cadsurgery.surgery.arguments import Arguments, change_images, image_of, in_order
-from cadsurgery.surgery.graphs import torch_target
-from cadsurgery.surgery.hooks import copying
+from cadsurgery.surgery.graphs import sizes_in_tensors, takes_sizes, torch_target
 from cadsurgery.surgery.plan import PlannedWork
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import WORK
+from cadsurgery.surgery.sameness import meta_copy
 
 RULES = ("conv", "published")
 PICTURE = (512, 1024)  # size of the image on which the work of a plan is counted by default
 Place = tuple[int, tuple[int, int]] | None  # stage and fine size of a lattice
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -403,20 +402,36 @@ def published_macs(module: nn.Module, inputs: int, outputs: int) -> int:
     return outputs if isinstance(module, nn.ReLU) else 0
 
 
-def to_meta(value: Any) -> Any:
-    """Move a tensor to the meta device; return any other value unchanged."""
-    return value.to("meta") if isinstance(value, Tensor) else value
+class OnShapes(GraphInterpreter):
+    """Runs a graph on shapes alone. Sizes that the network holds in tensors have values, where it reads these."""
+
+    def __init__(self, program: Program, graph: fx.Graph, parts: Mapping[str, Lattice] | None = None) -> None:
+        super().__init__(program, graph, parts)
+        self._sizes = sizes_in_tensors(graph)
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a node: sizes are computed on the CPU, all else has no values."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        if n in self._sizes:
+            return tree_map(_to_cpu, (args, kwargs))
+        if takes_sizes(n) or self._sizes.isdisjoint(n.all_input_nodes):
+            return args, kwargs
+        return tree_map(to_meta, (args, kwargs))
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        value = super().run_node(n)
+        return (
+            value if n in self._sizes else to_meta(value)
+        )  # also what the network creates, e.g. by torch.zeros
 
 
-def meta_copy(net: M) -> M:
-    """Copy a network to the meta device (shapes without values), in evaluation mode."""
-    memo = copying(net)
-    memo |= {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in net.parameters()}
-    memo |= {id(b): b.to("meta") for b in net.buffers()}
-    return copy.deepcopy(net, memo).eval()
+def _to_cpu(value: Any) -> Any:
+    is_meta = isinstance(value, torch.device) and value.type == "meta"
+    return torch.device("cpu") if is_meta else value
 
 
-class Counter(GraphInterpreter):
+class Counter(OnShapes):
     """Runs the rewritten graph on meta tensors and records the MACs of each original node."""
 
     def __init__(
@@ -448,8 +463,6 @@ class Counter(GraphInterpreter):
         before = self.counter.macs
         self.counter.not_counted.clear()
         value = super().run_node(n)
-        if n.op in ("call_function", "call_method"):
-            value = to_meta(value)  # also tensors that the network creates, e.g. by torch.zeros
         lattice = self._lattice_of(n, value)
         origin, path = n.meta.get(WORK, ("", ""))
         if origin and path.startswith(self.prefix):

@@ -37,7 +37,7 @@ from cadsurgery.network.convert import convert_for_call
 from cadsurgery.network.counters import CallingCounters
 from cadsurgery.network.fuse import KERNELS
 from cadsurgery.network.inputs import first_value
-from cadsurgery.network.macs import MacReport, count_macs, meta_copy
+from cadsurgery.network.macs import MacReport, count_macs
 from cadsurgery.network.optimized import BFLOAT16, FLOAT, check_precision, fuse_network
 from cadsurgery.network.program import Masked, Program, ProgramNetwork, frozen_copy, refuse_torchscript
 from cadsurgery.network.recorded import Called, Recordings
@@ -50,6 +50,7 @@ from cadsurgery.surgery.arguments import kinds_of, outside_inference_mode
 from cadsurgery.surgery.graphs import called_modules
 from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import acts_as, child, copying, take_over
+from cadsurgery.surgery.sameness import meta_copy
 from cadsurgery.surgery.trace import drop_cached
 from cadsurgery.surgery.verify import Check
 

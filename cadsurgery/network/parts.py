@@ -27,7 +27,7 @@ from cadsurgery.surgery.arguments import (
 )
 from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.entry import call_by_name, signature_of
-from cadsurgery.surgery.facts import Facts, OtherFunction, default_examples
+from cadsurgery.surgery.facts import EXAMPLE_SIZES, Facts, OtherFunction, default_examples
 from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.read import read
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
@@ -87,11 +87,18 @@ def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str
             _check(example, example_input)
         facts = read(model, example)
         return _part_for_any_batch(model, facts) or ("", facts)
-    except (CannotFollow, OtherFunction, _TakesSeveralImages) as refusal:
+    except (CannotFollow, OtherFunction, _TakesSeveralImages) as error:
+        refusal: CannotConvert = error
         found = _named_part(model, example) or _largest_part(model, example)
+        takes_none = example is None and not _takes_an_example(model)
+        if takes_none:
+            refusal = _without_example(model, refusal)
         if found is None:
-            raise name_alternatives(model, refusal, example) from refusal
-        if way := name_switch(model, refusal, example):
+            raise (refusal if takes_none else name_alternatives(model, refusal, example)) from error
+        if takes_none:
+            what = f"of {type(model).__name__} only its {found[0]} becomes adaptive."
+            warn(str(CannotConvert(what, where=refusal.where, why=refusal.why, next=refusal.next)))
+        elif way := name_switch(model, refusal, example):
             kind = type(model).__name__
             warn(
                 str(
@@ -108,6 +115,27 @@ def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str
         if example_input is not None:
             raise
         raise name_alternatives(model, refusal) from refusal
+
+
+def _takes_an_example(model: nn.Module) -> bool:
+    """True if a network runs on one of the examples that are tried where none is given."""
+    for call in (call for one in default_examples(model) for call in _calls_like(model, one)):
+        with contextlib.suppress(Exception), left_as_it_is(model), evaluating(model), torch.no_grad():
+            _run(model, call)
+            return True
+    return False
+
+
+def _without_example(model: nn.Module, refusal: CannotConvert) -> CannotConvert:
+    """Return the refusal of a network that takes none of the examples."""
+    sizes = ", ".join(f"{height} x {width}" for height, width in EXAMPLE_SIZES)
+    return CannotConvert(
+        f"{type(model).__name__} runs on none of the examples that are tried, images of {sizes}.",
+        where=refusal.where,
+        why=refusal.why,
+        next="pass example_input=, a batch of images that it takes, or all arguments of a call as a tuple or a "
+        "dictionary.",
+    )
 
 
 def _check_alone(example_input: object) -> None:

@@ -24,13 +24,15 @@ from cadsurgery.masks.context import keypoints_at
 from cadsurgery.masks.detectors import points_of
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.dependencies import Cone, Place, places_of, reached
-from cadsurgery.network.macs import Counter, meta_copy, to_meta
+from cadsurgery.network.macs import Counter
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, UnknownName, check_name
+from cadsurgery.support.meta_tensors import to_meta
 from cadsurgery.support.torch_internals import BatchNorm, tree_leaves, tree_map
 from cadsurgery.surgery.guards import drop_dead_code
+from cadsurgery.surgery.sameness import meta_copy
 
 Reach = Literal["all", "receptive"]
 Align = Literal["cell", "corners"]

@@ -24,7 +24,7 @@ from cadsurgery.network.inputs import misfit, wrong_for_weights, wrong_size
 from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput
-from cadsurgery.support.torch_internals import is_traced_by_jit
+from cadsurgery.support.torch_internals import is_traced_by_jit, tree_map_only
 from cadsurgery.surgery.arguments import bind_all, contain, image_of, in_order, kind_of
 from cadsurgery.surgery.graphs import GRAPH_FILE, Interpreter
 from cadsurgery.surgery.guards import GuardFailed
@@ -327,7 +327,7 @@ class Program:
             return run(arguments)
         with device_checks.together():
             self.check(image)
-            return self._run_explained(run, arguments, image)
+            return in_layout_of(image, self._run_explained(run, arguments, image))
 
     def _run_explained(
         self, run: Callable[[dict[str, Any]], Any], arguments: dict[str, Any], image: Any
@@ -353,6 +353,16 @@ class Program:
                 lambda arguments: self.ask(masking, self.before(arguments)), *args, **kwargs
             )
         return lattice
+
+
+def in_layout_of(image: Tensor, outputs: Any) -> Any:
+    """Return outputs with maps in the memory layout that the network as given returns: what follows, such as a head
+    that flattens a map by `view`, may rely on it."""
+
+    def as_given(value: Tensor) -> Tensor:
+        return value if 0 in value.stride() else value.contiguous()  # what is repeated in no memory stays so
+
+    return tree_map_only(Tensor, as_given, outputs) if image.is_contiguous() else outputs
 
 
 def frozen_copy(what: str) -> InvalidInput:

@@ -44,6 +44,11 @@ def call(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return value
 
 
+def to_meta(value: Any) -> Any:
+    """Move a tensor to the meta device; return any other value unchanged."""
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
 @cache
 def _kind(operation: OpOverload) -> str | None:
     """Return "new" for an operation that makes new tensors, "in place" for one that changes the values of its first

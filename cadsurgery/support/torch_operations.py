@@ -308,3 +308,21 @@ def asks(node: fx.Node, *, of_rank: bool = False) -> bool:
     if node.op == "call_method" and node.target == "type" and len(node.args) == 1 and not node.kwargs:
         kind = "asks"  # the name of the type; with another one it converts
     return kind == "asks rank" or (not of_rank and (kind == "asks" or node.target is len))
+
+
+# Operations whose results jump where two values change their order or stop being equal.
+_CHOICES = frozenset(
+    (
+        *("argmax", "argmin", "sort", "argsort", "msort", "topk", "kthvalue", "median", "nanmedian", "mode"),
+        *("eq", "ne", "isclose", "nonzero", "argwhere", "unique", "nms", "batched_nms"),
+    )
+)
+
+
+def chooses(node: fx.Node) -> bool:
+    """True if a node chooses among values, or asks which are equal: of values that are equal but for rounding, rounding
+    decides."""
+    indices = name_of(node.target) in ("max", "min") and any(
+        user.target is operator.getitem and user.args[1] == 1 for user in node.users
+    )
+    return indices or name_of(node.target) in _CHOICES

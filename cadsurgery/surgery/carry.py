@@ -29,7 +29,7 @@ from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.torch_internals import tree_map_only
 from cadsurgery.support.torch_operations import asks, is_kind, name_of
 from cadsurgery.surgery.arguments import AnyLayout, Inputs
-from cadsurgery.surgery.graphs import Interpreter, upwards
+from cadsurgery.surgery.graphs import Interpreter, follows_from, upwards
 from cadsurgery.surgery.guards import check_branch, compared, user_line
 from cadsurgery.surgery.hooks import child, is_hooked, prepare_weights
 from cadsurgery.surgery.tracer import (
@@ -51,6 +51,24 @@ _SELECTIONS = frozenset(
 _FACTORIES = (
     *("zeros", "ones", "full", "empty", "rand", "randn", "arange", "linspace", "eye", "tensor", "as_tensor"),
     *("finfo", "iinfo"),
+)
+
+
+# Methods of a tensor that may be a plain attribute of the network, which take a type or numbers that are symbols.
+_TAKE_NUMBERS = (
+    *("to", "type", "expand", "expand_as", "repeat", "tile", "view", "view_as", "reshape", "reshape_as"),
+    *(
+        "narrow",
+        "roll",
+        "repeat_interleave",
+        "unflatten",
+        "split",
+        "chunk",
+        "select",
+        "unfold",
+        "index_select",
+    ),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "clamp", "flip", "type_as", "__getitem__"),
 )
 
 
@@ -316,7 +334,7 @@ class Carrier(Tracer):
         checked: Any = node
         if take is len:
             checked = self.create_node("call_function", len, (node,), {})
-        if not self._is_of_rank(node):
+        if not _is_of_rank(node):
             operands = compared(node)
             before = tuple(self.values[part] if isinstance(part, fx.Node) else part for part in operands)
             before = tuple(tuple(part) if isinstance(part, torch.Size) else part for part in before)
@@ -384,13 +402,12 @@ class Carrier(Tracer):
                 pending.extend(node.all_input_nodes)
         return False
 
-    def _is_of_rank(self, node: fx.Node) -> bool:
-        """True if a value depends only on numbers of dimensions, which no image changes, or on memory layouts, which
-        change no result: tracing compares the results of two, see `asks_for_layout`."""
-        if asks(node):
-            return asks(node, of_rank=True)
-        sources = node.all_input_nodes
-        return bool(sources) and all(self._is_of_rank(source) for source in sources)
+
+def _is_of_rank(node: fx.Node) -> bool:
+    """True if a value depends only on numbers of dimensions, which no image changes, or on memory layouts, which change
+    no result: tracing compares the results of two, see `asks_for_layout`."""
+    asked = upwards(node, lambda one: [] if asks(one) else one.all_input_nodes)
+    return follows_from(node, asks) and all(asks(one, of_rank=True) for one in asked if asks(one))
 
 
 def is_argument(node: fx.Node) -> bool:
@@ -441,10 +458,7 @@ def _names_type(node: fx.Node) -> bool:
 
 def _gives_number(node: fx.Node) -> bool:
     """True if a node is computed from sizes only."""
-    if asks(node):
-        return True
-    sources = node.all_input_nodes
-    return bool(sources) and node.op != "placeholder" and all(map(_gives_number, sources))
+    return follows_from(node, asks)
 
 
 # -- Python's built-in functions with symbols ----------------------------------------------------------
@@ -663,7 +677,7 @@ def symbols_in_python(model: nn.Module, with_legacy: bool = False) -> Iterator[N
             if hasattr(torch, name):
                 stack.enter_context(mock.patch.object(torch, name, _checking(getattr(torch, name))))
         of_network = _TorchOfNetwork("torch")
-        for name in ("to", "type"):  # with the type of a symbol
+        for name in _TAKE_NUMBERS:
             stack.enter_context(mock.patch.object(Tensor, name, _recording_method(name)))
         for space in spaces:
             free = {name: value for name, value in shadows.items() if name not in space}

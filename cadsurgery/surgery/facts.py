@@ -22,8 +22,9 @@ from cadsurgery.surgery.sameness import Pair, are_equal, compare
 from cadsurgery.surgery.state import Kept
 from cadsurgery.surgery.trace import evaluating
 
-# Odd, non-square and small, so that a conversion does not rely on convenient sizes.
-EXAMPLE_SIZES = ((97, 129), (128, 160), (224, 224), (299, 299))
+# Odd, non-square and small, so that a conversion does not rely on convenient sizes; then multiples of 32 and of
+# 128, and the usual sizes of networks that take a single one.
+EXAMPLE_SIZES = ((97, 129), (128, 160), (128, 256), (224, 224), (64, 64), (299, 299))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.support import torch_operations
-from cadsurgery.support.torch_operations import is_in_place, name_of
+from cadsurgery.support.torch_operations import asks, is_in_place, name_of
 from cadsurgery.surgery.guards import is_of_library
 
 # The name of the file that code made from graphs seems to come from, in tracebacks.
@@ -41,6 +41,12 @@ def upwards(
         yield one
         waiting += (new := [source for source in sources(one) if source not in seen])
         seen.update(new)
+
+
+def follows_from(node: fx.Node, is_first: Callable[[fx.Node], bool]) -> bool:
+    """True if a node, or all that it is computed from, is first. It takes no recursion: networks are deep."""
+    way = upwards(node, lambda one: [] if is_first(one) else one.all_input_nodes)
+    return all(is_first(one) or one.all_input_nodes for one in way)
 
 
 def and_after(*nodes: fx.Node, without: Collection[fx.Node] = ()) -> set[fx.Node]:
@@ -163,6 +169,38 @@ class Interpreter(fx.Interpreter):
         """Take what torch.fx's takes."""
         super().__init__(*args, **kwargs)
         self.extra_traceback = False
+
+
+# Operations whose arguments behind the first are sizes, and calls that read numbers of a tensor.
+_TAKE_SIZES = frozenset(
+    ("interpolate", "pad", "view", "reshape", "expand", "repeat", "narrow", "adaptive_avg_pool2d", "roll")
+)
+_READ_NUMBERS = frozenset(
+    ("tolist", "item", "int", "float", "bool", "numpy", "__int__", "__float__", "__index__", "check_branch")
+)
+
+
+def takes_sizes(node: fx.Node) -> bool:
+    """True if the arguments of a node behind its first are sizes."""
+    return name_of(node.target) in _TAKE_SIZES
+
+
+def sizes_in_tensors(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes from sizes, held in tensors such as `torch.tensor(x.shape)`, to where numbers are read of them:
+    where a graph runs on shapes alone these have values all the same."""
+
+    def is_size(node: fx.Node) -> bool:
+        is_made = node.op == "call_function" and not node.all_input_nodes
+        return asks(node) or name_of(node.target) == "native_shape" or is_made
+
+    reading = {node for node in graph.nodes if name_of(node.target) in _READ_NUMBERS}
+    reading |= {one for node in graph.nodes if takes_sizes(node) for one in node.all_input_nodes[1:]}
+    found = set[fx.Node]()
+    for node in reading:
+        if follows_from(node, is_size):
+            way = upwards(node, lambda one: [] if is_size(one) else one.all_input_nodes)
+            found.update(way)
+    return found
 
 
 class Constants:

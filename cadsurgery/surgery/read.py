@@ -8,14 +8,20 @@ map that may already have the right size, is found by experiments at other sizes
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
+from cadsurgery.support import meta_tensors
+from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CannotConvert
+from cadsurgery.support.meta_tensors import to_meta
+from cadsurgery.support.torch_internals import TorchDispatchMode, tree_map_only
 from cadsurgery.surgery.arguments import Arguments, change_images, crop, image_of, part_of
 from cadsurgery.surgery.facts import Facts, OtherFunction, default_examples, observe
 from cadsurgery.surgery.graphs import Interpreter
@@ -23,13 +29,21 @@ from cadsurgery.surgery.guards import GuardFailed, drop_dead_code, is_guard
 from cadsurgery.surgery.hooks import is_apart
 from cadsurgery.surgery.kept import Kept, find_kept
 from cadsurgery.surgery.rules import has_rule, ruled_functions
-from cadsurgery.surgery.sameness import Pair, are_same, compare, no_dead_branches
+from cadsurgery.surgery.sameness import Pair, are_same, compare, meta_copy, no_dead_branches
 from cadsurgery.surgery.shuffles import write_without_batch
 from cadsurgery.surgery.slices import join_slices
 from cadsurgery.surgery.trace import CannotFollow, trace
 
 # Larger images are not tried, because each size costs a run of the network.
 _MOST_PIXELS = 320 * 320
+
+# Pixels by which images are larger where guards are tried: one to three; one patch of 4, 7, 8, 14 or 16 pixels; and one
+# pixel or one patch less than multiples of the strides of a patch embedding with the stages behind it.
+_RESTS = (1, 2, 3, 4, 5, 7, 8, 11, 12, 13, 14, 15, 16, 23, 24, 27, 28, 31)
+_MOST_RUNS = 8  # of a network that does not run on shapes alone
+
+# Tolerance where both take the same path but for what a guard decides, in float32: the rounding of the type.
+_ROUNDING = 1e-6
 
 
 def read(model: nn.Module, example: Arguments | None, exactly: bool = False) -> Facts:
@@ -116,8 +130,8 @@ def _drop_moot_guards(facts: Facts) -> int:
         return 0
     pair, base = _smaller_call(facts)
     unserved, moot, harmful = 0, list[set[fx.Node]](), set[fx.Node]()
-    for call in _of_other_sizes(base):
-        run, outputs = _Unguarded(pair.model, graph=graph), None
+    for call in _most_telling(pair, base):
+        run, outputs = _Unguarded(pair), None
         with no_dead_branches(pair.model):
             with contextlib.suppress(Exception):  # this path may not fit the size
                 outputs = pair.run_graph(call, run)
@@ -127,7 +141,7 @@ def _drop_moot_guards(facts: Facts) -> int:
                 expected = pair.run_network(call)
             except Exception:  # the network may refuse a size with any error
                 continue
-        if outputs is not None and are_same(outputs, expected):
+        if outputs is not None and are_same(outputs, expected, _ROUNDING):
             moot.append(run.failed_guards)
         else:
             harmful |= run.failed_guards
@@ -142,6 +156,54 @@ def _drop_moot_guards(facts: Facts) -> int:
     return unserved
 
 
+def _most_telling(pair: Pair, base: Arguments) -> list[Arguments]:
+    """Return calls of other sizes that show whether a guard matters, few of many, because each costs two runs.
+
+    Where a later stride drops the additional row of a map, its guard seems not to matter. So the graph and its network
+    run on shapes alone first. Of the calls at which the same guards fail, the smallest and the one are returned at
+    which most results have other shapes than those of the network.
+    """
+    calls = list(_of_other_sizes(base))
+    with contextlib.suppress(Exception):  # perhaps it needs values, or foreign objects cannot be copied
+        on_meta = Pair(meta_copy(pair.model), pair.graph)
+        if _difference_in_shapes(on_meta, base) is None:
+            return calls[:_MOST_RUNS]
+        failing: dict[frozenset[fx.Node], list[tuple[int, int]]] = {}
+        for place, call in enumerate(calls):
+            with contextlib.suppress(Exception):  # the network may refuse a size with any error
+                failed, difference = _difference_in_shapes(on_meta, call) or (frozenset(), 0)
+                if failed:
+                    failing.setdefault(failed, []).append((-difference, place))
+        chosen = {place for found in failing.values() for place in (min(found)[1], found[0][1])}
+        return [calls[place] for place in sorted(chosen)]
+    return calls[:_MOST_RUNS]
+
+
+def _difference_in_shapes(pair: Pair, call: Arguments) -> tuple[frozenset[fx.Node], int] | None:
+    """Return the guards that fail in a call, and how many results of the network on the meta device have shapes that
+    none of its graph has; all of them if the graph does not run."""
+    run, own, expected = _Unguarded(pair), _ResultShapes(), _ResultShapes()
+    arguments = dict(tree_map_only(Tensor, to_meta, call))
+    with expected, torch.device("meta"):
+        pair.run_network(arguments)
+    with contextlib.suppress(Exception), own, torch.device("meta"):  # this path may not fit the size
+        pair.run_graph(arguments, run)
+    return frozenset(run.failed_guards), (expected.count - own.count).total()
+
+
+class _ResultShapes(TorchDispatchMode):
+    """Counts the shapes of the results of operations on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = Counter[tuple[Any, torch.Size]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        value = meta_tensors.call(func, args, kwargs or {})
+        self.count.update((func, part.shape) for part in tensors_of(value))
+        return value
+
+
 def _smaller_call(facts: Facts) -> tuple[Pair, Arguments]:
     """Return the network with its graph, and a call with one image of about half the height and width of the example's,
     with the same rests at every halving; the example's itself if the graph does not give there what the network gives.
@@ -153,13 +215,16 @@ def _smaller_call(facts: Facts) -> tuple[Pair, Arguments]:
 
 
 def _of_other_sizes(call: Arguments) -> Iterator[Arguments]:
-    """Yield a call with slightly larger images: by a few pixels, up to multiples of common strides, along one axis."""
+    """Yield a call with larger images, the smallest first: by every few pixels, up to multiples of common strides and
+    just below, along one axis."""
     height, width = image_of(call).shape[2:]
-    sizes = {(height + by, width + by) for by in (1, 2, 3)} | {(height + 32, width)}
-    sizes |= {(-(-height // step) * step, -(-width // step) * step) for step in (4, 8, 16, 32)}
+    sizes = {(height + by, width + by) for by in _RESTS} | {(height + 32, width)}
+    for step in (4, 8, 16, 32):
+        tall, wide = (-(-length // step) * step for length in (height, width))
+        sizes |= {(tall - less, wide - less) for less in (0, 1, 4)}
     sizes |= {((-(-height // 4) | 1) * 4, (-(-width // 4) | 1) * 4)}  # which later strides do not divide
     for tall, wide in sorted(sizes - {(height, width)}):
-        if tall * wide <= _MOST_PIXELS:
+        if tall >= height and wide >= width and tall * wide <= _MOST_PIXELS:
             yield change_images(call, partial(_pad, by=(0, wide - width, 0, tall - height)))
 
 
@@ -170,8 +235,8 @@ def _pad(image: Tensor, by: tuple[int, ...]) -> Tensor:
 class _Unguarded(Interpreter):
     """Runs a graph without stopping at guards, and records the guards that failed."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(model, graph=graph)
+    def __init__(self, pair: Pair) -> None:
+        super().__init__(pair.model, graph=pair.graph)
         self.failed_guards: set[fx.Node] = set()
 
     def run_node(self, n: fx.Node) -> Any:

@@ -6,6 +6,7 @@ of its taps. So coarsening moves towards the input until a spatial operation abs
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -181,22 +182,21 @@ def _macs_of(region: Region | None) -> int:
 
 def _floor_region(flow: Flow, coarsest: int, beginning: frozenset[fx.Node] = frozenset()) -> Region | None:
     """Find the region of `floor_region` behind the maps of a beginning that is computed dense."""
-    outside, before = set[fx.Node](), set[fx.Node](beginning)
     maps = [node for node in flow.graph.nodes if flow.role[node] is Role.MAP]
-    read = [node for node in beginning if any(user in maps and user not in before for user in node.users)]
+    read = [node for node in beginning if any(user in maps and user not in beginning for user in node.users)]
     high = max((flow.grid[node] for node in read), default=1)
-    if len({flow.images[node] for node in read if flow.grid[node] == high}) > 1:
-        return None  # there is no fine map that all of them have
-    for node in maps:
-        of_pixels = high == 1 and (_is_of_pixels(node, flow, before) or _grows(node, flow, before))
-        if node in before or of_pixels:
-            before.add(node)
-            continue
-        is_finer = flow.grid[node] < high or any(
-            source in before and flow.grid[source] < high for source in flow.maps(node)
-        )
-        if node in flow.barriers or is_finer or _reads_outside(node, flow, 0, outside):
-            outside.add(node)
+    sizes = {flow.images[node] for node in read if flow.grid[node] == high}
+    image = flow.example.shape[2:]
+    if len(sizes) > 1 or any(
+        2 * high * length > 3 * side for size in sizes for length, side in zip(size, image, strict=True)
+    ):
+        return None  # there is no fine map that all of them have, or it is an enlarged picture
+    larger = set[fx.Node]()  # maps with more samples than the fine map, such as the image enlarged beside it
+    while True:
+        before, outside = _dense_of_floors(maps, flow, beginning, high, larger)
+        if (found := _larger_than_fine(before, outside, flow, high)) <= larger:
+            break
+        larger |= found
     inside = [node for node in maps if node not in outside]
     strides = [high]
     for grid in sorted({flow.grid[node] for node in inside if node not in before}):
@@ -209,6 +209,50 @@ def _floor_region(flow: Flow, coarsest: int, beginning: frozenset[fx.Node] = fro
         return None
     needed = {node: flow.grid[node] for node in inside}
     return Region(flow, tuple(strides), frozenset(outside), needed, frozenset(before))
+
+
+def _dense_of_floors(
+    maps: list[fx.Node],
+    flow: Flow,
+    beginning: frozenset[fx.Node],
+    high: int,
+    larger: Collection[fx.Node],
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Return the dense maps that a region of floors reads, and the maps that are outside of it, among them `larger`."""
+    before, outside = set(beginning), set(larger)
+    for node in maps:
+        of_pixels = high == 1 and (_is_of_pixels(node, flow, before) or _grows(node, flow, before))
+        if node in outside or node in before:
+            continue
+        if of_pixels:
+            before.add(node)
+            continue
+        is_finer = flow.grid[node] < high or any(
+            source in before and flow.grid[source] < high for source in flow.maps(node)
+        )
+        if node in flow.barriers or is_finer or _reads_outside(node, flow, 0, outside):
+            outside.add(node)
+    return before, outside
+
+
+def _larger_than_fine(
+    before: Collection[fx.Node], outside: Collection[fx.Node], flow: Flow, high: int
+) -> set[fx.Node]:
+    """Return the maps that a region of floors reads and that have more samples than its fine map, which is the first of
+    the image's size or, where there is none, the first of all."""
+    reading = {
+        source
+        for node in flow.grid
+        if node not in before and node not in outside and flow.role[node] is Role.MAP
+        for source in flow.maps(node)
+        if source in before
+    }
+    sizes = {
+        node: flow.images[node] for node in flow.graph.nodes if node in reading and node not in flow.pads
+    }
+    of_image = (size for size in sizes.values() if size == tuple(flow.example.shape[2:]) and high == 1)
+    fine = next(of_image, next(iter(sizes.values()), ()))
+    return {node for node, size in sizes.items() if any(map(operator.gt, size, fine))}
 
 
 def _is_of_pixels(node: fx.Node, flow: Flow, before: Collection[fx.Node]) -> bool:

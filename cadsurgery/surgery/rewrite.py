@@ -40,6 +40,7 @@ _SIZES = (
     "numel",
     "nelement",
     getattr,
+    len,
 )  # size queries that elements answer for their map
 
 
@@ -219,8 +220,7 @@ class Rewriter:
         if treatment.kind == "broadcast" and source is not None:
             self.sources[node] = source  # a vector per image, or a small map
         self.dense[node] = copied = self.graph.node_copy(node, self.as_dense)
-        if copied.target == "view" and not isinstance(copied.args[1], torch.dtype):
-            copied.target = "reshape"  # our maps may have another memory layout
+        _view_in_any_layout(copied)
         module = self.flow.module(node) if node.op == "call_module" else None
         parts = list(module.modules()) if module is not None else []
         if any(map(_sums_map, parts)) or node.target in _NORMS:
@@ -243,6 +243,8 @@ class Rewriter:
     def shape_of(self, node: fx.Node, source: fx.Node) -> fx.Node:
         """Add a size, dtype or device query on elements."""
         elements = self.elements[source]
+        if source not in self.flow.shapes:  # how many parts a map was split into
+            return self.call(len, self.call(getattr, elements, "rows"))
         if node.target is getattr and node.args[1] not in ("shape", "ndim"):
             return self.call(getattr, self.call(getattr, elements, "rows"), node.args[1])
         decision = self.plan[source.name]
@@ -253,6 +255,8 @@ class Rewriter:
             return self.call(operator.getitem, size, axis)
         if node.target in ("numel", "nelement"):
             return self.call(math.prod, size)
+        if node.target is len:
+            return self.call(operator.getitem, size, 0)
         if node.target in ("dim", "ndimension") or node.args[1:] == ("ndim",):
             return self.call(len, size)
         return size
@@ -424,10 +428,19 @@ def halves(graph: fx.Graph) -> Halves:
     return Halves(before, after, image, features)
 
 
+def _view_in_any_layout(node: fx.Node) -> None:
+    """Let a node reshape where it views: our maps, and those of inference copies, may have another memory layout."""
+    is_view = node.op == "call_method" and node.target == "view"
+    if is_view and not any(isinstance(part, torch.dtype) for part in node.args):
+        node.target = "reshape"
+
+
 def unchanged_graph(facts: Facts, plan: Plan) -> fx.Graph:
     """Return the original graph with the fine map as a second output, for uniform masks at the network's own grid."""
     graph, copies = copy_graph(facts.graph)
     entering, output = plan.chosen("enter")[0].node, graph.output_node()
+    for copied in copies.values():
+        _view_in_any_layout(copied)
     fine = next(copy for node, copy in copies.items() if node.name == entering)
     output.args = ((output.args[0], fine),)
     return graph

@@ -170,7 +170,10 @@ def padding(node: fx.Node, facts: MapFacts) -> Treatment:
     padded = {axis for axis, pair in zip(layout[::-1], by_axis, strict=False) if any(pair)}
     if padded <= {"c"}:
         return _pad_channels(node, layout, by_axis, mode, value)
-    if not any(pads[::2]) and _makes_sizes_fit(node, facts):
+    crops = any(pad < 0 for pad in _padding_in_all(node, known, mode, facts))
+    if crops and any(pad > 0 for pad in known):
+        return barrier(f"it crops the map at one border and pads it at another, by {known}")
+    if crops or (not any(pads[::2]) and _makes_sizes_fit(node, facts)):
         return _pad_below(pads, known, layout, mode, value)
     if layout != NCHW or "c" in padded or mode == "circular":
         return barrier("it pads across opposite borders, or channels and image at once")
@@ -220,6 +223,16 @@ def _reader_window(user: fx.Node, facts: MapFacts) -> Window | None:
     return window if isinstance(window, Window) else None
 
 
+def _padding_in_all(node: fx.Node, known: tuple[int, ...], mode: str, facts: MapFacts) -> tuple[int, ...]:
+    """Return the widths of a padding together with that of the map that it reads, if both are one padding: a crop of
+    what was padded before leaves some of it, and any other crop is no padding of the window that reads it."""
+    before = facts.pads.get(node.args[0])  # type: ignore[arg-type]
+    if before is None or before.mode != mode or len(known) > 4:
+        return known
+    top, bottom, left, right = before.padding
+    return tuple(a + b for a, b in zip(known, (left, right, top, bottom), strict=False))
+
+
 def _makes_sizes_fit(node: fx.Node, facts: MapFacts) -> bool:
     """True if the padding only makes the map as large as the maps that it is joined with."""
     joins = [user for user in node.users if rule_of(user, facts) in (arithmetic, concatenation)]
@@ -236,7 +249,8 @@ def _pad_below(pads: Any, known: tuple[int, ...], layout: str, mode: str, value:
             "it pads other axes than those of the image, or by more than a constant, as far as sizes ask"
         )
     if any(known[0:4:2]):
-        return barrier(f"it moves the map by {known[0]} samples to the right and {known[2:3]} down")
+        down = next(iter(known[2:3]), 0)
+        return barrier(f"it moves the map by {known[0]} samples to the right and {down} down")
     arguments = (
         ("pads", (*pads[:4], 0, 0)[:4] if isinstance(pads, (tuple, list)) else pads),
         ("value", float(value) if mode == "zeros" else None),
@@ -433,7 +447,21 @@ def arithmetic(node: fx.Node, facts: MapFacts) -> Treatment:
     """Combines the values of one cell; operands of an earlier stage are subsampled first."""
     if name_of(node.target) == "where" and len(node.args) + len(node.kwargs) == 1:
         return barrier("it returns the places of values, whose number depends on the image")
+    maps = [source for source in node.all_input_nodes if facts.layout(source) and source in facts.floating]
+    is_choice = name_of(node.target) in ("eq", "ne", "isclose")
+    compares = is_choice or name_of(node.target) in ("gt", "ge", "lt", "le")
+    if len(maps) > 1 and (is_choice or (compares and any(_is_largest(source, facts) for source in maps))):
+        return barrier(
+            "it asks which values are equal, and between interpolated values rounding decides that"
+        )
     return Treatment("join", first_line(arithmetic))
+
+
+def _is_largest(node: fx.Node, facts: MapFacts) -> bool:
+    """True if a map is a max pooling at the grid of what it reads: each of its values equals one of that map's."""
+    known, source = rule_of(node, facts), node.all_input_nodes[:1]
+    is_pooled = known in (max_pooling, max_pooling_same) and bool(source)
+    return is_pooled and facts.images.get(node) == facts.images.get(source[0])
 
 
 @rule(nn.Linear, F.linear)

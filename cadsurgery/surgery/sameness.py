@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,6 +29,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, tor
 # were computed from.
 _LEAST_SHARE = 1e-3
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def wide_copy(model: nn.Module, graphs: Iterable[fx.Graph]) -> nn.Module:
     """Return a network in float64, with the tensors that graphs read from it, which may be no buffers."""
@@ -38,6 +42,14 @@ def wide_copy(model: nn.Module, graphs: Iterable[fx.Graph]) -> nn.Module:
         if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
             setattr(module, name, value.double())
     return wide
+
+
+def meta_copy(net: M) -> M:
+    """Copy a network to the meta device (shapes without values), in evaluation mode."""
+    memo = copying(net)
+    memo |= {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in net.parameters()}
+    memo |= {id(b): b.to("meta") for b in net.buffers()}
+    return copy.deepcopy(net, memo).eval()
 
 
 def scales(values: Tensor, fewest: int = 1) -> Tensor:
@@ -58,11 +70,11 @@ def scales(values: Tensor, fewest: int = 1) -> Tensor:
     return torch.where(most > 0, result, 1.0)
 
 
-def are_same(ours: Any, theirs: Any) -> bool:
+def are_same(ours: Any, theirs: Any, most: float = math.inf) -> bool:
     """True if two structures hold the same tensors: values as near as the type rounds, each channel at its own scale,
-    and the same whole numbers."""
+    and the same whole numbers. The relative difference may be `most`, for whichever type."""
     pairs = [tensors_of(value) for value in (ours, theirs)]
-    return len(pairs[0]) == len(pairs[1]) and all(map(_is_near, *pairs))
+    return len(pairs[0]) == len(pairs[1]) and all(map(partial(_is_near, most=most), *pairs))
 
 
 def are_equal(ours: Any, theirs: Any) -> bool:
@@ -74,7 +86,7 @@ def are_equal(ours: Any, theirs: Any) -> bool:
     )
 
 
-def _is_near(ours: Tensor, theirs: Tensor) -> bool:
+def _is_near(ours: Tensor, theirs: Tensor, most: float) -> bool:
     if ours.shape != theirs.shape:
         return False
     if not theirs.is_floating_point():
@@ -82,7 +94,7 @@ def _is_near(ours: Tensor, theirs: Tensor) -> bool:
     if not theirs.numel():
         return True
     ours, wide = ours.double(), theirs.double()
-    allowed = TOLERANCE.get(theirs.dtype, 1e-4) * scales(wide)
+    allowed = min(TOLERANCE.get(theirs.dtype, 1e-4), most) * scales(wide)
     alike = (ours == wide) | (ours.isnan() & wide.isnan()) | ((ours - wide).abs() <= allowed)
     return bool(alike.all())
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from traceback import walk_tb
 from typing import Any
@@ -16,6 +17,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.support.torch_internals import tree_map_only
@@ -135,6 +137,7 @@ def trace(
     _make_in_place_explicit(model, graph)
     _read_padded_maps_directly(model, graph)
     _follow_training_flag(graph)
+    _write_sizes_of_weights(model, graph)
     for node in reversed(graph.nodes):
         is_answered = asks(node) or node.op == "get_attr" or (is_argument(node) and node.op != "placeholder")
         if is_answered and not node.users:
@@ -367,6 +370,42 @@ def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:
             if others and all(order.get(user, -1) < order[node] for user in others):
                 with graph.inserting_before(node):
                     node.replace_input_with(part, graph.call_method("clone", (part,)))
+
+
+def _write_sizes_of_weights(model: nn.Module, graph: fx.Graph) -> None:
+    """Write what follows from the shapes of weights alone as numbers, such as half of a filter's side by which a map is
+    padded: unlike sizes of the image they are the same in every call."""
+    interpreter, known = fx.Interpreter(model, graph=graph), dict[fx.Node, Any]()
+
+    def follows(node: fx.Node) -> bool:
+        sources = node.all_input_nodes
+        if asks(node) and node.args[0] is sources[0] and sources[0].op == "get_attr":
+            known[sources[0]] = interpreter.fetch_attr(str(sources[0].target))
+        return node.op in ("call_function", "call_method") and bool(sources) and known.keys() >= set(sources)
+
+    numbers = dict[fx.Node, Any]()
+    for node in graph.nodes:
+        if follows(node) and (asks(node) or numbers.keys() >= set(node.all_input_nodes)):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            value = getattr(interpreter, node.op)(node.target, args, kwargs)
+            if _is_plain_number(value):
+                known[node] = numbers[node] = value
+    for node, value in numbers.items():
+        for user in list(node.users):
+            if user not in numbers:
+                given: Any = map_aggregate((user.args, user.kwargs), partial(_replaced, node, value))
+                user.args, user.kwargs = given
+    for node in reversed(numbers):
+        graph.erase_node(node)
+
+
+def _replaced(node: fx.Node, value: Any, part: Any) -> Any:
+    return value if part is node else part
+
+
+def _is_plain_number(value: Any) -> bool:
+    several = isinstance(value, (tuple, list))
+    return all(map(_is_plain_number, value)) if several else isinstance(value, (int, float))
 
 
 def _is_view(node: fx.Node) -> bool:

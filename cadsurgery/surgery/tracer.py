@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import operator
@@ -20,6 +21,7 @@ from torch import Tensor, fx, nn
 from cadsurgery.support.torch_operations import is_in_place, is_kind, name_of
 from cadsurgery.surgery.arguments import Inputs
 from cadsurgery.surgery.entry import own_call, traced_name, without_hooks
+from cadsurgery.surgery.graphs import follows_from, upwards
 from cadsurgery.surgery.guards import is_of_library, stack_of, user_line
 from cadsurgery.surgery.hooks import noting_hooks
 
@@ -97,18 +99,49 @@ def is_constant(node: fx.Node) -> bool:
 def cuts_channels(node: fx.Node, root: nn.Module) -> bool:
     """True if a node cuts a tensor into parts along channels whose number the weights of a layer fix."""
     place = 1 if name_of(node.target) == "unbind" else 2
-    axis = node.kwargs.get("dim", node.args[place] if len(node.args) > place else 0)
+    axis: Any = node.kwargs.get("dim", node.args[place] if len(node.args) > place else 0)
     sizes = [part for part in (*node.args[1:], *node.kwargs.values()) if isinstance(part, fx.Node)]
-    return axis in _WEIGHTED and not sizes and _has_fixed_channels(node.args[0], axis, root)
+    if axis not in _WEIGHTED or not all(is_number_of_channels(size, root) for size in sizes):
+        return False
+    return _has_fixed_channels(node.args[0], axis, root)
 
 
-def _has_fixed_channels(node: Any, axis: Any, root: nn.Module) -> bool:
+def is_number_of_channels(node: fx.Node, root: nn.Module) -> bool:
+    """True if a number is computed from numbers of channels alone that the weights of layers fix."""
+
+    def is_first(one: fx.Node) -> bool:
+        source, axes = _axes_asked(one)
+        return isinstance(axes, int) and axes in _WEIGHTED and _has_fixed_channels(source, axes, root)
+
+    return follows_from(node, is_first)
+
+
+def _axes_asked(node: fx.Node) -> tuple[Any, Any]:
+    """Return a map of four axes, and the axis or the axes whose lengths a node asks of it; else None and None."""
+    if node.op == "call_method" and node.target == "size":
+        return node.args[0], node.args[1] if len(node.args) > 1 else [0, 1, 2, 3]
+    if node.target is getattr and node.args[1] == "shape":
+        return node.args[0], [0, 1, 2, 3]
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        source, axes = _axes_asked(node.args[0])
+        if isinstance(axes, list) and isinstance(node.args[1], (int, slice)):
+            with contextlib.suppress(IndexError):
+                return source, axes[node.args[1]]
+    return None, None
+
+
+def _has_fixed_channels(node: Any, axis: int, root: nn.Module) -> bool:
     """True if a value comes from layers with weights, through operations that keep all axes."""
-    if node.op == "call_module" and isinstance(root.get_submodule(str(node.target)), _WEIGHTED[axis]):
-        return True
-    keeps_axes = node.op == "call_module" or is_kind(node.target, "value", "values", "copies", "splits")
-    sources = node.all_input_nodes if keeps_axes or node.target in (operator.getitem, torch.cat) else []
-    return bool(sources) and all(_has_fixed_channels(source, axis, root) for source in sources)
+
+    def is_first(one: fx.Node) -> bool:
+        return one.op == "call_module" and isinstance(root.get_submodule(str(one.target)), _WEIGHTED[axis])
+
+    def keeps_axes(one: fx.Node) -> bool:
+        is_kept = one.op == "call_module" or is_kind(one.target, "value", "values", "copies", "splits")
+        return is_kept or one.target in (operator.getitem, torch.cat)
+
+    way = upwards(node, lambda one: [] if is_first(one) else one.all_input_nodes)
+    return all(is_first(one) or (keeps_axes(one) and one.all_input_nodes) for one in way)
 
 
 class Tracer(fx.Tracer):

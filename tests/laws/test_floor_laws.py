@@ -6,6 +6,7 @@ apart, in an interpreter of the network's own graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -421,3 +422,121 @@ def test_an_identity_whose_hooks_are_asked_for_keeps_its_place() -> None:
     with torch.no_grad():
         net(torch.rand(1, 3, 64, 96))
     assert seen
+
+
+class SuperResolving(nn.Module):
+    """A body at the picture's size and pixel shuffles, with the picture enlarged beside it (compact Real-ESRGAN)."""
+
+    def __init__(self, scales: tuple[int, ...], mode: str, first: bool) -> None:
+        super().__init__()
+        self.first, self.options = first, {"scale_factor": math.prod(scales), "mode": mode}
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 6, 3, 1, 1), nn.PReLU(6), nn.Conv2d(6, 6, 3, 1, 1), nn.PReLU(6)
+        )
+        last = len(scales) - 1
+        self.ups = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(6, (3 if i == last else 6) * s**2, 3, 1, 1), nn.PixelShuffle(s))
+                for i, s in enumerate(scales)
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = F.interpolate(x, **self.options) if self.first else None
+        y = self.ups(self.body(x - 0.5))
+        return y + (F.interpolate(x, **self.options) if base is None else base)
+
+
+@pytest.mark.parametrize(
+    ("scales", "mode", "first"),
+    covering([(2,), (3,), (4,), (2, 2)], ["nearest", "bilinear", "bicubic"], [False, True]),
+    ids=str,
+)
+@torch.no_grad()
+def test_a_picture_enlarged_beside_the_network_is_no_map_of_it(
+    scales: tuple[int, ...], mode: str, first: bool
+) -> None:
+    """The lattice is that of the picture as it is: masks lie on it, and what is larger stays dense."""
+    torch.manual_seed(1)
+    model = SuperResolving(scales, mode, first).eval().double()
+    net = cs.adaptify(model, "none", coarsest=8, example_input=torch.rand(1, 3, 40, 48).double())
+    for size in ((40, 48), (33, 51)):
+        x, levels = torch.rand(2, 3, *size).double(), mixed(2, size, 8, 3)
+        assert_same(net(x, mask="all"), model(x))
+        assert net.levels.shape[1:] == size
+        ours = net(x, mask=levels)
+        assert_same(net.optimize()(x, mask=levels), ours)
+        assert_same(ours[1:], net(x[1:], mask=levels[1:]))
+        if len(scales) == 1:
+            small = Uniform(nn.Sequential(model.body, model.ups[0][0]), 8, size).run(x - 0.5)
+            expected = model.ups[0][1](small) + F.interpolate(x, **model.options)
+            assert_same(net(x, mask="none"), expected)
+    assert net.macs(x, mask="none").mask < net.macs(x, mask="all").mask
+
+
+@pytest.mark.parametrize("of_filter", [False, True])
+@pytest.mark.parametrize("mode", ["replicate", "circular"])
+@torch.no_grad()
+def test_a_padded_copy_of_the_picture_beside_it_is_no_map_of_it(of_filter: bool, mode: str) -> None:
+    """Gradients of the picture, padded by a number or by half of the filter's side, which is one in every call."""
+
+    class Gradients(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("filter", torch.randn(4, 1, 3, 3))
+            self.a, self.b = nn.Conv2d(1, 4, 3, 1, 1), nn.Conv2d(4, 2, 3, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            by = self.filter.size(2) // 2 if of_filter else 1
+            edges = F.conv2d(F.pad(x, (by, by, by, by), mode), self.filter)
+            return self.b(self.a(x).relu() * edges)
+
+    torch.manual_seed(1)
+    model = Gradients().eval().double()
+    net = cs.adaptify(model, "none", coarsest=8, example_input=torch.rand(1, 1, 40, 48).double())
+    x = torch.rand(2, 1, 37, 50).double()
+    assert_same(net(x, mask="all"), model(x))
+    padding = [decision for decision in net.plan.decisions if decision.operation == "pad"]
+    assert all(decision.on_elements for decision in padding) == (mode == "replicate")
+
+
+PEAKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "equal": lambda heat, largest: heat * (largest == heat),
+    "as large": lambda heat, largest: torch.where(heat >= largest, heat, 0.0),
+    "none is larger": lambda heat, largest: heat * (1 - (largest > heat).to(heat.dtype)),
+    "close": lambda heat, largest: heat * torch.isclose(heat, largest),
+}
+
+
+class Peaks(nn.Module):
+    """Peaks of a heatmap, the highest of them, and another map read there (CenterNet)."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, 2, 1), nn.ReLU())
+        self.up = nn.ConvTranspose2d(6, 6, 4, 2, 1)
+        self.heat, self.size, self.pool = nn.Conv2d(6, 2, 1), nn.Conv2d(6, 2, 1), nn.MaxPool2d(3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(self.body(x)).relu()
+        heat = self.heat(y).sigmoid()
+        heat = PEAKS[self.how](heat, self.pool(heat))
+        batch, _, height, width = heat.shape
+        scores, places = heat.view(batch, -1).topk(5)
+        size = self.size(y).permute(0, 2, 3, 1).reshape(batch, -1, 2)
+        found = torch.gather(size[:, :, 0], 1, places.fmod(height * width))
+        return torch.stack((scores, found, places.to(scores)), 2)
+
+
+@pytest.mark.parametrize("how", PEAKS)
+@torch.no_grad()
+def test_peaks_of_a_map_are_found_dense(how: str) -> None:
+    """Between anchors many values are equal but for rounding: the heatmap leaves the region before."""
+    torch.manual_seed(1)
+    model = Peaks(how).eval().double()
+    net = cs.adaptify(model, "none", coarsest=16)
+    assert any("which values are equal" in decision.reason for decision in net.plan.chosen("barrier"))
+    x, levels = torch.rand(2, 3, 64, 96).double(), mixed(2, (64, 96), 16, net.plan.max_level)
+    assert_same(net(x, mask="all"), model(x))
+    assert_same(net(x, mask=levels)[1:], net(x[1:], mask=levels[1:]))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from conftest import assert_same, slow
 from networks import build, randomise
@@ -205,3 +206,50 @@ def test_an_example_may_be_smaller_than_the_part_takes() -> None:
     assert net.plan.part == "backbone" and net.plan.example_shape == (2, 3, 96, 128)
     with torch.no_grad():
         assert_same(net(example), host(example))
+
+
+# -- networks that take few sizes ----------------------------------------------------------------------
+
+
+class OfMultiples(nn.Module):
+    """An encoder and a decoder that take multiples of a number alone."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.encoder = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
+        self.decoder = nn.Conv2d(8, 2, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if any(side % self.number for side in x.shape[2:]):
+            raise ValueError(f"give multiples of {self.number}")
+        y = self.decoder(self.encoder(x))
+        return F.interpolate(y, size=[4 * side for side in y.shape[2:]], mode="bilinear")
+
+
+@pytest.mark.parametrize("number", [32, 64, 128, 224])
+def test_a_network_of_multiples_is_converted_whole_without_an_example(number: int) -> None:
+    assert not cs.plan(OfMultiples(number).eval()).part
+
+
+@pytest.mark.parametrize("number", [160, 192])
+def test_a_part_is_never_taken_without_a_word(number: int) -> None:
+    model = OfMultiples(number).eval()
+    with pytest.warns(cs.CadWarning, match=r"(?s)only its encoder becomes adaptive.*example_input"):
+        assert cs.plan(model).part == "encoder"
+    assert not cs.plan(model, example_input=torch.rand(1, 3, number, number)).part
+
+
+def test_a_network_without_parts_that_takes_no_example_asks_for_one() -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[3] % 192:
+                raise ValueError("give multiples of 192")
+            return self.two(F.relu(self.one(x)))
+
+    with pytest.raises(cs.CannotConvert, match="example_input"):
+        cs.plan(Layers().eval())

@@ -151,3 +151,93 @@ def test_a_graph_of_the_example_serves_the_example() -> None:
     net(x)
     assert not net._ways
     assert net.plan.example_shape == x.shape
+
+
+class Patches(nn.Module):
+    """A patch embedding that pads what does not divide into patches, as Swin and FocalNet write it; then two windows
+    of stride 2, with or without padding, and a mean over the image, of which the head takes little."""
+
+    def __init__(self, patch: int, pads: bool, asks: bool) -> None:
+        super().__init__()
+        self.patch, self.asks, sides = patch, asks, (3, 1) if pads else (2, 0)
+        self.embed = nn.Conv2d(3, 6, patch, patch)
+        self.two, self.three = (nn.Conv2d(6, 6, sides[0], 2, sides[1]) for _ in range(2))
+        self.head = nn.Linear(6, 3)
+        self.head.weight.data *= 0.01
+
+    def forward(self, x: Tensor) -> Tensor:
+        (high, wide), patch = x.shape[2:], self.patch
+        if not self.asks or wide % patch != 0:
+            x = F.pad(x, (0, patch - wide % patch))
+        if not self.asks or high % patch != 0:
+            x = F.pad(x, (0, 0, 0, patch - high % patch))
+        x = F.gelu(self.three(F.gelu(self.two(F.gelu(self.embed(x))))))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("patch", "pads", "asks", "options", "example"),
+    covering([2, 4, 7], [False, True], [True, False], OPTIONS, [(128, 192), (97, 129)]),
+)
+@torch.no_grad()
+def test_a_patch_that_later_strides_drop_at_some_sizes_is_not_forgotten(
+    patch: int, pads: bool, asks: bool, options: str, example: tuple[int, int]
+) -> None:
+    """One row of patches more changes nothing where a stride of 2 drops it, and something at other sizes."""
+    model = seeded(partial(Patches, patch, pads, asks)).eval()
+    given = {"output_stride": (patch, 4 * patch)} if options == "finer" else OPTIONS[options]
+    net = cs.adaptify(model, example_input=images(1, *example, torch.float64), **given)
+    for size in ((128, 192), (131, 197), (64, 96), (119, 125), (112, 140)):
+        x = images(2, *size, torch.float64)
+        assert_same(net(x, mask=own_level(net)) - model.head.bias, model(x) - model.head.bias, EXACT)
+
+
+# -- padding by negative widths ------------------------------------------------------------------------
+
+
+class Cropping(nn.Module):
+    """A map of stride 4 is padded by negative widths before a window with padding of its own reads it."""
+
+    def __init__(self, pads: tuple[int, ...], before: bool, reader: str) -> None:
+        super().__init__()
+        self.pads, self.before = pads, before
+        self.one, self.two = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, 2, 1)
+        kinds = {
+            "zeros": nn.Conv2d(6, 6, 3, 1, 1),
+            "max": nn.MaxPool2d(3, 1, 1),
+            "mean": nn.AvgPool2d(3, 1, 1),
+        }
+        reflected = nn.Conv2d(6, 6, 3, 1, 1, padding_mode="reflect")
+        self.window, self.head = {**kinds, "reflect": reflected}[reader], nn.Conv2d(6, 2, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.two(F.relu(self.one(x))))
+        x = F.pad(F.pad(x, (2, 2, 2, 2)) if self.before else x, self.pads)
+        return self.head(F.relu(self.window(x)))
+
+
+@pytest.mark.parametrize(
+    ("pads", "before", "reader", "options"),
+    covering(
+        [(-1, -1, -1, -1), (0, -1, 0, -2), (-2, 0, 0, 0), (1, -1, 1, -1), (0, -1, 0, 1), (-3, -3, 0, 0)],
+        [False, True],
+        ["zeros", "max", "mean", "reflect"],
+        OPTIONS,
+    ),
+    ids=str,
+)
+@torch.no_grad()
+def test_padding_by_a_negative_width_is_a_crop(
+    pads: tuple[int, ...], before: bool, reader: str, options: str
+) -> None:
+    """What it crops is never read again by the padding of the window behind it."""
+    model = seeded(partial(Cropping, pads, before, reader)).eval()
+    given = {"output_stride": (2, 4), "outputs": "native"} if options == "finer" else OPTIONS[options]
+    try:
+        net = cs.adaptify(model, example_input=images(1, 64, 96, torch.float64), **given)
+    except cs.CannotConvert as refusal:  # the region ends before it, and nothing is left of it
+        assert options == "finer" and "(pad" in str(refusal)
+        return
+    for size in ((64, 96), (50, 86), (61, 77)):
+        x = images(2, *size, torch.float64)
+        assert_same(net(x, mask=own_level(net)), model(x), EXACT)

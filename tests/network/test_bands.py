@@ -157,7 +157,24 @@ class ChannelsLast(nn.Module):
         return x, self.norm(x).mean((1, 2))
 
 
+class OwnResidual(nn.Module):
+    """Windows whose result is added to the map that they read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.across, self.square = nn.Conv2d(8, 8, (1, 7), padding=(0, 3)), nn.Conv2d(8, 8, 3, 1, 1)
+        self.down, self.last = nn.Conv2d(8, 8, 5, 2, 2), nn.Conv2d(8, 8, 5, 1, 2, groups=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.two(self.one(x).relu()).relu()
+        x = x + self.across(x)
+        x = self.down((x + self.square(x)).relu())
+        return x + self.last(x)
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "own residual": OwnResidual,
     "strided": lambda: strided(3, outputs=4, kernel=3),
     "segmenter": Segmenter,
     "residual segmenter": ResidualSegmenter,

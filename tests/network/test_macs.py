@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
-from conftest import covering, images, random_levels, slow
+from conftest import assert_same, covering, images, random_levels, slow
 from networks import build, unverified
 from ptflops import get_model_complexity_info
 from random_networks import random_case
@@ -442,3 +443,49 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024)
         for kind in ("call", "macs")
     )
     assert count <= max(call, 64)
+
+
+# -- sizes held in tensors -----------------------------------------------------------------------------
+
+HELD: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "tolist": lambda x, y: (torch.tensor(x.shape) - torch.tensor(y.shape))[2:].tolist(),
+    "item": lambda x, y: [
+        (torch.tensor(x.shape)[axis] - torch.tensor(y.shape)[axis]).item() for axis in (2, 3)
+    ],
+    "int": lambda x, y: [int(torch.as_tensor(x.shape[axis]) - y.shape[axis]) for axis in (2, 3)],
+    "on its device": lambda x, y: (
+        torch.tensor(x.shape[2:], device=x.device) - torch.tensor(y.shape[2:], device=y.device)
+    ).tolist(),
+    "rounded": lambda x, y: (torch.tensor([x.size(2), x.size(3)]).float() / 1).int().tolist(),
+}
+
+
+class HoldsSizes(nn.Module):
+    """A U-Net that computes how much its skip is cropped, in tensors."""
+
+    def __init__(self, held: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.held, self.down, self.up = held, nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
+        self.a, self.b, self.end = (
+            nn.Conv2d(3, 6, 3, 1, 1),
+            nn.Conv2d(6, 6, 3, 1, 1),
+            nn.Conv2d(12, 2, 3, 1, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.a(x).relu()
+        y = self.up(self.b(self.down(skip)).relu())
+        down, across = self.held(skip, y)
+        down, across = (by % 2 for by in (down, across))
+        return self.end(torch.cat((F.pad(skip, (0, -across, 0, -down)), y), 1))
+
+
+@pytest.mark.parametrize("held", HELD)
+@torch.no_grad()
+def test_sizes_held_in_tensors_have_values_on_shapes_alone(held: str) -> None:
+    torch.manual_seed(0)
+    model = HoldsSizes(HELD[held]).eval()
+    net, x = cs.adaptify(model, "none", coarsest=16), torch.rand(1, 3, 256, 64)
+    report = net.macs(x, mask="all")
+    assert report.given == report.mask > 0
+    assert_same(net.optimize(memory="2MiB")(x, mask="all"), model(x))

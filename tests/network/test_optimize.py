@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import assert_same, images, relative_error
 from networks import build, randomise, strided, unverified
 from torch import Tensor, nn
@@ -460,3 +462,47 @@ def test_a_thread_without_a_call_reads_the_last_one() -> None:
     with ThreadPoolExecutor(1) as pool:
         pool.submit(net, images(1, 32, 48), mask="all").result()
     assert net.active_fraction == 1
+
+
+# -- what relies on the memory layout of a map ---------------------------------------------------------
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "flattened": lambda y: y.view(y.size(0), -1),
+    "in one": lambda y: y.view(-1),
+    "pooled": lambda y: F.adaptive_avg_pool2d(y, (2, 2)).view(y.shape[0], 32),
+    "positions": lambda y: y.view(y.shape[0], 8, -1),
+    "not at all": lambda y: y,
+}
+
+
+class Viewed(nn.Module):
+    """A head that flattens a map by `view`, which takes its memory as the network has it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
+        self.last = nn.Conv2d(8, 8, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return VIEWS[self.how](self.last(self.body(x)))
+
+
+@pytest.mark.parametrize("optimised", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"output_stride": (2, 8), "outputs": "native"}, {"coarsest": 16}], ids=str
+)
+@pytest.mark.parametrize("how", VIEWS)
+@torch.no_grad()
+def test_a_map_can_be_viewed_as_that_of_the_network(
+    how: str, options: dict[str, Any], optimised: bool
+) -> None:
+    """Within the network and behind it; of channels_last pictures the layout is theirs."""
+    torch.manual_seed(0)
+    model, x = Viewed(how).eval(), images(2, 48, 64)
+    net = cs.adaptify(model, "none", example_input=x, **options)
+    net = net.optimize() if optimised else net
+    for mask in ("all", "none"):
+        output = net(x, mask=mask)
+        assert output.view(-1).numel() == output.numel()
+    assert_same(net(x, mask="all" if net.plan.floors else "none"), model(x))

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import relative_error
+import torch.nn.functional as F
+from conftest import assert_same, relative_error
 from networks import Encoded, converted_quietly, followed
 from torch import Tensor, nn
 
 import cadsurgery as cs
+from cadsurgery.surgery.read import read
 
 
 def check(model: nn.Module) -> None:
@@ -212,3 +214,111 @@ def test_a_branch_on_memory_layouts_that_computes_the_same_is_followed(name: str
         return own.head(y.contiguous() * 2) / 2 + own.head.bias.view(1, -1, 1, 1) / 2
 
     check(Encoded(branch))
+
+
+# -- how many parts ------------------------------------------------------------------------------------
+
+
+def by_shape(x: Tensor, radix: int) -> Any:
+    _, channels = x.shape[:2]
+    return torch.split(x, channels // radix, dim=1)
+
+
+def by_size(x: Tensor, radix: int) -> Any:
+    return x.split(int(x.size(1) // radix), 1)
+
+
+def by_chunk(x: Tensor, radix: int) -> Any:
+    return torch.chunk(x, radix, 1)
+
+
+class SplitAttention(nn.Module):
+    """Parts of the channels are added by Python's `sum`, and weighed by what their mean says (ResNeSt)."""
+
+    def __init__(self, radix: int, split: Callable[[Tensor, int], Any]) -> None:
+        super().__init__()
+        self.radix, self.split = radix, split
+        self.conv, self.norm = nn.Conv2d(4, 4 * radix, 3, 1, 1), nn.BatchNorm2d(4 * radix)
+        self.one, self.two = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4 * radix, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.conv(x)))
+        parts = self.split(x, self.radix)
+        gap = self.two(F.relu(self.one(F.adaptive_avg_pool2d(sum(parts), 1))))
+        shares = F.softmax(gap.view(x.size(0), 1, self.radix, -1).transpose(1, 2), dim=1)
+        weights = self.split(shares.reshape(x.size(0), -1, 1, 1), self.radix)
+        return sum([share * part for share, part in zip(weights, parts, strict=True)]).contiguous()
+
+
+class Attentive(nn.Module):
+    def __init__(self, count: int, radix: int, split: Callable[[Tensor, int], Any]) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1)
+        self.blocks = nn.ModuleList(SplitAttention(radix, split) for _ in range(count))
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(F.relu(self.stem(x)))
+        for block in self.blocks:
+            y = (y + block(y)) / 2
+        return F.interpolate(self.head(y), x.shape[2:], mode="bilinear")
+
+
+@pytest.mark.parametrize("split", [by_shape, by_size, by_chunk])
+@pytest.mark.parametrize(("radix", "options"), [(2, {"coarsest": 16}), (3, {"output_stride": (2, 4)})])
+@torch.no_grad()
+def test_parts_of_channels_are_as_many_in_every_call(
+    split: Callable[[Tensor, int], Any], radix: int, options: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    model = Attentive(2, radix, split).eval().double()
+    net, x = cs.adaptify(model, "none", **options), torch.rand(2, 3, 50, 70).double()
+    assert_same(net(x, mask="all" if net.plan.floors else "none"), model(x))
+    assert not net.plan.chosen("barrier")
+
+
+def test_a_deep_network_is_read_without_recursion() -> None:
+    """What a number is computed from is followed through all layers before it."""
+    graph = read(Attentive(40, 2, by_shape).eval(), {"x": torch.rand(1, 3, 32, 32)}).graph
+    assert len(graph.nodes) > 1000
+
+
+# -- plain tensors and sizes ---------------------------------------------------------------------------
+
+OF_SIZES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "expand": lambda code, b, w: code.expand(b, -1, -1, -1),
+    "repeat": lambda code, b, w: code.repeat(b, 1, 1, 1),
+    "tile": lambda code, b, w: code.tile((b, 1, 1, 1)),
+    "view": lambda code, b, w: code.view(1, -1, 1, w // w),
+    "reshape": lambda code, b, w: code.reshape((w // w, 4, 1, 1)),
+    "narrow": lambda code, b, w: code.narrow(0, 0, w // w),
+    "roll": lambda code, b, w: code.roll(w, 1),
+    "repeat_interleave": lambda code, b, w: code.repeat_interleave(b, 0),
+    "select": lambda code, b, w: code.select(0, w - w)[None],
+    "split": lambda code, b, w: code.split(w, 1)[0],
+    "slice": lambda code, b, w: code[: w // w],
+    "new_zeros": lambda code, b, w: code + code.new_zeros((b, 1, 1, 1)),
+    "clamp": lambda code, b, w: code.clamp(max=w / 100),
+}
+
+
+@pytest.mark.parametrize("name", OF_SIZES)
+def test_a_plain_tensor_takes_sizes_of_the_image(name: str) -> None:
+    """It is an attribute of the network, and neither a parameter nor a buffer."""
+
+    class Coded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1)
+            self.head, self.code = nn.Conv2d(4, 2, 3, 1, 1), torch.rand(1, 4, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            code = OF_SIZES[name](self.code, x.shape[0], x.shape[3])
+            return self.head(F.relu(self.two(F.relu(self.one(x)))) * code)
+
+    torch.manual_seed(0)
+    model, x = Coded().eval(), torch.rand(2, 3, 64, 96)
+    net = cs.adaptify(model, "none", output_stride=(2, 4), outputs="native", example_input=x)
+    with torch.no_grad():
+        for image in (x, torch.rand(1, 3, 48, 72)):
+            assert_same(net(image), model(image))

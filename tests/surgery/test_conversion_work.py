@@ -94,7 +94,7 @@ def work(run: Callable[[], Any]) -> tuple[int, Any]:
 
 Nested = subject("unets:NestedSalience", CHECKOUT).build  # a U of small Us
 NETWORKS = (ResidualStream, Nested, Edges)
-# What decides by sizes is also run at eight other sizes, to find out which decisions matter.
+# What decides by sizes is also run at a few other sizes, to find out which decisions matter.
 MOST_CALLS = {Edges: 12}
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.methods.report import RULES, MethodMacs, MethodPlan, in_words
-from cadsurgery.network.macs import meta_copy, to_meta
 from cadsurgery.support.errors import check_name
+from cadsurgery.support.meta_tensors import to_meta
 from cadsurgery.support.torch_internals import tree_map
+from cadsurgery.surgery.sameness import meta_copy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -226,12 +226,15 @@ class WindowOfElements:
         within = self._within(first, end)
         rows = {self.node: fetch(self.node, within[0], min(within[1], source.size[0]))}
         stage = cells.lattice(target, first, end, within)
-        if self.residual is not None:
+        options: dict[str, Any] = {"window": self.window, "stage": stage}
+        if self.residual is self.node:  # of all rows that it reads, those of the result are added
+            options["joint"] = None
+        elif self.residual is not None:
             more = fetch(self.residual, first, end)
             # Of an earlier stage, or of another size, the elements that the result has.
             more = more.rows if added == target else rows_on(more, cells.lattice(target, first, end))
             rows[self.residual] = Elements(more, stage)
-        found: Elements = self.call(rows, window=self.window, stage=stage)
+        found: Elements = self.call(rows, **options)
         return Elements(found.rows, cells.lattice(target, first, end))
 
 

@@ -29,7 +29,7 @@ from cadsurgery.network.bands import element_steps, steps
 from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.schedule import BandMap, RowsRead
 from cadsurgery.network.bands.steps import BandStep, Sum
-from cadsurgery.network.macs import meta_copy, to_meta
+from cadsurgery.network.macs import OnShapes
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import CannotConvert
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
@@ -40,6 +40,7 @@ from cadsurgery.surgery.facts import Facts, MapFacts
 from cadsurgery.surgery.refusals import source_line
 from cadsurgery.surgery.rewrite import ask_mask
 from cadsurgery.surgery.rule_arguments import arguments_of, pair_of
+from cadsurgery.surgery.sameness import meta_copy
 from cadsurgery.surgery.spatial import Spatial
 from cadsurgery.surgery.treatment import Attribute, Call, Treatment, barrier, rule
 
@@ -159,7 +160,7 @@ class BandPlan:
         return found[:1] if self.only_first else found
 
 
-class _ShapesOfMaps(GraphInterpreter):
+class _ShapesOfMaps(OnShapes):
     """Runs a graph on shapes, and records these."""
 
     def __init__(self, program: Program, graph: fx.Graph, reading: BandPlan, device: torch.device) -> None:
@@ -168,7 +169,7 @@ class _ShapesOfMaps(GraphInterpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         before = {source: _versions(self.env[source]) for source in n.all_input_nodes}
-        value = to_meta(super().run_node(n))  # also tensors that the network creates, e.g. by torch.zeros
+        value = super().run_node(n)
         self.reading.changed[n] = [
             source for source, versions in before.items() if versions != _versions(self.env[source])
         ]
