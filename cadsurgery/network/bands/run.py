@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from threading import RLock
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -309,23 +310,13 @@ def _is_same_memory(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-class _ReadPicture:
-    """The rows of the picture, which are read when they are asked for."""
-
-    def __init__(self, read: ReadRows) -> None:
-        self.rows = read
-
-    def drop(self, row: int) -> None:
-        """Nothing is held."""
-
-
 class BandedCall:
     """The computation of one picture in bands."""
 
     def __init__(self, reader: BandReader, walks: Walks) -> None:
         self.reader, self.reading, self.walks = reader, reader.reading, walks
         self.nodes = list(self.reading.number)  # by number of their maps
-        self.held = dict[int, Any]()  # `_Held`, `_HeldElements` or `_ReadPicture`
+        self.held = dict[int, Any]()  # `_Held` or `_HeldElements`; at 0 the picture
         self.joined = joined(self.reading.maps)
 
     def run(self, arguments: dict[str, Any], lattice: Lattice | None = None) -> Any:
@@ -352,7 +343,9 @@ class BandedCall:
         for node in reading.graph.nodes:
             if node.target is ask_mask or (node.op == "placeholder" and str(node.target) not in arguments):
                 values[node] = lattice if node.target is ask_mask else None
-        self.held = {0: _ReadPicture(read)}
+        self.held = {
+            0: SimpleNamespace(rows=read, drop=lambda _: None)
+        }  # the picture is read when it is asked for
         self._evaluate(arguments, 0)
         for at, (one, kept) in enumerate(zip(self.walks.passes, self.walks.kept, strict=True)):
             is_last = at == len(self.walks.passes) - 1
