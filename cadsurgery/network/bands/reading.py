@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW, image_dims
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear, ScaleShift
+from cadsurgery.elements.backends.weights import transpose_weight
 from cadsurgery.elements.elements import Elements, SmallMap
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry, Lattice, Pyramid
@@ -393,13 +394,20 @@ class BandReader:
         make = partial(steps.Windowed, source, window, size, width)
         outside = window.outside if window.outside is not None else 0.0
         if call is functional.conv2d:
-            weight, bias = arguments["weight"], arguments.get("bias")
-            return make(steps.convolution_of(weight, bias, arguments.get("groups", 1), window), outside)
+            weight, bias, groups = arguments["weight"], arguments.get("bias"), arguments.get("groups", 1)
+            stride, dilation = window.stride, window.dilation
+            return make(
+                lambda x, left, _: F.conv2d(x, weight, bias, stride, (0, left), dilation, groups), outside
+            )
         if call is functional.max_pool2d:
             outside = -torch.inf if window.outside is None else window.outside
-            return make(steps.largest_of(window), outside, pads=False)
+            kernel, stride, dilation = window.kernel, window.stride, window.dilation
+            return make(lambda x, *_: F.max_pool2d(x, kernel, stride, 0, dilation), outside, pads=False)
         if call is functional.avg_pool2d and window.dilation == (1, 1):
-            sums = make(steps.sums_of(window), outside, pads=False)
+            kernel, stride = window.kernel, window.stride
+            sums = make(
+                lambda x, *_: F.avg_pool2d(x, kernel, stride, divisor_override=1), outside, pads=False
+            )
             return steps.Mean(sums, arguments.get("divisor"), arguments.get("count_include_pad", True))
         if call is functional.pixel_unshuffle:
             return make(lambda x, left, _: F.pixel_unshuffle(x, window.stride), 0.0, pads=False)
@@ -465,7 +473,8 @@ class BandReader:
         source = self._source(node)
         sizes = self._size(source)[0], self.reading.shapes[node][3]
         groups, bias = arguments.get("groups", 1), arguments.get("bias")
-        return steps.spread_by(source, window, sizes, arguments["weight"], bias, groups)
+        weight = transpose_weight(arguments["weight"], groups).contiguous()
+        return steps.SpreadRows(source, window, *sizes, weight, bias, groups)
 
     def _group_norm(self, node: fx.Node, source: fx.Node, options: dict[str, Any]) -> BandStep:
         """Mean and variance are values of the whole image; the rest acts on each row, or element."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from threading import RLock
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 from cadsurgery.elements.axes import fast_layout
 from cadsurgery.elements.elements import Elements, SmallMap
 from cadsurgery.elements.lattice import Lattice, Pyramid
-from cadsurgery.masks.basic import KeepAll, RandomMask, UniformMask
+from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.bands.element_steps import Cells, Grid, WindowOfElements
 from cadsurgery.network.bands.reading import BandPlan, BandReader, Key, copied, uniform
@@ -35,9 +35,8 @@ from cadsurgery.network.bands.schedule import (
     walk,
 )
 from cadsurgery.network.bands.steps import Sum
-from cadsurgery.network.bands.turned import agree, turned_lattice, turned_maps, turned_program
 from cadsurgery.network.program import Masked, Program
-from cadsurgery.support.errors import CadError, InvalidInput
+from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.memory import in_mebibytes
 from cadsurgery.support.pages import offering
 from cadsurgery.support.torch_internals import tree_map
@@ -49,12 +48,7 @@ _MOST_BANDS = 4096  # of one walk
 _CELLS, _SPARES = (16, 8, 4, 2, 1), (3.0, 2.0)
 _MOST_COPIES = 16  # in which elements are moved within their memory
 _MOST_READERS = 4  # kinds of calls that are remembered
-_TRIED = 64, 224, 288  # channels and size of a noise by which turned networks are tried
 _WHOLE = "run it whole: net.optimize() without memory=."
-
-
-class TooLittle(InvalidInput):
-    """No bands of rows fit into a memory."""
 
 
 @dataclass
@@ -150,7 +144,7 @@ def fit(read: Callable[[int], BandPlan], memory: int, start: int = 0, cells: Seq
         cells: the rows of cells to try, the fastest first.
 
     Raises:
-        TooLittle: bands of the fewest rows need more.
+        InvalidInput: bands of the fewest rows need more.
     """
     least: tuple[BandPlan, Walks] | None = None
     for keeps, many in product((True, False), cells):
@@ -168,7 +162,7 @@ def fit(read: Callable[[int], BandPlan], memory: int, start: int = 0, cells: Seq
     assert least is not None
     reading, walks = least
     least_memory = in_mebibytes(walks.peak, memory)
-    raise TooLittle(
+    raise InvalidInput(
         f"{in_mebibytes(memory, walks.peak)} are too little for this picture.",
         where="memory",
         why=f"in bands of {walks.band} rows its maps take {least_memory}, "
@@ -316,23 +310,13 @@ def _is_same_memory(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-class _ReadPicture:
-    """The rows of the picture, which are read when they are asked for."""
-
-    def __init__(self, read: ReadRows) -> None:
-        self.rows = read
-
-    def drop(self, row: int) -> None:
-        """Nothing is held."""
-
-
 class BandedCall:
     """The computation of one picture in bands."""
 
     def __init__(self, reader: BandReader, walks: Walks) -> None:
         self.reader, self.reading, self.walks = reader, reader.reading, walks
         self.nodes = list(self.reading.number)  # by number of their maps
-        self.held = dict[int, Any]()  # `_Held`, `_HeldElements` or `_ReadPicture`
+        self.held = dict[int, Any]()  # `_Held` or `_HeldElements`; at 0 the picture
         self.joined = joined(self.reading.maps)
 
     def run(self, arguments: dict[str, Any], lattice: Lattice | None = None) -> Any:
@@ -359,7 +343,9 @@ class BandedCall:
         for node in reading.graph.nodes:
             if node.target is ask_mask or (node.op == "placeholder" and str(node.target) not in arguments):
                 values[node] = lattice if node.target is ask_mask else None
-        self.held = {0: _ReadPicture(read)}
+        self.held = {
+            0: SimpleNamespace(rows=read, drop=lambda _: None)
+        }  # the picture is read when it is asked for
         self._evaluate(arguments, 0)
         for at, (one, kept) in enumerate(zip(self.walks.passes, self.walks.kept, strict=True)):
             is_last = at == len(self.walks.passes) - 1
@@ -506,8 +492,6 @@ class Bands:
         """Take the memory in bytes."""
         self.memory = memory
         self._readers = dict[tuple[Any, ...], BandReader]()
-        # By the graph of the program that is turned.
-        self._turned = WeakKeyDictionary[fx.Graph, Program | None]()
         self._walks = WeakKeyDictionary[BandReader, Walks]()  # of the network's own graph: one for each size
         self._lock = RLock()  # a reader holds the values of the call that is running
 
@@ -527,7 +511,8 @@ class Bands:
             lattices = self._lattices(provider, program, arguments)
             outputs = []
             for position, lattice in enumerate(lattices):
-                outputs.append(self._way(program, _of_picture(arguments, image, position), lattice)[1]())
+                call = _of_picture(arguments, image, position)
+                outputs.append(BandedCall(*self._prepare(program, call, lattice)).run(call, lattice))
         output = outputs[0] if len(outputs) == 1 else tree_map(_join, *outputs)
         levels = [lattice.pyramid.levels for lattice in lattices]
         pyramid = Pyramid(levels[0] if len(levels) == 1 else torch.cat(levels), program.geometry)
@@ -538,7 +523,7 @@ class Bands:
         image = self._image(provider, program, arguments)
         with self._lock, torch.no_grad():
             call = _of_picture(arguments, image, 0)
-            return self._way(program, call, self._lattices(provider, program, call)[0])[0]
+            return self._prepare(program, call, self._lattices(provider, program, call)[0])[1]
 
     def rows(
         self, provider: MaskProvider, start: int, read: ReadRows, program: Program, arguments: dict[str, Any]
@@ -626,59 +611,6 @@ class Bands:
         if unchanged is not None and lattice.uniform_level == program.plan.identity_level:
             return unchanged, True
         return program.graph, False
-
-    def _way(
-        self, program: Program, call: dict[str, Any], lattice: Lattice
-    ) -> tuple[Walks, Callable[[], Any]]:
-        """Return the walks of a picture, and what computes it: in rows or, of a picture that is wider than high, in
-        columns if rows do not fit."""
-        name = program.image_name
-        try:
-            reader, walks = self._prepare(program, call, lattice)
-            return walks, partial(BandedCall(reader, walks).run, call, lattice)
-        except TooLittle:
-            if call[name].shape[3] <= call[name].shape[2]:
-                raise
-            turned = self._turned_program(program, call)
-            if turned is None:
-                raise
-        call, lattice = {**call, name: call[name].transpose(2, 3)}, turned_lattice(lattice)
-        reader, walks = self._prepare(turned, call, lattice)
-        return walks, lambda: turned_maps(BandedCall(reader, walks).run(call, lattice))
-
-    def _turned_program(self, program: Program, call: dict[str, Any]) -> Program | None:
-        """Return the program for turned pictures; None if there is none, which is tried on noise, with every cell high
-        and with cells of several levels."""
-        graph, name = program.graph, program.image_name
-        if graph not in self._turned:
-            turned = turned_program(program)
-            image = call[name]
-            size = [min(have, most) for have, most in zip(image.shape[1:], _TRIED, strict=True)]
-            noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
-            part = {**call, name: noise.to(image)}
-            if turned is not None and not all(
-                self._turns(program, turned, part, mask) for mask in (KeepAll(), RandomMask(seed=0))
-            ):
-                turned = None
-            self._turned[graph] = turned
-        return self._turned[graph]
-
-    def _turns(self, program: Program, turned: Program, call: dict[str, Any], mask: MaskProvider) -> bool:
-        """True if a program gives the results of another one, turned."""
-        name, bands = program.image_name, Bands(sys.maxsize)
-        across = {**call, name: call[name].transpose(2, 3)}
-        try:
-            (lattice,) = self._lattices(mask, program, call)
-            outputs = [
-                BandedCall(*bands._prepare(one, given, cells)).run(given, cells)
-                for one, given, cells in (
-                    (program, call, lattice),
-                    (turned, across, turned_lattice(lattice)),
-                )
-            ]
-        except (CadError, RuntimeError):
-            return False
-        return agree(outputs[0], turned_maps(outputs[1]))
 
     def _prepare(self, program: Program, call: dict[str, Any], lattice: Lattice) -> tuple[BandReader, Walks]:
         """Return the reader of the graph that computes a picture, and its walks."""

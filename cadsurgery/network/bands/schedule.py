@@ -8,7 +8,7 @@ twice, and what is kept follows from the width of the picture and the reach of t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -199,31 +199,56 @@ def walk(
     used = used_by(maps, ends, known)
     if not used:
         return Pass([])
-    readers: dict[int, list[tuple[int, RowsRead]]] = defaultdict(list)
+    readers, leaving = defaultdict[int, list[tuple[int, RowsRead]]](list), defaultdict[int, list[int]](list)
+    tables = defaultdict[tuple[Any, int], list[int]](list)  # the maps that have a kernel map in common
     for number in used:
         for source, rows in maps[number].reads:
             readers[source].append((number, rows))
-    leaving: dict[int, list[int]] = defaultdict(list)
+        if (table := maps[number].table) is not None:
+            tables[table].append(number)
     for number in used:
         leaving[max((reader for reader, _ in readers[number]), default=number)].append(number)
-    done = _first_rows(maps, used, readers, ends, start)
-    one, users = Pass([], known=known), _users_of_tables(maps, used)
-    for asked in _needed(maps, used, readers, ends, band):
-        need = {number: max(rows, done[number]) for number, rows in asked.items()}
-        keep = _still_read(maps, used, readers, need, kept)
-        tasks = []
+    whole, done = max(maps[number].height for number in (*used, *ends)), dict.fromkeys((*used, *ends), start)
+    for number in reversed(used) if start else ():
+        first = [window.first(done[reader]) for reader, window in readers[number]]
+        first += [start] if number in ends else []
+        done[number] = max(min(first, default=0), 0) // maps[number].step * maps[number].step
+
+    def asked_by(bottom: int) -> dict[int, int]:
+        """How many rows of each map must be there for those of a band that ends at a row of the tallest map."""
+        asked = {end: -(-min(bottom, whole) * maps[end].height // whole) for end in ends}
+        for number in reversed(used):
+            step, rows = maps[number].step, asked.get(number, -maps[number].height)
+            for reader, window in readers[number]:
+                rows = max(rows, window.last(asked[reader] - 1) + 1)
+            asked[number] = min(-(-rows // step) * step, maps[number].height)
+        return asked
+
+    def still_read(number: int, need: Mapping[int, int]) -> int:
+        """The first row of a map that is read after a band."""
+        unfinished = [
+            (reader, window) for reader, window in readers[number] if need[reader] < maps[reader].height
+        ]
+        read = [max(0, window.first(need[reader])) for reader, window in unfinished]
+        return 0 if number in kept else min([need[number], *read])
+
+    one = Pass([], known=known)
+    # The first bands lie above the picture by as much as results read further down, so that no band has more rows to
+    # compute than another one.
+    above = max(rows * whole // maps[number].height for number, rows in asked_by(0).items())
+    for bottom in range(band - -(-max(above, 0) // band) * band, whole + band, band):
+        need = {number: max(rows, done[number]) for number, rows in asked_by(bottom).items()}
+        tasks = list[Task]()
         for number in used:
-            drops = tuple((left, keep[left]) for left in leaving[number])
+            drops = tuple((left, still_read(left, need)) for left in leaving[number])
             step = max(maps[number].step if maps[number].elements is not None else maps[number].height, 1)
             starts = range(done[number], need[number], step)
             tasks += [Task(number, at, min(at + step, need[number]), ()) for at in starts]
-            if starts:
-                tasks[-1] = tasks[-1]._replace(drops=drops)
-            elif tasks and drops:
+            if tasks:
                 tasks[-1] = tasks[-1]._replace(drops=(*tasks[-1].drops, *drops))
         if tasks:
             one.bands.append(tasks)
-            one.tables.append(_bytes_of_tables(maps, users, need))
+            one.tables.append(sum(size * _soon_read(maps, same, need) for (_, size), same in tables.items()))
         done = need
     return one.measured(maps, SPARE)
 
@@ -254,26 +279,12 @@ def is_table_kept(maps: Sequence[BandMap], number: int, row: int, done: Mapping[
     return any(maps[one].table == own and soon <= at < row for one, at in done.items() if one != number)
 
 
-def _users_of_tables(maps: Sequence[BandMap], used: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """Return the maps that have a kernel map in common, with the bytes of it for each element."""
-    users = defaultdict[tuple[Any, int], list[int]](list)
-    for number in used:
-        if (table := maps[number].table) is not None:
-            users[table].append(number)
-    return [(size, numbers) for (_, size), numbers in users.items()]
-
-
-def _bytes_of_tables(
-    maps: Sequence[BandMap], users: Sequence[tuple[int, list[int]]], done: Mapping[int, int]
-) -> float:
-    """Return the bytes of the kernel maps that are kept for maps that are computed soon."""
-    total = 0.0
-    for size, numbers in users:
-        rows, elements = sorted(done[one] for one in numbers), maps[numbers[0]].elements
-        assert elements is not None
-        pairs = [(a, b) for a, b in pairwise(rows) if b - a <= _SOON * maps[numbers[0]].step]
-        total += size * sum(elements[b] - elements[a] for a, b in pairs)
-    return total
+def _soon_read(maps: Sequence[BandMap], numbers: Sequence[int], done: Mapping[int, int]) -> float:
+    """Return how many elements of a kernel map are kept for maps that have it in common and are computed soon."""
+    rows, elements = sorted(done[one] for one in numbers), maps[numbers[0]].elements
+    assert elements is not None
+    reach = _SOON * maps[numbers[0]].step
+    return sum(elements[b] - elements[a] for a, b in pairwise(rows) if b - a <= reach)
 
 
 def used_by(maps: Sequence[BandMap], ends: Collection[int], known: Collection[int]) -> list[int]:
@@ -285,64 +296,3 @@ def used_by(maps: Sequence[BandMap], ends: Collection[int], known: Collection[in
             used.add(number)
             left += [source for source, _ in maps[number].reads]
     return sorted(used)
-
-
-def _first_rows(
-    maps: Sequence[BandMap],
-    used: Sequence[int],
-    readers: Mapping[int, Sequence[tuple[int, RowsRead]]],
-    ends: Collection[int],
-    start: int,
-) -> dict[int, int]:
-    """Return the first row of each map that is computed."""
-    first = dict.fromkeys(ends, start)
-    for number in reversed(used):
-        rows = [window.first(first[reader]) for reader, window in readers[number]]
-        rows += [first[number]] if number in first else []
-        step = maps[number].step
-        first[number] = max(min(rows, default=0), 0) // step * step if start else 0
-    return first
-
-
-def _needed(
-    maps: Sequence[BandMap],
-    used: Sequence[int],
-    readers: Mapping[int, Sequence[tuple[int, RowsRead]]],
-    ends: Collection[int],
-    band: int,
-) -> Iterator[dict[int, int]]:
-    """Yield for each band how many rows of each map must be there after it. The first bands lie above the picture by as
-    much as results read further down, so that no band has more rows to compute than another one."""
-    whole = max((maps[number].height for number in (*used, *ends)), default=0)
-
-    def asked_by(bottom: int) -> dict[int, int]:
-        asked = {end: -(-min(bottom, whole) * maps[end].height // whole) for end in ends}
-        for number in reversed(used):
-            step, rows = maps[number].step, asked.get(number, -maps[number].height)
-            for reader, window in readers[number]:
-                rows = max(rows, window.last(asked[reader] - 1) + 1)
-            asked[number] = min(-(-rows // step) * step, maps[number].height)
-        return asked
-
-    at_top = asked_by(0)
-    above = max((rows * whole // maps[number].height for number, rows in at_top.items()), default=0)
-    for bottom in range(band - -(-max(above, 0) // band) * band, whole + band, band):
-        yield {number: max(rows, 0) for number, rows in asked_by(bottom).items()}
-
-
-def _still_read(
-    maps: Sequence[BandMap],
-    used: Sequence[int],
-    readers: Mapping[int, Sequence[tuple[int, RowsRead]]],
-    need: Mapping[int, int],
-    kept: Collection[int],
-) -> dict[int, int]:
-    """Return the first row of each map that is read after a band."""
-    keep = {}
-    for number in used:
-        first = need[number]
-        for reader, window in readers[number]:
-            if need[reader] < maps[reader].height:
-                first = min(first, max(0, window.first(need[reader])))
-        keep[number] = 0 if number in kept else first
-    return keep

@@ -19,7 +19,6 @@ from torch import Tensor, fx
 
 from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.packed import PackedConv
-from cadsurgery.elements.backends.weights import transpose_weight
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.resizing import Scaling, read_at
@@ -158,18 +157,6 @@ def convolution_by(module: PackedConv, window: Window) -> Callable[[Tensor, int,
     return apply
 
 
-def convolution_of(
-    weight: Tensor, bias: Tensor | None, groups: int, window: Window
-) -> Callable[[Tensor, int, Tensor | None], Tensor]:
-    """Return the function that computes a convolution of padded rows."""
-    return lambda x, left, _: F.conv2d(x, weight, bias, window.stride, (0, left), window.dilation, groups)
-
-
-def largest_of(window: Window) -> Callable[[Tensor, int, Tensor | None], Tensor]:
-    """Return the function that computes a maximum pooling of padded rows."""
-    return lambda x, left, _: F.max_pool2d(x, window.kernel, window.stride, 0, window.dilation)
-
-
 class Mean:
     """An average pooling, as `Windowed`: sums of padded rows, and of ones for the divisor."""
 
@@ -191,11 +178,6 @@ class Mean:
             along.append([sum(-before <= at + tap < size[axis] + after for tap in taps) for at in starts])
         counts = torch.tensor(along[0]).unsqueeze(1) * torch.tensor(along[1])
         return sums / counts.to(sums)
-
-
-def sums_of(window: Window) -> Callable[[Tensor, int, Tensor | None], Tensor]:
-    """Return the function that sums the values under a window, of padded rows."""
-    return lambda x, left, _: F.avg_pool2d(x, window.kernel, window.stride, divisor_override=1)
 
 
 @dataclass
@@ -247,14 +229,6 @@ class SpreadRows:
             channels = self.weight.shape[1] * self.groups
             out = self.weight.new_zeros(1, channels, end - first, self.width)
         return out if self.bias is None else out + self.bias.view(-1, 1, 1)
-
-
-def spread_by(
-    node: fx.Node, window: Window, sizes: tuple[int, int], weight: Tensor, bias: Tensor | None, groups: int
-) -> SpreadRows:
-    """Return the step of a transposed convolution whose weight is (O, C / groups, kh, kw); `sizes` are the height of
-    the map and the width of the result."""
-    return SpreadRows(node, window, *sizes, transpose_weight(weight, groups).contiguous(), bias, groups)
 
 
 @dataclass
