@@ -8,7 +8,9 @@ that its rule cannot handle, is a `barrier` with a reason. Our rules are in `sur
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import FunctionType
@@ -276,8 +278,23 @@ def _are_one_padding(first: Window, then: Window) -> bool:
     return of_one_kind and not then.same and then.mode in ("zeros", "replicate")
 
 
+_MAY_GROW = ContextVar("maps may grow", default=False)
+
+
+@contextmanager
+def maps_may_grow() -> Iterator[None]:
+    """Let rules inside the block take windows whose padding makes the map grow, as dense maps may."""
+    token = _MAY_GROW.set(True)
+    try:
+        yield
+    finally:
+        _MAY_GROW.reset(token)
+
+
 def growing(window: Window) -> str:
     """Return why a window cannot be evaluated on the existing elements (its padding makes the map grow), or ""."""
+    if _MAY_GROW.get():
+        return ""
     partial = window.stride - 1 if window.ceil_mode else 0
     reach = [step * (taps - 1) for step, taps in zip(window.dilation, window.kernel, strict=True)]
     top, bottom, left, right = window.padding

@@ -644,3 +644,27 @@ def test_nothing_is_computed_twice_or_read_before_it_is_there() -> None:
             for number, row in task.drops:
                 held[number] = (max(held[number][0], row), held[number][1])
         assert all(held[number][1] == maps[number].height for number in range(1, 6))
+
+
+# -- windows whose padding makes the map grow ----------------------------------------------------------
+
+GROWING: dict[str, Callable[[], nn.Module]] = {
+    "max pooling": lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+    "max pooling by itself": lambda: nn.MaxPool2d(2, 1, 1),
+    "mean": lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+    "mean without padding": lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+    "convolution": lambda: nn.Conv2d(4, 4, 3, padding=2),
+    "transposed": lambda: nn.ConvTranspose2d(4, 4, 3),
+}
+
+
+@pytest.mark.parametrize("size", [(96, 40), (101, 33), (70, 35)], ids=str)
+@pytest.mark.parametrize("name", GROWING)
+@torch.no_grad()
+def test_maps_that_grow_by_padding_are_computed_in_bands(name: str, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    region = nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)
+    model = nn.Sequential(*region, GROWING[name](), nn.Conv2d(4, 2, 3, 1, 1)).double().eval()
+    net, x = unverified(model, "all", coarsest=8, example_input=picture(64, 64)), picture(*size)
+    with bands_of(8):
+        assert difference(net.optimize(memory=MUCH)(x, mask="all"), model(x)) < 1e-12

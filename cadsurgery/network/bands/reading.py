@@ -43,7 +43,7 @@ from cadsurgery.surgery.rewrite import ask_mask
 from cadsurgery.surgery.rule_arguments import arguments_of, pair_of
 from cadsurgery.surgery.sameness import meta_copy
 from cadsurgery.surgery.spatial import Spatial
-from cadsurgery.surgery.treatment import Attribute, Call, Treatment, barrier, rule
+from cadsurgery.surgery.treatment import Attribute, Call, Treatment, barrier, maps_may_grow, rule
 
 
 @rule(PackedConv)
@@ -220,7 +220,9 @@ class BandReader:
         facts.floating.update(node for node, dtype in self.reading.types.items() if dtype.is_floating_point)
         facts.numbers.update(self.reading.numbers)
         facts.given.append(self.reading.image)
-        self.spatial = Spatial(facts)
+        with maps_may_grow():
+            self.spatial = Spatial(facts)
+            _ = self.spatial.treatments  # which are computed when they are first read
         self.parts = dict[fx.Node, list[fx.Node]]()  # the maps that several values in one are read from
         self.values = dict[Key, Any]()  # of all that is no map, while a call runs
         self._refuse_changes_that_others_read()
