@@ -578,8 +578,9 @@ def _pretrained(
         if weights == "auto" and not is_refused:
             return None, f"weights are RANDOM: {what} is neither cached nor reachable ({cause})"
         mend = "look at HTTPS_PROXY and NO_PROXY" if is_refused else "connect to the internet"
+        random = "none" if is_refused else "auto or none"
         raise FileError(
             f"the weights {what} cannot be had.",
             why=cause,
-            next=f"{mend}, copy the file into the library's cache, or take random weights: --weights none.",
+            next=f"{mend}, copy the file into the library's cache, or use --weights {random}.",
         ) from error
