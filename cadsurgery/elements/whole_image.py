@@ -272,9 +272,9 @@ def sum_products(left: Tensor, right: Tensor) -> Tensor:
     """
     product = "kn...i,kn...j->k...ij"
     count, dtype = left.shape[0], left.dtype
-    if (
-        is_exporting() or torch.compiler.is_compiling()
-    ):  # the number of rows is a symbol: fill up the last block
+    # Engines cannot bound how much a last block of any size lacks, and add one product in blocks of their own.
+    is_one = left.is_meta or (is_exporting() and not isinstance(count, int))
+    if not is_one and (torch.compiler.is_compiling() or is_exporting()):  # fill up the last block
         blocks = divide_up(count, _BLOCK)
         missing = blocks * _BLOCK - count
         whole = [
@@ -282,7 +282,7 @@ def sum_products(left: Tensor, right: Tensor) -> Tensor:
             for rows in (left, right.to(dtype))
         ]
         return torch.einsum(product, *whole).sum(0, dtype=torch.float64).to(dtype)
-    if count <= _BLOCK or left.is_meta or current_dispatch_mode() is not None:  # or it is counted or recorded
+    if is_one or count <= _BLOCK or current_dispatch_mode() is not None:  # or it is counted or recorded
         right = right.to(dtype)
         if left.dim() == 2:
             return left.transpose(0, 1) @ right
