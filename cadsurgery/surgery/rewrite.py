@@ -24,6 +24,7 @@ from cadsurgery.surgery.guards import check_branch, drop_dead_code, is_whole
 from cadsurgery.surgery.hooks import parameter, prepare_weights
 from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.refusals import place_of
+from cadsurgery.surgery.rule_arguments import arguments_of
 from cadsurgery.surgery.treatment import Attribute, Call, Treatment
 
 # Extra input of a rewritten graph: a callable (image, fine map) -> Lattice.
@@ -44,7 +45,15 @@ _SIZES = (
 )  # size queries that elements answer for their map
 
 
-_NORMS = (F.group_norm, torch.group_norm, F.batch_norm, torch.batch_norm)
+_NORMS = (F.group_norm, torch.group_norm)
+
+
+def _is_of_batch(node: fx.Node) -> bool:
+    """Return True for a functional batch norm that uses the statistics of the batch."""
+    if node.target is not F.batch_norm:
+        return False
+    given = arguments_of(node, "input", "running_mean", "running_var", "weight", "bias", training=False)
+    return given["training"] is not False or given["running_mean"] is None
 
 
 def _sums_map(module: nn.Module) -> bool:
@@ -223,7 +232,7 @@ class Rewriter:
         _view_in_any_layout(copied)
         module = self.flow.module(node) if node.op == "call_module" else None
         parts = list(module.modules()) if module is not None else []
-        if any(map(_sums_map, parts)) or node.target in _NORMS:
+        if any(map(_sums_map, parts)) or node.target in _NORMS or _is_of_batch(node):
             read: Any = copied.args[0] if copied.args else copied.kwargs["input"]
             with self.graph.inserting_before(copied):
                 copied.replace_input_with(read, self.call(functional.exact_layout, read))
