@@ -442,14 +442,17 @@ def like_a_map(node: fx.Node, facts: MapFacts) -> Treatment:
     return Treatment("shape")
 
 
+_ORDERS = ("gt", "ge", "lt", "le", "greater", "greater_equal", "less", "less_equal")
+
+
 @rule(*spellings("values"))
 def arithmetic(node: fx.Node, facts: MapFacts) -> Treatment:
     """Combines the values of one cell; operands of an earlier stage are subsampled first."""
     if name_of(node.target) == "where" and len(node.args) + len(node.kwargs) == 1:
         return barrier("it returns the places of values, whose number depends on the image")
     maps = [source for source in node.all_input_nodes if facts.layout(source) and source in facts.floating]
-    is_choice = name_of(node.target) in ("eq", "ne", "isclose")
-    compares = is_choice or name_of(node.target) in ("gt", "ge", "lt", "le")
+    is_choice = name_of(node.target) in ("eq", "ne", "not_equal", "isclose")
+    compares = is_choice or name_of(node.target) in _ORDERS
     if len(maps) > 1 and (is_choice or (compares and any(_is_largest(source, facts) for source in maps))):
         return barrier(
             "it asks which values are equal, and between interpolated values rounding decides that"
