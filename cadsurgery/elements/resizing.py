@@ -261,7 +261,12 @@ class Scaling:
         device: torch.device,
     ) -> list[Tensor]:
         dtype = torch.promote_types(dtype, torch.float32)
-        numbers = [self._numbers(count, axis, dtype, device) for axis, count in enumerate(counts)]
+        if self.mode == "nearest-exact" and not is_for_any_size(counts):  # rounds by both axes of the map
+            axes = [torch.arange(count, dtype=dtype, device=device) for count in counts]
+            of_both = self.of(torch.stack(torch.meshgrid(*axes, indexing="ij")).unsqueeze(0))[0]
+            numbers = [of_both[0, :, 0], of_both[1, 0]]
+        else:
+            numbers = [self._numbers(count, axis, dtype, device) for axis, count in enumerate(counts)]
         places = []
         for axis, own in enumerate(numbers):
             own = own.double()
