@@ -751,12 +751,11 @@ class Lattice:
             return self.batch * math.prod(self.samples(side))
         if self.capacity is not None:
             return self.capacity[1]
-        is_counted = self.is_counted_here and self.part is None and self.geometry.strides != ()
-        is_wide = is_counted and (self.levels.numel() > _LARGE or is_observed())
-        if is_wide and "_cells" not in self._derived:
-            return (
-                self._count_corners()
-            )  # where only the number is asked for, no tables of positions are made
+        # Tables of positions are large, and slow to make where compiled kernels may not run: often only the number is
+        # asked for.
+        is_dear = self.is_counted_here and (self.levels.numel() > _LARGE or is_observed())
+        if is_dear and self.part is None and self.geometry.strides and "_cells" not in self._derived:
+            return self._count_corners()
         return self.anchors.shape[0]
 
     def _count_corners(self) -> int:

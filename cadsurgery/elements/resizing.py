@@ -226,8 +226,8 @@ class Scaling:
     ) -> list[Tensor]:
         """Return, per axis, the position q of each sample on a fine map: float64, or int64 if one pixel is read.
 
-        The positions come from torch itself, by resizing the sample numbers of each axis. If one sample is read, they
-        have the dtype and device of the values, because torch's rounding depends on them.
+        The positions come from torch itself, by resizing a map that holds the sample numbers. If one sample is read,
+        that map has the size, dtype and device of the values, because torch's rounding depends on them.
         """
         counts = [divide_up(length, spacing) for length in fine]
         if self.mode == "bilinear":
@@ -237,20 +237,18 @@ class Scaling:
     def _between(self, counts: Sequence[int], spacing: int, device: torch.device) -> list[Tensor]:
         places = []
         for axis, count in enumerate(counts):
-            place = self._numbers(count, axis, torch.float64, device) * spacing
+            alone = replace(
+                self, size=_along(self.size, axis, 1), scale_factor=_along(self.scale_factor, axis, 1.0)
+            )
+            if is_for_any_size([count]):
+                own = self._formula(count, axis, torch.float64, device)
+            else:
+                numbers = torch.arange(count, dtype=torch.float64, device=device)
+                own = alone.of(numbers.view(1, 1, count, 1)).flatten()
+            place = own * spacing
             whole = place.round()  # a rounding error must not change which cell is read
             places.append(torch.where((place - whole).abs() < 1e-6, whole, place))
         return places
-
-    def _numbers(self, count: int, axis: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Resize the numbers of the samples of one axis; torch resizes each axis by itself."""
-        if is_for_any_size([count]):
-            return self._formula(count, axis, dtype, device)
-        alone = replace(
-            self, size=_along(self.size, axis, 1), scale_factor=_along(self.scale_factor, axis, 1.0)
-        )
-        numbers = torch.arange(count, dtype=dtype, device=device)
-        return alone.of(numbers.view(1, 1, count, 1)).flatten()
 
     def _single(
         self,
@@ -261,12 +259,14 @@ class Scaling:
         device: torch.device,
     ) -> list[Tensor]:
         dtype = torch.promote_types(dtype, torch.float32)
-        if self.mode == "nearest-exact" and not is_for_any_size(counts):  # rounds by both axes of the map
-            axes = [torch.arange(count, dtype=dtype, device=device) for count in counts]
-            of_both = self.of(torch.stack(torch.meshgrid(*axes, indexing="ij")).unsqueeze(0))[0]
-            numbers = [of_both[0, :, 0], of_both[1, 0]]
-        else:
-            numbers = [self._numbers(count, axis, dtype, device) for axis, count in enumerate(counts)]
+        if is_for_any_size(counts):
+            numbers = [self._formula(count, axis, dtype, device) for axis, count in enumerate(counts)]
+        else:  # one axis at a time: the map may be as large as the picture
+            rows, columns = (torch.arange(count, dtype=dtype, device=device) for count in counts)
+            numbers = [
+                self.of(rows.view(1, 1, -1, 1).expand(1, 1, *counts))[0, 0, :, 0].clone(),
+                self.of(columns.expand(1, 1, *counts))[0, 0, 0].clone(),
+            ]
         places = []
         for axis, own in enumerate(numbers):
             own = own.double()

@@ -376,6 +376,8 @@ class AdaptiveModel(ProgramNetwork):
                 the counting of the CAD reference code (seed of its Tab. 2).
             kwargs: as for a call.
         """
+        if sizes is None and call_context().sizes is None:
+            sizes = sizes_in(self.program.bind(*args, **kwargs))
         if sizes is not None:
             with sized(sizes):
                 return self.macs(*args, mask=mask, rule=rule, **kwargs)

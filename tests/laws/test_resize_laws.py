@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.elements.resizing import Scaling
 
 EXACT = 1e-9
 double = torch.float64
@@ -193,3 +195,17 @@ def test_a_network_of_two_scales_takes_every_size_that_it_took() -> None:
         for size in ((131, 197), (96, 160), (126, 190)):
             x = torch.rand(1, 3, *size)
             torch.testing.assert_close(net(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, double], ids=str)
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+def test_samples_that_a_resize_reads_are_those_of_a_whole_map(mode: str, dtype: torch.dtype) -> None:
+    """Which sample torch rounds to depends on the whole map: of one column it is another one here and there."""
+    draw = random.Random(0)
+    for _ in range(200):
+        counts, size = ([draw.randint(1, 140) for _ in range(2)], [draw.randint(1, 300) for _ in range(2)])
+        axes = [torch.arange(count, dtype=dtype) for count in counts]
+        whole = torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
+        read = F.interpolate(whole, size, mode=mode)[0]
+        places = Scaling(size=size, mode=mode).places((counts[0], counts[1]), 1, dtype, torch.device("cpu"))
+        assert torch.equal(places[0], read[0, :, 0].long()) and torch.equal(places[1], read[1, 0].long())

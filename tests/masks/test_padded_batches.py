@@ -112,6 +112,8 @@ def test_counting_uses_the_masks_of_the_call() -> None:
     net, batch = converted(MASKS[0], "converted"), padded(pictures())
     net(batch, sizes=SIZES)
     assert net.macs(batch, sizes=SIZES).active_fraction == pytest.approx(net.active_fraction)
+    inside = padded([torch.ones(1, *size) for size in SIZES])[:, 0]
+    assert net.macs(batch, pixel_mask=inside).active_fraction == pytest.approx(net.active_fraction)
 
 
 def test_masks_of_the_whole_batch_keep_nothing_in_the_padding() -> None:
