@@ -492,9 +492,8 @@ def _products_of_images(lattice: Lattice, left: Tensor, right: Tensor) -> Tensor
     if lattice.has_known_counts:
         parts = zip(*(rows.split(lattice.counts.tolist()) for rows in (left, right)), strict=True)
         return torch.stack([sum_products(*part) for part in parts])
-    apart = right.new_zeros(
-        lattice.count, lattice.batch, *right.shape[1:]
-    )  # zero in the rows of other images
+    # Zero in the rows of other images.
+    apart = right.new_zeros(lattice.count, lattice.batch, *right.shape[1:])
     apart[torch.arange(lattice.count, device=right.device), lattice.coordinates[0].to(right.device)] = right
     columns = apart.movedim(1, -2).flatten(-2)
     return sum_products(left, columns).unflatten(-1, (lattice.batch, -1)).movedim(-2, 0)

@@ -76,8 +76,7 @@ class ContentMask(MaskProvider):
     def limit_of_parts(
         self, parts: Iterable[tuple[int, int, Tensor]], height: int, grid: FineMapSpec
     ) -> Tensor:
-        """Return the threshold (B,) of a picture of which parts are given: first row, the last one plus one, and these
-        rows (B, C, rows, W) with the two above and below, where there are any."""
+        """Return the multiple of the median change at `samples_of` the picture."""
         wanted, found = torch.arange(_SAMPLES) * height // _SAMPLES, []
         for first, end, rows in parts:
             above = min(first, 2)

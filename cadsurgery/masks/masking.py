@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from cadsurgery.elements.fresh import of_size
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 from cadsurgery.elements.sizes import divide_up, is_for_any_size
-from cadsurgery.masks.content import ContentMask
 from cadsurgery.masks.context import call_context, limited, sizes_of
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels
 from cadsurgery.masks.unit import AS_IT_COMES, Unit
@@ -127,9 +126,10 @@ class Masking:
         with torch.no_grad():
             limits: dict[nn.Module, Tensor] = {}
             for mask in self.provider.modules():
-                if isinstance(mask, ContentMask):
-                    shown = ((first, end, self.unit(_floating(rows))) for first, end, rows in bands(2))
-                    limits[mask] = mask.limit_of_parts(shown, height, grid)
+                shown = ((first, end, self.unit(_floating(rows))) for first, end, rows in bands(2))
+                if isinstance(mask, MaskProvider):
+                    limit = mask.limit_of_parts(shown, height, grid)
+                    limits |= {mask: limit} if limit is not None else {}
             levels = torch.empty(grid.batch, *grid.size, dtype=torch.int8)
             around = divide_up(reach, unit) * unit
             with limited(limits):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -97,6 +97,14 @@ class MaskProvider(nn.Module):
     def reach(self, grid: FineMapSpec) -> int | None:
         """Return the distance in input pixels from which on the picture has no influence on a sample's level, so that
         large pictures are judged in bands of rows; None if all of the picture counts."""
+        return None
+
+    def limit_of_parts(
+        self, parts: Iterable[tuple[int, int, Tensor]], height: int, grid: FineMapSpec
+    ) -> Tensor | None:
+        """Return the threshold (B,) that the mask takes from a whole picture, which is given in parts: first row, the
+        last one plus one, and these rows (B, C, rows, W) with two above and below, where there are any. None without
+        reading a part if the mask needs none."""
         return None
 
     def kept_patches(self, grid: FineMapSpec) -> tuple[int, ...] | None:

@@ -420,10 +420,8 @@ class OnShapes(GraphInterpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node."""
-        value = super().run_node(n)
-        return (
-            value if n in self._sizes else to_meta(value)
-        )  # also what the network creates, e.g. by torch.zeros
+        value = super().run_node(n)  # perhaps created by the network, e.g. by torch.zeros
+        return value if n in self._sizes else to_meta(value)
 
 
 def _to_cpu(value: Any) -> Any:

@@ -343,9 +343,8 @@ class BandedCall:
         for node in reading.graph.nodes:
             if node.target is ask_mask or (node.op == "placeholder" and str(node.target) not in arguments):
                 values[node] = lattice if node.target is ask_mask else None
-        self.held = {
-            0: SimpleNamespace(rows=read, drop=lambda _: None)
-        }  # the picture is read when it is asked for
+        # The picture is read when it is asked for.
+        self.held = {0: SimpleNamespace(rows=read, drop=lambda _: None)}
         self._evaluate(arguments, 0)
         for at, (one, kept) in enumerate(zip(self.walks.passes, self.walks.kept, strict=True)):
             is_last = at == len(self.walks.passes) - 1
