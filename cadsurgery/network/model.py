@@ -376,19 +376,17 @@ class AdaptiveModel(ProgramNetwork):
                 the counting of the CAD reference code (seed of its Tab. 2).
             kwargs: as for a call.
         """
-        if sizes is None and call_context().sizes is None:
-            sizes = sizes_in(self.program.bind(*args, **kwargs))
-        if sizes is not None:
-            with sized(sizes):
-                return self.macs(*args, mask=mask, rule=rule, **kwargs)
         if mask is not None and "mask" in self.program.signature.parameters:  # an argument of the original
             kwargs["mask"], mask = mask, None
         provider = self.mask if mask is None else mask
-        try:
-            return count_macs(self.program, self.counted, provider, args, kwargs, rule)
-        except GuardFailed as refusal:
-            way = self._way_of(self.program.bind(*args, **kwargs), refusal)
-            return count_macs(way, self._counted_on(way), provider, args, kwargs, rule)
+        if sizes is None:
+            sizes = call_context().sizes or sizes_in(self.program.bind(*args, **kwargs))
+        with sized(sizes):
+            try:
+                return count_macs(self.program, self.counted, provider, args, kwargs, rule)
+            except GuardFailed as refusal:
+                way = self._way_of(self.program.bind(*args, **kwargs), refusal)
+                return count_macs(way, self._counted_on(way), provider, args, kwargs, rule)
 
     @property
     def counted(self) -> Program:

@@ -24,6 +24,7 @@ import numpy
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
+from torch.overrides import TorchFunctionMode
 
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.torch_internals import tree_map_only
@@ -68,7 +69,7 @@ _TAKE_NUMBERS = (
         "unfold",
         "index_select",
     ),
-    *("new_zeros", "new_ones", "new_full", "new_empty", "clamp", "flip", "type_as", "__getitem__"),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "clamp", "flip", "type_as"),
 )
 
 
@@ -546,6 +547,17 @@ def _recording_method(name: str) -> Callable[..., Any]:
     return call
 
 
+class _Indexing(TorchFunctionMode):
+    """Records `tensor[index]` with a symbol in the index. The method itself is never replaced: with it, Python would
+    take tensors for sequences from then on, and `torch.tensor([loss])` would fail in the user's process."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        symbol = _symbol_among(args[1:], {}) if function is Tensor.__getitem__ else None
+        if symbol is None:
+            return function(*args, **(kwargs or {}))
+        return symbol.tracer.create_proxy("call_method", "__getitem__", args, {})
+
+
 class _NumberType(type):
     """Metaclass of replacements of `int`, `float` and `type`: equal to these for isinstance, called with a symbol they
     return `of(symbol)`."""
@@ -679,6 +691,7 @@ def symbols_in_python(model: nn.Module, with_legacy: bool = False) -> Iterator[N
         of_network = _TorchOfNetwork("torch")
         for name in _TAKE_NUMBERS:
             stack.enter_context(mock.patch.object(Tensor, name, _recording_method(name)))
+        stack.enter_context(_Indexing())
         for space in spaces:
             free = {name: value for name, value in shadows.items() if name not in space}
             free |= {name: plain for name, value in space.items() if (plain := _plain_function(value))}

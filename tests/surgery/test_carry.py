@@ -225,3 +225,12 @@ def test_decisions_by_values_within_a_dictionary_are_refused_too() -> None:
 
     with pytest.raises(cs.CannotConvert, match="values of the image"):
         cs.adaptify(Within().eval(), example_input=({"image": images(1, 40, 56)},))
+
+
+def test_a_conversion_leaves_torch_as_it_was() -> None:
+    """A list of scalar tensors becomes a tensor afterwards, too: torch asks whether they are sequences, which Python
+    affirms of a class once its `__getitem__` was replaced."""
+    before = {name: getattr(Tensor, name) for name in dir(Tensor)}
+    cs.adaptify(randomise(IntegerSizes()).eval(), example_input=images(1, 40, 56))
+    assert {name: getattr(Tensor, name) for name in dir(Tensor)} == before
+    assert torch.tensor([torch.tensor(1.0), torch.tensor(2.0)]).tolist() == [1, 2]
