@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.zoo.corpus import read_corpus
 from benchmarks.zoo_report import short, table
-from cadsurgery.tasks.recorded import read_rows
+from cadsurgery.tasks.zoo_record import read_rows
 
 Row = dict[str, Any]
 LEAST_SHARE = 0.3

@@ -26,7 +26,7 @@ from torch import Tensor
 import cadsurgery as cs
 from benchmarks import networks
 from cadsurgery.network.dense_twin import dense_twin
-from cadsurgery.network.export.dense import write_dense
+from cadsurgery.network.export.dense_file import write_dense
 from cadsurgery.network.export.engines import ENGINES, engine_for
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved

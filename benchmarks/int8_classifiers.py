@@ -29,7 +29,7 @@ from torchvision.transforms.functional import center_crop
 
 from cadsurgery.network.export.engines import ENGINES
 from cadsurgery.network.export.int8 import to_8_bits
-from cadsurgery.network.fidelity import measure
+from cadsurgery.network.fidelity_measure import measure
 
 Data = tuple[nn.Module, list[Tensor], list[int]]  # a network, images (1, 3, H, W) and their classes
 

@@ -23,7 +23,7 @@ from torch import Tensor
 import cadsurgery as cs
 from cadsurgery.network.export.engines import OnnxRuntime, OnnxRuntimeWithKernels
 from cadsurgery.network.export.int8 import to_8_bits
-from cadsurgery.network.fidelity import measure
+from cadsurgery.network.fidelity_measure import measure
 from cadsurgery.support.provenance import setting
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.zoo.as_they_are import COMPARISONS, FLOOR, USEFUL_SHARE
 from benchmarks.zoo_report import short, table, write_page
-from cadsurgery.tasks.recorded import read_rows
+from cadsurgery.tasks.zoo_record import read_rows
 
 Row = dict[str, Any]
 ROWS = Path(__file__).parent / "zoo" / "libraries.jsonl"

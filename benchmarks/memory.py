@@ -28,8 +28,8 @@ from cadsurgery.masks import Budget
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks.bench import bench, convert
-from cadsurgery.tasks.options import Benchmark
-from cadsurgery.tasks.sides.engines import HIGH, LOW, runs_of
+from cadsurgery.tasks.sides.engine_sides import HIGH, LOW, runs_of
+from cadsurgery.tasks.task_options import Benchmark
 
 PROCESS = Path("/proc/self")
 # Allocations from this many bytes on are mapped by glibc and returned to the system when freed. Its default threshold

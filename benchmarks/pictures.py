@@ -48,8 +48,8 @@ from cadsurgery.support.files import write_whole
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
 from cadsurgery.tasks.figures import draw_lattice
-from cadsurgery.tasks.recorded import RECORDED, read_rows
 from cadsurgery.tasks.report import COLOURS
+from cadsurgery.tasks.zoo_record import RECORDED, read_rows
 from recipes.voc_deeplab import network as voc
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -32,7 +32,7 @@ from torchvision.models import resnet50
 
 import cadsurgery as cs
 from cadsurgery.masks.masking import Masking
-from cadsurgery.methods.sampling import run
+from cadsurgery.methods.sampling import sampled_calls
 from cadsurgery.methods.sampling.gates import Opened
 from cadsurgery.support.pages import new_memory
 from cadsurgery.support.provenance import setting
@@ -162,7 +162,7 @@ def gates(options: Options) -> Iterator[tuple[str, Sides]]:
 
     def at(share: float, whole_from: float) -> None:
         net.score_override = Opened(share)
-        with mock.patch.object(run, "WHOLE_FROM", whole_from):
+        with mock.patch.object(sampled_calls, "WHOLE_FROM", whole_from):
             net(x)
 
     sides: Sides = {"without gates": partial(net.dense, x)}

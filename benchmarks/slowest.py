@@ -21,12 +21,12 @@ from torch.profiler import ProfilerActivity, profile
 
 import cadsurgery as cs
 from cadsurgery.data.images import normalise, street_scene
+from cadsurgery.following.hooks import child
 from cadsurgery.kernels import isa
 from cadsurgery.network.fuse import KERNELS
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.timing import now
-from cadsurgery.surgery.hooks import child
 from cadsurgery.surgery.rewrite import WORK, ask_mask
 
 _ROUNDS = 3

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.zoo.corpus import family_of
 from cadsurgery.data.networks import list_models
-from cadsurgery.tasks.recorded import RECORDED, read_rows
+from cadsurgery.tasks.zoo_record import RECORDED, read_rows
 
 Row = dict[str, Any]
 RESULTS = ("converts", "refused", "not checked", "not built", "broken")

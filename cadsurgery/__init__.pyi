@@ -35,7 +35,7 @@ from .methods.anytime import AnytimeModel as AnytimeModel, anytime as anytime
 from .methods.publish import push as push
 from .methods.resampling import ResampledModel as ResampledModel, resample as resample
 from .methods.sampling import SampledModel as SampledModel, sample as sample
-from .methods.storage import load as load, save as save
+from .methods.method_files import load as load, save as save
 from .network.adaptify import adaptify as adaptify, plan as plan
 from .network.export import export as export
 from .network.export.kernels import kernels_for as kernels_for

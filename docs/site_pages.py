@@ -184,7 +184,7 @@ def describe_masks() -> Iterator[str]:
     """Lines of Markdown: the table of all masks that are registered, with the costs that `benchmarks.pictures --masks`
     counted."""
     from cadsurgery.masks import list_masks
-    from cadsurgery.masks.options import format_options
+    from cadsurgery.masks.mask_options import format_options
 
     counted = json.loads(MASK_COSTS.read_text())
     yield "| mask | keeps high | cost on the photo | options | source |\n|---|---|---|---|---|"
@@ -227,7 +227,7 @@ def describe_extras() -> Iterator[str]:
 
 def describe_zoo() -> Iterator[str]:
     """Lines of Markdown: the networks of the zoo, each a row of a table that _static/filter.js can filter."""
-    from cadsurgery.tasks.recorded import RECORDED, read_rows
+    from cadsurgery.tasks.zoo_record import RECORDED, read_rows
 
     columns = ("network", "result", "output strides", "MACs in the region", "million parameters")
     yield f"| {' | '.join(columns)} | why refused, or why the region ends |"

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.data.images import SCENE_CLASSES, street_scene
-from cadsurgery.surgery.arguments import take_image
-from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.read import read
+from cadsurgery.following.arguments import take_image
+from cadsurgery.following.facts import Facts
+from cadsurgery.surgery.rules import read
 
 # -- networks that are made once -----------------------------------------------------------------------
 

@@ -276,7 +276,7 @@ def test_every_table_of_the_glossary_has_a_picture_above_it() -> None:
 
 
 def test_every_network_of_the_zoo_is_listed_with_what_refused_it(site_pages: ModuleType) -> None:
-    from cadsurgery.tasks.recorded import RECORDED, read_rows
+    from cadsurgery.tasks.zoo_record import RECORDED, read_rows
 
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in site_pages.describe_zoo()}
     rows = read_rows(RECORDED)

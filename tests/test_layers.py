@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -24,8 +25,8 @@ PACKAGE = ROOT / "cadsurgery"
 
 # A room imports only rooms above it in this list.
 ROOMS = (
-    *("support", "data", "kernels", "elements", "masks", "surgery"),
-    *("network", "methods", "tasks", "finetune", "cli"),
+    *("support", "data", "kernels", "elements", "masks", "following"),
+    *("surgery", "network", "methods", "tasks", "finetune", "cli"),
 )
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py"))
 ELEMENTS = [path for path in FILES if path.startswith("cadsurgery/elements/")]
@@ -63,12 +64,18 @@ def rooms_imported(path: str) -> set[str]:
     return {name for name in inner if (PACKAGE / name).is_dir()}
 
 
-def test_the_package_has_eleven_rooms() -> None:
+def test_the_package_has_twelve_rooms() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == set(ROOMS)
     for path in PACKAGE.glob("*.py"):  # beside the rooms stand names alone
         code = source_of(f"cadsurgery/{path.name}").body[1:]
         assert path.name == "__init__.py" or (len(code) == 1 and ast.unparse(code[0]).endswith("import *"))
+
+
+def test_a_name_of_a_file_says_which_it_is() -> None:
+    names = Counter(Path(path).name for path in FILES if path.count("/") > 1)
+    alike = {name for name, times in names.items() if times > 1}
+    assert alike <= {"__init__.py", "model.py", "program.py", "report.py"}
 
 
 @pytest.mark.parametrize("room", ROOMS)

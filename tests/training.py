@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.data.images import SCENE_CLASSES, labelled_scene
-from cadsurgery.finetune.schedule import Draw
+from cadsurgery.finetune.learning_rates import Draw
 
 SIZE = (48, 64)
 DATA = "scene:2,height=48,width=64"

@@ -31,12 +31,12 @@ from benchmarks.zoo.network_check import (
     takes,
     try_network,
 )
+from cadsurgery.following.arguments import image_of
+from cadsurgery.following.facts import default_examples
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error, first_line
-from cadsurgery.surgery.arguments import image_of
-from cadsurgery.surgery.facts import default_examples
 from cadsurgery.surgery.verify import TOLERANCE
-from cadsurgery.tasks.recorded import Row
+from cadsurgery.tasks.zoo_record import Row
 
 # Comparisons of a converted network with the network as given, in the order of the table's columns.
 COMPARISONS = ("own", "high", "floors", "odd", "batch", "float64")

@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_map_only
 import cadsurgery as cs
 from benchmarks.zoo.corpus import Subject
 from benchmarks.zoo.network_check import call_network, largest_error, raise_memory_errors, takes, try_network
-from cadsurgery.network.bands import run
+from cadsurgery.network.bands import banded_call
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, describe_error
 from cadsurgery.surgery.verify import TOLERANCE
-from cadsurgery.tasks.recorded import Row
+from cadsurgery.tasks.zoo_record import Row
 
 SIZES = ((131, 101), (129, 161), (128, 160), (160, 224))  # odd ones, and those of networks that take few
 MASK = "gradient | budget:fraction=0.4"
@@ -39,8 +39,8 @@ REFUSALS = ("cannot be computed in bands", "not computed in bands here")  # othe
 def bands_of(rows: int) -> Iterator[None]:
     """Within, every band has so many rows of the tallest map, rounded up to whole cells; one of them at a time, or of
     bands with many rows two."""
-    cells = mock.patch.object(run, "_CELLS", (1 if rows <= 16 else 2,))
-    with cells, mock.patch.object(run, "_bands", lambda *_: iter([rows])):
+    cells = mock.patch.object(banded_call, "_CELLS", (1 if rows <= 16 else 2,))
+    with cells, mock.patch.object(banded_call, "_bands", lambda *_: iter([rows])):
         yield
 
 

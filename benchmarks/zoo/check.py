@@ -32,7 +32,7 @@ from cadsurgery.data.networks import list_models
 from cadsurgery.support.errors import FileError
 from cadsurgery.support.files import check_folder, check_writable, write_whole
 from cadsurgery.support.provenance import commit, device_in_words, versions
-from cadsurgery.tasks.recorded import Row, outlook, summary
+from cadsurgery.tasks.zoo_record import Row, outlook, summary
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks.zoo.as_they_are import check_as_it_is
 from benchmarks.zoo.check import Check, Limits, check_networks
 from benchmarks.zoo.corpus import Builder, Call, Subject
-from cadsurgery.tasks.recorded import Row
+from cadsurgery.tasks.zoo_record import Row
 
 ROWS = Path(__file__).with_name("libraries.jsonl")
 Declared = dict[str, Builder | tuple[Builder, Call]]

@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from benchmarks.zoo.corpus import Subject
+from cadsurgery.following.arguments import run_forward
+from cadsurgery.following.facts import EXAMPLE_SIZES, scale
+from cadsurgery.following.guards import GuardFailed
+from cadsurgery.following.trace import drop_cached, evaluating
 from cadsurgery.network.adaptify import adaptify, plan
+from cadsurgery.network.adaptive_part import traceable_part
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.network.parts import traceable_part
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import (
     CadError,
@@ -29,16 +33,12 @@ from cadsurgery.support.errors import (
     describe_error,
     first_line,
 )
-from cadsurgery.surgery.arguments import run_forward
-from cadsurgery.surgery.facts import EXAMPLE_SIZES, scale
 from cadsurgery.surgery.flow import flow_forward
-from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.refusals import position_mixers
-from cadsurgery.surgery.trace import drop_cached, evaluating
 from cadsurgery.surgery.treatment import operation_name
 from cadsurgery.surgery.verify import DISCRETE, TOLERANCE, at_own_samples
-from cadsurgery.tasks.recorded import Row
+from cadsurgery.tasks.zoo_record import Row
 
 # Sizes of the check: the first odd and the first even size that a network accepts. Decoders may need multiples.
 ODD_SIZES = ((81, 113), (97, 145))

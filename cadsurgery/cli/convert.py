@@ -21,7 +21,7 @@ def check_converted(file: str) -> str:
 
 
 @commands.command()
-@options.task("cadsurgery.tasks.convert:convert")
+@options.task("cadsurgery.tasks.convert_model:convert")
 def convert(
     *,
     model: options.Model,
@@ -40,7 +40,7 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Show what a conversion would do, with the reason for every node; or show the plan stored in a converted file."""
-    from cadsurgery.tasks.convert import make_or_read_plan
+    from cadsurgery.tasks.convert_model import make_or_read_plan
     from cadsurgery.tasks.convert_report import describe_plan
 
     with screen.steps("plan") as step:
@@ -105,7 +105,7 @@ def macs(
     """
     from cadsurgery.network.macs import MacReport
     from cadsurgery.support.counting import describe_not_counted
-    from cadsurgery.tasks.convert import count, count_dense
+    from cadsurgery.tasks.convert_model import count, count_dense
     from cadsurgery.tasks.convert_report import render_macs
 
     with screen.steps("macs") as step:

@@ -22,7 +22,7 @@ def export(
 
     The file contains mask, lattice and network. It is compared with the network on other images before it is written.
     """
-    from cadsurgery.tasks.export import export_network
+    from cadsurgery.tasks.export_files import export_network
 
     with screen.steps("export") as step:
         exported = export_network(model, options, step)

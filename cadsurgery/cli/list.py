@@ -35,7 +35,7 @@ def list_command(
         screen.show([vars(info) for info in infos], "\n".join(lines), as_json)
         return
     from cadsurgery.data.networks import list_models
-    from cadsurgery.tasks.recorded import outlook, recorded, summary
+    from cadsurgery.tasks.zoo_record import outlook, recorded, summary
 
     checked = recorded()
     rows = [

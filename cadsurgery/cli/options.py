@@ -16,7 +16,7 @@ import typer
 
 from cadsurgery.cli import screen
 from cadsurgery.support.plain import docstring_of
-from cadsurgery.tasks.options import Conversion as Conversion  # many commands take some of its options
+from cadsurgery.tasks.task_options import Conversion as Conversion  # many commands take some of its options
 
 
 def read_pair(text: str) -> tuple[int, int] | None:
@@ -107,8 +107,7 @@ class OptionsFrom:
     annotated with the dataclass alone needs no mark.
 
     Attributes:
-        kind: the dataclass; its fields are declared with `cadsurgery.tasks.options.option`, or with `part` for several
-            options.
+        kind: the dataclass; its fields are declared with `option` of tasks, or with `part` for several options.
         names: names of the fields, in the order of the options; default: all fields.
         given: pass only options that the user has given, because defaults may come from elsewhere.
         defaults: other defaults than the fields', as texts, in the order of the names.

@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cadsurgery.data.hub import offline_without_network
 from cadsurgery.data.onnx_files import digest, is_onnx, read_onnx
-from cadsurgery.data.weights import is_weights, license_in, load_weights, split_entry
+from cadsurgery.data.weight_files import is_weights, license_in, load_weights, split_entry
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
     CadError,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cadsurgery.elements.backends import gpu_maps, maps
 from cadsurgery.elements.backends.target import quotients
-from cadsurgery.elements.fresh import fresh_length, of_size
+from cadsurgery.elements.size_symbols import fresh_length, of_size
 from cadsurgery.elements.sizes import constant, divide_up, is_at_most, is_statically_true, most
 from cadsurgery.kernels.dispatch import is_observed
 from cadsurgery.support import device_checks

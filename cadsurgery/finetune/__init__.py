@@ -6,11 +6,11 @@ the network's metrics before and after.
 
 from cadsurgery.finetune.batches import augmentation
 from cadsurgery.finetune.blend import Blend, calibrate
-from cadsurgery.finetune.evaluation import evaluate
+from cadsurgery.finetune.learning_rates import Draw
 from cadsurgery.finetune.logs import Row
 from cadsurgery.finetune.loop import Outcome, fit
 from cadsurgery.finetune.means import calibrate_means
 from cadsurgery.finetune.objectives import Objective, list_objectives, objective
-from cadsurgery.finetune.refinement import RefinementFit, fit_refinement
-from cadsurgery.finetune.schedule import Draw
-from cadsurgery.tasks.options import Settings
+from cadsurgery.finetune.refinement_training import RefinementFit, fit_refinement
+from cadsurgery.finetune.validation import evaluate
+from cadsurgery.tasks.task_options import Settings

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 from cadsurgery.data.datasets import IGNORED
 from cadsurgery.data.images import normalise
 from cadsurgery.data.samples import Samples, check_form, for_network, is_labelled, place_of, sample_of
-from cadsurgery.finetune.schedule import SampleOrder, derive_seed
+from cadsurgery.finetune.learning_rates import SampleOrder, derive_seed
 from cadsurgery.network.model import pictures_for
 from cadsurgery.support.errors import CadError, InvalidInput
-from cadsurgery.tasks.options import Settings
+from cadsurgery.tasks.task_options import Settings
 
 Augmentation = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from cadsurgery.data.samples import Samples, check_data
 from cadsurgery.finetune.batches import inputs_of
+from cadsurgery.finetune.learning_rates import Draw, derive_seed
 from cadsurgery.finetune.objectives import Objective, dense_high, miss, objective
-from cadsurgery.finetune.schedule import Draw, derive_seed
+from cadsurgery.following.trace import evaluating
 from cadsurgery.masks import FineMapSpec, LearnedMask
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.paths import blend
 from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.processes import mean_everywhere
-from cadsurgery.surgery.trace import evaluating
 
 _REFUSAL = "can be neither blended nor calibrated"
 _INSTEAD = "train it with objective mixed."

@@ -14,14 +14,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from cadsurgery.methods.converted import ConvertedModel
-from cadsurgery.methods.storage import Converted
+from cadsurgery.methods.method_files import Converted
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import write_tensors
 from cadsurgery.support.errors import FileError, TrainingStopped
 from cadsurgery.support.files import as_file_error
 from cadsurgery.support.provenance import versions
-from cadsurgery.tasks.options import FREE, Settings
 from cadsurgery.tasks.run_folder import Identity
+from cadsurgery.tasks.task_options import FREE, Settings
 
 FORMAT = 1
 _KEY = "cadsurgery.training"

@@ -15,15 +15,15 @@ from cadsurgery.finetune.batches import augmentation
 from cadsurgery.finetune.logs import Row, check_packages
 from cadsurgery.finetune.loop import Outcome, fit
 from cadsurgery.masks import resolve_mask
-from cadsurgery.methods.storage import Converted
+from cadsurgery.methods.method_files import Converted
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.launcher import world
 from cadsurgery.support.progress import Step
 from cadsurgery.tasks.commands import FinetuneOptions
 from cadsurgery.tasks.open import open_any, open_converted, read_by
-from cadsurgery.tasks.options import Settings
 from cadsurgery.tasks.report import Report
+from cadsurgery.tasks.task_options import Settings
 
 
 @dataclass(frozen=True)

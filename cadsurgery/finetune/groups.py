@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from cadsurgery.finetune.batches import Batch
+from cadsurgery.finetune.learning_rates import Draw, derive_seed
 from cadsurgery.finetune.objectives import Objective
-from cadsurgery.finetune.schedule import Draw, derive_seed
 from cadsurgery.methods.converted import METHODS, ConvertedModel
 from cadsurgery.network.adapters import ADAPTERS
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput, first_line
 from cadsurgery.support.torch_internals import BatchNorm
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
-from cadsurgery.tasks.options import Settings
+from cadsurgery.tasks.task_options import Settings
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import cadsurgery.finetune.blend  # registers its objective
-import cadsurgery.finetune.resampling  # noqa: F401  # registers two more
+import cadsurgery.finetune.warp_training  # noqa: F401  # registers two more
 from cadsurgery.data.networks import Source
 from cadsurgery.data.samples import Samples, check_data, is_labelled
 from cadsurgery.finetune.batches import Augmentation, Batch, batches
@@ -27,7 +27,6 @@ from cadsurgery.finetune.checkpoints import (
     restore,
     restore_optimizer,
 )
-from cadsurgery.finetune.evaluation import count_outputs, evaluate
 from cadsurgery.finetune.groups import (
     freeze_unused,
     make_groups,
@@ -36,20 +35,21 @@ from cadsurgery.finetune.groups import (
     stem_of,
     trained_alone,
 )
+from cadsurgery.finetune.learning_rates import Draw, SampleOrder, derive_seed, learning_rate
 from cadsurgery.finetune.logs import CsvLog, Row, TensorBoardLog, check_packages, open_log
 from cadsurgery.finetune.objectives import Objective, copy_dense, make_objective
-from cadsurgery.finetune.schedule import Draw, SampleOrder, derive_seed, learning_rate
+from cadsurgery.finetune.validation import count_outputs, evaluate
+from cadsurgery.following.trace import evaluating
 from cadsurgery.methods.converted import ConvertedModel
-from cadsurgery.methods.storage import Converted, save
+from cadsurgery.methods.method_files import Converted, save
 from cadsurgery.network.model import AdaptiveModel, OptimizedModel, pictures_for
 from cadsurgery.network.storage import write_tensors
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped, first_line
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.launcher import world
-from cadsurgery.surgery.trace import evaluating
-from cadsurgery.tasks.options import Settings
 from cadsurgery.tasks.report import Plain
 from cadsurgery.tasks.run_folder import Identity, check_same_run
+from cadsurgery.tasks.task_options import Settings
 
 Validation = Samples | Callable[[nn.Module], dict[str, float]]
 TRAINED = "fine-tuned"  # description of the weights in a trained network's source

@@ -11,10 +11,10 @@ from torch import Tensor, fx
 from cadsurgery.data.samples import Samples, check_data
 from cadsurgery.elements import functional
 from cadsurgery.finetune.batches import inputs_of
+from cadsurgery.following.trace import evaluating
 from cadsurgery.network.adapters import can_shift_means
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program, clone_values
-from cadsurgery.surgery.trace import evaluating
 
 ROUNDS = 2  # a second round, because the first shifts change later layers
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from cadsurgery.data.datasets import IGNORED
 from cadsurgery.data.labels import as_classes
 from cadsurgery.finetune.balance import pixel_weights
-from cadsurgery.finetune.schedule import Draw
+from cadsurgery.finetune.learning_rates import Draw
+from cadsurgery.following.trace import evaluating
 from cadsurgery.masks import Budget, FineMapSpec, MaskProvider, resolve_mask
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.methods.anytime import AnytimeModel
@@ -31,7 +32,6 @@ from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.plain import docstring_of
 from cadsurgery.support.processes import mean_everywhere
 from cadsurgery.support.provenance import check_unclaimed
-from cadsurgery.surgery.trace import evaluating
 
 AUXILIARY_WEIGHT = 0.5  # as in torchvision's reference training of segmentation networks
 

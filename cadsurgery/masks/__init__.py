@@ -11,7 +11,7 @@ from cadsurgery.masks.basic import FixedMask, FunctionMask, RandomMask, UniformM
 from cadsurgery.masks.content import ContentMask
 from cadsurgery.masks.context import keypoints_at, labelled, sized
 from cadsurgery.masks.graded import EdgeMask, GradedMask, GradientMask, TrimapMask
-from cadsurgery.masks.keypoints import KeypointMask
+from cadsurgery.masks.keypoint_masks import KeypointMask
 from cadsurgery.masks.learned import EstimatedMask, LearnedMask
 from cadsurgery.masks.preview import PreviewMask
 from cadsurgery.masks.provider import FineMapSpec, Grid, MaskProvider, list_masks, mask_provider

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.filters import on_samples, resize
-from cadsurgery.masks.options import SHARE, between, check_options
+from cadsurgery.masks.mask_options import SHARE, between, check_options
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels, mask_provider
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput

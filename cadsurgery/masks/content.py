@@ -12,7 +12,7 @@ from torch import Tensor
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.context import call_context
 from cadsurgery.masks.filters import differences, grey_of, on_samples
-from cadsurgery.masks.options import SHARE, between, check_options
+from cadsurgery.masks.mask_options import SHARE, between, check_options
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
 
 _SAMPLES = 64  # along each side, for the median of a picture

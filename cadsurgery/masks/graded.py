@@ -16,7 +16,7 @@ from torch import Tensor
 from cadsurgery.data.labels import as_classes
 from cadsurgery.masks.context import labels_of
 from cadsurgery.masks.filters import blur, closeness, differences, grey_of, near
-from cadsurgery.masks.options import NUMBER, ODD, WIDTH, check_count, check_options, several
+from cadsurgery.masks.mask_options import NUMBER, ODD, WIDTH, check_count, check_options, several
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
 from cadsurgery.support.errors import InvalidInput
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadsurgery.masks.filters import on_samples
-from cadsurgery.masks.options import SHARE, Allowed, between, check_options, several
+from cadsurgery.masks.mask_options import SHARE, Allowed, between, check_options, several
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
 from cadsurgery.support.errors import InvalidInput
 

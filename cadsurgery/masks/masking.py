@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadsurgery.elements.fresh import of_size
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
+from cadsurgery.elements.size_symbols import of_size
 from cadsurgery.elements.sizes import divide_up, is_for_any_size
 from cadsurgery.masks.context import call_context, limited, sizes_of
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels

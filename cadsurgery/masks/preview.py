@@ -12,7 +12,7 @@ from torch import Tensor
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.context import preview_output
 from cadsurgery.masks.filters import on_samples
-from cadsurgery.masks.options import between, check_options
+from cadsurgery.masks.mask_options import between, check_options
 from cadsurgery.masks.provider import FineMapSpec, mask_provider
 from cadsurgery.masks.scored import ScoredMask
 from cadsurgery.support.errors import InvalidInput

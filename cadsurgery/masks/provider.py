@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cadsurgery.elements.lattice import Geometry, as_levels
 from cadsurgery.elements.sizes import divide_up
-from cadsurgery.masks.options import format_options, options_of
+from cadsurgery.masks.mask_options import format_options, options_of
 from cadsurgery.support.describe import describe
 from cadsurgery.support.device_checks import check
 from cadsurgery.support.errors import InvalidInput

@@ -15,7 +15,7 @@ from cadsurgery.elements.backends.target import target_of_graph
 from cadsurgery.masks.context import first_pass_output
 from cadsurgery.masks.filters import blur, resize
 from cadsurgery.masks.graded import SteppedMask
-from cadsurgery.masks.options import (
+from cadsurgery.masks.mask_options import (
     NUMBER,
     WIDTH,
     check_falling,

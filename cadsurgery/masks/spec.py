@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cadsurgery.masks.basic import TENSOR, FixedMask, FunctionMask
-from cadsurgery.masks.options import format_options, options_of, read_option
+from cadsurgery.masks.mask_options import format_options, options_of, read_option
 from cadsurgery.masks.provider import PROVIDERS, MaskProvider
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.describe import describe

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cadsurgery.masks.filters import mean_of_patches, on_samples, window_maximum
 from cadsurgery.masks.graded import SteppedMask
-from cadsurgery.masks.options import (
+from cadsurgery.masks.mask_options import (
     NUMBER,
     ODD,
     between,

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.data.networks import Source, channels_of, license_of
+from cadsurgery.following.arguments import image_of
+from cadsurgery.following.hooks import copying, freeze_computed_weights
 from cadsurgery.masks.masking import check_image
 from cadsurgery.methods.program import CallWork, StepProgram, work_of
 from cadsurgery.methods.report import RULES, MethodMacs, MethodPlan
-from cadsurgery.network.candidates import check_network
 from cadsurgery.network.fuse import KERNELS, fuse, split_norms
 from cadsurgery.network.macs import meta_copy
 from cadsurgery.network.program import Derived
@@ -38,12 +39,11 @@ from cadsurgery.network.storage import (
     check_types,
     checksum,
 )
+from cadsurgery.network.unconvertible import check_network
 from cadsurgery.support.errors import FileError, InvalidInput, check_name
 from cadsurgery.support.files import as_file_error
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.provenance import versions
-from cadsurgery.surgery.arguments import image_of
-from cadsurgery.surgery.hooks import copying, freeze_computed_weights
 
 _IN_FILE: dict[str, Any] = {
     **{METHOD: str, "format": int, "versions": dict[str, str], "source": dict[str, Any] | None},

@@ -16,11 +16,11 @@ from torch.fx.node import map_aggregate
 
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.weights import FusedConv
+from cadsurgery.following.arguments import bind_all, contain
+from cadsurgery.following.hooks import child, parameter
 from cadsurgery.support.counting import MacCounter
 from cadsurgery.support.meta_tensors import to_meta
 from cadsurgery.support.torch_internals import tree_map
-from cadsurgery.surgery.arguments import bind_all, contain
-from cadsurgery.surgery.hooks import child, parameter
 from cadsurgery.surgery.rewrite import pack_graph, unpack_graph
 from cadsurgery.surgery.spatial import WHOLE, SpatialKind
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from cadsurgery.data.hub import FILE, Address, client, read_address, refusing
 from cadsurgery.data.networks import license_of
-from cadsurgery.methods.storage import Converted, save
+from cadsurgery.methods.method_files import Converted, save
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import warn
 

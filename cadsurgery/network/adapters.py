@@ -13,13 +13,13 @@ from torch import Tensor, fx, nn
 from cadsurgery.elements import functional
 from cadsurgery.elements.mean_shift import MeanShift
 from cadsurgery.elements.refinement import Refinement
+from cadsurgery.following.arguments import example_of
+from cadsurgery.following.equivalence import meta_copy
+from cadsurgery.following.graphs import copy_graph, downstream, gives, upwards
+from cadsurgery.following.hooks import acts_as
 from cadsurgery.network.macs import Counter
 from cadsurgery.network.program import Program
-from cadsurgery.surgery.arguments import example_of
-from cadsurgery.surgery.graphs import copy_graph, downstream, gives, upwards
-from cadsurgery.surgery.hooks import acts_as
 from cadsurgery.surgery.rewrite import WORK, ask_mask
-from cadsurgery.surgery.sameness import meta_copy
 
 # Name of the submodule with the adapters of a network. Like the mask, they are not part of its state dict.
 ADAPTERS = "_adapters"

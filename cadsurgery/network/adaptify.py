@@ -11,22 +11,22 @@ from torch import nn
 
 from cadsurgery.data.networks import license_of, source_of, stated_statistics
 from cadsurgery.elements.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
+from cadsurgery.following.arguments import image_of, outside_inference_mode
+from cadsurgery.following.facts import Facts
+from cadsurgery.following.hooks import copying, take_over, why_not_copied
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation, estimate, is_picture, read_normalisation
-from cadsurgery.network.candidates import check_network
-from cadsurgery.network.convert import carry_out
+from cadsurgery.network.adaptive_part import Example, traceable_part
+from cadsurgery.network.conversion import carry_out
 from cadsurgery.network.hosted import HostedModel, check_used
 from cadsurgery.network.macs import PICTURE, count_planned
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.network.parts import Example, traceable_part
+from cadsurgery.network.unconvertible import check_network
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput, describe_error, warn
 from cadsurgery.support.progress import Step, waiting
-from cadsurgery.surgery.arguments import image_of, outside_inference_mode
 from cadsurgery.surgery.decide import FLOOR, floors_prospect, make_plan
-from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow
-from cadsurgery.surgery.hooks import copying, take_over, why_not_copied
 from cadsurgery.surgery.plan import Outputs, Plan
 from cadsurgery.surgery.verify import Case, measure_effect, verify
 

@@ -10,13 +10,13 @@ from itertools import islice
 import torch
 from torch import nn
 
+from cadsurgery.following.arguments import Arguments, run_forward
+from cadsurgery.following.call_entry import signature_of
+from cadsurgery.following.facts import default_examples
+from cadsurgery.following.trace import CannotFollow, evaluating
 from cadsurgery.support.errors import CadError, CannotConvert
-from cadsurgery.surgery.arguments import Arguments, run_forward
 from cadsurgery.surgery.decide import make_plan
-from cadsurgery.surgery.entry import signature_of
-from cadsurgery.surgery.facts import default_examples
-from cadsurgery.surgery.read import read
-from cadsurgery.surgery.trace import CannotFollow, evaluating
+from cadsurgery.surgery.rules import read
 
 _MOST_PARTS = 12  # number of parts that are tried if a network cannot be traced
 _MOST_SWITCHES = 6  # number of attributes and arguments that are tried

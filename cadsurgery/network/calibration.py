@@ -12,11 +12,11 @@ from cadsurgery.data import SegmentationData, open_pictures
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source
 from cadsurgery.data.samples import MOST, pictures_of
+from cadsurgery.following.arguments import image_of
 from cadsurgery.masks.unit import Normalisation
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.surgery.arguments import image_of
 
 _FORMS = (
     "give about 8 to 100 images as the network takes them: a batch (B, C, H, W), a list of batches or of images "

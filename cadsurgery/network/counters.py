@@ -11,9 +11,9 @@ from torch import fx, nn
 
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.on_rows import OnRows
+from cadsurgery.following.hooks import child, is_counter
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.torch_internals import tree_map_only
-from cadsurgery.surgery.hooks import child, is_counter
 from cadsurgery.surgery.rewrite import WORK
 
 

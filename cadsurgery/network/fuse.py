@@ -21,9 +21,7 @@ from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.elements.operations import operation_of
-from cadsurgery.network.idioms import Affine, AppliedOperation, affine_of, name_activations, step_of
-from cadsurgery.support import torch_operations
-from cadsurgery.surgery.graphs import (
+from cadsurgery.following.graphs import (
     Constants,
     Interpreter,
     changes_in_place,
@@ -34,8 +32,10 @@ from cadsurgery.surgery.graphs import (
     read_elsewhere,
     torch_target,
 )
-from cadsurgery.surgery.guards import drop_dead_code
-from cadsurgery.surgery.hooks import act_alike, acts_as, child, is_hooked
+from cadsurgery.following.guards import drop_dead_code
+from cadsurgery.following.hooks import act_alike, acts_as, child, is_hooked
+from cadsurgery.network.idioms import Affine, AppliedOperation, affine_of, name_activations, step_of
+from cadsurgery.support import torch_operations
 from cadsurgery.surgery.treatment import has_rule
 
 # Name of the submodule that holds the fused convolutions of a network.

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.elements.lattice import Lattice
+from cadsurgery.following.call_entry import signature_of
+from cadsurgery.following.hooks import copying
+from cadsurgery.following.module_state import left_as_it_is
+from cadsurgery.following.trace import evaluating
 from cadsurgery.masks.context import call_context, note_sizes, sized, sizes_in
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, shapes_of
@@ -19,10 +23,6 @@ from cadsurgery.network.program import PARTS, Derived
 from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.support.torch_internals import is_exporting
-from cadsurgery.surgery.entry import signature_of
-from cadsurgery.surgery.hooks import copying
-from cadsurgery.surgery.state import left_as_it_is
-from cadsurgery.surgery.trace import evaluating
 
 
 class Reached(NamedTuple):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements.on_rows import OnRows
+from cadsurgery.following.graphs import Constants, torch_target
 from cadsurgery.support.torch_operations import TorchOperation, is_in_place, name_of, operation_of
-from cadsurgery.surgery.graphs import Constants, torch_target
 from cadsurgery.surgery.rewrite import STAGE
 
 ModuleOf = Callable[[Any], nn.Module | None]

@@ -22,6 +22,9 @@ from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation_of
+from cadsurgery.following.arguments import Arguments, change_images, image_of, in_order
+from cadsurgery.following.equivalence import meta_copy
+from cadsurgery.following.graphs import sizes_in_tensors, takes_sizes, torch_target
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
@@ -31,12 +34,9 @@ from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, check_name, first_line
 from cadsurgery.support.meta_tensors import to_meta
 from cadsurgery.support.torch_internals import tree_map
-from cadsurgery.surgery.arguments import Arguments, change_images, image_of, in_order
-from cadsurgery.surgery.graphs import sizes_in_tensors, takes_sizes, torch_target
 from cadsurgery.surgery.plan import PlannedWork
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import WORK
-from cadsurgery.surgery.sameness import meta_copy
 
 RULES = ("conv", "published")
 PICTURE = (512, 1024)  # size of the image on which the work of a plan is counted by default

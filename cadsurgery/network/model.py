@@ -17,6 +17,12 @@ from torch import Tensor, nn
 
 from cadsurgery.data.networks import Source, source_of
 from cadsurgery.elements.lattice import Lattice
+from cadsurgery.following.arguments import kinds_of, outside_inference_mode
+from cadsurgery.following.equivalence import meta_copy
+from cadsurgery.following.graphs import called_modules
+from cadsurgery.following.guards import GuardFailed, is_guard
+from cadsurgery.following.hooks import acts_as, child, copying, take_over
+from cadsurgery.following.trace import drop_cached
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.context import call_context, masked, sized, sizes_in
 from cadsurgery.masks.masking import NEEDS_STATIC
@@ -32,26 +38,20 @@ from cadsurgery.network.adapters import (
     make_refinements,
     with_adapters,
 )
-from cadsurgery.network.bands.run import Bands, RowsOfResult, Walks
-from cadsurgery.network.convert import convert_for_call
+from cadsurgery.network.bands.banded_call import Bands, RowsOfResult, Walks
+from cadsurgery.network.conversion import convert_for_call
 from cadsurgery.network.counters import CallingCounters
+from cadsurgery.network.cuda_graphs import Called, Recordings
 from cadsurgery.network.fuse import KERNELS
-from cadsurgery.network.inputs import first_value
+from cadsurgery.network.input_refusals import first_value
 from cadsurgery.network.macs import MacReport, count_macs
 from cadsurgery.network.optimized import BFLOAT16, FLOAT, check_precision, fuse_network
 from cadsurgery.network.program import Masked, Program, ProgramNetwork, frozen_copy, refuse_torchscript
-from cadsurgery.network.recorded import Called, Recordings
 from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import InvalidInput, NotConverted
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent, waiting
 from cadsurgery.support.torch_internals import is_exporting, is_transformed, tree_leaves
-from cadsurgery.surgery.arguments import kinds_of, outside_inference_mode
-from cadsurgery.surgery.graphs import called_modules
-from cadsurgery.surgery.guards import GuardFailed, is_guard
-from cadsurgery.surgery.hooks import acts_as, child, copying, take_over
-from cadsurgery.surgery.sameness import meta_copy
-from cadsurgery.surgery.trace import drop_cached
 from cadsurgery.surgery.verify import Check
 
 # Tracing patches functions of torch, so only one thread traces at a time; a waiting thread reuses the traced program.
@@ -575,7 +575,7 @@ class OptimizedModel(AdaptiveModel):
     @torch.compiler.disable(reason="an optimised network is not compiled: compile the one it was made from")
     def forward(self, *args: Any, mask: object = None, sizes: Any = None, **kwargs: Any) -> Any:
         """Run the network as the original is called; see `AdaptiveModel.forward`. torch.compile does not compile it:
-        on a GPU it records its calls, see `network/recorded.py`."""
+        on a GPU it records its calls, see `network/cuda_graphs.py`."""
         with torch.no_grad():
             return super().forward(*args, mask=mask, sizes=sizes, **kwargs)
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from cadsurgery.following.hooks import Watched, child, freeze_computed_weights
 from cadsurgery.network.fuse import KERNELS, fuse, split_norms
 from cadsurgery.network.program import Program, ProgramNetwork
 from cadsurgery.support.errors import InvalidInput, check_name
-from cadsurgery.surgery.hooks import Watched, child, freeze_computed_weights
 
 PRECISIONS = (FLOAT := "float", BFLOAT16 := "bfloat16")
 

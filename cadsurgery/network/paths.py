@@ -19,12 +19,12 @@ from cadsurgery.elements.axes import NCHW
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.resizing import read_as_resized
+from cadsurgery.following.graphs import gives
 from cadsurgery.masks.provider import FineMapSpec
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.torch_internals import BatchNorm
-from cadsurgery.surgery.graphs import gives
 from cadsurgery.surgery.rewrite import ask_mask
 
 _PLAIN = (int, float, str, torch.Size, torch.dtype, torch.device, type(None))

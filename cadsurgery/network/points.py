@@ -20,6 +20,8 @@ from cadsurgery.elements.backends.choose import pick
 from cadsurgery.elements.elements import guided
 from cadsurgery.elements.kernel_map import read_points
 from cadsurgery.elements.lattice import Lattice
+from cadsurgery.following.equivalence import meta_copy
+from cadsurgery.following.guards import drop_dead_code
 from cadsurgery.masks.context import keypoints_at
 from cadsurgery.masks.detectors import points_of
 from cadsurgery.masks.spec import resolve_mask
@@ -31,8 +33,6 @@ from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, UnknownName, check_name
 from cadsurgery.support.meta_tensors import to_meta
 from cadsurgery.support.torch_internals import BatchNorm, tree_leaves, tree_map
-from cadsurgery.surgery.guards import drop_dead_code
-from cadsurgery.surgery.sameness import meta_copy
 
 Reach = Literal["all", "receptive"]
 Align = Literal["cell", "corners"]

@@ -15,24 +15,24 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.elements.backends.choose import Misfit
 from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.following.arguments import bind_all, contain, image_of, in_order, kind_of
+from cadsurgery.following.graphs import GRAPH_FILE, Interpreter
+from cadsurgery.following.guards import GuardFailed
+from cadsurgery.following.hooks import Watch, Watched
+from cadsurgery.following.outside_values import Changed, Outside, OutsideWatch
+from cadsurgery.following.trace import evaluating
 from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Unit
-from cadsurgery.network.inputs import misfit, wrong_for_weights, wrong_size
+from cadsurgery.network.input_refusals import misfit, wrong_for_weights, wrong_size
 from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput
 from cadsurgery.support.torch_internals import is_traced_by_jit, tree_map_only
-from cadsurgery.surgery.arguments import bind_all, contain, image_of, in_order, kind_of
-from cadsurgery.surgery.graphs import GRAPH_FILE, Interpreter
-from cadsurgery.surgery.guards import GuardFailed
-from cadsurgery.surgery.hooks import Watch, Watched
-from cadsurgery.surgery.outside import Changed, Outside, OutsideWatch
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.rewrite import Halves, ask_mask, halves, pack_graph, unpack_graph
-from cadsurgery.surgery.trace import evaluating
 
 Masked = tuple[Any, Lattice]  # result of a run: output and lattice
 _GRAPHS = ("graph", "unchanged")
@@ -52,7 +52,7 @@ class Program:
         unchanged: the network's own graph, which runs instead if the mask keeps every value on its own grid; only for a
             part of a network whose discrete decisions (detections) must not depend on rounding.
         watched: modules that the rewritten graph relies on.
-        kinds: kind of each argument of the call that was traced, see `surgery.arguments.kind_of`.
+        kinds: kind of each argument of the call that was traced, see `following.arguments.kind_of`.
         outside: attributes and global values that the network's code read then.
         is_fused: true if weights are folded and packed for inference; they then convert themselves to any type.
         net: the `AdaptiveModel` whose modules and parameters the graphs use; see `bind_to`.
@@ -295,7 +295,7 @@ class Program:
         """Compare the arguments of a call with those of the call that was traced.
 
         Raises:
-            GuardFailed: one is of another kind, see `surgery.arguments.kind_of`; the graph does not hold for it.
+            GuardFailed: one is of another kind, see `following.arguments.kind_of`; the graph does not hold for it.
         """
         for name, value in arguments.items():
             if name in self.kinds and kind_of(value) != self.kinds[name]:

@@ -19,20 +19,20 @@ from torch import Tensor, nn
 
 from cadsurgery.data.hub import fetch, is_address
 from cadsurgery.data.networks import Source, build_again, channels_of, license_of
+from cadsurgery.following.arguments import example_of, outside_inference_mode, values_of
 from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
 from cadsurgery.masks.spec import parse
 from cadsurgery.masks.unit import Normalisation, Unit
 from cadsurgery.network.adapters import MEANS, REFINEMENTS, kind_of
 from cadsurgery.network.adaptify import adaptify, copy_network
-from cadsurgery.network.candidates import check_network
+from cadsurgery.network.adaptive_part import CallOfPart
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.network.parts import CallOfPart
+from cadsurgery.network.unconvertible import check_network
 from cadsurgery.support import files, kinds
 from cadsurgery.support.errors import FileError, InvalidInput, first_line
 from cadsurgery.support.files import as_file_error, write_whole
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.provenance import import_nothing_for, versions
-from cadsurgery.surgery.arguments import example_of, outside_inference_mode, values_of
 from cadsurgery.surgery.plan import Plan
 
 FORMAT = 3  # no release wrote the two before

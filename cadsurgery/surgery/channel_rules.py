@@ -29,9 +29,10 @@ from cadsurgery.elements.axes import (
     shuffle_channels,
 )
 from cadsurgery.elements.kernel_map import Window
+from cadsurgery.following.facts import MapFacts
+from cadsurgery.following.graphs import axes_order
+from cadsurgery.following.tracer import assign
 from cadsurgery.support.torch_operations import spellings
-from cadsurgery.surgery.facts import MapFacts
-from cadsurgery.surgery.graphs import axes_order
 from cadsurgery.surgery.rule_arguments import (
     DIM_NAMES,
     arguments_of,
@@ -40,7 +41,6 @@ from cadsurgery.surgery.rule_arguments import (
     pools_with_indices,
     redirect,
 )
-from cadsurgery.surgery.tracer import assign
 from cadsurgery.surgery.treatment import Call, Treatment, barrier, operation_name, rule
 
 # -- along channels ------------------------------------------------------------------------------------

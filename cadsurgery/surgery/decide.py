@@ -10,16 +10,16 @@ from torch import fx
 
 from cadsurgery.elements.axes import NCHW
 from cadsurgery.elements.sizes import divide_up
+from cadsurgery.following.arguments import describe_call
+from cadsurgery.following.facts import Facts
+from cadsurgery.following.graphs import and_after, source_line
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.surgery.arguments import describe_call
-from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.barriers import Refusal, settle_flow
 from cadsurgery.surgery.flow import Flow, Role, copy_read, flow_forward, why_inside_cells
-from cadsurgery.surgery.graphs import and_after, source_line
 from cadsurgery.surgery.plan import Action, Decision, Leaves, Outputs, Plan, Prospect
 from cadsurgery.surgery.readings import DilationReading, consider, read_dilations
 from cadsurgery.surgery.refusals import RegionOption, asked_region, nothing_to_convert
 from cadsurgery.surgery.region import Region, floor_region, region_of
-from cadsurgery.surgery.settle import Refusal, settle_flow
 from cadsurgery.surgery.treatment import Barrier, Cause, Treatment, operation_name
 
 FLOOR = 32  # the floor that plans and `recommend` speak of, in input pixels

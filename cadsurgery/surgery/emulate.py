@@ -19,9 +19,9 @@ from cadsurgery.elements.functional import resize
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.elements.sizes import divide_up
+from cadsurgery.following.graphs import Interpreter, pads
 from cadsurgery.support.torch_internals import BatchNorm
 from cadsurgery.support.torch_operations import name_of
-from cadsurgery.surgery.graphs import Interpreter, pads
 from cadsurgery.surgery.plan import Decision, Plan
 
 # Reductions whose result depends on the number of samples, which is that of the network's own grid at every level.

@@ -16,12 +16,12 @@ from functools import cached_property
 from torch import fx
 
 from cadsurgery.elements.axes import NCHW, is_flat
+from cadsurgery.following.facts import Facts, MapFacts
+from cadsurgery.following.graphs import and_after
+from cadsurgery.following.moved_views import View, view_of
 from cadsurgery.support.torch_operations import is_in_place, is_kind
-from cadsurgery.surgery.facts import Facts, MapFacts
-from cadsurgery.surgery.graphs import and_after
 from cadsurgery.surgery.rules import treat
 from cadsurgery.surgery.treatment import Barrier, Cause, Treatment, is_mixer, why_whole
-from cadsurgery.surgery.views import View, view_of
 
 
 class Role(Enum):

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from cadsurgery.surgery.facts import Facts
+from cadsurgery.following.facts import Facts
+from cadsurgery.following.graphs import and_after
+from cadsurgery.surgery.barriers import MERE_TAIL, Refusal, Settled, settle_flow
 from cadsurgery.surgery.flow import Flow, Role
-from cadsurgery.surgery.graphs import and_after
 from cadsurgery.surgery.plan import Considered
 from cadsurgery.surgery.region import Region, region_of
-from cadsurgery.surgery.settle import MERE_TAIL, Refusal, Settled, settle_flow
 from cadsurgery.surgery.treatment import Cause
 
 # The usual output stride of classification networks; dilations beyond it belong to context modules.

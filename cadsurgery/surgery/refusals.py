@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from cadsurgery.following.facts import Facts
+from cadsurgery.following.graphs import source_line
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName
-from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.barriers import Refusal
 from cadsurgery.surgery.flow import Flow, position_mixers
-from cadsurgery.surgery.graphs import source_line
-from cadsurgery.surgery.settle import Refusal
 from cadsurgery.surgery.treatment import Barrier, Cause, operation_name, why_whole
 
 RegionOption = str | Sequence[str]

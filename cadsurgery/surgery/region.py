@@ -13,8 +13,8 @@ from functools import cached_property
 
 from torch import fx
 
+from cadsurgery.following.graphs import upstream
 from cadsurgery.surgery.flow import Flow, Role
-from cadsurgery.surgery.graphs import upstream
 
 # A region of floors begins behind barriers if it has at least this share of the MACs then, and so many times the MACs
 # that it has before them.

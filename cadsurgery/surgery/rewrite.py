@@ -15,13 +15,13 @@ from torch.fx.node import map_aggregate
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
+from cadsurgery.following.facts import Facts
+from cadsurgery.following.graphs import copy_graph, downstream, upwards
+from cadsurgery.following.guards import check_branch, drop_dead_code, is_whole
+from cadsurgery.following.hooks import parameter, prepare_weights
 from cadsurgery.support.errors import CannotConvert
 from cadsurgery.support.torch_operations import asks
-from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, is_filled
-from cadsurgery.surgery.graphs import copy_graph, downstream, upwards
-from cadsurgery.surgery.guards import check_branch, drop_dead_code, is_whole
-from cadsurgery.surgery.hooks import parameter, prepare_weights
 from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.refusals import place_of
 from cadsurgery.surgery.rule_arguments import arguments_of

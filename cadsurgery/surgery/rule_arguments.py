@@ -7,8 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
-from cadsurgery.surgery.facts import MapFacts
-from cadsurgery.surgery.hooks import acts_as
+from cadsurgery.following.facts import MapFacts
+from cadsurgery.following.hooks import acts_as
 from cadsurgery.surgery.treatment import Attribute, Call
 
 # Names of the argument that tells axes.

@@ -24,10 +24,13 @@ from cadsurgery.elements.axes import (
     row_dim,
 )
 from cadsurgery.elements.kernel_map import Window
+from cadsurgery.following.arguments import Arguments
+from cadsurgery.following.facts import Facts, MapFacts
+from cadsurgery.following.hooks import acts_as
+from cadsurgery.following.read import Known
+from cadsurgery.following.read import read as follow
 from cadsurgery.support.torch_operations import name_of, spellings
 from cadsurgery.surgery.channel_rules import concatenation
-from cadsurgery.surgery.facts import MapFacts
-from cadsurgery.surgery.hooks import acts_as
 from cadsurgery.surgery.rule_arguments import (
     arguments_of,
     axes_of,
@@ -55,7 +58,23 @@ from cadsurgery.surgery.treatment import (
 )
 
 # Code that looks up rules imports these names from here, so that all rules of this module are registered.
-__all__ = ["Attribute", "Call", "Treatment", "barrier", "has_rule", "rule", "ruled_functions", "treat"]
+__all__ = [
+    "Attribute",
+    "Call",
+    "Treatment",
+    "barrier",
+    "has_rule",
+    "read",
+    "rule",
+    "ruled_functions",
+    "treat",
+]
+
+
+def read(model: nn.Module, example: Arguments | None, exactly: bool = False) -> Facts:
+    """Return graph and facts of a network; operations with a rule are single nodes. See `following.read`."""
+    return follow(model, example, Known(has_rule, ruled_functions), exactly)
+
 
 # -- convolutions and pooling: windows -----------------------------------------------------------------
 

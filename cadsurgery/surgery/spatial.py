@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.kernel_map import Window
-from cadsurgery.surgery.facts import Facts, MapFacts
+from cadsurgery.following.facts import Facts, MapFacts
 from cadsurgery.surgery.flow import flow_forward
 from cadsurgery.surgery.rules import treat
 from cadsurgery.surgery.treatment import Treatment

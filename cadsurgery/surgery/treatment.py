@@ -22,13 +22,13 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import Operation, operation_of
+from cadsurgery.following.facts import Facts, MapFacts
+from cadsurgery.following.hooks import act_alike, own_class, stays_whole
+from cadsurgery.following.tracer import HOOKS
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.plain import docstring_of
 from cadsurgery.support.provenance import same_place
 from cadsurgery.support.torch_operations import is_kind
-from cadsurgery.surgery.facts import Facts, MapFacts
-from cadsurgery.surgery.hooks import act_alike, own_class, stays_whole
-from cadsurgery.surgery.tracer import HOOKS
 
 Kind = Literal["window", "pad", "resize", "pointwise", "join", "global", "broadcast", "shape", "barrier"]
 

@@ -27,11 +27,7 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements, to_dense
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.elements.operations import operation_of
-from cadsurgery.support.divergence import tensors_of
-from cadsurgery.support.errors import CadError, CannotConvert, first_line
-from cadsurgery.support.torch_internals import TorchDispatchMode, tree_leaves
-from cadsurgery.support.torch_operations import chooses
-from cadsurgery.surgery.arguments import (
+from cadsurgery.following.arguments import (
     AnyLayout,
     Arguments,
     change_images,
@@ -46,14 +42,18 @@ from cadsurgery.surgery.arguments import (
     with_other_numbers,
     with_other_values,
 )
+from cadsurgery.following.equivalence import TOLERANCE, no_dead_branches, scales, wide_copy
+from cadsurgery.following.facts import Facts
+from cadsurgery.following.graphs import Interpreter, downstream, gives
+from cadsurgery.following.guards import GuardFailed
+from cadsurgery.following.trace import evaluating
+from cadsurgery.support.divergence import tensors_of
+from cadsurgery.support.errors import CadError, CannotConvert, first_line
+from cadsurgery.support.torch_internals import TorchDispatchMode, tree_leaves
+from cadsurgery.support.torch_operations import chooses
 from cadsurgery.surgery.emulate import CannotEmulate, Emulator, can_emulate
-from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.graphs import Interpreter, downstream, gives
-from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.plan import SMALL_EFFECT, Decision, Plan
 from cadsurgery.surgery.rewrite import ORIGIN
-from cadsurgery.surgery.sameness import TOLERANCE, no_dead_branches, scales, wide_copy
-from cadsurgery.surgery.trace import evaluating
 
 _REPORT = "please report this with the model's name; a smaller region=[...] may avoid the operation."
 

@@ -56,11 +56,10 @@ from cadsurgery.tasks.open import (
     provenance,
     with_statistics,
 )
-from cadsurgery.tasks.options import Benchmark, Conversion
 from cadsurgery.tasks.report import Row, check_outputs
 from cadsurgery.tasks.side import Side, measure
 from cadsurgery.tasks.sides import need_kind
-from cadsurgery.tasks.sides.engines import (
+from cadsurgery.tasks.sides.engine_sides import (
     HIGH,
     LOW,
     RIVALS,
@@ -72,6 +71,7 @@ from cadsurgery.tasks.sides.engines import (
     runs_of,
     smaller_sides,
 )
+from cadsurgery.tasks.task_options import Benchmark, Conversion
 
 FRACTIONS = (1.0, 0.5, 0.34, 0.25, 0.1, 0.0)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -1,7 +1,7 @@
 """The options of each command, in the order of its help: names, defaults, help and limits are stated here alone.
 
 Tasks take these dataclasses, except those that are public functions of Python: these have signatures of their own,
-whose defaults a test compares with these. Like `cadsurgery.tasks.options`, this module does not import torch.
+whose defaults a test compares with these. Like `cadsurgery.tasks.task_options`, this module does not import torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cadsurgery.support.defaults import DEFAULT_MASK, ENGINES
-from cadsurgery.tasks.options import (
+from cadsurgery.tasks.task_options import (
     Benchmark,
     Conversion,
     Exits,

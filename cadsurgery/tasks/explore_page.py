@@ -19,7 +19,7 @@ from cadsurgery.data.images import SUFFIXES
 from cadsurgery.support.errors import CadError, import_optional
 from cadsurgery.support.progress import Step
 from cadsurgery.tasks.commands import ExploreOptions
-from cadsurgery.tasks.explore import (
+from cadsurgery.tasks.explorer import (
     BUDGET,
     LIMITS,
     SAMPLES,

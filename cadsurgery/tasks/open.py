@@ -18,8 +18,8 @@ from cadsurgery.data.networks import Source, build_again, build_model, source_of
 from cadsurgery.data.onnx_files import is_onnx
 from cadsurgery.data.samples import MOST, pictures_of
 from cadsurgery.masks.unit import BANDS, read_normalisation
-from cadsurgery.methods.storage import SiblingModel
-from cadsurgery.methods.storage import load as load_any
+from cadsurgery.methods.method_files import SiblingModel
+from cadsurgery.methods.method_files import load as load_any
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.storage import load, read_method
@@ -28,7 +28,7 @@ from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import FileError, InvalidInput, UnknownName
 from cadsurgery.support.kinds import CONVERTED, check_kind, kind_by_ending, kind_refused, of_another_kind
 from cadsurgery.support.provenance import describe_run
-from cadsurgery.tasks.options import Conversion
+from cadsurgery.tasks.task_options import Conversion
 
 Strides = tuple[int, int] | Sequence[tuple[int, int] | None]  # one pair (high, low), or several
 DEFAULT_SIZE = (512, 1024)

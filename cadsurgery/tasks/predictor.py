@@ -24,7 +24,7 @@ from cadsurgery.data.images import normalise, read_picture_for, write_picture
 from cadsurgery.data.networks import class_names
 from cadsurgery.data.stores import is_remote
 from cadsurgery.masks.wrappers import Smooth
-from cadsurgery.methods.storage import load
+from cadsurgery.methods.method_files import load
 from cadsurgery.network.model import pictures_for
 from cadsurgery.network.optimized import BFLOAT16
 from cadsurgery.support.divergence import tensors_of

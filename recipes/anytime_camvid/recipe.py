@@ -29,7 +29,7 @@ from cadsurgery.cli.options import read_threshold
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
 from cadsurgery.support.timing import interleaved
-from cadsurgery.tasks.sides.exits import in_words
+from cadsurgery.tasks.sides.exit_sides import in_words
 from recipes.camvid_mobilenetv2.network import build, images
 
 THRESHOLDS = (0.85, 0.9, 0.95, (0.9, 0.85, 0.9), (0.9, 0.85, 0.95), (0.9, 0.9, 0.95))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import cadsurgery as cs
 from cadsurgery.data.images import normalise
+from cadsurgery.following.trace import evaluating
 from cadsurgery.network.model import pictures_for
-from cadsurgery.surgery.trace import evaluating
 
 
 def body_of(net: cs.AdaptiveModel) -> cs.AdaptiveModel:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.vgg import make_layers
 
 import cadsurgery as cs
-from cadsurgery.data.weights import read_weights
+from cadsurgery.data.weight_files import read_weights
 
 BUILDER = "recipes.d2net_vgg.network:trunk"
 CHANNELS: tuple[Any, ...] = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512)

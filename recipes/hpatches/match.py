@@ -24,7 +24,7 @@ from cadsurgery.tasks.commands import (
     trust_option,
     weights_option,
 )
-from cadsurgery.tasks.options import Conversion, Extraction, documented, option, part
+from cadsurgery.tasks.task_options import Conversion, Extraction, documented, option, part
 
 commands = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from cadsurgery.data.samples import Samples, check_data
 from cadsurgery.finetune.balance import class_weights
 from cadsurgery.finetune.batches import inputs_of
+from cadsurgery.following.trace import evaluating
 from cadsurgery.masks import DetailMask, FineMapSpec
 from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.filters import mean_of_patches, resize
-from cadsurgery.masks.options import SHARE, check_options
+from cadsurgery.masks.mask_options import SHARE, check_options
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.support.divergence import divergence, kind_of, maps_of
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.surgery.trace import evaluating
 from cadsurgery.tasks.report import Plain
 from recipes.voc_deeplab.gain import GainMask, OracleMask
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cadsurgery.masks.context import first_pass_outputs
 from cadsurgery.masks.filters import blur, mean_of_patches, on_samples, resize
 from cadsurgery.masks.learned import EstimatedMask
-from cadsurgery.masks.options import NUMBER, WIDTH, check_options
+from cadsurgery.masks.mask_options import NUMBER, WIDTH, check_options
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
 from cadsurgery.masks.scored import missed
 from cadsurgery.support.divergence import divergence

@@ -29,7 +29,7 @@ from cadsurgery.support.processor import processor_in_words
 from cadsurgery.support.timing import Timing
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.tasks import bench, commands, side
-from cadsurgery.tasks import options as options_of_tasks
+from cadsurgery.tasks import task_options as options_of_tasks
 from cadsurgery.tasks.bench_report import BenchReport, BenchSetting
 from cadsurgery.tasks.evaluation import evaluate
 from cadsurgery.tasks.keypoints import extract
@@ -167,7 +167,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 import typer
 from cadsurgery.cli import options, screen
-from cadsurgery.tasks.options import option
+from cadsurgery.tasks.task_options import option
 
 commands = typer.Typer()
 

@@ -24,7 +24,7 @@ from cadsurgery.finetune.objectives import OBJECTIVES, list_objectives
 from cadsurgery.masks.provider import PROVIDERS, list_masks
 from cadsurgery.support.plain import docstring_of
 from cadsurgery.surgery.treatment import _RULES, first_line
-from cadsurgery.tasks.options import documented
+from cadsurgery.tasks.task_options import documented
 
 NETWORK = """
 from torch import nn

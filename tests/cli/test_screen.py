@@ -171,7 +171,7 @@ def test_an_interrupted_command_says_so_in_one_line(
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cadsurgery.tasks.convert.make_or_read_plan", interrupted)
+    monkeypatch.setattr("cadsurgery.tasks.convert_model.make_or_read_plan", interrupted)
     done = command_line("plan", "resnet18", "--json")
     assert done.code == 130 and done.err == "interrupted: plan, planning\n" and done.out == ""
 

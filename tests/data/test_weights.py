@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.data.networks import Source
-from cadsurgery.data.weights import load_weights
+from cadsurgery.data.weight_files import load_weights
 
 USERS = "from networks import Segmenter, seeded\n\ndef net(): return seeded(Segmenter)\n"
 

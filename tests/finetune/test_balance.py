@@ -9,8 +9,8 @@ from torch import nn
 
 import cadsurgery as cs
 from cadsurgery.finetune.balance import RARE, class_weights, pixel_weights
+from cadsurgery.finetune.learning_rates import Draw
 from cadsurgery.finetune.objectives import AnyBudget, Divergence, miss
-from cadsurgery.finetune.schedule import Draw
 from cadsurgery.support.divergence import divergence
 
 

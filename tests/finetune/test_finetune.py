@@ -28,8 +28,8 @@ from training import SIZE, Scenes, adaptive, flip
 import cadsurgery as cs
 from cadsurgery.finetune import Draw, Objective, Row, Settings, evaluate, fit, list_objectives, objective
 from cadsurgery.finetune.groups import make_groups, set_modes, stem_of
+from cadsurgery.finetune.learning_rates import SampleOrder, learning_rate
 from cadsurgery.finetune.objectives import OBJECTIVES, AnyBudget, Mixed, cross_entropy, miss, supervised
-from cadsurgery.finetune.schedule import SampleOrder, learning_rate
 from cadsurgery.masks import FineMapSpec, MaskProvider
 
 pytest.importorskip("accelerate")

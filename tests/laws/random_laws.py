@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
-from cadsurgery.surgery.guards import GuardFailed
+from cadsurgery.following.guards import GuardFailed
 from cadsurgery.surgery.verify import FirstOfEqual
 
 

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
 from cadsurgery.functional import gaussian_fill
-from cadsurgery.methods.anytime.run import AnytimeRun
+from cadsurgery.methods.anytime.exit_calls import AnytimeRun
 
 TYPES = (torch.float32, torch.float64)
 

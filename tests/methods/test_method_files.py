@@ -19,7 +19,7 @@ from training import SIZE, batch, residual_segmenter, with_exits
 
 import cadsurgery as cs
 from cadsurgery.masks import labelled
-from cadsurgery.methods.storage import read_plan
+from cadsurgery.methods.method_files import read_plan
 
 MADE: dict[str, tuple[str, Callable[[nn.Module], Any], str]] = {
     "exits": (

@@ -25,13 +25,13 @@ from cadsurgery.data.networks import source_of
 from cadsurgery.elements.axes import as_column, as_map, as_rows
 from cadsurgery.methods.anytime import AnytimePlan
 from cadsurgery.methods.converted import METHODS, GraphModel, register
+from cadsurgery.methods.method_files import read_plan
 from cadsurgery.methods.program import StepProgram, StepwiseCall, steps_of
 from cadsurgery.methods.report import MethodMacs, MethodPlan
 from cadsurgery.methods.resampling import ResampledPlan
 from cadsurgery.methods.sampling import SamplingPlan
-from cadsurgery.methods.storage import read_plan
 from cadsurgery.network.adaptify import copy_network
-from cadsurgery.network.parts import traceable_part
+from cadsurgery.network.adaptive_part import traceable_part
 
 # -- a method ------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import cadsurgery as cs
 from cadsurgery.methods.sampling import gates as gating
-from cadsurgery.methods.sampling.run import SampledRun
+from cadsurgery.methods.sampling.sampled_calls import SampledRun
 
 TYPES = (torch.float32, torch.float64)
 TIGHT = {torch.float32: 2e-4, torch.float64: 1e-9}
@@ -219,7 +219,7 @@ def test_whole_maps_and_chosen_positions_give_the_same_wherever_the_choice_lies(
     net, x = half_open(cs.sample(small(Bottleneck, torch.float64))), images(2, 67, 99, torch.float64)
     with torch.no_grad():
         expected = net(x)
-        with mock.patch("cadsurgery.methods.sampling.run.WHOLE_FROM", whole_from):
+        with mock.patch("cadsurgery.methods.sampling.sampled_calls.WHOLE_FROM", whole_from):
             assert_same(net(x), expected, 1e-9)
             assert_same(net.optimize()(x), expected, 1e-9)
 
@@ -359,7 +359,7 @@ def test_macs_are_what_runs() -> None:
     model = thin(lambda: ResNet(Bottleneck, [1, 2, 1, 1]), 2)
     net, x = half_open(cs.sample(model)), images(2, 65, 97)
     report = net.macs(x)
-    with torch.no_grad(), mock.patch("cadsurgery.methods.sampling.run.WHOLE_FROM", 2.0):
+    with torch.no_grad(), mock.patch("cadsurgery.methods.sampling.sampled_calls.WHOLE_FROM", 2.0):
         counter = FlopCounterMode(display=False)
         with counter:
             net(x)

@@ -28,11 +28,11 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_on
 import cadsurgery as cs
 from benchmarks.zoo import network_check
 from benchmarks.zoo.corpus import CHECKOUT, read_corpus, subject
+from cadsurgery.following.guards import is_guard
 from cadsurgery.network.export import Exported
 from cadsurgery.network.export.compare import difference, rounding_of
 from cadsurgery.network.export.dictionaries import further_inputs, open_call
 from cadsurgery.network.export.engines import ENGINES
-from cadsurgery.surgery.guards import is_guard
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

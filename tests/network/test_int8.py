@@ -30,7 +30,7 @@ from cadsurgery.network.export.engine import Engine
 from cadsurgery.network.export.engines import OnnxRuntime, OpenVino
 from cadsurgery.network.export.int8 import quantise, to_8_bits
 from cadsurgery.network.export.rounding import round_weight
-from cadsurgery.network.fidelity import measure
+from cadsurgery.network.fidelity_measure import measure
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

@@ -31,7 +31,7 @@ from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 from cadsurgery.masks import FineMapSpec
 from cadsurgery.masks.masking import Masking
-from cadsurgery.network.recorded import bucket
+from cadsurgery.network.cuda_graphs import bucket
 
 BUDGET = "edges | budget:fraction=0.34"
 double = torch.float64

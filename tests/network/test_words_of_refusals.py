@@ -13,9 +13,9 @@ from networks import unverified
 from torch import Tensor, fx, nn
 
 import cadsurgery as cs
+from cadsurgery.following.graphs import Interpreter
 from cadsurgery.support.errors import first_line
 from cadsurgery.support.memory import bytes_of, in_mebibytes
-from cadsurgery.surgery.graphs import Interpreter
 
 MASK = "edges | budget:fraction=0.3"
 

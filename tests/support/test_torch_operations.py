@@ -15,9 +15,10 @@ from conftest import assert_same, images, pointwise_rule
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cadsurgery.following.trace import trace
+from cadsurgery.network.adaptive_part import traceable_part
 from cadsurgery.network.fuse import Fuser, activation_of
 from cadsurgery.network.idioms import step_of
-from cadsurgery.network.parts import traceable_part
 from cadsurgery.support.counting import MacCounter
 from cadsurgery.support.torch_operations import (
     asks,
@@ -30,7 +31,6 @@ from cadsurgery.support.torch_operations import (
 )
 from cadsurgery.surgery.flow import is_filled
 from cadsurgery.surgery.spatial import Spatial
-from cadsurgery.surgery.trace import trace
 
 # Moderate numbers, zero and those at which functions have poles or end among them.
 MODERATE = torch.tensor([-100.0, -50.0, -3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0, 50.0, 100.0])

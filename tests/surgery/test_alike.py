@@ -12,7 +12,7 @@ from networks import Encoded, unverified
 from torch import nn
 
 import cadsurgery as cs
-from cadsurgery.surgery.hooks import act_alike
+from cadsurgery.following.hooks import act_alike
 
 
 class Shifted(nn.Conv2d):

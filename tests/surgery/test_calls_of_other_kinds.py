@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.elements.lattice import Geometry
-from cadsurgery.network.convert import carry_out
-from cadsurgery.network.parts import traceable_part
-from cadsurgery.surgery.arguments import kind_of
+from cadsurgery.following.arguments import kind_of
+from cadsurgery.network.adaptive_part import traceable_part
+from cadsurgery.network.conversion import carry_out
 from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.verify import Case, verify
 

@@ -16,7 +16,7 @@ from networks import build, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.surgery.trace import trace
+from cadsurgery.following.trace import trace
 
 
 class Awkward(nn.Module):

@@ -17,10 +17,9 @@ import cadsurgery as cs
 from cadsurgery.data.images import normalise, read_image, street_scene
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadError
-from cadsurgery.tasks import explore as explorer
-from cadsurgery.tasks import explore_page
+from cadsurgery.tasks import explore_page, explorer
 from cadsurgery.tasks.commands import ExploreOptions
-from cadsurgery.tasks.explore import BUDGET, THRESHOLD, WRITTEN, PageSettings, Subject, explore, open_subject
+from cadsurgery.tasks.explorer import BUDGET, THRESHOLD, WRITTEN, PageSettings, Subject, explore, open_subject
 
 NAME = "networks:segmenter"
 SETTINGS = [

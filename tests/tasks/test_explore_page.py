@@ -18,8 +18,8 @@ from cadsurgery.data.images import street_scene
 from cadsurgery.support.errors import CadError
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks.commands import ExploreOptions
-from cadsurgery.tasks.explore import open_subject
 from cadsurgery.tasks.explore_page import HOST, launch, make_page, serve
+from cadsurgery.tasks.explorer import open_subject
 
 pytestmark = pytest.mark.skipif(
     find_spec("gradio") is None, reason="Gradio is not installed: pip install 'cadsurgery[explore]'"

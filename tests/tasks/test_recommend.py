@@ -35,13 +35,13 @@ from cadsurgery.tasks.judging import (
     time_error,
 )
 from cadsurgery.tasks.recommend import Recommendation, recommend
-from cadsurgery.tasks.recommend import run as running
+from cadsurgery.tasks.recommend import search as running
 from cadsurgery.tasks.recommend.calls import Calls
 from cadsurgery.tasks.recommend.choice import choose, is_beaten
 from cadsurgery.tasks.recommend.currency import expected_loss
 from cadsurgery.tasks.recommend.report import Requirement, SettingRow, _change, _expected
 from cadsurgery.tasks.recommend.settings import Setting, find_candidates, in_turn
-from cadsurgery.tasks.sides.engines import scaled_size
+from cadsurgery.tasks.sides.engine_sides import scaled_size
 
 pytestmark = pytest.mark.usefixtures("not_compiled")
 COMPILED = Calls._compiled  # before the fixture replaces it

@@ -22,7 +22,7 @@ from cadsurgery.finetune import Settings, fit
 from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.masks import labelled
 from cadsurgery.resampling import boundaries, sample, target_locations
-from cadsurgery.tasks.sides.samples import WHOLE
+from cadsurgery.tasks.sides.sample_sides import WHOLE
 from recipes.resampling_mobilenetv2.recipe import Knowing, evaluate, table_of_macs
 
 # -- training ------------------------------------------------------------------------------------------

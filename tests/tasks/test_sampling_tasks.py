@@ -21,8 +21,8 @@ import cadsurgery as cs
 from cadsurgery.data.images import write_picture
 from cadsurgery.finetune import Settings, fit
 from cadsurgery.finetune.groups import make_groups
+from cadsurgery.finetune.learning_rates import Draw
 from cadsurgery.finetune.objectives import make_objective
-from cadsurgery.finetune.schedule import Draw
 from cadsurgery.methods.sampling.gates import Opened
 from cadsurgery.support.divergence import divergence
 from cadsurgery.tasks.bench import bench

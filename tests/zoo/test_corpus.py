@@ -20,7 +20,7 @@ from benchmarks.zoo.check import Limits, check_networks
 from benchmarks.zoo.corpus import Subject, find_corpus, network, read_corpus, subject
 from benchmarks.zoo.network_check import check_network
 from cadsurgery.support.divergence import tensors_of
-from cadsurgery.tasks.recorded import outlook, read_rows
+from cadsurgery.tasks.zoo_record import outlook, read_rows
 
 CORPUS = ROOT / "tests" / "corpus"
 SUBJECTS = {one.name: one for one in read_corpus(CORPUS)}

@@ -18,7 +18,7 @@ from benchmarks.zoo import corpus, network_check
 from benchmarks.zoo.check import Limits, check_networks
 from benchmarks.zoo.corpus import subject
 from benchmarks.zoo.network_check import check_network, settle
-from cadsurgery.tasks.recorded import outlook, read_rows, recorded
+from cadsurgery.tasks.zoo_record import outlook, read_rows, recorded
 
 # Networks whose structure no toy network has; their operations one by one: `laws/test_rule_laws.py`. All of them are
 # in the recorded run.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.zoo.bands_check import CONVERSIONS, check_in_bands
 from benchmarks.zoo.corpus import CHECKOUT, Subject, subject
 from cadsurgery.network.bands.steps import Windowed
-from cadsurgery.tasks.recorded import read_rows
+from cadsurgery.tasks.zoo_record import read_rows
 
 NAMES = {name for _, comparisons in CONVERSIONS for name in comparisons}
 SMALL = '''

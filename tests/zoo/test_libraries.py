@@ -15,7 +15,7 @@ from benchmarks import libraries_report
 from benchmarks.zoo import libraries
 from benchmarks.zoo.as_they_are import COMPARISONS, check_as_it_is
 from benchmarks.zoo.corpus import Subject
-from cadsurgery.tasks.recorded import read_rows
+from cadsurgery.tasks.zoo_record import read_rows
 
 
 class Named(nn.Module):

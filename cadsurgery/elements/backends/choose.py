@@ -24,7 +24,7 @@ from torch import Tensor
 from cadsurgery.elements.backends.target import target_of_graph
 from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_rows, row_numbers
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.elements.near import find_near
+from cadsurgery.elements.neighbours import find_near
 from cadsurgery.elements.sizes import is_statically_true
 from cadsurgery.kernels.dispatch import setting
 from cadsurgery.support.errors import InvalidInput

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from cadsurgery.following.facts import Facts
+from cadsurgery.following.graphs import upstream
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName
-from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.graphs import upstream
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rules import resizing
 from cadsurgery.surgery.treatment import rule_of

@@ -14,27 +14,27 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.data.networks import source_of
+from cadsurgery.following.arguments import image_of, outside_inference_mode
+from cadsurgery.following.call_entry import signature_of
+from cadsurgery.following.facts import Facts
+from cadsurgery.following.graphs import upstream
+from cadsurgery.following.hooks import child
+from cadsurgery.following.trace import evaluating
+from cadsurgery.methods.anytime.exit_calls import AnytimeRun
 from cadsurgery.methods.anytime.exits import Exit, Outlet, by_resolution, find_exits, find_outlet
 from cadsurgery.methods.anytime.heads import MOST_STEPS, HeadKind, connect, make_head
 from cadsurgery.methods.anytime.program import AnytimeProgram, cut
 from cadsurgery.methods.anytime.report import AnytimeMacs, AnytimePlan, ExitMacs, ExitPlan
-from cadsurgery.methods.anytime.run import AnytimeRun
 from cadsurgery.methods.converted import GraphModel, Stored, register
 from cadsurgery.methods.positions import Sites
 from cadsurgery.methods.program import CallWork, work_of
 from cadsurgery.network.adaptify import copy_network
+from cadsurgery.network.adaptive_part import Example, traceable_part
 from cadsurgery.network.macs import meta_copy
-from cadsurgery.network.parts import Example, traceable_part
 from cadsurgery.network.signature import Forward
 from cadsurgery.network.storage import check_width
 from cadsurgery.support.errors import CannotConvert, InvalidInput, check_name
-from cadsurgery.surgery.arguments import image_of, outside_inference_mode
-from cadsurgery.surgery.entry import signature_of
-from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.graphs import upstream
-from cadsurgery.surgery.hooks import child
 from cadsurgery.surgery.spatial import WHOLE, Spatial, SpatialKind
-from cadsurgery.surgery.trace import evaluating
 
 Confidence = Literal["probability", "entropy"]
 Fill = Literal["gaussian", "interpolated", "zeros"]

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import fx
 
+from cadsurgery.following.graphs import downstream, upstream
 from cadsurgery.methods.anytime.heads import resize_like
 from cadsurgery.methods.program import ProgramStep, StepProgram, steps_of
-from cadsurgery.surgery.graphs import downstream, upstream
 from cadsurgery.surgery.spatial import SpatialKind
 
 

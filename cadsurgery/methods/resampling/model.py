@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.data.networks import source_of, stated_statistics
+from cadsurgery.following.arguments import image_of, outside_inference_mode
+from cadsurgery.following.call_entry import signature_of
+from cadsurgery.following.trace import evaluating
 from cadsurgery.masks.context import call_context, labelled
 from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.unit import Normalisation
@@ -50,9 +53,6 @@ from cadsurgery.support.errors import CadError, CannotConvert, FileError, Invali
 from cadsurgery.support.files import as_file_error
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
-from cadsurgery.surgery.arguments import image_of, outside_inference_mode
-from cadsurgery.surgery.entry import signature_of
-from cadsurgery.surgery.trace import evaluating
 
 NETWORK, SAMPLER = "network", "location_sampler"  # names of the child modules
 _PREFIX, _OWN = f"{NETWORK}.", f"{SAMPLER}."

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cadsurgery.following.equivalence import meta_copy
 from cadsurgery.methods.report import RULES, MethodMacs, MethodPlan, in_words
 from cadsurgery.support.errors import check_name
 from cadsurgery.support.meta_tensors import to_meta
 from cadsurgery.support.torch_internals import tree_map
-from cadsurgery.surgery.sameness import meta_copy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from cadsurgery.elements.kernel_map import Window
+from cadsurgery.following.facts import Facts
+from cadsurgery.following.graphs import only_user
 from cadsurgery.network.fuse import leaves_values
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName
 from cadsurgery.support.torch_operations import operation_of
-from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.graphs import only_user
 from cadsurgery.surgery.spatial import CHANNELS_FIRST, CHANNELS_LAST, Spatial
 
 

@@ -11,22 +11,22 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.data.networks import source_of
+from cadsurgery.following.arguments import image_of, outside_inference_mode
+from cadsurgery.following.call_entry import signature_of
+from cadsurgery.following.facts import Facts
+from cadsurgery.following.trace import evaluating
 from cadsurgery.methods.converted import ConvertedModel, GraphModel, register
 from cadsurgery.methods.sampling.branches import Branch, find_branches
 from cadsurgery.methods.sampling.gates import DECAY, GRID, TEMPERATURE, Gate, hard_shares, shares, uniform
 from cadsurgery.methods.sampling.program import Block, Gated, SampledProgram, gather, reconstruct
 from cadsurgery.methods.sampling.report import BranchPlan, GatePlan, SampledMacs, SamplingPlan, count
-from cadsurgery.methods.sampling.run import SampledRun
+from cadsurgery.methods.sampling.sampled_calls import SampledRun
 from cadsurgery.network.adaptify import copy_network
+from cadsurgery.network.adaptive_part import Example, traceable_part
 from cadsurgery.network.hosted import Host, check_used
-from cadsurgery.network.parts import Example, traceable_part
 from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.surgery.arguments import image_of, outside_inference_mode
-from cadsurgery.surgery.entry import signature_of
-from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.spatial import Spatial
-from cadsurgery.surgery.trace import evaluating
 
 GATES = "sampling_gates"  # name of the child module that holds the gates
 _LAST = 0.75  # weight of a branch's last gate in the sparse loss, as published

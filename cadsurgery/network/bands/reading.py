@@ -26,6 +26,9 @@ from cadsurgery.elements.lattice import Geometry, Lattice, Pyramid
 from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.elements.operations import Operation, operation_of
 from cadsurgery.elements.resizing import Scaling
+from cadsurgery.following.arguments import in_order
+from cadsurgery.following.equivalence import meta_copy
+from cadsurgery.following.facts import Facts, MapFacts
 from cadsurgery.network.bands import element_steps, steps
 from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.schedule import BandMap, RowsRead
@@ -35,13 +38,10 @@ from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import CannotConvert
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
 from cadsurgery.support.torch_operations import is_kind
-from cadsurgery.surgery.arguments import in_order
 from cadsurgery.surgery.channel_rules import parts_of_index
-from cadsurgery.surgery.facts import Facts, MapFacts
 from cadsurgery.surgery.refusals import source_line
 from cadsurgery.surgery.rewrite import ask_mask
 from cadsurgery.surgery.rule_arguments import arguments_of, pair_of
-from cadsurgery.surgery.sameness import meta_copy
 from cadsurgery.surgery.spatial import Spatial
 from cadsurgery.surgery.treatment import Attribute, Call, Treatment, barrier, maps_may_grow, rule
 

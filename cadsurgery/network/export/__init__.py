@@ -22,9 +22,9 @@ from cadsurgery.network.calibration import batch_of, images_to_calibrate
 from cadsurgery.network.export.dictionaries import further_inputs, open_call
 from cadsurgery.network.export.engine import check_packages
 from cadsurgery.network.export.engines import engine_for
-from cadsurgery.network.export.refusals import refused
 from cadsurgery.network.export.shortcuts import without_collections
-from cadsurgery.network.fidelity import Fidelity
+from cadsurgery.network.export.unsupported import refused
+from cadsurgery.network.fidelity_measure import Fidelity
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.optimized import FLOAT
 from cadsurgery.support.errors import InvalidInput, check_name

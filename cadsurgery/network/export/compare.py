@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cadsurgery.network.fidelity import Fidelity
+from cadsurgery.network.fidelity_measure import Fidelity
 from cadsurgery.support.divergence import relative_difference
 from cadsurgery.support.errors import CannotConvert
 from cadsurgery.support.torch_internals import tree_leaves

@@ -16,7 +16,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from cadsurgery.network.export.refusals import LINE
+from cadsurgery.network.export.unsupported import LINE
 from cadsurgery.support.torch_internals import OpOverload, decomposed_always, tree_leaves
 
 _ATEN = torch.ops.aten

@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from cadsurgery.following.arguments import bind_all, image_of
+from cadsurgery.following.graphs import copy_graph
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.surgery.arguments import bind_all, image_of
-from cadsurgery.surgery.graphs import copy_graph
 
 _Inputs = dict[
     str, tuple[fx.Node, Any]

@@ -31,7 +31,7 @@ from cadsurgery.network.export.in_bytes import (
 from cadsurgery.network.export.kernels import DOMAIN, declare_kernels
 from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.export.tidy import LARGEST
-from cadsurgery.network.fidelity import UNSAID, Fidelity, measure
+from cadsurgery.network.fidelity_measure import UNSAID, Fidelity, measure
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error, warn
 from cadsurgery.support.progress import Step, counted, silent
 

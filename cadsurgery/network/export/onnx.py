@@ -19,8 +19,8 @@ from cadsurgery.data.channels import per_channel
 from cadsurgery.data.networks import license_of, source_of
 from cadsurgery.elements import functional
 from cadsurgery.elements.backends.target import Condition, Target, portable, recorded_conditions
-from cadsurgery.elements.fresh import drop_fresh, fresh_map, in_multiples, of_size
 from cadsurgery.elements.lattice import Lattice
+from cadsurgery.elements.size_symbols import drop_fresh, fresh_map, in_multiples, of_size
 from cadsurgery.elements.sizes import divide_up, is_for_any_size, is_statically_true
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import check_levels
@@ -42,19 +42,19 @@ from cadsurgery.network.export.kernels import declare_kernels, resize_by_kernels
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
 from cadsurgery.network.export.quiet import quietly
-from cadsurgery.network.export.refusals import (
-    cause_of,
-    place_of,
-    place_of_translation,
-    refused,
-    saying_if_too_large,
-)
 from cadsurgery.network.export.shortcuts import (
     following_quickly,
     promoting_without_runs,
     reading_signatures_once,
 )
 from cadsurgery.network.export.tidy import tidy
+from cadsurgery.network.export.unsupported import (
+    cause_of,
+    place_of,
+    place_of_translation,
+    refused,
+    saying_if_too_large,
+)
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error, warn

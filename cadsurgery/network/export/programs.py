@@ -13,7 +13,7 @@ from cadsurgery.network.export.compare import FileComparison, check_difference, 
 from cadsurgery.network.export.dictionaries import further_inputs
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.quiet import without_graphs_of_errors
-from cadsurgery.network.export.refusals import place_of, saying_if_too_large
+from cadsurgery.network.export.unsupported import place_of, saying_if_too_large
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CannotConvert, describe_error

@@ -13,9 +13,9 @@ from unittest import mock
 from torch import fx
 from torch.fx.experimental import proxy_tensor
 
-from cadsurgery.network.export.refusals import LINE
+from cadsurgery.following.graphs import line_that_runs
+from cadsurgery.network.export.unsupported import LINE
 from cadsurgery.support import torch_internals
-from cadsurgery.surgery.graphs import line_that_runs
 
 
 @contextmanager

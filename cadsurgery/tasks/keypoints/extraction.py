@@ -16,13 +16,13 @@ from cadsurgery.masks import resolve_mask
 from cadsurgery.masks.context import keypoints_at
 from cadsurgery.masks.detectors import call_detector, in_pixels, opencv, peaks, points_of, sift
 from cadsurgery.masks.filters import grey_of
-from cadsurgery.masks.keypoints import OF_POINTS, OWN, SIFT, named_outputs, own_scores
+from cadsurgery.masks.keypoint_masks import OF_POINTS, OWN, SIFT, named_outputs, own_scores
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.points import macs_at, read_at, readable, sample_at
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
-from cadsurgery.tasks.options import Extraction as Extraction
+from cadsurgery.tasks.task_options import Extraction as Extraction
 
 BORDER = 5  # margin of a network's score map without keypoints, where values depend on padding
 

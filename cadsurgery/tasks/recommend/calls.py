@@ -21,7 +21,7 @@ from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.tasks.recommend.settings import Setting
-from cadsurgery.tasks.sides.engines import (
+from cadsurgery.tasks.sides.engine_sides import (
     HIGH,
     LOW,
     TORCH,

@@ -15,7 +15,7 @@ from cadsurgery.support.defaults import DEFAULT_MASK, KERNELS
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.surgery.decide import FLOOR
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.tasks.sides.engines import TORCH
+from cadsurgery.tasks.sides.engine_sides import TORCH
 
 Pair = tuple[int, int]
 # Shares of the patches that `detail` keeps high; "none" is everything low, whose halo the fill still reads.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.tasks.side import MethodSides
-from cadsurgery.tasks.sides import exits, gates, samples
+from cadsurgery.tasks.sides import exit_sides, gate_sides, sample_sides
 
-KINDS = (exits.KIND, gates.KIND, samples.KIND)
+KINDS = (exit_sides.KIND, gate_sides.KIND, sample_sides.KIND)
 
 
 def kind_of(net: object) -> MethodSides | None:

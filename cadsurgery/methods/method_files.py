@@ -1,0 +1,96 @@
+"""Save and load the networks of all methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from cadsurgery.methods.anytime.model import AnytimeModel, AnytimePlan
+from cadsurgery.methods.converted import METHODS, ConvertedModel, pack, unpack
+from cadsurgery.methods.report import MethodPlan
+from cadsurgery.methods.resampling.model import ResampledModel, ResampledPlan
+from cadsurgery.methods.sampling.model import SampledModel, SamplingPlan
+from cadsurgery.network import storage
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.unconvertible import check_network
+from cadsurgery.support.errors import FileError, InvalidInput
+from cadsurgery.surgery.plan import Plan
+
+SiblingModel = AnytimeModel | ResampledModel | SampledModel
+Converted = AdaptiveModel | SiblingModel
+AnyPlan = Plan | AnytimePlan | ResampledPlan | SamplingPlan
+
+
+def save(net: AdaptiveModel | ConvertedModel, path: str | Path) -> None:
+    """Write a converted network: parameters and buffers, tensors the method added, plan, options, source and
+    versions.
+
+    The file is written atomically, has checksums and contains no pickle. A mask that is a function or an unregistered
+    provider cannot be stored; `load` then asks for one.
+
+    Raises:
+        FileError: the path cannot be written.
+        InvalidInput: the network is not converted, or is an optimised copy.
+    """
+    tensors, metadata = pack(net) if isinstance(net, ConvertedModel) else storage.pack(net)
+    storage.write_tensors(Path(path), tensors, {storage.KEY: storage.encode_with_checksum(metadata)})
+
+
+def load(
+    path: str | Path, model: nn.Module | None = None, *, mask: object = None, trust: bool = False
+) -> Converted:
+    """Read a converted network written by `save` or `push`.
+
+    A file cannot make this function run foreign code: unless `trust` is set, a network or function that it names
+    must be part of this package or listed by torchvision or timm.
+
+    Args:
+        path: the file, or its address on the Hugging Face Hub, `hf:owner/name` or `hf:owner/name@revision`.
+        model: the original architecture (any weights); needed if the network was not built by name.
+        mask: replaces the stored mask of an adaptive network.
+        trust: import and call any `module:function` that the file names for its network or mask, and create tensors
+            of any size it asks for.
+
+    Returns:
+        The network in evaluation mode. Its plan is computed again and compared with the stored plan.
+
+    Raises:
+        FileError: the file is missing, damaged, foreign, does not fit the model, names code without being trusted, or
+            cannot be fetched from the Hub.
+        InvalidInput, CannotConvert: `model` is not a network, or wraps or compiles one.
+    """
+    if model is not None:
+        check_network(model)
+    kind = _kind_of(path)
+    if kind is None:
+        return storage.load(path, model, mask=mask, trust=trust)
+    if mask is not None:
+        raise InvalidInput(f"{path} holds a network without masks.", next="leave out mask=, --mask.")
+    header, tensors = storage.open_file(path, True)
+    return unpack(kind, path, storage.check_metadata(path, header), tensors, model, trust)  # type: ignore[return-value]
+
+
+def read_plan(path: str | Path) -> AnyPlan:
+    """Read the plan from a file of any method, without building a network.
+
+    Raises:
+        FileError: the file is missing, damaged or foreign.
+    """
+    kind, values = _kind_of(path), storage.check_metadata(path, storage.open_file(path, False)[0])
+    if kind is None:
+        values = storage.read_metadata(path)
+    plan_type: type[Plan] | type[MethodPlan] = kind.plan_type if kind is not None else Plan
+    with storage.as_file_error(f"the metadata of {path} is damaged.", storage.AGAIN):
+        return plan_type.from_json(values["plan"])  # type: ignore[return-value]
+
+
+def _kind_of(path: str | Path) -> type[ConvertedModel] | None:
+    """Return the class of the network in a file; None for an adaptive network."""
+    name = storage.read_method(path)
+    if name and name not in METHODS:
+        raise FileError(
+            f"{path} was made by a method {name!r:.60}.",
+            next="update cadsurgery, or import the module that registers the method.",
+        )
+    return METHODS[name] if name else None

@@ -1,0 +1,210 @@
+"""Calls of dense networks and of networks under masks, as copies in torch or as files in another engine."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from cadsurgery.data import open_pictures
+from cadsurgery.data.images import resized
+from cadsurgery.masks import MaskProvider
+from cadsurgery.network.dense_twin import dense_twin
+from cadsurgery.network.export import INT8, export
+from cadsurgery.network.export.dense_file import write_dense
+from cadsurgery.network.export.engine import Engine
+from cadsurgery.network.export.engines import ENGINES, options_for
+from cadsurgery.network.export.int8 import to_8_bits
+from cadsurgery.network.macs import MacReport
+from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.support.defaults import KERNELS
+from cadsurgery.support.files import make_folder
+from cadsurgery.support.memory import in_mebibytes
+from cadsurgery.support.progress import Step, silent, within
+from cadsurgery.tasks.open import pictures_like
+from cadsurgery.tasks.side import Side
+from cadsurgery.tasks.task_options import Benchmark
+
+Call = Callable[[Tensor], Any]
+HIGH, LOW = "dense high", "dense low"
+TORCH = "torch"  # the runtime that needs no files
+IN_8_BITS = f"onnx{KERNELS}"  # the engine in which 8 bits are measured if none is named
+# Engines in which the dense networks are timed too, by package; all files are first written in float32.
+RIVALS = {engine.package: engine for engine in ENGINES.values() if not engine.has_kernels}
+
+
+class Runs(Protocol):
+    """Creates the calls of a converted network."""
+
+    @property
+    def net(self) -> AdaptiveModel:
+        """The converted network."""
+
+    def dense(self, name: str, image: Tensor | None = None) -> Call:
+        """Return the call of a dense network, `HIGH` or `LOW`, for images of the size of `image`."""
+
+    def under(self, mask: MaskProvider) -> Call:
+        """Return the call of the network under a mask."""
+
+
+@dataclass(frozen=True)
+class InTorch:
+    """Copies in torch, in the precision of the network.
+
+    Attributes:
+        net: the converted network.
+        image: example of the images.
+    """
+
+    net: AdaptiveModel
+    image: Tensor
+
+    @cached_property
+    def fast(self) -> AdaptiveModel:
+        """The copy that runs under masks."""
+        return self.net.optimize()
+
+    def dense(self, name: str, image: Tensor | None = None) -> Call:
+        """Return the call of a dense network, `HIGH` or `LOW`."""
+        return dense_twin(self.net, level_of(self.net, name), self.image if image is None else image)
+
+    def under(self, mask: MaskProvider) -> Call:
+        """Return the call of the optimised copy under a mask."""
+        return partial(self.fast, mask=mask)
+
+
+@dataclass(frozen=True)
+class InEngine:
+    """Files in an engine; each is compared with the network before it is used.
+
+    Attributes:
+        net: network to export.
+        image: example of the export.
+        engine: engine that runs the files.
+        folder: folder for the files.
+        dtype: precision of the files.
+        calibration: images that int8 is calibrated by.
+        threads: number of threads of the engine.
+        options: options of `export` for files with a mask.
+        step: progress callback.
+    """
+
+    net: AdaptiveModel
+    image: Tensor
+    engine: type[Engine]
+    folder: Path
+    dtype: str = "float32"
+    calibration: Sequence[Tensor] = ()
+    threads: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    step: Step = silent
+    _numbers: Iterator[int] = field(default_factory=count)
+
+    def _begin(self, name: str) -> tuple[Path, Step]:
+        """Return the path of the next file, and the progress callback of its export."""
+        words = f"exporting {name} to {self.engine.name}"
+        self.step(words)
+        return make_folder(self.folder / str(next(self._numbers))) / "net.onnx", within(self.step, words)
+
+    def dense(self, name: str, image: Tensor | None = None) -> Call:
+        """Return the call of a dense network, `HIGH` or `LOW`, from an ordinary ONNX export."""
+        image = self.image if image is None else image
+        path, step = self._begin(f"{name} {'x'.join(map(str, image.shape[2:]))}")
+        write_dense(self.net, level_of(self.net, name), image, path, self.engine)
+        if self.dtype == INT8:
+            pictures = [(resized(picture, image.shape[2:]),) for picture in self.calibration]
+            to_8_bits(path, self.engine, pictures, step=step)
+        return self.engine(path, self.threads, self.dtype == "bfloat16")
+
+    def under(self, mask: MaskProvider) -> Call:
+        """Return the call of the network under a mask; the file contains the mask and its lattice."""
+        path, step = self._begin(f"mask {mask.spec()}")
+        self.net.mask = mask
+        options = dict(self.options)
+        if self.dtype == INT8:
+            options |= {"precision": INT8, "calibration": list(self.calibration)}
+        export(self.net, self.image, path, step=step, **options)
+        return self.engine(path, self.threads)
+
+
+def scaled_size(size: Sequence[int], scale: float, multiple: int) -> tuple[int, int]:
+    """Return the size of resized pictures, in multiples of the coarsest stride, to which the network's grid fits."""
+    if scale == 1:
+        return size[0], size[1]
+    sides = [max(multiple, multiple * math.floor(side * scale / multiple + 0.5)) for side in size]
+    return sides[0], sides[1]
+
+
+def smaller_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, runs: Runs) -> list[Side]:
+    """Return the side of dense high on smaller pictures, which the call resizes; none without `setup.smaller`."""
+    if not setup.smaller:
+        return []
+    size = scaled_size(image.shape[2:], setup.smaller, net.plan.output_stride[1])
+    run = runs.dense(HIGH, resized(image, size))
+    macs = net.macs(resized(image, size), mask="none").high
+    return [Side(f"{HIGH} at {size[0]}x{size[1]}", lambda image: run(resized(image, size)), macs)]
+
+
+def banded_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, counted: MacReport) -> list[Side]:
+    """Return the side of the network as given in bands of rows (of dense low, if no level is the network's own), named
+    by what they take; none without `setup.memory`.
+
+    Raises:
+        CannotConvert: an operation needs a whole map.
+        InvalidInput: the memory is too little.
+    """
+    if not setup.memory:
+        return []
+    own, fast = net.plan.identity_level, net.optimize(memory=setup.memory)
+    mask, macs = ("all", counted.high) if own == 0 else ("none", counted.low)
+    plan = fast.plan_memory(image[:1], mask=mask)
+    which = "as given" if own in (0, net.plan.max_level) else LOW
+    name = f"{which}, in bands of {plan.band} rows: {in_mebibytes(plan.peak)}"
+    return [Side(name, lambda image: fast(image, mask=mask), macs)]
+
+
+def level_of(net: AdaptiveModel, name: str) -> int:
+    """Return the level of a dense network, `HIGH` or `LOW`."""
+    return {HIGH: 0, LOW: net.geometry.max_level}[name]
+
+
+def engine_for(runtime: str, dtype: str) -> str:
+    """Return the runtime of a measurement: 8 bits are those of files, so torch stands for `IN_8_BITS` there."""
+    return IN_8_BITS if (runtime, dtype) == (TORCH, INT8) else runtime
+
+
+def runs_of(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, step: Step) -> Runs:
+    """Return the maker of a network's calls, in torch or in the requested engine."""
+    if (runtime := setup.runtime) == TORCH:
+        return InTorch(net, image)
+    shown, engine, options = [image], ENGINES[runtime], options_for(runtime)
+    if setup.calibration:
+        size = (image.shape[2], image.shape[3])
+        shown = pictures_like(open_pictures(setup.calibration), size, pictures_for(net))
+    return InEngine(net, image, engine, folder, setup.dtype, shown, setup.threads, options=options, step=step)
+
+
+def rival_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, step: Step) -> list[Side]:
+    """Return the dense networks in other engines, in every dtype of each: high, then low."""
+    if not setup.against:
+        return []
+    net, sides = copy.deepcopy(net).float(), []
+    counted = net.macs(image, mask="none")
+    macs = {HIGH: counted.high, LOW: counted.low}
+    for package in setup.against.split(","):
+        engine = RIVALS[package]
+        for dtype in ("float32", "bfloat16", INT8) if engine.has_bfloat16 else ("float32", INT8):
+            place = folder / package / dtype
+            files = InEngine(net, image, engine, place, dtype, [image], setup.threads, step=step)
+            for name, number in macs.items():
+                run, about = files.dense(name), {"engine": engine.name, "dtype": dtype, "dense": name}
+                call = partial(lambda run, _: run(image), run)  # a file takes the image in float32
+                sides.append(Side(f"{name}, {engine.name}, {dtype}", call, number, about=about))
+    return sides

@@ -1,0 +1,324 @@
+"""What a network's Python code asks of tensors, fills them with, and keeps of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, relative_error
+from networks import Encoded, converted_quietly, followed
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.surgery.rules import read
+
+
+def check(model: nn.Module) -> None:
+    """The converted network and its optimised copy compute what the network does, at another size."""
+    net, other = converted_quietly(model), torch.rand(2, 3, 56, 88)
+    with torch.no_grad():
+        expected = model(other)
+        for one in (net, net.optimize()):
+            assert relative_error(one(other), expected) < 1e-4
+
+
+# Of others `test_all_that_a_tensor_says_without_its_pixels_is_answered` asks.
+FACTS: dict[str, Callable[[Tensor], bool]] = {
+    "torch.is_floating_point": lambda y: torch.is_floating_point(y),
+    "torch.is_complex": lambda y: not torch.is_complex(y),
+    "finfo": lambda y: torch.finfo(y.dtype).max > 1,
+    "nbytes": lambda y: y.nbytes > 0,
+    "device": lambda y: y.device.type == "cpu",
+    "tracing": lambda y: torch.jit.is_tracing(),
+    "not tracing": lambda y: not torch.jit.is_tracing(),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_facts_that_no_pixel_decides_are_answered(name: str) -> None:
+    fact = FACTS[name]
+    check(Encoded(lambda own, image, y: own.head(2 * y) if fact(y) else own.head(y)))
+
+
+# What a tensor says of its memory or its history: other tensors of equal values say something else.
+OF_MEMORY = {
+    *("data_ptr", "const_data_ptr", "storage", "untyped_storage", "storage_type", "stride", "dim_order"),
+    *("is_contiguous", "type", "grad", "grad_fn", "grad_dtype", "is_leaf", "requires_grad", "output_nr"),
+    *("name", "get_device", "nbytes"),
+}
+
+
+def say_something_else_of_other_pixels(name: str) -> bool:
+    """True if a fact of a tensor depends on its values, is no fact at all, or is one of its memory."""
+    said = []
+    for seed in (0, 1):
+        tensor = torch.rand(2, 6, 8, 12, generator=torch.Generator().manual_seed(seed))
+        try:
+            said.append(asked(tensor, name))
+        except Exception:  # of other tensors, or with arguments; torch raises any error
+            return True
+    return not isinstance(said[0], (bool, int, torch.dtype, torch.layout)) or said[0] != said[1]
+
+
+def asked(tensor: Any, name: str) -> Any:
+    return getattr(tensor, name)() if callable(getattr(torch.rand(1), name)) else getattr(tensor, name)
+
+
+@pytest.mark.slow
+def test_all_that_a_tensor_says_without_its_pixels_is_answered() -> None:
+    names = [name for name in dir(Tensor) if not name.startswith("_") and name not in OF_MEMORY]
+    facts = [name for name in names if not say_something_else_of_other_pixels(name)]
+    problems = {name: problem for name in facts if (problem := problem_with(name))}
+    assert len(facts) > 20
+    assert problems == {}
+
+
+def problem_with(name: str) -> str:
+    def then(own: Any, image: Tensor, y: Tensor) -> Tensor:
+        result: Tensor = own.head(y * 2 if asked(y, name) else y)
+        return result
+
+    try:
+        check(Encoded(then))
+    except (cs.CadError, AssertionError) as error:
+        return str(error)
+    return ""
+
+
+FILLED: dict[str, Callable[[Tensor], Tensor]] = {
+    "new_zeros of one": lambda y: y.new_zeros(1),
+    "new_ones of channels": lambda y: y.new_ones(8, 1, 1),
+    "new_full of one": lambda y: y.new_full((1,), 0.3),
+    "full of channels": lambda y: torch.full((8, 1, 1), 0.3),
+    "zeros of channels": lambda y: torch.zeros(8, 1, 1),
+    "a number": lambda y: torch.tensor(0.3),
+}
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_filled_tensors_of_fewer_axes_are_added_and_multiplied(name: str) -> None:
+    fill = FILLED[name]
+    check(Encoded(lambda own, image, y: own.head((y + fill(y)) * (fill(y) + 2))))
+
+
+def _places(y: Tensor) -> Tensor:
+    axes = [torch.arange(length) for length in y.shape[-2:]]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
+
+
+TYPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "type by name": lambda y: _places(y).type(y.type()),
+    "type of a constant by name": lambda y: torch.arange(2).type(y.type()).view(1, 2, 1, 1),
+    "type of a name": lambda y: _places(y).type("torch.FloatTensor"),
+    "type of a class": lambda y: _places(y).type(torch.FloatTensor),
+    "type of a dtype": lambda y: _places(y).type(y.dtype),
+    "to a dtype": lambda y: _places(y).to(y.dtype),
+    "constant to a dtype": lambda y: torch.arange(2).to(y.dtype).view(1, 2, 1, 1),
+    "constant to device and dtype": lambda y: torch.arange(2).to(y.device, y.dtype).view(1, 2, 1, 1),
+    "of the map": lambda y: y[:, :2].double().type(y.type()),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_types_are_those_of_this_call(name: str) -> None:
+    of_type = TYPES[name]
+    model = Encoded(lambda own, image, y: own.head(torch.cat([y[:, :6], y[:, 6:] + 0.1 * of_type(y)], 1)))
+    check(model)
+    if "of a" not in name:  # else float32 in any network
+        image = torch.rand(1, 3, 48, 80)
+        with torch.no_grad():
+            halves = converted_quietly(model).half()(image.half())
+            assert halves.dtype == torch.float16 and relative_error(halves.float(), model(image)) < 2e-2
+
+
+def _count(own: Any, image: Tensor, y: Tensor) -> Tensor:
+    own.count += 1
+    own.calls += 1
+    own.last = y
+    return own.head(y)
+
+
+def test_what_forward_assigns_and_does_not_return_is_left_alone() -> None:
+    model = Encoded(_count, count=nn.Buffer(torch.ones(())), calls=0, last=None).eval()
+    count, before = model.count, {name: value for name, value in vars(model).items() if name[0] != "_"}
+    net = converted_quietly(model)
+    assert model.count is count and count == 1
+    assert all(vars(model)[name] is value for name, value in before.items())
+    other = torch.rand(1, 3, 48, 80)
+    with torch.no_grad():
+        assert relative_error(net(other), model.head(model.encode(other))) < 1e-4
+
+
+def test_a_buffer_that_the_next_call_depends_on_is_refused() -> None:
+    def scaled(own: Any, image: Tensor, y: Tensor) -> Tensor:
+        own.count = own.count * 0.9
+        return own.head(y) * own.count
+
+    with pytest.raises(cs.CannotConvert, match=r"own\.count \* 0\.9\n.*assigns count, on which"):
+        followed(Encoded(scaled, count=nn.Buffer(torch.ones(()))))
+
+
+@pytest.mark.parametrize("of", ["image", "map"])
+def test_a_branch_on_gradients_is_refused_where_both_ways_differ(of: str) -> None:
+    def branch(own: Any, image: Tensor, y: Tensor) -> Tensor:
+        needs = (image if of == "image" else y).requires_grad
+        return own.head(y) if needs else own.head(2 * y)
+
+    with pytest.raises(cs.CannotConvert, match=r"where gradients are needed, at test_asked_of_tensors\.py"):
+        followed(Encoded(branch))
+
+
+def test_a_branch_on_gradients_that_computes_the_same_is_followed() -> None:
+    def branch(own: Any, image: Tensor, y: Tensor) -> Tensor:
+        if y.requires_grad:
+            return own.head(y * 2)
+        return own.head(y * 2)
+
+    check(Encoded(branch))
+
+
+def _asks_layout(name: str) -> Callable[[Tensor], bool]:
+    return {
+        "is_contiguous": lambda y: y.is_contiguous(),
+        "channels last": lambda y: not y.is_contiguous(memory_format=torch.channels_last),
+        "stride": lambda y: y.stride()[1] != 1,
+        "stride of an axis": lambda y: y.stride(1) > y.stride(3),
+    }[name]
+
+
+LAYOUTS = ("is_contiguous", "channels last", "stride", "stride of an axis")
+
+
+@pytest.mark.parametrize("of", ["image", "map"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_branch_on_memory_layouts_is_refused_where_both_ways_differ(name: str, of: str) -> None:
+    fact = _asks_layout(name)
+
+    def branch(own: Any, image: Tensor, y: Tensor) -> Tensor:
+        return own.head(y) if fact(image if of == "image" else y) else own.head(2 * y)
+
+    with pytest.raises(cs.CannotConvert, match=r"another memory layout, at test_asked_of_tensors\.py"):
+        followed(Encoded(branch))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_branch_on_memory_layouts_that_computes_the_same_is_followed(name: str) -> None:
+    fact = _asks_layout(name)
+
+    def branch(own: Any, image: Tensor, y: Tensor) -> Tensor:
+        if fact(y):
+            return own.head(y)
+        return own.head(y.contiguous() * 2) / 2 + own.head.bias.view(1, -1, 1, 1) / 2
+
+    check(Encoded(branch))
+
+
+# -- how many parts ------------------------------------------------------------------------------------
+
+
+def by_shape(x: Tensor, radix: int) -> Any:
+    _, channels = x.shape[:2]
+    return torch.split(x, channels // radix, dim=1)
+
+
+def by_size(x: Tensor, radix: int) -> Any:
+    return x.split(int(x.size(1) // radix), 1)
+
+
+def by_chunk(x: Tensor, radix: int) -> Any:
+    return torch.chunk(x, radix, 1)
+
+
+class SplitAttention(nn.Module):
+    """Parts of the channels are added by Python's `sum`, and weighed by what their mean says (ResNeSt)."""
+
+    def __init__(self, radix: int, split: Callable[[Tensor, int], Any]) -> None:
+        super().__init__()
+        self.radix, self.split = radix, split
+        self.conv, self.norm = nn.Conv2d(4, 4 * radix, 3, 1, 1), nn.BatchNorm2d(4 * radix)
+        self.one, self.two = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4 * radix, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.conv(x)))
+        parts = self.split(x, self.radix)
+        gap = self.two(F.relu(self.one(F.adaptive_avg_pool2d(sum(parts), 1))))
+        shares = F.softmax(gap.view(x.size(0), 1, self.radix, -1).transpose(1, 2), dim=1)
+        weights = self.split(shares.reshape(x.size(0), -1, 1, 1), self.radix)
+        return sum([share * part for share, part in zip(weights, parts, strict=True)]).contiguous()
+
+
+class Attentive(nn.Module):
+    def __init__(self, count: int, radix: int, split: Callable[[Tensor, int], Any]) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1)
+        self.blocks = nn.ModuleList(SplitAttention(radix, split) for _ in range(count))
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(F.relu(self.stem(x)))
+        for block in self.blocks:
+            y = (y + block(y)) / 2
+        return F.interpolate(self.head(y), x.shape[2:], mode="bilinear")
+
+
+@pytest.mark.parametrize("split", [by_shape, by_size, by_chunk])
+@pytest.mark.parametrize(("radix", "options"), [(2, {"coarsest": 16}), (3, {"output_stride": (2, 4)})])
+@torch.no_grad()
+def test_parts_of_channels_are_as_many_in_every_call(
+    split: Callable[[Tensor, int], Any], radix: int, options: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    model = Attentive(2, radix, split).eval().double()
+    net, x = cs.adaptify(model, "none", **options), torch.rand(2, 3, 50, 70).double()
+    assert_same(net(x, mask="all" if net.plan.floors else "none"), model(x))
+    assert not net.plan.chosen("barrier")
+
+
+def test_a_deep_network_is_read_without_recursion() -> None:
+    """What a number is computed from is followed through all layers before it."""
+    graph = read(Attentive(40, 2, by_shape).eval(), {"x": torch.rand(1, 3, 32, 32)}).graph
+    assert len(graph.nodes) > 1000
+
+
+# -- plain tensors and sizes ---------------------------------------------------------------------------
+
+OF_SIZES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "expand": lambda code, b, w: code.expand(b, -1, -1, -1),
+    "repeat": lambda code, b, w: code.repeat(b, 1, 1, 1),
+    "tile": lambda code, b, w: code.tile((b, 1, 1, 1)),
+    "view": lambda code, b, w: code.view(1, -1, 1, w // w),
+    "reshape": lambda code, b, w: code.reshape((w // w, 4, 1, 1)),
+    "narrow": lambda code, b, w: code.narrow(0, 0, w // w),
+    "roll": lambda code, b, w: code.roll(w, 1),
+    "repeat_interleave": lambda code, b, w: code.repeat_interleave(b, 0),
+    "select": lambda code, b, w: code.select(0, w - w)[None],
+    "split": lambda code, b, w: code.split(w, 1)[0],
+    "slice": lambda code, b, w: code[: w // w],
+    "new_zeros": lambda code, b, w: code + code.new_zeros((b, 1, 1, 1)),
+    "clamp": lambda code, b, w: code.clamp(max=w / 100),
+}
+
+
+@pytest.mark.parametrize("name", OF_SIZES)
+def test_a_plain_tensor_takes_sizes_of_the_image(name: str) -> None:
+    """It is an attribute of the network, and neither a parameter nor a buffer."""
+
+    class Coded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1)
+            self.head, self.code = nn.Conv2d(4, 2, 3, 1, 1), torch.rand(1, 4, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            code = OF_SIZES[name](self.code, x.shape[0], x.shape[3])
+            return self.head(F.relu(self.two(F.relu(self.one(x)))) * code)
+
+    torch.manual_seed(0)
+    model, x = Coded().eval(), torch.rand(2, 3, 64, 96)
+    net = cs.adaptify(model, "none", output_stride=(2, 4), outputs="native", example_input=x)
+    with torch.no_grad():
+        for image in (x, torch.rand(1, 3, 48, 72)):
+            assert_same(net(image), model(image))
