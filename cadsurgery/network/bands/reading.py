@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW, image_dims
-from cadsurgery.elements.backends.packed import PackedConv, PackedLinear, ScaleShift
+from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.weights import transpose_weight
 from cadsurgery.elements.elements import Elements, SmallMap
 from cadsurgery.elements.kernel_map import Window
@@ -28,7 +28,7 @@ from cadsurgery.elements.operations import Operation, operation_of
 from cadsurgery.elements.resizing import Scaling
 from cadsurgery.following.arguments import in_order
 from cadsurgery.following.equivalence import meta_copy
-from cadsurgery.following.facts import Facts, MapFacts
+from cadsurgery.following.graphs import module_of
 from cadsurgery.network.bands import element_steps, steps
 from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.schedule import BandMap, RowsRead
@@ -40,32 +40,9 @@ from cadsurgery.support.torch_internals import tree_leaves, tree_map
 from cadsurgery.support.torch_operations import is_kind
 from cadsurgery.surgery.channel_rules import parts_of_index
 from cadsurgery.surgery.refusals import source_line
-from cadsurgery.surgery.rewrite import ask_mask
-from cadsurgery.surgery.rule_arguments import arguments_of, pair_of
-from cadsurgery.surgery.spatial import Spatial
-from cadsurgery.surgery.treatment import Attribute, Call, Treatment, barrier, maps_may_grow, rule
-
-
-@rule(PackedConv)
-def fused_convolution(node: fx.Node, facts: MapFacts) -> Treatment:
-    """A convolution of an inference copy reads what the network's own reads."""
-    module: Any = facts.module(node)
-    stride, (top, left), dilation = map(pair_of, module.window)
-    if stride[0] != stride[1]:
-        return barrier(f"stride {stride} differs between the axes")
-    kernel = (module.weight.shape[2], module.weight.shape[3])
-    return Treatment(
-        "window",
-        call=functional.fused_conv2d,
-        window=Window(kernel, stride[0], dilation, (top, top, left, left)),
-    )
-
-
-@rule(PackedLinear, ScaleShift)
-def fused_product(node: fx.Node, facts: MapFacts) -> Treatment:
-    """A linear layer, or factors and shifts, of an inference copy act on each position alone; a map may be added."""
-    return Treatment("join" if len(node.all_input_nodes) > 1 else "pointwise")
-
+from cadsurgery.surgery.rewrite import ACTS, Operand, ask_mask
+from cadsurgery.surgery.rule_arguments import arguments_of
+from cadsurgery.surgery.treatment import Attribute, Call, Treatment
 
 _NEEDS = {
     "image": "it reads a map of the whole picture at once",
@@ -216,13 +193,6 @@ class BandReader:
                 *in_order(graph, given, *first)
             )
         self.run = GraphInterpreter(program, graph)
-        facts = Facts(self.net, graph, given[image], self.reading.shapes, arguments=given)
-        facts.floating.update(node for node, dtype in self.reading.types.items() if dtype.is_floating_point)
-        facts.numbers.update(self.reading.numbers)
-        facts.given.append(self.reading.image)
-        with maps_may_grow():
-            self.spatial = Spatial(facts)
-            _ = self.spatial.treatments  # which are computed when they are first read
         self.parts = dict[fx.Node, list[fx.Node]]()  # the maps that several values in one are read from
         self.values = dict[Key, Any]()  # of all that is no map, while a call runs
         self._refuse_changes_that_others_read()
@@ -295,7 +265,7 @@ class BandReader:
         return max((self.reading.passes.get(node, 0) for node in nodes), default=0)
 
     def _read_node(self, node: fx.Node) -> None:
-        treatment = self.spatial.treatments[node]
+        treatment = _acts(node)
         if node in self.reading.numbers:
             return  # a size
         if node not in self.reading.shapes:
@@ -305,7 +275,7 @@ class BandReader:
         if node.target in (functional.contiguous_gradient, functional.exact_layout):
             self._add(node, self._pointwise(node))
         elif treatment.kind == "global":
-            options = {name: self._resolved(value) for name, value in treatment.arguments}
+            options = {name: self._resolved(value, node) for name, value in treatment.arguments}
             self._read_sum(node, self._source(node), treatment.call, options)
         else:
             self._add(node, self._step(node, treatment))
@@ -359,7 +329,10 @@ class BandReader:
             return self._packed(node, module, treatment.window)
         if treatment.then:
             raise self._refusal(node, "it is several operations in one")
-        call, arguments = treatment.call, {name: self._resolved(value) for name, value in treatment.arguments}
+        call, arguments = (
+            treatment.call,
+            {name: self._resolved(value, node) for name, value in treatment.arguments},
+        )
         if treatment.window is not None and treatment.window.finer > 1:
             return self._spread(node, treatment.window, arguments)
         if treatment.window is not None and treatment.kind == "window":
@@ -419,9 +392,9 @@ class BandReader:
         """The padding of an operation that pads or cuts a map, by the sizes of this picture; None for any other."""
         if node.target is F.pad:
             options = arguments_of(node, "input", "pad", mode="constant", value=None)
-            pads, mode = self.spatial.facts.number(options["pad"]), options["mode"]
-            layout = self.spatial.facts.layout(node.args[0])
-            if layout != NCHW or mode == "circular" or pads is None or any(pads[4:]):
+            pads, mode = self._number(options["pad"]), options["mode"]
+            layout = _layout(node.args[0])
+            if layout != NCHW or mode == "circular" or not _is_number(pads) or any(pads[4:]):
                 return None
             left, right, top, bottom = (*pads, 0, 0)[:4]
             mode = "zeros" if mode == "constant" else mode
@@ -439,10 +412,9 @@ class BandReader:
         index = parts_of_index(node.args[1], 4)
         index += [slice(None)] * (4 - len(index))
         is_cut = all(isinstance(part, slice) for part in index) and index[:2] == [slice(None)] * 2
-        if self.spatial.facts.layout(source) != NCHW or len(index) != 4 or not is_cut:
+        if _layout(source) != NCHW or len(index) != 4 or not is_cut:
             return None
-        number = self.spatial.facts.number
-        parts = [slice(*number((part.start, part.stop, part.step))) for part in index]
+        parts = [self._number(part) for part in index]
         lengths, pads = self._size(self._source(node)), list[int]()
         for part, length in zip(parts[2:], lengths, strict=True):
             start, stop, step = part.indices(length)
@@ -458,13 +430,13 @@ class BandReader:
 
     def _is_enlarged(self, node: fx.Node) -> bool:
         """True if a value of the whole image is resized, or repeated over a map."""
-        treatment = self.spatial.treatments[node]
+        treatment = _acts(node)
         is_resized = treatment.kind == "broadcast" or treatment.call is functional.resize
         return is_resized and len(self.reading.shapes.get(node, ())) == 4
 
     def _enlarged(self, node: fx.Node) -> BandStep:
         """The map that a value of the whole image is resized to."""
-        options = dict(self.spatial.treatments[node].arguments)
+        options = dict(_acts(node).arguments)
         source: Any = node.args[0] if node.args else node.kwargs["input"]
         self._note_axis(source, 2)
         align, mode = options.get("align_corners"), options.get("mode", "nearest")
@@ -482,7 +454,7 @@ class BandReader:
         """Mean and variance are values of the whole image; the rest acts on each row, or element."""
         grid, groups, key = self.reading.grids.get(source), options["groups"], Statistics(node)
         channels = self.reading.channels[source] if grid else self.reading.shapes[source][1]
-        weight, bias = (self._resolved(options.get(name)) for name in ("weight", "bias"))
+        weight, bias = (self._resolved(options.get(name), node) for name in ("weight", "bias"))
         eps = options.get("eps", 1e-5)
         made = partial(steps.affine_of, channels=channels, weight=weight, bias=bias, eps=eps)
         self._add_sum(key, source, partial(steps.Moments, groups, True, self._are_equal(grid)), made)
@@ -533,7 +505,7 @@ class BandReader:
             raise self._refusal(value, "its rows are read along two axes")
 
     def _axis(self, node: fx.Node) -> int:
-        return self.reading.axis.get(node) or max(self.spatial.facts.layout(node).find("h"), 0) or 2
+        return self.reading.axis.get(node) or max(_layout(node).find("h"), 0) or 2
 
     def call(self, node: fx.Node, rows: dict[fx.Node, Any], **more: Any) -> Any:
         """Call the operation of a node on rows of the maps that it reads, perhaps with other options, or on values
@@ -632,11 +604,7 @@ class BandReader:
         if isinstance(target, OnRows):
             return {}
         bound = inspect.signature(target).bind(*node.args, **node.kwargs)
-
-        def number(read: fx.Node) -> Any:
-            return self.reading.numbers.get(read, read)
-
-        return {name: map_arg(value, number) for name, value in bound.arguments.items()}
+        return {name: self._number(value) for name, value in bound.arguments.items()}
 
     # -- values of the whole image -------------------------------------------------------------------
 
@@ -662,7 +630,7 @@ class BandReader:
             make = partial(steps.Bins, size, bins, largest)
             if grid:
                 make = partial(element_steps.BinsOfElements, size, bins, largest, spacing, are_equal)
-        layout = options.get("layout", NCHW) if grid else self.spatial.facts.layout(source)
+        layout = options.get("layout", NCHW) if grid else _layout(source)
         is_over_all = set(dims) == {1, 2, 3} and how in ("mean", "sum", "amax", "amin")
         if make is None or not (tuple(dims) == image_dims(layout) or is_over_all):
             axes = "the whole batch" if 0 in dims else "a part of the axes of a map"
@@ -696,18 +664,26 @@ class BandReader:
 
     def _lengths(self, node: fx.Node) -> tuple[int, int]:
         """Height and width of a map of any axes."""
-        layout, shape = self.spatial.facts.layout(node), self.reading.shapes[node]
+        layout, shape = _layout(node), self.reading.shapes[node]
         return shape[layout.index("h")], shape[layout.index("w")]
 
-    def _resolved(self, value: Any) -> Any:
-        """The value of an argument of a treatment."""
+    def _number(self, value: Any) -> Any:
+        """A value with numbers in place of their nodes."""
+        return map_arg(value, lambda read: self.reading.numbers.get(read, read))
+
+    def _resolved(self, value: Any, node: fx.Node) -> Any:
+        """The value of an argument of a node's treatment."""
+        if isinstance(value, Operand):
+            if value.place < 0:
+                raise self._refusal(node, "a window is computed from what it does not read")
+            value = node.all_input_nodes[value.place]
         if isinstance(value, Attribute):
             return operator.attrgetter(value.path)(self.net)
         if isinstance(value, Call):
-            args = [self._resolved(part) for part in value.args]
+            args = [self._resolved(part, node) for part in value.args]
             return value.target(*args, **value.kwargs) if callable(value.target) else args[0]
         if isinstance(value, (tuple, list)):
-            return type(value)(self._resolved(part) for part in value)
+            return type(value)(self._resolved(part, node) for part in value)
         if isinstance(value, fx.Node):
             return self._constant(value)
         return value
@@ -729,9 +705,9 @@ class BandReader:
             return
         operation, layouts = (
             treatment.operation,
-            {self.spatial.facts.layout(one) for one in self._maps_of(node)},
+            {_layout(one) for one in self._maps_of(node)},
         )
-        layouts |= {self.spatial.facts.layout(node)} if node in self.reading.shapes else set()
+        layouts |= {_layout(node)} if node in self.reading.shapes else set()
         on_rows = operation is None or operation.reads == "element"
         if (
             treatment.kind not in ("pointwise", "join")
@@ -752,12 +728,23 @@ class BandReader:
                     raise self._refusal(node, "it changes in place what others read")
 
     def _refusal(self, node: fx.Node, why: str) -> CannotConvert:
+        path = str(node.target) if node.op == "call_module" else module_of(node)
         return CannotConvert(
             "the network cannot be computed in bands of rows.",
-            where=", ".join(filter(None, (node.name, self.spatial.facts.path(node), source_line(node)))),
+            where=", ".join(filter(None, (node.name, path, source_line(node)))),
             why=f"{why.rstrip('.')}.",
             next="run it whole: net.optimize() without memory=.",
         )
+
+
+def _acts(node: fx.Node) -> Treatment:
+    """Return how a node acts on dense maps; see `rewrite.acts_of`."""
+    return node.meta.get(ACTS) or Treatment("barrier", f"no rule for {node.name}")
+
+
+def _layout(node: fx.Node) -> str:
+    """Return the axes of a node's value; "" if it is no map."""
+    return _acts(node).layout
 
 
 def copied(value: Any) -> Any:
