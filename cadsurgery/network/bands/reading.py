@@ -275,8 +275,7 @@ class BandReader:
         if node.target in (functional.contiguous_gradient, functional.exact_layout):
             self._add(node, self._pointwise(node))
         elif treatment.kind == "global":
-            options = {name: self._resolved(value, node) for name, value in treatment.arguments}
-            self._read_sum(node, self._source(node), treatment.call, options)
+            self._read_sum(node, self._source(node), treatment.call, self._arguments(node))
         else:
             self._add(node, self._step(node, treatment))
 
@@ -300,7 +299,7 @@ class BandReader:
         if step is not None:
             made.reads = [(reading.number[one], rows) for one, rows in step.reads if one in reading.number]
             made.copied = [reading.number[one] for one in step.copies if one in reading.number]
-            made.table = step.table if isinstance(step, element_steps.WindowOfElements) else None
+            made.table = step.table
             reading.steps[len(reading.maps)] = step
             read = [*node.all_input_nodes, *(source for source, _ in step.reads)]
             reading.passes.setdefault(node, self._passes(read))
@@ -317,76 +316,67 @@ class BandReader:
         )
         return next(filter(None, origins), node.name)
 
+    def _module(self, node: fx.Node) -> Any:
+        return self.net.get_submodule(str(node.target)) if node.op == "call_module" else None
+
     def _is_module(self, path: str) -> bool:
         owner, _, name = path.rpartition(".")
         return name in self.net.get_submodule(owner)._modules
 
     # -- steps ---------------------------------------------------------------------------------------
 
-    def _step(self, node: fx.Node, treatment: Treatment) -> BandStep:
-        module = self.net.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, PackedConv) and treatment.window is not None:
-            return self._packed(node, module, treatment.window)
-        if treatment.then:
+    def _step(self, node: fx.Node, acts: Treatment) -> BandStep:
+        if acts.then:
             raise self._refusal(node, "it is several operations in one")
-        call, arguments = (
-            treatment.call,
-            {name: self._resolved(value, node) for name, value in treatment.arguments},
-        )
-        if treatment.window is not None and treatment.window.finer > 1:
-            return self._spread(node, treatment.window, arguments)
-        if treatment.window is not None and treatment.kind == "window":
-            return self._windowed(node, treatment, arguments)
-        if (pads := self._pads(node, treatment)) is not None:
-            return self._padded(node, pads)
-        if treatment.kind == "broadcast":
+        if acts.window is not None and (acts.kind == "window" or acts.window.finer > 1):
+            return self._windowed(node, acts, acts.window)
+        if (pads := self._pads(node, acts)) is not None:  # padding is a window of one tap
+            return self._over(node, pads, lambda x, *_: x, pads=False)
+        if acts.kind == "broadcast":
             return self._enlarged(node)
-        if call is functional.pixel_shuffle:
-            return steps.Finer(self._source(node), treatment.scale, partial(self.call, node))
-        if call is functional.resize:
-            source = self._source(node)
-            return steps.Resized(source, self._size(source), _scaling(arguments), self.reading.types[source])
-        if call is functional.group_norm:
-            return self._group_norm(node, self._source(node), arguments)
-        self._refuse_unless_rowwise(node, treatment)
+        if acts.call is functional.pixel_shuffle:
+            return self._windowed(node, acts, Window((acts.scale, acts.scale), finer=acts.scale))
+        if acts.call is functional.resize:
+            source, options = self._source(node), self._arguments(node)
+            return steps.resized(source, self._size(source), _scaling(options), self.reading.types[source])
+        if acts.call is functional.group_norm:
+            return self._group_norm(node, self._source(node), self._arguments(node))
+        self._refuse_unless_rowwise(node, acts)
         return self._pointwise(node)
 
-    def _packed(self, node: fx.Node, module: PackedConv, window: Window) -> BandStep:
+    def _over(self, node: fx.Node, window: Window, apply: Any, **options: Any) -> BandStep:
         source = self._source(node)
-        residual: Any = node.args[1] if len(node.args) > 1 else None
-        if residual is not None and self.reading.shapes.get(residual) != self.reading.shapes[node]:
-            raise self._refusal(node, "what it adds has another size")
-        apply, width = steps.convolution_by(module, window), self.reading.shapes[node][3]
-        return steps.Windowed(
-            source, window, self._size(source), width, apply, window.outside or 0.0, residual
-        )
+        return steps.windowed(source, window, self._size(source), self._size(node)[1], apply, **options)
 
-    def _windowed(self, node: fx.Node, treatment: Treatment, arguments: dict[str, Any]) -> BandStep:
-        source, window, call = self._source(node), treatment.window, treatment.call
-        assert window is not None
-        size, width = self._size(source), self.reading.shapes[node][3]
-        window = window.fit(size)
-        make = partial(steps.Windowed, source, window, size, width)
-        outside = window.outside if window.outside is not None else 0.0
-        if call is functional.conv2d:
-            weight, bias, groups = arguments["weight"], arguments.get("bias"), arguments.get("groups", 1)
-            stride, dilation = window.stride, window.dilation
-            return make(
-                lambda x, left, _: F.conv2d(x, weight, bias, stride, (0, left), dilation, groups), outside
-            )
-        if call is functional.max_pool2d:
-            outside = -torch.inf if window.outside is None else window.outside
-            kernel, stride, dilation = window.kernel, window.stride, window.dilation
-            return make(lambda x, *_: F.max_pool2d(x, kernel, stride, 0, dilation), outside, pads=False)
-        if call is functional.avg_pool2d and window.dilation == (1, 1):
-            kernel, stride = window.kernel, window.stride
-            sums = make(
-                lambda x, *_: F.avg_pool2d(x, kernel, stride, divisor_override=1), outside, pads=False
-            )
-            return steps.Mean(sums, arguments.get("divisor"), arguments.get("count_include_pad", True))
-        if call is functional.pixel_unshuffle:
-            return make(lambda x, left, _: F.pixel_unshuffle(x, window.stride), 0.0, pads=False)
-        raise self._refusal(node, _NEEDS["window"])
+    def _windowed(self, node: fx.Node, acts: Treatment, window: Window) -> BandStep:
+        """Convolutions are given padded rows; any other operation with a window pads by itself."""
+        source, module = self._source(node), self._module(node)
+        size, stride, dilation = self._size(source), window.stride, window.dilation
+        if isinstance(module, PackedConv):
+            residual: Any = node.args[1] if len(node.args) > 1 else None
+            if residual is not None and self.reading.shapes.get(residual) != self.reading.shapes[node]:
+                raise self._refusal(node, "what it adds has another size")
+            return self._over(node, window, steps.convolution_by(module, window), residual=residual)
+        call: Callable[..., Any] = partial(self.call, node)
+        if acts.call is functional.conv2d:
+            held = self._arguments(node)
+            weight, bias, groups = held["weight"], held.get("bias"), held.get("groups", 1)
+            if window.finer == 1:
+                return self._over(
+                    *(node, window.fit(size)),
+                    lambda x, left, _: F.conv2d(x, weight, bias, stride, (0, left), dilation, groups),
+                )
+            weight = transpose_weight(weight, groups).contiguous()
+            cut = window.padding[::2]
+            lengths = zip(self._size(node), size, window.kernel, cut, strict=True)
+            more = [
+                after - (before - 1) * window.finer - taps + 2 * pad for after, before, taps, pad in lengths
+            ]
+
+            def call(rows: dict[fx.Node, Any]) -> Any:
+                return F.conv_transpose2d(rows[source], weight, bias, window.finer, cut, more, groups)
+
+        return steps.called(source, window, size[0], call)
 
     def _pads(self, node: fx.Node, treatment: Treatment) -> Window | None:
         """The padding of an operation that pads or cuts a map, by the sizes of this picture; None for any other."""
@@ -423,11 +413,6 @@ class BandReader:
             pads += [-start, stop - length]
         return Window((1, 1), padding=(pads[0], pads[1], pads[2], pads[3]))
 
-    def _padded(self, node: fx.Node, pads: Window) -> BandStep:
-        """Padding is a window of one tap."""
-        source, width, outside = self._source(node), self.reading.shapes[node][3], pads.outside or 0.0
-        return steps.Windowed(source, pads, self._size(source), width, lambda x, *_: x, outside, pads=False)
-
     def _is_enlarged(self, node: fx.Node) -> bool:
         """True if a value of the whole image is resized, or repeated over a map."""
         treatment = _acts(node)
@@ -441,14 +426,7 @@ class BandReader:
         self._note_axis(source, 2)
         align, mode = options.get("align_corners"), options.get("mode", "nearest")
         scaling = Scaling(self._size(node), mode=mode, align_corners=align)
-        return steps.Resized(source, self._size(source), scaling, self.reading.types[source])
-
-    def _spread(self, node: fx.Node, window: Window, arguments: dict[str, Any]) -> BandStep:
-        source = self._source(node)
-        sizes = self._size(source)[0], self.reading.shapes[node][3]
-        groups, bias = arguments.get("groups", 1), arguments.get("bias")
-        weight = transpose_weight(arguments["weight"], groups).contiguous()
-        return steps.SpreadRows(source, window, *sizes, weight, bias, groups)
+        return steps.resized(source, self._size(source), scaling, self.reading.types[source])
 
     def _group_norm(self, node: fx.Node, source: fx.Node, options: dict[str, Any]) -> BandStep:
         """Mean and variance are values of the whole image; the rest acts on each row, or element."""
@@ -466,7 +444,7 @@ class BandReader:
                 return Elements(steps.scaled(x.rows, scale, shift), x.lattice)
             return steps.scaled(x, scale.view(-1, 1, 1), shift.view(-1, 1, 1))
 
-        return steps.Pointwise([source], apply)
+        return steps.pointwise([source], apply)
 
     def _are_equal(self, grid: Grid | None) -> bool:
         """True if all elements of a map weigh the same; those of dense maps do."""
@@ -485,8 +463,8 @@ class BandReader:
                 height = x.shape[self._axis(maps[0])]
                 return x.reshape(*shape[:axis], height, *shape[axis + 1 :])
 
-            return steps.Pointwise(maps, reshape)
-        return steps.Pointwise([*maps, *values], partial(self.call, node))
+            return steps.pointwise(maps, reshape)
+        return steps.pointwise([*maps, *values], partial(self.call, node))
 
     def _values_with_rows(self, node: fx.Node, axis: int, shape: torch.Size) -> list[fx.Node]:
         """The values of the whole image, such as coordinates, that have a row for each row of a map they are joined
@@ -547,56 +525,44 @@ class BandReader:
         grids, options = self.reading.grids, self._options(node)
         call = partial(self.call, node)
         if node.target is functional.to_elements:
-            return element_steps.Entering(cells, source, grids[node], options.get("layout", NCHW))
+            return element_steps.entering(cells, source, grids[node], options.get("layout", NCHW))
         if source not in grids:
             raise self._refusal(node, "it joins a dense map with the region")
-        spacing = options.get("spacing", 1)
-        layout = options.get("layout", NCHW)
-        is_read = layout != NCHW and any(
-            user.op != "output" for user in node.users
-        )  # by what knows not its axes
-        if node.target is functional.to_dense and "h" in layout and not is_read and not options.get("guide"):
-            self.reading.axis[node] = layout.index("h")
-            return element_steps.DenseMap(cells, source, grids[source], spacing, call, layout.index("h"))
+        spacing, layout = options.get("spacing", 1), _layout(node)
+        if node.target is functional.to_dense and "h" in layout and not options.get("guide"):
+            return element_steps.dense_map(cells, source, spacing, call, layout.index("h"))
         if node.target is functional.resize_to_dense and cells.pyramid.geometry.fill == "linear":
             scaling, dtype = _scaling(options), self.reading.types[source]
-            return element_steps.ResizedAtExit(cells, source, grids[source], spacing, scaling, dtype)
+            return element_steps.resized_at_exit(cells, source, grids[source], spacing, scaling, dtype)
+        pair = grids[source], grids.get(node, grids[source])
         if node.target is functional.resize:
             mode, align = options.get("mode", "nearest"), bool(options.get("align_corners"))
-            return element_steps.ResizedElements(
-                cells, source, (grids[source], grids[node]), options["spacings"], mode, align
-            )
+            return element_steps.resized_elements(cells, source, pair, options["spacings"], mode, align)
         if node.target is functional.pixel_shuffle:
-            return element_steps.OfNeighbours(cells, source, (grids[source], grids[node]), call)
+            return element_steps.of_neighbours(cells, source, pair[1], call)
         if operation.reads == "window" and "window" in options:
-            window = options["window"].fit(grids[source].size)
-            residual = options.get("residual")
+            window, residual = options["window"].fit(pair[0].size), options.get("residual")
             added = grids[residual] if residual is not None else None
-            return element_steps.WindowOfElements(
-                cells, source, residual, window, (grids[source], grids[node], added), call
-            )
+            return element_steps.window_of_elements(cells, source, residual, window, (*pair, added), call)
         if node.target is functional.group_norm:
             return self._group_norm(node, source, options)
         if operation.reads != "element":
             raise self._refusal(node, _NEEDS.get(operation.reads, _NEEDS["image"]))
         if node.target in (functional.pad, functional.crop, functional.check_same_padding):
-            value = options.get("value", 0.0)
-            return element_steps.BorderOfElements(cells, source, (grids[source], grids[node]), spacing, value)
+            return element_steps.border_of_elements(cells, source, pair, spacing, options.get("value", 0.0))
         maps, small = self._maps_of(node), [one for one in node.all_input_nodes if one in self.reading.small]
         dense = dict(self._rows_of_small(one, cells.side) for one in small if one in self.parts)
         if any(one not in grids and one not in dense for one in maps):
             raise self._refusal(node, "it joins a dense map with the region")
-        return steps.Pointwise([*maps, *(one for one in small if one not in self.parts)], call, dense)
+        return steps.pointwise([*maps, *(one for one in small if one not in self.parts)], call, dense)
 
-    def _rows_of_small(self, node: fx.Node, side: int) -> tuple[fx.Node, tuple[RowsRead, int]]:
-        """The dense map that the region reads between its samples, the rows of it that fine rows read, and its
-        height."""
+    def _rows_of_small(self, node: fx.Node, side: int) -> tuple[fx.Node, RowsRead]:
+        """The dense map that the region reads between its samples, and the rows of it that fine rows read."""
         (source,), options = self.parts[node], self._options(node)
         spacing: int = options["spacing"]
         if options.get("size") is not None or side % spacing:
             raise self._refusal(node, "it joins a dense map with the region")
-        rows = RowsRead(lambda row: row // spacing, lambda row: row // spacing + 1)
-        return source, (rows, self.reading.shapes[source][2])
+        return source, RowsRead(lambda row: row // spacing, lambda row: row // spacing + 1)
 
     def _options(self, node: fx.Node) -> dict[str, Any]:
         """The arguments of an operation on elements by name; numbers in place of their nodes."""
@@ -670,6 +636,10 @@ class BandReader:
     def _number(self, value: Any) -> Any:
         """A value with numbers in place of their nodes."""
         return map_arg(value, lambda read: self.reading.numbers.get(read, read))
+
+    def _arguments(self, node: fx.Node) -> dict[str, Any]:
+        """The arguments of a node's treatment, with the values of weights and numbers."""
+        return {name: self._resolved(value, node) for name, value in _acts(node).arguments}
 
     def _resolved(self, value: Any, node: fx.Node) -> Any:
         """The value of an argument of a node's treatment."""
