@@ -36,7 +36,8 @@ from cadsurgery.following.guards import drop_dead_code
 from cadsurgery.following.hooks import act_alike, acts_as, child, is_hooked
 from cadsurgery.network.idioms import Affine, AppliedOperation, affine_of, name_activations, step_of
 from cadsurgery.support import torch_operations
-from cadsurgery.surgery.treatment import has_rule
+from cadsurgery.surgery.rewrite import ACTS
+from cadsurgery.surgery.treatment import Attribute, Treatment, has_rule
 
 # Name of the submodule that holds the fused convolutions of a network.
 KERNELS = "cadsurgery_kernels"
@@ -214,9 +215,13 @@ class Fuser:
             return
         with self.graph.inserting_before(fusion.tail):
             fused = self.emit(node, fusion)
+            head = node
             if (leaves := fusion.leaves) is not None:
                 fused = self.graph.node_copy(leaves, lambda read: fused if read is leaves.args[0] else read)
+                head = leaves
         fused.meta.update(fusion.tail.meta)
+        if ACTS in head.meta:
+            fused.meta[ACTS] = _acts_of_kernel(head, fused)
         fusion.tail.replace_all_uses_with(fused)
 
     def fuse_factors(self, value: fx.Node) -> None:
@@ -460,6 +465,8 @@ def split_norms(graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, dict[str, st
         module.add_module("norm", norm.eval())
         with copied.inserting_after(node):
             act = copied.call_module(f"{node.target}.act", (node,))
+        if ACTS in node.meta:
+            act.meta[ACTS] = node.meta[ACTS] = replace(node.meta[ACTS], then=())
         node.replace_all_uses_with(act, lambda user, act=act: user is not act)
         node.target = f"{node.target}.norm"
         acts[act.name] = node.name
@@ -493,6 +500,17 @@ def _other_operand(step: AppliedOperation, value: fx.Node) -> fx.Node | None:
 def _is_elements(node: Any) -> bool:
     """True if a node's value is `Elements`."""
     return gives(node, "elements")
+
+
+def _acts_of_kernel(head: fx.Node, kernel: fx.Node) -> Treatment:
+    """Return how a fused node acts: as its first operation, with the parameters of the kernel."""
+    acts: Treatment = head.meta[ACTS]
+
+    def moved(value: Any) -> Any:
+        is_held = head.op == "call_module" and isinstance(value, Attribute)
+        return Attribute(value.path.replace(f"{head.target}.", f"{kernel.target}.", 1)) if is_held else value
+
+    return replace(acts, arguments=tuple((name, moved(value)) for name, value in acts.arguments))
 
 
 def _keeps_all(node: fx.Node) -> bool:

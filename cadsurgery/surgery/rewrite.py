@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,6 @@ from torch.fx.node import map_aggregate
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
-from cadsurgery.following.facts import Facts
 from cadsurgery.following.graphs import copy_graph, downstream, upwards
 from cadsurgery.following.guards import check_branch, drop_dead_code, is_whole
 from cadsurgery.following.hooks import parameter, prepare_weights
@@ -25,13 +24,14 @@ from cadsurgery.surgery.flow import Flow, is_filled
 from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.refusals import place_of
 from cadsurgery.surgery.rule_arguments import arguments_of
-from cadsurgery.surgery.treatment import Attribute, Call, Treatment
+from cadsurgery.surgery.rules import treat
+from cadsurgery.surgery.treatment import Attribute, Call, Treatment, maps_may_grow
 
 # Extra input of a rewritten graph: a callable (image, fine map) -> Lattice.
 MASKING = "masking"
 # Metadata keys of rewritten nodes: the original node with the same value, the (name, module path) of the original node
-# whose work it does, and the stage of elements.
-ORIGIN, WORK, STAGE = "origin", "work", "stage"
+# whose work it does, the stage of elements, and how the node acts on dense maps (see `acts_of`).
+ORIGIN, WORK, STAGE, ACTS = "origin", "work", "stage", "acts"
 
 
 _SIZES = (
@@ -88,6 +88,7 @@ class Rewriter:
             inputs, key=lambda node: len(node.args)
         ):  # in Python's order: those with defaults last
             self.dense[node] = self.graph.node_copy(node)
+            self.dense[node].meta[ACTS] = acts_of(node, self.flow)
         with self.graph.inserting_before():
             self.masking = self.graph.placeholder(MASKING)
         for node in nodes:
@@ -112,10 +113,14 @@ class Rewriter:
                 result.meta.setdefault(STAGE, decision.stages[1])
             working = self.working.get(node, result)
             working.meta[WORK] = (node.name, decision.path)
+            working.meta.setdefault(ACTS, acts_of(node, self.flow))
             if "nn_module_stack" not in working.meta:  # where errors of the new node are placed
                 working.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
                 working.stack_trace = node.stack_trace
         drop_dead_code(self.graph)
+        for node in self.graph.nodes:  # what the region needs beside the network's own operations
+            layouts = [source.meta[ACTS].layout for source in node.all_input_nodes[:1]]
+            node.meta.setdefault(ACTS, Treatment("pointwise", layout="".join(layouts)))
         self.graph.lint()
         return self.graph
 
@@ -393,6 +398,32 @@ def rewrite(flow: Flow, plan: Plan, *, guided: bool = False) -> fx.Graph:
     return Rewriter(flow, plan, guided=guided).run()
 
 
+class Operand(NamedTuple):
+    """A value that a node reads, by its place among these: copies of the node keep it."""
+
+    place: int
+
+
+def acts_of(node: fx.Node, flow: Flow) -> Treatment:
+    """Return how a node acts on dense maps by its rule, where windows may make maps grow and padding is a step of its
+    own. The layout is that of its value; among the arguments an `Operand` stands for each node."""
+    with maps_may_grow():
+        treatment = treat(node, replace(flow, pads={}))
+    places = {source: Operand(place) for place, source in enumerate(node.all_input_nodes)}
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, Call):
+            return replace(value, args=placed(value.args), kwargs={})
+        return fx.map_arg(value, lambda read: places.get(read, Operand(-1)))
+
+    arguments = tuple((name, placed(value)) for name, value in treatment.arguments)
+    return Treatment(
+        *(treatment.kind, treatment.why, treatment.call, arguments, treatment.window, treatment.then),
+        layout=flow.layout(node) or (NCHW if treatment.kind == "broadcast" and flow.is_map(node) else ""),
+        scale=treatment.scale,
+    )
+
+
 class Halves(NamedTuple):
     """A rewritten graph, cut in two where the mask is computed.
 
@@ -444,12 +475,13 @@ def _view_in_any_layout(node: fx.Node) -> None:
         node.target = "reshape"
 
 
-def unchanged_graph(facts: Facts, plan: Plan) -> fx.Graph:
+def unchanged_graph(flow: Flow, plan: Plan) -> fx.Graph:
     """Return the original graph with the fine map as a second output, for uniform masks at the network's own grid."""
-    graph, copies = copy_graph(facts.graph)
+    graph, copies = copy_graph(flow.graph)
     entering, output = plan.chosen("enter")[0].node, graph.output_node()
-    for copied in copies.values():
+    for node, copied in copies.items():
         _view_in_any_layout(copied)
+        copied.meta[ACTS] = acts_of(node, flow)
     fine = next(copy for node, copy in copies.items() if node.name == entering)
     output.args = ((output.args[0], fine),)
     return graph
@@ -474,7 +506,7 @@ def pack_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
     return [
         (
             *(node.op, node.target, node.name, by_place(node.args), by_place(node.kwargs)),
-            {key: node.meta[key] for key in (ORIGIN, WORK, STAGE) if key in node.meta},
+            {key: node.meta[key] for key in (ORIGIN, WORK, STAGE, ACTS) if key in node.meta},
         )
         for node in graph.nodes
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from cadsurgery.elements.elements import Elements, SmallMap
 from cadsurgery.elements.lattice import Lattice, Pyramid
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.provider import MaskProvider
-from cadsurgery.network.bands.element_steps import Cells, Grid, WindowOfElements
+from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.reading import BandPlan, BandReader, Key, copied, uniform
 from cadsurgery.network.bands.schedule import (
     SPARE,
@@ -418,7 +419,10 @@ class BandedCall:
         holder, step = self._held(task.number), self.reading.steps[task.number]
         is_joined = isinstance(holder, _JoinedElements)
         with offering(holder.memory_for(task.first, task.end) if is_joined else None):
-            rows = step.compute(self._fetch, task.first, task.end)
+            read = [
+                (node, *rows.within(task.first, task.end, self._height(node))) for node, rows in step.reads
+            ]
+            rows = step.compute([self._fetch(*one) for one in read], task.first, task.end, read[0][1])
         if not is_joined:  # what others hold may be moved
             rows = self._of_its_own(rows)
         holder.add(task.first, task.end, rows)
@@ -427,7 +431,7 @@ class BandedCall:
     def _forget_table(self, task: Task, done: dict[int, int]) -> None:
         """Take in that a task is done, and free its kernel map unless that is needed soon."""
         done[task.number], step = task.end, self.reading.steps[task.number]
-        if isinstance(step, WindowOfElements) and not is_table_kept(
+        if step.forget_table is not None and not is_table_kept(
             self.reading.maps, task.number, task.end, done
         ):
             step.forget_table(task.first, task.end)
@@ -439,6 +443,12 @@ class BandedCall:
         return (
             copied(rows) if any(one is not None and _is_same_memory(values, one) for one in moved) else rows
         )
+
+    def _height(self, node: fx.Node) -> int:
+        if node in self.reading.number:
+            return self.reading.maps[self.reading.number[node]].height
+        value = self.reader.values[node]
+        return sys.maxsize if isinstance(value, SmallMap) else int(value.shape[self.reading.axis[node]])
 
     def _fetch(self, node: fx.Node, first: int, end: int) -> Any:
         if node in self.reading.number:

@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW, image_dims
-from cadsurgery.elements.backends.packed import PackedConv, PackedLinear, ScaleShift
+from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.weights import transpose_weight
 from cadsurgery.elements.elements import Elements, SmallMap
 from cadsurgery.elements.kernel_map import Window
@@ -28,7 +28,7 @@ from cadsurgery.elements.operations import Operation, operation_of
 from cadsurgery.elements.resizing import Scaling
 from cadsurgery.following.arguments import in_order
 from cadsurgery.following.equivalence import meta_copy
-from cadsurgery.following.facts import Facts, MapFacts
+from cadsurgery.following.graphs import module_of
 from cadsurgery.network.bands import element_steps, steps
 from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.schedule import BandMap, RowsRead
@@ -40,32 +40,9 @@ from cadsurgery.support.torch_internals import tree_leaves, tree_map
 from cadsurgery.support.torch_operations import is_kind
 from cadsurgery.surgery.channel_rules import parts_of_index
 from cadsurgery.surgery.refusals import source_line
-from cadsurgery.surgery.rewrite import ask_mask
-from cadsurgery.surgery.rule_arguments import arguments_of, pair_of
-from cadsurgery.surgery.spatial import Spatial
-from cadsurgery.surgery.treatment import Attribute, Call, Treatment, barrier, maps_may_grow, rule
-
-
-@rule(PackedConv)
-def fused_convolution(node: fx.Node, facts: MapFacts) -> Treatment:
-    """A convolution of an inference copy reads what the network's own reads."""
-    module: Any = facts.module(node)
-    stride, (top, left), dilation = map(pair_of, module.window)
-    if stride[0] != stride[1]:
-        return barrier(f"stride {stride} differs between the axes")
-    kernel = (module.weight.shape[2], module.weight.shape[3])
-    return Treatment(
-        "window",
-        call=functional.fused_conv2d,
-        window=Window(kernel, stride[0], dilation, (top, top, left, left)),
-    )
-
-
-@rule(PackedLinear, ScaleShift)
-def fused_product(node: fx.Node, facts: MapFacts) -> Treatment:
-    """A linear layer, or factors and shifts, of an inference copy act on each position alone; a map may be added."""
-    return Treatment("join" if len(node.all_input_nodes) > 1 else "pointwise")
-
+from cadsurgery.surgery.rewrite import ACTS, Operand, ask_mask
+from cadsurgery.surgery.rule_arguments import arguments_of
+from cadsurgery.surgery.treatment import Attribute, Call, Treatment
 
 _NEEDS = {
     "image": "it reads a map of the whole picture at once",
@@ -216,13 +193,6 @@ class BandReader:
                 *in_order(graph, given, *first)
             )
         self.run = GraphInterpreter(program, graph)
-        facts = Facts(self.net, graph, given[image], self.reading.shapes, arguments=given)
-        facts.floating.update(node for node, dtype in self.reading.types.items() if dtype.is_floating_point)
-        facts.numbers.update(self.reading.numbers)
-        facts.given.append(self.reading.image)
-        with maps_may_grow():
-            self.spatial = Spatial(facts)
-            _ = self.spatial.treatments  # which are computed when they are first read
         self.parts = dict[fx.Node, list[fx.Node]]()  # the maps that several values in one are read from
         self.values = dict[Key, Any]()  # of all that is no map, while a call runs
         self._refuse_changes_that_others_read()
@@ -295,7 +265,7 @@ class BandReader:
         return max((self.reading.passes.get(node, 0) for node in nodes), default=0)
 
     def _read_node(self, node: fx.Node) -> None:
-        treatment = self.spatial.treatments[node]
+        treatment = _acts(node)
         if node in self.reading.numbers:
             return  # a size
         if node not in self.reading.shapes:
@@ -305,8 +275,7 @@ class BandReader:
         if node.target in (functional.contiguous_gradient, functional.exact_layout):
             self._add(node, self._pointwise(node))
         elif treatment.kind == "global":
-            options = {name: self._resolved(value) for name, value in treatment.arguments}
-            self._read_sum(node, self._source(node), treatment.call, options)
+            self._read_sum(node, self._source(node), treatment.call, self._arguments(node))
         else:
             self._add(node, self._step(node, treatment))
 
@@ -330,7 +299,7 @@ class BandReader:
         if step is not None:
             made.reads = [(reading.number[one], rows) for one, rows in step.reads if one in reading.number]
             made.copied = [reading.number[one] for one in step.copies if one in reading.number]
-            made.table = step.table if isinstance(step, element_steps.WindowOfElements) else None
+            made.table = step.table
             reading.steps[len(reading.maps)] = step
             read = [*node.all_input_nodes, *(source for source, _ in step.reads)]
             reading.passes.setdefault(node, self._passes(read))
@@ -347,81 +316,75 @@ class BandReader:
         )
         return next(filter(None, origins), node.name)
 
+    def _module(self, node: fx.Node) -> Any:
+        return self.net.get_submodule(str(node.target)) if node.op == "call_module" else None
+
     def _is_module(self, path: str) -> bool:
         owner, _, name = path.rpartition(".")
         return name in self.net.get_submodule(owner)._modules
 
     # -- steps ---------------------------------------------------------------------------------------
 
-    def _step(self, node: fx.Node, treatment: Treatment) -> BandStep:
-        module = self.net.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, PackedConv) and treatment.window is not None:
-            return self._packed(node, module, treatment.window)
-        if treatment.then:
+    def _step(self, node: fx.Node, acts: Treatment) -> BandStep:
+        if acts.then:
             raise self._refusal(node, "it is several operations in one")
-        call, arguments = treatment.call, {name: self._resolved(value) for name, value in treatment.arguments}
-        if treatment.window is not None and treatment.window.finer > 1:
-            return self._spread(node, treatment.window, arguments)
-        if treatment.window is not None and treatment.kind == "window":
-            return self._windowed(node, treatment, arguments)
-        if (pads := self._pads(node, treatment)) is not None:
-            return self._padded(node, pads)
-        if treatment.kind == "broadcast":
+        if acts.window is not None and (acts.kind == "window" or acts.window.finer > 1):
+            return self._windowed(node, acts, acts.window)
+        if (pads := self._pads(node, acts)) is not None:  # padding is a window of one tap
+            return self._over(node, pads, lambda x, *_: x, pads=False)
+        if acts.kind == "broadcast":
             return self._enlarged(node)
-        if call is functional.pixel_shuffle:
-            return steps.Finer(self._source(node), treatment.scale, partial(self.call, node))
-        if call is functional.resize:
-            source = self._source(node)
-            return steps.Resized(source, self._size(source), _scaling(arguments), self.reading.types[source])
-        if call is functional.group_norm:
-            return self._group_norm(node, self._source(node), arguments)
-        self._refuse_unless_rowwise(node, treatment)
+        if acts.call is functional.pixel_shuffle:
+            return self._windowed(node, acts, Window((acts.scale, acts.scale), finer=acts.scale))
+        if acts.call is functional.resize:
+            source, options = self._source(node), self._arguments(node)
+            return steps.resized(source, self._size(source), _scaling(options), self.reading.types[source])
+        if acts.call is functional.group_norm:
+            return self._group_norm(node, self._source(node), self._arguments(node))
+        self._refuse_unless_rowwise(node, acts)
         return self._pointwise(node)
 
-    def _packed(self, node: fx.Node, module: PackedConv, window: Window) -> BandStep:
+    def _over(self, node: fx.Node, window: Window, apply: Any, **options: Any) -> BandStep:
         source = self._source(node)
-        residual: Any = node.args[1] if len(node.args) > 1 else None
-        if residual is not None and self.reading.shapes.get(residual) != self.reading.shapes[node]:
-            raise self._refusal(node, "what it adds has another size")
-        apply, width = steps.convolution_by(module, window), self.reading.shapes[node][3]
-        return steps.Windowed(
-            source, window, self._size(source), width, apply, window.outside or 0.0, residual
-        )
+        return steps.windowed(source, window, self._size(source), self._size(node)[1], apply, **options)
 
-    def _windowed(self, node: fx.Node, treatment: Treatment, arguments: dict[str, Any]) -> BandStep:
-        source, window, call = self._source(node), treatment.window, treatment.call
-        assert window is not None
-        size, width = self._size(source), self.reading.shapes[node][3]
-        window = window.fit(size)
-        make = partial(steps.Windowed, source, window, size, width)
-        outside = window.outside if window.outside is not None else 0.0
-        if call is functional.conv2d:
-            weight, bias, groups = arguments["weight"], arguments.get("bias"), arguments.get("groups", 1)
-            stride, dilation = window.stride, window.dilation
-            return make(
-                lambda x, left, _: F.conv2d(x, weight, bias, stride, (0, left), dilation, groups), outside
-            )
-        if call is functional.max_pool2d:
-            outside = -torch.inf if window.outside is None else window.outside
-            kernel, stride, dilation = window.kernel, window.stride, window.dilation
-            return make(lambda x, *_: F.max_pool2d(x, kernel, stride, 0, dilation), outside, pads=False)
-        if call is functional.avg_pool2d and window.dilation == (1, 1):
-            kernel, stride = window.kernel, window.stride
-            sums = make(
-                lambda x, *_: F.avg_pool2d(x, kernel, stride, divisor_override=1), outside, pads=False
-            )
-            return steps.Mean(sums, arguments.get("divisor"), arguments.get("count_include_pad", True))
-        if call is functional.pixel_unshuffle:
-            return make(lambda x, left, _: F.pixel_unshuffle(x, window.stride), 0.0, pads=False)
-        raise self._refusal(node, _NEEDS["window"])
+    def _windowed(self, node: fx.Node, acts: Treatment, window: Window) -> BandStep:
+        """Convolutions are given padded rows; any other operation with a window pads by itself."""
+        source, module = self._source(node), self._module(node)
+        size, stride, dilation = self._size(source), window.stride, window.dilation
+        if isinstance(module, PackedConv):
+            residual: Any = node.args[1] if len(node.args) > 1 else None
+            if residual is not None and self.reading.shapes.get(residual) != self.reading.shapes[node]:
+                raise self._refusal(node, "what it adds has another size")
+            return self._over(node, window, steps.convolution_by(module, window), residual=residual)
+        call: Callable[..., Any] = partial(self.call, node)
+        if acts.call is functional.conv2d:
+            held = self._arguments(node)
+            weight, bias, groups = held["weight"], held.get("bias"), held.get("groups", 1)
+            if window.finer == 1:
+                return self._over(
+                    *(node, window.fit(size)),
+                    lambda x, left, _: F.conv2d(x, weight, bias, stride, (0, left), dilation, groups),
+                )
+            weight = transpose_weight(weight, groups).contiguous()
+            cut = window.padding[::2]
+            lengths = zip(self._size(node), size, window.kernel, cut, strict=True)
+            more = [
+                after - (before - 1) * window.finer - taps + 2 * pad for after, before, taps, pad in lengths
+            ]
+
+            def call(rows: dict[fx.Node, Any]) -> Any:
+                return F.conv_transpose2d(rows[source], weight, bias, window.finer, cut, more, groups)
+
+        return steps.called(source, window, size[0], call)
 
     def _pads(self, node: fx.Node, treatment: Treatment) -> Window | None:
         """The padding of an operation that pads or cuts a map, by the sizes of this picture; None for any other."""
         if node.target is F.pad:
             options = arguments_of(node, "input", "pad", mode="constant", value=None)
-            pads, mode = self.spatial.facts.number(options["pad"]), options["mode"]
-            layout = self.spatial.facts.layout(node.args[0])
-            if layout != NCHW or mode == "circular" or pads is None or any(pads[4:]):
+            pads, mode = self._number(options["pad"]), options["mode"]
+            layout = _layout(node.args[0])
+            if layout != NCHW or mode == "circular" or not _is_number(pads) or any(pads[4:]):
                 return None
             left, right, top, bottom = (*pads, 0, 0)[:4]
             mode = "zeros" if mode == "constant" else mode
@@ -439,10 +402,9 @@ class BandReader:
         index = parts_of_index(node.args[1], 4)
         index += [slice(None)] * (4 - len(index))
         is_cut = all(isinstance(part, slice) for part in index) and index[:2] == [slice(None)] * 2
-        if self.spatial.facts.layout(source) != NCHW or len(index) != 4 or not is_cut:
+        if _layout(source) != NCHW or len(index) != 4 or not is_cut:
             return None
-        number = self.spatial.facts.number
-        parts = [slice(*number((part.start, part.stop, part.step))) for part in index]
+        parts = [self._number(part) for part in index]
         lengths, pads = self._size(self._source(node)), list[int]()
         for part, length in zip(parts[2:], lengths, strict=True):
             start, stop, step = part.indices(length)
@@ -451,38 +413,26 @@ class BandReader:
             pads += [-start, stop - length]
         return Window((1, 1), padding=(pads[0], pads[1], pads[2], pads[3]))
 
-    def _padded(self, node: fx.Node, pads: Window) -> BandStep:
-        """Padding is a window of one tap."""
-        source, width, outside = self._source(node), self.reading.shapes[node][3], pads.outside or 0.0
-        return steps.Windowed(source, pads, self._size(source), width, lambda x, *_: x, outside, pads=False)
-
     def _is_enlarged(self, node: fx.Node) -> bool:
         """True if a value of the whole image is resized, or repeated over a map."""
-        treatment = self.spatial.treatments[node]
+        treatment = _acts(node)
         is_resized = treatment.kind == "broadcast" or treatment.call is functional.resize
         return is_resized and len(self.reading.shapes.get(node, ())) == 4
 
     def _enlarged(self, node: fx.Node) -> BandStep:
         """The map that a value of the whole image is resized to."""
-        options = dict(self.spatial.treatments[node].arguments)
+        options = dict(_acts(node).arguments)
         source: Any = node.args[0] if node.args else node.kwargs["input"]
         self._note_axis(source, 2)
         align, mode = options.get("align_corners"), options.get("mode", "nearest")
         scaling = Scaling(self._size(node), mode=mode, align_corners=align)
-        return steps.Resized(source, self._size(source), scaling, self.reading.types[source])
-
-    def _spread(self, node: fx.Node, window: Window, arguments: dict[str, Any]) -> BandStep:
-        source = self._source(node)
-        sizes = self._size(source)[0], self.reading.shapes[node][3]
-        groups, bias = arguments.get("groups", 1), arguments.get("bias")
-        weight = transpose_weight(arguments["weight"], groups).contiguous()
-        return steps.SpreadRows(source, window, *sizes, weight, bias, groups)
+        return steps.resized(source, self._size(source), scaling, self.reading.types[source])
 
     def _group_norm(self, node: fx.Node, source: fx.Node, options: dict[str, Any]) -> BandStep:
         """Mean and variance are values of the whole image; the rest acts on each row, or element."""
         grid, groups, key = self.reading.grids.get(source), options["groups"], Statistics(node)
         channels = self.reading.channels[source] if grid else self.reading.shapes[source][1]
-        weight, bias = (self._resolved(options.get(name)) for name in ("weight", "bias"))
+        weight, bias = (self._resolved(options.get(name), node) for name in ("weight", "bias"))
         eps = options.get("eps", 1e-5)
         made = partial(steps.affine_of, channels=channels, weight=weight, bias=bias, eps=eps)
         self._add_sum(key, source, partial(steps.Moments, groups, True, self._are_equal(grid)), made)
@@ -494,7 +444,7 @@ class BandReader:
                 return Elements(steps.scaled(x.rows, scale, shift), x.lattice)
             return steps.scaled(x, scale.view(-1, 1, 1), shift.view(-1, 1, 1))
 
-        return steps.Pointwise([source], apply)
+        return steps.pointwise([source], apply)
 
     def _are_equal(self, grid: Grid | None) -> bool:
         """True if all elements of a map weigh the same; those of dense maps do."""
@@ -513,8 +463,8 @@ class BandReader:
                 height = x.shape[self._axis(maps[0])]
                 return x.reshape(*shape[:axis], height, *shape[axis + 1 :])
 
-            return steps.Pointwise(maps, reshape)
-        return steps.Pointwise([*maps, *values], partial(self.call, node))
+            return steps.pointwise(maps, reshape)
+        return steps.pointwise([*maps, *values], partial(self.call, node))
 
     def _values_with_rows(self, node: fx.Node, axis: int, shape: torch.Size) -> list[fx.Node]:
         """The values of the whole image, such as coordinates, that have a row for each row of a map they are joined
@@ -533,7 +483,7 @@ class BandReader:
             raise self._refusal(value, "its rows are read along two axes")
 
     def _axis(self, node: fx.Node) -> int:
-        return self.reading.axis.get(node) or max(self.spatial.facts.layout(node).find("h"), 0) or 2
+        return self.reading.axis.get(node) or max(_layout(node).find("h"), 0) or 2
 
     def call(self, node: fx.Node, rows: dict[fx.Node, Any], **more: Any) -> Any:
         """Call the operation of a node on rows of the maps that it reads, perhaps with other options, or on values
@@ -575,56 +525,44 @@ class BandReader:
         grids, options = self.reading.grids, self._options(node)
         call = partial(self.call, node)
         if node.target is functional.to_elements:
-            return element_steps.Entering(cells, source, grids[node], options.get("layout", NCHW))
+            return element_steps.entering(cells, source, grids[node], options.get("layout", NCHW))
         if source not in grids:
             raise self._refusal(node, "it joins a dense map with the region")
-        spacing = options.get("spacing", 1)
-        layout = options.get("layout", NCHW)
-        is_read = layout != NCHW and any(
-            user.op != "output" for user in node.users
-        )  # by what knows not its axes
-        if node.target is functional.to_dense and "h" in layout and not is_read and not options.get("guide"):
-            self.reading.axis[node] = layout.index("h")
-            return element_steps.DenseMap(cells, source, grids[source], spacing, call, layout.index("h"))
+        spacing, layout = options.get("spacing", 1), _layout(node)
+        if node.target is functional.to_dense and "h" in layout and not options.get("guide"):
+            return element_steps.dense_map(cells, source, spacing, call, layout.index("h"))
         if node.target is functional.resize_to_dense and cells.pyramid.geometry.fill == "linear":
             scaling, dtype = _scaling(options), self.reading.types[source]
-            return element_steps.ResizedAtExit(cells, source, grids[source], spacing, scaling, dtype)
+            return element_steps.resized_at_exit(cells, source, grids[source], spacing, scaling, dtype)
+        pair = grids[source], grids.get(node, grids[source])
         if node.target is functional.resize:
             mode, align = options.get("mode", "nearest"), bool(options.get("align_corners"))
-            return element_steps.ResizedElements(
-                cells, source, (grids[source], grids[node]), options["spacings"], mode, align
-            )
+            return element_steps.resized_elements(cells, source, pair, options["spacings"], mode, align)
         if node.target is functional.pixel_shuffle:
-            return element_steps.OfNeighbours(cells, source, (grids[source], grids[node]), call)
+            return element_steps.of_neighbours(cells, source, pair[1], call)
         if operation.reads == "window" and "window" in options:
-            window = options["window"].fit(grids[source].size)
-            residual = options.get("residual")
+            window, residual = options["window"].fit(pair[0].size), options.get("residual")
             added = grids[residual] if residual is not None else None
-            return element_steps.WindowOfElements(
-                cells, source, residual, window, (grids[source], grids[node], added), call
-            )
+            return element_steps.window_of_elements(cells, source, residual, window, (*pair, added), call)
         if node.target is functional.group_norm:
             return self._group_norm(node, source, options)
         if operation.reads != "element":
             raise self._refusal(node, _NEEDS.get(operation.reads, _NEEDS["image"]))
         if node.target in (functional.pad, functional.crop, functional.check_same_padding):
-            value = options.get("value", 0.0)
-            return element_steps.BorderOfElements(cells, source, (grids[source], grids[node]), spacing, value)
+            return element_steps.border_of_elements(cells, source, pair, spacing, options.get("value", 0.0))
         maps, small = self._maps_of(node), [one for one in node.all_input_nodes if one in self.reading.small]
         dense = dict(self._rows_of_small(one, cells.side) for one in small if one in self.parts)
         if any(one not in grids and one not in dense for one in maps):
             raise self._refusal(node, "it joins a dense map with the region")
-        return steps.Pointwise([*maps, *(one for one in small if one not in self.parts)], call, dense)
+        return steps.pointwise([*maps, *(one for one in small if one not in self.parts)], call, dense)
 
-    def _rows_of_small(self, node: fx.Node, side: int) -> tuple[fx.Node, tuple[RowsRead, int]]:
-        """The dense map that the region reads between its samples, the rows of it that fine rows read, and its
-        height."""
+    def _rows_of_small(self, node: fx.Node, side: int) -> tuple[fx.Node, RowsRead]:
+        """The dense map that the region reads between its samples, and the rows of it that fine rows read."""
         (source,), options = self.parts[node], self._options(node)
         spacing: int = options["spacing"]
         if options.get("size") is not None or side % spacing:
             raise self._refusal(node, "it joins a dense map with the region")
-        rows = RowsRead(lambda row: row // spacing, lambda row: row // spacing + 1)
-        return source, (rows, self.reading.shapes[source][2])
+        return source, RowsRead(lambda row: row // spacing, lambda row: row // spacing + 1)
 
     def _options(self, node: fx.Node) -> dict[str, Any]:
         """The arguments of an operation on elements by name; numbers in place of their nodes."""
@@ -632,11 +570,7 @@ class BandReader:
         if isinstance(target, OnRows):
             return {}
         bound = inspect.signature(target).bind(*node.args, **node.kwargs)
-
-        def number(read: fx.Node) -> Any:
-            return self.reading.numbers.get(read, read)
-
-        return {name: map_arg(value, number) for name, value in bound.arguments.items()}
+        return {name: self._number(value) for name, value in bound.arguments.items()}
 
     # -- values of the whole image -------------------------------------------------------------------
 
@@ -662,7 +596,7 @@ class BandReader:
             make = partial(steps.Bins, size, bins, largest)
             if grid:
                 make = partial(element_steps.BinsOfElements, size, bins, largest, spacing, are_equal)
-        layout = options.get("layout", NCHW) if grid else self.spatial.facts.layout(source)
+        layout = options.get("layout", NCHW) if grid else _layout(source)
         is_over_all = set(dims) == {1, 2, 3} and how in ("mean", "sum", "amax", "amin")
         if make is None or not (tuple(dims) == image_dims(layout) or is_over_all):
             axes = "the whole batch" if 0 in dims else "a part of the axes of a map"
@@ -696,18 +630,30 @@ class BandReader:
 
     def _lengths(self, node: fx.Node) -> tuple[int, int]:
         """Height and width of a map of any axes."""
-        layout, shape = self.spatial.facts.layout(node), self.reading.shapes[node]
+        layout, shape = _layout(node), self.reading.shapes[node]
         return shape[layout.index("h")], shape[layout.index("w")]
 
-    def _resolved(self, value: Any) -> Any:
-        """The value of an argument of a treatment."""
+    def _number(self, value: Any) -> Any:
+        """A value with numbers in place of their nodes."""
+        return map_arg(value, lambda read: self.reading.numbers.get(read, read))
+
+    def _arguments(self, node: fx.Node) -> dict[str, Any]:
+        """The arguments of a node's treatment, with the values of weights and numbers."""
+        return {name: self._resolved(value, node) for name, value in _acts(node).arguments}
+
+    def _resolved(self, value: Any, node: fx.Node) -> Any:
+        """The value of an argument of a node's treatment."""
+        if isinstance(value, Operand):
+            if value.place < 0:
+                raise self._refusal(node, "a window is computed from what it does not read")
+            value = node.all_input_nodes[value.place]
         if isinstance(value, Attribute):
             return operator.attrgetter(value.path)(self.net)
         if isinstance(value, Call):
-            args = [self._resolved(part) for part in value.args]
+            args = [self._resolved(part, node) for part in value.args]
             return value.target(*args, **value.kwargs) if callable(value.target) else args[0]
         if isinstance(value, (tuple, list)):
-            return type(value)(self._resolved(part) for part in value)
+            return type(value)(self._resolved(part, node) for part in value)
         if isinstance(value, fx.Node):
             return self._constant(value)
         return value
@@ -729,9 +675,9 @@ class BandReader:
             return
         operation, layouts = (
             treatment.operation,
-            {self.spatial.facts.layout(one) for one in self._maps_of(node)},
+            {_layout(one) for one in self._maps_of(node)},
         )
-        layouts |= {self.spatial.facts.layout(node)} if node in self.reading.shapes else set()
+        layouts |= {_layout(node)} if node in self.reading.shapes else set()
         on_rows = operation is None or operation.reads == "element"
         if (
             treatment.kind not in ("pointwise", "join")
@@ -752,12 +698,23 @@ class BandReader:
                     raise self._refusal(node, "it changes in place what others read")
 
     def _refusal(self, node: fx.Node, why: str) -> CannotConvert:
+        path = str(node.target) if node.op == "call_module" else module_of(node)
         return CannotConvert(
             "the network cannot be computed in bands of rows.",
-            where=", ".join(filter(None, (node.name, self.spatial.facts.path(node), source_line(node)))),
+            where=", ".join(filter(None, (node.name, path, source_line(node)))),
             why=f"{why.rstrip('.')}.",
             next="run it whole: net.optimize() without memory=.",
         )
+
+
+def _acts(node: fx.Node) -> Treatment:
+    """Return how a node acts on dense maps; see `rewrite.acts_of`."""
+    return node.meta.get(ACTS) or Treatment("barrier", f"no rule for {node.name}")
+
+
+def _layout(node: fx.Node) -> str:
+    """Return the axes of a node's value; "" if it is no map."""
+    return _acts(node).layout
 
 
 def copied(value: Any) -> Any:
