@@ -35,7 +35,6 @@ from cadsurgery.network.bands.schedule import (
     used_by,
     walk,
 )
-from cadsurgery.network.bands.steps import Sum
 from cadsurgery.network.program import Masked, Program
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.memory import in_mebibytes
@@ -349,10 +348,17 @@ class BandedCall:
         self._evaluate(arguments, 0)
         for at, (one, kept) in enumerate(zip(self.walks.passes, self.walks.kept, strict=True)):
             is_last = at == len(self.walks.passes) - 1
-            sums = {key: s.make() for key, s in reading.sums.items() if reading.passes[key] == at + 1}
-            yield from self._walk(one, sums, reading.map_outputs if is_last else ())
-            for key, total in sums.items():
-                values[key] = reading.sums[key].finish(total.finish())
+            sums = {key: s for key, s in reading.sums.items() if reading.passes[key] == at + 1}
+            found = dict[Key, list[Tensor]]()
+            for node, first, rows in self._walk(one, {s.source for s in sums.values()}, is_last):
+                for key, value in sums.items():
+                    if value.source is node:
+                        part = value.measure(rows, first)
+                        found[key] = [*map(value.join, found[key], part)] if key in found else part
+                if is_last:
+                    yield node, first, rows
+                del rows
+            values.update({key: value.finish(*found[key]) for key, value in sums.items()})
             self.held = {number: held for number, held in self.held.items() if number in kept}
             self._evaluate(arguments, at + 1)
 
@@ -372,47 +378,32 @@ class BandedCall:
                 values[node] = self.reader.call(node, {})
 
     def _walk(
-        self, one: Pass, sums: dict[Key, Sum], wanted: Collection[fx.Node]
-    ) -> Iterator[tuple[fx.Node, int, Tensor]]:
+        self, one: Pass, summed: Collection[fx.Node], is_last: bool
+    ) -> Iterator[tuple[fx.Node, int, Any]]:
+        """Yield rows of the maps that are summed, or in the last walk are results: node, number of the first, rows."""
         reading, held, number = self.reading, self.held, self.reading.number
-        summed: dict[fx.Node, list[Sum]] = {}
-        for key, total in sums.items():
-            summed.setdefault(reading.sums[key].source, []).append(total)
-
-        def computed() -> Iterator[tuple[fx.Node, int, Any]]:
-            for node in {node: None for node in (*wanted, *summed) if number[node] in held}:
-                # Of the picture, or of a map that an earlier walk has kept.
-                height = reading.maps[number[node]].height
-                step = (
-                    -(-self.walks.band // reading.maps[number[node]].step) * reading.maps[number[node]].step
-                )
+        wanted = [*reading.map_outputs] if is_last else [node for node in number if node in summed]
+        for node in wanted:
+            if number[node] in held:  # the picture, or a map that an earlier walk has kept
+                height, step = reading.maps[number[node]].height, reading.maps[number[node]].step
+                step *= -(-self.walks.band // step)
                 for first in range(0, height, step):
                     yield node, first, held[number[node]].rows(first, min(first + step, height))
-            done = {
-                task.number: 0 for tasks in one.bands for task in tasks if reading.maps[task.number].elements
-            }
-            for tasks in one.bands:
-                for task in tasks:
-                    rows = self._compute(task)
+        done = {task.number: 0 for tasks in one.bands for task in tasks if reading.maps[task.number].elements}
+        for tasks in one.bands:
+            for task in tasks:
+                rows = self._compute(task)
+                if self.nodes[task.number] in wanted:
                     yield self.nodes[task.number], task.first, rows
-                    del rows
-                    for left, row in task.drops:
-                        if left in held:
-                            held[left].drop(row)
-                    if task.number in done:
-                        self._forget_table(task, done)
-                if done and self.reader.cells is not None:
-                    heights = {one: reading.maps[one].height for one in done}
-                    self.reader.cells.drop(
-                        min((row for one, row in done.items() if row < heights[one]), default=0)
-                    )
-
-        for node, first, rows in computed():
-            for total in summed.get(node, ()):
-                total.add(rows, first)
-            if node in wanted:
-                yield node, first, rows
-            del rows
+                del rows
+                for left, row in task.drops:
+                    if left in held:
+                        held[left].drop(row)
+                if task.number in done:
+                    self._forget_table(task, done)
+            if done and self.reader.cells is not None:
+                unfinished = (row for one, row in done.items() if row < reading.maps[one].height)
+                self.reader.cells.drop(min(unfinished, default=0))
 
     def _compute(self, task: Task) -> Any:
         """Return rows of a map, which are held from now on."""

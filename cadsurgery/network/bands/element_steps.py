@@ -352,34 +352,20 @@ def resized_at_exit(
     return BandStep([(node, rows)], compute, [node])
 
 
-class BinsOfElements:
-    """Adaptive pooling of elements to a small map (1, C, bins, bins), see `functional.pool_to_bins`."""
-
-    def __init__(
-        self, size: tuple[int, int], bins: tuple[int, int], largest: bool, spacing: int, are_equal: bool
-    ) -> None:
-        self.size, self.bins, self.largest = size, bins, largest
-        self.spacing, self.are_equal = spacing, are_equal
-        self.found: Tensor | None = None
-        self.area: Tensor | float = 0.0
-
-    def add(self, x: Elements, first: int) -> None:
-        """Take in the elements of a band from a fine row on."""
-        _, y, column = x.lattice.coordinates
-        shares = areas_in_bins(
-            x.lattice, (y + first, column), self.size, self.bins, self.spacing, self.are_equal
-        )
-        if self.largest:
-            inside = (shares > 0).unsqueeze(2).unbind(1)
-            found = torch.stack([torch.where(own, x.rows, -torch.inf).amax(0) for own in inside], 1)
-            self.found = found if self.found is None else torch.maximum(self.found, found)
-            return
-        found = x.rows.double().T @ shares
-        self.found = found if self.found is None else self.found + found
-        self.area = self.area + shares.sum(0)
-
-    def finish(self) -> Tensor:
-        """Return the small map."""
-        assert self.found is not None
-        found = self.found if self.largest else self.found / self.area
-        return found.view(1, -1, *self.bins)
+def bins_of_elements(
+    x: Elements,
+    first: int,
+    size: tuple[int, int],
+    bins: tuple[int, int],
+    is_largest: bool,
+    spacing: int,
+    are_equal: bool,
+) -> list[Tensor]:
+    """Return what `bins_of_rows` does for the elements of a band from a fine row on, see `functional.pool_to_bins`."""
+    _, y, column = x.lattice.coordinates
+    shares = areas_in_bins(x.lattice, (y + first, column), size, bins, spacing, are_equal)
+    if is_largest:
+        inside = (shares > 0).unsqueeze(2).unbind(1)
+        found = torch.stack([torch.where(own, x.rows, -torch.inf).amax(0) for own in inside], 1)
+        return [found.view(1, -1, *bins)]
+    return [(x.rows.double().T @ shares).view(1, -1, *bins), shares.sum(0).view(bins)]

@@ -32,7 +32,7 @@ from cadsurgery.following.graphs import module_of
 from cadsurgery.network.bands import element_steps, steps
 from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.schedule import BandMap, RowsRead
-from cadsurgery.network.bands.steps import BandStep, Sum
+from cadsurgery.network.bands.steps import BandStep, WholeImage
 from cadsurgery.network.macs import OnShapes
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import CannotConvert
@@ -58,20 +58,6 @@ class Statistics(NamedTuple):
 
 
 Key = fx.Node | Statistics
-
-
-class WholeImage(NamedTuple):
-    """A value of the whole image, made of sums over its rows.
-
-    Attributes:
-        source: node of the map that it is of.
-        make: makes the empty sums.
-        finish: makes the value from what the sums give.
-    """
-
-    source: fx.Node
-    make: Callable[[], Sum]
-    finish: Callable[[Any], Any]
 
 
 @dataclass
@@ -434,8 +420,9 @@ class BandReader:
         channels = self.reading.channels[source] if grid else self.reading.shapes[source][1]
         weight, bias = (self._resolved(options.get(name), node) for name in ("weight", "bias"))
         eps = options.get("eps", 1e-5)
+        measure = partial(steps.sums, groups=groups, squares=True, are_equal=self._are_equal(grid))
         made = partial(steps.affine_of, channels=channels, weight=weight, bias=bias, eps=eps)
-        self._add_sum(key, source, partial(steps.Moments, groups, True, self._are_equal(grid)), made)
+        self._add_sum(key, WholeImage(source, measure, made))
         self.reading.passes[node] = self.reading.passes[key]
 
         def apply(rows: dict[fx.Node, Any]) -> Any:
@@ -583,35 +570,45 @@ class BandReader:
         )
         shape, dtype = self.reading.shapes[node], self.reading.types[node]
         size, spacing = (grid.size, options.get("spacing", 1)) if grid else (self._lengths(source), 1)
-        are_equal, made = self._are_equal(grid), _unchanged
-        make: Callable[[], Sum] | None = None
+        sign, join, measure = -1 if how == "amin" else 1, torch.add, None
+        finish: Callable[..., Any] = torch.div
         if call is functional.global_max or (call is functional.global_reduce and how in ("amax", "amin")):
-            make = partial(steps.Largest, -1 if how == "amin" else 1)
+            measure, join, finish = (
+                partial(steps.largest, sign=sign),
+                torch.maximum,
+                lambda found: found * sign,
+            )
         elif call in (functional.global_mean, functional.global_reduce):
-            samples = math.prod(-(-length // spacing) for length in size)
-            make = partial(steps.Moments, 0, how in ("var", "std", "norm"), are_equal)
-            made = partial(_reduced, how=how, samples=samples, correction=options.get("correction", 1))
+            squares, samples = how in ("var", "std", "norm"), math.prod(-(-n // spacing) for n in size)
+            measure = partial(steps.sums, squares=squares, are_equal=self._are_equal(grid))
+            finish = partial(steps.reduced, how=how, samples=samples, correction=options.get("correction", 1))
         elif call is functional.pool_to_bins:
-            bins, largest = options["size"], options.get("largest", False)
-            make = partial(steps.Bins, size, bins, largest)
+            kind = {"size": size, "bins": options["size"], "is_largest": options.get("largest", False)}
+            measure = partial(steps.bins_of_rows, **kind)
             if grid:
-                make = partial(element_steps.BinsOfElements, size, bins, largest, spacing, are_equal)
+                more = {"spacing": spacing, "are_equal": self._are_equal(grid)}
+                measure = partial(element_steps.bins_of_elements, **kind, **more)
+            if kind["is_largest"]:
+                join, finish = torch.maximum, lambda found: found
         layout = options.get("layout", NCHW) if grid else _layout(source)
         is_over_all = set(dims) == {1, 2, 3} and how in ("mean", "sum", "amax", "amin")
-        if make is None or not (tuple(dims) == image_dims(layout) or is_over_all):
+        if measure is None or not (tuple(dims) == image_dims(layout) or is_over_all):
             axes = "the whole batch" if 0 in dims else "a part of the axes of a map"
-            why = _NEEDS["image"] if make is None else f"it reads {axes} at once"
-            raise self._refusal(node, why)
-        if grid is None and layout != NCHW:
-            make = partial(steps.OfPermuted, make, tuple(map(layout.index, NCHW)))
-        over = getattr(torch, how) if is_over_all else None
-        self._add_sum(node, source, make, lambda found: _over(over, made(found)).view(shape).to(dtype))
+            raise self._refusal(node, _NEEDS["image"] if measure is None else f"it reads {axes} at once")
+        of_map, order = measure, tuple(map(layout.index, NCHW)) if grid is None and layout != NCHW else None
 
-    def _add_sum(
-        self, key: Key, source: fx.Node, make: Callable[[], Sum], made: Callable[[Any], Any]
-    ) -> None:
-        self.reading.sums[key] = WholeImage(source, make, made)
-        self.reading.passes[key] = self.reading.passes.get(source, 0) + 1
+        def measured(rows: Any, first: int) -> list[Tensor]:
+            return of_map(rows.permute(order) if order else rows, first)
+
+        def finished(*found: Tensor) -> Tensor:
+            value = finish(*found)
+            return (getattr(torch, how)(value, 1) if is_over_all else value).view(shape).to(dtype)
+
+        self._add_sum(node, WholeImage(source, measured, finished, join))
+
+    def _add_sum(self, key: Key, one: WholeImage) -> None:
+        self.reading.sums[key] = one
+        self.reading.passes[key] = self.reading.passes.get(one.source, 0) + 1
 
     # -- reading the graph ---------------------------------------------------------------------------
 
@@ -740,15 +737,6 @@ def _scaling(options: dict[str, Any]) -> Scaling:
     return Scaling(**{name: options.get(name) for name in names}, mode=options.get("mode", "nearest"))
 
 
-def _over(reduce: Any, found: Tensor) -> Tensor:
-    """Reduce a value (1, C) over its channels, if it is to be."""
-    return reduce(found, 1) if reduce else found
-
-
-def _unchanged(found: Any) -> Any:
-    return found
-
-
 def uniform(geometry: Geometry, level: int, size: tuple[int, int], batch: int = 1) -> Lattice:
     """Return the lattice of pictures with all cells at a level, without memory for its level map."""
     levels = torch.tensor(level, dtype=torch.int8).expand(batch, *size)
@@ -765,15 +753,3 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_number, value))
     return isinstance(value, (int, float, str, bool, type(None), torch.dtype, torch.device))
-
-
-def _reduced(moments: tuple[Tensor, Tensor | None], how: str, samples: int, correction: int) -> Tensor:
-    """Return what a reduction over the image gives from mean and variance (1, C)."""
-    mean, variance = moments
-    if how in ("mean", "sum"):
-        return mean * (samples if how == "sum" else 1)
-    assert variance is not None
-    if how == "norm":
-        return ((variance + mean.square()) * samples).sqrt()
-    variance = variance.clamp(min=0) * (samples / max(samples - correction, 1))
-    return variance.sqrt() if how == "std" else variance
