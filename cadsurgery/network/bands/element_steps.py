@@ -51,18 +51,15 @@ class Cells:
     Attributes:
         pyramid: the levels of the whole picture.
         side: fine rows that are computed at a time: of the largest cell, or of several.
+        counts: what `elements_above` has found of the picture.
     """
 
     pyramid: Pyramid
     side: int
+    counts: dict[Grid, list[int]] = field(default_factory=dict)
     _rows: dict[tuple[int, int], Pyramid] = field(default_factory=dict)
     _parts: dict[tuple[int, int], dict[Any, Lattice]] = field(default_factory=dict)
     _known: list[tuple[int, int]] = field(default_factory=list)
-    _counts: dict[Grid, list[int]] = field(default_factory=dict)
-
-    def in_blocks(self, side: int) -> Cells:
-        """Return the same cells, of which so many fine rows are computed at a time."""
-        return Cells(self.pyramid, side, _counts=self._counts)
 
     def lattice(self, grid: Grid, first: int, end: int, within: tuple[int, int] | None = None) -> Lattice:
         """Return the lattice of the fine rows [first, end) of a map, or of the rows [begin, stop) `within` which they
@@ -122,14 +119,14 @@ class Cells:
 
     def elements_above(self, grid: Grid) -> list[int]:
         """Return for each fine row how many elements of a map have their anchors above it: height + 1 numbers."""
-        if grid not in self._counts:
+        if grid not in self.counts:
             (height, width), side = grid.size, self.pyramid.geometry.sides[-1]
             found = [torch.zeros(1, dtype=torch.int64)]
             for first in range(0, height, side):
                 rows = self.pyramid.of_rows(first, first + side)
                 found.append(_anchors_on(rows.lattice(grid.stage, (min(side, height - first), width))))
-            self._counts[grid] = torch.cat(found).cumsum(0).tolist()
-        return self._counts[grid]
+            self.counts[grid] = torch.cat(found).cumsum(0).tolist()
+        return self.counts[grid]
 
     def reached(self, above: int, below: int, step: int = 1) -> RowsRead:
         """Return the rows of whole cells that are read by points so many fine rows above and below an element, which
