@@ -10,7 +10,6 @@ from itertools import product
 from threading import RLock
 from types import SimpleNamespace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
@@ -22,7 +21,7 @@ from cadsurgery.elements.lattice import Lattice, Pyramid
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.bands.element_steps import Cells, Grid
-from cadsurgery.network.bands.reading import BandPlan, BandReader, Key, copied, uniform
+from cadsurgery.network.bands.reading import BandPlan, Key, Observed, copied, uniform
 from cadsurgery.network.bands.schedule import (
     SPARE,
     TOO_MUCH,
@@ -35,7 +34,6 @@ from cadsurgery.network.bands.schedule import (
     used_by,
     walk,
 )
-from cadsurgery.network.bands.steps import Sum
 from cadsurgery.network.program import Masked, Program
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.memory import in_mebibytes
@@ -48,7 +46,7 @@ _MOST_BANDS = 4096  # of one walk
 # Rows of cells at a time, and the spare memory of elements that lie together, the fastest first.
 _CELLS, _SPARES = (16, 8, 4, 2, 1), (3.0, 2.0)
 _MOST_COPIES = 16  # in which elements are moved within their memory
-_MOST_READERS = 4  # kinds of calls that are remembered
+_MOST_KINDS = 4  # kinds of calls that are remembered
 _WHOLE = "run it whole: net.optimize() without memory=."
 
 
@@ -92,26 +90,24 @@ class Walks:
         return replace(self, passes=[one.measured(maps, spare) for one in self.passes], spare=spare)
 
 
-def plan_walks(reading: BandPlan, band: int, keeps: bool, start: int = 0) -> Walks:
+def plan_walks(plan: BandPlan, band: int, keeps: bool, start: int = 0) -> Walks:
     """Plan the walks for bands of so many rows.
 
     Args:
-        reading: the maps of the network.
+        plan: the maps of the network.
         band: rows of the tallest map in a band.
         keeps: keep maps between walks that a later one reads; otherwise they are computed again from the picture.
         start: the first row of the results that is asked for.
     """
-    number, maps, known = reading.number, reading.maps, {0}
-    asked = reading.map_outputs if reading.only_first else reading.outputs
-    last = max((reading.passes.get(node, 0) for node in asked), default=0)
+    number, maps, known = plan.number, plan.maps, {0}
+    asked = plan.map_outputs if plan.only_first else plan.outputs
+    last = max((plan.passes.get(node, 0) for node in asked), default=0)
     every, passes, kept = set[int](), [], []
     for at in range(last + 1):
-        wanted, later, staying = {number[node] for node in reading.map_outputs}, set[int](), set[int]()
+        wanted, later, staying = {number[node] for node in plan.map_outputs}, set[int](), set[int]()
         if at < last:
-            wanted = {
-                number[one.source] for key, one in reading.sums.items() if reading.passes[key] == at + 1
-            }
-            later = _read_later(reading, at) if keeps else later
+            wanted = {number[one.source] for key, one in plan.sums.items() if plan.passes[key] == at + 1}
+            later = _read_later(plan, at) if keeps else later
             staying = later - known
         ends = sorted((wanted | staying) - known)
         passes.append(walk(maps, ends, band, known, staying, start if at == last else 0))
@@ -125,58 +121,60 @@ def plan_walks(reading: BandPlan, band: int, keeps: bool, start: int = 0) -> Wal
     return Walks(passes, kept, band, rows / max(once, 1))
 
 
-def _read_later(reading: BandPlan, at: int) -> set[int]:
+def _read_later(plan: BandPlan, at: int) -> set[int]:
     """Return the maps of a walk that maps of later ones read, or that are results."""
-    passes, number = reading.passes, reading.number
+    passes, number = plan.passes, plan.number
     is_ready = {one for node, one in number.items() if one and passes.get(node, 0) <= at}
     waiting = set(number.values()) - is_ready
-    read = {source for one in waiting for source, _ in reading.maps[one].reads}
-    later = {number[one.source] for key, one in reading.sums.items() if passes[key] > at + 1}
-    return (read | later | {number[node] for node in reading.map_outputs}) & is_ready
+    read = {source for one in waiting for source, _ in plan.maps[one].reads}
+    later = {number[one.source] for key, one in plan.sums.items() if passes[key] > at + 1}
+    return (read | later | {number[node] for node in plan.map_outputs}) & is_ready
 
 
-def fit(read: Callable[[int], BandPlan], memory: int, start: int = 0, cells: Sequence[int] = (1,)) -> Walks:
-    """Return the walks that need the least work within a memory.
+def fit(
+    read: Callable[[int], BandPlan], cells: Sequence[int], memory: int, start: int = 0
+) -> tuple[BandPlan, Walks]:
+    """Return the plan and the walks that need the least work within a memory.
 
     Args:
-        read: returns the maps of the network for so many rows of cells at a time; what it returned last is in use.
+        read: returns the maps of the network for so many rows of cells at a time.
+        cells: the rows of cells to try, the fastest first.
         memory: bytes that maps may take.
         start: the first row of the results that is asked for.
-        cells: the rows of cells to try, the fastest first.
 
     Raises:
         InvalidInput: bands of the fewest rows need more.
     """
     least: tuple[BandPlan, Walks] | None = None
     for keeps, many in product((True, False), cells):
-        reading = read(many)
-        if not keeps and not reading.sums:
+        plan = read(many)
+        if not keeps and not plan.sums:
             break  # there is nothing to keep
-        for band in _bands(reading, many == cells[-1]):
-            walks = plan_walks(reading, band, keeps, start)
+        for band in _bands(plan, many == cells[-1]):
+            walks = plan_walks(plan, band, keeps, start)
             if walks.peak <= memory:
-                spares = _SPARES if any(one.elements is not None for one in reading.maps) else ()
-                roomier = (walks.with_spare(reading.maps, spare) for spare in spares)
-                return next((one for one in roomier if one.peak <= memory), walks)
+                spares = _SPARES if any(one.elements is not None for one in plan.maps) else ()
+                roomier = (walks.with_spare(plan.maps, spare) for spare in spares)
+                return plan, next((one for one in roomier if one.peak <= memory), walks)
             if least is None or walks.peak < least[1].peak:
-                least = reading, walks
+                least = plan, walks
     assert least is not None
-    reading, walks = least
+    plan, walks = least
     least_memory = in_mebibytes(walks.peak, memory)
     raise InvalidInput(
         f"{in_mebibytes(memory, walks.peak)} are too little for this picture.",
         where="memory",
         why=f"in bands of {walks.band} rows its maps take {least_memory}, "
-        f"most of it {_largest(reading, walks)}.",
+        f"most of it {_largest(plan, walks)}.",
         next=f'give at least memory="{least_memory.replace(" ", "")}".',
     )
 
 
-def _bands(reading: BandPlan, has_fewest_cells: bool = True) -> Iterator[int]:
+def _bands(plan: BandPlan, has_fewest_cells: bool = True) -> Iterator[int]:
     """Yield numbers of rows of a band to try, the most first. Bands hold one block of rows of cells, in which elements
     are computed; those with fewer rows are for dense maps beside the region, and tried where blocks are smallest."""
-    tallest = max(one.height for one in reading.maps)
-    blocks = [-(-one.step * tallest // one.height) for one in reading.maps if one.elements is not None]
+    tallest = max(one.height for one in plan.maps)
+    blocks = [-(-one.step * tallest // one.height) for one in plan.maps if one.elements is not None]
     band = 1 << max(max(blocks, default=tallest) - 1, 1).bit_length()
     while band >= 8 and -(-tallest // band) <= _MOST_BANDS:
         yield band
@@ -185,10 +183,10 @@ def _bands(reading: BandPlan, has_fewest_cells: bool = True) -> Iterator[int]:
         band //= 2
 
 
-def _largest(reading: BandPlan, walks: Walks) -> str:
+def _largest(plan: BandPlan, walks: Walks) -> str:
     held = max(walks.passes, key=lambda one: one.peak).largest
     return ", ".join(
-        "copies of rows" if one < 0 else reading.maps[one].name
+        "copies of rows" if one < 0 else plan.maps[one].name
         for one in sorted((n for n in held if n), key=lambda n: -held[n])[:2]
     )
 
@@ -314,109 +312,98 @@ def _is_same_memory(one: Tensor, other: Tensor) -> bool:
 class BandedCall:
     """The computation of one picture in bands."""
 
-    def __init__(self, reader: BandReader, walks: Walks) -> None:
-        self.reader, self.reading, self.walks = reader, reader.reading, walks
-        self.nodes = list(self.reading.number)  # by number of their maps
+    def __init__(self, plan: BandPlan, walks: Walks) -> None:
+        self.plan, self.walks = plan, walks
+        self.nodes = list(self.plan.number)  # by number of their maps
         self.held = dict[int, Any]()  # `_Held` or `_HeldElements`; at 0 the picture
-        self.joined = joined(self.reading.maps)
+        self.joined = joined(self.plan.maps)
 
     def run(self, arguments: dict[str, Any], lattice: Lattice | None = None) -> Any:
         """Return what the graph returns for the arguments of a call with one picture and, if it has a region, the
         lattice of it."""
-        reading, values = self.reading, self.reader.values
-        image: Tensor = arguments[str(reading.image.target)]
+        plan, values = self.plan, self.plan.values
+        image: Tensor = arguments[str(plan.seen.image.target)]
         results = {
-            node: fast_layout(torch.empty(reading.shapes[node], dtype=reading.types[node]))
-            for node in reading.map_outputs
+            node: fast_layout(torch.empty(plan.seen.shapes[node], dtype=plan.seen.types[node]))
+            for node in plan.map_outputs
         }
         for node, first, rows in self.rows(arguments, lattice, lambda first, end: image[:, :, first:end]):
-            axis = reading.axis[node]
+            axis = plan.axis[node]
             results[node].narrow(axis, first, rows.shape[axis]).copy_(rows)
-        return map_arg(reading.result, lambda node: results[node] if node in results else values[node])
+        return map_arg(plan.seen.returned[0], lambda node: results[node] if node in results else values[node])
 
     def rows(
         self, arguments: dict[str, Any], lattice: Lattice | None, read: ReadRows
     ) -> Iterator[tuple[fx.Node, int, Tensor]]:
         """Yield rows of the results as they are computed: node, number of the first one, rows. `read` gives rows of the
         picture; of that in the arguments only the size is asked."""
-        reading, values = self.reading, self.reader.values
+        plan, values = self.plan, self.plan.values
         values.clear()
-        for node in reading.graph.nodes:
+        for node in plan.seen.graph.nodes:
             if node.target is ask_mask or (node.op == "placeholder" and str(node.target) not in arguments):
                 values[node] = lattice if node.target is ask_mask else None
         # The picture is read when it is asked for.
         self.held = {0: SimpleNamespace(rows=read, drop=lambda _: None)}
         self._evaluate(arguments, 0)
         for at, (one, kept) in enumerate(zip(self.walks.passes, self.walks.kept, strict=True)):
-            is_last = at == len(self.walks.passes) - 1
-            sums = {key: s.make() for key, s in reading.sums.items() if reading.passes[key] == at + 1}
-            yield from self._walk(one, sums, reading.map_outputs if is_last else ())
-            for key, total in sums.items():
-                values[key] = reading.sums[key].finish(total.finish())
+            if at == len(self.walks.passes) - 1:
+                yield from self._walk(one, plan.map_outputs)
+                return
+            sums = {key: s for key, s in plan.sums.items() if plan.passes[key] == at + 1}
+            found = dict[Key, list[Tensor]]()
+            for node, first, rows in self._walk(one, {s.source: None for s in sums.values()}):
+                for key, value in sums.items():
+                    if value.source is node:
+                        part = value.measure(rows, first)
+                        found[key] = [*map(value.join, found[key], part)] if key in found else part
+                del rows
+            values.update({key: value.finish(*found[key]) for key, value in sums.items()})
             self.held = {number: held for number, held in self.held.items() if number in kept}
             self._evaluate(arguments, at + 1)
 
     def _evaluate(self, arguments: dict[str, Any], at: int) -> None:
         """Compute what is no map and can be known before a walk."""
-        reading, values = self.reading, self.reader.values
-        for node in reading.graph.nodes:
-            if node.op == "output" or node in values or reading.passes.get(node, 0) > at:
+        plan, values = self.plan, self.plan.values
+        for node in plan.seen.graph.nodes:
+            if node.op == "output" or node in values or plan.passes.get(node, 0) > at:
                 continue
-            if node in reading.number or node in self.reader.parts or node in reading.sums:
+            if node in plan.number or node in plan.parts or node in plan.sums:
                 continue
             if node.op == "placeholder":
                 values[node] = arguments[str(node.target)]
-            elif node in reading.numbers:
-                values[node] = reading.numbers[node]
+            elif node in plan.seen.numbers:
+                values[node] = plan.seen.numbers[node]
             elif all(source in values for source in node.all_input_nodes):
-                values[node] = self.reader.call(node, {})
+                values[node] = plan.call(node, {})
 
-    def _walk(
-        self, one: Pass, sums: dict[Key, Sum], wanted: Collection[fx.Node]
-    ) -> Iterator[tuple[fx.Node, int, Tensor]]:
-        reading, held, number = self.reading, self.held, self.reading.number
-        summed: dict[fx.Node, list[Sum]] = {}
-        for key, total in sums.items():
-            summed.setdefault(reading.sums[key].source, []).append(total)
-
-        def computed() -> Iterator[tuple[fx.Node, int, Any]]:
-            for node in {node: None for node in (*wanted, *summed) if number[node] in held}:
-                # Of the picture, or of a map that an earlier walk has kept.
-                height = reading.maps[number[node]].height
-                step = (
-                    -(-self.walks.band // reading.maps[number[node]].step) * reading.maps[number[node]].step
-                )
+    def _walk(self, one: Pass, wanted: Collection[fx.Node]) -> Iterator[tuple[fx.Node, int, Any]]:
+        """Yield rows of some maps as they are computed: node, number of the first one, rows."""
+        plan, held, number = self.plan, self.held, self.plan.number
+        for node in wanted:
+            if number[node] in held:  # the picture, or a map that an earlier walk has kept
+                height, step = plan.maps[number[node]].height, plan.maps[number[node]].step
+                step *= -(-self.walks.band // step)
                 for first in range(0, height, step):
                     yield node, first, held[number[node]].rows(first, min(first + step, height))
-            done = {
-                task.number: 0 for tasks in one.bands for task in tasks if reading.maps[task.number].elements
-            }
-            for tasks in one.bands:
-                for task in tasks:
-                    rows = self._compute(task)
+        done = {task.number: 0 for tasks in one.bands for task in tasks if plan.maps[task.number].elements}
+        for tasks in one.bands:
+            for task in tasks:
+                rows = self._compute(task)
+                if self.nodes[task.number] in wanted:
                     yield self.nodes[task.number], task.first, rows
-                    del rows
-                    for left, row in task.drops:
-                        if left in held:
-                            held[left].drop(row)
-                    if task.number in done:
-                        self._forget_table(task, done)
-                if done and self.reader.cells is not None:
-                    heights = {one: reading.maps[one].height for one in done}
-                    self.reader.cells.drop(
-                        min((row for one, row in done.items() if row < heights[one]), default=0)
-                    )
-
-        for node, first, rows in computed():
-            for total in summed.get(node, ()):
-                total.add(rows, first)
-            if node in wanted:
-                yield node, first, rows
-            del rows
+                del rows
+                for left, row in task.drops:
+                    if left in held:
+                        held[left].drop(row)
+                if task.number in done:
+                    self._forget_table(task, done)
+            if done and self.plan.cells is not None:
+                unfinished = (row for one, row in done.items() if row < plan.maps[one].height)
+                self.plan.cells.drop(min(unfinished, default=0))
 
     def _compute(self, task: Task) -> Any:
         """Return rows of a map, which are held from now on."""
-        holder, step = self._held(task.number), self.reading.steps[task.number]
+        holder, step = self._held(task.number), self.plan.steps[task.number]
         is_joined = isinstance(holder, _JoinedElements)
         with offering(holder.memory_for(task.first, task.end) if is_joined else None):
             read = [
@@ -430,10 +417,8 @@ class BandedCall:
 
     def _forget_table(self, task: Task, done: dict[int, int]) -> None:
         """Take in that a task is done, and free its kernel map unless that is needed soon."""
-        done[task.number], step = task.end, self.reading.steps[task.number]
-        if step.forget_table is not None and not is_table_kept(
-            self.reading.maps, task.number, task.end, done
-        ):
+        done[task.number], step = task.end, self.plan.steps[task.number]
+        if step.forget_table is not None and not is_table_kept(self.plan.maps, task.number, task.end, done):
             step.forget_table(task.first, task.end)
 
     def _of_its_own(self, rows: Any) -> Any:
@@ -445,25 +430,25 @@ class BandedCall:
         )
 
     def _height(self, node: fx.Node) -> int:
-        if node in self.reading.number:
-            return self.reading.maps[self.reading.number[node]].height
-        value = self.reader.values[node]
-        return sys.maxsize if isinstance(value, SmallMap) else int(value.shape[self.reading.axis[node]])
+        if node in self.plan.number:
+            return self.plan.maps[self.plan.number[node]].height
+        value = self.plan.values[node]
+        return sys.maxsize if isinstance(value, SmallMap) else int(value.shape[self.plan.axis[node]])
 
     def _fetch(self, node: fx.Node, first: int, end: int) -> Any:
-        if node in self.reading.number:
-            return self.held[self.reading.number[node]].rows(first, end)
-        value = self.reader.values[node]
+        if node in self.plan.number:
+            return self.held[self.plan.number[node]].rows(first, end)
+        value = self.plan.values[node]
         if isinstance(value, SmallMap):
             return replace(value, top=first)
-        return value.narrow(self.reading.axis[node], first, end - first)
+        return value.narrow(self.plan.axis[node], first, end - first)
 
     def _held(self, number: int) -> Any:
         if number not in self.held:
-            node, cells = self.nodes[number], self.reader.cells
-            grid = self.reading.grids.get(node)
+            node, cells = self.nodes[number], self.plan.cells
+            grid = self.plan.seen.grids.get(node)
             if grid is None or cells is None:
-                self.held[number] = _Held(self.reading.axis[node])
+                self.held[number] = _Held(self.plan.axis[node])
             else:
                 is_joined, spare = number in self.joined, self.walks.spare
                 self.held[number] = (
@@ -500,9 +485,9 @@ class Bands:
     def __init__(self, memory: int) -> None:
         """Take the memory in bytes."""
         self.memory = memory
-        self._readers = dict[tuple[Any, ...], BandReader]()
-        self._walks = WeakKeyDictionary[BandReader, Walks]()  # of the network's own graph: one for each size
-        self._lock = RLock()  # a reader holds the values of the call that is running
+        self._observed = dict[tuple[Any, ...], Observed]()
+        self._own = dict[Observed, tuple[BandPlan, Walks]]()  # of own graphs: one for each size
+        self._lock = RLock()  # a plan holds the values of the call that is running
 
     def __reduce__(self) -> tuple[type[Bands], tuple[int]]:
         return Bands, (self.memory,)
@@ -521,7 +506,7 @@ class Bands:
             outputs = []
             for position, lattice in enumerate(lattices):
                 call = _of_picture(arguments, image, position)
-                outputs.append(BandedCall(*self._prepare(program, call, lattice)).run(call, lattice))
+                outputs.append(BandedCall(*self._fit(program, call, lattice)).run(call, lattice))
         output = outputs[0] if len(outputs) == 1 else tree_map(_join, *outputs)
         levels = [lattice.pyramid.levels for lattice in lattices]
         pyramid = Pyramid(levels[0] if len(levels) == 1 else torch.cat(levels), program.geometry)
@@ -532,7 +517,7 @@ class Bands:
         image = self._image(provider, program, arguments)
         with self._lock, torch.no_grad():
             call = _of_picture(arguments, image, 0)
-            return self._prepare(program, call, self._lattices(provider, program, call)[0])[1]
+            return self._fit(program, call, self._lattices(provider, program, call)[0])[1]
 
     def rows(
         self, provider: MaskProvider, start: int, read: ReadRows, program: Program, arguments: dict[str, Any]
@@ -547,22 +532,21 @@ class Bands:
         image, name = self._image(provider, program, arguments), program.image_name
         with self._lock, torch.no_grad():
             (lattice,) = self._lattices(provider, program, arguments, read)
-            graph, is_own = self._graph(program, lattice)
-            reader = self._reader(program, graph, {**arguments, name: image[:1]}).for_another_call()
-            reading = reader.read(None if is_own else lattice, only_first=True)
-            if not reading.map_outputs or reading.axis[reading.map_outputs[0]] != 2:
+            fitting = self._plans(program, {**arguments, name: image[:1]}, lattice, only_first=True)
+            plan = fitting[0](1)
+            if not plan.map_outputs or plan.axis[plan.map_outputs[0]] != 2:
                 raise InvalidInput(
                     "the network's output holds no map (B, C, H, W) that could be written in rows.",
                     next=_WHOLE,
                 )
-            shape = tuple(reading.shapes[reading.map_outputs[0]][1:])
+            shape = tuple(plan.seen.shapes[plan.map_outputs[0]][1:])
             if not 0 <= start < shape[1]:
                 raise InvalidInput(
                     f"start={start} is no row of the result, which has {shape[1]}.",
                     next=f"give 0 to {shape[1] - 1}.",
                 )
-            walks = self._fit(reader, None if is_own else lattice, True, start)
-        compute = partial(BandedCall(reader, walks).rows, arguments, None if is_own else lattice, read)
+            plan, walks = fit(*fitting, self.memory, start)
+        compute = partial(BandedCall(plan, walks).rows, arguments, lattice, read)
         return RowsOfResult(shape, lattice.pyramid.levels, walks, compute)
 
     def _image(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Tensor:
@@ -592,19 +576,19 @@ class Bands:
         if isinstance(provider, UniformMask) and program.unchanged is not None:
             level = 0 if provider.high else program.plan.max_level
             if level == own:
-                size = self._reader(program, program.unchanged, first).fine_size()
+                size = self._observe(program, program.unchanged, first).fine_size()
                 return [uniform(program.geometry, level, size)] * len(image)
-        reader = self._reader(program, program.graph, first)
-        assert reader.region is not None
+        seen = self._observe(program, program.graph, first)
+        assert seen.region is not None
         features = image
-        if reader.region.args[2] is not reader.image:
+        if seen.region.args[2] is not seen.image:
             if provider.sees_features:
                 raise InvalidInput(
                     "the network is not computed in bands here.",
                     why=f"mask {provider.name} reads features of the whole picture.",
                     next="choose a mask that looks at the picture alone, e.g. content or edges.",
                 )
-            features = image.new_zeros(()).expand(len(image), 1, *reader.fine_size())  # for its size
+            features = image.new_zeros(()).expand(len(image), 1, *seen.fine_size())  # for its size
         masking, height = program.masking(provider), image.shape[2]
         read = read or (lambda first, end: image[:, :, first:end])
         if features is image:
@@ -613,41 +597,43 @@ class Bands:
         pyramids = [Pyramid(levels, program.geometry) for levels in lattice.pyramid.levels.split(1)]
         return [one.lattice(lattice.stage, lattice.size) for one in pyramids]
 
-    def _graph(self, program: Program, lattice: Lattice) -> tuple[fx.Graph, bool]:
-        """Return the graph that computes a picture, and whether it is the network's own: where all cells are as
-        there."""
-        unchanged = program.unchanged
-        if unchanged is not None and lattice.uniform_level == program.plan.identity_level:
-            return unchanged, True
-        return program.graph, False
+    def _fit(self, program: Program, call: dict[str, Any], lattice: Lattice) -> tuple[BandPlan, Walks]:
+        """Return the plan and the walks for a picture; for the network's own graph they are made once."""
+        seen = self._graph(program, call, lattice)
+        if seen.region is not None:
+            return fit(*self._plans(program, call, lattice), self.memory)
+        if seen not in self._own:
+            self._own[seen] = fit(*self._plans(program, call, lattice), self.memory)
+        return self._own[seen]
 
-    def _prepare(self, program: Program, call: dict[str, Any], lattice: Lattice) -> tuple[BandReader, Walks]:
-        """Return the reader of the graph that computes a picture, and its walks."""
-        graph, is_own = self._graph(program, lattice)
-        reader = self._reader(program, graph, call)
-        if not is_own:
-            return reader, self._fit(reader, lattice)
-        if reader not in self._walks:
-            self._walks[reader] = self._fit(reader)
-        return reader, self._walks[reader]
+    def _plans(
+        self, program: Program, call: dict[str, Any], lattice: Lattice, only_first: bool = False
+    ) -> tuple[Callable[[int], BandPlan], Sequence[int]]:
+        """Return what plans a picture for so many rows of cells at a time, and the numbers of these to try."""
+        seen, side, counts = self._graph(program, call, lattice), lattice.geometry.sides[-1], {}
+        if seen.region is None:
+            return lambda many: BandPlan(seen, only_first=only_first), (1,)
 
-    def _fit(
-        self, reader: BandReader, lattice: Lattice | None = None, only_first: bool = False, start: int = 0
-    ) -> Walks:
-        """Return the walks for a reader, which has read the graph for them then; see `fit`."""
-        read = partial(reader.read, lattice, only_first)
-        return fit(read, self.memory, start, _CELLS if lattice is not None else (1,))
+        def read(many: int) -> BandPlan:
+            return BandPlan(seen, Cells(lattice.pyramid, side * many, counts), only_first=only_first)
 
-    def _reader(self, program: Program, graph: fx.Graph, call: dict[str, Any]) -> BandReader:
+        return read, _CELLS
+
+    def _graph(self, program: Program, call: dict[str, Any], lattice: Lattice) -> Observed:
+        """Return the graph that computes a picture: the network's own one where all cells are as there."""
+        is_own = program.unchanged is not None and lattice.uniform_level == program.plan.identity_level
+        return self._observe(program, program.unchanged if is_own else program.graph, call)
+
+    def _observe(self, program: Program, graph: fx.Graph, call: dict[str, Any]) -> Observed:
         kinds = tuple(
             (n, v.shape, v.dtype) if isinstance(v, Tensor) else (n, repr(v)) for n, v in call.items()
         )
         key = (id(graph), kinds)
-        if key not in self._readers:
-            if len(self._readers) >= _MOST_READERS:
-                del self._readers[next(iter(self._readers))]
-            self._readers[key] = BandReader(program, graph, call, program.image_name)
-        return self._readers[key]
+        if key not in self._observed:
+            if len(self._observed) >= _MOST_KINDS:
+                self._own.pop(self._observed.pop(next(iter(self._observed))), None)
+            self._observed[key] = Observed(program, graph, call)
+        return self._observed[key]
 
 
 def _of_picture(arguments: dict[str, Any], image: Tensor, position: int) -> dict[str, Any]:

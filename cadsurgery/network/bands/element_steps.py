@@ -51,18 +51,15 @@ class Cells:
     Attributes:
         pyramid: the levels of the whole picture.
         side: fine rows that are computed at a time: of the largest cell, or of several.
+        counts: what `elements_above` has found of the picture.
     """
 
     pyramid: Pyramid
     side: int
+    counts: dict[Grid, list[int]] = field(default_factory=dict)
     _rows: dict[tuple[int, int], Pyramid] = field(default_factory=dict)
     _parts: dict[tuple[int, int], dict[Any, Lattice]] = field(default_factory=dict)
     _known: list[tuple[int, int]] = field(default_factory=list)
-    _counts: dict[Grid, list[int]] = field(default_factory=dict)
-
-    def in_blocks(self, side: int) -> Cells:
-        """Return the same cells, of which so many fine rows are computed at a time."""
-        return Cells(self.pyramid, side, _counts=self._counts)
 
     def lattice(self, grid: Grid, first: int, end: int, within: tuple[int, int] | None = None) -> Lattice:
         """Return the lattice of the fine rows [first, end) of a map, or of the rows [begin, stop) `within` which they
@@ -122,14 +119,14 @@ class Cells:
 
     def elements_above(self, grid: Grid) -> list[int]:
         """Return for each fine row how many elements of a map have their anchors above it: height + 1 numbers."""
-        if grid not in self._counts:
+        if grid not in self.counts:
             (height, width), side = grid.size, self.pyramid.geometry.sides[-1]
             found = [torch.zeros(1, dtype=torch.int64)]
             for first in range(0, height, side):
                 rows = self.pyramid.of_rows(first, first + side)
                 found.append(_anchors_on(rows.lattice(grid.stage, (min(side, height - first), width))))
-            self._counts[grid] = torch.cat(found).cumsum(0).tolist()
-        return self._counts[grid]
+            self.counts[grid] = torch.cat(found).cumsum(0).tolist()
+        return self.counts[grid]
 
     def reached(self, above: int, below: int, step: int = 1) -> RowsRead:
         """Return the rows of whole cells that are read by points so many fine rows above and below an element, which
@@ -352,34 +349,20 @@ def resized_at_exit(
     return BandStep([(node, rows)], compute, [node])
 
 
-class BinsOfElements:
-    """Adaptive pooling of elements to a small map (1, C, bins, bins), see `functional.pool_to_bins`."""
-
-    def __init__(
-        self, size: tuple[int, int], bins: tuple[int, int], largest: bool, spacing: int, are_equal: bool
-    ) -> None:
-        self.size, self.bins, self.largest = size, bins, largest
-        self.spacing, self.are_equal = spacing, are_equal
-        self.found: Tensor | None = None
-        self.area: Tensor | float = 0.0
-
-    def add(self, x: Elements, first: int) -> None:
-        """Take in the elements of a band from a fine row on."""
-        _, y, column = x.lattice.coordinates
-        shares = areas_in_bins(
-            x.lattice, (y + first, column), self.size, self.bins, self.spacing, self.are_equal
-        )
-        if self.largest:
-            inside = (shares > 0).unsqueeze(2).unbind(1)
-            found = torch.stack([torch.where(own, x.rows, -torch.inf).amax(0) for own in inside], 1)
-            self.found = found if self.found is None else torch.maximum(self.found, found)
-            return
-        found = x.rows.double().T @ shares
-        self.found = found if self.found is None else self.found + found
-        self.area = self.area + shares.sum(0)
-
-    def finish(self) -> Tensor:
-        """Return the small map."""
-        assert self.found is not None
-        found = self.found if self.largest else self.found / self.area
-        return found.view(1, -1, *self.bins)
+def bins_of_elements(
+    x: Elements,
+    first: int,
+    size: tuple[int, int],
+    bins: tuple[int, int],
+    is_largest: bool,
+    spacing: int,
+    are_equal: bool,
+) -> list[Tensor]:
+    """Return what `bins_of_rows` does for the elements of a band from a fine row on, see `functional.pool_to_bins`."""
+    _, y, column = x.lattice.coordinates
+    shares = areas_in_bins(x.lattice, (y + first, column), size, bins, spacing, are_equal)
+    if is_largest:
+        inside = (shares > 0).unsqueeze(2).unbind(1)
+        found = torch.stack([torch.where(own, x.rows, -torch.inf).amax(0) for own in inside], 1)
+        return [found.view(1, -1, *bins)]
+    return [(x.rows.double().T @ shares).view(1, -1, *bins), shares.sum(0).view(bins)]

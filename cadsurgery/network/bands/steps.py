@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -184,32 +184,20 @@ def _entry(table: list[int], ratio: float, row: int) -> int:
     return table[row] if row >= 0 else math.floor(row * ratio)
 
 
-class Sum(Protocol):
-    """A value of the whole image, made of sums over its rows."""
+class WholeImage(NamedTuple):
+    """A value of the whole image, made of what bands of a map give.
 
-    def add(self, rows: Any, first: int) -> None:
-        """Take in rows of the map from `first` on."""
-        ...
+    Attributes:
+        source: node of the map that it is of.
+        measure: returns tensors from rows of the map and the number of the first of them.
+        finish: makes the value from these, joined over all bands.
+        join: what joins two of them.
+    """
 
-    def finish(self) -> Any:
-        """Return the value."""
-        ...
-
-
-class OfPermuted:
-    """A value of a map with other axes than (1, C, H, W)."""
-
-    def __init__(self, make: Callable[[], Sum], order: tuple[int, ...]) -> None:
-        """Take what makes the sums, and the order that gives a map these axes."""
-        self.sum, self.order = make(), order
-
-    def add(self, rows: Tensor, first: int) -> None:
-        """Take in rows of the map from `first` on."""
-        self.sum.add(rows.permute(self.order), first)
-
-    def finish(self) -> Any:
-        """Return the value."""
-        return self.sum.finish()
+    source: fx.Node
+    measure: Callable[[Any, int], list[Tensor]]
+    finish: Callable[..., Any]
+    join: Callable[[Tensor, Tensor], Tensor] = torch.add
 
 
 def _values(rows: Any) -> Tensor:
@@ -218,94 +206,62 @@ def _values(rows: Any) -> Tensor:
     return values
 
 
-class Moments:
-    """Mean and, with `squares`, variance of each channel, or of each of several groups of channels. Elements are
-    weighed by the area of their cells."""
-
-    def __init__(self, groups: int = 0, squares: bool = False, are_equal: bool = True) -> None:
-        """Take the number of groups, or 0 for channels, and whether all elements weigh the same."""
-        self.groups, self.squares, self.are_equal = groups, squares, are_equal
-        self.weight, self.sums = 0.0, list[Tensor]()
-
-    def add(self, rows: Any, first: int) -> None:
-        """Take in rows of the map."""
-        values = _values(rows).double()
-        each = [values, values.square()] if self.squares else [values]
-        if self.are_equal:
-            weight, sums = float(len(values)), [one.sum(0, keepdim=True) for one in each]
-        else:
-            areas = rows.lattice.areas.double().unsqueeze(0)
-            weight, sums = float(areas.sum()), [areas @ one for one in each]
-        if self.groups:
-            sums = [one.view(1, self.groups, -1).mean(2) for one in sums]
-        self.sums = [one + other for one, other in zip(self.sums, sums, strict=True)] if self.sums else sums
-        self.weight += weight
-
-    def finish(self) -> tuple[Tensor, Tensor | None]:
-        """Return mean and variance (1, C), float64."""
-        mean = self.sums[0] / self.weight
-        return mean, self.sums[1] / self.weight - mean.square() if self.squares else None
+def sums(rows: Any, _: int, groups: int = 0, squares: bool = False, are_equal: bool = True) -> list[Tensor]:
+    """Return the weight of rows, the sum of each channel or, if they are so many, group of channels (1, C), and with
+    `squares` the sum of squares, float64. Elements are weighed by the area of their cells unless these are equal."""
+    values = _values(rows).double()
+    each = [values, values.square()] if squares else [values]
+    if are_equal:
+        weight, found = values.new_tensor(len(values)), [one.sum(0, keepdim=True) for one in each]
+    else:
+        areas = rows.lattice.areas.double().unsqueeze(0)
+        weight, found = areas.sum(), [areas @ one for one in each]
+    return [weight, *(one.view(1, groups, -1).mean(2) if groups else one for one in found)]
 
 
-class Largest:
-    """The largest value of each channel (1, C), or the smallest."""
-
-    def __init__(self, sign: int = 1) -> None:
-        self.sign = sign
-        self.found: Tensor | None = None
-
-    def add(self, rows: Any, first: int) -> None:
-        """Take in rows of the map."""
-        of_rows = (_values(rows) * self.sign).amax(0, keepdim=True)
-        self.found = of_rows if self.found is None else torch.maximum(self.found, of_rows)
-
-    def finish(self) -> Tensor:
-        """Return the values."""
-        assert self.found is not None
-        return self.found * self.sign
+def moments(weight: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance (1, C) from `sums`."""
+    mean = total / weight
+    return mean, squares / weight - mean.square()
 
 
-class Bins:
-    """Adaptive pooling to a small map (1, C, bins, bins): means, or the largest values."""
+def reduced(weight: Tensor, *found: Tensor, how: str, samples: int, correction: int) -> Tensor:
+    """Return what a reduction over the image gives from `sums`."""
+    if how in ("mean", "sum"):
+        return found[0] / weight * (samples if how == "sum" else 1)
+    mean, variance = moments(weight, *found)
+    if how == "norm":
+        return ((variance + mean.square()) * samples).sqrt()
+    variance = variance.clamp(min=0) * (samples / max(samples - correction, 1))
+    return variance.sqrt() if how == "std" else variance
 
-    def __init__(self, size: tuple[int, int], bins: tuple[int, int], largest: bool) -> None:
-        self.bins, self.largest = bins, largest
-        self.spans = [
-            [(i * n // b, -(-(i + 1) * n // b)) for i in range(b)] for n, b in zip(size, bins, strict=True)
-        ]
-        self.found: Tensor | None = None
 
-    def add(self, rows: Tensor, first: int) -> None:
-        """Take in rows of the map from `first` on."""
-        if self.found is None:
-            start = -math.inf if self.largest else 0.0
-            kind = rows.dtype if self.largest else torch.float64
-            self.found = torch.full((*rows.shape[:2], *self.bins), start, dtype=kind)
-        for i, (top, bottom) in enumerate(self.spans[0]):
-            part = rows[:, :, max(top - first, 0) : max(bottom - first, 0)]
-            if not part.shape[2]:
-                continue
-            for j, (left, right) in enumerate(self.spans[1]):
-                of_bin = part[..., left:right]
-                if self.largest:
-                    self.found[..., i, j] = torch.maximum(self.found[..., i, j], of_bin.amax((2, 3)))
-                else:
-                    self.found[..., i, j] += of_bin.double().sum((2, 3))
+def largest(rows: Any, _: int, sign: int = 1) -> list[Tensor]:
+    """Return the largest value of each channel (1, C), or the smallest with its sign changed."""
+    return [(_values(rows) * sign).amax(0, keepdim=True)]
 
-    def finish(self) -> Tensor:
-        """Return the small map."""
-        assert self.found is not None
-        if self.largest:
-            return self.found
-        heights, widths = (torch.tensor([stop - start for start, stop in axis]) for axis in self.spans)
-        return self.found / (heights.unsqueeze(1) * widths)
+
+def bins_of_rows(
+    rows: Tensor, first: int, size: tuple[int, int], bins: tuple[int, int], is_largest: bool
+) -> list[Tensor]:
+    """Return sums and areas of the bins of adaptive pooling (1, C, *bins) in rows of a map, or the largest values."""
+    kind, start = (rows.dtype, -math.inf) if is_largest else (torch.float64, 0.0)
+    found, areas = (torch.full((*shape, *bins), start, dtype=kind) for shape in (rows.shape[:2], ()))
+    spans = [[(i * n // b, -(-(i + 1) * n // b)) for i in range(b)] for n, b in zip(size, bins, strict=True)]
+    for i, (top, bottom) in enumerate(spans[0]):
+        part = rows[:, :, max(top - first, 0) : max(bottom - first, 0)]
+        for j, (left, right) in enumerate(spans[1]) if part.shape[2] else ():
+            of_bin = part[..., left:right]
+            found[..., i, j] = of_bin.amax((2, 3)) if is_largest else of_bin.double().sum((2, 3))
+            areas[i, j] = of_bin.shape[2] * of_bin.shape[3]
+    return [found] if is_largest else [found, areas]
 
 
 def affine_of(
-    moments: tuple[Tensor, Tensor], channels: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    *found: Tensor, channels: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return factor and shift (channels,), float64, of a group norm from mean and variance (1, groups)."""
-    mean, variance = (one[0].repeat_interleave(channels // one.shape[1]) for one in moments)
+    """Return factor and shift (channels,), float64, of a group norm from `sums` of its groups."""
+    mean, variance = (one[0].repeat_interleave(channels // one.shape[1]) for one in moments(*found))
     scale = (variance.clamp(min=0) + eps).rsqrt()
     scale = scale if weight is None else scale * weight.double()
     shift = -mean * scale
