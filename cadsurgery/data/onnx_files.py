@@ -15,8 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cadsurgery.data.onnx_graphs import write_plainly
-from cadsurgery.data.onnx_padding import without_auto_pad
+from cadsurgery.data.onnx_graphs import is_known, opset_of, version_of, write_plainly
 from cadsurgery.data.onnx_reference import Reference
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
@@ -30,11 +29,9 @@ from cadsurgery.support.errors import (
 from cadsurgery.support.kinds import has_kernels
 
 SUFFIX = ".onnx"
-# Sets of operators that onnx2torch is tried with: it has most operators of 17, and some in an earlier form alone.
-_OPSETS = (17, 15, 13)
-# Operators that onnx cannot lower from 18, with the number of inputs up to which they have been the same since 13.
-_INPUTS_SINCE_13 = {"Split": 2, "Pad": 3}
-_ASIDE = "aside"
+_NESTED = 8  # how deep ONNX's definitions of operators by others are followed
+_SEQUENCES = {"LSTM", "GRU", "RNN"}
+_BRANCHES = {"If", "Loop", "Scan"}
 _LARGEST = 2**31  # bytes that one ONNX message can have, and values up to which constants are computed
 _INSTALL = "pip install 'cadsurgery[onnx]'"
 
@@ -116,7 +113,7 @@ def read_onnx(path: Path) -> OnnxNetwork:
     with _quietly():
         reference = Reference(path, model, shape)
         batch = shape[0] if isinstance(shape[0], int) else None
-        layers = _import(path, reference.model, batch)
+        layers = _import(path, reference.model, batch, reference)
         network = OnnxNetwork(layers, int(shape[1]), reference.fixed_size, reference.is_free).eval()
         reference.check(network)
     return network
@@ -272,68 +269,80 @@ def _quietly() -> Iterator[None]:
 # -- from ONNX to torch ----------------------------------------------------------------------------------------------
 
 
-def _import(path: Path, model: Any, batch: int | None) -> nn.Module:
+def _import(path: Path, model: Any, batch: int | None, reference: Reference) -> nn.Module:
     """Return the graph of an ONNX model as torch operations."""
-    import onnx
-    from onnx2torch import convert
+    from onnx.inliner import inline_selected_functions
 
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
-    fewest: list[str] = []
-    for version in dict.fromkeys((opset, *_OPSETS)):
-        candidate = _simplify(model)
-        if version != opset:
-            try:
-                candidate = _simplify(_lowered(candidate, opset, version))
-            except Exception:  # of many types, where an operator has no form in this version
-                continue
-        missing = _missing(candidate)
+    candidate, opset = _simplify(model), opset_of(model)
+    for _ in range(_NESTED):  # operators that ONNX itself defines by others
+        missing = {(node.domain, node.op_type) for node in candidate.graph.node if not is_known(node, opset)}
         if not missing:
             break
-        fewest = min(fewest or missing, missing, key=len)
-    else:
+        candidate = inline_selected_functions(candidate, sorted(missing), False, True)
+        candidate = _simplify(candidate)
+    _refuse_unknown(path, candidate, opset)
+    return write_plainly(candidate, _shapes(candidate, reference), batch)
+
+
+def _refuse_unknown(path: Path, model: Any, opset: int) -> None:
+    """Refuse a graph with operators that are not read.
+
+    Raises:
+        CannotConvert: see above.
+    """
+    unknown = sorted({_named(node, opset) for node in model.graph.node if not is_known(node, opset)})
+    if unknown:
         raise CannotConvert(
             f"{path} has operators that cannot be read.",
-            where=", ".join(fewest[:6]) + ", ..." * (len(fewest) > 6),
-            why=f"onnx2torch does not have them; the file's operators are those of opset {opset}.",
-            next="export the network in evaluation mode, torch.onnx.export(..., opset_version=17), or load it where it "
-            "was trained: cs.adaptify(model).",
+            where=", ".join(unknown[:6]) + ", ..." * (len(unknown) > 6),
+            why="they are not among those that this package and onnx2torch have, and ONNX does not define them by others; "
+            f"the file's operators are those of opset {opset}.",
+            next=_instead({node.op_type for node in model.graph.node if not is_known(node, opset)}),
         )
-    try:
-        candidate = onnx.shape_inference.infer_shapes(candidate)
-        imported = convert(without_auto_pad(candidate), attach_onnx_mapping=True)
-        return write_plainly(imported, candidate.graph, batch)
-    except CadError:
-        raise
-    except Exception as error:  # onnx2torch raises errors of many types for what it does not have
-        raise CannotConvert(
-            f"the graph of {path} cannot be read.",
-            why=f"onnx2torch: {describe_error(error)}",
-            next="export the network with torch.onnx.export, or load it where it was trained: cs.adaptify(model).",
-        ) from error
 
 
-def _lowered(model: Any, opset: int, version: int) -> Any:
-    """Return an ONNX model in an earlier set of operators. Operators that onnx cannot lower, although their meaning is
-    the same, are set aside meanwhile."""
+def _named(node: Any, opset: int) -> str:
+    return f"{node.op_type} ({node.domain or 'opset'} {version_of(node, opset) or ''})".replace(" )", ")")
+
+
+def _instead(kinds: set[str]) -> str:
+    """Return what to do about operators that are not read."""
+    if kinds & _SEQUENCES:
+        return (
+            "recurrent layers read a row of vectors, which this conversion leaves alone: load the network where it was "
+            "trained and convert what comes before them, cs.adaptify(model.features)."
+        )
+    if kinds & _BRANCHES:
+        return "export the network for one size or with constants in place of the branch, in evaluation mode."
+    return "write the step with other operators, or load the network where it was trained: cs.adaptify(model)."
+
+
+def _shapes(model: Any, reference: Reference) -> dict[str, tuple[int | None, ...]]:
+    """Return the lengths of the axes of all values of a graph, None where they are free.
+
+    Where shape inference loses them, as behind a Reshape to a computed shape, ONNX Runtime gives the number of axes. The
+    model's own list of values gets them, too.
+    """
     import onnx
 
-    lowered = type(model)()
-    lowered.CopyFrom(model)
-    lowered.opset_import.append(onnx.helper.make_opsetid(_ASIDE, 1))
-    for node in lowered.graph.node if min(opset, version) >= 13 else ():
-        if len(node.input) <= _INPUTS_SINCE_13.get(node.op_type, -1):
-            node.domain = _ASIDE
-    lowered = onnx.version_converter.convert_version(lowered, version)
-    for node in lowered.graph.node:
-        if node.domain == _ASIDE:
-            node.domain = ""
-            kept = [stated for stated in node.attribute if stated.name != "num_outputs"]  # equal parts
-            del node.attribute[:]
-            node.attribute.extend(kept)
-    imports = [entry for entry in lowered.opset_import if entry.domain != _ASIDE]
-    del lowered.opset_import[:]
-    lowered.opset_import.extend(imports)
-    return lowered
+    inferred = onnx.shape_inference.infer_shapes(model)
+    graph, shapes = inferred.graph, {}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        if value.type.tensor_type.HasField("shape"):
+            dims = value.type.tensor_type.shape.dim
+            shapes[value.name] = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in dims)
+    shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    lost = [name for node in graph.node for name in node.output if name and name not in shapes]
+    if lost:
+        shapes |= reference.ranks(inferred, lost)
+    del model.graph.value_info[:]
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    for node in graph.node:
+        for name in node.output:
+            if name in shapes:
+                kind = kinds.get(name, 0) or onnx.TensorProto.FLOAT
+                model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, shapes[name]))
+    return shapes
 
 
 def _simplify(model: Any) -> Any:
@@ -355,18 +364,3 @@ def _simplify(model: Any) -> Any:
         if shape is None or 0 not in shape.numpy():  # sizes of maps are not zero; then this changes nothing
             node.attributes.pop("allowzero", None)
     return onnx_ir.serde.serialize_model(graph)
-
-
-def _missing(model: Any) -> list[str]:
-    """Return the operators of a model that onnx2torch does not have, each with the set of operators it is from."""
-    from onnx2torch.node_converters import get_converter
-
-    versions = {entry.domain: entry.version for entry in model.opset_import}
-    missing = []
-    for kind, domain in sorted({(node.op_type, node.domain) for node in model.graph.node}):
-        version = versions.get(domain, 1)
-        try:
-            get_converter(kind, version, domain)
-        except NotImplementedError:
-            missing.append(f"{kind} ({domain or 'opset'} {version})")
-    return missing

@@ -80,6 +80,19 @@ class Reference:
         outputs = [self._session.run(None, {name: part.numpy()}) for part in parts]
         return [torch.from_numpy(np.concatenate(values)) for values in zip(*outputs, strict=True)]
 
+    def ranks(self, model: Any, names: list[str]) -> dict[str, tuple[None, ...]]:
+        """Return the axes, of unknown lengths, that values within a model have on the first image."""
+        import onnx
+
+        asked, (image, _) = type(model)(), self._calls[0]
+        asked.CopyFrom(model)
+        known = {value.name for value in asked.graph.output}
+        asked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+        session = _session(self.path, asked)
+        count = self.batch if isinstance(self.batch, int) else len(image)
+        given = {session.get_inputs()[0].name: image[:count].numpy()}
+        return {name: (None,) * value.ndim for name, value in zip(names, session.run(names, given), strict=True)}
+
     def check(self, network: nn.Module) -> None:
         """Refuse a network that computes something else.
 
