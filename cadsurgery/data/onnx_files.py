@@ -19,7 +19,6 @@ from cadsurgery.data.onnx_graphs import is_known, opset_of, version_of, write_pl
 from cadsurgery.data.onnx_reference import Reference
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
-    CadError,
     CannotConvert,
     FileError,
     InvalidInput,
@@ -271,17 +270,37 @@ def _quietly() -> Iterator[None]:
 
 def _import(path: Path, model: Any, batch: int | None, reference: Reference) -> nn.Module:
     """Return the graph of an ONNX model as torch operations."""
-    from onnx.inliner import inline_selected_functions
-
     candidate, opset = _simplify(model), opset_of(model)
     for _ in range(_NESTED):  # operators that ONNX itself defines by others
         missing = {(node.domain, node.op_type) for node in candidate.graph.node if not is_known(node, opset)}
         if not missing:
             break
-        candidate = inline_selected_functions(candidate, sorted(missing), False, True)
-        candidate = _simplify(candidate)
+        expanded = _expanded(candidate, opset, missing)
+        if expanded is None:
+            break
+        candidate = _simplify(expanded)
     _refuse_unknown(path, candidate, opset)
     return write_plainly(candidate, _shapes(candidate, reference), batch)
+
+
+def _expanded(model: Any, opset: int, kinds: set[tuple[str, str]]) -> Any:
+    """Return a model whose operators of some kinds are written by others as ONNX defines them; None if it does not."""
+    import onnx
+    from onnx.inliner import inline_selected_functions
+
+    typed = onnx.shape_inference.infer_shapes(model)  # definitions depend on types
+    for node in typed.graph.node:
+        if (node.domain, node.op_type) in kinds and version_of(node, opset) is not None:
+            schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+            stated = {attribute.name for attribute in node.attribute}
+            defaults = (attribute.default_value for attribute in schema.attributes.values())
+            node.attribute.extend(value for value in defaults if value.name and value.name not in stated)
+    try:
+        expanded = inline_selected_functions(typed, sorted(kinds), False, True)
+    except Exception:  # protobuf's and the inliner's errors have no common type
+        return None
+    del expanded.graph.value_info[:]
+    return expanded
 
 
 def _refuse_unknown(path: Path, model: Any, opset: int) -> None:
@@ -295,9 +314,9 @@ def _refuse_unknown(path: Path, model: Any, opset: int) -> None:
         raise CannotConvert(
             f"{path} has operators that cannot be read.",
             where=", ".join(unknown[:6]) + ", ..." * (len(unknown) > 6),
-            why="they are not among those that this package and onnx2torch have, and ONNX does not define them by others; "
-            f"the file's operators are those of opset {opset}.",
-            next=_instead({node.op_type for node in model.graph.node if not is_known(node, opset)}),
+            why="neither this package nor onnx2torch has them, and ONNX does not define them by others; the file's "
+            f"operators are those of opset {opset}.",
+            next=_instead(model, opset),
         )
 
 
@@ -305,23 +324,26 @@ def _named(node: Any, opset: int) -> str:
     return f"{node.op_type} ({node.domain or 'opset'} {version_of(node, opset) or ''})".replace(" )", ")")
 
 
-def _instead(kinds: set[str]) -> str:
+def _instead(model: Any, opset: int) -> str:
     """Return what to do about operators that are not read."""
-    if kinds & _SEQUENCES:
+    unknown = [node for node in model.graph.node if not is_known(node, opset)]
+    if any(node.op_type in _SEQUENCES for node in unknown):
         return (
-            "recurrent layers read a row of vectors, which this conversion leaves alone: load the network where it was "
-            "trained and convert what comes before them, cs.adaptify(model.features)."
+            "convert the layers before the recurrent ones where the network was trained: "
+            "cs.adaptify(model.backbone)."
         )
-    if kinds & _BRANCHES:
-        return "export the network for one size or with constants in place of the branch, in evaluation mode."
-    return "write the step with other operators, or load the network where it was trained: cs.adaptify(model)."
+    if any(node.op_type in _BRANCHES for node in unknown):
+        return "export the network in evaluation mode and for one size, so that no branch depends on a value."
+    if any(node.domain not in ("", "ai.onnx") for node in unknown):
+        return "give the file as it was before it was optimised or compiled for an engine, with ONNX's own operators."
+    return "write these steps with other operators, or load the network where it was trained: cs.adaptify(model)."
 
 
 def _shapes(model: Any, reference: Reference) -> dict[str, tuple[int | None, ...]]:
     """Return the lengths of the axes of all values of a graph, None where they are free.
 
-    Where shape inference loses them, as behind a Reshape to a computed shape, ONNX Runtime gives the number of axes. The
-    model's own list of values gets them, too.
+    Where shape inference loses them, as behind a Reshape to a computed shape, ONNX Runtime gives the number of axes.
+    The model's own list of values gets them, too.
     """
     import onnx
 

@@ -1,7 +1,7 @@
 """Write an ONNX graph as plain torch operations, node by node.
 
-A node is written by `onnx_maps` or, where it computes with sizes, by `onnx_numbers`; layers with weights and what else is
-not there are modules of onnx2torch, under the node's name. Constants are read while the graph is written, so that
+A node is written by `onnx_maps` or, where it computes with sizes, by `onnx_numbers`; layers with weights and what else
+is not there are modules of onnx2torch, under the node's name. Constants are read while the graph is written, so that
 `Reshape` with a constant becomes `x.reshape(...)`.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from torch import fx, nn
@@ -16,7 +17,9 @@ from torch import fx, nn
 from cadsurgery.data.onnx_maps import OF_MAPS, refuse
 from cadsurgery.data.onnx_numbers import OF_NUMBERS, Numbers, OnnxOperation, OnnxTracer, refuse_numbers
 from cadsurgery.data.onnx_padding import call_padded, has_own_padding, without_padding
-from cadsurgery.support.errors import CadError, CannotConvert, describe_error
+from cadsurgery.support.errors import CadError, describe_error
+
+_LATEST = 30  # an opset that no converter of onnx2torch is from
 
 
 def version_of(node: Any, opset: int) -> int | None:
@@ -24,7 +27,9 @@ def version_of(node: Any, opset: int) -> int | None:
     from onnx import defs
 
     try:
-        return int(defs.get_schema(node.op_type, max_inclusive_version=opset, domain=node.domain).since_version)
+        return int(
+            defs.get_schema(node.op_type, max_inclusive_version=opset, domain=node.domain).since_version
+        )
     except defs.SchemaError:
         return None
 
@@ -33,19 +38,21 @@ def is_known(node: Any, opset: int) -> bool:
     """True if an operator is written here, or by onnx2torch."""
     if node.domain not in ("", "ai.onnx"):
         return False
-    return node.op_type in OF_MAPS or node.op_type in OF_NUMBERS or _converter(node, opset) is not None
+    return (
+        node.op_type in OF_MAPS or node.op_type in OF_NUMBERS or _converter(node.op_type, opset) is not None
+    )
 
 
-def _converter(node: Any, opset: int) -> Any:
-    """Return onnx2torch's converter of an operator: that of its own version, or the nearest earlier one.
+@cache
+def _converter(kind: str, opset: int) -> Any:
+    """Return onnx2torch's converter of an operator: that of its own version, or the nearest one; None if there is none.
 
-    Later versions allow more types of values, or attributes whose defaults change nothing; where they mean something else,
-    onnx2torch has them, or the comparison with ONNX Runtime finds it.
+    Later versions allow more types of values, or attributes whose defaults change nothing. Where they mean something
+    else, onnx2torch has them, or the comparison with ONNX Runtime finds it.
     """
     from onnx2torch.node_converters import get_converter
 
-    kind = node.op_type if hasattr(node, "op_type") else node.operation_type
-    for version in (*range(opset, 0, -1), *range(opset + 1, 30)):
+    for version in (*range(opset, 0, -1), *range(opset + 1, _LATEST)):
         try:
             return get_converter(kind, version, "")
         except NotImplementedError:
@@ -71,12 +78,16 @@ class _Graph(nn.Module):
             model.graph.input.remove(value)
         graph = OnnxGraph(model.graph)
         opset = opset_of(model)
-        self._tracer, self._inputs, self._results = tracer, list(graph.input_values), list(graph.output_values)
+        self._tracer, self._inputs, self._results = (
+            tracer,
+            list(graph.input_values),
+            list(graph.output_values),
+        )
         self._steps: list[tuple[OnnxOperation, str | None, tuple[str, ...], tuple[str, ...]]] = []
         needed: list[str] = [name for name in self._results if name in held]
         for name, node in graph.nodes.items():
             operation, module, read = operations[node.output_values[0]], None, node.input_values
-            converter = None if operation.type in OF_MAPS else _converter(node, opset)
+            converter = None if operation.type in OF_MAPS else _converter(operation.type, opset)
             if converter is not None:
                 module, mapping = _converted(converter, node, graph, operation)
                 read = mapping.inputs
@@ -93,8 +104,8 @@ class _Graph(nn.Module):
         values: dict[str, Any] = {"": None, self._inputs[0]: image}
         for value, name in self._constants.items():
             values[value] = getattr(self.initializers, name)
-        for operation, name, read, made in self._steps:
-            module = None if name is None else self.get_submodule(name)
+        for operation, layer, read, made in self._steps:
+            module = None if layer is None else self.get_submodule(layer)
             try:
                 result = _write(self._tracer, operation, module, [values[value] for value in read])
             except CadError:
@@ -156,7 +167,8 @@ def write_plainly(
     """
     opset, tracer = opset_of(model), OnnxTracer(batch)
     operations = {
-        node.output[0]: OnnxOperation(node, version_of(node, opset) or opset, shapes) for node in model.graph.node
+        node.output[0]: OnnxOperation(node, version_of(node, opset) or opset, shapes)
+        for node in model.graph.node
     }
     graph = _Graph(without_padding(model), operations, tracer)
     written = fx.GraphModule(graph, tracer.trace(graph))

@@ -1,4 +1,6 @@
-"""Operators of ONNX written as plain torch operations, for every opset: attributes that became inputs are read from either.
+"""Operators of ONNX written as plain torch operations, for every opset.
+
+Attributes that became inputs in a later opset are read from either.
 
 Operators that are not here are those of onnx2torch, or have a body of other operators in ONNX's own definitions. Each
 function takes the tracer, the operation and its inputs; None stands for an input that is left out.
@@ -77,11 +79,14 @@ def _of_several(writer: OnnxTracer, operation: OnnxOperation, *values: Any) -> A
             lambda left, right: torch.add(left, _as_operand(writer, operation, right)), _map_first(values)
         )
         return total / len(values) if operation.type == "Mean" and len(values) > 1 else total
+    together: Callable[..., Any]
     together, bound = (torch.maximum, "min") if operation.type == "Max" else (torch.minimum, "max")
 
     def join(left: Any, right: Any) -> Any:
         right = _as_operand(writer, operation, right)
-        return together(left, right) if isinstance(right, (fx.Proxy, Tensor)) else left.clamp(**{bound: right})
+        return (
+            together(left, right) if isinstance(right, (fx.Proxy, Tensor)) else left.clamp(**{bound: right})
+        )
 
     return reduce(join, _map_first(values))
 
@@ -90,7 +95,9 @@ def _map_first(values: Sequence[Any]) -> list[Any]:
     return sorted(values, key=lambda value: not isinstance(value, fx.Proxy))
 
 
-def _clip(writer: OnnxTracer, operation: OnnxOperation, value: Any, least: Any = None, most: Any = None) -> Any:
+def _clip(
+    writer: OnnxTracer, operation: OnnxOperation, value: Any, least: Any = None, most: Any = None
+) -> Any:
     stated = [operation.attributes.get(name) for name in ("min", "max")]
     low, high = (
         known if bound is None else _as_operand(writer, operation, bound)
@@ -126,6 +133,13 @@ def _prelu(writer: OnnxTracer, operation: OnnxOperation, value: Any, slope: Any)
 
 def _threshold(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
     return F.threshold(value, operation.attributes.get("alpha", 1.0), 0.0)
+
+
+def _shrink(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+    bound, shift = (
+        operation.attributes.get(name, default) for name, default in (("lambd", 0.5), ("bias", 0.0))
+    )
+    return torch.where(value > bound, value - shift, torch.where(value < -bound, value + shift, value * 0))
 
 
 def _softmax(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
@@ -194,11 +208,19 @@ def _lp_pool(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
     """Write LpPool as an average pooling of powers."""
     given, power = operation.attributes, operation.attributes.get("p", 2)
     kernel, pads = given["kernel_shape"], given.get("pads", [0, 0, 0, 0])
-    if operation.rank != 4 or operation.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or given.get("ceil_mode"):
+    if (
+        operation.rank != 4
+        or operation.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+        or given.get("ceil_mode")
+    ):
         raise refuse(operation, "it is read for maps of two axes, without auto_pad and ceil_mode.")
     if any(step != 1 for step in given.get("dilations", ())):
         raise refuse(operation, "windows with gaps are not read.")
-    powers = F.pad(torch.abs(value) ** power, [pads[1], pads[3], pads[0], pads[2]]) if any(pads) else abs(value) ** power
+    powers = (
+        F.pad(torch.abs(value) ** power, [pads[1], pads[3], pads[0], pads[2]])
+        if any(pads)
+        else abs(value) ** power
+    )
     mean = F.avg_pool2d(powers, kernel, given.get("strides", [1, 1]))
     return (mean * (kernel[0] * kernel[1])) ** (1 / power)
 
@@ -211,7 +233,10 @@ def _normalise_by_length(writer: OnnxTracer, operation: OnnxOperation, value: An
 def _layer_norm(
     writer: OnnxTracer, operation: OnnxOperation, value: Any, scale: Any, shift: Any = None
 ) -> Any:
-    axis, epsilon = operation.attributes.get("axis", -1) % operation.rank, operation.attributes.get("epsilon", 1e-5)
+    axis, epsilon = (
+        operation.attributes.get("axis", -1) % operation.rank,
+        operation.attributes.get("epsilon", 1e-5),
+    )
     if operation.outputs > 1 or not isinstance(scale, Tensor) or scale.dim() != operation.rank - axis:
         raise refuse(operation, "it has a scale that is a constant of the normalised axes, and one output.")
     return F.layer_norm(value, list(scale.shape), scale, shift, epsilon)
@@ -292,7 +317,9 @@ def _from_behind(operation: OnnxOperation, axis: int, first: int, last: int) -> 
     """Return start and end of a slice with a negative step, on the axis turned round."""
     length = operation.shape[axis]
     if length is not None:
-        first, last = (max(bound + length if bound < 0 else min(bound, length - 1), -1) for bound in (first, last))
+        first, last = (
+            max(bound + length if bound < 0 else min(bound, length - 1), -1) for bound in (first, last)
+        )
         return length - 1 - first, length - 1 - last
     if first >= _TO_THE_END:
         first = -1
@@ -309,7 +336,7 @@ def _pad(
     constant: Any = None,
     given_axes: Any = None,
 ) -> Any:
-    widths, mode = list(_whole(operation, "pads", pads, []) or operation.attributes["paddings"]), operation.text("mode", "constant")
+    widths, mode = list(_whole(operation, "pads", pads, [])), operation.text("mode", "constant")
     rank = operation.rank
     if given_axes is not None:
         stated, widths, listed = list(numbers(given_axes).values), [0] * (2 * rank), widths
@@ -333,7 +360,7 @@ def _split(writer: OnnxTracer, operation: OnnxOperation, value: Any, split: Any 
 
 
 def _depth_to_space(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
-    """Write DepthToSpace; where the place is the slower part of a channel's number (DCR), channels are shuffled first."""
+    """Write DepthToSpace; where the place is the slower part of a channel's number (DCR), channels are shuffled."""
     block = operation.attributes["blocksize"]
     if operation.text("mode", "DCR") == "DCR":
         value = F.channel_shuffle(value, block * block)
@@ -344,6 +371,14 @@ def _space_to_depth(writer: OnnxTracer, operation: OnnxOperation, value: Any) ->
     if operation.shape[1] is None:
         raise refuse(operation, "the number of its channels is not known.")
     return F.channel_shuffle(F.pixel_unshuffle(value, operation.attributes["blocksize"]), operation.shape[1])
+
+
+def _topk(writer: OnnxTracer, operation: OnnxOperation, value: Any, count: Any = None) -> Any:
+    given = operation.attributes
+    number = given["k"] if count is None else numbers(count).values[0]
+    return torch.topk(
+        value, number, given.get("axis", -1), bool(given.get("largest", 1)), bool(given.get("sorted", 1))
+    )
 
 
 def _first_alone(writer: OnnxTracer, operation: OnnxOperation, value: Any, *more: Any) -> Any:
@@ -370,7 +405,8 @@ def _resize(writer: OnnxTracer, operation: OnnxOperation, value: Any, *more: Any
     if "scales" in operation.attributes:
         given["scales"] = Numbers(tuple(operation.attributes["scales"]), is_float=True)
     sizes, scales = (
-        list(numbers(given[name]).values) if given.get(name) is not None else [] for name in ("sizes", "scales")
+        list(numbers(given[name]).values) if given.get(name) is not None else []
+        for name in ("sizes", "scales")
     )
     axes = [axis % operation.rank for axis in operation.attributes.get("axes", range(operation.rank))]
     mode = operation.text("mode", "nearest")
@@ -381,7 +417,9 @@ def _resize(writer: OnnxTracer, operation: OnnxOperation, value: Any, *more: Any
     if operation.text("keep_aspect_ratio_policy", "stretch") != "stretch" or places == "tf_crop_and_resize":
         raise refuse(operation, "only resizes of the whole map to sizes or by factors are read.")
     stated = dict(zip(axes, sizes or scales, strict=True))
-    if not sizes and any(isinstance(stated.get(axis), fx.Proxy) or stated.get(axis, 1) != 1 for axis in (0, 1)):
+    if not sizes and any(
+        isinstance(stated.get(axis), fx.Proxy) or stated.get(axis, 1) != 1 for axis in (0, 1)
+    ):
         raise refuse(operation, "it resizes channels or the batch.")
     options: dict[str, Any] = (
         {"size": [stated[axis] if axis in stated else value.size(axis) for axis in (2, 3)]}
@@ -399,7 +437,9 @@ def _interpolate(
     is_whole = bool(scales) and known and all(float(scale).is_integer() for scale in scales)
     options["mode"] = _MODES[mode]
     if mode == "nearest":
-        if places == "align_corners" or (known and scales and places == "asymmetric" and not _is_floor(scales, rounding)):
+        if places == "align_corners" or (
+            known and scales and places == "asymmetric" and not _is_floor(scales, rounding)
+        ):
             raise refuse(operation, f"nearest samples by {places} and {rounding} are not those of torch.")
         if "half_pixel" in places and not is_whole:  # at whole factors the two are the same
             options["mode"] = "nearest-exact"
@@ -409,7 +449,7 @@ def _interpolate(
     if places != "asymmetric":
         options["align_corners"] = places == "align_corners"
         return F.interpolate(value, **options)
-    if mode != "linear" and mode != "bilinear" or (scales and not is_whole):
+    if mode not in ("linear", "bilinear") or (scales and not is_whole):
         raise refuse(operation, f"mode {mode} by {places} is read for whole factors of linear resizes.")
     # Places k / s are those of corners that meet on a map that is longer by one sample, less the last one.
     sizes = options.get("size") or [value.size(axis + 2) * int(scale) for axis, scale in enumerate(scales)]
@@ -441,6 +481,7 @@ OF_MAPS: dict[str, Callable[..., Any]] = {
     "Mish": _mish,
     "PRelu": _prelu,
     "ThresholdedRelu": _threshold,
+    "Shrink": _shrink,
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
     "Cosh": _of_one_map(torch.cosh),
     "Sinh": _of_one_map(torch.sinh),
@@ -463,6 +504,7 @@ OF_MAPS: dict[str, Callable[..., Any]] = {
     "Pad": _pad,
     "Split": _split,
     "DepthToSpace": _depth_to_space,
+    "TopK": _topk,
     "SpaceToDepth": _space_to_depth,
     **dict.fromkeys(("Resize", "Upsample"), _resize),
     "GridSample": _sample,

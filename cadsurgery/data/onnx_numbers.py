@@ -129,6 +129,7 @@ def numbers(value: Any) -> Numbers:
 
 
 def refuse_numbers(writer: OnnxTracer, operation: OnnxOperation, *_: Any, **__: Any) -> Any:
+    """Refuse an operation that sizes are not followed through."""
     raise CannotConvert(
         f"the ONNX graph computes with the sizes of its maps in {operation.type}.",
         where=operation.name,
@@ -246,6 +247,7 @@ def _fill(writer: OnnxTracer, operation: OnnxOperation, shape: Any) -> Any:
 
 
 def keep(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+    """Return the value."""
     return value
 
 
@@ -253,7 +255,9 @@ def bounds_of(operation: OnnxOperation, *given: Any) -> tuple[Sequence[Any], ...
     """Return starts, ends, axes and steps of a slice; before opset 10 they are attributes."""
     stated = [operation.attributes.get(name) for name in ("starts", "ends", "axes")]
     starts, ends, axes, steps = (*(given or stated), None, None)[:4]
-    firsts, lasts = ([*values] if isinstance(values, list) else numbers(values).values for values in (starts, ends))
+    firsts, lasts = (
+        [*values] if isinstance(values, list) else numbers(values).values for values in (starts, ends)
+    )
     places = range(len(firsts)) if axes is None else axes if isinstance(axes, list) else numbers(axes).values
     return firsts, lasts, places, numbers(steps).values if steps is not None else [1] * len(firsts)
 

@@ -28,7 +28,9 @@ def has_own_padding(operation: OnnxOperation) -> bool:
     if operation.type not in (*_POOLS, "ConvTranspose") or not any(pads):
         return False
     kernel = operation.attributes.get("kernel_shape", [])
-    is_wide = operation.type in _POOLS and any(pad > taps // 2 for pad, taps in zip(before, kernel, strict=True))
+    is_wide = operation.type in _POOLS and any(
+        pad > taps // 2 for pad, taps in zip(before, kernel, strict=True)
+    )
     return before != behind or is_wide
 
 

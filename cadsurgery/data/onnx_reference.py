@@ -91,7 +91,9 @@ class Reference:
         session = _session(self.path, asked)
         count = self.batch if isinstance(self.batch, int) else len(image)
         given = {session.get_inputs()[0].name: image[:count].numpy()}
-        return {name: (None,) * value.ndim for name, value in zip(names, session.run(names, given), strict=True)}
+        return {
+            name: (None,) * value.ndim for name, value in zip(names, session.run(names, given), strict=True)
+        }
 
     def check(self, network: nn.Module) -> None:
         """Refuse a network that computes something else.

@@ -32,17 +32,59 @@ def per_channel(*shape: int) -> np.ndarray:
     return np.linspace(0.1, 0.5, CHANNELS, dtype="f").reshape(shape)
 
 
-# A row: the operator, and what it is given by the names of ONNX's own definitions, as attributes or as inputs, as the opset
-# has them. `of` lists the maps that it reads.
+# A row: the operator, and what it is given by the names of ONNX's own definitions, as attributes or as inputs, as the
+# opset has them. `of` lists the maps that it reads.
 Row = tuple[str, dict[str, Any]]
 OPERATORS: dict[str, Row] = {
     **{
         kind: (kind, {})
         for kind in (
-            *("Abs", "Neg", "Exp", "Sign", "Sin", "Cos", "Atan", "Sinh", "Cosh", "Asinh", "Tanh", "Erf", "Floor", "Ceil"),
-            *("Relu", "Sigmoid", "Elu", "Selu", "Celu", "HardSigmoid", "HardSwish", "LeakyRelu", "Softplus", "Softsign"),
-            *("Gelu", "Mish", "ThresholdedRelu", "Shrink", "Identity", "Dropout", "Reciprocal", "Round", "Softmax"),
-            *("LogSoftmax", "MeanVarianceNormalization", "GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"),
+            *(
+                "Abs",
+                "Neg",
+                "Exp",
+                "Sign",
+                "Sin",
+                "Cos",
+                "Atan",
+                "Sinh",
+                "Cosh",
+                "Asinh",
+                "Tanh",
+                "Erf",
+                "Floor",
+                "Ceil",
+            ),
+            *(
+                "Relu",
+                "Sigmoid",
+                "Elu",
+                "Selu",
+                "Celu",
+                "HardSigmoid",
+                "HardSwish",
+                "LeakyRelu",
+                "Softplus",
+                "Softsign",
+            ),
+            *(
+                "Gelu",
+                "Mish",
+                "ThresholdedRelu",
+                "Shrink",
+                "Identity",
+                "Dropout",
+                "Reciprocal",
+                "Round",
+                "Softmax",
+            ),
+            *(
+                "LogSoftmax",
+                "MeanVarianceNormalization",
+                "GlobalMaxPool",
+                "GlobalAveragePool",
+                "GlobalLpPool",
+            ),
         )
     },
     "Gelu tanh": ("Gelu", {"approximate": "tanh"}),
@@ -69,7 +111,15 @@ OPERATORS: dict[str, Row] = {
     **{kind: (kind, {"of": [MAP, OTHER]}) for kind in ("Add", "Sub", "Mul", "Div")},
     **{
         f"{kind} over {name}": (kind, {"axes": axes, **more})
-        for kind in ("ReduceMax", "ReduceMin", "ReduceMean", "ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare")
+        for kind in (
+            "ReduceMax",
+            "ReduceMin",
+            "ReduceMean",
+            "ReduceSum",
+            "ReduceL1",
+            "ReduceL2",
+            "ReduceSumSquare",
+        )
         for name, axes, more in (
             ("channels", [1], {}),
             ("the map", [2, 3], {}),
@@ -89,7 +139,10 @@ OPERATORS: dict[str, Row] = {
     "MaxPool same": ("MaxPool", WINDOW | {"strides": [2, 2], "auto_pad": "SAME_UPPER"}),
     "AveragePool": ("AveragePool", WINDOW | {"pads": [1] * 4}),
     "AveragePool with padding": ("AveragePool", WINDOW | {"pads": [1] * 4, "count_include_pad": 1}),
-    "AveragePool on one side": ("AveragePool", {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [0, 0, 1, 1]}),
+    "AveragePool on one side": (
+        "AveragePool",
+        {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [0, 0, 1, 1]},
+    ),
     "AveragePool on the other side": ("AveragePool", WINDOW | {"strides": [2, 2], "pads": [1, 0, 0, 0]}),
     "AveragePool wide": ("AveragePool", WINDOW | {"pads": [2] * 4, "count_include_pad": 1}),
     "LpPool": ("LpPool", {"kernel_shape": [2, 2], "strides": [2, 2], "p": 2}),
@@ -108,7 +161,10 @@ OPERATORS: dict[str, Row] = {
     "Slice backwards": ("Slice", {"starts": [-1], "ends": [-9999], "axes": [1], "steps": [-1]}),
     "Slice of columns backwards": ("Slice", {"starts": [-1], "ends": [-(2**31)], "axes": [3], "steps": [-2]}),
     "Pad": ("Pad", {"pads": [0, 0, 1, 2, 0, 0, 2, 1]}),
-    "Pad with a value": ("Pad", {"pads": [0, 0, 1, 2, 0, 0, 2, 1], "value": 0.5, "constant_value": np.float32(0.5)}),
+    "Pad with a value": (
+        "Pad",
+        {"pads": [0, 0, 1, 2, 0, 0, 2, 1], "value": 0.5, "constant_value": np.float32(0.5)},
+    ),
     "Pad by mirrors": ("Pad", {"pads": [0, 0, 1, 2, 0, 0, 2, 1], "mode": "reflect"}),
     "Pad by the edge": ("Pad", {"pads": [0, 0, 1, 2, 0, 0, 2, 1], "mode": "edge"}),
     "Pad channels": ("Pad", {"pads": [0, 1, 0, 0, 0, 2, 0, 0]}),
@@ -125,7 +181,10 @@ OPERATORS: dict[str, Row] = {
     "TopK": ("TopK", {"axis": 1, "k": 2, "K": [2]}),
     "Conv on one side": (
         "Conv",
-        {"W": np.linspace(-1, 1, CHANNELS * CHANNELS * 9, dtype="f").reshape(CHANNELS, CHANNELS, 3, 3), "pads": [0, 1, 2, 1]},
+        {
+            "W": np.linspace(-1, 1, CHANNELS * CHANNELS * 9, dtype="f").reshape(CHANNELS, CHANNELS, 3, 3),
+            "pads": [0, 1, 2, 1],
+        },
     ),
     "ConvTranspose on one side": (
         "ConvTranspose",
@@ -174,7 +233,11 @@ def schema_of(kind: str, opset: int) -> Any:
 
 def versions(kind: str) -> Iterator[int]:
     """Yield the opsets in which an operator got another meaning, and the last one."""
-    found = {schema.since_version: opset for opset in range(LAST, FIRST - 1, -1) if (schema := schema_of(kind, opset))}
+    found = {
+        schema.since_version: opset
+        for opset in range(LAST, FIRST - 1, -1)
+        if (schema := schema_of(kind, opset))
+    }
     yield from sorted({*found.values()} | ({LAST} if schema_of(kind, LAST) else set()))
 
 
@@ -187,11 +250,16 @@ def write(path: Path, kind: str, given: dict[str, Any], opset: int) -> Path:
         return held[-1].name
 
     random = np.random.default_rng(0)
-    kernels = {name: random.standard_normal((CHANNELS, 3, 3, 3)).astype("f") / 3 for name in (MAP, OTHER, "third")}
+    kernels = {
+        name: random.standard_normal((CHANNELS, 3, 3, 3)).astype("f") / 3 for name in (MAP, OTHER, "third")
+    }
+    if kind in ("Div", "Reciprocal"):  # divisors near zero magnify rounding
+        given = given | {"of": [*given.get("of", [MAP])[:-1], "far"]}
     nodes = [
         onnx.helper.make_node("Conv", ["image", hold(kernel)], [name], pads=[1] * 4)
         for name, kernel in kernels.items()
     ]
+    nodes.append(onnx.helper.make_node("HardSigmoid", [OTHER], ["far"], alpha=0.02))
     inputs = list(given.get("of", [MAP]))
     if kind == "Expand":
         nodes.append(onnx.helper.make_node("ReduceMean", [MAP], ["small"], keepdims=1))
@@ -206,10 +274,7 @@ def write(path: Path, kind: str, given: dict[str, Any], opset: int) -> Path:
             inputs += [""] * (names.index(name) + 1 - len(inputs))
             is_float = isinstance(value, (np.ndarray, np.generic, float)) or isinstance(value[0], float)
             inputs[names.index(name)] = hold(np.asarray(value, dtype=np.float32 if is_float else np.int64))
-    if kind in ("TopK", "Split"):
-        outputs = ["output", "rest"]
-    else:
-        outputs = ["output"]
+    outputs = ["output", "rest"] if kind in ("TopK", "Split") else ["output"]
     nodes.append(onnx.helper.make_node(kind, inputs, outputs, **options))
     image = onnx.helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, ["n", 3, "h", "w"])
     results = [onnx.ValueInfoProto(name="output")]
@@ -219,7 +284,12 @@ def write(path: Path, kind: str, given: dict[str, Any], opset: int) -> Path:
     return path
 
 
-CASES = [(name, opset) for name, (kind, _) in OPERATORS.items() for opset in versions(kind)]
+CASES = [
+    pytest.param(name, opset, marks=() if opset == max(versions(kind)) else pytest.mark.slow)
+    for name, (kind, given) in OPERATORS.items()
+    for opset in versions(kind)
+    if not (opset < 10 and "steps" in given) and not (opset == 10 and given.get("mode") == "cubic")
+]
 
 
 @pytest.mark.parametrize(("name", "opset"), CASES)
@@ -231,7 +301,7 @@ def test_an_operator_is_read_as_onnx_runtime_computes_it(name: str, opset: int, 
         expected = [session.run(None, {"image": torch.randn(size).numpy()}) for size in SIZES]
     except Exception as error:
         pytest.skip(f"ONNX Runtime does not run it: {str(error)[:80]}")
-    if name in REFUSED:
+    if name in REFUSED and opset > 10:
         with pytest.raises(cs.CannotConvert, match=kind):
             cs.build_model(str(path))
         return
@@ -239,4 +309,6 @@ def test_an_operator_is_read_as_onnx_runtime_computes_it(name: str, opset: int, 
     for size in SIZES:
         image = torch.randn(size)
         expected = torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
-        torch.testing.assert_close(network(image), expected, rtol=1e-4, atol=1e-5)
+        found = network(image)
+        found = found if isinstance(found, torch.Tensor) else found[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
