@@ -28,6 +28,13 @@ from cadsurgery.support.errors import (
 from cadsurgery.support.kinds import has_kernels
 
 SUFFIX = ".onnx"
+_MOST_CHANNELS = (
+    16  # an input (N, 224, 224, 3) has its channels behind, and (N, 12, 64, 3) may have them before
+)
+_CHANNELS_FIRST = (
+    "write the file with channels first: tf2onnx has --inputs-as-nchw NAME:0, and in Python the network itself can be "
+    "exported so."
+)
 _NESTED = 8  # how deep ONNX's definitions of operators by others are followed
 _SEQUENCES = {"LSTM", "GRU", "RNN"}
 _BRANCHES = {"If", "Loop", "Scan"}
@@ -66,9 +73,9 @@ class OnnxNetwork(nn.Module):
                 )
                 raise InvalidInput(
                     f"this network takes images of {' x '.join(sizes)} alone.",
-                    why="its ONNX file fixes the sizes of maps inside.",
-                    next="give images of this size (--size), or export the network with dynamic axes for height and "
-                    "width.",
+                    why="the graph of its ONNX file fixes the sizes of maps inside.",
+                    next="give images of this size (--size); others need a file that was exported with dynamic axes "
+                    "for height and width.",
                 )
         return self.layers(image)
 
@@ -111,7 +118,7 @@ def read_onnx(path: Path) -> OnnxNetwork:
     shape = _image_shape(path, model)
     with _quietly():
         reference = Reference(path, model, shape)
-        batch = shape[0] if isinstance(shape[0], int) else None
+        batch = reference.batch if isinstance(reference.batch, int) else None
         layers = _import(path, reference.model, batch, reference)
         network = OnnxNetwork(layers, int(shape[1]), reference.fixed_size, reference.is_free).eval()
         reference.check(network)
@@ -237,19 +244,31 @@ def _image_shape(path: Path, model: Any) -> tuple[int | str, ...]:
     held = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in held]
     why = f"its inputs are {', '.join(value.name for value in inputs) or 'none'}."
+    advice = "give a network whose input is a batch of images."
     if len(inputs) == 1:
         given = inputs[0].type.tensor_type
         shape = tuple(dim.dim_value or dim.dim_param for dim in given.shape.dim)
         kind = onnx.TensorProto.DataType.Name(given.elem_type)
-        if kind == "FLOAT" and len(shape) == 4 and isinstance(shape[1], int):
+        if kind == "FLOAT" and len(shape) == 4 and isinstance(shape[1], int) and not _is_channels_last(shape):
             return shape
         sizes = ", ".join(str(size or "?") for size in shape)
         why = f"its input {inputs[0].name} is {kind} of shape ({sizes})."
+        if len(shape) == 4 and _is_channels_last(shape):
+            why, advice = f"{why[:-1]}, with channels last.", _CHANNELS_FIRST
+        elif len(shape) == 4 and kind != "FLOAT":
+            advice = "export the network without what prepares its pictures, so that it takes float32."
+    elif inputs:
+        advice = "load it where it was trained, cs.adaptify(model), which takes calls with several arguments."
     raise CannotConvert(
         f"{path} takes something else than an image.",
         why=f"{why} One image batch (B, C, H, W) in float32 is expected, with a fixed number of channels.",
-        next="export the network without what prepares its input (types, the order of axes, several inputs).",
+        next=advice,
     )
+
+
+def _is_channels_last(shape: tuple[int | str, ...]) -> bool:
+    """True if the last axis of an input is one of channels, and the second one is not."""
+    return shape[3] in (1, 3, 4) and not (isinstance(shape[1], int) and shape[1] <= _MOST_CHANNELS)
 
 
 @contextmanager
