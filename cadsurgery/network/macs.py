@@ -8,10 +8,10 @@ Interpolated halo rows are memory traffic, not MACs.
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
+import inspect
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from cadsurgery.following.equivalence import meta_copy
 from cadsurgery.following.graphs import sizes_in_tensors, takes_sizes, torch_target
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import MaskProvider
-from cadsurgery.masks.spec import resolve_mask
+from cadsurgery.network.calls import find_lattice
 from cadsurgery.network.program import GraphInterpreter, Program, ProgramNetwork
 from cadsurgery.support.counting import MacCounter, describe_not_counted
 from cadsurgery.support.describe import describe
@@ -156,21 +156,21 @@ class MacReport:
 
 
 def count_macs(
-    program: Program, counted: Program, mask: object, args: tuple[Any, ...], kwargs: dict[str, Any], rule: str
+    program: Program, counted: Program, provider: MaskProvider, arguments: Arguments, rule: str
 ) -> MacReport:
     """Count for `AdaptiveModel.macs`; `counted` is the program on meta tensors."""
     check_name("counting rule", rule, RULES)
-    image, provider = program.image(program.bind(*args, **kwargs)), resolve_mask(mask)
+    image = program.image(arguments)
     masking = _CountedMasking(program.masking(provider), image)
     if provider.sees_features or provider.looks_ahead or not program.masks_an_argument:
-        program.find_lattice(masking, *args, **kwargs)
+        find_lattice(program, masking, arguments)
 
     not_counted = masking.not_counted
 
-    def count(chosen: Any, *smaller: Any) -> dict[str, int]:
+    def count(chosen: Any, call: Arguments = arguments) -> dict[str, int]:
         counter = Counter(counted, rule)
         with torch.no_grad(), counter.counter:
-            program.check_and_run(partial(counter.count, chosen), *(smaller or args), **kwargs)
+            counter.count(chosen, call)
         not_counted.update(counter.not_counted)
         return counter.counts
 
@@ -193,11 +193,11 @@ def count_macs(
         for decision in program.plan.decisions
         if any(counts.get(decision.node) for counts in (with_mask, by_level[0], by_level[lowest]))
     ]
-    given = sum(by_level[own].values()) if own is not None else _given_macs(counted, args, kwargs, rule)
+    given = sum(by_level[own].values()) if own is not None else _given_macs(counted, arguments, rule)
     after = {node.meta[WORK][0] for node in counted.halves.after.nodes if WORK in node.meta}
     ahead = sum(work for level in passes for name, work in by_level[level].items() if name in after)
     if scale := provider.preview_scale:
-        smaller = program.smaller(scale, image)
+        smaller = program.bind(program.smaller(scale, image))
         ahead += sum(count(program.uniform(lowest if own is None else own), smaller).values())
     for name, work in zip(MASK_LAYERS, (masking.macs, ahead), strict=True):
         if work:
@@ -216,10 +216,11 @@ def count_macs(
     )
 
 
-def _given_macs(counted: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], rule: str) -> int | None:
+def _given_macs(counted: Program, arguments: Arguments, rule: str) -> int | None:
     """Count the original network itself: its own output strides are not among those of the converted one."""
     with contextlib.suppress(InvalidInput):  # it may read values, which shapes alone do not have
-        return count_network(counted.net._original[0], *args, rule=rule, **kwargs).macs
+        call = inspect.BoundArguments(counted.signature, OrderedDict(arguments))
+        return count_network(counted.net._original[0], *call.args, rule=rule, **call.kwargs).macs
     return None
 
 
@@ -251,7 +252,7 @@ def count_planned(program: Program, arguments: Arguments, is_example: bool) -> P
                 level: _uniform_macs(counted, level, call)
                 for level in {0, plan.max_level, 0 if own is None else own}
             }
-            given = by_level[own] if own is not None else _given_macs(counted, (), call, "conv")
+            given = by_level[own] if own is not None else _given_macs(counted, call, "conv")
             if given:
                 return PlannedWork(given, by_level[0], by_level[plan.max_level], tuple(image_of(call).shape))
     return None

@@ -25,6 +25,7 @@ from cadsurgery.following.guards import drop_dead_code
 from cadsurgery.masks.context import keypoints_at
 from cadsurgery.masks.detectors import points_of
 from cadsurgery.masks.spec import resolve_mask
+from cadsurgery.network.calls import Call
 from cadsurgery.network.dependencies import Cone, Place, places_of, reached
 from cadsurgery.network.macs import Counter
 from cadsurgery.network.model import AdaptiveModel, whole_program
@@ -202,7 +203,8 @@ class _Run:
         check_name("reach", reach, REACHES)
         check_name("alignment", align, ALIGNMENTS)
         program = net.program
-        program.check(image)
+        call = Call.of(program, (image,), {})
+        call.check()
         if isinstance(points, Tensor) and points.dim() in (3, 4) and points.shape[-1] != 2:
             raise InvalidInput(
                 f"points are {describe(points)}.",
@@ -212,8 +214,8 @@ class _Run:
         points = points_of(points, image, 1, "")
         exit = _exit(program, output)
         provider = net.mask if mask is None else resolve_mask(mask)
-        values = program.check_and_run(program.before, image)
-        with keypoints_at(points):
+        with call.explained(), keypoints_at(points):
+            values = program.before(call.arguments)
             lattice = program.ask(program.masking(provider), values)
         net.finish(None, lattice)
         return _Run(program, exit, provider, points, values, lattice, image, align)
