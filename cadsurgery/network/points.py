@@ -240,7 +240,7 @@ class _Run:
 
     def macs(self, parts: dict[str, Lattice] | None) -> tuple[int, int]:
         """Count the MACs after the mask, and the rows that window operations compute, on meta tensors."""
-        counter = Counter(self.program, "conv", self.exit.graph, parts)
+        counter = Counter(self.program, self.exit.graph, parts)
         with counter.counter:
             counter.run(lambda *_: self.lattice, *self.values)
         return sum(counter.counts.values()), counter.rows
