@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from cadsurgery.elements import functional
-from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.following.arguments import Arguments, change_images, image_of, in_order
 from cadsurgery.following.equivalence import meta_copy
-from cadsurgery.following.graphs import torch_target
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.invocations import find_lattice
@@ -30,14 +27,12 @@ from cadsurgery.network.observing import Observed, observe
 from cadsurgery.network.program import Program, ProgramNetwork
 from cadsurgery.support.counting import MacCounter, describe_not_counted
 from cadsurgery.support.describe import describe
-from cadsurgery.support.errors import InvalidInput, check_name, first_line
+from cadsurgery.support.errors import InvalidInput, first_line
 from cadsurgery.support.meta_tensors import to_meta
 from cadsurgery.support.torch_internals import tree_map
 from cadsurgery.surgery.plan import PlannedWork
-from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import WORK
 
-RULES = ("conv", "published")
 PICTURE = (512, 1024)  # size of the image on which the work of a plan is counted by default
 
 
@@ -65,10 +60,8 @@ class MacReport:
     Attributes:
         layers: layers with MACs, in order.
         active_fraction: active fraction of the mask.
-        rule: name of the counting rule.
         shape: shape of the image batch.
-        not_counted: operations that may multiply but are missing, because they have no counting rule; empty for the
-            rule `published`, which defines the counted operations itself.
+        not_counted: operations that may multiply but are missing, because they have no counting rule.
         given: MACs of the network as given (of its converted part, if that is counted alone); None if unknown.
         part: name of the part that is counted alone; empty for the whole network.
         high_stride: the high output stride; 0 if unknown.
@@ -76,7 +69,6 @@ class MacReport:
 
     layers: tuple[LayerMacs, ...]
     active_fraction: float
-    rule: str
     shape: tuple[int, ...]
     not_counted: tuple[str, ...] = ()
     given: int | None = None
@@ -133,7 +125,6 @@ class MacReport:
         """Return the totals and, with `layers`, the layers as plain values, for `--json`."""
         values = {
             "shape": list(self.shape),
-            "rule": self.rule,
             "active_fraction": self.active_fraction,
             "macs": {"mask": self.mask, "high": self.high, "low": self.low, "given": self.given},
             "of_given": self.of_given,
@@ -146,18 +137,15 @@ class MacReport:
         size = "x".join(map(str, self.shape))
         given = "" if self.given is None else f"{self.given:.4e} as given, "
         counts = (
-            f"MACs on {size} ({self.rule} rule): {self.mask:.4e} with this mask "
+            f"MACs on {size}: {self.mask:.4e} with this mask "
             f"(active fraction {self.active_fraction:.3f}), {given}{self.high:.4e} everything high, "
             f"{self.low:.4e} everything low"
         )
         return "\n".join(filter(None, (self.describe(), counts, describe_not_counted(self.not_counted))))
 
 
-def count_macs(
-    program: Program, counted: Program, provider: MaskProvider, arguments: Arguments, rule: str
-) -> MacReport:
+def count_macs(program: Program, counted: Program, provider: MaskProvider, arguments: Arguments) -> MacReport:
     """Count for `AdaptiveModel.macs`; `counted` is the program on meta tensors."""
-    check_name("counting rule", rule, RULES)
     image = program.image(arguments)
     masking = _CountedMasking(program.masking(provider), image)
     if provider.sees_features or provider.looks_ahead or not program.masks_an_argument:
@@ -168,7 +156,7 @@ def count_macs(
     def count(chosen: Any, call: Arguments = arguments) -> dict[str, int]:
         seen = _observe_call(counted, chosen, call)
         not_counted.update(seen.not_counted)
-        return _published(counted, seen) if rule == "published" else seen.by_layer
+        return seen.by_layer
 
     lowest, own = program.geometry.max_level, program.plan.identity_level
     passes = provider.first_passes(lowest)
@@ -189,7 +177,7 @@ def count_macs(
         for decision in program.plan.decisions
         if any(counts.get(decision.node) for counts in (with_mask, by_level[0], by_level[lowest]))
     ]
-    given = sum(by_level[own].values()) if own is not None else _given_macs(counted, arguments, rule)
+    given = sum(by_level[own].values()) if own is not None else _given_macs(counted, arguments)
     after = {node.meta[WORK][0] for node in counted.halves.after.nodes if WORK in node.meta}
     ahead = sum(work for level in passes for name, work in by_level[level].items() if name in after)
     if scale := provider.preview_scale:
@@ -199,24 +187,22 @@ def count_macs(
         if work:
             layers.append(LayerMacs(name, provider.name, work, 0, 0, 0, in_region=True))
     assert masking.lattice is not None
-    missing = () if rule == "published" else tuple(sorted(not_counted))
     return MacReport(
         tuple(layers),
         masking.lattice.active_fraction,
-        rule,
         tuple(image.shape),
-        missing,
+        tuple(sorted(not_counted)),
         given,
         program.plan.part,
         program.plan.output_stride[0],
     )
 
 
-def _given_macs(counted: Program, arguments: Arguments, rule: str) -> int | None:
+def _given_macs(counted: Program, arguments: Arguments) -> int | None:
     """Count the original network itself: its own output strides are not among those of the converted one."""
     with contextlib.suppress(InvalidInput):  # it may read values, which shapes alone do not have
         call = inspect.BoundArguments(counted.signature, OrderedDict(arguments))
-        return count_network(counted.net._original[0], *call.args, rule=rule, **call.kwargs).macs
+        return count_network(counted.net._original[0], *call.args, **call.kwargs).macs
     return None
 
 
@@ -245,7 +231,7 @@ def count_planned(program: Program, arguments: Arguments, is_example: bool) -> P
                 level: sum(_observe_call(counted, counted.uniform(level), call).macs.values())
                 for level in {0, plan.max_level, 0 if own is None else own}
             }
-            given = by_level[own] if own is not None else _given_macs(counted, call, "conv")
+            given = by_level[own] if own is not None else _given_macs(counted, call)
             if given:
                 return PlannedWork(given, by_level[0], by_level[plan.max_level], tuple(image_of(call).shape))
     return None
@@ -339,35 +325,23 @@ class NetworkMacs:
     not_counted: tuple[str, ...] = ()
 
 
-def dense_macs(model: nn.Module, *args: Any, rule: str = "conv") -> int:
+def dense_macs(model: nn.Module, *args: Any) -> int:
     """Return only the multiply-accumulates of `count_network`."""
-    return count_network(model, *args, rule=rule).macs
+    return count_network(model, *args).macs
 
 
-def count_network(model: nn.Module, *args: Any, rule: str = "conv", **kwargs: Any) -> NetworkMacs:
+def count_network(model: nn.Module, *args: Any, **kwargs: Any) -> NetworkMacs:
     """Count the multiply-accumulates of any network on an image, on shapes only.
 
     Args:
         model: the network.
         args: positional arguments of a call.
         kwargs: named arguments of a call.
-        rule: `"conv"`, all operations with a counting rule; or `"published"`, see `AdaptiveModel.macs`, which counts
-            only the backbone if there is one.
 
     Raises:
-        UnknownName: no such rule.
         InvalidInput: the network does not run on these arguments.
     """
-    check_name("counting rule", rule, RULES)
-    counted, counts = meta_copy(model), [0]
-    backbone = next((name for name in BACKBONE_NAMES if hasattr(counted, name)), "")
-
-    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        counts[0] += published_macs(module, inputs[0].numel(), getattr(output, "numel", lambda: 0)())
-
-    for module in counted.get_submodule(backbone).modules() if rule == "published" else ():
-        if isinstance(module, _COUNTED):
-            module.register_forward_hook(count)
+    counted = meta_copy(model)
     with torch.no_grad(), MacCounter() as counter:
         try:
             counted(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
@@ -377,57 +351,4 @@ def count_network(model: nn.Module, *args: Any, rule: str = "conv", **kwargs: An
                 why=first_line(error),
                 next="give an image batch that it takes.",
             ) from error
-    if rule == "published":
-        return NetworkMacs(counts[0])
     return NetworkMacs(counter.macs, tuple(sorted(counter.not_counted)))
-
-
-_COUNTED = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU)
-
-
-def published_macs(module: nn.Module, inputs: int, outputs: int) -> int:
-    """Return the MACs that the reference code counts for a module, from its numbers of input and output values; see
-    `_published`."""
-    if isinstance(module, nn.Conv2d):
-        per_position = module.weight.numel() + (module.out_channels if module.bias is not None else 0)
-        return outputs // module.out_channels * per_position
-    if isinstance(module, nn.BatchNorm2d):
-        return 2 * outputs
-    if isinstance(module, nn.MaxPool2d):
-        return inputs
-    return outputs if isinstance(module, nn.ReLU) else 0
-
-
-def _published(program: Program, seen: Observed) -> dict[str, int]:
-    """Count as the reference code does: convolutions of the backbone with bias, batch norm 2 and ReLU 1 per value,
-    max-pooling 1 per input value; a strided k x k convolution is counted before subsampling."""
-    backbone = next((name for name in BACKBONE_NAMES if name in program.net._modules), None)
-    counts: dict[str, int] = defaultdict(int)
-    for node in seen.macs:
-        origin, path = node.meta[WORK]
-        if backbone and not path.startswith(f"{backbone}."):
-            continue
-        value = seen.values[node]
-        given: Any = fx.map_arg((node.args, node.kwargs), seen.values.__getitem__)
-        args, kwargs = given
-        size = getattr(getattr(value, "rows", value), "numel", lambda: 0)()  # of one map, not of several
-        if node.target is functional.conv2d:
-            counts[origin] += _published_conv2d(value, *args, **kwargs)
-        elif node.target is functional.batch_norm:
-            counts[origin] += 2 * size
-        elif node.target is functional.max_pool2d:
-            counts[origin] += int(args[0].rows.numel())
-        elif node.op == "call_module" or torch_target(node) is None:
-            of_torch = torch_target(node) is not None
-            module = program.net.get_submodule(str(node.target)) if of_torch else args[0]
-            pooled = args[0].numel() if isinstance(module, nn.MaxPool2d) else 0
-            counts[origin] += published_macs(module, pooled, size)
-    return counts
-
-
-def _published_conv2d(
-    value: Elements, x: Elements, weight: Tensor, bias: Tensor | None = None, *, window: Window, **_: Any
-) -> int:
-    """Count a convolution as the reference code does, see `_published`."""
-    lattice = value.lattice if window.taps == 1 else x.lattice.at(x.lattice.stage, value.lattice.size)
-    return lattice.count * (weight.numel() + (weight.shape[0] if bias is not None else 0))

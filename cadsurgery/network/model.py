@@ -349,17 +349,13 @@ class AdaptiveModel(ProgramNetwork):
         """The share of the fine map that the last call of this thread kept at the high output stride."""
         return self.lattice.active_fraction
 
-    def macs(
-        self, *args: Any, mask: object = None, sizes: Any = None, rule: str = "conv", **kwargs: Any
-    ) -> MacReport:
+    def macs(self, *args: Any, mask: object = None, sizes: Any = None, **kwargs: Any) -> MacReport:
         """Count the multiply-accumulates on an image: with the mask, as given, with everything high and everything low.
 
         Args:
             args: as for a call. The network runs only as far as its mask needs; the rest is computed on shapes.
             mask: mask for this count only, as for a call.
             sizes: sizes of the images of a padded batch, as for a call.
-            rule: `"conv"`, multiply-accumulates of convolutions and matrix products, or `"published"`,
-                the counting of the CAD reference code (seed of its Tab. 2).
             kwargs: as for a call.
         """
         if mask is not None and "mask" in self.program.signature.parameters:  # an argument of the original
@@ -368,7 +364,7 @@ class AdaptiveModel(ProgramNetwork):
 
         def count(program: Program, arguments: dict[str, Any]) -> MacReport:
             counted = self.counted if program is self.program else self._counted_on(program)
-            return count_macs(program, counted, provider, arguments, rule)
+            return count_macs(program, counted, provider, arguments)
 
         return self.follow(Invocation.of(self.program, args, kwargs, sizes), count)
 
