@@ -73,7 +73,7 @@ class _Fusion:
         activation: activation that is applied last.
         leaves: node between convolution and tail that turns elements into the fine map, if any.
         joint: how the residual is joined, see `check_joint`.
-        floor: (O,) result where the original convolution (with bias) gives zero; None for zero.
+        baseline: (O,) result where the original convolution (with bias) gives zero; None for zero.
     """
 
     tail: fx.Node
@@ -84,7 +84,7 @@ class _Fusion:
     activation: Activation | None = None
     leaves: fx.Node | None = None
     joint: tuple[int, str] | None = None
-    floor: Tensor | None = None
+    baseline: Tensor | None = None
 
     @property
     def is_linear(self) -> bool:
@@ -98,12 +98,12 @@ class _Fusion:
         bias = bias + shift.double() if shift is not None else bias
         weight = self.weight.double() * wide.view(-1, *(1,) * (self.weight.dim() - 1))
         has_bias = self.bias is not None or shift is not None
-        floor = self.floor.double() * wide if self.floor is not None else torch.zeros_like(wide)
-        floor = floor + shift.double() if shift is not None else floor
+        baseline = self.baseline.double() * wide if self.baseline is not None else torch.zeros_like(wide)
+        baseline = baseline + shift.double() if shift is not None else baseline
         return replace(
             self,
             tail=tail,
-            floor=floor.to(self.weight),
+            baseline=baseline.to(self.weight),
             weight=weight.to(self.weight),
             bias=bias.to(self.weight) if has_bias else None,
         )
@@ -399,7 +399,7 @@ class Fuser:
             padding = (0, 0) if module.padding == "valid" else module.padding
             kernel = PackedConv(*parts, (module.stride, padding, module.dilation))
         kernel.origin = node.name  # type: ignore[assignment]
-        kernel.register_buffer("floor", fusion.floor, persistent=False)
+        kernel.register_buffer("baseline", fusion.baseline, persistent=False)
         if isinstance(kernel, PackedConv):
             self.share_weight(kernel)
         self.kernels.add_module(name, kernel)
