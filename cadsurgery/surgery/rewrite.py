@@ -131,9 +131,9 @@ class Rewriter:
         if node not in self.dense:
             decision, leaves_by = self.plan[node.name], self.flow.treatments[node].leaves_by
             if leaves_by is not None:
-                self.dense[node] = self.call(leaves_by, self.elements[node], decision.grid)
+                self.dense[node] = self.call(leaves_by, self.elements[node], decision.spacing)
                 return self.dense[node]
-            spacing = 1 if decision.leaves == "fine" else decision.grid
+            spacing = 1 if decision.leaves == "fine" else decision.spacing
             options = () if decision.layout == NCHW else (decision.layout,)
             guide = {"guide": self.fine_map()} if self.guided and spacing == 1 else {}
             self.dense[node] = self.call(functional.to_dense, self.elements[node], spacing, *options, **guide)
@@ -263,7 +263,7 @@ class Rewriter:
             return self.call(getattr, self.call(getattr, elements, "rows"), node.args[1])
         decision = self.plan[source.name]
         options = () if decision.layout == NCHW else (decision.layout,)
-        size = self.call(functional.native_shape, elements, decision.grid, *options)
+        size = self.call(functional.native_shape, elements, decision.spacing, *options)
         axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         if node.target == "size" and axis is not None:
             return self.call(operator.getitem, size, axis)
@@ -284,7 +284,7 @@ class Rewriter:
             return
         arguments = self.arguments(treatment)
         if treatment.spaced:
-            arguments["spacing"] = self.plan[source.name].grid
+            arguments["spacing"] = self.plan[source.name].spacing
         if treatment.kind == "pad":  # the windows that read it apply the padding
             x = self.as_elements(source)
             self.elements[node] = self.call(treatment.call, x, **arguments) if treatment.call else x
@@ -299,8 +299,8 @@ class Rewriter:
             out = self.call(function, x, *leading, window=decision.window, stage=stage, **arguments)
         elif treatment.kind == "resize":
             x = self.as_elements(source)
-            grid, scale = self.plan[source.name].grid, treatment.scale
-            if grid % scale:  # finer than the high output stride
+            spacing, scale = self.plan[source.name].spacing, treatment.scale
+            if spacing % scale:  # finer than the high output stride
                 self.dense[node] = self.resize_to_dense(node, treatment)
                 return
             inside = {
@@ -308,7 +308,9 @@ class Rewriter:
                 for name in ("mode", "align_corners", "size", "indices")
                 if name in arguments
             }
-            out = self.call(function, x, stage=stage, spacings=(grid, grid // scale), scale=scale, **inside)
+            out = self.call(
+                function, x, stage=stage, spacings=(spacing, spacing // scale), scale=scale, **inside
+            )
         else:
             x = self.on_stage(source, stage)
             out = self.working[node] = self.call(function, x, **arguments)
@@ -324,7 +326,7 @@ class Rewriter:
             arguments["guide"] = self.fine_map()
         assert treatment.operation is not None
         return self.call(
-            treatment.operation.at_exit, self.as_elements(source), self.plan[source.name].grid, **arguments
+            treatment.operation.at_exit, self.as_elements(source), self.plan[source.name].spacing, **arguments
         )
 
     def emit_global(self, node: fx.Node, source: fx.Node, treatment: Treatment) -> fx.Node:
@@ -336,11 +338,13 @@ class Rewriter:
             for name, value in treatment.arguments
         }
         if treatment.spaced:
-            arguments["spacing"] = self.plan[source.name].grid
+            arguments["spacing"] = self.plan[source.name].spacing
         if self.flow.layouts[source] != NCHW:
             arguments["layout"] = self.flow.layouts[source]
         if treatment.covers is not None:
-            size = self.call(functional.native_shape, self.as_elements(source), self.plan[source.name].grid)
+            size = self.call(
+                functional.native_shape, self.as_elements(source), self.plan[source.name].spacing
+            )
             covers = self.call(is_whole, self.argument(treatment.covers, {}), size, treatment.or_more)
             self.call(check_branch, covers, True, f"{node.name}, whose window was the whole map")
         return self.call(treatment.call, self.on_stage(source, stage), **arguments)
@@ -356,9 +360,11 @@ class Rewriter:
         """Add an operation that acts on rows as it does on maps, apart from its axes."""
         maps = [source for source in node.all_input_nodes if self.flow.layout(source)]
         # Coarse maps that exist only as dense maps were computed outside the region; their samples are read again.
-        back = {source for source in maps if source not in self.elements and self.plan[source.name].grid > 1}
+        back = {
+            source for source in maps if source not in self.elements and self.plan[source.name].spacing > 1
+        }
         maps = [source for source in maps if source not in back]
-        values, grid = [self.as_elements(source) for source in maps], self.plan[maps[0].name].grid
+        values, spacing = [self.as_elements(source) for source in maps], self.plan[maps[0].name].spacing
         is_alone = len(values) == 1 and self.plan[maps[0].name].stages[1] == stage
         layout = self.flow.layouts[maps[0]]
 
@@ -370,9 +376,9 @@ class Rewriter:
                 return value
             if source in back or (how.kind == "broadcast" and how.arguments):
                 resize = {} if source in back else self.arguments(how)
-                return self.call(functional.small_map, value, grid, **resize, name=node.name)
+                return self.call(functional.small_map, value, spacing, **resize, name=node.name)
             if layout == NCHW and is_filled(source) and len(self.flow.shapes[source]) > 1:
-                return self.call(functional.one_sample, value, values[0], grid, node.name)
+                return self.call(functional.one_sample, value, values[0], spacing, node.name)
             return value
 
         call = treatment.rows or Call(node.target, node.args, node.kwargs)
@@ -383,7 +389,7 @@ class Rewriter:
         function = functional.OnRows(
             target,
             layout if treatment.kind == "join" else "",
-            (grid, node.name) if len(values) > 1 else None,
+            (spacing, node.name) if len(values) > 1 else None,
         )
         return self.call(function, *args, **kwargs, **({} if is_alone else {"stage": stage}))
 

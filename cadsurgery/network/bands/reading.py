@@ -32,7 +32,7 @@ from cadsurgery.network.bands import element_steps, steps
 from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.schedule import BandMap, RowsRead
 from cadsurgery.network.bands.steps import BandStep, WholeImage
-from cadsurgery.network.macs import OnShapes
+from cadsurgery.network.observing import OnShapes
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import CannotConvert
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
