@@ -20,7 +20,7 @@ from cadsurgery.elements.elements import Elements, SmallMap
 from cadsurgery.elements.lattice import Lattice, Pyramid
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.provider import MaskProvider
-from cadsurgery.network.bands.element_steps import Cells
+from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.reading import BandPlan, Key, Observed, copied, uniform
 from cadsurgery.network.bands.schedule import (
     SPARE,
@@ -591,7 +591,8 @@ class Bands:
         self, program: Program, call: dict[str, Any], lattice: Lattice, only_first: bool = False
     ) -> tuple[Callable[[int], BandPlan], Sequence[int]]:
         """Return what plans a picture for so many rows of cells at a time, and the numbers of these to try."""
-        seen, side, counts = self._graph(program, call, lattice), lattice.geometry.sides[-1], {}
+        seen, side = self._graph(program, call, lattice), lattice.geometry.sides[-1]
+        counts = dict[Grid, list[int]]()
         if seen.region is None:
             return lambda many: BandPlan(seen, only_first=only_first), (1,)
 
@@ -602,8 +603,8 @@ class Bands:
 
     def _graph(self, program: Program, call: dict[str, Any], lattice: Lattice) -> Observed:
         """Return the graph that computes a picture: the network's own one where all cells are as there."""
-        is_own = program.unchanged is not None and lattice.uniform_level == program.plan.identity_level
-        return self._observe(program, program.unchanged if is_own else program.graph, call)
+        is_own = lattice.uniform_level == program.plan.identity_level
+        return self._observe(program, (is_own and program.unchanged) or program.graph, call)
 
     def _observe(self, program: Program, graph: fx.Graph, call: dict[str, Any]) -> Observed:
         kinds = tuple(
