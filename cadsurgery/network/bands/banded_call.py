@@ -21,7 +21,7 @@ from cadsurgery.elements.lattice import Lattice, Pyramid
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.bands.element_steps import Cells, Grid
-from cadsurgery.network.bands.reading import BandPlan, Key, Observed, copied, uniform
+from cadsurgery.network.bands.reading import BandPlan, Key, SeenGraph, copied, uniform
 from cadsurgery.network.bands.schedule import (
     SPARE,
     TOO_MUCH,
@@ -466,8 +466,8 @@ class Bands:
     def __init__(self, memory: int) -> None:
         """Take the memory in bytes."""
         self.memory = memory
-        self._observed = dict[tuple[Any, ...], Observed]()
-        self._own = dict[Observed, tuple[BandPlan, Walks]]()  # of own graphs: one for each size
+        self._observed = dict[tuple[Any, ...], SeenGraph]()
+        self._own = dict[SeenGraph, tuple[BandPlan, Walks]]()  # of own graphs: one for each size
         self._lock = RLock()  # a plan holds the values of the call that is running
 
     def __reduce__(self) -> tuple[type[Bands], tuple[int]]:
@@ -601,12 +601,12 @@ class Bands:
 
         return read, _CELLS
 
-    def _graph(self, program: Program, call: dict[str, Any], lattice: Lattice) -> Observed:
+    def _graph(self, program: Program, call: dict[str, Any], lattice: Lattice) -> SeenGraph:
         """Return the graph that computes a picture: the network's own one where all cells are as there."""
         is_own = lattice.uniform_level == program.plan.identity_level
         return self._observe(program, (is_own and program.unchanged) or program.graph, call)
 
-    def _observe(self, program: Program, graph: fx.Graph, call: dict[str, Any]) -> Observed:
+    def _observe(self, program: Program, graph: fx.Graph, call: dict[str, Any]) -> SeenGraph:
         kinds = tuple(
             (n, v.shape, v.dtype) if isinstance(v, Tensor) else (n, repr(v)) for n, v in call.items()
         )
@@ -614,7 +614,7 @@ class Bands:
         if key not in self._observed:
             if len(self._observed) >= _MOST_KINDS:
                 self._own.pop(self._observed.pop(next(iter(self._observed))), None)
-            self._observed[key] = Observed(program, graph, call)
+            self._observed[key] = SeenGraph(program, graph, call)
         return self._observed[key]
 
 

@@ -60,7 +60,7 @@ class Statistics(NamedTuple):
 Key = fx.Node | Statistics
 
 
-class Observed(OnShapes):
+class SeenGraph(OnShapes):
     """A graph, and what a run of it on the shapes of a call with one picture tells.
 
     Attributes:
@@ -152,7 +152,7 @@ class BandPlan:
         values: values of all that is no map, while a call runs.
     """
 
-    def __init__(self, seen: Observed, cells: Cells | None = None, *, only_first: bool = False) -> None:
+    def __init__(self, seen: SeenGraph, cells: Cells | None = None, *, only_first: bool = False) -> None:
         """Read the graph.
 
         Raises:
