@@ -82,8 +82,8 @@ def _of_several(writer: OnnxTracer, operation: OnnxOperation, *values: Any) -> A
     together: Callable[..., Any]
     together, bound = (torch.maximum, "min") if operation.type == "Max" else (torch.minimum, "max")
 
-    def join(left: Any, right: Any) -> Any:
-        right = _as_operand(writer, operation, right)
+    def join(left: Any, other: Any) -> Any:
+        right: Any = _as_operand(writer, operation, other)
         return (
             together(left, right) if isinstance(right, (fx.Proxy, Tensor)) else left.clamp(**{bound: right})
         )

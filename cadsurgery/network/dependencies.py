@@ -50,7 +50,7 @@ class Cone:
 
         Args:
             graph: a rewritten graph, or a part of it.
-            places: stage and fine size of the nodes' lattices, see `Observed.places`.
+            places: stage and fine size of the nodes' lattices, see `Observation.places`.
             lattice: complete lattice of the run.
             exit: the node whose elements are requested.
             anchors: anchors of the requested elements on its fine map, (B*H*W,) bool.

@@ -23,7 +23,7 @@ from cadsurgery.following.equivalence import meta_copy
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.invocations import find_lattice
-from cadsurgery.network.observing import Observed, observe
+from cadsurgery.network.observing import Observation, observe
 from cadsurgery.network.program import Program, ProgramNetwork
 from cadsurgery.support.counting import MacCounter, describe_not_counted
 from cadsurgery.support.describe import describe
@@ -206,7 +206,7 @@ def _given_macs(counted: Program, arguments: Arguments) -> int | None:
     return None
 
 
-def _observe_call(counted: Program, masking: Any, arguments: Arguments) -> Observed:
+def _observe_call(counted: Program, masking: Any, arguments: Arguments) -> Observation:
     """Run the whole graph of a program on meta tensors for a masking."""
     return observe(counted, counted.graph, in_order(counted.graph, arguments, masking))
 

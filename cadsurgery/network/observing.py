@@ -25,7 +25,7 @@ Place = tuple[int, tuple[int, int]]  # stage and fine size of a lattice
 
 
 @dataclass
-class Observed:
+class Observation:
     """What the nodes of a graph gave in one run on shapes.
 
     Attributes:
@@ -75,7 +75,7 @@ class Observed:
 
 def observe(
     program: Program, graph: fx.Graph, inputs: Sequence[Any], parts: Mapping[str, Lattice] | None = None
-) -> Observed:
+) -> Observation:
     """Run a graph on shapes alone.
 
     Args:
@@ -124,7 +124,7 @@ class _WithWork(OnShapes):
     def __init__(self, program: Program, graph: fx.Graph, parts: Mapping[str, Lattice] | None) -> None:
         super().__init__(program, graph, parts)
         self.garbage_collect_values = False
-        self.counter, self.found = MacCounter(), Observed()
+        self.counter, self.found = MacCounter(), Observation()
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node."""
