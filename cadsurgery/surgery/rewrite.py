@@ -427,6 +427,8 @@ def acts_of(node: fx.Node, flow: Flow) -> Treatment:
         *(treatment.kind, treatment.why, treatment.call, arguments, treatment.window, treatment.then),
         layout=flow.layout(node) or (NCHW if treatment.kind == "broadcast" and flow.is_map(node) else ""),
         scale=treatment.scale,
+        covers=placed(treatment.covers),
+        or_more=treatment.or_more,
     )
 
 

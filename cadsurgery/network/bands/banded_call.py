@@ -21,7 +21,7 @@ from cadsurgery.elements.lattice import Lattice, Pyramid
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.bands.element_steps import Cells, Grid
-from cadsurgery.network.bands.reading import BandPlan, Key, Observed, copied, uniform
+from cadsurgery.network.bands.reading import BandPlan, Key, SeenGraph, copied, uniform
 from cadsurgery.network.bands.schedule import (
     SPARE,
     TOO_MUCH,
@@ -192,71 +192,51 @@ def _largest(plan: BandPlan, walks: Walks) -> str:
 
 
 class _Held:
-    """The rows of a dense map that are there, in parts."""
+    """The rows of a map that are there, in parts. Of elements, which lie in rows of cells, the lattices take more
+    memory: they are made where they are read."""
 
-    def __init__(self, axis: int) -> None:
-        """Take the axis along which rows are counted."""
-        self.axis = axis
+    def __init__(self, axis: int = 0, lattice: Callable[[int, int], Lattice] | None = None) -> None:
+        """Take the axis along which rows are counted, or what makes the lattice of fine rows of elements."""
+        self.axis, self.lattice = axis, lattice
         self.parts = list[tuple[int, int, Tensor]]()
 
-    def add(self, first: int, end: int, rows: Tensor) -> None:
-        self.parts.append((first, end, rows))
+    def add(self, first: int, end: int, rows: Any) -> None:
+        self.parts.append((first, end, rows if self.lattice is None else rows.rows))
 
     def drop(self, row: int) -> None:
         self.parts = [part for part in self.parts if part[1] > row]
 
-    def rows(self, first: int, end: int) -> Tensor:
+    def rows(self, first: int, end: int) -> Any:
+        """Return rows; elements of whole cells, where a map ends a little below the one that it is joined with."""
         found = []
         for at, stop, rows in self.parts:
             begin, until = max(first, at), min(end, stop)
             if begin < until:
-                is_all = (begin, until) == (at, stop)
+                is_all = (begin, until) == (at, stop) or self.lattice is not None
                 found.append(rows if is_all else rows.narrow(self.axis, begin - at, until - begin))
-        return found[0] if len(found) == 1 else torch.cat(found, self.axis)
-
-
-class _HeldElements:
-    """The elements that are there, a tensor for each row of cells. Lattices, which take more memory, are made where
-    they are read."""
-
-    def __init__(self, cells: Cells, grid: Grid) -> None:
-        self.cells, self.grid = cells, grid
-        self.parts = dict[int, Tensor]()  # by their first fine row
-
-    def add(self, first: int, end: int, x: Elements) -> None:
-        self.parts[first] = x.rows
-
-    def drop(self, row: int) -> None:
-        for at in [at for at in self.parts if at + self.cells.side <= row]:
-            del self.parts[at]
-
-    def rows(self, first: int, end: int) -> Elements:
-        """Return the elements of whole cells: a map may end a little below the one that it is joined with."""
-        end = min(-(-end // self.cells.side) * self.cells.side, self.grid.size[0])
-        found = [self.parts[at] for at in range(first, end, self.cells.side)]
         rows = found[0] if len(found) == 1 else self._together(found)
-        return Elements(rows, self.cells.lattice(self.grid, first, end))
+        return rows if self.lattice is None else Elements(rows, self.lattice(first, end))
 
     def _together(self, found: list[Tensor]) -> Tensor:
-        return torch.cat(found)
+        return torch.cat(found, self.axis)
 
 
-class _JoinedElements(_HeldElements):
+class _JoinedElements(_Held):
     """Elements of which several rows of cells are read at once: they lie behind each other in one memory."""
 
-    def __init__(self, cells: Cells, grid: Grid, spare: float) -> None:
-        """Take the cells, the lattices of the map, and how many times the memory that the elements take is held."""
-        super().__init__(cells, grid)
+    def __init__(self, one: BandMap, lattice: Callable[[int, int], Lattice], spare: float) -> None:
+        """Take the map, its lattices, and how many times the memory that the elements take is held."""
+        super().__init__(lattice=lattice)
+        self.map, self.spare = one, spare
         self.memory: Tensor | None = None
-        self.spare = spare
         self.used = 0  # elements of the memory, the dropped ones before the first part among them
 
     def memory_for(self, first: int, end: int) -> Tensor | None:
         """Return where the elements of rows [first, end) could be computed, which are added next."""
         if self.memory is None:
             return None
-        above = self.cells.elements_above(self.grid)
-        return self._behind(above[end] - above[first], self.memory)
+        assert self.map.elements is not None
+        return self._behind(int(self.map.elements[end] - self.map.elements[first]), self.memory)
 
     def add(self, first: int, end: int, x: Elements) -> None:
         place = self._behind(len(x.rows), x.rows)[: len(x.rows)]
@@ -270,7 +250,7 @@ class _JoinedElements(_HeldElements):
         if not self.parts:
             self.memory, self.used = None, 0
         elif self.memory is not None:
-            lengths = list(map(len, self.parts.values()))
+            lengths = [len(rows) for *_, rows in self.parts]
             if has_too_much(len(self.memory), lengths, self.spare):
                 self._move(max(lengths), self.memory)
 
@@ -283,7 +263,7 @@ class _JoinedElements(_HeldElements):
 
     def _move(self, count: int, like: Tensor) -> None:
         """Move the elements to the beginning of the memory, or into another one of the right size."""
-        parts = list(self.parts.values())
+        parts = [rows for *_, rows in self.parts]
         live = sum(map(len, parts))
         there, wanted, distance = self._together(parts) if parts else like[:0], live + count, self.used - live
         if self.memory is None or not wanted <= len(self.memory) <= TOO_MUCH * self.spare * wanted:
@@ -295,7 +275,8 @@ class _JoinedElements(_HeldElements):
             end = min(at + distance, live)
             self.memory[at:end] = there[at:end]
         self.used = live
-        self.parts = dict(zip(self.parts, self.memory[:live].split(list(map(len, parts))), strict=True))
+        moved = self.memory[:live].split(list(map(len, parts)))
+        self.parts = [(*part[:2], rows) for part, rows in zip(self.parts, moved, strict=True)]
 
     def _together(self, found: list[Tensor]) -> Tensor:
         first, last = found[0], found[-1]
@@ -449,11 +430,11 @@ class BandedCall:
             grid = self.plan.seen.grids.get(node)
             if grid is None or cells is None:
                 self.held[number] = _Held(self.plan.axis[node])
+            elif number in self.joined:
+                one, lattice = self.plan.maps[number], partial(cells.lattice, grid)
+                self.held[number] = _JoinedElements(one, lattice, self.walks.spare)
             else:
-                is_joined, spare = number in self.joined, self.walks.spare
-                self.held[number] = (
-                    _JoinedElements(cells, grid, spare) if is_joined else _HeldElements(cells, grid)
-                )
+                self.held[number] = _Held(lattice=partial(cells.lattice, grid))
         return self.held[number]
 
 
@@ -485,8 +466,8 @@ class Bands:
     def __init__(self, memory: int) -> None:
         """Take the memory in bytes."""
         self.memory = memory
-        self._observed = dict[tuple[Any, ...], Observed]()
-        self._own = dict[Observed, tuple[BandPlan, Walks]]()  # of own graphs: one for each size
+        self._observed = dict[tuple[Any, ...], SeenGraph]()
+        self._own = dict[SeenGraph, tuple[BandPlan, Walks]]()  # of own graphs: one for each size
         self._lock = RLock()  # a plan holds the values of the call that is running
 
     def __reduce__(self) -> tuple[type[Bands], tuple[int]]:
@@ -610,7 +591,8 @@ class Bands:
         self, program: Program, call: dict[str, Any], lattice: Lattice, only_first: bool = False
     ) -> tuple[Callable[[int], BandPlan], Sequence[int]]:
         """Return what plans a picture for so many rows of cells at a time, and the numbers of these to try."""
-        seen, side, counts = self._graph(program, call, lattice), lattice.geometry.sides[-1], {}
+        seen, side = self._graph(program, call, lattice), lattice.geometry.sides[-1]
+        counts = dict[Grid, list[int]]()
         if seen.region is None:
             return lambda many: BandPlan(seen, only_first=only_first), (1,)
 
@@ -619,12 +601,12 @@ class Bands:
 
         return read, _CELLS
 
-    def _graph(self, program: Program, call: dict[str, Any], lattice: Lattice) -> Observed:
+    def _graph(self, program: Program, call: dict[str, Any], lattice: Lattice) -> SeenGraph:
         """Return the graph that computes a picture: the network's own one where all cells are as there."""
-        is_own = program.unchanged is not None and lattice.uniform_level == program.plan.identity_level
-        return self._observe(program, program.unchanged if is_own else program.graph, call)
+        is_own = lattice.uniform_level == program.plan.identity_level
+        return self._observe(program, (is_own and program.unchanged) or program.graph, call)
 
-    def _observe(self, program: Program, graph: fx.Graph, call: dict[str, Any]) -> Observed:
+    def _observe(self, program: Program, graph: fx.Graph, call: dict[str, Any]) -> SeenGraph:
         kinds = tuple(
             (n, v.shape, v.dtype) if isinstance(v, Tensor) else (n, repr(v)) for n, v in call.items()
         )
@@ -632,7 +614,7 @@ class Bands:
         if key not in self._observed:
             if len(self._observed) >= _MOST_KINDS:
                 self._own.pop(self._observed.pop(next(iter(self._observed))), None)
-            self._observed[key] = Observed(program, graph, call)
+            self._observed[key] = SeenGraph(program, graph, call)
         return self._observed[key]
 
 

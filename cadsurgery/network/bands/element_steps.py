@@ -67,22 +67,26 @@ class Cells:
         begin, stop = within or (first, end)
         key = self._key(begin, stop)
         if key not in self._rows:
-            self._rows[key], self._parts[key] = self.pyramid.of_rows(*key), {}
+            self._rows[key], self._parts[key] = self._pyramid(*key), {}
         if key not in self._known:
             self._known.append(key)
             if len(self._known) > _MOST_KNOWN:
                 self._forget(self._known.pop(0))
         of_rows, (height, width) = self._rows[key], grid.size
         whole = of_rows.lattice(grid.stage, (min(key[1], height) - begin, width))
-        whole.know_count(self._count(grid, *key))
+        whole.derive("count", lambda: self._count(grid, *key))
         if (begin, stop) == (first, end):
             return whole
         parts, part = self._parts[key], (grid, first, end)
         if part not in parts:
             own = self._key(first, end)
             parts[part] = whole.between(first - begin, min(own[1], height) - begin)
-            parts[part].know_count(self._count(grid, *own))
+            parts[part].derive("count", lambda: self._count(grid, *own))
         return parts[part]
+
+    def _pyramid(self, first: int, end: int) -> Pyramid:
+        """Return the pyramid of fine rows, which begin and end between cells, or at the lower border."""
+        return Pyramid(self.pyramid.levels[:, first:end], self.pyramid.geometry)
 
     def _count(self, grid: Grid, first: int, end: int) -> int:
         above = self.elements_above(grid)
@@ -123,7 +127,7 @@ class Cells:
             (height, width), side = grid.size, self.pyramid.geometry.sides[-1]
             found = [torch.zeros(1, dtype=torch.int64)]
             for first in range(0, height, side):
-                rows = self.pyramid.of_rows(first, first + side)
+                rows = self._pyramid(first, first + side)
                 found.append(_anchors_on(rows.lattice(grid.stage, (min(side, height - first), width))))
             self.counts[grid] = torch.cat(found).cumsum(0).tolist()
         return self.counts[grid]

@@ -28,6 +28,7 @@ from cadsurgery.elements.resizing import Scaling
 from cadsurgery.following.arguments import in_order
 from cadsurgery.following.equivalence import meta_copy
 from cadsurgery.following.graphs import module_of
+from cadsurgery.following.guards import is_whole
 from cadsurgery.network.bands import element_steps, steps
 from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.schedule import BandMap, RowsRead
@@ -59,7 +60,7 @@ class Statistics(NamedTuple):
 Key = fx.Node | Statistics
 
 
-class Observed(OnShapes):
+class SeenGraph(OnShapes):
     """A graph, and what a run of it on the shapes of a call with one picture tells.
 
     Attributes:
@@ -151,7 +152,7 @@ class BandPlan:
         values: values of all that is no map, while a call runs.
     """
 
-    def __init__(self, seen: Observed, cells: Cells | None = None, *, only_first: bool = False) -> None:
+    def __init__(self, seen: SeenGraph, cells: Cells | None = None, *, only_first: bool = False) -> None:
         """Read the graph.
 
         Raises:
@@ -214,7 +215,10 @@ class BandPlan:
         if node.target in (functional.contiguous_gradient, functional.exact_layout):
             self._add(node, self._pointwise(node))
         elif treatment.kind == "global":
-            self._read_sum(node, self._source(node), treatment.call, self._arguments(node))
+            source, covers = self._source(node), self._resolved(treatment.covers, node)
+            if covers is not None and not is_whole(covers, self.seen.shapes[source], treatment.or_more):
+                raise self._refusal(node, "its window was the whole map where the network was converted")
+            self._read_sum(node, source, treatment.call, self._arguments(node))
         else:
             self._add(node, self._step(node, treatment))
 
@@ -322,7 +326,7 @@ class BandPlan:
         if node.target is F.pad:
             options = arguments_of(node, "input", "pad", mode="constant", value=None)
             pads, mode = self._number(options["pad"]), options["mode"]
-            layout = _layout(node.args[0])
+            layout = _layout(node.all_input_nodes[0])
             if layout != NCHW or mode == "circular" or not _is_number(pads) or any(pads[4:]):
                 return None
             left, right, top, bottom = (*pads, 0, 0)[:4]
@@ -523,8 +527,9 @@ class BandPlan:
         )
         shape, dtype = self.seen.shapes[node], self.seen.types[node]
         size, spacing = (grid.size, options.get("spacing", 1)) if grid else (self._lengths(source), 1)
-        sign, join, measure = -1 if how == "amin" else 1, torch.add, None
+        sign, measure = -1 if how == "amin" else 1, None
         finish: Callable[..., Any] = torch.div
+        join: Callable[[Tensor, Tensor], Tensor] = torch.add
         if call is functional.global_max or (call is functional.global_reduce and how in ("amax", "amin")):
             measure, join, finish = (
                 partial(steps.largest, sign=sign),
@@ -536,10 +541,14 @@ class BandPlan:
             measure = partial(steps.sums, squares=squares, are_equal=self._are_equal(grid))
             finish = partial(steps.reduced, how=how, samples=samples, correction=options.get("correction", 1))
         elif call is functional.pool_to_bins:
-            kind = {"size": size, "bins": options["size"], "is_largest": options.get("largest", False)}
+            kind: dict[str, Any] = {
+                "size": size,
+                "bins": options["size"],
+                "is_largest": options.get("largest", False),
+            }
             measure = partial(steps.bins_of_rows, **kind)
             if grid:
-                more = {"spacing": spacing, "are_equal": self._are_equal(grid)}
+                more: dict[str, Any] = {"spacing": spacing, "are_equal": self._are_equal(grid)}
                 measure = partial(element_steps.bins_of_elements, **kind, **more)
             if kind["is_largest"]:
                 join, finish = torch.maximum, lambda found: found

@@ -96,7 +96,7 @@ def windowed(
     )
 
     def compute(rows: list[Tensor], first: int, end: int, begin: int) -> Tensor:
-        x, more = rows[0], rows[1] if residual is not None else None
+        more, x = rows[1] if residual is not None else None, rows.pop(0)  # which is freed once it is padded
         above = max(0, top - first * window.stride)
         below = max(0, (end - 1) * window.stride - top + down + 1 - height)
         if not is_left:
