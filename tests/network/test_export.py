@@ -47,7 +47,10 @@ def test_a_dynamic_file_takes_any_size_and_batch(dynamic: Any) -> None:
     assert len({shape[2:] for shape in report.compared}) > 2
 
 
-@pytest.mark.parametrize(("dynamic", "level_map"), [(True, False), (False, False), (True, True)])
+@pytest.mark.parametrize(
+    ("dynamic", "level_map"),
+    [(False, False), *(pytest.param(True, given, marks=pytest.mark.slow) for given in (False, True))],
+)
 def test_axes_have_the_same_names_in_inputs_and_outputs(
     dynamic: bool, level_map: bool, tmp_path: Path
 ) -> None:
