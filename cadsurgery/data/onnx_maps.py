@@ -84,9 +84,8 @@ def _of_several(writer: OnnxTracer, operation: OnnxOperation, *values: Any) -> A
 
     def join(left: Any, other: Any) -> Any:
         right: Any = _as_operand(writer, operation, other)
-        return (
-            together(left, right) if isinstance(right, (fx.Proxy, Tensor)) else left.clamp(**{bound: right})
-        )
+        is_map = isinstance(right, fx.Proxy | Tensor)
+        return together(left, right) if is_map else left.clamp(**{bound: right})
 
     return reduce(join, _map_first(values))
 

@@ -129,10 +129,7 @@ class Rewriter:
     def as_dense(self, node: fx.Node) -> fx.Node:
         """Return a value as a dense tensor, at the size with which it leaves the region."""
         if node not in self.dense:
-            decision, leaves_by = self.plan[node.name], self.flow.treatments[node].leaves_by
-            if leaves_by is not None:
-                self.dense[node] = self.call(leaves_by, self.elements[node], decision.spacing)
-                return self.dense[node]
+            decision = self.plan[node.name]
             spacing = 1 if decision.leaves == "fine" else decision.spacing
             options = () if decision.layout == NCHW else (decision.layout,)
             guide = {"guide": self.fine_map()} if self.guided and spacing == 1 else {}
@@ -304,9 +301,7 @@ class Rewriter:
                 self.dense[node] = self.resize_to_dense(node, treatment)
                 return
             inside = {
-                name: arguments[name]
-                for name in ("mode", "align_corners", "size", "indices")
-                if name in arguments
+                name: arguments[name] for name in ("mode", "align_corners", "size") if name in arguments
             }
             out = self.call(
                 function, x, stage=stage, spacings=(spacing, spacing // scale), scale=scale, **inside
