@@ -190,6 +190,12 @@ class Program:
         """The level at which the network's own graph gives what this program gives; None if it has no such graph."""
         return self.plan.identity_level if self.unchanged is not None else None
 
+    def graph_at(self, level: int | None) -> fx.Graph:
+        """Return the graph that computes a call with all cells at a level, or at several (None): the network's own one,
+        where it gives the same."""
+        own = self.unchanged if level is not None and level == self.own_level else None
+        return self.graph if own is None else own
+
     # -- running on the arguments of a call by name, without checks --------------------------------
 
     def __call__(self, masking: Any, arguments: dict[str, Any]) -> Masked:

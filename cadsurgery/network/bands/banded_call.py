@@ -18,7 +18,6 @@ from torch.fx.node import map_arg
 from cadsurgery.elements.axes import fast_layout
 from cadsurgery.elements.elements import Elements, SmallMap
 from cadsurgery.elements.lattice import Lattice, Pyramid
-from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.reading import BandPlan, Key, SeenGraph, copied, uniform
@@ -552,13 +551,12 @@ class Bands:
         read: ReadRows | None = None,
     ) -> list[Lattice]:
         """Return the lattice of each picture of a call; `read` gives rows of the picture in place of the arguments."""
-        image, own = program.image(arguments), program.plan.identity_level
+        image = program.image(arguments)
         first = _of_picture(arguments, image, 0)
-        if isinstance(provider, UniformMask) and program.unchanged is not None:
-            level = 0 if provider.high else program.plan.max_level
-            if level == own:
-                size = self._observe(program, program.unchanged, first).fine_size()
-                return [uniform(program.geometry, level, size)] * len(image)
+        level = provider.uniform_level(program.plan.max_level)
+        if level is not None and level == program.own_level:
+            size = self._observe(program, program.graph_at(level), first).fine_size()
+            return [uniform(program.geometry, level, size)] * len(image)
         seen = self._observe(program, program.graph, first)
         assert seen.region is not None
         features = image
@@ -603,8 +601,7 @@ class Bands:
 
     def _graph(self, program: Program, call: dict[str, Any], lattice: Lattice) -> SeenGraph:
         """Return the graph that computes a picture: the network's own one where all cells are as there."""
-        is_own = lattice.uniform_level == program.plan.identity_level
-        return self._observe(program, (is_own and program.unchanged) or program.graph, call)
+        return self._observe(program, program.graph_at(lattice.uniform_level), call)
 
     def _observe(self, program: Program, graph: fx.Graph, call: dict[str, Any]) -> SeenGraph:
         kinds = tuple(
