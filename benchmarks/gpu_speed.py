@@ -51,8 +51,8 @@ from cadsurgery.elements.backends.choose import Backend
 from cadsurgery.elements.functional import Elements, conv2d
 from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice
-from cadsurgery.network.calls import find_lattice
 from cadsurgery.network.dense_twin import dense_twin
+from cadsurgery.network.invocations import find_lattice
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
 

@@ -259,7 +259,10 @@ def test_every_mask_has_a_picture_and_a_cost(site_pages: ModuleType) -> None:
     drawn = {name: spec for group in MASKS.values() for name, spec in group.items()}
     # Recipes that other tests import have masks of their own.
     own = {name for name, kind in PROVIDERS.items() if kind.__module__.startswith("cadsurgery.")}
-    assert {*drawn} == own
+    assert {*drawn} == own, (
+        f"without a picture: {sorted(own - {*drawn})}; add each to MASKS in benchmarks/mask_pictures.py, and run "
+        "python -m benchmarks.pictures --masks PHOTO, which draws them and counts their costs"
+    )
     assert drawn == {name: row["spec"] for name, row in counted.items()}
     assert all(f"../pictures/masks-{group}.jpg" in page for group in MASKS)
     lines = [line.split(" | ")[0] for line in site_pages.describe_masks() if " with `" in line]

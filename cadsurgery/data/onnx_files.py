@@ -15,12 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cadsurgery.data.onnx_graphs import write_plainly
-from cadsurgery.data.onnx_padding import without_auto_pad
+from cadsurgery.data.onnx_graphs import is_known, opset_of, version_of, write_plainly
 from cadsurgery.data.onnx_reference import Reference
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
-    CadError,
     CannotConvert,
     FileError,
     InvalidInput,
@@ -30,11 +28,16 @@ from cadsurgery.support.errors import (
 from cadsurgery.support.kinds import has_kernels
 
 SUFFIX = ".onnx"
-# Sets of operators that onnx2torch is tried with: it has most operators of 17, and some in an earlier form alone.
-_OPSETS = (17, 15, 13)
-# Operators that onnx cannot lower from 18, with the number of inputs up to which they have been the same since 13.
-_INPUTS_SINCE_13 = {"Split": 2, "Pad": 3}
-_ASIDE = "aside"
+_MOST_CHANNELS = (
+    16  # an input (N, 224, 224, 3) has its channels behind, and (N, 12, 64, 3) may have them before
+)
+_CHANNELS_FIRST = (
+    "write the file with channels first: tf2onnx has --inputs-as-nchw NAME:0, and in Python the network itself can be "
+    "exported so."
+)
+_NESTED = 8  # how deep ONNX's definitions of operators by others are followed
+_SEQUENCES = {"LSTM", "GRU", "RNN"}
+_BRANCHES = {"If", "Loop", "Scan"}
 _LARGEST = 2**31  # bytes that one ONNX message can have, and values up to which constants are computed
 _INSTALL = "pip install 'cadsurgery[onnx]'"
 
@@ -70,9 +73,9 @@ class OnnxNetwork(nn.Module):
                 )
                 raise InvalidInput(
                     f"this network takes images of {' x '.join(sizes)} alone.",
-                    why="its ONNX file fixes the sizes of maps inside.",
-                    next="give images of this size (--size), or export the network with dynamic axes for height and "
-                    "width.",
+                    why="the graph of its ONNX file fixes the sizes of maps inside.",
+                    next="give images of this size (--size); others need a file that was exported with dynamic axes "
+                    "for height and width.",
                 )
         return self.layers(image)
 
@@ -115,8 +118,8 @@ def read_onnx(path: Path) -> OnnxNetwork:
     shape = _image_shape(path, model)
     with _quietly():
         reference = Reference(path, model, shape)
-        batch = shape[0] if isinstance(shape[0], int) else None
-        layers = _import(path, reference.model, batch)
+        batch = reference.batch if isinstance(reference.batch, int) else None
+        layers = _import(path, reference.model, batch, reference)
         network = OnnxNetwork(layers, int(shape[1]), reference.fixed_size, reference.is_free).eval()
         reference.check(network)
     return network
@@ -241,19 +244,31 @@ def _image_shape(path: Path, model: Any) -> tuple[int | str, ...]:
     held = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in held]
     why = f"its inputs are {', '.join(value.name for value in inputs) or 'none'}."
+    advice = "give a network whose input is a batch of images."
     if len(inputs) == 1:
         given = inputs[0].type.tensor_type
         shape = tuple(dim.dim_value or dim.dim_param for dim in given.shape.dim)
         kind = onnx.TensorProto.DataType.Name(given.elem_type)
-        if kind == "FLOAT" and len(shape) == 4 and isinstance(shape[1], int):
+        if kind == "FLOAT" and len(shape) == 4 and isinstance(shape[1], int) and not _is_channels_last(shape):
             return shape
         sizes = ", ".join(str(size or "?") for size in shape)
         why = f"its input {inputs[0].name} is {kind} of shape ({sizes})."
+        if len(shape) == 4 and _is_channels_last(shape):
+            why, advice = f"{why[:-1]}, with channels last.", _CHANNELS_FIRST
+        elif len(shape) == 4 and kind != "FLOAT":
+            advice = "export the network without what prepares its pictures, so that it takes float32."
+    elif inputs:
+        advice = "load it where it was trained, cs.adaptify(model), which takes calls with several arguments."
     raise CannotConvert(
         f"{path} takes something else than an image.",
         why=f"{why} One image batch (B, C, H, W) in float32 is expected, with a fixed number of channels.",
-        next="export the network without what prepares its input (types, the order of axes, several inputs).",
+        next=advice,
     )
+
+
+def _is_channels_last(shape: tuple[int | str, ...]) -> bool:
+    """True if the last axis of an input is one of channels, and the second one is not."""
+    return shape[3] in (1, 3, 4) and not (isinstance(shape[1], int) and shape[1] <= _MOST_CHANNELS)
 
 
 @contextmanager
@@ -272,68 +287,103 @@ def _quietly() -> Iterator[None]:
 # -- from ONNX to torch ----------------------------------------------------------------------------------------------
 
 
-def _import(path: Path, model: Any, batch: int | None) -> nn.Module:
+def _import(path: Path, model: Any, batch: int | None, reference: Reference) -> nn.Module:
     """Return the graph of an ONNX model as torch operations."""
-    import onnx
-    from onnx2torch import convert
-
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
-    fewest: list[str] = []
-    for version in dict.fromkeys((opset, *_OPSETS)):
-        candidate = _simplify(model)
-        if version != opset:
-            try:
-                candidate = _simplify(_lowered(candidate, opset, version))
-            except Exception:  # of many types, where an operator has no form in this version
-                continue
-        missing = _missing(candidate)
+    candidate, opset = _simplify(model), opset_of(model)
+    for _ in range(_NESTED):  # operators that ONNX itself defines by others
+        missing = {(node.domain, node.op_type) for node in candidate.graph.node if not is_known(node, opset)}
         if not missing:
             break
-        fewest = min(fewest or missing, missing, key=len)
-    else:
+        expanded = _expanded(candidate, opset, missing)
+        if expanded is None:
+            break
+        candidate = _simplify(expanded)
+    _refuse_unknown(path, candidate, opset)
+    return write_plainly(candidate, _shapes(candidate, reference), batch)
+
+
+def _expanded(model: Any, opset: int, kinds: set[tuple[str, str]]) -> Any:
+    """Return a model whose operators of some kinds are written by others as ONNX defines them; None if it does not."""
+    import onnx
+    from onnx.inliner import inline_selected_functions
+
+    typed = onnx.shape_inference.infer_shapes(model)  # definitions depend on types
+    for node in typed.graph.node:
+        if (node.domain, node.op_type) in kinds and version_of(node, opset) is not None:
+            schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+            stated = {attribute.name for attribute in node.attribute}
+            defaults = (attribute.default_value for attribute in schema.attributes.values())
+            node.attribute.extend(value for value in defaults if value.name and value.name not in stated)
+    try:
+        expanded = inline_selected_functions(typed, sorted(kinds), False, True)
+    except Exception:  # protobuf's and the inliner's errors have no common type
+        return None
+    del expanded.graph.value_info[:]
+    return expanded
+
+
+def _refuse_unknown(path: Path, model: Any, opset: int) -> None:
+    """Refuse a graph with operators that are not read.
+
+    Raises:
+        CannotConvert: see above.
+    """
+    unknown = sorted({_named(node, opset) for node in model.graph.node if not is_known(node, opset)})
+    if unknown:
         raise CannotConvert(
             f"{path} has operators that cannot be read.",
-            where=", ".join(fewest[:6]) + ", ..." * (len(fewest) > 6),
-            why=f"onnx2torch does not have them; the file's operators are those of opset {opset}.",
-            next="export the network in evaluation mode, torch.onnx.export(..., opset_version=17), or load it where it "
-            "was trained: cs.adaptify(model).",
+            where=", ".join(unknown[:6]) + ", ..." * (len(unknown) > 6),
+            why="neither this package nor onnx2torch has them, and ONNX does not define them by others; the file's "
+            f"operators are those of opset {opset}.",
+            next=_instead(model, opset),
         )
-    try:
-        candidate = onnx.shape_inference.infer_shapes(candidate)
-        imported = convert(without_auto_pad(candidate), attach_onnx_mapping=True)
-        return write_plainly(imported, candidate.graph, batch)
-    except CadError:
-        raise
-    except Exception as error:  # onnx2torch raises errors of many types for what it does not have
-        raise CannotConvert(
-            f"the graph of {path} cannot be read.",
-            why=f"onnx2torch: {describe_error(error)}",
-            next="export the network with torch.onnx.export, or load it where it was trained: cs.adaptify(model).",
-        ) from error
 
 
-def _lowered(model: Any, opset: int, version: int) -> Any:
-    """Return an ONNX model in an earlier set of operators. Operators that onnx cannot lower, although their meaning is
-    the same, are set aside meanwhile."""
+def _named(node: Any, opset: int) -> str:
+    return f"{node.op_type} ({node.domain or 'opset'} {version_of(node, opset) or ''})".replace(" )", ")")
+
+
+def _instead(model: Any, opset: int) -> str:
+    """Return what to do about operators that are not read."""
+    unknown = [node for node in model.graph.node if not is_known(node, opset)]
+    if any(node.op_type in _SEQUENCES for node in unknown):
+        return (
+            "convert the layers before the recurrent ones where the network was trained: "
+            "cs.adaptify(model.backbone)."
+        )
+    if any(node.op_type in _BRANCHES for node in unknown):
+        return "export the network in evaluation mode and for one size, so that no branch depends on a value."
+    if any(node.domain not in ("", "ai.onnx") for node in unknown):
+        return "give the file as it was before it was optimised or compiled for an engine, with ONNX's own operators."
+    return "write these steps with other operators, or load the network where it was trained: cs.adaptify(model)."
+
+
+def _shapes(model: Any, reference: Reference) -> dict[str, tuple[int | None, ...]]:
+    """Return the lengths of the axes of all values of a graph, None where they are free.
+
+    Where shape inference loses them, as behind a Reshape to a computed shape, ONNX Runtime gives the number of axes.
+    The model's own list of values gets them, too.
+    """
     import onnx
 
-    lowered = type(model)()
-    lowered.CopyFrom(model)
-    lowered.opset_import.append(onnx.helper.make_opsetid(_ASIDE, 1))
-    for node in lowered.graph.node if min(opset, version) >= 13 else ():
-        if len(node.input) <= _INPUTS_SINCE_13.get(node.op_type, -1):
-            node.domain = _ASIDE
-    lowered = onnx.version_converter.convert_version(lowered, version)
-    for node in lowered.graph.node:
-        if node.domain == _ASIDE:
-            node.domain = ""
-            kept = [stated for stated in node.attribute if stated.name != "num_outputs"]  # equal parts
-            del node.attribute[:]
-            node.attribute.extend(kept)
-    imports = [entry for entry in lowered.opset_import if entry.domain != _ASIDE]
-    del lowered.opset_import[:]
-    lowered.opset_import.extend(imports)
-    return lowered
+    inferred = onnx.shape_inference.infer_shapes(model)
+    graph, shapes = inferred.graph, {}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        if value.type.tensor_type.HasField("shape"):
+            dims = value.type.tensor_type.shape.dim
+            shapes[value.name] = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in dims)
+    shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    lost = [name for node in graph.node for name in node.output if name and name not in shapes]
+    if lost:
+        shapes |= reference.ranks(inferred, lost)
+    del model.graph.value_info[:]
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    for node in graph.node:
+        for name in node.output:
+            if name in shapes:
+                kind = kinds.get(name, 0) or onnx.TensorProto.FLOAT
+                model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, shapes[name]))
+    return shapes
 
 
 def _simplify(model: Any) -> Any:
@@ -355,18 +405,3 @@ def _simplify(model: Any) -> Any:
         if shape is None or 0 not in shape.numpy():  # sizes of maps are not zero; then this changes nothing
             node.attributes.pop("allowzero", None)
     return onnx_ir.serde.serialize_model(graph)
-
-
-def _missing(model: Any) -> list[str]:
-    """Return the operators of a model that onnx2torch does not have, each with the set of operators it is from."""
-    from onnx2torch.node_converters import get_converter
-
-    versions = {entry.domain: entry.version for entry in model.opset_import}
-    missing = []
-    for kind, domain in sorted({(node.op_type, node.domain) for node in model.graph.node}):
-        version = versions.get(domain, 1)
-        try:
-            get_converter(kind, version, domain)
-        except NotImplementedError:
-            missing.append(f"{kind} ({domain or 'opset'} {version})")
-    return missing

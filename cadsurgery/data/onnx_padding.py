@@ -1,4 +1,4 @@
-"""Write `auto_pad` of ONNX as padding of a known amount, or of one that is computed from the map's size.
+"""Write padding that torch's layers cannot have: `auto_pad` of ONNX, and pools with other padding at each side.
 
 With SAME_UPPER and SAME_LOWER n samples give ceil(n / stride) outputs, and a transposed convolution gives n * stride.
 Of an odd amount the larger half lies behind the map (upper) or before it (lower).
@@ -13,33 +13,50 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-LIKE_THE_MAP = ("SAME_UPPER", "SAME_LOWER")
+from cadsurgery.data.onnx_numbers import OnnxOperation
+
+_LIKE_THE_MAP = ("SAME_UPPER", "SAME_LOWER")
+_POOLS = ("MaxPool", "AveragePool")
 
 
-def without_auto_pad(model: Any) -> Any:
-    """Return an ONNX model whose layers have no padding where `auto_pad` gives it; `call_padded` adds it."""
+def has_own_padding(operation: OnnxOperation) -> bool:
+    """True if an operation's padding is `auto_pad`, or one that torch's layer for it cannot have."""
+    if operation.text("auto_pad", "NOTSET") in _LIKE_THE_MAP:
+        return True
+    pads = operation.attributes.get("pads", [])
+    before, behind = pads[: len(pads) // 2], pads[len(pads) // 2 :]
+    if operation.type not in (*_POOLS, "ConvTranspose") or not any(pads):
+        return False
+    kernel = operation.attributes.get("kernel_shape", [])
+    is_wide = operation.type in _POOLS and any(
+        pad > taps // 2 for pad, taps in zip(before, kernel, strict=True)
+    )
+    return before != behind or is_wide
+
+
+def without_padding(model: Any) -> Any:
+    """Return an ONNX model whose layers have no padding where `has_own_padding`; `call_padded` adds it."""
     copy = type(model)()
     copy.CopyFrom(model)
     for node in copy.graph.node:
-        modes = [stated.s.decode() for stated in node.attribute if stated.name == "auto_pad"]
-        if modes and modes[0] in LIKE_THE_MAP:
+        if has_own_padding(OnnxOperation(node, 1, {})):
             kept = [stated for stated in node.attribute if stated.name not in ("auto_pad", "pads")]
             del node.attribute[:]
             node.attribute.extend(kept)
     return copy
 
 
-def call_padded(module: nn.Module, auto_pad: str, value: Any, call: Callable[[Any], Any]) -> Any:
+def call_padded(module: nn.Module, operation: OnnxOperation, value: Any) -> Any:
     """Call a convolution or pooling that has no padding yet, with the padding that ONNX asks for.
 
     Args:
         module: a layer of torch for one to three axes. Padding that is the same for every size and at both borders
             becomes the layer's own.
-        auto_pad: one of `LIKE_THE_MAP`.
+        operation: the operation, of which `has_own_padding` is true.
         value: the map that it reads, (B, C, ...).
-        call: calls the layer with a map.
     """
     layer: Any = module
+    auto_pad, call = operation.text("auto_pad", "NOTSET"), module
     is_upper, is_transposed = auto_pad == "SAME_UPPER", "Transpose" in type(module).__name__
     axes = len(_numbers(layer.kernel_size, 3))
     kernel, stride, dilation = (
@@ -47,24 +64,32 @@ def call_padded(module: nn.Module, auto_pad: str, value: Any, call: Callable[[An
         for numbers in (layer.kernel_size, layer.stride, getattr(layer, "dilation", 1))
     )
     spans = [step * (taps - 1) + 1 for taps, step in zip(kernel, dilation, strict=True)]
-    if is_transposed:
+    if auto_pad not in _LIKE_THE_MAP:
+        pads = operation.attributes["pads"]
+        halves = list(zip(pads[:axes], pads[axes:], strict=True))
+        if is_transposed:
+            kept = [slice(before, -behind or None) for before, behind in halves]
+            return call(value)[(slice(None), slice(None), *kept)]
+        is_behind = all(before == 0 for before, _ in halves)
+    elif is_transposed:
         return _call_cropped(layer, spans, stride, is_upper, value, call)
-    totals = [
-        _total(span, step, value, axis)
-        for axis, (span, step) in enumerate(zip(spans, stride, strict=True), 2)
-    ]
-    halves = [_halves(total, is_upper) for total in totals]
-    is_own = all(type(total) is int and total % 2 == 0 for total in totals)
-    if is_own and all(before <= taps // 2 for (before, _), taps in zip(halves, kernel, strict=True)):
-        layer.padding = tuple(before for before, _ in halves)
-        return call(value)
+    else:
+        totals = [
+            _total(span, step, value, axis)
+            for axis, (span, step) in enumerate(zip(spans, stride, strict=True), 2)
+        ]
+        halves, is_behind = [_halves(total, is_upper) for total in totals], is_upper
+        is_own = all(type(total) is int and total % 2 == 0 for total in totals)
+        if is_own and all(before <= taps // 2 for (before, _), taps in zip(halves, kernel, strict=True)):
+            layer.padding = tuple(before for before, _ in halves)
+            return call(value)
     widths = tuple(width for pair in reversed(halves) for width in pair)
     if not hasattr(layer, "count_include_pad"):
         is_convolution = hasattr(layer, "in_channels")
         return call(F.pad(value, widths, "constant", 0.0 if is_convolution else float("-inf")))
     if layer.count_include_pad:
         return call(F.pad(value, widths))
-    if is_upper and kernel == stride == [2] * axes:  # incomplete windows at the end alone
+    if is_behind and kernel == stride == [2] * axes:  # incomplete windows at the end alone
         layer.ceil_mode = True
         return call(value)
     inside = F.pad(torch.ones_like(value[:, :1]), widths)

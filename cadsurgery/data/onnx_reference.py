@@ -13,6 +13,12 @@ from cadsurgery.support.divergence import relative_difference
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
 
 TOLERANCE = 1e-4  # largest allowed difference from ONNX Runtime, relative to the largest output
+# Lengths of sides that graphs fix.
+_USUAL = (
+    *(32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 240, 256),
+    *(299, 300, 320, 384, 416, 448, 480, 512, 608, 640),
+)
+_OTHER = (320, 256, 640)  # lengths of the axis that the graph leaves free
 _SIZES = ((97, 129), (128, 160), (64, 96), (224, 320), (320, 256), (299, 299))
 
 
@@ -22,7 +28,8 @@ class Reference:
     Where the file fixes height and width, a model without these sizes is tried: if ONNX Runtime computes it at another
     size, and maps that it returns grow with the image, the file's size was only that of an example. Where it does not,
     `fixed_size` is the file's; of an axis that the file leaves free it is that of the images compared here, and
-    `is_free` tells these axes. Batches of a fixed number are computed one after the other.
+    `is_free` tells these axes. A length that the file leaves free and the graph fixes is looked for among usual ones.
+    Batches of a fixed number are computed one after the other.
     """
 
     def __init__(self, path: Path, model: Any, shape: tuple[int | str, ...]) -> None:
@@ -30,13 +37,25 @@ class Reference:
         self.model, self.fixed_size = model, None
         self._session = own = _session(path, model)
         self.is_free = tuple(isinstance(size, str) for size in shape[2:])
-        if all(self.is_free):
-            self._calls = self._first_that_run(_SIZES)
-            return
         size: Any = tuple(
             size if isinstance(size, int) else _SIZES[1][axis] for axis, size in enumerate(shape[2:])
         )
-        self._calls = self._first_that_run((size,))
+        try:
+            self._calls = self._first_that_run(_SIZES if all(self.is_free) else (size,))
+            is_any_size = len(self._calls) > 1 or not all(self.is_free)
+        except CannotConvert:
+            if not any(self.is_free):
+                raise
+            is_any_size, self._calls = False, []
+        if not is_any_size:  # one by chance, or none
+            found = self._size_that_runs(shape[2:])
+            if found is None and not self._calls:
+                self._first_that_run((size,))  # raises the error
+            size = found or tuple(self._calls[0][0].shape[2:])
+            others = [(size[0] + by, size[1] + by) for by in (64, 128, 256)]
+            self._calls = self._first_that_run((size, *others) if all(self.is_free) else (size,))
+        if all(self.is_free):
+            return
         freed = _freed(model)
         try:
             self._session = _session(path, freed)
@@ -70,15 +89,67 @@ class Reference:
             raise CannotConvert(
                 f"ONNX Runtime does not run {self.path}.",
                 why=describe_error(refusal),
-                next="write the file again with torch.onnx.export.",
+                next="if its graph needs certain sizes, write these into the file: python -m "
+                "onnxruntime.tools.make_dynamic_shape_fixed --input_name NAME --input_shape 1,3,H,W net.onnx new.onnx",
             ) from refusal
         return calls
+
+    def _size_that_runs(self, stated: tuple[int | str, ...]) -> tuple[int, int] | None:
+        """Return a size that the graph computes, where it fixes what the file leaves free; set `is_free` and `batch`.
+
+        Args:
+            stated: height and width in the file; texts are free there.
+        """
+        heights, widths = ([size] if isinstance(size, int) else _USUAL for size in stated)
+        of_files = [
+            *((height, width) for width in (_OTHER if len(widths) > 1 else widths) for height in heights),
+            *((height, width) for height in (_OTHER if len(heights) > 1 else heights) for width in widths),
+            *((side, side) for side in heights if side in widths),
+        ]
+        count = self.batch if isinstance(self.batch, int) else 1
+        size = next((size for size in dict.fromkeys(of_files) if self._runs(count, size)), None)
+        if size is None:
+            return None
+        if not self._runs(2 * count, size):
+            self.batch = count  # the graph fixes the number of images, too
+        height, width = size
+        taller, wider = (
+            [(height + by * (axis == 0), width + by * (axis == 1)) for by in (64, 128, 256)]
+            for axis in (0, 1)
+        )
+        self.is_free = tuple(
+            free and any(self._runs(count, other) for other in others)
+            for free, others in zip(self.is_free, (taller, wider), strict=True)
+        )
+        return size
+
+    def _runs(self, count: int, size: tuple[int, ...]) -> bool:
+        try:
+            self._run(torch.zeros(count, self.channels, *size))
+        except Exception:  # ONNX Runtime's errors have no common type
+            return False
+        return True
 
     def _run(self, image: Tensor) -> list[Tensor]:
         name = self._session.get_inputs()[0].name
         parts = image.split(self.batch) if isinstance(self.batch, int) else [image]
         outputs = [self._session.run(None, {name: part.numpy()}) for part in parts]
         return [torch.from_numpy(np.concatenate(values)) for values in zip(*outputs, strict=True)]
+
+    def ranks(self, model: Any, names: list[str]) -> dict[str, tuple[None, ...]]:
+        """Return the axes, of unknown lengths, that values within a model have on the first image."""
+        import onnx
+
+        asked, (image, _) = type(model)(), self._calls[0]
+        asked.CopyFrom(model)
+        known = {value.name for value in asked.graph.output}
+        asked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+        session = _session(self.path, asked)
+        count = self.batch if isinstance(self.batch, int) else len(image)
+        given = {session.get_inputs()[0].name: image[:count].numpy()}
+        return {
+            name: (None,) * value.ndim for name, value in zip(names, session.run(names, given), strict=True)
+        }
 
     def check(self, network: nn.Module) -> None:
         """Refuse a network that computes something else.

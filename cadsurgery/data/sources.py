@@ -526,4 +526,13 @@ def open_pictures(place: str | Path, split: str = "all", *, bands: Sequence[int]
         refuse_stream(text)
         named = f"{'clip' if is_clip(Path(split_place(text)[0])) else 'images'}:{text}"
         return open_data(named, split, bands=bands)
-    return open_data(text, "val" if split == "all" and kind.splits else split, bands=bands)
+    has_splits = bool(kind.splits) or (kind is KINDS["folder"] and _is_split(text.partition(":")[2]))
+    return open_data(text, "val" if split == "all" and has_splits else split, bands=bands)
+
+
+def _is_split(text: str) -> bool:
+    """True if a folder, with options, has no pictures of its own, and some for validation."""
+    root = Path(split_place(text)[0].strip())
+    return (root / "val" / "images").is_dir() and not any(
+        (root / name).exists() for name in ("images", "all")
+    )

@@ -90,12 +90,19 @@ def check_options(mask: str, **options: tuple[Any, Allowed]) -> None:
     """
     for option, (value, allowed) in options.items():
         values = several(value)
-        if not values or not all(map(allowed.holds, values)):
+        if not values or not all(_holds(allowed, one) for one in values):
             raise InvalidInput(
                 f"{option}={format_option(value)} {allowed.refusal}",
                 where=f"mask {mask}",
                 next=f"write e.g. {option}={allowed.example}.",
             )
+
+
+def _holds(allowed: Allowed, value: Any) -> bool:
+    try:
+        return allowed.holds(value)
+    except TypeError:  # no number at all
+        return False
 
 
 def check_falling(mask: str, thresholds: Sequence[float]) -> None:

@@ -8,6 +8,7 @@ from types import FunctionType
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadsurgery.elements.lattice import Geometry, as_levels
@@ -75,6 +76,13 @@ class MaskProvider(nn.Module):
     ignores_image: ClassVar[bool] = False  # does not use the picture, whose unit then need not be known
     needs: ClassVar[str] = ""  # further inputs that its maps depend on, e.g. "earlier images"
     has_own_function: bool = False  # made with a function that its options cannot name
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; options of this package's masks are read and checked as by the constructor."""
+        is_option = name in vars(self) and type(self).__module__.startswith("cadsurgery.")
+        if is_option and name in options_of(type(self)):
+            value = getattr(type(self)(*self.parts, **self.options() | {name: value}), name)
+        super().__setattr__(name, value)
 
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Compute the level map (B, h, w)."""
@@ -268,12 +276,16 @@ def _summary(provider: type[MaskProvider]) -> str:
 def check_levels(returned: object, grid: FineMapSpec, provider: str) -> Tensor:
     """Check a provider's result and return it as integer levels (B, h, w); True in a bool map means level 0.
 
+    A bool map in pixels, of the image's size, keeps every sample that one of its pixels touches.
+
     Raises:
         InvalidInput: wrong type or size, or wrong values (not checked while a graph is compiled).
     """
     where = f"mask {provider}" if provider else "mask"
     size = f"({grid.batch}, {grid.size[0]}, {grid.size[1]})"
     expected = f"a bool or integer tensor of shape {size}: one value per {grid.output_stride} image pixels"
+    if grid.output_stride > 1:
+        expected += ", or a bool map of the image's size"
     if not isinstance(returned, Tensor):
         raise InvalidInput(f"a mask cannot be {describe(returned)}.", where=where, next=f"give {expected}.")
     if returned.is_floating_point() or returned.is_complex():
@@ -287,6 +299,8 @@ def check_levels(returned: object, grid: FineMapSpec, provider: str) -> Tensor:
     levels = returned.unsqueeze(0) if returned.dim() == 2 else returned
     if levels.dim() == 3 and levels.shape[0] == 1:
         levels = levels.expand(grid.batch, -1, -1)
+    if levels.dtype == torch.bool and levels.dim() == 3 and _is_in_pixels(levels, grid):
+        levels = F.max_pool2d(levels.to(torch.float32), grid.output_stride, ceil_mode=True) > 0
     if tuple(levels.shape) != (grid.batch, *grid.size):
         raise InvalidInput(
             f"the mask has shape {tuple(returned.shape)}.",
@@ -295,6 +309,12 @@ def check_levels(returned: object, grid: FineMapSpec, provider: str) -> Tensor:
             next=f"give {expected}.",
         )
     return as_levels(levels, grid.max_level, where)
+
+
+def _is_in_pixels(kept: Tensor, grid: FineMapSpec) -> bool:
+    """True if a map (B, H, W) is of the image's size, and the fine map is smaller: samples keep what they touch."""
+    in_samples = tuple(divide_up(length, grid.output_stride) for length in kept.shape[1:])
+    return grid.output_stride > 1 and tuple(kept.shape[1:]) != tuple(grid.size) == in_samples
 
 
 def check_scores(scores: object, grid: FineMapSpec, provider: str, user: str) -> Tensor:

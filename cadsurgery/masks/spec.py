@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,13 +50,15 @@ def resolve_mask(mask: object) -> MaskProvider:
         return mask
     if isinstance(mask, str):
         return parse(mask)
+    if isinstance(mask, np.ndarray) and mask.dtype.kind in "biu":
+        mask = torch.from_numpy(mask.astype(np.int64) if mask.dtype.kind == "u" else mask.copy())
     if isinstance(mask, Tensor):
         return FixedMask(mask)
     if callable(mask):
         return FunctionMask(mask)
     raise InvalidInput(
         f"{describe(mask)} is not a mask.",
-        next='give a name such as "edges", a tensor, a provider or a function image -> map.',
+        next='give a name such as "edges", a tensor or an array of levels, a provider or a function image -> map.',
     )
 
 

@@ -211,7 +211,8 @@ class Budget(MaskWrapper):
     ) -> None:
         super().__init__(mask)
         self.fraction, self.per_batch = several(fraction), per_batch
-        rising = all(fewer <= more for fewer, more in pairwise((0, *self.fraction, 1)))
+        is_number = all(isinstance(share, (int, float)) for share in self.fraction)
+        rising = is_number and all(fewer <= more for fewer, more in pairwise((0, *self.fraction, 1)))
         if not self.fraction or not rising:
             raise InvalidInput(
                 f"a budget of fraction={format_option(self.fraction)}.",

@@ -17,9 +17,9 @@ from cadsurgery.following.hooks import copying, take_over, why_not_copied
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation, estimate, is_picture, read_normalisation
 from cadsurgery.network.adaptive_part import Example, traceable_part
-from cadsurgery.network.calls import find_lattice
 from cadsurgery.network.conversion import carry_out
 from cadsurgery.network.hosted import HostedModel, check_used
+from cadsurgery.network.invocations import find_lattice
 from cadsurgery.network.macs import PICTURE, count_planned
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.unconvertible import check_network

@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from cadsurgery.elements import functional
-from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.elements.operations import operation_of
 from cadsurgery.following.arguments import Arguments, change_images, image_of, in_order
 from cadsurgery.following.equivalence import meta_copy
-from cadsurgery.following.graphs import sizes_in_tensors, takes_sizes
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import MaskProvider
-from cadsurgery.network.calls import find_lattice
-from cadsurgery.network.program import GraphInterpreter, Program, ProgramNetwork
+from cadsurgery.network.invocations import find_lattice
+from cadsurgery.network.observing import Observation, observe
+from cadsurgery.network.program import Program, ProgramNetwork
 from cadsurgery.support.counting import MacCounter, describe_not_counted
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, first_line
@@ -38,7 +34,6 @@ from cadsurgery.surgery.plan import PlannedWork
 from cadsurgery.surgery.rewrite import WORK
 
 PICTURE = (512, 1024)  # size of the image on which the work of a plan is counted by default
-Place = tuple[int, tuple[int, int]] | None  # stage and fine size of a lattice
 
 
 @dataclass(frozen=True)
@@ -159,11 +154,9 @@ def count_macs(program: Program, counted: Program, provider: MaskProvider, argum
     not_counted = masking.not_counted
 
     def count(chosen: Any, call: Arguments = arguments) -> dict[str, int]:
-        counter = Counter(counted)
-        with torch.no_grad(), counter.counter:
-            counter.count(chosen, call)
-        not_counted.update(counter.not_counted)
-        return counter.counts
+        seen = _observe_call(counted, chosen, call)
+        not_counted.update(seen.not_counted)
+        return seen.by_layer
 
     lowest, own = program.geometry.max_level, program.plan.identity_level
     passes = provider.first_passes(lowest)
@@ -213,12 +206,9 @@ def _given_macs(counted: Program, arguments: Arguments) -> int | None:
     return None
 
 
-def _uniform_macs(counted: Program, level: int, arguments: Arguments) -> int:
-    """Count the MACs with all cells at a level; `counted` is a program on meta tensors."""
-    counter = Counter(counted)
-    with torch.no_grad(), counter.counter:
-        counter.count(counted.uniform(level), arguments)
-    return sum(counter.counts.values())
+def _observe_call(counted: Program, masking: Any, arguments: Arguments) -> Observation:
+    """Run the whole graph of a program on meta tensors for a masking."""
+    return observe(counted, counted.graph, in_order(counted.graph, arguments, masking))
 
 
 def count_planned(program: Program, arguments: Arguments, is_example: bool) -> PlannedWork | None:
@@ -238,7 +228,7 @@ def count_planned(program: Program, arguments: Arguments, is_example: bool) -> P
         # Networks refuse sizes, and tensors without values, with any error.
         with contextlib.suppress(Exception):
             by_level = {
-                level: _uniform_macs(counted, level, call)
+                level: sum(_observe_call(counted, counted.uniform(level), call).macs.values())
                 for level in {0, plan.max_level, 0 if own is None else own}
             }
             given = by_level[own] if own is not None else _given_macs(counted, call)
@@ -310,19 +300,21 @@ def layer_work(net: ProgramNetwork, image: Tensor) -> tuple[LayerWork, ...] | No
     windows = [node.kwargs.get("window") for node in counted.graph.nodes]
     if any(isinstance(window, Window) and not window.has_equal_phases for window in windows):
         return None
-    high, low = (Counter(counted) for _ in range(2))
-    for counter, level in ((high, 0), (low, counted.geometry.max_level)):
-        with torch.no_grad(), counter.counter:
-            lattice = counter.count(counted.uniform(level), counted.bind(image))
+    call = counted.bind(image)
+    high, low = (
+        _observe_call(counted, counted.uniform(level), call) for level in (0, counted.geometry.max_level)
+    )
+    lattice = next(value for value in low.values.values() if isinstance(value, Lattice))
+    of_low = low.by_place
     layers = tuple(
         LayerWork(
             name,
             tuple((place, work) for place, work in places.items() if place is not None),
-            (places.get(None, 0), low.work[name].get(None, 0)),
+            (places.get(None, 0), of_low[name].get(None, 0)),
         )
-        for name, places in high.work.items()
+        for name, places in high.by_place.items()
     )
-    return layers if {layer.layer: layer.on(lattice) for layer in layers} == low.counts else None
+    return layers if {layer.layer: layer.on(lattice) for layer in layers} == low.by_layer else None
 
 
 @dataclass(frozen=True)
@@ -360,98 +352,3 @@ def count_network(model: nn.Module, *args: Any, **kwargs: Any) -> NetworkMacs:
                 next="give an image batch that it takes.",
             ) from error
     return NetworkMacs(counter.macs, tuple(sorted(counter.not_counted)))
-
-
-class OnShapes(GraphInterpreter):
-    """Runs a graph on shapes alone. Sizes that the network holds in tensors have values, where it reads these."""
-
-    def __init__(self, program: Program, graph: fx.Graph, parts: Mapping[str, Lattice] | None = None) -> None:
-        super().__init__(program, graph, parts)
-        self._sizes = sizes_in_tensors(graph)
-
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of a node: sizes are computed on the CPU, all else has no values."""
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        if n in self._sizes:
-            return tree_map(_to_cpu, (args, kwargs))
-        if takes_sizes(n) or self._sizes.isdisjoint(n.all_input_nodes):
-            return args, kwargs
-        return tree_map(to_meta, (args, kwargs))
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node."""
-        value = super().run_node(n)  # perhaps created by the network, e.g. by torch.zeros
-        return value if n in self._sizes else to_meta(value)
-
-
-def _to_cpu(value: Any) -> Any:
-    is_meta = isinstance(value, torch.device) and value.type == "meta"
-    return torch.device("cpu") if is_meta else value
-
-
-class Counter(OnShapes):
-    """Runs the rewritten graph on meta tensors and records the MACs of each original node."""
-
-    def __init__(
-        self,
-        program: Program,
-        graph: fx.Graph | None = None,
-        parts: Mapping[str, Lattice] | None = None,
-    ) -> None:
-        super().__init__(program, graph or program.graph, parts)
-        self.counter = MacCounter()
-        self.not_counted: set[str] = set()
-        self.counts: dict[str, int] = defaultdict(int)
-        self.rows = 0  # rows computed by operations with windows
-        # Per layer and lattice: MACs per element; total MACs of dense calls under None.
-        self.work: dict[str, dict[Place, int]] = defaultdict(lambda: defaultdict(int))
-        self._of_rows: dict[fx.Node, Lattice] = {}
-
-    def count(self, masking: Any, arguments: dict[str, Any]) -> Lattice:
-        """Count a whole run on the arguments of a call by name, and return its lattice."""
-        lattice: Lattice = self.run(*tree_map(to_meta, in_order(self.graph, arguments, masking)))[1]
-        return lattice
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node and count it."""
-        before = self.counter.macs
-        self.counter.not_counted.clear()
-        value = super().run_node(n)
-        lattice = self._lattice_of(n, value)
-        origin, _ = n.meta.get(WORK, ("", ""))
-        if origin:
-            count = self._executed(n, value, self.counter.macs - before)
-            place, number = None, 1
-            if lattice is not None:
-                place, number = (lattice.stage, lattice.size), max(lattice.count, 1)
-                self.rows += lattice.count if "window" in n.kwargs else 0
-            self.counts[origin] += count
-            self.work[origin][place] += count // number
-        return value
-
-    def _lattice_of(self, n: fx.Node, value: Any) -> Lattice | None:
-        """Return the lattice of elements, or of their rows on the way through modules; None for any other value."""
-        if isinstance(value, Elements):
-            return value.lattice
-        lattice: Lattice | None = next(
-            (self._of_rows[read] for read in n.all_input_nodes if read in self._of_rows), None
-        )
-        if n.target is functional.rows_on:
-            lattice = self.fetch_args_kwargs_from_env(n)[0][1]
-        elif n.target is getattr and n.args[1] == "rows":
-            lattice = self.fetch_args_kwargs_from_env(n)[0][0].lattice
-        if lattice is None or not isinstance(value, Tensor) or value.shape[:1] != (lattice.count,):
-            return None
-        self._of_rows[n] = lattice
-        return lattice
-
-    def _executed(self, n: fx.Node, value: Any, executed: int) -> int:
-        operation = operation_of(n.target)
-        if operation is None:
-            self.not_counted.update(self.counter.not_counted)
-            return 0 if isinstance(value, Elements) else executed
-        if operation.macs is None:
-            self.not_counted.update(self.counter.not_counted)
-            return executed
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        return operation.macs(value, *args, **kwargs)

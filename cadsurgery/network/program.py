@@ -166,7 +166,7 @@ class Program:
 
     @property
     def is_counted(self) -> bool:
-        """True if layers have hooks of a tool that counts work, which `counters.CallingCounters` calls."""
+        """True if layers have hooks of a tool that counts work, which `counters.calling_counters` calls."""
         if torch.compiler.is_compiling():
             return False
         self._watch()
@@ -189,6 +189,12 @@ class Program:
     def own_level(self) -> int | None:
         """The level at which the network's own graph gives what this program gives; None if it has no such graph."""
         return self.plan.identity_level if self.unchanged is not None else None
+
+    def graph_at(self, level: int | None) -> fx.Graph:
+        """Return the graph that computes a call with all cells at a level, or at several (None): the network's own one,
+        where it gives the same."""
+        own = self.unchanged if level is not None and level == self.own_level else None
+        return self.graph if own is None else own
 
     # -- running on the arguments of a call by name, without checks --------------------------------
 
@@ -491,11 +497,31 @@ class Names:
 class GraphInterpreter(Interpreter):
     """Runs a graph of an adaptive network with the modules and parameters of its program."""
 
-    def __init__(self, program: Program, graph: fx.Graph, parts: Mapping[str, Lattice] | None = None) -> None:
-        """Take a program and its graph, or a part of it; nodes named in `parts` run on these reduced lattices."""
+    def __init__(
+        self,
+        program: Program,
+        graph: fx.Graph,
+        parts: Mapping[str, Lattice] | None = None,
+        note: Callable[[fx.Node, Any, Mapping[fx.Node, Any]], None] | None = None,
+    ) -> None:
+        """Take a program and its graph, or a part of it.
+
+        Args:
+            program: the program.
+            graph: the graph.
+            parts: reduced lattices, on which the nodes of these names run.
+            note: given each node with its value and those of its inputs, when it has run.
+        """
         super().__init__(nn.Module(), graph=graph)
         self.module: Any = program.names()
-        self._parts = parts or {}
+        self._parts, self._note = parts or {}, note
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        value = super().run_node(n)
+        if self._note is not None:
+            self._note(n, value, self.env)
+        return value
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a node, with its reduced lattice in place of its stage."""

@@ -146,9 +146,9 @@ def _mere_tails(flow: Flow) -> dict[fx.Node, Barrier]:
                 shares[node] = sum(flow.macs[later] for later in after) / max(1, total)
     tails = [node for node, share in shares.items() if share < MERE_TAIL]
     rest = flow.grid.keys() - and_after(*tails)
-    spacing = max((flow.spacing[node] for node in rest), default=0)
+    coarsest = max((flow.restored[node] for node in rest), default=0)
     return {
         node: Barrier(f"only {shares[node]:.1%} of the MACs come from here on", Cause.END)
         for node in tails
-        if flow.spacing[node] > spacing
+        if flow.restored[node] > coarsest
     }

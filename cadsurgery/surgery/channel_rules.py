@@ -7,6 +7,7 @@ which only a dense map has. See `surgery/rules.py` for how rules are written.
 from __future__ import annotations
 
 import operator
+import string
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -169,6 +170,81 @@ def _on_rows(node: fx.Node, facts: MapFacts, function: Any, *settings: Any) -> T
     if facts.layout(node.args[0]) != NCHW:
         return barrier("its second axis is not the axis of the channels")
     return Treatment("pointwise", rows=Call(function, (node.args[0], *settings)))
+
+
+@rule(torch.einsum)
+def sum_of_letters(node: fx.Node, facts: MapFacts) -> Treatment:
+    """Products summed over channels alone act on each element, as a convolution of one tap does."""
+    equation, *given = node.args
+    operands: list[Any] = list(given[0]) if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
+    if not isinstance(equation, str):
+        return barrier("only equations of letters are followed")
+    equation = equation.replace(" ", "")
+    if "..." in equation:
+        terms = equation.partition("->")[0].split(",")
+        missing = {
+            len(facts.layout(operand)) - len(term) + 3
+            for term, operand in zip(terms, operands, strict=True)
+            if "..." in term
+        }
+        unused = [letter for letter in string.ascii_letters if letter not in equation]
+        if len(missing) > 1 or min(missing) < 0 or "->" not in equation:
+            return barrier("only equations with a letter for each axis are followed")
+        equation = equation.replace("...", "".join(unused[: missing.pop()]))
+    return _einsum(equation, operands, facts)
+
+
+@rule(torch.tensordot)
+def tensor_product(node: fx.Node, facts: MapFacts) -> Treatment:
+    """Products summed over channels alone act on each element, as a convolution of one tap does."""
+    stated = arguments_of(node, "a", "b", dims=2)
+    first, second, dims = stated["a"], stated["b"], stated["dims"]
+    ranks = [len(facts.layout(value) or facts.shapes.get(value, ())) for value in (first, second)]
+    if isinstance(dims, int):
+        dims = [[*range(ranks[0] - dims, ranks[0])], [*range(dims)]]
+    left, right = string.ascii_letters[: ranks[0]], [*string.ascii_letters[ranks[0] : sum(ranks)]]
+    lost = [[int(dim) % rank for dim in part] for part, rank in zip(dims, ranks, strict=True)]
+    for one, other in zip(*lost, strict=True):
+        right[other] = left[one]
+    rest = (letter for letter in (*left, *right) if letter not in {left[dim] for dim in lost[0]})
+    return _einsum(f"{left},{''.join(right)}->{''.join(rest)}", [first, second], facts)
+
+
+def _einsum(equation: str, operands: list[Any], facts: MapFacts) -> Treatment:
+    """Treat an equation of `torch.einsum`, in which the letters of batch and positions must be in each map and the
+    result, as one over rows."""
+    sources, arrow, result = equation.partition("->")
+    terms = sources.split(",")
+    if not arrow:  # letters that occur once, in their order
+        result = "".join(sorted(letter for letter in set(sources) - {","} if sources.count(letter) == 1))
+    layouts = [facts.layout(operand) for operand in operands]
+    maps = [(term, layout) for term, layout in zip(terms, layouts, strict=True) if layout]
+    axes = {letter: axis for letter, axis in zip(*maps[0], strict=True) if axis != "c"}
+    for term, layout in zip(terms, layouts, strict=True):
+        own = (
+            {letter: axis for letter, axis in zip(term, layout, strict=True) if axis != "c"} if layout else {}
+        )
+        if layout and own != axes:
+            return barrier("it joins different places of two maps")
+        if not layout and axes.keys() & set(term):
+            return barrier("it weighs places of the map")
+    summed = [axis for letter, axis in axes.items() if letter not in result]
+    if summed:
+        return barrier(f"it sums over {axis_word(summed[-1])}")
+    if axes.get(result[:1]) != "b":
+        return barrier("its result does not begin with the batch")
+    number = next(letter for letter in string.ascii_letters if letter not in equation)
+
+    def of_rows(term: str, layout: str | None) -> str:
+        return number + "".join(letter for letter in term if letter not in axes) if layout else term
+
+    rows = ",".join(of_rows(term, layout) for term, layout in zip(terms, layouts, strict=True))
+    call = Call(torch.einsum, (f"{rows}->{of_rows(result, 'c')}", *operands))
+    layout = "".join(axes.get(letter, "c") for letter in result)
+    if len(maps) > 1:
+        return Treatment("join", rows=call, layout=layout)
+    reads = next(operand for operand, own in zip(operands, layouts, strict=True) if own)
+    return Treatment("pointwise", rows=call, layout=layout, reads=reads)
 
 
 @rule("repeat", torch.tile, "tile")

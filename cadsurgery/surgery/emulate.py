@@ -115,7 +115,7 @@ class Emulator(Interpreter):
             cut = self.levels[:, :height, :width].long()
             levels = self.geometry.levels_at(cut, decision.stages[1]).flatten(1)
             if (levels == levels[0, 0]).all():
-                step = max(1, self.geometry.sides[int(levels[0, 0])] // decision.grid)
+                step = max(1, self.geometry.sides[int(levels[0, 0])] // decision.spacing)
                 return value[:, :, ::step, ::step]
             if (
                 levels.amin(1) == levels.amax(1)
@@ -138,7 +138,7 @@ class Emulator(Interpreter):
         """Return what each sample (h, w) of a map covers of it, relative to the mean of all."""
         if source.name not in self.sizes:
             raise CannotEmulate(source.name)
-        grid = self.decisions[source.name].grid
+        grid = self.decisions[source.name].spacing
         down, across = (
             (length - torch.arange(count, device=self.levels.device) * grid).clamp(max=grid).double()
             for count, length in zip(size, self.sizes[source.name], strict=True)
@@ -164,12 +164,14 @@ class Emulator(Interpreter):
         samples."""
         levels = self.levels.long()
         for axis, count in enumerate(size, 1):  # a map that is larger than the image continues its border
-            places = (torch.arange(count, device=levels.device) * decision.grid).clamp(
+            places = (torch.arange(count, device=levels.device) * decision.spacing).clamp(
                 max=levels.shape[axis] - 1
             )
             levels = levels.index_select(axis, places)
         levels = self.geometry.levels_at(levels, decision.stages[1])
-        side = (torch.tensor(self.geometry.sides, device=levels.device)[levels] // decision.grid).clamp(min=1)
+        side = (torch.tensor(self.geometry.sides, device=levels.device)[levels] // decision.spacing).clamp(
+            min=1
+        )
         y, x = _grid(size, levels.device)
         return (y - y % side, x - x % side), side
 
@@ -182,7 +184,7 @@ class Emulator(Interpreter):
         order = [*channel_dims(layout), *places]
         image = value.permute(0, *order)
         if "p" in layout:
-            size = [divide_up(length, decision.grid) for length in self.levels.shape[1:]]
+            size = [divide_up(length, decision.spacing) for length in self.levels.shape[1:]]
             if image.shape[-1] != math.prod(size):
                 return value
             image = image.unflatten(-1, size)

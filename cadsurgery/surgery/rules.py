@@ -703,7 +703,7 @@ def matrix_product(node: fx.Node, facts: MapFacts) -> Treatment:
     return Treatment("pointwise", call=functional.matrix_on_rows, arguments=call, axes="", reads=reads)
 
 
-@rule(F.scaled_dot_product_attention, nn.MultiheadAttention, torch.baddbmm, "baddbmm", torch.einsum)
+@rule(F.scaled_dot_product_attention, nn.MultiheadAttention, torch.baddbmm, "baddbmm")
 def attention(node: fx.Node, facts: MapFacts) -> Treatment:
     """Every position looks at every other, so all would need one resolution."""
     return barrier("attention mixes all positions of the map")

@@ -16,6 +16,7 @@ from enum import Enum
 from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import fx, nn
 
 from cadsurgery.elements import functional
@@ -197,6 +198,8 @@ def is_mixer(node: fx.Node, facts: Facts) -> bool:
     """True if a node's operation mixes all positions of the image, as in transformers and recurrent networks; it may
     have a rule or not."""
     mixes = any(is_kind(key, "mixes") for key in _operation_keys(node, facts))
+    if node.target is torch.einsum:  # of a map and weights it mixes channels
+        mixes = sum(source.op != "get_attr" for source in node.all_input_nodes) > 1
     return mixes and len(facts.shapes.get(node, "any")) > 2
 
 

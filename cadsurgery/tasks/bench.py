@@ -145,7 +145,7 @@ def bench(
     if len(listed) > 1:  # find wrong names before the first measurement
         for place, network in enumerate(listed):
             step(f"planning {_name(network)}", place, len(listed))
-            plan(original(network, "none")[0], setup.output_stride, setup.region)
+            plan(original(network, "none")[0], setup.output_stride, setup.region, coarsest=setup.coarsest)
     budgets = list(dict.fromkeys(map(float, fractions)))
     setting = _setting(mask, setup)
     done: list[NetworkBench] = []

@@ -34,6 +34,7 @@ _MEASURED = (
         "size",
         "batch",
         "output_stride",
+        "coarsest",
         "region",
         "patch",
         "normalisation",

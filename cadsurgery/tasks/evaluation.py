@@ -376,7 +376,7 @@ def refuse_images(error: Exception, images: Tensor) -> CadError:
     return InvalidInput(
         f"the network does not take an image of {images.shape[2]}x{images.shape[3]} pixels.",
         why=describe_error(error),
-        next="resize or crop the images to sizes that it takes, e.g. multiples of its strides.",
+        next="resize or crop the images to a size that it takes, e.g. multiples of its strides (run: --size).",
     )
 
 

@@ -6,6 +6,7 @@ import colorsys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from matplotlib.collections import LineCollection
 from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgb
 from matplotlib.figure import Figure
@@ -15,32 +16,43 @@ from torch import Tensor
 
 from cadsurgery.data.images import shown
 from cadsurgery.elements.lattice import Lattice
+from cadsurgery.elements.sizes import divide_up
+from cadsurgery.support.describe import describe
+from cadsurgery.support.errors import InvalidInput
 from cadsurgery.tasks.report import canvas, panels
 from cadsurgery.tasks.report import figure_picture as figure_picture
 
 VIEWS = CLASSES, OVERLAY, SIDE = "classes", "overlay", "side"  # of predictions
 LOWEST_COLOUR = "#d9dce1"
+_BORDER = 2  # samples by which paddings and convolutions without them change the size of a fine map
 _DARK = 0.5  # mean of the channels below which lines are bright
 _LINES = ((0.75, 0.9, 1.0), (0.05, 0.15, 0.7))  # on what is dark, and on what is bright
 LEVEL_COLOURS = ("#d7301f", "#fc8d59", "#fdcc8a", "#a6bddb", "#2b8cbe", "#045a8d")
 
 
-def mask_figure(image: Tensor, lattice: Lattice, output_stride: int, title: str = "") -> Figure:
+def mask_figure(
+    image: Tensor | np.ndarray | Image.Image, lattice: Lattice, output_stride: int, title: str = ""
+) -> Figure:
     """Draw the image, the level map and the lattice side by side.
 
     Args:
-        image: (C, H, W), not normalised.
+        image: (C, H, W), not normalised; or a batch, whose first image is drawn, an array (H, W, C) or (H, W), or a
+            picture of PIL.
         lattice: lattice of the last stage, as `net.lattice`; its first image is drawn.
         output_stride: high output stride: image pixels per fine pixel.
         title: title of the figure.
+
+    Raises:
+        InvalidInput: it is no image, or not of the lattice's size.
     """
+    image = _of_lattice(image, lattice, output_stride)
     levels = lattice.levels[0].cpu().numpy()
     height, width = image.shape[1:]
     count = lattice.geometry.max_level + 1
     figure = canvas(15, 0.6 + 5 * height / width)
     axes = figure.subplots(1, 3)
     pixels = _pixels(image)
-    colours = ListedColormap(LEVEL_COLOURS[:count])
+    colours = ListedColormap(_level_colours(count - 1))
     axes[0].imshow(pixels)
     axes[0].set_title("image")
     shown = axes[1].imshow(levels, cmap=colours, norm=BoundaryNorm(np.arange(count + 1) - 0.5, count))
@@ -57,9 +69,56 @@ def mask_figure(image: Tensor, lattice: Lattice, output_stride: int, title: str 
     return figure
 
 
-def _pixels(image: Tensor) -> np.ndarray:
-    """Convert an image (C, H, W) to an array (H, W, 3)."""
-    return shown(image).permute(1, 2, 0).cpu().numpy()
+def _as_image(image: Tensor | np.ndarray | Image.Image) -> Tensor:
+    """Return an image as a tensor (C, H, W): of a batch the first one, of an array or a picture of PIL its channels.
+
+    Raises:
+        InvalidInput: it is none of these.
+    """
+    if isinstance(image, Image.Image):
+        image = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    if isinstance(image, np.ndarray) and image.dtype.kind in "uifb":
+        scale = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
+        values = torch.from_numpy(image.astype(np.float32) / scale)
+        if values.dim() in (2, 3):
+            return values[None] if values.dim() == 2 else values.movedim(-1, 0)
+        image = values.movedim(-1, 1) if values.dim() == 4 else values
+    if isinstance(image, Tensor):
+        image = image[0] if image.dim() == 4 and len(image) else image
+        if image.dim() == 3 and 0 not in image.shape:
+            return (
+                image
+                if image.is_floating_point()
+                else image.float() / (255 if image.dtype == torch.uint8 else 1)
+            )
+    raise InvalidInput(
+        f"{describe(image)} is not an image.",
+        next="give a tensor (C, H, W) that is not normalised, an array (H, W, C), or a picture of PIL.",
+    )
+
+
+def _of_lattice(image: Tensor | np.ndarray | Image.Image, lattice: Lattice, output_stride: int) -> Tensor:
+    """Return the image (C, H, W) of a lattice.
+
+    Raises:
+        InvalidInput: it is no image, or of another size.
+    """
+    picture, samples = _as_image(image), tuple(lattice.levels.shape[1:])
+    fitting = tuple(divide_up(length, output_stride) for length in picture.shape[1:])
+    if any(abs(found - needed) > _BORDER for found, needed in zip(samples, fitting, strict=True)):
+        height, width = (output_stride * length for length in samples)
+        raise InvalidInput(
+            f"the image has {picture.shape[1]} x {picture.shape[2]} pixels, and the lattice is of one of about "
+            f"{height} x {width}.",
+            why="a lattice is that of the network's last call.",
+            next="give the image of that call, not normalised, or call the network with this one first.",
+        )
+    return picture
+
+
+def _pixels(image: Tensor | np.ndarray | Image.Image) -> np.ndarray:
+    """Convert an image to an array (H, W, 3)."""
+    return shown(_as_image(image)).permute(1, 2, 0).cpu().numpy()
 
 
 def _on_pixels(values: Tensor, pixels: np.ndarray, output_stride: int) -> np.ndarray:
@@ -82,17 +141,25 @@ def draw_lattice(pixels: np.ndarray, lattice: Lattice, output_stride: int) -> np
 
 
 def comparison_figure(
-    image: Tensor, lattices: Sequence[Lattice], titles: Sequence[str], output_stride: int, title: str = ""
+    image: Tensor | np.ndarray | Image.Image,
+    lattices: Sequence[Lattice],
+    titles: Sequence[str],
+    output_stride: int,
+    title: str = "",
 ) -> Figure:
     """Draw the image, and beside it each level map over the image: kept areas in colour, the lowest level grey.
 
     Args:
-        image: (C, H, W), not normalised.
+        image: as for `mask_figure`.
         lattices: lattices of the last stage, one per mask, of one geometry; the first image of each batch is drawn.
         titles: title of each panel.
         output_stride: high output stride: image pixels per fine pixel.
         title: title of the figure.
+
+    Raises:
+        InvalidInput: as `mask_figure`.
     """
+    image = _of_lattice(image, lattices[0], output_stride)
     height, width = image.shape[1:]
     count, wide = len(lattices) + 1, 4.6
     columns = min(range(min(count, 3), 5), key=lambda columns: (-count % columns, -columns))
@@ -142,6 +209,7 @@ def matches_figure(
             pixels.
         limit: largest error, in pixels, of a correct match.
     """
+    first, second = _as_image(first), _as_image(second)
     height = max(first.shape[1], second.shape[1])
     width, gap = first.shape[2] + second.shape[2], first.shape[2]
     both = np.ones((height, width, 3), dtype=np.float32)

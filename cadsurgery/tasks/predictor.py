@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -42,6 +43,7 @@ from cadsurgery.tasks.manifest import fingerprint
 from cadsurgery.tasks.open import read_by
 from cadsurgery.tasks.sides import kind_of
 
+_MULTIPLES = (1, 8, 16, 32, 64, 128)  # of pixels, to which pictures that a network refuses are padded
 Row = dict[str, Any]  # what happened to an image or a clip, as plain values; a failure has no `output`
 
 
@@ -143,6 +145,7 @@ class Predictor:
         options = {} if self.kind is not None else options
         self.net: Any = converted.optimize(**options)  # type: ignore[operator]
         self._dtype = torch.bfloat16 if settings.precision == BFLOAT16 else None
+        self._multiples: dict[torch.Size, int] = {}  # to which pictures of a size are padded; 1 for none
 
     def start_anew(self) -> None:
         """Forget the frames that `smooth` masks have seen."""
@@ -152,23 +155,49 @@ class Predictor:
 
     def __call__(self, pictures: Tensor) -> Iterator[tuple[Tensor, int, Row]]:
         """Run pictures of one size as a batch; yield the classes of each, the number of channels, and fields of its
-        row."""
+        row.
+
+        Pictures of a size that the network does not take are padded to multiples that it takes, at the right and
+        below, with the mean colour; their results are cut back, and rows say `padded_to`.
+        """
         images = normalise(pictures, self.source).to(self.device, self._dtype)
-        start = time.perf_counter()
+        start, size, refusal = time.perf_counter(), images.shape[2:], None
+        known_multiple = self._multiples.get(size)
+        for multiple in _MULTIPLES if known_multiple is None else (known_multiple,):
+            padded = F.pad(images, (0, -size[1] % multiple, 0, -size[0] % multiple))
+            if multiple > 1 and known_multiple is None and padded.shape == images.shape:
+                continue
+            try:
+                prediction, known = self._run(padded, size)
+                break
+            except NotInstalled:
+                raise
+            except (CadError, RuntimeError) as error:  # networks refuse image sizes with errors of their own
+                refusal = refusal or refuse_images(error, images)
+                self.start_anew()
+        else:
+            assert refusal is not None
+            raise refusal
+        self._multiples[size] = multiple
+        milliseconds = 1e3 * (time.perf_counter() - start) / len(pictures)
+        more = {"padded_to": [*padded.shape[2:]]} if padded.shape != images.shape else {}
+        for scores, details in zip(_cut_back(prediction, padded.shape[2:], size), known, strict=True):
+            yield classes_of(scores), scores.shape[0], {**details, "milliseconds": milliseconds, **more}
+
+    def _run(self, images: Tensor, size: Sequence[int]) -> tuple[Tensor, list[Row]]:
+        """Run images, of which `size` is what is not padding; return the prediction and fields of the row of each."""
         with torch.inference_mode():
             if self.kind is not None:
                 returned, details = self.kind.run(self.net, images, self.settings.until or math.inf)
-                known = [details]
-            else:
-                returned, levels = self.net(images), self.net.levels.flatten(1)
-                numbers = range(self.net.geometry.max_level + 1)
-                shares = torch.stack([(levels == level).double().mean(1) for level in numbers], 1)
-                shares = shares if len(shares) == len(images) else shares.mean(0).expand(len(images), -1)
-                known = [{"active_fraction": high, "levels": [high, *low]} for high, *low in shares.tolist()]
-        prediction = _first_tensor(returned)
-        milliseconds = 1e3 * (time.perf_counter() - start) / len(pictures)
-        for scores, details in zip(prediction, known, strict=True):
-            yield classes_of(scores), scores.shape[0], {**details, "milliseconds": milliseconds}
+                return _first_tensor(returned), [details]
+            is_padded = images.shape[2:] != size
+            returned = self.net(images, sizes=[tuple(size)] * len(images)) if is_padded else self.net(images)
+            levels = _cut_back(self.net.levels, images.shape[2:], size).flatten(1)
+            numbers = range(self.net.geometry.max_level + 1)
+            shares = torch.stack([(levels == level).double().mean(1) for level in numbers], 1)
+            shares = shares if len(shares) == len(images) else shares.mean(0).expand(len(images), -1)
+            known = [{"active_fraction": high, "levels": [high, *low]} for high, *low in shares.tolist()]
+            return _first_tensor(returned), known
 
     def rows(
         self, items: Iterable[Item], put: Callable[[Image.Image, str], Row] = _write
@@ -218,8 +247,7 @@ class Predictor:
             results = list(self(pixels))
         except NotInstalled:
             raise
-        except (CadError, RuntimeError) as error:  # networks refuse image sizes with errors of their own
-            refusal = refuse_images(error, pixels)
+        except CadError as refusal:
             return iter([picture._replace(error=refusal) for picture in pictures])
         return (picture._replace(result=result) for picture, result in zip(pictures, results, strict=True))
 
@@ -344,6 +372,15 @@ class Predictor:
         whole = counts.total()
         shares = {self.names[index]: count / whole for index, count in sorted(counts.items()) if count}
         return {"classes": shares} if shares else {}
+
+
+def _cut_back(maps: Tensor, padded: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Return what maps (B, ..., h, w) of padded images hold of the images."""
+    ends = [
+        math.ceil(length * side / whole)
+        for length, side, whole in zip(maps.shape[-2:], size, padded, strict=True)
+    ]
+    return maps[..., : ends[0], : ends[1]]
 
 
 def _first_tensor(output: Any) -> Tensor:

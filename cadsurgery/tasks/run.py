@@ -171,6 +171,11 @@ def _report(
     rows, failures = outcome.rows("done"), outcome.rows("failed")
     done, failed, skipped = (outcome.counts[became] for became in ("done", "failed", "skipped"))
     lines = [_describe(row) for row in rows]
+    if padded := sum("padded_to" in row for row in rows):
+        lines.append(
+            f"{padded} padded at the right and below to sizes that the network takes, results cut back "
+            "(--size resizes instead)"
+        )
     if done > len(rows):
         lines.append(f"... and {done - len(rows)} more: {sources.output}/manifest.jsonl")
     if shown := {names.index(name): name for name in outcome.classes}:

@@ -24,7 +24,7 @@ import cadsurgery as cs
 from cadsurgery.elements import functional
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.following.arguments import in_order
-from cadsurgery.network.macs import OnShapes
+from cadsurgery.network.observing import OnShapes
 from cadsurgery.surgery.rewrite import WORK
 from recipes.deeplabv3_resnet101 import recipe
 

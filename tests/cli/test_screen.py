@@ -264,7 +264,7 @@ def test_what_is_left_out_of_folders_is_said_at_the_end_unless_the_command_is_re
 @pytest.mark.parametrize("arguments", [("list", "resnet1*", "--json"), ("--help",)])
 def test_a_closed_output_is_no_error(arguments: tuple[str, ...], tmp_path: Path) -> None:
     """`cadsurgery list >&-`: the work is done, and nothing is shown."""
-    command = " ".join(("exec", sys.executable, "-m", "cadsurgery.cli", *arguments, ">&-"))
+    command = " ".join(("exec", sys.executable, "-m", "cadsurgery", *arguments, ">&-"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         ["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True

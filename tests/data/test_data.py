@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import cadsurgery as cs
-from cadsurgery.data import IGNORED, Augment, SegmentationData
+from cadsurgery.data import IGNORED, Augment, SegmentationData, open_pictures
 from cadsurgery.data.images import SCENE_CLASSES, from_picture, normalise
 from cadsurgery.data.networks import IMAGENET_MEAN, Source
 from cadsurgery.data.sources import KINDS
@@ -107,6 +107,12 @@ def test_a_folder_without_splits_is_split_all(folder: Path) -> None:
     assert len(data) == 2
     with pytest.raises(cs.FileError, match='choose split "all"'):
         cs.open_data(spec(folder / "train"), "test")
+
+
+def test_pictures_of_split_all_are_those_for_validation_where_there_are_splits(folder: Path) -> None:
+    found = open_pictures(spec(folder))
+    assert found.split == "val" and len(found) == len(cs.open_data(spec(folder), "val"))
+    assert len(open_pictures(spec(folder / "train"))) == 2
 
 
 @pytest.mark.parametrize("wide", [False, True])

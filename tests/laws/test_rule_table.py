@@ -93,6 +93,12 @@ EXAMPLES: dict[str, tuple[Function, dict[str, nn.Module]]] = {
     ),
     "local_response_norm": called(nn.LocalResponseNorm(3)),
     "channel_shuffle": called(nn.ChannelShuffle(2)),
+    "sum_of_letters": plain(
+        lambda x: torch.einsum("bchw,oc->bohw", x, torch.eye(C, dtype=torch.float64).to(x))
+    ),
+    "tensor_product": plain(
+        lambda x: torch.tensordot(x, torch.eye(C, dtype=torch.float64).to(x), ([1], [1])).movedim(-1, 1)
+    ),
     "repetition": plain(lambda x: x.repeat(1, 2, 1, 1)),
     "reshaping": plain(lambda x: x.unflatten(1, (2, C // 2)).flatten(1, 2)),
     "permutation": plain(lambda x: x.permute(0, 2, 3, 1).relu().permute(0, 3, 1, 2)),

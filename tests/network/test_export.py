@@ -47,6 +47,29 @@ def test_a_dynamic_file_takes_any_size_and_batch(dynamic: Any) -> None:
     assert len({shape[2:] for shape in report.compared}) > 2
 
 
+@pytest.mark.parametrize(
+    ("dynamic", "level_map"),
+    [(False, False), *(pytest.param(True, given, marks=pytest.mark.slow) for given in (False, True))],
+)
+def test_axes_have_the_same_names_in_inputs_and_outputs(
+    dynamic: bool, level_map: bool, tmp_path: Path
+) -> None:
+    """So that shape inference, and whoever fixes the number of images, reads one symbol."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 2, 1)
+    ).eval()
+    net = cs.adaptify(network, "edges", coarsest=8, verify_laws=False)
+    cs.export(net, torch.rand(1, 3, 32, 64), tmp_path / "net.onnx", dynamic=dynamic, level_map=level_map)
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    shapes = {
+        value.name: [dim.dim_param for dim in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    assert {shape[0] for shape in shapes.values()} == {"batch"}
+    sides = ["height", "width"] if dynamic else ["", ""]
+    assert shapes["image"][2:] == shapes["levels"][1:] == sides
+
+
 @pytest.mark.slow
 def test_a_file_says_what_it_was_made_of(dynamic: Any) -> None:
     model, path, _ = dynamic

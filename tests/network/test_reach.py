@@ -28,7 +28,7 @@ from torchvision.models.resnet import BasicBlock
 
 import cadsurgery as cs
 from cadsurgery.masks import keypoints_at, resolve_mask
-from cadsurgery.network.calls import find_lattice
+from cadsurgery.network.invocations import find_lattice
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.network.points import readable
 

@@ -282,6 +282,14 @@ def test_floors_are_tried_on_the_networks_own_grid_unless_a_pair_is_asked_for() 
         assert not any(one.coarsest for one in settings)
 
 
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("options", [{}, {"output_stride": (2, 4)}])
+def test_where_no_stride_can_be_removed_floors_are_tried(few: bool, options: dict[str, Any]) -> None:
+    model = torch.nn.Sequential(*(torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))).eval()
+    found = find_candidates(model, torch.rand(1, 3, 128, 160), options, has_labels=False, few=few)
+    assert found.refusal is None and any(one.coarsest == 32 for one in found.settings)
+
+
 def test_heads_whose_taps_fall_inside_cells_are_tried() -> None:
     model, image = DilatedWithHead().eval(), torch.rand(1, 3, 96, 128)
     settings = find_candidates(model, image, {}, has_labels=False).settings

@@ -154,6 +154,60 @@ def test_a_batch_gives_what_each_image_gives_alone(file: Path, folder: Path, tmp
     assert one.failed == three.failed and one.failed[0]["image"].endswith("4.png")
 
 
+class UNet(torch.nn.Module):
+    """A network for sides of multiples of 2**depth alone."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 4, 3, padding=1)
+        self.down = torch.nn.ModuleList(torch.nn.Conv2d(4, 4, 3, 2, 1) for _ in range(depth))
+        self.head = torch.nn.Conv2d(4, 2, 1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        maps = [self.stem(image)]
+        for layer in self.down:
+            maps.append(layer(maps[-1]).relu())
+        value = maps.pop()
+        for finer in reversed(maps):
+            value = torch.nn.functional.interpolate(value, scale_factor=2.0) + finer
+        return self.head(value)
+
+
+@pytest.mark.parametrize(("depth", "size"), [(2, (33, 70)), (3, (61, 64)), (5, (75, 97)), (6, (40, 200))])
+def test_pictures_of_any_size_are_padded_and_their_results_cut_back(
+    depth: int, size: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    net = cs.adaptify(UNet(depth).eval(), "edges", coarsest=4, verify_laws=False).eval()
+    picture = street_scene(*size)[None]
+    one = predictor.Predictor(net, predictor.PredictionSettings("net"))
+    ((classes, channels, row),) = one(picture)
+    assert channels == 2 and classes.shape == size
+    padded = row["padded_to"]
+    assert all(long % 2**depth == 0 and long - side < 128 for long, side in zip(padded, size, strict=True))
+    images = predictor.normalise(picture, one.source)
+    whole = torch.nn.functional.pad(images, (0, padded[1] - size[1], 0, padded[0] - size[0]))
+    expected = net(whole, sizes=[size])[..., : size[0], : size[1]].argmax(1)[0]
+    assert (classes == expected).float().mean() > 0.999
+    ((classes, _, row),) = one(picture[..., :32, :64].repeat(1, 1, 2, 2))
+    assert "padded_to" not in row
+
+
+def test_the_report_says_once_that_pictures_were_padded(
+    file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Any, images: torch.Tensor, size: Any) -> Any:
+        if images.shape[2] % 16:
+            raise RuntimeError("sizes of tensors must match")
+        return ran(self, images, size)
+
+    ran = predictor.Predictor._run
+    monkeypatch.setattr(predictor.Predictor, "_run", refused)
+    report = predict(file, [folder], tmp_path / "predictions")
+    assert all(row["padded_to"] == [48, 64] and row["size"] == [*SIZE] for row in report.rows)
+    assert report.text.count("padded at the right and below") == 1 and "--size" in report.text
+
+
 def test_interrupted_clips_are_whole_up_to_the_last_frame(
     file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command_line: Any
 ) -> None:

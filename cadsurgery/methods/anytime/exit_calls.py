@@ -207,15 +207,15 @@ class AnytimeRun(StepwiseCall):
         some = Elements(
             compute(Convolution(rows, weights.without_activation, reads)), sites.lattice(size, computed)
         )
-        width, floor = getattr(module, "width", None), getattr(module, "floor", None)
+        width, baseline = getattr(module, "width", None), getattr(module, "baseline", None)
         if width is not None:
             options: Any = {"residual": residual, "activation": weights.activation}
             whole = sites.lattice(size, every)
-            out = fill_gaps(some, whole, width, self.is_normalised, floor, **options).rows
-        else:  # zero, or `floor`, where nothing is computed
+            out = fill_gaps(some, whole, width, self.is_normalised, baseline, **options).rows
+        else:  # zero, or `baseline`, where nothing is computed
             filled = every or sites.everywhere(size)
             out = some.rows.new_zeros(filled.count, some.rows.shape[1])
-            out = out if floor is None else out + floor
+            out = out if baseline is None else out + baseline
             out = weights.finish(out.index_copy(0, filled.rows[computed.pixels], some.rows), residual)
         return StepValue(out, every) if every is not None else StepValue(as_map(out, sites.batch, size))
 

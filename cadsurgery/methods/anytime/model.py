@@ -406,7 +406,7 @@ class AnytimeModel(GraphModel):
         """
         run = self._start(args, kwargs)
         predictions = tuple(run.prediction(logits) for logits in self._logits(run, threshold))
-        return predictions, self._counted(run, "conv")
+        return predictions, self._counted(run)
 
     def until(
         self, *args: Any, milliseconds: float, threshold: Threshold | None = None, **kwargs: Any

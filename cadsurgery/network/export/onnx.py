@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import operator
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -644,14 +645,26 @@ def _metadata(net: AdaptiveModel, dynamic: bool, multiple: int) -> dict[str, str
 
 
 def _name_axes(model: Any, free: set[int]) -> None:
-    """Give the dynamic axes of the image readable names."""
-    names = {0: "batch", 2: "height", 3: "width"}
-    image = model.graph.inputs[0]
+    """Give the dynamic axes of the image readable names, and those of all values whose length is computed from them."""
     import onnx_ir
 
+    image, names = model.graph.inputs[0], {0: "batch", 2: "height", 3: "width"}
+    named = {str(getattr(image.shape[axis], "value", "")): names[axis] for axis in free}
     image.shape = onnx_ir.Shape(
         [names[axis] if axis in free else length for axis, length in enumerate(image.shape)]
     )
+    results = (value for node in model.graph.all_nodes() for value in node.outputs)
+    for value in (*model.graph.inputs[1:], *results):
+        if value.shape is not None:  # lengths are numbers, symbols of torch.export and expressions of these
+            lengths = (getattr(length, "value", length) for length in value.shape)
+            value.shape = onnx_ir.Shape(
+                [
+                    re.sub(r"\w+", lambda word: named.get(word[0], word[0]), length)
+                    if isinstance(length, str)
+                    else length
+                    for length in lengths
+                ]
+            )
 
 
 def _way_round(net: AdaptiveModel, level_map: bool) -> str:

@@ -196,6 +196,7 @@ def find_candidates(
         own_plan = plan(model, asked, region, image)
     except CannotConvert as error:
         sizes = _sizes(image, _SMALLER + (_LARGER if has_labels else ()), 32)
+        on_own_grid = on_own_grid or _with_floors(model, region, image)[: 1 if few else None]
         as_given = [Setting("given")] if few else [Setting("given"), Setting("compiled")]
         without = (*as_given, *(Setting("size", scale=s) for s in sizes), *on_own_grid)
         return Candidates(without, refusal=None if on_own_grid else error)

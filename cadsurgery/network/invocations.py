@@ -17,7 +17,7 @@ from cadsurgery.following.trace import evaluating
 from cadsurgery.masks.context import call_context, sized, sizes_in
 from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.provider import MaskProvider
-from cadsurgery.network.counters import CallingCounters
+from cadsurgery.network.counters import calling_counters
 from cadsurgery.network.input_refusals import misfit, wrong_for_weights, wrong_size
 from cadsurgery.network.program import Masked, Program
 from cadsurgery.support import device_checks
@@ -26,7 +26,7 @@ from cadsurgery.support.torch_internals import tree_map_only
 
 
 @dataclass(frozen=True)
-class Call:
+class Invocation:
     """The arguments of a call by the original's parameter names, with defaults, and how large the images of a padded
     batch are."""
 
@@ -35,7 +35,9 @@ class Call:
     sizes: Sequence[tuple[int, int]] | Tensor | None = None
 
     @classmethod
-    def of(cls, program: Program, args: Sequence[Any], kwargs: dict[str, Any], sizes: Any = None) -> Call:
+    def of(
+        cls, program: Program, args: Sequence[Any], kwargs: dict[str, Any], sizes: Any = None
+    ) -> Invocation:
         """Bind the arguments; without `sizes`, a `pixel_mask` among them may state them."""
         arguments = program.bind(*args, **kwargs)
         return cls(program, arguments, sizes or call_context().sizes or sizes_in(arguments))
@@ -98,7 +100,7 @@ def answer(program: Program, provider: MaskProvider, arguments: dict[str, Any]) 
     """Return output and lattice of a call with a mask: by the network's own graph where that gives the same, and after
     a first pass where the mask reads one. Tools that count work are told of each layer."""
     if program.is_counted:
-        program = program.interpreted_by(CallingCounters)
+        program = calling_counters(program)
     level = provider.uniform_level(program.plan.max_level)
     if level is not None and level == program.own_level:
         return program.run_original(level, arguments)
@@ -108,5 +110,5 @@ def answer(program: Program, provider: MaskProvider, arguments: dict[str, Any]) 
 
 def find_lattice(program: Program, masking: Any, arguments: dict[str, Any]) -> Lattice:
     """Compute the lattice of a masking in evaluation mode, running the network only as far as needed."""
-    with torch.no_grad(), evaluating(program.net), Call(program, arguments).explained():
+    with torch.no_grad(), evaluating(program.net), Invocation(program, arguments).explained():
         return program.ask(masking, program.before(arguments))

@@ -1,0 +1,511 @@
+"""Operators of ONNX written as plain torch operations, for every opset.
+
+Attributes that became inputs in a later opset are read from either.
+
+Operators that are not here are those of onnx2torch, or have a body of other operators in ONNX's own definitions. Each
+function takes the tracer, the operation and its inputs; None stands for an input that is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from cadsurgery.data.onnx_numbers import (
+    ARITHMETIC,
+    Numbers,
+    OnnxOperation,
+    OnnxTracer,
+    bounds_of,
+    keep,
+    numbers,
+    refuse_numbers,
+    shape_of,
+)
+from cadsurgery.support.errors import CannotConvert
+
+_TO_THE_END = 2**31 - 1  # ends of slices from here on mean the end of the axis
+_MODES = {"nearest": "nearest", "linear": "bilinear", "bilinear": "bilinear", "cubic": "bicubic"}
+_PADDINGS = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
+_AXES_AS_INPUT = 18  # opset from which the axes of reductions are an input
+
+
+def refuse(operation: OnnxOperation, why: str) -> CannotConvert:
+    """Return the error for an operator in a form that is not read."""
+    return CannotConvert(
+        f"the ONNX graph has {operation.type} in a form that is not read.",
+        where=str(operation),
+        why=why,
+        next="write this step with other operators, or load the network where it was trained: cs.adaptify(model).",
+    )
+
+
+def _whole(operation: OnnxOperation, stated: str, given: Any, default: Sequence[int] | None) -> Any:
+    """Return whole numbers that are an attribute in earlier opsets and an input in later ones."""
+    if given is not None:
+        return list(numbers(given).values)
+    return operation.attributes.get(stated, default)
+
+
+# -- arithmetic and activations --------------------------------------------------------------------------------------
+
+
+def _arithmetic(writer: OnnxTracer, operation: OnnxOperation, first: Any, second: Any) -> Any:
+    """Write arithmetic with a map; constants of a single value are numbers."""
+    if "axis" in operation.attributes and isinstance(second, Tensor):  # before opset 7: where its axes begin
+        behind = operation.rank - operation.attributes["axis"] % operation.rank - second.dim()
+        second = second.reshape(*second.shape, *[1] * behind)
+    of_numbers, of_tensors = ARITHMETIC[operation.type]
+    operands = [_as_operand(writer, operation, value) for value in (first, second)]
+    return (of_tensors if any(isinstance(value, Tensor) for value in operands) else of_numbers)(*operands)
+
+
+def _as_operand(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+    if isinstance(value, fx.Proxy) or (isinstance(value, Tensor) and value.numel() != 1):
+        return value
+    constant = numbers(value)
+    return constant.values[0] if len(constant.values) == 1 else refuse_numbers(writer, operation)
+
+
+def _of_several(writer: OnnxTracer, operation: OnnxOperation, *values: Any) -> Any:
+    """Write Sum, Mean, Max and Min of any number of maps and constants."""
+    if operation.type in ("Sum", "Mean"):
+        total = reduce(
+            lambda left, right: torch.add(left, _as_operand(writer, operation, right)), _map_first(values)
+        )
+        return total / len(values) if operation.type == "Mean" and len(values) > 1 else total
+    together: Callable[..., Any]
+    together, bound = (torch.maximum, "min") if operation.type == "Max" else (torch.minimum, "max")
+
+    def join(left: Any, other: Any) -> Any:
+        right: Any = _as_operand(writer, operation, other)
+        is_map = isinstance(right, fx.Proxy | Tensor)
+        return together(left, right) if is_map else left.clamp(**{bound: right})
+
+    return reduce(join, _map_first(values))
+
+
+def _map_first(values: Sequence[Any]) -> list[Any]:
+    return sorted(values, key=lambda value: not isinstance(value, fx.Proxy))
+
+
+def _clip(
+    writer: OnnxTracer, operation: OnnxOperation, value: Any, least: Any = None, most: Any = None
+) -> Any:
+    stated = [operation.attributes.get(name) for name in ("min", "max")]
+    low, high = (
+        known if bound is None else _as_operand(writer, operation, bound)
+        for bound, known in zip((least, most), stated, strict=True)
+    )
+    if low is None and high is None:
+        return value
+    if type(low) in (int, float) and low == 0 and high in (None, 6):
+        return F.relu(value) if high is None else F.relu6(value)
+    return torch.clamp(value, low, high)
+
+
+def _gelu(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+    return F.gelu(value, approximate=operation.text("approximate", "none"))
+
+
+def _mish(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+    return F.mish(value)
+
+
+def _prelu(writer: OnnxTracer, operation: OnnxOperation, value: Any, slope: Any) -> Any:
+    if not isinstance(slope, Tensor):
+        raise refuse(operation, "its slope is computed from the picture.")
+    if slope.numel() == 1:
+        return F.leaky_relu(value, slope.item())
+    if slope.dim() == 1 and operation.version < 7:  # of a channel
+        slope = slope.reshape(-1, *[1] * (operation.rank - 2))
+    place = slope.dim() - operation.rank + 1  # of the channels among its axes
+    if place in (0, 1) and slope.numel() == slope.shape[place] == operation.shape[1]:
+        return F.prelu(value, slope.flatten())
+    return torch.where(value >= 0, value, value * slope)
+
+
+def _threshold(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+    return F.threshold(value, operation.attributes.get("alpha", 1.0), 0.0)
+
+
+def _shrink(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+    bound, shift = (
+        operation.attributes.get(name, default) for name, default in (("lambd", 0.5), ("bias", 0.0))
+    )
+    return torch.where(value > bound, value - shift, torch.where(value < -bound, value + shift, value * 0))
+
+
+def _softmax(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+    """Write Softmax and LogSoftmax; before opset 13 they are of all axes from the stated one on."""
+    function = F.log_softmax if operation.type == "LogSoftmax" else F.softmax
+    axis = operation.attributes.get("axis", -1 if operation.version >= 13 else 1) % operation.rank
+    if operation.version >= 13 or axis == operation.rank - 1:
+        return function(value, axis)
+    if all(length == 1 for length in operation.shape[axis + 1 :]):
+        return function(value, axis)
+    sizes = [value.size(index) for index in range(operation.rank)]
+    return function(value.flatten(axis), -1).reshape(sizes)
+
+
+def _of_one_map(function: Callable[..., Any]) -> Callable[..., Any]:
+    def write(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+        return function(value)
+
+    return write
+
+
+# -- statistics ------------------------------------------------------------------------------------------------------
+
+
+def _reduce(writer: OnnxTracer, operation: OnnxOperation, value: Any, given: Any = None) -> Any:
+    axes = _whole(operation, "axes", given, None)
+    if not axes:
+        if operation.attributes.get("noop_with_empty_axes", 0):
+            return value
+        axes = list(range(operation.rank))
+    axes = sorted(axis % operation.rank for axis in axes)
+    return _REDUCTIONS[operation.type](value, axes, bool(operation.attributes.get("keepdims", 1)))
+
+
+def _product(value: Any, axes: Sequence[int], keepdim: bool) -> Any:
+    for axis in reversed(axes):
+        value = torch.prod(value, axis, keepdim=keepdim)
+    return value
+
+
+_REDUCTIONS: dict[str, Callable[[Any, list[int], bool], Any]] = {
+    "ReduceMax": lambda value, axes, keepdim: torch.amax(value, axes, keepdim=keepdim),
+    "ReduceMin": lambda value, axes, keepdim: torch.amin(value, axes, keepdim=keepdim),
+    "ReduceMean": lambda value, axes, keepdim: torch.mean(value, axes, keepdim=keepdim),
+    "ReduceSum": lambda value, axes, keepdim: torch.sum(value, axes, keepdim=keepdim),
+    "ReduceProd": _product,
+    "ReduceL1": lambda value, axes, keepdim: torch.sum(torch.abs(value), axes, keepdim=keepdim),
+    "ReduceL2": lambda value, axes, keepdim: torch.linalg.vector_norm(value, 2, axes, keepdim=keepdim),
+    "ReduceSumSquare": lambda value, axes, keepdim: torch.sum(value * value, axes, keepdim=keepdim),
+    "ReduceLogSum": lambda value, axes, keepdim: torch.log(torch.sum(value, axes, keepdim=keepdim)),
+    "ReduceLogSumExp": lambda value, axes, keepdim: torch.logsumexp(value, axes, keepdim=keepdim),
+}
+
+
+def _over_the_map(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+    """Write GlobalMaxPool, GlobalAveragePool and GlobalLpPool."""
+    axes = list(range(2, operation.rank))
+    if operation.type == "GlobalMaxPool":
+        return torch.amax(value, axes, keepdim=True)
+    if operation.type == "GlobalAveragePool":
+        return torch.mean(value, axes, keepdim=True)
+    return torch.linalg.vector_norm(value, operation.attributes.get("p", 2), axes, keepdim=True)
+
+
+def _lp_pool(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+    """Write LpPool as an average pooling of powers."""
+    given, power = operation.attributes, operation.attributes.get("p", 2)
+    kernel, pads = given["kernel_shape"], given.get("pads", [0, 0, 0, 0])
+    if (
+        operation.rank != 4
+        or operation.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+        or given.get("ceil_mode")
+    ):
+        raise refuse(operation, "it is read for maps of two axes, without auto_pad and ceil_mode.")
+    if any(step != 1 for step in given.get("dilations", ())):
+        raise refuse(operation, "windows with gaps are not read.")
+    powers = (
+        F.pad(torch.abs(value) ** power, [pads[1], pads[3], pads[0], pads[2]])
+        if any(pads)
+        else abs(value) ** power
+    )
+    mean = F.avg_pool2d(powers, kernel, given.get("strides", [1, 1]))
+    return (mean * (kernel[0] * kernel[1])) ** (1 / power)
+
+
+def _normalise_by_length(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+    given = operation.attributes
+    return F.normalize(value, given.get("p", 2), given.get("axis", -1) % operation.rank)
+
+
+def _layer_norm(
+    writer: OnnxTracer, operation: OnnxOperation, value: Any, scale: Any, shift: Any = None
+) -> Any:
+    axis, epsilon = (
+        operation.attributes.get("axis", -1) % operation.rank,
+        operation.attributes.get("epsilon", 1e-5),
+    )
+    if operation.outputs > 1 or not isinstance(scale, Tensor) or scale.dim() != operation.rank - axis:
+        raise refuse(operation, "it has a scale that is a constant of the normalised axes, and one output.")
+    return F.layer_norm(value, list(scale.shape), scale, shift, epsilon)
+
+
+def _group_norm(writer: OnnxTracer, operation: OnnxOperation, value: Any, scale: Any, shift: Any) -> Any:
+    groups, channels = operation.attributes["num_groups"], operation.shape[1]
+    if not isinstance(scale, Tensor) or not isinstance(shift, Tensor) or channels is None:
+        raise refuse(operation, "its scale and bias are no constants.")
+    if operation.version < 21:  # one for each group
+        scale, shift = (part.repeat_interleave(channels // groups) for part in (scale, shift))
+    return F.group_norm(value, groups, scale, shift, operation.attributes.get("epsilon", 1e-5))
+
+
+# -- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def _reshape(writer: OnnxTracer, operation: OnnxOperation, value: Any, shape: Any = None) -> Any:
+    sizes = list(_whole(operation, "shape", shape, []))
+    for axis, size in enumerate(sizes):
+        is_batch = axis == 0 and writer.batch is not None and size == writer.batch
+        if isinstance(size, int) and (size == 0 or is_batch):
+            sizes[axis] = value.size(axis)
+    return value.reshape(sizes)
+
+
+def _expand(writer: OnnxTracer, operation: OnnxOperation, value: Any, shape: Any) -> Any:
+    if isinstance(value, Numbers):
+        return refuse_numbers(writer, operation)
+    sizes, rank = numbers(shape).values, value.dim() if isinstance(value, Tensor) else operation.rank
+    sizes = (1,) * (rank - len(sizes)) + sizes
+    new = len(sizes) - rank
+    own = (-1 if isinstance(size, int) and size == 1 else size for size in sizes[new:])
+    return writer.create_proxy("call_method", "expand", (value, *sizes[:new], *own), {})
+
+
+def _tile(writer: OnnxTracer, operation: OnnxOperation, value: Any, repeats: Any) -> Any:
+    return value.repeat(*numbers(repeats).values)
+
+
+def _squeeze(writer: OnnxTracer, operation: OnnxOperation, value: Any, given: Any = None) -> Any:
+    axes = _whole(operation, "axes", given, None)
+    if axes is None:
+        axes = [axis for axis, length in enumerate(operation.shape) if length == 1]
+    for axis in sorted((axis % operation.rank for axis in axes), reverse=True):
+        value = value.squeeze(axis)
+    return value
+
+
+def _unsqueeze(writer: OnnxTracer, operation: OnnxOperation, value: Any, given: Any = None) -> Any:
+    axes = _whole(operation, "axes", given, [])
+    rank = len(axes) + (value.dim() if isinstance(value, Tensor) else operation.rank)
+    for axis in sorted(axis % rank for axis in axes):
+        value = value.unsqueeze(axis)
+    return value
+
+
+def _slice(writer: OnnxTracer, operation: OnnxOperation, value: Any, *bounds: Any) -> Any:
+    firsts, lasts, places, strides = bounds_of(operation, *bounds)
+    parts, turned = {}, []
+    for axis, first, last, stride in zip(places, firsts, lasts, strides, strict=True):
+        ends_there = isinstance(last, int) and last >= _TO_THE_END
+        end = None if ends_there else last
+        if stride < 0:  # from behind; ends before the first sample mean all of them
+            if not (isinstance(first, int) and isinstance(last, int)):
+                return refuse_numbers(writer, operation)
+            first, end = _from_behind(operation, axis % operation.rank, first, last)
+            turned.append(axis % operation.rank)
+        parts[axis % operation.rank] = slice(first, end, abs(stride))
+    if turned:
+        value = value.flip(turned)
+        if all((part.start, part.stop, part.step) == (0, None, 1) for part in parts.values()):
+            return value
+    return value[tuple(parts.get(axis, slice(None)) for axis in range(max(parts) + 1))]
+
+
+def _from_behind(operation: OnnxOperation, axis: int, first: int, last: int) -> tuple[int, int | None]:
+    """Return start and end of a slice with a negative step, on the axis turned round."""
+    length = operation.shape[axis]
+    if length is not None:
+        first, last = (
+            max(bound + length if bound < 0 else min(bound, length - 1), -1) for bound in (first, last)
+        )
+        return length - 1 - first, length - 1 - last
+    if first >= _TO_THE_END:
+        first = -1
+    if first >= 0 or last >= 0:
+        raise refuse(operation, "it runs backwards from a place that depends on the map's size.")
+    return -1 - first, None if last < -(2**15) else -1 - last
+
+
+def _pad(
+    writer: OnnxTracer,
+    operation: OnnxOperation,
+    value: Any,
+    pads: Any = None,
+    constant: Any = None,
+    given_axes: Any = None,
+) -> Any:
+    widths, mode = list(_whole(operation, "pads", pads, [])), operation.text("mode", "constant")
+    rank = operation.rank
+    if given_axes is not None:
+        stated, widths, listed = list(numbers(given_axes).values), [0] * (2 * rank), widths
+        for index, axis in enumerate(stated):
+            widths[axis % rank], widths[axis % rank + rank] = listed[index], listed[index + len(stated)]
+    axes = rank
+    while axes > 1 and all(
+        isinstance(width, int) and width == 0 for width in (widths[rank - axes], widths[-axes])
+    ):
+        axes -= 1  # torch's widths begin with the last axis
+    torch_widths = [
+        width for axis in range(1, axes + 1) for width in (widths[rank - axis], widths[len(widths) - axis])
+    ]
+    filling = operation.attributes.get("value") if constant is None else numbers(constant).values[0]
+    return F.pad(value, torch_widths, _PADDINGS[mode], filling if mode == "constant" else None)
+
+
+def _split(writer: OnnxTracer, operation: OnnxOperation, value: Any, split: Any = None) -> Any:
+    axis, lengths = operation.attributes.get("axis", 0), _whole(operation, "split", split, None)
+    return value.chunk(operation.outputs, axis) if lengths is None else value.split(list(lengths), axis)
+
+
+def _depth_to_space(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+    """Write DepthToSpace; where the place is the slower part of a channel's number (DCR), channels are shuffled."""
+    block = operation.attributes["blocksize"]
+    if operation.text("mode", "DCR") == "DCR":
+        value = F.channel_shuffle(value, block * block)
+    return F.pixel_shuffle(value, block)
+
+
+def _space_to_depth(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+    if operation.shape[1] is None:
+        raise refuse(operation, "the number of its channels is not known.")
+    return F.channel_shuffle(F.pixel_unshuffle(value, operation.attributes["blocksize"]), operation.shape[1])
+
+
+def _topk(writer: OnnxTracer, operation: OnnxOperation, value: Any, count: Any = None) -> Any:
+    given = operation.attributes
+    number = given["k"] if count is None else numbers(count).values[0]
+    return torch.topk(
+        value, number, given.get("axis", -1), bool(given.get("largest", 1)), bool(given.get("sorted", 1))
+    )
+
+
+def _first_alone(writer: OnnxTracer, operation: OnnxOperation, value: Any, *more: Any) -> Any:
+    return value
+
+
+def _cast(writer: OnnxTracer, operation: OnnxOperation, value: Any, *more: Any) -> Any:
+    from onnx2torch.node_converters.cast import TENSOR_TYPE_TO_TORCH_TYPE
+
+    kind = TENSOR_TYPE_TO_TORCH_TYPE.get(operation.attributes["to"])
+    if kind is None:
+        raise refuse(operation, f"torch has no type for ONNX's number {operation.attributes['to']}.")
+    return value.to(kind)
+
+
+# -- other sizes -----------------------------------------------------------------------------------------------------
+
+
+def _resize(writer: OnnxTracer, operation: OnnxOperation, value: Any, *more: Any) -> Any:
+    """Write Resize, and Upsample, which is Resize of opset 10 under another name."""
+    is_first = operation.type == "Upsample" or operation.version < 11  # scales alone, places by their corners
+    names = ("scales",) if is_first else ("roi", "scales", "sizes")
+    given = dict(zip(names, more, strict=False))
+    if "scales" in operation.attributes:
+        given["scales"] = Numbers(tuple(operation.attributes["scales"]), is_float=True)
+    sizes, scales = (
+        list(numbers(given[name]).values) if given.get(name) is not None else []
+        for name in ("sizes", "scales")
+    )
+    axes = [axis % operation.rank for axis in operation.attributes.get("axes", range(operation.rank))]
+    mode = operation.text("mode", "nearest")
+    places = "asymmetric" if is_first else operation.text("coordinate_transformation_mode", "half_pixel")
+    rounding = "floor" if is_first else operation.text("nearest_mode", "round_prefer_floor")
+    if operation.rank != 4 or mode not in _MODES or not (sizes or scales):
+        raise refuse(operation, f"mode {mode} of {operation.rank} axes is not read.")
+    if operation.text("keep_aspect_ratio_policy", "stretch") != "stretch" or places == "tf_crop_and_resize":
+        raise refuse(operation, "only resizes of the whole map to sizes or by factors are read.")
+    stated = dict(zip(axes, sizes or scales, strict=True))
+    if not sizes and any(
+        isinstance(stated.get(axis), fx.Proxy) or stated.get(axis, 1) != 1 for axis in (0, 1)
+    ):
+        raise refuse(operation, "it resizes channels or the batch.")
+    options: dict[str, Any] = (
+        {"size": [stated[axis] if axis in stated else value.size(axis) for axis in (2, 3)]}
+        if sizes
+        else {"scale_factor": [stated.get(axis, 1.0) for axis in (2, 3)]}
+    )
+    return _interpolate(operation, value, options, mode, places, rounding)
+
+
+def _interpolate(
+    operation: OnnxOperation, value: Any, options: dict[str, Any], mode: str, places: str, rounding: str
+) -> Any:
+    scales = options.get("scale_factor", ())
+    known = all(isinstance(scale, (int, float)) for scale in scales)
+    is_whole = bool(scales) and known and all(float(scale).is_integer() for scale in scales)
+    options["mode"] = _MODES[mode]
+    if mode == "nearest":
+        if places == "align_corners" or (
+            known and scales and places == "asymmetric" and not _is_floor(scales, rounding)
+        ):
+            raise refuse(operation, f"nearest samples by {places} and {rounding} are not those of torch.")
+        if "half_pixel" in places and not is_whole:  # at whole factors the two are the same
+            options["mode"] = "nearest-exact"
+        return F.interpolate(value, **options)
+    if operation.attributes.get("antialias"):
+        options["antialias"] = True
+    if places != "asymmetric":
+        options["align_corners"] = places == "align_corners"
+        return F.interpolate(value, **options)
+    if mode not in ("linear", "bilinear") or (scales and not is_whole):
+        raise refuse(operation, f"mode {mode} by {places} is read for whole factors of linear resizes.")
+    # Places k / s are those of corners that meet on a map that is longer by one sample, less the last one.
+    sizes = options.get("size") or [value.size(axis + 2) * int(scale) for axis, scale in enumerate(scales)]
+    longer = F.pad(value, (0, 1, 0, 1), "replicate")
+    result = F.interpolate(longer, size=[size + 1 for size in sizes], mode="bilinear", align_corners=True)
+    return result[:, :, :-1, :-1]
+
+
+def _is_floor(scales: Sequence[Any], rounding: str) -> bool:
+    """True if nearest samples at k / scale are those below: of halves, rounding prefers the lower one."""
+    is_exact = all((2 / float(scale)).is_integer() for scale in scales)
+    return rounding == "floor" or (rounding == "round_prefer_floor" and is_exact)
+
+
+def _sample(writer: OnnxTracer, operation: OnnxOperation, value: Any, grid: Any) -> Any:
+    mode = _MODES.get(operation.text("mode", "linear"), "bilinear")
+    is_aligned = bool(operation.attributes.get("align_corners", 0))
+    return F.grid_sample(value, grid, mode, operation.text("padding_mode", "zeros"), is_aligned)
+
+
+OF_MAPS: dict[str, Callable[..., Any]] = {
+    "Shape": shape_of,
+    "Size": shape_of,
+    "Identity": keep,
+    "Dropout": _first_alone,
+    "Cast": _cast,
+    "Clip": _clip,
+    "Gelu": _gelu,
+    "Mish": _mish,
+    "PRelu": _prelu,
+    "ThresholdedRelu": _threshold,
+    "Shrink": _shrink,
+    **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
+    "Cosh": _of_one_map(torch.cosh),
+    "Sinh": _of_one_map(torch.sinh),
+    "Acosh": _of_one_map(torch.acosh),
+    "Asinh": _of_one_map(torch.asinh),
+    "Atanh": _of_one_map(torch.atanh),
+    **dict.fromkeys(("Sum", "Mean", "Max", "Min"), _of_several),
+    **dict.fromkeys(_REDUCTIONS, _reduce),
+    **dict.fromkeys(("GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"), _over_the_map),
+    "LpPool": _lp_pool,
+    "LpNormalization": _normalise_by_length,
+    "LayerNormalization": _layer_norm,
+    "GroupNormalization": _group_norm,
+    "Reshape": _reshape,
+    "Expand": _expand,
+    "Tile": _tile,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
+    "Slice": _slice,
+    "Pad": _pad,
+    "Split": _split,
+    "DepthToSpace": _depth_to_space,
+    "TopK": _topk,
+    "SpaceToDepth": _space_to_depth,
+    **dict.fromkeys(("Resize", "Upsample"), _resize),
+    "GridSample": _sample,
+    **dict.fromkeys(ARITHMETIC, _arithmetic),
+}

@@ -1,0 +1,314 @@
+"""Operators of ONNX in each opset in which they mean something new: read, and equal to ONNX Runtime at two sizes.
+
+What is not read is refused with the operator's name, never computed as something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import cadsurgery as cs
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnx2torch")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+FIRST, LAST = 6, 23
+CHANNELS = 8
+SIZES = ((1, 3, 40, 56), (2, 3, 32, 64))
+MAP, OTHER = "map", "other"  # maps that the operator reads
+WINDOW = {"kernel_shape": [3, 3]}
+SCALE, SHIFT = (np.linspace(start, 1.2, CHANNELS, dtype="f") for start in (0.4, -0.5))
+
+
+def per_channel(*shape: int) -> np.ndarray:
+    return np.linspace(0.1, 0.5, CHANNELS, dtype="f").reshape(shape)
+
+
+# A row: the operator, and what it is given by the names of ONNX's own definitions, as attributes or as inputs, as the
+# opset has them. `of` lists the maps that it reads.
+Row = tuple[str, dict[str, Any]]
+OPERATORS: dict[str, Row] = {
+    **{
+        kind: (kind, {})
+        for kind in (
+            *(
+                "Abs",
+                "Neg",
+                "Exp",
+                "Sign",
+                "Sin",
+                "Cos",
+                "Atan",
+                "Sinh",
+                "Cosh",
+                "Asinh",
+                "Tanh",
+                "Erf",
+                "Floor",
+                "Ceil",
+            ),
+            *(
+                "Relu",
+                "Sigmoid",
+                "Elu",
+                "Selu",
+                "Celu",
+                "HardSigmoid",
+                "HardSwish",
+                "LeakyRelu",
+                "Softplus",
+                "Softsign",
+            ),
+            *(
+                "Gelu",
+                "Mish",
+                "ThresholdedRelu",
+                "Shrink",
+                "Identity",
+                "Dropout",
+                "Reciprocal",
+                "Round",
+                "Softmax",
+            ),
+            *(
+                "LogSoftmax",
+                "MeanVarianceNormalization",
+                "GlobalMaxPool",
+                "GlobalAveragePool",
+                "GlobalLpPool",
+            ),
+        )
+    },
+    "Gelu tanh": ("Gelu", {"approximate": "tanh"}),
+    "Softmax of channels": ("Softmax", {"axis": 1}),
+    "Softmax of columns": ("Softmax", {"axis": 3}),
+    "Clip": ("Clip", {"min": np.float32(-0.3), "max": np.float32(0.4)}),
+    "Clip from below": ("Clip", {"min": np.float32(-0.3)}),
+    "Clip from above": ("Clip", {"max": np.float32(0.4)}),
+    "Clip to 6": ("Clip", {"min": np.float32(0), "max": np.float32(6)}),
+    "PRelu of channels": ("PRelu", {"slope": per_channel(CHANNELS, 1, 1)}),
+    "PRelu of a value": ("PRelu", {"slope": np.array([0.3], dtype="f")}),
+    "PRelu of a batch": ("PRelu", {"slope": per_channel(1, CHANNELS, 1, 1)}),
+    **{
+        f"{kind} of {name}": (kind, {"of": of, **more})
+        for kind in ("Sum", "Max", "Min", "Mean")
+        for name, of, more in (
+            ("two", [MAP, OTHER], {}),
+            ("three", [MAP, OTHER, "third"], {}),
+            ("one", [MAP], {}),
+            ("a constant", [MAP], {"constant": np.array([0.2], dtype="f")}),
+            ("channels", [MAP], {"constant": per_channel(1, CHANNELS, 1, 1)}),
+        )
+    },
+    **{kind: (kind, {"of": [MAP, OTHER]}) for kind in ("Add", "Sub", "Mul", "Div")},
+    **{
+        f"{kind} over {name}": (kind, {"axes": axes, **more})
+        for kind in (
+            "ReduceMax",
+            "ReduceMin",
+            "ReduceMean",
+            "ReduceSum",
+            "ReduceL1",
+            "ReduceL2",
+            "ReduceSumSquare",
+        )
+        for name, axes, more in (
+            ("channels", [1], {}),
+            ("the map", [2, 3], {}),
+            ("rows, which go", [-2], {"keepdims": 0}),
+        )
+    },
+    "ReduceLogSumExp": ("ReduceLogSumExp", {"axes": [1]}),
+    "ReduceProd": ("ReduceProd", {"axes": [1]}),
+    "ReduceMean over all": ("ReduceMean", {}),
+    "DepthToSpace DCR": ("DepthToSpace", {"blocksize": 2}),
+    "DepthToSpace CRD": ("DepthToSpace", {"blocksize": 2, "mode": "CRD"}),
+    "SpaceToDepth": ("SpaceToDepth", {"blocksize": 2}),
+    "MaxPool": ("MaxPool", WINDOW | {"strides": [2, 2], "pads": [1] * 4}),
+    "MaxPool dilated": ("MaxPool", WINDOW | {"dilations": [2, 2], "pads": [2] * 4}),
+    "MaxPool on one side": ("MaxPool", WINDOW | {"strides": [2, 2], "pads": [0, 0, 1, 1]}),
+    "MaxPool to the end": ("MaxPool", WINDOW | {"strides": [2, 2], "ceil_mode": 1}),
+    "MaxPool same": ("MaxPool", WINDOW | {"strides": [2, 2], "auto_pad": "SAME_UPPER"}),
+    "AveragePool": ("AveragePool", WINDOW | {"pads": [1] * 4}),
+    "AveragePool with padding": ("AveragePool", WINDOW | {"pads": [1] * 4, "count_include_pad": 1}),
+    "AveragePool on one side": (
+        "AveragePool",
+        {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [0, 0, 1, 1]},
+    ),
+    "AveragePool on the other side": ("AveragePool", WINDOW | {"strides": [2, 2], "pads": [1, 0, 0, 0]}),
+    "AveragePool wide": ("AveragePool", WINDOW | {"pads": [2] * 4, "count_include_pad": 1}),
+    "LpPool": ("LpPool", {"kernel_shape": [2, 2], "strides": [2, 2], "p": 2}),
+    "LpPool padded": ("LpPool", WINDOW | {"pads": [1] * 4, "p": 3}),
+    "LpNormalization": ("LpNormalization", {"axis": 1, "p": 2}),
+    "LpNormalization of sums": ("LpNormalization", {"axis": 1, "p": 1}),
+    "LRN": ("LRN", {"size": 3}),
+    "LayerNormalization": ("LayerNormalization", {"axis": 1, "Scale": np.ones((CHANNELS, 4, 4), dtype="f")}),
+    "GroupNormalization": ("GroupNormalization", {"num_groups": 2, "scale": SCALE, "bias": SHIFT}),
+    "InstanceNormalization": ("InstanceNormalization", {"scale": SCALE, "B": SHIFT}),
+    "BatchNormalization": (
+        "BatchNormalization",
+        {"scale": SCALE, "B": SHIFT, "mean": SHIFT, "input_mean": SHIFT, "var": SCALE, "input_var": SCALE},
+    ),
+    "Slice": ("Slice", {"starts": [1, 0], "ends": [-1, 2**31 - 1], "axes": [2, 1], "steps": [2, 1]}),
+    "Slice backwards": ("Slice", {"starts": [-1], "ends": [-9999], "axes": [1], "steps": [-1]}),
+    "Slice of columns backwards": ("Slice", {"starts": [-1], "ends": [-(2**31)], "axes": [3], "steps": [-2]}),
+    "Pad": ("Pad", {"pads": [0, 0, 1, 2, 0, 0, 2, 1]}),
+    "Pad with a value": (
+        "Pad",
+        {"pads": [0, 0, 1, 2, 0, 0, 2, 1], "value": 0.5, "constant_value": np.float32(0.5)},
+    ),
+    "Pad by mirrors": ("Pad", {"pads": [0, 0, 1, 2, 0, 0, 2, 1], "mode": "reflect"}),
+    "Pad by the edge": ("Pad", {"pads": [0, 0, 1, 2, 0, 0, 2, 1], "mode": "edge"}),
+    "Pad channels": ("Pad", {"pads": [0, 1, 0, 0, 0, 2, 0, 0]}),
+    "Split": ("Split", {"axis": 1, "split": [3, 5]}),
+    "Squeeze and Unsqueeze": ("Unsqueeze", {"axes": [0, -1]}),
+    "Reshape": ("Reshape", {"shape": [0, 2, -1]}),
+    "Transpose": ("Transpose", {"perm": [0, 2, 3, 1]}),
+    "Flatten": ("Flatten", {"axis": 2}),
+    "Tile": ("Tile", {"repeats": [1, 1, 2, 1]}),
+    "Expand": ("Expand", {"shape": [2, 1, 1, 1, 1]}),
+    "Concat": ("Concat", {"axis": 1, "of": [MAP, OTHER]}),
+    "Cast": ("Cast", {"to": 1}),
+    "ArgMax": ("ArgMax", {"axis": 1}),
+    "TopK": ("TopK", {"axis": 1, "k": 2, "K": [2]}),
+    "Conv on one side": (
+        "Conv",
+        {
+            "W": np.linspace(-1, 1, CHANNELS * CHANNELS * 9, dtype="f").reshape(CHANNELS, CHANNELS, 3, 3),
+            "pads": [0, 1, 2, 1],
+        },
+    ),
+    "ConvTranspose on one side": (
+        "ConvTranspose",
+        {
+            "W": np.linspace(-1, 1, CHANNELS * 2 * 9, dtype="f").reshape(CHANNELS, 2, 3, 3),
+            "pads": [0, 1, 1, 1],
+            "strides": [2, 2],
+        },
+    ),
+    "Upsample": ("Upsample", {"scales": [1.0, 1.0, 2.0, 2.0], "mode": "nearest"}),
+    "Upsample linear": ("Upsample", {"scales": [1.0, 1.0, 2.0, 2.0], "mode": "linear"}),
+    **{
+        f"Resize {mode} {places} {rounding} by {factor}": (
+            "Resize",
+            {
+                "scales": [1.0, 1.0, factor, factor],
+                "mode": mode,
+                "coordinate_transformation_mode": places,
+                "nearest_mode": rounding,
+            },
+        )
+        for mode, places, rounding in (
+            ("nearest", "half_pixel", "round_prefer_floor"),
+            ("nearest", "asymmetric", "floor"),
+            ("nearest", "asymmetric", "round_prefer_floor"),
+            ("linear", "half_pixel", "round_prefer_floor"),
+            ("linear", "asymmetric", "round_prefer_floor"),
+            ("linear", "align_corners", "round_prefer_floor"),
+            ("linear", "pytorch_half_pixel", "round_prefer_floor"),
+            ("cubic", "half_pixel", "round_prefer_floor"),
+        )
+        for factor in (2.0, 3.0)
+    },
+}
+# Refused in words; everything else above is read.
+REFUSED = {"Resize nearest asymmetric round_prefer_floor by 3.0"}
+
+
+def schema_of(kind: str, opset: int) -> Any:
+    try:
+        schema = onnx.defs.get_schema(kind, max_inclusive_version=opset, domain="")
+    except onnx.defs.SchemaError:
+        return None
+    return None if schema.deprecated or schema.since_version > opset else schema
+
+
+def versions(kind: str) -> Iterator[int]:
+    """Yield the opsets in which an operator got another meaning, and the last one."""
+    found = {
+        schema.since_version: opset
+        for opset in range(LAST, FIRST - 1, -1)
+        if (schema := schema_of(kind, opset))
+    }
+    yield from sorted({*found.values()} | ({LAST} if schema_of(kind, LAST) else set()))
+
+
+def write(path: Path, kind: str, given: dict[str, Any], opset: int) -> Path:
+    """Write a convolution and an operator behind it, given what this opset has attributes or inputs for."""
+    schema, held, options = schema_of(kind, opset), [], {}
+
+    def hold(value: Any) -> str:
+        held.append(onnx.numpy_helper.from_array(np.asarray(value), f"constant{len(held)}"))
+        return held[-1].name
+
+    random = np.random.default_rng(0)
+    kernels = {
+        name: random.standard_normal((CHANNELS, 3, 3, 3)).astype("f") / 3 for name in (MAP, OTHER, "third")
+    }
+    if kind in ("Div", "Reciprocal"):  # divisors near zero magnify rounding
+        given = given | {"of": [*given.get("of", [MAP])[:-1], "far"]}
+    nodes = [
+        onnx.helper.make_node("Conv", ["image", hold(kernel)], [name], pads=[1] * 4)
+        for name, kernel in kernels.items()
+    ]
+    nodes.append(onnx.helper.make_node("HardSigmoid", [OTHER], ["far"], alpha=0.02))
+    inputs = list(given.get("of", [MAP]))
+    if kind == "Expand":
+        nodes.append(onnx.helper.make_node("ReduceMean", [MAP], ["small"], keepdims=1))
+        inputs = ["small"]
+    if "constant" in given:
+        inputs.append(hold(given["constant"]))
+    names = [one.name for one in schema.inputs]
+    for name, value in given.items():
+        if name in schema.attributes:
+            options[name] = value.item() if isinstance(value, np.generic) else value
+        elif name in names and name not in ("of", "constant"):
+            inputs += [""] * (names.index(name) + 1 - len(inputs))
+            is_float = isinstance(value, (np.ndarray, np.generic, float)) or isinstance(value[0], float)
+            inputs[names.index(name)] = hold(np.asarray(value, dtype=np.float32 if is_float else np.int64))
+    outputs = ["output", "rest"] if kind in ("TopK", "Split") else ["output"]
+    nodes.append(onnx.helper.make_node(kind, inputs, outputs, **options))
+    image = onnx.helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, ["n", 3, "h", "w"])
+    results = [onnx.ValueInfoProto(name="output")]
+    graph = onnx.helper.make_graph(nodes, "graph", [image], results, initializer=held)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
+    onnx.save(model, path)
+    return path
+
+
+CASES = [
+    pytest.param(name, opset, marks=() if opset == max(versions(kind)) else pytest.mark.slow)
+    for name, (kind, given) in OPERATORS.items()
+    for opset in versions(kind)
+    if not (opset < 10 and "steps" in given) and not (opset == 10 and given.get("mode") == "cubic")
+]
+
+
+@pytest.mark.parametrize(("name", "opset"), CASES)
+def test_an_operator_is_read_as_onnx_runtime_computes_it(name: str, opset: int, tmp_path: Path) -> None:
+    kind, given = OPERATORS[name]
+    path = write(tmp_path / "net.onnx", kind, given, opset)
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        expected = [session.run(None, {"image": torch.randn(size).numpy()}) for size in SIZES]
+    except Exception as error:
+        pytest.skip(f"ONNX Runtime does not run it: {str(error)[:80]}")
+    if name in REFUSED and opset > 10:
+        with pytest.raises(cs.CannotConvert, match=kind):
+            cs.build_model(str(path))
+        return
+    network = cs.build_model(str(path))
+    for size in SIZES:
+        image = torch.randn(size)
+        expected = torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+        found = network(image)
+        found = found if isinstance(found, torch.Tensor) else found[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
