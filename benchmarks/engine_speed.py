@@ -39,12 +39,12 @@ from cadsurgery.data.images import street_scene
 from cadsurgery.kernels import isa
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export import onnx
-from cadsurgery.network.export.dense_file import write_dense
 from cadsurgery.network.export.engines import ENGINES, engine_for
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.support.files import make_folder, write_whole
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
+from cadsurgery.tasks.sides.dense_file import write_dense
 from cadsurgery.tasks.sides.engine_sides import scaled_size
 
 RESULTS = Path(__file__).parents[1] / "docs" / "engines.json"

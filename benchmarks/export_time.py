@@ -107,12 +107,10 @@ def watched(clock: Clock) -> Iterator[None]:
         for module, name, step in STEPS:
             *owners, attribute = name.split(".")
             owner = functools.reduce(getattr, owners, importlib.import_module(module))
-            own = vars(owner)[attribute]
-            timed: Any = clock.timed(own.__func__ if isinstance(own, classmethod) else own, step)
+            own, is_for_class = getattr(owner, attribute), isinstance(vars(owner)[attribute], classmethod)
+            timed: Any = clock.timed(own.__func__ if is_for_class else own, step)
             stack.enter_context(
-                mock.patch.object(
-                    owner, attribute, classmethod(timed) if isinstance(own, classmethod) else timed
-                )
+                mock.patch.object(owner, attribute, classmethod(timed) if is_for_class else timed)
             )
         yield
 

@@ -26,10 +26,10 @@ from torch import Tensor
 import cadsurgery as cs
 from benchmarks import networks
 from cadsurgery.network.dense_twin import dense_twin
-from cadsurgery.network.export.dense_file import write_dense
 from cadsurgery.network.export.engines import ENGINES, engine_for
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
+from cadsurgery.tasks.sides.dense_file import write_dense
 
 SHARES = (0.1, 0.3, 0.6)
 

@@ -52,6 +52,7 @@ from cadsurgery.elements.functional import Elements, conv2d
 from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.network.dense_twin import dense_twin
+from cadsurgery.network.invocations import find_lattice
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
 
@@ -222,9 +223,9 @@ def measure_maps(options: argparse.Namespace) -> Iterator[Line]:
             torch.cuda.set_sync_debug_mode("default")
             waits = sum("synchroniz" in str(one.message) for one in caught)
         program = fast.program
-        lattice = program.find_lattice(program.masking(fast.mask), x)
+        lattice = find_lattice(program, program.masking(fast.mask), program.bind(x))
         sides = {
-            "mask, lattice, stem": lambda: program.find_lattice(program.masking(fast.mask), x),
+            "mask, lattice, stem": lambda: find_lattice(program, program.masking(fast.mask), program.bind(x)),
             "whole call": lambda: fast(x),
             "recorded call": lambda: recorded(x),
             "lattice kept": lambda: program(lambda *_: lattice, program.bind(x)),

@@ -465,57 +465,6 @@ class Emulation:
         data = out.flatten(1, 2) + (0 if bias is None else bias[:, None, None])
         return Feature(fill_cells(data, self.side(stage, (size[0], size[1]))), stage, step)
 
-    def max_pool_taps(
-        self,
-        x: Feature,
-        kernel: tuple[int, int],
-        *,
-        stride: int,
-        dilation: tuple[int, int],
-        padding: Padding,
-        spacing: int,
-    ) -> Tensor:
-        """Which tap of its window each value of `max_pool` is, by number, at every pixel; the first of equals."""
-        padded = self._padded(self.read(x), kernel, dilation, padding, spacing, -torch.inf)
-        height, width = x.size
-        taps = [
-            padded[:, :, v : v + height, h : h + width]
-            for v in range(0, spacing * dilation[0] * kernel[0], spacing * dilation[0])
-            for h in range(0, spacing * dilation[1] * kernel[1], spacing * dilation[1])
-        ]
-        return torch.stack(taps).max(0).indices
-
-    def unpool(
-        self, x: Feature, taps: Tensor, *, stage: int, side: int, samples: Any, spacing: int
-    ) -> Feature:
-        """Values where their taps say, zeros else: a transposed convolution, with windows side by side, of the values
-        of each tap apart, which gives each tap of a window its own.
-
-        Args:
-            taps: (B, C, H, W) of the cells that x is of.
-            side: of the windows.
-            samples: (height, width) of the result on the network's own grid.
-        """
-        numbers = torch.arange(side * side).view(1, 1, -1, 1, 1)
-        apart = torch.where(taps.unsqueeze(2) == numbers, x.data.unsqueeze(2), 0).flatten(1, 2)
-        weight = (
-            torch.eye(side * side, dtype=x.data.dtype)
-            .view(-1, 1, side, side)
-            .repeat(x.data.shape[1], 1, 1, 1)
-        )
-        more = tuple(n - -(-length // spacing) * side for n, length in zip(samples, x.size, strict=True))
-        return self.transposed(
-            Feature(apart, x.stage, x.stride),
-            weight,
-            None,
-            stage=stage,
-            stride=side,
-            padding=(0, 0),
-            more=more,
-            spacing=spacing,
-            groups=x.data.shape[1],
-        )
-
     def unshuffle(self, x: Feature, factor: int, *, stage: int, spacing: int) -> Feature:
         """Space to depth: the values under a window side by side in the channels, zeros outside the map."""
         size = self.fine_size(x, (factor, factor), factor, (1, 1), (0, 0, 0, 0), spacing)

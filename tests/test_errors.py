@@ -126,11 +126,6 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[cs.CadError], list[str]]] =
         cs.FileError,
         ["no file", "nothing.pth"],
     ),
-    "an unknown counting rule": (
-        lambda: adapted().macs(IMAGE, rule="flops"),
-        cs.UnknownName,
-        ["flops", "conv", "published"],
-    ),
     "an unknown node of a plan": (lambda: adapted().plan["outpt"], cs.UnknownName, ["outpt", "output"]),
     "levels before a call": (lambda: adapted().levels, cs.InvalidInput, ["not run yet", "net(x)"]),
     "the kept share before a call": (lambda: adapted().active_fraction, cs.InvalidInput, ["not run yet"]),

@@ -114,7 +114,7 @@ def macs(
     if isinstance(report, dict):
         shape, whole = "x".join(map(str, report["shape"])), report["macs"]["dense"]
         left = describe_not_counted(tuple(report["not_counted"]))
-        text = "\n".join(filter(None, (f"MACs on {shape} ({options.rule} rule): {whole:.5e}", left)))
+        text = "\n".join(filter(None, (f"MACs on {shape}: {whole:.5e}", left)))
         screen.show(report, text, as_json)
         return
     values = report.to_dict(layers=not options.total) if isinstance(report, MacReport) else report.to_dict()

@@ -82,11 +82,10 @@ def _of_several(writer: OnnxTracer, operation: OnnxOperation, *values: Any) -> A
     together: Callable[..., Any]
     together, bound = (torch.maximum, "min") if operation.type == "Max" else (torch.minimum, "max")
 
-    def join(left: Any, right: Any) -> Any:
-        right = _as_operand(writer, operation, right)
-        return (
-            together(left, right) if isinstance(right, (fx.Proxy, Tensor)) else left.clamp(**{bound: right})
-        )
+    def join(left: Any, other: Any) -> Any:
+        right: Any = _as_operand(writer, operation, other)
+        is_map = isinstance(right, fx.Proxy | Tensor)
+        return together(left, right) if is_map else left.clamp(**{bound: right})
 
     return reduce(join, _map_first(values))
 

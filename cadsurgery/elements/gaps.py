@@ -33,7 +33,7 @@ _ONE_RESOLUTION = Geometry((), fill="nearest")
 
 
 def gaussian_fill(
-    x: Tensor, mask: Tensor, width: float | Tensor, normalised: bool = False, floor: Tensor | None = None
+    x: Tensor, mask: Tensor, width: float | Tensor, normalised: bool = False, baseline: Tensor | None = None
 ) -> Tensor:
     """Fill the positions of a map outside a mask from positions inside: m x + (1 - m) G * (m x); see this module.
 
@@ -43,7 +43,7 @@ def gaussian_fill(
         width: w, a number or a tensor without dimensions. A larger w gives a narrower Gaussian; both methods
             start from 3. Gradients flow to it.
         normalised: divide by the weights of the computed neighbours rather than by a constant, see this module.
-        floor: (C,), baseline of the values: positions far from all computed positions get it; default zero.
+        baseline: (C,), what values are measured from: positions far from all computed positions get it; default zero.
 
     Raises:
         InvalidInput: shapes or types that do not fit.
@@ -64,11 +64,11 @@ def gaussian_fill(
     if source.count == whole.count and is_hard and not (isinstance(width, Tensor) and width.requires_grad):
         return x
     is_soft = not is_hard and (mask.requires_grad or source.count == whole.count)
-    if is_soft and normalised and floor is None:  # every position has a share, as in the training of gates
+    if is_soft and normalised and baseline is None:  # every position has a share, as in the training of gates
         return _fill_by_convolution(x, mask.unsqueeze(1).to(x), _gaussian(width, normalised, x))
     rows = as_rows(x).index_select(0, source.anchors)
     shares = None if is_hard else mask.flatten()[source.anchors]
-    filled = fill_gaps(Elements(rows, source), whole, width, normalised, floor, shares).rows
+    filled = fill_gaps(Elements(rows, source), whole, width, normalised, baseline, shares).rows
     return as_map(filled, mask.shape[0], (mask.shape[1], mask.shape[2]))
 
 
@@ -98,7 +98,7 @@ def fill_gaps(
     target: Lattice,
     width: float | Tensor,
     normalised: bool = False,
-    floor: Tensor | None = None,
+    baseline: Tensor | None = None,
     shares: Tensor | None = None,
     residual: Tensor | None = None,
     activation: Activation | None = None,
@@ -110,14 +110,14 @@ def fill_gaps(
         target: another part of the same lattice, or all of it.
         width: width parameter w of the Gaussian.
         normalised: divide by the weights of the computed neighbours.
-        floor: (C,), baseline of the values; default zero.
+        baseline: (C,), what values are measured from; default zero.
         shares: (N,) in 0..1, the computed share of each element; default 1.
         residual: (T, C), added to the filled elements.
         activation: applied last.
     """
     weights = _gaussian(width, normalised, x.rows)
     least = LEAST if normalised else 0.0
-    out = compute(Filling(x.rows, x.lattice, target, weights, least, floor, shares, residual, activation))
+    out = compute(Filling(x.rows, x.lattice, target, weights, least, baseline, shares, residual, activation))
     if isinstance(width, Tensor) and width.requires_grad:
         everywhere = torch.ones_like(out, dtype=torch.bool)
         out = torch.where(everywhere, out, width.to(out))  # its gradient is zero, not missing

@@ -416,11 +416,6 @@ class Pyramid:
     in_graph: bool = False
     _derived: dict[Hashable, dict[Hashable, Any]] = field(default_factory=dict, repr=False)
 
-    def of_rows(self, first: int, end: int) -> Pyramid:
-        """Return the pyramid of the fine rows [first, end) of the map, which begin and end between cells, or at its
-        lower border."""
-        return Pyramid(self.levels[:, first:end], self.geometry)
-
     def forget_cells(self) -> None:
         """Free what lattices know of their cells, which is found again where it is asked for. Kernel maps and numbers
         stay."""
@@ -762,10 +757,6 @@ class Lattice:
         """Count the cells by their corners."""
         every = enumerate(self.geometry.sides)
         return sum(int((self.levels[:, ::side, ::side] == level).sum()) for level, side in every)
-
-    def know_count(self, count: int) -> None:
-        """Take the number of cells of a lattice whose cells are counted, which is else found together with them."""
-        self._derived.setdefault("count", count)
 
     @_derive
     def level_of_rows(self) -> Tensor:

@@ -67,22 +67,13 @@ def _differences(
         high: dict[fx.Node, Tensor] = {}
         for level in range(program.geometry.max_level + 1):
             vectors: dict[fx.Node, Tensor] = {}
-            _Vectors(program, vectors).run(program.uniform(level), *clone_values(values))
+
+            def note(node: fx.Node, value: Any, _: Any, vectors: dict[fx.Node, Tensor] = vectors) -> None:
+                if node.target is functional.shift_vector:
+                    vectors[node] = value
+
+            run = GraphInterpreter(program, program.halves.after, note=note).run
+            run(program.uniform(level), *clone_values(values))
             high = high or vectors
             for node, vector in vectors.items() if level else ():
                 yield node, level, (high[node] - vector).double().mean(0).flatten()
-
-
-class _Vectors(GraphInterpreter):
-    """Records the values of shifted vectors."""
-
-    def __init__(self, program: Program, noted: dict[fx.Node, Tensor]) -> None:
-        super().__init__(program, program.halves.after)
-        self._noted = noted
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run a node and record its value."""
-        value = super().run_node(n)
-        if n.target is functional.shift_vector:
-            self._noted[n] = value
-        return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,13 +173,8 @@ def _run_image(net: AdaptiveModel, inputs: list[Tensor], generator: torch.Genera
             ...,
             *(slice(low, low + side) for low, side in zip(corner, size, strict=True)),
         )
-        high = _MapRecorder(program)
-        output, _ = high.run(program.uniform(0), *clone_values(values))
-        lows = []
-        for mask in masks:
-            low = _MapRecorder(program)
-            low.run(program.masking(resolve_mask(mask)), *clone_values(values))
-            lows.append(low.maps)
+        high, output = _refined_maps(program, program.uniform(0), values)
+        lows = [_refined_maps(program, program.masking(resolve_mask(mask)), values)[0] for mask in masks]
     parts = tuple(
         _RefinementData(
             features[here].to(dtype, copy=True),
@@ -188,28 +184,28 @@ def _run_image(net: AdaptiveModel, inputs: list[Tensor], generator: torch.Genera
                 for maps in lows
             ),
         )
-        for at, (exact, _) in enumerate(high.maps)
+        for at, (exact, _) in enumerate(high)
     )
     kind, channels = kind_of(output), maps_of(output)[0].shape[1]
     return _ImageData(parts, tuple(kind if part.high.shape[1] == channels else "values" for part in parts))
 
 
-class _MapRecorder(GraphInterpreter):
-    """Records the map and the lattice that refinements receive."""
+def _refined_maps(
+    program: Program, masking: Any, values: tuple[Any, ...]
+) -> tuple[list[tuple[Tensor, Lattice]], Any]:
+    """Run the second half; return the map and the lattice that each refinement gets, and the output."""
+    maps: list[tuple[Tensor, Lattice]] = []
 
-    def __init__(self, program: Program) -> None:
-        super().__init__(program, program.halves.after)
-        self.maps: list[tuple[Tensor, Lattice]] = []
+    def note(node: fx.Node, _: Any, known: Mapping[fx.Node, Any]) -> None:
+        if node.target in (functional.refine, functional.refine_resized):
+            given: Any = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            args, kwargs = given
+            is_resized = node.target is functional.refine_resized
+            x = to_dense(args[1], 1, guide=kwargs.get("guide")) if is_resized else args[0]
+            maps.append((x, args[-2]))
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Run a node."""
-        if n.target in (functional.refine, functional.refine_resized):
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            x, lattice = args[0], args[-2]
-            if n.target is functional.refine_resized:
-                x = to_dense(args[1], 1, guide=kwargs.get("guide"))
-            self.maps.append((x, lattice))
-        return super().run_node(n)
+    run = GraphInterpreter(program, program.halves.after, note=note).run
+    return maps, run(masking, *clone_values(values))[0]
 
 
 def _fit(

@@ -27,8 +27,12 @@ class UniformMask(MaskProvider):
 
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Return a level map of zeros, or of the lowest level."""
-        level = 0 if self.high else grid.max_level
+        level = self.uniform_level(grid.max_level)
         return torch.full((grid.batch, *grid.size), level, dtype=torch.int8, device=features.device)
+
+    def uniform_level(self, max_level: int) -> int:
+        """Return 0, or the lowest level."""
+        return 0 if self.high else max_level
 
     def reach(self, grid: FineMapSpec) -> int:
         """Return 0."""

@@ -161,6 +161,10 @@ class MaskProvider(nn.Module):
         """True if the mask, or one of its parts, uses the picture."""
         return not self.ignores_image or any(part.sees_image for part in self.parts)
 
+    def uniform_level(self, max_level: int) -> int | None:
+        """Return the level that every image gets everywhere; None if there may be several."""
+        return None
+
     @property
     def looks_ahead(self) -> bool:
         """True if the mask needs a first pass of the network, or a preview."""

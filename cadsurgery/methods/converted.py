@@ -24,7 +24,7 @@ from cadsurgery.following.arguments import image_of
 from cadsurgery.following.hooks import copying, freeze_computed_weights
 from cadsurgery.masks.masking import check_image
 from cadsurgery.methods.program import CallWork, StepProgram, work_of
-from cadsurgery.methods.report import RULES, MethodMacs, MethodPlan
+from cadsurgery.methods.report import MethodMacs, MethodPlan
 from cadsurgery.network.fuse import KERNELS, fuse, split_norms
 from cadsurgery.network.macs import meta_copy
 from cadsurgery.network.program import Derived
@@ -40,7 +40,7 @@ from cadsurgery.network.storage import (
     checksum,
 )
 from cadsurgery.network.unconvertible import check_network
-from cadsurgery.support.errors import FileError, InvalidInput, check_name
+from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.files import as_file_error
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.provenance import versions
@@ -122,7 +122,7 @@ class ConvertedModel(Derived):
 
     # -- methods may override these ----------------------------------------------------------------
 
-    def macs(self, *args: Any, rule: str = "conv", **kwargs: Any) -> MethodMacs:
+    def macs(self, *args: Any, **kwargs: Any) -> MethodMacs:
         """Count the multiply-accumulates on an image."""
         raise NotImplementedError
 
@@ -358,14 +358,12 @@ class GraphModel(ConvertedModel):
         """True for an inference copy."""
         return self.program.is_fused
 
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], rule: str = "conv") -> dict[str, Any]:
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Check the arguments of a call and return them by name.
 
         Raises:
             InvalidInput: the image is not an image batch.
-            UnknownName: there is no such counting rule.
         """
-        check_name("counting rule", rule, RULES)
         arguments = self.program.bind(args, kwargs)
         check_image(image_of(arguments))
         return arguments

@@ -9,9 +9,6 @@ from typing import Any, ClassVar, Self
 from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.plain import read_as
 
-RULES = ("conv", "published")
-TAPS = 49  # taps of the Gaussian that fills gaps, counted as in both reference codes
-
 
 @dataclass(frozen=True, kw_only=True)
 class MethodPlan:
@@ -49,13 +46,10 @@ class MethodMacs:
     """Base of the counts of all methods: multiply-accumulates of a batch; `print` shows them.
 
     Attributes:
-        rule: `conv`, the multiply-accumulates that are carried out; or `published`, the counting of the reference
-            code.
         shape: shape of the image batch.
         not_counted: operations that may multiply but are in none of these numbers, because no counting rule is known.
     """
 
-    rule: str
     shape: tuple[int, ...]
     not_counted: tuple[str, ...] = ()
     told: ClassVar[tuple[str, ...]] = ()  # names of properties that `to_dict` includes
@@ -71,7 +65,7 @@ class MethodMacs:
         raise NotImplementedError
 
     def lines(self) -> list[str]:
-        """Return the text of `print` after the shape and the rule: the rest of that line, then further lines."""
+        """Return the text of `print` after the shape: the rest of that line, then further lines."""
         return [f": {self.total:.4e}, {self.total / max(self.dense, 1):.3f} of {self.dense:.4e}"]
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +74,7 @@ class MethodMacs:
 
     def __str__(self) -> str:
         first, *more = self.lines()
-        title = f"MACs on {in_words(self.shape)} ({self.rule} rule){first}"
+        title = f"MACs on {in_words(self.shape)}{first}"
         return "\n".join(filter(None, [title, *more, describe_not_counted(self.not_counted)]))
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 from cadsurgery.elements import functional
 from cadsurgery.elements.mean_shift import MeanShift
 from cadsurgery.elements.refinement import Refinement
-from cadsurgery.following.arguments import example_of
+from cadsurgery.following.arguments import example_of, in_order
 from cadsurgery.following.equivalence import meta_copy
 from cadsurgery.following.graphs import copy_graph, downstream, gives, upwards
 from cadsurgery.following.hooks import acts_as
-from cadsurgery.network.macs import Counter
+from cadsurgery.network.observing import observe
 from cadsurgery.network.program import Program
 from cadsurgery.surgery.rewrite import WORK, ask_mask
 
@@ -120,50 +120,35 @@ class _Map:
 def _refined(program: Program) -> dict[str, _Map]:
     """Return the last maps of the fine size that depend on the region, and resizes that leave the region at another
     size, by refinement name."""
-    counter = _Shapes(program.bind_to(meta_copy(program.net)))
     plan = program.plan
     dtype = next((p.dtype for p in program.net.parameters()), torch.float32)
     arguments = (
         example_of(plan.call) if plan.call else program.bind(torch.zeros(plan.example_shape, dtype=dtype))
     )
-    with torch.no_grad():
-        counter.count(program.uniform(0), arguments)
+    inputs = in_order(program.graph, arguments, program.uniform(0))
+    seen = observe(program.bind_to(meta_copy(program.net)), program.graph, inputs).values
     nodes = list(program.graph.nodes)
     masking = next(node for node in nodes if node.target is ask_mask)
-    features = counter.maps[masking.args[2]]
+    features = seen[masking.args[2]]
+
+    def is_fine_map(node: fx.Node) -> bool:
+        own = seen[node]
+        is_map = isinstance(own, Tensor) and own.dim() == 4 and own.is_floating_point()
+        return is_map and own.shape[2:] == features.shape[2:] and len(own) == len(features)
+
     behind = downstream(nodes, lambda node: gives(node, "dense"))
     fine = [
         node
         for node in nodes
-        if (node in behind and node.op != "output" and counter.is_like(node, features))
+        if (node in behind and node.op != "output" and is_fine_map(node))
         or node.target is functional.resize_to_dense
     ]
     before = {source for node in fine for source in upwards(node) if source is not node}
     last = [node for node in fine if node not in before]
     return {
-        f"{REFINEMENTS}{number}": _Map(node, counter.maps[node].shape[1], features.shape[1])
+        f"{REFINEMENTS}{number}": _Map(node, seen[node].shape[1], features.shape[1])
         for number, node in enumerate(last)
     }
-
-
-class _Shapes(Counter):
-    """Records the shapes of all maps of a run."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__(program)
-        self.maps: dict[fx.Node, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run a node and record its value if it is a map."""
-        value = super().run_node(n)
-        if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
-            self.maps[n] = value
-        return value
-
-    def is_like(self, node: fx.Node, features: Tensor) -> bool:
-        """True if a node returns a map of the same size as the features."""
-        own = self.maps.get(node)
-        return own is not None and own.shape[2:] == features.shape[2:] and len(own) == len(features)
 
 
 def _named(program: Program) -> dict[str, _MeanReader]:

@@ -19,6 +19,7 @@ from cadsurgery.masks.unit import Normalisation, estimate, is_picture, read_norm
 from cadsurgery.network.adaptive_part import Example, traceable_part
 from cadsurgery.network.conversion import carry_out
 from cadsurgery.network.hosted import HostedModel, check_used
+from cadsurgery.network.invocations import find_lattice
 from cadsurgery.network.macs import PICTURE, count_planned
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.unconvertible import check_network
@@ -268,7 +269,7 @@ def _report_empty_mask(net: AdaptiveModel, facts: Facts) -> None:
     masking = program.masking(mask)
     try:
         with facts.forgetting():
-            lattice = program.find_lattice(masking, **facts.arguments)
+            lattice = find_lattice(program, masking, program.bind(**facts.arguments))
         contrasts = masking.contrasts(program.image(facts.arguments))
     except CadError:  # what does not fit is refused where the mask is used
         return
@@ -325,7 +326,7 @@ def _report_no_effect(plan: Plan, strict: bool) -> None:
     )
     if not plan.region_end:  # a decoder leads back to the high output stride
         why = (
-            "its decoder leads back to the high output stride by transposed convolutions, unpooling or pixel shuffles, "
+            "its decoder leads back to the high output stride by transposed convolutions or pixel shuffles, "
             f"which read samples of the network's own grid alone; {why}"
         )
         step = (

@@ -5,6 +5,8 @@ They are called with what the layer computes: its rows, as a map of one line. A 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -17,25 +19,21 @@ from cadsurgery.support.torch_internals import tree_map_only
 from cadsurgery.surgery.rewrite import WORK
 
 
-class CallingCounters(GraphInterpreter):
-    """Runs a program's graph node by node, and calls the counting hooks of the layer whose work a node does."""
+def calling_counters(program: Program) -> Program:
+    """Return a program that runs node by node, and calls the counting hooks of the layer whose work a node does."""
 
-    def __init__(self, program: Program, graph: fx.Graph) -> None:
-        """Take a program and its graph."""
-        super().__init__(program, graph)
-        self.net = program.net
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Compute a node, then call the hooks of its layer."""
-        value = super().run_node(n)
-        is_called = n.op == "call_module" or (isinstance(n.target, OnRows) and n.target.operation is None)
-        path = n.meta[WORK][1] if WORK in n.meta and not is_called else ""
-        module = child(self.net, path) if path else None  # the network's own hooks get its outputs
-        if n.op == "call_function" and module is not None:
-            args, _ = self.fetch_args_kwargs_from_env(n)
+    def note(node: fx.Node, value: Any, known: Mapping[fx.Node, Any]) -> None:
+        is_called = node.op == "call_module" or (
+            isinstance(node.target, OnRows) and node.target.operation is None
+        )
+        path = node.meta[WORK][1] if WORK in node.meta and not is_called else ""
+        module = child(program.net, path) if path else None  # the network's own hooks get its outputs
+        if node.op == "call_function" and module is not None:
+            args = fx.map_arg(node.args, known.__getitem__)
             maps = tuple(part for part in args if isinstance(part, Elements))
             _call_counters(module, _as_maps(maps), _as_maps(value))
-        return value
+
+    return program.interpreted_by(partial(GraphInterpreter, note=note))
 
 
 def _as_maps(values: Any) -> Any:

@@ -19,28 +19,9 @@ from cadsurgery.elements.lattice import Lattice, Part
 from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.elements.operations import Operation, operation_of
 from cadsurgery.elements.windows import drops
-from cadsurgery.network.program import GraphInterpreter, Program
+from cadsurgery.network.observing import Place
 
 Size = tuple[int, int]
-Place = tuple[int, Size]  # stage and fine size of a lattice
-
-
-def places_of(
-    program: Program, graph: fx.Graph, lattice: Lattice, values: tuple[Any, ...]
-) -> dict[str, Place]:
-    """Return stage and fine size for each node whose value is elements or a lattice, by node name.
-
-    Args:
-        program: program on meta tensors, see `macs.meta_copy`.
-        graph: the second half of the graph, after the mask.
-        lattice: any lattice with the size of the fine map.
-        values: inputs of the graph, as meta tensors.
-    """
-    interpreter = GraphInterpreter(program, graph)
-    interpreter.garbage_collect_values = False
-    interpreter.run(lambda *_: lattice, *values)
-    found = ((node, getattr(value, "lattice", value)) for node, value in interpreter.env.items())
-    return {node.name: (own.stage, own.size) for node, own in found if isinstance(own, Lattice)}
 
 
 def reached(lattice: Lattice, reading: Reading) -> Tensor:
@@ -69,7 +50,7 @@ class Cone:
 
         Args:
             graph: a rewritten graph, or a part of it.
-            places: see `places_of`.
+            places: stage and fine size of the nodes' lattices, see `Observation.places`.
             lattice: complete lattice of the run.
             exit: the node whose elements are requested.
             anchors: anchors of the requested elements on its fine map, (B*H*W,) bool.

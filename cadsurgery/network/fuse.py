@@ -36,7 +36,8 @@ from cadsurgery.following.guards import drop_dead_code
 from cadsurgery.following.hooks import act_alike, acts_as, child, is_hooked
 from cadsurgery.network.idioms import Affine, AppliedOperation, affine_of, name_activations, step_of
 from cadsurgery.support import torch_operations
-from cadsurgery.surgery.treatment import has_rule
+from cadsurgery.surgery.rewrite import ACTS
+from cadsurgery.surgery.treatment import Attribute, Treatment, has_rule
 
 # Name of the submodule that holds the fused convolutions of a network.
 KERNELS = "cadsurgery_kernels"
@@ -72,7 +73,7 @@ class _Fusion:
         activation: activation that is applied last.
         leaves: node between convolution and tail that turns elements into the fine map, if any.
         joint: how the residual is joined, see `check_joint`.
-        floor: (O,) result where the original convolution (with bias) gives zero; None for zero.
+        baseline: (O,) result where the original convolution (with bias) gives zero; None for zero.
     """
 
     tail: fx.Node
@@ -83,7 +84,7 @@ class _Fusion:
     activation: Activation | None = None
     leaves: fx.Node | None = None
     joint: tuple[int, str] | None = None
-    floor: Tensor | None = None
+    baseline: Tensor | None = None
 
     @property
     def is_linear(self) -> bool:
@@ -97,12 +98,12 @@ class _Fusion:
         bias = bias + shift.double() if shift is not None else bias
         weight = self.weight.double() * wide.view(-1, *(1,) * (self.weight.dim() - 1))
         has_bias = self.bias is not None or shift is not None
-        floor = self.floor.double() * wide if self.floor is not None else torch.zeros_like(wide)
-        floor = floor + shift.double() if shift is not None else floor
+        baseline = self.baseline.double() * wide if self.baseline is not None else torch.zeros_like(wide)
+        baseline = baseline + shift.double() if shift is not None else baseline
         return replace(
             self,
             tail=tail,
-            floor=floor.to(self.weight),
+            baseline=baseline.to(self.weight),
             weight=weight.to(self.weight),
             bias=bias.to(self.weight) if has_bias else None,
         )
@@ -214,9 +215,13 @@ class Fuser:
             return
         with self.graph.inserting_before(fusion.tail):
             fused = self.emit(node, fusion)
+            head = node
             if (leaves := fusion.leaves) is not None:
                 fused = self.graph.node_copy(leaves, lambda read: fused if read is leaves.args[0] else read)
+                head = leaves
         fused.meta.update(fusion.tail.meta)
+        if ACTS in head.meta:
+            fused.meta[ACTS] = _acts_of_kernel(head, fused)
         fusion.tail.replace_all_uses_with(fused)
 
     def fuse_factors(self, value: fx.Node) -> None:
@@ -394,7 +399,7 @@ class Fuser:
             padding = (0, 0) if module.padding == "valid" else module.padding
             kernel = PackedConv(*parts, (module.stride, padding, module.dilation))
         kernel.origin = node.name  # type: ignore[assignment]
-        kernel.register_buffer("floor", fusion.floor, persistent=False)
+        kernel.register_buffer("baseline", fusion.baseline, persistent=False)
         if isinstance(kernel, PackedConv):
             self.share_weight(kernel)
         self.kernels.add_module(name, kernel)
@@ -460,6 +465,8 @@ def split_norms(graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, dict[str, st
         module.add_module("norm", norm.eval())
         with copied.inserting_after(node):
             act = copied.call_module(f"{node.target}.act", (node,))
+        if ACTS in node.meta:
+            act.meta[ACTS] = node.meta[ACTS] = replace(node.meta[ACTS], then=())
         node.replace_all_uses_with(act, lambda user, act=act: user is not act)
         node.target = f"{node.target}.norm"
         acts[act.name] = node.name
@@ -493,6 +500,17 @@ def _other_operand(step: AppliedOperation, value: fx.Node) -> fx.Node | None:
 def _is_elements(node: Any) -> bool:
     """True if a node's value is `Elements`."""
     return gives(node, "elements")
+
+
+def _acts_of_kernel(head: fx.Node, kernel: fx.Node) -> Treatment:
+    """Return how a fused node acts: as its first operation, with the parameters of the kernel."""
+    acts: Treatment = head.meta[ACTS]
+
+    def moved(value: Any) -> Any:
+        is_held = head.op == "call_module" and isinstance(value, Attribute)
+        return Attribute(value.path.replace(f"{head.target}.", f"{kernel.target}.", 1)) if is_held else value
+
+    return replace(acts, arguments=tuple((name, moved(value)) for name, value in acts.arguments))
 
 
 def _keeps_all(node: fx.Node) -> bool:

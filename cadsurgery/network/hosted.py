@@ -197,14 +197,12 @@ class HostedModel(Host, AdaptiveModel):
 
     adaptive_part = Host.part
 
-    def macs(
-        self, *args: Any, mask: object = None, sizes: Any = None, rule: str = "conv", **kwargs: Any
-    ) -> MacReport:
+    def macs(self, *args: Any, mask: object = None, sizes: Any = None, **kwargs: Any) -> MacReport:
         """Count the multiply-accumulates of the first call of the part when the network is called with these
         arguments."""
         inputs, named, known = self.reach_part(*args, **kwargs)
         sizes = known if sizes is None else sizes
-        return self.part.macs(*inputs, mask=mask, sizes=sizes, rule=rule, **named)
+        return self.part.macs(*inputs, mask=mask, sizes=sizes, **named)
 
     def _optimize(self, fuse: bool) -> HostedModel:
         return self.with_part(self.part.optimize(fuse))

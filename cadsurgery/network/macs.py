@@ -8,39 +8,32 @@ Interpolated halo rows are memory traffic, not MACs.
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
-from collections.abc import Mapping
+import inspect
+from collections import OrderedDict
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from cadsurgery.elements import functional
-from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.elements.operations import operation_of
 from cadsurgery.following.arguments import Arguments, change_images, image_of, in_order
 from cadsurgery.following.equivalence import meta_copy
-from cadsurgery.following.graphs import sizes_in_tensors, takes_sizes, torch_target
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import MaskProvider
-from cadsurgery.masks.spec import resolve_mask
-from cadsurgery.network.program import GraphInterpreter, Program, ProgramNetwork
+from cadsurgery.network.invocations import find_lattice
+from cadsurgery.network.observing import Observation, observe
+from cadsurgery.network.program import Program, ProgramNetwork
 from cadsurgery.support.counting import MacCounter, describe_not_counted
 from cadsurgery.support.describe import describe
-from cadsurgery.support.errors import InvalidInput, check_name, first_line
+from cadsurgery.support.errors import InvalidInput, first_line
 from cadsurgery.support.meta_tensors import to_meta
 from cadsurgery.support.torch_internals import tree_map
 from cadsurgery.surgery.plan import PlannedWork
-from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import WORK
 
-RULES = ("conv", "published")
 PICTURE = (512, 1024)  # size of the image on which the work of a plan is counted by default
-Place = tuple[int, tuple[int, int]] | None  # stage and fine size of a lattice
 
 
 @dataclass(frozen=True)
@@ -67,10 +60,8 @@ class MacReport:
     Attributes:
         layers: layers with MACs, in order.
         active_fraction: active fraction of the mask.
-        rule: name of the counting rule.
         shape: shape of the image batch.
-        not_counted: operations that may multiply but are missing, because they have no counting rule; empty for the
-            rule `published`, which defines the counted operations itself.
+        not_counted: operations that may multiply but are missing, because they have no counting rule.
         given: MACs of the network as given (of its converted part, if that is counted alone); None if unknown.
         part: name of the part that is counted alone; empty for the whole network.
         high_stride: the high output stride; 0 if unknown.
@@ -78,7 +69,6 @@ class MacReport:
 
     layers: tuple[LayerMacs, ...]
     active_fraction: float
-    rule: str
     shape: tuple[int, ...]
     not_counted: tuple[str, ...] = ()
     given: int | None = None
@@ -135,7 +125,6 @@ class MacReport:
         """Return the totals and, with `layers`, the layers as plain values, for `--json`."""
         values = {
             "shape": list(self.shape),
-            "rule": self.rule,
             "active_fraction": self.active_fraction,
             "macs": {"mask": self.mask, "high": self.high, "low": self.low, "given": self.given},
             "of_given": self.of_given,
@@ -148,31 +137,26 @@ class MacReport:
         size = "x".join(map(str, self.shape))
         given = "" if self.given is None else f"{self.given:.4e} as given, "
         counts = (
-            f"MACs on {size} ({self.rule} rule): {self.mask:.4e} with this mask "
+            f"MACs on {size}: {self.mask:.4e} with this mask "
             f"(active fraction {self.active_fraction:.3f}), {given}{self.high:.4e} everything high, "
             f"{self.low:.4e} everything low"
         )
         return "\n".join(filter(None, (self.describe(), counts, describe_not_counted(self.not_counted))))
 
 
-def count_macs(
-    program: Program, counted: Program, mask: object, args: tuple[Any, ...], kwargs: dict[str, Any], rule: str
-) -> MacReport:
+def count_macs(program: Program, counted: Program, provider: MaskProvider, arguments: Arguments) -> MacReport:
     """Count for `AdaptiveModel.macs`; `counted` is the program on meta tensors."""
-    check_name("counting rule", rule, RULES)
-    image, provider = program.image(program.bind(*args, **kwargs)), resolve_mask(mask)
+    image = program.image(arguments)
     masking = _CountedMasking(program.masking(provider), image)
     if provider.sees_features or provider.looks_ahead or not program.masks_an_argument:
-        program.find_lattice(masking, *args, **kwargs)
+        find_lattice(program, masking, arguments)
 
     not_counted = masking.not_counted
 
-    def count(chosen: Any, *smaller: Any) -> dict[str, int]:
-        counter = Counter(counted, rule)
-        with torch.no_grad(), counter.counter:
-            program.check_and_run(partial(counter.count, chosen), *(smaller or args), **kwargs)
-        not_counted.update(counter.not_counted)
-        return counter.counts
+    def count(chosen: Any, call: Arguments = arguments) -> dict[str, int]:
+        seen = _observe_call(counted, chosen, call)
+        not_counted.update(seen.not_counted)
+        return seen.by_layer
 
     lowest, own = program.geometry.max_level, program.plan.identity_level
     passes = provider.first_passes(lowest)
@@ -193,42 +177,38 @@ def count_macs(
         for decision in program.plan.decisions
         if any(counts.get(decision.node) for counts in (with_mask, by_level[0], by_level[lowest]))
     ]
-    given = sum(by_level[own].values()) if own is not None else _given_macs(counted, args, kwargs, rule)
+    given = sum(by_level[own].values()) if own is not None else _given_macs(counted, arguments)
     after = {node.meta[WORK][0] for node in counted.halves.after.nodes if WORK in node.meta}
     ahead = sum(work for level in passes for name, work in by_level[level].items() if name in after)
     if scale := provider.preview_scale:
-        smaller = program.smaller(scale, image)
+        smaller = program.bind(program.smaller(scale, image))
         ahead += sum(count(program.uniform(lowest if own is None else own), smaller).values())
     for name, work in zip(MASK_LAYERS, (masking.macs, ahead), strict=True):
         if work:
             layers.append(LayerMacs(name, provider.name, work, 0, 0, 0, in_region=True))
     assert masking.lattice is not None
-    missing = () if rule == "published" else tuple(sorted(not_counted))
     return MacReport(
         tuple(layers),
         masking.lattice.active_fraction,
-        rule,
         tuple(image.shape),
-        missing,
+        tuple(sorted(not_counted)),
         given,
         program.plan.part,
         program.plan.output_stride[0],
     )
 
 
-def _given_macs(counted: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], rule: str) -> int | None:
+def _given_macs(counted: Program, arguments: Arguments) -> int | None:
     """Count the original network itself: its own output strides are not among those of the converted one."""
     with contextlib.suppress(InvalidInput):  # it may read values, which shapes alone do not have
-        return count_network(counted.net._original[0], *args, rule=rule, **kwargs).macs
+        call = inspect.BoundArguments(counted.signature, OrderedDict(arguments))
+        return count_network(counted.net._original[0], *call.args, **call.kwargs).macs
     return None
 
 
-def _uniform_macs(counted: Program, level: int, arguments: Arguments) -> int:
-    """Count the MACs with all cells at a level; `counted` is a program on meta tensors."""
-    counter = Counter(counted, "conv")
-    with torch.no_grad(), counter.counter:
-        counter.count(counted.uniform(level), arguments)
-    return sum(counter.counts.values())
+def _observe_call(counted: Program, masking: Any, arguments: Arguments) -> Observation:
+    """Run the whole graph of a program on meta tensors for a masking."""
+    return observe(counted, counted.graph, in_order(counted.graph, arguments, masking))
 
 
 def count_planned(program: Program, arguments: Arguments, is_example: bool) -> PlannedWork | None:
@@ -248,10 +228,10 @@ def count_planned(program: Program, arguments: Arguments, is_example: bool) -> P
         # Networks refuse sizes, and tensors without values, with any error.
         with contextlib.suppress(Exception):
             by_level = {
-                level: _uniform_macs(counted, level, call)
+                level: sum(_observe_call(counted, counted.uniform(level), call).macs.values())
                 for level in {0, plan.max_level, 0 if own is None else own}
             }
-            given = by_level[own] if own is not None else _given_macs(counted, (), call, "conv")
+            given = by_level[own] if own is not None else _given_macs(counted, call)
             if given:
                 return PlannedWork(given, by_level[0], by_level[plan.max_level], tuple(image_of(call).shape))
     return None
@@ -320,19 +300,21 @@ def layer_work(net: ProgramNetwork, image: Tensor) -> tuple[LayerWork, ...] | No
     windows = [node.kwargs.get("window") for node in counted.graph.nodes]
     if any(isinstance(window, Window) and not window.has_equal_phases for window in windows):
         return None
-    high, low = (Counter(counted, "conv") for _ in range(2))
-    for counter, level in ((high, 0), (low, counted.geometry.max_level)):
-        with torch.no_grad(), counter.counter:
-            lattice = counter.count(counted.uniform(level), counted.bind(image))
+    call = counted.bind(image)
+    high, low = (
+        _observe_call(counted, counted.uniform(level), call) for level in (0, counted.geometry.max_level)
+    )
+    lattice = next(value for value in low.values.values() if isinstance(value, Lattice))
+    of_low = low.by_place
     layers = tuple(
         LayerWork(
             name,
             tuple((place, work) for place, work in places.items() if place is not None),
-            (places.get(None, 0), low.work[name].get(None, 0)),
+            (places.get(None, 0), of_low[name].get(None, 0)),
         )
-        for name, places in high.work.items()
+        for name, places in high.by_place.items()
     )
-    return layers if {layer.layer: layer.on(lattice) for layer in layers} == low.counts else None
+    return layers if {layer.layer: layer.on(lattice) for layer in layers} == low.by_layer else None
 
 
 @dataclass(frozen=True)
@@ -343,35 +325,23 @@ class NetworkMacs:
     not_counted: tuple[str, ...] = ()
 
 
-def dense_macs(model: nn.Module, *args: Any, rule: str = "conv") -> int:
+def dense_macs(model: nn.Module, *args: Any) -> int:
     """Return only the multiply-accumulates of `count_network`."""
-    return count_network(model, *args, rule=rule).macs
+    return count_network(model, *args).macs
 
 
-def count_network(model: nn.Module, *args: Any, rule: str = "conv", **kwargs: Any) -> NetworkMacs:
+def count_network(model: nn.Module, *args: Any, **kwargs: Any) -> NetworkMacs:
     """Count the multiply-accumulates of any network on an image, on shapes only.
 
     Args:
         model: the network.
         args: positional arguments of a call.
         kwargs: named arguments of a call.
-        rule: `"conv"`, all operations with a counting rule; or `"published"`, see `AdaptiveModel.macs`, which counts
-            only the backbone if there is one.
 
     Raises:
-        UnknownName: no such rule.
         InvalidInput: the network does not run on these arguments.
     """
-    check_name("counting rule", rule, RULES)
-    counted, counts = meta_copy(model), [0]
-    backbone = next((name for name in BACKBONE_NAMES if hasattr(counted, name)), "")
-
-    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        counts[0] += published_macs(module, inputs[0].numel(), getattr(output, "numel", lambda: 0)())
-
-    for module in counted.get_submodule(backbone).modules() if rule == "published" else ():
-        if isinstance(module, _COUNTED):
-            module.register_forward_hook(count)
+    counted = meta_copy(model)
     with torch.no_grad(), MacCounter() as counter:
         try:
             counted(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
@@ -381,146 +351,4 @@ def count_network(model: nn.Module, *args: Any, rule: str = "conv", **kwargs: An
                 why=first_line(error),
                 next="give an image batch that it takes.",
             ) from error
-    if rule == "published":
-        return NetworkMacs(counts[0])
     return NetworkMacs(counter.macs, tuple(sorted(counter.not_counted)))
-
-
-_COUNTED = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU)
-
-
-def published_macs(module: nn.Module, inputs: int, outputs: int) -> int:
-    """Return the MACs that the reference code counts for a module, from its numbers of input and output values; see
-    `Counter._published`."""
-    if isinstance(module, nn.Conv2d):
-        per_position = module.weight.numel() + (module.out_channels if module.bias is not None else 0)
-        return outputs // module.out_channels * per_position
-    if isinstance(module, nn.BatchNorm2d):
-        return 2 * outputs
-    if isinstance(module, nn.MaxPool2d):
-        return inputs
-    return outputs if isinstance(module, nn.ReLU) else 0
-
-
-class OnShapes(GraphInterpreter):
-    """Runs a graph on shapes alone. Sizes that the network holds in tensors have values, where it reads these."""
-
-    def __init__(self, program: Program, graph: fx.Graph, parts: Mapping[str, Lattice] | None = None) -> None:
-        super().__init__(program, graph, parts)
-        self._sizes = sizes_in_tensors(graph)
-
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of a node: sizes are computed on the CPU, all else has no values."""
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        if n in self._sizes:
-            return tree_map(_to_cpu, (args, kwargs))
-        if takes_sizes(n) or self._sizes.isdisjoint(n.all_input_nodes):
-            return args, kwargs
-        return tree_map(to_meta, (args, kwargs))
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node."""
-        value = super().run_node(n)  # perhaps created by the network, e.g. by torch.zeros
-        return value if n in self._sizes else to_meta(value)
-
-
-def _to_cpu(value: Any) -> Any:
-    is_meta = isinstance(value, torch.device) and value.type == "meta"
-    return torch.device("cpu") if is_meta else value
-
-
-class Counter(OnShapes):
-    """Runs the rewritten graph on meta tensors and records the MACs of each original node."""
-
-    def __init__(
-        self,
-        program: Program,
-        rule: str = "conv",
-        graph: fx.Graph | None = None,
-        parts: Mapping[str, Lattice] | None = None,
-    ) -> None:
-        super().__init__(program, graph or program.graph, parts)
-        self.counter = MacCounter()
-        self.not_counted: set[str] = set()
-        self.published = rule == "published"
-        backbone = next((name for name in BACKBONE_NAMES if name in program.net._modules), None)
-        self.prefix = f"{backbone}." if backbone and self.published else ""
-        self.counts: dict[str, int] = defaultdict(int)
-        self.rows = 0  # rows computed by operations with windows
-        # Per layer and lattice: MACs per element; total MACs of dense calls under None.
-        self.work: dict[str, dict[Place, int]] = defaultdict(lambda: defaultdict(int))
-        self._of_rows: dict[fx.Node, Lattice] = {}
-
-    def count(self, masking: Any, arguments: dict[str, Any]) -> Lattice:
-        """Count a whole run on the arguments of a call by name, and return its lattice."""
-        lattice: Lattice = self.run(*tree_map(to_meta, in_order(self.graph, arguments, masking)))[1]
-        return lattice
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node and count it."""
-        before = self.counter.macs
-        self.counter.not_counted.clear()
-        value = super().run_node(n)
-        lattice = self._lattice_of(n, value)
-        origin, path = n.meta.get(WORK, ("", ""))
-        if origin and path.startswith(self.prefix):
-            executed = self.counter.macs - before
-            count = self._published(n, value) if self.published else self._executed(n, value, executed)
-            place, number = None, 1
-            if lattice is not None:
-                place, number = (lattice.stage, lattice.size), max(lattice.count, 1)
-                self.rows += lattice.count if "window" in n.kwargs else 0
-            self.counts[origin] += count
-            self.work[origin][place] += count // number
-        return value
-
-    def _lattice_of(self, n: fx.Node, value: Any) -> Lattice | None:
-        """Return the lattice of elements, or of their rows on the way through modules; None for any other value."""
-        if isinstance(value, Elements):
-            return value.lattice
-        lattice: Lattice | None = next(
-            (self._of_rows[read] for read in n.all_input_nodes if read in self._of_rows), None
-        )
-        if n.target is functional.rows_on:
-            lattice = self.fetch_args_kwargs_from_env(n)[0][1]
-        elif n.target is getattr and n.args[1] == "rows":
-            lattice = self.fetch_args_kwargs_from_env(n)[0][0].lattice
-        if lattice is None or not isinstance(value, Tensor) or value.shape[:1] != (lattice.count,):
-            return None
-        self._of_rows[n] = lattice
-        return lattice
-
-    def _executed(self, n: fx.Node, value: Any, executed: int) -> int:
-        operation = operation_of(n.target)
-        if operation is None:
-            self.not_counted.update(self.counter.not_counted)
-            return 0 if isinstance(value, Elements) else executed
-        if operation.macs is None:
-            self.not_counted.update(self.counter.not_counted)
-            return executed
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        return operation.macs(value, *args, **kwargs)
-
-    def _published(self, n: fx.Node, value: Any) -> int:
-        """Count as the reference code does: convolutions of the backbone with bias, batch norm 2 and ReLU 1 per value,
-        max-pooling 1 per input value; a strided k x k convolution is counted before subsampling."""
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if n.target is functional.conv2d:
-            return _published_conv2d(value, *args, **kwargs)
-        size = getattr(getattr(value, "rows", value), "numel", lambda: 0)()  # of one map, not of several
-        if n.target is functional.batch_norm:
-            return 2 * size
-        if n.target is functional.max_pool2d:
-            return int(args[0].rows.numel())
-        if n.op != "call_module" and torch_target(n) is not None:
-            return 0
-        module = args[0] if torch_target(n) is None else self.fetch_attr(str(n.target))
-        return published_macs(module, args[0].numel() if isinstance(module, nn.MaxPool2d) else 0, size)
-
-
-def _published_conv2d(
-    value: Elements, x: Elements, weight: Tensor, bias: Tensor | None = None, *, window: Window, **_: Any
-) -> int:
-    """Count a convolution as the reference code does, see `Counter._published`."""
-    lattice = value.lattice if window.taps == 1 else x.lattice.at(x.lattice.stage, value.lattice.size)
-    return lattice.count * (weight.numel() + (weight.shape[0] if bias is not None else 0))

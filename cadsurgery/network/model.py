@@ -23,8 +23,7 @@ from cadsurgery.following.graphs import called_modules
 from cadsurgery.following.guards import GuardFailed, is_guard
 from cadsurgery.following.hooks import acts_as, child, copying, take_over
 from cadsurgery.following.trace import drop_cached
-from cadsurgery.masks.basic import UniformMask
-from cadsurgery.masks.context import call_context, masked, sized, sizes_in
+from cadsurgery.masks.context import call_context, masked
 from cadsurgery.masks.masking import NEEDS_STATIC
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
@@ -40,13 +39,13 @@ from cadsurgery.network.adapters import (
 )
 from cadsurgery.network.bands.banded_call import Bands, RowsOfResult, Walks
 from cadsurgery.network.conversion import convert_for_call
-from cadsurgery.network.counters import CallingCounters
 from cadsurgery.network.cuda_graphs import Called, Recordings
 from cadsurgery.network.fuse import KERNELS
 from cadsurgery.network.input_refusals import first_value
+from cadsurgery.network.invocations import Invocation, answer
 from cadsurgery.network.macs import MacReport, count_macs
 from cadsurgery.network.optimized import BFLOAT16, FLOAT, check_precision, fuse_network
-from cadsurgery.network.program import Masked, Program, ProgramNetwork, frozen_copy, refuse_torchscript
+from cadsurgery.network.program import Program, ProgramNetwork, frozen_copy, refuse_torchscript
 from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import InvalidInput, NotConverted
 from cadsurgery.support.memory import bytes_of
@@ -123,62 +122,48 @@ class AdaptiveModel(ProgramNetwork):
         Raises:
             InvalidInput: an image that is empty or holds NaN, or a mask of wrong size, type or values.
         """
-        if sizes is not None and "sizes" in self._program.signature.parameters:
-            kwargs["sizes"] = sizes
-        elif sizes is not None:
-            with sized(sizes):
-                return self.forward(*args, mask=mask, **kwargs)
-        _refuse_without_values(self, args)
-        if mask is not None and "mask" in self._program.signature.parameters:  # an argument of the original
+        parameters = self._program.signature.parameters
+        if sizes is not None and "sizes" in parameters:  # an argument of the original
+            kwargs["sizes"], sizes = sizes, None
+        if mask is not None and "mask" in parameters:
             kwargs["mask"], mask = mask, None
+        _refuse_without_values(self, args)
         if mask is None and self._overridden:
             mask = call_context().masks.get(self)
         chosen = self._mask_provider if mask is None else mask
         if torch.compiler.is_compiling() and not is_exporting() and not getattr(chosen, "static", False):
-            return self._run_uncompiled(*args, mask=mask, **kwargs)
-        provider = self._mask_provider if mask is None else resolve_mask(mask)
-        return self.finish(*self._program.check_and_run(partial(self._call_sized, provider), *args, **kwargs))
+            return self._run_uncompiled(*args, mask=mask, sizes=sizes, **kwargs)
+        call = Invocation.of(self._program, args, kwargs, sizes)
+        output, lattice = self.follow(call, partial(self._answer, resolve_mask(chosen)))
+        return self.finish(call.in_layout(output), lattice)
 
-    def _call_sized(self, provider: MaskProvider, arguments: dict[str, Any]) -> Called:
-        """Run the network; its masks know the sizes of images that the call states."""
-        if call_context().sizes is None and (sizes := sizes_in(arguments)) is not None:
-            with sized(sizes):
-                return self._call(provider, arguments)
-        return self._call(provider, arguments)
+    def _answer(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Called:
+        """Return output and lattice of a call with a mask."""
+        return answer(program, provider, arguments)
 
-    def _call(self, provider: MaskProvider, arguments: dict[str, Any]) -> Called:
-        """Run the network with a mask; return its output and its lattice."""
+    def follow(self, call: Invocation, run: Callable[[Program, dict[str, Any]], Result]) -> Result:
+        """Run the network's program on a call; where Python branches differ from the conversion's, one that is traced
+        for it.
 
-        def run(program: Program, arguments: dict[str, Any]) -> Masked:
-            if program.is_counted:
-                program = program.interpreted_by(CallingCounters)
-            if program.unchanged is not None and isinstance(provider, UniformMask):
-                level = 0 if provider.high else program.plan.max_level
-                if level == program.plan.identity_level:
-                    return program.run_original(level, arguments)
-            masking = program.masking(provider)
-            return (program.run_after_first_pass if provider.looks_ahead else program)(masking, arguments)
-
-        return self._find_way(run, arguments)
-
-    def _find_way(
-        self, run: Callable[[Program, dict[str, Any]], Result], arguments: dict[str, Any]
-    ) -> Result:
-        """Run the network; where Python branches differ from the conversion's, run a graph traced for this call."""
+        Raises:
+            InvalidInput: the image is invalid, or does not fit the network.
+        """
         if torch.compiler.is_compiling():
-            return run(self._program, arguments)
-        call = self._key_of(arguments) if self._ways else ()
-        try:
-            return run(self._ways.get(call, self._program), arguments)
-        except GuardFailed as refusal:
-            if call in self._ways:
-                raise
-            for way in islice(dict.fromkeys(reversed(self._ways.values())), _MOST_TRIED):
-                with contextlib.suppress(Exception):  # a path for other calls may raise any error
-                    result = run(way, arguments)
-                    self._ways[call] = way
-                    return result
-            return run(self._way_of(arguments, refusal), arguments)
+            call.check()
+            return run(self._program, call.arguments)
+        with call.explained():
+            key = self._key_of(call.arguments) if self._ways else ()
+            try:
+                return run(self._ways.get(key, self._program), call.arguments)
+            except GuardFailed as refusal:
+                if key in self._ways:
+                    raise
+                for way in islice(dict.fromkeys(reversed(self._ways.values())), _MOST_TRIED):
+                    with contextlib.suppress(Exception):  # a path for other calls may raise any error
+                        result = run(way, call.arguments)
+                        self._ways[key] = way
+                        return result
+                return run(self._way_of(call.arguments, refusal), call.arguments)
 
     def _way_of(self, arguments: dict[str, Any], refusal: GuardFailed) -> Program:
         """Return the program for calls of this kind, which fail the guards of the network's own; it is built once."""
@@ -205,8 +190,9 @@ class AdaptiveModel(ProgramNetwork):
         """Run with another masking, a callable (image, fine map) -> Lattice, for verification and tools; of a hosted
         network only the adaptive part runs."""
         part = self.adaptive_part
-        run = partial(part._find_way, lambda program, arguments: program(masking, arguments))
-        return part.finish(*part._program.check_and_run(run, *args, **kwargs))
+        call = Invocation.of(part._program, args, kwargs)
+        output, lattice = part.follow(call, lambda program, arguments: program(masking, arguments))
+        return part.finish(call.in_layout(output), lattice)
 
     @torch.compiler.disable(
         reason="the number of elements varies from image to image, or the mask depends on more than the image: "
@@ -363,30 +349,24 @@ class AdaptiveModel(ProgramNetwork):
         """The share of the fine map that the last call of this thread kept at the high output stride."""
         return self.lattice.active_fraction
 
-    def macs(
-        self, *args: Any, mask: object = None, sizes: Any = None, rule: str = "conv", **kwargs: Any
-    ) -> MacReport:
+    def macs(self, *args: Any, mask: object = None, sizes: Any = None, **kwargs: Any) -> MacReport:
         """Count the multiply-accumulates on an image: with the mask, as given, with everything high and everything low.
 
         Args:
             args: as for a call. The network runs only as far as its mask needs; the rest is computed on shapes.
             mask: mask for this count only, as for a call.
             sizes: sizes of the images of a padded batch, as for a call.
-            rule: `"conv"`, multiply-accumulates of convolutions and matrix products, or `"published"`,
-                the counting of the CAD reference code (seed of its Tab. 2).
             kwargs: as for a call.
         """
         if mask is not None and "mask" in self.program.signature.parameters:  # an argument of the original
             kwargs["mask"], mask = mask, None
-        provider = self.mask if mask is None else mask
-        if sizes is None:
-            sizes = call_context().sizes or sizes_in(self.program.bind(*args, **kwargs))
-        with sized(sizes):
-            try:
-                return count_macs(self.program, self.counted, provider, args, kwargs, rule)
-            except GuardFailed as refusal:
-                way = self._way_of(self.program.bind(*args, **kwargs), refusal)
-                return count_macs(way, self._counted_on(way), provider, args, kwargs, rule)
+        provider = resolve_mask(self.mask if mask is None else mask)
+
+        def count(program: Program, arguments: dict[str, Any]) -> MacReport:
+            counted = self.counted if program is self.program else self._counted_on(program)
+            return count_macs(program, counted, provider, arguments)
+
+        return self.follow(Invocation.of(self.program, args, kwargs, sizes), count)
 
     @property
     def counted(self) -> Program:
@@ -579,10 +559,10 @@ class OptimizedModel(AdaptiveModel):
         with torch.no_grad():
             return super().forward(*args, mask=mask, sizes=sizes, **kwargs)
 
-    def _call(self, provider: MaskProvider, arguments: dict[str, Any]) -> Called:
+    def _answer(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Called:
         if self._bands is not None:
-            return self._find_way(partial(self._bands, provider), arguments)
-        run = partial(super()._call, provider)
+            return self._bands(provider, program, arguments)
+        run = partial(answer, program, provider)
         if call_context().sizes is not None:  # which are no part of what is recorded
             return run(arguments)
         return self._recordings.call(self, provider, arguments, run) or run(arguments)
@@ -601,7 +581,7 @@ class OptimizedModel(AdaptiveModel):
             InvalidInput: the memory is too little, or the copy was made without one.
         """
         provider = self._mask_provider if mask is None else resolve_mask(mask)
-        return self._banded().plan(provider, self.program, self.program.bind(*args, **kwargs))
+        return self.follow(Invocation.of(self._program, args, kwargs), partial(self._banded().plan, provider))
 
     def rows(
         self, picture: Any, *args: Any, mask: object = None, start: int = 0, **kwargs: Any
@@ -627,9 +607,9 @@ class OptimizedModel(AdaptiveModel):
         def read(first: int, end: int) -> Tensor:
             return torch.as_tensor(picture[:, first:end]).unsqueeze(0)
 
-        size = read(0, 1).new_empty(()).expand(1, *picture.shape)
+        size = read(0, 1).new_zeros(()).expand(1, *picture.shape)
         run = partial(self._banded().rows, provider, start, read)
-        return self._find_way(run, self.program.bind(size, *args, **kwargs))
+        return self.follow(Invocation.of(self._program, (size, *args), kwargs), run)
 
     def _banded(self) -> Bands:
         if self._bands is None:

@@ -89,7 +89,7 @@ class _Runner(GraphInterpreter):
             return self._plain(n.args[0][0])  # type: ignore[index]
         if n.op in ("placeholder", "get_attr"):
             return super().run_node(n)
-        self._note(n)
+        self._mark(n)
         inputs = {source: self.env[source] for source in n.all_input_nodes}
         if self.left & inputs.keys() and not any(map(self._in_region, inputs, inputs.values())):
             # Vectors of several paths are combined with a map that has left the region.
@@ -115,7 +115,7 @@ class _Runner(GraphInterpreter):
         same = isinstance(results[0], _PLAIN) and all(value == results[0] for value in results)
         return results[0] if same else _Paths(tuple(results))
 
-    def _note(self, node: fx.Node) -> None:
+    def _mark(self, node: fx.Node) -> None:
         """Record if the value of a node has one row per element, and if it has left the region."""
         inputs = set(node.all_input_nodes)
         if (node.target is getattr and node.args[1] == "rows") or self.rows & inputs:

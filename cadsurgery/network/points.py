@@ -25,9 +25,10 @@ from cadsurgery.following.guards import drop_dead_code
 from cadsurgery.masks.context import keypoints_at
 from cadsurgery.masks.detectors import points_of
 from cadsurgery.masks.spec import resolve_mask
-from cadsurgery.network.dependencies import Cone, Place, places_of, reached
-from cadsurgery.network.macs import Counter
+from cadsurgery.network.dependencies import Cone, reached
+from cadsurgery.network.invocations import Invocation
 from cadsurgery.network.model import AdaptiveModel, whole_program
+from cadsurgery.network.observing import Place, observe
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, UnknownName, check_name
@@ -202,7 +203,8 @@ class _Run:
         check_name("reach", reach, REACHES)
         check_name("alignment", align, ALIGNMENTS)
         program = net.program
-        program.check(image)
+        call = Invocation.of(program, (image,), {})
+        call.check()
         if isinstance(points, Tensor) and points.dim() in (3, 4) and points.shape[-1] != 2:
             raise InvalidInput(
                 f"points are {describe(points)}.",
@@ -212,8 +214,8 @@ class _Run:
         points = points_of(points, image, 1, "")
         exit = _exit(program, output)
         provider = net.mask if mask is None else resolve_mask(mask)
-        values = program.check_and_run(program.before, image)
-        with keypoints_at(points):
+        with call.explained(), keypoints_at(points):
+            values = program.before(call.arguments)
             lattice = program.ask(program.masking(provider), values)
         net.finish(None, lattice)
         return _Run(program, exit, provider, points, values, lattice, image, align)
@@ -238,10 +240,8 @@ class _Run:
 
     def macs(self, parts: dict[str, Lattice] | None) -> tuple[int, int]:
         """Count the MACs after the mask, and the rows that window operations compute, on meta tensors."""
-        counter = Counter(self.program, "conv", self.exit.graph, parts)
-        with counter.counter:
-            counter.run(lambda *_: self.lattice, *self.values)
-        return sum(counter.counts.values()), counter.rows
+        seen = observe(self.program, self.exit.graph, [lambda *_: self.lattice, *self.values], parts)
+        return sum(seen.macs.values()), seen.rows
 
     def _pixels(self, lattice: Lattice) -> Tensor:
         """Return the flat fine pixels of the dense output's samples at the points of all images."""
@@ -261,8 +261,7 @@ class _Run:
         if places is None:
             lattice, program = self.lattice, meta_copy(self.program.net).program
             low = program.geometry.uniform(program.geometry.max_level, lattice.batch, lattice.whole_size)
-            with torch.no_grad():
-                places = places_of(program, self.exit.graph, low, values)
+            places = observe(program, self.exit.graph, [lambda *_: low, *values]).places
         self.exit.places[key] = places  # ordered by last use
         for oldest in list(self.exit.places)[:-MOST_SIZES]:
             self.exit.places.pop(oldest, None)

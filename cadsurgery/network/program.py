@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from cadsurgery.elements.backends.choose import Misfit
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.following.arguments import bind_all, contain, image_of, in_order, kind_of
 from cadsurgery.following.graphs import GRAPH_FILE, Interpreter
@@ -22,15 +21,13 @@ from cadsurgery.following.hooks import Watch, Watched
 from cadsurgery.following.outside_values import Changed, Outside, OutsideWatch
 from cadsurgery.following.trace import evaluating
 from cadsurgery.masks.context import first_passes
-from cadsurgery.masks.masking import Masking, check_image
+from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Unit
-from cadsurgery.network.input_refusals import misfit, wrong_for_weights, wrong_size
-from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
-from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput
-from cadsurgery.support.torch_internals import is_traced_by_jit, tree_map_only
+from cadsurgery.support.errors import CannotConvert, InvalidInput
+from cadsurgery.support.torch_internals import is_traced_by_jit
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.rewrite import Halves, ask_mask, halves, pack_graph, unpack_graph
 
@@ -169,7 +166,7 @@ class Program:
 
     @property
     def is_counted(self) -> bool:
-        """True if layers have hooks of a tool that counts work, which `counters.CallingCounters` calls."""
+        """True if layers have hooks of a tool that counts work, which `counters.calling_counters` calls."""
         if torch.compiler.is_compiling():
             return False
         self._watch()
@@ -187,6 +184,17 @@ class Program:
         """Return the masking of a mask provider, which computes its lattices."""
         plan = self.plan
         return Masking(provider, self.geometry, plan.strides[0], unit=self.net._unit, around=plan.around)
+
+    @property
+    def own_level(self) -> int | None:
+        """The level at which the network's own graph gives what this program gives; None if it has no such graph."""
+        return self.plan.identity_level if self.unchanged is not None else None
+
+    def graph_at(self, level: int | None) -> fx.Graph:
+        """Return the graph that computes a call with all cells at a level, or at several (None): the network's own one,
+        where it gives the same."""
+        own = self.unchanged if level is not None and level == self.own_level else None
+        return self.graph if own is None else own
 
     # -- running on the arguments of a call by name, without checks --------------------------------
 
@@ -247,9 +255,9 @@ class Program:
                 next="choose a mask that looks at the picture, e.g. content or edges.",
             )
         arguments = self.bind(self.smaller(scale, image))
+        if self.own_level is not None:
+            return self.run_original(self.own_level, arguments)[0]
         own = self.plan.identity_level
-        if own is not None and self.unchanged is not None:
-            return self.run_original(own, arguments)[0]
         return self(self.uniform(self.geometry.max_level if own is None else own), arguments)[0]
 
     def smaller(self, scale: float, image: Tensor) -> Tensor:
@@ -306,63 +314,6 @@ class Program:
                     next=f"give {name} as at the conversion, or convert with this call: example_input= takes the "
                     "arguments of a call.",
                 )
-
-    def check(self, image: Any) -> None:
-        """Refuse an invalid image batch, see `check_image`, and one that does not fit weights that are fused: torch's
-        operations say so themselves."""
-        check_image(image)
-        if self.is_fused and (refusal := wrong_for_weights(self.net, self.graph, image)):
-            raise refusal
-
-    def check_and_run(self, run: Callable[[dict[str, Any]], Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Apply a function to the arguments of a call by name.
-
-        Raises:
-            InvalidInput: the image is invalid, or does not fit the network.
-        """
-        arguments = self.bind(*args, **kwargs)
-        image = self.image(arguments)
-        if torch.compiler.is_compiling():
-            self.check(image)
-            return run(arguments)
-        with device_checks.together():
-            self.check(image)
-            return in_layout_of(image, self._run_explained(run, arguments, image))
-
-    def _run_explained(
-        self, run: Callable[[dict[str, Any]], Any], arguments: dict[str, Any], image: Any
-    ) -> Any:
-        """Apply a function to arguments; an error about an image that does not fit says so."""
-        try:
-            return run(arguments)
-        except Exception as error:  # the network may raise any error; the cause is found afterwards
-            channels = self.plan.example_shape[1]
-            checks_channels = isinstance(error, GuardFailed) and image.shape[1] != channels
-            if isinstance(error, CadError) and not checks_channels and not isinstance(error, Misfit):
-                raise
-            refusal = misfit(self.net, self.graph, image, error, channels)
-            refusal = refusal or wrong_size(image, self.plan.example_shape, self.plan.output_stride[1], error)
-            if refusal is None:
-                raise
-            raise refusal from error
-
-    def find_lattice(self, masking: Any, /, *args: Any, **kwargs: Any) -> Lattice:
-        """Compute the lattice of a masking in evaluation mode, running the network only as far as needed."""
-        with torch.no_grad(), evaluating(self.net):
-            lattice: Lattice = self.check_and_run(
-                lambda arguments: self.ask(masking, self.before(arguments)), *args, **kwargs
-            )
-        return lattice
-
-
-def in_layout_of(image: Tensor, outputs: Any) -> Any:
-    """Return outputs with maps in the memory layout that the network as given returns: what follows, such as a head
-    that flattens a map by `view`, may rely on it."""
-
-    def as_given(value: Tensor) -> Tensor:
-        return value if 0 in value.stride() else value.contiguous()  # what is repeated in no memory stays so
-
-    return tree_map_only(Tensor, as_given, outputs) if image.is_contiguous() else outputs
 
 
 def frozen_copy(what: str) -> InvalidInput:
@@ -546,11 +497,31 @@ class Names:
 class GraphInterpreter(Interpreter):
     """Runs a graph of an adaptive network with the modules and parameters of its program."""
 
-    def __init__(self, program: Program, graph: fx.Graph, parts: Mapping[str, Lattice] | None = None) -> None:
-        """Take a program and its graph, or a part of it; nodes named in `parts` run on these reduced lattices."""
+    def __init__(
+        self,
+        program: Program,
+        graph: fx.Graph,
+        parts: Mapping[str, Lattice] | None = None,
+        note: Callable[[fx.Node, Any, Mapping[fx.Node, Any]], None] | None = None,
+    ) -> None:
+        """Take a program and its graph, or a part of it.
+
+        Args:
+            program: the program.
+            graph: the graph.
+            parts: reduced lattices, on which the nodes of these names run.
+            note: given each node with its value and those of its inputs, when it has run.
+        """
         super().__init__(nn.Module(), graph=graph)
         self.module: Any = program.names()
-        self._parts = parts or {}
+        self._parts, self._note = parts or {}, note
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        value = super().run_node(n)
+        if self._note is not None:
+            self._note(n, value, self.env)
+        return value
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a node, with its reduced lattice in place of its stage."""

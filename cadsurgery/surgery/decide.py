@@ -180,11 +180,11 @@ def _heads_need_own_grid(flow: Flow, region: Region, low: int) -> InvalidInput:
 
 def _up_to(stride: int, asked: Refusal, flow: Flow) -> Refusal:
     """Extend a refusal function: nodes beyond an output stride are left out of the region, too."""
-    beyond = {node for node, spacing in flow.spacing.items() if spacing > stride}
+    beyond = {node for node, restored in flow.restored.items() if restored > stride}
 
     def refused(node: fx.Node, maps: Sequence[fx.Node]) -> Barrier | None:
         if node in beyond:
-            return Barrier(f"its output stride is {flow.spacing[node]}, beyond {stride}", Cause.ASKED)
+            return Barrier(f"its output stride is {flow.restored[node]}, beyond {stride}", Cause.ASKED)
         return asked(node, maps)
 
     return refused
@@ -304,7 +304,7 @@ class _Deciding:
             reason=reason,
             stages=self.region.stages(node) if node in self.on_elements else (0, 0),
             window=window,
-            grid=max(1, flow.grid.get(node, 1) // high),
+            spacing=max(1, flow.grid.get(node, 1) // high),
             leaves="resized" if node in self.resized else leaves,
             layout=facts.layout(node),
             source=source_line(node) if is_end else "",
@@ -388,7 +388,6 @@ def _leaving_sizes(
                 fine_outputs and "h" in flow.layouts[node] and all(user.op == "output" for user in readers)
             )
             fine = flow.grid[node] == region.strides[0] or returned
-            fine = fine and flow.treatments[node].leaves_by is None
             sizes[node] = "fine" if fine else "native"
     return sizes
 

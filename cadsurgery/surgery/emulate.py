@@ -80,8 +80,6 @@ class Emulator(Interpreter):
             self._holds(value, decision, read) for read in n.all_input_nodes
         ):
             value = value.clone()  # where it ends, its cells are filled by other values than the whole map's
-        if isinstance(value, tuple) and isinstance(value[0], Tensor) and not value[-1].is_floating_point():
-            return self._fill(value[0], decision), self._places(n)  # a pooling with the places of its maxima
         return self._fill(value, decision) if isinstance(value, Tensor) else value
 
     def _holds(self, value: Tensor, decision: Decision, read: fx.Node) -> bool:
@@ -115,7 +113,7 @@ class Emulator(Interpreter):
             cut = self.levels[:, :height, :width].long()
             levels = self.geometry.levels_at(cut, decision.stages[1]).flatten(1)
             if (levels == levels[0, 0]).all():
-                step = max(1, self.geometry.sides[int(levels[0, 0])] // decision.grid)
+                step = max(1, self.geometry.sides[int(levels[0, 0])] // decision.spacing)
                 return value[:, :, ::step, ::step]
             if (
                 levels.amin(1) == levels.amax(1)
@@ -138,7 +136,7 @@ class Emulator(Interpreter):
         """Return what each sample (h, w) of a map covers of it, relative to the mean of all."""
         if source.name not in self.sizes:
             raise CannotEmulate(source.name)
-        grid = self.decisions[source.name].grid
+        grid = self.decisions[source.name].spacing
         down, across = (
             (length - torch.arange(count, device=self.levels.device) * grid).clamp(max=grid).double()
             for count, length in zip(size, self.sizes[source.name], strict=True)
@@ -146,30 +144,19 @@ class Emulator(Interpreter):
         areas = down.unsqueeze(1) * across
         return areas / areas.mean()
 
-    def _places(self, n: fx.Node) -> Tensor:
-        """Return the places of a pooling's maxima. Where the border continues, samples of a cell are equal but for
-        rounding: the first of them counts."""
-        source = n.all_input_nodes[0]
-        value = self.env[source]
-        falling = torch.linspace(
-            0, 1e-10, value.shape[2] * value.shape[3], dtype=value.dtype, device=value.device
-        ).view(value.shape[2:])
-        self.env[source] = value - falling * value.abs().max()
-        places: Tensor = super().run_node(n)[-1]
-        self.env[source] = value
-        return places
-
     def _cells(self, size: Sequence[int], decision: Decision) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Return the anchor (y, x) of the cell that holds each sample (B, h, w) of a map, and the cell's side, in
         samples."""
         levels = self.levels.long()
         for axis, count in enumerate(size, 1):  # a map that is larger than the image continues its border
-            places = (torch.arange(count, device=levels.device) * decision.grid).clamp(
+            places = (torch.arange(count, device=levels.device) * decision.spacing).clamp(
                 max=levels.shape[axis] - 1
             )
             levels = levels.index_select(axis, places)
         levels = self.geometry.levels_at(levels, decision.stages[1])
-        side = (torch.tensor(self.geometry.sides, device=levels.device)[levels] // decision.grid).clamp(min=1)
+        side = (torch.tensor(self.geometry.sides, device=levels.device)[levels] // decision.spacing).clamp(
+            min=1
+        )
         y, x = _grid(size, levels.device)
         return (y - y % side, x - x % side), side
 
@@ -182,7 +169,7 @@ class Emulator(Interpreter):
         order = [*channel_dims(layout), *places]
         image = value.permute(0, *order)
         if "p" in layout:
-            size = [divide_up(length, decision.grid) for length in self.levels.shape[1:]]
+            size = [divide_up(length, decision.spacing) for length in self.levels.shape[1:]]
             if image.shape[-1] != math.prod(size):
                 return value
             image = image.unflatten(-1, size)

@@ -1,6 +1,6 @@
 """Find out where a network downsamples: the forward pass over its graph. All distances are in input pixels.
 
-The pass finds the `grid` of each value (its output stride in the network as it is) and its `spacing` (its output stride
+The pass finds the `grid` of each value (its output stride in the network as it is) and `restored` (its output stride
 if removed strides were restored: where the dilation doubles along a chain, a stride was removed). The backward pass is
 in `region`.
 """
@@ -34,19 +34,19 @@ class Role(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Flow(MapFacts):
-    """Roles, treatments, grids and spacings of all nodes, and the operations that cannot run on elements; with what the
+    """Roles, treatments and output strides of all nodes, and the operations that cannot run on elements; with what the
     rules are given, the facts about the network and its maps.
 
     Attributes:
         role: role of each node.
         treatments: treatment of each node by its rule.
         grid: output stride of each map in the network as it is.
-        spacing: output stride of each map if removed strides were restored.
+        restored: output stride of each map if removed strides were restored.
         barriers: operations on maps that cannot run on elements, with the reason.
         foreign: values computed by barriers from maps that are no maps themselves.
-        grown: nodes where a removed stride was found, with the spacing after them.
+        grown: nodes where a removed stride was found, with the output stride after them.
         most: the requested low output stride, once it is known.
-        removed_up_to: the largest spacing that a dilation may stand for; None for no limit.
+        removed_up_to: the largest output stride that a dilation may restore; None for no limit.
         through_heads: true if windows whose taps fall inside cells do not end the region.
         inside_cells: such windows.
         views: how the positions of each map were moved since the picture; see `views`.
@@ -55,7 +55,7 @@ class Flow(MapFacts):
     role: dict[fx.Node, Role] = field(default_factory=dict)
     treatments: dict[fx.Node, Treatment] = field(default_factory=dict)
     grid: dict[fx.Node, int] = field(default_factory=dict)
-    spacing: dict[fx.Node, int] = field(default_factory=dict)
+    restored: dict[fx.Node, int] = field(default_factory=dict)
     barriers: dict[fx.Node, Barrier] = field(default_factory=dict)
     grown: dict[fx.Node, int] = field(default_factory=dict)
     foreign: set[fx.Node] = field(default_factory=set)
@@ -66,8 +66,8 @@ class Flow(MapFacts):
     views: dict[fx.Node, View] = field(default_factory=dict)
 
     def cell(self, node: fx.Node) -> int:
-        """Return the side in pixels of a map's largest cell: its spacing, at most the requested low output stride."""
-        return min(self.spacing[node], self.most or self.spacing[node])
+        """Return the side in pixels of a map's largest cell: its restored output stride, at most the low one."""
+        return min(self.restored[node], self.most or self.restored[node])
 
     def maps(self, node: fx.Node) -> list[fx.Node]:
         """Return the maps that a node reads."""
@@ -92,10 +92,11 @@ class Flow(MapFacts):
 
     def comes_back(self, node: fx.Node, high: int) -> bool:
         """True if a map that is computed dense can be joined with maps of the region: a floating-point map coarser than
-        the high output stride. In networks with attention, no map comes back."""
+        the high output stride. In networks with attention maps come back only where level maps are floors (`high` is
+        0): what it computes is then as coarse as the cells that read it, or finer."""
         shape = self.shapes.get(node, ())
         is_plain = len(shape) == 4 and self.layout(node) == NCHW and node in self.floating
-        return is_plain and self.grid[node] > high and not self.has_attention
+        return is_plain and self.grid[node] > high and not (high and self.has_attention)
 
     @cached_property
     def last(self) -> frozenset[fx.Node]:
@@ -118,14 +119,14 @@ def flow_forward(
     removed_up_to: int | None = None,
     through_heads: bool = False,
 ) -> Flow:
-    """Compute roles, grids and spacings from the input on.
+    """Compute roles and output strides from the input on.
 
     Args:
         facts: facts about the network.
         refused: function that returns why a node that reads certain maps may not be in the region, or None.
         by_design: nodes whose dilation grows although no stride was removed there.
         most: the requested low output stride; by default the network's lowest.
-        removed_up_to: the largest spacing in pixels that a dilation may stand for: with 0 all dilations count as the
+        removed_up_to: the largest output stride that a dilation may restore: with 0 all dilations count as the
             network's design, with None none of them.
         through_heads: see `Flow`.
     """
@@ -137,7 +138,7 @@ def flow_forward(
             flow.role[node] = Role.MAP if is_image else Role.OTHER
             flow.treatments[node] = _OTHER
             if is_image:
-                flow.grid[node], flow.spacing[node], flow.views[node] = 1, 1, ()
+                flow.grid[node], flow.restored[node], flow.views[node] = 1, 1, ()
                 _note_map(node, NCHW, flow)
             continue
         maps = flow.maps(node)
@@ -216,7 +217,7 @@ def _behind_barrier(node: fx.Node, source: fx.Node, flow: Flow) -> None:
         alike = [flow.grid[other] for other in flow.grid if flow.images[other] == flow.images[node]]
         grid = grid if grid in alike or not alike else alike[-1]  # small maps round sizes
     flow.role[node] = Role.MAP
-    flow.grid[node] = flow.spacing[node] = grid
+    flow.grid[node] = flow.restored[node] = grid
 
 
 def _behind_foreign(node: fx.Node, flow: Flow) -> None:
@@ -228,7 +229,7 @@ def _behind_foreign(node: fx.Node, flow: Flow) -> None:
     if grid:
         flow.role[node] = Role.MAP
         flow.barriers[node] = Barrier("is computed from values that are no map")
-        flow.grid[node] = flow.spacing[node] = grid
+        flow.grid[node] = flow.restored[node] = grid
         _note_map(node, NCHW, flow)
 
 
@@ -254,7 +255,7 @@ def _barrier(node: fx.Node, maps: list[fx.Node], flow: Flow) -> Barrier | None:
         return Barrier(treatment.why, treatment.cause)
     if misfit := _misfit(node, maps, flow):
         return Barrier(misfit)
-    if treatment.kind == "resize" and flow.spacing[maps[0]] != flow.grid[maps[0]]:
+    if treatment.kind == "resize" and flow.restored[maps[0]] != flow.grid[maps[0]]:
         return Barrier("changes the resolution of a dilated map", Cause.CELLS)
     inside = why_inside_cells(node, maps, flow)
     if inside and flow.through_heads:
@@ -278,9 +279,6 @@ def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow) -> str:
     """Return why the treatment of a node does not apply here, or ""."""
     treatment = flow.treatments[node]
     layout = flow.layout(maps[0])
-    indices = dict(treatment.arguments).get("indices")
-    if any(flow.treatments[source].leaves_by and source is not indices for source in maps):
-        return "reads the indices of a pooling, numbers of the places of a dense map"
     if treatment.kind == "broadcast":
         return "resizes a map"
     if treatment.kind == "join":
@@ -349,18 +347,18 @@ def is_filled(node: fx.Node) -> bool:
 
 
 def _advance(node: fx.Node, maps: list[fx.Node], flow: Flow, by_design: frozenset[fx.Node]) -> None:
-    grid, spacing = flow.grid[maps[0]], max(flow.spacing[source] for source in maps)
+    grid, restored = flow.grid[maps[0]], max(flow.restored[source] for source in maps)
     treatment = flow.treatments[node]
     window = treatment.window
     if window is not None and treatment.kind == "window":
         reach = min(window.dilation) * grid
-        growth = reach // spacing if not window.is_pointwise and reach % spacing == 0 else 1
+        growth = reach // restored if not window.is_pointwise and reach % restored == 0 else 1
         removed = growth > 1 and growth & (growth - 1) == 0 and node not in by_design
-        if removed and (flow.removed_up_to is None or spacing * growth <= flow.removed_up_to):
-            spacing *= growth
-            flow.grown[node] = spacing
-        grid, spacing = grid * window.stride, spacing * window.stride
-    flow.grid[node], flow.spacing[node] = grid // treatment.scale, spacing // treatment.scale
+        if removed and (flow.removed_up_to is None or restored * growth <= flow.removed_up_to):
+            restored *= growth
+            flow.grown[node] = restored
+        grid, restored = grid * window.stride, restored * window.stride
+    flow.grid[node], flow.restored[node] = grid // treatment.scale, restored // treatment.scale
 
 
 def position_mixers(flow: Flow) -> list[fx.Node]:

@@ -35,7 +35,7 @@ class Decision:
         reason: reason of the action.
         stages: stages of its input and its output.
         window: its kernel size, stride, padding and dilation, with its spacing in fine pixels.
-        grid: distance in fine pixels between the samples of its output in the original network.
+        spacing: distance in fine pixels between the samples of its output in the original network.
         leaves: size at which its result leaves the region: `fine`, `native`, `resized` (a resize that reads elements),
             or "".
         macs: multiply-accumulates on the example in the original network.
@@ -59,7 +59,7 @@ class Decision:
     reason: str
     stages: tuple[int, int] = (0, 0)
     window: Window | None = None
-    grid: int = 1
+    spacing: int = 1
     leaves: Leaves = ""
     macs: int = field(default=0, compare=False)
     shape: tuple[int, ...] = ()
@@ -337,7 +337,11 @@ class Plan:
         Raises:
             Exception: of several types, if the text is not a plan.
         """
-        plan: Plan = read_as(Plan, json.loads(text), "the plan")
+        values = json.loads(text)
+        for decision in values["decisions"]:
+            if "grid" in decision:  # the name until 0.2
+                decision["spacing"] = decision.pop("grid")
+        plan: Plan = read_as(Plan, values, "the plan")
         plan._check()
         return plan
 

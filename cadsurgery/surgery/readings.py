@@ -147,7 +147,7 @@ def _reads_neighbours(node: fx.Node, flow: Flow) -> bool:
     if treatment.kind != "window" or treatment.window is None or treatment.window.is_pointwise:
         return False
     reach = min(treatment.window.dilation) * flow.grid[maps[0]]
-    return flow.grid[maps[0]] < reach == flow.spacing[node] // treatment.window.stride
+    return flow.grid[maps[0]] < reach == flow.restored[node] // treatment.window.stride
 
 
 def _choose_strides(

@@ -120,7 +120,7 @@ def nothing_to_convert(flow: Flow) -> CannotConvert:
 
 
 def _downsamples(node: fx.Node, flow: Flow) -> bool:
-    return any(flow.spacing[source] < flow.spacing[node] for source in flow.maps(node))
+    return any(flow.restored[source] < flow.restored[node] for source in flow.maps(node))
 
 
 def _first_barrier(flow: Flow) -> str:

@@ -120,14 +120,14 @@ def region_of(flow: Flow, high: int) -> Region:
     """
     outside = set[fx.Node]()
     for node in flow.graph.nodes:
-        coarse = flow.role[node] is Role.MAP and flow.spacing[node] > high
+        coarse = flow.role[node] is Role.MAP and flow.restored[node] > high
         if coarse and (node in flow.barriers or _reads_outside(node, flow, high, outside)):
             outside.add(node)
     inside = [node for node in flow.graph.nodes if flow.role[node] is Role.MAP and node not in outside]
     strides = [high]
-    for spacing in sorted({flow.spacing[node] for node in inside if node not in flow.barriers}):
-        if spacing > strides[-1] and spacing % strides[-1] == 0:
-            strides.append(spacing)
+    for stride in sorted({flow.restored[node] for node in inside if node not in flow.barriers}):
+        if stride > strides[-1] and stride % strides[-1] == 0:
+            strides.append(stride)
     region = Region(flow, tuple(strides), frozenset(outside), {})
     for node in reversed(inside):
         before = any(flow.grid[source] < high for source in flow.maps(node))
@@ -135,7 +135,7 @@ def region_of(flow: Flow, high: int) -> Region:
             region.needed[node] = high
         else:
             uses = [use for use in (_need(node, user, flow, region) for user in node.users) if use]
-            region.needed[node] = min(uses, default=_floor(region, flow.spacing[node]))
+            region.needed[node] = min(uses, default=_rounded_down(region, flow.restored[node]))
         if node not in flow.shapes:  # a split: its parts, such as halves of the channels, share its lattice
             parts = [part for part in node.users if part in region.needed]
             region.needed.update(dict.fromkeys(parts, region.needed[node]))
@@ -314,19 +314,19 @@ def _need(node: fx.Node, user: fx.Node, flow: Flow, region: Region) -> int:
     if flow.role[user] is Role.OTHER and treatment.kind == "shape" and user.op != "output":
         return 0
     if user not in region.needed or user in flow.barriers:  # the output, a global operation, a dense reader
-        return _floor(region, flow.spacing[node])
+        return _rounded_down(region, flow.restored[node])
     if treatment.kind == "resize":
-        return _floor(region, min(flow.spacing[node], region.needed[user] * treatment.scale))
+        return _rounded_down(region, min(flow.restored[node], region.needed[user] * treatment.scale))
     window = treatment.window
     if window is None or treatment.kind == "pad":
         return region.needed[user]
-    need = _floor(region, region.needed[user] // window.stride)
+    need = _rounded_down(region, region.needed[user] // window.stride)
     if not window.is_pointwise and user not in flow.inside_cells:
-        need = _floor(region, need, *(step * flow.grid[node] for step in window.steps))
+        need = _rounded_down(region, need, *(step * flow.grid[node] for step in window.steps))
     return need
 
 
-def _floor(region: Region, limit: int, *multiples: int) -> int:
+def _rounded_down(region: Region, limit: int, *multiples: int) -> int:
     """Return the largest stride of the region that is at most `limit` and divides all `multiples`."""
     fitting = [s for s in region.strides if s <= limit and all(m % s == 0 for m in multiples)]
     return fitting[-1] if fitting else region.strides[0]
@@ -347,6 +347,6 @@ def dilated_by_design(flow: Flow, region: Region) -> frozenset[fx.Node]:
 
     return frozenset(
         node
-        for node, spacing in flow.grown.items()
-        if node in region.needed and available_at(node) < min(spacing, region.strides[-1])
+        for node, stride in flow.grown.items()
+        if node in region.needed and available_at(node) < min(stride, region.strides[-1])
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,6 @@ from torch.fx.node import map_aggregate
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
-from cadsurgery.following.facts import Facts
 from cadsurgery.following.graphs import copy_graph, downstream, upwards
 from cadsurgery.following.guards import check_branch, drop_dead_code, is_whole
 from cadsurgery.following.hooks import parameter, prepare_weights
@@ -25,13 +24,14 @@ from cadsurgery.surgery.flow import Flow, is_filled
 from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.refusals import place_of
 from cadsurgery.surgery.rule_arguments import arguments_of
-from cadsurgery.surgery.treatment import Attribute, Call, Treatment
+from cadsurgery.surgery.rules import treat
+from cadsurgery.surgery.treatment import Attribute, Call, Treatment, maps_may_grow
 
 # Extra input of a rewritten graph: a callable (image, fine map) -> Lattice.
 MASKING = "masking"
 # Metadata keys of rewritten nodes: the original node with the same value, the (name, module path) of the original node
-# whose work it does, and the stage of elements.
-ORIGIN, WORK, STAGE = "origin", "work", "stage"
+# whose work it does, the stage of elements, and how the node acts on dense maps (see `acts_of`).
+ORIGIN, WORK, STAGE, ACTS = "origin", "work", "stage", "acts"
 
 
 _SIZES = (
@@ -88,6 +88,7 @@ class Rewriter:
             inputs, key=lambda node: len(node.args)
         ):  # in Python's order: those with defaults last
             self.dense[node] = self.graph.node_copy(node)
+            self.dense[node].meta[ACTS] = acts_of(node, self.flow)
         with self.graph.inserting_before():
             self.masking = self.graph.placeholder(MASKING)
         for node in nodes:
@@ -112,10 +113,14 @@ class Rewriter:
                 result.meta.setdefault(STAGE, decision.stages[1])
             working = self.working.get(node, result)
             working.meta[WORK] = (node.name, decision.path)
+            working.meta.setdefault(ACTS, acts_of(node, self.flow))
             if "nn_module_stack" not in working.meta:  # where errors of the new node are placed
                 working.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
                 working.stack_trace = node.stack_trace
         drop_dead_code(self.graph)
+        for node in self.graph.nodes:  # what the region needs beside the network's own operations
+            layouts = [source.meta[ACTS].layout for source in node.all_input_nodes[:1]]
+            node.meta.setdefault(ACTS, Treatment("pointwise", layout="".join(layouts)))
         self.graph.lint()
         return self.graph
 
@@ -124,11 +129,8 @@ class Rewriter:
     def as_dense(self, node: fx.Node) -> fx.Node:
         """Return a value as a dense tensor, at the size with which it leaves the region."""
         if node not in self.dense:
-            decision, leaves_by = self.plan[node.name], self.flow.treatments[node].leaves_by
-            if leaves_by is not None:
-                self.dense[node] = self.call(leaves_by, self.elements[node], decision.grid)
-                return self.dense[node]
-            spacing = 1 if decision.leaves == "fine" else decision.grid
+            decision = self.plan[node.name]
+            spacing = 1 if decision.leaves == "fine" else decision.spacing
             options = () if decision.layout == NCHW else (decision.layout,)
             guide = {"guide": self.fine_map()} if self.guided and spacing == 1 else {}
             self.dense[node] = self.call(functional.to_dense, self.elements[node], spacing, *options, **guide)
@@ -258,7 +260,7 @@ class Rewriter:
             return self.call(getattr, self.call(getattr, elements, "rows"), node.args[1])
         decision = self.plan[source.name]
         options = () if decision.layout == NCHW else (decision.layout,)
-        size = self.call(functional.native_shape, elements, decision.grid, *options)
+        size = self.call(functional.native_shape, elements, decision.spacing, *options)
         axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         if node.target == "size" and axis is not None:
             return self.call(operator.getitem, size, axis)
@@ -279,7 +281,7 @@ class Rewriter:
             return
         arguments = self.arguments(treatment)
         if treatment.spaced:
-            arguments["spacing"] = self.plan[source.name].grid
+            arguments["spacing"] = self.plan[source.name].spacing
         if treatment.kind == "pad":  # the windows that read it apply the padding
             x = self.as_elements(source)
             self.elements[node] = self.call(treatment.call, x, **arguments) if treatment.call else x
@@ -294,16 +296,16 @@ class Rewriter:
             out = self.call(function, x, *leading, window=decision.window, stage=stage, **arguments)
         elif treatment.kind == "resize":
             x = self.as_elements(source)
-            grid, scale = self.plan[source.name].grid, treatment.scale
-            if grid % scale:  # finer than the high output stride
+            spacing, scale = self.plan[source.name].spacing, treatment.scale
+            if spacing % scale:  # finer than the high output stride
                 self.dense[node] = self.resize_to_dense(node, treatment)
                 return
             inside = {
-                name: arguments[name]
-                for name in ("mode", "align_corners", "size", "indices")
-                if name in arguments
+                name: arguments[name] for name in ("mode", "align_corners", "size") if name in arguments
             }
-            out = self.call(function, x, stage=stage, spacings=(grid, grid // scale), scale=scale, **inside)
+            out = self.call(
+                function, x, stage=stage, spacings=(spacing, spacing // scale), scale=scale, **inside
+            )
         else:
             x = self.on_stage(source, stage)
             out = self.working[node] = self.call(function, x, **arguments)
@@ -319,7 +321,7 @@ class Rewriter:
             arguments["guide"] = self.fine_map()
         assert treatment.operation is not None
         return self.call(
-            treatment.operation.at_exit, self.as_elements(source), self.plan[source.name].grid, **arguments
+            treatment.operation.at_exit, self.as_elements(source), self.plan[source.name].spacing, **arguments
         )
 
     def emit_global(self, node: fx.Node, source: fx.Node, treatment: Treatment) -> fx.Node:
@@ -331,11 +333,13 @@ class Rewriter:
             for name, value in treatment.arguments
         }
         if treatment.spaced:
-            arguments["spacing"] = self.plan[source.name].grid
+            arguments["spacing"] = self.plan[source.name].spacing
         if self.flow.layouts[source] != NCHW:
             arguments["layout"] = self.flow.layouts[source]
         if treatment.covers is not None:
-            size = self.call(functional.native_shape, self.as_elements(source), self.plan[source.name].grid)
+            size = self.call(
+                functional.native_shape, self.as_elements(source), self.plan[source.name].spacing
+            )
             covers = self.call(is_whole, self.argument(treatment.covers, {}), size, treatment.or_more)
             self.call(check_branch, covers, True, f"{node.name}, whose window was the whole map")
         return self.call(treatment.call, self.on_stage(source, stage), **arguments)
@@ -351,9 +355,11 @@ class Rewriter:
         """Add an operation that acts on rows as it does on maps, apart from its axes."""
         maps = [source for source in node.all_input_nodes if self.flow.layout(source)]
         # Coarse maps that exist only as dense maps were computed outside the region; their samples are read again.
-        back = {source for source in maps if source not in self.elements and self.plan[source.name].grid > 1}
+        back = {
+            source for source in maps if source not in self.elements and self.plan[source.name].spacing > 1
+        }
         maps = [source for source in maps if source not in back]
-        values, grid = [self.as_elements(source) for source in maps], self.plan[maps[0].name].grid
+        values, spacing = [self.as_elements(source) for source in maps], self.plan[maps[0].name].spacing
         is_alone = len(values) == 1 and self.plan[maps[0].name].stages[1] == stage
         layout = self.flow.layouts[maps[0]]
 
@@ -365,9 +371,9 @@ class Rewriter:
                 return value
             if source in back or (how.kind == "broadcast" and how.arguments):
                 resize = {} if source in back else self.arguments(how)
-                return self.call(functional.small_map, value, grid, **resize, name=node.name)
+                return self.call(functional.small_map, value, spacing, **resize, name=node.name)
             if layout == NCHW and is_filled(source) and len(self.flow.shapes[source]) > 1:
-                return self.call(functional.one_sample, value, values[0], grid, node.name)
+                return self.call(functional.one_sample, value, values[0], spacing, node.name)
             return value
 
         call = treatment.rows or Call(node.target, node.args, node.kwargs)
@@ -378,7 +384,7 @@ class Rewriter:
         function = functional.OnRows(
             target,
             layout if treatment.kind == "join" else "",
-            (grid, node.name) if len(values) > 1 else None,
+            (spacing, node.name) if len(values) > 1 else None,
         )
         return self.call(function, *args, **kwargs, **({} if is_alone else {"stage": stage}))
 
@@ -391,6 +397,34 @@ def ask_mask(masking: Callable[[Any, Any], Any], image: Any, features: Any) -> A
 def rewrite(flow: Flow, plan: Plan, *, guided: bool = False) -> fx.Graph:
     """Build the graph of the adaptive network; the model and its own graph are not changed."""
     return Rewriter(flow, plan, guided=guided).run()
+
+
+class Operand(NamedTuple):
+    """A value that a node reads, by its place among these: copies of the node keep it."""
+
+    place: int
+
+
+def acts_of(node: fx.Node, flow: Flow) -> Treatment:
+    """Return how a node acts on dense maps by its rule, where windows may make maps grow and padding is a step of its
+    own. The layout is that of its value; among the arguments an `Operand` stands for each node."""
+    with maps_may_grow():
+        treatment = treat(node, replace(flow, pads={}))
+    places = {source: Operand(place) for place, source in enumerate(node.all_input_nodes)}
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, Call):
+            return replace(value, args=placed(value.args), kwargs={})
+        return fx.map_arg(value, lambda read: places.get(read, Operand(-1)))
+
+    arguments = tuple((name, placed(value)) for name, value in treatment.arguments)
+    return Treatment(
+        *(treatment.kind, treatment.why, treatment.call, arguments, treatment.window, treatment.then),
+        layout=flow.layout(node) or (NCHW if treatment.kind == "broadcast" and flow.is_map(node) else ""),
+        scale=treatment.scale,
+        covers=placed(treatment.covers),
+        or_more=treatment.or_more,
+    )
 
 
 class Halves(NamedTuple):
@@ -444,12 +478,13 @@ def _view_in_any_layout(node: fx.Node) -> None:
         node.target = "reshape"
 
 
-def unchanged_graph(facts: Facts, plan: Plan) -> fx.Graph:
+def unchanged_graph(flow: Flow, plan: Plan) -> fx.Graph:
     """Return the original graph with the fine map as a second output, for uniform masks at the network's own grid."""
-    graph, copies = copy_graph(facts.graph)
+    graph, copies = copy_graph(flow.graph)
     entering, output = plan.chosen("enter")[0].node, graph.output_node()
-    for copied in copies.values():
+    for node, copied in copies.items():
         _view_in_any_layout(copied)
+        copied.meta[ACTS] = acts_of(node, flow)
     fine = next(copy for node, copy in copies.items() if node.name == entering)
     output.args = ((output.args[0], fine),)
     return graph
@@ -474,7 +509,7 @@ def pack_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
     return [
         (
             *(node.op, node.target, node.name, by_place(node.args), by_place(node.kwargs)),
-            {key: node.meta[key] for key in (ORIGIN, WORK, STAGE) if key in node.meta},
+            {key: node.meta[key] for key in (ORIGIN, WORK, STAGE, ACTS) if key in node.meta},
         )
         for node in graph.nodes
     ]

@@ -37,7 +37,6 @@ from cadsurgery.surgery.rule_arguments import (
     options_of,
     pair_of,
     pooling_options,
-    pools_with_indices,
     redirect,
 )
 from cadsurgery.surgery.treatment import (
@@ -120,9 +119,7 @@ def max_pooling(node: fx.Node, facts: MapFacts) -> Treatment:
     """A maximum over taps at fine positions; what is outside the map is never the largest."""
     options = pooling_options(node, facts)
     if options["return_indices"]:
-        if any(user.target is not operator.getitem for user in node.users):
-            return barrier("its values and its indices are read as one")
-        return _treat_window(functional.max_pool2d_with_indices, _window(options))
+        return barrier("its indices are places of a dense map")
     if _covers_image(options, node, facts):
         return _pool_image(functional.global_max, "The maximum over the whole image.", options, node)
     return _treat_window(functional.max_pool2d, _window(options))
@@ -560,27 +557,8 @@ def depth_to_space(node: fx.Node, facts: MapFacts) -> Treatment:
 
 @rule(nn.MaxUnpool2d, F.max_unpool2d)
 def max_unpooling(node: fx.Node, facts: MapFacts) -> Treatment:
-    """An element takes the value of the window it lies in, if it is the tap of it that was the largest, or zero."""
-    names = ("indices", "output_size") if node.op == "call_module" else ("indices", "kernel_size", "stride")
-    options = arguments_of(
-        node, "input", *names, **({} if len(names) == 2 else {"padding": 0, "output_size": None})
-    )
-    indices, size = options["indices"], options.get("output_size")
-    pooling: Any = indices.args[0] if indices.target is operator.getitem else None
-    if not pools_with_indices(pooling, facts):
-        return barrier("its indices are not those of a max pooling as they are")
-    window = pooling_options(pooling, facts)
-    kernel, stride = pair_of(window["kernel_size"]), pair_of(window["stride"])
-    if kernel != stride or pair_of(window["padding"]) != (0, 0) or pair_of(window["dilation"]) != (1, 1):
-        return barrier("its pooling has windows that overlap, so that several values may have one place")
-    if kernel[0] != kernel[1]:
-        return barrier(f"its pooling has windows of {kernel[0]}x{kernel[1]}")
-    if facts.shapes[node][3] != facts.shapes[pooling.args[0]][3]:
-        return barrier(
-            "it gives a map of another size than that which was pooled, where torch mistakes the places"
-        )
-    arguments = (("indices", indices), ("size", size))
-    return Treatment("resize", call=functional.max_unpool2d, arguments=arguments, scale=kernel[0])
+    """It runs dense: on elements it took up to three times as long as the whole network."""
+    return barrier("it puts values at places of a dense map")
 
 
 @rule(nn.ConvTranspose2d, F.conv_transpose2d, torch.conv_transpose2d)

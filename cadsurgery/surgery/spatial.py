@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import fields
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -44,9 +43,7 @@ class Spatial:
     def __init__(self, facts: Facts) -> None:
         # No map is dilated here, and padding is a separate step.
         observed = {field.name: getattr(facts, field.name) for field in fields(Facts)}
-        known = MapFacts(**observed)
-        with contextlib.suppress(KeyError):  # attention has no positions in the image: use shapes
-            known = flow_forward(facts, removed_up_to=0)
+        known = flow_forward(facts, removed_up_to=0)
         batch = len(facts.example)
         # After an operation without a rule, a 4-d value with several positions counts as a map.
         others = {

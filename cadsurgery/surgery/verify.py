@@ -403,7 +403,7 @@ def _work_at(level: int, plan: Plan) -> float:
         if decision.on_elements:
             stage = decision.stages[1]
             place = max(level, stage - 1) if plan.floors else min(stage, level)
-            finer = decision.grid * plan.strides[0] / plan.strides[place]
+            finer = decision.spacing * plan.strides[0] / plan.strides[place]
         total += decision.macs
         of_level += decision.macs * finer**2
     return of_level / total if total else 0.0
@@ -463,9 +463,9 @@ def at_own_samples(outputs: Any, adapted: fx.Graph, plan: Plan) -> Any:
         if not isinstance(source, fx.Node) or source.target is not functional.to_dense:
             return value
         decision = plan[source.args[0].meta[ORIGIN]]  # type: ignore[union-attr]
-        if decision.leaves != "fine" or decision.grid == 1:
+        if decision.leaves != "fine" or decision.spacing == 1:
             return value
-        every = slice(None, None, decision.grid)
+        every = slice(None, None, decision.spacing)
         return value[tuple(every if axis in "hw" else slice(None) for axis in decision.layout)]
 
     return read(outputs, node.args[0][0])
@@ -483,17 +483,9 @@ def _unmixed(adapted: fx.Graph) -> set[str]:
 
 
 def _watched(adapted: fx.Graph, plan: Plan) -> dict[str, Decision]:
-    """Return the maps to compare: those that leave the region or are reduced to one vector per image. Pooling indices
-    are not compared themselves; errors in them show in the unpooled maps."""
-    numbers = {
-        node.args[0].meta.get(ORIGIN) for node in adapted.nodes if node.target is functional.dense_indices
-    }
+    """Return the maps to compare: those that leave the region or are reduced to one vector per image."""
     read = {node.args[0].meta.get(ORIGIN) for node in adapted.nodes if gives(node, "vector")}
-    return {
-        d.node: d
-        for d in plan.decisions
-        if ((d.leaves and d.stages[1]) or d.node in read) and d.node not in numbers
-    }
+    return {d.node: d for d in plan.decisions if (d.leaves and d.stages[1]) or d.node in read}
 
 
 def _levels(plan: Plan, geometry: Geometry, adapted: fx.Graph) -> list[int]:
@@ -536,7 +528,7 @@ def _values(
             if isinstance(dense, Elements):
                 if sizes is not None:
                     sizes[origin] = dense.lattice.size
-                dense = to_dense(dense, watched[origin].grid, watched[origin].layout)
+                dense = to_dense(dense, watched[origin].spacing, watched[origin].layout)
             values[origin] = dense.clone()  # later nodes may change it in place
         return value
 

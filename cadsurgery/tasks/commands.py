@@ -223,7 +223,6 @@ class MacsOptions:
     image: Path | None = option(None, _IMAGE)
     bands: tuple[int, ...] = bands_option()
     size: tuple[int, int] | None = size_option()
-    rule: str = option("conv", "conv: multiply-accumulates; published: the count of the CAD reference code")
     total: bool = option(False, "totals only, no layers")
     dense: bool = option(False, "count the network without converting it")
     trust: bool = trust_option()

@@ -327,7 +327,7 @@ def count(model: str, options: MacsOptions) -> MacReport | AnytimeMacs | Sampled
             pictures=pictures,
             trust=options.trust,
         )
-    return net.macs(example_batch(pictures_for(net), options.image, options.size), rule=options.rule)
+    return net.macs(example_batch(pictures_for(net), options.image, options.size))
 
 
 def count_dense(model: str, options: MacsOptions) -> dict[str, Any]:
@@ -344,6 +344,6 @@ def count_dense(model: str, options: MacsOptions) -> dict[str, Any]:
         )
     net, source = original(model, "none", bands=options.bands)
     batch = example_batch(source, options.image, options.size)
-    counted = count_network(net, batch, rule=options.rule)
-    values = {"shape": list(batch.shape), "rule": options.rule, "macs": {"dense": counted.macs}}
+    counted = count_network(net, batch)
+    values = {"shape": list(batch.shape), "macs": {"dense": counted.macs}}
     return {**values, "not_counted": list(counted.not_counted)}

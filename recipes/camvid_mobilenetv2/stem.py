@@ -32,7 +32,7 @@ def body_of(net: cs.AdaptiveModel) -> cs.AdaptiveModel:
 def stem_outputs(net: cs.AdaptiveModel, image: Tensor) -> tuple[Tensor, ...]:
     """Compute the arguments of the body: the image, then the maps that enter the region."""
     with torch.no_grad(), evaluating(net):
-        values: tuple[Tensor, ...] = net.program.check_and_run(net.program.before, image)
+        values: tuple[Tensor, ...] = net.program.before(net.program.bind(image))
     return values
 
 

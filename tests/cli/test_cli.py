@@ -445,20 +445,19 @@ def test_plan_of_a_converted_file_is_the_one_it_was_converted_with(run: Run, fil
     assert Plan.from_json(run("plan", "--model", file, "--json").out) == cs.load(file, trust=True).plan
 
 
-def test_macs_takes_rule_mask_and_size(run: Run) -> None:
-    given = options("macs", "usernets:segmenter", "--rule", "published", "--mask", "none")
+def test_macs_takes_mask_and_size(run: Run) -> None:
+    given = options("macs", "usernets:segmenter", "--mask", "none")
     told = run(*given, "--json").json
-    assert told["rule"] == "published" and told["shape"] == [1, 3, *SIZE] and told["layers"]
+    assert told["shape"] == [1, 3, *SIZE] and told["layers"]
     assert told["macs"]["mask"] == told["macs"]["low"] and told["active_fraction"] == 0
 
 
 def test_macs_counts_a_network_as_it_is(run: Run, file: Path) -> None:
     """Everything high and dense are the same in a dilated network; totals go without layers."""
     segmenter = ("--model", "usernets:segmenter", "--size", "96x128")
-    for rule in ("conv", "published"):
-        dense = run("macs", *segmenter, "--dense", "--rule", rule, "--json").json
-        assert dense.keys() == {"shape", "rule", "macs", "not_counted"} and dense["macs"]["dense"] > 0
-    plain = run("macs", *segmenter, "--dense", "--json").json["macs"]["dense"]
+    dense = run("macs", *segmenter, "--dense", "--json").json
+    assert dense.keys() == {"shape", "macs", "not_counted"}
+    plain = dense["macs"]["dense"]
     net = cs.build_model("usernets:segmenter")
     assert plain == dense_macs(net, torch.zeros(1, 3, 96, 128))
     assert f"{plain:.5e}" in run("macs", *segmenter, "--dense").out

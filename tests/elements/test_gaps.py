@@ -82,11 +82,11 @@ def test_nothing_comes_of_nothing(normalised: bool) -> None:
     assert torch.equal(found, torch.zeros(2, 3, 7, 5, dtype=torch.float64))
 
 
-def test_values_are_measured_from_a_floor() -> None:
+def test_values_are_measured_from_a_baseline() -> None:
     x, mask = numbers(2, 3, 9, 7), chosen(2, 9, 7, share=0.2)
-    floor = numbers(3)
-    wide = floor.view(-1, 1, 1)
-    assert_same(gaussian_fill(x, mask, 1.0, floor=floor), gaussian_fill(x - wide, mask, 1.0) + wide)
+    baseline = numbers(3)
+    wide = baseline.view(-1, 1, 1)
+    assert_same(gaussian_fill(x, mask, 1.0, baseline=baseline), gaussian_fill(x - wide, mask, 1.0) + wide)
 
 
 @pytest.mark.parametrize("normalised", [False, True])

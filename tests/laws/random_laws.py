@@ -22,7 +22,7 @@ from cadsurgery.surgery.verify import FirstOfEqual
 def told(plan: cs.Plan) -> dict[str, Told]:
     """What the emulator is told of each node: plain numbers."""
     return {
-        d.node: Told(d.action in ("adapt", "keep"), d.stages[1], d.grid, d.leaves, d.layout, d.shape)
+        d.node: Told(d.action in ("adapt", "keep"), d.stages[1], d.spacing, d.leaves, d.layout, d.shape)
         for d in plan.decisions
     }
 

@@ -299,11 +299,11 @@ def fillings(dtype: torch.dtype) -> list[Work]:
     for source, target, least in itertools.product((some, whole), (wanted, whole), (0.0, 1e-5)):
         rows, shares = values(source.count, 21, seed=0, dtype=dtype), torch.rand(source.count, generator=draw)
         weigh = weights if least else weights / weights.sum()
-        residual, floor = values(target.count, 21, seed=1, dtype=dtype), values(21, seed=2, dtype=dtype)
+        residual, baseline = values(target.count, 21, seed=1, dtype=dtype), values(21, seed=2, dtype=dtype)
         works.append(Filling(rows, source, target, weigh, least, None, shares * (shares > 0.4)))
-        works.append(Filling(rows, source, target, weigh, least, floor, None, residual, FINISHES["relu"]))
+        works.append(Filling(rows, source, target, weigh, least, baseline, None, residual, FINISHES["relu"]))
         works.append(
-            Filling(rows, source, target, weigh, least, floor, shares.ceil(), residual, FINISHES["swish"])
+            Filling(rows, source, target, weigh, least, baseline, shares.ceil(), residual, FINISHES["swish"])
         )
     return works
 
@@ -321,7 +321,7 @@ def test_every_other_task_is_that_of_the_reference(name: str, task: str, dtype: 
     for work in works:
         changes: dict[str, Any] = {"rows": work.rows.double()}
         if isinstance(work, Filling):
-            doubled = ("weights", "floor", "shares", "residual")
+            doubled = ("weights", "baseline", "shares", "residual")
             changes |= {
                 name: value.double() for name in doubled if (value := getattr(work, name)) is not None
             }

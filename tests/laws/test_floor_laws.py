@@ -86,13 +86,30 @@ class AnySize(nn.Module):
         return F.interpolate(self.d(torch.cat([up, fine], 1)), x.shape[2:], mode="bilinear")
 
 
+class Attentive(nn.Module):
+    """One attention block on the coarsest map, as in YOLO11, and a decoder with a skip behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, 2, 1)
+        self.c, self.d = nn.Conv2d(14, 6, 3, 1, 1), nn.Conv2d(6, 2, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.a(x).relu()
+        y = self.b(fine).relu()
+        tokens = y.flatten(2).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(tokens, tokens, tokens)
+        y = y + mixed.transpose(1, 2).reshape(y.shape)
+        return self.d(self.c(torch.cat([F.interpolate(y, scale_factor=2), fine], 1)).relu())
+
+
 NETWORKS = {"unet": SmallUNet, "strided": Strided}
 FILLS = ["linear", "nearest", "guided"]
 
 
 def network(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(1)
-    return {**NETWORKS, "apart": Apart, "any size": AnySize}[name]().eval().to(dtype)
+    return {**NETWORKS, "apart": Apart, "any size": AnySize, "attentive": Attentive}[name]().eval().to(dtype)
 
 
 class Uniform(fx.Interpreter):
@@ -104,7 +121,7 @@ class Uniform(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         y = super().run_node(n)
-        if n.op in ("placeholder", "output") or not isinstance(y, Tensor):
+        if n.op in ("placeholder", "output") or not isinstance(y, Tensor) or y.dim() != 4:
             return y
         step = self.floor // round(self.size[1] / y.shape[-1])  # samples between those that are kept
         if step < 2:
@@ -129,7 +146,7 @@ def mixed(batch: int, size: tuple[int, int], cell: int, level: int, seed: int = 
 @pytest.mark.parametrize(
     ("network_and_size", "floor", "fill"),
     covering(
-        [("unet", (64, 96)), ("strided", (48, 80)), ("any size", (61, 83))],
+        [("unet", (64, 96)), ("strided", (48, 80)), ("any size", (61, 83)), ("attentive", (64, 80))],
         [2, 4, 8, 16],
         ["linear", "nearest"],
     ),
@@ -145,6 +162,12 @@ def test_a_uniform_floor_is_its_emulation(
     with torch.no_grad():
         found, expected = net(x, mask=levels), Uniform(model, floor, size, fill).run(x)
     assert (found - expected).abs().max() < 1e-10
+
+
+def test_the_region_of_floors_begins_again_behind_attention() -> None:
+    model = network("attentive")
+    plan = cs.plan(model, coarsest=16, example_input=torch.rand(1, 3, 64, 96, dtype=torch.float64))
+    assert [plan[name].action for name in ("add", "cat", "c", "d")] == ["keep"] * 4
 
 
 @pytest.mark.parametrize(
@@ -174,7 +197,11 @@ def test_transposed_convolutions_without_overlap_are_those_with_kernel_maps(
 
 @pytest.mark.parametrize(
     ("network_and_size", "batch", "fill"),
-    covering([("unet", (52, 76)), ("strided", (64, 80)), ("any size", (61, 83))], [2, 3], FILLS),
+    covering(
+        [("unet", (52, 76)), ("strided", (64, 80)), ("any size", (61, 83)), ("attentive", (52, 76))],
+        [2, 3],
+        FILLS,
+    ),
     ids=str,
 )
 def test_a_batch_equals_its_images(

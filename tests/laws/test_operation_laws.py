@@ -75,9 +75,6 @@ EXAMPLES: dict[str, Example] = {
     "shift_vector": Example((mean_shift(),)),
     "max_pool2d": Example((), WINDOWED),
     "avg_pool2d": Example((), WINDOWED),
-    "max_pool2d_with_indices": Example((), WINDOWED),
-    "max_unpool2d": Example((), {"stage": 1, "spacings": (4, 2), "scale": 2}),
-    "dense_indices": Example((4,)),
     "pixel_unshuffle": Example((), {"window": Window((2, 2), 2, spacing=2), "stage": 2}),
     "batch_norm": Example((norm(),)),
     "scale_and_shift": Example((ScaleShift(numbers(C), numbers(C + 1)[:C]),)),
@@ -123,7 +120,7 @@ def elements(stage: int = 1, **options: Any) -> Elements:
 
 def entering(op: Operation) -> Elements:
     """What an operation reads in its example."""
-    stages = {"resize": 2, "pixel_shuffle": 2, "max_unpool2d": 2, "to_elements": 0}
+    stages = {"resize": 2, "pixel_shuffle": 2, "to_elements": 0}
     return elements(stages.get(name_of(op), 1), size=EVEN if name_of(op) == "pixel_unshuffle" else SIZE)
 
 
@@ -141,14 +138,6 @@ def called(op: Operation, x: Elements) -> Any:
 def _called(op: Operation, x: Elements) -> Any:
     name, example = name_of(op), EXAMPLES[name_of(op)]
     options = example.options
-    if name in ("max_unpool2d", "dense_indices"):
-        indices = functional.max_pool2d_with_indices(
-            elements(), Window((2, 2), 2, spacing=2, ceil_mode=True), 2
-        )
-        indices = Elements(indices.rows[1], indices.lattice)
-        if name == "dense_indices":
-            return op.call(indices, *example.arguments)
-        return op.call(x, indices, size=indices.rows.samples, **options)
     if name == "shift_vector":
         return op.call(x, functional.global_mean(x), *example.arguments)
     if name == "sum_of_products":

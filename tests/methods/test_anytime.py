@@ -329,9 +329,7 @@ def test_macs_are_those_that_torch_sees_being_executed(name: str, fill: str) -> 
         net(x)
     assert report[-1].macs == flops.get_total_flops() // 2 < report[-1].dense
     assert all(one.macs <= other.macs for one, other in pairwise(report))
-    published = net.macs(x, rule="published")
-    assert published[0].macs == report[0].macs and published[-1].macs > report[-1].macs
-    assert "up to each exit" in str(report) and report.to_dict()["rule"] == "conv"
+    assert "up to each exit" in str(report)
 
 
 def test_on_the_meta_device_everything_counts() -> None:
@@ -516,5 +514,3 @@ def test_a_network_with_exits_is_no_network_to_convert() -> None:
         net(torch.zeros(3, 48, 64))
     with pytest.raises(cs.InvalidInput, match="image batch"):
         net.steps(torch.zeros(3, 48, 64))
-    with pytest.raises(cs.UnknownName, match="counting rule"):
-        net.macs(images(1, 48, 64, torch.float64), rule="flops")

@@ -109,14 +109,12 @@ class ThinnedModel(GraphModel):
         kept = y[:, :, ::every, ::every]
         return F.interpolate(kept, scale_factor=every)[:, :, : y.shape[2], : y.shape[3]]
 
-    def macs(self, *args: Any, rule: str = "conv", **kwargs: Any) -> ThinnedMacs:
+    def macs(self, *args: Any, **kwargs: Any) -> ThinnedMacs:
         """What is computed."""
-        arguments = self.bind(args, kwargs, rule)
+        arguments = self.bind(args, kwargs)
         work, (image, *_) = self.work(arguments), arguments.values()
         shape = tuple(image.shape)
-        return ThinnedMacs(
-            before=sum(work.macs.values()), rule=rule, shape=shape, not_counted=work.not_counted
-        )
+        return ThinnedMacs(before=sum(work.macs.values()), shape=shape, not_counted=work.not_counted)
 
 
 @pytest.fixture
@@ -160,7 +158,7 @@ def test_a_method_in_one_file_is_planned_and_counted_by_the_command_line(
 ) -> None:
     net, file = made
     report = net.macs(torch.empty(2, 3, 45, 61, device="meta"))
-    assert f"{report}" == f"MACs on 2x3x45x61 (conv rule): {report.total:.4e}, 0.250 of {report.dense:.4e}"
+    assert f"{report}" == f"MACs on 2x3x45x61: {report.total:.4e}, 0.250 of {report.dense:.4e}"
     assert net.work({"x": torch.empty(2, 3, 45, 61)}) is net.work({"x": torch.ones(2, 3, 45, 61)})
     told = command_line("macs", "--model", str(file), "--size", "45x61", "--trust", "--json")
     assert told.code == 0 and told.json["total"] == told.json["dense"] // 4

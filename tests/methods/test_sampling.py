@@ -377,17 +377,16 @@ def test_macs_are_what_runs() -> None:
     assert str(len(report.gates)) and "MACs on 2x3x65x97" in str(report)
 
 
-def test_the_published_rule_is_the_formula() -> None:
+def test_macs_are_the_formula() -> None:
     net, x = half_open(cs.sample(small())), images(1, 64, 96)
-    report = net.macs(x, rule="published")
+    report = net.macs(x)
     first, second = report.gates[:2]
     pixels, planes = 16 * 24, 8
     assert first.dense == pixels * planes * planes
     assert second.dense == pixels * planes * (9 * planes + 4 * planes)
-    for gate, channels in ((first, planes), (second, 4 * planes)):
+    for gate in (first, second):
         assert gate.gate == 9 * planes * pixels
         assert gate.macs == round(gate.dense * gate.density)
-        assert gate.filling == round(49 * channels * pixels * gate.density * (1 - gate.density))
 
 
 # -- where -----------------------------------------------------------------------------------------------
@@ -477,8 +476,6 @@ def test_calls_that_make_no_sense_are_refused() -> None:
         net.sparse_loss()
     with pytest.raises(cs.CadError):
         net(torch.zeros(3, 64, 64))
-    with pytest.raises(cs.UnknownName, match="counting rule"):
-        net.macs(images(1, 64, 64), rule="flops")
     with pytest.raises(cs.InvalidInput, match="optimised"):
         net.optimize().train()
 

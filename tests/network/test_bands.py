@@ -18,6 +18,8 @@ import torch
 from conftest import random_levels, slow
 from networks import ResidualSegmenter, Segmenter, build, seeded, strided, unverified
 from random_networks import random_case
+from timm.layers import CondConv2d
+from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
@@ -656,6 +658,93 @@ GROWING: dict[str, Callable[[], nn.Module]] = {
     "convolution": lambda: nn.Conv2d(4, 4, 3, padding=2),
     "transposed": lambda: nn.ConvTranspose2d(4, 4, 3),
 }
+
+
+class Resize(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.interpolate(x, **self.options)
+
+
+class UpTo(nn.Module):
+    """A transposed convolution to the size that is asked for."""
+
+    def __init__(self, more: int) -> None:
+        super().__init__()
+        self.up, self.more = nn.ConvTranspose2d(4, 4, 3, 2, 1), more
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x, output_size=[2 * n - 1 + self.more for n in x.shape[2:]])
+
+
+WINDOWS: dict[str, Callable[[], nn.Module]] = {
+    "means of what is there": lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+    "means by a divisor": lambda: nn.AvgPool2d(4, 3, 2, divisor_override=5),
+    "same means": lambda: AvgPool2dSame(3, 2, count_include_pad=False),
+    "same largest": lambda: MaxPool2dSame(4, 3),
+    "largest of dilated taps": lambda: nn.MaxPool2d(3, 2, 1, 2, ceil_mode=True),
+    "space to depth": lambda: nn.Sequential(nn.PixelShuffle(2), nn.PixelUnshuffle(2)),
+    "depth to space": lambda: nn.PixelShuffle(2),
+    "every third": lambda: Resize(scale_factor=1 / 3),
+    "every fourth": lambda: Resize(scale_factor=0.25),
+    "half": lambda: Resize(scale_factor=0.5, mode="bilinear"),
+    "reflected": lambda: nn.Conv2d(4, 4, 5, 2, 2, padding_mode="reflect"),
+    "repeated": lambda: nn.Conv2d(4, 4, 5, 1, 4, 2, padding_mode="replicate"),
+    "transposed": lambda: nn.ConvTranspose2d(4, 4, 4, 2, 1),
+    "transposed with more rows": lambda: nn.ConvTranspose2d(4, 4, 3, 2, 1, output_padding=1),
+    "transposed by three": lambda: nn.ConvTranspose2d(4, 4, 5, 3, 2, groups=2, bias=False),
+    "transposed that grows": lambda: nn.ConvTranspose2d(4, 4, 7, 2),
+    "transposed to a size": lambda: UpTo(0),
+    "transposed to a size and one": lambda: UpTo(1),
+    "kernels of experts": lambda: Experts(),
+}
+
+
+class Experts(nn.Module):
+    """A convolution whose kernel is mixed by the whole image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.route = CondConv2d(4, 4, 3, 2, padding="same", num_experts=3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x, torch.sigmoid(self.route(x.mean((2, 3)))))
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@torch.no_grad()
+def test_every_window_on_dense_maps_in_bands_is_whole(name: str) -> None:
+    """Called on more rows than asked for, so that their own padding reaches none of these; at sizes with any rest."""
+    body = (
+        nn.Conv2d(3, 4, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, 2, 1),
+        nn.Conv2d(4, 4, 3, 1, 2),
+    )  # grows: dense
+    last = nn.Conv2d(1 if name == "depth to space" else 4, 2, 3, 2, 1)
+    model = seeded(lambda: nn.Sequential(*body, WINDOWS[name](), last))
+    net = unverified(model, "all", example_input=picture(64, 96), coarsest=4)
+    banded = net.optimize(memory=MUCH)
+    for height in (75, 76, 77, 78, 79, 80):
+        image = picture(height, 61)
+        for rows in (1, 16):
+            with bands_of(rows):
+                assert difference(model(image), banded(image)) < 1e-9
+
+
+@torch.no_grad()
+def test_a_pooling_that_covered_the_map_of_the_example_alone_is_refused() -> None:
+    model = seeded(
+        lambda: nn.Sequential(strided(2, 8), nn.Conv2d(8, 8, 3, 1, 2), nn.AvgPool2d(30, ceil_mode=True))
+    )
+    banded = unverified(model, "all", example_input=picture(64, 96), coarsest=4).optimize(memory=MUCH)
+    assert difference(model(picture(72, 64)), banded(picture(72, 64))) >= 0
+    with pytest.raises(cs.CannotConvert, match="cannot be computed in bands") as refusal:
+        banded(picture(333, 90))
+    assert refusal.value.why == "its window was the whole map where the network was converted."
 
 
 @pytest.mark.parametrize("size", [(96, 40), (101, 33), (70, 35)], ids=str)

@@ -29,11 +29,11 @@ from cadsurgery.kernels.dispatch import forget
 from cadsurgery.kernels.isa import here
 from cadsurgery.masks.scored import missed
 from cadsurgery.network.dense_twin import dense_twin
-from cadsurgery.network.export.dense_file import write_dense
 from cadsurgery.network.export.engines import ENGINES, OnnxRuntime
 from cadsurgery.network.export.in_bytes import round_weights, write_bytes
 from cadsurgery.network.export.kernels import DOMAIN, IN_8_BITS, RESIZES, declare_kernels
 from cadsurgery.support.kinds import HOW_TO_OPEN, KERNELS_KEY
+from cadsurgery.tasks.sides.dense_file import write_dense
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -15,19 +15,22 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, relative_error
+from conftest import assert_same, covering, images, relative_error
 from networks import build, randomise, strided, unverified
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import cadsurgery as cs
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends.onednn import convolve
+from cadsurgery.elements.backends.choose import Convolution
+from cadsurgery.elements.backends.native import Native
+from cadsurgery.elements.backends.onednn import convolve, has_fast_code
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
 from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.functional import Elements, conv2d
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
+from cadsurgery.kernels import isa
 from cadsurgery.network import fuse
 from cadsurgery.network.model import OptimizedModel
 
@@ -371,6 +374,81 @@ def test_packed_weights_are_few_and_right(channels: int, side: int) -> None:
             expected = nn.functional.conv2d(x, conv.weight.to(dtype), None, 1, 1, groups=conv.groups)
             assert_same(conv(x).float(), expected.float(), 1e-5 if dtype == torch.float32 else 2e-2)
     assert 0 < len(conv.weights.packed_cache or ()) <= 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "group", "kernel", "stride", "dilation", "padding"),
+    covering(
+        [torch.float32, torch.bfloat16, torch.float64],
+        [1, 2, 4, 8],
+        [(3, 3), (5, 3), (1, 7)],
+        [(1, 1), (2, 2), (1, 3)],
+        [(1, 1), (9, 4), (36, 36)],
+        [(0, 0), (3, 9), (36, 36)],
+    ),
+)
+@torch.no_grad()
+def test_grouped_convolutions_of_dense_maps_compute_what_torch_does(
+    dtype: torch.dtype, group: int, kernel: tuple[int, int], stride: Any, dilation: Any, padding: Any
+) -> None:
+    """Whatever computes them: oneDNN, torch or a kernel for elements; batches, residuals and clamps, too."""
+    window = (stride, padding, dilation)
+    x, weight = torch.randn(2, 24, 41, 77).to(dtype), torch.randn(24, group, *kernel).to(dtype)
+    sizes = [
+        side + 2 * pad - step * (taps - 1)
+        for side, pad, step, taps in zip(x.shape[2:], padding, dilation, kernel, strict=True)
+    ]
+    bias, act = torch.randn(24).to(dtype), Activation("hardtanh", (-1.0, 2.0))
+    conv = PackedConv(weight, bias, 24 // group, act, window)
+    if min(sizes) < 1:
+        with pytest.raises(RuntimeError):
+            conv(x)
+        return
+    exact = nn.functional.conv2d(x.double(), weight.double(), bias.double(), *window, 24 // group)
+    more = torch.randn(exact.shape).to(dtype)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}[dtype]
+    for residual in (None, more, more[:, :, :1, :1]):
+        expected = (exact if residual is None else exact + residual.double()).clamp(-1, 2)
+        assert_same(conv(x, residual).double(), expected, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "available", "group", "padding", "expected"),
+    [
+        (torch.float32, ("scalar", "sse4", "avx2", "avx512"), 1, 6, True),
+        (torch.float32, ("scalar", "sse4", "avx2", "avx512"), 1, 7, False),
+        (torch.float32, ("scalar", "sse4", "avx2"), 1, 5, False),
+        (torch.float32, ("scalar", "sse4", "avx2", "avx512"), 4, 0, True),
+        (torch.float32, ("scalar", "sse4", "avx2"), 4, 0, False),
+        (torch.bfloat16, ("scalar", "sse4", "avx2"), 1, 1, False),
+        (torch.float64, ("scalar", "sse4", "avx2", "avx512"), 1, 1, False),
+        (torch.float32, ("scalar", "neon"), 1, 36, True),
+        (torch.float32, (), 1, 36, True),
+    ],
+)
+def test_what_onednn_has_no_fast_code_for_is_a_kernels(
+    dtype: torch.dtype,
+    available: tuple[str, ...],
+    group: int,
+    padding: int,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A depthwise window as of a separable ASPP took twenty times its time."""
+    monkeypatch.setattr(isa, "allowed", lambda: available)
+    assert has_fast_code(dtype, group, padding) is expected
+
+
+@torch.no_grad()
+def test_a_dilated_depthwise_layer_of_a_dense_head_is_a_kernels() -> None:
+    window = ((1, 1), (12, 12), (12, 12))
+    conv, x = PackedConv(torch.randn(16, 1, 3, 3), None, 16, None, window), torch.randn(1, 16, 32, 48)
+    if not Native().applies(Convolution(x[0].flatten(1).T, conv.weights, None)):
+        pytest.skip("needs compiled kernels")
+    with torch.profiler.profile() as profile:
+        conv(x)
+    called = "convolve (native)" in {event.key for event in profile.key_averages()}
+    assert called is not has_fast_code(torch.float32, 1, 12)
 
 
 @pytest.mark.parametrize("packed", [False, True])

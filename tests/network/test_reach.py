@@ -28,6 +28,7 @@ from torchvision.models.resnet import BasicBlock
 
 import cadsurgery as cs
 from cadsurgery.masks import keypoints_at, resolve_mask
+from cadsurgery.network.invocations import find_lattice
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.network.points import readable
 
@@ -225,7 +226,9 @@ def points_in(size: Size, *counts: int) -> list[Tensor]:
 def levels_of(net: cs.AdaptiveModel, x: Tensor) -> Tensor:
     """A random legal level map for images."""
     with torch.no_grad():
-        fine = net.program.find_lattice(net.program.masking(resolve_mask("none")), x).whole_size
+        fine = find_lattice(
+            net.program, net.program.masking(resolve_mask("none")), net.program.bind(x)
+        ).whole_size
     geometry = net.geometry
     return random_levels(len(x), fine, geometry.strides, max_level=geometry.max_level, patch=geometry.patch)
 

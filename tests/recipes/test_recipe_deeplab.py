@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.masks import LearnedMask
-from cadsurgery.network.macs import dense_macs
-from recipes.deeplabv3_resnet101 import checkpoints, recipe, variants
+from recipes.deeplabv3_resnet101 import checkpoints, published_macs, recipe, variants
 from recipes.deeplabv3_resnet101.checkpoints import Layout, load_published, published_state
 from recipes.deeplabv3_resnet101.recipe import RUNS
 
@@ -463,22 +462,63 @@ def test_the_script_stops_at_a_damaged_file(tmp_path: Path, monkeypatch: pytest.
     ],
 )
 def test_dense_networks_cost_what_is_published(name: str, total: float) -> None:
-    """At 1024 x 2048, by the published rule; the adaptive totals are in test_macs.py."""
+    """At 1024 x 2048, by the published rule."""
     with torch.device("meta"):
         model = getattr(recipe, name)().eval()
     digits = 1e-5 if name in ("os8", "os16", "os32") else 5e-4
-    assert dense_macs(model, torch.zeros(1, 3, 1024, 2048), rule="published") == pytest.approx(
-        total, rel=digits
-    )
+    assert published_macs.dense_macs(model, (1, 3, 1024, 2048)) == pytest.approx(total, rel=digits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("low", "least", "half"), [(16, 4.31252e11, 9.27418e11), (32, 3.56978e11, 8.90281e11)]
+)
+def test_adaptive_networks_cost_what_is_published(low: int, least: float, half: float) -> None:
+    """All low and all high as published; half of the blocks as measured on the published code."""
+    net = recipe.adapted(recipe.deeplabv3().eval(), RUNS[f"edges-8-{low}-0.15"], verify_laws=False)
+    side, top = net.geometry.sides[-1], net.plan.max_level
+    blocks = torch.full((128 // side, 256 // side), top)
+    blocks.view(-1)[torch.randperm(blocks.numel())[: blocks.numel() // 2]] = 0
+    mixed = blocks.repeat_interleave(side, 0).repeat_interleave(side, 1).unsqueeze(0)
+    found = (published_macs.adaptive_macs(net, (1, 3, 1024, 2048), levels) for levels in (top, mixed, 0))
+    assert [*found] == pytest.approx([least, half, 1.42358e12], rel=1e-5)
 
 
 def test_the_published_rule_is_the_same_for_the_dense_network_and_the_converted_one() -> None:
     """Everything high costs what the network costs as it is, head left out."""
     model, x = recipe.deeplabv3(**SMALL).eval(), images(2, 97, 129)
     net = recipe.adapted(model, RUNS[EDGES], mask="all", verify_laws=False)
-    assert net.macs(x, rule="published").high == dense_macs(model, x, rule="published")
-    with pytest.raises(cs.UnknownName, match="published"):
-        dense_macs(model, x, rule="publishd")
+    assert published_macs.adaptive_macs(net, x.shape, 0) == published_macs.dense_macs(model, x.shape)
+
+
+class Stem(nn.Module):
+    """A network whose backbone is a chain."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(*layers).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(x)
+
+
+def test_dense_modules_count_by_their_outputs_and_pools_by_their_inputs() -> None:
+    """Conv 3x3 with bias, batch norm, ReLU and a pool, at 8x8 samples: by hand."""
+    model = Stem(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+    expected = 64 * (27 * 4 + 4) + 2 * 64 * 4 + 64 * 4 + 64 * 4
+    assert published_macs.dense_macs(model, (1, 3, 8, 8)) == expected
+
+
+def test_a_strided_convolution_counts_before_its_subsampling() -> None:
+    """Conv 3x3/2, batch norm, ReLU at 8 fine pixels: by hand."""
+    last = nn.Conv2d(4, 4, 3, 1, 1, bias=False)
+    model = Stem(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), last).eval()
+    net = cs.adaptify(model, "none", output_stride=(1, 2), verify_laws=False)
+    first, rest = 64 * (27 * 4 + 4), 4 * 3 + 36 * 4
+    assert [published_macs.adaptive_macs(net, (1, 3, 8, 8), level) for level in (0, 1)] == [
+        first + 64 * rest,
+        first + 16 * rest,
+    ]
 
 
 # -- variants ------------------------------------------------------------------------------------------

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_same
+from conftest import assert_same, slow
 from torch import Tensor
 
 from cadsurgery import resampling
 from cadsurgery.methods.resampling.locations import normalise, upsample
+from cadsurgery.methods.resampling.shifts import ShiftNet
 
 pytest.importorskip("scipy")
+from recipes.resampling_mobilenetv2 import recipe
 from recipes.resampling_mobilenetv2.published import interpolate_back
 
 SIZE = (41, 53)
@@ -63,3 +65,22 @@ def test_ours_is_the_published_way_for_affine_scores_on_grids_that_do_not_fold()
     scores = affine(points(places, (17, 23))).permute(0, 3, 1, 2)
     ours = resampling.interpolate_back(scores, places, SIZE)
     assert_same(ours, interpolate_back(scores, places, SIZE), 1e-9)
+
+
+COUNTS = [  # of the published notebook, and true: seed 3.7
+    (0.25, 2, 8, 64, 17_600_064, 18_341_376),
+    (1.0, 19, 16, 128, 161_547_264, 162_791_424),
+    slow(1.0, 19, 16, 160, 252_371_520, 254_315_520),
+    slow(1.0, 19, 16, 192, 363_378_944, 366_178_304),
+    slow(1.0, 19, 16, 224, 494_569_536, 498_379_776),
+    (1.0, 2, 4, 32, 124_646_464, 128_290_816),
+]
+
+
+@pytest.mark.parametrize(("width", "outputs", "stride", "size", "published", "true"), COUNTS)
+def test_multiply_accumulates_are_the_published_ones(
+    width: float, outputs: int, stride: int, size: int, published: int, true: int
+) -> None:
+    net, image = ShiftNet(3, outputs, width, stride), torch.empty(1, 3, size, size, device="meta")
+    assert recipe.macs_as_published(net, image) == published
+    assert resampling.conv_macs(net, image) == true

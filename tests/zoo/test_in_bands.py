@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.zoo.bands_check import CONVERSIONS, check_in_bands
 from benchmarks.zoo.corpus import CHECKOUT, Subject, subject
-from cadsurgery.network.bands.steps import Windowed
+from cadsurgery.network.bands import steps
 from cadsurgery.tasks.zoo_record import read_rows
 
 NAMES = {name for _, comparisons in CONVERSIONS for name in comparisons}
@@ -61,16 +63,21 @@ def test_a_refusal_says_why_and_where() -> None:
 
 
 def test_a_wrong_result_and_a_failure_are_findings(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, compute = Subject("own:strided", "own", lambda: strided(3, outputs=2)), Windowed.compute
+    one, made = Subject("own:strided", "own", lambda: strided(3, outputs=2)), steps.windowed
 
-    def shifted(self: Windowed, fetch: Any, first: int, end: int) -> Tensor:
-        return compute(self, fetch, first, end) + 0.1
+    def shifted(compute: Any, *args: Any) -> Tensor:
+        return compute(*args) + 0.1
 
-    def fails(self: Windowed, fetch: Any, first: int, end: int) -> Tensor:
+    def fails(compute: Any, *args: Any) -> Tensor:
         raise RuntimeError("out of order")
 
     for broken, words in ((shifted, "is not whole"), (fails, "fails")):
-        monkeypatch.setattr(Windowed, "compute", broken)
+
+        def make(*args: Any, broken: Any = broken, **options: Any) -> steps.BandStep:
+            step = made(*args, **options)
+            return replace(step, compute=partial(broken, step.compute))
+
+        monkeypatch.setattr(steps, "windowed", make)
         row = check_in_bands(one)
         assert row["result"] == "broken" and words in row["why"], row
 

@@ -323,7 +323,7 @@ class Filling(Work):
         target: positions of the result.
         weights: (k, k), weights of the sums.
         least: added to the sum of the neighbours' weights, by which the result is divided; 0 for no division.
-        floor: (C,), baseline with the remaining weight (1 minus the sum of the weights); default zero.
+        baseline: (C,), gets the remaining weight (1 minus the sum of the weights); default zero.
         shares: (N,) in 0..1, the computed share of each row; default 1.
         residual: (T, C) or None.
         activation: applied last.
@@ -333,7 +333,7 @@ class Filling(Work):
     target: Lattice
     weights: Tensor
     least: float = 0.0
-    floor: Tensor | None = None
+    baseline: Tensor | None = None
     shares: Tensor | None = None
     residual: Tensor | None = None
     activation: Activation | None = None
@@ -342,7 +342,7 @@ class Filling(Work):
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
         """Tensors that a gradient may be asked for."""
-        return self.rows, self.weights, self.floor, self.shares, self.residual
+        return self.rows, self.weights, self.baseline, self.shares, self.residual
 
     @property
     def case(self) -> tuple[Hashable, ...]:
@@ -366,9 +366,9 @@ class Filling(Work):
             own[:, mass.shape[1] // 2] = near.share
             mass = mass + own
         sources, table, has_outside = near.sources, near.table, near.has_far
-        if self.floor is not None:  # append the floor as one more row
+        if self.baseline is not None:  # append the baseline as one more row
             count = self.source.count
-            rows = torch.cat((rows, self.floor.to(rows).unsqueeze(0)))
+            rows = torch.cat((rows, self.baseline.to(rows).unsqueeze(0)))
             table = torch.where(table > count, table + 1, table)
             sources = torch.cat((sources, torch.full_like(sources[:, :1], count)), 1)
             mass, has_outside = torch.cat((mass, 1 - mass.sum(1, keepdim=True)), 1), True

@@ -5,6 +5,7 @@ In graphs for engines that load this package's kernels they are operations of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -84,6 +85,32 @@ def shift_taps(
     index = index.contiguous() if index is not None else None
     halo = call(shift, (index, *tensors, *numbers))
     return table, sources[:halo], mix[:halo]
+
+
+def read_map(
+    shape: tuple[int, int, int],
+    result: tuple[int, int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Return which positions each position of a dense convolution reads, (positions, taps) int32.
+
+    Args:
+        shape: batch, height and width of the map that is read; their product stands for positions outside.
+        result: (height, width) of the result.
+        kernel: (height, width) of the window, as in torch; so are stride, padding and dilation.
+    """
+    height, width = fine = result[0] * stride[0], result[1] * stride[1]
+    pixels = torch.arange(shape[0] * height * width, device=_HERE).view(shape[0], height, width)
+    targets = pixels[:, :: stride[0], :: stride[1]].flatten()
+    steps = [
+        [step * tap - pad for tap in range(taps)]
+        for taps, step, pad in zip(kernel, dilation, padding, strict=True)
+    ]
+    cells = (None, targets, torch.zeros(shape, dtype=torch.int8, device=_HERE))
+    return shift_taps(cells, (1,), targets, (shape[1:], fine), (steps[0], steps[1]), False)[0]
 
 
 _LIKE = torch.empty(0, dtype=torch.int32, device=_HERE)

@@ -185,14 +185,14 @@ class Native(Backend):
         out = new_memory(rows, work.target.count, rows.shape[1])
         there, index = (None, None) if whole else (source.part.pixels, source.index)  # type: ignore[union-attr]
         shares = work.shares.to(dtype).contiguous() if work.shares is not None else None
-        floor = work.floor.to(rows).contiguous() if work.floor is not None else None
+        baseline = work.baseline.to(rows).contiguous() if work.baseline is not None else None
         more = work.residual.to(rows).contiguous() if work.residual is not None else None
         side, bounds = work.weights.shape[0], act.bounds if act is not None else None
         table = work.target.anchors.int().unsqueeze(1)
         numbers = (side, height, width, work.least)
         limits = bounds or _UNBOUNDED
         weights = work.weights.to(dtype).contiguous()
-        arguments = (there, index, shares, weights, *numbers, floor, more, out, *limits)
+        arguments = (there, index, shares, weights, *numbers, baseline, more, out, *limits)
         call(kernel_for("fill", rows), RowSource(rows), table, *arguments)
         return out if bounds or act is None else act.apply_(out)
 

@@ -1,13 +1,15 @@
 """Products of rows and convolutions of dense maps by oneDNN, fused with residual and activation.
 
 oneDNN multiplies rows by a linear layer, whose packed weight serves any number of rows, and convolves dense maps with
-weights packed for their shape. Where oneDNN has no operation, torch computes the same.
+weights packed for their shape. Where oneDNN has no operation, torch computes the same; grouped convolutions that
+oneDNN has no fast code for are computed by the table's kernels for elements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,11 @@ from torch import Tensor
 from cadsurgery.elements.axes import as_column, as_map, as_rows, fast_layout
 from cadsurgery.elements.backends.choose import Convolution, check_channels, compute
 from cadsurgery.elements.backends.gpu import can_finish, finish
+from cadsurgery.elements.backends.maps import read_map
+from cadsurgery.elements.backends.native import Native
 from cadsurgery.elements.backends.weights import FusedConv, Pair
+from cadsurgery.elements.kernel_map import read_rows
+from cadsurgery.kernels import isa
 from cadsurgery.kernels.dispatch import is_observed
 from cadsurgery.support import torch_internals
 
@@ -27,6 +33,43 @@ _BLOCK_BYTES = 1 << 20
 # A product with fewer rows, or fewer values (torch's own limit), does not use oneDNN's usual kernels and is summed in a
 # different order. From these sizes on the result of a row has the same bits for any number of rows.
 _FEWEST_ROWS, _FEWEST_VALUES = 64, 20480
+
+
+class _FastGrouped(NamedTuple):
+    """What oneDNN, or torch in its place, has fast code for among grouped convolutions of dense maps.
+
+    Attributes:
+        dtype: type of the map.
+        isa: instruction set that the processor has.
+        padding: widest padding of a depthwise convolution with fast code; beyond, the kernel for elements is faster.
+        group: most channels of a group, of more than one, for which the kernel for elements is faster.
+    """
+
+    dtype: torch.dtype
+    isa: str
+    padding: int
+    group: int
+
+
+# The first row of a type counts whose instruction set the processor has. Where the kernels are chosen, they took a
+# tenth less time at least, and for depthwise convolutions a third to a ninetieth (docs/notes.md, "Dense maps or
+# elements"), with the table of what each position reads.
+_FAST = (
+    _FastGrouped(torch.float32, "avx512", 6, 2),
+    _FastGrouped(torch.float32, "avx2", 4, 4),
+    _FastGrouped(torch.float32, "sse4", 3, 32),
+    _FastGrouped(torch.bfloat16, "avx512bf16", 6, 2),
+    _FastGrouped(torch.bfloat16, "avx512", 4, 32),
+    _FastGrouped(torch.bfloat16, "sse4", -1, 32),
+    _FastGrouped(torch.float64, "avx2", -1, 32),
+    _FastGrouped(torch.float64, "sse4", -1, 4),
+)
+
+
+def has_fast_code(dtype: torch.dtype, group: int, padding: int) -> bool:
+    """Return False for grouped convolutions of dense maps that a kernel for elements computes faster."""
+    row = next((row for row in _FAST if row.dtype == dtype and row.isa in isa.allowed()), None)
+    return row is None or (padding <= row.padding if group == 1 else group > row.group)
 
 
 def multiply(weights: FusedConv, rows: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -119,6 +162,10 @@ def convolve(
         return weights.finish(
             convolve(weights.without_activation, image, stride, padding, dilation), residual
         )
+    if weights.groups > 1 and weights.dense and not torch.compiler.is_compiling():
+        out = _convolve_elements(weights, image, (stride, padding, dilation), residual)
+        if out is not None:
+            return out
     weight, bias = weights.weight.to(image.dtype), weights.bias_as(image.dtype)
     is_pointwise = weights.groups == 1 and (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0)
     if weights.dense and is_pointwise and not torch.compiler.is_compiling():
@@ -137,6 +184,22 @@ def convolve(
             lambda: pack(weight.contiguous(), padding, stride, dilation, weights.groups, shape),
         )
     return _convolve(weights, image, weight, residual, (stride, padding, dilation), weights.groups)
+
+
+def _convolve_elements(
+    weights: FusedConv, image: Tensor, window: tuple[Pair, Pair, Pair], residual: Tensor | None
+) -> Tensor | None:
+    """Compute a grouped convolution of a dense map by a kernel for elements; None if that is no faster."""
+    batch, _, height, width = _shape(weights, image, *window)
+    if has_fast_code(image.dtype, weights.weight.shape[1], max(window[1])) or min(batch, height, width) < 1:
+        return None
+    work = Convolution(as_rows(image), weights, None)
+    if not Native().applies(work):
+        return None
+    table = read_map((batch, *image.shape[2:]), (height, width), weights.weight.shape[2:], *window)
+    more = as_rows(residual) if residual is not None else None
+    out = compute(replace(work, reads=read_rows(table, True), residual=more))
+    return as_map(out, batch, (height, width))
 
 
 def _finish_on_gpu(weights: FusedConv, sums: Tensor, residual: Tensor | None) -> Tensor:

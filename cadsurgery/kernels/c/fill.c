@@ -11,7 +11,7 @@ typedef struct {
     const sum *shares, *weight;
     long side, height, width;
     double least;
-    const element *floor, *more;
+    const element *baseline, *more;
     element *out;
     sum heaviest[32]; /* largest weight of each ring */
     lane bottom, top;
@@ -26,7 +26,7 @@ static void fill_positions(long begin, long end, void *work) {
     const uint8_t *there = f->there;
     const int32_t *index = f->index;
     const sum *shares = f->shares, *weight = f->weight, *heaviest = f->heaviest;
-    const element *floor = f->floor, *more = f->more;
+    const element *baseline = f->baseline, *more = f->more;
     element *out = f->out;
     const long channels = in->channels, side = f->side, reach = side / 2, height = f->height, width = f->width;
     const double least = f->least;
@@ -85,7 +85,7 @@ static void fill_positions(long begin, long end, void *work) {
             if (own == 1) value = load_some(self + start, some);
             else {
                 for (long k = 0; k < many; k++) value += mass[k] * load_some(from[k] + start, some);
-                if (floor) value += rest * load_some(floor + start, some);
+                if (baseline) value += rest * load_some(baseline + start, some);
             }
             if (more) value += load_some(more + i * channels + start, some);
             store_some(out + i * channels + start, clamp(value, bottom, top), some);
@@ -98,12 +98,12 @@ static void fill_positions(long begin, long end, void *work) {
  * `table` (n, 1) lists the positions to fill, as numbers in batch * height * width. Per position, `there` is nonzero if it
  * was computed (NULL: all were), `index` is its row (NULL: its own number) and `shares` the share of the row that counts
  * (NULL: all of it). weight is (side, side). If `least` is not 0, weights are divided by the sum of the weights of computed
- * positions plus `least`. `floor`, if given, gets the rest of the weights up to 1. out is (n, channels); `more`, if given,
+ * positions plus `least`. `baseline`, if given, gets the rest of the weights up to 1. out is (n, channels); `more`, if given,
  * is added before clamping to low..high. */
 long SUFFIX(fill)(const reading *in, const uint8_t *there, const int32_t *index, const sum *shares, const sum *weight,
-                  long side, long height, long width, double least, const element *floor, const element *more,
+                  long side, long height, long width, double least, const element *baseline, const element *more,
                   element *out, double low, double high) {
-    filling f = {in, there, index, shares, weight, side, height, width, least, floor, more, out, {0},
+    filling f = {in, there, index, shares, weight, side, height, width, least, baseline, more, out, {0},
                  all_lanes((sum)low), all_lanes((sum)high)};
     const long reach = side / 2, results = product_of(in->n, in->channels), *const held = in->held;
     POSSIBLE(side > 0 && side % 2 && side <= MOST_NEAR && side * side <= MOST_NEAR && height > 0 && width > 0);
@@ -117,7 +117,7 @@ long SUFFIX(fill)(const reading *in, const uint8_t *there, const int32_t *index,
     }
     NEEDS_IF(shares, held, OWN + 2, in->count, sum);
     NEEDS(held, OWN + 3, side * side, sum);
-    NEEDS_IF(floor, held, OWN + 4, in->channels, element);
+    NEEDS_IF(baseline, held, OWN + 4, in->channels, element);
     NEEDS_IF(more, held, OWN + 5, results, element);
     NEEDS(held, OWN + 6, results, element);
     for (long v = -reach; v <= reach; v++)

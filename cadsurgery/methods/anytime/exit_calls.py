@@ -24,7 +24,6 @@ from cadsurgery.methods.anytime.heads import resize_like
 from cadsurgery.methods.anytime.program import AnytimeProgram
 from cadsurgery.methods.positions import Places, Sites, Size
 from cadsurgery.methods.program import CallWork, ProgramStep, StepwiseCall, weights_of
-from cadsurgery.methods.report import TAPS
 from cadsurgery.support.divergence import resize
 
 Needs = Mapping[str, Places | None]  # positions at which the value of a step is needed; None for everywhere
@@ -55,7 +54,7 @@ class AnytimeRun(StepwiseCall):
     def __post_init__(self) -> None:
         self.env: dict[str, StepValue] = {}
         self._computed: dict[str, Places] = {}  # positions at which convolutions are computed
-        self.macs: list[tuple[int, int]] = []
+        self.macs: list[int] = []
 
     def segment(self, number: int, sites: Sites | None) -> None:
         """Run the steps of a segment at the undecided positions; None for all positions."""
@@ -63,7 +62,7 @@ class AnytimeRun(StepwiseCall):
         if sites is not None and self.work is not None:  # in training all widths get gradients
             sites = None if sites.is_everything else sites
             needs = self._needs(number, sites, self.work) if sites is not None else None
-        self.macs.append((0, 0))
+        self.macs.append(0)
         for step in self.program.segments[number]:
             # A value that is not needed can still be read for its size.
             if (
@@ -153,16 +152,13 @@ class AnytimeRun(StepwiseCall):
 
     def _count(self, step: ProgramStep, sites: Sites | None) -> None:
         """Add the MACs of a step; of a convolution, the share of its computed positions."""
-        work = published = self.work.macs[step.name] if self.work is not None else 0
+        work = self.work.macs[step.name] if self.work is not None else 0
         if not work or self.work is None:
             return
         if sites is not None and step.spatial.kind == "conv":
-            batch, channels, height, width = self.work.shapes[step.name]
-            count, every = self._computed[step.name].count, batch * height * width
-            work = work * count // every
-            published = work + channels * TAPS * (every - count) * count // every
-        counted = self.macs[-1]
-        self.macs[-1] = (counted[0] + work, counted[1] + published)
+            batch, _, height, width = self.work.shapes[step.name]
+            work = work * self._computed[step.name].count // (batch * height * width)
+        self.macs[-1] += work
 
     # -- running a step ----------------------------------------------------------------------------
 
@@ -211,15 +207,15 @@ class AnytimeRun(StepwiseCall):
         some = Elements(
             compute(Convolution(rows, weights.without_activation, reads)), sites.lattice(size, computed)
         )
-        width, floor = getattr(module, "width", None), getattr(module, "floor", None)
+        width, baseline = getattr(module, "width", None), getattr(module, "baseline", None)
         if width is not None:
             options: Any = {"residual": residual, "activation": weights.activation}
             whole = sites.lattice(size, every)
-            out = fill_gaps(some, whole, width, self.is_normalised, floor, **options).rows
-        else:  # zero, or `floor`, where nothing is computed
+            out = fill_gaps(some, whole, width, self.is_normalised, baseline, **options).rows
+        else:  # zero, or `baseline`, where nothing is computed
             filled = every or sites.everywhere(size)
             out = some.rows.new_zeros(filled.count, some.rows.shape[1])
-            out = out if floor is None else out + floor
+            out = out if baseline is None else out + baseline
             out = weights.finish(out.index_copy(0, filled.rows[computed.pixels], some.rows), residual)
         return StepValue(out, every) if every is not None else StepValue(as_map(out, sites.batch, size))
 

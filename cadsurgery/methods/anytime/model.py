@@ -382,25 +382,19 @@ class AnytimeModel(GraphModel):
     def _is_never(self, limit: float) -> bool:
         return limit <= 0 if self.confidence == "entropy" else limit >= 1
 
-    def macs(
-        self, *args: Any, rule: str = "conv", threshold: float | None = None, **kwargs: Any
-    ) -> AnytimeMacs:
+    def macs(self, *args: Any, threshold: float | None = None, **kwargs: Any) -> AnytimeMacs:
         """Run the network on an image and count the multiply-accumulates up to each exit, with and without skipping.
 
         Args:
             args, threshold, kwargs: as in a call. On the meta device nothing is run, and everything counts as
                 computed.
-            rule: `conv`, or `published`, see `AnytimeMacs`.
-
-        Raises:
-            UnknownName: there is no such rule.
         """
         with torch.no_grad(), evaluating(self):
-            run = self._start(args, kwargs, rule=rule)
+            run = self._start(args, kwargs)
             if not image_of(run.arguments).is_meta:
                 for _ in self._logits(run, threshold):
                     pass
-        return self._counted(run, rule)
+        return self._counted(run)
 
     def predict_and_count(
         self, *args: Any, threshold: Threshold | None = None, **kwargs: Any
@@ -412,7 +406,7 @@ class AnytimeModel(GraphModel):
         """
         run = self._start(args, kwargs)
         predictions = tuple(run.prediction(logits) for logits in self._logits(run, threshold))
-        return predictions, self._counted(run, "conv")
+        return predictions, self._counted(run)
 
     def until(
         self, *args: Any, milliseconds: float, threshold: Threshold | None = None, **kwargs: Any
@@ -444,16 +438,15 @@ class AnytimeModel(GraphModel):
             accumulate(sum(work.macs[step.name] for step in steps) for steps in self.program.segments)
         )
 
-    def _counted(self, run: AnytimeRun, rule: str) -> AnytimeMacs:
+    def _counted(self, run: AnytimeRun) -> AnytimeMacs:
         assert run.work is not None
         dense = own = self._dense_macs(run.work)
         shape = tuple(image_of(run.arguments).shape)
         if not image_of(run.arguments).is_meta:
-            counted = [macs[rule == "published"] for macs in run.macs]
-            own = list(accumulate(counted + [0] * (len(dense) - len(counted))))
+            own = list(accumulate(run.macs + [0] * (len(dense) - len(run.macs))))
         rows = zip((exit.name for exit in self.plan.exits), own, dense, strict=True)
         exits = tuple(ExitMacs(*row) for row in rows)
-        return AnytimeMacs(exits=exits, rule=rule, shape=shape, not_counted=run.work.not_counted)
+        return AnytimeMacs(exits=exits, shape=shape, not_counted=run.work.not_counted)
 
     def optimize(self) -> AnytimeModel:
         """Return an inference copy: batch norm folded, residuals and activations fused, weights packed."""
@@ -484,9 +477,8 @@ class AnytimeModel(GraphModel):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         is_training: bool | None = None,
-        rule: str = "conv",
     ) -> AnytimeRun:
-        arguments = self.bind(args, kwargs, rule)
+        arguments = self.bind(args, kwargs)
         training = self.training if is_training is None else is_training
         work = None if training else self.work(arguments)
         return AnytimeRun(self, arguments, self.program, self.grid > 0, work)

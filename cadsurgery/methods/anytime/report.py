@@ -84,9 +84,6 @@ class AnytimeMacs(MethodMacs):
 
     Attributes:
         exits: in execution order.
-        rule: `conv`, the multiply-accumulates that are carried out; or `published`, the counting of the reference
-            code. It adds 49 per channel of a convolution for filling, weighted by the computed share times the
-            skipped share.
     """
 
     exits: tuple[ExitMacs, ...]

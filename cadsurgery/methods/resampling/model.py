@@ -24,7 +24,7 @@ from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.unit import Normalisation
 from cadsurgery.methods import converted
 from cadsurgery.methods.converted import METHODS, ConvertedModel, register
-from cadsurgery.methods.report import RULES, MethodMacs
+from cadsurgery.methods.report import MethodMacs
 from cadsurgery.methods.resampling.back import interpolate_back
 from cadsurgery.methods.resampling.locations import (
     IGNORED,
@@ -34,7 +34,7 @@ from cadsurgery.methods.resampling.locations import (
     sample,
     uniform_locations,
 )
-from cadsurgery.methods.resampling.report import ResampledMacs, ResampledPlan, conv_macs
+from cadsurgery.methods.resampling.report import ResampledMacs, ResampledPlan
 from cadsurgery.methods.resampling.samplers import (
     SAMPLERS,
     LearnedSampler,
@@ -156,7 +156,7 @@ def _make_plan(net: ResampledModel, image: Tensor) -> ResampledPlan:
                 why="scores for each position are brought back to the image; this network gives others.",
                 next="pass a segmentation network, or wrap it so that it returns floating-point (B, C, h, w).",
             )
-        counted = net._count(image, uniform, "conv")
+        counted = net._count(image, uniform)
     options, shape = net.sampler.options, tuple(image.shape)
     return ResampledPlan(
         sampler=net.sampler.spec(),
@@ -309,19 +309,12 @@ class ResampledModel(ConvertedModel):
         check_image(image)
         return image
 
-    def macs(self, *args: Any, rule: str = "conv", **kwargs: Any) -> ResampledMacs:
+    def macs(self, *args: Any, **kwargs: Any) -> ResampledMacs:
         """Count MACs on an image: of the sampler, of the network, and of the network without sampling.
 
         Args:
             args, kwargs: as in a call.
-            rule: `conv`, what is carried out; or, for dense networks, `published`, see
-                `cadsurgery.resampling.conv_macs`.
-
-        Raises:
-            UnknownName: there is no such rule.
-            InvalidInput: rule `published` for a network made by another method.
         """
-        check_name("counting rule", rule, RULES)
         image = self._image(args, kwargs)
         with torch.no_grad(), evaluating(self):
             args, kwargs = tree_map(lambda value: None if value is image else value, (args, kwargs))
@@ -329,23 +322,22 @@ class ResampledModel(ConvertedModel):
                 raise InvalidInput(
                     "macs are counted on an image alone.", next="leave out the other tensors of the call."
                 )
-            return self._count(image, None if image.is_meta else self.sampler(image), rule)
+            return self._count(image, None if image.is_meta else self.sampler(image))
 
-    def _count(self, image: Tensor, locations: Tensor | None, rule: str) -> ResampledMacs:
+    def _count(self, image: Tensor, locations: Tensor | None) -> ResampledMacs:
         """Count at these locations, on which inner masks depend; without locations, from shapes alone."""
-        sampler = self.sampler.macs(image, rule)
-        original, not_counted = _macs_of(self.network, image, rule)
+        sampler = self.sampler.macs(image)
+        original, not_counted = _macs_of(self.network, image)
         if locations is None:
-            network, _ = _macs_of(self.network, image.new_empty((*image.shape[:2], *self.size)), rule)
+            network, _ = _macs_of(self.network, image.new_empty((*image.shape[:2], *self.size)))
         else:
             with self._labels_sampled(image, locations):
-                network, _ = _macs_of(self.network, sample(image, locations, self.size, self.mode), rule)
+                network, _ = _macs_of(self.network, sample(image, locations, self.size, self.mode))
         return ResampledMacs(
             sampler=sampler,
             network=network,
             original=original,
             size=self.size,
-            rule=rule,
             shape=tuple(image.shape),
             not_counted=not_counted,
         )
@@ -443,17 +435,11 @@ class ResampledModel(ConvertedModel):
         return net
 
 
-def _macs_of(network: nn.Module, image: Tensor, rule: str) -> tuple[int, tuple[str, ...]]:
+def _macs_of(network: nn.Module, image: Tensor) -> tuple[int, tuple[str, ...]]:
     """Count the MACs of a network of any kind on an image, and list the operations that are not counted."""
     if not hasattr(network, "macs"):
-        if rule != "conv":
-            return conv_macs(network, image, rule=rule), ()
         dense = count_network(network, image)
         return dense.macs, dense.not_counted
-    if rule != "conv":
-        raise InvalidInput(
-            f"rule {rule!r} does not count a {type(network).__name__}.", next='count with rule="conv".'
-        )
     counted: Any = network.macs(image)  # type: ignore[operator]
     return (counted.total if isinstance(counted, MethodMacs) else counted.mask), counted.not_counted
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.following.equivalence import meta_copy
-from cadsurgery.methods.report import RULES, MethodMacs, MethodPlan, in_words
-from cadsurgery.support.errors import check_name
+from cadsurgery.methods.report import MethodMacs, MethodPlan, in_words
 from cadsurgery.support.meta_tensors import to_meta
 from cadsurgery.support.torch_internals import tree_map
 
@@ -64,7 +63,6 @@ class ResampledMacs(MethodMacs):
         sampler: MACs of the sampler.
         network: MACs of the network on the sampled image.
         original: MACs of the network on the image itself.
-        rule: counting rule: `conv`, or `published`, see `conv_macs`.
         size: (height, width) of the sampled image.
     """
 
@@ -93,28 +91,17 @@ class ResampledMacs(MethodMacs):
         ]
 
 
-def conv_macs(model: nn.Module, *args: Any, rule: str = "conv", **kwargs: Any) -> int:
+def conv_macs(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     """Count the MACs of the Conv2d modules of a network on a call, without bias and without running it.
 
     Args:
         model: the network.
         args, kwargs: arguments of the call.
-        rule: `conv`, what is computed; or `published`: a depthwise convolution of dilation r is counted at every r-th
-            row and column only, a mistake of the notebook published with the code.
-
-    Raises:
-        UnknownName: there is no such rule.
     """
-    check_name("counting rule", rule, RULES)
     counted, counts = meta_copy(model), [0]
 
     def add(module: nn.Conv2d, inputs: tuple[Any, ...], output: Tensor) -> None:
-        height, width = output.shape[2:]
-        if rule == "published" and module.groups == module.in_channels > 1:
-            height, width = (
-                -(-side // step) for side, step in zip((height, width), module.dilation, strict=True)
-            )
-        counts[0] += output.shape[0] * height * width * module.weight.numel()
+        counts[0] += output[:, 0].numel() * module.weight.numel()
 
     for module in counted.modules():
         if isinstance(module, nn.Conv2d):

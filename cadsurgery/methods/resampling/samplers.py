@@ -83,7 +83,7 @@ class Sampler(nn.Module):
         """Return the text from which `cadsurgery.resample` creates the sampler."""
         return self.name
 
-    def macs(self, image: Tensor, rule: str = "conv") -> int:
+    def macs(self, image: Tensor) -> int:
         """Count the multiply-accumulates of the sampler's convolutions."""
         return 0
 
@@ -156,7 +156,7 @@ class MaskSampler(Sampler):
         features = F.avg_pool2d(image, stride, ceil_mode=True)
         return check_scores(self.mask.scores(shown, features, grid), grid, self.mask.name, "of a sampler")
 
-    def macs(self, image: Tensor, rule: str = "conv") -> int:
+    def macs(self, image: Tensor) -> int:
         """Count the MACs of the mask's convolutions."""
         image = torch.zeros(image.shape, dtype=image.dtype) if image.is_meta else image
         with MacCounter() as counter:
@@ -198,12 +198,10 @@ class LearnedSampler(Sampler):
         )
         return self.net(small).permute(0, 2, 3, 1) + self.mean_locations
 
-    def macs(self, image: Tensor, rule: str = "conv") -> int:
+    def macs(self, image: Tensor) -> int:
         """Count the MACs of the network."""
         side = _PER_LOCATION * self.options.grid
-        return conv_macs(
-            self.net, image.new_empty(image.shape[0], image.shape[1], side, side, device="meta"), rule=rule
-        )
+        return conv_macs(self.net, image.new_empty(image.shape[0], image.shape[1], side, side, device="meta"))
 
 
 SAMPLERS: dict[str, type[Sampler]] = {

@@ -107,7 +107,7 @@ def _add_gates(facts: Facts, branches: Sequence[Branch], permutes: frozenset[str
 
 def _make_plan(net: SampledModel, branches: Sequence[Branch], facts: Facts, path: str) -> SamplingPlan:
     defaults = {name: parameter.default for name, parameter in net.program.signature.parameters.items()}
-    macs = net._count({**defaults, **facts.arguments}, "conv", dict.fromkeys(range(len(net.gates)), 1.0))
+    macs = net._count({**defaults, **facts.arguments}, dict.fromkeys(range(len(net.gates)), 1.0))
     rows, planned = iter(macs), []
     for branch in branches:
         gates = []
@@ -287,27 +287,23 @@ class SampledModel(GraphModel):
 
     # -- what it costs -----------------------------------------------------------------------------
 
-    def macs(self, *args: Any, rule: str = "conv", **kwargs: Any) -> SampledMacs:
+    def macs(self, *args: Any, **kwargs: Any) -> SampledMacs:
         """Run the network on an image and count multiply-accumulates: where gates are open, and of the dense network.
 
         Args:
             args, kwargs: arguments of a call. On the meta device nothing is run, and everything counts as computed.
-            rule: `conv` or `published`, see `SampledMacs`.
-
-        Raises:
-            UnknownName: there is no such rule.
         """
-        arguments = self.bind(args, kwargs, rule)
+        arguments = self.bind(args, kwargs)
         densities = dict.fromkeys(range(len(self.gates)), 1.0)
         if not image_of(arguments).is_meta:
             with torch.no_grad(), evaluating(self):
                 self(*args, **kwargs)
             densities = dict(enumerate(self.densities.values()))
-        return self._count(arguments, rule, densities)
+        return self._count(arguments, densities)
 
-    def _count(self, arguments: dict[str, Any], rule: str, densities: dict[int, float]) -> SampledMacs:
+    def _count(self, arguments: dict[str, Any], densities: dict[int, float]) -> SampledMacs:
         shape = tuple(image_of(arguments).shape)
-        return count(self.program, self.work(arguments), densities, rule, shape)
+        return count(self.program, self.work(arguments), densities, shape)
 
     # -- other forms -------------------------------------------------------------------------------
 
@@ -344,16 +340,15 @@ class HostedSampled(Host, SampledModel):
         """Run the network with the arguments of the original."""
         return self.run_host(*args, **kwargs)
 
-    def macs(self, *args: Any, rule: str = "conv", **kwargs: Any) -> SampledMacs:
+    def macs(self, *args: Any, **kwargs: Any) -> SampledMacs:
         """Count the multiply-accumulates of the part on its inputs when the network is called with these arguments.
 
         Raises:
-            UnknownName: there is no such rule.
             InvalidInput: the network did not call the part.
         """
         with evaluating(self):
             inputs, named, _ = self.reach_part(*args, **kwargs)
-        return self.part.macs(*inputs, rule=rule, **named)
+        return self.part.macs(*inputs, **named)
 
     def optimize(self) -> HostedSampled:
         """Return a copy with the part optimised; see `SampledModel.optimize`."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from cadsurgery.methods.program import CallWork
-from cadsurgery.methods.report import TAPS, MethodMacs, MethodPlan, in_words
+from cadsurgery.methods.report import MethodMacs, MethodPlan, in_words
 from cadsurgery.methods.sampling.program import SampledProgram
 
 _GATE_TAPS = 9
@@ -95,7 +94,6 @@ class GateMacs:
         macs: MACs of the chain at open positions.
         dense: MACs of the chain computed everywhere.
         gate: MACs of the gate itself.
-        filling: MACs of the filling, if the rule counts it.
     """
 
     conv: str
@@ -103,7 +101,6 @@ class GateMacs:
     macs: int
     dense: int
     gate: int
-    filling: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +110,6 @@ class SampledMacs(MethodMacs):
     Attributes:
         gates: MACs of each gate, in order of execution.
         rest: MACs of everything that no gate controls.
-        rule: `conv` counts convolutions and products where they are computed, and gates at each position of their
-            input. `published` follows the reference code: gates count at the positions of the chain's result, and
-            filling counts 49 MACs per channel and position, times density (1 - density).
     """
 
     gates: tuple[GateMacs, ...]
@@ -127,8 +121,8 @@ class SampledMacs(MethodMacs):
 
     @property
     def total(self) -> int:
-        """MACs of the sampled network, including gates and filling."""
-        return self.rest + sum(gate.macs + gate.gate + gate.filling for gate in self.gates)
+        """MACs of the sampled network, including gates."""
+        return self.rest + sum(gate.macs + gate.gate for gate in self.gates)
 
     @property
     def dense(self) -> int:
@@ -144,28 +138,21 @@ class SampledMacs(MethodMacs):
     def lines(self) -> list[str]:
         """Return the lines of the report: the total, then each gate."""
         (first,), own = super().lines(), sum(gate.gate for gate in self.gates)
-        filling = sum(gate.filling for gate in self.gates)
         rows = [f"  {gate.conv}: {gate.density:.3f} of its positions, {gate.macs:.3e}" for gate in self.gates]
-        return [f"{first}; gates {own:.3e}, filling {filling:.3e}", *rows]
+        return [f"{first}; gates {own:.3e}", *rows]
 
 
 def count(
-    program: SampledProgram, work: CallWork, densities: Mapping[int, float], rule: str, shape: tuple[int, ...]
+    program: SampledProgram, work: CallWork, densities: Mapping[int, float], shape: tuple[int, ...]
 ) -> SampledMacs:
     """Count the MACs of a call from the share of open positions of each gate."""
     source = {gate: name for name, gates in program.readers.items() for gate in gates}
     rows = list[GateMacs]()
     for number, (gated, chain) in enumerate(zip(program.gates, program.chains, strict=True)):
-        density, last = densities[number], chain.steps[-1]
+        density = densities[number]
         dense = sum(work.macs[step.name] for step in chain.steps)
         batch, channels, height, width = work.shapes[source[number]]
-        own, filling = batch * height * width * channels * _GATE_TAPS, 0.0
-        if rule == "published":
-            filled = work.shapes[last.name]
-            values = filled[3 if chain.is_channels_last(last) else 1]
-            pixels = math.prod(filled) // values
-            own = pixels * channels * _GATE_TAPS
-            filling = TAPS * values * pixels * density * (1 - density)
-        rows.append(GateMacs(gated.path, density, round(dense * density), dense, own, round(filling)))
+        own = batch * height * width * channels * _GATE_TAPS
+        rows.append(GateMacs(gated.path, density, round(dense * density), dense, own))
     gates, rest = tuple(rows), sum(work.macs.values()) - sum(row.dense for row in rows)
-    return SampledMacs(gates=gates, rest=rest, rule=rule, shape=shape, not_counted=work.not_counted)
+    return SampledMacs(gates=gates, rest=rest, shape=shape, not_counted=work.not_counted)

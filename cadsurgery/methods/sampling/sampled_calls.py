@@ -40,14 +40,14 @@ class Rows(NamedTuple):
         gate: number of the gate.
         is_last: True if the map that the rows belong to is channels-last.
         is_filled: True after the `reconstruct` node, although the filling itself is still postponed.
-        floor: (C,), value of positions far from all open positions; None for zeros.
+        baseline: (C,), value of positions far from all open positions; None for zeros.
     """
 
     rows: Tensor
     gate: int
     is_last: bool
     is_filled: bool = False
-    floor: Tensor | None = None
+    baseline: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -157,8 +157,8 @@ class SampledRun(StepwiseCall):
 
         y = x._replace(rows=apply(x.rows))
         if x.is_filled:
-            floor = x.rows.new_zeros(1, x.rows.shape[1]) if x.floor is None else x.floor.unsqueeze(0)
-            y = y._replace(floor=apply(floor).squeeze(0))
+            baseline = x.rows.new_zeros(1, x.rows.shape[1]) if x.baseline is None else x.baseline.unsqueeze(0)
+            y = y._replace(baseline=apply(baseline).squeeze(0))
         if not isinstance(kernel, PackedConv) or (len(step.reads) < 2 and kernel.activation is None):
             return y
         more = self._dense(step.reads[1]) if len(step.reads) > 1 else None
@@ -178,7 +178,7 @@ class SampledRun(StepwiseCall):
             maps.lattice(places.size),
             self.gates[x.gate].width,
             normalised=True,
-            floor=x.floor,
+            baseline=x.baseline,
             shares=some if bool((some < 1).any()) else None,
             residual=more,
             activation=activation,

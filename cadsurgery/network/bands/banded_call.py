@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,7 +10,6 @@ from itertools import product
 from threading import RLock
 from types import SimpleNamespace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
@@ -18,10 +18,9 @@ from torch.fx.node import map_arg
 from cadsurgery.elements.axes import fast_layout
 from cadsurgery.elements.elements import Elements, SmallMap
 from cadsurgery.elements.lattice import Lattice, Pyramid
-from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.provider import MaskProvider
-from cadsurgery.network.bands.element_steps import Cells, Grid, WindowOfElements
-from cadsurgery.network.bands.reading import BandPlan, BandReader, Key, copied, uniform
+from cadsurgery.network.bands.element_steps import Cells, Grid
+from cadsurgery.network.bands.reading import BandPlan, Key, SeenGraph, copied, uniform
 from cadsurgery.network.bands.schedule import (
     SPARE,
     TOO_MUCH,
@@ -34,7 +33,6 @@ from cadsurgery.network.bands.schedule import (
     used_by,
     walk,
 )
-from cadsurgery.network.bands.steps import Sum
 from cadsurgery.network.program import Masked, Program
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.memory import in_mebibytes
@@ -47,7 +45,7 @@ _MOST_BANDS = 4096  # of one walk
 # Rows of cells at a time, and the spare memory of elements that lie together, the fastest first.
 _CELLS, _SPARES = (16, 8, 4, 2, 1), (3.0, 2.0)
 _MOST_COPIES = 16  # in which elements are moved within their memory
-_MOST_READERS = 4  # kinds of calls that are remembered
+_MOST_KINDS = 4  # kinds of calls that are remembered
 _WHOLE = "run it whole: net.optimize() without memory=."
 
 
@@ -91,26 +89,24 @@ class Walks:
         return replace(self, passes=[one.measured(maps, spare) for one in self.passes], spare=spare)
 
 
-def plan_walks(reading: BandPlan, band: int, keeps: bool, start: int = 0) -> Walks:
+def plan_walks(plan: BandPlan, band: int, keeps: bool, start: int = 0) -> Walks:
     """Plan the walks for bands of so many rows.
 
     Args:
-        reading: the maps of the network.
+        plan: the maps of the network.
         band: rows of the tallest map in a band.
         keeps: keep maps between walks that a later one reads; otherwise they are computed again from the picture.
         start: the first row of the results that is asked for.
     """
-    number, maps, known = reading.number, reading.maps, {0}
-    asked = reading.map_outputs if reading.only_first else reading.outputs
-    last = max((reading.passes.get(node, 0) for node in asked), default=0)
+    number, maps, known = plan.number, plan.maps, {0}
+    asked = plan.map_outputs if plan.only_first else plan.outputs
+    last = max((plan.passes.get(node, 0) for node in asked), default=0)
     every, passes, kept = set[int](), [], []
     for at in range(last + 1):
-        wanted, later, staying = {number[node] for node in reading.map_outputs}, set[int](), set[int]()
+        wanted, later, staying = {number[node] for node in plan.map_outputs}, set[int](), set[int]()
         if at < last:
-            wanted = {
-                number[one.source] for key, one in reading.sums.items() if reading.passes[key] == at + 1
-            }
-            later = _read_later(reading, at) if keeps else later
+            wanted = {number[one.source] for key, one in plan.sums.items() if plan.passes[key] == at + 1}
+            later = _read_later(plan, at) if keeps else later
             staying = later - known
         ends = sorted((wanted | staying) - known)
         passes.append(walk(maps, ends, band, known, staying, start if at == last else 0))
@@ -124,58 +120,60 @@ def plan_walks(reading: BandPlan, band: int, keeps: bool, start: int = 0) -> Wal
     return Walks(passes, kept, band, rows / max(once, 1))
 
 
-def _read_later(reading: BandPlan, at: int) -> set[int]:
+def _read_later(plan: BandPlan, at: int) -> set[int]:
     """Return the maps of a walk that maps of later ones read, or that are results."""
-    passes, number = reading.passes, reading.number
+    passes, number = plan.passes, plan.number
     is_ready = {one for node, one in number.items() if one and passes.get(node, 0) <= at}
     waiting = set(number.values()) - is_ready
-    read = {source for one in waiting for source, _ in reading.maps[one].reads}
-    later = {number[one.source] for key, one in reading.sums.items() if passes[key] > at + 1}
-    return (read | later | {number[node] for node in reading.map_outputs}) & is_ready
+    read = {source for one in waiting for source, _ in plan.maps[one].reads}
+    later = {number[one.source] for key, one in plan.sums.items() if passes[key] > at + 1}
+    return (read | later | {number[node] for node in plan.map_outputs}) & is_ready
 
 
-def fit(read: Callable[[int], BandPlan], memory: int, start: int = 0, cells: Sequence[int] = (1,)) -> Walks:
-    """Return the walks that need the least work within a memory.
+def fit(
+    read: Callable[[int], BandPlan], cells: Sequence[int], memory: int, start: int = 0
+) -> tuple[BandPlan, Walks]:
+    """Return the plan and the walks that need the least work within a memory.
 
     Args:
-        read: returns the maps of the network for so many rows of cells at a time; what it returned last is in use.
+        read: returns the maps of the network for so many rows of cells at a time.
+        cells: the rows of cells to try, the fastest first.
         memory: bytes that maps may take.
         start: the first row of the results that is asked for.
-        cells: the rows of cells to try, the fastest first.
 
     Raises:
         InvalidInput: bands of the fewest rows need more.
     """
     least: tuple[BandPlan, Walks] | None = None
     for keeps, many in product((True, False), cells):
-        reading = read(many)
-        if not keeps and not reading.sums:
+        plan = read(many)
+        if not keeps and not plan.sums:
             break  # there is nothing to keep
-        for band in _bands(reading, many == cells[-1]):
-            walks = plan_walks(reading, band, keeps, start)
+        for band in _bands(plan, many == cells[-1]):
+            walks = plan_walks(plan, band, keeps, start)
             if walks.peak <= memory:
-                spares = _SPARES if any(one.elements is not None for one in reading.maps) else ()
-                roomier = (walks.with_spare(reading.maps, spare) for spare in spares)
-                return next((one for one in roomier if one.peak <= memory), walks)
+                spares = _SPARES if any(one.elements is not None for one in plan.maps) else ()
+                roomier = (walks.with_spare(plan.maps, spare) for spare in spares)
+                return plan, next((one for one in roomier if one.peak <= memory), walks)
             if least is None or walks.peak < least[1].peak:
-                least = reading, walks
+                least = plan, walks
     assert least is not None
-    reading, walks = least
+    plan, walks = least
     least_memory = in_mebibytes(walks.peak, memory)
     raise InvalidInput(
         f"{in_mebibytes(memory, walks.peak)} are too little for this picture.",
         where="memory",
         why=f"in bands of {walks.band} rows its maps take {least_memory}, "
-        f"most of it {_largest(reading, walks)}.",
+        f"most of it {_largest(plan, walks)}.",
         next=f'give at least memory="{least_memory.replace(" ", "")}".',
     )
 
 
-def _bands(reading: BandPlan, has_fewest_cells: bool = True) -> Iterator[int]:
+def _bands(plan: BandPlan, has_fewest_cells: bool = True) -> Iterator[int]:
     """Yield numbers of rows of a band to try, the most first. Bands hold one block of rows of cells, in which elements
     are computed; those with fewer rows are for dense maps beside the region, and tried where blocks are smallest."""
-    tallest = max(one.height for one in reading.maps)
-    blocks = [-(-one.step * tallest // one.height) for one in reading.maps if one.elements is not None]
+    tallest = max(one.height for one in plan.maps)
+    blocks = [-(-one.step * tallest // one.height) for one in plan.maps if one.elements is not None]
     band = 1 << max(max(blocks, default=tallest) - 1, 1).bit_length()
     while band >= 8 and -(-tallest // band) <= _MOST_BANDS:
         yield band
@@ -184,80 +182,60 @@ def _bands(reading: BandPlan, has_fewest_cells: bool = True) -> Iterator[int]:
         band //= 2
 
 
-def _largest(reading: BandPlan, walks: Walks) -> str:
+def _largest(plan: BandPlan, walks: Walks) -> str:
     held = max(walks.passes, key=lambda one: one.peak).largest
     return ", ".join(
-        "copies of rows" if one < 0 else reading.maps[one].name
+        "copies of rows" if one < 0 else plan.maps[one].name
         for one in sorted((n for n in held if n), key=lambda n: -held[n])[:2]
     )
 
 
 class _Held:
-    """The rows of a dense map that are there, in parts."""
+    """The rows of a map that are there, in parts. Of elements, which lie in rows of cells, the lattices take more
+    memory: they are made where they are read."""
 
-    def __init__(self, axis: int) -> None:
-        """Take the axis along which rows are counted."""
-        self.axis = axis
+    def __init__(self, axis: int = 0, lattice: Callable[[int, int], Lattice] | None = None) -> None:
+        """Take the axis along which rows are counted, or what makes the lattice of fine rows of elements."""
+        self.axis, self.lattice = axis, lattice
         self.parts = list[tuple[int, int, Tensor]]()
 
-    def add(self, first: int, end: int, rows: Tensor) -> None:
-        self.parts.append((first, end, rows))
+    def add(self, first: int, end: int, rows: Any) -> None:
+        self.parts.append((first, end, rows if self.lattice is None else rows.rows))
 
     def drop(self, row: int) -> None:
         self.parts = [part for part in self.parts if part[1] > row]
 
-    def rows(self, first: int, end: int) -> Tensor:
+    def rows(self, first: int, end: int) -> Any:
+        """Return rows; elements of whole cells, where a map ends a little below the one that it is joined with."""
         found = []
         for at, stop, rows in self.parts:
             begin, until = max(first, at), min(end, stop)
             if begin < until:
-                is_all = (begin, until) == (at, stop)
+                is_all = (begin, until) == (at, stop) or self.lattice is not None
                 found.append(rows if is_all else rows.narrow(self.axis, begin - at, until - begin))
-        return found[0] if len(found) == 1 else torch.cat(found, self.axis)
-
-
-class _HeldElements:
-    """The elements that are there, a tensor for each row of cells. Lattices, which take more memory, are made where
-    they are read."""
-
-    def __init__(self, cells: Cells, grid: Grid) -> None:
-        self.cells, self.grid = cells, grid
-        self.parts = dict[int, Tensor]()  # by their first fine row
-
-    def add(self, first: int, end: int, x: Elements) -> None:
-        self.parts[first] = x.rows
-
-    def drop(self, row: int) -> None:
-        for at in [at for at in self.parts if at + self.cells.side <= row]:
-            del self.parts[at]
-
-    def rows(self, first: int, end: int) -> Elements:
-        """Return the elements of whole cells: a map may end a little below the one that it is joined with."""
-        end = min(-(-end // self.cells.side) * self.cells.side, self.grid.size[0])
-        found = [self.parts[at] for at in range(first, end, self.cells.side)]
         rows = found[0] if len(found) == 1 else self._together(found)
-        return Elements(rows, self.cells.lattice(self.grid, first, end))
+        return rows if self.lattice is None else Elements(rows, self.lattice(first, end))
 
     def _together(self, found: list[Tensor]) -> Tensor:
-        return torch.cat(found)
+        return torch.cat(found, self.axis)
 
 
-class _JoinedElements(_HeldElements):
+class _JoinedElements(_Held):
     """Elements of which several rows of cells are read at once: they lie behind each other in one memory."""
 
-    def __init__(self, cells: Cells, grid: Grid, spare: float) -> None:
-        """Take the cells, the lattices of the map, and how many times the memory that the elements take is held."""
-        super().__init__(cells, grid)
+    def __init__(self, one: BandMap, lattice: Callable[[int, int], Lattice], spare: float) -> None:
+        """Take the map, its lattices, and how many times the memory that the elements take is held."""
+        super().__init__(lattice=lattice)
+        self.map, self.spare = one, spare
         self.memory: Tensor | None = None
-        self.spare = spare
         self.used = 0  # elements of the memory, the dropped ones before the first part among them
 
     def memory_for(self, first: int, end: int) -> Tensor | None:
         """Return where the elements of rows [first, end) could be computed, which are added next."""
         if self.memory is None:
             return None
-        above = self.cells.elements_above(self.grid)
-        return self._behind(above[end] - above[first], self.memory)
+        assert self.map.elements is not None
+        return self._behind(int(self.map.elements[end] - self.map.elements[first]), self.memory)
 
     def add(self, first: int, end: int, x: Elements) -> None:
         place = self._behind(len(x.rows), x.rows)[: len(x.rows)]
@@ -271,7 +249,7 @@ class _JoinedElements(_HeldElements):
         if not self.parts:
             self.memory, self.used = None, 0
         elif self.memory is not None:
-            lengths = list(map(len, self.parts.values()))
+            lengths = [len(rows) for *_, rows in self.parts]
             if has_too_much(len(self.memory), lengths, self.spare):
                 self._move(max(lengths), self.memory)
 
@@ -284,7 +262,7 @@ class _JoinedElements(_HeldElements):
 
     def _move(self, count: int, like: Tensor) -> None:
         """Move the elements to the beginning of the memory, or into another one of the right size."""
-        parts = list(self.parts.values())
+        parts = [rows for *_, rows in self.parts]
         live = sum(map(len, parts))
         there, wanted, distance = self._together(parts) if parts else like[:0], live + count, self.used - live
         if self.memory is None or not wanted <= len(self.memory) <= TOO_MUCH * self.spare * wanted:
@@ -296,7 +274,8 @@ class _JoinedElements(_HeldElements):
             end = min(at + distance, live)
             self.memory[at:end] = there[at:end]
         self.used = live
-        self.parts = dict(zip(self.parts, self.memory[:live].split(list(map(len, parts))), strict=True))
+        moved = self.memory[:live].split(list(map(len, parts)))
+        self.parts = [(*part[:2], rows) for part, rows in zip(self.parts, moved, strict=True)]
 
     def _together(self, found: list[Tensor]) -> Tensor:
         first, last = found[0], found[-1]
@@ -313,112 +292,104 @@ def _is_same_memory(one: Tensor, other: Tensor) -> bool:
 class BandedCall:
     """The computation of one picture in bands."""
 
-    def __init__(self, reader: BandReader, walks: Walks) -> None:
-        self.reader, self.reading, self.walks = reader, reader.reading, walks
-        self.nodes = list(self.reading.number)  # by number of their maps
+    def __init__(self, plan: BandPlan, walks: Walks) -> None:
+        self.plan, self.walks = plan, walks
+        self.nodes = list(self.plan.number)  # by number of their maps
         self.held = dict[int, Any]()  # `_Held` or `_HeldElements`; at 0 the picture
-        self.joined = joined(self.reading.maps)
+        self.joined = joined(self.plan.maps)
 
     def run(self, arguments: dict[str, Any], lattice: Lattice | None = None) -> Any:
         """Return what the graph returns for the arguments of a call with one picture and, if it has a region, the
         lattice of it."""
-        reading, values = self.reading, self.reader.values
-        image: Tensor = arguments[str(reading.image.target)]
+        plan, values = self.plan, self.plan.values
+        image: Tensor = arguments[str(plan.seen.image.target)]
         results = {
-            node: fast_layout(torch.empty(reading.shapes[node], dtype=reading.types[node]))
-            for node in reading.map_outputs
+            node: fast_layout(torch.empty(plan.seen.shapes[node], dtype=plan.seen.types[node]))
+            for node in plan.map_outputs
         }
         for node, first, rows in self.rows(arguments, lattice, lambda first, end: image[:, :, first:end]):
-            axis = reading.axis[node]
+            axis = plan.axis[node]
             results[node].narrow(axis, first, rows.shape[axis]).copy_(rows)
-        return map_arg(reading.result, lambda node: results[node] if node in results else values[node])
+        return map_arg(plan.seen.returned[0], lambda node: results[node] if node in results else values[node])
 
     def rows(
         self, arguments: dict[str, Any], lattice: Lattice | None, read: ReadRows
     ) -> Iterator[tuple[fx.Node, int, Tensor]]:
         """Yield rows of the results as they are computed: node, number of the first one, rows. `read` gives rows of the
         picture; of that in the arguments only the size is asked."""
-        reading, values = self.reading, self.reader.values
+        plan, values = self.plan, self.plan.values
         values.clear()
-        for node in reading.graph.nodes:
+        for node in plan.seen.graph.nodes:
             if node.target is ask_mask or (node.op == "placeholder" and str(node.target) not in arguments):
                 values[node] = lattice if node.target is ask_mask else None
         # The picture is read when it is asked for.
         self.held = {0: SimpleNamespace(rows=read, drop=lambda _: None)}
         self._evaluate(arguments, 0)
         for at, (one, kept) in enumerate(zip(self.walks.passes, self.walks.kept, strict=True)):
-            is_last = at == len(self.walks.passes) - 1
-            sums = {key: s.make() for key, s in reading.sums.items() if reading.passes[key] == at + 1}
-            yield from self._walk(one, sums, reading.map_outputs if is_last else ())
-            for key, total in sums.items():
-                values[key] = reading.sums[key].finish(total.finish())
+            if at == len(self.walks.passes) - 1:
+                yield from self._walk(one, plan.map_outputs)
+                return
+            sums = {key: s for key, s in plan.sums.items() if plan.passes[key] == at + 1}
+            found = dict[Key, list[Tensor]]()
+            for node, first, rows in self._walk(one, {s.source: None for s in sums.values()}):
+                for key, value in sums.items():
+                    if value.source is node:
+                        part = value.measure(rows, first)
+                        found[key] = [*map(value.join, found[key], part)] if key in found else part
+                del rows
+            values.update({key: value.finish(*found[key]) for key, value in sums.items()})
             self.held = {number: held for number, held in self.held.items() if number in kept}
             self._evaluate(arguments, at + 1)
 
     def _evaluate(self, arguments: dict[str, Any], at: int) -> None:
         """Compute what is no map and can be known before a walk."""
-        reading, values = self.reading, self.reader.values
-        for node in reading.graph.nodes:
-            if node.op == "output" or node in values or reading.passes.get(node, 0) > at:
+        plan, values = self.plan, self.plan.values
+        for node in plan.seen.graph.nodes:
+            if node.op == "output" or node in values or plan.passes.get(node, 0) > at:
                 continue
-            if node in reading.number or node in self.reader.parts or node in reading.sums:
+            if node in plan.number or node in plan.parts or node in plan.sums:
                 continue
             if node.op == "placeholder":
                 values[node] = arguments[str(node.target)]
-            elif node in reading.numbers:
-                values[node] = reading.numbers[node]
+            elif node in plan.seen.numbers:
+                values[node] = plan.seen.numbers[node]
             elif all(source in values for source in node.all_input_nodes):
-                values[node] = self.reader.call(node, {})
+                values[node] = plan.call(node, {})
 
-    def _walk(
-        self, one: Pass, sums: dict[Key, Sum], wanted: Collection[fx.Node]
-    ) -> Iterator[tuple[fx.Node, int, Tensor]]:
-        reading, held, number = self.reading, self.held, self.reading.number
-        summed: dict[fx.Node, list[Sum]] = {}
-        for key, total in sums.items():
-            summed.setdefault(reading.sums[key].source, []).append(total)
-
-        def computed() -> Iterator[tuple[fx.Node, int, Any]]:
-            for node in {node: None for node in (*wanted, *summed) if number[node] in held}:
-                # Of the picture, or of a map that an earlier walk has kept.
-                height = reading.maps[number[node]].height
-                step = (
-                    -(-self.walks.band // reading.maps[number[node]].step) * reading.maps[number[node]].step
-                )
+    def _walk(self, one: Pass, wanted: Collection[fx.Node]) -> Iterator[tuple[fx.Node, int, Any]]:
+        """Yield rows of some maps as they are computed: node, number of the first one, rows."""
+        plan, held, number = self.plan, self.held, self.plan.number
+        for node in wanted:
+            if number[node] in held:  # the picture, or a map that an earlier walk has kept
+                height, step = plan.maps[number[node]].height, plan.maps[number[node]].step
+                step *= -(-self.walks.band // step)
                 for first in range(0, height, step):
                     yield node, first, held[number[node]].rows(first, min(first + step, height))
-            done = {
-                task.number: 0 for tasks in one.bands for task in tasks if reading.maps[task.number].elements
-            }
-            for tasks in one.bands:
-                for task in tasks:
-                    rows = self._compute(task)
+        done = {task.number: 0 for tasks in one.bands for task in tasks if plan.maps[task.number].elements}
+        for tasks in one.bands:
+            for task in tasks:
+                rows = self._compute(task)
+                if self.nodes[task.number] in wanted:
                     yield self.nodes[task.number], task.first, rows
-                    del rows
-                    for left, row in task.drops:
-                        if left in held:
-                            held[left].drop(row)
-                    if task.number in done:
-                        self._forget_table(task, done)
-                if done and self.reader.cells is not None:
-                    heights = {one: reading.maps[one].height for one in done}
-                    self.reader.cells.drop(
-                        min((row for one, row in done.items() if row < heights[one]), default=0)
-                    )
-
-        for node, first, rows in computed():
-            for total in summed.get(node, ()):
-                total.add(rows, first)
-            if node in wanted:
-                yield node, first, rows
-            del rows
+                del rows
+                for left, row in task.drops:
+                    if left in held:
+                        held[left].drop(row)
+                if task.number in done:
+                    self._forget_table(task, done)
+            if done and self.plan.cells is not None:
+                unfinished = (row for one, row in done.items() if row < plan.maps[one].height)
+                self.plan.cells.drop(min(unfinished, default=0))
 
     def _compute(self, task: Task) -> Any:
         """Return rows of a map, which are held from now on."""
-        holder, step = self._held(task.number), self.reading.steps[task.number]
+        holder, step = self._held(task.number), self.plan.steps[task.number]
         is_joined = isinstance(holder, _JoinedElements)
         with offering(holder.memory_for(task.first, task.end) if is_joined else None):
-            rows = step.compute(self._fetch, task.first, task.end)
+            read = [
+                (node, *rows.within(task.first, task.end, self._height(node))) for node, rows in step.reads
+            ]
+            rows = step.compute([self._fetch(*one) for one in read], task.first, task.end, read[0][1])
         if not is_joined:  # what others hold may be moved
             rows = self._of_its_own(rows)
         holder.add(task.first, task.end, rows)
@@ -426,10 +397,8 @@ class BandedCall:
 
     def _forget_table(self, task: Task, done: dict[int, int]) -> None:
         """Take in that a task is done, and free its kernel map unless that is needed soon."""
-        done[task.number], step = task.end, self.reading.steps[task.number]
-        if isinstance(step, WindowOfElements) and not is_table_kept(
-            self.reading.maps, task.number, task.end, done
-        ):
+        done[task.number], step = task.end, self.plan.steps[task.number]
+        if step.forget_table is not None and not is_table_kept(self.plan.maps, task.number, task.end, done):
             step.forget_table(task.first, task.end)
 
     def _of_its_own(self, rows: Any) -> Any:
@@ -440,25 +409,31 @@ class BandedCall:
             copied(rows) if any(one is not None and _is_same_memory(values, one) for one in moved) else rows
         )
 
+    def _height(self, node: fx.Node) -> int:
+        if node in self.plan.number:
+            return self.plan.maps[self.plan.number[node]].height
+        value = self.plan.values[node]
+        return sys.maxsize if isinstance(value, SmallMap) else int(value.shape[self.plan.axis[node]])
+
     def _fetch(self, node: fx.Node, first: int, end: int) -> Any:
-        if node in self.reading.number:
-            return self.held[self.reading.number[node]].rows(first, end)
-        value = self.reader.values[node]
+        if node in self.plan.number:
+            return self.held[self.plan.number[node]].rows(first, end)
+        value = self.plan.values[node]
         if isinstance(value, SmallMap):
             return replace(value, top=first)
-        return value.narrow(self.reading.axis[node], first, end - first)
+        return value.narrow(self.plan.axis[node], first, end - first)
 
     def _held(self, number: int) -> Any:
         if number not in self.held:
-            node, cells = self.nodes[number], self.reader.cells
-            grid = self.reading.grids.get(node)
+            node, cells = self.nodes[number], self.plan.cells
+            grid = self.plan.seen.grids.get(node)
             if grid is None or cells is None:
-                self.held[number] = _Held(self.reading.axis[node])
+                self.held[number] = _Held(self.plan.axis[node])
+            elif number in self.joined:
+                one, lattice = self.plan.maps[number], partial(cells.lattice, grid)
+                self.held[number] = _JoinedElements(one, lattice, self.walks.spare)
             else:
-                is_joined, spare = number in self.joined, self.walks.spare
-                self.held[number] = (
-                    _JoinedElements(cells, grid, spare) if is_joined else _HeldElements(cells, grid)
-                )
+                self.held[number] = _Held(lattice=partial(cells.lattice, grid))
         return self.held[number]
 
 
@@ -490,9 +465,9 @@ class Bands:
     def __init__(self, memory: int) -> None:
         """Take the memory in bytes."""
         self.memory = memory
-        self._readers = dict[tuple[Any, ...], BandReader]()
-        self._walks = WeakKeyDictionary[BandReader, Walks]()  # of the network's own graph: one for each size
-        self._lock = RLock()  # a reader holds the values of the call that is running
+        self._observed = dict[tuple[Any, ...], SeenGraph]()
+        self._own = dict[SeenGraph, tuple[BandPlan, Walks]]()  # of own graphs: one for each size
+        self._lock = RLock()  # a plan holds the values of the call that is running
 
     def __reduce__(self) -> tuple[type[Bands], tuple[int]]:
         return Bands, (self.memory,)
@@ -511,7 +486,7 @@ class Bands:
             outputs = []
             for position, lattice in enumerate(lattices):
                 call = _of_picture(arguments, image, position)
-                outputs.append(BandedCall(*self._prepare(program, call, lattice)).run(call, lattice))
+                outputs.append(BandedCall(*self._fit(program, call, lattice)).run(call, lattice))
         output = outputs[0] if len(outputs) == 1 else tree_map(_join, *outputs)
         levels = [lattice.pyramid.levels for lattice in lattices]
         pyramid = Pyramid(levels[0] if len(levels) == 1 else torch.cat(levels), program.geometry)
@@ -522,7 +497,7 @@ class Bands:
         image = self._image(provider, program, arguments)
         with self._lock, torch.no_grad():
             call = _of_picture(arguments, image, 0)
-            return self._prepare(program, call, self._lattices(provider, program, call)[0])[1]
+            return self._fit(program, call, self._lattices(provider, program, call)[0])[1]
 
     def rows(
         self, provider: MaskProvider, start: int, read: ReadRows, program: Program, arguments: dict[str, Any]
@@ -537,22 +512,21 @@ class Bands:
         image, name = self._image(provider, program, arguments), program.image_name
         with self._lock, torch.no_grad():
             (lattice,) = self._lattices(provider, program, arguments, read)
-            graph, is_own = self._graph(program, lattice)
-            reader = self._reader(program, graph, {**arguments, name: image[:1]}).for_another_call()
-            reading = reader.read(None if is_own else lattice, only_first=True)
-            if not reading.map_outputs or reading.axis[reading.map_outputs[0]] != 2:
+            fitting = self._plans(program, {**arguments, name: image[:1]}, lattice, only_first=True)
+            plan = fitting[0](1)
+            if not plan.map_outputs or plan.axis[plan.map_outputs[0]] != 2:
                 raise InvalidInput(
                     "the network's output holds no map (B, C, H, W) that could be written in rows.",
                     next=_WHOLE,
                 )
-            shape = tuple(reading.shapes[reading.map_outputs[0]][1:])
+            shape = tuple(plan.seen.shapes[plan.map_outputs[0]][1:])
             if not 0 <= start < shape[1]:
                 raise InvalidInput(
                     f"start={start} is no row of the result, which has {shape[1]}.",
                     next=f"give 0 to {shape[1] - 1}.",
                 )
-            walks = self._fit(reader, None if is_own else lattice, True, start)
-        compute = partial(BandedCall(reader, walks).rows, arguments, None if is_own else lattice, read)
+            plan, walks = fit(*fitting, self.memory, start)
+        compute = partial(BandedCall(plan, walks).rows, arguments, lattice, read)
         return RowsOfResult(shape, lattice.pyramid.levels, walks, compute)
 
     def _image(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Tensor:
@@ -577,24 +551,23 @@ class Bands:
         read: ReadRows | None = None,
     ) -> list[Lattice]:
         """Return the lattice of each picture of a call; `read` gives rows of the picture in place of the arguments."""
-        image, own = program.image(arguments), program.plan.identity_level
+        image = program.image(arguments)
         first = _of_picture(arguments, image, 0)
-        if isinstance(provider, UniformMask) and program.unchanged is not None:
-            level = 0 if provider.high else program.plan.max_level
-            if level == own:
-                size = self._reader(program, program.unchanged, first).fine_size()
-                return [uniform(program.geometry, level, size)] * len(image)
-        reader = self._reader(program, program.graph, first)
-        assert reader.region is not None
+        level = provider.uniform_level(program.plan.max_level)
+        if level is not None and level == program.own_level:
+            size = self._observe(program, program.graph_at(level), first).fine_size()
+            return [uniform(program.geometry, level, size)] * len(image)
+        seen = self._observe(program, program.graph, first)
+        assert seen.region is not None
         features = image
-        if reader.region.args[2] is not reader.image:
+        if seen.region.args[2] is not seen.image:
             if provider.sees_features:
                 raise InvalidInput(
                     "the network is not computed in bands here.",
                     why=f"mask {provider.name} reads features of the whole picture.",
                     next="choose a mask that looks at the picture alone, e.g. content or edges.",
                 )
-            features = image.new_zeros(()).expand(len(image), 1, *reader.fine_size())  # for its size
+            features = image.new_zeros(()).expand(len(image), 1, *seen.fine_size())  # for its size
         masking, height = program.masking(provider), image.shape[2]
         read = read or (lambda first, end: image[:, :, first:end])
         if features is image:
@@ -603,41 +576,43 @@ class Bands:
         pyramids = [Pyramid(levels, program.geometry) for levels in lattice.pyramid.levels.split(1)]
         return [one.lattice(lattice.stage, lattice.size) for one in pyramids]
 
-    def _graph(self, program: Program, lattice: Lattice) -> tuple[fx.Graph, bool]:
-        """Return the graph that computes a picture, and whether it is the network's own: where all cells are as
-        there."""
-        unchanged = program.unchanged
-        if unchanged is not None and lattice.uniform_level == program.plan.identity_level:
-            return unchanged, True
-        return program.graph, False
+    def _fit(self, program: Program, call: dict[str, Any], lattice: Lattice) -> tuple[BandPlan, Walks]:
+        """Return the plan and the walks for a picture; for the network's own graph they are made once."""
+        seen = self._graph(program, call, lattice)
+        if seen.region is not None:
+            return fit(*self._plans(program, call, lattice), self.memory)
+        if seen not in self._own:
+            self._own[seen] = fit(*self._plans(program, call, lattice), self.memory)
+        return self._own[seen]
 
-    def _prepare(self, program: Program, call: dict[str, Any], lattice: Lattice) -> tuple[BandReader, Walks]:
-        """Return the reader of the graph that computes a picture, and its walks."""
-        graph, is_own = self._graph(program, lattice)
-        reader = self._reader(program, graph, call)
-        if not is_own:
-            return reader, self._fit(reader, lattice)
-        if reader not in self._walks:
-            self._walks[reader] = self._fit(reader)
-        return reader, self._walks[reader]
+    def _plans(
+        self, program: Program, call: dict[str, Any], lattice: Lattice, only_first: bool = False
+    ) -> tuple[Callable[[int], BandPlan], Sequence[int]]:
+        """Return what plans a picture for so many rows of cells at a time, and the numbers of these to try."""
+        seen, side = self._graph(program, call, lattice), lattice.geometry.sides[-1]
+        counts = dict[Grid, list[int]]()
+        if seen.region is None:
+            return lambda many: BandPlan(seen, only_first=only_first), (1,)
 
-    def _fit(
-        self, reader: BandReader, lattice: Lattice | None = None, only_first: bool = False, start: int = 0
-    ) -> Walks:
-        """Return the walks for a reader, which has read the graph for them then; see `fit`."""
-        read = partial(reader.read, lattice, only_first)
-        return fit(read, self.memory, start, _CELLS if lattice is not None else (1,))
+        def read(many: int) -> BandPlan:
+            return BandPlan(seen, Cells(lattice.pyramid, side * many, counts), only_first=only_first)
 
-    def _reader(self, program: Program, graph: fx.Graph, call: dict[str, Any]) -> BandReader:
+        return read, _CELLS
+
+    def _graph(self, program: Program, call: dict[str, Any], lattice: Lattice) -> SeenGraph:
+        """Return the graph that computes a picture: the network's own one where all cells are as there."""
+        return self._observe(program, program.graph_at(lattice.uniform_level), call)
+
+    def _observe(self, program: Program, graph: fx.Graph, call: dict[str, Any]) -> SeenGraph:
         kinds = tuple(
             (n, v.shape, v.dtype) if isinstance(v, Tensor) else (n, repr(v)) for n, v in call.items()
         )
         key = (id(graph), kinds)
-        if key not in self._readers:
-            if len(self._readers) >= _MOST_READERS:
-                del self._readers[next(iter(self._readers))]
-            self._readers[key] = BandReader(program, graph, call, program.image_name)
-        return self._readers[key]
+        if key not in self._observed:
+            if len(self._observed) >= _MOST_KINDS:
+                self._own.pop(self._observed.pop(next(iter(self._observed))), None)
+            self._observed[key] = SeenGraph(program, graph, call)
+        return self._observed[key]
 
 
 def _of_picture(arguments: dict[str, Any], image: Tensor, position: int) -> dict[str, Any]:

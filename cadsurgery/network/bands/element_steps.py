@@ -22,7 +22,7 @@ from cadsurgery.elements.resizing import Scaling, read_at, resize_onto
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.elements.whole_image import areas_in_bins
 from cadsurgery.network.bands.schedule import SAME, RowsRead
-from cadsurgery.network.bands.steps import Fetch, entries
+from cadsurgery.network.bands.steps import BandStep, entries
 
 _MOST_KNOWN = 2  # the cells of so many ranges of rows are known at a time; of others, their kernel maps alone
 # Bytes for each fine pixel of these, as measured: elements of each pixel, and what is needed to make kernel maps.
@@ -51,18 +51,15 @@ class Cells:
     Attributes:
         pyramid: the levels of the whole picture.
         side: fine rows that are computed at a time: of the largest cell, or of several.
+        counts: what `elements_above` has found of the picture.
     """
 
     pyramid: Pyramid
     side: int
+    counts: dict[Grid, list[int]] = field(default_factory=dict)
     _rows: dict[tuple[int, int], Pyramid] = field(default_factory=dict)
     _parts: dict[tuple[int, int], dict[Any, Lattice]] = field(default_factory=dict)
     _known: list[tuple[int, int]] = field(default_factory=list)
-    _counts: dict[Grid, list[int]] = field(default_factory=dict)
-
-    def in_blocks(self, side: int) -> Cells:
-        """Return the same cells, of which so many fine rows are computed at a time."""
-        return Cells(self.pyramid, side, _counts=self._counts)
 
     def lattice(self, grid: Grid, first: int, end: int, within: tuple[int, int] | None = None) -> Lattice:
         """Return the lattice of the fine rows [first, end) of a map, or of the rows [begin, stop) `within` which they
@@ -70,22 +67,26 @@ class Cells:
         begin, stop = within or (first, end)
         key = self._key(begin, stop)
         if key not in self._rows:
-            self._rows[key], self._parts[key] = self.pyramid.of_rows(*key), {}
+            self._rows[key], self._parts[key] = self._pyramid(*key), {}
         if key not in self._known:
             self._known.append(key)
             if len(self._known) > _MOST_KNOWN:
                 self._forget(self._known.pop(0))
         of_rows, (height, width) = self._rows[key], grid.size
         whole = of_rows.lattice(grid.stage, (min(key[1], height) - begin, width))
-        whole.know_count(self._count(grid, *key))
+        whole.derive("count", lambda: self._count(grid, *key))
         if (begin, stop) == (first, end):
             return whole
         parts, part = self._parts[key], (grid, first, end)
         if part not in parts:
             own = self._key(first, end)
             parts[part] = whole.between(first - begin, min(own[1], height) - begin)
-            parts[part].know_count(self._count(grid, *own))
+            parts[part].derive("count", lambda: self._count(grid, *own))
         return parts[part]
+
+    def _pyramid(self, first: int, end: int) -> Pyramid:
+        """Return the pyramid of fine rows, which begin and end between cells, or at the lower border."""
+        return Pyramid(self.pyramid.levels[:, first:end], self.pyramid.geometry)
 
     def _count(self, grid: Grid, first: int, end: int) -> int:
         above = self.elements_above(grid)
@@ -122,14 +123,14 @@ class Cells:
 
     def elements_above(self, grid: Grid) -> list[int]:
         """Return for each fine row how many elements of a map have their anchors above it: height + 1 numbers."""
-        if grid not in self._counts:
+        if grid not in self.counts:
             (height, width), side = grid.size, self.pyramid.geometry.sides[-1]
             found = [torch.zeros(1, dtype=torch.int64)]
             for first in range(0, height, side):
-                rows = self.pyramid.of_rows(first, first + side)
+                rows = self._pyramid(first, first + side)
                 found.append(_anchors_on(rows.lattice(grid.stage, (min(side, height - first), width))))
-            self._counts[grid] = torch.cat(found).cumsum(0).tolist()
-        return self._counts[grid]
+            self.counts[grid] = torch.cat(found).cumsum(0).tolist()
+        return self.counts[grid]
 
     def reached(self, above: int, below: int, step: int = 1) -> RowsRead:
         """Return the rows of whole cells that are read by points so many fine rows above and below an element, which
@@ -153,12 +154,43 @@ def _anchors_on(lattice: Lattice) -> Tensor:
     return found
 
 
-@dataclass
-class WindowOfElements:
-    """A convolution or pooling, in place of its call: with the window fitted to the whole map, at the elements of a
-    band.
+def _of_elements(
+    cells: Cells,
+    node: fx.Node,
+    rows: RowsRead,
+    grid: Grid,
+    find: Callable[[Elements, Lattice, int], Elements],
+) -> BandStep:
+    """An operation whose elements read other cells: found among these, at the elements of a band alone.
 
-    Attributes:
+    Args:
+        cells: of the picture.
+        node: the node whose map it reads.
+        rows: the fine rows that it reads; those of the result are read, too.
+        grid: the lattices of the result.
+        find: computes the operation on elements, given the lattice of the result and the first row that is read.
+    """
+
+    def compute(found: list[Any], first: int, end: int, begin: int) -> Elements:
+        x = found[0]
+        stage = cells.lattice(grid, first, end, (begin, max(begin + x.lattice.size[0], end)))
+        return Elements(find(x, stage, begin).rows, cells.lattice(grid, first, end))
+
+    both = RowsRead(lambda row: min(rows.first(row), row), lambda row: max(rows.last(row), row))
+    return BandStep([(node, both)], compute, [node])
+
+
+def window_of_elements(
+    cells: Cells,
+    node: fx.Node,
+    residual: fx.Node | None,
+    window: Window,
+    grids: tuple[Grid, Grid, Grid | None],
+    call: Call,
+) -> BandStep:
+    """A convolution or pooling, in place of its call: with the window fitted to the whole map.
+
+    Args:
         cells: of the picture.
         node: the node whose map it reads.
         residual: node of a map that is added, if any.
@@ -166,301 +198,175 @@ class WindowOfElements:
         grids: of what it reads, of its result and of the residual.
         call: calls the operation with rows of maps by node and further options.
     """
+    source, target, added = grids
+    reads = _rows_of_window(cells, window, grids)
 
-    cells: Cells
-    node: fx.Node
-    residual: fx.Node | None
-    window: Window
-    grids: tuple[Grid, Grid, Grid | None]
-    call: Call
-
-    @property
-    def reads(self) -> list[tuple[fx.Node, RowsRead]]:
-        """The cells under the taps, and those of the residual."""
-        more = [(self.residual, SAME)] if self.residual is not None else []
-        return [(self.node, self._rows), *more]
-
-    @property
-    def copies(self) -> list[fx.Node]:
-        """What is read of several rows of cells has to lie together."""
-        return [] if self.window.reads_one_sample else [self.node]
-
-    @property
-    def table(self) -> tuple[Any, int] | None:
-        """What its kernel map depends on, and the bytes of it for each element of the result."""
-        if self.window.is_pointwise:
-            return None
-        return (*self.grids[:2], self.window), _TAP * self.window.taps + _HALO
-
-    def forget_table(self, first: int, end: int) -> None:
-        """Free the kernel map of the fine rows [first, end)."""
-        self.cells.forget_table(self.grids[0], self._within(first, end), self.window)
-
-    @property
-    def _rows(self) -> RowsRead:
-        window, height = self.window, self.grids[0].size[0]
-        if window.reads_one_sample:
-            return SAME
-        if window.finer > 1:
-            down = [window.output_spacing * (window.padding[0] - tap) for tap in range(window.kernel[0])]
-        else:
-            down = window.offsets[0]
-        rows = self.cells.reached(max(0, -min(down)), max(0, max(down)), self.cells.finest(self.grids[1]))
-        if window.mode == "zeros":
-            return rows
-        pads = [
-            window.spacing * pad for pad in window.padding[:2]
-        ]  # what is reflected lies in front of the border
-        side = self.cells.side
-        top, bottom = max(0, height - 1 - 2 * pads[1]) // side * side, (2 * pads[0] // side + 2) * side - 1
-        return rows.with_rows(top, bottom)
-
-    def _within(self, first: int, end: int) -> tuple[int, int]:
+    def within(first: int, end: int) -> tuple[int, int]:
         """Return the fine rows that are read, those of the result among them."""
-        begin, stop = self._rows.within(first, end, self.grids[0].size[0])
-        return min(begin, first), max(stop, end)
+        begin, stop = reads.within(first, end, source.size[0])
+        return begin, max(stop, end)
 
-    def compute(self, fetch: Fetch, first: int, end: int) -> Elements:
-        """Return the elements of the fine rows [first, end)."""
-        cells, (source, target, added) = self.cells, self.grids
-        within = self._within(first, end)
-        rows = {self.node: fetch(self.node, within[0], min(within[1], source.size[0]))}
-        stage = cells.lattice(target, first, end, within)
-        options: dict[str, Any] = {"window": self.window, "stage": stage}
-        if self.residual is self.node:  # of all rows that it reads, those of the result are added
+    def compute(found: list[Any], first: int, end: int, begin: int) -> Elements:
+        rows = {node: found[0]}
+        stage = cells.lattice(target, first, end, within(first, end))
+        options: dict[str, Any] = {"window": window, "stage": stage}
+        if residual is node:  # of all rows that it reads, those of the result are added
             options["joint"] = None
-        elif self.residual is not None:
-            more = fetch(self.residual, first, end)
+        elif residual is not None:
             # Of an earlier stage, or of another size, the elements that the result has.
+            more = found[1]
             more = more.rows if added == target else rows_on(more, cells.lattice(target, first, end))
-            rows[self.residual] = Elements(more, stage)
-        found: Elements = self.call(rows, **options)
-        return Elements(found.rows, cells.lattice(target, first, end))
+            rows[residual] = Elements(more, stage)
+        return Elements(call(rows, **options).rows, cells.lattice(target, first, end))
+
+    step = BandStep([(node, reads)], compute, [] if window.reads_one_sample else [node])
+    step.reads += [(residual, SAME)] if residual not in (None, node) else []
+    if not window.is_pointwise:
+        step.table = (*grids[:2], window), _TAP * window.taps + _HALO
+        step.forget_table = lambda first, end: cells.forget_table(source, within(first, end), window)
+    return step
 
 
-@dataclass
-class ResizedElements:
+def _rows_of_window(cells: Cells, window: Window, grids: tuple[Grid, Grid, Grid | None]) -> RowsRead:
+    """Return the fine rows of the cells under the taps, those of the result among them."""
+    height, side = grids[0].size[0], cells.side
+    if window.reads_one_sample:
+        return SAME
+    if window.finer > 1:
+        down = [window.output_spacing * (window.padding[0] - tap) for tap in range(window.kernel[0])]
+    else:
+        down = window.offsets[0]
+    rows = cells.reached(max(0, -min(down)), max(0, max(down)), cells.finest(grids[1]))
+    if window.mode == "zeros":
+        return rows
+    pads = [
+        window.spacing * pad for pad in window.padding[:2]
+    ]  # what is reflected lies in front of the border
+    top, bottom = max(0, height - 1 - 2 * pads[1]) // side * side, (2 * pads[0] // side + 2) * side - 1
+    return rows.with_rows(top, bottom)
+
+
+def resized_elements(
+    cells: Cells,
+    node: fx.Node,
+    grids: tuple[Grid, Grid],
+    spacings: tuple[int, int],
+    mode: str,
+    align_corners: bool,
+) -> BandStep:
     """A resize within the region, onto the lattice of an earlier stage."""
+    (coarse, fine), (source, target), side = spacings, grids, cells.side
+    before = divide_up(source.size[0], coarse), divide_up(source.size[1], coarse)
+    after = divide_up(target.size[0], fine), divide_up(target.size[1], fine)
+    is_aligned = align_corners and mode != "nearest"
+    # A sample reads its neighbours; a place moves by less than a sample for each cell, and by the rest of a size.
+    ratio = before[0] / after[0]
 
-    cells: Cells
-    node: fx.Node
-    grids: tuple[Grid, Grid]
-    spacings: tuple[int, int]
-    mode: str
-    align_corners: bool
+    def place(row: int) -> float:
+        number = row // fine
+        if mode == "nearest" or align_corners:
+            return number * ((before[0] - 1) / max(after[0] - 1, 1) if is_aligned else ratio)
+        return (number + 0.5) * ratio - 0.5
 
-    def __post_init__(self) -> None:
-        (coarse, fine), (source, target) = self.spacings, self.grids
-        floors = self.cells.pyramid.geometry.floors
-        self.before = divide_up(source.size[0], coarse), divide_up(source.size[1], coarse)
-        self.after = divide_up(target.size[0], fine), divide_up(target.size[1], fine)
-        self.copies = [self.node]
-        # A sample reads its neighbours; a place moves by less than a sample for each cell, and by the rest of a size.
-        ratio = self.before[0] / self.after[0]
-        side = self.cells.side
+    def last(row: int) -> int:
+        reached = (int((place(row) + 1e-6) // 1) + 1) * coarse
+        return (reached // side + (1 if reached % side == 0 else 2)) * side - 1
 
-        def place(row: int) -> float:
-            number = row // fine
-            if self.mode == "nearest" or self.align_corners:
-                have, want = self.before[0], self.after[0]
-                scale = (
-                    (have - 1) / max(want - 1, 1) if self.align_corners and self.mode != "nearest" else ratio
-                )
-                return number * scale
-            return (number + 0.5) * ratio - 0.5
-
-        def first(row: int) -> int:
-            return int((place(row) - 1e-6) // 1) * coarse // side * side
-
-        def last(row: int) -> int:
-            reached = (int((place(row) + 1e-6) // 1) + 1) * coarse
-            return (reached // side + (1 if reached % side == 0 else 2)) * side - 1
-
+    rows = RowsRead(lambda row: int((place(row) - 1e-6) // 1) * coarse // side * side, last)
+    if not cells.pyramid.geometry.floors:
         # Between cells, at most a cell before and behind the place of an element, and its own cell.
-        stretch = self.before[0] * coarse / (self.after[0] * fine)
-        if self.align_corners:
-            stretch = (self.before[0] - 1) * coarse / (max(self.after[0] - 1, 1) * fine)
-        bottom = (source.size[0] - 1) // side * side
-
-        def first_cell(row: int) -> int:
-            return min(row // side, int((row * stretch - 1.5 * side) // side)) * side
-
-        def last_cell(row: int) -> int:
-            return max(row // side, int(((row + side / 2) * stretch + side) // side)) * side + side - 1
-
-        between = RowsRead(lambda row: min(first_cell(row), bottom), last_cell)
-        self.reads = [(self.node, RowsRead(first, last) if floors else between)]
-
-    def compute(self, fetch: Fetch, first: int, end: int) -> Elements:
-        """Return the elements of the fine rows [first, end)."""
-        cells, (source, target) = self.cells, self.grids
-        begin, stop = self.reads[0][1].within(first, end, source.size[0])
-        begin, stop = min(begin, first), max(stop, end)
-        x = fetch(self.node, begin, min(stop, source.size[0]))
-        stage = cells.lattice(target, first, end, (begin, stop))
-        found = resize_onto(
-            x,
-            *(stage, self.spacings, self.before, self.after, self.mode, self.align_corners),
-            *(begin, source.size),
+        stretch, bottom = before[0] * coarse / (after[0] * fine), (source.size[0] - 1) // side * side
+        if align_corners:
+            stretch = (before[0] - 1) * coarse / (max(after[0] - 1, 1) * fine)
+        rows = RowsRead(
+            lambda row: min(row // side * side, int((row * stretch - 1.5 * side) // side) * side, bottom),
+            lambda row: max(row // side, int(((row + side / 2) * stretch + side) // side)) * side + side - 1,
         )
-        return Elements(found.rows, cells.lattice(target, first, end))
+
+    def find(x: Elements, stage: Lattice, begin: int) -> Elements:
+        return resize_onto(x, stage, spacings, before, after, mode, align_corners, begin, source.size)
+
+    return _of_elements(cells, node, rows, target, find)
 
 
-@dataclass
-class BorderOfElements:
+def border_of_elements(
+    cells: Cells, node: fx.Node, grids: tuple[Grid, Grid], spacing: int, value: float | None
+) -> BandStep:
     """A map of the region that is cut or padded at its lower and right border; `value` as of `functional.pad`."""
-
-    cells: Cells
-    node: fx.Node
-    grids: tuple[Grid, Grid]
-    spacing: int
-    value: float | None
-
-    def __post_init__(self) -> None:
-        side = self.cells.side
-        last = max(self.grids[0].size[0] - self.spacing, 0) // side * side  # the cells of the last samples
-        own = RowsRead(lambda row: min(row // side * side, last), lambda row: row // side * side + side - 1)
-        self.reads = [(self.node, SAME if self.grids[0] == self.grids[1] else own)]
-        self.copies = list[fx.Node]()
-
-    def compute(self, fetch: Fetch, first: int, end: int) -> Elements:
-        """Return the elements of the fine rows [first, end)."""
-        (source, target), cells = self.grids, self.cells
-        begin, stop = self.reads[0][1].within(first, end, source.size[0])
-        x = fetch(self.node, begin, stop)
-        if source == target:
-            return x
-        stage = cells.lattice(target, first, end, (begin, end))
-        return Elements(
-            onto_border(x, stage, self.spacing, self.value).rows, cells.lattice(target, first, end)
-        )
+    source, side = grids[0], cells.side
+    last = max(source.size[0] - spacing, 0) // side * side  # the cells of the last samples
+    if source == grids[1]:
+        return BandStep([(node, SAME)], lambda rows, *_: rows[0])
+    own = RowsRead(lambda row: min(row // side * side, last), lambda row: row // side * side + side - 1)
+    step = _of_elements(cells, node, own, grids[1], lambda x, stage, _: onto_border(x, stage, spacing, value))
+    step.copies = []
+    return step
 
 
-@dataclass
-class OfNeighbours:
+def of_neighbours(cells: Cells, node: fx.Node, grid: Grid, call: Call) -> BandStep:
     """An operation whose elements read no further than the next cells: it is called on these, too."""
 
-    cells: Cells
-    node: fx.Node
-    grids: tuple[Grid, Grid]
-    call: Call
+    def compute(rows: list[Any], first: int, end: int, begin: int) -> Elements:
+        found: Elements = call({node: rows[0]})
+        lines = first - begin, min(end, grid.size[0]) - begin
+        return Elements(found.rows[slice(*map(found.lattice.row_at, lines))], cells.lattice(grid, first, end))
 
-    def __post_init__(self) -> None:
-        side = self.cells.side
-        self.reads = [(self.node, self.cells.reached(side, side))]
-        self.copies = [self.node]
-
-    def compute(self, fetch: Fetch, first: int, end: int) -> Elements:
-        """Return the elements of the fine rows [first, end)."""
-        (source, target), cells = self.grids, self.cells
-        begin, stop = self.reads[0][1].within(first, end, source.size[0])
-        found: Elements = self.call({self.node: fetch(self.node, begin, stop)})
-        lines = first - begin, min(end, target.size[0]) - begin
-        rows = found.rows[slice(*map(found.lattice.row_at, lines))]
-        return Elements(rows, cells.lattice(target, first, end))
+    return BandStep([(node, cells.reached(cells.side, cells.side))], compute, [node])
 
 
-class DenseMap:
-    """The dense map at the exit of the region: rows of the network's own grid, read from elements."""
+def entering(cells: Cells, node: fx.Node, grid: Grid, layout: str) -> BandStep:
+    """The dense map at the beginning of the region, as elements."""
 
-    def __init__(
-        self, cells: Cells, node: fx.Node, grid: Grid, spacing: int, call: Call, axis: int = 2
-    ) -> None:
-        self.cells, self.node, self.grid, self.spacing, self.call = cells, node, grid, spacing, call
-        self.axis = axis
-        reached = cells.reached(0, 0)
-        self.reads = [
-            (
-                node,
-                RowsRead(lambda row: reached.first(row * spacing), lambda row: reached.last(row * spacing)),
-            )
-        ]
-        self.copies = [node]
+    def compute(rows: list[Any], first: int, end: int, begin: int) -> Elements:
+        return functional.to_elements(rows[0], cells.lattice(grid, first, end), layout)
 
-    def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
-        """Return rows [first, end) of the map."""
-        begin, stop = self.reads[0][1].within(first, end, self.grid.size[0])
-        dense: Tensor = self.call({self.node: fetch(self.node, begin, stop)})
-        start = first - begin // self.spacing
-        return dense.narrow(self.axis, start, end - first)
+    return BandStep([(node, SAME)], compute)
 
 
-class ResizedAtExit:
+def dense_map(cells: Cells, node: fx.Node, spacing: int, call: Call, axis: int) -> BandStep:
+    """The dense map at the exit of the region: rows of the network's own grid, along an axis, read from elements."""
+
+    def compute(rows: list[Any], first: int, end: int, begin: int) -> Tensor:
+        dense: Tensor = call({node: rows[0]})
+        return dense.narrow(axis, first - begin // spacing, end - first)
+
+    reached = cells.reached(0, 0)
+    rows = RowsRead(lambda row: reached.first(row * spacing), lambda row: reached.last(row * spacing))
+    return BandStep([(node, rows)], compute, [node])
+
+
+def resized_at_exit(
+    cells: Cells, node: fx.Node, grid: Grid, spacing: int, scaling: Scaling, dtype: torch.dtype
+) -> BandStep:
     """A resize at the exit of the region, see `functional.resize_to_dense`."""
+    places, across = scaling.places(grid.size, spacing, dtype, torch.device("cpu"))
+    (low, high), reached = entries(places, grid.size[0]), cells.reached(0, 0)
 
-    def __init__(
-        self, cells: Cells, node: fx.Node, grid: Grid, spacing: int, scaling: Scaling, dtype: torch.dtype
-    ) -> None:
-        self.cells, self.node, self.grid, self.mode = cells, node, grid, scaling.mode
-        self.places = scaling.places(grid.size, spacing, dtype, torch.device("cpu"))
-        low, high = entries(self.places[0], grid.size[0])
-        reached = cells.reached(0, 0)
-        self.reads = [
-            (node, RowsRead(lambda row: reached.first(low(row)), lambda row: reached.last(high(row))))
-        ]
-        self.copies = [node]
-
-    def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
-        """Return rows [first, end) of the map."""
-        begin, stop = self.reads[0][1].within(first, end, self.grid.size[0])
-        x, (down, across) = fetch(self.node, begin, stop), self.places
-        down = down[first:end] - begin
-        if self.mode != "bilinear":
+    def compute(rows: list[Any], first: int, end: int, begin: int) -> Tensor:
+        x, down = rows[0], places[first:end] - begin
+        if scaling.mode != "bilinear":
             cell = x.lattice.index.view(x.lattice.size).index_select(0, down).index_select(1, across)
             return x.rows.index_select(0, cell.flatten()).view(1, *cell.shape, -1).permute(0, 3, 1, 2)
         return read_at(functional.to_dense(x, 1), [down, across])
 
-
-class BinsOfElements:
-    """Adaptive pooling of elements to a small map (1, C, bins, bins), see `functional.pool_to_bins`."""
-
-    def __init__(
-        self, size: tuple[int, int], bins: tuple[int, int], largest: bool, spacing: int, are_equal: bool
-    ) -> None:
-        self.size, self.bins, self.largest = size, bins, largest
-        self.spacing, self.are_equal = spacing, are_equal
-        self.found: Tensor | None = None
-        self.area: Tensor | float = 0.0
-
-    def add(self, x: Elements, first: int) -> None:
-        """Take in the elements of a band from a fine row on."""
-        _, y, column = x.lattice.coordinates
-        shares = areas_in_bins(
-            x.lattice, (y + first, column), self.size, self.bins, self.spacing, self.are_equal
-        )
-        if self.largest:
-            inside = (shares > 0).unsqueeze(2).unbind(1)
-            found = torch.stack([torch.where(own, x.rows, -torch.inf).amax(0) for own in inside], 1)
-            self.found = found if self.found is None else torch.maximum(self.found, found)
-            return
-        found = x.rows.double().T @ shares
-        self.found = found if self.found is None else self.found + found
-        self.area = self.area + shares.sum(0)
-
-    def finish(self) -> Tensor:
-        """Return the small map."""
-        assert self.found is not None
-        found = self.found if self.largest else self.found / self.area
-        return found.view(1, -1, *self.bins)
+    rows = RowsRead(lambda row: reached.first(low(row)), lambda row: reached.last(high(row)))
+    return BandStep([(node, rows)], compute, [node])
 
 
-@dataclass
-class Entering:
-    """The dense map at the beginning of the region, as elements."""
-
-    cells: Cells
-    node: fx.Node
-    grid: Grid
-    layout: str
-    copies: list[fx.Node] = field(default_factory=list)
-
-    @property
-    def reads(self) -> list[tuple[fx.Node, RowsRead]]:
-        """The same rows."""
-        return [(self.node, SAME)]
-
-    def compute(self, fetch: Fetch, first: int, end: int) -> Elements:
-        """Return the elements of the fine rows [first, end)."""
-        lattice = self.cells.lattice(self.grid, first, end)
-        found: Elements = functional.to_elements(fetch(self.node, first, end), lattice, self.layout)
-        return Elements(found.rows, lattice)
+def bins_of_elements(
+    x: Elements,
+    first: int,
+    size: tuple[int, int],
+    bins: tuple[int, int],
+    is_largest: bool,
+    spacing: int,
+    are_equal: bool,
+) -> list[Tensor]:
+    """Return what `bins_of_rows` does for the elements of a band from a fine row on, see `functional.pool_to_bins`."""
+    _, y, column = x.lattice.coordinates
+    shares = areas_in_bins(x.lattice, (y + first, column), size, bins, spacing, are_equal)
+    if is_largest:
+        inside = (shares > 0).unsqueeze(2).unbind(1)
+        found = torch.stack([torch.where(own, x.rows, -torch.inf).amax(0) for own in inside], 1)
+        return [found.view(1, -1, *bins)]
+    return [(x.rows.double().T @ shares).view(1, -1, *bins), shares.sum(0).view(bins)]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from torch.fx.node import map_arg
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW, image_dims
-from cadsurgery.elements.backends.packed import PackedConv, PackedLinear, ScaleShift
+from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.weights import transpose_weight
 from cadsurgery.elements.elements import Elements, SmallMap
 from cadsurgery.elements.kernel_map import Window
@@ -28,44 +27,22 @@ from cadsurgery.elements.operations import Operation, operation_of
 from cadsurgery.elements.resizing import Scaling
 from cadsurgery.following.arguments import in_order
 from cadsurgery.following.equivalence import meta_copy
-from cadsurgery.following.facts import Facts, MapFacts
+from cadsurgery.following.graphs import module_of
+from cadsurgery.following.guards import is_whole
 from cadsurgery.network.bands import element_steps, steps
 from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.schedule import BandMap, RowsRead
-from cadsurgery.network.bands.steps import BandStep, Sum
-from cadsurgery.network.macs import OnShapes
+from cadsurgery.network.bands.steps import BandStep, WholeImage
+from cadsurgery.network.observing import OnShapes
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import CannotConvert
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
 from cadsurgery.support.torch_operations import is_kind
 from cadsurgery.surgery.channel_rules import parts_of_index
 from cadsurgery.surgery.refusals import source_line
-from cadsurgery.surgery.rewrite import ask_mask
-from cadsurgery.surgery.rule_arguments import arguments_of, pair_of
-from cadsurgery.surgery.spatial import Spatial
-from cadsurgery.surgery.treatment import Attribute, Call, Treatment, barrier, maps_may_grow, rule
-
-
-@rule(PackedConv)
-def fused_convolution(node: fx.Node, facts: MapFacts) -> Treatment:
-    """A convolution of an inference copy reads what the network's own reads."""
-    module: Any = facts.module(node)
-    stride, (top, left), dilation = map(pair_of, module.window)
-    if stride[0] != stride[1]:
-        return barrier(f"stride {stride} differs between the axes")
-    kernel = (module.weight.shape[2], module.weight.shape[3])
-    return Treatment(
-        "window",
-        call=functional.fused_conv2d,
-        window=Window(kernel, stride[0], dilation, (top, top, left, left)),
-    )
-
-
-@rule(PackedLinear, ScaleShift)
-def fused_product(node: fx.Node, facts: MapFacts) -> Treatment:
-    """A linear layer, or factors and shifts, of an inference copy act on each position alone; a map may be added."""
-    return Treatment("join" if len(node.all_input_nodes) > 1 else "pointwise")
-
+from cadsurgery.surgery.rewrite import ACTS, Operand, ask_mask
+from cadsurgery.surgery.rule_arguments import arguments_of
+from cadsurgery.surgery.treatment import Attribute, Call, Treatment
 
 _NEEDS = {
     "image": "it reads a map of the whole picture at once",
@@ -83,33 +60,12 @@ class Statistics(NamedTuple):
 Key = fx.Node | Statistics
 
 
-class WholeImage(NamedTuple):
-    """A value of the whole image, made of sums over its rows.
+class SeenGraph(OnShapes):
+    """A graph, and what a run of it on the shapes of a call with one picture tells.
 
     Attributes:
-        source: node of the map that it is of.
-        make: makes the empty sums.
-        finish: makes the value from what the sums give.
-    """
-
-    source: fx.Node
-    make: Callable[[], Sum]
-    finish: Callable[[Any], Any]
-
-
-@dataclass
-class BandPlan:
-    """The maps of a graph for pictures of one size, and the steps that compute them.
-
-    Attributes:
-        graph: the graph.
         image: node of the picture.
-        maps: all maps in the order of the graph; the picture is the first.
-        number: number of the map of each node.
-        steps: what computes each map but the picture.
-        sums: values of the whole image.
-        passes: for each map and each value, how many walks down the picture come before it.
-        axis: the axis of each map that its rows are counted along.
+        region: the node that asks the mask, if the graph has a region.
         shapes: shape of each tensor for one picture.
         grids: the lattices of each map of the region.
         channels: the number of values of each element of such a map.
@@ -117,41 +73,118 @@ class BandPlan:
         small: nodes whose value is a small map that the region reads.
         types: type of each tensor, and of the values of elements.
         numbers: numbers that follow from the size of the picture.
-        only_first: of the maps that the graph returns, only the first is asked for.
         memories: the memory of the value of each node, which views share.
         changed: for each node that changes values in place, the nodes of these.
+        own: runs single nodes of the graph on values.
     """
 
-    graph: fx.Graph
-    image: fx.Node
-    maps: list[BandMap] = field(default_factory=list)
-    number: dict[fx.Node, int] = field(default_factory=dict)
-    steps: dict[int, BandStep] = field(default_factory=dict)
-    sums: dict[Key, WholeImage] = field(default_factory=dict)
-    passes: dict[Key, int] = field(default_factory=dict)
-    axis: dict[fx.Node, int] = field(default_factory=dict)
-    shapes: dict[fx.Node, torch.Size] = field(default_factory=dict)
-    grids: dict[fx.Node, Grid] = field(default_factory=dict)
-    channels: dict[fx.Node, int] = field(default_factory=dict)
-    several: set[fx.Node] = field(default_factory=set)
-    small: set[fx.Node] = field(default_factory=set)
-    types: dict[fx.Node, torch.dtype] = field(default_factory=dict)
-    numbers: dict[fx.Node, Any] = field(default_factory=dict)
-    only_first: bool = False
-    memories: dict[fx.Node, set[UntypedStorage]] = field(default_factory=dict)
-    changed: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    def __init__(self, program: Program, graph: fx.Graph, arguments: dict[str, Any]) -> None:
+        """Take a program, one of its graphs, and the arguments of a call with one picture."""
+        super().__init__(program.bind_to(meta_copy(program.net)), graph)
+        self.own, self.net = GraphInterpreter(program, graph), program.net
+        self.image = next(node for node in graph.nodes if node.target == program.image_name)
+        self.region = next((node for node in graph.nodes if node.target is ask_mask), None)
+        self.device = arguments[program.image_name].device
+        self.shapes, self.types = dict[fx.Node, torch.Size](), dict[fx.Node, torch.dtype]()
+        self.grids, self.channels = dict[fx.Node, Grid](), dict[fx.Node, int]()
+        self.several, self.small, self.numbers = set[fx.Node](), set[fx.Node](), dict[fx.Node, Any]()
+        self.memories = dict[fx.Node, set[UntypedStorage]]()
+        self.changed = dict[fx.Node, list[fx.Node]]()
+        own = program.plan.identity_level
+        level = program.plan.max_level if own is None or program.unchanged is None else own
+        first = (partial(_lattice_of, program.geometry, level),) if self.region is not None else ()
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors do not tell changes in place
+            given = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in arguments.items()}
+            self.run(*in_order(graph, given, *first))
+        self.env.clear()
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node and note its value."""
+        before = {source: _versions(self.env[source]) for source in n.all_input_nodes}
+        value = super().run_node(n)
+        self.changed[n] = [one for one, versions in before.items() if versions != _versions(self.env[one])]
+        self.memories[n] = {part.untyped_storage() for part in _tensors(value)}
+        if isinstance(value, Tensor):
+            self.shapes[n], self.types[n] = value.shape, value.dtype
+        elif isinstance(value, Elements) and isinstance(value.rows, Tensor):
+            self.grids[n] = Grid(value.lattice.stage, value.lattice.size)
+            self.channels[n], self.types[n] = math.prod(value.rows.shape[1:]), value.rows.dtype
+        elif isinstance(value, Elements):  # several maps in one
+            self.several.add(n)
+        elif isinstance(value, SmallMap):
+            self.small.add(n)
+        elif isinstance(value, torch.device):
+            self.numbers[n] = self.device
+        elif _is_number(value):
+            self.numbers[n] = value
+        return value
 
     @property
-    def result(self) -> Any:
-        """The output of the network, with nodes in place of values; a graph returns it with the fine map or lattice."""
-        output: Any = next(node for node in self.graph.nodes if node.op == "output").args[0]
-        return output[0]
+    def returned(self) -> Any:
+        """The output of the network and the fine map or lattice, with nodes in place of values."""
+        return next(node for node in self.graph.nodes if node.op == "output").args[0]
+
+    def size(self, node: fx.Node) -> tuple[int, int]:
+        """Return height and width of a map (B, C, H, W)."""
+        shape = self.shapes[node]
+        return shape[2], shape[3]
+
+    def fine_size(self) -> tuple[int, int]:
+        """Return height and width of the fine map of the region."""
+        fine: Any = self.returned[1] if self.region is None else self.region.args[2]
+        return self.size(fine)
+
+
+class BandPlan:
+    """The maps of a graph for one picture, and the steps that compute them.
+
+    Attributes:
+        seen: the graph, and what is known of its values.
+        cells: of the picture, if the graph has a region.
+        maps: all maps in the order of the graph; the picture is the first.
+        number: number of the map of each node.
+        steps: what computes each map but the picture.
+        sums: values of the whole image.
+        passes: for each map and each value, how many walks down the picture come before it.
+        axis: the axis of each map that its rows are counted along.
+        parts: the maps that values which are several maps, or a small one, are read from.
+        only_first: of the maps that the graph returns, only the first is asked for.
+        values: values of all that is no map, while a call runs.
+    """
+
+    def __init__(self, seen: SeenGraph, cells: Cells | None = None, *, only_first: bool = False) -> None:
+        """Read the graph.
+
+        Raises:
+            CannotConvert: an operation needs a whole map.
+        """
+        self.seen, self.cells, self.only_first = seen, cells, only_first
+        self.maps, self.number, self.steps = list[BandMap](), dict[fx.Node, int](), dict[int, BandStep]()
+        self.sums, self.passes = dict[Key, WholeImage](), dict[Key, int]()
+        self.axis, self.parts = dict[fx.Node, int](), dict[fx.Node, list[fx.Node]]()
+        self.values = dict[Key, Any]()
+        self._refuse_changes_that_others_read()
+        for node in seen.graph.nodes:
+            if node is seen.image:
+                self._add(node, None)
+            elif node.op in ("placeholder", "get_attr", "output") or node.target is ask_mask:
+                continue
+            elif node in seen.several or (node in seen.small and self._maps_of(node)):
+                self.parts[node] = self._maps_of(node)
+            elif any(one in seen.grids for one in (node, *node.all_input_nodes)):
+                self._read_elements(node)
+            elif any(self._has_map(source) for source in node.all_input_nodes):
+                self._read_node(node)
+            elif self._is_enlarged(node):
+                self._add(node, self._enlarged(node))
+            else:
+                self.passes[node] = self._passes(node.all_input_nodes)
 
     @property
     def outputs(self) -> list[fx.Node]:
         """The nodes of the output."""
         found = dict[fx.Node, None]()
-        map_arg(self.result, lambda node: found.setdefault(node))
+        map_arg(self.seen.returned[0], lambda node: found.setdefault(node))
         return list(found)
 
     @property
@@ -160,131 +193,8 @@ class BandPlan:
         found = [node for node in self.outputs if node in self.number]
         return found[:1] if self.only_first else found
 
-
-class _ShapesOfMaps(OnShapes):
-    """Runs a graph on shapes, and records these."""
-
-    def __init__(self, program: Program, graph: fx.Graph, reading: BandPlan, device: torch.device) -> None:
-        super().__init__(program, graph)
-        self.reading, self.device = reading, device
-
-    def run_node(self, n: fx.Node) -> Any:
-        before = {source: _versions(self.env[source]) for source in n.all_input_nodes}
-        value = super().run_node(n)
-        self.reading.changed[n] = [
-            source for source, versions in before.items() if versions != _versions(self.env[source])
-        ]
-        self.reading.memories[n] = {part.untyped_storage() for part in _tensors(value)}
-        if isinstance(value, Tensor):
-            self.reading.shapes[n], self.reading.types[n] = value.shape, value.dtype
-        elif isinstance(value, Elements) and isinstance(value.rows, Tensor):
-            self.reading.grids[n] = Grid(value.lattice.stage, value.lattice.size)
-            self.reading.channels[n] = math.prod(value.rows.shape[1:])
-            self.reading.types[n] = value.rows.dtype
-        elif isinstance(value, Elements):  # several maps in one
-            self.reading.several.add(n)
-        elif isinstance(value, SmallMap):
-            self.reading.small.add(n)
-        elif isinstance(value, torch.device):
-            self.reading.numbers[n] = self.device
-        elif _is_number(value):
-            self.reading.numbers[n] = value
-        return value
-
-
-class BandReader:
-    """Makes the reading of a graph."""
-
-    def __init__(self, program: Program, graph: fx.Graph, arguments: dict[str, Any], image: str) -> None:
-        """Take a program, one of its graphs, the arguments of a call with one picture, and the picture's name."""
-        self.program, self.net = program, program.net
-        places = {node.target: node for node in graph.nodes if node.op == "placeholder"}
-        self.image = places[image]
-        self.reading = BandPlan(graph, self.image)
-        self.cells: Cells | None = None
-        self.region = next((node for node in graph.nodes if node.target is ask_mask), None)
-        own = program.plan.identity_level
-        level = program.plan.max_level if own is None or program.unchanged is None else own
-        first = (partial(_lattice_of, program.geometry, level),) if self.region is not None else ()
-        with torch.inference_mode(False), torch.no_grad():  # inference tensors do not tell changes in place
-            given = {
-                name: value.to("meta") if isinstance(value, Tensor) else value
-                for name, value in arguments.items()
-            }
-            on_meta = program.bind_to(meta_copy(self.net))
-            _ShapesOfMaps(on_meta, graph, self.reading, arguments[image].device).run(
-                *in_order(graph, given, *first)
-            )
-        self.run = GraphInterpreter(program, graph)
-        facts = Facts(self.net, graph, given[image], self.reading.shapes, arguments=given)
-        facts.floating.update(node for node, dtype in self.reading.types.items() if dtype.is_floating_point)
-        facts.numbers.update(self.reading.numbers)
-        facts.given.append(self.reading.image)
-        with maps_may_grow():
-            self.spatial = Spatial(facts)
-            _ = self.spatial.treatments  # which are computed when they are first read
-        self.parts = dict[fx.Node, list[fx.Node]]()  # the maps that several values in one are read from
-        self.values = dict[Key, Any]()  # of all that is no map, while a call runs
-        self._refuse_changes_that_others_read()
-
-    def for_another_call(self) -> BandReader:
-        """Return a reader of the same graph that holds the values of another call."""
-        other = copy.copy(self)
-        other.parts, other.values = {}, {}
-        return other
-
-    def fine_size(self) -> tuple[int, int]:
-        """Return height and width of the fine map of the region."""
-        output: Any = next(node for node in self.reading.graph.nodes if node.op == "output").args[0]
-        fine: Any = output[1] if self.region is None else self.region.args[2]
-        return self._size(fine)
-
-    def read(self, lattice: Lattice | None = None, only_first: bool = False, cells: int = 1) -> BandPlan:
-        """Return the reading for the lattice of a picture, if the graph has a region.
-
-        Args:
-            lattice: the lattice of the picture.
-            only_first: of the maps of the output, only the first is asked for.
-            cells: rows of cells that are computed at a time.
-
-        Raises:
-            CannotConvert: an operation needs a whole map.
-        """
-        self.reading = replace(
-            self.reading, maps=[], number={}, steps={}, sums={}, passes={}, axis={}, only_first=only_first
-        )
-        self.cells = self._cells_of(lattice, cells)
-        self.parts.clear()
-        for node in self.reading.graph.nodes:
-            if node.op == "output":
-                break
-            if node is self.reading.image:
-                self._add(node, None)
-            elif node.op in ("placeholder", "get_attr") or node.target is ask_mask:
-                continue
-            elif node in self.reading.several or (node in self.reading.small and self._maps_of(node)):
-                self.parts[node] = self._maps_of(node)
-            elif any(one in self.reading.grids for one in (node, *node.all_input_nodes)):
-                self._read_elements(node)
-            elif any(self._has_map(source) for source in node.all_input_nodes):
-                self._read_node(node)
-            elif self._is_enlarged(node):
-                self._add(node, self._enlarged(node))
-            else:
-                self.reading.passes[node] = self._passes(node.all_input_nodes)
-        return self.reading
-
-    def _cells_of(self, lattice: Lattice | None, many: int) -> Cells | None:
-        """Return the cells of a lattice in blocks of so many rows; of one picture they are counted once."""
-        if lattice is None:
-            return None
-        before, side = self.cells, lattice.geometry.sides[-1] * many
-        if before is not None and before.pyramid is lattice.pyramid:
-            return before.in_blocks(side)
-        return Cells(lattice.pyramid, side)
-
     def _has_map(self, node: fx.Node) -> bool:
-        return node in self.reading.number or node in self.parts
+        return node in self.number or node in self.parts
 
     def _maps_of(self, node: fx.Node) -> list[fx.Node]:
         """The maps that a node reads, also through several values in one."""
@@ -292,50 +202,50 @@ class BandReader:
         return list(dict.fromkeys(one for some in read for one in some))
 
     def _passes(self, nodes: Iterable[fx.Node]) -> int:
-        return max((self.reading.passes.get(node, 0) for node in nodes), default=0)
+        return max((self.passes.get(node, 0) for node in nodes), default=0)
 
     def _read_node(self, node: fx.Node) -> None:
-        treatment = self.spatial.treatments[node]
-        if node in self.reading.numbers:
+        treatment = _acts(node)
+        if node in self.seen.numbers:
             return  # a size
-        if node not in self.reading.shapes:
+        if node not in self.seen.shapes:
             self._refuse_unless_rowwise(node, treatment)
             self.parts[node] = self._maps_of(node)
             return
         if node.target in (functional.contiguous_gradient, functional.exact_layout):
             self._add(node, self._pointwise(node))
         elif treatment.kind == "global":
-            options = {name: self._resolved(value) for name, value in treatment.arguments}
-            self._read_sum(node, self._source(node), treatment.call, options)
+            source, covers = self._source(node), self._resolved(treatment.covers, node)
+            if covers is not None and not is_whole(covers, self.seen.shapes[source], treatment.or_more):
+                raise self._refusal(node, "its window was the whole map where the network was converted")
+            self._read_sum(node, source, treatment.call, self._arguments(node))
         else:
             self._add(node, self._step(node, treatment))
 
     def _add(self, node: fx.Node, step: BandStep | None) -> None:
-        if self.reading.shapes.get(node, (1,))[0] != 1:
+        if self.seen.shapes.get(node, (1,))[0] != 1:
             raise self._refusal(node, "it joins images, or copies of them")
-        reading, size = self.reading, self.reading.types[node].itemsize
-        if node in reading.grids:
+        seen, size = self.seen, self.seen.types[node].itemsize
+        if node in seen.grids:
             assert self.cells is not None
-            grid = reading.grids[node]
-            made = BandMap(
-                self._name(node), grid.size[0], reading.channels[node] * size, step=self.cells.side
-            )
+            grid = seen.grids[node]
+            made = BandMap(self._name(node), grid.size[0], seen.channels[node] * size, step=self.cells.side)
             made.elements = self.cells.elements_above(grid)
             made.lattice = element_steps.LATTICE * grid.size[1]
         else:
-            shape, axis = reading.shapes[node], self._axis(node)
-            reading.axis[node] = axis
+            shape, axis = seen.shapes[node], self._axis(node)
+            self.axis[node] = axis
             row = math.prod(shape) // max(shape[axis], 1) * size
             made = BandMap(self._name(node), shape[axis], row if step is not None else 0)
         if step is not None:
-            made.reads = [(reading.number[one], rows) for one, rows in step.reads if one in reading.number]
-            made.copied = [reading.number[one] for one in step.copies if one in reading.number]
-            made.table = step.table if isinstance(step, element_steps.WindowOfElements) else None
-            reading.steps[len(reading.maps)] = step
+            made.reads = [(self.number[one], rows) for one, rows in step.reads if one in self.number]
+            made.copied = [self.number[one] for one in step.copies if one in self.number]
+            made.table = step.table
+            self.steps[len(self.maps)] = step
             read = [*node.all_input_nodes, *(source for source, _ in step.reads)]
-            reading.passes.setdefault(node, self._passes(read))
-        reading.number[node] = len(reading.maps)
-        reading.maps.append(made)
+            self.passes.setdefault(node, self._passes(read))
+        self.number[node] = len(self.maps)
+        self.maps.append(made)
 
     def _name(self, node: fx.Node) -> str:
         """The name of a node, or that of the layer that was fused."""
@@ -343,85 +253,81 @@ class BandReader:
             str(one.target) for one in (node, *node.all_input_nodes) if one.op in ("get_attr", "call_module")
         ]
         origins = (
-            getattr(self.net.get_submodule(path), "origin", "") for path in held if self._is_module(path)
+            getattr(self.seen.net.get_submodule(path), "origin", "") for path in held if self._is_module(path)
         )
         return next(filter(None, origins), node.name)
 
+    def _module(self, node: fx.Node) -> Any:
+        return self.seen.net.get_submodule(str(node.target)) if node.op == "call_module" else None
+
     def _is_module(self, path: str) -> bool:
         owner, _, name = path.rpartition(".")
-        return name in self.net.get_submodule(owner)._modules
+        return name in self.seen.net.get_submodule(owner)._modules
 
     # -- steps ---------------------------------------------------------------------------------------
 
-    def _step(self, node: fx.Node, treatment: Treatment) -> BandStep:
-        module = self.net.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, PackedConv) and treatment.window is not None:
-            return self._packed(node, module, treatment.window)
-        if treatment.then:
+    def _step(self, node: fx.Node, acts: Treatment) -> BandStep:
+        if acts.then:
             raise self._refusal(node, "it is several operations in one")
-        call, arguments = treatment.call, {name: self._resolved(value) for name, value in treatment.arguments}
-        if treatment.window is not None and treatment.window.finer > 1:
-            return self._spread(node, treatment.window, arguments)
-        if treatment.window is not None and treatment.kind == "window":
-            return self._windowed(node, treatment, arguments)
-        if (pads := self._pads(node, treatment)) is not None:
-            return self._padded(node, pads)
-        if treatment.kind == "broadcast":
+        if acts.window is not None and (acts.kind == "window" or acts.window.finer > 1):
+            return self._windowed(node, acts, acts.window)
+        if (pads := self._pads(node, acts)) is not None:  # padding is a window of one tap
+            return self._over(node, pads, lambda x, *_: x, pads=False)
+        if acts.kind == "broadcast":
             return self._enlarged(node)
-        if call is functional.pixel_shuffle:
-            return steps.Finer(self._source(node), treatment.scale, partial(self.call, node))
-        if call is functional.resize:
-            source = self._source(node)
-            return steps.Resized(source, self._size(source), _scaling(arguments), self.reading.types[source])
-        if call is functional.group_norm:
-            return self._group_norm(node, self._source(node), arguments)
-        self._refuse_unless_rowwise(node, treatment)
+        if acts.call is functional.pixel_shuffle:
+            return self._windowed(node, acts, Window((acts.scale, acts.scale), finer=acts.scale))
+        if acts.call is functional.resize:
+            source, options = self._source(node), self._arguments(node)
+            return steps.resized(source, self.seen.size(source), _scaling(options), self.seen.types[source])
+        if acts.call is functional.group_norm:
+            return self._group_norm(node, self._source(node), self._arguments(node))
+        self._refuse_unless_rowwise(node, acts)
         return self._pointwise(node)
 
-    def _packed(self, node: fx.Node, module: PackedConv, window: Window) -> BandStep:
+    def _over(self, node: fx.Node, window: Window, apply: Any, **options: Any) -> BandStep:
         source = self._source(node)
-        residual: Any = node.args[1] if len(node.args) > 1 else None
-        if residual is not None and self.reading.shapes.get(residual) != self.reading.shapes[node]:
-            raise self._refusal(node, "what it adds has another size")
-        apply, width = steps.convolution_by(module, window), self.reading.shapes[node][3]
-        return steps.Windowed(
-            source, window, self._size(source), width, apply, window.outside or 0.0, residual
+        return steps.windowed(
+            source, window, self.seen.size(source), self.seen.size(node)[1], apply, **options
         )
 
-    def _windowed(self, node: fx.Node, treatment: Treatment, arguments: dict[str, Any]) -> BandStep:
-        source, window, call = self._source(node), treatment.window, treatment.call
-        assert window is not None
-        size, width = self._size(source), self.reading.shapes[node][3]
-        window = window.fit(size)
-        make = partial(steps.Windowed, source, window, size, width)
-        outside = window.outside if window.outside is not None else 0.0
-        if call is functional.conv2d:
-            weight, bias, groups = arguments["weight"], arguments.get("bias"), arguments.get("groups", 1)
-            stride, dilation = window.stride, window.dilation
-            return make(
-                lambda x, left, _: F.conv2d(x, weight, bias, stride, (0, left), dilation, groups), outside
-            )
-        if call is functional.max_pool2d:
-            outside = -torch.inf if window.outside is None else window.outside
-            kernel, stride, dilation = window.kernel, window.stride, window.dilation
-            return make(lambda x, *_: F.max_pool2d(x, kernel, stride, 0, dilation), outside, pads=False)
-        if call is functional.avg_pool2d and window.dilation == (1, 1):
-            kernel, stride = window.kernel, window.stride
-            sums = make(
-                lambda x, *_: F.avg_pool2d(x, kernel, stride, divisor_override=1), outside, pads=False
-            )
-            return steps.Mean(sums, arguments.get("divisor"), arguments.get("count_include_pad", True))
-        if call is functional.pixel_unshuffle:
-            return make(lambda x, left, _: F.pixel_unshuffle(x, window.stride), 0.0, pads=False)
-        raise self._refusal(node, _NEEDS["window"])
+    def _windowed(self, node: fx.Node, acts: Treatment, window: Window) -> BandStep:
+        """Convolutions are given padded rows; any other operation with a window pads by itself."""
+        source, module = self._source(node), self._module(node)
+        size, stride, dilation = self.seen.size(source), window.stride, window.dilation
+        if isinstance(module, PackedConv):
+            residual: Any = node.args[1] if len(node.args) > 1 else None
+            if residual is not None and self.seen.shapes.get(residual) != self.seen.shapes[node]:
+                raise self._refusal(node, "what it adds has another size")
+            return self._over(node, window, steps.convolution_by(module, window), residual=residual)
+        call: Callable[..., Any] = partial(self.call, node)
+        if acts.call is functional.conv2d:
+            held = self._arguments(node)
+            weight, bias, groups = held["weight"], held.get("bias"), held.get("groups", 1)
+            if window.finer == 1:
+                return self._over(
+                    *(node, window.fit(size)),
+                    lambda x, left, _: F.conv2d(x, weight, bias, stride, (0, left), dilation, groups),
+                )
+            weight = transpose_weight(weight, groups).contiguous()
+            cut = window.padding[::2]
+            lengths = zip(self.seen.size(node), size, window.kernel, cut, strict=True)
+            more = [
+                after - (before - 1) * window.finer - taps + 2 * pad for after, before, taps, pad in lengths
+            ]
+
+            def call(rows: dict[fx.Node, Any]) -> Any:
+                return F.conv_transpose2d(rows[source], weight, bias, window.finer, cut, more, groups)
+
+        return steps.called(source, window, size[0], call)
 
     def _pads(self, node: fx.Node, treatment: Treatment) -> Window | None:
         """The padding of an operation that pads or cuts a map, by the sizes of this picture; None for any other."""
         if node.target is F.pad:
             options = arguments_of(node, "input", "pad", mode="constant", value=None)
-            pads, mode = self.spatial.facts.number(options["pad"]), options["mode"]
-            layout = self.spatial.facts.layout(node.args[0])
-            if layout != NCHW or mode == "circular" or pads is None or any(pads[4:]):
+            pads, mode = self._number(options["pad"]), options["mode"]
+            layout = _layout(node.all_input_nodes[0])
+            if layout != NCHW or mode == "circular" or not _is_number(pads) or any(pads[4:]):
                 return None
             left, right, top, bottom = (*pads, 0, 0)[:4]
             mode = "zeros" if mode == "constant" else mode
@@ -430,7 +336,7 @@ class BandReader:
             return crop
         if treatment.kind != "pad" or treatment.window is None:
             return None
-        window = treatment.window.fit(self._size(self._source(node)))
+        window = treatment.window.fit(self.seen.size(self._source(node)))
         return Window((1, 1), padding=window.padding, mode=window.mode, outside=window.outside)
 
     def _crop(self, node: fx.Node) -> Window | None:
@@ -439,11 +345,10 @@ class BandReader:
         index = parts_of_index(node.args[1], 4)
         index += [slice(None)] * (4 - len(index))
         is_cut = all(isinstance(part, slice) for part in index) and index[:2] == [slice(None)] * 2
-        if self.spatial.facts.layout(source) != NCHW or len(index) != 4 or not is_cut:
+        if _layout(source) != NCHW or len(index) != 4 or not is_cut:
             return None
-        number = self.spatial.facts.number
-        parts = [slice(*number((part.start, part.stop, part.step))) for part in index]
-        lengths, pads = self._size(self._source(node)), list[int]()
+        parts = [self._number(part) for part in index]
+        lengths, pads = self.seen.size(self._source(node)), list[int]()
         for part, length in zip(parts[2:], lengths, strict=True):
             start, stop, step = part.indices(length)
             if step != 1:
@@ -451,42 +356,31 @@ class BandReader:
             pads += [-start, stop - length]
         return Window((1, 1), padding=(pads[0], pads[1], pads[2], pads[3]))
 
-    def _padded(self, node: fx.Node, pads: Window) -> BandStep:
-        """Padding is a window of one tap."""
-        source, width, outside = self._source(node), self.reading.shapes[node][3], pads.outside or 0.0
-        return steps.Windowed(source, pads, self._size(source), width, lambda x, *_: x, outside, pads=False)
-
     def _is_enlarged(self, node: fx.Node) -> bool:
         """True if a value of the whole image is resized, or repeated over a map."""
-        treatment = self.spatial.treatments[node]
+        treatment = _acts(node)
         is_resized = treatment.kind == "broadcast" or treatment.call is functional.resize
-        return is_resized and len(self.reading.shapes.get(node, ())) == 4
+        return is_resized and len(self.seen.shapes.get(node, ())) == 4
 
     def _enlarged(self, node: fx.Node) -> BandStep:
         """The map that a value of the whole image is resized to."""
-        options = dict(self.spatial.treatments[node].arguments)
+        options = dict(_acts(node).arguments)
         source: Any = node.args[0] if node.args else node.kwargs["input"]
         self._note_axis(source, 2)
         align, mode = options.get("align_corners"), options.get("mode", "nearest")
-        scaling = Scaling(self._size(node), mode=mode, align_corners=align)
-        return steps.Resized(source, self._size(source), scaling, self.reading.types[source])
-
-    def _spread(self, node: fx.Node, window: Window, arguments: dict[str, Any]) -> BandStep:
-        source = self._source(node)
-        sizes = self._size(source)[0], self.reading.shapes[node][3]
-        groups, bias = arguments.get("groups", 1), arguments.get("bias")
-        weight = transpose_weight(arguments["weight"], groups).contiguous()
-        return steps.SpreadRows(source, window, *sizes, weight, bias, groups)
+        scaling = Scaling(self.seen.size(node), mode=mode, align_corners=align)
+        return steps.resized(source, self.seen.size(source), scaling, self.seen.types[source])
 
     def _group_norm(self, node: fx.Node, source: fx.Node, options: dict[str, Any]) -> BandStep:
         """Mean and variance are values of the whole image; the rest acts on each row, or element."""
-        grid, groups, key = self.reading.grids.get(source), options["groups"], Statistics(node)
-        channels = self.reading.channels[source] if grid else self.reading.shapes[source][1]
-        weight, bias = (self._resolved(options.get(name)) for name in ("weight", "bias"))
+        grid, groups, key = self.seen.grids.get(source), options["groups"], Statistics(node)
+        channels = self.seen.channels[source] if grid else self.seen.shapes[source][1]
+        weight, bias = (self._resolved(options.get(name), node) for name in ("weight", "bias"))
         eps = options.get("eps", 1e-5)
+        measure = partial(steps.sums, groups=groups, squares=True, are_equal=self._are_equal(grid))
         made = partial(steps.affine_of, channels=channels, weight=weight, bias=bias, eps=eps)
-        self._add_sum(key, source, partial(steps.Moments, groups, True, self._are_equal(grid)), made)
-        self.reading.passes[node] = self.reading.passes[key]
+        self._add_sum(key, WholeImage(source, measure, made))
+        self.passes[node] = self.passes[key]
 
         def apply(rows: dict[fx.Node, Any]) -> Any:
             x, (scale, shift) = rows[source], self.values[key]
@@ -494,16 +388,16 @@ class BandReader:
                 return Elements(steps.scaled(x.rows, scale, shift), x.lattice)
             return steps.scaled(x, scale.view(-1, 1, 1), shift.view(-1, 1, 1))
 
-        return steps.Pointwise([source], apply)
+        return steps.pointwise([source], apply)
 
     def _are_equal(self, grid: Grid | None) -> bool:
         """True if all elements of a map weigh the same; those of dense maps do."""
         return grid is None or self.cells is None or self.cells.are_equal(grid)
 
     def _pointwise(self, node: fx.Node) -> BandStep:
-        maps, axis, shape = self._maps_of(node), self._axis(node), self.reading.shapes[node]
+        maps, axis, shape = self._maps_of(node), self._axis(node), self.seen.shapes[node]
         values = self._values_with_rows(node, axis, shape)
-        heights = {self.reading.shapes[one][self._axis(one)] for one in (*maps, node)}
+        heights = {self.seen.shapes[one][self._axis(one)] for one in (*maps, node)}
         if len(heights) > 1:
             raise self._refusal(node, "it joins maps of several heights")
         if is_kind(node.target, "reshapes"):  # by numbers that are those of the whole map
@@ -513,15 +407,15 @@ class BandReader:
                 height = x.shape[self._axis(maps[0])]
                 return x.reshape(*shape[:axis], height, *shape[axis + 1 :])
 
-            return steps.Pointwise(maps, reshape)
-        return steps.Pointwise([*maps, *values], partial(self.call, node))
+            return steps.pointwise(maps, reshape)
+        return steps.pointwise([*maps, *values], partial(self.call, node))
 
     def _values_with_rows(self, node: fx.Node, axis: int, shape: torch.Size) -> list[fx.Node]:
         """The values of the whole image, such as coordinates, that have a row for each row of a map they are joined
         with."""
         found = []
         for one in node.all_input_nodes:
-            own = self.reading.shapes.get(one, ())
+            own = self.seen.shapes.get(one, ())
             at = axis - len(shape) + len(own)  # as torch broadcasts
             if not self._has_map(one) and at >= 0 and own[at] == shape[axis] > 1:
                 self._note_axis(one, at)
@@ -529,11 +423,11 @@ class BandReader:
         return found
 
     def _note_axis(self, value: fx.Node, axis: int) -> None:
-        if self.reading.axis.setdefault(value, axis) != axis:
+        if self.axis.setdefault(value, axis) != axis:
             raise self._refusal(value, "its rows are read along two axes")
 
     def _axis(self, node: fx.Node) -> int:
-        return self.reading.axis.get(node) or max(self.spatial.facts.layout(node).find("h"), 0) or 2
+        return self.axis.get(node) or max(_layout(node).find("h"), 0) or 2
 
     def call(self, node: fx.Node, rows: dict[fx.Node, Any], **more: Any) -> Any:
         """Call the operation of a node on rows of the maps that it reads, perhaps with other options, or on values
@@ -543,10 +437,10 @@ class BandReader:
             found = (
                 self.call(read, rows) if read in self.parts else (rows if read in rows else self.values)[read]
             )
-            return copied(found) if read in self.reading.changed[node] else found
+            return copied(found) if read in self.seen.changed[node] else found
 
         args, kwargs = map_arg(node.args, value), {**map_arg(node.kwargs, value), **more}
-        result = getattr(self.run, node.op)(node.target, args, kwargs)
+        result = getattr(self.seen.own, node.op)(node.target, args, kwargs)
         of_rows = isinstance(result, SmallMap) and node in self.parts  # it begins where the lattice does
         return replace(result, top=0) if of_rows else result
 
@@ -555,7 +449,7 @@ class BandReader:
     def _read_elements(self, node: fx.Node) -> None:
         """Read an operation of the region, or one at its border."""
         operation, cells = operation_of(node.target), self.cells
-        if node in self.reading.numbers or (node.users and self.reading.numbers.keys() >= node.users.keys()):
+        if node in self.seen.numbers or (node.users and self.seen.numbers.keys() >= node.users.keys()):
             return  # a size, or what only such is asked of
         if operation is None or cells is None:
             raise self._refusal(node, "it is no operation on elements")
@@ -572,59 +466,47 @@ class BandReader:
         self._add(node, self._element_step(node, maps[0], operation, cells))
 
     def _element_step(self, node: fx.Node, source: fx.Node, operation: Operation, cells: Cells) -> BandStep:
-        grids, options = self.reading.grids, self._options(node)
+        grids, options = self.seen.grids, self._options(node)
         call = partial(self.call, node)
         if node.target is functional.to_elements:
-            return element_steps.Entering(cells, source, grids[node], options.get("layout", NCHW))
+            return element_steps.entering(cells, source, grids[node], options.get("layout", NCHW))
         if source not in grids:
             raise self._refusal(node, "it joins a dense map with the region")
-        spacing = options.get("spacing", 1)
-        layout = options.get("layout", NCHW)
-        is_read = layout != NCHW and any(
-            user.op != "output" for user in node.users
-        )  # by what knows not its axes
-        if node.target is functional.to_dense and "h" in layout and not is_read and not options.get("guide"):
-            self.reading.axis[node] = layout.index("h")
-            return element_steps.DenseMap(cells, source, grids[source], spacing, call, layout.index("h"))
+        spacing, layout = options.get("spacing", 1), _layout(node)
+        if node.target is functional.to_dense and "h" in layout and not options.get("guide"):
+            return element_steps.dense_map(cells, source, spacing, call, layout.index("h"))
         if node.target is functional.resize_to_dense and cells.pyramid.geometry.fill == "linear":
-            scaling, dtype = _scaling(options), self.reading.types[source]
-            return element_steps.ResizedAtExit(cells, source, grids[source], spacing, scaling, dtype)
+            scaling, dtype = _scaling(options), self.seen.types[source]
+            return element_steps.resized_at_exit(cells, source, grids[source], spacing, scaling, dtype)
+        pair = grids[source], grids.get(node, grids[source])
         if node.target is functional.resize:
             mode, align = options.get("mode", "nearest"), bool(options.get("align_corners"))
-            return element_steps.ResizedElements(
-                cells, source, (grids[source], grids[node]), options["spacings"], mode, align
-            )
+            return element_steps.resized_elements(cells, source, pair, options["spacings"], mode, align)
         if node.target is functional.pixel_shuffle:
-            return element_steps.OfNeighbours(cells, source, (grids[source], grids[node]), call)
+            return element_steps.of_neighbours(cells, source, pair[1], call)
         if operation.reads == "window" and "window" in options:
-            window = options["window"].fit(grids[source].size)
-            residual = options.get("residual")
+            window, residual = options["window"].fit(pair[0].size), options.get("residual")
             added = grids[residual] if residual is not None else None
-            return element_steps.WindowOfElements(
-                cells, source, residual, window, (grids[source], grids[node], added), call
-            )
+            return element_steps.window_of_elements(cells, source, residual, window, (*pair, added), call)
         if node.target is functional.group_norm:
             return self._group_norm(node, source, options)
         if operation.reads != "element":
             raise self._refusal(node, _NEEDS.get(operation.reads, _NEEDS["image"]))
         if node.target in (functional.pad, functional.crop, functional.check_same_padding):
-            value = options.get("value", 0.0)
-            return element_steps.BorderOfElements(cells, source, (grids[source], grids[node]), spacing, value)
-        maps, small = self._maps_of(node), [one for one in node.all_input_nodes if one in self.reading.small]
+            return element_steps.border_of_elements(cells, source, pair, spacing, options.get("value", 0.0))
+        maps, small = self._maps_of(node), [one for one in node.all_input_nodes if one in self.seen.small]
         dense = dict(self._rows_of_small(one, cells.side) for one in small if one in self.parts)
         if any(one not in grids and one not in dense for one in maps):
             raise self._refusal(node, "it joins a dense map with the region")
-        return steps.Pointwise([*maps, *(one for one in small if one not in self.parts)], call, dense)
+        return steps.pointwise([*maps, *(one for one in small if one not in self.parts)], call, dense)
 
-    def _rows_of_small(self, node: fx.Node, side: int) -> tuple[fx.Node, tuple[RowsRead, int]]:
-        """The dense map that the region reads between its samples, the rows of it that fine rows read, and its
-        height."""
+    def _rows_of_small(self, node: fx.Node, side: int) -> tuple[fx.Node, RowsRead]:
+        """The dense map that the region reads between its samples, and the rows of it that fine rows read."""
         (source,), options = self.parts[node], self._options(node)
         spacing: int = options["spacing"]
         if options.get("size") is not None or side % spacing:
             raise self._refusal(node, "it joins a dense map with the region")
-        rows = RowsRead(lambda row: row // spacing, lambda row: row // spacing + 1)
-        return source, (rows, self.reading.shapes[source][2])
+        return source, RowsRead(lambda row: row // spacing, lambda row: row // spacing + 1)
 
     def _options(self, node: fx.Node) -> dict[str, Any]:
         """The arguments of an operation on elements by name; numbers in place of their nodes."""
@@ -632,82 +514,101 @@ class BandReader:
         if isinstance(target, OnRows):
             return {}
         bound = inspect.signature(target).bind(*node.args, **node.kwargs)
-
-        def number(read: fx.Node) -> Any:
-            return self.reading.numbers.get(read, read)
-
-        return {name: map_arg(value, number) for name, value in bound.arguments.items()}
+        return {name: self._number(value) for name, value in bound.arguments.items()}
 
     # -- values of the whole image -------------------------------------------------------------------
 
     def _read_sum(self, node: fx.Node, source: fx.Node, call: Any, options: dict[str, Any]) -> None:
         """Read a value of the whole image, of a dense map or of one of the region."""
         grid, how, dims = (
-            self.reading.grids.get(source),
+            self.seen.grids.get(source),
             options.get("how", "mean"),
             options.get("dims", (2, 3)),
         )
-        shape, dtype = self.reading.shapes[node], self.reading.types[node]
+        shape, dtype = self.seen.shapes[node], self.seen.types[node]
         size, spacing = (grid.size, options.get("spacing", 1)) if grid else (self._lengths(source), 1)
-        are_equal, made = self._are_equal(grid), _unchanged
-        make: Callable[[], Sum] | None = None
+        sign, measure = -1 if how == "amin" else 1, None
+        finish: Callable[..., Any] = torch.div
+        join: Callable[[Tensor, Tensor], Tensor] = torch.add
         if call is functional.global_max or (call is functional.global_reduce and how in ("amax", "amin")):
-            make = partial(steps.Largest, -1 if how == "amin" else 1)
+            measure, join, finish = (
+                partial(steps.largest, sign=sign),
+                torch.maximum,
+                lambda found: found * sign,
+            )
         elif call in (functional.global_mean, functional.global_reduce):
-            samples = math.prod(-(-length // spacing) for length in size)
-            make = partial(steps.Moments, 0, how in ("var", "std", "norm"), are_equal)
-            made = partial(_reduced, how=how, samples=samples, correction=options.get("correction", 1))
+            squares, samples = how in ("var", "std", "norm"), math.prod(-(-n // spacing) for n in size)
+            measure = partial(steps.sums, squares=squares, are_equal=self._are_equal(grid))
+            finish = partial(steps.reduced, how=how, samples=samples, correction=options.get("correction", 1))
         elif call is functional.pool_to_bins:
-            bins, largest = options["size"], options.get("largest", False)
-            make = partial(steps.Bins, size, bins, largest)
+            kind: dict[str, Any] = {
+                "size": size,
+                "bins": options["size"],
+                "is_largest": options.get("largest", False),
+            }
+            measure = partial(steps.bins_of_rows, **kind)
             if grid:
-                make = partial(element_steps.BinsOfElements, size, bins, largest, spacing, are_equal)
-        layout = options.get("layout", NCHW) if grid else self.spatial.facts.layout(source)
+                more: dict[str, Any] = {"spacing": spacing, "are_equal": self._are_equal(grid)}
+                measure = partial(element_steps.bins_of_elements, **kind, **more)
+            if kind["is_largest"]:
+                join, finish = torch.maximum, lambda found: found
+        layout = options.get("layout", NCHW) if grid else _layout(source)
         is_over_all = set(dims) == {1, 2, 3} and how in ("mean", "sum", "amax", "amin")
-        if make is None or not (tuple(dims) == image_dims(layout) or is_over_all):
+        if measure is None or not (tuple(dims) == image_dims(layout) or is_over_all):
             axes = "the whole batch" if 0 in dims else "a part of the axes of a map"
-            why = _NEEDS["image"] if make is None else f"it reads {axes} at once"
-            raise self._refusal(node, why)
-        if grid is None and layout != NCHW:
-            make = partial(steps.OfPermuted, make, tuple(map(layout.index, NCHW)))
-        over = getattr(torch, how) if is_over_all else None
-        self._add_sum(node, source, make, lambda found: _over(over, made(found)).view(shape).to(dtype))
+            raise self._refusal(node, _NEEDS["image"] if measure is None else f"it reads {axes} at once")
+        of_map, order = measure, tuple(map(layout.index, NCHW)) if grid is None and layout != NCHW else None
 
-    def _add_sum(
-        self, key: Key, source: fx.Node, make: Callable[[], Sum], made: Callable[[Any], Any]
-    ) -> None:
-        self.reading.sums[key] = WholeImage(source, make, made)
-        self.reading.passes[key] = self.reading.passes.get(source, 0) + 1
+        def measured(rows: Any, first: int) -> list[Tensor]:
+            return of_map(rows.permute(order) if order else rows, first)
+
+        def finished(*found: Tensor) -> Tensor:
+            value = finish(*found)
+            return (getattr(torch, how)(value, 1) if is_over_all else value).view(shape).to(dtype)
+
+        self._add_sum(node, WholeImage(source, measured, finished, join))
+
+    def _add_sum(self, key: Key, one: WholeImage) -> None:
+        self.sums[key] = one
+        self.passes[key] = self.passes.get(one.source, 0) + 1
 
     # -- reading the graph ---------------------------------------------------------------------------
 
     def _source(self, node: fx.Node) -> fx.Node:
         """The map that a node reads."""
         source: Any = node.args[0] if node.args else next(iter(node.kwargs.values()))
-        if source not in self.reading.number:
-            if len(self.reading.shapes.get(source, ())) != 4:
+        if source not in self.number:
+            if len(self.seen.shapes.get(source, ())) != 4:
                 raise self._refusal(node, "what it reads is no map")
             self._note_axis(source, 2)  # a value that is there as a whole, such as another input
         return source
 
-    def _size(self, node: fx.Node) -> tuple[int, int]:
-        shape = self.reading.shapes[node]
-        return shape[2], shape[3]
-
     def _lengths(self, node: fx.Node) -> tuple[int, int]:
         """Height and width of a map of any axes."""
-        layout, shape = self.spatial.facts.layout(node), self.reading.shapes[node]
+        layout, shape = _layout(node), self.seen.shapes[node]
         return shape[layout.index("h")], shape[layout.index("w")]
 
-    def _resolved(self, value: Any) -> Any:
-        """The value of an argument of a treatment."""
+    def _number(self, value: Any) -> Any:
+        """A value with numbers in place of their nodes."""
+        return map_arg(value, lambda read: self.seen.numbers.get(read, read))
+
+    def _arguments(self, node: fx.Node) -> dict[str, Any]:
+        """The arguments of a node's treatment, with the values of weights and numbers."""
+        return {name: self._resolved(value, node) for name, value in _acts(node).arguments}
+
+    def _resolved(self, value: Any, node: fx.Node) -> Any:
+        """The value of an argument of a node's treatment."""
+        if isinstance(value, Operand):
+            if value.place < 0:
+                raise self._refusal(node, "a window is computed from what it does not read")
+            value = node.all_input_nodes[value.place]
         if isinstance(value, Attribute):
-            return operator.attrgetter(value.path)(self.net)
+            return operator.attrgetter(value.path)(self.seen.net)
         if isinstance(value, Call):
-            args = [self._resolved(part) for part in value.args]
+            args = [self._resolved(part, node) for part in value.args]
             return value.target(*args, **value.kwargs) if callable(value.target) else args[0]
         if isinstance(value, (tuple, list)):
-            return type(value)(self._resolved(part) for part in value)
+            return type(value)(self._resolved(part, node) for part in value)
         if isinstance(value, fx.Node):
             return self._constant(value)
         return value
@@ -715,13 +616,13 @@ class BandReader:
     def _constant(self, node: fx.Node) -> Any:
         """The value of a node that does not depend on the call, such as a weight that is computed from another."""
         if node.op == "get_attr":
-            return self.run.fetch_attr(str(node.target))
-        if node in self.reading.numbers:
-            return self.reading.numbers[node]
-        if node.op == "placeholder" or self._has_map(node) or node in self.reading.sums:
+            return self.seen.own.fetch_attr(str(node.target))
+        if node in self.seen.numbers:
+            return self.seen.numbers[node]
+        if node.op == "placeholder" or self._has_map(node) or node in self.sums:
             raise self._refusal(node, "a window is computed from it")
         args, kwargs = (map_arg(part, self._constant) for part in (node.args, node.kwargs))
-        return getattr(self.run, node.op)(node.target, args, kwargs)
+        return getattr(self.seen.own, node.op)(node.target, args, kwargs)
 
     def _refuse_unless_rowwise(self, node: fx.Node, treatment: Treatment) -> None:
         """Refuse an operation that does not act on each row alone as it is called."""
@@ -729,9 +630,9 @@ class BandReader:
             return
         operation, layouts = (
             treatment.operation,
-            {self.spatial.facts.layout(one) for one in self._maps_of(node)},
+            {_layout(one) for one in self._maps_of(node)},
         )
-        layouts |= {self.spatial.facts.layout(node)} if node in self.reading.shapes else set()
+        layouts |= {_layout(node)} if node in self.seen.shapes else set()
         on_rows = operation is None or operation.reads == "element"
         if (
             treatment.kind not in ("pointwise", "join")
@@ -743,21 +644,32 @@ class BandReader:
     def _refuse_changes_that_others_read(self) -> None:
         """Refuse an operation in place if what it changes is read by something behind it, but through its result: rows
         are changed in a copy."""
-        places = {node: place for place, node in enumerate(self.reading.graph.nodes)}
-        for node, sources in self.reading.changed.items():
-            changed = set().union(*(self.reading.memories[source] for source in sources))
-            for other, memories in self.reading.memories.items():
+        places = {node: place for place, node in enumerate(self.seen.graph.nodes)}
+        for node, sources in self.seen.changed.items() if any(self.seen.changed.values()) else ():
+            changed = set().union(*(self.seen.memories[source] for source in sources))
+            for other, memories in self.seen.memories.items():
                 is_read = any(places[user] > places[node] for user in other.users)
                 if places[other] < places[node] and memories & changed and is_read:
                     raise self._refusal(node, "it changes in place what others read")
 
     def _refusal(self, node: fx.Node, why: str) -> CannotConvert:
+        path = str(node.target) if node.op == "call_module" else module_of(node)
         return CannotConvert(
             "the network cannot be computed in bands of rows.",
-            where=", ".join(filter(None, (node.name, self.spatial.facts.path(node), source_line(node)))),
+            where=", ".join(filter(None, (node.name, path, source_line(node)))),
             why=f"{why.rstrip('.')}.",
             next="run it whole: net.optimize() without memory=.",
         )
+
+
+def _acts(node: fx.Node) -> Treatment:
+    """Return how a node acts on dense maps; see `rewrite.acts_of`."""
+    return node.meta.get(ACTS) or Treatment("barrier", f"no rule for {node.name}")
+
+
+def _layout(node: fx.Node) -> str:
+    """Return the axes of a node's value; "" if it is no map."""
+    return _acts(node).layout
 
 
 def copied(value: Any) -> Any:
@@ -783,15 +695,6 @@ def _scaling(options: dict[str, Any]) -> Scaling:
     return Scaling(**{name: options.get(name) for name in names}, mode=options.get("mode", "nearest"))
 
 
-def _over(reduce: Any, found: Tensor) -> Tensor:
-    """Reduce a value (1, C) over its channels, if it is to be."""
-    return reduce(found, 1) if reduce else found
-
-
-def _unchanged(found: Any) -> Any:
-    return found
-
-
 def uniform(geometry: Geometry, level: int, size: tuple[int, int], batch: int = 1) -> Lattice:
     """Return the lattice of pictures with all cells at a level, without memory for its level map."""
     levels = torch.tensor(level, dtype=torch.int8).expand(batch, *size)
@@ -808,15 +711,3 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_number, value))
     return isinstance(value, (int, float, str, bool, type(None), torch.dtype, torch.device))
-
-
-def _reduced(moments: tuple[Tensor, Tensor | None], how: str, samples: int, correction: int) -> Tensor:
-    """Return what a reduction over the image gives from mean and variance (1, C)."""
-    mean, variance = moments
-    if how in ("mean", "sum"):
-        return mean * (samples if how == "sum" else 1)
-    assert variance is not None
-    if how == "norm":
-        return ((variance + mean.square()) * samples).sqrt()
-    variance = variance.clamp(min=0) * (samples / max(samples - correction, 1))
-    return variance.sqrt() if how == "std" else variance

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,51 +24,34 @@ from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.resizing import Scaling, read_at
 from cadsurgery.network.bands.schedule import SAME, RowsRead
 
-Fetch = Callable[[fx.Node, int, int], Any]  # rows [first, end) of the map of a node
 
-
-class BandStep(Protocol):
-    """The computation of the map of a node."""
-
-    @property
-    def reads(self) -> list[tuple[fx.Node, RowsRead]]:
-        """The nodes whose maps it reads, and which rows of them."""
-        ...
-
-    @property
-    def copies(self) -> list[fx.Node]:
-        """Those of them whose rows are copied while it runs."""
-        ...
-
-    def compute(self, fetch: Fetch, first: int, end: int) -> Any:
-        """Return rows [first, end) of the map."""
-        ...
-
-
-@dataclass
-class Pointwise:
-    """An operation that acts on each row alone.
+@dataclass(eq=False)
+class BandStep:
+    """The computation of the map of a node.
 
     Attributes:
-        nodes: the nodes whose maps it reads.
-        call: called with the rows of these maps by node.
-        others: of maps on other grids, the rows that are read, and the height.
+        reads: the nodes whose maps it reads, and which rows of them.
+        compute: returns rows [first, end) of the map from the rows of each of these, given `first`, `end` and the
+            number of the first row that is read of the first map.
+        copies: those of them whose rows are copied while it runs.
+        table: what its kernel map depends on, and the bytes of that for each element; None if it has none.
+        forget_table: frees the kernel map of rows [first, end).
     """
 
-    nodes: Sequence[fx.Node]
-    call: Callable[[dict[fx.Node, Any]], Any]
-    others: dict[fx.Node, tuple[RowsRead, int]] = field(default_factory=dict)
+    reads: list[tuple[fx.Node, RowsRead]]
+    compute: Callable[[list[Any], int, int, int], Any]
     copies: list[fx.Node] = field(default_factory=list)
+    table: tuple[Any, int] | None = None
+    forget_table: Callable[[int, int], None] | None = None
 
-    @property
-    def reads(self) -> list[tuple[fx.Node, RowsRead]]:
-        """The same rows of each map, but of those on other grids."""
-        return [(node, self.others[node][0] if node in self.others else SAME) for node in self.nodes]
 
-    def compute(self, fetch: Fetch, first: int, end: int) -> Any:
-        """Return rows [first, end) of the map."""
-        places = {node: rows.within(first, end, height) for node, (rows, height) in self.others.items()}
-        return self.call({node: fetch(node, *places.get(node, (first, end))) for node in self.nodes})
+def pointwise(
+    nodes: Sequence[fx.Node], call: Callable[..., Any], others: dict[fx.Node, RowsRead] | None = None
+) -> BandStep:
+    """An operation that acts on each row alone, called with the rows of maps by node; `others` tells what is read of
+    maps on other grids."""
+    reads = [(node, (others or {}).get(node, SAME)) for node in nodes]
+    return BandStep(reads, lambda rows, *_: call(dict(zip(nodes, rows, strict=True))))
 
 
 def rows_of_window(window: Window, height: int) -> RowsRead:
@@ -84,60 +67,48 @@ def rows_of_window(window: Window, height: int) -> RowsRead:
     return rows.with_rows(height - 1 - bottom, top)  # what is reflected at a border lies in front of it
 
 
-@dataclass
-class Windowed:
-    """A convolution or pooling.
+def windowed(
+    node: fx.Node,
+    window: Window,
+    size: tuple[int, int],
+    width: int,
+    apply: Callable[[Tensor, int, Tensor | None], Tensor],
+    residual: fx.Node | None = None,
+    pads: bool = True,
+) -> BandStep:
+    """A convolution, or the padding of a map.
 
-    Attributes:
+    Args:
         node: the node whose map it reads.
         window: kernel, stride, dilation, padding; see `Window`.
         size: (height, width) of that map.
         width: of the result.
-        apply: computes the operation on padded rows; the last argument is padding of the width that is left to it.
-        outside: value of the padding.
+        apply: computes the operation on padded rows; the last arguments are padding of the width that is left to it,
+            and rows that are added.
         residual: node of a map that is added, if any.
         pads: true if `apply` takes padding of the width; otherwise it is given padded rows.
     """
+    (height, length), outside, (top, _, pad, _) = size, window.outside or 0.0, window.padding
+    down, across = (step * (taps - 1) for step, taps in zip(window.dilation, window.kernel, strict=True))
+    right = (width - 1) * window.stride + across + 1 - pad - length
+    is_left = (
+        pads and window.mode == "zeros" and outside == 0.0 and pad >= 0 and 0 <= pad - right < window.stride
+    )
 
-    node: fx.Node
-    window: Window
-    size: tuple[int, int]
-    width: int
-    apply: Callable[[Tensor, int, Tensor | None], Tensor]
-    outside: float
-    residual: fx.Node | None = None
-    pads: bool = True
-
-    @property
-    def reads(self) -> list[tuple[fx.Node, RowsRead]]:
-        """The rows under the window, and those that are added."""
-        more = [(self.residual, SAME)] if self.residual is not None else []
-        return [(self.node, rows_of_window(self.window, self.size[0])), *more]
-
-    @property
-    def copies(self) -> list[fx.Node]:
-        """What is read of several bands is copied."""
-        return [self.node] if self.window.kernel[0] > 1 else []
-
-    def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
-        """Return rows [first, end) of the map."""
-        window, (height, width) = self.window, self.size
-        top, _, left, _ = window.padding
-        down, across = (step * (taps - 1) for step, taps in zip(window.dilation, window.kernel, strict=True))
+    def compute(rows: list[Tensor], first: int, end: int, begin: int) -> Tensor:
+        more, x = rows[1] if residual is not None else None, rows.pop(0)  # which is freed once it is padded
         above = max(0, top - first * window.stride)
         below = max(0, (end - 1) * window.stride - top + down + 1 - height)
-        right = (self.width - 1) * window.stride + across + 1 - left - width
-        begin, stop = rows_of_window(window, height).within(first, end, height)
-        x = fetch(self.node, begin, stop)
-        more = fetch(self.residual, first, end) if self.residual is not None else None
-        is_left = self.pads and window.mode == "zeros" and self.outside == 0.0
-        if not is_left or left < 0 or not 0 <= left - right < window.stride:
-            x, left = _padded(x, (left, right, above, below), window.mode, self.outside), 0
+        if not is_left:
+            x = _padded(x, (pad, right, above, below), window.mode, outside)
         elif above or below:
-            x = F.pad(x, (0, 0, above, below), value=self.outside)
+            x = F.pad(x, (0, 0, above, below), value=outside)
         start = max(0, (first * window.stride - top + above) - begin)  # rows read for their reflection alone
         x = x[:, :, start : start + (end - 1 - first) * window.stride + down + 1]
-        return self.apply(x, left, more)
+        return apply(x, pad if is_left else 0, more)
+
+    reads = [(node, rows_of_window(window, height))] + ([(residual, SAME)] if residual is not None else [])
+    return BandStep(reads, compute, [node] if window.kernel[0] > 1 else [])
 
 
 def _padded(x: Tensor, pads: tuple[int, int, int, int], mode: str, value: float) -> Tensor:
@@ -157,119 +128,47 @@ def convolution_by(module: PackedConv, window: Window) -> Callable[[Tensor, int,
     return apply
 
 
-class Mean:
-    """An average pooling, as `Windowed`: sums of padded rows, and of ones for the divisor."""
+def called(node: fx.Node, window: Window, height: int, call: Callable[..., Tensor]) -> BandStep:
+    """Any operation with a window, called as it is with the rows under the window by node. It pads them by itself, also
+    where the map does not end; the rows of the result that lie there are computed in vain, and cut off.
 
-    def __init__(self, windowed: Windowed, divisor: int | None, counts_padding: bool) -> None:
-        self.windowed, self.divisor, self.counts_padding = windowed, divisor, counts_padding
-        self.reads, self.copies = windowed.reads, windowed.copies
-
-    def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
-        """Return rows [first, end) of the map."""
-        sums = self.windowed.compute(fetch, first, end)
-        if self.divisor is not None:
-            return sums / self.divisor
-        window, size = self.windowed.window, self.windowed.size
-        along = []
-        for axis, places in enumerate((range(first, end), range(self.windowed.width))):
-            before, after = window.padding[2 * axis : 2 * axis + 2] if self.counts_padding else (0, 0)
-            taps = range(window.kernel[axis])
-            starts = [place * window.stride - window.padding[2 * axis] for place in places]
-            along.append([sum(-before <= at + tap < size[axis] + after for tap in taps) for at in starts])
-        counts = torch.tensor(along[0]).unsqueeze(1) * torch.tensor(along[1])
-        return sums / counts.to(sums)
-
-
-@dataclass
-class SpreadRows:
-    """A transposed convolution; see `Window.finer`.
-
-    Attributes:
+    Args:
         node: the node whose map it reads.
-        window: see `Window`.
-        height: of that map.
-        width: of the result.
-        weight: (C, O / groups, kh, kw), as torch takes it.
-        bias: (O,) or None.
-        groups: channel groups.
+        window: kernel, stride, dilation and padding; see `Window`.
+        height: of the map.
+        call: the operation.
     """
+    window, is_same = window.fit((height, height)), window.same
+    rows, stride, finer = rows_of_window(window, height), window.stride, window.finer
+    (top, bottom), span = window.padding[:2], window.dilation[0] * (window.kernel[0] - 1)
+    most = (height - 1 - max(0, bottom)) // stride * stride
 
-    node: fx.Node
-    window: Window
-    height: int
-    width: int
-    weight: Tensor
-    bias: Tensor | None
-    groups: int
+    def first(row: int) -> int:
+        if finer > 1:
+            return min(rows.first(row), row // finer)
+        return min((row - max(0, -(-top // stride))) * stride, most)
 
-    @property
-    def reads(self) -> list[tuple[fx.Node, RowsRead]]:
-        """The rows whose taps reach a row of the result."""
-        return [(self.node, rows_of_window(self.window, self.height))]
+    def last(row: int) -> int:
+        if finer > 1:
+            return max(rows.last(row), -(-(row + top + bottom - span) // finer))
+        end = rows.last(row) + max(0, -bottom)
+        return end + (height - 1 - end) % stride if is_same else end  # what it pads depends on the rest
 
-    @property
-    def copies(self) -> list[fx.Node]:
-        """What is read of several bands is copied."""
-        return [self.node]
+    def compute(found: list[Tensor], first: int, end: int, begin: int) -> Tensor:
+        start = first - begin * finer // stride
+        return call({node: found[0]})[:, :, start : start + end - first]
 
-    def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
-        """Return rows [first, end) of the map."""
-        window, rows = self.window, rows_of_window(self.window, self.height)
-        begin, stop = rows.within(first, end, self.height)
-        start = first + window.padding[0] - window.finer * begin
-        taken = slice(start, start + end - first), slice(window.padding[2], window.padding[2] + self.width)
-        out = fetch(self.node, begin, stop) if stop > begin else None
-        if out is not None:
-            out = F.conv_transpose2d(out, self.weight, None, window.finer, 0, 0, self.groups)
-            out = F.pad(
-                out, (0, max(0, taken[1].stop - out.shape[3]), 0, max(0, taken[0].stop - out.shape[2]))
-            )
-            out = out[:, :, taken[0], taken[1]]
-        else:  # below the last row that is spread
-            channels = self.weight.shape[1] * self.groups
-            out = self.weight.new_zeros(1, channels, end - first, self.width)
-        return out if self.bias is None else out + self.bias.view(-1, 1, 1)
+    return BandStep([(node, RowsRead(first, last))], compute, [node])
 
 
-@dataclass
-class Finer:
-    """An operation that makes a whole number of rows of each row, such as depth to space.
-
-    Attributes:
-        node: the node whose map it reads.
-        factor: the number of rows.
-        call: called with the rows of this map by node.
-    """
-
-    node: fx.Node
-    factor: int
-    call: Callable[[dict[fx.Node, Any]], Tensor]
-    copies: list[fx.Node] = field(default_factory=list)
-
-    @property
-    def reads(self) -> list[tuple[fx.Node, RowsRead]]:
-        """The row that a row is made of."""
-        return [(self.node, RowsRead(lambda row: row // self.factor, lambda row: row // self.factor))]
-
-    def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
-        """Return rows [first, end) of the map."""
-        begin, stop = first // self.factor, -(-end // self.factor)
-        start = first - begin * self.factor
-        return self.call({self.node: fetch(self.node, begin, stop)})[:, :, start : start + end - first]
-
-
-class Resized:
+def resized(node: fx.Node, size: tuple[int, int], scaling: Scaling, dtype: torch.dtype) -> BandStep:
     """A resize of a map (height, width) by torch's interpolation."""
+    down, across = scaling.places(size, 1, dtype, torch.device("cpu"))
 
-    def __init__(self, node: fx.Node, size: tuple[int, int], scaling: Scaling, dtype: torch.dtype) -> None:
-        self.node, self.height, self.copies = node, size[0], [node]
-        self.places = scaling.places(size, 1, dtype, torch.device("cpu"))
-        self.reads = [(node, RowsRead(*entries(self.places[0], size[0])))]
+    def compute(rows: list[Tensor], first: int, end: int, begin: int) -> Tensor:
+        return read_at(rows[0], [down[first:end] - begin, across])
 
-    def compute(self, fetch: Fetch, first: int, end: int) -> Tensor:
-        """Return rows [first, end) of the map."""
-        begin, stop = self.reads[0][1].within(first, end, self.height)
-        return read_at(fetch(self.node, begin, stop), [self.places[0][first:end] - begin, self.places[1]])
+    return BandStep([(node, RowsRead(*entries(down, size[0])))], compute, [node])
 
 
 def entries(places: Tensor, height: int) -> tuple[Callable[[int], int], Callable[[int], int]]:
@@ -285,32 +184,20 @@ def _entry(table: list[int], ratio: float, row: int) -> int:
     return table[row] if row >= 0 else math.floor(row * ratio)
 
 
-class Sum(Protocol):
-    """A value of the whole image, made of sums over its rows."""
+class WholeImage(NamedTuple):
+    """A value of the whole image, made of what bands of a map give.
 
-    def add(self, rows: Any, first: int) -> None:
-        """Take in rows of the map from `first` on."""
-        ...
+    Attributes:
+        source: node of the map that it is of.
+        measure: returns tensors from rows of the map and the number of the first of them.
+        finish: makes the value from these, joined over all bands.
+        join: what joins two of them.
+    """
 
-    def finish(self) -> Any:
-        """Return the value."""
-        ...
-
-
-class OfPermuted:
-    """A value of a map with other axes than (1, C, H, W)."""
-
-    def __init__(self, make: Callable[[], Sum], order: tuple[int, ...]) -> None:
-        """Take what makes the sums, and the order that gives a map these axes."""
-        self.sum, self.order = make(), order
-
-    def add(self, rows: Tensor, first: int) -> None:
-        """Take in rows of the map from `first` on."""
-        self.sum.add(rows.permute(self.order), first)
-
-    def finish(self) -> Any:
-        """Return the value."""
-        return self.sum.finish()
+    source: fx.Node
+    measure: Callable[[Any, int], list[Tensor]]
+    finish: Callable[..., Any]
+    join: Callable[[Tensor, Tensor], Tensor] = torch.add
 
 
 def _values(rows: Any) -> Tensor:
@@ -319,94 +206,62 @@ def _values(rows: Any) -> Tensor:
     return values
 
 
-class Moments:
-    """Mean and, with `squares`, variance of each channel, or of each of several groups of channels. Elements are
-    weighed by the area of their cells."""
-
-    def __init__(self, groups: int = 0, squares: bool = False, are_equal: bool = True) -> None:
-        """Take the number of groups, or 0 for channels, and whether all elements weigh the same."""
-        self.groups, self.squares, self.are_equal = groups, squares, are_equal
-        self.weight, self.sums = 0.0, list[Tensor]()
-
-    def add(self, rows: Any, first: int) -> None:
-        """Take in rows of the map."""
-        values = _values(rows).double()
-        each = [values, values.square()] if self.squares else [values]
-        if self.are_equal:
-            weight, sums = float(len(values)), [one.sum(0, keepdim=True) for one in each]
-        else:
-            areas = rows.lattice.areas.double().unsqueeze(0)
-            weight, sums = float(areas.sum()), [areas @ one for one in each]
-        if self.groups:
-            sums = [one.view(1, self.groups, -1).mean(2) for one in sums]
-        self.sums = [one + other for one, other in zip(self.sums, sums, strict=True)] if self.sums else sums
-        self.weight += weight
-
-    def finish(self) -> tuple[Tensor, Tensor | None]:
-        """Return mean and variance (1, C), float64."""
-        mean = self.sums[0] / self.weight
-        return mean, self.sums[1] / self.weight - mean.square() if self.squares else None
+def sums(rows: Any, _: int, groups: int = 0, squares: bool = False, are_equal: bool = True) -> list[Tensor]:
+    """Return the weight of rows, the sum of each channel or, if they are so many, group of channels (1, C), and with
+    `squares` the sum of squares, float64. Elements are weighed by the area of their cells unless these are equal."""
+    values = _values(rows).double()
+    each = [values, values.square()] if squares else [values]
+    if are_equal:
+        weight, found = values.new_tensor(len(values)), [one.sum(0, keepdim=True) for one in each]
+    else:
+        areas = rows.lattice.areas.double().unsqueeze(0)
+        weight, found = areas.sum(), [areas @ one for one in each]
+    return [weight, *(one.view(1, groups, -1).mean(2) if groups else one for one in found)]
 
 
-class Largest:
-    """The largest value of each channel (1, C), or the smallest."""
-
-    def __init__(self, sign: int = 1) -> None:
-        self.sign = sign
-        self.found: Tensor | None = None
-
-    def add(self, rows: Any, first: int) -> None:
-        """Take in rows of the map."""
-        of_rows = (_values(rows) * self.sign).amax(0, keepdim=True)
-        self.found = of_rows if self.found is None else torch.maximum(self.found, of_rows)
-
-    def finish(self) -> Tensor:
-        """Return the values."""
-        assert self.found is not None
-        return self.found * self.sign
+def moments(weight: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance (1, C) from `sums`."""
+    mean = total / weight
+    return mean, squares / weight - mean.square()
 
 
-class Bins:
-    """Adaptive pooling to a small map (1, C, bins, bins): means, or the largest values."""
+def reduced(weight: Tensor, *found: Tensor, how: str, samples: int, correction: int) -> Tensor:
+    """Return what a reduction over the image gives from `sums`."""
+    if how in ("mean", "sum"):
+        return found[0] / weight * (samples if how == "sum" else 1)
+    mean, variance = moments(weight, *found)
+    if how == "norm":
+        return ((variance + mean.square()) * samples).sqrt()
+    variance = variance.clamp(min=0) * (samples / max(samples - correction, 1))
+    return variance.sqrt() if how == "std" else variance
 
-    def __init__(self, size: tuple[int, int], bins: tuple[int, int], largest: bool) -> None:
-        self.bins, self.largest = bins, largest
-        self.spans = [
-            [(i * n // b, -(-(i + 1) * n // b)) for i in range(b)] for n, b in zip(size, bins, strict=True)
-        ]
-        self.found: Tensor | None = None
 
-    def add(self, rows: Tensor, first: int) -> None:
-        """Take in rows of the map from `first` on."""
-        if self.found is None:
-            start = -math.inf if self.largest else 0.0
-            kind = rows.dtype if self.largest else torch.float64
-            self.found = torch.full((*rows.shape[:2], *self.bins), start, dtype=kind)
-        for i, (top, bottom) in enumerate(self.spans[0]):
-            part = rows[:, :, max(top - first, 0) : max(bottom - first, 0)]
-            if not part.shape[2]:
-                continue
-            for j, (left, right) in enumerate(self.spans[1]):
-                of_bin = part[..., left:right]
-                if self.largest:
-                    self.found[..., i, j] = torch.maximum(self.found[..., i, j], of_bin.amax((2, 3)))
-                else:
-                    self.found[..., i, j] += of_bin.double().sum((2, 3))
+def largest(rows: Any, _: int, sign: int = 1) -> list[Tensor]:
+    """Return the largest value of each channel (1, C), or the smallest with its sign changed."""
+    return [(_values(rows) * sign).amax(0, keepdim=True)]
 
-    def finish(self) -> Tensor:
-        """Return the small map."""
-        assert self.found is not None
-        if self.largest:
-            return self.found
-        heights, widths = (torch.tensor([stop - start for start, stop in axis]) for axis in self.spans)
-        return self.found / (heights.unsqueeze(1) * widths)
+
+def bins_of_rows(
+    rows: Tensor, first: int, size: tuple[int, int], bins: tuple[int, int], is_largest: bool
+) -> list[Tensor]:
+    """Return sums and areas of the bins of adaptive pooling (1, C, *bins) in rows of a map, or the largest values."""
+    kind, start = (rows.dtype, -math.inf) if is_largest else (torch.float64, 0.0)
+    found, areas = (torch.full((*shape, *bins), start, dtype=kind) for shape in (rows.shape[:2], ()))
+    spans = [[(i * n // b, -(-(i + 1) * n // b)) for i in range(b)] for n, b in zip(size, bins, strict=True)]
+    for i, (top, bottom) in enumerate(spans[0]):
+        part = rows[:, :, max(top - first, 0) : max(bottom - first, 0)]
+        for j, (left, right) in enumerate(spans[1]) if part.shape[2] else ():
+            of_bin = part[..., left:right]
+            found[..., i, j] = of_bin.amax((2, 3)) if is_largest else of_bin.double().sum((2, 3))
+            areas[i, j] = of_bin.shape[2] * of_bin.shape[3]
+    return [found] if is_largest else [found, areas]
 
 
 def affine_of(
-    moments: tuple[Tensor, Tensor], channels: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    *found: Tensor, channels: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return factor and shift (channels,), float64, of a group norm from mean and variance (1, groups)."""
-    mean, variance = (one[0].repeat_interleave(channels // one.shape[1]) for one in moments)
+    """Return factor and shift (channels,), float64, of a group norm from `sums` of its groups."""
+    mean, variance = (one[0].repeat_interleave(channels // one.shape[1]) for one in moments(*found))
     scale = (variance.clamp(min=0) + eps).rsqrt()
     scale = scale if weight is None else scale * weight.double()
     shift = -mean * scale

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,17 +81,14 @@ def _beyond_float16(net: AdaptiveModel, image: Tensor) -> tuple[str, float] | No
             return f"the weights {name}", float(weight.abs().max())
     found: list[tuple[str, float]] = []
 
-    class Watching(GraphInterpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            tensor = value.rows if isinstance(value, Elements) else value
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
-                largest = float(tensor.abs().max())
-                if largest > _LARGEST and math.isfinite(largest):
-                    found.append((_words_for(n), largest))
-            return value
+    def note(node: fx.Node, value: Any, _: Any) -> None:
+        tensor = value.rows if isinstance(value, Elements) else value
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
+            largest = float(tensor.abs().max())
+            if largest > _LARGEST and math.isfinite(largest):
+                found.append((_words_for(node), largest))
 
-    wide._program = wide.program.interpreted_by(Watching)
+    wide._program = wide.program.interpreted_by(partial(GraphInterpreter, note=note))
     try:
         wide(image.float())
     except Exception:  # operations of users' own may know no other type

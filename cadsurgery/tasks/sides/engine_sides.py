@@ -18,7 +18,6 @@ from cadsurgery.data.images import resized
 from cadsurgery.masks import MaskProvider
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export import INT8, export
-from cadsurgery.network.export.dense_file import write_dense
 from cadsurgery.network.export.engine import Engine
 from cadsurgery.network.export.engines import ENGINES, options_for
 from cadsurgery.network.export.int8 import to_8_bits
@@ -30,6 +29,7 @@ from cadsurgery.support.memory import in_mebibytes
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.tasks.open import pictures_like
 from cadsurgery.tasks.side import Side
+from cadsurgery.tasks.sides.dense_file import write_dense
 from cadsurgery.tasks.task_options import Benchmark
 
 Call = Callable[[Tensor], Any]
