@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,14 +23,20 @@ from cadsurgery.data.stores import is_remote
 from cadsurgery.support.errors import FileError, InvalidInput, warn
 from cadsurgery.support.files import as_file_error, make_folder, write_whole
 from cadsurgery.support.memory import bytes_of
+from cadsurgery.support.progress import Step, silent
 from cadsurgery.tasks.figures import CLASSES, palette
 
 Count = Callable[[Tensor, int], Counter[int]]  # the pixels of each class of rows (rows, W) of so many classes
 
 
-def target_for(source: str, target: str, memory: str) -> str:
-    """Return where the prediction of a picture goes: into a TIFF file if it is read in rows, because as float32 it
-    takes more than the memory for maps."""
+def target_for(source: str, target: str, memory: str, *, is_plain: bool = True) -> str:
+    """Return where the prediction of a picture goes: with a memory for maps, into a TIFF file if the picture can be
+    read in rows, however much the memory is, so that a run goes on with more or less of it.
+
+    Args:
+        is_plain: False if pictures are resized or drawn upon. Then only those are read in rows that take more than the
+            memory as float32, and refused.
+    """
     if not memory or is_remote(source) or is_remote(target) or not tiff.is_tiff(tiff.split_page(source)[0]):
         return target
     try:
@@ -37,7 +44,7 @@ def target_for(source: str, target: str, memory: str) -> str:
     except FileError:  # what cannot be read in rows may still be read whole
         return target
     file.close()
-    is_large = 4 * file.shape[0] * file.shape[1] * file.shape[2] > bytes_of(memory)
+    is_large = is_plain or 4 * file.shape[0] * file.shape[1] * file.shape[2] > bytes_of(memory)
     return str(Path(target).with_suffix(".tif")) if is_large else target
 
 
@@ -149,9 +156,18 @@ class _WrittenRows:
 
 
 def predict_large(
-    net: Any, picture: LargePicture, target: str, made_by: dict[str, Any], count: Count
+    net: Any,
+    picture: LargePicture,
+    target: str,
+    made_by: dict[str, Any],
+    count: Count,
+    stopped: threading.Event,
+    step: Step = silent,
 ) -> dict[str, Any]:
     """Predict a picture in rows and write the classes of its pixels; of a network with one channel its values.
+
+    Once `stopped` is set it ends behind the band that is computed, and the row says `interrupted`. `step` is told the
+    rows that are done, from which the time that is left follows.
 
     What a run that was ended has written of the same picture, by the same settings, is not computed again.
 
@@ -176,12 +192,17 @@ def predict_large(
             warn_of_position(picture.path, sizes, next)
             position = ()
         part.begin(size, channels, position)
+        name = Path(picture.path).name
+        step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
         for first, rows in result:
             values = rows[0].float() if channels == 1 else rows.float().argmax(0)
             new = values[max(part.rows - first, 0) :]
             now = time.perf_counter()
             part.write(first, values, count(new, channels), 1e3 * (now - start))
             start = now
+            step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
+            if stopped.is_set() and part.rows < size[0]:
+                return {"interrupted": True, "rows": [part.rows, size[0]]}
     part.finish()
     levels = result.levels if any(result.levels.stride()) else result.levels.flatten()[:1]
     shares = [int((levels == level).sum()) / levels.numel() for level in range(net.geometry.max_level + 1)]

@@ -33,7 +33,7 @@ from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInst
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.pipeline import ahead
 from cadsurgery.support.processes import own_device
-from cadsurgery.support.progress import Step
+from cadsurgery.support.progress import Step, silent
 from cadsurgery.tasks.clip_parts import FRAMES, ClipParts, Seen
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.evaluation import refuse_images
@@ -44,6 +44,7 @@ from cadsurgery.tasks.open import read_by
 from cadsurgery.tasks.sides import kind_of
 
 _MULTIPLES = (1, 8, 16, 32, 64, 128)  # of pixels, to which pictures that a network refuses are padded
+STOPPED = threading.Event()  # set where a process of several is to end its large pictures
 Row = dict[str, Any]  # what happened to an image or a clip, as plain values; a failure has no `output`
 
 
@@ -133,6 +134,8 @@ class Predictor:
         net: the network.
         kind: its kind, if a method made it.
         source: its source, for which images are normalised.
+        stopped: set to end a picture that is computed in bands behind the current one.
+        step: progress callback for such pictures.
         names: names of its classes; empty if unknown.
     """
 
@@ -145,6 +148,7 @@ class Predictor:
         options = {} if self.kind is not None else options
         self.net: Any = converted.optimize(**options)  # type: ignore[operator]
         self._dtype = torch.bfloat16 if settings.precision == BFLOAT16 else None
+        self.stopped, self.step = STOPPED, silent
         self._multiples: dict[torch.Size, int] = {}  # to which pictures of a size are padded; 1 for none
 
     def start_anew(self) -> None:
@@ -230,8 +234,10 @@ class Predictor:
             return picture
         try:
             made_by = self.settings.identity()
-            row = predict_large(self.net, picture.large, picture.item.target, made_by, self._count)
-            return picture._replace(written=row | self._shares(row.pop("counts")))
+            row = predict_large(
+                self.net, picture.large, picture.item.target, made_by, self._count, self.stopped, self.step
+            )
+            return picture._replace(written=row | self._shares(row.pop("counts", Counter())))
         except CadError as error:
             return picture._replace(error=error)
         finally:

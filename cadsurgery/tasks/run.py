@@ -8,7 +8,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -32,12 +32,12 @@ from cadsurgery.support.errors import FileError, InvalidInput, check_name
 from cadsurgery.support.files import absent, as_file_error, check_folder, exists, is_folder
 from cadsurgery.support.kinds import kind_by_ending
 from cadsurgery.support.launcher import world
-from cadsurgery.support.memory import bytes_of
+from cadsurgery.support.memory import bytes_of, in_mebibytes, peak_memory
 from cadsurgery.support.progress import Step
 from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks import ray_data
 from cadsurgery.tasks.commands import RunOptions
-from cadsurgery.tasks.figures import VIEWS, figure_picture, legend_figure
+from cadsurgery.tasks.figures import CLASSES, VIEWS, figure_picture, legend_figure
 from cadsurgery.tasks.large import target_for, warn_of_position
 from cadsurgery.tasks.manifest import Predictions
 from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row
@@ -95,7 +95,7 @@ def predict(
         if resume:
             raise InvalidInput("--resume for Parquet.", next="leave --resume out, and name another --output.")
         return ray_data.predict_tables([*map(str, images)], output, settings, ray, workers)
-    sources, own = _Sources([*map(str, images)], output, settings.memory), find_device(settings.device)
+    sources, own = _Sources([*map(str, images)], output, settings), find_device(settings.device)
     if sources.clips:
         pyav()  # refuse before any work
     converted = settings.load()
@@ -116,6 +116,8 @@ def predict(
     if manifest is not None:
         manifest.begin()
     with _interruption() as stopped, manifest or nullcontext():
+        if predictor is not None:
+            predictor.stopped, predictor.step = stopped, step
 
         def left(items: Iterable[Item]) -> Iterator[Item]:
             for item in items:
@@ -145,7 +147,9 @@ def predict(
     if number is None and outcome.counts.total() <= len(sources.failures):
         raise no_images(sources.failures)
     outcome.classes |= manifest.classes if manifest else set()
-    return _report(outcome, sources, class_names(pictures_for(converted)), stopped.is_set(), resume)
+    return _report(
+        outcome, sources, class_names(pictures_for(converted)), stopped.is_set(), resume, settings.memory
+    )
 
 
 def _take_in(
@@ -165,7 +169,12 @@ def _take_in(
 
 
 def _report(
-    outcome: _Processed, sources: _Sources, names: Sequence[str], is_interrupted: bool, resume: bool
+    outcome: _Processed,
+    sources: _Sources,
+    names: Sequence[str],
+    is_interrupted: bool,
+    resume: bool,
+    memory: str = "",
 ) -> FilesReport:
     """Return the report, and write the legend of the classes."""
     rows, failures = outcome.rows("done"), outcome.rows("failed")
@@ -181,6 +190,13 @@ def _report(
     if shown := {names.index(name): name for name in outcome.classes}:
         write_picture(figure_picture(legend_figure(dict(sorted(shown.items())))), sources.legend)
         lines.append(f"legend: {sources.legend}")
+    for row in outcome.rows("interrupted"):
+        at, height = row["rows"]
+        lines.append(f"{row['image']}: interrupted at row {at} of {height}; --resume goes on there")
+    if memory:
+        lines.append(
+            f"the process took {in_mebibytes(peak_memory())} at most; --memory {memory} is for maps alone"
+        )
     also = f"{skipped} skipped, " if resume else ""
     text = "\n".join([*lines, f"{done} done, {also}{failed} failed"])
     return FilesReport(rows, text, failures, is_interrupted, skipped if resume else None, (done, failed))
@@ -191,7 +207,7 @@ class _Processed:
     """What became of the images.
 
     Attributes:
-        counts: numbers of those `done`, `failed` and `skipped`.
+        counts: numbers of those `done`, `failed`, `interrupted` and `skipped`.
         listed: position, what became of it, and row of the first of them.
         classes: names of the classes seen.
     """
@@ -202,7 +218,7 @@ class _Processed:
 
     def add(self, position: int, row: Row) -> None:
         """Count a row."""
-        became = "done" if "output" in row else "failed"
+        became = "done" if "output" in row else "interrupted" if "interrupted" in row else "failed"
         self.counts[became] += 1
         if self.counts[became] <= _LISTED:
             self.listed.append((position, became, row))
@@ -301,7 +317,7 @@ class _Sources:
         failures: errors of sources that hold no images, as far as they were searched.
     """
 
-    def __init__(self, sources: Sequence[str], output: str, memory: str = "") -> None:
+    def __init__(self, sources: Sequence[str], output: str, settings: PredictionSettings) -> None:
         """Refuse streams, clips that do not fit the output, and a folder that predictions would be written among its
         pictures.
 
@@ -310,7 +326,8 @@ class _Sources:
         """
         for source in sources:
             refuse_stream(source)
-        self._memory, self._is_said = memory, False
+        self._memory, self._is_said = settings.memory, False
+        self._is_plain = settings.size is None and settings.view in ("", CLASSES)
         self.output, self.is_one_clip = output, _is_clip_file(Path(output))
         self.failures: dict[str, FileError] = {}
         clips = _find_clips([*map(Path, sources)], Path(output))
@@ -364,13 +381,15 @@ class _Sources:
         given = [(source, Path(source).name) for source in self.stills]
         streamed: Iterable[tuple[str, str]] = _listed(self.stills) if is_listed else given
         for position, (image, place) in enumerate(stream_images(streamed, self.failures, self.output)):
-            target = target_for(image, os.path.join(self.output, place), self._memory)
+            target = target_for(
+                image, os.path.join(self.output, place), self._memory, is_plain=self._is_plain
+            )
             if not self._is_said and not target.endswith(".tif") and states_position(image):
                 self._is_said = True
                 warn_of_position(
                     image,
                     "PNG files hold none.",
-                    "--memory with less than the pictures take writes TIFF files with it; this is said of the first.",
+                    "with --memory, e.g. 2GiB, TIFF files with it are written; this is said of the first.",
                 )
             yield Item(position, image, target)
 
@@ -465,6 +484,8 @@ def _interruption() -> Iterator[threading.Event]:
     def stop(number: int, frame: object) -> None:
         stopped.set()
         signal.signal(signal.SIGINT, before)
+        with suppress(OSError):  # at once, whatever the screen is doing
+            os.write(2, b"\nending behind the current picture, frame or band; Ctrl-C again breaks it off\n")
 
     before = signal.signal(signal.SIGINT, stop)
     try:

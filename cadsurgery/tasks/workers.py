@@ -13,7 +13,7 @@ from itertools import islice
 from multiprocessing import get_context, parent_process
 
 from cadsurgery.support.errors import CadError
-from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row
+from cadsurgery.tasks.predictor import STOPPED, Item, PredictionSettings, Predictor, Row
 
 _BATCHES = 16  # that a process gets at a time
 _WHY = "memory may not suffice: each process holds a copy of the network; or a library crashed."
@@ -86,8 +86,9 @@ def _predictor(settings: PredictionSettings) -> Predictor:
 
 
 def _begin() -> None:
-    """Leave Ctrl-C to the first process, which then sends no more; end when that process ends, however."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave Ctrl-C to the first process, which then sends no more, and end large pictures behind their band; end when
+    that process ends, however."""
+    signal.signal(signal.SIGINT, lambda *_: STOPPED.set())
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

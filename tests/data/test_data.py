@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import sys
 import types
 import warnings
@@ -110,6 +111,7 @@ def test_a_folder_without_splits_is_split_all(folder: Path) -> None:
 
 
 def test_pictures_of_split_all_are_those_for_validation_where_there_are_splits(folder: Path) -> None:
+    shutil.copytree(folder / "train", folder / "val")
     found = open_pictures(spec(folder))
     assert found.split == "val" and len(found) == len(cs.open_data(spec(folder), "val"))
     assert len(open_pictures(spec(folder / "train"))) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_rows_of_a_file_are_those_of_the_picture(tmp_path: Path, bands: int, kin
 def test_a_large_picture_is_predicted_as_one_that_fits(
     file: Path, picture: Path, tmp_path: Path, mask: str
 ) -> None:
-    whole = predict(file, picture, tmp_path / "whole", mask=mask, memory=MUCH)
+    whole = predict(file, picture, tmp_path / "whole", mask=mask, memory="")
     rows = predict(file, picture, tmp_path / "rows", mask=mask)
     classes = np.array(Image.open(tmp_path / "whole" / "page.png"))
     Image.MAX_IMAGE_PIXELS, stored = None, Image.open(tmp_path / "rows" / "page.tif")
@@ -209,6 +210,54 @@ def test_a_killed_run_goes_on_behind_the_rows_that_are_there(
     ended, at_once = ((tmp_path / name / "page.tif").read_bytes() for name in ("out", "at once"))
     assert ended == at_once
     assert report.rows[0]["classes"] == whole.rows[0]["classes"]
+
+
+@pytest.mark.parametrize("memory", ["1MiB", "3MiB", MUCH])
+def test_the_file_type_follows_the_picture_whatever_the_memory(
+    file: Path, picture: Path, tmp_path: Path, memory: str
+) -> None:
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(picture.with_name("photo.png"))
+    small = picture.with_name("small.tif")
+    tifffile.imwrite(small, np.zeros((40, 50, 3), np.uint8), photometric="rgb")
+    for source, target in (
+        (picture, "page.tif"),
+        (small, "small.tif"),
+        (picture.with_name("photo.png"), "photo.png"),
+    ):
+        report = predict(file, source, tmp_path / memory, memory=memory, resume=True)
+        assert Path(report.rows[0]["output"]).name == target
+        assert "the process took" in report.text and f"--memory {memory}" in report.text
+    sized = predict(file, small, tmp_path / "sized", memory=memory, size=(32, 48))
+    assert Path(sized.rows[0]["output"]).name == "small.png"
+
+
+def test_ctrl_c_ends_a_large_picture_behind_its_band_and_resume_goes_on_there(
+    file: Path, picture: Path, tmp_path: Path
+) -> None:
+    predict(file, picture, tmp_path / "at once", mask="all")
+    told, ended_once = list[tuple[float, float]](), list[bool]()
+
+    def step(
+        text: str, done: float | None = None, of: float | None = None, limit: float | None = None
+    ) -> None:
+        if "row" in text and done is not None and of is not None:
+            told.append((done, of))
+            if len(told) == 3 and not ended_once:
+                ended_once.append(True)
+                signal.raise_signal(signal.SIGINT)
+
+    options = RunOptions(output=str(tmp_path / "out"), workers=1, trust=True, memory=LITTLE, mask="all")
+    report = run.predict(file, [picture], options, step=step)
+    assert report.interrupted and report.counts == (0, 0) and len(told) == 3
+    assert all(of == SIZE[0] for _, of in told) and 0 == told[0][0] < told[1][0] < told[2][0] < SIZE[0]
+    assert f"interrupted at row {told[2][0]} of {SIZE[0]}; --resume goes on there" in report.text
+    assert not (tmp_path / "out" / "page.tif").exists()
+    told.clear()
+    more = RunOptions(**{**vars(options), "memory": "3MiB", "resume": True})
+    assert run.predict(file, [picture], more, step=step).counts == (1, 0) and told[0][0] > 0
+    ended, at_once = ((tmp_path / name / "page.tif").read_bytes() for name in ("out", "at once"))
+    assert ended == at_once
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".page")]
 
 
 def test_another_picture_or_mask_does_not_go_on_with_what_is_there(
