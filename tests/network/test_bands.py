@@ -757,3 +757,47 @@ def test_maps_that_grow_by_padding_are_computed_in_bands(name: str, size: tuple[
     net, x = unverified(model, "all", coarsest=8, example_input=picture(64, 64)), picture(*size)
     with bands_of(8):
         assert difference(net.optimize(memory=MUCH)(x, mask="all"), model(x)) < 1e-12
+
+
+class AnchorHead(nn.Module):
+    """A detector that flattens the scores of its maps to rows at the very end, as YOLOv5 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(one, 8, 3, 2, 1) for one in (3, 8, 8))
+        self.heads = nn.ModuleList(nn.Conv2d(8, 3 * 7, 1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        b = self.b(self.a(x).relu()).relu()
+        rows = []
+        for head, found in zip(self.heads, (b, self.c(b).relu()), strict=True):
+            y = head(found)
+            y = y.view(len(y), 3, 7, *y.shape[2:]).permute(0, 1, 3, 4, 2).contiguous().sigmoid()
+            rows.append(y.view(len(x), -1, 7))
+        return torch.cat(rows, 1), b
+
+
+class Salient(AnchorHead):
+    """Returns little of a large map."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.a(x).relu()
+        return found.view(len(x), 2, 4, -1).cumsum(3).amax(3), self.c(found)
+
+
+@pytest.mark.parametrize("mask", ["all", "none", MASK])
+def test_rows_of_a_detector_are_arranged_when_its_maps_are_complete(mask: str) -> None:
+    torch.manual_seed(0)
+    net = unverified(AnchorHead().eval().double(), mask, coarsest=16, example_input=picture(64, 96))
+    x = torch.cat([picture(203, 131), picture(203, 131)])
+    with pytest.raises(cs.InvalidInput) as refusal:
+        net.optimize(memory="1KiB")(x)
+    banded = net.optimize(memory=least_of(refusal))
+    assert difference(banded(x), net.optimize()(x)) < 1e-12
+    assert banded.plan_memory(x).band < 203
+
+
+def test_a_map_of_which_little_is_returned_is_not_kept_whole() -> None:
+    net = unverified(Salient().eval().double(), "all", coarsest=16, example_input=picture(64, 96))
+    with pytest.raises(cs.CannotConvert, match="bands"):
+        net.optimize(memory="1GiB")(picture(203, 131))

@@ -303,14 +303,17 @@ class BandedCall:
         lattice of it."""
         plan, values = self.plan, self.plan.values
         image: Tensor = arguments[str(plan.seen.image.target)]
-        results = {
+        results: dict[Key, Tensor] = {
             node: fast_layout(torch.empty(plan.seen.shapes[node], dtype=plan.seen.types[node]))
             for node in plan.map_outputs
         }
         for node, first, rows in self.rows(arguments, lattice, lambda first, end: image[:, :, first:end]):
             axis = plan.axis[node]
             results[node].narrow(axis, first, rows.shape[axis]).copy_(rows)
-        return map_arg(plan.seen.returned[0], lambda node: results[node] if node in results else values[node])
+        values.update(results)
+        for node in plan.behind:
+            values[node] = plan.call(node, {})
+        return map_arg(plan.seen.returned[0], values.__getitem__)
 
     def rows(
         self, arguments: dict[str, Any], lattice: Lattice | None, read: ReadRows

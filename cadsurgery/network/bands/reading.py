@@ -37,7 +37,7 @@ from cadsurgery.network.observing import OnShapes
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import CannotConvert
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
-from cadsurgery.support.torch_operations import is_kind
+from cadsurgery.support.torch_operations import Kind, is_kind, name_of
 from cadsurgery.surgery.channel_rules import parts_of_index
 from cadsurgery.surgery.refusals import source_line
 from cadsurgery.surgery.rewrite import ACTS, Operand, ask_mask
@@ -58,6 +58,19 @@ class Statistics(NamedTuple):
 
 
 Key = fx.Node | Statistics
+# Kinds of operations without weights that arrange values, or combine them along axes that they name.
+_ARRANGING: tuple[Kind, ...] = (
+    "copies",
+    "converts",
+    "reshapes",
+    "permutes",
+    "splits",
+    "selects",
+    "value",
+    "values",
+    "along",
+)
+_JOINING = ("cat", "concat", "concatenate", "stack")
 
 
 class SeenGraph(OnShapes):
@@ -147,6 +160,8 @@ class BandPlan:
         passes: for each map and each value, how many walks down the picture come before it.
         axis: the axis of each map that its rows are counted along.
         parts: the maps that values which are several maps, or a small one, are read from.
+        behind: operations that only arrange and combine results, such as a head that flattens its maps to rows: they
+            are computed when these are complete.
         only_first: of the maps that the graph returns, only the first is asked for.
         values: values of all that is no map, while a call runs.
     """
@@ -161,7 +176,7 @@ class BandPlan:
         self.maps, self.number, self.steps = list[BandMap](), dict[fx.Node, int](), dict[int, BandStep]()
         self.sums, self.passes = dict[Key, WholeImage](), dict[Key, int]()
         self.axis, self.parts = dict[fx.Node, int](), dict[fx.Node, list[fx.Node]]()
-        self.values = dict[Key, Any]()
+        self.values, self.behind = dict[Key, Any](), dict[fx.Node, CannotConvert]()
         self._refuse_changes_that_others_read()
         for node in seen.graph.nodes:
             if node is seen.image:
@@ -172,12 +187,18 @@ class BandPlan:
                 self.parts[node] = self._maps_of(node)
             elif any(one in seen.grids for one in (node, *node.all_input_nodes)):
                 self._read_elements(node)
-            elif any(self._has_map(source) for source in node.all_input_nodes):
+            elif any(self._has_map(one) or one in self.behind for one in node.all_input_nodes):
                 self._read_node(node)
             elif self._is_enlarged(node):
                 self._add(node, self._enlarged(node))
             else:
                 self.passes[node] = self._passes(node.all_input_nodes)
+        kept, returned = (
+            sum(math.prod(seen.shapes.get(node, (0,))) for node in nodes)
+            for nodes in (self.map_outputs, self.outputs)
+        )
+        if self.behind and kept > 2 * returned:  # a map of the network, of which little is returned
+            raise next(iter(self.behind.values()))
 
     @property
     def outputs(self) -> list[fx.Node]:
@@ -188,9 +209,11 @@ class BandPlan:
 
     @property
     def map_outputs(self) -> list[fx.Node]:
-        """The maps of the output that are asked for."""
+        """The maps of the output that are asked for, and those that the output is arranged from."""
         found = [node for node in self.outputs if node in self.number]
-        return found[:1] if self.only_first else found
+        if self.only_first:
+            return found[:1]
+        return list(dict.fromkeys((*found, *(one for node in self.behind for one in self._maps_of(node)))))
 
     def _has_map(self, node: fx.Node) -> bool:
         return node in self.number or node in self.parts
@@ -204,9 +227,30 @@ class BandPlan:
         return max((self.passes.get(node, 0) for node in nodes), default=0)
 
     def _read_node(self, node: fx.Node) -> None:
-        treatment = _acts(node)
         if node in self.seen.numbers:
             return  # a size
+        refusal = next((self.behind[one] for one in node.all_input_nodes if one in self.behind), None)
+        if refusal is None:
+            try:
+                return self._read_rows(node)
+            except CannotConvert as error:
+                refusal = error
+        if self.only_first or not self._arranges(node):
+            raise refusal
+        self.behind[node] = refusal
+
+    def _arranges(self, node: fx.Node) -> bool:
+        """True for an operation without weights whose result is no larger than what it reads."""
+        sizes = [math.prod(self.seen.shapes.get(one, (0,))) for one in (node, *node.all_input_nodes)]
+        module = self._module(node)
+        known = (
+            is_kind(node.target if module is None else type(module), *_ARRANGING)
+            or name_of(node.target) in _JOINING
+        )
+        return known and sizes[0] <= sum(sizes[1:])
+
+    def _read_rows(self, node: fx.Node) -> None:
+        treatment = _acts(node)
         if node not in self.seen.shapes:
             self._refuse_unless_rowwise(node, treatment)
             self.parts[node] = self._maps_of(node)
