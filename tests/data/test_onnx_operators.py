@@ -150,7 +150,6 @@ OPERATORS: dict[str, Row] = {
     "LpNormalization": ("LpNormalization", {"axis": 1, "p": 2}),
     "LpNormalization of sums": ("LpNormalization", {"axis": 1, "p": 1}),
     "LRN": ("LRN", {"size": 3}),
-    "LayerNormalization": ("LayerNormalization", {"axis": 1, "Scale": np.ones((CHANNELS, 4, 4), dtype="f")}),
     "GroupNormalization": ("GroupNormalization", {"num_groups": 2, "scale": SCALE, "bias": SHIFT}),
     "InstanceNormalization": ("InstanceNormalization", {"scale": SCALE, "B": SHIFT}),
     "BatchNormalization": (
