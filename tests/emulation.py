@@ -465,6 +465,26 @@ class Emulation:
         data = out.flatten(1, 2) + (0 if bias is None else bias[:, None, None])
         return Feature(fill_cells(data, self.side(stage, (size[0], size[1]))), stage, step)
 
+    def max_pool_taps(
+        self,
+        x: Feature,
+        kernel: tuple[int, int],
+        *,
+        stride: int,
+        dilation: tuple[int, int],
+        padding: Padding,
+        spacing: int,
+    ) -> Tensor:
+        """Which tap of its window each value of `max_pool` is, by number, at every pixel; the first of equals."""
+        padded = self._padded(self.read(x), kernel, dilation, padding, spacing, -torch.inf)
+        height, width = x.size
+        taps = [
+            padded[:, :, v : v + height, h : h + width]
+            for v in range(0, spacing * dilation[0] * kernel[0], spacing * dilation[0])
+            for h in range(0, spacing * dilation[1] * kernel[1], spacing * dilation[1])
+        ]
+        return torch.stack(taps).max(0).indices
+
     def unshuffle(self, x: Feature, factor: int, *, stage: int, spacing: int) -> Feature:
         """Space to depth: the values under a window side by side in the channels, zeros outside the map."""
         size = self.fine_size(x, (factor, factor), factor, (1, 1), (0, 0, 0, 0), spacing)

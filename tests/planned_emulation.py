@@ -76,6 +76,24 @@ class Cells(Feature):
 
 
 @dataclass(frozen=True)
+class Indices(Cells):
+    """Of a pooling: which tap of its window each value is; the pooling, and (height, width) of the map it read."""
+
+    pooling: Any = None
+    samples: tuple[int, int] = (0, 0)
+
+    def numbered(self, grid: int) -> Tensor:
+        """As torch numbers them, at the network's own samples."""
+        taps, pooling = self.data[:, :, ::grid, ::grid], self.pooling
+        places = []
+        for axis, number in enumerate((taps // pooling["kernel"][1], taps % pooling["kernel"][1])):
+            first = torch.arange(taps.shape[2 + axis]) * pooling["stride"] - pooling["padding"][2 * axis]
+            first = first.view(-1, 1) if axis == 0 else first
+            places.append((first + pooling["dilation"][axis] * number).clamp(0, self.samples[axis] - 1))
+        return places[0] * self.samples[1] + places[1]
+
+
+@dataclass(frozen=True)
 class Flat:
     """A map (B, C, H, W) as (B, C, positions)."""
 
@@ -164,6 +182,8 @@ class PlannedEmulator(fx.Interpreter):
 
     def leave(self, value: Any, told: Told) -> Any:
         """A value outside the region: dense, at its native size or the fine one."""
+        if isinstance(value, Indices):
+            return value.numbered(told.grid)
         if not isinstance(value, Cells):
             return value
         fine = told.leaves == "fine"
@@ -192,6 +212,8 @@ class PlannedEmulator(fx.Interpreter):
         module, x = self.fetch_attr(target), args[0]
         if not isinstance(x, Cells):
             return module(*args, **kwargs)
+        if isinstance(module, nn.MaxPool2d) and module.return_indices:
+            return self.pooled_with_indices(x, _written(module))
         if isinstance(module, WINDOWS):
             return self.window(x, **_written(module))
         if isinstance(module, nn.ConstantPad2d | nn.ReflectionPad2d | nn.ReplicationPad2d):
@@ -275,6 +297,9 @@ class PlannedEmulator(fx.Interpreter):
         if name == "conv_transpose2d":
             order = ("weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
             return self.transposed(x, **dict(zip(order, args[1:], strict=False)), **kwargs)
+        if name == "max_pool2d_with_indices":
+            kept = {key: value for key, value in kwargs.items() if key != "return_indices"}
+            return self.pooled_with_indices(x, _called("max_pool2d", args, kept))
         if name in ("conv2d", "max_pool2d", "avg_pool2d", "pixel_unshuffle"):
             return self.window(x, **_called(name, args, kwargs))
         if name == "interpolate":
@@ -357,6 +382,16 @@ class PlannedEmulator(fx.Interpreter):
         method = {"conv": self.emulation.conv, "max": self.emulation.max_pool, "avg": self.emulation.avg_pool}
         out = method[kind](plain, **common, **options)
         return Cells(out.data, out.stage, out.stride)
+
+    def pooled_with_indices(self, x: Cells, given: dict[str, Any]) -> tuple[Cells, Indices]:
+        values = self.window(x, **given)
+        pooling = {key: given[key] for key in ("kernel", "stride", "dilation", "padding")}
+        taps = self.emulation.max_pool_taps(Feature(x.data, x.stage), **pooling, spacing=x.stride)
+        height, width = values.size
+        taps = fill_cells(taps[:, :, :height, :width], self.emulation.side(self.here.stage, values.size))
+        return values, Indices(
+            taps, values.stage, values.stride, pooling=pooling, samples=(x.native[2], x.native[3])
+        )
 
     def transposed(self, x: Cells, weight: Tensor, bias: Any = None, **given: Any) -> Cells:
         """A transposed convolution; of stride one by the ordinary one of the kernel turned by half a turn."""

@@ -95,7 +95,6 @@ def test_every_module_is_imported_with_the_base_packages_alone(tmp_path: Path) -
         "tracing_for_export",
         "promoter",
         "promotion_of",
-        "onnx_operations",
     }
     assert asked_for and late.isdisjoint(asked_for)
 

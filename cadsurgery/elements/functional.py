@@ -23,6 +23,7 @@ from cadsurgery.elements.mean_shift import shift_vector
 from cadsurgery.elements.on_rows import OnRows, keep
 from cadsurgery.elements.refinement import refine, refine_resized
 from cadsurgery.elements.resizing import pixel_shuffle, resize, resize_to_dense
+from cadsurgery.elements.unpooling import dense_indices, max_pool2d_with_indices
 from cadsurgery.elements.whole_image import (
     batch_norm,
     contiguous_gradient,

@@ -102,9 +102,6 @@ NAMES: dict[str, Internal] = {
     ),
     "promoter": Internal(f"{_PASSES}._TypePromotionInterpreter", "it computes values that are known"),
     "promotion_of": Internal(f"{_PASSES}.get_type_promotion_rule", "the types that an operation needs"),
-    "onnx_operations": Internal(
-        "torch.onnx._internal.exporter._registration.onnxscript_apis", "the list is made anew in each export"
-    ),
     "decomposed_always": Internal(
         "torch._C.DispatchKey.CompositeImplicitAutograd", "operations that torch always takes apart"
     ),

@@ -20,6 +20,8 @@ MERE_TAIL = 0.05
 _FINAL = Barrier("resizes what leaves the region", Cause.END)
 _CHOICE = Barrier("its whole numbers leave the region, where they cannot be interpolated", Cause.END)
 
+_PLACES = Barrier("its indices are read dense, and inside a cell there are no places of maxima")
+
 
 class Settled(NamedTuple):
     """A flow and the arguments it was computed with.
@@ -73,6 +75,7 @@ def settle_flow(
         tails = {} if named or floors else _mere_tails(flow)
         leaving = _lone_pads(flow) | dict.fromkeys(resizes, _FINAL) | tails
         leaving |= dict.fromkeys(_leaving_choices(flow), _CHOICE)
+        leaving |= dict.fromkeys(_poolings_unpooled_dense(flow) if floors else (), _PLACES)
         if dilated <= by_design and leaving.keys() <= outside.keys():
             return Settled(flow, refused, by_design, removed_up_to)
         by_design |= dilated
@@ -87,14 +90,26 @@ def _leaving_choices(flow: Flow) -> list[fx.Node]:
         for node, role in flow.role.items()
         if role is Role.MAP
         and node in flow.shapes
+        and flow.treatments[node].leaves_by is None  # indices of a pooling leave as torch has them
         and not {node} & (flow.floating | flow.barriers.keys())
         and any(user.op == "output" or user in flow.barriers for user in node.users)
     ]
     # One of several results is marked by the operation that returns them all.
-    marked = [
+    return [
         node if node.args[0] in flow.shapes else flow.maps(node)[0] for node in choices if flow.maps(node)
     ]
-    return [node for node in marked if node not in flow.barriers]
+
+
+def _poolings_unpooled_dense(flow: Flow) -> list[fx.Node]:
+    """Return poolings with indices that are returned, or that an operation outside of the region reads, such as an
+    unpooling whose windows overlap: of all samples of a cell one maximum is known."""
+    indices = [node for node, treatment in flow.treatments.items() if treatment.leaves_by is not None]
+    return [
+        node.args[0]  # type: ignore[misc]
+        for node in indices
+        if node not in flow.barriers
+        and any(user in flow.barriers or user.op == "output" for user in node.users)
+    ]
 
 
 def _lone_pads(flow: Flow) -> dict[fx.Node, Barrier]:

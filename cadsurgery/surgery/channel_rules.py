@@ -39,6 +39,7 @@ from cadsurgery.surgery.rule_arguments import (
     arguments_of,
     first_map,
     options_of,
+    pools_with_indices,
     redirect,
 )
 from cadsurgery.surgery.treatment import Call, Treatment, barrier, operation_name, rule
@@ -321,10 +322,11 @@ def selection(node: fx.Node, facts: MapFacts) -> Treatment:
 def indexing(node: fx.Node, facts: MapFacts) -> Treatment:
     """One of several values, some channels of each element, every so many-th sample, or a crop that moves no anchor."""
     source, asked = node.args
-    if source not in facts.shapes:  # a part of a split
+    if source not in facts.shapes:  # a part of a split, or a result of a pooling with indices
+        is_index = asked == 1 and pools_with_indices(source, facts)
         if len(facts.shapes.get(node, ())) not in (0, len(facts.layout(source))):
             return barrier("it is one of several results, whose axes are not those of a map")
-        return Treatment("pointwise")
+        return Treatment("pointwise", leaves_by=functional.dense_indices if is_index else None)
     layout = facts.layout(source)
     index = _read_index(asked, layout, facts)
     if isinstance(index, str):

@@ -388,6 +388,7 @@ def _leaving_sizes(
                 fine_outputs and "h" in flow.layouts[node] and all(user.op == "output" for user in readers)
             )
             fine = flow.grid[node] == region.strides[0] or returned
+            fine = fine and flow.treatments[node].leaves_by is None
             sizes[node] = "fine" if fine else "native"
     return sizes
 

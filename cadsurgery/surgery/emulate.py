@@ -80,6 +80,8 @@ class Emulator(Interpreter):
             self._holds(value, decision, read) for read in n.all_input_nodes
         ):
             value = value.clone()  # where it ends, its cells are filled by other values than the whole map's
+        if isinstance(value, tuple) and isinstance(value[0], Tensor) and not value[-1].is_floating_point():
+            return self._fill(value[0], decision), self._places(n)  # a pooling with the places of its maxima
         return self._fill(value, decision) if isinstance(value, Tensor) else value
 
     def _holds(self, value: Tensor, decision: Decision, read: fx.Node) -> bool:
@@ -143,6 +145,19 @@ class Emulator(Interpreter):
         )
         areas = down.unsqueeze(1) * across
         return areas / areas.mean()
+
+    def _places(self, n: fx.Node) -> Tensor:
+        """Return the places of a pooling's maxima. Where the border continues, samples of a cell are equal but for
+        rounding: the first of them counts."""
+        source = n.all_input_nodes[0]
+        value = self.env[source]
+        falling = torch.linspace(
+            0, 1e-10, value.shape[2] * value.shape[3], dtype=value.dtype, device=value.device
+        ).view(value.shape[2:])
+        self.env[source] = value - falling * value.abs().max()
+        places: Tensor = super().run_node(n)[-1]
+        self.env[source] = value
+        return places
 
     def _cells(self, size: Sequence[int], decision: Decision) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Return the anchor (y, x) of the cell that holds each sample (B, h, w) of a map, and the cell's side, in

@@ -279,6 +279,8 @@ def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow) -> str:
     """Return why the treatment of a node does not apply here, or ""."""
     treatment = flow.treatments[node]
     layout = flow.layout(maps[0])
+    if any(flow.treatments[source].leaves_by for source in maps):
+        return "reads the indices of a pooling, numbers of the places of a dense map"
     if treatment.kind == "broadcast":
         return "resizes a map"
     if treatment.kind == "join":

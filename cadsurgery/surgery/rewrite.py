@@ -129,7 +129,10 @@ class Rewriter:
     def as_dense(self, node: fx.Node) -> fx.Node:
         """Return a value as a dense tensor, at the size with which it leaves the region."""
         if node not in self.dense:
-            decision = self.plan[node.name]
+            decision, leaves_by = self.plan[node.name], self.flow.treatments[node].leaves_by
+            if leaves_by is not None:
+                self.dense[node] = self.call(leaves_by, self.elements[node], decision.spacing)
+                return self.dense[node]
             spacing = 1 if decision.leaves == "fine" else decision.spacing
             options = () if decision.layout == NCHW else (decision.layout,)
             guide = {"guide": self.fine_map()} if self.guided and spacing == 1 else {}

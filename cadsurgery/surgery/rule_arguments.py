@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 from cadsurgery.following.facts import MapFacts
+from cadsurgery.following.hooks import acts_as
 from cadsurgery.surgery.treatment import Attribute, Call
 
 # Names of the argument that tells axes.
@@ -68,3 +69,13 @@ def pooling_options(node: fx.Node, facts: MapFacts) -> dict[str, Any]:
     options["return_indices"] = options["return_indices"] or node.target is F.max_pool2d_with_indices
     options["stride"] = options["kernel_size"] if options["stride"] in (None, []) else options["stride"]
     return options
+
+
+def pools_with_indices(node: Any, facts: MapFacts) -> bool:
+    """True if a node is a max pooling that returns values and indices."""
+    if not isinstance(node, fx.Node):
+        return False
+    by_module = node.op == "call_module" and acts_as(facts.module(node), nn.MaxPool2d)
+    return node.target is F.max_pool2d_with_indices or (
+        by_module and pooling_options(node, facts)["return_indices"]
+    )

@@ -119,7 +119,9 @@ def max_pooling(node: fx.Node, facts: MapFacts) -> Treatment:
     """A maximum over taps at fine positions; what is outside the map is never the largest."""
     options = pooling_options(node, facts)
     if options["return_indices"]:
-        return barrier("its indices are places of a dense map")
+        if any(user.target is not operator.getitem for user in node.users):
+            return barrier("its values and its indices are read as one")
+        return _treat_window(functional.max_pool2d_with_indices, _window(options))
     if _covers_image(options, node, facts):
         return _pool_image(functional.global_max, "The maximum over the whole image.", options, node)
     return _treat_window(functional.max_pool2d, _window(options))
@@ -557,7 +559,7 @@ def depth_to_space(node: fx.Node, facts: MapFacts) -> Treatment:
 
 @rule(nn.MaxUnpool2d, F.max_unpool2d)
 def max_unpooling(node: fx.Node, facts: MapFacts) -> Treatment:
-    """It runs dense: on elements it took up to three times as long as the whole network."""
+    """It runs dense: on elements whole networks took up to three times as long."""
     return barrier("it puts values at places of a dense map")
 
 

@@ -98,6 +98,7 @@ class Treatment:
         axes: the layout that `call` requires of the map; "" for any.
         spaced: true if `call` takes the spacing of the network's own grid.
         reads: the map that `call` reads, if it is not the first argument.
+        leaves_by: function that makes its dense map on the network's own grid, if it is not `to_dense`.
         covers: a kernel size that must equal the map's size in every call, or None.
         or_more: `covers` may be larger than the map.
         cause: cause of a barrier.
@@ -116,6 +117,7 @@ class Treatment:
     axes: str = NCHW
     spaced: bool = False
     reads: fx.Node | None = None
+    leaves_by: Callable[..., Any] | None = None
     covers: Any = None
     or_more: bool = False
     cause: Cause = Cause.OPERATION

@@ -483,9 +483,17 @@ def _unmixed(adapted: fx.Graph) -> set[str]:
 
 
 def _watched(adapted: fx.Graph, plan: Plan) -> dict[str, Decision]:
-    """Return the maps to compare: those that leave the region or are reduced to one vector per image."""
+    """Return the maps to compare: those that leave the region or are reduced to one vector per image. Pooling indices
+    are not compared themselves; errors in them show in the unpooled maps."""
+    numbers = {
+        node.args[0].meta.get(ORIGIN) for node in adapted.nodes if node.target is functional.dense_indices
+    }
     read = {node.args[0].meta.get(ORIGIN) for node in adapted.nodes if gives(node, "vector")}
-    return {d.node: d for d in plan.decisions if (d.leaves and d.stages[1]) or d.node in read}
+    return {
+        d.node: d
+        for d in plan.decisions
+        if ((d.leaves and d.stages[1]) or d.node in read) and d.node not in numbers
+    }
 
 
 def _levels(plan: Plan, geometry: Geometry, adapted: fx.Graph) -> list[int]:

@@ -75,6 +75,8 @@ EXAMPLES: dict[str, Example] = {
     "shift_vector": Example((mean_shift(),)),
     "max_pool2d": Example((), WINDOWED),
     "avg_pool2d": Example((), WINDOWED),
+    "max_pool2d_with_indices": Example((), WINDOWED),
+    "dense_indices": Example((4,)),
     "pixel_unshuffle": Example((), {"window": Window((2, 2), 2, spacing=2), "stage": 2}),
     "batch_norm": Example((norm(),)),
     "scale_and_shift": Example((ScaleShift(numbers(C), numbers(C + 1)[:C]),)),
@@ -138,6 +140,12 @@ def called(op: Operation, x: Elements) -> Any:
 def _called(op: Operation, x: Elements) -> Any:
     name, example = name_of(op), EXAMPLES[name_of(op)]
     options = example.options
+    if name == "dense_indices":
+        indices = functional.max_pool2d_with_indices(
+            elements(), Window((2, 2), 2, spacing=2, ceil_mode=True), 2
+        )
+        indices = Elements(indices.rows[1], indices.lattice)
+        return op.call(indices, *example.arguments)
     if name == "shift_vector":
         return op.call(x, functional.global_mean(x), *example.arguments)
     if name == "sum_of_products":

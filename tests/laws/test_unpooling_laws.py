@@ -1,25 +1,150 @@
-"""Laws of networks that unpool: max pooling with indices and unpooling run dense, and all around them is as always."""
+"""Laws of max pooling with indices, and of unpooling, which runs dense."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images
+from conftest import assert_same, covering, images, random_levels
 from networks import conv_norm
 from random_laws import compare
 from random_networks import Case, Draw, settled
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import cadsurgery as cs
+from cadsurgery.elements import functional
+from cadsurgery.elements.functional import Elements
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.lattice import Geometry
 from cadsurgery.surgery.verify import FirstOfEqual
+
+# See `test_a_decoder_back_to_the_high_stride_is_the_network_whatever_the_mask`.
+pytestmark = pytest.mark.filterwarnings("ignore:no mask can improve")
 
 EXACT = 1e-9
 CHANNELS = 5
 double = torch.float64
+
+
+def entering(
+    size: tuple[int, int], levels: Tensor | int, strides: tuple[int, ...], stage: int, **options: Any
+) -> Elements:
+    geometry = Geometry(strides, **options)
+    lattice = geometry.uniform(levels, 2, size) if isinstance(levels, int) else geometry.lattice(levels)
+    lattice = lattice.at(stage)
+    return Elements(torch.randn(len(lattice), CHANNELS, dtype=double), lattice)
+
+
+def pooled(x: Elements, window: Window, stage: int) -> tuple[Elements, Elements]:
+    """Values and indices."""
+    pair = functional.max_pool2d_with_indices(x, window, stage)
+    values, indices = pair.rows  # type: ignore[misc]
+    return Elements(values, pair.lattice), Elements(indices, pair.lattice)
+
+
+@pytest.mark.parametrize(
+    ("pool", "size"),
+    covering([nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, ceil_mode=True)], [(16, 24), (13, 22)]),
+    ids=str,
+)
+def test_indices_that_leave_the_region_are_torchs_numbers(pool: nn.MaxPool2d, size: tuple[int, int]) -> None:
+    """Overlapping windows included, which only unpooling on elements does not take."""
+    x, window = entering(size, 1, (2,), 0), Window((pool.kernel_size,) * 2, 2, ceil_mode=pool.ceil_mode)
+    _, indices = pooled(x, window._replace(padding=(pool.padding,) * 4), 1)
+    _, expected = F.max_pool2d(
+        functional.to_dense(x),
+        pool.kernel_size,
+        pool.stride,
+        pool.padding,
+        ceil_mode=pool.ceil_mode,
+        return_indices=True,
+    )
+    assert torch.equal(functional.dense_indices(indices, 2), expected)
+
+
+# -- networks ------------------------------------------------------------------------------------------------
+
+
+class Unpooled(nn.Module):
+    """Three poolings and their unpoolings.
+
+    Args:
+        function: functions instead of modules.
+        sized: whether unpoolings are given the size of the map that was pooled.
+        barrier: an operation within the decoder that ends the region.
+    """
+
+    def __init__(self, function: bool, sized: bool, barrier: bool = False) -> None:
+        super().__init__()
+        self.function, self.sized, self.barrier = function, sized, barrier
+        self.stem, widths = conv_norm(3, 4), (4, 6, 8, 10)
+        pairs = list(itertools.pairwise(widths))
+        self.down = nn.ModuleList([conv_norm(a, b) for a, b in pairs])
+        self.up = nn.ModuleList([conv_norm(b, a) for a, b in pairs[::-1]])
+        self.pool, self.unpool = nn.MaxPool2d(2, 2, return_indices=True), nn.MaxUnpool2d(2, 2)
+        self.last = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, passed = self.stem(x), []
+        for down in self.down:
+            before = x
+            if self.function:
+                x, indices = F.max_pool2d(x, kernel_size=2, stride=2, return_indices=True)
+            else:
+                x, indices = self.pool(x)
+            passed.append((before, indices))
+            x = down(x)
+        for step, (before, indices) in enumerate(passed[::-1]):
+            x = self.up[step](x)
+            if self.barrier and step == 1:
+                x = x.flip(3).flip(3)
+            size = before.size() if self.sized else None
+            if self.function:
+                x = F.max_unpool2d(x, indices, 2, 2, output_size=size)
+            else:
+                x = self.unpool(x, indices, output_size=size)
+        return self.last(x)
+
+
+def settled_network(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return settled(Unpooled(**options).double(), images(2, 48, 64, double), Draw(0))
+
+
+def test_indices_leave_with_the_values_where_the_region_ends_between() -> None:
+    """What is unpooled behind it is unpooled as the network does it, on its own grid."""
+    model = settled_network(function=False, sized=True, barrier=True)
+    case = Case(model, images(2, 53, 61, double), images(1, 40, 56, double), True)
+    net = compare(case, Draw(1))
+    assert not net.plan["unpool"].on_elements and net.plan["pool"].on_elements
+    assert functional.dense_indices in {node.target for node in net.graph.nodes}
+
+
+def test_a_decoder_back_to_the_high_stride_is_the_network_whatever_the_mask() -> None:
+    """What it returns lies on the network's own grid throughout, whose samples read own samples: the plan says so."""
+    model, x = settled_network(function=True, sized=True), images(2, 45, 62, double)
+    with pytest.warns(cs.CadWarning, match="no mask can improve"):
+        net = cs.adaptify(model, "none", output_stride=(1, 8), example_input=x)
+    with torch.no_grad():
+        assert_same(net(x, mask=random_levels(2, (45, 62), (2, 2, 2))), model(x), EXACT)
+
+
+@pytest.mark.slow
+def test_it_compiles_to_one_graph() -> None:
+    torch.manual_seed(0)
+    model, x = Unpooled(True, True).eval(), images(2, 48, 64)
+    net = cs.adaptify(
+        model, cs.Budget("edges", 0.4), output_stride=(2, 8), example_input=x, verify_laws=False
+    )
+    seen = CompileCounterWithBackend("eager")
+    with torch.no_grad():
+        assert_same(torch.compile(net, backend=seen, fullgraph=True)(x), net(x))
+    assert seen.frame_count == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -38,59 +163,54 @@ def test_where_laws_are_checked_rounding_does_not_say_which_of_equal_values_is_t
 
 
 class Once(nn.Module):
-    """A stem with strides, a pooling, and what is made of its indices; strides between them with `body`."""
+    """One pooling, and what is made of its indices."""
 
-    def __init__(self, pool: nn.Module, use: Callable[[Tensor, Tensor], Any], stride: int = 1) -> None:
+    def __init__(self, pool: nn.Module, use: Callable[[Tensor, Tensor], Any]) -> None:
         super().__init__()
         self.stem, self.pool, self.use = nn.Sequential(conv_norm(3, 8, 2), conv_norm(8, 8, 2)), pool, use
-        self.body = nn.Sequential(conv_norm(8, 8), conv_norm(8, 8, stride))
-        self.last = nn.Sequential(nn.Upsample(scale_factor=stride), nn.Conv2d(8, 8, 1))
+        self.body, self.last = nn.Sequential(conv_norm(8, 8), conv_norm(8, 8)), nn.Conv2d(8, 8, 1)
 
     def forward(self, x: Tensor) -> Any:
         x, indices = self.pool(self.stem(x))
         return self.use(self.last(self.body(x)), indices)
 
 
-USES: dict[str, tuple[nn.Module, Callable[[Tensor, Tensor], Any]]] = {
-    "put back": (nn.MaxPool2d(2, 2, return_indices=True), nn.MaxUnpool2d(2, 2)),
-    "by a function": (nn.MaxPool2d(2, return_indices=True), lambda x, i: F.max_unpool2d(x, i, 2, 2)),
-    "windows that overlap": (
+ENDS: dict[str, tuple[nn.Module, Callable[[Tensor, Tensor], Any]]] = {
+    "puts values at places of a dense map": (
         nn.MaxPool2d(3, 2, 1, return_indices=True),
         lambda x, i: F.max_unpool2d(x, i, 3, 2, 1, (x.shape[2] * 2, x.shape[3] * 2)),
     ),
-    "returned": (nn.MaxPool2d(2, 2, return_indices=True), lambda x, i: (x, i)),
+    "reads the indices of a pooling": (
+        nn.MaxPool2d(2, 2, return_indices=True),
+        lambda x, i: F.max_unpool2d(x, i.clone(), 2, 2),
+    ),
+    "": (nn.MaxPool2d(2, 2, return_indices=True), lambda x, i: (x, i)),
 }
 
 
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("options", [{"coarsest": 16}, {}], ids=str)
-@torch.no_grad()
-def test_pooling_with_indices_and_unpooling_run_dense(use: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("reason", ENDS, ids=lambda reason: reason or "returned")
+def test_what_is_not_unpooled_on_elements_says_why_and_is_the_networks(reason: str) -> None:
     torch.manual_seed(0)
+    model = Once(*ENDS[reason]).eval().double()
     x = images(2, 48, 64, double)
-    model = settled(Once(*USES[use]).double(), x, Draw(0))
-    net = cs.adaptify(model, "none", example_input=x, outputs="native", **options)
-    assert net.plan["pool"].action not in ("adapt", "keep")
-    assert "indices are places of a dense map" in net.plan["pool"].reason
-    with FirstOfEqual():
-        own = "all" if "coarsest" in options else "none"
-        assert_same(net(x, mask=own), model(x), EXACT)
-        net(x, mask="all")
-        levels = torch.full_like(net.levels.long(), net.plan.max_level)
-        levels[:, : net.geometry.sides[-1]] = 0
-        ours, alone = net(x, mask=levels), net(x[1:], mask=levels[1:])
-        for found, expected in zip(_parts(ours), _parts(alone), strict=True):
-            assert_same(found[1:], expected, EXACT)
+    net = cs.adaptify(model, "none", output_stride=(4, 8), example_input=x, outputs="native")
+    assert net.plan["pool"].action == "adapt"
+    assert any(reason in d.reason for d in net.plan.chosen("barrier", "exit"))
+    with torch.no_grad():
+        for image in (x, images(1, 53, 58, double)) if not reason else (x,):
+            assert_same(net(image), model(image), EXACT)
 
 
-def _parts(value: Any) -> tuple[Tensor, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def test_strides_behind_the_pooling_are_adaptive() -> None:
-    """A region may begin behind it."""
+@pytest.mark.parametrize("reason", ENDS, ids=lambda reason: reason or "returned")
+@torch.no_grad()
+def test_what_is_not_unpooled_on_elements_is_the_networks_under_floors(reason: str) -> None:
+    """Its pooling runs dense: inside a cell there are no places of maxima."""
     torch.manual_seed(0)
-    x = images(1, 64, 96, double)
-    pool, use = USES["put back"]
-    model = settled(Once(pool, use, 2).double(), x, Draw(0))
-    compare(Case(model, images(2, 64, 128, double), x, True), Draw(1))
+    model = Once(*ENDS[reason]).eval().double()
+    x = images(2, 48, 64, double)
+    net = cs.adaptify(model, "none", coarsest=16, example_input=x)
+    assert not net.plan["pool"].on_elements
+    assert_same(net(x, mask="all"), model(x), EXACT)
+    levels = (torch.rand(2, 48, 64) < 0.5).int() * net.plan.max_level
+    ours, last = net(x, mask=levels), net(x[1:], mask=levels[1:])
+    assert_same(ours[0][1:] if not reason else ours[1:], last[0] if not reason else last, EXACT)

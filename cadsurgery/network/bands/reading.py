@@ -90,8 +90,7 @@ class SeenGraph(OnShapes):
         self.several, self.small, self.numbers = set[fx.Node](), set[fx.Node](), dict[fx.Node, Any]()
         self.memories = dict[fx.Node, set[UntypedStorage]]()
         self.changed = dict[fx.Node, list[fx.Node]]()
-        own = program.plan.identity_level
-        level = program.plan.max_level if own is None or program.unchanged is None else own
+        level = program.plan.max_level if program.own_level is None else program.own_level
         first = (partial(_lattice_of, program.geometry, level),) if self.region is not None else ()
         with torch.inference_mode(False), torch.no_grad():  # inference tensors do not tell changes in place
             given = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in arguments.items()}

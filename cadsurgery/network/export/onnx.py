@@ -46,7 +46,6 @@ from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.export.shortcuts import (
     following_quickly,
     promoting_without_runs,
-    reading_signatures_once,
 )
 from cadsurgery.network.export.tidy import tidy
 from cadsurgery.network.export.unsupported import (
@@ -110,24 +109,23 @@ def write(
     target = Target(engine.has_kernels, bool(calibration), engine.has_8_bit_depthwise)
     from cadsurgery.network.export.translate import TABLE
 
-    with reading_signatures_once():
-        program, free = follow(graph, inputs, dynamic, target, bool(rest))
-        shape = tuple(None if axis in free else length for axis, length in enumerate(image.shape))
-        outputs = (*names, "levels")
-        step("translating to ONNX")
-        model = translate(
-            program,
-            f"write a program of torch's operations instead: to='pt2'.{_way_round(net, level_map)}",
-            graph,
-            custom_translation_table=TABLE,
-            optimize=False,
-            input_names=input_names,
-            output_names=outputs,
-        )
-        with refused("the file cannot be finished", "report it with the name of the network."):
-            _finish(model.model, target.has_kernels, _metadata(net, dynamic, multiple), free)
-            step("writing")
-            _save(model, path)
+    program, free = follow(graph, inputs, dynamic, target, bool(rest))
+    shape = tuple(None if axis in free else length for axis, length in enumerate(image.shape))
+    outputs = (*names, "levels")
+    step("translating to ONNX")
+    model = translate(
+        program,
+        f"write a program of torch's operations instead: to='pt2'.{_way_round(net, level_map)}",
+        graph,
+        custom_translation_table=TABLE,
+        optimize=False,
+        input_names=input_names,
+        output_names=outputs,
+    )
+    with refused("the file cannot be finished", "report it with the name of the network."):
+        _finish(model.model, target.has_kernels, _metadata(net, dynamic, multiple), free)
+        step("writing")
+        _save(model, path)
     with refused("the engine does not open the file", _other_files(dynamic, level_map)):
         run = engine(path, torch.get_num_threads())
     answers = _answers(net, image, other, dynamic, None if 0 in free else len(image), multiple)
@@ -227,7 +225,7 @@ def translate(
         return translatable
 
     program.run_decompositions = run_decompositions
-    with quietly(), promoting_without_runs(), reading_signatures_once():
+    with quietly(), promoting_without_runs():
         try:
             return torch.onnx.export(program, dynamo=True, verbose=False, **options)
         except Exception as error:

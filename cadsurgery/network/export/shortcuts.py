@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import typing
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -100,39 +98,3 @@ def _run_node(self: Any, n: fx.Node) -> Any:
         if rule is not None:
             self._maybe_promote_node(n, rule)
     return n.meta["val"] if "val" in n.meta else fx.Interpreter.run_node(self, n)
-
-
-@contextmanager
-def reading_signatures_once() -> Iterator[None]:
-    """Let torch's exporter keep what it reads from the tables of ONNX, and Python what the exporter's protocols demand.
-
-    Both were read again for each operation, which took a tenth of the time of an export. The list of what torch's
-    operations are in ONNX was made again for each export, from the source code of six hundred functions.
-    """
-    try:
-        from onnx_ir.schemas import OpSignature
-    except ImportError:  # older versions of onnx_ir have none
-        yield
-        return
-    read, kept = OpSignature.from_op_schema, dict[tuple[Any, ...], Any]()
-
-    def read_once(schema: Any) -> Any:
-        key = schema.domain, schema.name, schema.since_version
-        if key not in kept:
-            kept[key] = read(schema)
-        return kept[key]
-
-    operations = _torchlib()
-    demanded = cache(typing._get_protocol_attrs)  # type: ignore[attr-defined]
-    with (
-        mock.patch.object(OpSignature, "from_op_schema", read_once),
-        mock.patch.object(typing, "_get_protocol_attrs", demanded),
-        mock.patch.object(torch_internals.onnx_operations, "get_torchlib_ops", lambda: operations),
-    ):
-        yield
-
-
-@cache
-def _torchlib() -> Any:
-    """List what torch's operations are in ONNX."""
-    return torch_internals.onnx_operations.get_torchlib_ops()
