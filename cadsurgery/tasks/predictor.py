@@ -180,7 +180,8 @@ class Predictor:
                 refusal = refusal or refuse_images(error, images)
                 self.start_anew()
         else:
-            raise _with_size(refusal) if self.settings.size is None else refusal
+            assert refusal is not None
+            raise refusal if self.settings.size else _with_size(refusal)
         self._multiples[size] = multiple
         milliseconds = 1e3 * (time.perf_counter() - start) / len(pictures)
         more = {"padded_to": [*padded.shape[2:]]} if padded.shape != images.shape else {}
@@ -379,10 +380,10 @@ class Predictor:
         return {"classes": shares} if shares else {}
 
 
-def _with_size(refusal: Any) -> CadError:
+def _with_size(refusal: CadError) -> CadError:
     """Return the error for pictures of a size that a network does not take, with the option that resizes them."""
     if not isinstance(refusal, InvalidInput) or "--size" in refusal.next or "NaN" in refusal.what:
-        return refusal  # type: ignore[no-any-return]
+        return refusal
     parts = {"where": refusal.where, "why": refusal.why}
     also = "If the network takes one size, give that to run: --size HxW."
     return InvalidInput(refusal.what, **parts, next=f"{refusal.next} {also}".strip())
