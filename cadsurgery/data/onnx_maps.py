@@ -372,6 +372,24 @@ def _space_to_depth(writer: OnnxTracer, operation: OnnxOperation, value: Any) ->
     return F.channel_shuffle(F.pixel_unshuffle(value, operation.attributes["blocksize"]), operation.shape[1])
 
 
+def _gather(writer: OnnxTracer, operation: OnnxOperation, value: Any, index: Any) -> Any:
+    """Write Gather of a map; an index of one number takes its axis away."""
+    if isinstance(index, Numbers) or (isinstance(index, Tensor) and index.dim() == 0):
+        chosen = numbers(index)
+        index = chosen.values[0] if chosen.is_scalar else list(chosen.values)
+    rank = value.dim() if isinstance(value, Tensor) else operation.rank
+    before = (slice(None),) * (operation.attributes.get("axis", 0) % rank)
+    return value[(*before, index)]
+
+
+def _running_sum(writer: OnnxTracer, operation: OnnxOperation, value: Any, axis: Any) -> Any:
+    place = int(numbers(axis).values[0])
+    turned = value.flip(place) if operation.attributes.get("reverse") else value
+    total = torch.cumsum(turned, place)
+    total = total - turned if operation.attributes.get("exclusive") else total
+    return total.flip(place) if operation.attributes.get("reverse") else total
+
+
 def _topk(writer: OnnxTracer, operation: OnnxOperation, value: Any, count: Any = None) -> Any:
     given = operation.attributes
     number = given["k"] if count is None else numbers(count).values[0]
@@ -503,6 +521,8 @@ OF_MAPS: dict[str, Callable[..., Any]] = {
     "Pad": _pad,
     "Split": _split,
     "DepthToSpace": _depth_to_space,
+    "Gather": _gather,
+    "CumSum": _running_sum,
     "TopK": _topk,
     "SpaceToDepth": _space_to_depth,
     **dict.fromkeys(("Resize", "Upsample"), _resize),

@@ -149,6 +149,23 @@ def shape_of(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
     return Numbers((math.prod(sizes),), True) if operation.type == "Size" else Numbers(sizes)
 
 
+def _count(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+    """Return how many numbers there are: the shape of their tensor, or its size."""
+    if value.is_scalar:
+        return Numbers((1,), True) if operation.type == "Size" else Numbers(())
+    return Numbers((len(value.values),), operation.type == "Size")
+
+
+def _root(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+    return Numbers(tuple(writer.round(math.sqrt, number) for number in value.values), value.is_scalar, True)
+
+
+def _remainder(writer: OnnxTracer, operation: OnnxOperation, first: Any, second: Any) -> Any:
+    left, right = numbers(first), numbers(second)
+    values = tuple(operator.mod(*pair) for pair in _broadcast(left, right))
+    return Numbers(values, left.is_scalar and right.is_scalar, left.is_float or right.is_float)
+
+
 def _negate(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
     return Numbers(tuple(-number for number in value.values), value.is_scalar, value.is_float)
 
@@ -276,6 +293,9 @@ OF_NUMBERS: dict[str, Callable[..., Any]] = {
     "Range": _range,
     "ConstantOfShape": _fill,
     "Neg": _negate,
+    "Mod": _remainder,
+    "Sqrt": _root,
+    **dict.fromkeys(("Shape", "Size"), _count),
     **dict.fromkeys(_COMPARISONS, _compare),
     **dict.fromkeys(_ROUNDINGS, _round),
     **dict.fromkeys(ARITHMETIC, _compute),

@@ -36,7 +36,20 @@ def target_for(source: str, target: str, memory: str, *, is_plain: bool = True) 
     Args:
         is_plain: False if pictures are resized or drawn upon. Then only those are read in rows that take more than the
             memory as float32, and refused.
+
+    Raises:
+        InvalidInput: there is no memory, and a run with one has begun this picture.
     """
+    if (
+        not memory
+        and not is_remote(target)
+        and (begun := _part_of(Path(target).with_suffix(".tif"))).exists()
+    ):
+        raise InvalidInput(
+            f"the prediction of {source} was begun in rows, with --memory.",
+            where=str(begun),
+            next="give --memory again, of any amount, to go on; or delete this file.",
+        )
     if not memory or is_remote(source) or is_remote(target) or not tiff.is_tiff(tiff.split_page(source)[0]):
         return target
     try:
@@ -54,6 +67,11 @@ def warn_of_position(source: str, why: str, next: str) -> None:
         f"the prediction of {source} is written without its position and coordinate system (GeoTIFF).\n"
         f"  Why: {why}\n  Next: {next}"
     )
+
+
+def _part_of(target: Path) -> Path:
+    """Return the file in which rows are written before the prediction is whole."""
+    return target.with_name(f".{target.name}.part")
 
 
 class LargePicture:
@@ -111,7 +129,7 @@ class _WrittenRows:
 
     def __init__(self, target: Path, made_of: dict[str, Any]) -> None:
         self.target, self._made_of = target, made_of
-        self.file = target.with_name(f".{target.name}.part")
+        self.file = _part_of(target)
         self._known = target.with_name(f".{target.name}.json")
         self.rows, self.counts, self.milliseconds = 0, Counter[int](), 0.0
         self._offset = 0

@@ -181,7 +181,7 @@ class Predictor:
                 self.start_anew()
         else:
             assert refusal is not None
-            raise refusal
+            raise refusal if self.settings.size else _with_size(refusal)
         self._multiples[size] = multiple
         milliseconds = 1e3 * (time.perf_counter() - start) / len(pictures)
         more = {"padded_to": [*padded.shape[2:]]} if padded.shape != images.shape else {}
@@ -378,6 +378,15 @@ class Predictor:
         whole = counts.total()
         shares = {self.names[index]: count / whole for index, count in sorted(counts.items()) if count}
         return {"classes": shares} if shares else {}
+
+
+def _with_size(refusal: CadError) -> CadError:
+    """Return the error for pictures of a size that a network does not take, with the option that resizes them."""
+    if not isinstance(refusal, InvalidInput) or "--size" in refusal.next or "NaN" in refusal.what:
+        return refusal
+    parts = {"where": refusal.where, "why": refusal.why}
+    also = "If the network takes one size, give that to run: --size HxW."
+    return InvalidInput(refusal.what, **parts, next=f"{refusal.next} {also}".strip())
 
 
 def _cut_back(maps: Tensor, padded: Sequence[int], size: Sequence[int]) -> Tensor:

@@ -150,7 +150,6 @@ OPERATORS: dict[str, Row] = {
     "LpNormalization": ("LpNormalization", {"axis": 1, "p": 2}),
     "LpNormalization of sums": ("LpNormalization", {"axis": 1, "p": 1}),
     "LRN": ("LRN", {"size": 3}),
-    "LayerNormalization": ("LayerNormalization", {"axis": 1, "Scale": np.ones((CHANNELS, 4, 4), dtype="f")}),
     "GroupNormalization": ("GroupNormalization", {"num_groups": 2, "scale": SCALE, "bias": SHIFT}),
     "InstanceNormalization": ("InstanceNormalization", {"scale": SCALE, "B": SHIFT}),
     "BatchNormalization": (
@@ -178,6 +177,11 @@ OPERATORS: dict[str, Row] = {
     "Concat": ("Concat", {"axis": 1, "of": [MAP, OTHER]}),
     "Cast": ("Cast", {"to": 1}),
     "ArgMax": ("ArgMax", {"axis": 1}),
+    "Gather a channel": ("Gather", {"axis": 1, "indices": np.int64(-2)}),
+    "Gather channels": ("Gather", {"axis": 1, "indices": [3, 0, -1]}),
+    "Gather rows of channels": ("Gather", {"axis": -3, "indices": np.array([[0, 1], [2, 3]])}),
+    "CumSum": ("CumSum", {"axis": np.int64(1)}),
+    "CumSum backwards": ("CumSum", {"axis": np.int64(-3), "reverse": 1, "exclusive": 1}),
     "TopK": ("TopK", {"axis": 1, "k": 2, "K": [2]}),
     "Conv on one side": (
         "Conv",
@@ -272,8 +276,10 @@ def write(path: Path, kind: str, given: dict[str, Any], opset: int) -> Path:
             options[name] = value.item() if isinstance(value, np.generic) else value
         elif name in names and name not in ("of", "constant"):
             inputs += [""] * (names.index(name) + 1 - len(inputs))
-            is_float = isinstance(value, (np.ndarray, np.generic, float)) or isinstance(value[0], float)
-            inputs[names.index(name)] = hold(np.asarray(value, dtype=np.float32 if is_float else np.int64))
+            array = np.asarray(value)
+            inputs[names.index(name)] = hold(
+                array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
+            )
     outputs = ["output", "rest"] if kind in ("TopK", "Split") else ["output"]
     nodes.append(onnx.helper.make_node(kind, inputs, outputs, **options))
     image = onnx.helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, ["n", 3, "h", "w"])

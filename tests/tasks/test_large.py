@@ -252,6 +252,10 @@ def test_ctrl_c_ends_a_large_picture_behind_its_band_and_resume_goes_on_there(
     assert all(of == SIZE[0] for _, of in told) and 0 == told[0][0] < told[1][0] < told[2][0] < SIZE[0]
     assert f"interrupted at row {told[2][0]} of {SIZE[0]}; --resume goes on there" in report.text
     assert not (tmp_path / "out" / "page.tif").exists()
+    with pytest.raises(
+        cs.InvalidInput, match="give --memory again"
+    ):  # which would begin anew as another file
+        predict(file, picture, tmp_path / "out", mask="all", memory="", resume=True)
     told.clear()
     more = RunOptions(**{**vars(options), "memory": "3MiB", "resume": True})
     assert run.predict(file, [picture], more, step=step).counts == (1, 0) and told[0][0] > 0

@@ -193,6 +193,21 @@ def test_pictures_of_any_size_are_padded_and_their_results_cut_back(
     assert "padded_to" not in row
 
 
+def test_where_no_padding_helps_the_option_that_resizes_is_named() -> None:
+    class OneSize(UNet):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return super().forward(image) + self.grid
+
+    torch.manual_seed(0)
+    model = OneSize(2).eval()
+    model.grid = torch.nn.Parameter(torch.randn(1, 2, 48, 64))
+    net = cs.adaptify(model, "edges", coarsest=4, verify_laws=False, example_input=torch.rand(1, 3, 48, 64))
+    one = predictor.Predictor(net.eval(), predictor.PredictionSettings("net"))
+    assert len(list(one(street_scene(48, 64)[None]))) == 1
+    with pytest.raises(CadError, match="--size"):
+        list(one(street_scene(61, 64)[None]))
+
+
 def test_the_report_says_once_that_pictures_were_padded(
     file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
