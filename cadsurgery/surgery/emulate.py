@@ -99,11 +99,12 @@ class Emulator(Interpreter):
 
     def _reduced(self, n: fx.Node) -> Any:
         """Compute a node that reduces maps to a vector per image: every cell weighs as much as it covers."""
-        if name_of(n.target) in _BY_NUMBER:
+        if name_of(n.target).removeprefix("linalg_") in _BY_NUMBER:
             raise CannotEmulate(n.name)
 
         called = self.module.get_submodule(str(n.target)) if n.op == "call_module" else n.target
-        is_largest = "max" in name_of(type(called) if isinstance(called, nn.Module) else called).lower()
+        name = name_of(type(called) if isinstance(called, nn.Module) else called).lower()
+        is_extreme = "max" in name or "min" in name
 
         def by_cell(source: fx.Node) -> Any:
             value, decision = self.env[source], self.decisions[source.name]
@@ -123,7 +124,7 @@ class Emulator(Interpreter):
                 raise CannotEmulate(source.name)
             places, _ = self._cells(value.shape[2:], decision)
             at_anchors = _at(value, *places)
-            return at_anchors if is_largest else at_anchors * self._shares(source, value.shape[2:]).to(value)
+            return at_anchors if is_extreme else at_anchors * self._shares(source, value.shape[2:]).to(value)
 
         args, kwargs = (fx.map_arg(part, by_cell) for part in (n.args, n.kwargs))
         try:

@@ -567,3 +567,41 @@ def test_peaks_of_a_map_are_found_dense(how: str) -> None:
     x, levels = torch.rand(2, 3, 64, 96).double(), mixed(2, (64, 96), 16, net.plan.max_level)
     assert_same(net(x, mask="all"), model(x))
     assert_same(net(x, mask=levels)[1:], net(x[1:], mask=levels[1:]))
+
+
+class Reduced(nn.Module):
+    """One number of a map over the image."""
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 3, 3, step, 1) for step in (2, 2, 1))
+        self.reduce = reduce
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduce(self.c(self.b(self.a(x))))
+
+
+@pytest.mark.parametrize(
+    "reduce",
+    [
+        lambda x: x.amin((2, 3)),
+        lambda x: x.amax((2, 3)),
+        lambda x: torch.linalg.vector_norm(x, 2, (2, 3)),
+        lambda x: x.norm(1, (2, 3)),
+        lambda x: x.sum((2, 3)),
+    ],
+    ids=["amin", "amax", "vector_norm", "norm", "sum"],
+)
+def test_a_reduction_under_floors_is_verified_and_weighs_cells_by_what_they_cover(
+    reduce: Callable[[Tensor], Tensor],
+) -> None:
+    torch.manual_seed(0)
+    model = Reduced(reduce).eval().double()
+    cs.adaptify(model, "none", coarsest=8, example_input=torch.rand(1, 3, 64, 64, dtype=torch.float64))
+    nn.init.zeros_(model.c.weight)  # a map that is the same everywhere
+    x = torch.rand(2, 3, 72, 56, dtype=torch.float64)
+    net = unverified(model, "none", coarsest=8, example_input=x[:1])
+    levels = mixed(2, (72, 56), 8, net.plan.max_level)
+    with torch.no_grad():
+        assert (net(x) - model(x)).abs().max() < 1e-12 * model(x).abs().max()
+        assert (net(x, mask=levels) - model(x)).abs().max() < 1e-12 * model(x).abs().max()
