@@ -124,6 +124,17 @@ def test_the_list_of_versions_has_this_one_and_those_of_the_changelog() -> None:
     assert "| this one |" in text and cs.__version__ in text
 
 
+def test_the_changelog_is_what_a_user_reads() -> None:
+    """Each section is the difference to the release before, an entry at most three lines, with a width of 150."""
+    sections = re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]
+    lengths = {part.split("\n", 1)[0]: part.strip().count("\n") + 1 for part in sections}
+    latest, *released = lengths
+    assert lengths[latest] <= 120 and all(lengths[name] <= 60 for name in released)
+    for entry in re.split(r"^(?=- )", "".join(sections), flags=re.MULTILINE)[1:]:
+        own = re.split(r"\n\n|\n(?=#)", entry)[0].strip()
+        assert own.count("\n") < 3 and len(own) < 420, own
+
+
 def figures(name: str) -> tuple[list[list[str]], str]:
     """Rows of a table of figures on the start page, and the text that follows it up to the next heading or table."""
     table, after = re.search(
