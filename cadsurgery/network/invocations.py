@@ -40,7 +40,10 @@ class Invocation:
     ) -> Invocation:
         """Bind the arguments; without `sizes`, a `pixel_mask` among them may state them."""
         arguments = program.bind(*args, **kwargs)
-        return cls(program, arguments, sizes or call_context().sizes or sizes_in(arguments))
+        for known in (sizes, call_context().sizes):
+            if known is not None:
+                return cls(program, arguments, known)
+        return cls(program, arguments, sizes_in(arguments))
 
     @property
     def image(self) -> Any:

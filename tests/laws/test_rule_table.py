@@ -157,8 +157,6 @@ EXAMPLES: dict[str, tuple[Function, dict[str, nn.Module]]] = {
 
 ELSEWHERE = {
     "group_deviation": "laws/test_operation_laws.py",  # timm's computes in float32, whatever it is given
-    "fused_convolution": "network/test_bands.py",  # of inference copies
-    "fused_product": "network/test_bands.py",
 }
 NOT_EMULATED = ("cosine_similarity", "attention")
 

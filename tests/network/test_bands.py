@@ -1,5 +1,5 @@
 """A picture computed in bands of rows gives what it gives whole, in the memory that is asked for. The rules of fused
-layers (`fused_convolution`, `fused_product`) are asked by every case."""
+layers are asked by every case."""
 
 from __future__ import annotations
 
