@@ -280,6 +280,14 @@ def test_every_mask_has_a_picture_and_a_cost(site_pages: ModuleType) -> None:
     assert len(lines) == len(drawn)
 
 
+def test_the_glossary_has_one_entry_for_each_word() -> None:
+    words = re.findall(
+        r"^\| ([^|]+?) \|", (DOCS / "glossary.md").read_text().split("\n## Names that stay")[0], re.M
+    )
+    words = [word.partition(" (")[0] for word in words if word not in ("word", "---")]
+    assert len(words) > 50 and sorted({word for word in words if words.count(word) > 1}) == []
+
+
 def test_every_table_of_the_glossary_has_a_picture_above_it() -> None:
     text = (DOCS / "glossary.md").read_text().split("\n## Names that stay")[0]
     *shown, without = text.split("\n### ")[1:]
