@@ -86,6 +86,9 @@ def judge(
     )
 
 
+_MULTIPLE = 32  # the largest number of pixels that sides of pictures in files are usually multiples of
+
+
 def in_rows(given: Any, output: Any, size: tuple[int, int], is_resized: bool) -> str:
     """Describe outputs that are rows, as detectors return the boxes of all anchors (B, C, N); "" for maps and vectors.
 
@@ -109,8 +112,10 @@ def in_rows(given: Any, output: Any, size: tuple[int, int], is_resized: bool) ->
     wanted, slack = (
         (steps, [1 / length for length in size]) if is_unchanged else (ratios, [1 / side for side in before])
     )
-    # A side may be rounded up, or lack a border.
+    # A side may be rounded up, or lack a border; pictures in files are resized to multiples of a number of pixels.
     together = abs(wanted[0] - wanted[1]) <= sum(slack)
+    if not is_unchanged and 1 not in ratios:
+        together |= abs(ratios[0] - ratios[1]) <= sum(_MULTIPLE / side for side in size)
     is_map = together and max(steps) <= 2 * min(steps) + max(1 / length for length in size)
     if is_map:
         return ""
