@@ -27,23 +27,21 @@ from cadsurgery.support.torch_internals import tree_map_only
 
 @dataclass(frozen=True)
 class Invocation:
-    """The arguments of a call by the original's parameter names, with defaults, and how large the images of a padded
-    batch are."""
+    """The arguments of a call by the original's parameter names, with defaults, for the program that was traced at the
+    conversion."""
 
     program: Program
     arguments: dict[str, Any]
-    sizes: Sequence[tuple[int, int]] | Tensor | None = None
+    given_sizes: Sequence[tuple[int, int]] | Tensor | None = None
 
-    @classmethod
-    def of(
-        cls, program: Program, args: Sequence[Any], kwargs: dict[str, Any], sizes: Any = None
-    ) -> Invocation:
-        """Bind the arguments; without `sizes`, a `pixel_mask` among them may state them."""
-        arguments = program.bind(*args, **kwargs)
-        for known in (sizes, call_context().sizes):
-            if known is not None:
-                return cls(program, arguments, known)
-        return cls(program, arguments, sizes_in(arguments))
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]] | Tensor | None:
+        """The sizes of the images of a padded batch: as they were given, else those of a `sized` block, else those that
+        a `pixel_mask` among the arguments states."""
+        if self.given_sizes is not None:
+            return self.given_sizes
+        outer = call_context().sizes
+        return outer if outer is not None else sizes_in(self.arguments)
 
     @property
     def image(self) -> Any:
@@ -90,9 +88,8 @@ class Invocation:
         that flattens a map by `view`, may rely on it."""
 
         def as_given(value: Tensor) -> Tensor:
-            return (
-                value if 0 in value.stride() else value.contiguous()
-            )  # what is repeated in no memory stays so
+            is_repeated = 0 in value.stride()  # in no memory of its own, and stays so
+            return value if is_repeated else value.contiguous()
 
         if torch.compiler.is_compiling() or not self.image.is_contiguous():
             return outputs

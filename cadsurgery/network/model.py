@@ -133,7 +133,7 @@ class AdaptiveModel(ProgramNetwork):
         chosen = self._mask_provider if mask is None else mask
         if torch.compiler.is_compiling() and not is_exporting() and not getattr(chosen, "static", False):
             return self._run_uncompiled(*args, mask=mask, sizes=sizes, **kwargs)
-        call = Invocation.of(self._program, args, kwargs, sizes)
+        call = Invocation(self._program, self._program.bind(*args, **kwargs), sizes)
         output, lattice = self.follow(call, partial(self._answer, resolve_mask(chosen)))
         return self.finish(call.in_layout(output), lattice)
 
@@ -190,7 +190,7 @@ class AdaptiveModel(ProgramNetwork):
         """Run with another masking, a callable (image, fine map) -> Lattice, for verification and tools; of a hosted
         network only the adaptive part runs."""
         part = self.adaptive_part
-        call = Invocation.of(part._program, args, kwargs)
+        call = Invocation(part._program, part._program.bind(*args, **kwargs))
         output, lattice = part.follow(call, lambda program, arguments: program(masking, arguments))
         return part.finish(call.in_layout(output), lattice)
 
@@ -366,7 +366,7 @@ class AdaptiveModel(ProgramNetwork):
             counted = self.counted if program is self.program else self._counted_on(program)
             return count_macs(program, counted, provider, arguments)
 
-        return self.follow(Invocation.of(self.program, args, kwargs, sizes), count)
+        return self.follow(Invocation(self.program, self.program.bind(*args, **kwargs), sizes), count)
 
     @property
     def counted(self) -> Program:
@@ -581,7 +581,10 @@ class OptimizedModel(AdaptiveModel):
             InvalidInput: the memory is too little, or the copy was made without one.
         """
         provider = self._mask_provider if mask is None else resolve_mask(mask)
-        return self.follow(Invocation.of(self._program, args, kwargs), partial(self._banded().plan, provider))
+        return self.follow(
+            Invocation(self._program, self._program.bind(*args, **kwargs)),
+            partial(self._banded().plan, provider),
+        )
 
     def rows(
         self, picture: Any, *args: Any, mask: object = None, start: int = 0, **kwargs: Any
@@ -609,7 +612,7 @@ class OptimizedModel(AdaptiveModel):
 
         size = read(0, 1).new_zeros(()).expand(1, *picture.shape)
         run = partial(self._banded().rows, provider, start, read)
-        return self.follow(Invocation.of(self._program, (size, *args), kwargs), run)
+        return self.follow(Invocation(self._program, self._program.bind(size, *args, **kwargs)), run)
 
     def _banded(self) -> Bands:
         if self._bands is None:

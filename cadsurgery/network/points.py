@@ -203,20 +203,20 @@ class _Run:
         check_name("reach", reach, REACHES)
         check_name("alignment", align, ALIGNMENTS)
         program = net.program
-        call = Invocation.of(program, (image,), {})
-        call.check()
-        if isinstance(points, Tensor) and points.dim() in (3, 4) and points.shape[-1] != 2:
-            raise InvalidInput(
-                f"points are {describe(points)}.",
-                next="give a list with a tensor (n, 2) of x and y in pixels for each image; a score map has peaks: "
-                "cadsurgery.detection.peaks.",
-            )
-        points = points_of(points, image, 1, "")
-        exit = _exit(program, output)
-        provider = net.mask if mask is None else resolve_mask(mask)
-        with call.explained(), keypoints_at(points):
-            values = program.before(call.arguments)
-            lattice = program.ask(program.masking(provider), values)
+        call = Invocation(program, program.bind(image))
+        with call.explained():
+            if isinstance(points, Tensor) and points.dim() in (3, 4) and points.shape[-1] != 2:
+                raise InvalidInput(
+                    f"points are {describe(points)}.",
+                    next="give a list with a tensor (n, 2) of x and y in pixels for each image; a score map has peaks: "
+                    "cadsurgery.detection.peaks.",
+                )
+            points = points_of(points, image, 1, "")
+            exit = _exit(program, output)
+            provider = net.mask if mask is None else resolve_mask(mask)
+            with keypoints_at(points):
+                values = program.before(call.arguments)
+                lattice = program.ask(program.masking(provider), values)
         net.finish(None, lattice)
         return _Run(program, exit, provider, points, values, lattice, image, align)
 

@@ -92,8 +92,8 @@ class Flow(MapFacts):
 
     def comes_back(self, node: fx.Node, high: int) -> bool:
         """True if a map that is computed dense can be joined with maps of the region: a floating-point map coarser than
-        the high output stride. In networks with attention maps come back only where level maps are floors (`high` is
-        0): what it computes is then as coarse as the cells that read it, or finer."""
+        the high output stride. In networks with attention maps come back under floors alone (`high` is 0), where each
+        keeps the network's own output stride."""
         shape = self.shapes.get(node, ())
         is_plain = len(shape) == 4 and self.layout(node) == NCHW and node in self.floating
         return is_plain and self.grid[node] > high and not (high and self.has_attention)

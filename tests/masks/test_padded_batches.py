@@ -108,12 +108,15 @@ def test_sizes_may_be_those_of_a_context_a_tensor_or_a_pixel_mask() -> None:
     assert torch.equal(net.levels, as_it_comes) and not torch.equal(wanted, as_it_comes)
 
 
-def test_counting_uses_the_masks_of_the_call() -> None:
-    net, batch = converted(MASKS[0], "converted"), padded(pictures())
+@pytest.mark.parametrize("mask", MASKS)
+def test_counting_uses_the_masks_of_the_call(mask: str) -> None:
+    """Also under masks for which counting runs the network: they read features."""
+    net, batch = converted(mask, "converted"), padded(pictures())
     net(batch, sizes=SIZES)
     assert net.macs(batch, sizes=SIZES).active_fraction == pytest.approx(net.active_fraction)
     inside = padded([torch.ones(1, *size) for size in SIZES])[:, 0]
     assert net.macs(batch, pixel_mask=inside).active_fraction == pytest.approx(net.active_fraction)
+    assert net.macs(batch).active_fraction != pytest.approx(net.active_fraction)
 
 
 def test_masks_of_the_whole_batch_keep_nothing_in_the_padding() -> None:
