@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cadsurgery.elements.axes import in_order
 from cadsurgery.elements.backends.choose import Misfit
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.following.guards import GuardFailed
@@ -89,7 +90,7 @@ class Invocation:
 
         def as_given(value: Tensor) -> Tensor:
             is_repeated = 0 in value.stride()  # in no memory of its own, and stays so
-            return value if is_repeated else value.contiguous()
+            return value if is_repeated else in_order(value)
 
         if torch.compiler.is_compiling() or not self.image.is_contiguous():
             return outputs
