@@ -551,7 +551,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "pooled": lambda y: F.adaptive_avg_pool2d(y, (2, 2)).view(y.shape[0], 32),
     "positions": lambda y: y.view(y.shape[0], 8, -1),
     "not at all": lambda y: y,
-    "resized": lambda y: F.interpolate(y.cumsum(3), scale_factor=4.0, mode="bilinear"),
+    "resized": lambda y: F.interpolate(y.cumsum(3), scale_factor=8.0, mode="bilinear"),
 }
 
 
