@@ -571,7 +571,7 @@ def test_a_resize_that_is_returned_reads_a_map_in_order() -> None:
     """So that no larger map is copied for its layout."""
     torch.manual_seed(0)
     fast = cs.adaptify(Viewed("resized").eval(), "none", example_input=images(1, 48, 64)).optimize()
-    x, small = images(1, 48, 64), torch.rand(1, 8, 6, 8)
+    x, small = images(1, 192, 256), torch.rand(1, 8, 24, 32)
 
     def copies(call: Callable[[], Tensor]) -> int:
         with torch.profiler.profile(record_shapes=True) as profile:
