@@ -571,15 +571,8 @@ def test_a_resize_that_is_returned_reads_a_map_in_order() -> None:
     """So that no larger map is copied for its layout."""
     torch.manual_seed(0)
     fast = cs.adaptify(Viewed("resized").eval(), "none", example_input=images(1, 48, 64)).optimize()
-    x, small = images(1, 192, 256), torch.rand(1, 8, 24, 32)
-
-    def copies(call: Callable[[], Tensor]) -> int:
-        with torch.profiler.profile(record_shapes=True) as profile:
-            shape = list(call().shape)
-        return sum(one.name == "aten::copy_" and one.input_shapes[0] == shape for one in profile.events())
-
-    own = copies(lambda: F.interpolate(small, scale_factor=8.0, mode="bilinear"))  # torch's, for small maps
-    assert copies(lambda: fast(x)) == own
+    (resize,) = fast.program.graph.find_nodes(op="call_function", target=F.interpolate)
+    assert resize.args[0].target is in_order
 
 
 class Viewed(nn.Module):
