@@ -23,6 +23,7 @@ from cadsurgery.network.input_refusals import misfit, wrong_for_weights, wrong_s
 from cadsurgery.network.program import Masked, Program
 from cadsurgery.support import device_checks
 from cadsurgery.support.errors import CadError
+from cadsurgery.support.running import running
 from cadsurgery.support.torch_internals import tree_map_only
 
 
@@ -92,7 +93,7 @@ class Invocation:
             is_repeated = 0 in value.stride()  # in no memory of its own, and stays so
             return value if is_repeated else in_order(value)
 
-        if torch.compiler.is_compiling() or not self.image.is_contiguous():
+        if running.in_graph or not self.image.is_contiguous():
             return outputs
         return tree_map_only(Tensor, as_given, outputs)
 
