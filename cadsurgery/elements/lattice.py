@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends import gpu_maps, maps
+from cadsurgery.elements.backends.choose import compute
 from cadsurgery.elements.backends.graph_sizes import quotients
+from cadsurgery.elements.backends.searches import CellSearch
 from cadsurgery.elements.size_symbols import fresh_length, of_size
 from cadsurgery.elements.sizes import constant, divide_up, is_at_most, is_statically_true, most
 from cadsurgery.support import device_checks
@@ -518,12 +519,6 @@ class Lattice:
         return self.pyramid.in_graph and self.pyramid.bounds is None
 
     @once
-    def has_gpu_maps(self) -> bool:
-        """True if cells and kernel maps are found by kernels on a GPU."""
-        is_seen = self.pyramid.in_graph or running.is_observed
-        return not is_seen and gpu_maps.available(self.pyramid.levels.device)
-
-    @once
     def has_known_counts(self) -> bool:
         """True if `counts` are known numbers, so that rows can be split by image; False while a graph is traced or if
         only bounds are known."""
@@ -679,7 +674,7 @@ class Lattice:
     def _cells(self) -> tuple[Tensor, Tensor, Tensor]:
         """Anchors (N,) as flat pixel numbers, the row of the cell that contains each pixel (B*H*W,), and the number of
         elements of each image (B,)."""
-        (height, width), device = self.size, self.levels.device
+        width = self.size[1]
         if not self.geometry.strides:  # every pixel is a cell
             is_there = (
                 self.part.pixels if self.part is not None else self.levels.new_ones(self.levels.numel()) > 0
@@ -692,25 +687,8 @@ class Lattice:
             whole = self.whole
             first, end = (whole.row_at(place // width) for place in self.part.between)
             return whole.anchors[first:end], whole.index[:0], whole.counts.new_tensor([end - first])
-        if self.part is None and self.capacity is None and maps.supports(self.levels):
-            return maps.find_cells(self.levels, self.geometry.sides)
-        if self.part is None and self.capacity is not None and self.has_gpu_maps:
-            return gpu_maps.find_cells(self.levels, self.geometry.sides, self.capacity[1])
-        y = torch.arange(height, device=device).view(1, -1, 1)
-        x = torch.arange(width, device=device).view(1, 1, -1)
-        image = torch.arange(self.batch, device=device).view(-1, 1, 1)
-        corner = (image * height + y - y % self.side_map) * width + x - x % self.side_map
-        pixel = (image * height + y) * width + x
-        is_anchor = (corner == pixel).flatten()
-        if self.part is not None:
-            is_anchor &= self.part.pixels
-        row = is_anchor.cumsum(0) - 1
-        if self.capacity is None:
-            anchors = is_anchor.nonzero().squeeze(1)
-        else:
-            anchors = torch.nonzero_static(is_anchor, size=self.capacity[1], fill_value=0).squeeze(1)
-        counts = is_anchor.view(self.batch, -1).sum(1)
-        return anchors, row[corner.flatten()].to(torch.int32), counts
+        cells: tuple[Tensor, Tensor, Tensor] = compute(CellSearch(self.levels, self))
+        return cells
 
     @property
     def anchors(self) -> Tensor:
