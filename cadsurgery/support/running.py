@@ -63,7 +63,9 @@ class Running:
     def is_observed(self) -> bool:
         """True if torch counts, records, compiles or transforms (`torch.func`) the called operations; it would not see
         compiled kernels."""
-        return self.in_graph or self.is_recorded or torch_internals.interpreters() is not None
+        if torch.compiler.is_compiling() or torch_internals.current_dispatch_mode() is not None:
+            return True
+        return torch_internals.interpreters() is not None
 
     @property
     def is_profiled(self) -> bool:

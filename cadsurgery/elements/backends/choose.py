@@ -131,8 +131,11 @@ _MOST_CHOICES = 1024
 
 def choose(work: Work) -> Choice:
     """Return the choice for a work: the first backend that applies."""
-    if running.in_graph:
-        return _choose_among(BACKENDS, work)
+    return _choose_among(BACKENDS, work) if running.in_graph else _choose_once(work)
+
+
+def _choose_once(work: Work) -> Choice:
+    """Return the choice that is stored for the case of a work, or store it."""
     gradient = torch.is_grad_enabled() and work.gradient
     key = (work.case, gradient, running.is_observed, running.target, setting(), *BACKENDS)
     choices = work.choices
@@ -162,12 +165,13 @@ def compute(work: Work, choice: Choice | None = None) -> Any:
     Raises:
         Misfit: its operands do not fit.
     """
-    if not running.in_graph:  # a graph is checked by torch, and compiled anew for other shapes
-        work.check()
-        if work.rows.is_meta and (result := work.on_shapes()) is not None:
-            return result
-    chosen = choice or choose(work)
-    if not running.in_graph and running.is_profiled:
+    if running.in_graph:  # it is checked by torch, and compiled again for other shapes
+        return (choice or _choose_among(BACKENDS, work)).run(work)
+    work.check()
+    if work.rows.is_meta and (result := work.on_shapes()) is not None:
+        return result
+    chosen = choice or _choose_once(work)
+    if running.is_profiled:
         with torch.profiler.record_function(f"{work.task} ({chosen.backend.name})"):
             return chosen.run(work)
     return chosen.run(work)

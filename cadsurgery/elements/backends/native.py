@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cadsurgery.elements.axes import as_map, as_rows
 from cadsurgery.elements.backends import maps
-from cadsurgery.elements.backends.choose import Backend, Work
+from cadsurgery.elements.backends.choose import Backend, Work, choose_after, compute
 from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.backends.works import (
     Convolution,
@@ -143,7 +143,7 @@ class Native(Backend):
     def _is_faster(self, work: MapConvolution) -> bool:
         """True for grouped convolutions of dense maps that oneDNN has no fast code for."""
         weights, padding = work.weights, max(work.window[1])
-        if weights.groups == 1 or not weights.dense or 0 in work.shape or 0 in work.rows.shape:
+        if weights.groups == 1 or not weights.dense or not work.rows.numel():
             return False
         if has_fast_code(work.rows.dtype, weights.weight.shape[1], padding):
             return False
@@ -217,6 +217,9 @@ class Native(Backend):
     def convolve_map(self, work: MapConvolution) -> Tensor:
         """Compute a map, channels_last, from the rows of its positions."""
         image, weights, (batch, _, *size) = work.rows, work.weights, work.shape
+        if min(size) < 1:  # torch says what is wrong
+            out: Tensor = compute(work, choose_after(work, self))
+            return out
         shape = (batch, *image.shape[2:])
         table = maps.read_map(shape, (size[0], size[1]), weights.weight.shape[2:], *work.window)
         more = as_rows(work.residual) if work.residual is not None else None

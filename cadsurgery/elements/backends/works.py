@@ -203,7 +203,7 @@ class MapConvolution(Work):
     def case(self) -> tuple[Hashable, ...]:
         """The map's kind and the window, with the weight's shape unless the layer stores its own choices."""
         weights, rows = self.weights, self.rows
-        case = (self.task, rows.dtype, rows.device.type, self.window, 0 in self.shape or 0 in rows.shape)
+        case = (self.task, rows.dtype, rows.device.type, self.window, not rows.numel())
         if weights.packed_cache is None:
             return *case, weights.weight.dtype, weights.weight.shape, weights.groups, weights.dense
         return case
