@@ -168,6 +168,8 @@ def _describe_group(group: Any, name: str) -> Iterator[str]:
             record = parameter.get_help_record(context)  # None for a hidden option
             if record:
                 yield f"| `{record[0]}` | {_as_cell(record[1])} |"
+        for setting, meaning in getattr(command.callback, "settable", {}).items():
+            yield f"| `--set {setting}=VALUE` | {_as_cell(meaning)} |"
         yield ""
 
 

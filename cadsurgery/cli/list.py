@@ -38,10 +38,7 @@ def list_command(
     from cadsurgery.tasks.zoo_record import outlook, recorded, summary
 
     checked = recorded()
-    rows = [
-        checked.get(name, {"model": name, "result": "not checked"})
-        for name in list_models(pattern, options.library)
-    ]
+    rows = [checked.get(name, {"model": name, "result": "not checked"}) for name in list_models(pattern)]
     if as_json:
         screen.print_json(rows)
         return

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from cadsurgery.methods.side import MethodConversion
 from cadsurgery.network.macs import LayerMacs, MacReport
 from cadsurgery.support.counting import describe_not_counted
+from cadsurgery.support.rows import Row, macs_columns, number, plain, ratio, time_columns
+from cadsurgery.support.tables import Column, table
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.tasks.report import Row, RunReport, macs_columns, number, plain, ratio, time_columns
-from cadsurgery.tasks.side import MethodConversion
-from cadsurgery.tasks.tables import Column, table
+from cadsurgery.tasks.report import RunReport
 
 _BUSY = 1.3  # where the median of a few rounds is so many times the best, something else takes the processor
 _STYLES = {"adapt": "bold green", "keep": "green", "barrier": "bold red", "exit": "yellow", "enter": "cyan"}

@@ -25,29 +25,21 @@ from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source
 from cadsurgery.data.samples import pictures_of
 from cadsurgery.masks import labelled, resolve_mask
+from cadsurgery.methods.side import Comparison, Metrics, Side, time_sides
+from cadsurgery.methods.registry import need_kind
 from cadsurgery.support.divergence import KINDS, Kind, class_scores, resize
 from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error
 from cadsurgery.support.launcher import world
 from cadsurgery.support.processes import gather, own_device, shard
 from cadsurgery.support.progress import Step, silent, within
+from cadsurgery.support.rows import Row, percent, plain
+from cadsurgery.support.tables import Column, table
 from cadsurgery.tasks.for_each import Failure, Failures, each
 from cadsurgery.tasks.open import Strides, at_strides, open_any, provenance, read_by
-from cadsurgery.tasks.report import (
-    COLOURS,
-    MeasuredReport,
-    Row,
-    against_macs,
-    check_outputs,
-    panels,
-    percent,
-    plain,
-)
+from cadsurgery.tasks.report import COLOURS, MeasuredReport, against_macs, check_outputs, panels
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
-from cadsurgery.tasks.side import Comparison, Metrics, Side, time_sides
 from cadsurgery.tasks.sides import masks as of_masks
-from cadsurgery.tasks.sides import need_kind
-from cadsurgery.tasks.tables import Column, table
 
 
 def evaluate(

@@ -26,6 +26,7 @@ from cadsurgery.data.networks import class_names
 from cadsurgery.data.stores import is_remote
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.methods.method_files import load
+from cadsurgery.methods.registry import kind_of
 from cadsurgery.network.model import pictures_for
 from cadsurgery.network.optimized import BFLOAT16
 from cadsurgery.support.divergence import tensors_of
@@ -41,7 +42,6 @@ from cadsurgery.tasks.figures import CLASSES, OVERLAY, class_picture, prediction
 from cadsurgery.tasks.large import LargePicture, predict_large
 from cadsurgery.tasks.manifest import fingerprint
 from cadsurgery.tasks.open import read_by
-from cadsurgery.tasks.sides import kind_of
 
 _MULTIPLES = (1, 8, 16, 32, 64, 128)  # of pixels, to which pictures that a network refuses are padded
 STOPPED = threading.Event()  # set where a process of several is to end its large pictures

@@ -21,8 +21,8 @@ from cadsurgery.data.networks import source_of
 from cadsurgery.finetune import Settings, fit
 from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.masks import labelled
+from cadsurgery.methods.resampling.sample_sides import WHOLE
 from cadsurgery.resampling import boundaries, sample, target_locations
-from cadsurgery.tasks.sides.sample_sides import WHOLE
 from recipes.resampling_mobilenetv2.recipe import Knowing, evaluate, table_of_macs
 
 # -- training ------------------------------------------------------------------------------------------
