@@ -28,6 +28,6 @@ def finetune(
     on the CPU.
 
     Settings are --set NAME=VALUE or lines of --config: steps, batch, crop, lr, objective and others, which
-    docs/reference/settings.md describes. Those of an objective are --set objective_options.NAME=VALUE
+    docs/howto/finetune.md describes. Those of an objective are --set objective_options.NAME=VALUE
     (docs/reference/objectives.md).
     """

@@ -29,8 +29,8 @@ from cadsurgery.data import open_pictures
 from cadsurgery.data.networks import Source, source_of
 from cadsurgery.data.samples import pictures_of
 from cadsurgery.masks import Budget, labelled, resolve_mask
-from cadsurgery.methods.side import Side, measure
 from cadsurgery.methods.registry import need_kind
+from cadsurgery.methods.side import Side, measure
 from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.export import INT8, check_mask
 from cadsurgery.network.export.engine import check_packages

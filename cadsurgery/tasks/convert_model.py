@@ -20,9 +20,9 @@ from cadsurgery.data.networks import Source
 from cadsurgery.data.onnx_files import is_onnx
 from cadsurgery.masks import resolve_mask
 from cadsurgery.methods.method_files import AnyPlan, Converted, load, read_plan, save
+from cadsurgery.methods.registry import KINDS
 from cadsurgery.methods.report import MethodMacs
 from cadsurgery.methods.side import ConversionRequest, MethodConversion, Side, measure
-from cadsurgery.methods.registry import KINDS
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
 from cadsurgery.network.macs import MacReport, count_network, dense_macs

@@ -62,7 +62,7 @@ class PredictionSettings:
     """What predictions are made by; it can be sent to other processes.
 
     `precision` and `memory` are those of the optimised copy, see `AdaptiveModel.optimize`. If `until` is not 0, a
-    network with exits stops after this many milliseconds, see `AnytimeModel.until`. `view` is one of `VIEWS`, by
+    network that can stop early does so after this many milliseconds. `view` is one of `VIEWS`, by
     default `classes` for images and `overlay` for clips.
     """
 

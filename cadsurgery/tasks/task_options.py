@@ -255,9 +255,8 @@ class Settings:
     seed: int = option(0, "seed of everything random; default {default}")
     objective: str = option(
         "",
-        "mixed (default), divergence (default without labels), any-budget, blend for a learned mask, anytime "
-        "(default of networks with exits), sparse (default of networks with gates), sampled (default of networks with "
-        "a sampled input), or locations, for a learned sampler; docs/reference/objectives.md has their options",
+        "mixed (default), divergence (default without labels), any-budget, blend for a learned mask, or one of a "
+        "method, whose networks have it as their default; docs/reference/objectives.md has them and their options",
     )
     objective_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "options of the objective by name"}

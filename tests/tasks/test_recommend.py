@@ -654,7 +654,16 @@ def test_the_command_recommends_and_refuses_an_empty_folder(
         "from networks import Segmenter, seeded\nimport torch\n"
         "def net():\n    return seeded(Segmenter, torch.float32)\n"
     )
-    words = ("recommend", "usernets:net", "--output-stride", "8,16", "--limit", 1, "--size", "64x96")
+    words = (
+        "recommend",
+        "usernets:net",
+        "--set",
+        "output_stride=8,16",
+        "--set",
+        "limit=1",
+        "--size",
+        "64x96",
+    )
     done = command_line(*words, "--images", photos, "--json")
     assert done.code == 0, done.err
     found = json.loads(done.out)
@@ -672,7 +681,17 @@ def test_the_command_recommends_and_refuses_an_empty_folder(
 def test_a_converted_file_is_judged_as_the_network_before_the_conversion(
     command_line: Run, photos: Path, tmp_path: Path
 ) -> None:
-    words = ("--output-stride", "8,16", "--limit", 2, "--size", "64x96", "--images", photos, "--json")
+    words = (
+        "--set",
+        "output_stride=8,16",
+        "--set",
+        "limit=2",
+        "--size",
+        "64x96",
+        "--images",
+        photos,
+        "--json",
+    )
     given = json.loads(command_line("recommend", "networks:segmenter", *words, "-o", "run").out)
     made = command_line("convert", "networks:segmenter", "-o", "net.safetensors", "--size", "64x96")
     assert made.code == 0, made.err
