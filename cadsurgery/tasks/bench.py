@@ -108,7 +108,7 @@ def bench(
             twins; "both" stands for the first two.
         picture: PNG to write.
         output: JSON Lines file; the rows of each network are appended as soon as they are measured.
-        sides: sides of the user, timed in the same rounds on the same images; see `cadsurgery.tasks.side.Side`.
+        sides: sides of the user, timed in the same rounds on the same images; see `cadsurgery.methods.side.Side`.
         trust: run code that a file names; see `cadsurgery.load`.
         step: progress callback.
         options: further options of `adaptify`, and conditions of the measurement, see `Benchmark`: `size` (height and
