@@ -12,7 +12,6 @@ from . import (
     keypoints as keypoints,
     macs as macs,
     masks as masks,
-    matching as matching,
     ray as ray,
     resampling as resampling,
     timing as timing,

@@ -19,7 +19,6 @@ from torch import Tensor
 import cadsurgery as cs
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
-from cadsurgery.matching import mutual_matches
 from cadsurgery.tasks.keypoints import (
     Extraction,
     Extractor,
@@ -28,6 +27,7 @@ from cadsurgery.tasks.keypoints import (
     read_features,
     write_features,
 )
+from recipes.hpatches.matching import mutual_matches
 
 
 @pytest.fixture
