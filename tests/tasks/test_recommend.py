@@ -290,17 +290,11 @@ def test_where_no_stride_can_be_removed_floors_are_tried(few: bool, options: dic
     assert found.refusal is None and any(one.coarsest == 32 for one in found.settings)
 
 
-def test_heads_whose_taps_fall_inside_cells_are_tried() -> None:
+def test_heads_are_not_tried_unless_they_are_asked_for() -> None:
+    """Less work, and less quality than a mask that keeps less high for the same."""
     model, image = DilatedWithHead().eval(), torch.rand(1, 3, 96, 128)
     settings = find_candidates(model, image, {}, has_labels=False).settings
-    through = [setting for setting in settings if setting.region == "heads"]
-    assert {setting.mask for setting in through} == {"none", "detail | budget:fraction=0.1"}
-    for setting in through:
-        assert "--region heads" in setting.command("net.py:build") and "region heads" in setting.name
-        assert "region='heads'" in "\n".join(setting.lines())
-    for other, options in ((model, {"region": "auto"}), (seeded(Segmenter, torch.float32), {})):
-        settings = find_candidates(other, image, options, has_labels=False).settings
-        assert not any(setting.region for setting in settings)
+    assert not any("heads" in setting.command("net.py:build") for setting in settings)
 
 
 # -- a run ---------------------------------------------------------------------------------------------
