@@ -32,6 +32,8 @@ def list_command(
             f"[bold]{i.form}[/bold]  {i.summary}  {_describe(i.options)}  [dim]{i.source}[/dim]"
             for i in infos
         ]
+        kept = ", ".join(info.form for info in list_masks(of_recipes=True))
+        lines.append(f"[dim]for published recipes, where another one keeps more at less work: {kept}[/dim]")
         screen.show([vars(info) for info in infos], "\n".join(lines), as_json)
         return
     from cadsurgery.data.networks import list_models

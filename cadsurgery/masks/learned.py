@@ -119,7 +119,11 @@ class EstimatedMask(MaskProvider):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-@mask_provider("learned", source="Hesse et al., CVPRW 2023, supplementary; reference code ad_e2e_resnet.py")
+@mask_provider(
+    "learned",
+    source="Hesse et al., CVPRW 2023, supplementary; reference code ad_e2e_resnet.py",
+    of_recipes=True,
+)
 class LearnedMask(EstimatedMask):
     """Keep high where an estimator, trained with `cadsurgery finetune --set objective=blend`, says so.
 
