@@ -11,7 +11,7 @@ from cadsurgery.support.errors import InvalidInput
 KINDS: tuple[MethodSides, ...] = (exit_sides.KIND, gate_sides.KIND, sample_sides.KIND)
 
 
-def kind_of(net: object) -> MethodSides | None:
+def method_of(net: object) -> MethodSides | None:
     """Return the kind of a network; None if none of `KINDS` matches."""
     return next((kind for kind in KINDS if isinstance(net, kind.network)), None)
 
@@ -22,7 +22,7 @@ def need_kind(net: object) -> MethodSides:
     Raises:
         InvalidInput: no kind matches, e.g. for a method of the user.
     """
-    kind = kind_of(net)
+    kind = method_of(net)
     if kind is None:
         raise InvalidInput(
             f"there are no sides by which a {type(net).__name__} is compared.",

@@ -26,7 +26,7 @@ from cadsurgery.data.networks import class_names
 from cadsurgery.data.stores import is_remote
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.methods.method_files import load
-from cadsurgery.methods.registry import kind_of
+from cadsurgery.methods.registry import method_of
 from cadsurgery.network.model import pictures_for
 from cadsurgery.network.optimized import BFLOAT16
 from cadsurgery.support.divergence import tensors_of
@@ -142,7 +142,7 @@ class Predictor:
     def __init__(self, converted: nn.Module, settings: PredictionSettings) -> None:
         """Optimise a network that `settings` opened."""
         self.settings, self.device = settings, own_device(settings.device)
-        self.kind, self.source = kind_of(converted), pictures_for(converted)
+        self.kind, self.source = method_of(converted), pictures_for(converted)
         self.names, self._folder = class_names(self.source), ""
         options = {"precision": settings.precision, "memory": settings.memory or None}
         options = {} if self.kind is not None else options

@@ -26,7 +26,7 @@ from cadsurgery.data.stores import refuse_stream
 from cadsurgery.data.tiff import states_position
 from cadsurgery.kernels.build import cores
 from cadsurgery.masks.wrappers import Smooth
-from cadsurgery.methods.registry import kind_of
+from cadsurgery.methods.registry import method_of
 from cadsurgery.network.model import pictures_for
 from cadsurgery.network.optimized import FLOAT, check_precision
 from cadsurgery.support.errors import FileError, InvalidInput, check_name
@@ -273,7 +273,7 @@ def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
     Raises:
         InvalidInput: it has no exits, runs images one by one, runs in float only, or is not computed in bands.
     """
-    kind, batch = kind_of(converted), settings.batch
+    kind, batch = method_of(converted), settings.batch
     if settings.until and not (kind and kind.has_thresholds):
         raise InvalidInput(
             "until= needs a network that can stop early, and this file holds none.",

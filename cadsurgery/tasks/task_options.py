@@ -16,6 +16,7 @@ from cadsurgery.support.defaults import ENGINES, KERNELS
 from cadsurgery.support.errors import FileError, InvalidInput, UnknownName, check_name, first_line
 from cadsurgery.support.fields import documented, option
 from cadsurgery.support.kinds import JSON, of_another_kind
+from cadsurgery.support.rows import plain
 
 if TYPE_CHECKING:
     from cadsurgery.network.points import Align, Reach
@@ -274,7 +275,8 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return json.loads(json.dumps(asdict(self)))
+        values: dict[str, Any] = plain(asdict(self))
+        return values
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Settings:
