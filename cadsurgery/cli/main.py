@@ -63,7 +63,7 @@ def _say_what_replaces(error: Any) -> None:
             context = context.parent
         settable = getattr(error.ctx.command.callback, "settable", ())
         if line := replacement(" ".join(names), option, settable):
-            error.message, error.possibilities = f"{option} is no longer an option. Next: {line}", None
+            error.message, error.possibilities = f"{option} is no option. Next: {line}", None
 
 
 def _show_version(is_requested: bool) -> None:

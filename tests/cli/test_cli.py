@@ -286,7 +286,7 @@ def test_an_option_that_there_was_is_refused_with_what_replaces_it(
 ) -> None:
     """What is named exists: its options, and its settings."""
     done = run(*command.split(), "subject", option, "1")
-    assert done.code == 2 and f"{option} is no longer an option. Next: " in done.err
+    assert done.code == 2 and f"{option} is no option. Next: " in done.err
     named = done.err.partition("Next: ")[2]
     own = {name for one, found in all_commands() if one == command for p in found.params for name in p.opts}
     assert set(re.findall(r"(?<!\w)--[a-z][\w-]*", named)) <= own - {option}
