@@ -70,7 +70,7 @@ class Blend(Objective):
         check_name("choice of network", network, ("blend", "mixed", "fixed"))
         if isinstance(net, AdaptiveModel):
             whole_program(net, _REFUSAL, _INSTEAD)
-        mask = net.mask.find(TrainableMask) if isinstance(net, AdaptiveModel) else None
+        mask = net.mask.find(TrainableMask) if isinstance(net, AdaptiveModel) else None  # type: ignore[type-abstract]
         if mask is None:
             raise InvalidInput(
                 "objective blend has no learned mask to train.",
@@ -133,7 +133,7 @@ def calibrate(net: AdaptiveModel, data: Samples) -> float:
     """
     program = whole_program(net, _REFUSAL, _INSTEAD)
     check_data(data, "calibration")
-    mask = net.mask.find(TrainableMask)
+    mask = net.mask.find(TrainableMask)  # type: ignore[type-abstract]
     if mask is None:
         raise InvalidInput(
             f"mask {net.mask.spec()!r} has learned nothing that could be calibrated.",

@@ -58,7 +58,7 @@ class FineMapSpec(NamedTuple):
 
 
 Grid = FineMapSpec  # former name, which providers of users may import
-M = TypeVar("M")
+M = TypeVar("M")  # a class of masks, or a protocol
 
 
 class MaskProvider(nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cadsurgery.data import SegmentationData
 from cadsurgery.data.networks import Source
 from cadsurgery.methods.converted import ConvertedModel
+from cadsurgery.support.fields import Reader
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.support.rows import Row
 from cadsurgery.support.tables import Column
@@ -262,6 +263,6 @@ class MethodSides(NamedTuple):
     compare: Callable[[Any, SegmentationData, Sequence[Any]], Comparison]
     time: Callable[[Any, Tensor, Sequence[float]], Timed]
     run: Callable[[Any, Tensor, float], tuple[Any, dict[str, Any]]]
-    settings: Mapping[str, Callable[[str], Any]]
+    settings: Mapping[str, Reader]
     renamed: Mapping[str, str] = {}
     has_thresholds: bool = False

@@ -18,6 +18,7 @@ from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.plain import docstring_of
 
 D = TypeVar("D", bound=Any)
+Reader = Callable[[str], Any]  # of the value that a user wrote
 TYPES: dict[str, type] = {kind.__name__: kind for kind in (bool, int, float, str, Path)}
 _SWITCHES = {"true": True, "false": False}
 
@@ -141,7 +142,7 @@ def read_switch(text: str) -> bool:
     return _SWITCHES[text.lower()]
 
 
-READERS: dict[str, Callable[[str], Any]] = {
+READERS: dict[str, Reader] = {
     **{"pair": read_pair, "size": read_size, "names": read_names, "whole": int},
     **{"normalisation": read_mean_and_std, "bands": read_bands, "threshold": read_threshold},
     "numbers": read_numbers,
@@ -162,13 +163,13 @@ def read_entries(text: str) -> Any:
         return text
 
 
-def reader_of(field: Field[Any]) -> Callable[[str], Any]:
+def reader_of(field: Field[Any]) -> Reader:
     """Return the function that converts the text of a setting to the type of its field, and checks its range."""
     details, kind = field.metadata, annotation_of(field)
     if kind == "dict":
         return read_entries
-    plain = {**TYPES, "bool": read_switch}.get(kind, str)
-    read: Callable[[str], Any] = READERS[details["read"]] if "read" in details else plain
+    plain: dict[str, Reader] = {**TYPES, "bool": read_switch}
+    read = READERS[details["read"]] if "read" in details else plain.get(kind, str)
 
     def convert(text: str) -> Any:
         value = read(text)
@@ -179,7 +180,7 @@ def reader_of(field: Field[Any]) -> Callable[[str], Any]:
     return convert
 
 
-def read_settings(readers: Mapping[str, Callable[[str], Any]], texts: Iterable[str]) -> dict[str, Any]:
+def read_settings(readers: Mapping[str, Reader], texts: Iterable[str]) -> dict[str, Any]:
     """Read settings written as NAME=VALUE, or NAME.ENTRY=VALUE for one that is a dictionary.
 
     Args:

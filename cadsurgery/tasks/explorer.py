@@ -279,7 +279,7 @@ def explore(
     picture, size = _read(image, subject.source)
     step("converting")
     net, fast, dense = subject.convert(pair, fill)
-    if not is_own and not setting.mask and net.mask.find(EstimatedMask):
+    if not is_own and not setting.mask and net.mask.find(EstimatedMask) is not None:
         raise InvalidInput(
             "a learned mask is explored as it is stored.", next=f"choose {WRITTEN!r}, or another mask."
         )

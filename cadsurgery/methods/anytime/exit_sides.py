@@ -27,7 +27,7 @@ from cadsurgery.methods.side import (
 )
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.support.divergence import maps_of, relative_difference
-from cadsurgery.support.fields import read_names, read_threshold
+from cadsurgery.support.fields import Reader, read_names, read_threshold
 from cadsurgery.support.rows import Row, accuracy_columns, time_columns
 from cadsurgery.support.tables import Column
 
@@ -159,7 +159,7 @@ def run(net: AnytimeModel, batch: Tensor, milliseconds: float) -> tuple[Tensor, 
     return prediction, {"exit": exit}
 
 
-_SETTINGS = {
+_SETTINGS: dict[str, Reader] = {
     **{"exits": read_names, "head": str, "classes": int, "hidden": int, "threshold": read_threshold},
     **{"confidence": str, "fill": str},
 }

@@ -25,7 +25,7 @@ from cadsurgery.methods.side import (
     Timed,
 )
 from cadsurgery.support.divergence import maps_of, relative_difference, resize
-from cadsurgery.support.fields import read_size, read_whole
+from cadsurgery.support.fields import Reader, read_size, read_whole
 from cadsurgery.support.rows import Row, accuracy_columns, macs_columns, percent, time_columns
 from cadsurgery.support.tables import Column
 
@@ -134,7 +134,7 @@ def run(net: ResampledModel, batch: Tensor, milliseconds: float) -> tuple[Any, d
     return net(batch), {"sampled": "x".join(map(str, net.size))}
 
 
-_SETTINGS = {
+_SETTINGS: dict[str, Reader] = {
     **{"sampler": str, "size": read_size, "grid": int, "smoothness": float},
     **{"targets": read_whole, "ignore": int, "share": float, "mode": str},
 }

@@ -28,7 +28,7 @@ from cadsurgery.methods.side import (
 )
 from cadsurgery.support.divergence import maps_of, tensors_of
 from cadsurgery.support.errors import CannotConvert, InvalidInput
-from cadsurgery.support.fields import read_names, read_switch
+from cadsurgery.support.fields import Reader, read_names, read_switch
 from cadsurgery.support.rows import Row, accuracy_columns, macs_columns, time_columns
 from cadsurgery.support.tables import Column
 
@@ -172,7 +172,7 @@ def run(net: SampledModel, batch: Tensor, milliseconds: float) -> tuple[Any, dic
     return output, {"density": sum(densities) / len(densities)}
 
 
-_SETTINGS = {"where": read_names, "grid": int, "temperature": float, "noise": read_switch}
+_SETTINGS: dict[str, Reader] = {"where": read_names, "grid": int, "temperature": float, "noise": read_switch}
 KIND: MethodSides = MethodSides(
     SampledModel.method, SampledModel, "with gates", convert, compare, time, run, _SETTINGS
 )
