@@ -16,7 +16,7 @@ from torch import Tensor
 from cadsurgery.elements.axes import NCHW, as_rows, channel_dims, fast_layout, image_dims, is_flat
 from cadsurgery.elements.backends.choose import mix, pick, select_rows
 from cadsurgery.elements.backends.floors import has_pixels, to_pixels
-from cadsurgery.elements.backends.target import require_equal
+from cadsurgery.elements.backends.graph_sizes import require_equal
 from cadsurgery.elements.bilinear import corners, ends_of, place_on_map
 from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice

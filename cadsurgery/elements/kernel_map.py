@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.backends import gpu_maps, maps
-from cadsurgery.elements.backends.target import quotients
+from cadsurgery.elements.backends.graph_sizes import quotients
 from cadsurgery.elements.bilinear import corners
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import (

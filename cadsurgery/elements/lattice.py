@@ -24,14 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.backends import gpu_maps, maps
-from cadsurgery.elements.backends.target import quotients
+from cadsurgery.elements.backends.graph_sizes import quotients
 from cadsurgery.elements.size_symbols import fresh_length, of_size
 from cadsurgery.elements.sizes import constant, divide_up, is_at_most, is_statically_true, most
-from cadsurgery.kernels.dispatch import is_observed
 from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.support.torch_internals import is_exporting
+from cadsurgery.support.running import running
 
 Fill = Literal["linear", "nearest", "guided"]
 Anchor = Literal["corner", "center"]
@@ -154,7 +153,7 @@ class Geometry:
                 next="give 0 where the high output stride is kept and 1, 2, ... where it is downsampled.",
             )
         levels = as_levels(levels, self.max_level)
-        legal, in_graph = legalise(levels, self), torch.compiler.is_compiling()
+        legal, in_graph = legalise(levels, self), running.in_graph
         if bounds is None and legal.device.type == "cuda" and not in_graph:
             bounds = self._count(legal)
         pyramid = Pyramid(legal, self, bounds, in_graph)
@@ -201,13 +200,13 @@ def as_levels(levels: Tensor, max_level: int, where: str = "") -> Tensor:
             where there are more levels; `where` is quoted in the message.
     """
     if levels.dtype == torch.bool:
-        if torch.compiler.is_compiling():  # engines do not multiply bytes
+        if running.in_graph:  # engines do not multiply bytes
             return torch.where(levels, 0, max_level)
         return levels.logical_not().to(torch.int8).mul_(max_level)
     is_byte = levels.dtype == torch.uint8  # the type of masks in image files and of older comparisons
-    if levels.dtype != torch.int8 or torch.compiler.is_compiling():  # large maps come in int8
+    if levels.dtype != torch.int8 or running.in_graph:  # large maps come in int8
         levels = levels.long()  # not all integer types can be compared
-    if torch.compiler.is_compiling():  # values are unknown while a graph is made
+    if running.in_graph:  # values are unknown while a graph is made
         return levels
     low, high = torch.aminmax(levels)
     is_wrong = (low < 0) | (high > max_level)
@@ -258,7 +257,7 @@ def legalise(levels: Tensor, geometry: Geometry) -> Tensor:
     Returns:
         (B, H, W) int8 with `result <= levels`; the function is idempotent.
     """
-    is_read = levels.device.type == "cpu" and not torch.compiler.is_compiling()
+    is_read = levels.device.type == "cpu" and not running.in_graph
     if is_read and levels.numel() > _AT_ONCE * geometry.sides[-1]:  # blocks do not depend on each other
         rows = divide_up(_AT_ONCE, levels.shape[0] * levels.shape[2]) * geometry.sides[-1]
         if levels.shape[1] > rows:
@@ -521,7 +520,7 @@ class Lattice:
     @once
     def has_gpu_maps(self) -> bool:
         """True if cells and kernel maps are found by kernels on a GPU."""
-        is_seen = self.pyramid.in_graph or is_observed()
+        is_seen = self.pyramid.in_graph or running.is_observed
         return not is_seen and gpu_maps.available(self.pyramid.levels.device)
 
     @once
@@ -652,7 +651,7 @@ class Lattice:
     def has_all_pixels(self) -> bool:
         """True if rows are the pixels of maps on the CPU, before the first stage of floors, outside of graphs."""
         is_dense = self.geometry.floors and self.stage == 0 and self.part is None
-        return is_dense and self.is_counted_here and not is_exporting()
+        return is_dense and self.is_counted_here and not running.is_exported
 
     @once
     def is_counted_here(self) -> bool:
@@ -748,7 +747,7 @@ class Lattice:
             return self.capacity[1]
         # Tables of positions are large, and slow to make where compiled kernels may not run: often only the number is
         # asked for.
-        is_dear = self.is_counted_here and (self.levels.numel() > _LARGE or is_observed())
+        is_dear = self.is_counted_here and (self.levels.numel() > _LARGE or running.is_observed)
         if is_dear and self.part is None and self.geometry.strides and "_cells" not in self._derived:
             return self._count_corners()
         return self.anchors.shape[0]

@@ -22,9 +22,8 @@ from cadsurgery.elements.elements import Elements, check_joint, native_shape, no
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
 from cadsurgery.elements.sizes import divide_up
-from cadsurgery.kernels.dispatch import is_observed
 from cadsurgery.support.processes import count_together
-from cadsurgery.support.torch_internals import current_dispatch_mode, is_exporting
+from cadsurgery.support.running import running
 
 _BLOCK = 512  # rows whose products are added in float32; sums of blocks are added in float64
 _MANY = 1 << 16  # positions whose sum in float32 is off by about 1e-5 if they are added one by one
@@ -86,7 +85,7 @@ def scale_and_shift(x: Elements, norm: ScaleShift) -> Elements:
 
 def _as_map(rows: Tensor) -> Tensor:
     """View rows (N, C) on a GPU as a channels_last map (1, C, N, 1), whose norms read memory in order."""
-    if rows.device.type != "cuda" or torch.compiler.is_compiling():
+    if rows.device.type != "cuda" or running.in_graph:
         return rows
     return rows.reshape(1, *rows.shape, 1).transpose(1, 2)
 
@@ -152,7 +151,7 @@ class _WeightedNorm(torch.autograd.Function):
         scale = (variance + eps).rsqrt()
         ctx.save_for_backward(rows, share, mean, scale, weight)
         ctx.mark_non_differentiable(mean, variance)
-        if is_exporting():  # torch would ask whether there are rows at all
+        if running.is_exported:  # torch would ask whether there are rows at all
             normalised = (rows - mean) * (scale if weight is None else scale * weight)
             return normalised if bias is None else normalised + bias, mean, variance
         normalised = F.batch_norm(_as_map(rows), mean, variance, weight, bias, False, 0.0, eps)
@@ -192,7 +191,7 @@ def contiguous_gradient(values: Tensor) -> Tensor:
     On the CPU, torch 2.15's backward of instance normalisation treats the channels_last gradient of a single image as
     contiguous, which gives wrong values. Elements and convolutions produce such gradients.
     """
-    if values.requires_grad and not torch.compiler.is_compiling():
+    if values.requires_grad and not running.in_graph:
         values.register_hook(_contiguous)
     return values
 
@@ -204,7 +203,7 @@ def exact_layout(values: Tensor) -> Tensor:
     group norm over 1.6 million positions is off by 7e-3. A copy takes longer than the norm, so only maps are copied
     whose sums lose digits that matter.
     """
-    if is_exporting() or values.dim() != 4 or values.device.type != "cpu":
+    if running.is_exported or values.dim() != 4 or values.device.type != "cpu":
         return values
     return values.contiguous() if values.shape[2] * values.shape[3] >= _MANY else values
 
@@ -250,7 +249,7 @@ def global_mean(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor
     values = without_padding(x).reshape(x.lattice.count, -1)
     if (
         gpu.supports(values, values)
-        and not (values.requires_grad or is_observed())
+        and not (values.requires_grad or running.is_observed)
         and share.dtype == torch.float32
     ):
         mean = gpu.weigh(share, values)
@@ -273,8 +272,8 @@ def sum_products(left: Tensor, right: Tensor) -> Tensor:
     product = "kn...i,kn...j->k...ij"
     count, dtype = left.shape[0], left.dtype
     # Engines cannot bound how much a last block of any size lacks, and add one product in blocks of their own.
-    is_one = left.is_meta or (is_exporting() and not isinstance(count, int))
-    if not is_one and (torch.compiler.is_compiling() or is_exporting()):  # fill up the last block
+    is_one = left.is_meta or (running.is_exported and not isinstance(count, int))
+    if not is_one and (running.in_graph):  # fill up the last block
         blocks = divide_up(count, _BLOCK)
         missing = blocks * _BLOCK - count
         whole = [
@@ -282,7 +281,7 @@ def sum_products(left: Tensor, right: Tensor) -> Tensor:
             for rows in (left, right.to(dtype))
         ]
         return torch.einsum(product, *whole).sum(0, dtype=torch.float64).to(dtype)
-    if is_one or count <= _BLOCK or current_dispatch_mode() is not None:  # or it is counted or recorded
+    if is_one or count <= _BLOCK or running.is_recorded:  # or it is counted or recorded
         right = right.to(dtype)
         if left.dim() == 2:
             return left.transpose(0, 1) @ right

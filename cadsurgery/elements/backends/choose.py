@@ -21,14 +21,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.target import target_of_graph
 from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_rows, row_numbers
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.neighbours import find_near
 from cadsurgery.elements.sizes import is_statically_true
 from cadsurgery.kernels.dispatch import setting
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.support.torch_internals import current_dispatch_mode, is_exporting, is_profiled
+from cadsurgery.support.running import running
 
 if TYPE_CHECKING:
     from cadsurgery.elements.backends.weights import Activation, FusedConv
@@ -120,9 +119,9 @@ class Work:
     @property
     def graph(self) -> Literal["", "compiled", "exported"]:
         """The kind of graph that torch is tracing now: none, one to compile, or one to export."""
-        if not torch.compiler.is_compiling():
+        if not running.in_graph:
             return ""
-        return "exported" if is_exporting() else "compiled"
+        return "exported" if running.is_exported else "compiled"
 
     @property
     def is_inference(self) -> bool:
@@ -415,10 +414,10 @@ _MOST_CHOICES = 1024
 
 def choose(work: Work) -> Choice:
     """Return the choice for a work: the first backend that applies."""
-    if torch.compiler.is_compiling():
+    if running.in_graph:
         return _choose_among(BACKENDS, work)
-    gradient, is_counted = torch.is_grad_enabled() and work.gradient, current_dispatch_mode() is not None
-    key = (work.case, gradient, is_counted, target_of_graph(), setting(), *BACKENDS)
+    gradient, is_counted = torch.is_grad_enabled() and work.gradient, running.is_recorded
+    key = (work.case, gradient, is_counted, running.target, setting(), *BACKENDS)
     choices = work.choices
     found = choices.get(key)
     if found is None:
@@ -446,12 +445,12 @@ def compute(work: Work, choice: Choice | None = None) -> Any:
     Raises:
         Misfit: its operands do not fit.
     """
-    if not torch.compiler.is_compiling():  # a graph is checked by torch, and compiled anew for other shapes
+    if not running.in_graph:  # a graph is checked by torch, and compiled anew for other shapes
         work.check()
         if work.rows.is_meta and (result := work.on_shapes()) is not None:
             return result
     chosen = choice or choose(work)
-    if not torch.compiler.is_compiling() and is_profiled():
+    if not running.in_graph and running.is_profiled:
         with torch.profiler.record_function(f"{work.task} ({chosen.backend.name})"):
             return chosen.run(work)
     return chosen.run(work)

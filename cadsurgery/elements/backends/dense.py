@@ -21,7 +21,7 @@ from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.weights import transpose_weight
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.kernels import isa
-from cadsurgery.kernels.dispatch import is_observed
+from cadsurgery.support.running import running
 
 
 class _Grouped(NamedTuple):
@@ -163,7 +163,7 @@ class Uniform(Backend):
         if isinstance(work, Pooling):
             return work.largest and _dense(work.reads) is not None
         operation = _dense(work.reads)
-        if operation is None or not work.is_inference or is_observed():
+        if operation is None or not work.is_inference or running.is_observed:
             return operation is not None
         return not (work.is_product or _has_faster_kernel(work, operation))
 

@@ -37,7 +37,7 @@ from cadsurgery.elements.backends.gpu_maps import SampleMap, available
 from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.kernel_map import Reading, has_samples, sample_map
 from cadsurgery.elements.sizes import divide_up
-from cadsurgery.kernels.dispatch import is_observed
+from cadsurgery.support.running import running
 from cadsurgery.support.torch_internals import add_and_activate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -67,7 +67,7 @@ class Triton(Backend):
     def applies(self, work: Convolution | Mixing | Picking) -> bool:
         """Return True for rows on supported GPUs; torch multiplies rows that are no taps where gradients are needed,
         and picks rows where none are."""
-        if work.graph or is_observed():
+        if work.graph or running.is_observed:
             return False
         if isinstance(work, Picking):
             return work.gradient and supports(work.rows, work.rows)
@@ -174,7 +174,13 @@ class TritonSamples(Backend):
     def applies(self, work: Convolution | Pooling) -> bool:
         """Return True for windows on supported GPUs whose taps lie on the source's own grid."""
         reads = work.reads
-        if work.graph or is_observed() or work.gradient or not isinstance(reads, WindowRead) or reads.drop:
+        if (
+            work.graph
+            or running.is_observed
+            or work.gradient
+            or not isinstance(reads, WindowRead)
+            or reads.drop
+        ):
             return False
         if not has_samples(reads.source, reads.target, reads.window):
             return False
@@ -424,7 +430,7 @@ def can_finish(image: Tensor, weight: Tensor) -> bool:
     if torch.is_grad_enabled() and (image.requires_grad or weight.requires_grad):
         return False
     is_there = image.device.type != "cpu" or triton_kernels.INTERPRETED
-    return is_there and not is_observed() and supports(image, weight)
+    return is_there and not running.is_observed and supports(image, weight)
 
 
 def finish(

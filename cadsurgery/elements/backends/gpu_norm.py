@@ -20,12 +20,12 @@ from torch.autograd.function import once_differentiable
 from cadsurgery.elements.backends import gpu_tiles, triton_kernels
 from cadsurgery.elements.backends.gpu import PROGRAMS, is_wide, operand, supports
 from cadsurgery.elements.sizes import divide_up
-from cadsurgery.kernels.dispatch import is_observed
+from cadsurgery.support.running import running
 
 
 def applies(rows: Tensor) -> bool:
     """Return True if `normalise` takes rows (N, C): some, on a supported GPU, of which nothing else keeps account."""
-    return rows.dim() == 2 and supports(rows, rows) and not is_observed() and rows.numel() > 0
+    return rows.dim() == 2 and supports(rows, rows) and not running.is_observed and rows.numel() > 0
 
 
 def normalise(

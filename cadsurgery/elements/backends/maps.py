@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.target import target_of_graph
 from cadsurgery.elements.sizes import as_numbers
-from cadsurgery.kernels.dispatch import call, function, is_observed
+from cadsurgery.kernels.dispatch import call, function
+from cadsurgery.support.running import running
 
 _HERE = torch.device("cpu")  # whatever the default device is
 
@@ -21,15 +21,15 @@ _HERE = torch.device("cpu")  # whatever the default device is
 def supports(levels: Tensor) -> bool:
     """Return True if there are kernels for the map's device and torch does not trace or count operations, or if it
     traces a graph for an engine with kernels."""
-    if target := target_of_graph():
+    if target := running.target:
         return target.has_kernels
-    return levels.device.type == "cpu" and not is_observed() and function("find_cells") is not None
+    return levels.device.type == "cpu" and not running.is_observed and function("find_cells") is not None
 
 
 def find_cells(levels: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Find the cells of a level map (B, H, W) int8, given the `sides` of cells of each level. Return the anchors (N,)
     int64 as pixel numbers, each pixel's row (B*H*W,) int32, and the number of cells of each image (B,) int64."""
-    if target_of_graph():
+    if running.target:
         found: tuple[Tensor, Tensor] = torch.ops.cadsurgery.find_cells(levels.int(), as_numbers(sides, _LIKE))
         cells = found[0].long()
         images = torch.arange(levels.shape[0], device=levels.device).unsqueeze(1)
@@ -64,7 +64,7 @@ def shift_taps(
         steps: fine pixels from an anchor to its taps, down and across.
         has_halo: interpolate points inside cells from several cells; otherwise they are read from their own cell.
     """
-    if target_of_graph():
+    if running.target:
         assert cells[0] is not None
         return _shift_in_graph((cells[0], *cells[1:]), sides, targets, sizes[1], steps, has_halo)
     index, (anchors, levels) = cells[0], map(Tensor.contiguous, cells[1:])

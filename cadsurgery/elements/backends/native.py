@@ -28,9 +28,10 @@ from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.kernels import dispatch
-from cadsurgery.kernels.dispatch import function, has_bf16_dot, is_observed, isa_of
+from cadsurgery.kernels.dispatch import function, has_bf16_dot, isa_of
 from cadsurgery.kernels.packing import pack, takes
 from cadsurgery.support.pages import new_memory, new_result
+from cadsurgery.support.running import running
 
 # The dtypes that kernels are compiled for.
 ELEMENTS = {
@@ -205,7 +206,7 @@ def _of_one_resolution(*lattices: Lattice) -> bool:
 def supports(rows: Tensor) -> bool:
     """Return True if there are kernels for these rows and torch does not trace or count operations."""
     return (
-        not is_observed()
+        not running.is_observed
         and rows.device.type == "cpu"
         and rows.dtype in ELEMENTS
         and function("mix", ELEMENTS[rows.dtype]) is not None

@@ -23,8 +23,8 @@ from cadsurgery.elements.backends.native import Native
 from cadsurgery.elements.backends.weights import FusedConv, Pair
 from cadsurgery.elements.kernel_map import read_rows
 from cadsurgery.kernels import isa
-from cadsurgery.kernels.dispatch import is_observed
 from cadsurgery.support import torch_internals
+from cadsurgery.support.running import running
 
 _POINTWISE, _LINEAR = torch_internals.find("convolve_packed"), torch_internals.find("multiply_packed")
 _ONEDNN = (torch.float32, torch.bfloat16)
@@ -156,19 +156,19 @@ def convolve(
     Raises:
         Misfit: the map has other channels than the weight.
     """
-    if not torch.compiler.is_compiling():
+    if not running.in_graph:
         check_channels(image.shape[1], weights.weight.shape[1] * weights.groups)
     if residual is not None and residual.shape != _shape(weights, image, stride, padding, dilation):
         return weights.finish(
             convolve(weights.without_activation, image, stride, padding, dilation), residual
         )
-    if weights.groups > 1 and weights.dense and not torch.compiler.is_compiling():
+    if weights.groups > 1 and weights.dense and not running.in_graph:
         out = _convolve_elements(weights, image, (stride, padding, dilation), residual)
         if out is not None:
             return out
     weight, bias = weights.weight.to(image.dtype), weights.bias_as(image.dtype)
     is_pointwise = weights.groups == 1 and (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0)
-    if weights.dense and is_pointwise and not torch.compiler.is_compiling():
+    if weights.dense and is_pointwise and not running.in_graph:
         return _multiply_pixels(weights, image, residual)
     if not _has_onednn(image) or not image.numel():
         window = (stride, padding, dilation, weights.groups)
@@ -280,7 +280,7 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _fewest(rows: Tensor) -> int:
     """Return how many rows of this length a product needs at least; 0 while torch traces or counts operations."""
-    return 0 if is_observed() else max(_FEWEST_ROWS, _FEWEST_VALUES // rows.shape[1] + 1)
+    return 0 if running.is_observed else max(_FEWEST_ROWS, _FEWEST_VALUES // rows.shape[1] + 1)
 
 
 def _fill(rows: Tensor, count: int) -> Tensor:
@@ -300,6 +300,6 @@ def _has_onednn(values: Tensor) -> bool:
         and values.device.type == "cpu"
         and values.dtype in _ONEDNN
         and (values.dtype != torch.bfloat16 or torch_internals.packs_bfloat16())
-        and not is_observed()
+        and not running.is_observed
         and not (torch.is_grad_enabled() and values.requires_grad)
     )

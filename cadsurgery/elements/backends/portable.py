@@ -26,9 +26,9 @@ from cadsurgery.elements.backends.choose import (
 )
 from cadsurgery.elements.backends.operators import define
 from cadsurgery.elements.backends.reference import Torch, gather
-from cadsurgery.elements.backends.target import Target, target_of_graph
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.sizes import is_statically_true
+from cadsurgery.support.running import Target, running
 
 
 class Portable(Backend):
@@ -38,11 +38,11 @@ class Portable(Backend):
 
     def applies(self, work: Work) -> bool:
         """Return True while such a graph is traced, without gradients."""
-        return target_of_graph() is not None and not work.gradient
+        return running.target is not None and not work.gradient
 
     def convolve(self, work: Convolution) -> Tensor:
         """Compute rows (N, ..., O)."""
-        weights, target = work.weights, target_of_graph() or Target()
+        weights, target = work.weights, running.target or Target()
         groups, bias = weights.groups, weights.bias
         # Engines multiply rows of floats as fast as this package, and rows of bytes slower: docs/deploy.md.
         if target.has_kernels and (not work.is_product or (target.in_8_bits and work.rows.dim() == 2)):
@@ -118,7 +118,7 @@ define("mix_rows(Tensor rows, Tensor sources, Tensor shares) -> Tensor", _rows_o
 
 def _has_pick(rows: Tensor) -> bool:
     """Return True if engines have a kernel that picks these rows."""
-    return (target_of_graph() or Target()).has_kernels and rows.dtype == torch.float32
+    return (running.target or Target()).has_kernels and rows.dtype == torch.float32
 
 
 def _pick_rows(rows: Tensor, reading: Reading) -> Tensor:
