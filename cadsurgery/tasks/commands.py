@@ -341,7 +341,7 @@ class KeypointsOptions:
     """Options of `cadsurgery keypoints extract`; see `cadsurgery.tasks.keypoints.extract`."""
 
     output: Path = option(Path("features"), "folder for the features", short="o")
-    settings: Extraction = part(Extraction, "mask", "detector", "count", is_whole=True, settable=True)
+    settings: Extraction = part(Extraction, "mask", "detector", is_whole=True, settable=True)
     form: str = option("npz", "npz (format of D2-Net) or h5 (format of hloc)")
     weights: str = weights_option()
     options: Mapping[str, Any] = part(

@@ -155,7 +155,7 @@ def describe_plan(plan: Any) -> PlanReport:
     return PlanReport(plan.to_json(), plan.summary(), tuple(rows), explained)
 
 
-def render_macs(report: Any, *, layers: bool = True) -> RenderableType:
+def render_macs(report: Any) -> RenderableType:
     """Show the MACs per layer and in total; for other methods as text."""
     if not isinstance(report, MacReport):
         return Text(str(report))
@@ -168,7 +168,7 @@ def render_macs(report: Any, *, layers: bool = True) -> RenderableType:
         Column("everything high", lambda layer: f"{layer.high:.3e}"),
         Column("everything low", lambda layer: f"{layer.low:.3e}"),
     ]
-    shown = table(report.layers if layers else (), columns, str(report))
+    shown = table(report.layers, columns, str(report))
     shown.add_section()
     mask, given, high, low = (
         number(macs, ".5e") for macs in (report.mask, report.given, report.high, report.low)
