@@ -110,7 +110,7 @@ def _find_kind(spec: str) -> tuple[str, str]:
     """Return the name of a kind and what follows it; `module:function:PATH` names a kind of the user's."""
     name, _, rest = spec.partition(":")
     function, colon, place = rest.partition(":")
-    if name in KINDS or not colon or files.exists(spec):
+    if name in KINDS or not (colon and function.isidentifier()) or files.exists(spec):
         return name, rest
     opener = find_function(name, function)
     return next((name for name, kind in KINDS.items() if kind.open is opener), name), place

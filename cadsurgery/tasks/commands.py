@@ -174,7 +174,9 @@ class RunOptions:
     batch: int = option(1, "number of images or frames that run together", min=1)
     fps: float = option(25.0, "frames per second of a folder of frames", min=0.01, settable=True)
     device: str = device_option()
-    precision: str = option("float", "precision of the optimised copy: float, as the weights, or bfloat16")
+    precision: str = option(
+        "float", "precision of the optimised copy: float, as the weights, or bfloat16", settable=True
+    )
     memory: str = option(
         "",
         "what the maps of a picture may take, e.g. 1.5GiB: pictures are computed in bands of rows, one after "
@@ -341,7 +343,7 @@ class KeypointsOptions:
     """Options of `cadsurgery keypoints extract`; see `cadsurgery.tasks.keypoints.extract`."""
 
     output: Path = option(Path("features"), "folder for the features", short="o")
-    settings: Extraction = part(Extraction, "mask", "detector", is_whole=True, settable=True)
+    settings: Extraction = part(Extraction, "mask", "detector", "count", is_whole=True, settable=True)
     form: str = option("npz", "npz (format of D2-Net) or h5 (format of hloc)")
     weights: str = weights_option()
     options: Mapping[str, Any] = part(

@@ -296,7 +296,7 @@ def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
             )
     if kind is not None and settings.precision != FLOAT:
         raise InvalidInput(
-            f"--precision {settings.precision} for a network {kind.words}.",
+            f"precision={settings.precision} for a network {kind.words}.",
             why="networks made by methods run in the precision of their weights.",
             next="leave it out.",
         )

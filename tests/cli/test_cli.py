@@ -938,15 +938,15 @@ def test_run_takes_bfloat16_and_refuses_8_bits_with_the_command_that_writes_a_fi
 ) -> None:
     pictures = []
     for precision in ("float", "bfloat16"):
-        asked = ("--precision", precision, "--output", precision)
+        asked = ("--set", f"precision={precision}", "--output", precision)
         assert run("run", file, "--trust", folder / "first.png", *asked).code == 0
         with Image.open(tmp_path / precision / "first.png") as picture:
             pictures.append(torch.tensor(list(picture.getdata())))
     assert (pictures[0] == pictures[1]).float().mean() > 0.95
-    told = run("run", file, "--trust", folder, "--precision", "int8", "--json")
+    told = run("run", file, "--trust", folder, "--set", "precision=int8", "--json")
     assert told.code == 1 and "cadsurgery export" in told.json["next"]
     assert "--precision int8 --calibration FOLDER" in told.json["next"]
-    told = run("run", file, "--trust", folder, "--precision", "int7", "--json")
+    told = run("run", file, "--trust", folder, "--set", "precision=int7", "--json")
     assert told.code == 1 and "int7" in told.json["what"]
 
 
