@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.axes import as_map, as_rows
-from cadsurgery.elements.backends.choose import Filling, compute
+from cadsurgery.elements.backends.choose import compute
 from cadsurgery.elements.backends.weights import Activation
+from cadsurgery.elements.backends.works import Filling
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.support.describe import describe

@@ -17,13 +17,13 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from operator import mul
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends import gpu_maps, maps
+from cadsurgery.elements.backends.choose import Work, compute
 from cadsurgery.elements.backends.graph_sizes import quotients
 from cadsurgery.elements.size_symbols import fresh_length, of_size
 from cadsurgery.elements.sizes import constant, divide_up, is_at_most, is_statically_true, most
@@ -518,12 +518,6 @@ class Lattice:
         return self.pyramid.in_graph and self.pyramid.bounds is None
 
     @once
-    def has_gpu_maps(self) -> bool:
-        """True if cells and kernel maps are found by kernels on a GPU."""
-        is_seen = self.pyramid.in_graph or running.is_observed
-        return not is_seen and gpu_maps.available(self.pyramid.levels.device)
-
-    @once
     def has_known_counts(self) -> bool:
         """True if `counts` are known numbers, so that rows can be split by image; False while a graph is traced or if
         only bounds are known."""
@@ -679,7 +673,7 @@ class Lattice:
     def _cells(self) -> tuple[Tensor, Tensor, Tensor]:
         """Anchors (N,) as flat pixel numbers, the row of the cell that contains each pixel (B*H*W,), and the number of
         elements of each image (B,)."""
-        (height, width), device = self.size, self.levels.device
+        width = self.size[1]
         if not self.geometry.strides:  # every pixel is a cell
             is_there = (
                 self.part.pixels if self.part is not None else self.levels.new_ones(self.levels.numel()) > 0
@@ -692,25 +686,8 @@ class Lattice:
             whole = self.whole
             first, end = (whole.row_at(place // width) for place in self.part.between)
             return whole.anchors[first:end], whole.index[:0], whole.counts.new_tensor([end - first])
-        if self.part is None and self.capacity is None and maps.supports(self.levels):
-            return maps.find_cells(self.levels, self.geometry.sides)
-        if self.part is None and self.capacity is not None and self.has_gpu_maps:
-            return gpu_maps.find_cells(self.levels, self.geometry.sides, self.capacity[1])
-        y = torch.arange(height, device=device).view(1, -1, 1)
-        x = torch.arange(width, device=device).view(1, 1, -1)
-        image = torch.arange(self.batch, device=device).view(-1, 1, 1)
-        corner = (image * height + y - y % self.side_map) * width + x - x % self.side_map
-        pixel = (image * height + y) * width + x
-        is_anchor = (corner == pixel).flatten()
-        if self.part is not None:
-            is_anchor &= self.part.pixels
-        row = is_anchor.cumsum(0) - 1
-        if self.capacity is None:
-            anchors = is_anchor.nonzero().squeeze(1)
-        else:
-            anchors = torch.nonzero_static(is_anchor, size=self.capacity[1], fill_value=0).squeeze(1)
-        counts = is_anchor.view(self.batch, -1).sum(1)
-        return anchors, row[corner.flatten()].to(torch.int32), counts
+        cells: tuple[Tensor, Tensor, Tensor] = compute(CellSearch(self.levels, self))
+        return cells
 
     @property
     def anchors(self) -> Tensor:
@@ -829,3 +806,31 @@ class Lattice:
     def active_fraction(self) -> float:
         """Share of fine pixels at level 0."""
         return (self.levels == 0).double().mean().item()
+
+
+@dataclass(frozen=True, eq=False)
+class CellSearch(Work):
+    """The cells of a lattice: their anchors (N,) int64 as pixel numbers, ascending, and 0 behind the last where only
+    bounds are known; the row of the cell that holds each pixel (B*H*W,) int32; the number of cells of each image (B,).
+
+    Attributes:
+        rows: the levels (B, H, W) of the lattice.
+    """
+
+    lattice: Lattice
+    task: ClassVar[str] = "find_cells"
+
+    @property
+    def is_counted(self) -> bool:
+        """True if all cells are there and are counted; otherwise only bounds are known, or it is a part."""
+        return self.lattice.part is None and self.lattice.capacity is None
+
+    @property
+    def is_bounded(self) -> bool:
+        """True if all cells are there, of whose number bounds are known."""
+        return self.lattice.part is None and self.lattice.capacity is not None
+
+    @property
+    def case(self) -> tuple[Hashable, ...]:
+        """The device, and what is known of the number of cells."""
+        return *super().case, self.is_counted, self.is_bounded

@@ -23,11 +23,11 @@ from torch.overrides import TorchFunctionMode
 import cadsurgery as cs
 from cadsurgery.elements import functional
 from cadsurgery.elements.axes import in_order
-from cadsurgery.elements.backends.choose import Convolution
-from cadsurgery.elements.backends.native import Native
-from cadsurgery.elements.backends.onednn import convolve, has_fast_code
+from cadsurgery.elements.backends.native import Native, has_fast_code
+from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
 from cadsurgery.elements.backends.weights import Activation, FusedConv
+from cadsurgery.elements.backends.works import Convolution
 from cadsurgery.elements.functional import Elements, conv2d
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
@@ -448,7 +448,7 @@ def test_a_dilated_depthwise_layer_of_a_dense_head_is_a_kernels() -> None:
         pytest.skip("needs compiled kernels")
     with torch.profiler.profile() as profile:
         conv(x)
-    called = "convolve (native)" in {event.key for event in profile.key_averages()}
+    called = "convolve_map (native)" in {event.key for event in profile.key_averages()}
     assert called is not has_fast_code(torch.float32, 1, 12)
 
 

@@ -9,16 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.axes import as_map, as_rows
-from cadsurgery.elements.backends.choose import (
-    Backend,
-    Convolution,
-    Pooling,
-    TransposedConvolution,
-    WindowRead,
-)
+from cadsurgery.elements.backends.choose import Backend
 from cadsurgery.elements.backends.native import Native
 from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.weights import transpose_weight
+from cadsurgery.elements.backends.works import Convolution, Pooling, TransposedConvolution, WindowRead
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.kernels import isa
 from cadsurgery.support.running import running

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.elements.backends.choose import Convolution, check_channels, compute
+from cadsurgery.elements.backends.choose import check_channels, compute
 from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.weights import Activation, FusedConv, Pair
+from cadsurgery.elements.backends.works import Convolution
 from cadsurgery.support.running import running
 
 
