@@ -170,7 +170,9 @@ def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path
     ):
         refused = command_line("convert", *model, "--method", "resampling", *options)
         assert refused.code == 1 and words in refused.err
-    refused = command_line("run", "run/net.safetensors", "picture.png", "--trust", "--set", "precision=bfloat16")
+    refused = command_line(
+        "run", "run/net.safetensors", "picture.png", "--trust", "--set", "precision=bfloat16"
+    )
     assert refused.code == 1 and "whose input is sampled" in refused.err
     refused = command_line("finetune", "net.safetensors", *training, "--mask", "edges", "--json")
     assert refused.code == 1 and "no masks" in refused.json["what"]
