@@ -7,7 +7,7 @@ folder=${1:-amx}
 mkdir -p "$folder"
 cadsurgery --version | tee "$folder/version.txt"
 grep -q 'kernels amx' "$folder/version.txt" || { echo "this processor has no AMX, or it is capped" >&2; exit 1; }
-common=(--fill linear --fractions 1,0.34,0 --threads 1 --processor-time)
+common=(--fill linear --fractions 1,0.34,0 --threads 1 --set processor_time=true)
 for network in resnet50 mobilenet_v2; do
   echo "== $network, bfloat16, beside OpenVINO"
   cadsurgery bench -m "$network" --dtype bfloat16 --against openvino "${common[@]}" --rounds 4 --json \

@@ -12,13 +12,17 @@ from . import (
     keypoints as keypoints,
     macs as macs,
     masks as masks,
-    matching as matching,
     ray as ray,
     resampling as resampling,
     timing as timing,
     viz as viz,
 )
-from .data import Augment as Augment, SegmentationData as SegmentationData, open_data as open_data
+from .data import (
+    Augment as Augment,
+    SegmentationData as SegmentationData,
+    data_kind as data_kind,
+    open_data as open_data,
+)
 from .data.networks import build_model as build_model, list_models as list_models
 from .elements.functional import Elements as Elements
 from .elements.kernel_map import Window as Window

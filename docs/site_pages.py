@@ -31,7 +31,7 @@ SINGLE_PAGES = {
 GROUPS = {
     "Convert": "adaptify plan Plan AdaptiveModel recommend Recommendation build_model list_models",
     "Save, load, export": "save load export kernels_for push",
-    "Evaluate": "evaluate EvaluationReport SegmentationMetrics open_data SegmentationData Augment",
+    "Evaluate": "evaluate EvaluationReport SegmentationMetrics open_data data_kind SegmentationData Augment",
     "Masks": "list_masks mask_provider MaskProvider MaskWrapper Budget",
     "Values at points": "read_at macs_at",
     "Other methods": "anytime AnytimeModel sample SampledModel resample ResampledModel",
@@ -168,6 +168,8 @@ def _describe_group(group: Any, name: str) -> Iterator[str]:
             record = parameter.get_help_record(context)  # None for a hidden option
             if record:
                 yield f"| `{record[0]}` | {_as_cell(record[1])} |"
+        for setting, meaning in getattr(command.callback, "settable", {}).items():
+            yield f"| `--set {setting}=VALUE` | {_as_cell(meaning)} |"
         yield ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,13 +44,15 @@ def code_of(page: Path) -> Iterator[Named]:
 
 
 def commands_of(group: Any, name: str) -> dict[str, set[str]]:
-    """Names of all commands, each with its options."""
+    """Names of all commands, each with its options and with what `--set` takes."""
     found = {}
     for key, command in group.commands.items():
         if hasattr(command, "commands"):
             found |= commands_of(command, f"{name} {key}")
         else:
-            found[f"{name} {key}"] = {option for one in command.params for option in one.opts}
+            settable = getattr(command.callback, "settable", ())
+            options = {option for one in command.params for option in one.opts}
+            found[f"{name} {key}"] = options | {f"--set {setting}" for setting in settable}
     return found
 
 
@@ -59,8 +62,13 @@ def own_commands() -> dict[str, set[str]]:
     import typer
 
     from cadsurgery.cli.main import make_app
+    from cadsurgery.methods.registry import KINDS
+    from cadsurgery.tasks.task_options import Conversion
 
-    return commands_of(typer.main.get_command(make_app()), "cadsurgery")
+    found = commands_of(typer.main.get_command(make_app()), "cadsurgery")
+    of_methods = (f"--set {setting}" for kind in KINDS for setting in kind.settings)
+    found["cadsurgery convert"] |= {*of_methods, *(f"--set {field.name}" for field in fields(Conversion))}
+    return found
 
 
 def program(page: Path, path: str) -> Path | None:
@@ -96,7 +104,9 @@ def faults(named: Named) -> Iterator[str]:
                 yield f"no command: {words}"
             return
         rest = words.removeprefix(max(names, key=len)).partition("|")[0]
-        for option in OPTION.findall(re.sub(r'"[^"]*"|\'[^\']*\'', "", rest)):
+        plain = re.sub(r'"[^"]*"|\'[^\']*\'', "", rest)
+        settings = [f"--set {name}" for name in re.findall(r"--set (\w+)", plain)]
+        for option in (*settings, *OPTION.findall(plain)):
             if option not in known[max(names, key=len)] | {"--help"}:
                 yield f"{option} is no option of {max(names, key=len)}"
     elif found := re.search(r"python3? (?:-m ([\w.]+)|([\w/]+\.py))(.*)", named.text):

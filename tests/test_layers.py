@@ -124,6 +124,24 @@ def test_no_module_is_part_of_an_import_circle() -> None:
     assert find_circles({name: modules_imported(name) for name in MODULES}) == set()
 
 
+@pytest.mark.parametrize("room", ["tasks", "cli"])
+def test_commands_name_no_method(room: str) -> None:
+    """What they know of a method is in its folder, and they find it in `methods/registry.py`."""
+    from cadsurgery.methods.registry import KINDS
+
+    names = [
+        word for kind in KINDS for word in (kind.method, kind.network.__name__, kind.network.converted_by)
+    ]
+    named = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
+    found = {
+        f"{path}: {match[0]}"
+        for path in FILES
+        if path.startswith(f"cadsurgery/{room}/")
+        for match in named.finditer((ROOT / path).read_text())
+    }
+    assert not found
+
+
 def test_imports_in_functions_and_for_types_count(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
     path.write_text("if TYPE_CHECKING:\n    from a import b\ndef f():\n    import c\n")

@@ -103,7 +103,6 @@ def macs(
     A file of another method is run on the image and counted up to each exit, for each gate, or for sampler and
     network.
     """
-    from cadsurgery.network.macs import MacReport
     from cadsurgery.support.counting import describe_not_counted
     from cadsurgery.tasks.convert_model import count, count_dense
     from cadsurgery.tasks.convert_report import render_macs
@@ -117,5 +116,4 @@ def macs(
         text = "\n".join(filter(None, (f"MACs on {shape}: {whole:.5e}", left)))
         screen.show(report, text, as_json)
         return
-    values = report.to_dict(layers=not options.total) if isinstance(report, MacReport) else report.to_dict()
-    screen.show(values, render_macs(report, layers=not options.total), as_json)
+    screen.show(report.to_dict(), render_macs(report), as_json)

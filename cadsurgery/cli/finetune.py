@@ -27,12 +27,7 @@ def finetune(
     given again. Several processes: torchrun --nproc_per_node N -m cadsurgery.cli finetune ..., with --device cpu
     on the CPU.
 
-    Options of objectives (--objective-option NAME=VALUE), described in docs/reference/objectives.md:
-
-    divergence: teacher (initial or self), temperature, weight, supervision, kind (classes, values or auto).
-
-    any-budget: the same options, and low, high, fractions, extremes, ranking (own, random or a mask).
-
-    blend: statistics (separate or shared), share (balanced or published), weight, network (blend, mixed or fixed),
-    distil, supervision.
+    Settings are --set NAME=VALUE or lines of --config: steps, batch, crop, lr, objective and others, which
+    docs/howto/finetune.md describes. Those of an objective are --set objective_options.NAME=VALUE
+    (docs/reference/objectives.md).
     """

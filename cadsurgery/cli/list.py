@@ -32,16 +32,15 @@ def list_command(
             f"[bold]{i.form}[/bold]  {i.summary}  {_describe(i.options)}  [dim]{i.source}[/dim]"
             for i in infos
         ]
+        kept = ", ".join(info.form for info in list_masks(of_recipes=True))
+        lines.append(f"[dim]for published recipes, where another one keeps more at less work: {kept}[/dim]")
         screen.show([vars(info) for info in infos], "\n".join(lines), as_json)
         return
     from cadsurgery.data.networks import list_models
     from cadsurgery.tasks.zoo_record import outlook, recorded, summary
 
     checked = recorded()
-    rows = [
-        checked.get(name, {"model": name, "result": "not checked"})
-        for name in list_models(pattern, options.library)
-    ]
+    rows = [checked.get(name, {"model": name, "result": "not checked"}) for name in list_models(pattern)]
     if as_json:
         screen.print_json(rows)
         return

@@ -7,11 +7,12 @@ import importlib
 import pkgutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cadsurgery.cli import screen
+from cadsurgery.cli.replaced import replacement
 from cadsurgery.support.errors import CadError, NotInstalled
 
 _INTERRUPTED = 130  # exit code of a command that Ctrl-C ended, as of shells
@@ -53,6 +54,18 @@ def make_app() -> typer.Typer:
     return app
 
 
+def _say_what_replaces(error: Any) -> None:
+    """Let the refusal of an option that there was name what is typed in its place."""
+    if option := getattr(error, "option_name", None):
+        context, names = error.ctx, list[str]()
+        while context.parent is not None:
+            names.insert(0, context.info_name)
+            context = context.parent
+        settable = getattr(error.ctx.command.callback, "settable", ())
+        if line := replacement(" ".join(names), option, settable):
+            error.message, error.possibilities = f"{option} is no option. Next: {line}", None
+
+
 def _show_version(is_requested: bool) -> None:
     if is_requested:
         from cadsurgery.tasks.installation import describe_installation
@@ -89,6 +102,7 @@ def main(app: typer.Typer | None = None) -> None:
         show = getattr(error, "show", None)  # a usage error of the argument parser
         if show is None:
             raise
+        _say_what_replaces(error)
         show()
         sys.exit(2)
     if code == _INTERRUPTED:  # newer versions of typer return this code instead of raising

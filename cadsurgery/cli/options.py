@@ -1,92 +1,23 @@
-"""Options that commands share, options from dataclasses, commands that call tasks, and parsers of option values."""
+"""Options that commands share, options from dataclasses, and commands that call tasks."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import inspect
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Annotated, Any, cast, get_type_hints
 
 import typer
 
 from cadsurgery.cli import screen
+from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.fields import READERS, TYPES, annotation_of, name_of, read_settings, reader_of
 from cadsurgery.support.plain import docstring_of
+from cadsurgery.tasks.task_options import PUBLISHED
 from cadsurgery.tasks.task_options import Conversion as Conversion  # many commands take some of its options
-
-
-def read_pair(text: str) -> tuple[int, int] | None:
-    """Parse HIGH,LOW."""
-    return _numbers(text, ",", "HIGH,LOW such as 8,32")
-
-
-def read_size(text: str) -> tuple[int, int] | None:
-    """Read HxW, or one number for a square."""
-    if text.isdecimal():
-        return int(text), int(text)
-    return _numbers(text.lower(), "x", "HxW such as 512x1024, or one number for a square")
-
-
-def _numbers(text: str, separator: str, form: str) -> tuple[int, int] | None:
-    if not text:
-        return None
-    try:
-        first, second = map(int, text.split(separator))
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not {form}") from None
-    return first, second
-
-
-def read_fractions(text: str) -> list[float]:
-    """Parse numbers separated by commas."""
-    try:
-        return [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,0.5,0") from None
-
-
-def read_threshold(text: str | float) -> float | tuple[float, ...]:
-    """Parse one number, or several separated by commas."""
-    numbers = read_fractions(str(text))
-    return tuple(numbers) if len(numbers) != 1 else numbers[0]
-
-
-def read_names(region: str) -> str | list[str]:
-    """Parse a region: auto, heads, backbone, or names separated by commas."""
-    return region if region in ("auto", "heads", "backbone") else [name.strip() for name in region.split(",")]
-
-
-def read_bands(text: str) -> tuple[int, ...]:
-    """Parse numbers of bands, separated by commas."""
-    try:
-        numbers = tuple(int(part) for part in text.split(",") if text)
-    except ValueError:
-        numbers = (0,)
-    if any(number < 1 for number in numbers):
-        raise typer.BadParameter(f"{text!r} is not a list of bands, counted from 1, such as 3,2,1")
-    return numbers
-
-
-def read_mean_and_std(text: str) -> tuple[list[float], list[float]] | str | None:
-    """Parse MEAN/STD, each one number or several separated by commas; or the name of a normalisation."""
-    if not text or text.isalpha():
-        return text or None
-    mean, _, std = text.partition("/")
-    return read_fractions(mean), read_fractions(std)
-
-
-_READERS: dict[str, Callable[[str], Any]] = {
-    **{"pair": read_pair, "size": read_size, "names": read_names, "whole": int},
-    "normalisation": read_mean_and_std,
-    "bands": read_bands,
-    "threshold": read_threshold,
-    "fractions": read_fractions,
-}
-
 
 Network = Annotated[
     str,
@@ -96,7 +27,8 @@ Network = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-_TYPES: dict[str, type] = {kind.__name__: kind for kind in (bool, int, float, str, Path)}
+_SET = "set_"  # the parameter of --set
+_PUBLISHED = "published"
 
 
 @dataclass(frozen=True)
@@ -108,24 +40,40 @@ class OptionsFrom:
 
     Attributes:
         kind: the dataclass; its fields are declared with `option` of tasks, or with `part` for several options.
-        names: names of the fields, in the order of the options; default: all fields.
+        names: names of the fields that have options, in the order of these; default: all, if none is `settable`.
+        settable: names of fields that `--set NAME=VALUE` sets; True for all that have no option.
         given: pass only options that the user has given, because defaults may come from elsewhere.
         defaults: other defaults than the fields', as texts, in the order of the names.
         apart: pass each value as an argument of its own instead of one parameter.
-        about: beginning of the help of every option.
+        published: True for `--published`, which stands for several fields, see `PUBLISHED`.
     """
 
     kind: type
     names: tuple[str, ...] = ()
+    settable: tuple[str, ...] | bool = False
     given: bool = False
     defaults: tuple[str, ...] = ()
     apart: bool = False
-    about: str = ""
+    published: bool = False
 
     def fields(self) -> list[Field[Any]]:
-        """Return the fields, in the order of their options."""
+        """Return the fields that have options, in the order of these; also those that stand for several."""
         by_name = {field.name: field for field in fields(self.kind)}
-        return [by_name[name] for name in self.names or by_name]
+        if self.names or self.settable:
+            return [by_name[name] for name in self.names]
+        return [field for field in by_name.values() if not field.metadata.get("settable")]
+
+    def _settable(self) -> list[Field[Any]]:
+        """Return the fields of this class that have no option, but are set by `--set`."""
+        if self.settable is True:
+            return [field for field in fields(self.kind) if field.name not in self.names]
+        named = self.settable or ()
+        return [field for field in fields(self.kind) if field.name in named or field.metadata.get("settable")]
+
+    def all_settable(self) -> list[Field[Any]]:
+        """Return the fields that `--set` sets, also of the parts."""
+        parts = [OptionsFrom(**part) for field in self.fields() if (part := field.metadata.get("part"))]
+        return [*self._settable(), *(field for part in parts for field in part.all_settable())]
 
     def parameters(self, name: str = "") -> Iterator[inspect.Parameter]:
         """Yield the parameters from which typer creates options."""
@@ -134,26 +82,24 @@ class OptionsFrom:
                 yield from OptionsFrom(**part).parameters()
             else:
                 yield self._parameter(field, changed)
+        if self.published:
+            help = (
+                f"as the published code: {', '.join(f'{name} {value}' for name, value in PUBLISHED.items())}"
+            )
+            yield _keyword(_PUBLISHED, False, bool, f"--{_PUBLISHED}", help=help)
 
     def _parameter(self, field: Field[Any], default: str | None) -> inspect.Parameter:
         details, kind = field.metadata, _type_of(field)
-        name = details.get("name", field.name)
-        words = [f"--{name.replace('_', '-')}"]
+        words = [f"--{name_of(field).replace('_', '-')}"]
         if kind is bool and field.default is True:
             words = []  # typer adds --no-...
         elif "short" in details:
             words.append(f"-{details['short']}")
         more = {key: details[key] for key in ("min", "max", "metavar") if key in details}
         if "read" in details:
-            more["parser"] = _READERS[details["read"]]
-        return inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None if self.given else default or _default_of(field),
-            annotation=Annotated[
-                kind | None, typer.Option(*words, help=self.about + details["help"], **more)
-            ],
-        )
+            more["parser"] = _parser(READERS[details["read"]])
+        default = None if self.given else default or _default_of(field)
+        return _keyword(name_of(field), default, kind | None, *words, help=details["help"], **more)
 
     def take(self, arguments: dict[str, Any], name: str, hint: Any) -> None:
         """Replace the values of the fields among all arguments by that of the parameter, annotated with `hint`."""
@@ -163,8 +109,14 @@ class OptionsFrom:
         arguments |= values if self.apart else {name: value}
 
     def _pop(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Remove the values of the options from all arguments, and return them by the names of the fields."""
-        values: dict[str, Any] = {}
+        """Remove the values of the fields from all arguments, and return them by the names of the fields."""
+        is_published = self.published and arguments.pop(_PUBLISHED)
+        values: dict[str, Any] = dict(PUBLISHED) if is_published else {}
+        for field in self._settable():
+            if name_of(field) in arguments[_SET]:
+                values[field.name] = arguments[_SET][name_of(field)]
+            elif not self.given and field.default is not MISSING:
+                values.setdefault(field.name, field.default)
         for field in self.fields():
             details = field.metadata
             if part := details.get("part"):
@@ -172,7 +124,7 @@ class OptionsFrom:
                 own, make = options._pop(arguments), cast(Callable[..., Any], field.default_factory)
                 values |= own if options.apart else {field.name: make(**own)}
                 continue
-            value = arguments.pop(details.get("name", field.name))
+            value = arguments.pop(name_of(field))
             if "none" in details and value == details["none"]:
                 value = None
             if value is not None or not self.given:
@@ -180,16 +132,28 @@ class OptionsFrom:
         return values
 
 
-def _annotation(field: Field[Any]) -> str:
-    """Return the first name of the annotation, e.g. `int` of `int | None`."""
-    text = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
-    return re.split(r"[\[ |]", text, maxsplit=1)[0].rpartition(".")[2]
+def _keyword(name: str, default: Any, kind: Any, *words: str, **more: Any) -> inspect.Parameter:
+    """Return the parameter of an option."""
+    annotation = Annotated[kind, typer.Option(*words, **more)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _parser(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Let a refused value be wrong usage."""
+
+    def parse(text: str) -> Any:
+        try:
+            return read(text)
+        except InvalidInput as error:
+            raise typer.BadParameter(error.what) from None
+
+    return parse
 
 
 def _type_of(field: Field[Any]) -> Any:
     """Return the type of an option: the annotated one, or text for those with readers and with choices."""
-    kind = str if "read" in field.metadata else _TYPES.get(_annotation(field), str)
-    return list[kind] if _annotation(field) == "Sequence" else kind  # type: ignore[valid-type]
+    kind = str if "read" in field.metadata else TYPES.get(annotation_of(field), str)
+    return list[kind] if annotation_of(field) == "Sequence" else kind  # type: ignore[valid-type]
 
 
 def _default_of(field: Field[Any]) -> Any:
@@ -199,7 +163,7 @@ def _default_of(field: Field[Any]) -> Any:
         return inspect.Parameter.empty
     if value is None:
         return field.metadata.get("none")
-    if _annotation(field) == "Sequence":
+    if annotation_of(field) == "Sequence":
         return list(value)
     if isinstance(value, tuple):
         return ("x" if field.metadata["read"] == "size" else ",").join(f"{number:g}" for number in value)
@@ -238,6 +202,10 @@ class ArgumentOrOption:
                 annotation=Annotated[kind, marked],
             )
 
+    def all_settable(self) -> list[Field[Any]]:
+        """Return no fields: it is set as it stands."""
+        return []
+
     def take(self, arguments: dict[str, Any], name: str, hint: Any) -> None:
         """Replace both values among all arguments by the one that was given."""
         argument, option = arguments.pop(name), arguments.pop(f"{name}_by_option")
@@ -268,12 +236,21 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         else:
             marks[name] = mark
             parameters += mark.parameters(name)
+    settable = {name_of(field): field for mark in marks.values() for field in mark.all_settable()}
+    readers = {name: reader_of(field) for name, field in settable.items()}
+    if settable:
+        words = {"metavar": "NAME=VALUE", "help": f"repeatable: {', '.join(sorted(settable))}"}
+        parameters.insert(-1, _keyword(_SET, [], list[str], "--set", **words))
 
     def run(**arguments: Any) -> None:
+        texts = arguments.pop(_SET, ())
+        arguments[_SET] = read_settings(readers, texts)
         for name, mark in marks.items():
             mark.take(arguments, name, hints[name])
+        del arguments[_SET]
         function(**arguments)
 
+    run.settable = {name: field.metadata["help"] for name, field in settable.items()}  # type: ignore[attr-defined]
     run.__name__, run.__doc__ = function.__name__, docstring_of(function)
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

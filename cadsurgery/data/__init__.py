@@ -6,4 +6,4 @@ In come paths and names of the libraries; out come image batches and labels as t
 from cadsurgery.data.augment import Augment
 from cadsurgery.data.datasets import IGNORED, SegmentationData
 from cadsurgery.data.samples import Samples, as_data, is_labelled, sample_of
-from cadsurgery.data.sources import open_data, open_pictures
+from cadsurgery.data.sources import data_kind, open_data, open_pictures

@@ -40,12 +40,12 @@ from cadsurgery.support.errors import (
     InvalidInput,
     UnknownName,
     first_line,
-    import_optional,
     warn,
 )
 from cadsurgery.support.folders import NO_PICTURES, visible, warn_of_left_out
 from cadsurgery.support.kinds import CLIP, FOLDER, PICTURE, check_kind
 from cadsurgery.support.plain import split_options
+from cadsurgery.support.provenance import check_unclaimed, find_function
 
 if TYPE_CHECKING:
     from cadsurgery.data.networks import Source
@@ -69,11 +69,51 @@ class DataKind:
         layout: files that the folder must hold.
     """
 
-    open: Callable[[str, str, Mapping[str, str], str], SegmentationData]
+    open: Opener
     options: Mapping[str, str | None]
     splits: tuple[str, ...]
     where: str
     layout: str
+
+
+Opener = Callable[[str, str, Mapping[str, str], str], SegmentationData]
+KINDS: dict[str, DataKind] = {}
+
+
+def data_kind(
+    name: str, options: Mapping[str, str | None], splits: tuple[str, ...], where: str, layout: str
+) -> Callable[[Opener], Opener]:
+    """Register a function that opens data as a kind of data, `NAME:PATH,option=value`.
+
+    Args:
+        name: name of the kind.
+        options: accepted options with their defaults as text; None for a required option.
+        splits: accepted names of splits; empty if any name is accepted.
+        where: instructions for obtaining the data.
+        layout: files that the folder must hold.
+
+    The function gets the place, the split, the options and the whole text, and returns the data.
+
+    Raises:
+        ValueError: another function has this name.
+    """
+
+    def register(function: Opener) -> Opener:
+        check_unclaimed("data kind", name, function, {name: kind.open for name, kind in KINDS.items()})
+        KINDS[name] = DataKind(function, options, splits, where, layout)
+        return function
+
+    return register
+
+
+def _find_kind(spec: str) -> tuple[str, str]:
+    """Return the name of a kind and what follows it; `module:function:PATH` names a kind of the user's."""
+    name, _, rest = spec.partition(":")
+    function, colon, place = rest.partition(":")
+    if name in KINDS or not (colon and function.isidentifier()) or files.exists(spec):
+        return name, rest
+    opener = find_function(name, function)
+    return next((name for name, kind in KINDS.items() if kind.open is opener), name), place
 
 
 def missing(kind: DataKind, place: str, why: str) -> FileError:
@@ -101,6 +141,15 @@ def labels_of(image: str | Path, folder: Path) -> Path:
     return next((path for path in forms if path.is_file()), folder / name)
 
 
+@data_kind(
+    "folder",
+    {"classes": None, "ignore": "", "values": ""},
+    (),
+    "Give a folder of images and labels of equal names.",
+    "SPLIT/images/NAME.jpg (or .png, ...)\nSPLIT/labels/NAME.png, one channel: class of each pixel (or "
+    "values=0/255, the stored values of the classes in their order)\n"
+    'or, without splits (split "all"): images/ and labels/',
+)
 def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
     kind, root = KINDS["folder"], Path(place)
     if not files.is_folder(root):
@@ -216,6 +265,15 @@ def _read_unlabelled(images: Sequence[Path], position: int) -> tuple[PictureFile
     return PictureFile(images[position]), None
 
 
+@data_kind(
+    "images",
+    {"page": ""},
+    (),
+    "Give a folder of photographs, without labels.",
+    "NAME.jpg (or .png, ...), in folders of any depth: every eighth image is val, the others train; any other "
+    "split has all images\nor, with splits: train/, val/, test/\nIn a folder with images/ only that is read.\n"
+    "or a picture: FILE.tif,page=N is a page of a TIFF file, from 0 on",
+)
 def _images(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
     if options["page"]:
         page = Path(f"{place},page={_number('page', options['page'])}")
@@ -247,6 +305,15 @@ def _read_frame(frames: ChosenFrames, labels: Sequence[Path], position: int) -> 
     return frames[position], read_labels(labels[position]).numpy() if labels else None
 
 
+@data_kind(
+    "clip",
+    {"every": "", "start": "0", "labels": "", "classes": "", "ignore": "", "values": ""},
+    (),
+    "Give a clip.",
+    "a clip: FILE.mp4 (.mov, .mkv, ...), of which every N-th frame is used (every=N; default: one a second)\n"
+    "with labels=FOLDER the frames that have labels: FOLDER/000025.png, named by the number of the frame in six "
+    "digits, the first is 000000; one channel, as in folder",
+)
 def _clip(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
     """Open every N-th frame of a clip, or those that have labels.
 
@@ -298,19 +365,44 @@ def _labelled_frames(path: Path, folder: Path, numbers: Sequence[int], count: in
 # -- torchvision ---------------------------------------------------------------------------------------
 
 
-def _torchvision(
-    make: Callable[[], Any], classes: tuple[str, ...], table: Mapping[int, int], spec: str, split: str
+def of_torchvision(
+    make: Callable[[], Any],
+    classes: tuple[str, ...],
+    table: Mapping[int, int],
+    spec: str,
+    split: str,
+    images: str = "images",
 ) -> SegmentationData:
-    name, _, rest = spec.partition(":")
+    """Return the data that a dataset of torchvision holds, in the order of their names.
+
+    Args:
+        make: creates the dataset.
+        classes: names of the classes.
+        table: class of each stored value.
+        spec, split: what was opened.
+        images: the dataset's attribute that holds the paths of its images.
+
+    Raises:
+        FileError: the dataset finds no files.
+    """
+    name, rest = _find_kind(spec)
     try:
         dataset = make()
     except (RuntimeError, OSError) as error:
         raise missing(KINDS[name], split_place(rest)[0], first_line(error)) from error
-    names = [str(path) for path in (dataset._images if name == "pets" else dataset.images)]
+    names = [str(path) for path in getattr(dataset, images)]
     data = SegmentationData(spec, split, classes, tuple(names), dataset.__getitem__, tuple(table.items()))
     return data.at(sorted(range(len(names)), key=names.__getitem__))
 
 
+@data_kind(
+    "cityscapes",
+    {},
+    ("train", "val", "test"),
+    "Get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip at https://www.cityscapes-dataset.com "
+    "(after registration).",
+    "leftImg8bit/SPLIT/CITY/*_leftImg8bit.png\ngtFine/SPLIT/CITY/*_gtFine_labelIds.png",
+)
 def _cityscapes(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
     from torchvision.datasets import Cityscapes
 
@@ -318,9 +410,17 @@ def _cityscapes(place: str, split: str, options: Mapping[str, str], spec: str) -
     table = {value: used[value].train_id if value in used else IGNORED for value in range(256)}
     classes = tuple(entry.name for entry in used.values())
     make = partial(Cityscapes, place, split, mode="fine", target_type="semantic")
-    return _torchvision(make, classes, table, spec, split)
+    return of_torchvision(make, classes, table, spec, split)
 
 
+@data_kind(
+    "voc",
+    {"year": "2012"},
+    ("train", "val", "trainval"),
+    "Get VOCtrainval_11-May-2012.tar at http://host.robots.ox.ac.uk/pascal/VOC/voc2012.",
+    "VOCdevkit/VOC2012/JPEGImages/*.jpg\nVOCdevkit/VOC2012/SegmentationClass/*.png\n"
+    "VOCdevkit/VOC2012/ImageSets/Segmentation/SPLIT.txt",
+)
 def _voc(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
     from torchvision.datasets import VOCSegmentation
 
@@ -328,23 +428,7 @@ def _voc(place: str, split: str, options: Mapping[str, str], spec: str) -> Segme
     if options["year"] not in years:
         raise UnknownName("year of data 'voc'", options["year"], years)
     make = partial(VOCSegmentation, place, options["year"], split, download=False)
-    return _torchvision(make, VOC_CLASSES, dict(identity_table(len(VOC_CLASSES))), spec, split)
-
-
-def _sbd(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
-    from torchvision.datasets import SBDataset
-
-    import_optional("scipy", "the labels of SBD are MATLAB files, which need SciPy.", "pip install scipy")
-    make = partial(SBDataset, place, split, mode="segmentation", download=False)
-    return _torchvision(make, VOC_CLASSES, dict(identity_table(len(VOC_CLASSES))), spec, split)
-
-
-def _pets(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
-    from torchvision.datasets import OxfordIIITPet
-
-    folder = "trainval" if split == "train" else split
-    make = partial(OxfordIIITPet, place, folder, target_types="segmentation", download=False)
-    return _torchvision(make, ("pet", "background", "border"), {1: 0, 2: 1, 3: 2}, spec, split)
+    return of_torchvision(make, VOC_CLASSES, dict(identity_table(len(VOC_CLASSES))), spec, split)
 
 
 # -- generated -----------------------------------------------------------------------------------------
@@ -366,6 +450,13 @@ def _read_scene(height: int, width: int, first: int, position: int) -> tuple[_Sc
     return _Scene(colour), labels
 
 
+@data_kind(
+    "scene",
+    {"height": "96", "width": "128"},
+    ("train", "val", "test"),
+    "Street scenes are generated: write scene:COUNT.",
+    "nothing",
+)
 def _scene(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
     count = _number("scene", place)
     size = (_number("height", options["height"]), _number("width", options["width"]))
@@ -377,75 +468,6 @@ def _scene(place: str, split: str, options: Mapping[str, str], spec: str) -> Seg
     names = tuple(f"scene {first + position}" for position in range(count))
     table = identity_table(len(SCENE_CLASSES))
     return SegmentationData(spec, split, SCENE_CLASSES, names, partial(_read_scene, *size, first), table)
-
-
-KINDS = {
-    "folder": DataKind(
-        _folder,
-        {"classes": None, "ignore": "", "values": ""},
-        (),
-        "Give a folder of images and labels of equal names.",
-        "SPLIT/images/NAME.jpg (or .png, ...)\nSPLIT/labels/NAME.png, one channel: class of each pixel (or "
-        "values=0/255, the stored values of the classes in their order)\n"
-        'or, without splits (split "all"): images/ and labels/',
-    ),
-    "images": DataKind(
-        _images,
-        {"page": ""},
-        (),
-        "Give a folder of photographs, without labels.",
-        "NAME.jpg (or .png, ...), in folders of any depth: every eighth image is val, the others train; any other "
-        "split has all images\nor, with splits: train/, val/, test/\nIn a folder with images/ only that is read.\n"
-        "or a picture: FILE.tif,page=N is a page of a TIFF file, from 0 on",
-    ),
-    "clip": DataKind(
-        _clip,
-        {"every": "", "start": "0", "labels": "", "classes": "", "ignore": "", "values": ""},
-        (),
-        "Give a clip.",
-        "a clip: FILE.mp4 (.mov, .mkv, ...), of which every N-th frame is used (every=N; default: one a second)\n"
-        "with labels=FOLDER the frames that have labels: FOLDER/000025.png, named by the number of the frame in six "
-        "digits, the first is 000000; one channel, as in folder",
-    ),
-    "cityscapes": DataKind(
-        _cityscapes,
-        {},
-        ("train", "val", "test"),
-        "Get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip at https://www.cityscapes-dataset.com "
-        "(after registration).",
-        "leftImg8bit/SPLIT/CITY/*_leftImg8bit.png\ngtFine/SPLIT/CITY/*_gtFine_labelIds.png",
-    ),
-    "voc": DataKind(
-        _voc,
-        {"year": "2012"},
-        ("train", "val", "trainval"),
-        "Get VOCtrainval_11-May-2012.tar at http://host.robots.ox.ac.uk/pascal/VOC/voc2012.",
-        "VOCdevkit/VOC2012/JPEGImages/*.jpg\nVOCdevkit/VOC2012/SegmentationClass/*.png\n"
-        "VOCdevkit/VOC2012/ImageSets/Segmentation/SPLIT.txt",
-    ),
-    "sbd": DataKind(
-        _sbd,
-        {},
-        ("train", "val", "train_noval"),
-        "Get benchmark.tgz at http://home.bharathh.info/pubs/codes/SBD and take what is in its folder dataset.",
-        "img/*.jpg\ncls/*.mat\nSPLIT.txt",
-    ),
-    "pets": DataKind(
-        _pets,
-        {},
-        ("train", "trainval", "test"),
-        "Get images.tar.gz and annotations.tar.gz at https://www.robots.ox.ac.uk/~vgg/data/pets.",
-        "oxford-iiit-pet/images/*.jpg\noxford-iiit-pet/annotations/trimaps/*.png\n"
-        "oxford-iiit-pet/annotations/trainval.txt and test.txt",
-    ),
-    "scene": DataKind(
-        _scene,
-        {"height": "96", "width": "128"},
-        ("train", "val", "test"),
-        "Street scenes are generated: write scene:COUNT.",
-        "nothing",
-    ),
-}
 
 
 def split_place(text: str) -> tuple[str, str]:
@@ -463,8 +485,8 @@ def open_data(spec: str, split: str = "train", *, bands: Sequence[int] = ()) -> 
 
     Kinds: `folder:PATH,classes=11,ignore=11` (slashes separate several ignored values, or class names in place of their
     number; `classes=2,values=0/255` names the values that the classes are stored as), `cityscapes:PATH` (fine
-    annotations, the 19 classes of the benchmark), `voc:PATH,year=2012`, `sbd:PATH`, `pets:PATH` (trimaps),
-    `scene:COUNT,height=96,width=128` (generated); `images:FOLDER` has no labels, `images:FILE,page=N` is a
+    annotations, the 19 classes of the benchmark), `voc:PATH,year=2012`, `scene:COUNT,height=96,width=128` (generated);
+    `module:function:PATH` is a kind of your own (`data_kind`); `images:FOLDER` has no labels, `images:FILE,page=N` is a
     page of a TIFF file. `clip:FILE,every=25` has every 25th frame of a clip (default: one a second), from `start=0` on,
     and `clip:FILE,labels=FOLDER,classes=11` those frames that have labels.
     Nothing is downloaded.
@@ -480,7 +502,7 @@ def open_data(spec: str, split: str = "train", *, bands: Sequence[int] = ()) -> 
         InvalidInput: an option's value cannot be read, or a required option is missing.
         FileError: the data is missing, incomplete or empty; the message says where to get it and its layout.
     """
-    name, _, rest = spec.partition(":")
+    name, rest = _find_kind(spec)
     refuse_stream(rest if name in KINDS else spec)
     if name not in KINDS and files.exists(spec):
         check_kind(spec, FOLDER, what="a folder of data")
@@ -521,8 +543,8 @@ def open_pictures(place: str | Path, split: str = "all", *, bands: Sequence[int]
         CadError: as `open_data`.
     """
     text = str(place)
-    kind = KINDS.get(text.partition(":")[0])
-    if kind is None or files.exists(text):
+    kind = None if files.exists(text) else KINDS.get(_find_kind(text)[0])
+    if kind is None:
         refuse_stream(text)
         named = f"{'clip' if is_clip(Path(split_place(text)[0])) else 'images'}:{text}"
         return open_data(named, split, bands=bands)

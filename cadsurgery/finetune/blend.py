@@ -14,7 +14,7 @@ from cadsurgery.finetune.batches import inputs_of
 from cadsurgery.finetune.learning_rates import Draw, derive_seed
 from cadsurgery.finetune.objectives import Objective, dense_high, miss, objective
 from cadsurgery.following.trace import evaluating
-from cadsurgery.masks import FineMapSpec, LearnedMask
+from cadsurgery.masks import FineMapSpec, TrainableMask
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.paths import blend
 from cadsurgery.support.errors import InvalidInput, check_name
@@ -53,7 +53,7 @@ class Blend(Objective):
             statistics: `separate`: batch norm keeps the statistics of the low path, as published; `shared`: of all
                 paths.
             share: how the share kept high is held at its target: `balanced`, scores normalised by the statistics of
-                each batch (`LearnedMask.balanced_logits`), or `published`, the squared distance of a second sample's
+                each batch (`TrainableMask.balanced_logits`), or `published`, the squared distance of a second sample's
                 share.
             weight: weight of that distance.
             network: how the network is trained: `blend`, as published, `mixed`, or not at all (`fixed`).
@@ -70,7 +70,7 @@ class Blend(Objective):
         check_name("choice of network", network, ("blend", "mixed", "fixed"))
         if isinstance(net, AdaptiveModel):
             whole_program(net, _REFUSAL, _INSTEAD)
-        mask = net.mask.find(LearnedMask) if isinstance(net, AdaptiveModel) else None
+        mask = net.mask.find(TrainableMask) if isinstance(net, AdaptiveModel) else None  # type: ignore[type-abstract]
         if mask is None:
             raise InvalidInput(
                 "objective blend has no learned mask to train.",
@@ -133,7 +133,7 @@ def calibrate(net: AdaptiveModel, data: Samples) -> float:
     """
     program = whole_program(net, _REFUSAL, _INSTEAD)
     check_data(data, "calibration")
-    mask = net.mask.find(LearnedMask)
+    mask = net.mask.find(TrainableMask)  # type: ignore[type-abstract]
     if mask is None:
         raise InvalidInput(
             f"mask {net.mask.spec()!r} has learned nothing that could be calibrated.",
@@ -150,7 +150,7 @@ def calibrate(net: AdaptiveModel, data: Samples) -> float:
 
 
 @contextmanager
-def _fix(net: AdaptiveModel, mask: LearnedMask) -> Iterator[None]:
+def _fix(net: AdaptiveModel, mask: TrainableMask) -> Iterator[None]:
     """Inside the `with` block, only the mask gets gradients, and batch norm collects no statistics."""
     mask_parameters = {id(parameter) for parameter in mask.parameters()}
     others = [p for p in net.parameters() if p.requires_grad and id(p) not in mask_parameters]

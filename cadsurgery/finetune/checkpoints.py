@@ -20,6 +20,7 @@ from cadsurgery.network.storage import write_tensors
 from cadsurgery.support.errors import FileError, TrainingStopped
 from cadsurgery.support.files import as_file_error
 from cadsurgery.support.provenance import versions
+from cadsurgery.support.rows import plain
 from cadsurgery.tasks.run_folder import Identity
 from cadsurgery.tasks.task_options import FREE, Settings
 
@@ -116,7 +117,8 @@ def identity_of(net: nn.Module, data: Any, augment: Any, settings: Settings, pro
         "augment": repr(augment) if is_dataclass(augment) else getattr(augment, "__name__", None),
     }
     identity = {"settings": options, "network": network, "data": described, "processes": processes}
-    return json.loads(json.dumps(identity))
+    values: dict[str, Any] = plain(identity)
+    return values
 
 
 def _digest(value: Any) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +66,7 @@ def finetune(*, model: str, options: FinetuneOptions, step: Step) -> TrainingRep
     from cadsurgery.data import open_data
     from cadsurgery.data.samples import pictures_of
 
-    chosen = make_settings(
-        options.config, {**options.objective, **options.settings}, options.objective_option
-    )
+    chosen = make_settings(options.config, dict(options.settings))
     world()  # report a wrong start of several processes first
     check_packages(chosen.log)
     if options.mask:
@@ -113,7 +109,6 @@ def finetune(*, model: str, options: FinetuneOptions, step: Step) -> TrainingRep
         output=options.output,
         validation=validation,
         augment=augmentation(chosen),
-        resume=options.resume,
         device=options.device,
         on_step=training_steps(step, chosen.steps, chosen.batch * chosen.accumulate),
     )
@@ -146,22 +141,13 @@ def _decided_by(net: Converted) -> str:
     return net.mask.spec() if isinstance(net, AdaptiveModel) else net.decided_by
 
 
-def make_settings(
-    config: Path | None, overrides: dict[str, Any], objective_options: Sequence[str]
-) -> Settings:
-    """Return the default settings, changed by a file, then by options.
+def make_settings(config: Path | None, overrides: dict[str, Any]) -> Settings:
+    """Return the default settings, changed by a file, then by values of which options of the objective are a part.
 
     Raises:
-        InvalidInput: an option of the objective is not NAME=VALUE, or a setting is out of range.
+        InvalidInput: a setting is out of range.
         UnknownName, FileError: as `Settings.read`.
     """
     settings = Settings.read(config) if config is not None else Settings()
-    all_options = dict(settings.objective_options)
-    for text in objective_options:
-        name, equals, value = (part.strip() for part in text.partition("="))
-        if not name or not equals:
-            raise InvalidInput(f"objective option {text!r} is not NAME=VALUE.", next="write e.g. low=0.1.")
-        all_options[name] = value
-        with contextlib.suppress(ValueError):  # a number or a list; any other text stays as it is
-            all_options[name] = json.loads(value)
-    return settings.changed({**overrides, "objective_options": all_options})
+    of_objective = settings.objective_options | overrides.pop("objective_options", {})
+    return settings.changed({**overrides, "objective_options": of_objective})

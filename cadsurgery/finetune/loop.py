@@ -47,7 +47,7 @@ from cadsurgery.network.storage import write_tensors
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped, first_line
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.launcher import world
-from cadsurgery.tasks.report import Plain
+from cadsurgery.support.rows import Plain
 from cadsurgery.tasks.run_folder import Identity, check_same_run
 from cadsurgery.tasks.task_options import Settings
 

@@ -22,7 +22,7 @@ from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program, clone_values
 from cadsurgery.support.divergence import Kind, divergence, kind_of, maps_of
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.tasks.report import Plain
+from cadsurgery.support.rows import Plain
 
 STEPS, _BATCH, _RATE, _DECAY = 800, 4, 5e-3, 1e-2
 _SIDE = 64  # largest side of the crop of an image, in fine pixels

@@ -117,7 +117,7 @@ class Inputs:
 
     @property
     def kinds(self) -> dict[str, Any]:
-        """The kind of each argument, see `kind_of`."""
+        """The kind of each argument, see `argument_kind`."""
         return kinds_of(self.values)
 
     def placeholders(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -170,10 +170,10 @@ def has_numbers(arguments: Arguments) -> bool:
 
 def kinds_of(arguments: Arguments) -> dict[str, Any]:
     """Return the kind of each argument by name."""
-    return {name: kind_of(value) for name, value in arguments.items()}
+    return {name: argument_kind(value) for name, value in arguments.items()}
 
 
-def kind_of(value: Any) -> Any:
+def argument_kind(value: Any) -> Any:
     """Return all that Python code may ask of an argument without a guard on it: its class, keys and length, the value
     of what is no number; of a tensor how many axes it has, and an image's channels."""
     if isinstance(value, Tensor):
@@ -181,9 +181,9 @@ def kind_of(value: Any) -> Any:
     if isinstance(value, _CONSTANTS):
         return type(value), value
     if isinstance(value, dict):
-        return type(value), tuple((key, kind_of(part)) for key, part in value.items())
+        return type(value), tuple((key, argument_kind(part)) for key, part in value.items())
     if isinstance(value, (list, tuple)):
-        return type(value), tuple(map(kind_of, value))
+        return type(value), tuple(map(argument_kind, value))
     return type(value)
 
 

@@ -14,7 +14,14 @@ from cadsurgery.masks.graded import EdgeMask, GradedMask, GradientMask, TrimapMa
 from cadsurgery.masks.keypoint_masks import KeypointMask
 from cadsurgery.masks.learned import EstimatedMask, LearnedMask
 from cadsurgery.masks.preview import PreviewMask
-from cadsurgery.masks.provider import FineMapSpec, Grid, MaskProvider, list_masks, mask_provider
+from cadsurgery.masks.provider import (
+    FineMapSpec,
+    Grid,
+    MaskProvider,
+    TrainableMask,
+    list_masks,
+    mask_provider,
+)
 from cadsurgery.masks.scored import ConfidenceMask, DetailMask
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation

@@ -119,9 +119,13 @@ class EstimatedMask(MaskProvider):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-@mask_provider("learned", source="Hesse et al., CVPRW 2023, supplementary; reference code ad_e2e_resnet.py")
+@mask_provider(
+    "learned",
+    source="Hesse et al., CVPRW 2023, supplementary; reference code ad_e2e_resnet.py",
+    of_recipes=True,
+)
 class LearnedMask(EstimatedMask):
-    """Keep high where an estimator, trained with `cadsurgery finetune --objective blend`, says so.
+    """Keep high where an estimator, trained with `cadsurgery finetune --set objective=blend`, says so.
 
     Two 3x3 convolutions, max-pooling to the cells of the lowest level, and two more convolutions give one score per
     level and cell; the level with the best score is used. The estimator is created when it first sees features.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ class FineMapSpec(NamedTuple):
 
 
 Grid = FineMapSpec  # former name, which providers of users may import
-M = TypeVar("M", bound="MaskProvider")
+M = TypeVar("M")  # a class of masks, or a protocol
 
 
 class MaskProvider(nn.Module):
@@ -72,6 +72,7 @@ class MaskProvider(nn.Module):
 
     name: ClassVar[str] = ""
     source: ClassVar[str] = ""
+    of_recipes: ClassVar[bool] = False  # stays for published recipes, and is not put forward
     takes: ClassVar[Literal["none", "one", "many"]] = "none"  # number of other masks in the text form
     image_only: ClassVar[bool] = False  # does not use the features, which then need not be computed
     ignores_image: ClassVar[bool] = False  # does not use the picture, whose unit then need not be known
@@ -136,7 +137,7 @@ class MaskProvider(nn.Module):
         return ()
 
     def find(self, kind: type[M]) -> M | None:
-        """Return the first mask of a class among this mask and its parts; None if there is none."""
+        """Return the first mask of a class or protocol among this mask and its parts; None if there is none."""
         return next((mask for mask in self.modules() if isinstance(mask, kind)), None)
 
     @property
@@ -240,8 +241,10 @@ PROVIDERS: dict[str, type[MaskProvider]] = {}
 P = TypeVar("P", bound=type[MaskProvider])
 
 
-def mask_provider(name: str, source: str = "") -> Callable[[P], P]:
+def mask_provider(name: str, source: str = "", *, of_recipes: bool = False) -> Callable[[P], P]:
     """Register a provider class under a name; the defaults of its constructor are its options.
+
+    With `of_recipes` it stays for published recipes, and lists do not put it forward.
 
     A class that is defined again, e.g. by running a notebook cell twice, replaces the earlier definition.
 
@@ -251,18 +254,19 @@ def mask_provider(name: str, source: str = "") -> Callable[[P], P]:
 
     def register(provider: P) -> P:
         check_unclaimed("mask", name, provider, PROVIDERS)
-        provider.name, provider.source = name, source
+        provider.name, provider.source, provider.of_recipes = name, source, of_recipes
         PROVIDERS[name] = provider
         return provider
 
     return register
 
 
-def list_masks() -> list[MaskInfo]:
-    """List all mask providers with their options, defaults and sources."""
+def list_masks(*, of_recipes: bool = False) -> list[MaskInfo]:
+    """List the mask providers with their options, defaults and sources; or those that stay for published recipes."""
     return [
         MaskInfo(name, _summary(cls), options_of(cls), cls.source, _FORMS[cls.takes].format(name=name))
         for name, cls in sorted(PROVIDERS.items())
+        if cls.of_recipes is of_recipes
     ]
 
 
@@ -272,6 +276,43 @@ _FORMS = {"none": "{name}", "one": "MASK | {name}", "many": "MASK + MASK"}
 def _summary(provider: type[MaskProvider]) -> str:
     """Return the first paragraph of the class's docstring as one line."""
     return " ".join(docstring_of(provider).partition("\n\n")[0].split())
+
+
+@runtime_checkable
+class TrainableMask(Protocol):
+    """What a mask with parameters of its own has so that the objective `blend` trains it.
+
+    Scores (B, levels, h, w) are those of each cell of the lowest level, in any unit in which the best one wins.
+
+    Attributes:
+        fraction: share to keep high that training aims at.
+    """
+
+    fraction: float
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return the parameters that are trained."""
+        ...
+
+    def logits(self, features: Tensor, grid: FineMapSpec) -> Tensor:
+        """Return the scores, by which the mask decides."""
+        ...
+
+    def balanced_logits(self, features: Tensor, grid: FineMapSpec) -> Tensor:
+        """Return the scores such that the map of this batch keeps `fraction`."""
+        ...
+
+    def kept(self, logits: Tensor, grid: FineMapSpec, generator: Any = None) -> Tensor:
+        """Return the share kept high, a scalar with a gradient; with generators that of a random sample."""
+        ...
+
+    def sample(self, logits: Tensor, grid: FineMapSpec, generator: Any = None) -> Tensor:
+        """Draw a one-hot sample (B, levels, h, w) on the fine map, with a gradient."""
+        ...
+
+    def balance(self, logits: Sequence[tuple[Tensor, FineMapSpec]]) -> float:
+        """Shift the scores for good, so that their maps keep `fraction` on average; return what they keep."""
+        ...
 
 
 def check_levels(returned: object, grid: FineMapSpec, provider: str) -> Tensor:

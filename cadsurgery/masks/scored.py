@@ -103,7 +103,9 @@ def missed(features: Tensor) -> Tensor:
     return features - interpolated
 
 
-@mask_provider("confidence", source="ours, after confidence-adaptive prediction (Liu et al., ICLR 2022)")
+@mask_provider(
+    "confidence", source="ours, after confidence-adaptive prediction (Liu et al., ICLR 2022)", of_recipes=True
+)
 class ConfidenceMask(ScoredMask):
     """Keep high where the network is unsure after a first pass with everything downsampled.
 

@@ -63,7 +63,7 @@ def can_shift_means(program: Program) -> bool:
 def with_adapters(program: Program, names: set[str]) -> Program:
     """Return the program with calls of the named adapters; for another path through the network, those that it has."""
     graph, copies = copy_graph(program.graph)
-    kinds = {kind_of(name) for name in names}
+    kinds = {adapter_kind(name) for name in names}
     for name, place in _named(program).items() if MEANS in kinds else ():
         if name in names:
             image = copies[place.image]
@@ -84,7 +84,7 @@ def with_adapters(program: Program, names: set[str]) -> Program:
     return replace(program, graph=graph)
 
 
-def kind_of(name: str) -> str | None:
+def adapter_kind(name: str) -> str | None:
     """Return the kind of an adapter, given its name; None if there is no such kind."""
     return next((kind for kind in (MEANS, REFINEMENTS) if name.startswith(kind)), None)
 

@@ -121,17 +121,17 @@ class MacReport:
             )
         return f"{self.of_given:.2f} of the work of {given}; {region}"
 
-    def to_dict(self, *, layers: bool = True) -> dict[str, Any]:
-        """Return the totals and, with `layers`, the layers as plain values, for `--json`."""
-        values = {
+    def to_dict(self) -> dict[str, Any]:
+        """Return the totals and the layers as plain values, for `--json`."""
+        return {
             "shape": list(self.shape),
             "active_fraction": self.active_fraction,
             "macs": {"mask": self.mask, "high": self.high, "low": self.low, "given": self.given},
             "of_given": self.of_given,
             "region_of_high": self.region_of_high,
             "not_counted": list(self.not_counted),
+            "layers": [vars(layer) for layer in self.layers],
         }
-        return {**values, "layers": [vars(layer) for layer in self.layers]} if layers else values
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.shape))

@@ -32,7 +32,7 @@ from cadsurgery.network.adapters import (
     ADAPTERS,
     MEANS,
     REFINEMENTS,
-    kind_of,
+    adapter_kind,
     make_mean_shifts,
     make_refinements,
     with_adapters,
@@ -311,7 +311,7 @@ class AdaptiveModel(ProgramNetwork):
         """Add the adapters of a kind, unless the network has some."""
         part = self.adaptive_part
         adapters = part.adapters if part.adapters is not None else nn.ModuleDict()
-        if any(kind_of(name) == kind for name in adapters):
+        if any(adapter_kind(name) == kind for name in adapters):
             return adapters
         new = make(part.program) if not part.program.is_fused else nn.ModuleDict()
         if not len(new):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements.lattice import Geometry, Lattice
-from cadsurgery.following.arguments import bind_all, contain, image_of, in_order, kind_of
+from cadsurgery.following.arguments import argument_kind, bind_all, contain, image_of, in_order
 from cadsurgery.following.graphs import GRAPH_FILE, Interpreter
 from cadsurgery.following.guards import GuardFailed
 from cadsurgery.following.hooks import Watch, Watched
@@ -50,7 +50,7 @@ class Program:
         unchanged: the network's own graph, which runs instead if the mask keeps every value on its own grid; only for a
             part of a network whose discrete decisions (detections) must not depend on rounding.
         watched: modules that the rewritten graph relies on.
-        kinds: kind of each argument of the call that was traced, see `following.arguments.kind_of`.
+        kinds: kind of each argument of the call that was traced, see `following.arguments.argument_kind`.
         outside: attributes and global values that the network's code read then.
         is_fused: true if weights are folded and packed for inference; they then convert themselves to any type.
         net: the `AdaptiveModel` whose modules and parameters the graphs use; see `bind_to`.
@@ -304,10 +304,10 @@ class Program:
         """Compare the arguments of a call with those of the call that was traced.
 
         Raises:
-            GuardFailed: one is of another kind, see `following.arguments.kind_of`; the graph does not hold for it.
+            GuardFailed: one is of another kind, see `argument_kind`; the graph does not hold for it.
         """
         for name, value in arguments.items():
-            if name in self.kinds and kind_of(value) != self.kinds[name]:
+            if name in self.kinds and argument_kind(value) != self.kinds[name]:
                 raise GuardFailed(
                     f"{name}={describe(value)} is not what the network was converted with.",
                     why="its Python code may ask for the type of an argument, its length, its keys or whether it is "

@@ -23,7 +23,7 @@ from cadsurgery.following.arguments import example_of, outside_inference_mode, v
 from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
 from cadsurgery.masks.spec import parse
 from cadsurgery.masks.unit import Normalisation, Unit
-from cadsurgery.network.adapters import MEANS, REFINEMENTS, kind_of
+from cadsurgery.network.adapters import MEANS, REFINEMENTS, adapter_kind
 from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.adaptive_part import CallOfPart
 from cadsurgery.network.model import AdaptiveModel
@@ -478,7 +478,7 @@ def stored_mask(path: str | Path, spec: str, tensors: dict[str, Tensor], trust: 
 
 def _add_adapters(net: AdaptiveModel, tensors: Mapping[str, Tensor]) -> nn.ModuleDict:
     """Add adapters of the stored kinds to a network."""
-    kinds = {kind_of(name.partition(".")[0]): name for name in tensors}
+    kinds = {adapter_kind(name.partition(".")[0]): name for name in tensors}
     adapters = nn.ModuleDict()
     if REFINEMENTS in kinds:
         name = kinds[REFINEMENTS].partition(".")[0]
@@ -488,7 +488,7 @@ def _add_adapters(net: AdaptiveModel, tensors: Mapping[str, Tensor]) -> nn.Modul
 
 def _check_kinds(path: str | Path, tensors: Iterable[str], stated: FileMetadata) -> None:
     """Refuse adapters of a kind that there is no longer."""
-    if strange := [name for name in tensors if kind_of(name) is None]:
+    if strange := [name for name in tensors if adapter_kind(name) is None]:
         raise FileError(
             f"{path} has level adapters, which there are no longer.",
             where=f"{len(strange)} tensors, first {strange[0]}",

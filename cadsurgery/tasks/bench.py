@@ -29,6 +29,8 @@ from cadsurgery.data import open_pictures
 from cadsurgery.data.networks import Source, source_of
 from cadsurgery.data.samples import pictures_of
 from cadsurgery.masks import Budget, labelled, resolve_mask
+from cadsurgery.methods.registry import need_kind
+from cadsurgery.methods.side import Side, measure
 from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.export import INT8, check_mask
 from cadsurgery.network.export.engine import check_packages
@@ -41,6 +43,7 @@ from cadsurgery.support.files import append_lines
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.support.provenance import describe_run, device_in_words, find_device
+from cadsurgery.support.rows import Row
 from cadsurgery.tasks.bench_report import (
     BenchReport,
     BenchSetting,
@@ -56,9 +59,7 @@ from cadsurgery.tasks.open import (
     provenance,
     with_statistics,
 )
-from cadsurgery.tasks.report import Row, check_outputs
-from cadsurgery.tasks.side import Side, measure
-from cadsurgery.tasks.sides import need_kind
+from cadsurgery.tasks.report import check_outputs
 from cadsurgery.tasks.sides.engine_sides import (
     HIGH,
     LOW,
@@ -107,7 +108,7 @@ def bench(
             twins; "both" stands for the first two.
         picture: PNG to write.
         output: JSON Lines file; the rows of each network are appended as soon as they are measured.
-        sides: sides of the user, timed in the same rounds on the same images; see `cadsurgery.tasks.side.Side`.
+        sides: sides of the user, timed in the same rounds on the same images; see `cadsurgery.methods.side.Side`.
         trust: run code that a file names; see `cadsurgery.load`.
         step: progress callback.
         options: further options of `adaptify`, and conditions of the measurement, see `Benchmark`: `size` (height and
@@ -400,7 +401,7 @@ def _scenes(source: Source, setup: Benchmark) -> Tensor:
     if len(pictures) < setup.batch:
         raise InvalidInput(
             f"{setup.images} has {len(pictures)} pictures, and a batch is {setup.batch}.",
-            next=f"give more pictures, or a smaller batch: --batch {len(pictures)}.",
+            next=f"give more pictures, or a smaller batch: --set batch={len(pictures)}.",
         )
     return torch.cat(pictures)
 

@@ -13,22 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cadsurgery.support.counting import describe_not_counted
-from cadsurgery.tasks.report import (
-    COLOURS,
-    SLOWER,
-    MeasuredReport,
-    Report,
-    Row,
-    against_macs,
-    canvas,
-    macs_columns,
-    panels,
-    plain,
-    ratio,
-    strides_in_words,
-    time_columns,
-)
-from cadsurgery.tasks.tables import Column, table
+from cadsurgery.support.rows import SLOWER, Row, macs_columns, plain, ratio, strides_in_words, time_columns
+from cadsurgery.support.tables import Column, table
+from cadsurgery.tasks.report import COLOURS, MeasuredReport, Report, against_macs, canvas, panels
 
 
 @dataclass(frozen=True)

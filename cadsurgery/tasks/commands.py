@@ -1,5 +1,7 @@
 """The options of each command, in the order of its help: names, defaults, help and limits are stated here alone.
 
+What no page, recipe or example types is no option: it is `settable`, by `--set NAME=VALUE`.
+
 Tasks take these dataclasses, except those that are public functions of Python: these have signatures of their own,
 whose defaults a test compares with these. Like `cadsurgery.tasks.task_options`, this module does not import torch.
 """
@@ -12,42 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cadsurgery.support.defaults import DEFAULT_MASK, ENGINES
-from cadsurgery.tasks.task_options import (
-    Benchmark,
-    Conversion,
-    Exits,
-    Exporting,
-    Extraction,
-    Gates,
-    Resampling,
-    Settings,
-    bands_option,
-    documented,
-    option,
-    part,
-)
+from cadsurgery.support.fields import documented, option, part
+from cadsurgery.tasks.task_options import Benchmark, Conversion, Exporting, Extraction, Settings, bands_option
 
-FOUND = ("detector", "count", "reach", "align", "raw", "output", "max_edge", "max_sum", "multiple")
-_MEASURED = (
-    *(
-        "images",
-        "size",
-        "batch",
-        "output_stride",
-        "coarsest",
-        "region",
-        "patch",
-        "normalisation",
-        "dtype",
-        "device",
-        "threads",
-    ),
-    *("rounds", "processor_time", "runtime", "against", "smaller", "memory", "calibration", "bands"),
-)
-_TRAINED = (
-    *("steps", "batch", "accumulate", "crop", "lr", "optimizer", "clip", "batch_norm", "freeze", "train"),
-    *("ema", "precision", "seed", "save_every", "validate_every", "log", "workers"),
-)
 _IMAGE = "image file; default: a generated street scene"
 _MASK_OF_FILE = f"default: the file's, or {DEFAULT_MASK}"
 
@@ -55,11 +24,12 @@ _MASK_OF_FILE = f"default: the file's, or {DEFAULT_MASK}"
 # -- options that several commands have ----------------------------------------------------------------
 
 
-def weights_option() -> Any:
+def weights_option(**more: Any) -> Any:
     """Declare --weights."""
     return option(
         "auto",
         "auto, none, the name of pretrained weights, or a file (FILE:ENTRY for one of its state dicts)",
+        **more,
     )
 
 
@@ -102,8 +72,8 @@ def _mask_option(default: str) -> Any:
     )
 
 
-def _limit_option() -> Any:
-    return option(None, "the first so many images; 0 for all", min=0, none=0)
+def _limit_option(**more: Any) -> Any:
+    return option(None, "the first so many images; 0 for all", min=0, none=0, **more)
 
 
 # -- commands around a conversion ----------------------------------------------------------------------
@@ -116,22 +86,25 @@ class ConvertOptions:
 
     mask: str = _mask_option(DEFAULT_MASK)
     weights: str = weights_option()
-    conversion: Mapping[str, Any] = part(Conversion)
+    conversion: Mapping[str, Any] = part(
+        Conversion, "output_stride", "coarsest", "region", "fill", "normalisation", published=True
+    )
     image: Path | None = option(None, _IMAGE)
     bands: tuple[int, ...] = bands_option()
     size: tuple[int, int] | None = size_option()
     output: Path | None = option(None, "file to write", short="o")
     device: str = device_option()
-    no_verify: bool = option(False, "do not check the laws on an example")
     rounds: int = rounds_option("timing rounds; 0 to skip timing")
     method: str = option(
-        "adaptive",
-        "adaptive; anytime: exits, no computation where they are confident; sampling: gates, interpolation "
-        "where they are closed; or resampling: the image is sampled more densely where it matters",
+        "adaptive", "adaptive, or another method (docs/methods); one that does not exist lists them"
     )
-    exits: Mapping[str, Any] = part(Exits, about="method anytime: ")
-    gates: Mapping[str, Any] = part(Gates, about="method sampling: ")
-    sampler: Mapping[str, Any] = part(Resampling, about="method resampling: ")
+    settings: Sequence[str] = option(
+        (),
+        "of the method, repeatable; an unknown name lists them. Of adaptive: "
+        "outputs=native, and one by one what --published sets",
+        metavar="NAME=VALUE",
+        name="set",
+    )
 
 
 @documented
@@ -139,10 +112,11 @@ class ConvertOptions:
 class PlanOptions:
     """Options of `cadsurgery plan`."""
 
-    conversion: Mapping[str, Any] = part(Conversion, "output_stride", "coarsest", "region", "outputs")
+    conversion: Mapping[str, Any] = part(
+        Conversion, "output_stride", "coarsest", settable=("region", "outputs")
+    )
     size: tuple[int, int] | None = size_option("size of the example; default: small")
     all_nodes: bool = option(False, "also list dense nodes before the region", name="all")
-    trust: bool = option(False, "as of other commands; the plan of a file is read without running its code")
 
 
 @documented
@@ -161,9 +135,9 @@ class MaskOptions:
         "network to take strides, normalisation and MACs from: a name, module:function, or a converted file",
         short="m",
     )
-    weights: str = weights_option()
+    weights: str = weights_option(settable=True)
     conversion: Mapping[str, Any] = part(
-        Conversion, "output_stride", "patch", "normalisation", defaults=("8,32",)
+        Conversion, "output_stride", "normalisation", defaults=("8,32",), settable=("patch",)
     )
     bands: tuple[int, ...] = bands_option()
     output: Path = option(Path("mask.png"), "picture to write; of a clip also a clip, mask.mp4", short="o")
@@ -184,7 +158,7 @@ class RunOptions:
     )
     mask: str = option("", "mask, instead of the file's")
     bands: tuple[int, ...] = bands_option()
-    conversion: Mapping[str, Any] = part(Conversion, "normalisation")
+    conversion: Mapping[str, Any] = part(Conversion, settable=("normalisation",))
     size: tuple[int, int] | None = size_option("resize images to this size; default: no resizing")
     resume: bool = option(False, "go on with the folder or the clip: what is there is not made again")
     workers: int | None = option(
@@ -198,9 +172,11 @@ class RunOptions:
         metavar="ADDRESS",
     )
     batch: int = option(1, "number of images or frames that run together", min=1)
-    fps: float = option(25.0, "frames per second of a folder of frames", min=0.01)
+    fps: float = option(25.0, "frames per second of a folder of frames", min=0.01, settable=True)
     device: str = device_option()
-    precision: str = option("float", "precision of the optimised copy: float, as the weights, or bfloat16")
+    precision: str = option(
+        "float", "precision of the optimised copy: float, as the weights, or bfloat16", settable=True
+    )
     memory: str = option(
         "",
         "what the maps of a picture may take, e.g. 1.5GiB: pictures are computed in bands of rows, one after "
@@ -208,7 +184,7 @@ class RunOptions:
         metavar="AMOUNT",
     )
     until: float = option(
-        0, "for a network with exits: time limit in milliseconds for its best prediction", metavar="MS", min=0
+        0.0, "for a network that can stop early: time limit in milliseconds", min=0, settable=True
     )
     trust: bool = trust_option()
 
@@ -219,11 +195,12 @@ class MacsOptions:
     """Options of `cadsurgery macs`."""
 
     mask: str = _mask_option("")
-    conversion: Mapping[str, Any] = part(Conversion, "output_stride", "region", "patch", "normalisation")
+    conversion: Mapping[str, Any] = part(
+        Conversion, settable=("output_stride", "region", "patch", "normalisation")
+    )
     image: Path | None = option(None, _IMAGE)
-    bands: tuple[int, ...] = bands_option()
+    bands: tuple[int, ...] = bands_option(settable=True)
     size: tuple[int, int] | None = size_option()
-    total: bool = option(False, "totals only, no layers")
     dense: bool = option(False, "count the network without converting it")
     trust: bool = trust_option()
 
@@ -234,12 +211,14 @@ class ExportOptions:
     """Options of `cadsurgery export`."""
 
     mask: str = option("", f"{_MASK_OF_FILE}; for pt2 {DEFAULT_MASK} | budget:fraction=0.3")
-    weights: str = weights_option()
-    conversion: Mapping[str, Any] = part(Conversion)
-    bands: tuple[int, ...] = bands_option()
+    weights: str = weights_option(settable=True)
+    conversion: Mapping[str, Any] = part(Conversion, settable=True)
+    bands: tuple[int, ...] = bands_option(settable=True)
     size: tuple[int, int] | None = size_option()
-    output: Path = option(Path("network.pt2"), "file to write", short="o")
-    kind: Exporting = part(Exporting, is_whole=True)
+    output: Path = option(Path("network.pt2"), "file to write: ONNX if it ends so", short="o")
+    kind: Exporting = part(
+        Exporting, "dynamic", "precision", "calibration", "with_kernels", is_whole=True, settable=True
+    )
     trust: bool = trust_option()
 
 
@@ -251,16 +230,24 @@ class ExportOptions:
 class BenchOptions:
     """Options of `cadsurgery bench`; see `cadsurgery.bench.bench`."""
 
-    mask: str = option(DEFAULT_MASK, "mask that ranks the patches for the budgets")
+    mask: str = option(DEFAULT_MASK, "mask that ranks the patches for the budgets", settable=True)
     fractions: tuple[float, ...] = option(
         (1.0, 0.5, 0.34, 0.25, 0.1, 0.0),
-        "budgets: shares of the patches kept high; for a file with gates, of the open positions",
-        read="fractions",
+        "budgets: shares of the patches kept high; for a file of a method, of the positions that it computes",
+        read="numbers",
     )
     fill: Sequence[str] = option(("nearest",), "nearest, linear, both or guided; repeatable")
-    options: Mapping[str, Any] = part(Benchmark, *_MEASURED, apart=True)
+    options: Mapping[str, Any] = part(
+        Benchmark,
+        *("images", "size", "output_stride", "dtype", "device", "threads", "rounds", "runtime", "against"),
+        apart=True,
+        settable=(
+            *("batch", "coarsest", "region", "patch", "normalisation", "processor_time", "smaller"),
+            *("memory", "calibration", "bands"),
+        ),
+    )
     picture: Path | None = option(None, "PNG to draw")
-    output: Path | None = option(None, "JSON Lines to append each row to", short="o")
+    output: Path | None = option(None, "JSON Lines to append each row to", settable=True)
     trust: bool = trust_option()
 
 
@@ -271,8 +258,8 @@ class EvalOptions:
 
     data: str = option(
         MISSING,
-        'labelled images: "folder:PATH,classes=11,ignore=11", cityscapes:PATH, voc:PATH, sbd:PATH, '
-        "pets:PATH, or scene:COUNT (generated); or photos without labels, images:FOLDER; or a clip: "
+        'labelled images: "folder:PATH,classes=11,ignore=11", cityscapes:PATH, voc:PATH, '
+        "or scene:COUNT (generated); or photos without labels, images:FOLDER; or a clip: "
         '"clip:FILE,every=25", "clip:FILE,labels=FOLDER,classes=11"',
     )
     split: str = option("test", "train, val, test, or all for a folder without splits")
@@ -282,20 +269,23 @@ class EvalOptions:
     output_stride: Sequence[tuple[int, int]] = strides_option()
     weights: str = weights_option()
     options: Mapping[str, Any] = part(
-        Conversion, "region", "fill", "patch", "anchor", "pool", "normalisation"
+        Conversion, settable=("region", "fill", "patch", "anchor", "pool", "normalisation")
     )
     bands: tuple[int, ...] = bands_option()
     limit: int | None = _limit_option()
-    batch: int = option(1, "images in one call", min=1)
+    batch: int = option(1, "images in one call", min=1, settable=True)
     rounds: int = rounds_option()
     thresholds: Sequence[Any] = option(
         (),
-        "repeatable, for networks with exits: one number, or one per exit but the last; default: the file's",
+        "repeatable, for networks that stop where they are confident: one number, or one for each place but the "
+        "last; default: the file's",
         metavar="T[,T...]",
         read="threshold",
         name="threshold",
     )
-    kind: str = option("auto", "kind of the outputs, for images without labels: auto, classes or values")
+    kind: str = option(
+        "auto", "kind of the outputs, for images without labels: auto, classes or values", settable=True
+    )
     output: Path | None = option(None, "JSON file to write", short="o")
     picture: Path | None = option(None, "PNG to draw: accuracy against work")
     device: str = device_option()
@@ -323,11 +313,13 @@ class RecommendOptions:
     runtime: str = option("torch", f"torch, or the engine of all settings: {', '.join(ENGINES)}")
     precision: str = option("float32", "float32, bfloat16 or int8")
     size: tuple[int, int] | None = size_option("of the pictures; default: of the first")
-    limit: int | None = _limit_option()
+    limit: int | None = _limit_option(settable=True)
     minutes: float = option(10.0, "for all of it, at most; then fewer settings and pictures are tried")
-    split: str = option("all", "of labelled data; all: val where it has splits")
+    split: str = option("all", "of labelled data; all: val where it has splits", settable=True)
     weights: str = weights_option()
-    options: Mapping[str, Any] = part(Conversion, "output_stride", "region", "normalisation", given=True)
+    options: Mapping[str, Any] = part(
+        Conversion, "normalisation", given=True, settable=("output_stride", "region")
+    )
     bands: tuple[int, ...] = bands_option()
     output: Path | None = option(
         None, "folder of the run, default NAME-recommended; a run goes on there", short="o"
@@ -342,9 +334,6 @@ class ExploreOptions:
 
     weights: str = weights_option()
     device: str = device_option()
-    port: int = option(0, "port on 127.0.0.1; 0 for a free one", min=0, max=65535)
-    rounds: int = rounds_option("timing rounds; 0 to skip timing")
-    browser: bool = option(False, "open the page in the browser")
     trust: bool = trust_option()
 
 
@@ -354,13 +343,13 @@ class KeypointsOptions:
     """Options of `cadsurgery keypoints extract`; see `cadsurgery.tasks.keypoints.extract`."""
 
     output: Path = option(Path("features"), "folder for the features", short="o")
-    settings: Extraction = part(Extraction, "mask", *FOUND, is_whole=True)
+    settings: Extraction = part(Extraction, "mask", "detector", "count", is_whole=True, settable=True)
     form: str = option("npz", "npz (format of D2-Net) or h5 (format of hloc)")
     weights: str = weights_option()
     options: Mapping[str, Any] = part(
-        Conversion, "output_stride", "region", "fill", "anchor", "pool", "normalisation"
+        Conversion, "output_stride", settable=("region", "fill", "anchor", "pool", "normalisation")
     )
-    bands: tuple[int, ...] = bands_option()
+    bands: tuple[int, ...] = bands_option(settable=True)
     device: str = device_option()
     trust: bool = trust_option()
 
@@ -375,19 +364,14 @@ class FinetuneOptions:
 
     data: str = option(MISSING, "training data: folder:PATH, ..., or photos without labels, images:FOLDER")
     output: Path = option(MISSING, "folder of the run; an interrupted run is continued", short="o")
-    split: str = option("train", "split for training")
-    validation_split: str = option("val", "split for validation; empty for none")
+    split: str = option("train", "split for training", settable=True)
+    validation_split: str = option("val", "split for validation; empty for none", settable=True)
     mask: str = option("", _MASK_OF_FILE)
     weights: str = weights_option()
-    conversion: Mapping[str, Any] = part(Conversion)
+    conversion: Mapping[str, Any] = part(Conversion, "output_stride", published=True, settable=True)
     bands: tuple[int, ...] = bands_option()
-    objective: Mapping[str, Any] = part(Settings, "objective", given=True)
-    objective_option: Sequence[str] = option(
-        (), "NAME=VALUE for the objective, e.g. teacher=self; repeatable"
-    )
-    settings: Mapping[str, Any] = part(Settings, *_TRAINED, given=True)
-    config: Path | None = option(None, "JSON file of settings; options on the command line override it")
-    resume: bool = option(True, "continue the run in the folder; otherwise refuse a folder with a run")
+    settings: Mapping[str, Any] = part(Settings, given=True, settable=True)
+    config: Path | None = option(None, "TOML or JSON file of settings; --set overrides it")
     device: str = option("auto", "auto or cpu")
     trust: bool = trust_option()
 
@@ -397,5 +381,4 @@ class FinetuneOptions:
 class ListOptions:
     """Options of `cadsurgery list`."""
 
-    library: str = option("", "torchvision or timm; default both")
     masks: bool = option(False, "list mask providers instead")

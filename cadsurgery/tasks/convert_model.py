@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from cadsurgery.data.images import check_size
 from cadsurgery.data.networks import Source
 from cadsurgery.data.onnx_files import is_onnx
 from cadsurgery.masks import resolve_mask
-from cadsurgery.methods.anytime import AnytimeMacs
 from cadsurgery.methods.method_files import AnyPlan, Converted, load, read_plan, save
-from cadsurgery.methods.resampling import ResampledMacs
-from cadsurgery.methods.sampling import SampledMacs
+from cadsurgery.methods.registry import KINDS
+from cadsurgery.methods.report import MethodMacs
+from cadsurgery.methods.side import ConversionRequest, MethodConversion, Side, measure
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
 from cadsurgery.network.macs import MacReport, count_network, dense_macs
@@ -30,10 +30,12 @@ from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.storage import read_method
 from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput, check_name, warn
+from cadsurgery.support.fields import read_settings, reader_of
 from cadsurgery.support.files import check_folder
 from cadsurgery.support.kinds import CONVERTED, check_kind
 from cadsurgery.support.progress import Step, within
 from cadsurgery.support.provenance import describe_run, find_device
+from cadsurgery.support.rows import SLOWER, Row
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.verify import Check
 from cadsurgery.tasks.commands import ConvertOptions, MacsOptions, PlanOptions
@@ -48,9 +50,7 @@ from cadsurgery.tasks.open import (
     read_by,
     with_statistics,
 )
-from cadsurgery.tasks.report import SLOWER, Row
-from cadsurgery.tasks.side import ConversionRequest, MethodConversion, Side, measure
-from cadsurgery.tasks.sides import KINDS
+from cadsurgery.tasks.task_options import Conversion
 
 ADAPTIVE = "adaptive"
 _DEAR = 2.0  # times the work of the network as given: what costs more says so first
@@ -64,14 +64,12 @@ def convert(*, model: str, options: ConvertOptions, step: Step) -> ConversionRep
     check_name("method", options.method, (ADAPTIVE, *methods))
     make: Callable[[ConversionRequest], MethodConversion]
     if kind := methods.get(options.method):
-        make, suffix, own = kind.convert, options.method, dict(getattr(options, kind.network.group))
+        make, suffix, own = kind.convert, options.method, read_settings(kind.settings, options.settings)
     else:
         resolve_mask(options.mask)  # a typo should not wait for the network to be built
-        make, suffix, own = (
-            partial(_adapt, options.mask),
-            options.mask.partition(":")[0],
-            dict(options.conversion),
-        )
+        make, suffix = partial(_adapt, options.mask), options.mask.partition(":")[0]
+        readers = {field.name: reader_of(field) for field in fields(Conversion)}
+        own = {**options.conversion, **read_settings(readers, options.settings)}
     device = find_device(options.device)
     output = options.output or _default_output(model, suffix)
     check_folder(output)
@@ -84,7 +82,7 @@ def convert(*, model: str, options: ConvertOptions, step: Step) -> ConversionRep
         return _piece_of(example_batch(source, options.image, options.size), options).to(device)
 
     torch.manual_seed(0)  # new parameters of a method are the same in every run
-    made = make(ConversionRequest(before.to(device), source, example, own, not options.no_verify, step))
+    made = make(ConversionRequest(before.to(device), source, example, own, step))
     timing = {"seconds": TIMING_SECONDS, "step": within(step, "measuring")}
     rows = measure(made.sides, made.batch, options.rounds, "name", **timing)
     beside = f"{output.name} holds the weights and names {source.weights}: keep both in one folder."
@@ -147,8 +145,8 @@ def _adapt(mask: str, request: ConversionRequest) -> MethodConversion:
     copy.
     """
     before, step = request.before, request.step
-    step("converting and verifying" if request.verify else "converting")
-    net = adaptify(before, mask, **request.options, verify_laws=request.verify)
+    step("converting and verifying")
+    net = adaptify(before, mask, **request.options)
     batch = request.batch(pictures_for(net)).contiguous(memory_format=torch.channels_last)
     before.to(memory_format=torch.channels_last)
     net.to(batch.device)
@@ -200,8 +198,7 @@ def _adapt(mask: str, request: ConversionRequest) -> MethodConversion:
 
 def _verified(checks: Sequence[Check]) -> list[Text]:
     lines = (f"{check.law} (error {check.error:.1e}, allowed {check.tolerance:.0e})" for check in checks)
-    green = [Text(f"verified: {line}", style="green") for line in lines]
-    return green or [Text("not verified", style="yellow")]
+    return [Text(f"verified: {line}", style="green") for line in lines]
 
 
 def _warn_of_more_work(plan: Plan, macs: int, given: int) -> None:
@@ -311,7 +308,7 @@ def make_or_read_plan(model: str, options: PlanOptions) -> AnyPlan:
     return make_plan(network, example_input=example, **options.conversion)
 
 
-def count(model: str, options: MacsOptions) -> MacReport | AnytimeMacs | SampledMacs | ResampledMacs:
+def count(model: str, options: MacsOptions) -> MacReport | MethodMacs:
     """Count the MACs of a network by name or of a converted file, of any method, on an image."""
     check_options(model, options.conversion)
     if is_file(model) and read_method(model):

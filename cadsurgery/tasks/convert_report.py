@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from cadsurgery.methods.side import MethodConversion
 from cadsurgery.network.macs import LayerMacs, MacReport
 from cadsurgery.support.counting import describe_not_counted
+from cadsurgery.support.rows import Row, macs_columns, number, plain, ratio, time_columns
+from cadsurgery.support.tables import Column, table
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.tasks.report import Row, RunReport, macs_columns, number, plain, ratio, time_columns
-from cadsurgery.tasks.side import MethodConversion
-from cadsurgery.tasks.tables import Column, table
+from cadsurgery.tasks.report import RunReport
 
 _BUSY = 1.3  # where the median of a few rounds is so many times the best, something else takes the processor
 _STYLES = {"adapt": "bold green", "keep": "green", "barrier": "bold red", "exit": "yellow", "enter": "cyan"}
@@ -154,7 +155,7 @@ def describe_plan(plan: Any) -> PlanReport:
     return PlanReport(plan.to_json(), plan.summary(), tuple(rows), explained)
 
 
-def render_macs(report: Any, *, layers: bool = True) -> RenderableType:
+def render_macs(report: Any) -> RenderableType:
     """Show the MACs per layer and in total; for other methods as text."""
     if not isinstance(report, MacReport):
         return Text(str(report))
@@ -167,7 +168,7 @@ def render_macs(report: Any, *, layers: bool = True) -> RenderableType:
         Column("everything high", lambda layer: f"{layer.high:.3e}"),
         Column("everything low", lambda layer: f"{layer.low:.3e}"),
     ]
-    shown = table(report.layers if layers else (), columns, str(report))
+    shown = table(report.layers, columns, str(report))
     shown.add_section()
     mask, given, high, low = (
         number(macs, ".5e") for macs in (report.mask, report.given, report.high, report.low)

@@ -25,29 +25,21 @@ from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source
 from cadsurgery.data.samples import pictures_of
 from cadsurgery.masks import labelled, resolve_mask
+from cadsurgery.methods.registry import need_kind
+from cadsurgery.methods.side import Comparison, Metrics, Side, time_sides
 from cadsurgery.support.divergence import KINDS, Kind, class_scores, resize
 from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error
 from cadsurgery.support.launcher import world
 from cadsurgery.support.processes import gather, own_device, shard
 from cadsurgery.support.progress import Step, silent, within
+from cadsurgery.support.rows import Row, percent, plain
+from cadsurgery.support.tables import Column, table
 from cadsurgery.tasks.for_each import Failure, Failures, each
 from cadsurgery.tasks.open import Strides, at_strides, open_any, provenance, read_by
-from cadsurgery.tasks.report import (
-    COLOURS,
-    MeasuredReport,
-    Row,
-    against_macs,
-    check_outputs,
-    panels,
-    percent,
-    plain,
-)
+from cadsurgery.tasks.report import COLOURS, MeasuredReport, against_macs, check_outputs, panels
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
-from cadsurgery.tasks.side import Comparison, Metrics, Side, time_sides
 from cadsurgery.tasks.sides import masks as of_masks
-from cadsurgery.tasks.sides import need_kind
-from cadsurgery.tasks.tables import Column, table
 
 
 def evaluate(
@@ -75,9 +67,7 @@ def evaluate(
     """Evaluate a network by its sides: accuracy, multiply-accumulates and time of each, on the same images.
 
     The sides depend on the network. With masks: every mask at every pair of output strides, and both dense networks
-    of each pair. With exits: every exit at every threshold. With gates: the dense network and the gates. With a
-    sampled
-    input: its sampler, uniform sampling, and the whole image. Sides of the user follow.
+    of each pair. A network of another method has the sides of its method. Sides of the user follow.
 
     Without labels, outputs are compared with the output of the dense network at the high output stride, which stands
     for the labels, see `FidelityMetrics`; any outputs with maps are possible.
@@ -105,7 +95,7 @@ def evaluate(
         picture: PNG to draw: accuracy against work, and against time if it was measured.
         thresholds: confidence thresholds for a network with exits; each is one number, or one for each exit but the
             last; default: its own.
-        sides: sides of the user, see `cadsurgery.tasks.side.Side`; they get the same images as the network.
+        sides: sides of the user, see `cadsurgery.methods.side.Side`; they get the same images as the network.
         bands: which bands of the images the network reads, counted from 1, in their order; default: those of the data,
             of the network, or all.
         step: progress callback.
@@ -152,7 +142,7 @@ def _refuse_thresholds(thresholds: Sequence[Any]) -> None:
     if thresholds:
         raise InvalidInput(
             "thresholds belong to networks with exits, and this network has none.",
-            next="convert it with cs.anytime.",
+            next="leave them out, or give a network that stops where it is confident.",
         )
 
 

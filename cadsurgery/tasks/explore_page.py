@@ -41,33 +41,29 @@ def serve(model: str, options: ExploreOptions, step: Step) -> str:
     """Open a network and serve its page in a thread of its own; return the address.
 
     Raises:
-        CadError: Gradio is not installed, the network cannot be opened, or the port is in use.
+        CadError: Gradio is not installed, the network cannot be opened, or no port is free.
     """
     _gradio()
     step(f"opening {model}")
     subject = open_subject(model, options.weights, options.device, options.trust)
     step("starting the page")
     try:
-        _, address, _ = launch(make_page(subject, options.rounds), options.port, options.browser)
+        _, address, _ = launch(make_page(subject))
     except OSError as error:
         raise CadError(
-            f"the page cannot be served on port {options.port}.",
-            why=str(error),
-            next="choose another --port.",
+            "the page cannot be served.", why=str(error), next="free a port, and try again."
         ) from error
     return str(address)
 
 
-def launch(page: Any, port: int = 0, browser: bool = False) -> tuple[Any, str, str]:
-    """Serve a page to this machine alone; return the application and its address. Port 0 stands for a free one."""
+def launch(page: Any) -> tuple[Any, str, str]:
+    """Serve a page to this machine alone, on a free port; return the application and its address."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]), Middleware(_Policy)]
     launched: tuple[Any, str, str] = page.launch(
         server_name=HOST,
-        server_port=port or None,
-        inbrowser=browser,
         share=False,
         quiet=True,
         prevent_thread_lock=True,

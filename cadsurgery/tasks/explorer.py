@@ -19,6 +19,7 @@ from cadsurgery.data.images import normalise, read_picture_for, shown, street_sc
 from cadsurgery.data.networks import Source, class_names, stated_statistics
 from cadsurgery.masks import EstimatedMask, MaskProvider, list_masks, resolve_mask
 from cadsurgery.methods.method_files import load
+from cadsurgery.methods.side import Side, measure
 from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, pictures_for
@@ -28,12 +29,11 @@ from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.support.provenance import import_nothing
+from cadsurgery.support.rows import Row
 from cadsurgery.tasks.figures import OVERLAY, draw_lattice, draw_levels, prediction_picture
 from cadsurgery.tasks.open import is_file, open_any, original, weights_in_words
 from cadsurgery.tasks.predictor import classes_of
-from cadsurgery.tasks.report import Row
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
-from cadsurgery.tasks.side import Side, measure
 
 LIMITS = WRITTEN, THRESHOLD, BUDGET = "as written", "threshold", "budget"
 FILLS = ("linear", "nearest", "guided")
@@ -279,7 +279,7 @@ def explore(
     picture, size = _read(image, subject.source)
     step("converting")
     net, fast, dense = subject.convert(pair, fill)
-    if not is_own and not setting.mask and net.mask.find(EstimatedMask):
+    if not is_own and not setting.mask and net.mask.find(EstimatedMask) is not None:
         raise InvalidInput(
             "a learned mask is explored as it is stored.", next=f"choose {WRITTEN!r}, or another mask."
         )

@@ -31,7 +31,7 @@ def export_network(model: str, options: ExportOptions, step: Step) -> dict[str, 
     check_folder(output)
     check_calibration(kind.precision, kind.calibration or None)
     step(f"building {model}")
-    form, is_dynamic = format_of(output, kind.to or None), kind.dynamic or kind.level_map
+    form, is_dynamic = format_of(output, kind.to or None), kind.dynamic
     shown = open_pictures(kind.calibration) if kind.calibration else None
     pictures = None if shown is None else pictures_of(shown)
     more: dict[str, Any] = {"bands": options.bands, "pictures": pictures}
@@ -45,7 +45,7 @@ def export_network(model: str, options: ExportOptions, step: Step) -> dict[str, 
         if net is not None
         else resolve_mask(mask or (DEFAULT_MASK if form == "onnx" else STATIC_MASK))
     )
-    check_mask(provider, form, is_dynamic, kind.level_map)
+    check_mask(provider, form, is_dynamic, False)
     if net is None:
         net = open_converted(model, provider, options.conversion, weights=options.weights, **more)
     net.eval()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cadsurgery.data.datasets import IGNORED
 from cadsurgery.support.divergence import divergence, kind_of, maps_of, resize
-from cadsurgery.tasks.report import Plain
+from cadsurgery.support.rows import Plain
 from cadsurgery.tasks.segmentation.fidelity import NO_CLASS, balanced_fidelity
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 

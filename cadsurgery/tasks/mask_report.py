@@ -42,6 +42,8 @@ from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.files import check_folder
 from cadsurgery.support.progress import Step, counted
+from cadsurgery.support.rows import Row, percent, plain
+from cadsurgery.support.tables import Column, table
 from cadsurgery.tasks.commands import MaskOptions
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
 from cadsurgery.tasks.open import (
@@ -52,9 +54,8 @@ from cadsurgery.tasks.open import (
     read_by,
     with_statistics,
 )
-from cadsurgery.tasks.report import Report, Row, figure_picture, percent, plain
+from cadsurgery.tasks.report import Report, figure_picture
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
-from cadsurgery.tasks.tables import Column, table
 
 # Returns the lattice of a mask; in a network, if masks are compared, also fields of its row: quality and cost.
 Look = Callable[[MaskProvider], tuple[Lattice, dict[str, Any]]]

@@ -26,6 +26,7 @@ from cadsurgery.data.networks import class_names
 from cadsurgery.data.stores import is_remote
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.methods.method_files import load
+from cadsurgery.methods.registry import method_of
 from cadsurgery.network.model import pictures_for
 from cadsurgery.network.optimized import BFLOAT16
 from cadsurgery.support.divergence import tensors_of
@@ -41,7 +42,6 @@ from cadsurgery.tasks.figures import CLASSES, OVERLAY, class_picture, prediction
 from cadsurgery.tasks.large import LargePicture, predict_large
 from cadsurgery.tasks.manifest import fingerprint
 from cadsurgery.tasks.open import read_by
-from cadsurgery.tasks.sides import kind_of
 
 _MULTIPLES = (1, 8, 16, 32, 64, 128)  # of pixels, to which pictures that a network refuses are padded
 STOPPED = threading.Event()  # set where a process of several is to end its large pictures
@@ -62,7 +62,7 @@ class PredictionSettings:
     """What predictions are made by; it can be sent to other processes.
 
     `precision` and `memory` are those of the optimised copy, see `AdaptiveModel.optimize`. If `until` is not 0, a
-    network with exits stops after this many milliseconds, see `AnytimeModel.until`. `view` is one of `VIEWS`, by
+    network that can stop early does so after this many milliseconds. `view` is one of `VIEWS`, by
     default `classes` for images and `overlay` for clips.
     """
 
@@ -142,7 +142,7 @@ class Predictor:
     def __init__(self, converted: nn.Module, settings: PredictionSettings) -> None:
         """Optimise a network that `settings` opened."""
         self.settings, self.device = settings, own_device(settings.device)
-        self.kind, self.source = kind_of(converted), pictures_for(converted)
+        self.kind, self.source = method_of(converted), pictures_for(converted)
         self.names, self._folder = class_names(self.source), ""
         options = {"precision": settings.precision, "memory": settings.memory or None}
         options = {} if self.kind is not None else options

@@ -26,6 +26,7 @@ from cadsurgery.data.stores import refuse_stream
 from cadsurgery.data.tiff import states_position
 from cadsurgery.kernels.build import cores
 from cadsurgery.masks.wrappers import Smooth
+from cadsurgery.methods.registry import method_of
 from cadsurgery.network.model import pictures_for
 from cadsurgery.network.optimized import FLOAT, check_precision
 from cadsurgery.support.errors import FileError, InvalidInput, check_name
@@ -42,7 +43,6 @@ from cadsurgery.tasks.large import target_for, warn_of_position
 from cadsurgery.tasks.manifest import Predictions
 from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row
 from cadsurgery.tasks.report import FilesReport
-from cadsurgery.tasks.sides import kind_of
 from cadsurgery.tasks.workers import predict_in_processes, processes
 
 # Fields of a row that state how much was computed, and their text.
@@ -273,11 +273,11 @@ def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
     Raises:
         InvalidInput: it has no exits, runs images one by one, runs in float only, or is not computed in bands.
     """
-    kind, batch = kind_of(converted), settings.batch
+    kind, batch = method_of(converted), settings.batch
     if settings.until and not (kind and kind.has_thresholds):
         raise InvalidInput(
-            "--until needs a network with exits, and this file holds none.",
-            next="convert one with cadsurgery convert --method anytime, and train its heads.",
+            "until= needs a network that can stop early, and this file holds none.",
+            next="convert one with cadsurgery convert --method (docs/methods), and train it.",
         )
     if batch > 1 and (kind or _has_smooth(converted)):
         raise InvalidInput(
@@ -296,7 +296,7 @@ def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
             )
     if kind is not None and settings.precision != FLOAT:
         raise InvalidInput(
-            f"--precision {settings.precision} for a network {kind.words}.",
+            f"precision={settings.precision} for a network {kind.words}.",
             why="networks made by methods run in the precision of their weights.",
             next="leave it out.",
         )

@@ -6,59 +6,26 @@ This module does not import torch, so that the command line starts quickly.
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from cadsurgery.support.defaults import ENGINES, KERNELS
 from cadsurgery.support.errors import FileError, InvalidInput, UnknownName, check_name, first_line
+from cadsurgery.support.fields import documented, option
 from cadsurgery.support.kinds import JSON, of_another_kind
-from cadsurgery.support.plain import docstring_of
+from cadsurgery.support.rows import plain
 
 if TYPE_CHECKING:
     from cadsurgery.network.points import Align, Reach
 
 
-D = TypeVar("D", bound=Any)
 _WITHOUT_KERNELS = [name for name in ENGINES if not name.endswith(KERNELS)]
 
 
-def option(default: Any, help: str, **more: Any) -> Any:
-    """Declare a dataclass field that a command has an option for.
-
-    Args:
-        default: default of the field and of the option; `MISSING` if it must be given. A field annotated as a
-            `Sequence` is an option that can be repeated.
-        help: help of the option; `{default}` stands for the default.
-        more: further properties of the option: `min`, `max`, `metavar`, a `name` other than the field's, a `short`
-            letter, `read`, the name of the parser of its value, and `none`, the value that stands for None.
-    """
-    return field(default=default, metadata={"help": help.replace("{default}", str(default)), **more})
-
-
-def part(kind: type, *names: str, is_whole: bool = False, **more: Any) -> Any:
-    """Declare a dataclass field for several options of a command: fields of another dataclass.
-
-    Args:
-        kind: the other dataclass.
-        names: names of its fields, in the order of the options; default: all fields.
-        is_whole: the value is an instance of the other dataclass, not a dictionary.
-        more: see `cadsurgery.cli.options.OptionsFrom`.
-    """
-    make: Callable[[], Any] = kind if is_whole else dict
-    options = {"kind": kind, "names": names, **more}
-    return field(default_factory=make, metadata={"help": f"see `{kind.__name__}`", "part": options})
-
-
-def documented(kind: type[D]) -> type[D]:
-    """Add the help of each field to the docstring of a dataclass, so that it is said once."""
-    lines = (f"    {entry.name}: {entry.metadata['help']}" for entry in fields(kind))
-    kind.__doc__ = "\n".join((f"{docstring_of(kind)}\n\nAttributes:", *lines))
-    return kind
-
-
-def bands_option() -> Any:
+def bands_option(**more: Any) -> Any:
     """Declare --bands."""
     return option(
         (),
@@ -67,6 +34,7 @@ def bands_option() -> Any:
         "(ITU-R BT.601), grey becomes colour, transparency is left out",
         metavar="N[,N...]",
         read="bands",
+        **more,
     )
 
 
@@ -93,7 +61,7 @@ class Conversion:
     )
     fill: str = option("linear", "how points inside a cell are read: linear, nearest or guided")
     patch: str = option("quadtree", "shape of areas kept high: quadtree or block")
-    anchor: str = option("corner", "corner, or center to reproduce the published code")
+    anchor: str = option("corner", "point of a cell at which it is read: corner, or center as published")
     pool: str = option("atrous", "max-pool stages: atrous, or drop as published")
     outputs: str = option(
         "fine",
@@ -110,53 +78,8 @@ class Conversion:
     )
 
 
-@documented
-@dataclass(frozen=True)
-class Exits:
-    """How exits are added to a network; see `cadsurgery.anytime`."""
-
-    exits: str | list[str] = option(
-        "auto", "names of modules or nodes, separated by commas; or auto", read="names"
-    )
-    head: str = option("redesigned", "{default}, or plain")
-    classes: int = option(0, "number of classes, for a backbone", min=0)
-    hidden: int = option(0, "channels inside the heads; 0 for the default", min=0)
-    threshold: Any = option(
-        0.998,
-        "confidence of exits, one number or one for each exit but the last; default {default}",
-        metavar="T[,T...]",
-        read="threshold",
-    )
-    confidence: str = option("probability", "{default}, or entropy")
-    gaps: str = option("gaussian", "what fills skipped positions: {default}, interpolated or zeros")
-
-
-@documented
-@dataclass(frozen=True)
-class Resampling:
-    """How the input of a network is sampled; see `cadsurgery.resample`."""
-
-    sampler: str = option("learned", "{default}, labels, uniform, or a mask")
-    sample_size: tuple[int, int] = option((224, 224), "size of the sampled image", metavar="HxW", read="size")
-    grid: int = option(8, "locations per side of the grid; default {default}", min=2, name="sample_grid")
-    smoothness: float = option(1.0, "smoothness of the grid; default {default}")
-    targets: str = option(
-        "", "numbers of the classes whose boundaries matter, separated by commas; default all"
-    )
-
-
-@documented
-@dataclass(frozen=True)
-class Gates:
-    """How gates are added to a network; see `cadsurgery.sample`."""
-
-    where: str | list[str] = option(
-        "auto", "names of modules or convolutions, separated by commas; or auto", read="names"
-    )
-    grid: int = option(
-        11, "distance of positions that are always computed; default {default}, 0 for none", min=0
-    )
-    noise: bool = option(False, "gates draw noise in evaluation, as published")
+# How the published code converts, which `--published` reproduces.
+PUBLISHED = {"anchor": "center", "pool": "drop", "patch": "block"}
 
 
 @documented
@@ -166,7 +89,6 @@ class Exporting:
 
     to: str = option("", "pt2 or onnx; default: onnx for a file that ends so, else pt2")
     dynamic: bool = option(False, "ONNX for images of any size and number, and any mask")
-    level_map: bool = option(False, "ONNX with the level map as a second input, in place of the mask")
     precision: str = option(
         "float", "{default}, as the network's; ONNX with weights and features in float16, or in int8"
     )
@@ -315,7 +237,9 @@ class Settings:
     crop: int = option(768, "side of the training crops in pixels; default {default}, 0 for whole images")
     flip: bool = option(True, "mirror half of the images")
     jitter: float = option(0.5, "strength of brightness, contrast and saturation jitter")
-    scale: tuple[float, float] = option((1.0, 1.0), "range of random scaling; (1, 1) for none")
+    scale: tuple[float, float] = option(
+        (1.0, 1.0), "range of random scaling, e.g. 0.5,2; 1,1 for none", read="numbers"
+    )
     precision: str = option("no", "{default} (default: float32), fp16 or bf16 autocast")
     batch_norm: str = option(
         "train",
@@ -332,9 +256,8 @@ class Settings:
     seed: int = option(0, "seed of everything random; default {default}")
     objective: str = option(
         "",
-        "mixed (default), divergence (default without labels), any-budget, blend for a learned mask, anytime "
-        "(default of networks with exits), sparse (default of networks with gates), sampled (default of networks with "
-        "a sampled input), or locations, for a learned sampler; docs/reference/objectives.md has their options",
+        "mixed (default), divergence (default without labels), any-budget, blend for a learned mask, or one of a "
+        "method, whose networks have it as their default; docs/reference/objectives.md has them and their options",
     )
     objective_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "options of the objective by name"}
@@ -352,7 +275,8 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return json.loads(json.dumps(asdict(self)))
+        values: dict[str, Any] = plain(asdict(self))
+        return values
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Settings:
@@ -374,19 +298,20 @@ class Settings:
 
     @staticmethod
     def read(path: Path) -> Settings:
-        """Read settings from a JSON file with some or all of them.
+        """Read settings from a TOML or JSON file with some or all of them.
 
         Raises:
-            FileError: the file is missing or is not a JSON object.
+            FileError: the file is missing, or is neither TOML nor a JSON object.
             UnknownName, InvalidInput: as `from_dict`.
         """
+        read = tomllib.loads if path.suffix.lower() == ".toml" else json.loads
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             refusal = FileError(
                 f"{path} cannot be read as settings.",
                 why=first_line(error),
-                next='write a JSON object such as {"steps": 1000, "lr": 0.01}.',
+                next='write a JSON object such as {"steps": 1000, "lr": 0.01}, or TOML: steps = 1000 in a line.',
             )
             raise of_another_kind(path, JSON) or refusal from error
         if not isinstance(values, dict):

@@ -29,8 +29,8 @@ from cadsurgery.data.images import read_image
 from cadsurgery.masks import resolve_mask
 from cadsurgery.masks.detectors import peaks
 from cadsurgery.support.timing import interleaved
-from cadsurgery.tasks.keypoints.matching import match_errors, matching_accuracy, mutual_matches
 from recipes.alike.network import CHANNELS, REGION, STRIDES, build, padded
+from recipes.hpatches.matching import match_errors, matching_accuracy, mutual_matches
 
 COUNT, RADIUS, BORDER, PIXELS = 1000, 2, 5, 3
 # The first image of each sequence is matched with these images; `graf` 4 and 6 are too difficult for the network.

@@ -25,11 +25,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import cadsurgery as cs
-from cadsurgery.cli.options import read_threshold
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
+from cadsurgery.methods.anytime.exit_sides import in_words
+from cadsurgery.support.fields import read_threshold
 from cadsurgery.support.timing import interleaved
-from cadsurgery.tasks.sides.exit_sides import in_words
 from recipes.camvid_mobilenetv2.network import build, images
 
 THRESHOLDS = (0.85, 0.9, 0.95, (0.9, 0.85, 0.9), (0.9, 0.85, 0.95), (0.9, 0.9, 0.95))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cadsurgery.data.images import write_picture
 from cadsurgery.masks import resolve_mask
+from cadsurgery.methods.side import Side, time_sides
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.support.launcher import world
 from cadsurgery.support.processes import own_device
@@ -20,10 +21,9 @@ from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.tasks.figures import figure_picture, matches_figure
 from cadsurgery.tasks.for_each import Failures, for_each
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features, PreparedPicture
-from cadsurgery.tasks.keypoints.matching import corner_error, match_errors, matching_accuracy, mutual_matches
 from cadsurgery.tasks.open import Strides, at_strides, provenance
 from cadsurgery.tasks.report import check_outputs
-from cadsurgery.tasks.side import Side, time_sides
+from recipes.hpatches.matching import corner_error, match_errors, matching_accuracy, mutual_matches
 from recipes.hpatches.report import CORNERS, THRESHOLDS, MatchingReport, MatchingRow, Pair
 from recipes.hpatches.sequences import ImageSequence, Photo, open_sequences
 

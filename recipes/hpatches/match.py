@@ -16,16 +16,17 @@ import typer
 
 from cadsurgery.cli import main as run_commands
 from cadsurgery.cli import options
+from cadsurgery.support.fields import documented, option, part
 from cadsurgery.tasks.commands import (
-    FOUND,
     device_option,
     rounds_option,
     strides_option,
     trust_option,
     weights_option,
 )
-from cadsurgery.tasks.task_options import Conversion, Extraction, documented, option, part
+from cadsurgery.tasks.task_options import Conversion, Extraction
 
+_FOUND = ("detector", "count", "reach", "align", "raw", "output", "max_edge", "max_sum", "multiple")
 commands = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -42,7 +43,7 @@ class MatchOptions:
     )
     masks: Sequence[str] = option((Extraction.mask,), "repeatable", name="mask")
     output_stride: Sequence[tuple[int, int]] = strides_option()
-    settings: Extraction = part(Extraction, *FOUND, is_whole=True)
+    settings: Extraction = part(Extraction, *_FOUND, is_whole=True)
     weights: str = weights_option()
     options: Mapping[str, Any] = part(Conversion, "region", "fill", "anchor", "pool", "normalisation")
     everything: bool = option(

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from rich.table import Table
 
-from cadsurgery.tasks.report import COLOURS, MeasuredReport, Row, canvas, strides_in_words
-from cadsurgery.tasks.tables import Column, table
+from cadsurgery.support.rows import Row, strides_in_words
+from cadsurgery.support.tables import Column, table
+from cadsurgery.tasks.report import COLOURS, MeasuredReport, canvas
 
 THRESHOLDS = tuple(range(1, 16))  # pixels
 CORNERS = (1, 3, 5)  # thresholds of homography accuracy, in pixels

@@ -34,7 +34,7 @@ from cadsurgery.masks import resolve_mask
 from cadsurgery.support.files import write_whole
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
-from cadsurgery.tasks.keypoints.matching import match_errors, matching_accuracy, mutual_matches
+from recipes.hpatches.matching import match_errors, matching_accuracy, mutual_matches
 from recipes.hpatches.sequences import ImageSequence, find_sequences
 from recipes.r2d2.network import BUILDER, FRAME, PUBLISHED
 

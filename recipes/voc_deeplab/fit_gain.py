@@ -21,7 +21,7 @@ from cadsurgery.masks.mask_options import SHARE, check_options
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.support.divergence import divergence, kind_of, maps_of
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.tasks.report import Plain
+from cadsurgery.support.rows import Plain
 from recipes.voc_deeplab.gain import GainMask, OracleMask
 
 _MEASURING = 0.8  # largest share of the time for measuring; fitting takes seconds

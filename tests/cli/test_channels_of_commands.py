@@ -78,7 +78,7 @@ def test_a_converted_file_reads_pictures_as_it_was_said(command_line: Run, pictu
     options = ("--bands", ",".join(map(str, bands))) if bands else ()
     code, _, err = command_line(
         *("convert", f"usernets:{case.partition(',')[0]}", "--image", name, *options, "--rounds", "0"),
-        *("--no-verify", "--normalisation", "bands", "--output", "net.safetensors"),
+        *("--normalisation", "bands", "--output", "net.safetensors"),
     )
     assert code == 0, err
     net = cs.load(pictures / "net.safetensors", trust=True)
@@ -109,9 +109,9 @@ def test_a_picture_of_other_bands_is_refused_with_both_numbers(command_line: Run
 def test_run_reads_other_bands_and_another_normalisation_where_it_is_said(
     command_line: Run, pictures: Path
 ) -> None:
-    command = ("convert", "usernets:colour", "--rounds", "0", "--no-verify", "--size", "32x48")
+    command = ("convert", "usernets:colour", "--rounds", "0", "--size", "32x48")
     assert command_line(*command, "--output", "net.safetensors")[0] == 0
-    options = ("--bands", "2,4,6", "--normalisation", "none", "--workers", "1")
+    options = ("--bands", "2,4,6", "--set", "normalisation=none", "--workers", "1")
     code, _, err = command_line("run", "net.safetensors", "tile.tif", "--trust", *options)
     assert code == 0, err
     image = read_image(pictures / "tile.tif", bands=(2, 4, 6))
@@ -148,7 +148,7 @@ def clip(pictures: Path) -> str:
 @pytest.fixture
 def grey_file(command_line: Run, pictures: Path) -> str:
     """A converted network of one channel."""
-    words = ("convert", "usernets:grey", "--image", "slice.png", "--rounds", "0", "--no-verify")
+    words = ("convert", "usernets:grey", "--image", "slice.png", "--rounds", "0")
     code, _, err = command_line(*words, "--normalisation", "bands", "--output", "grey.safetensors")
     assert code == 0, err
     return "grey.safetensors"
@@ -199,7 +199,7 @@ def test_a_network_of_six_bands_refuses_a_clip_with_both_numbers(
     command_line: Run, pictures: Path, clip: str
 ) -> None:
     made = ("convert", "usernets:bands", "--image", "tile.tif", "--normalisation", "bands", "--rounds", "0")
-    assert command_line(*made, "--no-verify", "--output", "net.safetensors").code == 0
+    assert command_line(*made, "--output", "net.safetensors").code == 0
     for words in (
         ("run", "net.safetensors", clip, "--trust", "--workers", "1"),
         ("mask", clip, "--model", "net.safetensors", "--trust"),

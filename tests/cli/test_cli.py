@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,17 +24,21 @@ from typer.main import get_command
 import cadsurgery as cs
 from cadsurgery import cli
 from cadsurgery.cli.main import make_app
+from cadsurgery.cli.replaced import REPLACED
+from cadsurgery.finetune.command import make_settings
 from cadsurgery.kernels import dispatch, isa
+from cadsurgery.methods import side
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.support.processor import processor_in_words
 from cadsurgery.support.timing import Timing
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.tasks import bench, commands, side
+from cadsurgery.tasks import bench, commands
 from cadsurgery.tasks import task_options as options_of_tasks
 from cadsurgery.tasks.bench_report import BenchReport, BenchSetting
 from cadsurgery.tasks.evaluation import evaluate
 from cadsurgery.tasks.keypoints import extract
 from cadsurgery.tasks.recommend import recommend
+from cadsurgery.tasks.task_options import PUBLISHED, Settings
 
 SIZE = (96, 128)
 COMMANDS = (
@@ -167,7 +172,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 import typer
 from cadsurgery.cli import options, screen
-from cadsurgery.tasks.task_options import option
+from cadsurgery.support.fields import option
 
 commands = typer.Typer()
 
@@ -239,6 +244,100 @@ def test_every_option_of_every_command_is_a_field_of_a_dataclass() -> None:
             assert is_shared or option.help.endswith(told), f"{name} {option.opts}"
 
 
+def all_commands() -> Iterator[tuple[str, Any]]:
+    """Names and objects of all commands."""
+    groups = [("", get_command(make_app()))]
+    for name, group in groups:
+        for own, command in group.commands.items():
+            if hasattr(command, "commands"):
+                groups.append((f"{name} {own}", command))
+            else:
+                yield f"{name} {own}".strip(), command
+
+
+def test_there_are_few_options() -> None:
+    """Without --json, and the options that are another way to write an argument: there were 234."""
+    own = [
+        f"{name} {option.opts[0]}"
+        for name, command in all_commands()
+        for option in command.params
+        if option.param_type_name == "option" and not option.name.endswith(("as_json", "_by_option"))
+    ]
+    assert len(own) <= 130, len(own)
+
+
+def all_settings() -> list[tuple[str, str]]:
+    """Commands and names of `--set`."""
+    return [
+        (name, setting) for name, command in all_commands() for setting in vars(command.callback)["settable"]
+    ]
+
+
+OLD = [
+    *((name, option) for name, options in REPLACED.items() for option in options),
+    *((name, f"--{setting.replace('_', '-')}") for name, setting in all_settings()),
+    *(("convert", f"--{name}") for name in ("exits", "gaps", "where", "noise", "sample-grid", "targets")),
+]
+
+
+@pytest.mark.parametrize(("command", "option"), OLD, ids=" ".join)
+def test_an_option_that_there_was_is_refused_with_what_replaces_it(
+    run: Run, command: str, option: str
+) -> None:
+    """What is named exists: its options, and its settings."""
+    done = run(*command.split(), "subject", option, "1")
+    assert done.code == 2 and f"{option} is no option. Next: " in done.err
+    named = done.err.partition("Next: ")[2]
+    own = {name for one, found in all_commands() if one == command for p in found.params for name in p.opts}
+    assert set(re.findall(r"(?<!\w)--[a-z][\w-]*", named)) <= own - {option}
+    for setting in re.findall(r"--set (\w+)", named):
+        assert command == "convert" or (command, setting) in all_settings()
+
+
+@pytest.mark.parametrize(
+    ("texts", "error", "hint"),
+    [
+        (["cropp=64"], "UnknownName", "did you mean crop"),
+        (["crop"], "InvalidInput", "crop=VALUE"),
+        (["crop=wide"], "InvalidInput", "number"),
+        (["flip=perhaps"], "InvalidInput", "this form"),
+        (["scale=2,x"], "InvalidInput", "this form"),
+        (["batch=0"], "InvalidInput", "above 0"),
+        (["optimizer=sgdd"], "UnknownName", "sgd"),
+        (["objective_options=3"], "InvalidInput", "objective_options.NAME"),
+        (["crop.side=3"], "InvalidInput", "crop=3"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_setting_is_read_by_its_type(run: Run, texts: list[str], error: str, hint: str) -> None:
+    words = [word for text in texts for word in ("--set", text)]
+    done = run("finetune", "resnet18", "--data", "scene:2", "--output", "run", *words, "--json")
+    assert done.code == 1 and done.json["error"] == error and hint in done.json["next"]
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "hint"),
+    [("anytime", "exit=a", "exits"), ("sampling", "grids=3", "grid"), ("adaptive", "anchors=1", "anchor")],
+)
+def test_the_settings_of_a_method_are_its_own(run: Run, method: str, setting: str, hint: str) -> None:
+    done = run("convert", "usernets:segmenter", "--method", method, "--set", setting, "--json")
+    assert done.code == 1 and done.json["error"] == "UnknownName" and hint in done.json["next"]
+
+
+@pytest.mark.parametrize("name", ["run.toml", "run.json"])
+def test_settings_of_a_file_are_toml_or_json_and_are_overridden(tmp_path: Path, name: str) -> None:
+    toml = "steps = 3\nscale = [0.5, 2]\n[objective_options]\nlow = 0.2\nteacher = 'self'\n"
+    plain = '{"steps": 3, "scale": [0.5, 2], "objective_options": {"low": 0.2, "teacher": "self"}}'
+    (tmp_path / name).write_text(toml if name.endswith("toml") else plain)
+    given = {"steps": 4, "objective_options": {"low": 0.3}}
+    settings = make_settings(tmp_path / name, given)
+    assert settings.steps == 4 and settings.scale == (0.5, 2) and settings.crop == Settings().crop
+    assert settings.objective_options == {"low": 0.3, "teacher": "self"}
+    (tmp_path / name).write_text("crops = 3" if name.endswith("toml") else '{"crops": 3}')
+    with pytest.raises(cs.UnknownName, match="crop"):
+        make_settings(tmp_path / name, {})
+
+
 @pytest.mark.parametrize(
     ("function", "kind"),
     [
@@ -259,24 +358,13 @@ def test_functions_of_python_have_the_defaults_of_their_commands(function: Any, 
     assert all(stated[name] == value for name, value in own.items() if name not in needed)
 
 
-def all_commands() -> Iterator[tuple[str, Any]]:
-    """Names and objects of all commands."""
-    groups = [("", get_command(make_app()))]
-    for name, group in groups:
-        for own, command in group.commands.items():
-            if hasattr(command, "commands"):
-                groups.append((f"{name} {own}", command))
-            else:
-                yield f"{name} {own}".strip(), command
-
-
 @pytest.mark.parametrize("command", ["macs", "export"])
 def test_options_that_a_converted_file_cannot_be_given_are_refused(
     run: Run, tmp_path: Path, command: str
 ) -> None:
     (tmp_path / "net.safetensors").touch()
     network = ("--model", "net.safetensors") if command == "macs" else ("net.safetensors",)
-    done = run(command, *network, "--output-stride", "8,16", "--patch", "block", "--json")
+    done = run(command, *network, "--set", "output-stride=8,16", "--set", "patch=block", "--json")
     assert done.code == 1 and "output_stride, patch cannot be changed" in done.json["what"]
 
 
@@ -355,7 +443,7 @@ REFUSED = [
     (["convert", "--model", "usernets:segmenter", "--output", "no/net.safetensors"], "FileError", "--output"),
     (["convert", "--model", "usernets:segmenter", "--weights", "missing.pth"], "FileError", "path"),
     (["export", "usernets:segmenter", "--mask", "edges"], "InvalidInput", "| budget:fraction=0.3"),
-    (["export", "usernets:segmenter", "--mask", "confidence | budget"], "InvalidInput", "--level-map"),
+    (["export", "usernets:segmenter", "--mask", "confidence | budget"], "InvalidInput", "level_map=True"),
     (["export", "usernets:segmenter", "--output", "no/net.pt2"], "FileError", "--output"),
     (["export", "missing.safetensors"], "FileError", "path"),
     (["bench", "--model", "usernets:segmenter", "--fractions", ","], "InvalidInput", "0 to 1"),
@@ -388,8 +476,6 @@ def test_list_finds_networks_by_pattern_and_says_whether_they_convert(run: Run) 
     lines = run("list", "resnet1*").out.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == names
     assert lines[-1].startswith(f"{len(names)} networks: ")
-    of_torchvision = run("list", "resnet*", "--library", "torchvision", "--json").json
-    assert [row["model"] for row in of_torchvision] == [f"resnet{n}" for n in (101, 152, 18, 34, 50)]
     row = next(row for row in rows if row["model"] == "resnet18")
     assert row["result"] == "converts" and row["output_stride"] == [8, 32] and row["dense"] == []
     assert "converts, 8 to 32" in next(line for line in lines if line.startswith("resnet18 "))
@@ -407,11 +493,6 @@ def test_list_without_a_pattern_lists_everything(run: Run) -> None:
     assert names == cs.list_models()
 
 
-def test_list_of_an_unknown_library_is_refused(run: Run) -> None:
-    refused = run("list", "--library", "keras", "--json")
-    assert refused.code == 1 and refused.json["error"] == "UnknownName"
-
-
 def test_list_of_nothing_is_empty(run: Run) -> None:
     assert run("list", "zzzz", "--json") == (0, "[]\n", "")
 
@@ -421,7 +502,8 @@ def test_list_masks_tells_options_and_source(run: Run) -> None:
     assert {"all", "none", "edges", "random"} <= masks.keys()
     assert masks["edges"]["options"] == {"threshold": [0.35], "dilation": [11]}
     assert masks["edges"].keys() == {"name", "summary", "options", "source", "form"}
-    assert "dilation=11" in run("list", "--masks").out
+    told = run("list", "--masks").out
+    assert "dilation=11" in told and "learned" not in masks and told.endswith("confidence, learned\n")
 
 
 # -- plan and macs -------------------------------------------------------------------------------------
@@ -461,7 +543,6 @@ def test_macs_counts_a_network_as_it_is(run: Run, file: Path) -> None:
     net = cs.build_model("usernets:segmenter")
     assert plain == dense_macs(net, torch.zeros(1, 3, 96, 128))
     assert f"{plain:.5e}" in run("macs", *segmenter, "--dense").out
-    assert "layers" not in run("macs", *segmenter, "--total", "--json").json
     refused = run("macs", "--trust", "--model", file, "--dense")
     assert refused.code == 1 and "converted network" in refused.err
 
@@ -589,7 +670,7 @@ def test_bench_prints_and_writes_its_figures_and_exits_with_0_whatever_the_law_s
 
     monkeypatch.setattr(side, "interleaved", slower)
     arguments = options("--model", "usernets:segmenter", "--fractions", "0.5,0")
-    files = ("--picture", "b.png", "--output", "rows.jsonl")
+    files = ("--picture", "b.png", "--set", "output=rows.jsonl")
     result = run("bench", *arguments, *files, "--fill", "both", "--json")
     assert result.code == 0 and result.err == ""
     assert [entry["fill"] for entry in result.json["networks"]] == ["nearest", "linear"]
@@ -631,22 +712,17 @@ def test_bench_takes_every_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
         "picture": Path("b.png"),
         "output": Path("rows.jsonl"),
     }
-    given = "-m a -m b --mask random --fractions 1,0.25 --size 64x32 --batch 3 --output-stride 8,16 --dtype bfloat16 "
-    given += "--region layer3,layer4 --fill linear --fill nearest --patch block --device cuda --threads 2 --rounds 4 "
-    given += "--processor-time --against openvino --smaller 0.7 --calibration photos --picture b.png "
-    given += "--memory 1GiB "
+    given = "-m a -m b --fractions 1,0.25 --size 64x32 --output-stride 8,16 --dtype bfloat16 --fill linear --json "
+    given += "--fill nearest --device cuda --threads 2 --rounds 4 --against openvino --picture b.png "
     given += "--images drive.mp4,every=5 "
-    given += "--output rows.jsonl --json"
+    for setting in ("mask=random", "batch=3", "region=layer3,layer4", "patch=block", "processor_time=true"):
+        given += f"--set {setting} "
+    given += "--set smaller=0.7 --set calibration=photos --set memory=1GiB --set output=rows.jsonl"
     assert run("bench", *given.split()).code == 0
     assert {name: seen[name] for name in wanted} == wanted
     run("bench", "-m", "a", "--json")
     assert seen["threads"] == 0 and seen["size"] == (512, 1024) and seen["fill"] == ["nearest"]
     assert tuple(seen["fractions"]) == bench.FRACTIONS
-
-
-def test_the_plan_of_a_file_takes_trust_as_other_commands_do(run: Run, file: Path) -> None:
-    plain, trusting = run("plan", file), run("plan", file, "--trust")
-    assert plain.code == trusting.code == 0 and plain.out == trusting.out
 
 
 # -- convert and run -----------------------------------------------------------------------------------
@@ -755,7 +831,7 @@ def test_convert_says_which_networks_a_copy_is_slower_than(run: Run, monkeypatch
         return {key: Timing(of_copy if "optimize" in key else 6.0, 9.0) for key in sides}
 
     monkeypatch.setattr(side, "interleaved", timed)
-    arguments = ("convert", "--model", "usernets:segmenter", *options("--rounds", 1), "--no-verify")
+    arguments = ("convert", "--model", "usernets:segmenter", *options("--rounds", 1))
     told = [note for note in run(*arguments, "--json").json["notes"] if "slower" in note]
     assert told == [
         f"net.optimize() is slower than {other}: 1.50 times as long."
@@ -775,7 +851,7 @@ def test_convert_says_once_that_no_mask_has_an_effect(run: Run) -> None:
 @pytest.mark.slow
 def test_convert_lists_adapted_operations_only_where_there_are_some(run: Run) -> None:
     """In a network that dilates where others stride, nothing of the region changes."""
-    quick = options("--rounds", 0, "--no-verify", size=(64, 96))
+    quick = options("--rounds", 0, size=(64, 96))
     told = run("convert", "lraspp_mobilenet_v3_large", "--weights", "none", *quick)
     assert told.code == 0 and "0 operations adapted" in told.out and "adapted:" not in told.out
     assert "adapted: _6, _8 " in " ".join(run("convert", "usernets:segmenter", *quick).out.split())
@@ -790,23 +866,20 @@ def test_convert_takes_every_option(run: Run, folder: Path, tmp_path: Path) -> N
         "output-stride": "4,16",
         "region": "auto",
         "fill": "nearest",
-        "patch": "block",
-        "anchor": "center",
-        "pool": "drop",
         "image": folder / "first.png",
         "device": "cpu",
         "rounds": 0,
         "output": "net.safetensors",
     }
     pairs = [text for name, value in given.items() for text in (f"--{name}", value)]
-    report = run("convert", *pairs, "--no-verify", "--json").json
-    assert report["checks"] == [] and report["image"] == [1, 3, 96, 128]
+    report = run("convert", *pairs, "--published", "--set", "outputs=native", "--json").json
+    assert report["checks"] and report["image"] == [1, 3, 96, 128]
     assert "weights.pth" in report["weights"] and report["random_weights"] is False
     assert all(side["milliseconds"] is None for side in report["sides"])
     net = cs.load(tmp_path / "net.safetensors", trust=True)
     assert net.plan.output_stride == (4, 16) and net.mask.spec() == given["mask"]
-    for name in ("fill", "patch", "anchor", "pool"):
-        assert getattr(net.geometry, name) == given[name]
+    assert net.geometry.fill == "nearest" and net.plan.returned == "native"
+    assert {name: getattr(net.geometry, name) for name in PUBLISHED} == PUBLISHED
 
 
 def test_run_does_the_readable_images_reports_the_others_and_exits_with_1(
@@ -865,15 +938,15 @@ def test_run_takes_bfloat16_and_refuses_8_bits_with_the_command_that_writes_a_fi
 ) -> None:
     pictures = []
     for precision in ("float", "bfloat16"):
-        asked = ("--precision", precision, "--output", precision)
+        asked = ("--set", f"precision={precision}", "--output", precision)
         assert run("run", file, "--trust", folder / "first.png", *asked).code == 0
         with Image.open(tmp_path / precision / "first.png") as picture:
             pictures.append(torch.tensor(list(picture.getdata())))
     assert (pictures[0] == pictures[1]).float().mean() > 0.95
-    told = run("run", file, "--trust", folder, "--precision", "int8", "--json")
+    told = run("run", file, "--trust", folder, "--set", "precision=int8", "--json")
     assert told.code == 1 and "cadsurgery export" in told.json["next"]
     assert "--precision int8 --calibration FOLDER" in told.json["next"]
-    told = run("run", file, "--trust", folder, "--precision", "int7", "--json")
+    told = run("run", file, "--trust", folder, "--set", "precision=int7", "--json")
     assert told.code == 1 and "int7" in told.json["what"]
 
 
@@ -907,8 +980,8 @@ def test_the_size_of_what_is_returned_is_chosen(run: Run) -> None:
     command = ("plan", "--model", "usernets:segmenter")
     assert run(*command, "--json").json["returned"] == "fine"
     assert "returned at output stride 8" in run(*command).out
-    assert run(*command, "--outputs", "native", "--json").json["returned"] == "native"
-    refused = run(*command, "--outputs", "coarse")
+    assert run(*command, "--set", "outputs=native", "--json").json["returned"] == "native"
+    refused = run(*command, "--set", "outputs=coarse")
     assert refused.code == 1 and "fine, native" in refused.err
 
 
@@ -926,7 +999,7 @@ def test_plan_convert_and_macs_say_what_a_strided_network_will_cost(run: Run, tm
     assert "this makes maps finer" in told and times in told
     converted = run("convert", *strided, "--rounds", 0, "--mask", "all")
     assert f"with this mask: this makes maps finer: {times}" in converted.out.replace("\n", " ")
-    counted = run("macs", *strided, "--mask", "all", "--total")
+    counted = run("macs", *strided, "--mask", "all")
     assert f"this makes maps finer: {times}" in counted.out.replace("\n", " ") and "of given" in counted.out
     report = run("convert", *strided, "--rounds", 0, "--mask", "all", "--json").json
     assert report["macs_of_given"] == values["high"] / values["given"]

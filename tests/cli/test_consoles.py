@@ -22,9 +22,9 @@ from cadsurgery.cli import screen
 from cadsurgery.cli.main import main
 from cadsurgery.finetune.objectives import OBJECTIVES, list_objectives
 from cadsurgery.masks.provider import PROVIDERS, list_masks
+from cadsurgery.support.fields import documented
 from cadsurgery.support.plain import docstring_of
 from cadsurgery.surgery.treatment import _RULES, first_line
-from cadsurgery.tasks.task_options import documented
 
 NETWORK = """
 from torch import nn

@@ -46,7 +46,7 @@ FEW = {words: name for name, words in reversed(KINDS.items())}  # a file of each
 N = "networks:strided"
 FILE_OF_ONNX = "an ONNX file"
 IMAGES = ("a picture", "a folder")
-QUICK = ("--size", "32x32", "--rounds", "0", "--no-verify")
+QUICK = ("--size", "32x32", "--rounds", "0")
 # A command and an option, and the kinds that it takes; FILE stands for the file.
 PLACES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("convert", "FILE"): (FILE_OF_ONNX,),
@@ -56,7 +56,7 @@ PLACES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("mask", "FILE"): ("a picture", "a clip"),
     ("mask", "-m", "FILE"): ("a converted network", FILE_OF_ONNX),
     ("mask", "photo.jpg", "--labels", "FILE"): ("a picture",),
-    ("mask", "-m", N, "--weights", "FILE"): ("a file of weights", "a converted network"),
+    ("mask", "-m", N, "--set", "weights=FILE"): ("a file of weights", "a converted network"),
     ("run", "FILE"): ("a converted network",),
     ("run", "FILE", "photo.jpg"): ("a converted network",),
     ("run", "net.safetensors", "FILE", "--trust"): ("a picture", "a folder", "a clip"),
@@ -64,7 +64,7 @@ PLACES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("macs", "FILE", "--dense"): ("a converted network", FILE_OF_ONNX),
     ("macs", N, "--image", "FILE"): ("a picture",),
     ("bench", "FILE"): ("a converted network", FILE_OF_ONNX),
-    ("bench", N, "--size", "32x32", "--dtype", "int8", "--calibration", "FILE"): IMAGES,
+    ("bench", N, "--size", "32x32", "--dtype", "int8", "--set", "calibration=FILE"): IMAGES,
     ("eval", "FILE", "--data", "scene:1"): ("a converted network", FILE_OF_ONNX),
     ("eval", N, "--data", "FILE"): ("a folder",),
     ("eval", N, "--data", "folder:FILE,classes=2"): ("a folder",),

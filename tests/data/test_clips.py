@@ -282,6 +282,6 @@ def test_recommend_and_bench_take_a_clip(clip: Path, command_line: Run, tmp_path
     done = command_line("recommend", *words, "--images", clip, "--labels", labels, "--minutes", 1)
     assert done.code == 0 and done.json["images"] == 2 and done.json["measure"] == "miou"
     timed = ("bench", *words, "--size", "48x64", "--rounds", 1, "--fractions", 0.5, "--images")
-    done = command_line(*timed, f"{clip},every=6", "--batch", 2)
+    done = command_line(*timed, f"{clip},every=6", "--set", "batch=2")
     assert done.code == 0 and done.json["images"] == f"{clip},every=6"
-    assert "--batch 3" in command_line(*timed, clip, "--batch", 9).out
+    assert "--set batch=3" in command_line(*timed, clip, "--set", "batch=9").out

@@ -167,6 +167,9 @@ def test_voc_keeps_its_void_ignored(tmp_path: Path) -> None:
     assert torch.equal(assert_is_item(data)[1], torch.from_numpy(labels.astype(np.int64)))
 
 
+MORE = "recipes.voc_deeplab.more_data"
+
+
 @pytest.fixture
 def scipy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A package that reads the labels of any Matlab file."""
@@ -182,11 +185,11 @@ def test_sbd_reads_its_matlab_labels(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write(tmp_path / "img" / "x.jpg", some_image())
     (tmp_path / "cls").mkdir()
     (tmp_path / "train.txt").write_text("x\n")
-    data = cs.open_data(f"sbd:{tmp_path}", "train")
+    data = cs.open_data(f"{MORE}:sbd:{tmp_path}", "train")
     assert torch.equal(assert_is_item(data)[1], torch.from_numpy(some_labels(21).astype(np.int64)))
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(cs.CadError, match="pip install scipy"):
-        cs.open_data(f"sbd:{tmp_path}")
+        cs.open_data(f"{MORE}:sbd:{tmp_path}")
 
 
 def test_pets_have_three_classes(tmp_path: Path) -> None:
@@ -196,7 +199,7 @@ def test_pets_have_three_classes(tmp_path: Path) -> None:
     for split in ("trainval", "test"):
         (root / "annotations" / f"{split}.txt").write_text("cat_1 1 1 1\n")
     for split in ("train", "trainval", "test"):
-        data = cs.open_data(f"pets:{tmp_path}", split)
+        data = cs.open_data(f"{MORE}:pets:{tmp_path}", split)
         labels = assert_is_item(data)[1]
         assert data.classes == ("pet", "background", "border")
         assert torch.equal(labels, torch.from_numpy(some_labels(3).astype(np.int64)))
@@ -205,7 +208,8 @@ def test_pets_have_three_classes(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("scipy")
 @pytest.mark.parametrize("kind", ["cityscapes", "voc", "sbd", "pets", "folder"])
 def test_missing_data_says_where_to_get_it_and_what_is_expected(kind: str, tmp_path: Path) -> None:
-    given = f"{kind}:{tmp_path}/no" + (",classes=3" if kind == "folder" else "")
+    module = f"{MORE}:" if kind in ("sbd", "pets") else ""
+    given = f"{module}{kind}:{tmp_path}/no" + (",classes=3" if kind == "folder" else "")
     with pytest.raises(cs.FileError) as refusal:
         cs.open_data(given, "train")
     assert str(tmp_path) in str(refusal.value)
@@ -239,7 +243,10 @@ def test_scenes_are_the_same_every_time_and_differ_between_splits() -> None:
         ("folder:.,classes=0", "all", cs.FileError, "images"),
         ("voc:x,year=1999", "train", cs.UnknownName, "2012"),
         ("voc:x", "tran", cs.UnknownName, "train"),
-        ("pets:x", "val", cs.UnknownName, "trainval"),
+        (f"{MORE}:pets:x", "val", cs.UnknownName, "trainval"),
+        ("nowhere:pets:x", "val", cs.UnknownName, "nowhere"),
+        (f"{MORE}:dogs:x", "val", cs.UnknownName, "pets"),
+        (f"{MORE}:VOC_CLASSES:x", "val", cs.UnknownName, "kind of data"),
         ("scene:many", "train", cs.InvalidInput, "not a number"),
         ("scene:2,height=2", "train", cs.InvalidInput, "too small"),
         ("scene:0", "train", cs.FileError, "no images"),

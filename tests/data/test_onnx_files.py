@@ -410,7 +410,7 @@ def test_commands_take_the_file_as_they_take_a_name(
     (tmp_path / "nets").mkdir()
     shutil.copy(written, "nets/net.onnx")
     assert command_line("plan", "nets/net.onnx", "--json").json["output_stride"] == [2, 8]
-    done = command_line("convert", "nets/net.onnx", "--size", "64x96", "--rounds", "0", "--no-verify")
+    done = command_line("convert", "nets/net.onnx", "--size", "64x96", "--rounds", "0")
     assert done.code == 0 and "net-edges.safetensors holds the weights and names net.onnx" in done.out
     assert command_line("macs", "nets/net-edges.safetensors", "--size", "64x96").code == 0
 
@@ -420,7 +420,7 @@ def test_a_fixed_size_is_that_of_the_commands_example(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     export(network(Segmenter), Path("net.onnx"), "script", dynamic=False)
-    done = command_line("convert", "net.onnx", "--rounds", "0", "--no-verify", "--json").json
+    done = command_line("convert", "net.onnx", "--rounds", "0", "--json").json
     assert done["image"] == [1, 3, 64, 96]
     assert cs.load("net-edges.safetensors").source.size == (64, 96)
 

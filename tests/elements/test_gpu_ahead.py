@@ -92,7 +92,7 @@ def compile_product(
 )
 def test_every_tile_of_a_product_fits(kind: Kind, capability: int, residual: bool, samples: bool) -> None:
     tiles = gpu_tiles.usable_products(
-        256, kind.size, gpu_tiles.kind_of(kind.is_full, residual), device_of(capability)
+        256, kind.size, gpu_tiles.tile_kind(kind.is_full, residual), device_of(capability)
     )
     assert tiles
     for tile in tiles if capability not in QUICK else tiles[:2]:
@@ -120,7 +120,7 @@ def test_the_tile_that_the_rule_chooses_fits(channels: int) -> None:
             channels,
             taps,
             kind.size,
-            gpu_tiles.kind_of(kind.is_full, False),
+            gpu_tiles.tile_kind(kind.is_full, False),
             device_of(capability),
         )
         compiled = compile_product(tile, kind, capability, channels, outputs, taps, halo=taps > 1)

@@ -800,15 +800,26 @@ def test_tensorboard_gets_what_csv_gets(tmp_path: Path) -> None:
 
 NETWORK = ("finetune", "networks:Segmenter", "--output-stride", "4,16")
 SHORT = (
-    *("--data", "scene:4,height=48,width=64", "--steps", 2, "--batch", 2, "--workers", 0, "--crop", 0),
+    *(
+        "--data",
+        "scene:4,height=48,width=64",
+        "--set",
+        "steps=2",
+        "--set",
+        "batch=2",
+        "--set",
+        "workers=0",
+        "--set",
+        "crop=0",
+    ),
     *("--device", "cpu"),
 )
 
 
 def test_the_command_trains_a_function_and_then_its_file(command_line: Run, tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text('{"lr": 0.01, "steps": 9, "objective": "any-budget"}')
-    options = ("--config", "settings.json", "--objective-option", "ranking=random")
-    options += ("--mask", "edges:threshold=0.2", "--region", "backbone")
+    options = ("--config", "settings.json", "--set", "objective_options.ranking=random")
+    options += ("--mask", "edges:threshold=0.2", "--set", "region=backbone")
     done = command_line(*NETWORK, *SHORT, *options, "-o", "run", "--json")
     assert done.code == 0, done.out + done.err
     assert done.json["steps"] == 2 and done.json["model"] == "networks:Segmenter"
@@ -825,11 +836,11 @@ def test_the_command_trains_a_function_and_then_its_file(command_line: Run, tmp_
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--objective-option", "low"], "NAME=VALUE"),
-        (["--optimizer", "adam"], "adamw"),
+        (["--set", "objective_options=low"], "objective_options.NAME"),
+        (["--set", "optimizer=adam"], "adamw"),
         (["--mask", "edgse"], "edges"),
         (["--config", "nothing.json"], "nothing.json"),
-        (["--steps", "-1"], "above 0"),
+        (["--set", "steps=-1"], "above 0"),
     ],
 )
 def test_the_command_refuses_with_a_next_step(

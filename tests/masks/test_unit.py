@@ -411,7 +411,7 @@ def test_names_stand_for_mean_and_deviation() -> None:
 
 
 def test_the_command_takes_it_and_says_what_masks_see(command_line: Run, tmp_path: Path) -> None:
-    words = ("convert", "--model", "networks:strided", "--size", "64x96", "--rounds", "0", "--no-verify")
+    words = ("convert", "--model", "networks:strided", "--size", "64x96", "--rounds", "0")
     words += ("--output", str(tmp_path / "net.safetensors"), "--json")
     wanted = {
         "": "as pictures are prepared",

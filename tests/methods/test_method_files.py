@@ -66,10 +66,10 @@ def test_macs_and_plans_of_files_of_all_methods(made: tuple[Any, Path, str], com
     ("command", "words"),
     [
         (("macs", "--trust", "--mask", "edges"), "without masks"),
-        (("macs", "--trust", "--output-stride", "8,32"), "converted already"),
+        (("macs", "--trust", "--set", "output_stride=8,32"), "converted already"),
         (("macs", "--dense"), "leave --dense out"),
         (("macs",), "--trust"),
-        (("plan", "--region", "backbone"), "converted already"),
+        (("plan", "--set", "region=backbone"), "converted already"),
     ],
 )
 def test_what_other_networks_have_is_refused(

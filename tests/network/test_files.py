@@ -230,7 +230,7 @@ def test_commands_take_trust(command_line: Run, tmp_path: Path) -> None:
         ("export", file, "--size", "32x32", "--mask", "none"),
         ("eval", file, *scene),
         ("keypoints", "extract", file, "image.png"),
-        ("finetune", file, "--data", "scene:1", "--validation-split", "", "-o", "run"),
+        ("finetune", file, "--data", "scene:1", "--set", "validation_split=", "-o", "run"),
         ("run", file, "image.png"),
     ]
     for call in calls:

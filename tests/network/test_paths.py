@@ -21,7 +21,7 @@ from cadsurgery.data.images import normalise
 from cadsurgery.finetune import Blend, Draw, Objective, Settings, calibrate, fit
 from cadsurgery.finetune.groups import freeze_unused, make_groups
 from cadsurgery.finetune.objectives import make_objective
-from cadsurgery.masks import FineMapSpec, LearnedMask
+from cadsurgery.masks import FineMapSpec, LearnedMask, MaskProvider, TrainableMask
 from cadsurgery.network.paths import blend
 
 double = torch.float64
@@ -235,6 +235,46 @@ def test_balanced_scores_give_no_gradient_to_keeping_more_everywhere() -> None:
     last = mask.estimator[7]
     assert last.bias.grad is not None and last.weight.grad is not None
     assert last.bias.grad.abs().max() < 1e-4 * last.weight.grad.abs().max()
+
+
+class Scale(MaskProvider):
+    """Keeps high where the features, times one number that is trained, are above 0: all that `blend` asks for."""
+
+    ignores_image = True
+
+    def __init__(self, fraction: float = 0.5) -> None:
+        super().__init__()
+        self.fraction, self.scale = fraction, torch.nn.Parameter(torch.ones(()))
+
+    def logits(self, features: torch.Tensor, grid: FineMapSpec) -> torch.Tensor:
+        score = F.avg_pool2d(features.mean(1, keepdim=True), grid.side, ceil_mode=True) * self.scale
+        return torch.cat((score, torch.zeros_like(score).expand(-1, grid.max_level, -1, -1)), 1)
+
+    def balanced_logits(self, features: torch.Tensor, grid: FineMapSpec) -> torch.Tensor:
+        return self.logits(features, grid)
+
+    def kept(self, logits: torch.Tensor, grid: FineMapSpec, generator: Any = None) -> torch.Tensor:
+        return logits.softmax(1)[:, 0].mean()
+
+    def sample(self, logits: torch.Tensor, grid: FineMapSpec, generator: Any = None) -> torch.Tensor:
+        soft = logits.softmax(1)
+        hard = F.one_hot(soft.argmax(1), soft.shape[1]).movedim(-1, 1) + soft - soft.detach()
+        fine = hard.repeat_interleave(grid.side, 2).repeat_interleave(grid.side, 3)
+        return fine[..., : grid.size[0], : grid.size[1]]
+
+    def balance(self, logits: Any) -> float:
+        return sum(float(self.kept(*entry)) for entry in logits) / len(logits)
+
+    def forward(self, image: Any, features: torch.Tensor, grid: FineMapSpec) -> torch.Tensor:
+        return self.sample(self.logits(features, grid), grid).argmax(1)
+
+
+def test_blend_trains_any_mask_that_has_what_it_asks_for() -> None:
+    net, inputs = adaptive(Scale(0.4)).eval(), labelled()[0]
+    assert isinstance(net.mask, TrainableMask) and not isinstance(cs.adaptify, TrainableMask)
+    gradients(Blend(net))
+    assert isinstance(net.mask, Scale) and net.mask.scale.grad is not None and net.mask.scale.grad != 0
+    assert 0 < calibrate(net, [((inputs[0][0],), labelled()[1][0])]) < 1
 
 
 def test_noise_belongs_to_an_image_whatever_batch_it_is_in() -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import cadsurgery as cs
 from cadsurgery.tasks.keypoints import Extraction
-from cadsurgery.tasks.keypoints.matching import warped
 from recipes.hpatches.evaluation import evaluate_matching
+from recipes.hpatches.matching import warped
 from recipes.hpatches.sequences import Photo, find_sequences
 
 HOMOGRAPHY = torch.tensor([[0.98, -0.06, 6.0], [0.05, 1.01, -4.0], [1e-4, 5e-5, 1.0]], dtype=torch.float64)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.elements.lattice import Geometry
-from cadsurgery.following.arguments import kind_of
+from cadsurgery.following.arguments import argument_kind
 from cadsurgery.network.adaptive_part import traceable_part
 from cadsurgery.network.conversion import carry_out
 from cadsurgery.surgery.decide import make_plan
@@ -164,8 +164,8 @@ def test_kinds_tell_apart_what_python_code_may() -> None:
         (map_of_3, map_of_3[0]), ([1, 2], (1, 2)), ([1], [1, 2]), ({"a": 1}, {"b": 1}),
         ({"a": 1}, OrderedDict(a=1)), (Pair(1, 2), (1, 2)), (torch.float32, torch.float64), (True, False),
     ]  # fmt: skip
-    assert [pair for pair in alike if kind_of(pair[0]) != kind_of(pair[1])] == []
-    assert [pair for pair in different if kind_of(pair[0]) == kind_of(pair[1])] == []
+    assert [pair for pair in alike if argument_kind(pair[0]) != argument_kind(pair[1])] == []
+    assert [pair for pair in different if argument_kind(pair[0]) == argument_kind(pair[1])] == []
 
 
 def test_a_call_that_cannot_be_followed_is_refused_with_the_reason() -> None:

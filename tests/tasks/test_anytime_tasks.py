@@ -163,14 +163,44 @@ def test_a_deadline_gives_the_best_prediction_within_it(monkeypatch: pytest.Monk
 
 def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path: Path) -> None:
     model = ["--model", "networks:segmenter"]
-    exits = ["--method", "anytime", "--exits", "backbone.1,backbone.2", "--hidden", "4", "--threshold", "0.2"]
-    exits += ["--gaps", "interpolated"]
+    exits = [
+        "--method",
+        "anytime",
+        "--set",
+        "exits=backbone.1,backbone.2",
+        "--set",
+        "hidden=4",
+        "--set",
+        "threshold=0.2",
+    ]
+    exits += ["--set", "fill=interpolated"]
     convert = ("--size", "48x64", "--rounds", "1", "-o", "net.safetensors", "--json")
     made = command_line("convert", *model, *exits, *convert)
     assert made.code == 0, made.err
     assert made.json["error"] < 1e-5 and len(made.json["sides"]) == 3
-    quick = ("--steps", "1", "--batch", "2", "--crop", "0", "--workers", "0", "--device", "cpu")
-    training = ("--data", DATA, "--output", "run", "--train", "exits", "--validation-split", "", "--trust")
+    quick = (
+        "--set",
+        "steps=1",
+        "--set",
+        "batch=2",
+        "--set",
+        "crop=0",
+        "--set",
+        "workers=0",
+        "--device",
+        "cpu",
+    )
+    training = (
+        "--data",
+        DATA,
+        "--output",
+        "run",
+        "--set",
+        "train=exits",
+        "--set",
+        "validation_split=",
+        "--trust",
+    )
     trained = command_line("finetune", "net.safetensors", *training, *quick, "--json")
     assert trained.code == 0, trained.err
     measured = ("--data", DATA, "--threshold", "0.2,0.19", "--rounds", "0", "--trust", "--json")
@@ -179,7 +209,7 @@ def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path
     assert [row["threshold"] for row in told.json["rows"]] == [None] * 3 + [[0.2, 0.19]] * 3
     write_picture(Image.new("RGB", (64, 48)), tmp_path / "picture.png")
     picture = str(tmp_path / "picture.png")
-    ran = command_line("run", "run/net.safetensors", picture, "--until", "1", "--trust", "--json")
+    ran = command_line("run", "run/net.safetensors", picture, "--set", "until=1", "--trust", "--json")
     assert ran.code == 0, ran.err
     assert ran.json["images"][0]["exit"] in (1, 2, 3)
     assert command_line("convert", *model, "--method", "later").code == 1

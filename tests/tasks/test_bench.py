@@ -22,14 +22,14 @@ from torchvision.utils import save_image
 import cadsurgery as cs
 from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.kernels import isa
+from cadsurgery.methods import side
 from cadsurgery.network.export.engine import Engine
 from cadsurgery.support import provenance
 from cadsurgery.support.files import append_lines
+from cadsurgery.support.rows import Row
 from cadsurgery.support.timing import Timing, interleaved
-from cadsurgery.tasks import side
 from cadsurgery.tasks.bench import BAND, GROUPED, LINEAR, band, bench, law
 from cadsurgery.tasks.bench_report import BenchReport, BenchSetting, NetworkBench
-from cadsurgery.tasks.report import Row
 from cadsurgery.tasks.sides.dense_file import dense_program, write_dense
 from cadsurgery.tasks.sides.engine_sides import InTorch
 

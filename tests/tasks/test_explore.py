@@ -92,7 +92,7 @@ def test_code_that_is_copied_gives_the_same(
     assert found.levels.shape == (1, 6, 10)
     torch.testing.assert_close(names["output"], found.output, rtol=1e-4, atol=1e-5)
     program, *arguments = shlex.split(found.command)
-    done = command_line(*arguments, "--rounds", 0, "--no-verify", "-o", "net.safetensors")
+    done = command_line(*arguments, "--rounds", 0, "-o", "net.safetensors")
     assert program == "cadsurgery" and done.code == 0, done.err
     net, batch = (
         cs.load("net.safetensors", trust=True),
@@ -217,9 +217,9 @@ def test_the_command_tells_the_address_and_ends_at_ctrl_c(
 
     monkeypatch.setattr(explore_page, "serve", serve)
     monkeypatch.setattr("time.sleep", interrupt)
-    done = command_line("explore", NAME, "--rounds", 0)
+    done = command_line("explore", NAME, "--weights", "none")
     assert done.code == 130 and "http://127.0.0.1:7860/" in done.out
-    assert asked["model"] == NAME and asked["port"] == 0 and not asked["browser"]
+    assert asked["model"] == NAME and asked["weights"] == "none"
 
 
 @pytest.mark.parametrize("mask", ["{}:score", "edges + keypoints:detector={}:score"])

@@ -19,7 +19,6 @@ from torch import Tensor
 import cadsurgery as cs
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
-from cadsurgery.matching import mutual_matches
 from cadsurgery.tasks.keypoints import (
     Extraction,
     Extractor,
@@ -28,6 +27,7 @@ from cadsurgery.tasks.keypoints import (
     read_features,
     write_features,
 )
+from recipes.hpatches.matching import mutual_matches
 
 
 @pytest.fixture
@@ -255,11 +255,11 @@ def test_two_photos_are_matched_by_what_extract_wrote(command_line: Run, tmp_pat
         (("--detector", "photos:none"), "photos"),
         (("--detector", "own", "--mask", "all"), "score map"),
         (("--form", "txt"), "npz"),
-        (("--reach", "far"), "receptive"),
-        (("--align", "left"), "corners"),
+        (("--set", "reach=far"), "receptive"),
+        (("--set", "align=left"), "corners"),
         (("--mask", "keypoint"), "keypoints"),
-        (("--output-name", "x"), "output"),
-        (("--multiple", "500"), "multiple"),
+        (("--set", "output_name=x"), "output"),
+        (("--set", "multiple=500"), "multiple"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -299,7 +299,7 @@ def test_a_network_without_a_map_of_descriptors_is_refused_before_any_image(
     assert "no map of descriptors" in flat.json["what"] and "features" in flat.json["next"]
     assert "2 maps" in two.json["what"] and "descriptors or more" in two.json["next"]
     assert not Path("out/extraction.json").exists()
-    named = (f"{__name__}:Two", folder / "first.png", *more, "--output-name", "more")
+    named = (f"{__name__}:Two", folder / "first.png", *more, "--set", "output_name=more")
     assert command_line("keypoints", "extract", *named).code == 0
 
 

@@ -233,7 +233,7 @@ def test_the_command_judges_masks_on_photos(
     assert done.code == 0, done.err
     assert "agreement" in done.out and "dense network" in done.out and (tmp_path / "plot.png").is_file()
     broken(photos)
-    done = command_line(*told, "--rounds", 0, "--json", "--kind", "values")
+    done = command_line(*told, "--rounds", 0, "--json", "--set", "kind=values")
     found = json.loads(done.out)
     assert done.code == 1 and found["images"] == 3 and len(found["failed"]) == 1
     assert found["fidelity"] == "values" and found["rows"][2]["relative_error"] > 0
@@ -360,7 +360,21 @@ def test_the_command_trains_on_a_folder_of_photos(
 ) -> None:
     done = command_line(
         *("finetune", "networks:Segmenter", "--data", f"images:{photos}", "--output-stride", "4,16"),
-        *("--steps", 2, "--crop", 32, "--workers", 0, "--device", "cpu", "--batch", 2, "-o", "run", "--json"),
+        *(
+            "--set",
+            "steps=2",
+            "--set",
+            "crop=32",
+            "--set",
+            "workers=0",
+            "--device",
+            "cpu",
+            "--set",
+            "batch=2",
+            "-o",
+            "run",
+            "--json",
+        ),
     )
     assert done.code == 0, done.err
     found = json.loads(done.out)

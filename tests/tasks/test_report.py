@@ -18,8 +18,9 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 import cadsurgery as cs
-from cadsurgery.tasks.report import FilesReport, Plain, Report, canvas, check_outputs, number, ratio
-from cadsurgery.tasks.tables import Column, table
+from cadsurgery.support.rows import Plain, number, ratio
+from cadsurgery.support.tables import Column, table
+from cadsurgery.tasks.report import FilesReport, Report, canvas, check_outputs
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from cadsurgery.data.networks import source_of
 from cadsurgery.finetune import Settings, fit
 from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.masks import labelled
+from cadsurgery.methods.resampling.sample_sides import WHOLE
 from cadsurgery.resampling import boundaries, sample, target_locations
-from cadsurgery.tasks.sides.sample_sides import WHOLE
 from recipes.resampling_mobilenetv2.recipe import Knowing, evaluate, table_of_macs
 
 # -- training ------------------------------------------------------------------------------------------
@@ -127,13 +127,33 @@ def test_a_sampled_input_is_evaluated_beside_equal_distances_and_the_whole_image
 @pytest.mark.slow
 def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path: Path) -> None:
     model = ["--model", "networks:segmenter"]
-    sampling = ["--method", "resampling", "--sample-size", "32x40", "--sample-grid", "5", "--targets", "4,5"]
+    sampling = ["--method", "resampling", "--set", "size=32x40", "--set", "grid=5", "--set", "targets=4,5"]
     convert = ("--size", "48x64", "--rounds", "1", "-o", "net.safetensors", "--json")
     made = command_line("convert", *model, *sampling, *convert)
     assert made.code == 0, made.err
     assert made.json["error"] < 1e-5 and len(made.json["sides"]) == 3
-    quick = ("--steps", "1", "--batch", "2", "--crop", "0", "--workers", "0", "--device", "cpu")
-    training = ("--data", DATA, "--output", "run", "--objective", "locations", "--validation-split", "")
+    quick = (
+        "--set",
+        "steps=1",
+        "--set",
+        "batch=2",
+        "--set",
+        "crop=0",
+        "--set",
+        "workers=0",
+        "--device",
+        "cpu",
+    )
+    training = (
+        "--data",
+        DATA,
+        "--output",
+        "run",
+        "--set",
+        "objective=locations",
+        "--set",
+        "validation_split=",
+    )
     training += ("--trust",)
     trained = command_line("finetune", "net.safetensors", *training, *quick, "--json")
     assert trained.code == 0, trained.err
@@ -145,12 +165,14 @@ def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path
     assert ran.code == 0, ran.err
     assert ran.json["images"][0]["sampled"] == "32x40"
     for options, words in (
-        (("--targets", "pole"), "list of numbers"),
-        (("--sampler", "leaned"), "learned"),
+        (("--set", "targets=pole"), "list of whole numbers"),
+        (("--set", "sampler=leaned"), "learned"),
     ):
         refused = command_line("convert", *model, "--method", "resampling", *options)
         assert refused.code == 1 and words in refused.err
-    refused = command_line("run", "run/net.safetensors", "picture.png", "--trust", "--precision", "bfloat16")
+    refused = command_line(
+        "run", "run/net.safetensors", "picture.png", "--trust", "--set", "precision=bfloat16"
+    )
     assert refused.code == 1 and "whose input is sampled" in refused.err
     refused = command_line("finetune", "net.safetensors", *training, "--mask", "edges", "--json")
     assert refused.code == 1 and "no masks" in refused.json["what"]

@@ -150,13 +150,36 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
 def test_the_command_line_converts_trains_and_runs(command_line: Run, tmp_path: Path) -> None:
     model = ("--model", "training:residual_segmenter")
     told = ("--size", "48x64", "--rounds", "1", "--json", "--output", "net.safetensors")
-    made = command_line("convert", *model, "--method", "sampling", "--grid", "5", *told)
+    made = command_line("convert", *model, "--method", "sampling", "--set", "grid=5", *told)
     assert made.code == 0, made.err
     assert made.json["is_verified"] and len(made.json["sides"]) == 5
-    named = command_line("convert", *model, "--method", "sampling", "--where", "backbone.1", "--rounds", "0")
+    named = command_line(
+        "convert", *model, "--method", "sampling", "--set", "where=backbone.1", "--rounds", "0"
+    )
     assert named.code == 0 and "1 branches, 2 gates" in named.out and "bit for bit" in named.out
-    quick = ("--steps", "1", "--batch", "2", "--crop", "0", "--workers", "0", "--device", "cpu")
-    training = ("--data", DATA, "--output", "run", "--train", "gates", "--validation-split", "", "--trust")
+    quick = (
+        "--set",
+        "steps=1",
+        "--set",
+        "batch=2",
+        "--set",
+        "crop=0",
+        "--set",
+        "workers=0",
+        "--device",
+        "cpu",
+    )
+    training = (
+        "--data",
+        DATA,
+        "--output",
+        "run",
+        "--set",
+        "train=gates",
+        "--set",
+        "validation_split=",
+        "--trust",
+    )
     trained = command_line("finetune", "net.safetensors", *training, *quick, "--json")
     assert trained.code == 0, trained.err
     write_picture(Image.new("RGB", (64, 48)), tmp_path / "picture.png")
@@ -175,7 +198,7 @@ def test_the_command_line_converts_trains_and_runs(command_line: Run, tmp_path: 
         (("eval", "net.safetensors", "--data", DATA, "--trust", "--mask", "edges"), "no masks"),
         (("eval", "net.safetensors", "--data", "images:.", "--trust"), "labels"),
         (("finetune", "net.safetensors", *training, "--mask", "edges"), "exits, with gates"),
-        (("convert", *model, "--method", "sampling", "--where", "nothing"), "nothing"),
+        (("convert", *model, "--method", "sampling", "--set", "where=nothing"), "nothing"),
     ):
         found = command_line(*refused)
         assert found.code == 1 and says in found.err

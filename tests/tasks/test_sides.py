@@ -21,10 +21,10 @@ from training import with_exits, with_gates, with_sampler
 import cadsurgery as cs
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
+from cadsurgery.methods.registry import KINDS
+from cadsurgery.methods.side import Side
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.tasks.bench import bench
-from cadsurgery.tasks.side import Side
-from cadsurgery.tasks.sides import KINDS
 
 DATA = "scene:3,height=48,width=80"
 

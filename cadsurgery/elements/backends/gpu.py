@@ -373,7 +373,7 @@ def _forward(
             )
             return out
         width, depth, precision = outputs // groups, channels // groups, _precision(rows.dtype)
-        kind = gpu_tiles.kind_of(precision == "ieee", residual is not None)
+        kind = gpu_tiles.tile_kind(precision == "ieee", residual is not None)
         device = gpu_tiles.device_of(rows.device)
         tile = gpu_tiles.tile_of(count, width, groups, depth, taps, rows.element_size(), kind, device)
         triton_kernels.product[(divide_up(count, tile.n) * groups * divide_up(width, tile.o),)](

@@ -152,7 +152,7 @@ def product_tile(
     return min(usable_products(depth, size, kind, device), key=time)
 
 
-def kind_of(is_full_precision: bool, has_residual: bool) -> str:
+def tile_kind(is_full_precision: bool, has_residual: bool) -> str:
     """Return the kind of a product, see `product_tile`."""
     return "full" if is_full_precision else "residual" if has_residual else ""
 

@@ -82,7 +82,7 @@ def resample(
     Args:
         model: a network that returns class scores for each position, in any structure; also an adaptive network or
             one with exits.
-        sampler: `"learned"`, a small network that has to be trained (`finetune --objective locations`); any mask with
+        sampler: `"learned"`, a small network to train (`finetune --set objective=locations`); any mask with
             scores, e.g. `"edges"`; `"labels"`, given by `cadsurgery.masks.labelled`; or `"uniform"`.
         size: size of the sampled image, one number for both sides or (height, width); may be larger than the image.
         grid: number of locations per side of the grid, which is upsampled to `size`.

@@ -291,7 +291,7 @@ def check_mask(mask: MaskProvider, kind: str, dynamic: bool, level_map: bool) ->
     if level_map:
         return
     elsewhere = (
-        "compute the level map yourself and give it to an ONNX file as an input: level_map=True, --level-map."
+        "compute the level map yourself and give it to an ONNX file as an input: level_map=True, in Python."
     )
     if mask.dependence:
         raise not_static(mask, "a file is given the image alone.", elsewhere)

@@ -170,7 +170,7 @@ class Extractor:
         if min(size) < 1:
             raise InvalidInput(
                 f"an image of {height} x {width} leaves nothing at a multiple of {limit.multiple}.",
-                next="use larger images, or a smaller --multiple.",
+                next="use larger images, or a smaller multiple.",
             )
         return image if size == [height, width] else F.interpolate(image[None], size=size, mode="area")[0]
 
@@ -234,6 +234,6 @@ def descriptor_map(output: Any, name: str | int | None) -> Tensor:
         raise InvalidInput(
             f"the network returns {len(maps)} maps of several channels.",
             why="one of them must be the descriptors.",
-            next=f"name it: --output-name {' or '.join(map(str, several))}.",
+            next=f"name it: --set output_name={' or '.join(map(str, several))}.",
         )
     return maps[0]

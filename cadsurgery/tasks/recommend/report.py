@@ -13,10 +13,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cadsurgery.support.rows import Plain, percent
+from cadsurgery.support.tables import Column, table
 from cadsurgery.tasks.judging import CLASSES, FOUND, LABELS, VALUES, Estimate
 from cadsurgery.tasks.recommend.settings import Setting
-from cadsurgery.tasks.report import COLOURS, Plain, RunReport, canvas, percent
-from cadsurgery.tasks.tables import Column, table
+from cadsurgery.tasks.report import COLOURS, RunReport, canvas
 
 WORDS = {LABELS: "mIoU", CLASSES: "fidelity by class", VALUES: "1 - relative error", FOUND: "IoU by class"}
 

@@ -33,6 +33,7 @@ from cadsurgery.data.sources import (
 from cadsurgery.kernels import isa
 from cadsurgery.masks.unit import read_normalisation
 from cadsurgery.methods.method_files import SiblingModel
+from cadsurgery.methods.side import Side
 from cadsurgery.network.adaptify import copy_network
 from cadsurgery.network.export import INT8
 from cadsurgery.network.export.engine import check_packages
@@ -84,7 +85,6 @@ from cadsurgery.tasks.recommend.fits import refuse_what_does_not_fit
 from cadsurgery.tasks.recommend.report import Recommendation, Requirement
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates, in_turn
 from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, unreadable, write_json
-from cadsurgery.tasks.side import Side
 from cadsurgery.tasks.sides.engine_sides import TORCH, engine_for
 
 RUNTIMES = (TORCH, *ENGINES)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cadsurgery.network.adaptify import plan
 from cadsurgery.network.export import INT8
 from cadsurgery.support.defaults import DEFAULT_MASK, KERNELS
-from cadsurgery.support.errors import CannotConvert, InvalidInput
+from cadsurgery.support.errors import CannotConvert
 from cadsurgery.surgery.decide import FLOOR
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.tasks.sides.engine_sides import TORCH
@@ -25,7 +25,6 @@ _MASKS_AT_FOUR = ("none", "detail | budget:fraction=0.1", "detail | budget:fract
 _MASKS_OF_FLOORS = ("content", "preview")
 _SMALLER, _LARGER = (0.5, 0.625, 0.75, 0.875), (1.25, 1.5)
 _LEAST_SIDE = 32  # pixels of a scaled picture
-_NOTABLE = 0.03  # share of the MACs
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,6 @@ class Setting:
         fill: interpolation inside cells, as of `adaptify`.
         scale: factor by which pictures are resized.
         coarsest: floor of a conversion on the network's own grid, in input pixels; 0 for others.
-        region: `heads` if the conversion goes on through heads whose taps fall inside cells; "" for the usual one.
     """
 
     kind: Literal["given", "compiled", "size", "dense", "adaptive"]
@@ -53,7 +51,6 @@ class Setting:
     fill: str = "linear"
     scale: float = 1.0
     coarsest: int = 0
-    region: str = ""
 
     @property
     def is_converted(self) -> bool:
@@ -65,8 +62,7 @@ class Setting:
         """The options of `adaptify` that make the network of this setting."""
         if self.coarsest:
             return {"coarsest": self.coarsest}
-        region = {"region": self.region} if self.region else {}
-        return {"output_stride": self.pair, "fill": self.fill, **region}
+        return {"output_stride": self.pair, "fill": self.fill}
 
     @property
     def name(self) -> str:
@@ -81,8 +77,7 @@ class Setting:
         if self.coarsest:
             return f"{self.mask}, coarsest {self.coarsest}"
         assert self.pair is not None
-        through = f", region {self.region}" if self.region else ""
-        return f"{self.mask}, {self.pair[0]} to {self.pair[1]}, {self.fill}{through}"
+        return f"{self.mask}, {self.pair[0]} to {self.pair[1]}, {self.fill}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the setting as plain values, for JSON."""
@@ -107,7 +102,7 @@ class Setting:
             return f'cadsurgery convert {network}{more} --coarsest {self.coarsest} --mask "{self.mask}"'
         return (
             f"cadsurgery convert {network}{more} --output-stride {self.pair[0]},{self.pair[1]} "
-            f'--mask "{self.typed_mask}" --fill {self.fill}{f" --region {self.region}" if self.region else ""}'
+            f'--mask "{self.typed_mask}" --fill {self.fill}'
         )
 
     def lines(
@@ -207,7 +202,6 @@ def find_candidates(
     own_pair = next((pair for pair in pairs if own in pair), None)
     given = Setting("given", own if own_pair else 0, own_pair)
     settings = [given] if few else [given, Setting("compiled", given.stride, own_pair)]
-    has_heads = not options.get("region") and _ends_inside_cells(model, own_plan, image)
     multiple = max((own, *(low for _, low in pairs)))
     sizes = _sizes(image, (0.5, 0.75) if few else _SMALLER, multiple)
     settings += [Setting("size", given.stride, own_pair, scale=scale) for scale in sizes]
@@ -226,11 +220,6 @@ def find_candidates(
         if few:
             masks = tuple(mask for mask in masks if mask.endswith(("=0.1", "=0.2")))
         settings += [Setting("adaptive", 0, pair, mask, "guided") for mask in masks]
-        if (
-            has_heads and pair[0] == own and not few
-        ):  # less work, and less quality at a high cost than more kept high
-            through = (mask for mask in masks if mask == "none" or mask.endswith("=0.1"))
-            settings += [Setting("adaptive", 0, pair, mask, "guided", region="heads") for mask in through]
         if pair == pairs[0] and not few:
             settings.append(Setting("adaptive", 0, pair, DEFAULT_MASK, "linear"))
     return Candidates((*settings, *on_own_grid))
@@ -255,17 +244,6 @@ def _with_floors(model: nn.Module, region: str, image: Tensor) -> list[Setting]:
     except CannotConvert:
         return []
     return [Setting("adaptive", mask=mask, coarsest=FLOOR) for mask in _MASKS_OF_FLOORS]
-
-
-def _ends_inside_cells(model: nn.Module, own_plan: Plan, image: Tensor) -> bool:
-    """True if a notable part of the work is in heads whose taps fall inside cells."""
-    if own_plan.identity_level != 0 or own_plan.dense_after < _NOTABLE:
-        return False
-    try:
-        through = plan(model, own_plan.output_stride, "heads", image)
-    except InvalidInput:
-        return False
-    return own_plan.dense_after - through.dense_after >= _NOTABLE
 
 
 def _pairs(own_plan: Plan, own: int, has_labels: bool) -> list[Pair]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from cadsurgery.data import open_pictures
 from cadsurgery.data.images import resized
 from cadsurgery.masks import MaskProvider
+from cadsurgery.methods.side import Side
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export import INT8, export
 from cadsurgery.network.export.engine import Engine
@@ -28,7 +29,6 @@ from cadsurgery.support.files import make_folder
 from cadsurgery.support.memory import in_mebibytes
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.tasks.open import pictures_like
-from cadsurgery.tasks.side import Side
 from cadsurgery.tasks.sides.dense_file import write_dense
 from cadsurgery.tasks.task_options import Benchmark
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from cadsurgery.data.networks import Source
 from cadsurgery.masks import MaskProvider, resolve_mask
+from cadsurgery.methods.side import Comparison, Counts, Figures, Side
 from cadsurgery.network.macs import MASK_LAYERS, LayerWork, layer_work
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.tasks.report import Row, accuracy_columns, number, percent, ratio, strides_in_words
-from cadsurgery.tasks.side import Comparison, Counts, Figures, Side
-from cadsurgery.tasks.tables import Column
+from cadsurgery.support.rows import Row, accuracy_columns, number, percent, ratio, strides_in_words
+from cadsurgery.support.tables import Column
 
 HIGH, LOW = "all", "none"
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cadsurgery as cs
-from cadsurgery.tasks.keypoints.matching import (
+from recipes.hpatches.matching import (
     corner_error,
     match_errors,
     matching_accuracy,

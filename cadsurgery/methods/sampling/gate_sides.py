@@ -15,10 +15,7 @@ from cadsurgery.data import SegmentationData
 from cadsurgery.data.networks import source_of
 from cadsurgery.methods.sampling import SampledModel, sample
 from cadsurgery.methods.sampling.gates import Opened
-from cadsurgery.support.divergence import maps_of, tensors_of
-from cadsurgery.support.errors import CannotConvert, InvalidInput
-from cadsurgery.tasks.report import Row, accuracy_columns, macs_columns, time_columns
-from cadsurgery.tasks.side import (
+from cadsurgery.methods.side import (
     Comparison,
     ConversionRequest,
     Counts,
@@ -29,7 +26,11 @@ from cadsurgery.tasks.side import (
     Timed,
     once_per_batch,
 )
-from cadsurgery.tasks.tables import Column
+from cadsurgery.support.divergence import maps_of, tensors_of
+from cadsurgery.support.errors import CannotConvert, InvalidInput
+from cadsurgery.support.fields import Reader, read_names, read_switch
+from cadsurgery.support.rows import Row, accuracy_columns, macs_columns, time_columns
+from cadsurgery.support.tables import Column
 
 DENSE, GATES = "dense", "its gates"
 CLOSED, OPEN = "all closed but the grid", "all open"
@@ -132,8 +133,7 @@ def convert(request: ConversionRequest) -> MethodConversion:
     before, batch = request.before, request.batch(request.source)
     request.step("adding gates")
     net = sample(before, **request.options)
-    if request.verify:
-        _check_open(before, net, batch)
+    _check_open(before, net, batch)
     fast, closed = net.optimize(), net.optimize()
     for gate in closed.gates:
         gate.bias.data.neg_()
@@ -146,11 +146,11 @@ def convert(request: ConversionRequest) -> MethodConversion:
         Side("all closed but the grid, net.optimize()", closed, least.total),
     ]
     verified = Text("verified: with open gates it is the original, bit for bit", style="green")
-    untrained = Text("gates start open: train them with cadsurgery finetune --train gates", style="yellow")
-    more = {"is_verified": request.verify, "not_counted": counted.not_counted}
-    return MethodConversion(
-        net, batch, sides, more, Text(str(net.plan)), [*[verified] * request.verify, untrained]
+    untrained = Text(
+        "gates start open: train them with cadsurgery finetune --set train=gates", style="yellow"
     )
+    more = {"is_verified": True, "not_counted": counted.not_counted}
+    return MethodConversion(net, batch, sides, more, Text(str(net.plan)), [verified, untrained])
 
 
 def _check_open(before: nn.Module, net: SampledModel, batch: Tensor) -> None:
@@ -162,7 +162,7 @@ def _check_open(before: nn.Module, net: SampledModel, batch: Tensor) -> None:
             "with all gates open the network is not the original.",
             where=net.plan.branches[0].name,
             why="what it returns on the image differs.",
-            next="report it, with the network; --no-verify converts all the same.",
+            next="report it, with the network; cs.sample(model) converts all the same, in Python.",
         )
 
 
@@ -172,4 +172,7 @@ def run(net: SampledModel, batch: Tensor, milliseconds: float) -> tuple[Any, dic
     return output, {"density": sum(densities) / len(densities)}
 
 
-KIND: MethodSides = MethodSides(SampledModel.method, SampledModel, "with gates", convert, compare, time, run)
+_SETTINGS: dict[str, Reader] = {"where": read_names, "grid": int, "temperature": float, "noise": read_switch}
+KIND: MethodSides = MethodSides(
+    SampledModel.method, SampledModel, "with gates", convert, compare, time, run, _SETTINGS
+)

@@ -14,10 +14,7 @@ from cadsurgery.data import SegmentationData
 from cadsurgery.data.networks import source_of
 from cadsurgery.masks import labelled
 from cadsurgery.methods.resampling import ResampledModel, UniformSampler, resample
-from cadsurgery.support.divergence import maps_of, relative_difference, resize
-from cadsurgery.support.errors import InvalidInput
-from cadsurgery.tasks.report import Row, accuracy_columns, macs_columns, percent, time_columns
-from cadsurgery.tasks.side import (
+from cadsurgery.methods.side import (
     Comparison,
     ConversionRequest,
     Counts,
@@ -27,7 +24,10 @@ from cadsurgery.tasks.side import (
     Side,
     Timed,
 )
-from cadsurgery.tasks.tables import Column
+from cadsurgery.support.divergence import maps_of, relative_difference, resize
+from cadsurgery.support.fields import Reader, read_size, read_whole
+from cadsurgery.support.rows import Row, accuracy_columns, macs_columns, percent, time_columns
+from cadsurgery.support.tables import Column
 
 WHOLE = "the whole image"
 
@@ -103,21 +103,15 @@ def time(net: ResampledModel, images: Tensor, fractions: Sequence[float]) -> Tim
 
 
 def convert(request: ConversionRequest) -> MethodConversion:
-    """Put a sampler before the network. Sampled uniformly at the image's size, it is compared with the original.
-
-    Raises:
-        InvalidInput: `targets` is not a list of class numbers.
-    """
-    before, batch, options = request.before, request.batch(request.source), _options(dict(request.options))
-    net = resample(before, **options)
-    error = None
-    if request.verify:
-        request.step("verifying")
-        same = resample(before, "uniform", (batch.shape[2], batch.shape[3]), example_input=batch)
-        with torch.inference_mode():
-            output, expected = (maps_of(network(batch))[0] for network in (same, before))
-            expected = resize(expected, batch.shape[2:])
-        error = relative_difference(output, expected)
+    """Put a sampler before the network. Sampled uniformly at the image's size, it is compared with the original."""
+    before, batch = request.before, request.batch(request.source)
+    net = resample(before, **{"targets": None, **request.options})
+    request.step("verifying")
+    same = resample(before, "uniform", (batch.shape[2], batch.shape[3]), example_input=batch)
+    with torch.inference_mode():
+        output, expected = (maps_of(network(batch))[0] for network in (same, before))
+        expected = resize(expected, batch.shape[2:])
+    error = relative_difference(output, expected)
     nothing = torch.zeros(batch.shape[0], *batch.shape[2:], dtype=torch.int64, device=batch.device)
     with labelled(nothing):  # for a sampler that needs labels
         counted = net.macs(batch)
@@ -126,29 +120,13 @@ def convert(request: ConversionRequest) -> MethodConversion:
         Side(f"sampled by {net.sampler.spec()}", net, counted.total),
         Side("sampled, net.optimize()", net.optimize(), counted.total),
     ]
-    lines = []
-    if error is not None:
-        verified = f"verified: uniform at the image's size it is the original (relative error {error:.1e})"
-        lines.append(Text(verified, style="green"))
+    verified = f"verified: uniform at the image's size it is the original (relative error {error:.1e})"
+    lines = [Text(verified, style="green")]
     if net.plan.sampler == "learned":
-        untrained = "the sampler is new: train it with cadsurgery finetune --objective locations"
+        untrained = "the sampler is new: train it with cadsurgery finetune --set objective=locations"
         lines.append(Text(untrained, style="yellow"))
     more = {"error": error, "not_counted": counted.not_counted}
     return MethodConversion(net, batch, sides, more, Text(str(net.plan)), lines)
-
-
-def _options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Convert options of the command to options of `cadsurgery.resample`."""
-    targets = arguments.pop("targets", "")
-    try:
-        chosen = [int(part) for part in targets.split(",")] if targets.strip() else None
-    except ValueError:
-        raise InvalidInput(
-            f"--targets {targets} is not a list of numbers.",
-            next="write numbers of classes such as 11,12,13.",
-        ) from None
-    size = arguments.pop("sample_size", (224, 224))
-    return {**arguments, "size": size, "targets": chosen}
 
 
 def run(net: ResampledModel, batch: Tensor, milliseconds: float) -> tuple[Any, dict[str, Any]]:
@@ -156,6 +134,20 @@ def run(net: ResampledModel, batch: Tensor, milliseconds: float) -> tuple[Any, d
     return net(batch), {"sampled": "x".join(map(str, net.size))}
 
 
+_SETTINGS: dict[str, Reader] = {
+    **{"sampler": str, "size": read_size, "grid": int, "smoothness": float},
+    **{"targets": read_whole, "ignore": int, "share": float, "mode": str},
+}
 KIND: MethodSides = MethodSides(
-    ResampledModel.method, ResampledModel, "whose input is sampled", convert, compare, time, run
+    *(
+        ResampledModel.method,
+        ResampledModel,
+        "whose input is sampled",
+        convert,
+        compare,
+        time,
+        run,
+        _SETTINGS,
+    ),
+    renamed={"sample_size": "size", "sample_grid": "grid"},
 )

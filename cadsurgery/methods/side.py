@@ -1,6 +1,6 @@
 """Sides of comparisons: each has a name, a call, its multiply-accumulates, and metrics for its outputs.
 
-Evaluation, bench and conversion take a list of sides. Each kind of side has a module in `tasks/sides`.
+Evaluation, bench and conversion take a list of sides. Each kind of side has a module in its method or in `tasks/sides`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from cadsurgery.data import SegmentationData
 from cadsurgery.data.networks import Source
 from cadsurgery.methods.converted import ConvertedModel
+from cadsurgery.support.fields import Reader
 from cadsurgery.support.progress import Step, silent
+from cadsurgery.support.rows import Row
+from cadsurgery.support.tables import Column
 from cadsurgery.support.timing import interleaved
-from cadsurgery.tasks.report import Row
-from cadsurgery.tasks.tables import Column
 
 Measured = TypeVar("Measured", bound=Row)
 Counts = Mapping[str, float]
@@ -183,7 +184,6 @@ class ConversionRequest:
         source: source of the network.
         batch: creates the image, normalised for a network of a source, on the device.
         options: options of the method.
-        verify: True to compare the result with the original network.
         step: progress callback.
     """
 
@@ -191,7 +191,6 @@ class ConversionRequest:
     source: Source
     batch: Callable[[Source], Tensor]
     options: Mapping[str, Any]
-    verify: bool
     step: Step
 
 
@@ -252,6 +251,8 @@ class MethodSides(NamedTuple):
         time: creates its sides for a bench, from the network, the images, and shares of positions to compute.
         run: runs its optimised copy on a batch, within milliseconds if it can; returns the output and fields of the
             report.
+        settings: arguments of the method that `cadsurgery convert --set` takes, each with the function that reads it.
+        renamed: the options that they were before, where these had other names.
         has_thresholds: True if `compare` uses thresholds.
     """
 
@@ -262,4 +263,6 @@ class MethodSides(NamedTuple):
     compare: Callable[[Any, SegmentationData, Sequence[Any]], Comparison]
     time: Callable[[Any, Tensor, Sequence[float]], Timed]
     run: Callable[[Any, Tensor, float], tuple[Any, dict[str, Any]]]
+    settings: Mapping[str, Reader]
+    renamed: Mapping[str, str] = {}
     has_thresholds: bool = False

@@ -14,10 +14,7 @@ from cadsurgery.data import SegmentationData
 from cadsurgery.data.networks import source_of
 from cadsurgery.methods.anytime import AnytimeModel, anytime
 from cadsurgery.methods.anytime.model import Threshold
-from cadsurgery.network.macs import dense_macs
-from cadsurgery.support.divergence import maps_of, relative_difference
-from cadsurgery.tasks.report import Row, accuracy_columns, time_columns
-from cadsurgery.tasks.side import (
+from cadsurgery.methods.side import (
     Comparison,
     ConversionRequest,
     Counts,
@@ -28,7 +25,11 @@ from cadsurgery.tasks.side import (
     Timed,
     once_per_batch,
 )
-from cadsurgery.tasks.tables import Column
+from cadsurgery.network.macs import dense_macs
+from cadsurgery.support.divergence import maps_of, relative_difference
+from cadsurgery.support.fields import Reader, read_names, read_threshold
+from cadsurgery.support.rows import Row, accuracy_columns, time_columns
+from cadsurgery.support.tables import Column
 
 EVERYTHING = "all computed"
 
@@ -126,15 +127,13 @@ def time(net: AnytimeModel, images: Tensor, fractions: Sequence[float]) -> Timed
 
 def convert(request: ConversionRequest) -> MethodConversion:
     """Add exits. The last exit, with everything computed, is compared with the original network."""
-    options = {name: value or None for name, value in request.options.items()}
-    options["fill"] = options.pop("gaps", None)
     before, batch = request.before, request.batch(request.source)
     request.step("adding exits")
-    net = anytime(before, **{name: value for name, value in options.items() if value is not None})
-    error = _difference(before, net, batch) if request.verify else None
+    net = anytime(before, **request.options)
+    error = _difference(before, net, batch)
     timed = time(net, batch, ())
     verified = f"verified: the last exit is the original (relative error {error or 0:.1e})"
-    untrained = "the heads of the other exits are new: train them with cadsurgery finetune --train exits"
+    untrained = "the heads of the other exits are new: train them with cadsurgery finetune --set train=exits"
     return MethodConversion(
         net,
         batch,
@@ -160,6 +159,12 @@ def run(net: AnytimeModel, batch: Tensor, milliseconds: float) -> tuple[Tensor, 
     return prediction, {"exit": exit}
 
 
+_SETTINGS: dict[str, Reader] = {
+    **{"exits": read_names, "head": str, "classes": int, "hidden": int, "threshold": read_threshold},
+    **{"confidence": str, "fill": str},
+}
 KIND: MethodSides = MethodSides(
-    AnytimeModel.method, AnytimeModel, "with exits", convert, compare, time, run, has_thresholds=True
+    *(AnytimeModel.method, AnytimeModel, "with exits", convert, compare, time, run, _SETTINGS),
+    renamed={"gaps": "fill"},
+    has_thresholds=True,
 )
