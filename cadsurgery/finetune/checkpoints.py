@@ -20,7 +20,7 @@ from cadsurgery.network.storage import write_tensors
 from cadsurgery.support.errors import FileError, TrainingStopped
 from cadsurgery.support.files import as_file_error
 from cadsurgery.support.provenance import versions
-from cadsurgery.tasks.run_folder import Identity
+from cadsurgery.tasks.journal import Identity
 from cadsurgery.tasks.task_options import FREE, Settings
 
 FORMAT = 1

@@ -47,8 +47,8 @@ from cadsurgery.network.storage import write_tensors
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped, first_line
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.launcher import world
+from cadsurgery.tasks.journal import Identity, check_same_run
 from cadsurgery.tasks.report import Plain
-from cadsurgery.tasks.run_folder import Identity, check_same_run
 from cadsurgery.tasks.task_options import Settings
 
 Validation = Samples | Callable[[nn.Module], dict[str, float]]

@@ -119,7 +119,7 @@ def test_a_folder_of_features_made_otherwise_is_refused(command_line: Run, folde
     assert command_line(*EXTRACT, folder / "first.png", "--output", "out").code == 0
     refused = command_line(*EXTRACT, folder / "first.png", "--output", "out", "--count", 3, "--json")
     assert refused.code == 1 and "count: 512, now 3" in refused.json["where"] and refused.json["next"]
-    Path("out/extraction.json").write_text("{")
+    Path("out/manifest.jsonl").write_text("{\n{}\n")
     assert (
         command_line(*EXTRACT, folder / "first.png", "--output", "out", "--json").json["error"] == "FileError"
     )
@@ -232,7 +232,7 @@ def test_a_folder_without_features_is_used_again_after_a_detector_failed(
         assert failed.code == 1 and said in json.dumps(failed.json["failed"])
     assert command_line(*arguments, f"{__name__}:middle").code == 0
     other = command_line(*arguments, f"{__name__}:nothing")
-    assert other.code == 1 and "other settings" in other.json["why"]
+    assert other.code == 1 and "another run" in other.json["what"]
 
 
 def test_two_photos_are_matched_by_what_extract_wrote(command_line: Run, tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_a_network_without_a_map_of_descriptors_is_refused_before_any_image(
     assert flat.code == two.code == 1
     assert "no map of descriptors" in flat.json["what"] and "features" in flat.json["next"]
     assert "2 maps" in two.json["what"] and "descriptors or more" in two.json["next"]
-    assert not Path("out/extraction.json").exists()
+    assert not Path("out/manifest.jsonl").exists()
     named = (f"{__name__}:Two", folder / "first.png", *more, "--output-name", "more")
     assert command_line("keypoints", "extract", *named).code == 0
 
@@ -311,6 +311,8 @@ def test_a_converted_network_is_given_other_output_strides(
     arguments = ("keypoints", "extract", "net.safetensors", "--trust", folder / "first.png", "--mask", "")
     assert command_line(*arguments).code == 0
     assert command_line(*arguments, "--output-stride", "2,4", "-o", "coarse").code == 0
-    fine, coarse = (json.loads(Path(out, "extraction.json").read_text()) for out in ("features", "coarse"))
-    assert fine["made_with"]["plan"][0] == [1, 4] and coarse["made_with"]["plan"][0] == [2, 4]
-    assert fine["made_with"]["model"] == coarse["made_with"]["model"]
+    fine, coarse = (
+        json.loads(Path(out, "manifest.jsonl").read_text().splitlines()[0]) for out in ("features", "coarse")
+    )
+    assert fine["plan"][0] == [1, 4] and coarse["plan"][0] == [2, 4]
+    assert fine["model"] == coarse["model"]

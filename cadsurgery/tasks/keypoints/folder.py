@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import nn
 from cadsurgery.data.images import find_images, read_picture_for
 from cadsurgery.masks import resolve_mask
 from cadsurgery.network.model import pictures_for
-from cadsurgery.support import files
 from cadsurgery.support.errors import (
     CadError,
     FileError,
@@ -24,17 +22,14 @@ from cadsurgery.support.errors import (
     import_optional,
 )
 from cadsurgery.support.files import make_folder, write_whole
-from cadsurgery.support.launcher import world
 from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step, silent
-from cadsurgery.support.provenance import versions
 from cadsurgery.tasks.for_each import Failure, Failures, for_each
+from cadsurgery.tasks.journal import NAME, Results, has_results
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features
 from cadsurgery.tasks.open import at_strides
-from cadsurgery.tasks.run_folder import check_same_run, read_json, write_json
 
 FORMS = ("npz", "h5")
-SETTINGS = "extraction.json"
 
 
 def extract(
@@ -53,8 +48,8 @@ def extract(
 ) -> tuple[list[dict[str, Any]], list[Failure]]:
     """Write the features of every image; an image that cannot be used is reported, and the others are processed.
 
-    Existing files are kept, so that an interrupted run can continue. Files are written atomically, and
-    `extraction.json` in the folder states how they were made. Under `torchrun` or `accelerate launch` each process
+    Files are written atomically, and the folder has a journal, see `Results`: what is in it is kept, so that an
+    interrupted run can be resumed. Under `torchrun` or `accelerate launch` each process
     takes its share of the images, and every process returns the rows of all.
 
     Args:
@@ -91,19 +86,23 @@ def extract(
         "options": {key: str(value) for key, value in sorted((options or {}).items())},
     }
     extractor = Extractor(net.to(torch_device).optimize(), settings, torch_device)
-    _check_folder(folder, identity)
+    journal = Results(folder / NAME, identity, resume=has_results(folder / NAME))
+    journal.begin()
 
     def describe(item: tuple[Path, Path]) -> dict[str, Any]:
         path, place = item
         target = folder / place.with_suffix(f".{form}")
-        is_there = files.is_file(target)
+        is_there = journal.is_written(str(path), str(target))
         if is_there:
             features = read_features(target)
         else:
+            journal.note_start(str(path))
             features = extractor(read_picture_for(pictures_for(extractor.net), path, upright=False))
             make_folder(target.parent)
             write_features(features, target, str(place.with_suffix(path.suffix)))
         row = {"image": str(path), "output": str(target), "keypoints": len(features.keypoints)}
+        if not is_there:
+            journal.add_result(row)
         return {**row, "kept": is_there}
 
     failures = Failures("image", lacking)
@@ -182,15 +181,3 @@ def _only_group(file: Any) -> Any:
 def _h5py() -> Any:
     next = "pip install 'cadsurgery[keypoints]', or use --form npz"
     return import_optional("h5py", "HDF5 files need h5py.", next)
-
-
-def _check_folder(folder: Path, identity: dict[str, Any]) -> None:
-    """Check that a folder's features have the same settings; record the settings in a folder without features."""
-    path, plain = folder / SETTINGS, json.loads(json.dumps(identity))
-    has_features = any(place.suffix[1:] in FORMS for place in folder.rglob("*"))
-    if (known := read_json(path)) and has_features:
-        check_same_run(
-            known.get("made_with", {}), plain, folder, "its features were made with other settings."
-        )
-    elif world().is_main:
-        write_json(path, {"made_with": plain, "versions": versions()})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -58,6 +57,7 @@ from cadsurgery.support.progress import Step, counted, silent, time_in_words
 from cadsurgery.support.timing import now
 from cadsurgery.tasks.evaluation import refuse_images
 from cadsurgery.tasks.for_each import Failures, each
+from cadsurgery.tasks.journal import NAME, Identity, Journal, Row
 from cadsurgery.tasks.judging import (
     CLASSES,
     FEW,
@@ -83,7 +83,6 @@ from cadsurgery.tasks.recommend.choice import LOOK_EVERY, Chosen, choose, is_bea
 from cadsurgery.tasks.recommend.fits import refuse_what_does_not_fit
 from cadsurgery.tasks.recommend.report import Recommendation, Requirement
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates, in_turn
-from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, unreadable, write_json
 from cadsurgery.tasks.side import Side
 from cadsurgery.tasks.sides.engine_sides import TORCH, engine_for
 
@@ -237,7 +236,7 @@ def _identity_of(
         "images": list(data.names),
         "labels": str(labels or ""),
         "size": list(calls.image.shape[2:]),
-        "settings": json.loads(json.dumps(listed)),
+        "settings": listed,
         "runtime": calls.runtime,
         "precision": calls.precision,
     }
@@ -482,9 +481,34 @@ def _look_into_labels(photos: SegmentationData, folder: Path) -> None:
 # -- measuring -----------------------------------------------------------------------------------------
 
 
+class _Measured(Journal):
+    """What earlier runs have measured.
+
+    Attributes:
+        known: kind of the outputs, MACs, names of settings that were too late, and the minutes there were.
+        judged: judgements by setting.
+        failed: pictures that cannot be used.
+    """
+
+    def __init__(self, file: Path, asked: Identity) -> None:
+        """Read what there is."""
+        self.known: dict[str, Any] = {}
+        self.judged: dict[str, list[Judgement]] = {}
+        self.failed: list[dict[str, str]] = []
+        super().__init__(file, asked)
+
+    def note(self, row: Row) -> None:
+        """Take in a row of an earlier run."""
+        self.known = row.get("known", self.known)
+        self.failed += [row["error"]] if "error" in row else []
+        for name, judgement in row.get("judged", {}).items():
+            values = {key: _tuples(value) for key, value in judgement.items()}
+            self.judged.setdefault(name, []).append(Judgement(**values))
+
+
 @dataclass
 class _MeasuringRun:
-    """A run, whose measurements are written to a file in its folder after each picture.
+    """A run, whose measurements are written to the journal of its folder after each picture.
 
     By the name of a setting are its judgements, on the first pictures that could be read, its MACs on the first
     picture, and why it is not run; `failed` are pictures that cannot be used, `end` is why measuring ended early.
@@ -510,31 +534,16 @@ class _MeasuringRun:
     kind: JudgedKind = "auto"
 
     def __post_init__(self) -> None:
-        """Continue the run that the folder holds."""
-        if not (values := read_json(self._path)):
-            return
-        try:
-            identity = values["identity"]
-            self.judged = {
-                name: [
-                    Judgement(**{key: _tuples(value) for key, value in judgement.items()})
-                    for judgement in some
-                ]
-                for name, some in values["judged"].items()
-            }
-            self.failed, self.kind = list(values["failed"]), values["kind"]
-            self.macs = {str(name): int(macs) for name, macs in values["macs"].items()}
-            self.late = list(map(str, values.get("late", ())))
-            minutes = float(values.get("minutes", math.inf))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise unreadable(self._path, error) from error
-        check_same_run(identity, self.identity, self.folder)
-        if self.late and self.minutes > minutes:  # all settings are to be run on the same pictures
-            self.judged, self.failed, self.late = {}, [], []
-
-    @property
-    def _path(self) -> Path:
-        return self.folder / "measured.json"
+        """Resume the run that the folder holds."""
+        self.journal = _Measured(self.folder / NAME, self.identity)
+        known = self.journal.known
+        if known.get("late") and self.minutes > known["minutes"]:
+            self.journal.remove()  # all settings are to be run on the same pictures
+            known, self.macs = {}, known["macs"]
+        else:
+            self.judged, self.failed = self.journal.judged, self.journal.failed
+        self.macs, self.late = known.get("macs", self.macs), known.get("late", [])
+        self.kind = known.get("kind", self.kind)
 
     @property
     def _given(self) -> str:
@@ -589,10 +598,14 @@ class _MeasuringRun:
                 image, labels = self.pictures.read(at)
             except CadError as error:
                 self.failed.append({"image": data.names[at], **error.to_dict()})
+                self.journal.add({"path": data.names[at], "error": self.failed[-1]})
                 continue
-            for name, judgement in self._judge(running, image, labels).items():
+            judged = self._judge(running, image, labels)
+            for name, judgement in judged.items():
                 self.judged.setdefault(name, []).append(judgement)
-            self._write()
+            self.journal.add(
+                {"path": data.names[at], "judged": {name: asdict(one) for name, one in judged.items()}}
+            )
         if not self.done:
             raise CadError.from_dict(self.failed[0])
 
@@ -639,6 +652,9 @@ class _MeasuringRun:
             sides[setting.name] = Side(setting.name, call, macs)
         if self.late:
             self.refused["; ".join(self.late)] = f"--minutes {self.minutes:g} left no time to prepare that."
+        known = {"kind": self.kind, "macs": self.macs, "late": self.late, "minutes": self.minutes}
+        self.journal.begin()
+        self.journal.add({"known": known})
         return sides
 
     def _running(self, sides: Mapping[str, Side]) -> list[Side]:
@@ -679,18 +695,6 @@ class _MeasuringRun:
                     given = output if given is None else given
                     judged[side.name] = judge(taken, output, given, labels, size, self.kind)
         return judged
-
-    def _write(self) -> None:
-        values = {
-            "identity": self.identity,
-            "kind": self.kind,
-            "failed": self.failed,
-            "macs": self.macs,
-            "minutes": self.minutes,
-            "late": self.late,
-            "judged": {name: [asdict(judgement) for judgement in some] for name, some in self.judged.items()},
-        }
-        write_json(self._path, values, indent=None)
 
 
 def _tuples(value: Any) -> Any:
