@@ -25,9 +25,8 @@ from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import InvalidInput, check_name
-from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step, silent, within
-from cadsurgery.support.provenance import import_nothing
+from cadsurgery.support.provenance import find_device, import_nothing
 from cadsurgery.tasks.figures import OVERLAY, draw_lattice, draw_levels, prediction_picture
 from cadsurgery.tasks.open import is_file, open_any, original, weights_in_words
 from cadsurgery.tasks.predictor import classes_of
@@ -147,7 +146,7 @@ def open_subject(name: str, weights: str = "auto", device: str = "cpu", trust: b
     Raises:
         InvalidInput: the file holds a network of another method, or the network is adaptive only in part.
     """
-    torch_device = own_device(device)
+    torch_device = find_device(device)
     if open_any(name, trust) is not None:
         raise InvalidInput(
             f"{name} holds a network of another method.",

@@ -30,18 +30,18 @@ from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.pipeline import ahead
-from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step, silent
+from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks.commands import RunOptions
-from cadsurgery.tasks.evaluation import refuse_images
 from cadsurgery.tasks.figures import CLASSES, OVERLAY, class_picture, prediction_picture
 from cadsurgery.tasks.journal import fingerprint
 from cadsurgery.tasks.large import LargePicture, WrittenRows, predict_large
+from cadsurgery.tasks.measuring import refuse_images
 from cadsurgery.tasks.open import read_by
 from cadsurgery.tasks.sides import kind_of
+from cadsurgery.tasks.workers import STOPPED
 
 _MULTIPLES = (1, 8, 16, 32, 64, 128)  # of pixels, to which pictures that a network refuses are padded
-STOPPED = threading.Event()  # set where a process of several is to end its large pictures
 Row = dict[str, Any]  # what happened to an image or a clip, as plain values; a failure has no `output`
 
 
@@ -90,7 +90,7 @@ class PredictionSettings:
         made_by |= {name: getattr(self, name) for name in names}
         # Not stated by default, so that folders of earlier versions can be gone on with.
         made_by |= {name: value for name in ("bands", "normalisation") if (value := getattr(self, name))}
-        return {**made_by, "device": own_device(self.device).type}
+        return {**made_by, "device": find_device(self.device).type}
 
     def part_of(self, item: Item) -> WrittenRows:
         """Return the prediction of a large picture as far as it is written.
@@ -104,12 +104,17 @@ class PredictionSettings:
         """Open the file on the device of this process."""
         net = load(self.file, mask=self.mask or None, trust=self.trust)
         read_by(net, self.bands, self.normalisation)
-        return net.to(own_device(self.device))
+        return net.to(find_device(self.device))
 
     def with_one_thread(self) -> Predictor:
         """Open the file for this process alone, one of many on a machine."""
         torch.set_num_threads(1)
         return Predictor(self.load(), self)
+
+    def begin(self) -> Callable[[Sequence[Item]], list[tuple[int, Row]]]:
+        """Open the file; return what predicts a block of images, see `cadsurgery.tasks.workers.share`."""
+        predictor = self.with_one_thread()
+        return lambda items: list(predictor.rows(items))
 
 
 class Picture(NamedTuple):
@@ -147,7 +152,7 @@ class Predictor:
 
     def __init__(self, converted: nn.Module, settings: PredictionSettings) -> None:
         """Optimise a network that `settings` opened."""
-        self.settings, self.device = settings, own_device(settings.device)
+        self.settings, self.device = settings, find_device(settings.device)
         self.kind, self.source = kind_of(converted), pictures_for(converted)
         self.names, self._folder = class_names(self.source), ""
         options = {"precision": settings.precision, "memory": settings.memory or None}

@@ -16,7 +16,7 @@ from cadsurgery.data.images import encode_png
 from cadsurgery.support.errors import CadError, InvalidInput, check_name, first_line, import_optional
 from cadsurgery.tasks.predictor import Item, PredictionSettings, Row
 from cadsurgery.tasks.report import FilesReport
-from cadsurgery.tasks.workers import Block, Rows, Submit, predict_block
+from cadsurgery.tasks.workers import Block, Submit, do_block
 
 __all__ = ["Predict", "connect"]
 _LISTED = 1000  # failures that a report has
@@ -100,12 +100,11 @@ def tasks(address: str, settings: PredictionSettings, count: int) -> Iterator[Su
     """
     ray = connect(address)
     lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
-    task = ray.remote(**_resources(settings), max_calls=0)(predict_block)
+    task = ray.remote(**_resources(settings), max_calls=0)(do_block)
 
-    def call(block: Block) -> Rows:
+    def call(block: Block) -> bytes:
         try:
-            rows: Rows = ray.get(task.remote(settings, block))
-            return rows
+            return bytes(ray.get(task.remote(settings, block)))
         except lost as error:
             raise BrokenExecutor(first_line(error)) from error
 

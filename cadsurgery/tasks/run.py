@@ -28,10 +28,9 @@ from cadsurgery.kernels.build import cores
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.network.model import pictures_for
 from cadsurgery.network.optimized import FLOAT, check_precision
-from cadsurgery.support.errors import FileError, InvalidInput, check_name
+from cadsurgery.support.errors import CadError, FileError, InvalidInput, check_name
 from cadsurgery.support.files import absent, as_file_error, check_folder, exists, is_folder
 from cadsurgery.support.kinds import kind_by_ending
-from cadsurgery.support.launcher import world
 from cadsurgery.support.memory import bytes_of, in_mebibytes, peak_memory
 from cadsurgery.support.progress import Step
 from cadsurgery.support.provenance import find_device
@@ -43,7 +42,7 @@ from cadsurgery.tasks.large import WrittenRows, target_for, warn_of_position
 from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.sides import kind_of
-from cadsurgery.tasks.workers import predict_in_processes, processes
+from cadsurgery.tasks.workers import processes, refuse_launchers, share
 
 # Fields of a row that state how much was computed, and their text.
 _COMPUTED = {
@@ -55,6 +54,7 @@ _COMPUTED = {
 _LISTED = 1000  # images whose rows a report has, and failures; all of them are in the manifest
 # Why images are predicted one after the other, by one process.
 _FOLLOW = "images follow each other as frames."
+_BATCHES = 16  # that a process gets at a time
 _FOR_A_PROCESS = 8  # images from which on another process is started unless --workers says how many
 
 
@@ -84,7 +84,7 @@ def predict(
         FileError: there are no images, or the output cannot be written.
         NotInstalled: clips, object storage or Ray need a package that is not installed.
     """
-    _refuse_launchers()
+    refuse_launchers("run")
     settings = PredictionSettings.of(str(file), options)
     output, resume, workers, ray = options.output, options.resume, options.workers, options.ray
     check_size(settings.size)
@@ -136,7 +136,7 @@ def predict(
 
         stills = left(sources.images() if sources.stills else ())
         if predictor is None:
-            answers = predict_in_processes(stills, settings, workers, pool)
+            answers = share(stills, settings, workers, _lost, size=_BATCHES * settings.batch, pool=pool)
         else:
             answers = chain(predictor.rows(stills), clip_rows(predictor))
         _take_in(chain(answers, sources.refusals()), outcome, journal, number, step)
@@ -148,6 +148,10 @@ def predict(
     return _report(
         outcome, sources, class_names(pictures_for(converted)), stopped.is_set(), resume, settings.memory
     )
+
+
+def _lost(item: Item, error: CadError) -> tuple[int, Row]:
+    return item.position, {"image": item.source, **error.to_dict()}
 
 
 def _take_in(
@@ -226,20 +230,6 @@ class _Processed:
         """Return the first rows of those that became so, in order."""
         listed = sorted(self.listed, key=itemgetter(0))
         return tuple(row for _, how, row in listed if how == became)[:_LISTED]
-
-
-def _refuse_launchers() -> None:
-    """Refuse several processes of `torchrun` or another launcher, which would all write every prediction.
-
-    Raises:
-        InvalidInput: there are several.
-    """
-    if (size := world().size) > 1:
-        raise InvalidInput(
-            f"run was started in {size} processes by a launcher.",
-            why="run shares pictures among processes of its own.",
-            next="start it once, with --workers N, or with --ray on several machines.",
-        )
 
 
 def _check_sharing(converted: nn.Module, sources: _Sources, wanted: Mapping[str, bool]) -> bool:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from cadsurgery.data.images import write_picture
 from cadsurgery.masks import resolve_mask
 from cadsurgery.support.errors import CadError, InvalidInput
-from cadsurgery.support.launcher import world
-from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step, silent, within
+from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks.figures import figure_picture, matches_figure
 from cadsurgery.tasks.for_each import Failures, for_each
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features, PreparedPicture
@@ -71,7 +70,7 @@ def evaluate_matching(
     if rounds < 0:
         raise InvalidInput(f"rounds={rounds}.", next="give 0 for no timing, or more.")
     check_outputs(output, picture=picture, matches=matches)
-    settings, torch_device = settings or Extraction(), own_device(device)
+    settings, torch_device = settings or Extraction(), find_device(device)
     chosen = [*masks] or [settings.mask]
     for mask in chosen:
         resolve_mask(mask or "all")
@@ -88,7 +87,6 @@ def evaluate_matching(
         sequences,
         lambda sequence: (sequence, _match_all(sequence, extractors, failures)),
         failures,
-        torch_device,
         name=lambda sequence: sequence.name,
         step=step,
     )
@@ -98,7 +96,7 @@ def evaluate_matching(
         raise CadError.from_dict(failed[0]) if failed else nothing
     rows = [_row(extractor, [parts[at] for _, parts in finished]) for at, extractor in enumerate(extractors)]
     size = (0, 0)
-    if world().is_main and (rounds or matches):
+    if rounds or matches:
         image = usable.read(0)
         seen = extractors[0].seen(image)
         size = (seen.batch.shape[2], seen.batch.shape[3])
@@ -125,8 +123,7 @@ def evaluate_matching(
         failed=tuple(failed),
         **provenance(network, source, torch_device),
     )
-    if world().is_main:
-        report.write(output, picture)
+    report.write(output, picture)
     return report
 
 

@@ -99,11 +99,10 @@ def test_an_interrupted_extraction_goes_on_and_keeps_what_is_there(
 
 @pytest.mark.slow
 def test_two_processes_extract_what_one_does(command_line: Run, folder: Path) -> None:
-    pytest.importorskip("accelerate")
     shutil.copy(TESTS / "photos.py", "photos.py")
     found = {}
     for processes, output in ((1, "one"), (2, "two")):
-        result = command_line(*EXTRACT, folder, "--output", output, "--json", processes=processes)
+        result = command_line(*EXTRACT, folder, "--output", output, "--json", "--workers", processes)
         assert result.code != 0 and len(result.json["failed"]) == 1, result.err
         found[output] = [
             (row["image"], row["keypoints"], read_features(Path(row["output"])).descriptors)

@@ -301,13 +301,3 @@ def test_frames_that_follow_each_other_are_not_gone_on_with(file: Path, photos: 
     with pytest.raises(cs.InvalidInput, match="smooth"):
         predict(file, photos, tmp_path / "out", resume=True, mask="edges | smooth")
     assert not (tmp_path / "out").exists()
-
-
-def test_several_processes_of_a_launcher_are_refused(
-    file: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(cs.InvalidInput, match=r"(?s)in 2 processes.*--workers.*--ray"):
-        predict(file, photos, tmp_path / "out")
-    assert not (tmp_path / "out").exists()

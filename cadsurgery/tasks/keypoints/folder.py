@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +22,13 @@ from cadsurgery.support.errors import (
     import_optional,
 )
 from cadsurgery.support.files import make_folder, write_whole
-from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step, silent
-from cadsurgery.tasks.for_each import Failure, Failures, for_each
+from cadsurgery.support.provenance import find_device
+from cadsurgery.tasks.for_each import Failure, noted
 from cadsurgery.tasks.journal import NAME, Results, has_results
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features
 from cadsurgery.tasks.open import at_strides
+from cadsurgery.tasks.workers import refuse_launchers, share
 
 FORMS = ("npz", "h5")
 
@@ -43,14 +44,14 @@ def extract(
     options: dict[str, Any] | None = None,
     device: str = "cpu",
     bands: Sequence[int] = (),
+    workers: int = 1,
     step: Step = silent,
     trust: bool = False,
 ) -> tuple[list[dict[str, Any]], list[Failure]]:
     """Write the features of every image; an image that cannot be used is reported, and the others are processed.
 
     Files are written atomically, and the folder has a journal, see `Results`: what is in it is kept, so that an
-    interrupted run can be resumed. Under `torchrun` or `accelerate launch` each process
-    takes its share of the images, and every process returns the rows of all.
+    interrupted run can be resumed.
 
     Args:
         network: as in `cadsurgery.evaluate`.
@@ -58,7 +59,7 @@ def extract(
         output: output folder; images of folders keep their relative paths.
         settings: settings of the extraction.
         form: `npz` or `h5`, see `write_features`.
-        weights, options, device, bands, step, trust: as in `cadsurgery.evaluate`.
+        weights, options, device, bands, workers, step, trust: as in `cadsurgery.evaluate`.
 
     Returns:
         Rows of the images with a file (`image`, `output`, `keypoints`, and `kept`: the file existed), and failures.
@@ -70,45 +71,113 @@ def extract(
         NotInstalled: the detector or the format needs a package that is not installed.
     """
     settings = settings or Extraction()
+    refuse_launchers("keypoints extract")
     if form not in FORMS:
         raise UnknownName("form of files", form, FORMS)
     resolve_mask(settings.mask or "all")
     if form == "h5":
         _h5py()
-    torch_device, (paths, lacking) = own_device(device), find_images(images)
+    find_device(device)
+    paths, lacking = find_images(images)
     folder = make_folder(output)
     step("building and converting")
-    (net,), _ = at_strides(network, (), options or {}, mask="all", weights=weights, bands=bands, trust=trust)
-    source = net.source
+    work = _ExtractionWork(
+        network, folder, settings, form, weights, options or {}, device, tuple(bands), trust
+    )
+    extractor = work.extractor()
+    net = extractor.net
     identity = {
-        **{"model": getattr(source, "name", type(net).__name__), "weights": getattr(source, "weights", "")},
+        **{"model": getattr(net.source, "name", type(net).__name__)},
+        **{"weights": getattr(net.source, "weights", "")},
         **{"plan": [list(net.plan.output_stride), net.plan.region], "form": form, **asdict(settings)},
         "options": {key: str(value) for key, value in sorted((options or {}).items())},
     }
-    extractor = Extractor(net.to(torch_device).optimize(), settings, torch_device)
     journal = Results(folder / NAME, identity, resume=has_results(folder / NAME))
     journal.begin()
+    count, done = len(paths), dict[int, dict[str, Any]]()
+    items = [_ImageItem(at, str(path), str(place)) for at, (path, place) in enumerate(paths.items())]
 
-    def describe(item: tuple[Path, Path]) -> dict[str, Any]:
-        path, place = item
-        target = folder / place.with_suffix(f".{form}")
-        is_there = journal.is_written(str(path), str(target))
-        if is_there:
-            features = read_features(target)
-        else:
-            journal.note_start(str(path))
-            features = extractor(read_picture_for(pictures_for(extractor.net), path, upright=False))
+    def left() -> Iterator[_ImageItem]:
+        for item in items:
+            if not journal.is_written(item.source, str(work.target(item))):
+                journal.note_start(item.source)
+                yield item
+                continue
+            row: dict[str, Any] = {"image": item.source}
+            with noted(row):
+                target = work.target(item)
+                row |= {
+                    "output": str(target),
+                    "keypoints": len(read_features(target).keypoints),
+                    "kept": True,
+                }
+            done[item.position] = row
+
+    missing = left()
+    answers: Iterable[tuple[int, dict[str, Any]]] = (work.extract(extractor, item) for item in missing)
+    if workers > 1:
+        answers = share(missing, work, workers, _lost)
+    step(f"image 1 of {count}", 0, count)
+    for position, row in answers:
+        journal.add_result({name: value for name, value in row.items() if name != "kept"})
+        done[position] = row
+        step(f"image {len(done)} of {count} ({Path(row['image']).name})", len(done), count)
+    rows = [row for _, row in sorted(done.items())]
+    return [row for row in rows if "error" not in row], [*lacking, *(row for row in rows if "error" in row)]
+
+
+class _ImageItem(NamedTuple):
+    """An image, its position among all, and its place in the folder."""
+
+    position: int
+    source: str
+    place: str
+
+
+@dataclass(frozen=True, eq=False)
+class _ExtractionWork:
+    """What is extracted, as the arguments of `extract` say; it can be sent to other processes."""
+
+    network: str | nn.Module
+    folder: Path
+    settings: Extraction
+    form: str
+    weights: str
+    options: dict[str, Any]
+    device: str
+    bands: tuple[int, ...]
+    trust: bool
+
+    def extractor(self) -> Extractor:
+        """Open the network."""
+        how: dict[str, Any] = {"weights": self.weights, "bands": self.bands, "trust": self.trust}
+        (net,), _ = at_strides(self.network, (), self.options, mask="all", **how)
+        device = find_device(self.device)
+        return Extractor(net.to(device).optimize(), self.settings, device)
+
+    def target(self, item: _ImageItem) -> Path:
+        """Return the file of an image."""
+        return self.folder / Path(item.place).with_suffix(f".{self.form}")
+
+    def extract(self, extractor: Extractor, item: _ImageItem) -> tuple[int, dict[str, Any]]:
+        """Write the features of an image; return its position and row, or its failure."""
+        row: dict[str, Any] = {"image": item.source}
+        with noted(row):
+            picture = read_picture_for(pictures_for(extractor.net), item.source, upright=False)
+            features, target = extractor(picture), self.target(item)
             make_folder(target.parent)
-            write_features(features, target, str(place.with_suffix(path.suffix)))
-        row = {"image": str(path), "output": str(target), "keypoints": len(features.keypoints)}
-        if not is_there:
-            journal.add_result(row)
-        return {**row, "kept": is_there}
+            write_features(features, target, str(Path(item.place).with_suffix(Path(item.source).suffix)))
+            row |= {"output": str(target), "keypoints": len(features.keypoints), "kept": False}
+        return item.position, row
 
-    failures = Failures("image", lacking)
-    return for_each(
-        list(paths.items()), describe, failures, torch_device, name=lambda item: str(item[0]), step=step
-    )
+    def begin(self) -> Callable[[Sequence[_ImageItem]], list[tuple[int, dict[str, Any]]]]:
+        """Open the network in a process; return what extracts a block of images."""
+        extractor = self.extractor()
+        return lambda items: [self.extract(extractor, item) for item in items]
+
+
+def _lost(item: _ImageItem, error: CadError) -> tuple[int, dict[str, Any]]:
+    return item.position, {"image": item.source, **error.to_dict()}
 
 
 def write_features(features: Features, path: Path, name: str = "") -> None:
