@@ -57,7 +57,7 @@ from cadsurgery.tasks.open import (
     with_statistics,
 )
 from cadsurgery.tasks.report import Row, check_outputs
-from cadsurgery.tasks.side import Side, measure
+from cadsurgery.tasks.side import Side, work_and_time
 from cadsurgery.tasks.sides import need_kind
 from cadsurgery.tasks.sides.engine_sides import (
     HIGH,
@@ -183,7 +183,7 @@ def _bench_made(
     empty = torch.zeros(len(images), *images.shape[2:], dtype=torch.int64, device=device)
     with labelled(empty):  # for a sampler that needs labels
         timed = kind.time(net, images, fractions)
-        rows = measure(
+        rows = work_and_time(
             [*timed.sides, *sides],
             images,
             setup.rounds,
@@ -312,7 +312,7 @@ def _compare(
         *banded_sides(first.net, first.image, setup, first.dense),
         *own,
     ]
-    high, low, *rows = measure(
+    high, low, *rows = work_and_time(
         [*twins, *budgets, *others],
         first.image,
         setup.rounds,

@@ -49,7 +49,7 @@ from cadsurgery.tasks.open import (
     with_statistics,
 )
 from cadsurgery.tasks.report import SLOWER, Row
-from cadsurgery.tasks.side import ConversionRequest, MethodConversion, Side, measure
+from cadsurgery.tasks.side import ConversionRequest, MethodConversion, Side, work_and_time
 from cadsurgery.tasks.sides import KINDS
 
 ADAPTIVE = "adaptive"
@@ -86,7 +86,7 @@ def convert(*, model: str, options: ConvertOptions, step: Step) -> ConversionRep
     torch.manual_seed(0)  # new parameters of a method are the same in every run
     made = make(ConversionRequest(before.to(device), source, example, own, not options.no_verify, step))
     timing = {"seconds": TIMING_SECONDS, "step": within(step, "measuring")}
-    rows = measure(made.sides, made.batch, options.rounds, "name", **timing)
+    rows = work_and_time(made.sides, made.batch, options.rounds, "name", **timing)
     beside = f"{output.name} holds the weights and names {source.weights}: keep both in one folder."
     notes = [*made.notes(rows), *[beside] * is_onnx(source.name)]
     step(f"writing {output}")

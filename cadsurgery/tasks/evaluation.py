@@ -251,7 +251,7 @@ def _with_classes(data: SegmentationData, compared: Comparison, device: torch.de
                 with as_labels(labels[None].to(device)):
                     return data.with_outputs(class_scores(compared.sides[0].call(batch)).shape[1])
         except (CadError, RuntimeError) as error:
-            first = first or refuse_images(error, image[None])
+            first = first or refuse_images(error, image[None].shape[2:])
     if first is not None:
         raise first
     return data
@@ -335,21 +335,17 @@ class _Judge:
         Raises:
             CadError: no image could be used; the error of the first one.
         """
-        count, done, at = len(self.data), 0, 0
-        merged, failed, first = list[Tally](), list[Failure](), list[int]()
-        waiting = dict[
-            int, _JudgedPart
-        ]()  # for the parts before theirs, so that any number of processes finds the same
+        count, done, merged, found = len(self.data), 0, list[Tally](), list[_JudgedPart]()
         for part in parts:
-            waiting[part.places.start] = part
+            found.append(part._replace(tallies=[]))
             done += len(part.places)
             step(f"image {done} of {count}", done, count)
-            while (next_one := waiting.pop(at, None)) is not None:
-                at, failed = next_one.places.stop, failed + next_one.failures
-                first += [] if next_one.first is None else [next_one.first]
-                for whole, own in zip(merged, next_one.tallies, strict=False):
-                    whole.merge(own)
-                merged = merged or next_one.tallies
+            for whole, own in zip(merged, part.tallies, strict=False):
+                whole.merge(own)
+            merged = merged or part.tallies
+        found.sort(key=lambda part: part.places.start)
+        failed = [failure for part in found for failure in part.failures]
+        first = [part.first for part in found if part.first is not None]
         if not merged:
             raise CadError.from_dict(failed[0])
         image, labels = sample_of(self.data, first[0])

@@ -28,11 +28,11 @@ from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.support.provenance import find_device, import_nothing
 from cadsurgery.tasks.figures import OVERLAY, draw_lattice, draw_levels, prediction_picture
+from cadsurgery.tasks.measuring import AGREEMENT, ERROR, compare
 from cadsurgery.tasks.open import is_file, open_any, original, weights_in_words
 from cadsurgery.tasks.predictor import classes_of
 from cadsurgery.tasks.report import Row
-from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
-from cadsurgery.tasks.side import Side, measure
+from cadsurgery.tasks.side import Side, work_and_time
 
 LIMITS = WRITTEN, THRESHOLD, BUDGET = "as written", "threshold", "budget"
 FILLS = ("linear", "nearest", "guided")
@@ -290,7 +290,7 @@ def explore(
         output, lattice, reference = fast(batch, mask=mask), fast.lattice, dense(batch, mask="all")
     counted = net.macs(batch, mask=mask)
     sides = [*_uniform_sides(net, dense, counted), Side(spec, partial(fast, mask=mask), counted.mask)]
-    rows = measure(sides, batch, rounds, seconds=_SECONDS, step=within(step, "measuring"))
+    rows = work_and_time(sides, batch, rounds, seconds=_SECONDS, step=within(step, "measuring"))
     pixels, stride = shown(picture).permute(1, 2, 0).numpy(), net.plan.strides[0]
     prediction, high_prediction = (
         _overlay(picture, output_of_side) for output_of_side in (output, reference)
@@ -358,15 +358,13 @@ def _overlay(picture: Tensor, output: Any) -> Image.Image | None:
 
 def _quality(output: Any, reference: Any, size: tuple[int, int]) -> str:
     """Compare an output with the one with everything kept high, in words; empty if they cannot be compared."""
-    metrics = FidelityMetrics()
     try:
-        metrics.update(output, reference, size)
+        figures = compare(output, reference, size)
     except InvalidInput:
         return ""
-    figures = metrics.compute()
-    if metrics.kind == "values":
-        return f"relative error {figures['relative_error']:.1%} against everything high"
-    return f"{figures['pixel_accuracy']:.1%} of the predictions are those of everything high"
+    if figures[ERROR] is not None:
+        return f"relative error {figures[ERROR]:.1%} against everything high"
+    return f"{figures[AGREEMENT]:.1%} of the predictions are those of everything high"
 
 
 def _answer(name: str, output: Any, source: Source) -> str:

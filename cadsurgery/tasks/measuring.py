@@ -174,8 +174,13 @@ class Quality:
                 figures[AGREEMENT] = self._same / self._pixels
         measured = [name for name in (MIOU, FIDELITY, AGREEMENT, ERROR) if figures.get(name) is not None]
         is_whole = 1 < self.images == len(self.pictures)
-        errors = {name: error_of(resampled(self.pictures, name)) for name in measured} if is_whole else {}
+        in_order = sorted(self.pictures, key=_as_key) if is_whole else []  # whatever the order of the parts
+        errors = {name: error_of(resampled(in_order, name)) for name in measured if in_order}
         return {**figures, "errors": errors}
+
+
+def _as_key(counts: Counts) -> tuple[float, bytes]:
+    return counts.divergence, b"" if counts.areas is None else counts.areas.tobytes()
 
 
 def _classes(scores: Tensor, kind: Kind, size: tuple[int, int]) -> Tensor:
@@ -325,7 +330,7 @@ def _run(
             except (CadError, RuntimeError) as error:  # networks refuse image sizes with errors of their own
                 if place or turn:
                     raise
-                return refuse_images(error, images)
+                return refuse_images(error, pictures.size)
             taken = 1e3 * (now(time.perf_counter) - start)
             if turn:
                 tallies[place].milliseconds = min(taken, tallies[place].milliseconds)
@@ -357,12 +362,12 @@ def as_labels(labels: Tensor | None) -> AbstractContextManager[None]:
     return nullcontext() if labels is None else labelled(labels)
 
 
-def refuse_images(error: Exception, images: Any) -> CadError:
-    """Return the error for images on which a network does not run."""
+def refuse_images(error: Exception, size: Sequence[int]) -> CadError:
+    """Return the error for images of a size on which a network does not run."""
     if isinstance(error, CadError):
         return error
     return InvalidInput(
-        f"the network does not take an image of {images.shape[2]}x{images.shape[3]} pixels.",
+        f"the network does not take an image of {size[0]}x{size[1]} pixels.",
         why=describe_error(error),
         next="resize or crop the images to a size that it takes, e.g. multiples of its strides (run: --size).",
     )

@@ -188,7 +188,7 @@ class Predictor:
             except NotInstalled:
                 raise
             except (CadError, RuntimeError) as error:  # networks refuse image sizes with errors of their own
-                refusal = refusal or refuse_images(error, images)
+                refusal = refusal or refuse_images(error, images.shape[2:])
                 self.start_anew()
         else:
             assert refusal is not None

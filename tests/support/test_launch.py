@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
 
 import cadsurgery as cs
 from cadsurgery.support import launcher, processes
@@ -90,9 +94,9 @@ def test_several_processes_of_a_launcher_are_refused_by_all_but_training(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_sent_to_another_process_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_sent_to_another_process_is_refused() -> None:
     network = nn.Conv2d(3, 3, 1)
-    network.hook = lambda: None  # type: ignore[assignment]
+    network.hook = lambda: None
     with pytest.raises(cs.InvalidInput, match=r"(?s)cannot be sent.*--workers"), processes_of(network, 2):
         pass
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -54,21 +54,18 @@ from cadsurgery.support.folders import visible, warn_of_left_out
 from cadsurgery.support.kinds import FOLDER, check_kind
 from cadsurgery.support.plain import split_options
 from cadsurgery.support.progress import Step, counted, silent, time_in_words
-from cadsurgery.support.timing import now
-from cadsurgery.tasks.evaluation import refuse_images
 from cadsurgery.tasks.for_each import Failures, each
 from cadsurgery.tasks.journal import NAME, Identity, Journal, Row
-from cadsurgery.tasks.judging import (
-    CLASSES,
-    FEW,
-    FOUND,
-    LABELS,
-    VALUES,
-    JudgedKind,
-    Judgement,
-    in_rows,
-    judge,
-    kind_to_judge,
+from cadsurgery.tasks.judging import FEW, FOUND, Judgement, in_rows, kind_to_judge
+from cadsurgery.tasks.measuring import (
+    ERROR,
+    FIDELITY,
+    MIOU,
+    Kind,
+    PictureBatch,
+    Quality,
+    measure,
+    refuse_images,
 )
 from cadsurgery.tasks.open import (
     is_file,
@@ -370,7 +367,7 @@ def _output_of(model: nn.Module, image: Tensor) -> int:
     except CadError:
         raise
     except Exception as error:  # the network decides what it takes
-        raise refuse_images(error, image) from error
+        raise refuse_images(error, image.shape[2:]) from error
 
 
 # -- pictures ------------------------------------------------------------------------------------------
@@ -502,8 +499,7 @@ class _Measured(Journal):
         self.known = row.get("known", self.known)
         self.failed += [row["error"]] if "error" in row else []
         for name, judgement in row.get("judged", {}).items():
-            values = {key: _tuples(value) for key, value in judgement.items()}
-            self.judged.setdefault(name, []).append(Judgement(**values))
+            self.judged.setdefault(name, []).append(Judgement.from_dict(judgement))
 
 
 @dataclass
@@ -513,7 +509,8 @@ class _MeasuringRun:
     By the name of a setting are its judgements, on the first pictures that could be read, its MACs on the first
     picture, and why it is not run; `failed` are pictures that cannot be used, `end` is why measuring ended early.
     `minutes` are what the user gave, up to `deadline` by `time.perf_counter`; `late` are the names of settings for
-    which they did not suffice, and `taken` are the seconds after which the first of them was left out.
+    which they did not suffice, and `taken` are the seconds after which the first of them was left out. `running` are
+    the settings that run on the next picture.
     """
 
     candidates: Candidates
@@ -531,7 +528,8 @@ class _MeasuringRun:
     late: list[str] = field(default_factory=list)
     taken: float = 0.0
     end: str = ""
-    kind: JudgedKind = "auto"
+    running: list[Side] = field(default_factory=list)
+    kind: Kind = "auto"
 
     def __post_init__(self) -> None:
         """Resume the run that the folder holds."""
@@ -558,8 +556,8 @@ class _MeasuringRun:
     def measured_by(self) -> str:
         """The measure of quality."""
         if self.pictures.data.is_labelled:
-            return LABELS
-        return {"values": VALUES, "found": FOUND}.get(self.kind, CLASSES)
+            return MIOU
+        return {"values": ERROR, "found": FOUND}.get(self.kind, FIDELITY)
 
     @property
     def left(self) -> float:
@@ -586,13 +584,43 @@ class _MeasuringRun:
 
     def measure(self) -> None:
         """Run all settings on the pictures, one after the other."""
-        sides, data = self._prepare(), self.pictures.data
+        sides = self._prepare()
+
+        def metrics() -> list[Quality]:
+            of_labels = [Quality(of_labels=True)] if self.pictures.data.is_labelled else []
+            return [Quality(self.kind), *of_labels]
+
+        measured = measure(
+            lambda: self.running,
+            self._pictures(sides),
+            metrics,
+            self._is_late,
+            turns=self._turns,
+            read=lambda output: maps_of(output)[0],
+        )
+        for picture, tallies in measured:
+            if isinstance(tallies, CadError):
+                raise tallies
+            each = zip(self.running, tallies, strict=True)
+            judged = {side.name: Judgement.of(tally) for side, tally in each}
+            for name, judgement in judged.items():
+                self.judged.setdefault(name, []).append(judgement)
+            plain = {name: judgement.to_dict() for name, judgement in judged.items()}
+            self.journal.add({"path": self.pictures.data.names[picture.places[0]], "judged": plain})
+        if not self.done:
+            raise CadError.from_dict(self.failed[0])
+
+    def _is_late(self) -> bool:
+        if self.done >= FEWEST and self.left < 0:
+            self.end = f"after {self.minutes:g} minutes"
+        return bool(self.end)
+
+    def _pictures(self, sides: Mapping[str, Side]) -> Iterator[PictureBatch]:
+        """Yield the pictures that are left, and choose the settings that run on each."""
+        data = self.pictures.data
         for at in range(self.done + len(self.failed), len(data)):
-            if self.done >= FEWEST and self.left < 0:
-                self.end = f"after {self.minutes:g} minutes"
-                break
-            running = self._running(sides)
-            text = f"picture {at + 1} of {len(data)}, {len(running)} settings"
+            self.running = self._chosen(sides)
+            text = f"picture {at + 1} of {len(data)}, {len(self.running)} settings"
             self.step(text, at, len(data), max(0.0, self.left))
             try:
                 image, labels = self.pictures.read(at)
@@ -600,14 +628,7 @@ class _MeasuringRun:
                 self.failed.append({"image": data.names[at], **error.to_dict()})
                 self.journal.add({"path": data.names[at], "error": self.failed[-1]})
                 continue
-            judged = self._judge(running, image, labels)
-            for name, judgement in judged.items():
-                self.judged.setdefault(name, []).append(judgement)
-            self.journal.add(
-                {"path": data.names[at], "judged": {name: asdict(one) for name, one in judged.items()}}
-            )
-        if not self.done:
-            raise CadError.from_dict(self.failed[0])
+            yield PictureBatch(image, (image.shape[2], image.shape[3]), labels, (at,))
 
     def _prepare(self) -> dict[str, Side]:
         """Return the sides of all settings that can be run, as far as time suffices to prepare them and to measure
@@ -657,7 +678,7 @@ class _MeasuringRun:
         self.journal.add({"known": known})
         return sides
 
-    def _running(self, sides: Mapping[str, Side]) -> list[Side]:
+    def _chosen(self, sides: Mapping[str, Side]) -> list[Side]:
         """Return the settings that are not dropped: the network as given first, the others in rotating order."""
         given = self._given
         others = [name for name in sides if name != given and len(self.judged.get(name, ())) == self.done]
@@ -670,32 +691,9 @@ class _MeasuringRun:
 
     @property
     def _turns(self) -> int:
-        """Number of times that a picture is run by each setting."""
-        return min(_MOST_TURNS, math.ceil(FEW / len(self.pictures.data)))
-
-    def _judge(self, running: Sequence[Side], image: Tensor, labels: Tensor | None) -> dict[str, Judgement]:
-        """Judge all settings on one picture.
+        """Number of times that a picture is run by each setting.
 
         Few pictures are run several times, all settings in turn, and the best time counts: among few, one call that
         another program disturbs is an error that cannot be told from a difference between pictures.
         """
-        judged: dict[str, Judgement] = {}
-        given: Any = None
-        size = (image.shape[2], image.shape[3])
-        with torch.inference_mode():
-            for turn in range(self._turns):
-                for side in running:
-                    start = now(time.perf_counter)
-                    output = side.call(image)
-                    taken = 1e3 * (now(time.perf_counter) - start)
-                    if turn:
-                        best = min(taken, judged[side.name].milliseconds)
-                        judged[side.name] = replace(judged[side.name], milliseconds=best)
-                        continue
-                    given = output if given is None else given
-                    judged[side.name] = judge(taken, output, given, labels, size, self.kind)
-        return judged
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+        return min(_MOST_TURNS, math.ceil(FEW / len(self.pictures.data)))
