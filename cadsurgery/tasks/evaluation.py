@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +23,9 @@ from cadsurgery.data.images import normalise
 from cadsurgery.data.samples import pictures_of
 from cadsurgery.masks import resolve_mask
 from cadsurgery.support.divergence import KINDS, Kind, class_scores
-from cadsurgery.support.errors import CadError, InvalidInput, check_name
+from cadsurgery.support.errors import CadError, InvalidInput, NotInstalled, check_name
 from cadsurgery.support.progress import Step, silent, within
 from cadsurgery.support.provenance import find_device
-from cadsurgery.tasks.for_each import Failure, Failures, each
 from cadsurgery.tasks.measuring import PictureBatch, Quality, Tally, as_labels, measure, refuse_images
 from cadsurgery.tasks.open import Strides, at_strides, open_any, provenance, read_by
 from cadsurgery.tasks.report import (
@@ -116,17 +114,17 @@ def evaluate(
     """
     _check_options(limit, batch, rounds, workers, kind, output, picture)
     refuse_launchers("eval")
-    work = _Evaluation(
-        *(network, data, masks, output_stride, options or {}, weights, split, limit, batch, kind, device),
-        *(thresholds, sides, bands, trust),
-    )
-    judge = work.judge(step)
+    how: dict[str, Any] = {"weights": weights, "bands": bands, "trust": trust}
+    what = (network, data, masks, output_stride, options or {}, split, limit, thresholds, sides, device)
+    work = partial(_open, *what, how, kind, batch)
+    judge = work(step=step)
     places = range(len(judge.data))
-    parts: Iterable[_JudgedPart] = (judge.part(places, step) for _ in range(1))
     if workers > 1:
         step("starting processes", 0, len(places))
         size = batch * max(1, min(_BATCHES, len(places) // (workers * batch)))
-        parts = share(iter(places), work, workers, judge.lost, size=size)
+        parts: Iterable[_JudgedPart] = share(iter(places), work, workers, judge.lost, size=size)
+    else:
+        parts = judge(places, step)
     measured = judge.measured(parts, rounds, step)
     report = EvaluationReport(
         batch=batch,
@@ -139,6 +137,7 @@ def evaluate(
 
 
 _BATCHES = 16  # that a process gets at a time, at most
+Failure = dict[str, str]  # an error as plain values, with the image's name
 
 
 def _refuse_thresholds(thresholds: Sequence[Any]) -> None:
@@ -149,53 +148,41 @@ def _refuse_thresholds(thresholds: Sequence[Any]) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Evaluation:
-    """What is evaluated, as the arguments of `evaluate` say; it can be sent to other processes."""
-
-    network: str | nn.Module
-    samples: str | Samples
-    masks: Sequence[object]
-    output_stride: Strides
-    options: Mapping[str, Any]
-    weights: str
-    split: str
-    limit: int | None
-    batch: int
-    kind: Kind
-    device: str
-    thresholds: Sequence[float | Sequence[float]]
-    sides: Sequence[Side]
-    bands: Sequence[int]
-    trust: bool
-
-    def judge(self, step: Step = silent) -> _Judge:
-        """Open the network and the data."""
-        device, network, data, bands = find_device(self.device), self.network, self.samples, self.bands
-        for mask in self.masks:
-            resolve_mask(mask)  # a typo should not wait for the network to be built
-        samples = open_data(data, self.split, bands=bands) if isinstance(data, str) else as_data(data)
-        samples = samples.first(self.limit)
-        opened: nn.Module | None = open_any(network, self.trust)
-        pictures = pictures_of(samples)
-        if opened is not None:
-            read_by(opened, bands, self.options.get("normalisation"), pictures)
-            has_masks = bool(self.masks or self.output_stride)
-            compared = _sides_of(opened, samples, has_masks, self.thresholds, device)
-        else:
-            _refuse_thresholds(self.thresholds)
-            step("building and converting")
-            how: dict[str, Any] = {"weights": self.weights, "bands": bands, "trust": self.trust}
-            nets, source = at_strides(network, self.output_stride, self.options, pictures=pictures, **how)
-            opened, compared = nets[0], of_masks.compare(nets, source, self.masks, device)
-        compared = replace(compared, sides=[*compared.sides, *self.sides])
-        samples = _with_classes(samples.read_for(compared.source), compared, device)
-        return _Judge(compared, samples, self.kind, device, self.batch)
-
-    def begin(self) -> Callable[[Sequence[int]], list[_JudgedPart]]:
-        """Open both in a process; return what judges a block of images."""
-        judge = self.judge()
-        return lambda places: [judge.part(range(places[0], places[-1] + 1))] if places else []
+def _open(
+    network: str | nn.Module,
+    data: str | Samples,
+    masks: Sequence[object],
+    output_stride: Strides,
+    options: Mapping[str, Any],
+    split: str,
+    limit: int | None,
+    thresholds: Sequence[float | Sequence[float]],
+    sides: Sequence[Side],
+    device_name: str,
+    how: Mapping[str, Any],
+    kind: Kind,
+    batch: int,
+    step: Step = silent,
+) -> _Judge:
+    """Open the network and the data, in this process or another one."""
+    device, bands = find_device(device_name), how["bands"]
+    for mask in masks:
+        resolve_mask(mask)  # a typo should not wait for the network to be built
+    samples = (open_data(data, split, bands=bands) if isinstance(data, str) else as_data(data)).first(limit)
+    opened: nn.Module | None = open_any(network, how["trust"])
+    pictures = pictures_of(samples)
+    if opened is not None:
+        read_by(opened, bands, options.get("normalisation"), pictures)
+        compared = _sides_of(opened, samples, bool(masks or output_stride), thresholds, device)
+    else:
+        _refuse_thresholds(thresholds)
+        step("building and converting")
+        nets, source = at_strides(network, output_stride, options, pictures=pictures, **how)
+        compared = of_masks.compare(nets, source, masks, device)
+    compared = replace(compared, sides=[*compared.sides, *sides])
+    return _Judge(
+        compared, _with_classes(samples.read_for(compared.source), compared, device), kind, device, batch
+    )
 
 
 def _check_options(
@@ -261,12 +248,12 @@ def _with_classes(data: SegmentationData, compared: Comparison, device: torch.de
 
 
 class _JudgedPart(NamedTuple):
-    """What images that follow each other gave: a tally for each side, failures, and the first that could be used."""
+    """What some images gave: a tally for each side, failures by position, and the first image that could be used."""
 
-    places: range
+    count: int
     tallies: list[Tally]
-    failures: list[Failure]
-    first: int | None
+    failed: dict[int, Failure]
+    first: int | None = None
 
 
 @dataclass(frozen=True)
@@ -279,48 +266,50 @@ class _Judge:
     device: torch.device
     batch: int
 
+    def __call__(self, places: Sequence[int], step: Step = silent) -> list[_JudgedPart]:
+        """Run all sides on images; those of one size that follow each other run together."""
+        failed, done, first, tallies = dict[int, Failure](), 0, list[int](), list[Tally]()
+        step(f"image 1 of {len(places)}", 0, len(places))
+        for pictures, found in measure(self.compared.sides, self._pictures(places, failed), self._metrics):
+            before = done + len(failed)
+            step(f"image {before + len(pictures.places)} of {len(places)}", before, len(places))
+            if isinstance(found, CadError):
+                failed |= {place: self._failure(place, found) for place in pictures.places}
+                continue
+            done, first = done + len(pictures.places), first or [*pictures.places]
+            for whole, own in zip(tallies, found, strict=False):
+                whole.merge(own)
+            tallies = tallies or found
+        return [_JudgedPart(len(places), tallies, failed, *first[:1])]
+
+    def lost(self, place: int, error: CadError) -> _JudgedPart:
+        """Return the part of an image that ended its process."""
+        return _JudgedPart(1, [], {place: self._failure(place, error)})
+
+    def _failure(self, place: int, error: CadError) -> Failure:
+        return {"image": self.data.names[place], **error.to_dict()}
+
     def _metrics(self) -> list[Quality]:
         if self.data.is_labelled:
             return [Quality(of_labels=True, classes=len(self.data.classes), data=self.data.name)]
         return [Quality(self.kind)]
 
-    def part(self, places: range, step: Step = silent) -> _JudgedPart:
-        """Run all sides on images; those of one size that follow each other run together."""
-        failures, done, count, first = Failures("image"), 0, len(places), list[int]()
-        tallies = list[Tally]()
-        step(f"image 1 of {count}", 0, count)
-        sides = self.compared.sides
-        for pictures, found in measure(sides, self._pictures(places, failures), self._metrics):
-            before = done + len(failures.noted)
-            step(f"image {before + len(pictures.places)} of {count}", before, count)
-            if isinstance(found, CadError):
-                for place in pictures.places:
-                    failures.at(place - places.start, self.data.names[place])
-                    failures.note(found)
-                continue
-            done += len(pictures.places)
-            first = first or [*pictures.places]
-            for whole, own in zip(tallies, found, strict=False):
-                whole.merge(own)
-            tallies = tallies or found
-        noted = [failure for _, failure in sorted(failures.noted, key=itemgetter(0))]
-        return _JudgedPart(places, tallies, noted, first[0] if first else None)
+    def _pictures(self, places: Sequence[int], failed: dict[int, Failure]) -> Iterator[PictureBatch]:
+        """Yield batches; images that cannot be used are noted and left out."""
 
-    def lost(self, place: int, error: CadError) -> _JudgedPart:
-        """Return the part of an image that ended its process."""
-        failure = {"image": self.data.names[place], **error.to_dict()}
-        return _JudgedPart(range(place, place + 1), [], [failure], None)
+        def read() -> Iterator[tuple[int, Tensor, Tensor]]:
+            for place in places:
+                try:
+                    yield place, *sample_of(self.data, place)
+                except NotInstalled:  # no other image would do better
+                    raise
+                except CadError as error:
+                    failed[place] = self._failure(place, error)
 
-    def _pictures(self, places: range, failures: Failures) -> Iterator[PictureBatch]:
-        """Yield batches; images that cannot be used are recorded as failures and left out."""
-        items = each(places, partial(sample_of, self.data), failures, name=self.data.names.__getitem__)
-        for _, alike in groupby(items, key=lambda item: item[1][0].shape):
+        for _, alike in groupby(read(), key=lambda item: item[1].shape):
             while some := list(islice(alike, self.batch)):
-                at, pairs = zip(*some, strict=True)
-                images, labels = zip(*pairs, strict=True)
-                yield self.prepare(
-                    torch.stack(images), torch.stack(labels), tuple(places.start + one for one in at)
-                )
+                at, images, labels = zip(*some, strict=True)
+                yield self.prepare(torch.stack(images), torch.stack(labels), at)
 
     def prepare(self, images: Tensor, labels: Tensor, places: tuple[int, ...] = (0,)) -> PictureBatch:
         """Normalise images, and bring them and their labels to the device."""
@@ -335,20 +324,19 @@ class _Judge:
         Raises:
             CadError: no image could be used; the error of the first one.
         """
-        count, done, merged, found = len(self.data), 0, list[Tally](), list[_JudgedPart]()
+        count, done, merged = len(self.data), 0, list[Tally]()
+        failed, firsts = dict[int, Failure](), list[int]()
         for part in parts:
-            found.append(part._replace(tallies=[]))
-            done += len(part.places)
+            done, failed = done + part.count, failed | part.failed
+            firsts += [] if part.first is None else [part.first]
             step(f"image {done} of {count}", done, count)
             for whole, own in zip(merged, part.tallies, strict=False):
                 whole.merge(own)
             merged = merged or part.tallies
-        found.sort(key=lambda part: part.places.start)
-        failed = [failure for part in found for failure in part.failures]
-        first = [part.first for part in found if part.first is not None]
+        failures = [failure for _, failure in sorted(failed.items())]
         if not merged:
-            raise CadError.from_dict(failed[0])
-        image, labels = sample_of(self.data, first[0])
+            raise CadError.from_dict(failures[0])
+        image, labels = sample_of(self.data, min(firsts))
         example = self.prepare(image[None], labels[None])
         rows = [self._row(*pair) for pair in zip(self.compared.sides, merged, strict=True)]
         if rounds:
@@ -365,7 +353,7 @@ class _Judge:
             "rounds": rounds,
             "normalisation": self.compared.normalisation,
             "rows": tuple(rows),
-            "failed": tuple(failed),
+            "failed": tuple(failures),
             "compared": replace(self.compared, sides=()),  # a report keeps no networks
         }
 

@@ -136,9 +136,11 @@ class WrittenRows:
         self.target, self.file = target, _part_of(target)
         asked = {"path": os.path.abspath(picture), "file": state_of(picture), "by": made_by}
         place = target.with_name(f".{target.name}.jsonl")
-        next = f"give it the same again, choose another --output, or delete {place}, to begin anew."
+        if not self.file.exists():
+            place.unlink(missing_ok=True)  # there is nothing to resume
+        next = f"give it the same again, choose another --output, or delete {self.file}, to begin anew."
         self._journal = Journal(place, asked, resume, what=str(self.file), next=next)
-        rows = self._journal.rows if self.file.exists() else []
+        rows = self._journal.rows
         self._offset = int(rows[0]["offset"]) if rows else 0
         self.rows = max((row["rows"] for row in rows[1:]), default=0)
         self.milliseconds = sum(row["milliseconds"] for row in rows[1:])

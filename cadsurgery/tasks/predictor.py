@@ -54,6 +54,11 @@ class Item(NamedTuple):
     content: bytes | None = None
 
 
+def lost(item: Item, error: CadError) -> tuple[int, Row]:
+    """Return the position and the row of an image that failed."""
+    return item.position, {"image": item.source, **error.to_dict()}
+
+
 @dataclass(frozen=True)
 class PredictionSettings:
     """What predictions are made by; it can be sent to other processes.
@@ -111,7 +116,7 @@ class PredictionSettings:
         torch.set_num_threads(1)
         return Predictor(self.load(), self)
 
-    def begin(self) -> Callable[[Sequence[Item]], list[tuple[int, Row]]]:
+    def predicting(self) -> Callable[[Sequence[Item]], list[tuple[int, Row]]]:
         """Open the file; return what predicts a block of images, see `cadsurgery.tasks.workers.share`."""
         predictor = self.with_one_thread()
         return lambda items: list(predictor.rows(items))
@@ -293,7 +298,7 @@ class Predictor:
         except NotInstalled:
             raise
         except CadError as error:
-            return clip.position, {"image": clip.source, **error.to_dict()}
+            return lost(clip, error)
 
     def draw_clip(
         self, path: Path, target: Path, fps: float, step: Step, stopped: threading.Event

@@ -93,7 +93,7 @@ def _content(value: Any) -> bytes:
 
 
 @contextmanager
-def tasks(address: str, settings: PredictionSettings, count: int) -> Iterator[Submit]:
+def tasks(address: str, settings: PredictionSettings, work: bytes, count: int) -> Iterator[Submit]:
     """Start processes of Ray, each of which opens the file once; what a lost machine had in work is done by others.
 
     Each machine must be able to read the converted file and the pictures and to write the predictions at their paths.
@@ -101,10 +101,11 @@ def tasks(address: str, settings: PredictionSettings, count: int) -> Iterator[Su
     ray = connect(address)
     lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
     task = ray.remote(**_resources(settings), max_calls=0)(do_block)
+    sent = ray.put(work)
 
     def call(block: Block) -> bytes:
         try:
-            return bytes(ray.get(task.remote(settings, block)))
+            return bytes(ray.get(task.remote(sent, block)))
         except lost as error:
             raise BrokenExecutor(first_line(error)) from error
 

@@ -28,7 +28,7 @@ from cadsurgery.kernels.build import cores
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.network.model import pictures_for
 from cadsurgery.network.optimized import FLOAT, check_precision
-from cadsurgery.support.errors import CadError, FileError, InvalidInput, check_name
+from cadsurgery.support.errors import FileError, InvalidInput, check_name
 from cadsurgery.support.files import absent, as_file_error, check_folder, exists, is_folder
 from cadsurgery.support.kinds import kind_by_ending
 from cadsurgery.support.memory import bytes_of, in_mebibytes, peak_memory
@@ -39,7 +39,7 @@ from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import CLASSES, VIEWS, figure_picture, legend_figure
 from cadsurgery.tasks.journal import NAME, Results
 from cadsurgery.tasks.large import WrittenRows, target_for, warn_of_position
-from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row
+from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row, lost
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.sides import kind_of
 from cadsurgery.tasks.workers import processes, refuse_launchers, share
@@ -109,7 +109,7 @@ def predict(
     journal = Results(sources.journal, asked, resume, what=what, is_replaced=sources.is_one_clip)
     sources.refuse_replacing(journal.is_new)
     number, outcome = sources.count(journal, made_by, resume), _Processed()
-    pool = partial(ray_data.tasks, ray) if ray else processes
+    pool = partial(ray_data.tasks, ray, settings) if ray else processes
     if workers is None:
         # A process has one thread; OMP_NUM_THREADS and torch.set_num_threads say how many there may be.
         usual = min(cores(), torch.get_num_threads()) if is_shared and own.type == "cpu" else 1
@@ -136,7 +136,8 @@ def predict(
 
         stills = left(sources.images() if sources.stills else ())
         if predictor is None:
-            answers = share(stills, settings, workers, _lost, size=_BATCHES * settings.batch, pool=pool)
+            size = _BATCHES * settings.batch
+            answers = share(stills, settings.predicting, workers, lost, size=size, pool=pool)
         else:
             answers = chain(predictor.rows(stills), clip_rows(predictor))
         _take_in(chain(answers, sources.refusals()), outcome, journal, number, step)
@@ -148,10 +149,6 @@ def predict(
     return _report(
         outcome, sources, class_names(pictures_for(converted)), stopped.is_set(), resume, settings.memory
     )
-
-
-def _lost(item: Item, error: CadError) -> tuple[int, Row]:
-    return item.position, {"image": item.source, **error.to_dict()}
 
 
 def _take_in(

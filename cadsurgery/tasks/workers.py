@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessP
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import islice
 from multiprocessing import get_context, parent_process
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,17 +26,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Block = Sequence[Any]  # items that a process gets together
 Do = Callable[[Block], list[Any]]  # returns the results of a block
-
-
-class SharedWork(Protocol):
-    """What processes do; it is sent to each of them."""
-
-    def begin(self) -> Do:
-        """Prepare it, once in each process; return what does a block."""
-
-
-Submit = Callable[[Block], Future[bytes]]  # lets a process do a block, see `do_block`
-Pool = Callable[[SharedWork, int], AbstractContextManager[Submit]]  # starts so many processes
+Work = Callable[[], Do]  # prepares it, once in each process, to which it is sent
+Submit = Callable[[Block], Future[bytes]]  # lets a process do a block, pickled
+Pool = Callable[[bytes, int], AbstractContextManager[Submit]]  # starts so many processes for work, pickled
 
 
 def refuse_launchers(command: str) -> None:
@@ -55,28 +47,16 @@ def refuse_launchers(command: str) -> None:
 
 
 @contextmanager
-def processes(work: SharedWork, count: int) -> Iterator[Submit]:
-    """Start processes of this machine with a thread each, and a GPU of several each.
-
-    Raises:
-        InvalidInput: the work cannot be sent to another process.
-    """
-    try:
-        sent = pickle.dumps(work)
-    except Exception as error:  # objects of users decide what they raise
-        raise InvalidInput(
-            "this work cannot be sent to other processes.",
-            why=describe_error(error),
-            next="leave --workers out, or name the network and the data instead of passing objects.",
-        ) from error
+def processes(work: bytes, count: int) -> Iterator[Submit]:
+    """Start processes of this machine with a thread each, and a GPU of several each."""
     context = get_context("spawn")
-    with ProcessPoolExecutor(count, context, _begin, (sent, context.Value("i", 0))) as pool:
+    with ProcessPoolExecutor(count, context, _begin, (work, context.Value("i", 0))) as pool:
         yield lambda block: pool.submit(_do, block)
 
 
 def share(
     items: Iterator[Item],
-    work: SharedWork,
+    work: Work,
     count: int,
     lost: Callable[[Item, CadError], Result],
     *,
@@ -90,24 +70,33 @@ def share(
 
     Args:
         items: what is to be done.
-        work: does them.
+        work: does them; it opens what it needs anew in each process.
         count: number of processes.
         lost: see above.
         size: number of items that a process gets at a time.
         pool: starts the processes.
 
     Raises:
-        CadError: no process can begin the work.
+        InvalidInput: the work cannot be sent to another process.
+        CadError: no process can begin it.
     """
+    try:
+        sent = pickle.dumps(work)
+    except Exception as error:  # objects of users decide what they raise
+        raise InvalidInput(
+            "this work cannot be sent to other processes.",
+            why=describe_error(error),
+            next="leave --workers out, or name the network and the data instead of passing objects.",
+        ) from error
     blocks = iter(lambda: list(islice(items, size)), [])
-    while ended := (yield from _share(blocks, work, count, pool)):
+    while ended := (yield from _share(blocks, sent, count, pool)):
         alone = ([item] for block in ended for item in block)
-        while fatal := (yield from _share(alone, work, 1, pool)):
+        while fatal := (yield from _share(alone, sent, 1, pool)):
             yield lost(fatal[0][0], CadError("the process was ended at this image.", why=_WHY, next=_NEXT))
 
 
 def _share(
-    blocks: Iterator[list[Any]], work: SharedWork, count: int, pool: Pool
+    blocks: Iterator[list[Any]], work: bytes, count: int, pool: Pool
 ) -> Generator[Any, None, list[list[Any]]]:
     """Yield the results of blocks until a process ends; return the blocks that were in flight then."""
     running, lost = dict[Future[bytes], list[Any]](), list[list[Any]]()
@@ -131,17 +120,18 @@ def _share(
                     lost.append(block)
 
 
-def do_block(work: SharedWork, block: Block) -> bytes:
+def do_block(work: bytes, block: Block) -> bytes:
     """Return the results of a block, pickled: torch would send each tensor by an open file of its own."""
     return pickle.dumps(_begun(work)(block))
 
 
 @functools.cache
-def _begun(work: SharedWork) -> Do:
-    return work.begin()
+def _begun(work: bytes) -> Do:
+    begin: Work = pickle.loads(work)
+    return begin()
 
 
-_WORK = list[SharedWork]()  # of this process
+_WORK = list[bytes]()  # of this process
 
 
 def _do(block: Block) -> bytes:
@@ -158,7 +148,7 @@ def _begin(work: bytes, number: Any) -> None:
         number.value += 1
     if (devices := torch.cuda.device_count()) > 1:
         torch.cuda.set_device(number.value % devices)
-    _WORK.append(pickle.loads(work))
+    _WORK.append(work)
 
 
 def _end_with_parent() -> None:

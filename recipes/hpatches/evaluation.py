@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from cadsurgery.data.images import write_picture
 from cadsurgery.masks import resolve_mask
-from cadsurgery.support.errors import CadError, InvalidInput
-from cadsurgery.support.progress import Step, silent, within
+from cadsurgery.support.errors import CadError, InvalidInput, NotInstalled
+from cadsurgery.support.progress import Step, counted, silent, within
 from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks.figures import figure_picture, matches_figure
-from cadsurgery.tasks.for_each import Failures, for_each
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features, PreparedPicture
 from cadsurgery.tasks.keypoints.matching import corner_error, match_errors, matching_accuracy, mutual_matches
 from cadsurgery.tasks.open import Strides, at_strides, provenance
@@ -82,14 +81,15 @@ def evaluate_matching(
         for fast in [net.to(torch_device).optimize() for net in nets]
         for mask in chosen
     ]
-    failures = Failures("sequence")
-    finished, failed = for_each(
-        sequences,
-        lambda sequence: (sequence, _match_all(sequence, extractors, failures)),
-        failures,
-        name=lambda sequence: sequence.name,
-        step=step,
-    )
+    failed: list[dict[str, str]] = []
+    finished: list[tuple[ImageSequence | Photo, list[_Part]]] = []
+    for sequence in counted(sequences, step, "sequence", name=lambda sequence: sequence.name):
+        try:
+            finished.append((sequence, _match_all(sequence, extractors, failed)))
+        except NotInstalled:
+            raise
+        except CadError as error:
+            failed.append({"sequence": sequence.name, **error.to_dict()})
     usable = next((sequence for sequence, parts in finished if parts[0].pairs), None)
     if usable is None:
         nothing = CadError("there was nothing to match.", next="check the images.")
@@ -141,7 +141,7 @@ def _describe(extractor: Extractor, seen: PreparedPicture, images: Tensor) -> Fe
 
 
 def _match_all(
-    sequence: ImageSequence | Photo, extractors: Sequence[Extractor], failures: Failures
+    sequence: ImageSequence | Photo, extractors: Sequence[Extractor], failed: list[dict[str, str]]
 ) -> list[_Part]:
     """Match one sequence with every extractor; images that cannot be used are recorded as failures."""
     first = extractors[0].seen(sequence.read(0))
@@ -150,7 +150,7 @@ def _match_all(
         try:
             others[place] = extractors[0].seen(sequence.read(place + 1))
         except CadError as error:
-            failures.note(error)
+            failed.append({"sequence": sequence.name, **error.to_dict()})
     parts = []
     for extractor in extractors:
         first_features = extractor.features(first)

@@ -1,8 +1,9 @@
-"""Several processes: what a launcher says, and what it does not; and work on many items."""
+"""Several processes: what a launcher says, and what it does not; and work that is shared."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,8 @@ from cadsurgery.support import launcher, processes
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks import run
 from cadsurgery.tasks.commands import RunOptions
-from cadsurgery.tasks.for_each import Failures, for_each
 from cadsurgery.tasks.keypoints import extract
-from cadsurgery.tasks.workers import processes as processes_of
+from cadsurgery.tasks.workers import share
 
 ALONE = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -52,30 +52,6 @@ def test_the_mean_over_one_process_is_the_value() -> None:
     assert float(found) == 3.0 and not found.requires_grad
 
 
-def halved(number: int) -> int:
-    if number % 2:
-        raise cs.InvalidInput(f"{number} is odd.", why="halves are whole.", next="give an even number.")
-    return number // 2
-
-
-def test_what_cannot_be_done_is_noted_and_the_rest_is_done() -> None:
-    told: list[tuple[object, ...]] = []
-    failures = Failures("number", [{"number": "x", "error": "FileError", "what": "x is no number."}])
-    done, failed = for_each(
-        [2, 3, 4], halved, failures, name=lambda item: f"at/{item}", step=lambda *step: told.append(step)
-    )
-    assert done == [1, 2]
-    assert [failure["number"] for failure in failed] == ["x", "at/3"] and failed[1][
-        "why"
-    ] == "halves are whole."
-    assert told == [(f"number {at + 1} of 3 ({at + 2})", at, 3) for at in range(3)]
-
-
-def test_what_nobody_refused_is_no_failure_of_an_item() -> None:
-    with pytest.raises(ZeroDivisionError):
-        for_each([0], lambda item: 1 // item, Failures("number"))
-
-
 COMMANDS: dict[str, Callable[[Path], object]] = {
     "run": lambda out: run.predict("net.safetensors", ["a.png"], RunOptions(output=str(out)), step=silent),
     "eval": lambda out: cs.evaluate("resnet18", "images:photos", output=out),
@@ -97,8 +73,8 @@ def test_several_processes_of_a_launcher_are_refused_by_all_but_training(
 def test_what_cannot_be_sent_to_another_process_is_refused() -> None:
     network = nn.Conv2d(3, 3, 1)
     network.hook = lambda: None
-    with pytest.raises(cs.InvalidInput, match=r"(?s)cannot be sent.*--workers"), processes_of(network, 2):
-        pass
+    with pytest.raises(cs.InvalidInput, match=r"(?s)cannot be sent.*--workers"):
+        list(share(iter([1]), partial(list, network), 2, lambda item, error: None))
 
 
 @pytest.mark.parametrize("kind", [cs.CadError, *cs.CadError.__subclasses__()])

@@ -23,7 +23,7 @@ import cadsurgery as cs
 from cadsurgery.data import stores
 from cadsurgery.data.images import street_scene
 from cadsurgery.support.progress import silent
-from cadsurgery.tasks import run
+from cadsurgery.tasks import predictor, run
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor
 from cadsurgery.tasks.report import FilesReport
@@ -219,7 +219,7 @@ def test_a_picture_that_ends_its_process_is_a_failure_and_its_neighbours_are_don
     file: Path, different: Path, tmp_path: Path
 ) -> None:
     items = (Item(at, str(different / f"{at}.png"), str(tmp_path / f"{at}.png")) for at in range(8))
-    answers = dict(share(items, Fatal(str(file), trust=True), 1, run._lost, size=16))
+    answers = dict(share(items, Fatal(str(file), trust=True).predicting, 1, predictor.lost, size=16))
     assert {at for at, row in answers.items() if "output" not in row} == {2}
     assert "ended at this image" in answers[2]["what"] and len(answers) == 8
 
@@ -230,9 +230,9 @@ def test_workers_that_cannot_open_the_network_end_the_run(tmp_path: Path) -> Non
         list(
             share(
                 iter([Item(0, "a.png")]),
-                PredictionSettings(str(tmp_path / "missing.safetensors")),
+                PredictionSettings(str(tmp_path / "missing.safetensors")).predicting,
                 1,
-                run._lost,
+                predictor.lost,
             )
         )
 

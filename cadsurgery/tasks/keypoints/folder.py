@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from cadsurgery.network.model import pictures_for
 from cadsurgery.support.errors import (
     CadError,
     FileError,
+    NotInstalled,
     UnknownName,
     describe_error,
     import_optional,
@@ -24,10 +26,10 @@ from cadsurgery.support.errors import (
 from cadsurgery.support.files import make_folder, write_whole
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.support.provenance import find_device
-from cadsurgery.tasks.for_each import Failure, noted
-from cadsurgery.tasks.journal import NAME, Results, has_results
+from cadsurgery.tasks.journal import NAME, Results, Row, has_results
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features
 from cadsurgery.tasks.open import at_strides
+from cadsurgery.tasks.predictor import Item, lost
 from cadsurgery.tasks.workers import refuse_launchers, share
 
 FORMS = ("npz", "h5")
@@ -47,7 +49,7 @@ def extract(
     workers: int = 1,
     step: Step = silent,
     trust: bool = False,
-) -> tuple[list[dict[str, Any]], list[Failure]]:
+) -> tuple[list[Row], list[Row]]:
     """Write the features of every image; an image that cannot be used is reported, and the others are processed.
 
     Files are written atomically, and the folder has a journal, see `Results`: what is in it is kept, so that an
@@ -81,11 +83,10 @@ def extract(
     paths, lacking = find_images(images)
     folder = make_folder(output)
     step("building and converting")
-    work = _ExtractionWork(
-        network, folder, settings, form, weights, options or {}, device, tuple(bands), trust
-    )
-    extractor = work.extractor()
-    net = extractor.net
+    how: dict[str, Any] = {"weights": weights, "bands": bands, "trust": trust}
+    work = partial(_open, network, options or {}, how, settings, device, folder, form)
+    write = work()
+    net = write.extractor.net
     identity = {
         **{"model": getattr(net.source, "name", type(net).__name__)},
         **{"weights": getattr(net.source, "weights", "")},
@@ -94,29 +95,20 @@ def extract(
     }
     journal = Results(folder / NAME, identity, resume=has_results(folder / NAME))
     journal.begin()
-    count, done = len(paths), dict[int, dict[str, Any]]()
-    items = [_ImageItem(at, str(path), str(place)) for at, (path, place) in enumerate(paths.items())]
+    count, done = len(paths), dict[int, Row]()
+    items = [Item(at, str(path), str(place)) for at, (path, place) in enumerate(paths.items())]
 
-    def left() -> Iterator[_ImageItem]:
+    def left() -> Iterator[Item]:
         for item in items:
-            if not journal.is_written(item.source, str(work.target(item))):
+            if journal.is_written(item.source, str(write.target(item))):
+                done[item.position] = write.kept(item)
+            else:
                 journal.note_start(item.source)
                 yield item
-                continue
-            row: dict[str, Any] = {"image": item.source}
-            with noted(row):
-                target = work.target(item)
-                row |= {
-                    "output": str(target),
-                    "keypoints": len(read_features(target).keypoints),
-                    "kept": True,
-                }
-            done[item.position] = row
 
-    missing = left()
-    answers: Iterable[tuple[int, dict[str, Any]]] = (work.extract(extractor, item) for item in missing)
+    answers: Iterable[tuple[int, Row]] = (write.write(item) for item in left())
     if workers > 1:
-        answers = share(missing, work, workers, _lost)
+        answers = share(left(), work, workers, lost)
     step(f"image 1 of {count}", 0, count)
     for position, row in answers:
         journal.add_result({name: value for name, value in row.items() if name != "kept"})
@@ -126,58 +118,65 @@ def extract(
     return [row for row in rows if "error" not in row], [*lacking, *(row for row in rows if "error" in row)]
 
 
-class _ImageItem(NamedTuple):
-    """An image, its position among all, and its place in the folder."""
+@dataclass(frozen=True)
+class _FeatureWriter:
+    """Writes the features of images into a folder; each item has its place there as target."""
 
-    position: int
-    source: str
-    place: str
-
-
-@dataclass(frozen=True, eq=False)
-class _ExtractionWork:
-    """What is extracted, as the arguments of `extract` say; it can be sent to other processes."""
-
-    network: str | nn.Module
+    extractor: Extractor
     folder: Path
-    settings: Extraction
     form: str
-    weights: str
-    options: dict[str, Any]
-    device: str
-    bands: tuple[int, ...]
-    trust: bool
 
-    def extractor(self) -> Extractor:
-        """Open the network."""
-        how: dict[str, Any] = {"weights": self.weights, "bands": self.bands, "trust": self.trust}
-        (net,), _ = at_strides(self.network, (), self.options, mask="all", **how)
-        device = find_device(self.device)
-        return Extractor(net.to(device).optimize(), self.settings, device)
+    def __call__(self, items: Sequence[Item]) -> list[tuple[int, Row]]:
+        """Write those of a block of images."""
+        return [self.write(item) for item in items]
 
-    def target(self, item: _ImageItem) -> Path:
+    def target(self, item: Item) -> Path:
         """Return the file of an image."""
-        return self.folder / Path(item.place).with_suffix(f".{self.form}")
+        return self.folder / Path(item.target).with_suffix(f".{self.form}")
 
-    def extract(self, extractor: Extractor, item: _ImageItem) -> tuple[int, dict[str, Any]]:
-        """Write the features of an image; return its position and row, or its failure."""
-        row: dict[str, Any] = {"image": item.source}
-        with noted(row):
-            picture = read_picture_for(pictures_for(extractor.net), item.source, upright=False)
-            features, target = extractor(picture), self.target(item)
+    def write(self, item: Item) -> tuple[int, Row]:
+        """Write those of an image; return its position and row, or its failure."""
+        target, name = self.target(item), Path(item.target).with_suffix(Path(item.source).suffix)
+        try:
+            features = self.extractor(
+                read_picture_for(pictures_for(self.extractor.net), item.source, upright=False)
+            )
             make_folder(target.parent)
-            write_features(features, target, str(Path(item.place).with_suffix(Path(item.source).suffix)))
-            row |= {"output": str(target), "keypoints": len(features.keypoints), "kept": False}
-        return item.position, row
+            write_features(features, target, str(name))
+        except NotInstalled:  # no other image would do better
+            raise
+        except CadError as error:
+            return lost(item, error)
+        count = len(features.keypoints)
+        return item.position, {
+            "image": item.source,
+            "output": str(target),
+            "keypoints": count,
+            "kept": False,
+        }
 
-    def begin(self) -> Callable[[Sequence[_ImageItem]], list[tuple[int, dict[str, Any]]]]:
-        """Open the network in a process; return what extracts a block of images."""
-        extractor = self.extractor()
-        return lambda items: [self.extract(extractor, item) for item in items]
+    def kept(self, item: Item) -> Row:
+        """Return the row of an image whose file is there, or its failure."""
+        try:
+            count = len(read_features(self.target(item)).keypoints)
+        except CadError as error:
+            return lost(item, error)[1]
+        return {"image": item.source, "output": str(self.target(item)), "keypoints": count, "kept": True}
 
 
-def _lost(item: _ImageItem, error: CadError) -> tuple[int, dict[str, Any]]:
-    return item.position, {"image": item.source, **error.to_dict()}
+def _open(
+    network: str | nn.Module,
+    options: dict[str, Any],
+    how: dict[str, Any],
+    settings: Extraction,
+    device_name: str,
+    folder: Path,
+    form: str,
+) -> _FeatureWriter:
+    """Open the network, in this process or another one."""
+    (net,), _ = at_strides(network, (), options, mask="all", **how)
+    device = find_device(device_name)
+    return _FeatureWriter(Extractor(net.to(device).optimize(), settings, device), folder, form)
 
 
 def write_features(features: Features, path: Path, name: str = "") -> None:

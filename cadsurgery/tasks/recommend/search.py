@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,7 @@ from cadsurgery.support.folders import visible, warn_of_left_out
 from cadsurgery.support.kinds import FOLDER, check_kind
 from cadsurgery.support.plain import split_options
 from cadsurgery.support.progress import Step, counted, silent, time_in_words
-from cadsurgery.tasks.for_each import Failures, each
-from cadsurgery.tasks.journal import NAME, Identity, Journal, Row
+from cadsurgery.tasks.journal import NAME, Identity, Journal
 from cadsurgery.tasks.judging import FEW, FOUND, Judgement, in_rows, kind_to_judge
 from cadsurgery.tasks.measuring import (
     ERROR,
@@ -400,11 +398,16 @@ class _Pictures:
         Raises:
             CadError: there are none.
         """
-        failures = Failures("image")
-        read = each(range(len(self.data)), self.read, failures, name=self.data.names.__getitem__)
-        images = [image for _, (image, _) in islice(read, count)]
+        images, first = list[Tensor](), CadError("there are no pictures.")
+        for at in range(len(self.data)):
+            if len(images) == count:
+                break
+            try:
+                images.append(self.read(at)[0])
+            except CadError as error:
+                first = first if at else error
         if not images:
-            raise CadError.from_dict(failures.noted[0][1])
+            raise first
         return images
 
 
@@ -478,30 +481,6 @@ def _look_into_labels(photos: SegmentationData, folder: Path) -> None:
 # -- measuring -----------------------------------------------------------------------------------------
 
 
-class _Measured(Journal):
-    """What earlier runs have measured.
-
-    Attributes:
-        known: kind of the outputs, MACs, names of settings that were too late, and the minutes there were.
-        judged: judgements by setting.
-        failed: pictures that cannot be used.
-    """
-
-    def __init__(self, file: Path, asked: Identity) -> None:
-        """Read what there is."""
-        self.known: dict[str, Any] = {}
-        self.judged: dict[str, list[Judgement]] = {}
-        self.failed: list[dict[str, str]] = []
-        super().__init__(file, asked)
-
-    def note(self, row: Row) -> None:
-        """Take in a row of an earlier run."""
-        self.known = row.get("known", self.known)
-        self.failed += [row["error"]] if "error" in row else []
-        for name, judgement in row.get("judged", {}).items():
-            self.judged.setdefault(name, []).append(Judgement.from_dict(judgement))
-
-
 @dataclass
 class _MeasuringRun:
     """A run, whose measurements are written to the journal of its folder after each picture.
@@ -533,15 +512,18 @@ class _MeasuringRun:
 
     def __post_init__(self) -> None:
         """Resume the run that the folder holds."""
-        self.journal = _Measured(self.folder / NAME, self.identity)
-        known = self.journal.known
+        self.journal = Journal(self.folder / NAME, self.identity)
+        rows = self.journal.rows
+        *_, known = [{}, *(row["known"] for row in rows if "known" in row)]
+        self.macs, self.kind = known.get("macs", {}), known.get("kind", self.kind)
         if known.get("late") and self.minutes > known["minutes"]:
             self.journal.remove()  # all settings are to be run on the same pictures
-            known, self.macs = {}, known["macs"]
-        else:
-            self.judged, self.failed = self.journal.judged, self.journal.failed
-        self.macs, self.late = known.get("macs", self.macs), known.get("late", [])
-        self.kind = known.get("kind", self.kind)
+            return
+        self.late = known.get("late", [])
+        self.failed = [row["error"] for row in rows if "error" in row]
+        for row in rows:
+            for name, judgement in row.get("judged", {}).items():
+                self.judged.setdefault(name, []).append(Judgement.from_dict(judgement))
 
     @property
     def _given(self) -> str:
