@@ -250,7 +250,7 @@ def _with_classes(data: SegmentationData, compared: Comparison, device: torch.de
 class _JudgedPart(NamedTuple):
     """What some images gave: a tally for each side, failures by position, and the first image that could be used."""
 
-    count: int
+    images: int
     tallies: list[Tally]
     failed: dict[int, Failure]
     first: int | None = None
@@ -327,7 +327,7 @@ class _Judge:
         count, done, merged = len(self.data), 0, list[Tally]()
         failed, firsts = dict[int, Failure](), list[int]()
         for part in parts:
-            done, failed = done + part.count, failed | part.failed
+            done, failed = done + part.images, failed | part.failed
             firsts += [] if part.first is None else [part.first]
             step(f"image {done} of {count}", done, count)
             for whole, own in zip(merged, part.tallies, strict=False):

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from cadsurgery.data.datasets import IGNORED
 from cadsurgery.masks import labelled
+from cadsurgery.support.divergence import Kind as DivergenceKind
 from cadsurgery.support.divergence import class_scores, divergence, kind_of, maps_of, resize
 from cadsurgery.support.errors import CadError, InvalidInput, describe_error
 from cadsurgery.support.timing import now
@@ -103,7 +104,7 @@ class Quality:
             found, count, apart = (prediction, truth), scores.shape[1], [0.0] * len(truth)
         else:
             self.kind = kind_of(truth) if self.kind == "auto" else self.kind
-            of_scores = "classes" if self.kind == "classes" else "values"
+            of_scores: DivergenceKind = "classes" if self.kind == "classes" else "values"
             apart = divergence(truth, output, of_scores).double().mean((1, 2)).tolist()
             self._apart += apart
             if self.kind != "values":
