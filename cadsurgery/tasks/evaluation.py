@@ -329,7 +329,8 @@ class _Judge:
         for part in parts:
             done, failed = done + part.images, failed | part.failed
             firsts += [] if part.first is None else [part.first]
-            step(f"image {done} of {count}", done, count)
+            if part.images < count:  # of another process
+                step(f"image {done} of {count}", done, count)
             for whole, own in zip(merged, part.tallies, strict=False):
                 whole.merge(own)
             merged = merged or part.tallies
