@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -219,6 +219,11 @@ def state_of(source: str | Path) -> list[int] | None:
         status = os.stat(split_page(str(source))[0])
         return [status.st_size, status.st_mtime_ns]
     return None
+
+
+def digest_of(files: Iterable[str | Path]) -> str:
+    """Return a short hash that changes if a file does, by size or time of change."""
+    return hashlib.sha256(json.dumps([state_of(file) for file in files]).encode()).hexdigest()[:12]
 
 
 def _whole(path: str) -> str:

@@ -114,10 +114,17 @@ def test_two_processes_extract_what_one_does(command_line: Run, folder: Path) ->
         torch.testing.assert_close(descriptors, other[2])
 
 
-def test_a_folder_of_features_made_otherwise_is_refused(command_line: Run, folder: Path) -> None:
+def test_a_folder_of_features_made_otherwise_is_refused(
+    command_line: Run, folder: Path, tmp_path: Path
+) -> None:
     assert command_line(*EXTRACT, folder / "first.png", "--output", "out").code == 0
     refused = command_line(*EXTRACT, folder / "first.png", "--output", "out", "--count", 3, "--json")
     assert refused.code == 1 and "count: 512, now 3" in refused.json["where"] and refused.json["next"]
+    with pytest.raises(cs.InvalidInput, match=r"another run(?s:.)*tensors: .* now"):  # of the same name
+        extract(describer(), [folder / "first.png"], tmp_path / "own", options={"output_stride": (1, 4)})
+        other = describer()
+        next(other.parameters()).data.add_(0.1)
+        extract(other, [folder / "first.png"], tmp_path / "own", options={"output_stride": (1, 4)})
     Path("out/manifest.jsonl").write_text("{\n{}\n")
     assert (
         command_line(*EXTRACT, folder / "first.png", "--output", "out", "--json").json["error"] == "FileError"

@@ -330,9 +330,7 @@ def run(photos: Path | str, folder: Path, network: nn.Module | None = None, **op
     return recommend(
         network or seeded(Segmenter, torch.float32),
         photos,
-        options={"output_stride": (8, 16)},
-        output=folder,
-        **options,
+        **{"output": folder, **options, "options": {"output_stride": (8, 16), **options.get("options", {})}},
     )
 
 
@@ -527,6 +525,12 @@ def test_an_interrupted_run_reports_and_goes_on(
     assert whole.images == 3 and whole.end == "" and len(judged) == 2 * len(whole.rows)
     with pytest.raises(cs.InvalidInput, match=r"holds another run(?s:.)*size: \[96, 128\], now \[64, 96\]"):
         run(photos, tmp_path / "run", size=(64, 96))
+    with pytest.raises(cs.InvalidInput, match=r"holds another run(?s:.)*normalisation: .* now"):
+        run(photos, tmp_path / "run", options={"normalisation": "raw"})
+    last = sorted(photos.iterdir())[-1]
+    last.write_bytes(last.read_bytes() + b"\0")
+    with pytest.raises(cs.InvalidInput, match=r"holds another run(?s:.)*files: .* now"):
+        run(photos, tmp_path / "run")
     (tmp_path / "run" / "manifest.jsonl").write_text("{\n")
     with pytest.raises(cs.FileError, match=r"manifest\.jsonl cannot be read"):
         run(photos, tmp_path / "run")

@@ -15,6 +15,7 @@ from torch import nn
 from cadsurgery.data.images import find_images, read_picture_for
 from cadsurgery.masks import resolve_mask
 from cadsurgery.network.model import pictures_for
+from cadsurgery.network.storage import checksum
 from cadsurgery.support.errors import (
     CadError,
     FileError,
@@ -89,7 +90,7 @@ def extract(
     net = write.extractor.net
     identity = {
         **{"model": getattr(net.source, "name", type(net).__name__)},
-        **{"weights": getattr(net.source, "weights", "")},
+        **{"weights": getattr(net.source, "weights", ""), "tensors": checksum(dict(net.state_dict()))},
         **{"plan": [list(net.plan.output_stride), net.plan.region], "form": form, **asdict(settings)},
         "options": {key: str(value) for key, value in sorted((options or {}).items())},
     }

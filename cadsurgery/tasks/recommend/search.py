@@ -53,7 +53,7 @@ from cadsurgery.support.folders import visible, warn_of_left_out
 from cadsurgery.support.kinds import FOLDER, check_kind
 from cadsurgery.support.plain import split_options
 from cadsurgery.support.progress import Step, counted, silent, time_in_words
-from cadsurgery.tasks.journal import NAME, Identity, Journal
+from cadsurgery.tasks.journal import NAME, Identity, Journal, digest_of
 from cadsurgery.tasks.judging import FEW, FOUND, Judgement, in_rows, kind_to_judge
 from cadsurgery.tasks.measuring import (
     ERROR,
@@ -225,11 +225,16 @@ def _identity_of(
 ) -> Identity:
     """Return what must be the same when the run is continued."""
     listed = [setting.to_dict() for setting in candidates.settings]
+    folder = None if labels is None else _split_labels(labels)[0]
     return {
         "network": source.name,
         "weights": checksum(dict(calls.model.state_dict())),
         "images": list(data.names),
         "labels": str(labels or ""),
+        "files": digest_of([*data.names, *(labels_of(name, folder) for name in data.names if folder)]),
+        "options": {name: str(value) for name, value in sorted(calls.options.items())},
+        "normalisation": [list(source.mean), list(source.std)],
+        "bands": list(data.bands),
         "size": list(calls.image.shape[2:]),
         "settings": listed,
         "runtime": calls.runtime,
