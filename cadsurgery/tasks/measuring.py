@@ -36,8 +36,7 @@ from cadsurgery.tasks.side import Metrics, Side
 MIOU, FIDELITY, AGREEMENT, ERROR = "miou", "balanced_fidelity", "pixel_accuracy", "relative_error"
 Kind = Literal["auto", "classes", "values", "found"]
 _NO_CLASS = -1  # so that no pixel of a prediction is ignored
-_RESAMPLES = 1000
-_KEPT = 10_000  # pictures whose counts are kept for errors; of more pictures errors are small
+_RESAMPLES, _MANY = 1000, 5000  # pictures from which on fewer samples tell the error as well
 
 
 class Counts(NamedTuple):
@@ -45,7 +44,8 @@ class Counts(NamedTuple):
 
     Attributes:
         divergence: from the dense network's output, see `cadsurgery.support.divergence`; 0 against labels.
-        areas: (3, C) pixels of each class in both maps, in either, and in the truth; None for values.
+        areas: (4, n) numbers of the n classes that there are, and the pixels of each in both maps, in either, and in
+            the truth; None for values.
     """
 
     divergence: float = 0.0
@@ -59,8 +59,7 @@ class Quality:
         kind: kind of the outputs: `classes`, `values`, or `found` for probabilities of one class; `auto` until the
             first output.
         of_labels: True if the truth is labels.
-        pictures: counts of each picture, of the first 10,000.
-        images: number of pictures.
+        pictures: counts of each picture.
         classes: `SegmentationMetrics` of maps of classes; None for others, and before the first picture.
     """
 
@@ -76,9 +75,9 @@ class Quality:
             data: name of the data, for errors.
         """
         self.kind: Kind = "classes" if of_labels else kind
-        self.of_labels, self.images, self.pictures = of_labels, 0, list[Counts]()
+        self.of_labels, self.pictures = of_labels, list[Counts]()
         self.classes: SegmentationMetrics | None = SegmentationMetrics(classes) if classes else None
-        self._data, self._apart, self._same, self._pixels = data, list[float](), 0, 0
+        self._data = data
 
     def update(self, output: Any, truth: Any, size: tuple[int, int]) -> None:
         """Add a batch.
@@ -106,26 +105,19 @@ class Quality:
             self.kind = kind_of(truth) if self.kind == "auto" else self.kind
             of_scores: DivergenceKind = "classes" if self.kind == "classes" else "values"
             apart = divergence(truth, output, of_scores).double().mean((1, 2)).tolist()
-            self._apart += apart
             if self.kind != "values":
                 maps = [maps_of(each)[0] for each in (output, truth)]
                 count = 2 if self.kind == "found" else maps[1].shape[1]
                 found = _classes(maps[0], self.kind, size), _classes(maps[1], self.kind, size)
         if found is None:
-            self._keep([Counts(one) for one in apart])
+            self.pictures += [Counts(one) for one in apart]
             return
         ignored = IGNORED if self.of_labels else _NO_CLASS
         if found[0].shape[1:].numel() > 1 or self.of_labels:
             self.classes = self.classes or SegmentationMetrics(count, ignored=ignored)
             self.classes.update(*found)
-        each = [_areas(*pair, count, ignored) for pair in zip(*found, strict=True)]
-        self._same += sum(int(hits.sum()) for hits, _, _ in each)
-        self._pixels += sum(int(truth.sum()) for _, _, truth in each)
-        self._keep([Counts(*of) for of in zip(apart, each, strict=True)])
-
-    def _keep(self, counts: Sequence[Counts]) -> None:
-        self.images += len(counts)
-        self.pictures += counts[: max(0, _KEPT - len(self.pictures))]
+        areas = (_areas(*pair, count, ignored) for pair in zip(*found, strict=True))
+        self.pictures += [Counts(*of) for of in zip(apart, areas, strict=True)]
 
     def merge(self, other: Quality) -> None:
         """Add the pictures of another object.
@@ -133,20 +125,16 @@ class Quality:
         Raises:
             InvalidInput: the other object has outputs of another kind.
         """
-        if not other.images:
+        if not other.pictures:
             return
-        if self.images and self.kind != other.kind:
+        if self.pictures and self.kind != other.kind:
             raise InvalidInput(
                 f"some outputs are {self.kind} and others {other.kind}.",
                 why="the kind is decided by the first image of each process.",
                 next=f"name it: kind={other.kind}.",
             )
         self.kind = other.kind
-        images = self.images + other.images
-        self._keep(other.pictures)
-        self.images = images
-        self._apart += other._apart
-        self._same, self._pixels = self._same + other._same, self._pixels + other._pixels
+        self.pictures += other.pictures
         if self.classes is None:
             self.classes = other.classes
         elif other.classes is not None:
@@ -166,17 +154,18 @@ class Quality:
             figures |= self.classes.compute()
         if not self.of_labels:
             figures[FIDELITY] = None
-            figures["divergence"] = math.fsum(self._apart) / self.images if self.images else None
-            if self.kind == "values" and self.images:
+            if count := len(self.pictures):
+                figures["divergence"] = math.fsum(one.divergence for one in self.pictures) / count
+            if self.kind == "values" and count:
                 figures[ERROR] = math.sqrt(figures["divergence"])
             if self.classes is not None:
                 figures[FIDELITY] = float(balanced_fidelity(*self.classes.areas().double()))
-            if self._pixels:
-                figures[AGREEMENT] = self._same / self._pixels
+            if areas := [one.areas for one in self.pictures if one.areas is not None]:
+                _, hits, _, truth = (sum(of) for of in zip(*(one.sum(1) for one in areas), strict=True))
+                figures[AGREEMENT] = int(hits) / int(truth)
         measured = [name for name in (MIOU, FIDELITY, AGREEMENT, ERROR) if figures.get(name) is not None]
-        is_whole = 1 < self.images == len(self.pictures)
-        in_order = sorted(self.pictures, key=_as_key) if is_whole else []  # whatever the order of the parts
-        errors = {name: error_of(resampled(in_order, name)) for name in measured if in_order}
+        in_order = sorted(self.pictures, key=_as_key)  # whatever the order of the parts
+        errors = {name: error_of(resampled(in_order, name)) for name in measured if len(in_order) > 1}
         return {**figures, "errors": errors}
 
 
@@ -196,7 +185,9 @@ def _areas(prediction: Tensor, truth: Tensor, classes: int, ignored: int) -> np.
     ours, theirs = prediction[counted].long(), truth[counted].long()
     each = (theirs[ours == theirs], ours, theirs)
     hits, of_ours, of_theirs = (torch.bincount(some, minlength=classes) for some in each)
-    return torch.stack((hits, of_ours + of_theirs - hits, of_theirs)).cpu().numpy()
+    numbers = (of_ours + of_theirs).nonzero().flatten()
+    counts = (hits, of_ours + of_theirs - hits, of_theirs)
+    return torch.stack([numbers, *(count[numbers] for count in counts)]).cpu().numpy()
 
 
 def balanced_fidelity(hits: Tensor, either: Tensor, truth: Tensor) -> Tensor:
@@ -218,23 +209,30 @@ def balanced_fidelity(hits: Tensor, either: Tensor, truth: Tensor) -> Tensor:
 
 
 def resampled(pictures: Sequence[Counts], quality: str) -> Tensor:
-    """Return a quality of all pictures, and of 1,000 samples of as many with replacement: (1001,) float64.
+    """Return a quality of all pictures, and of 1,000 samples of as many with replacement (100 of many pictures): (1001,)
+    float64.
 
     The samples depend on the number of pictures only, so that two sides are compared on the same ones (paired
     bootstrap).
     """
     count = len(pictures)
-    draws = torch.randint(count, (_RESAMPLES, count), generator=torch.Generator().manual_seed(0))
-    weights = torch.zeros(1 + _RESAMPLES, count, dtype=torch.float64)
+    samples = _RESAMPLES if count <= _MANY else _RESAMPLES // 10
+    draws = torch.randint(count, (samples, count), generator=torch.Generator().manual_seed(0))
+    weights = torch.zeros(1 + samples, count, dtype=torch.float64)
     weights[0] = 1
     weights[1:].scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.float64))
     if quality == ERROR:
         errors = torch.tensor([one.divergence for one in pictures], dtype=torch.float64)
         return ((weights @ errors) / weights.sum(1)).sqrt()
-    counts = torch.from_numpy(np.stack([np.asarray(one.areas) for one in pictures])).double()
-    hits, either, truth = (weights @ counts.flatten(1)).view(len(weights), 3, -1).unbind(1)
+    areas = [np.asarray(one.areas) for one in pictures]
     if quality == AGREEMENT:
-        return hits.sum(1) / truth.sum(1).clamp(min=1)
+        sums = torch.from_numpy(np.stack([one.sum(1) for one in areas])).double()
+        _, hits, _, truth = (weights @ sums).unbind(1)
+        return hits / truth.clamp(min=1)
+    counts = torch.zeros(count, 3, 1 + max(int(one[0].max(initial=0)) for one in areas), dtype=torch.float64)
+    for dense, one in zip(counts, areas, strict=True):
+        dense[:, one[0]] = torch.from_numpy(one[1:]).double()
+    hits, either, truth = (weights @ counts.flatten(1)).view(len(weights), 3, -1).unbind(1)
     # By mean IoU a class counts, too, that is predicted and not in the truth.
     return balanced_fidelity(hits, either, either if quality == MIOU else truth)
 

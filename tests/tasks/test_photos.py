@@ -197,7 +197,7 @@ def test_parts_merge_to_the_whole_in_any_order(kind: Any) -> None:
         part.update(outputs[place : place + 1], targets[place : place + 1], (20, 30))
         merged.merge(part)
     merged.merge(Quality())
-    assert merged.compute() == whole.compute() and merged.images == 5
+    assert merged.compute() == whole.compute() and len(merged.pictures) == 5
 
 
 def test_class_255_is_a_class_like_the_others() -> None:

@@ -222,7 +222,7 @@ def test_a_setting_is_dropped_where_a_faster_one_is_better_beyond_doubt(
     def judged(milliseconds: float, lack: float) -> Judgement:
         """One pixel in a thousand for each thousandth that is lacked."""
         lost = round(1000 * lack)
-        return Judgement(milliseconds, Counts(areas=np.array([[1000 - lost], [1000 + lost], [1000]])))
+        return Judgement(milliseconds, Counts(areas=np.array([[0], [1000 - lost], [1000 + lost], [1000]])))
 
     ours = [judged(100.0, lack) for lack in lacks]
     better = [judged(90.0, 0.06) for _ in lacks]
