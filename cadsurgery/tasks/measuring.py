@@ -209,8 +209,7 @@ def balanced_fidelity(hits: Tensor, either: Tensor, truth: Tensor) -> Tensor:
 
 
 def resampled(pictures: Sequence[Counts], quality: str) -> Tensor:
-    """Return a quality of all pictures, and of 1,000 samples of as many with replacement (100 of many pictures): (1001,)
-    float64.
+    """Return a quality of all pictures, and of 1,000 samples of as many with replacement, or 100: (1001,) float64.
 
     The samples depend on the number of pictures only, so that two sides are compared on the same ones (paired
     bootstrap).
