@@ -23,15 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends import gpu_maps, maps
-from cadsurgery.elements.backends.target import quotients
+from cadsurgery.elements.backends.choose import compute
+from cadsurgery.elements.backends.graph_sizes import quotients
+from cadsurgery.elements.backends.searches import CellSearch
 from cadsurgery.elements.size_symbols import fresh_length, of_size
 from cadsurgery.elements.sizes import constant, divide_up, is_at_most, is_statically_true, most
-from cadsurgery.kernels.dispatch import is_observed
 from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.support.torch_internals import is_exporting
+from cadsurgery.support.running import running
 
 Fill = Literal["linear", "nearest", "guided"]
 Anchor = Literal["corner", "center"]
@@ -154,7 +154,7 @@ class Geometry:
                 next="give 0 where the high output stride is kept and 1, 2, ... where it is downsampled.",
             )
         levels = as_levels(levels, self.max_level)
-        legal, in_graph = legalise(levels, self), torch.compiler.is_compiling()
+        legal, in_graph = legalise(levels, self), running.in_graph
         if bounds is None and legal.device.type == "cuda" and not in_graph:
             bounds = self._count(legal)
         pyramid = Pyramid(legal, self, bounds, in_graph)
@@ -201,13 +201,13 @@ def as_levels(levels: Tensor, max_level: int, where: str = "") -> Tensor:
             where there are more levels; `where` is quoted in the message.
     """
     if levels.dtype == torch.bool:
-        if torch.compiler.is_compiling():  # engines do not multiply bytes
+        if running.in_graph:  # engines do not multiply bytes
             return torch.where(levels, 0, max_level)
         return levels.logical_not().to(torch.int8).mul_(max_level)
     is_byte = levels.dtype == torch.uint8  # the type of masks in image files and of older comparisons
-    if levels.dtype != torch.int8 or torch.compiler.is_compiling():  # large maps come in int8
+    if levels.dtype != torch.int8 or running.in_graph:  # large maps come in int8
         levels = levels.long()  # not all integer types can be compared
-    if torch.compiler.is_compiling():  # values are unknown while a graph is made
+    if running.in_graph:  # values are unknown while a graph is made
         return levels
     low, high = torch.aminmax(levels)
     is_wrong = (low < 0) | (high > max_level)
@@ -258,7 +258,7 @@ def legalise(levels: Tensor, geometry: Geometry) -> Tensor:
     Returns:
         (B, H, W) int8 with `result <= levels`; the function is idempotent.
     """
-    is_read = levels.device.type == "cpu" and not torch.compiler.is_compiling()
+    is_read = levels.device.type == "cpu" and not running.in_graph
     if is_read and levels.numel() > _AT_ONCE * geometry.sides[-1]:  # blocks do not depend on each other
         rows = divide_up(_AT_ONCE, levels.shape[0] * levels.shape[2]) * geometry.sides[-1]
         if levels.shape[1] > rows:
@@ -519,12 +519,6 @@ class Lattice:
         return self.pyramid.in_graph and self.pyramid.bounds is None
 
     @once
-    def has_gpu_maps(self) -> bool:
-        """True if cells and kernel maps are found by kernels on a GPU."""
-        is_seen = self.pyramid.in_graph or is_observed()
-        return not is_seen and gpu_maps.available(self.pyramid.levels.device)
-
-    @once
     def has_known_counts(self) -> bool:
         """True if `counts` are known numbers, so that rows can be split by image; False while a graph is traced or if
         only bounds are known."""
@@ -652,7 +646,7 @@ class Lattice:
     def has_all_pixels(self) -> bool:
         """True if rows are the pixels of maps on the CPU, before the first stage of floors, outside of graphs."""
         is_dense = self.geometry.floors and self.stage == 0 and self.part is None
-        return is_dense and self.is_counted_here and not is_exporting()
+        return is_dense and self.is_counted_here and not running.is_exported
 
     @once
     def is_counted_here(self) -> bool:
@@ -680,7 +674,7 @@ class Lattice:
     def _cells(self) -> tuple[Tensor, Tensor, Tensor]:
         """Anchors (N,) as flat pixel numbers, the row of the cell that contains each pixel (B*H*W,), and the number of
         elements of each image (B,)."""
-        (height, width), device = self.size, self.levels.device
+        width = self.size[1]
         if not self.geometry.strides:  # every pixel is a cell
             is_there = (
                 self.part.pixels if self.part is not None else self.levels.new_ones(self.levels.numel()) > 0
@@ -693,25 +687,8 @@ class Lattice:
             whole = self.whole
             first, end = (whole.row_at(place // width) for place in self.part.between)
             return whole.anchors[first:end], whole.index[:0], whole.counts.new_tensor([end - first])
-        if self.part is None and self.capacity is None and maps.supports(self.levels):
-            return maps.find_cells(self.levels, self.geometry.sides)
-        if self.part is None and self.capacity is not None and self.has_gpu_maps:
-            return gpu_maps.find_cells(self.levels, self.geometry.sides, self.capacity[1])
-        y = torch.arange(height, device=device).view(1, -1, 1)
-        x = torch.arange(width, device=device).view(1, 1, -1)
-        image = torch.arange(self.batch, device=device).view(-1, 1, 1)
-        corner = (image * height + y - y % self.side_map) * width + x - x % self.side_map
-        pixel = (image * height + y) * width + x
-        is_anchor = (corner == pixel).flatten()
-        if self.part is not None:
-            is_anchor &= self.part.pixels
-        row = is_anchor.cumsum(0) - 1
-        if self.capacity is None:
-            anchors = is_anchor.nonzero().squeeze(1)
-        else:
-            anchors = torch.nonzero_static(is_anchor, size=self.capacity[1], fill_value=0).squeeze(1)
-        counts = is_anchor.view(self.batch, -1).sum(1)
-        return anchors, row[corner.flatten()].to(torch.int32), counts
+        cells: tuple[Tensor, Tensor, Tensor] = compute(CellSearch(self.levels, self))
+        return cells
 
     @property
     def anchors(self) -> Tensor:
@@ -748,7 +725,7 @@ class Lattice:
             return self.capacity[1]
         # Tables of positions are large, and slow to make where compiled kernels may not run: often only the number is
         # asked for.
-        is_dear = self.is_counted_here and (self.levels.numel() > _LARGE or is_observed())
+        is_dear = self.is_counted_here and (self.levels.numel() > _LARGE or running.is_observed)
         if is_dear and self.part is None and self.geometry.strides and "_cells" not in self._derived:
             return self._count_corners()
         return self.anchors.shape[0]
