@@ -30,7 +30,8 @@ def evaluate(net: nn.Module, data: Samples, dense: nn.Module | None = None) -> d
         dense: without labels, the network whose output with everything kept high stands for labels; default: `net`.
 
         Returns:
-            `miou` and the other shares of `SegmentationMetrics`, and the mean `active_fraction`. For a network with
+            `miou` and the other shares of `SegmentationMetrics`, the standard error over images of those that have
+            one (`miou_error`), and the mean `active_fraction`. For a network with
             exits they refer to the last exit, and `miou_exit_1`... to the others. Without labels these are
             agreements, with `divergence`; for maps that are not class scores, `relative_error` replaces the shares,
             see `cadsurgery.tasks.measuring.Quality`.
@@ -83,7 +84,9 @@ def evaluate(net: nn.Module, data: Samples, dense: nn.Module | None = None) -> d
                 whole.merge(own)
             total = total or tallies
     computed = {side.name: tally.metrics[0].compute() for side, tally in zip(sides, total, strict=True)}
-    figures = {name: value for name, value in computed["own"].items() if isinstance(value, float)}
+    own = computed["own"]
+    figures = {name: value for name, value in own.items() if isinstance(value, float)}
+    figures |= {f"{name}_error": error for name, error in own["errors"].items()}
     if isinstance(net, AdaptiveModel):
         figures["active_fraction"] = total[-1].counts["active"] / len(data)
     return figures | {name: exit["miou"] for name, exit in computed.items() if name.startswith("miou_exit")}
