@@ -83,12 +83,13 @@ def evaluate(net: nn.Module, data: Samples, dense: nn.Module | None = None) -> d
             for whole, own in zip(total, tallies, strict=False):
                 whole.merge(own)
             total = total or tallies
-    computed = {side.name: tally.metrics[0].compute() for side, tally in zip(sides, total, strict=True)}
+    found = {side.name: tally for side, tally in zip(sides, total, strict=True)}
+    computed = {name: tally.metrics[0].compute() for name, tally in found.items()}
     of_own = computed["own"]
     figures = {name: value for name, value in of_own.items() if isinstance(value, float)}
     figures |= {f"{name}_error": error for name, error in of_own["errors"].items()}
     if isinstance(net, AdaptiveModel):
-        figures["active_fraction"] = total[-1].counts["active"] / len(data)
+        figures["active_fraction"] = found["own"].counts["active"] / len(data)
     return figures | {name: exit["miou"] for name, exit in computed.items() if name.startswith("miou_exit")}
 
 
