@@ -16,16 +16,16 @@ On the network's own grid these points are the samples i. Other elements use the
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import compute
+from cadsurgery.elements.backends.choose import Work, compute
 from cadsurgery.elements.backends.graph_sizes import quotients
-from cadsurgery.elements.backends.searches import TapSearch
 from cadsurgery.elements.bilinear import corners
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import (
@@ -199,6 +199,55 @@ class Reading:
     def reading(self) -> Reading:
         """The reading itself, so that a `Reading` can stand in for a `WindowRead`."""
         return self
+
+
+@dataclass(frozen=True, eq=False)
+class TapSearch(Work):
+    """The reading of points, or of taps so many fine pixels down and across from the anchors of a lattice, see
+    `kernel_map`.
+
+    Attributes:
+        rows: the levels (B, H, W) of the source.
+        source: the lattice that is read.
+        target: the lattice of the anchors; None for points.
+        points: numbers of fine pixels of the source, int64, of any shape; None for taps.
+        steps: fine pixels from an anchor to its taps, down and across.
+        has_outside: taps may lie outside the map.
+    """
+
+    source: Lattice
+    target: Lattice | None = None
+    points: Tensor | None = None
+    steps: tuple[list[int], list[int]] = ([0], [0])
+    has_outside: bool = False
+    task: ClassVar[str] = "find_taps"
+
+    @property
+    def pixels(self) -> Tensor:
+        """(n,) int64: the pixels that steps begin at."""
+        if self.points is not None:
+            return self.points.flatten()
+        assert self.target is not None
+        return self.target.anchors
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Fine (height, width) of the maps in which these pixels are numbered."""
+        return self.source.size if self.target is None else self.target.size
+
+    def shaped(self, table: Tensor) -> Tensor:
+        """Return a table (n, taps), or of points one of their shape."""
+        return table if self.points is None else table.view(self.points.shape)
+
+    @property
+    def is_counted(self) -> bool:
+        """True if the numbers of cells are known, not bounded."""
+        return self.source.capacity is None and (self.target is None or self.target.capacity is None)
+
+    @property
+    def case(self) -> tuple[Hashable, ...]:
+        """The device, and what is known of the numbers of cells."""
+        return *super().case, self.is_counted, self.source.capacity is None
 
 
 def read_rows(table: Tensor, has_outside: bool = False) -> Reading:

@@ -17,15 +17,14 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from operator import mul
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import compute
+from cadsurgery.elements.backends.choose import Work, compute
 from cadsurgery.elements.backends.graph_sizes import quotients
-from cadsurgery.elements.backends.searches import CellSearch
 from cadsurgery.elements.size_symbols import fresh_length, of_size
 from cadsurgery.elements.sizes import constant, divide_up, is_at_most, is_statically_true, most
 from cadsurgery.support import device_checks
@@ -807,3 +806,31 @@ class Lattice:
     def active_fraction(self) -> float:
         """Share of fine pixels at level 0."""
         return (self.levels == 0).double().mean().item()
+
+
+@dataclass(frozen=True, eq=False)
+class CellSearch(Work):
+    """The cells of a lattice: their anchors (N,) int64 as pixel numbers, ascending, and 0 behind the last where only
+    bounds are known; the row of the cell that holds each pixel (B*H*W,) int32; the number of cells of each image (B,).
+
+    Attributes:
+        rows: the levels (B, H, W) of the lattice.
+    """
+
+    lattice: Lattice
+    task: ClassVar[str] = "find_cells"
+
+    @property
+    def is_counted(self) -> bool:
+        """True if all cells are there and are counted; otherwise only bounds are known, or it is a part."""
+        return self.lattice.part is None and self.lattice.capacity is None
+
+    @property
+    def is_bounded(self) -> bool:
+        """True if all cells are there, of whose number bounds are known."""
+        return self.lattice.part is None and self.lattice.capacity is not None
+
+    @property
+    def case(self) -> tuple[Hashable, ...]:
+        """The device, and what is known of the number of cells."""
+        return *super().case, self.is_counted, self.is_bounded

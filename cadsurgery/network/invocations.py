@@ -91,7 +91,7 @@ class Invocation:
 
         def as_given(value: Tensor) -> Tensor:
             is_repeated = 0 in value.stride()  # in no memory of its own, and stays so
-            return value if is_repeated else in_order(value)
+            return value if is_repeated or value.is_contiguous() else in_order(value)
 
         if running.in_graph or not self.image.is_contiguous():
             return outputs

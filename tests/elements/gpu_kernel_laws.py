@@ -18,13 +18,12 @@ import cadsurgery as cs
 from cadsurgery.elements.backends import gpu, gpu_maps, gpu_norm, triton_kernels
 from cadsurgery.elements.backends.choose import CHOICES, choose, compute
 from cadsurgery.elements.backends.reference import Torch
-from cadsurgery.elements.backends.searches import CellSearch
 from cadsurgery.elements.backends.triton_backend import Triton, sample_map
 from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.backends.works import Convolution, Mixing, Picking, Pooling, WindowRead, extend, mix
 from cadsurgery.elements.functional import Elements, batch_norm, conv2d, fused_conv2d, to_dense
 from cadsurgery.elements.kernel_map import Window, kernel_map
-from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
+from cadsurgery.elements.lattice import Bounds, CellSearch, Geometry, Lattice
 
 DEVICE = torch.device("cpu" if triton_kernels.INTERPRETED else "cuda")
 COUNT = 37 if triton_kernels.INTERPRETED else 5000

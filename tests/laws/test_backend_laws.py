@@ -19,7 +19,6 @@ from torch.testing import assert_close
 import cadsurgery as cs
 from cadsurgery.elements import BACKENDS, functional
 from cadsurgery.elements.backends.choose import Backend, Work
-from cadsurgery.elements.backends.searches import CellSearch, TapSearch
 from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.backends.works import (
     Convolution,
@@ -34,8 +33,8 @@ from cadsurgery.elements.backends.works import (
 )
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.gaps import resolution
-from cadsurgery.elements.kernel_map import Reading, Window, kernel_map
-from cadsurgery.elements.lattice import Geometry, Lattice, Part
+from cadsurgery.elements.kernel_map import Reading, TapSearch, Window, kernel_map
+from cadsurgery.elements.lattice import CellSearch, Geometry, Lattice, Part
 
 NAMES = [
     *("uniform", "without overlap", "portable", "graph", "triton samples", "triton", "native"),

@@ -26,7 +26,7 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 import cadsurgery as cs
 from benchmarks.zoo.bands_check import MASK, MUCH, bands_of
-from cadsurgery.elements.backends.native import Native
+from cadsurgery.elements.backends import maps
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.network.bands.element_steps import Cells, Grid
@@ -489,15 +489,15 @@ def test_layers_behind_each_other_share_kernel_maps_which_are_freed(monkeypatch:
     layers = [nn.Conv2d(3, 8, 3, 2, 1), *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(6))]
     model = seeded(lambda: nn.Sequential(*layers))
     net = unverified(model, MASK, example_input=picture(64, 96), coarsest=16)
-    image, find = picture(320, 64), Native.find_taps
+    image, find = picture(320, 64), maps.shift_taps
 
     def counted(*args: Any) -> Any:
         found = find(*args)
-        made_maps.append(weakref.ref(found.table))
+        made_maps.append(weakref.ref(found[0]))
         alive.append(sum(one() is not None for one in made_maps))
         return found
 
-    monkeypatch.setattr(Native, "find_taps", counted)
+    monkeypatch.setattr(maps, "shift_taps", counted)
     with bands_of(16):
         net.optimize(memory=MUCH)(image)
     rows = 320 // 16

@@ -16,7 +16,6 @@ from torch import Tensor
 from cadsurgery.elements.axes import as_map, as_rows
 from cadsurgery.elements.backends import maps
 from cadsurgery.elements.backends.choose import Backend, Work
-from cadsurgery.elements.backends.searches import CellSearch, TapSearch
 from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.backends.works import (
     Convolution,
@@ -28,8 +27,8 @@ from cadsurgery.elements.backends.works import (
     Pooling,
     mix,
 )
-from cadsurgery.elements.kernel_map import Reading, has_halo, read_rows
-from cadsurgery.elements.lattice import Lattice
+from cadsurgery.elements.kernel_map import Reading, TapSearch, has_halo, read_rows
+from cadsurgery.elements.lattice import CellSearch, Lattice
 from cadsurgery.kernels import dispatch, isa
 from cadsurgery.kernels.dispatch import function, has_bf16_dot, isa_of
 from cadsurgery.kernels.packing import pack, takes

@@ -18,9 +18,9 @@ from torch import Tensor
 from cadsurgery.elements.backends.choose import Backend, Work
 from cadsurgery.elements.backends.operators import define
 from cadsurgery.elements.backends.reference import Torch, gather
-from cadsurgery.elements.backends.searches import CellSearch, TapSearch
 from cadsurgery.elements.backends.works import Convolution, Mixing, Picking, Pooling, extend
-from cadsurgery.elements.kernel_map import Reading, has_halo
+from cadsurgery.elements.kernel_map import Reading, TapSearch, has_halo
+from cadsurgery.elements.lattice import CellSearch
 from cadsurgery.elements.sizes import as_numbers, is_statically_true
 from cadsurgery.support.running import Target, running
 

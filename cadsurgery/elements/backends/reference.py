@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from cadsurgery.elements.backends.choose import Backend, Work, compute
 from cadsurgery.elements.backends.onednn import product
-from cadsurgery.elements.backends.searches import CellSearch, TapSearch
 from cadsurgery.elements.backends.sums import normalise_rows, sum_products
 from cadsurgery.elements.backends.works import (
     Convolution,
@@ -30,7 +29,8 @@ from cadsurgery.elements.backends.works import (
     Weighing,
     extend,
 )
-from cadsurgery.elements.kernel_map import Reading, find_taps, phases, read_rows
+from cadsurgery.elements.kernel_map import Reading, TapSearch, find_taps, phases, read_rows
+from cadsurgery.elements.lattice import CellSearch
 from cadsurgery.elements.sizes import is_for_any_size, is_statically_true
 
 # Gathered rows are multiplied in blocks of about this size: small enough to stay near the cache and far

@@ -24,7 +24,6 @@ from cadsurgery.elements.backends.gpu import (
     weigh,
 )
 from cadsurgery.elements.backends.gpu_maps import SampleMap
-from cadsurgery.elements.backends.searches import CellSearch, TapSearch
 from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.backends.works import (
     Convolution,
@@ -37,8 +36,8 @@ from cadsurgery.elements.backends.works import (
     WindowRead,
     extend,
 )
-from cadsurgery.elements.kernel_map import Reading, Window, has_halo
-from cadsurgery.elements.lattice import Lattice
+from cadsurgery.elements.kernel_map import Reading, TapSearch, Window, has_halo
+from cadsurgery.elements.lattice import CellSearch, Lattice
 from cadsurgery.support.running import running
 from cadsurgery.support.torch_internals import add_and_activate
 
