@@ -137,6 +137,6 @@ def test_validation_of_several_predictions_keeps_the_share_of_the_network() -> N
             y = self.net(x)
             return self.head(y), y
 
-    net = cs.adaptify(WithAuxiliary().eval(), "all", output_stride=(8, 32), verify_laws=False)
+    net = cs.adaptify(WithAuxiliary().eval(), "all", verify_laws=False)
     found = validate(net, cs.open_data("scene:2,height=48,width=80", "test"))
     assert found["active_fraction"] == 1 and 0 <= found["miou_exit_1"] <= 1 and found["miou_error"] >= 0
