@@ -41,9 +41,9 @@ def points(report: Recommendation, has_floor: bool) -> list[Point]:
     """Return the settings of a report with floors, or without, also those that were dropped after some pictures."""
     given = report.rows[0].quality.value
     return [
-        Point(row.name, 1 - row.fidelity, -row.quality.change / given, row.quality.error / given)
+        Point(row.name, 1 - row.balanced_fidelity, -row.quality.change / given, row.quality.error / given)
         for row in report.rows[1:]
-        if row.fidelity is not None and row.fidelity < 1 and row.quality.images >= FEWEST
+        if row.balanced_fidelity is not None and row.balanced_fidelity < 1 and row.quality.images >= FEWEST
         if (row.setting.coarsest > 0) == has_floor
     ]
 

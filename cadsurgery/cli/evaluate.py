@@ -50,5 +50,5 @@ def eval_command(
     Without labels (images:FOLDER) accuracy is fidelity: divergence from, and agreement with, the network's own
     outputs with everything kept high; for maps that are not class scores, the relative error.
 
-    A converted file keeps its own region, fill, patch, anchor and pool. Runs under accelerate launch and torchrun.
+    A converted file keeps its own region, fill, patch, anchor and pool.
     """

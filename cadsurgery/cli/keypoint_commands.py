@@ -29,7 +29,7 @@ def extract_command(
     """Write keypoints, scores and descriptors of every image, one file each.
 
     Existing files are kept, so an interrupted run can be continued. An image that cannot be used is reported, the
-    others are processed, and the exit code is 1. Runs under accelerate launch and torchrun.
+    others are processed, and the exit code is 1.
     """
     from cadsurgery.tasks.keypoints import extract
     from cadsurgery.tasks.report import FilesReport

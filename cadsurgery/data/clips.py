@@ -33,7 +33,6 @@ _USUAL_RATE = Fraction(25)  # frames per second of a clip that states none
 _FINEST = Fraction(1, 60_000)  # seconds: MPEG-4 counts in no smaller ones
 # MP4 and MOV state when the first frame is shown in these parts of a second.
 _PARTS_OF_A_SECOND = {"movie_timescale": "90000"}
-_WRITTEN_HERE = "a prediction, written by cadsurgery"
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,6 @@ def open_clip(
     size: tuple[int, int] | None = None,
     rate: float = float(_USUAL_RATE),
     source: Source | None = None,
-    numbers: Container[int] | None = None,
 ) -> Iterator[Clip]:
     """Open a clip, a camera by its number, or a folder of frames, whose order is that of their names.
 
@@ -83,7 +81,6 @@ def open_clip(
         size: (height, width) to which frames are resized, or None.
         rate: frames per second of a folder, or of a clip that does not state its own.
         source: source of the network whose channels the frames get, from its bands; default: colour.
-        numbers: of the frames that are wanted, the first is 0; None for all. `count` counts all.
 
     Raises:
         FileError: the source cannot be read, or holds no pictures; or a frame cannot be read, as it is asked for.
@@ -91,10 +88,9 @@ def open_clip(
     """
     if files.is_folder(path):
         images, _ = find_images([path])
-        shown, numbered = Fraction(rate), enumerate(images)
-        wanted = ((number, image) for number, image in numbered if numbers is None or number in numbers)
+        shown = Fraction(rate)
         read = read_image if source is None else partial(read_picture_for, source)
-        timed = ((number / shown, read(image, size)) for number, image in wanted)
+        timed = ((number / shown, read(image, size)) for number, image in enumerate(images))
         yield Clip(timed, len(images), shown, 1 / shown)
         return
     with _opened(path) as (container, stream):
@@ -102,7 +98,7 @@ def open_clip(
         average = stream.average_rate or Fraction(rate)
         timed = (
             (time, from_picture(frame, channels, bands, name=path, size=size))
-            for time, frame in _decode(container, stream, numbers, average, from_zero=is_camera(path))
+            for time, frame in _decode(container, stream, None, average, from_zero=is_camera(path))
         )
         yield Clip(timed, stream.frames or None, average, stream.time_base)
 
@@ -334,10 +330,13 @@ def write_clip(path: Path, rate: Fraction, time_base: Fraction | None = None) ->
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     base = time_base or 1 / rate
     base = base if codec == "libx264" or base.denominator <= 1 / _FINEST else _FINEST
-    with write_whole(path) as temporary, _writing(temporary, format) as container:
-        container.metadata["comment"] = _WRITTEN_HERE
+    options = {} if format == WRITTEN[".mkv"] else _PARTS_OF_A_SECOND
+    with (
+        write_whole(path) as temporary,
+        av.open(str(temporary), "w", format=format, options=options) as container,
+    ):
         stream = container.add_stream(codec, rate=rate, pix_fmt="yuv420p")
-        # Frames are encoded in the order in which they are shown, so that parts follow each other at any times.
+        # Frames are encoded in the order in which they are shown.
         stream.codec_context.time_base, stream.codec_context.max_b_frames = base, 0
         count, ticks = 0, -1
 
@@ -355,55 +354,6 @@ def write_clip(path: Path, rate: Fraction, time_base: Fraction | None = None) ->
 
         yield add
         container.mux(stream.encode())
-
-
-def _writing(path: Path, format: str) -> Any:
-    options = {} if format == WRITTEN[".mkv"] else _PARTS_OF_A_SECOND
-    return pyav().open(str(path), "w", format=format, options=options)
-
-
-def join_clips(parts: Sequence[tuple[Path, Fraction]], path: Path, made_by: str) -> None:
-    """Write clips that `write_clip` wrote, one after the other, as one clip, without encoding them anew.
-
-    Args:
-        parts: the clips, each with the second at which it begins.
-        path: the clip to write, whole or not at all.
-        made_by: what made it, which `comment_of` returns.
-
-    Raises:
-        FileError: the path cannot be written, or its ending belongs to no format that is written.
-    """
-    av, format = pyav(), check_clip(path)
-    with write_whole(path) as temporary, _writing(temporary, format) as joined:
-        joined.metadata["comment"] = f"{_WRITTEN_HERE} {made_by}"
-        stream = None
-        for part, begin in parts:
-            with av.open(str(part)) as container:
-                own = container.streams.video[0]
-                stream = stream or joined.add_stream_from_template(own)
-                shift = round(begin / own.time_base)
-                for packet in container.demux(own):
-                    if packet.dts is not None:
-                        packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, stream
-                        joined.mux(packet)
-
-
-def comment_of(path: Path) -> str:
-    """Return the comment in a clip; "" for a clip without one and for anything else."""
-    if not files.is_file(path):
-        return ""
-    av = pyav()
-    try:
-        with av.open(str(path)) as container:
-            comments = [value for name, value in container.metadata.items() if name.lower() == "comment"]
-    except (av.FFmpegError, ValueError):
-        return ""
-    return str(comments[0]) if comments else ""
-
-
-def is_written_here(path: Path) -> bool:
-    """True for a clip that a run wrote, which says so in its file; False for anything else."""
-    return comment_of(path).startswith(_WRITTEN_HERE)
 
 
 def check_clip(path: Path) -> str:

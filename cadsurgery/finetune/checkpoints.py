@@ -21,7 +21,7 @@ from cadsurgery.support.errors import FileError, TrainingStopped
 from cadsurgery.support.files import as_file_error
 from cadsurgery.support.provenance import versions
 from cadsurgery.support.rows import plain
-from cadsurgery.tasks.run_folder import Identity
+from cadsurgery.tasks.journal import Identity
 from cadsurgery.tasks.task_options import FREE, Settings
 
 FORMAT = 1

@@ -48,7 +48,7 @@ from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped, 
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.launcher import world
 from cadsurgery.support.rows import Plain
-from cadsurgery.tasks.run_folder import Identity, check_same_run
+from cadsurgery.tasks.journal import Identity, check_same_run
 from cadsurgery.tasks.task_options import Settings
 
 Validation = Samples | Callable[[nn.Module], dict[str, float]]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cadsurgery.data.samples import Samples, check_data, is_labelled
 from cadsurgery.finetune.batches import Batch, inputs_of
 from cadsurgery.finetune.objectives import dense_high
 from cadsurgery.following.trace import evaluating
 from cadsurgery.masks import labelled
+from cadsurgery.methods.side import Side, once_per_batch
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.support.divergence import class_scores, resize
-from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.divergence import class_scores
+from cadsurgery.support.errors import CadError, InvalidInput
+from cadsurgery.tasks.measuring import PictureBatch, Quality, Tally, as_labels, measure
 
 
 def evaluate(net: nn.Module, data: Samples, dense: nn.Module | None = None) -> dict[str, float]:
@@ -27,18 +30,16 @@ def evaluate(net: nn.Module, data: Samples, dense: nn.Module | None = None) -> d
         dense: without labels, the network whose output with everything kept high stands for labels; default: `net`.
 
         Returns:
-            `miou` and the other shares of `SegmentationMetrics`, and the mean `active_fraction`. For a network with
+            `miou` and the other shares of `SegmentationMetrics`, the standard error over images of those that have
+            one (`miou_error`), and the mean `active_fraction`. For a network with
             exits they refer to the last exit, and `miou_exit_1`... to the others. Without labels these are
             agreements, with `divergence`; for maps that are not class scores, `relative_error` replaces the shares,
-            see `FidelityMetrics`.
+            see `cadsurgery.tasks.measuring.Quality`.
 
     Raises:
         InvalidInput: there are no data, samples have the wrong form, or there are more classes than outputs; without
             labels, the network is not adaptive.
     """
-    from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
-    from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
-
     check_data(data, "validation")
     has_labels = is_labelled(data)
     if not has_labels and not isinstance(net, AdaptiveModel):
@@ -47,38 +48,49 @@ def evaluate(net: nn.Module, data: Samples, dense: nn.Module | None = None) -> d
             why="only an adaptive network has a dense one beside it to be compared with.",
             next="give labelled data, or convert the network first with cs.adaptify.",
         )
-    active = 0.0
-    metrics: SegmentationMetrics | FidelityMetrics | None = None if has_labels else FidelityMetrics()
-    exit_metrics: list[SegmentationMetrics] = []  # of the exits before the last
-    with torch.inference_mode(), evaluating(net):
+
+    def pictures() -> Iterator[PictureBatch]:
         for index in range(len(data)):
             batch, labels = inputs_of(net, data, index)
-            with labelled(labels.unsqueeze(0)) if has_labels else contextlib.nullcontext():
-                output = net(*batch)
-            active += net.active_fraction if isinstance(net, AdaptiveModel) else 0.0
-            if isinstance(metrics, FidelityMetrics):
-                metrics.update(output, dense_high(dense or net, batch), (labels.shape[0], labels.shape[1]))
-                continue
-            logits = class_scores(output).float()
-            if metrics is None:
-                check_classes(data, logits.shape[1])
-                metrics = SegmentationMetrics(logits.shape[1])
-                exit_metrics = [SegmentationMetrics(logits.shape[1]) for _ in _earlier(output)]
-            metrics.update(resize(logits, labels.shape).argmax(1).cpu(), labels.unsqueeze(0))
-            for metric, prediction in zip(exit_metrics, _earlier(output), strict=True):
-                metric.update(resize(prediction.float(), labels.shape).argmax(1).cpu(), labels.unsqueeze(0))
-    assert metrics is not None
-    figures = {name: value for name, value in metrics.compute().items() if isinstance(value, float)}
+            yield PictureBatch(
+                batch, (labels.shape[0], labels.shape[1]), labels[None] if has_labels else None
+            )
+
+    run = once_per_batch(lambda batch: net(*batch))
+
+    def side(name: str, place: int | None) -> Side:
+        return Side(name, lambda batch: run(batch) if place is None else run(batch)[place])
+
+    def active(batch: Any) -> dict[str, float]:
+        return {"active": net.active_fraction if isinstance(net, AdaptiveModel) else 0.0}
+
+    sides = [Side("own", run, active)]
+    if not has_labels:
+        sides = [Side("dense", partial(dense_high, dense or net), is_target=True), *sides]
+    with evaluating(net):
+        if has_labels:
+            with torch.inference_mode():
+                first = next(pictures())
+                with as_labels(first.labels):
+                    output = run(first.images)
+            check_classes(data, class_scores(output).shape[1])
+            earlier = output[:-1] if isinstance(output, tuple) else ()
+            sides += [side(f"miou_exit_{number + 1}", number) for number in range(len(earlier))]
+        total: list[Tally] = []
+        for _, tallies in measure(sides, pictures(), lambda: [Quality(of_labels=has_labels)]):
+            if isinstance(tallies, CadError):
+                raise tallies
+            for whole, own in zip(total, tallies, strict=False):
+                whole.merge(own)
+            total = total or tallies
+    found = {side.name: tally for side, tally in zip(sides, total, strict=True)}
+    computed = {name: tally.metrics[0].compute() for name, tally in found.items()}
+    of_own = computed["own"]
+    figures = {name: value for name, value in of_own.items() if isinstance(value, float)}
+    figures |= {f"{name}_error": error for name, error in of_own["errors"].items()}
     if isinstance(net, AdaptiveModel):
-        figures["active_fraction"] = active / len(data)
-    return figures | {
-        f"miou_exit_{number}": exit.compute()["miou"] for number, exit in enumerate(exit_metrics, 1)
-    }
-
-
-def _earlier(output: Any) -> tuple[Tensor, ...]:
-    """Return the predictions of all exits but the last."""
-    return output[:-1] if isinstance(output, tuple) else ()
+        figures["active_fraction"] = found["own"].counts["active"] / len(data)
+    return figures | {name: exit["miou"] for name, exit in computed.items() if name.startswith("miou_exit")}
 
 
 def check_classes(data: object, outputs: int) -> None:

@@ -135,7 +135,7 @@ def time_sides(
     ]
 
 
-def measure(
+def work_and_time(
     sides: Sequence[Side], images: Tensor, rounds: int, key: str = "side", **timing: Any
 ) -> list[Row]:
     """Return a row with work and time for each side, on the same images; see `time_sides`."""

@@ -91,7 +91,17 @@ def strides_in_words(pair: tuple[int, int]) -> str:
 
 def accuracy_columns(pixels: str = "pixels") -> tuple[Column[Row], Column[Row]]:
     """Return columns for the mean IoU and, under the title `pixels`, for the pixel accuracy."""
-    return Column("mIoU", "miou", form=percent), Column(pixels, "pixel_accuracy", form=percent)
+    return quality_column("mIoU", "miou"), Column(pixels, "pixel_accuracy", form=percent)
+
+
+def quality_column(title: str, name: str) -> Column[Row]:
+    """Return a column for a quality, with its standard error over pictures if there is one."""
+
+    def shown(row: Row) -> str:
+        error = row.get("errors", {}).get(name)
+        return percent(row.get(name)) + ("" if error is None else f" ±{100 * error:.2f}")
+
+    return Column(title, shown)
 
 
 def macs_columns(of: str, whole: Callable[[Row], Row], form: str = ".2f") -> Iterator[Column[Row]]:

@@ -30,7 +30,7 @@ from cadsurgery.data.networks import Source, source_of
 from cadsurgery.data.samples import pictures_of
 from cadsurgery.masks import Budget, labelled, resolve_mask
 from cadsurgery.methods.registry import need_kind
-from cadsurgery.methods.side import Side, measure
+from cadsurgery.methods.side import Side, work_and_time
 from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.export import INT8, check_mask
 from cadsurgery.network.export.engine import check_packages
@@ -184,7 +184,7 @@ def _bench_made(
     empty = torch.zeros(len(images), *images.shape[2:], dtype=torch.int64, device=device)
     with labelled(empty):  # for a sampler that needs labels
         timed = kind.time(net, images, fractions)
-        rows = measure(
+        rows = work_and_time(
             [*timed.sides, *sides],
             images,
             setup.rounds,
@@ -313,7 +313,7 @@ def _compare(
         *banded_sides(first.net, first.image, setup, first.dense),
         *own,
     ]
-    high, low, *rows = measure(
+    high, low, *rows = work_and_time(
         [*twins, *budgets, *others],
         first.image,
         setup.rounds,

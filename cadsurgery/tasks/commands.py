@@ -286,6 +286,7 @@ class EvalOptions:
     kind: str = option(
         "auto", "kind of the outputs, for images without labels: auto, classes or values", settable=True
     )
+    workers: int = option(1, "processes that share the images, with one thread or GPU each", min=1)
     output: Path | None = option(None, "JSON file to write", short="o")
     picture: Path | None = option(None, "PNG to draw: accuracy against work")
     device: str = device_option()
@@ -345,6 +346,7 @@ class KeypointsOptions:
     output: Path = option(Path("features"), "folder for the features", short="o")
     settings: Extraction = part(Extraction, "mask", "detector", "count", is_whole=True, settable=True)
     form: str = option("npz", "npz (format of D2-Net) or h5 (format of hloc)")
+    workers: int = option(1, "processes that share the images, with one thread or GPU each", min=1)
     weights: str = weights_option()
     options: Mapping[str, Any] = part(
         Conversion, "output_stride", settable=("region", "fill", "anchor", "pool", "normalisation")

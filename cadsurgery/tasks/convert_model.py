@@ -22,7 +22,7 @@ from cadsurgery.masks import resolve_mask
 from cadsurgery.methods.method_files import AnyPlan, Converted, load, read_plan, save
 from cadsurgery.methods.registry import KINDS
 from cadsurgery.methods.report import MethodMacs
-from cadsurgery.methods.side import ConversionRequest, MethodConversion, Side, measure
+from cadsurgery.methods.side import ConversionRequest, MethodConversion, Side, work_and_time
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
 from cadsurgery.network.macs import MacReport, count_network, dense_macs
@@ -84,7 +84,7 @@ def convert(*, model: str, options: ConvertOptions, step: Step) -> ConversionRep
     torch.manual_seed(0)  # new parameters of a method are the same in every run
     made = make(ConversionRequest(before.to(device), source, example, own, step))
     timing = {"seconds": TIMING_SECONDS, "step": within(step, "measuring")}
-    rows = measure(made.sides, made.batch, options.rounds, "name", **timing)
+    rows = work_and_time(made.sides, made.batch, options.rounds, "name", **timing)
     beside = f"{output.name} holds the weights and names {source.weights}: keep both in one folder."
     notes = [*made.notes(rows), *[beside] * is_onnx(source.name)]
     step(f"writing {output}")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.axes import Axes
@@ -22,24 +20,21 @@ from torch import Tensor, nn
 
 from cadsurgery.data import Samples, SegmentationData, as_data, open_data, sample_of
 from cadsurgery.data.images import normalise
-from cadsurgery.data.networks import Source
 from cadsurgery.data.samples import pictures_of
-from cadsurgery.masks import labelled, resolve_mask
+from cadsurgery.masks import resolve_mask
 from cadsurgery.methods.registry import need_kind
-from cadsurgery.methods.side import Comparison, Metrics, Side, time_sides
-from cadsurgery.support.divergence import KINDS, Kind, class_scores, resize
-from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error
-from cadsurgery.support.launcher import world
-from cadsurgery.support.processes import gather, own_device, shard
+from cadsurgery.methods.side import Comparison, Side, time_sides
+from cadsurgery.support.divergence import KINDS, Kind, class_scores
+from cadsurgery.support.errors import CadError, InvalidInput, NotInstalled, check_name
 from cadsurgery.support.progress import Step, silent, within
+from cadsurgery.support.provenance import find_device
 from cadsurgery.support.rows import Row, percent, plain
 from cadsurgery.support.tables import Column, table
-from cadsurgery.tasks.for_each import Failure, Failures, each
+from cadsurgery.tasks.measuring import PictureBatch, Quality, Tally, as_labels, measure, refuse_images
 from cadsurgery.tasks.open import Strides, at_strides, open_any, provenance, read_by
 from cadsurgery.tasks.report import COLOURS, MeasuredReport, against_macs, check_outputs, panels
-from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
-from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 from cadsurgery.tasks.sides import masks as of_masks
+from cadsurgery.tasks.workers import refuse_launchers, share
 
 
 def evaluate(
@@ -61,6 +56,7 @@ def evaluate(
     thresholds: Sequence[float | Sequence[float]] = (),
     sides: Sequence[Side] = (),
     bands: Sequence[int] = (),
+    workers: int = 1,
     step: Step = silent,
     trust: bool = False,
 ) -> EvaluationReport:
@@ -70,11 +66,9 @@ def evaluate(
     of each pair. A network of another method has the sides of its method. Sides of the user follow.
 
     Without labels, outputs are compared with the output of the dense network at the high output stride, which stands
-    for the labels, see `FidelityMetrics`; any outputs with maps are possible.
+    for the labels, see `cadsurgery.tasks.measuring.Quality`; any outputs with maps are possible.
 
-    Each image is read once, and all sides run on it, with `net.optimize()`. MACs are exact for every image. Under
-    `torchrun` or `accelerate launch` each process takes its share of the images. All processes return the same
-    figures; the first one measures times and writes files.
+    Each image is read once, and all sides run on it, with `net.optimize()`. MACs are exact for every image.
 
     Args:
         network: a converted network or file, a network by name or `module:function`, or a module to convert.
@@ -98,6 +92,8 @@ def evaluate(
         sides: sides of the user, see `cadsurgery.methods.side.Side`; they get the same images as the network.
         bands: which bands of the images the network reads, counted from 1, in their order; default: those of the data,
             of the network, or all.
+        workers: number of processes that share the images, with one thread each, or a GPU each; 1 for this process.
+            Each opens network and data anew.
         step: progress callback.
         trust: run code that a converted file names; see `cadsurgery.load`.
 
@@ -106,36 +102,32 @@ def evaluate(
             without labels, it returns no maps, or a mask needs labels; or an option is out of range.
         CadError: no image could be used (the error of the first one); or a name, file or option is refused.
     """
-    _check_options(limit, batch, rounds, kind, output, picture)
-    torch_device = own_device(device)
-    for mask in masks:
-        resolve_mask(mask)  # a typo should not wait for the network to be built
-    samples = (open_data(data, split, bands=bands) if isinstance(data, str) else as_data(data)).first(limit)
-    opened: nn.Module | None = open_any(network, trust)
-    pictures = pictures_of(samples)
-    if opened is not None:
-        read_by(opened, bands, (options or {}).get("normalisation"), pictures)
-        compared = _sides_of(opened, samples, bool(masks or output_stride), thresholds, torch_device)
+    _check_options(limit, batch, rounds, workers, kind, output, picture)
+    refuse_launchers("eval")
+    how: dict[str, Any] = {"weights": weights, "bands": bands, "trust": trust}
+    what = (network, data, masks, output_stride, options or {}, split, limit, thresholds, sides, device)
+    work = partial(_open, *what, how, kind, batch)
+    judge = work(step=step)
+    places = range(len(judge.data))
+    if workers > 1:
+        step("starting processes", 0, len(places))
+        size = batch * max(1, min(_BATCHES, len(places) // (workers * batch)))
+        parts: Iterable[_JudgedPart] = share(iter(places), work, workers, judge.lost, size=size)
     else:
-        _refuse_thresholds(thresholds)
-        step("building and converting")
-        nets, source = at_strides(
-            *(network, output_stride, options or {}),
-            weights=weights,
-            bands=bands,
-            pictures=pictures,
-            trust=trust,
-        )
-        opened, compared = nets[0], of_masks.compare(nets, source, masks, torch_device)
-    compared = replace(compared, sides=[*compared.sides, *sides])
-    samples = _with_classes(samples.read_for(compared.source), compared, torch_device)
-    judge = _Judge(compared, samples, kind, torch_device)
-    failed = judge.run(batch, step)
-    measured = _measured(judge, failed, rounds, step)
-    report = EvaluationReport(batch=batch, **measured, **provenance(network, compared.source, torch_device))
-    if world().is_main:
-        report.write(output, picture)
+        parts = judge(places, step)
+    measured = judge.measured(parts, rounds, step)
+    report = EvaluationReport(
+        batch=batch,
+        processes=workers,
+        **measured,
+        **provenance(network, judge.compared.source, judge.device),
+    )
+    report.write(output, picture)
     return report
+
+
+_BATCHES = 16  # that a process gets at a time, at most
+Failure = dict[str, str]  # an error as plain values, with the image's name
 
 
 def _refuse_thresholds(thresholds: Sequence[Any]) -> None:
@@ -146,60 +138,59 @@ def _refuse_thresholds(thresholds: Sequence[Any]) -> None:
         )
 
 
-def _measured(judge: _Judge, failed: Sequence[Failure], rounds: int, step: Step) -> dict[str, Any]:
-    """Return the fields of a report that come from the run of all sides, of all processes together."""
-    compared, samples = judge.compared, judge.data
-    tallies, first = judge.gather(failed)
-    fidelity = [tally.metrics.kind for tally in tallies if isinstance(tally.metrics, FidelityMetrics)]
-    return {
-        "data": samples.name,
-        "split": samples.split,
-        "fidelity": fidelity[0] if fidelity else None,
-        "images": int(tallies[0].counts["images"]),
-        "image": tuple(first[0].shape[1:]),
-        "rounds": rounds,
-        "processes": world().size,
-        "normalisation": compared.normalisation,
-        "rows": _rows(compared, tallies, samples.classes, first, rounds, step),
-        "failed": tuple(failed),
-        "compared": replace(compared, sides=()),  # a report keeps no networks
-    }
+def _open(
+    network: str | nn.Module,
+    data: str | Samples,
+    masks: Sequence[object],
+    output_stride: Strides,
+    options: Mapping[str, Any],
+    split: str,
+    limit: int | None,
+    thresholds: Sequence[float | Sequence[float]],
+    sides: Sequence[Side],
+    device_name: str,
+    how: Mapping[str, Any],
+    kind: Kind,
+    batch: int,
+    step: Step = silent,
+) -> _Judge:
+    """Open the network and the data, in this process or another one."""
+    device, bands = find_device(device_name), how["bands"]
+    for mask in masks:
+        resolve_mask(mask)  # a typo should not wait for the network to be built
+    samples = (open_data(data, split, bands=bands) if isinstance(data, str) else as_data(data)).first(limit)
+    opened: nn.Module | None = open_any(network, how["trust"])
+    pictures = pictures_of(samples)
+    if opened is not None:
+        read_by(opened, bands, options.get("normalisation"), pictures)
+        compared = _sides_of(opened, samples, bool(masks or output_stride), thresholds, device)
+    else:
+        _refuse_thresholds(thresholds)
+        step("building and converting")
+        nets, source = at_strides(network, output_stride, options, pictures=pictures, **how)
+        compared = of_masks.compare(nets, source, masks, device)
+    compared = replace(compared, sides=[*compared.sides, *sides])
+    return _Judge(
+        compared, _with_classes(samples.read_for(compared.source), compared, device), kind, device, batch
+    )
 
 
 def _check_options(
     limit: int | None,
     batch: int,
     rounds: int,
+    workers: int,
     kind: str,
     output: Path | None,
     picture: Path | None,
 ) -> None:
-    if (limit is not None and limit < 1) or batch < 1 or rounds < 0:
+    if (limit is not None and limit < 1) or min(batch, workers) < 1 or rounds < 0:
         raise InvalidInput(
-            f"limit={limit}, batch={batch}, rounds={rounds} leave nothing to do.",
-            next="give at least 1 image, 1 image a call and 0 rounds.",
+            f"limit={limit}, batch={batch}, rounds={rounds}, workers={workers} leave nothing to do.",
+            next="give at least 1 image, 1 image a call, 0 rounds and 1 process.",
         )
     check_name("kind of output", kind, KINDS)
     check_outputs(output, picture=picture)
-
-
-def _rows(
-    compared: Comparison,
-    tallies: Sequence[Tally],
-    classes: Sequence[str],
-    first: tuple[Tensor, Tensor | None],
-    rounds: int,
-    step: Step,
-) -> tuple[Row, ...]:
-    """Return the rows of all sides; the first process times them on the first image with its labels, if any."""
-    rows = [
-        side.row(tally.values(side, classes), compared.key)
-        for side, tally in zip(compared.sides, tallies, strict=True)
-    ]
-    if rounds and world().is_main:
-        with _labelled(first[1]):
-            rows = time_sides(compared.sides, rows, first[0], rounds, step=within(step, "measuring"))
-    return tuple(rows)
 
 
 def _sides_of(
@@ -234,10 +225,10 @@ def _with_classes(data: SegmentationData, compared: Comparison, device: torch.de
             with torch.inference_mode():
                 image, labels = sample_of(data, index)
                 batch = normalise(image[None], compared.source).to(device)
-                with labelled(labels[None].to(device)):
+                with as_labels(labels[None].to(device)):
                     return data.with_outputs(class_scores(compared.sides[0].call(batch)).shape[1])
         except (CadError, RuntimeError) as error:
-            first = first or refuse_images(error, image[None])
+            first = first or refuse_images(error, image[None].shape[2:])
     if first is not None:
         raise first
     return data
@@ -246,153 +237,128 @@ def _with_classes(data: SegmentationData, compared: Comparison, device: torch.de
 # -- running all sides ---------------------------------------------------------------------------------
 
 
-@dataclass
-class Tally:
-    """Sums of one side over images; tallies of shares of the images merge exactly."""
+class _JudgedPart(NamedTuple):
+    """What some images gave: a tally for each side, failures by position, and the first image that could be used."""
 
-    metrics: Metrics
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def merge(self, other: Tally) -> None:
-        """Add the sums of another tally."""
-        self.metrics.merge(other.metrics)
-        self.counts.update(other.counts)
-
-    def values(self, side: Side, classes: Sequence[str]) -> dict[str, Any]:
-        """Return the fields of the side's row."""
-        figures = self.metrics.compute()
-        fields = {"divergence": None, "relative_error": None, **figures, **side.summary(self.counts, figures)}
-        if (shares := fields.get("iou")) is not None:
-            names = classes or [f"class {place}" for place in range(len(shares))]
-            fields["iou"] = dict(zip(names, shares, strict=True))
-        return {name: value for name, value in fields.items() if name != "pixels"}
+    images: int
+    tallies: list[Tally]
+    failed: dict[int, Failure]
+    first: int | None = None
 
 
+@dataclass(frozen=True)
 class _Judge:
-    """Runs all sides on images.
+    """Runs all sides on images."""
 
-    Attributes:
-        tallies: sums of each side over this process's images.
-        first: position of this process's first usable image; the number of all images if there is none.
-    """
+    compared: Comparison
+    data: SegmentationData
+    kind: Kind
+    device: torch.device
+    batch: int
 
-    def __init__(
-        self, compared: Comparison, data: SegmentationData, kind: Kind, device: torch.device
-    ) -> None:
-        self.compared, self.data, self._device, self.first = compared, data, device, len(data)
-        usual: Callable[[], Metrics] = partial(FidelityMetrics, kind)
-        if data.is_labelled:
-            usual = partial(Accuracy, len(data.classes), data.name)
-        self.tallies = [Tally((side.metrics or usual)()) for side in compared.sides]
-
-    def run(self, size: int, step: Step) -> list[Failure]:
-        """Judge this process's share of the images; return the failures of all processes."""
-        failures, done, share = Failures("image"), 0, len(shard(range(len(self.data))))
-        step(f"image 1 of {share}", 0, share)
-        for positions, images, labels in _batches(self.data, size, failures):
-            before = done + len(failures.noted)
-            step(f"image {before + len(images)} of {share}", before, share)
-            if (refusal := self._judge(images, labels)) is not None:
-                for position in positions:
-                    failures.at(position, self.data.names[position])
-                    failures.note(refusal)
+    def __call__(self, places: Sequence[int], step: Step = silent) -> list[_JudgedPart]:
+        """Run all sides on images; those of one size that follow each other run together."""
+        failed, done, first, tallies = dict[int, Failure](), 0, list[int](), list[Tally]()
+        step(f"image 1 of {len(places)}", 0, len(places))
+        for pictures, found in measure(self.compared.sides, self._pictures(places, failed), self._metrics):
+            before = done + len(failed)
+            step(f"image {before + len(pictures.places)} of {len(places)}", before, len(places))
+            if isinstance(found, CadError):
+                failed |= {place: self._failure(place, found) for place in pictures.places}
                 continue
-            self.first = min(self.first, *positions)
-            done += len(images)
-        return failures.gather(self._device)
+            done, first = done + len(pictures.places), first or [*pictures.places]
+            for whole, own in zip(tallies, found, strict=False):
+                whole.merge(own)
+            tallies = tallies or found
+        return [_JudgedPart(len(places), tallies, failed, *first[:1])]
 
-    def _judge(self, images: Tensor, labels: Tensor) -> CadError | None:
-        """Add a batch to the tallies of all sides; return the error if the network does not take its images."""
-        known = labels.to(self._device) if self.data.is_labelled else None
-        truth, extent = known, (images.shape[2], images.shape[3])
-        with torch.inference_mode(), _labelled(known):
-            try:
-                images = _prepare(images, self.compared.source, self._device)
-                output = self.compared.sides[0].call(images)
-            except (CadError, RuntimeError) as error:  # networks refuse image sizes with errors of their own
-                return refuse_images(error, images)
-            for place, (side, tally) in enumerate(zip(self.compared.sides, self.tallies, strict=True)):
-                output = side.call(images) if place else output
-                truth = output if known is None and side.is_target else truth
-                tally.metrics.update(output, truth, extent)
-                tally.counts.update({"images": len(images), **side.count(images)})
-        return None
+    def lost(self, place: int, error: CadError) -> _JudgedPart:
+        """Return the part of an image that ended its process."""
+        return _JudgedPart(1, [], {place: self._failure(place, error)})
 
-    def gather(self, failed: Sequence[Failure]) -> tuple[list[Tally], tuple[Tensor, Tensor | None]]:
-        """Return the tallies of all sides over all processes, and the first image with its labels, if it has any.
+    def _failure(self, place: int, error: CadError) -> Failure:
+        return {"image": self.data.names[place], **error.to_dict()}
+
+    def _metrics(self) -> list[Quality]:
+        if self.data.is_labelled:
+            return [Quality(of_labels=True, classes=len(self.data.classes), data=self.data.name)]
+        return [Quality(self.kind)]
+
+    def _pictures(self, places: Sequence[int], failed: dict[int, Failure]) -> Iterator[PictureBatch]:
+        """Yield batches; images that cannot be used are noted and left out."""
+
+        def read() -> Iterator[tuple[int, Tensor, Tensor]]:
+            for place in places:
+                try:
+                    yield place, *sample_of(self.data, place)
+                except NotInstalled:  # no other image would do better
+                    raise
+                except CadError as error:
+                    failed[place] = self._failure(place, error)
+
+        for _, alike in groupby(read(), key=lambda item: item[1].shape):
+            while some := list(islice(alike, self.batch)):
+                at, images, labels = zip(*some, strict=True)
+                yield self.prepare(torch.stack(images), torch.stack(labels), at)
+
+    def prepare(self, images: Tensor, labels: Tensor, places: tuple[int, ...] = (0,)) -> PictureBatch:
+        """Normalise images, and bring them and their labels to the device."""
+        ready = normalise(images, self.compared.source).to(self.device)
+        known = labels.to(self.device) if self.data.is_labelled else None
+        ready = ready.contiguous(memory_format=torch.channels_last)
+        return PictureBatch(ready, (images.shape[2], images.shape[3]), known, places)
+
+    def measured(self, parts: Iterable[_JudgedPart], rounds: int, step: Step) -> dict[str, Any]:
+        """Return the fields of a report that come from the run of all sides.
 
         Raises:
-            CadError: no image could be used.
+            CadError: no image could be used; the error of the first one.
         """
-        merged, *others = gather(self.tallies, self._device)
-        for tallies in others:
-            for whole, part in zip(merged, tallies, strict=True):
-                whole.merge(part)
-        firsts = gather(self.first, self._device)
-        if not merged[0].counts["images"]:
-            raise CadError.from_dict(failed[0])
+        count, done, merged = len(self.data), 0, list[Tally]()
+        failed, firsts = dict[int, Failure](), list[int]()
+        for part in parts:
+            done, failed = done + part.images, failed | part.failed
+            firsts += [] if part.first is None else [part.first]
+            if part.images < count:  # of another process
+                step(f"image {done} of {count}", done, count)
+            for whole, own in zip(merged, part.tallies, strict=False):
+                whole.merge(own)
+            merged = merged or part.tallies
+        failures = [failure for _, failure in sorted(failed.items())]
+        if not merged:
+            raise CadError.from_dict(failures[0])
         image, labels = sample_of(self.data, min(firsts))
-        known = labels[None].to(self._device) if self.data.is_labelled else None
-        return merged, (_prepare(image[None], self.compared.source, self._device), known)
+        example = self.prepare(image[None], labels[None])
+        rows = [self._row(*pair) for pair in zip(self.compared.sides, merged, strict=True)]
+        if rounds:
+            with as_labels(example.labels):
+                how = within(step, "measuring")
+                rows = time_sides(self.compared.sides, rows, example.images, rounds, step=how)
+        quality = next((one for tally in merged for one in tally.metrics if isinstance(one, Quality)), None)
+        return {
+            "data": self.data.name,
+            "split": self.data.split,
+            "fidelity": None if quality is None or quality.of_labels else quality.kind,
+            "images": int(merged[0].counts["images"]),
+            "image": tuple(example.images.shape[1:]),
+            "rounds": rounds,
+            "normalisation": self.compared.normalisation,
+            "rows": tuple(rows),
+            "failed": tuple(failures),
+            "compared": replace(self.compared, sides=()),  # a report keeps no networks
+        }
 
-
-def _prepare(images: Tensor, source: Source, device: torch.device) -> Tensor:
-    return normalise(images, source).to(device).contiguous(memory_format=torch.channels_last)
-
-
-def _labelled(labels: Tensor | None) -> AbstractContextManager[None]:
-    return nullcontext() if labels is None else labelled(labels)
-
-
-def _batches(
-    data: SegmentationData, size: int, failures: Failures
-) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
-    """Yield positions, images (B, C, H, W) and labels (B, H, W) of this process's share.
-
-    Unusable images are recorded as failures and left out.
-    """
-    items = each(range(len(data)), partial(sample_of, data), failures, name=data.names.__getitem__)
-    for _, alike in groupby(items, key=lambda item: item[1][0].shape):
-        while batch := list(islice(alike, size)):
-            positions, pairs = zip(*batch, strict=True)
-            images, labels = zip(*pairs, strict=True)
-            yield positions, torch.stack(images), torch.stack(labels)
-
-
-def refuse_images(error: Exception, images: Tensor) -> CadError:
-    """Return the error for images on which a network does not run."""
-    if isinstance(error, CadError):
-        return error
-    return InvalidInput(
-        f"the network does not take an image of {images.shape[2]}x{images.shape[3]} pixels.",
-        why=describe_error(error),
-        next="resize or crop the images to a size that it takes, e.g. multiples of its strides (run: --size).",
-    )
-
-
-class Accuracy:
-    """`SegmentationMetrics` of class scores, at the size of the labels."""
-
-    def __init__(self, classes: int, data: str) -> None:
-        self.metrics, self.data = SegmentationMetrics(classes), data
-
-    def update(self, output: Any, truth: Tensor, size: tuple[int, int]) -> None:
-        """Add the scores of a batch with labels (B, H, W)."""
-        scores, classes = class_scores(output), self.metrics.classes
-        if scores.shape[1] != classes:
-            raise InvalidInput(
-                f"the network has {scores.shape[1]} classes and data {self.data} has {classes}.",
-                next="evaluate a network trained on these classes, or open the data with its classes.",
-            )
-        self.metrics.update(resize(scores.float(), truth.shape[1:]).argmax(1), truth)
-
-    def merge(self, other: Accuracy) -> None:
-        """Add the sums of another object."""
-        self.metrics.merge(other.metrics)
-
-    def compute(self) -> dict[str, Any]:
-        """Return the figures of `SegmentationMetrics`."""
-        return self.metrics.compute()
+    def _row(self, side: Side, tally: Tally) -> Row:
+        """Return the row of a side."""
+        figures = tally.metrics[0].compute()
+        fields = {"divergence": None, "relative_error": None, **figures}
+        fields |= side.summary(tally.counts, figures)
+        if (shares := fields.get("iou")) is not None:
+            names = self.data.classes or [f"class {place}" for place in range(len(shares))]
+            fields["iou"] = dict(zip(names, shares, strict=True))
+        return side.row(
+            {name: value for name, value in fields.items() if name != "pixels"}, self.compared.key
+        )
 
 
 # -- report --------------------------------------------------------------------------------------------
@@ -409,9 +375,10 @@ class EvaluationReport(MeasuredReport):
     - `iou`: IoU of each class by name; None for a class that is in neither predictions nor labels;
     - `pixel_accuracy`: share of correct pixels; `boundary_iou` and `trimap_iou`: see `SegmentationMetrics`;
     - `balanced_fidelity`: without labels, mean IoU over the classes of the dense network; see `balanced_fidelity` of
-      `cadsurgery.tasks.segmentation.fidelity`;
+      `cadsurgery.tasks.measuring`;
     - `divergence`: without labels, mean over pixels and images; see `cadsurgery.support.divergence.divergence`;
-    - `relative_error`: without labels, for maps that are not class scores; see `FidelityMetrics`;
+    - `relative_error`: without labels, for maps that are not class scores; see `Quality`;
+    - `errors`: standard error over images of each of these qualities, by a bootstrap; empty for one image;
     - `macs`: multiply-accumulates per image, mean over images.
 
     Without labels, accuracies are the agreement with the dense network at the high output stride.

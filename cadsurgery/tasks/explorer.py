@@ -19,21 +19,20 @@ from cadsurgery.data.images import normalise, read_picture_for, shown, street_sc
 from cadsurgery.data.networks import Source, class_names, stated_statistics
 from cadsurgery.masks import EstimatedMask, MaskProvider, list_masks, resolve_mask
 from cadsurgery.methods.method_files import load
-from cadsurgery.methods.side import Side, measure
+from cadsurgery.methods.side import Side, work_and_time
 from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import InvalidInput, check_name
-from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step, silent, within
-from cadsurgery.support.provenance import import_nothing
+from cadsurgery.support.provenance import find_device, import_nothing
 from cadsurgery.support.rows import Row
 from cadsurgery.tasks.figures import OVERLAY, draw_lattice, draw_levels, prediction_picture
+from cadsurgery.tasks.measuring import AGREEMENT, ERROR, compare
 from cadsurgery.tasks.open import is_file, open_any, original, weights_in_words
 from cadsurgery.tasks.predictor import classes_of
-from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 
 LIMITS = WRITTEN, THRESHOLD, BUDGET = "as written", "threshold", "budget"
 FILLS = ("linear", "nearest", "guided")
@@ -147,7 +146,7 @@ def open_subject(name: str, weights: str = "auto", device: str = "cpu", trust: b
     Raises:
         InvalidInput: the file holds a network of another method, or the network is adaptive only in part.
     """
-    torch_device = own_device(device)
+    torch_device = find_device(device)
     if open_any(name, trust) is not None:
         raise InvalidInput(
             f"{name} holds a network of another method.",
@@ -291,7 +290,7 @@ def explore(
         output, lattice, reference = fast(batch, mask=mask), fast.lattice, dense(batch, mask="all")
     counted = net.macs(batch, mask=mask)
     sides = [*_uniform_sides(net, dense, counted), Side(spec, partial(fast, mask=mask), counted.mask)]
-    rows = measure(sides, batch, rounds, seconds=_SECONDS, step=within(step, "measuring"))
+    rows = work_and_time(sides, batch, rounds, seconds=_SECONDS, step=within(step, "measuring"))
     pixels, stride = shown(picture).permute(1, 2, 0).numpy(), net.plan.strides[0]
     prediction, high_prediction = (
         _overlay(picture, output_of_side) for output_of_side in (output, reference)
@@ -359,15 +358,13 @@ def _overlay(picture: Tensor, output: Any) -> Image.Image | None:
 
 def _quality(output: Any, reference: Any, size: tuple[int, int]) -> str:
     """Compare an output with the one with everything kept high, in words; empty if they cannot be compared."""
-    metrics = FidelityMetrics()
     try:
-        metrics.update(output, reference, size)
+        figures = compare(output, reference, size)
     except InvalidInput:
         return ""
-    figures = metrics.compute()
-    if metrics.kind == "values":
-        return f"relative error {figures['relative_error']:.1%} against everything high"
-    return f"{figures['pixel_accuracy']:.1%} of the predictions are those of everything high"
+    if figures[ERROR] is not None:
+        return f"relative error {figures[ERROR]:.1%} against everything high"
+    return f"{figures[AGREEMENT]:.1%} of the predictions are those of everything high"
 
 
 def _answer(name: str, output: Any, source: Source) -> str:

@@ -1,89 +1,74 @@
-"""The quality of settings, picture by picture, so that the difference between two settings has an error.
-
-Quality is one of five measures, all 0..1:
-
-- `miou`: mean IoU against labels;
-- `fidelity`: mean IoU against the classes that the network as given predicts, see
-  `cadsurgery.tasks.segmentation.fidelity.balanced_fidelity`;
-- `found`: the same for a map of probabilities, such as a text detector's, with the two classes absent and present;
-- `agreement`: share of pixels, or of whole pictures, with the class that the network as given predicts;
-- `accuracy` of values such as depth: 1 minus the relative error against the output of the network as given.
-"""
+"""Quality and time of settings, picture by picture, so that the difference between two settings has an error."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cadsurgery.data.datasets import IGNORED
-from cadsurgery.support.divergence import divergence, kind_of, maps_of, resize
+from cadsurgery.support.divergence import kind_of, maps_of
 from cadsurgery.support.rows import Plain
-from cadsurgery.tasks.segmentation.fidelity import NO_CLASS, balanced_fidelity
-from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
+from cadsurgery.tasks.measuring import (
+    ERROR,
+    FIDELITY,
+    MIOU,
+    Counts,
+    Kind,
+    Quality,
+    Tally,
+    error_of,
+    resampled,
+)
 
-LABELS, CLASSES, FOUND, AGREEMENT, VALUES = "miou", "fidelity", "found", "agreement", "accuracy"
-JudgedKind = Literal["auto", "classes", "found", "values"]
+# `balanced_fidelity` of a map of probabilities, such as a text detector's, with the classes absent and present.
+FOUND = "found"
 FEW = 10  # pictures below which no small difference can be told
 _RESAMPLES = 1000
 _SURE = 0.1  # a probability is decided within so much of 0 or 1; so is a map, if all but so many of its places are
 
+_NOTHING = Counts()
+
 
 @dataclass(frozen=True)
 class Judgement:
-    """Counts of one setting on one picture.
+    """What was counted of one setting on one picture.
 
     Attributes:
         milliseconds: time of the call.
-        same: share of pixels with the class that the network as given predicts; 0 for values.
-        error: mean squared difference from the network as given, relative to its mean square; 0 for class scores.
-        fidelity: (3, C) pixels of each class in both predictions, in either, and in that of the network as given.
-        labels: (3, C), as `fidelity`, against the labels; empty without labels.
+        given: against the network as given.
+        labels: against the labels; None without.
     """
 
     milliseconds: float
-    same: float = 0.0
-    error: float = 0.0
-    fidelity: tuple[tuple[int, ...], ...] = ()
-    labels: tuple[tuple[int, ...], ...] = ()
+    given: Counts = _NOTHING
+    labels: Counts | None = None
 
+    @staticmethod
+    def of(tally: Tally) -> Judgement:
+        """Take the counts of one picture from a tally, whose metrics are against the network as given, and labels."""
+        counts = [metric.pictures[0] for metric in tally.metrics if isinstance(metric, Quality)]
+        return Judgement(tally.milliseconds, *counts)
 
-def judge(
-    milliseconds: float,
-    output: Any,
-    given: Any,
-    labels: Tensor | None,
-    size: tuple[int, int],
-    kind: JudgedKind,
-) -> Judgement:
-    """Compare the output of a setting for one picture with the network as given and with labels.
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for the journal."""
+        areas = {"fidelity": self.given.areas, "labels": self.labels.areas if self.labels else None}
+        plain = {name: None if value is None else np.asarray(value).tolist() for name, value in areas.items()}
+        return {"milliseconds": self.milliseconds, "divergence": self.given.divergence, **plain}
 
-    Args:
-        milliseconds: time of the call.
-        output: output of the setting.
-        given: output of the network as given.
-        labels: (1, H, W), or None.
-        size: (height, width) of the picture, at which classes are compared.
-        kind: of the outputs, `classes`, `values`, or `found` for probabilities of one class.
-    """
-    if kind == "values":
-        target = maps_of(given)[0]
-        maps = [resize(maps_of(output)[0], target.shape[2:])]
-        return Judgement(milliseconds, error=float(divergence([target], maps, "values").mean()))
-    read = _found if kind == "found" else _classes
-    ours, theirs = (read(scores, size) for scores in (output, given))
-    count = 2 if kind == "found" else maps_of(given)[0].shape[1]
-    return Judgement(
-        milliseconds,
-        same=float((ours == theirs).double().mean()),
-        fidelity=_areas(_compare(ours, theirs, count, NO_CLASS)),
-        labels=_areas(_compare(ours, labels, count)) if labels is not None else (),
-    )
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Judgement:
+        """Return what `to_dict` gave."""
+        fidelity, labels = (
+            None if values[name] is None else np.array(values[name]) for name in ("fidelity", "labels")
+        )
+        of_labels = None if labels is None else Counts(areas=labels)
+        return Judgement(values["milliseconds"], Counts(values["divergence"], fidelity), of_labels)
 
 
 _MULTIPLE = 32  # the largest number of pixels that sides of pictures in files are usually multiples of
@@ -123,7 +108,7 @@ def in_rows(given: Any, output: Any, size: tuple[int, int], is_resized: bool) ->
     return f"its output {(len(target), *shape)} is rows, no map (batch, channels, height, width)"
 
 
-def kind_to_judge(output: Any) -> JudgedKind:
+def kind_to_judge(output: Any) -> Kind:
     """Return the kind of an output: `found` for a single map of probabilities, else that of `kind_of`.
 
     Probabilities are near 0 or 1 in nearly all places, and near both in some; depth and disparity are not.
@@ -141,36 +126,13 @@ def _is_decided(values: Tensor) -> bool:
     return bool(absent > 0 and present > 0 and absent + present > 1 - _SURE)
 
 
-def _classes(output: Any, size: tuple[int, int]) -> Tensor:
-    return _at_size(output, size).argmax(1)
-
-
-def _found(output: Any, size: tuple[int, int]) -> Tensor:
-    return (_at_size(output, size)[:, 0] > 0.5).long()
-
-
-def _at_size(output: Any, size: tuple[int, int]) -> Tensor:
-    scores = maps_of(output)[0]
-    return scores if scores.shape[2:].numel() == 1 else resize(scores, size)
-
-
-def _compare(ours: Tensor, theirs: Tensor, classes: int, ignored: int = IGNORED) -> SegmentationMetrics:
-    metrics = SegmentationMetrics(classes, ignored=ignored)
-    metrics.update(ours, theirs)
-    return metrics
-
-
-def _areas(metrics: SegmentationMetrics) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(row) for row in metrics.areas().tolist())
-
-
 @dataclass(frozen=True)
 class Estimate(Plain):
-    """A quality, and how far it is above that of the network as given, or another setting, on the same pictures.
+    """A quality, and how much better it is than that of the network as given, or another setting, on the same pictures.
 
     Attributes:
-        value: 0..1.
-        change: relative to that network; negative: it is worse.
+        value: the quality, 0..1; of `relative_error` less is better.
+        change: how much better than that network; negative: it is worse.
         error: standard error of the change, by a paired bootstrap over the pictures; NaN for one picture.
         images: number of pictures.
     """
@@ -188,33 +150,17 @@ class Estimate(Plain):
 def estimate(ours: Sequence[Judgement], given: Sequence[Judgement], measure: str) -> Estimate:
     """Estimate the quality of a setting from its judgements, and those of the network as given on the same pictures.
 
-    Against itself a network has the quality 1, so that the change of `fidelity` and `accuracy` is their lack of 1.
+    Against itself a network has the fidelity 1 and the error 0.
     """
     count = len(ours)
-    draws = torch.randint(count, (_RESAMPLES, count), generator=torch.Generator().manual_seed(0))
-    weights = torch.zeros(1 + _RESAMPLES, count, dtype=torch.float64)
-    weights[0] = 1
-    weights[1:].scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.float64))
-    values, base = (_quality(judged, weights, measure) for judged in (ours, given[:count]))
-    changes = values - base
-    error = float(changes[1:].std()) if count > 1 else float("nan")
+    quality = FIDELITY if measure == FOUND else measure
+    values, base = (
+        resampled([(measure == MIOU and one.labels) or one.given for one in some], quality)
+        for some in (ours, given[:count])
+    )
+    changes = base - values if measure == ERROR else values - base
+    error = error_of(changes) if count > 1 else float("nan")
     return Estimate(float(values[0]), float(changes[0]), error, count)
-
-
-def _quality(judged: Sequence[Judgement], weights: Tensor, measure: str) -> Tensor:
-    """Return the quality (k,) for k weightings (k, n) of the pictures."""
-    if measure == VALUES:
-        errors = torch.tensor([judgement.error for judgement in judged], dtype=torch.float64)
-        return 1 - ((weights @ errors) / weights.sum(1)).sqrt()
-    if measure == AGREEMENT:
-        return (
-            weights @ torch.tensor([judgement.same for judgement in judged], dtype=torch.float64)
-        ) / weights.sum(1)
-    pixels = [judgement.labels if measure == LABELS else judgement.fidelity for judgement in judged]
-    counts = torch.tensor(pixels, dtype=torch.float64)
-    hits, either, truth = (weights @ counts.flatten(1)).view(len(weights), 3, -1).unbind(1)
-    # Against labels a class that they lack counts if it is predicted, as usual.
-    return balanced_fidelity(hits, either, either if measure == LABELS else truth)
 
 
 def median_time(judged: Sequence[Judgement]) -> float:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,11 @@ from cadsurgery.data.channels import as_channels
 from cadsurgery.data.images import check_values, normalise
 from cadsurgery.data.stores import is_remote
 from cadsurgery.support.errors import FileError, InvalidInput, warn
-from cadsurgery.support.files import as_file_error, make_folder, write_whole
+from cadsurgery.support.files import as_file_error, make_folder
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.tasks.figures import CLASSES, palette
+from cadsurgery.tasks.journal import Identity, Journal, state_of
 
 Count = Callable[[Tensor, int], Counter[int]]  # the pixels of each class of rows (rows, W) of so many classes
 
@@ -124,23 +123,31 @@ class LargePicture:
         return normalise(rows, self._source).to(self._dtype)
 
 
-class _WrittenRows:
-    """The prediction of a picture as far as it is written: a TIFF file beside its place, and what is known of it."""
+class WrittenRows:
+    """The prediction of a picture as far as it is written: a TIFF file beside its place, and its journal."""
 
-    def __init__(self, target: Path, made_of: dict[str, Any]) -> None:
-        self.target, self._made_of = target, made_of
-        self.file = _part_of(target)
-        self._known = target.with_name(f".{target.name}.json")
-        self.rows, self.counts, self.milliseconds = 0, Counter[int](), 0.0
-        self._offset = 0
+    def __init__(self, picture: str, target: Path, made_by: Identity, resume: bool) -> None:
+        """Read what a run that was ended has written.
+
+        Raises:
+            InvalidInput: it is of another picture, or by other settings; or `resume` is not set.
+            FileError: the journal is damaged.
+        """
+        self.target, self.file = target, _part_of(target)
+        asked = {"path": os.path.abspath(picture), "file": state_of(picture), "by": made_by}
+        place = target.with_name(f".{target.name}.jsonl")
+        if not self.file.exists():
+            place.unlink(missing_ok=True)  # there is nothing to resume
+        next = f"give it the same again, choose another --output, or delete {self.file}, to begin anew."
+        self._journal = Journal(place, asked, resume, what=str(self.file), next=next)
+        rows = self._journal.rows
+        self._offset = int(rows[0]["offset"]) if rows else 0
+        self.rows = max((row["rows"] for row in rows[1:]), default=0)
+        self.milliseconds = sum(row["milliseconds"] for row in rows[1:])
+        self.counts = Counter[int]()
+        for row in rows[1:]:
+            self.counts.update({int(number): count for number, count in row["counts"].items()})
         self._kind: np.dtype[Any] = np.dtype(np.uint8)
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # nothing was written yet
-            known = json.loads(self._known.read_text())
-            counts = Counter({int(number): count for number, count in known["counts"].items()})
-            found = known["rows"], known["offset"], known["milliseconds"]
-            if self.file.exists() and known["made of"] == made_of:
-                self.rows, self._offset, self.milliseconds = found
-                self.counts = counts
 
     def begin(self, size: tuple[int, int], channels: int, position: Sequence[Any]) -> None:
         """Make the file at a position, unless there are rows in it: classes with their colours; one channel as its
@@ -151,6 +158,9 @@ class _WrittenRows:
             colours = palette().T.astype(np.uint16) * 257 if self._kind == np.uint8 else None
             with as_file_error(f"{self.target} cannot be written.", "choose another --output."):
                 self._offset = tiff.make_empty(self.file, size, self._kind, colours, position)
+            self._journal.remove()
+            self._journal.begin()
+            self._journal.add({"offset": self._offset})
 
     def write(self, first: int, values: Tensor, counts: Counter[int], milliseconds: float) -> None:
         """Write rows (rows, W), and then that they are there."""
@@ -161,23 +171,19 @@ class _WrittenRows:
             with self.file.open("r+b") as file:
                 file.seek(self._offset + (self.rows - len(missing)) * values.shape[1] * self._kind.itemsize)
                 file.write(missing.numpy().astype(self._kind).tobytes())
-            known = {"made of": self._made_of, "rows": self.rows, "offset": self._offset}
-            known |= {"milliseconds": self.milliseconds, "counts": self.counts}
-            with write_whole(self._known) as path:
-                path.write_text(json.dumps(known))
+            self._journal.add({"rows": self.rows, "milliseconds": milliseconds, "counts": counts})
 
     def finish(self) -> None:
         """Put the whole file in its place."""
         with as_file_error(f"{self.target} cannot be written.", "choose another --output."):
             self.file.replace(self.target)
-            self._known.unlink(missing_ok=True)
+            self._journal.remove()
 
 
 def predict_large(
     net: Any,
     picture: LargePicture,
-    target: str,
-    made_by: dict[str, Any],
+    part: WrittenRows,
     count: Count,
     stopped: threading.Event,
     step: Step = silent,
@@ -187,7 +193,7 @@ def predict_large(
     Once `stopped` is set it ends behind the band that is computed, and the row says `interrupted`. `step` is told the
     rows that are done, from which the time that is left follows.
 
-    What a run that was ended has written of the same picture, by the same settings, is not computed again.
+    Rows that are in the part are not computed again.
 
     Returns:
         Fields of its row, with the number of pixels of each class.
@@ -196,9 +202,7 @@ def predict_large(
         CadError: the picture cannot be read, computed or written.
     """
     height, width = picture.shape[1:]
-    status, position = os.stat(tiff.split_page(picture.path)[0]), picture.file.position
-    made_of = {"path": os.path.abspath(picture.path), "bytes": status.st_size, "changed": status.st_mtime_ns}
-    part = _WrittenRows(Path(target), made_of | {"by": json.loads(json.dumps(made_by, default=str))})
+    position = picture.file.position
     with torch.inference_mode():
         start = time.perf_counter()
         result = net.rows(picture, start=part.rows)
@@ -225,7 +229,7 @@ def predict_large(
     levels = result.levels if any(result.levels.stride()) else result.levels.flatten()[:1]
     shares = [int((levels == level).sum()) / levels.numel() for level in range(net.geometry.max_level + 1)]
     return {
-        "output": target,
+        "output": str(part.target),
         "size": [height, width],
         "active_fraction": shares[0],
         "levels": shares,

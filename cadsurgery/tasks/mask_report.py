@@ -46,6 +46,7 @@ from cadsurgery.support.rows import Row, percent, plain
 from cadsurgery.support.tables import Column, table
 from cadsurgery.tasks.commands import MaskOptions
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
+from cadsurgery.tasks.measuring import AGREEMENT, ERROR, FIDELITY, compare
 from cadsurgery.tasks.open import (
     Pictures,
     example_image,
@@ -55,12 +56,11 @@ from cadsurgery.tasks.open import (
     with_statistics,
 )
 from cadsurgery.tasks.report import Report, figure_picture
-from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 
 # Returns the lattice of a mask; in a network, if masks are compared, also fields of its row: quality and cost.
 Look = Callable[[MaskProvider], tuple[Lattice, dict[str, Any]]]
 # Fields of a row that hold a quality, and their names in tables and pictures.
-QUALITIES = {"agreement": "agreement", "balanced_fidelity": "balanced fidelity", "accuracy": "accuracy"}
+QUALITIES = {AGREEMENT: "agreement", FIDELITY: "balanced fidelity", ERROR: "relative error"}
 
 
 def masks_to_compare(max_level: int, has_labels: bool) -> tuple[str, ...]:
@@ -116,9 +116,9 @@ class MaskReport(Report):
     means, and the number of `frames`. Masks that are compared in a
     network also have
 
-    - for class scores `agreement`, the share of pixels with the class that the dense network predicts, and
-      `balanced_fidelity`, the mean IoU over these classes; for other maps `accuracy`, 1 minus the relative error. All
-      are relative to the same network with everything kept high, and None where they do not apply;
+    - for class scores `pixel_accuracy`, the share of pixels with the class that the dense network predicts, and
+      `balanced_fidelity`, the mean IoU over these classes; for other maps `relative_error`. All are relative to the
+      same network with everything kept high, see `cadsurgery.tasks.measuring`, and None where they do not apply;
     - `macs`: multiply-accumulates with the `mask`, of the network as `given` (None if unknown), and with everything
       `high` and `low`; `of_given` and `of_high`: those with the mask relative to these.
 
@@ -425,19 +425,8 @@ _HOST = "the network around the adaptive part returns no maps."
 
 def _quality(output: Any, dense: Any, size: tuple[int, int]) -> dict[str, float | None]:
     """Return the quality of an output relative to that of the dense network, see `MaskReport`."""
-    values: dict[str, float | None] = dict.fromkeys(QUALITIES)
-    if dense is None:
-        return values
-    metrics = FidelityMetrics()
-    metrics.update(output, dense, size)
-    figures = metrics.compute()
-    if metrics.kind == "values":
-        return {**values, "accuracy": 1 - figures["relative_error"]}
-    return {
-        **values,
-        "agreement": figures["pixel_accuracy"],
-        "balanced_fidelity": figures.get("balanced_fidelity"),
-    }
+    figures = {} if dense is None else compare(output, dense, size)
+    return {name: figures.get(name) for name in QUALITIES}
 
 
 def _refusal(dense: Any, size: tuple[int, int]) -> str:

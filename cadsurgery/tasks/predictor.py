@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from fractions import Fraction
 from functools import partial
-from itertools import chain, groupby, islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from cadsurgery.data.clips import is_camera, open_clip
+from cadsurgery.data.clips import open_clip, write_clip
 from cadsurgery.data.images import normalise, read_picture_for, write_picture
 from cadsurgery.data.networks import class_names
 from cadsurgery.data.stores import is_remote
@@ -33,18 +31,17 @@ from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.pipeline import ahead
-from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step, silent
-from cadsurgery.tasks.clip_parts import FRAMES, ClipParts, Seen
+from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks.commands import RunOptions
-from cadsurgery.tasks.evaluation import refuse_images
 from cadsurgery.tasks.figures import CLASSES, OVERLAY, class_picture, prediction_picture
-from cadsurgery.tasks.large import LargePicture, predict_large
-from cadsurgery.tasks.manifest import fingerprint
+from cadsurgery.tasks.journal import fingerprint
+from cadsurgery.tasks.large import LargePicture, WrittenRows, predict_large
+from cadsurgery.tasks.measuring import refuse_images
 from cadsurgery.tasks.open import read_by
+from cadsurgery.tasks.workers import STOPPED
 
 _MULTIPLES = (1, 8, 16, 32, 64, 128)  # of pixels, to which pictures that a network refuses are padded
-STOPPED = threading.Event()  # set where a process of several is to end its large pictures
 Row = dict[str, Any]  # what happened to an image or a clip, as plain values; a failure has no `output`
 
 
@@ -57,13 +54,18 @@ class Item(NamedTuple):
     content: bytes | None = None
 
 
+def lost(item: Item, error: CadError) -> tuple[int, Row]:
+    """Return the position and the row of an image that failed."""
+    return item.position, {"image": item.source, **error.to_dict()}
+
+
 @dataclass(frozen=True)
 class PredictionSettings:
     """What predictions are made by; it can be sent to other processes.
 
     `precision` and `memory` are those of the optimised copy, see `AdaptiveModel.optimize`. If `until` is not 0, a
     network that can stop early does so after this many milliseconds. `view` is one of `VIEWS`, by
-    default `classes` for images and `overlay` for clips.
+    default `classes` for images and `overlay` for clips. With `resume` large pictures that were begun are resumed.
     """
 
     file: str
@@ -78,6 +80,7 @@ class PredictionSettings:
     until: float = RunOptions.until
     batch: int = RunOptions.batch
     trust: bool = RunOptions.trust
+    resume: bool = RunOptions.resume
 
     @classmethod
     def of(cls, file: str, options: RunOptions) -> PredictionSettings:
@@ -92,18 +95,31 @@ class PredictionSettings:
         made_by |= {name: getattr(self, name) for name in names}
         # Not stated by default, so that folders of earlier versions can be gone on with.
         made_by |= {name: value for name in ("bands", "normalisation") if (value := getattr(self, name))}
-        return {**made_by, "device": own_device(self.device).type}
+        return {**made_by, "device": find_device(self.device).type}
+
+    def part_of(self, item: Item) -> WrittenRows:
+        """Return the prediction of a large picture as far as it is written.
+
+        Raises:
+            InvalidInput, FileError: see `WrittenRows`.
+        """
+        return WrittenRows(item.source, Path(item.target), self.identity(), self.resume)
 
     def load(self) -> nn.Module:
         """Open the file on the device of this process."""
         net = load(self.file, mask=self.mask or None, trust=self.trust)
         read_by(net, self.bands, self.normalisation)
-        return net.to(own_device(self.device))
+        return net.to(find_device(self.device))
 
     def with_one_thread(self) -> Predictor:
         """Open the file for this process alone, one of many on a machine."""
         torch.set_num_threads(1)
         return Predictor(self.load(), self)
+
+    def predicting(self) -> Callable[[Sequence[Item]], list[tuple[int, Row]]]:
+        """Open the file; return what predicts a block of images, see `cadsurgery.tasks.workers.share`."""
+        predictor = self.with_one_thread()
+        return lambda items: list(predictor.rows(items))
 
 
 class Picture(NamedTuple):
@@ -141,7 +157,7 @@ class Predictor:
 
     def __init__(self, converted: nn.Module, settings: PredictionSettings) -> None:
         """Optimise a network that `settings` opened."""
-        self.settings, self.device = settings, own_device(settings.device)
+        self.settings, self.device = settings, find_device(settings.device)
         self.kind, self.source = method_of(converted), pictures_for(converted)
         self.names, self._folder = class_names(self.source), ""
         options = {"precision": settings.precision, "memory": settings.memory or None}
@@ -177,7 +193,7 @@ class Predictor:
             except NotInstalled:
                 raise
             except (CadError, RuntimeError) as error:  # networks refuse image sizes with errors of their own
-                refusal = refusal or refuse_images(error, images)
+                refusal = refusal or refuse_images(error, images.shape[2:])
                 self.start_anew()
         else:
             assert refusal is not None
@@ -233,10 +249,8 @@ class Predictor:
         if picture.large is None:
             return picture
         try:
-            made_by = self.settings.identity()
-            row = predict_large(
-                self.net, picture.large, picture.item.target, made_by, self._count, self.stopped, self.step
-            )
+            part = self.settings.part_of(picture.item)
+            row = predict_large(self.net, picture.large, part, self._count, self.stopped, self.step)
             return picture._replace(written=row | self._shares(row.pop("counts", Counter())))
         except CadError as error:
             return picture._replace(error=error)
@@ -276,96 +290,49 @@ class Predictor:
             class_picture(classes, channels) if view == CLASSES else prediction_picture(pixels, classes, view)
         )
 
-    def clip_row(
-        self, clip: Item, fps: float, step: Step, stopped: threading.Event, resume: bool
-    ) -> tuple[int, Row] | None:
-        """Return the position and row of a clip, see `draw_clip`; None for one that is there."""
+    def clip_row(self, clip: Item, fps: float, step: Step, stopped: threading.Event) -> tuple[int, Row]:
+        """Return the position and row of a clip, see `draw_clip`."""
         self.start_anew()
-        path, target = Path(clip.source), Path(clip.target)
         try:
-            parts = ClipParts(target, self.settings.identity() | {"fps": fps}, path, resume)
-            if resume and parts.is_whole:
-                return None
-            return clip.position, self.draw_clip(path, target, parts, fps, step, stopped)
+            return clip.position, self.draw_clip(Path(clip.source), Path(clip.target), fps, step, stopped)
         except NotInstalled:
             raise
         except CadError as error:
-            return clip.position, {"image": clip.source, **error.to_dict()}
+            return lost(clip, error)
 
     def draw_clip(
-        self, path: Path, target: Path, parts: ClipParts, fps: float, step: Step, stopped: threading.Event
+        self, path: Path, target: Path, fps: float, step: Step, stopped: threading.Event
     ) -> dict[str, Any]:
-        """Predict the frames of a clip and write them as a clip, until it ends or `stopped` is set.
-
-        What was written in parts before is not predicted again. The parts stay if the clip did not end.
-        """
-        seen, before, start = parts.seen, parts.seen.frames, time.perf_counter()
-        hold = min(before, self._looks_back())
-        numbers = range(before - hold, sys.maxsize)
-        with open_clip(path, self.settings.size, fps, self.source, numbers) as clip:
-            for frame in islice(clip.frames, hold):  # for masks that need the frames before
-                list(self(frame[None]))
+        """Predict the frames of a clip and write them as a clip, until it ends or `stopped` is set."""
+        frames, sums, classes, last, start = 0, Counter[str](), Counter[int](), Row(), time.perf_counter()
+        first: Sequence[int] = ()
+        make_folder(target.parent)
+        with (
+            open_clip(path, self.settings.size, fps, self.source) as clip,
+            write_clip(target, clip.rate, clip.time_base) as add,
+        ):
             batches = iter(lambda: list(islice(clip.timed, self.settings.batch)), [])
-            try:
-                while not stopped.is_set() and (first := next(batches, [])):
-                    with parts.next(clip) as add:
-                        for frames in islice(chain([first], batches), max(1, FRAMES // self.settings.batch)):
-                            self._draw_frames(frames, path, seen, add)
-                            speed = (seen.frames - before) / (time.perf_counter() - start)
-                            of = f" of {clip.count}" if clip.count else ""
-                            text = f"{path.name}, frame {seen.frames}{of}, {speed:.1f} frames/s"
-                            step(text, seen.frames, clip.count)
-                            if stopped.is_set():
-                                break
-                if not seen.frames:
-                    raise FileError(f"{path} holds no frames.", next="give a clip with pictures.")
-            except CadError:
-                parts.remove()
-                raise
-            parts.join()
-        speed = (seen.frames - before) / (time.perf_counter() - start)
-        if not stopped.is_set() or is_camera(path):
-            parts.remove()
-        means = {
-            key: seen.sums[key] / seen.frames if key in seen.sums else seen.last[key] for key in seen.last
-        }
-        ended = {"frames": seen.frames, "frames_per_second": speed, "interrupted": stopped.is_set()}
-        return {"image": str(path), "output": str(target), **means, **ended, **self._shares(seen.classes)}
-
-    def _draw_frames(
-        self,
-        timed: Sequence[tuple[Fraction, Tensor]],
-        path: Path,
-        seen: Seen,
-        add: Callable[[Image.Image, Fraction], None],
-    ) -> None:
-        """Predict frames, append their pictures at their times, and note them.
-
-        Raises:
-            FileError: their size is another one than that of the frames before.
-        """
-        times, frames = zip(*timed, strict=True)
-        for number, frame in enumerate(frames, seen.frames + 1):
-            size = (frame.shape[1], frame.shape[2])
-            seen.size = seen.size or size
-            if size != seen.size:
-                raise FileError(
-                    f"frame {number} of {path} is {size[0]}x{size[1]}, the first one is {seen.size[0]}x"
-                    f"{seen.size[1]}.",
-                    next="resize them: --size HxW.",
-                )
-        results = self(torch.stack(frames))
-        for second, frame, (classes, channels, details) in zip(times, frames, results, strict=True):
-            add(self.draw(frame, classes, usual=OVERLAY), second)
-            seen.classes += self._count(classes, channels)
-            details.pop("levels", None)
-            seen.sums.update({key: value for key, value in details.items() if not isinstance(value, str)})
-            seen.last = details
-        seen.frames += len(frames)
-
-    def _looks_back(self) -> int:
-        """Return the number of earlier frames that a mask needs."""
-        return sum(module.hold for module in self.net.modules() if isinstance(module, Smooth))
+            while not (frames and stopped.is_set()) and (batch := next(batches, [])):
+                times, pictures = zip(*batch, strict=True)
+                first = first or pictures[0].shape[1:]
+                for number, picture in enumerate(pictures, frames + 1):
+                    _check_frame(path, number, picture.shape[1:], first)
+                for second, picture, (found, channels, last) in zip(
+                    times, pictures, self(torch.stack(pictures)), strict=True
+                ):
+                    add(self.draw(picture, found, usual=OVERLAY), second)
+                    classes += self._count(found, channels)
+                    last.pop("levels", None)
+                    sums.update({key: value for key, value in last.items() if not isinstance(value, str)})
+                frames += len(pictures)
+                speed = frames / (time.perf_counter() - start)
+                of = f" of {clip.count}" if clip.count else ""
+                step(f"{path.name}, frame {frames}{of}, {speed:.1f} frames/s", frames, clip.count)
+            if not frames:
+                raise FileError(f"{path} holds no frames.", next="give a clip with pictures.")
+        means = {key: sums[key] / frames if key in sums else last[key] for key in last}
+        ended = {"frames": frames, "frames_per_second": speed, "interrupted": stopped.is_set()}
+        return {"image": str(path), "output": str(target), **means, **ended, **self._shares(classes)}
 
     def _count(self, classes: Tensor, channels: int) -> Counter[int]:
         """Count the pixels of each class; nothing if the classes have no names."""
@@ -378,6 +345,19 @@ class Predictor:
         whole = counts.total()
         shares = {self.names[index]: count / whole for index, count in sorted(counts.items()) if count}
         return {"classes": shares} if shares else {}
+
+
+def _check_frame(path: Path, number: int, size: Sequence[int], first: Sequence[int]) -> None:
+    """Refuse a frame of another size than the first one.
+
+    Raises:
+        FileError: see above.
+    """
+    if size != first:
+        raise FileError(
+            f"frame {number} of {path} is {size[0]}x{size[1]}, the first one is {first[0]}x{first[1]}.",
+            next="resize them: --size HxW.",
+        )
 
 
 def _with_size(refusal: CadError) -> CadError:

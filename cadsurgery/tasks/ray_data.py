@@ -16,7 +16,7 @@ from cadsurgery.data.images import encode_png
 from cadsurgery.support.errors import CadError, InvalidInput, check_name, first_line, import_optional
 from cadsurgery.tasks.predictor import Item, PredictionSettings, Row
 from cadsurgery.tasks.report import FilesReport
-from cadsurgery.tasks.workers import Block, Rows, Submit, predict_block
+from cadsurgery.tasks.workers import Block, Submit, do_block
 
 __all__ = ["Predict", "connect"]
 _LISTED = 1000  # failures that a report has
@@ -93,19 +93,19 @@ def _content(value: Any) -> bytes:
 
 
 @contextmanager
-def tasks(address: str, settings: PredictionSettings, count: int) -> Iterator[Submit]:
+def tasks(address: str, settings: PredictionSettings, work: bytes, count: int) -> Iterator[Submit]:
     """Start processes of Ray, each of which opens the file once; what a lost machine had in work is done by others.
 
     Each machine must be able to read the converted file and the pictures and to write the predictions at their paths.
     """
     ray = connect(address)
     lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
-    task = ray.remote(**_resources(settings), max_calls=0)(predict_block)
+    task = ray.remote(**_resources(settings), max_calls=0)(do_block)
+    sent = ray.put(work)
 
-    def call(block: Block) -> Rows:
+    def call(block: Block) -> bytes:
         try:
-            rows: Rows = ray.get(task.remote(settings, block))
-            return rows
+            return bytes(ray.get(task.remote(sent, block)))
         except lost as error:
             raise BrokenExecutor(first_line(error)) from error
 

@@ -7,6 +7,7 @@ there is a picture, how it is drawn; everything else is shared.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +24,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cadsurgery.data.images import check_picture, write_picture
-from cadsurgery.support.files import check_folder
+from cadsurgery.support.files import check_folder, write_whole
 from cadsurgery.support.rows import Plain
-from cadsurgery.tasks.run_folder import write_json
 
 # Distinct to readers who are colour-blind (Okabe and Ito), on light and on dark pages.
 COLOURS = ("#d55e00", "#2b8cbe", "#009e73", "#cc79a7", "#e69f00")  # of lines and points in figures
@@ -72,7 +72,8 @@ class Report(Plain):
             FileError: a path cannot be written.
         """
         if output is not None:
-            write_json(output, self.to_dict())
+            with write_whole(output) as temporary:
+                temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         if picture is not None:
             write_picture(figure_picture(self.figure()), picture)
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cadsurgery.data.clips import WRITTEN, is_camera, is_clip, is_written_here, pyav
+from cadsurgery.data.clips import WRITTEN, is_camera, is_clip, pyav
 from cadsurgery.data.images import check_size, no_images, stream_images, write_picture
 from cadsurgery.data.networks import class_names
 from cadsurgery.data.stores import refuse_stream
@@ -32,18 +32,17 @@ from cadsurgery.network.optimized import FLOAT, check_precision
 from cadsurgery.support.errors import FileError, InvalidInput, check_name
 from cadsurgery.support.files import absent, as_file_error, check_folder, exists, is_folder
 from cadsurgery.support.kinds import kind_by_ending
-from cadsurgery.support.launcher import world
 from cadsurgery.support.memory import bytes_of, in_mebibytes, peak_memory
 from cadsurgery.support.progress import Step
 from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks import ray_data
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import CLASSES, VIEWS, figure_picture, legend_figure
-from cadsurgery.tasks.large import target_for, warn_of_position
-from cadsurgery.tasks.manifest import Predictions
-from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row
+from cadsurgery.tasks.journal import NAME, Results
+from cadsurgery.tasks.large import WrittenRows, target_for, warn_of_position
+from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row, lost
 from cadsurgery.tasks.report import FilesReport
-from cadsurgery.tasks.workers import predict_in_processes, processes
+from cadsurgery.tasks.workers import processes, refuse_launchers, share
 
 # Fields of a row that state how much was computed, and their text.
 _COMPUTED = {
@@ -55,6 +54,7 @@ _COMPUTED = {
 _LISTED = 1000  # images whose rows a report has, and failures; all of them are in the manifest
 # Why images are predicted one after the other, by one process.
 _FOLLOW = "images follow each other as frames."
+_BATCHES = 16  # that a process gets at a time
 _FOR_A_PROCESS = 8  # images from which on another process is started unless --workers says how many
 
 
@@ -75,16 +75,16 @@ def predict(
     with one thread each share the images; None for one each core, or one on a GPU. With `ray`, the address of a cluster
     or `local`, processes of Ray do.
 
-    A folder of predictions has a manifest, `Predictions`; with `resume` the predictions in it are not made again, nor
-    the parts of a clip that are there, `ClipParts`.
+    Predictions have a journal, `Results`, in their folder or beside the one clip; with `resume` those that are in it
+    are not made again, nor the rows of a large picture that are there, see `cadsurgery.tasks.large.WrittenRows`.
 
     Raises:
-        InvalidInput: the options do not fit the network, a result would replace a file, the folder holds a
-            manifest and `resume` is not set, or something else made them; or a launcher started several processes.
+        InvalidInput: the options do not fit the network, a result would replace a file, the folder holds
+            predictions and `resume` is not set, or something else made them; or a launcher started several processes.
         FileError: there are no images, or the output cannot be written.
         NotInstalled: clips, object storage or Ray need a package that is not installed.
     """
-    _refuse_launchers()
+    refuse_launchers("run")
     settings = PredictionSettings.of(str(file), options)
     output, resume, workers, ray = options.output, options.resume, options.workers, options.ray
     check_size(settings.size)
@@ -103,19 +103,20 @@ def predict(
     is_shared = _check_sharing(
         converted, sources, {"--ray": bool(ray), "--workers": (workers or 1) > 1, "--resume": resume}
     )
-    manifest = None if sources.is_one_clip else Predictions(sources.output, settings.identity(), resume)
-    sources.refuse_replacing(manifest)
-    number, outcome = sources.count(manifest), _Processed()
-    pool = partial(ray_data.tasks, ray) if ray else processes
+    made_by = settings.identity()
+    asked = {**made_by, "fps": options.fps} if sources.is_one_clip else made_by
+    what = sources.output
+    journal = Results(sources.journal, asked, resume, what=what, is_replaced=sources.is_one_clip)
+    sources.refuse_replacing(journal.is_new)
+    number, outcome = sources.count(journal, made_by, resume), _Processed()
+    pool = partial(ray_data.tasks, ray, settings) if ray else processes
     if workers is None:
         # A process has one thread; OMP_NUM_THREADS and torch.set_num_threads say how many there may be.
         usual = min(cores(), torch.get_num_threads()) if is_shared and own.type == "cpu" else 1
         usual = max(1, min(usual, (number or sys.maxsize) // _FOR_A_PROCESS))
         workers = ray_data.count_processes(ray, settings) if ray else usual
     predictor = None if ray or workers > 1 else Predictor(converted, settings)
-    if manifest is not None:
-        manifest.begin()
-    with _interruption() as stopped, manifest or nullcontext():
+    with _interruption() as stopped, journal:
         if predictor is not None:
             predictor.stopped, predictor.step = stopped, step
 
@@ -123,30 +124,28 @@ def predict(
             for item in items:
                 if stopped.is_set():
                     return
-                if manifest is not None and manifest.is_written(item.source, item.target):
+                if journal.is_written(item.source, item.target):
                     outcome.counts["skipped"] += 1
                     continue
-                if manifest is not None:
-                    manifest.note_start(item.source)
+                journal.note_start(item.source)
                 yield item
 
         def clip_rows(predictor: Predictor) -> Iterator[tuple[int, Row]]:
             for clip in left(sources.clips):
-                row = predictor.clip_row(clip, options.fps, step, stopped, resume)
-                if row is None:
-                    outcome.counts["skipped"] += 1
-                else:
-                    yield row
+                yield predictor.clip_row(clip, options.fps, step, stopped)
 
         stills = left(sources.images() if sources.stills else ())
         if predictor is None:
-            answers = predict_in_processes(stills, settings, workers, pool)
+            size = _BATCHES * settings.batch
+            answers = share(stills, settings.predicting, workers, lost, size=size, pool=pool)
         else:
             answers = chain(predictor.rows(stills), clip_rows(predictor))
-        _take_in(chain(answers, sources.refusals()), outcome, manifest, number, step)
+        _take_in(chain(answers, sources.refusals()), outcome, journal, number, step)
+    if sources.is_one_clip and outcome.counts["failed"]:
+        journal.remove()  # there is nothing to resume
     if number is None and outcome.counts.total() <= len(sources.failures):
         raise no_images(sources.failures)
-    outcome.classes |= manifest.classes if manifest else set()
+    outcome.classes |= journal.classes
     return _report(
         outcome, sources, class_names(pictures_for(converted)), stopped.is_set(), resume, settings.memory
     )
@@ -155,16 +154,16 @@ def predict(
 def _take_in(
     answers: Iterable[tuple[Any, Row]],
     outcome: _Processed,
-    manifest: Predictions | None,
+    journal: Results,
     number: int | None,
     step: Step,
 ) -> None:
-    """Note the rows of predictions, in the manifest too, and show how many of so many images are done."""
+    """Note the rows of predictions, in the journal too, and show how many of so many images are done."""
     step(f"image 1 of {number or '?'}", 0, number)
     for count, (position, row) in enumerate(answers, 1):
         outcome.add(position, row)
-        if manifest is not None and not row.get("interrupted"):
-            manifest.add_prediction(row)
+        if not row.get("interrupted"):
+            journal.add_result(row)
         step(f"image {count} of {number or '?'} ({Path(row['image']).name})", count, number)
 
 
@@ -186,7 +185,7 @@ def _report(
             "(--size resizes instead)"
         )
     if done > len(rows):
-        lines.append(f"... and {done - len(rows)} more: {sources.output}/manifest.jsonl")
+        lines.append(f"... and {done - len(rows)} more: {sources.output}/{NAME}")
     if shown := {names.index(name): name for name in outcome.classes}:
         write_picture(figure_picture(legend_figure(dict(sorted(shown.items())))), sources.legend)
         lines.append(f"legend: {sources.legend}")
@@ -228,20 +227,6 @@ class _Processed:
         """Return the first rows of those that became so, in order."""
         listed = sorted(self.listed, key=itemgetter(0))
         return tuple(row for _, how, row in listed if how == became)[:_LISTED]
-
-
-def _refuse_launchers() -> None:
-    """Refuse several processes of `torchrun` or another launcher, which would all write every prediction.
-
-    Raises:
-        InvalidInput: there are several.
-    """
-    if (size := world().size) > 1:
-        raise InvalidInput(
-            f"run was started in {size} processes by a launcher.",
-            why="run shares pictures among processes of its own.",
-            next="start it once, with --workers N, or with --ray on several machines.",
-        )
 
 
 def _check_sharing(converted: nn.Module, sources: _Sources, wanted: Mapping[str, bool]) -> bool:
@@ -340,32 +325,34 @@ class _Sources:
                 next=f"choose another folder: --output {os.path.join(output, 'predictions')}.",
             )
 
-    def count(self, manifest: Predictions | None) -> int | None:
+    def count(self, journal: Results, made_by: Row, resume: bool) -> int | None:
         """Return the number of images and clips; None for images on standard input.
 
         Raises:
             FileError: there are no images, or the list of them cannot be read.
-            InvalidInput: see `Predictions.is_written`.
+            InvalidInput: see `Results.is_written`, and `WrittenRows` for large pictures that were begun.
         """
         if "-" in self.stills:
             return None
         number, images = 0, self.images() if self.stills else iter(())
         for item in chain(images, self.clips):
             number += 1
-            if manifest is not None:
-                manifest.is_written(item.source, item.target)  # refuses before any work
+            if not self.is_one_clip:
+                journal.is_written(item.source, item.target)  # refuses before any work
+            if item.target.endswith(".tif"):
+                WrittenRows(item.source, Path(item.target), made_by, resume)  # likewise
         if number == (len(self.clips) if self.stills else 0):
             raise no_images(self.failures)
         return number
 
-    def refuse_replacing(self, manifest: Predictions | None) -> None:
-        """Refuse to replace a clip, or a picture in place of the legend, that no run has written: a folder's manifest
-        names what runs have, and a clip says so itself.
+    def refuse_replacing(self, is_new: bool) -> None:
+        """Refuse to replace a clip, or a picture in place of the legend, that no run has written, which there is a
+        journal of.
 
         Raises:
             InvalidInput: see above.
         """
-        if is_written_here(Path(self.output)) if manifest is None else not manifest.is_new:
+        if not is_new:
             return
         for place in (self.output, self.legend) if self.is_one_clip else (self.legend,):
             if exists(place):
@@ -397,6 +384,14 @@ class _Sources:
         """Yield the rows of sources that hold no images, before all others."""
         for position, (path, refusal) in enumerate(self.failures.items()):
             yield position - len(self.failures), {"image": path, **refusal.to_dict()}
+
+    @property
+    def journal(self) -> str:
+        """File of the journal."""
+        if self.is_one_clip:
+            clip = Path(self.output)
+            return str(clip.with_name(f".{clip.name}.jsonl"))
+        return os.path.join(self.output, NAME)
 
     @property
     def legend(self) -> str:

@@ -1,61 +1,106 @@
-"""Share images among processes, of this machine or of Ray; what a process leaves when it ends is tried again, alone."""
+"""The processes of one machine, or of Ray, that share work; the items of one that ends are tried again, one by one."""
 
 from __future__ import annotations
 
 import functools
 import os
+import pickle
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import islice
 from multiprocessing import get_context, parent_process
+from typing import Any, TypeVar
 
-from cadsurgery.support.errors import CadError
-from cadsurgery.tasks.predictor import STOPPED, Item, PredictionSettings, Predictor, Row
+import torch
 
-_BATCHES = 16  # that a process gets at a time
+from cadsurgery.support.errors import CadError, InvalidInput, describe_error
+from cadsurgery.support.launcher import world
+
+STOPPED = threading.Event()  # set where a process of several is to end its large pictures
 _WHY = "memory may not suffice: each process holds a copy of the network; or a library crashed."
 _NEXT = "give fewer --workers, or a --size; --resume tries again."
-Block = list[Item]
-Rows = list[tuple[int, Row]]
-Submit = Callable[[Block], Future[Rows]]  # lets a process call `predict_block`
-Pool = Callable[[PredictionSettings, int], AbstractContextManager[Submit]]  # starts so many processes
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Block = Sequence[Any]  # items that a process gets together
+Do = Callable[[Block], list[Any]]  # returns the results of a block
+Work = Callable[[], Do]  # prepares it, once in each process, to which it is sent
+Submit = Callable[[Block], Future[bytes]]  # lets a process do a block, pickled
+Pool = Callable[[bytes, int], AbstractContextManager[Submit]]  # starts so many processes for work, pickled
+
+
+def refuse_launchers(command: str) -> None:
+    """Refuse several processes of `torchrun` or another launcher, which would all do the same.
+
+    Raises:
+        InvalidInput: there are several.
+    """
+    if (size := world().size) > 1:
+        raise InvalidInput(
+            f"{command} was started in {size} processes by a launcher.",
+            why="launchers are for training alone; other work is shared among processes of its own.",
+            next="start it once, with --workers N"
+            + (", or with --ray on several machines." if command == "run" else "."),
+        )
 
 
 @contextmanager
-def processes(settings: PredictionSettings, count: int) -> Iterator[Submit]:
-    """Start processes of this machine."""
-    with ProcessPoolExecutor(count, get_context("spawn"), _begin) as pool:
-        yield lambda block: pool.submit(predict_block, settings, block)
+def processes(work: bytes, count: int) -> Iterator[Submit]:
+    """Start processes of this machine with a thread each, and a GPU of several each."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(count, context, _begin, (work, context.Value("i", 0))) as pool:
+        yield lambda block: pool.submit(_do, block)
 
 
-def predict_in_processes(
-    items: Iterator[Item], settings: PredictionSettings, count: int, pool: Pool = processes
-) -> Iterator[tuple[int, Row]]:
-    """Yield position and row of each image; `count` processes write the predictions.
+def share(
+    items: Iterator[Item],
+    work: Work,
+    count: int,
+    lost: Callable[[Item, CadError], Result],
+    *,
+    size: int = 1,
+    pool: Pool = processes,
+) -> Iterator[Result]:
+    """Yield the results of all items, as they are done by `count` processes.
 
-    If a process ends, the images in flight are tried again, one by one. An image that ends a process again is reported
-    as failed.
+    If a process ends, the items in flight are tried again, one by one. Of an item that ends a process again, `lost`
+    makes the result.
+
+    Args:
+        items: what is to be done.
+        work: does them; it opens what it needs anew in each process.
+        count: number of processes.
+        lost: see above.
+        size: number of items that a process gets at a time.
+        pool: starts the processes.
 
     Raises:
-        CadError: no process can open the network.
+        InvalidInput: the work cannot be sent to another process.
+        CadError: no process can begin it.
     """
-    blocks = iter(lambda: list(islice(items, _BATCHES * settings.batch)), [])
-    while lost := (yield from _share(blocks, settings, count, pool)):
-        alone = ([item] for block in lost for item in block)
-        while fatal := (yield from _share(alone, settings, 1, pool)):
-            error = CadError("the process was ended at this image.", why=_WHY, next=_NEXT)
-            yield fatal[0][0].position, {"image": fatal[0][0].source, **error.to_dict()}
+    try:
+        sent = pickle.dumps(work)
+    except Exception as error:  # objects of users decide what they raise
+        raise InvalidInput(
+            "this work cannot be sent to other processes.",
+            why=describe_error(error),
+            next="leave --workers out, or name the network and the data instead of passing objects.",
+        ) from error
+    blocks = iter(lambda: list(islice(items, size)), [])
+    while ended := (yield from _share(blocks, sent, count, pool)):
+        alone = ([item] for block in ended for item in block)
+        while fatal := (yield from _share(alone, sent, 1, pool)):
+            yield lost(fatal[0][0], CadError("the process was ended at this image.", why=_WHY, next=_NEXT))
 
 
 def _share(
-    blocks: Iterator[Block], settings: PredictionSettings, count: int, pool: Pool
-) -> Generator[tuple[int, Row], None, list[Block]]:
-    """Yield the rows of blocks until a process ends; return the blocks that were in flight then."""
-    running, lost = dict[Future[Rows], Block](), list[Block]()
-    with pool(settings, count) as submit:
+    blocks: Iterator[list[Any]], work: bytes, count: int, pool: Pool
+) -> Generator[Any, None, list[list[Any]]]:
+    """Yield the results of blocks until a process ends; return the blocks that were in flight then."""
+    running, lost = dict[Future[bytes], list[Any]](), list[list[Any]]()
+    with pool(work, count) as submit:
         opened = [submit([]) for _ in range(count)]
         if any(isinstance(future.exception(), BrokenExecutor) for future in opened):
             raise CadError("the process was ended as it opened the network.", why=_WHY, next=_NEXT)
@@ -70,26 +115,40 @@ def _share(
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 block = running.pop(future)
                 try:
-                    yield from future.result()
+                    yield from pickle.loads(future.result())
                 except BrokenExecutor:
                     lost.append(block)
 
 
-def predict_block(settings: PredictionSettings, block: Block) -> Rows:
-    """Return position and row of each image; the process opens the network once."""
-    return list(_predictor(settings).rows(block))
+def do_block(work: bytes, block: Block) -> bytes:
+    """Return the results of a block, pickled: torch would send each tensor by an open file of its own."""
+    return pickle.dumps(_begun(work)(block))
 
 
 @functools.cache
-def _predictor(settings: PredictionSettings) -> Predictor:
-    return settings.with_one_thread()
+def _begun(work: bytes) -> Do:
+    begin: Work = pickle.loads(work)
+    return begin()
 
 
-def _begin() -> None:
+_WORK = list[bytes]()  # of this process
+
+
+def _do(block: Block) -> bytes:
+    return do_block(_WORK[0], block)
+
+
+def _begin(work: bytes, number: Any) -> None:
     """Leave Ctrl-C to the first process, which then sends no more, and end large pictures behind their band; end when
     that process ends, however."""
     signal.signal(signal.SIGINT, lambda *_: STOPPED.set())
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    with number.get_lock():
+        number.value += 1
+    if (devices := torch.cuda.device_count()) > 1:
+        torch.cuda.set_device(number.value % devices)
+    _WORK.append(work)
 
 
 def _end_with_parent() -> None:

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from cadsurgery.data.images import write_picture
 from cadsurgery.masks import resolve_mask
 from cadsurgery.methods.side import Side, time_sides
-from cadsurgery.support.errors import CadError, InvalidInput
-from cadsurgery.support.launcher import world
-from cadsurgery.support.processes import own_device
-from cadsurgery.support.progress import Step, silent, within
+from cadsurgery.support.errors import CadError, InvalidInput, NotInstalled
+from cadsurgery.support.progress import Step, counted, silent, within
+from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks.figures import figure_picture, matches_figure
-from cadsurgery.tasks.for_each import Failures, for_each
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features, PreparedPicture
 from cadsurgery.tasks.open import Strides, at_strides, provenance
 from cadsurgery.tasks.report import check_outputs
@@ -71,7 +69,7 @@ def evaluate_matching(
     if rounds < 0:
         raise InvalidInput(f"rounds={rounds}.", next="give 0 for no timing, or more.")
     check_outputs(output, picture=picture, matches=matches)
-    settings, torch_device = settings or Extraction(), own_device(device)
+    settings, torch_device = settings or Extraction(), find_device(device)
     chosen = [*masks] or [settings.mask]
     for mask in chosen:
         resolve_mask(mask or "all")
@@ -83,22 +81,22 @@ def evaluate_matching(
         for fast in [net.to(torch_device).optimize() for net in nets]
         for mask in chosen
     ]
-    failures = Failures("sequence")
-    finished, failed = for_each(
-        sequences,
-        lambda sequence: (sequence, _match_all(sequence, extractors, failures)),
-        failures,
-        torch_device,
-        name=lambda sequence: sequence.name,
-        step=step,
-    )
+    failed: list[dict[str, str]] = []
+    finished: list[tuple[ImageSequence | Photo, list[_Part]]] = []
+    for sequence in counted(sequences, step, "sequence", name=lambda sequence: sequence.name):
+        try:
+            finished.append((sequence, _match_all(sequence, extractors, failed)))
+        except NotInstalled:
+            raise
+        except CadError as error:
+            failed.append({"sequence": sequence.name, **error.to_dict()})
     usable = next((sequence for sequence, parts in finished if parts[0].pairs), None)
     if usable is None:
         nothing = CadError("there was nothing to match.", next="check the images.")
         raise CadError.from_dict(failed[0]) if failed else nothing
     rows = [_row(extractor, [parts[at] for _, parts in finished]) for at, extractor in enumerate(extractors)]
     size = (0, 0)
-    if world().is_main and (rounds or matches):
+    if rounds or matches:
         image = usable.read(0)
         seen = extractors[0].seen(image)
         size = (seen.batch.shape[2], seen.batch.shape[3])
@@ -125,8 +123,7 @@ def evaluate_matching(
         failed=tuple(failed),
         **provenance(network, source, torch_device),
     )
-    if world().is_main:
-        report.write(output, picture)
+    report.write(output, picture)
     return report
 
 
@@ -144,7 +141,7 @@ def _describe(extractor: Extractor, seen: PreparedPicture, images: Tensor) -> Fe
 
 
 def _match_all(
-    sequence: ImageSequence | Photo, extractors: Sequence[Extractor], failures: Failures
+    sequence: ImageSequence | Photo, extractors: Sequence[Extractor], failed: list[dict[str, str]]
 ) -> list[_Part]:
     """Match one sequence with every extractor; images that cannot be used are recorded as failures."""
     first = extractors[0].seen(sequence.read(0))
@@ -153,7 +150,7 @@ def _match_all(
         try:
             others[place] = extractors[0].seen(sequence.read(place + 1))
         except CadError as error:
-            failures.note(error)
+            failed.append({"sequence": sequence.name, **error.to_dict()})
     parts = []
     for extractor in extractors:
         first_features = extractor.features(first)

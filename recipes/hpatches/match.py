@@ -67,7 +67,7 @@ def evaluate(
 ) -> None:
     """Match images with known homographies: accuracy at 1 to 15 pixels, MACs and time, for several masks.
 
-    The protocol is that of HPatches as used by D2-Net. Runs under accelerate launch and torchrun.
+    The protocol is that of HPatches as used by D2-Net.
     """
 
 

@@ -21,7 +21,7 @@ from cadsurgery.data.samples import pictures_of
 from cadsurgery.finetune import Settings, fit
 from cadsurgery.finetune.objectives import cross_entropy
 from cadsurgery.masks.context import labels_of
-from cadsurgery.tasks.judging import LABELS
+from cadsurgery.tasks.measuring import MIOU
 from cadsurgery.tasks.recommend import recommend
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 
@@ -126,7 +126,7 @@ def test_images_without_labels_are_evaluated_by_fidelity() -> None:
 
 @pytest.mark.usefixtures("not_compiled")
 def test_settings_are_recommended_on_data_of_ones_own(tmp_path: Path) -> None:
-    assert of_recommend(Mine(), tmp_path).measure == LABELS
+    assert of_recommend(Mine(), tmp_path).measure == MIOU
 
 
 @TASKS

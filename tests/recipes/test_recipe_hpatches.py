@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TESTS, Run
+from conftest import Run
 from photos import describer, save, save_some, scene
 from PIL import Image
 from torch import Tensor
@@ -165,27 +164,6 @@ def test_photos_are_matched_with_views_of_themselves(run: Run, folder: Path) -> 
         assert len(row["pairs"]) == 9 and 0 < row["mma"][2] <= row["mma"][9] <= 1
     with pytest.raises(cs.FileError, match="no file or folder"):
         evaluate_matching(describer(), "images:nowhere")
-
-
-@pytest.mark.slow
-def test_two_processes_evaluate_what_one_does(run: Run, sequences: Path) -> None:
-    pytest.importorskip("accelerate")
-    shutil.copy(TESTS / "photos.py", "photos.py")
-    arguments = (
-        "photos:describer",
-        "--output-stride",
-        "1,4",
-        "--data",
-        sequences,
-        "--json",
-    )
-    one, two = (run(*arguments, "--rounds", 0, processes=processes).json for processes in (1, 2))
-    assert one["sequences"] == two["sequences"] == 2
-    for row, other in zip(one["rows"], two["rows"], strict=True):
-        assert row["mma"] == pytest.approx(other["mma"]) and row["macs"] == other["macs"]
-        assert [(pair["sequence"], pair["number"]) for pair in row["pairs"]] == [
-            (pair["sequence"], pair["number"]) for pair in other["pairs"]
-        ]
 
 
 def test_both_reaches_match_the_same(run: Run, sequences: Path) -> None:

@@ -1,17 +1,23 @@
-"""Several processes: what a launcher says, what it does not, and how work on many items is shared and gathered."""
+"""Several processes: what a launcher says, and what it does not; and work that is shared."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import cadsurgery as cs
 from cadsurgery.support import launcher, processes
-from cadsurgery.tasks.for_each import Failures, for_each
+from cadsurgery.support.progress import silent
+from cadsurgery.tasks import run
+from cadsurgery.tasks.commands import RunOptions
+from cadsurgery.tasks.keypoints import extract
+from cadsurgery.tasks.workers import share
 
-CPU = torch.device("cpu")
 ALONE = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
@@ -46,50 +52,29 @@ def test_the_mean_over_one_process_is_the_value() -> None:
     assert float(found) == 3.0 and not found.requires_grad
 
 
-def test_shares_are_disjoint_and_complete_and_come_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    items = list("abcdefg")
-    assert processes.shard(items) == list(enumerate(items)) and launcher.world().is_main
-    shares = []
-    for rank in range(3):
-        for name, value in {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": rank}.items():
-            monkeypatch.setenv(name, str(value))
-        assert launcher.world() == (rank, 3, rank) and launcher.world().is_main == (rank == 0)
-        shares.append(processes.shard(items))
-    assert [len(share) for share in shares] == [3, 2, 2]
-    assert processes.in_order(shares) == items
+COMMANDS: dict[str, Callable[[Path], object]] = {
+    "run": lambda out: run.predict("net.safetensors", ["a.png"], RunOptions(output=str(out)), step=silent),
+    "eval": lambda out: cs.evaluate("resnet18", "images:photos", output=out),
+    "keypoints extract": lambda out: extract("resnet18", [Path("a.png")], out),
+}
 
 
-def test_one_process_needs_no_accelerate_and_several_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "accelerate", None)
-    assert processes.gather("mine", CPU) == ["mine"]
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(cs.CadError, match=r"cadsurgery\[train\]"):
-        processes.gather("mine", CPU)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_several_processes_of_a_launcher_are_refused_by_all_but_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(cs.InvalidInput, match=f"(?s){command} was started in 2 processes.*--workers"):
+        COMMANDS[command](tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
-def halved(number: int) -> int:
-    if number % 2:
-        raise cs.InvalidInput(f"{number} is odd.", why="halves are whole.", next="give an even number.")
-    return number // 2
-
-
-def test_what_cannot_be_done_is_noted_and_the_rest_is_done() -> None:
-    told: list[tuple[object, ...]] = []
-    failures = Failures("number", [{"number": "x", "error": "FileError", "what": "x is no number."}])
-    done, failed = for_each(
-        [2, 3, 4], halved, failures, CPU, name=lambda item: f"at/{item}", step=lambda *step: told.append(step)
-    )
-    assert done == [1, 2]
-    assert [failure["number"] for failure in failed] == ["x", "at/3"] and failed[1][
-        "why"
-    ] == "halves are whole."
-    assert told == [(f"number {at + 1} of 3 ({at + 2})", at, 3) for at in range(3)]
-
-
-def test_what_nobody_refused_is_no_failure_of_an_item() -> None:
-    with pytest.raises(ZeroDivisionError):
-        for_each([0], lambda item: 1 // item, Failures("number"), CPU)
+def test_what_cannot_be_sent_to_another_process_is_refused() -> None:
+    network = nn.Conv2d(3, 3, 1)
+    network.hook = lambda: None
+    with pytest.raises(cs.InvalidInput, match=r"(?s)cannot be sent.*--workers"):
+        list(share(iter([1]), partial(list, network), 2, lambda item, error: None))
 
 
 @pytest.mark.parametrize("kind", [cs.CadError, *cs.CadError.__subclasses__()])

@@ -25,7 +25,7 @@ from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source, source_of
 from cadsurgery.masks import resolve_mask
 from cadsurgery.network.macs import layer_work
-from cadsurgery.tasks import evaluation
+from cadsurgery.tasks import measuring
 from cadsurgery.tasks.evaluation import EvaluationReport
 from cadsurgery.tasks.open import weights_in_words
 
@@ -152,7 +152,7 @@ def test_masks_may_ask_for_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
         (labels,) = known
         return labels[:, ::8, ::8] == 3
 
-    monkeypatch.setattr(evaluation, "labelled", labelled)
+    monkeypatch.setattr(measuring, "labelled", labelled)
     report = cs.evaluate(street_segmenter(), DATA, [oracle], output_stride=[(8, 32)], limit=2, rounds=1)
     data = cs.open_data(DATA, "test")
     share = torch.stack([data[0][1], data[1][1]])[:, ::8, ::8].eq(3).double().mean()
@@ -357,7 +357,7 @@ def test_two_processes_find_what_one_finds(command_line: Run, tmp_path: Path) ->
         "--json",
     ]
     alone = command_line(*arguments)
-    together = command_line(*arguments, "--output", "two.json", processes=2)
+    together = command_line(*arguments, "--output", "two.json", "--workers", 2)
     assert together.code == 0, together.err
     one, two = json.loads(alone.out), json.loads(together.out)
     assert (

@@ -9,17 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.tasks.judging import (
-    AGREEMENT,
-    CLASSES,
-    FOUND,
-    Judgement,
-    estimate,
-    in_rows,
-    judge,
-    kind_to_judge,
-)
-from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
+from cadsurgery.tasks.judging import FOUND, Judgement, estimate, in_rows, kind_to_judge
+from cadsurgery.tasks.measuring import AGREEMENT, FIDELITY, Kind, Quality, Tally
 
 SIZE = (23, 31)
 
@@ -35,22 +26,28 @@ def drawn(images: int, seed: int, share: float) -> Tensor:
     return classes.where(torch.rand(classes.shape, generator=generator) > share, 2)
 
 
+def judge(output: Tensor, given: Tensor, size: tuple[int, int], kind: Kind) -> Judgement:
+    quality = Quality(kind)
+    quality.update(output, given, size)
+    return Judgement.from_dict(Judgement.of(Tally([quality])).to_dict())  # as from the journal
+
+
 def of(found: Tensor, dense: Tensor) -> Judgement:
-    return judge(0.0, scores(found, 3), scores(dense, 3), None, SIZE, "classes")
+    return judge(scores(found, 3), scores(dense, 3), SIZE, "classes")
 
 
 def test_it_is_the_balanced_fidelity_of_an_evaluation() -> None:
     dense, found = drawn(4, 0, 0.02), drawn(4, 1, 0.02)
-    metrics = FidelityMetrics("classes")
+    metrics = Quality("classes")
     for one, other in zip(found, dense, strict=True):
         metrics.update(scores(one, 4), scores(other, 4), SIZE)
     judged = [of(one, other) for one, other in zip(found, dense, strict=True)]
     figures = metrics.compute()
-    assert figures["balanced_fidelity"] == pytest.approx(estimate(judged, judged, CLASSES).value)
+    assert figures["balanced_fidelity"] == pytest.approx(estimate(judged, judged, FIDELITY).value)
     assert figures["pixel_accuracy"] == pytest.approx(estimate(judged, judged, AGREEMENT).value)
     dense[:], found[:] = 0, 0
     found[..., 0, 0] = 1  # not a class of the dense network: it lowers mean IoU alone
-    alone = FidelityMetrics("classes")
+    alone = Quality("classes")
     alone.update(scores(found[0], 4), scores(dense[0], 4), SIZE)
     assert alone.compute()["balanced_fidelity"] > 0.99 > alone.compute()["miou"]
 
@@ -60,12 +57,12 @@ def test_a_rare_class_that_is_lost_is_no_improvement_though_more_pixels_agree() 
     before, after = dense.clone(), dense.where(dense < 2, 0)
     before[..., :5, :] = (1 - before[..., :5, :]).where(before[..., :5, :] < 2, 2)
     judged = [[of(*pair) for pair in zip(found, dense, strict=True)] for found in (after, before)]
-    assert estimate(*judged, AGREEMENT).change > 0.1 and estimate(*judged, CLASSES).change < 0
+    assert estimate(*judged, AGREEMENT).change > 0.1 and estimate(*judged, FIDELITY).change < 0
 
 
 def test_pictures_of_one_class_agree_or_not() -> None:
     given = torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 1.0]])
-    judged = [judge(0.0, one[None], given[0][None], None, SIZE, "classes") for one in given]
+    judged = [judge(one[None], given[0][None], SIZE, "classes") for one in given]
     assert estimate(judged, judged, AGREEMENT).value == 0.5
 
 
@@ -75,7 +72,7 @@ def test_a_map_of_probabilities_is_judged_by_what_it_finds() -> None:
     given[..., :2, :2] = 0.97
     half = given.where(torch.arange(8) != 1, 0.3)
     assert kind_to_judge(given) == "found"
-    judged = [judge(0.0, values, given, None, (8, 8), "found") for values in (half, given)]
+    judged = [judge(values, given, (8, 8), "found") for values in (half, given)]
     assert estimate(judged[:1], judged[1:], FOUND).value == pytest.approx((2 / 4 + 60 / 62) / 2)
 
 

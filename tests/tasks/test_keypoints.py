@@ -99,11 +99,10 @@ def test_an_interrupted_extraction_goes_on_and_keeps_what_is_there(
 
 @pytest.mark.slow
 def test_two_processes_extract_what_one_does(command_line: Run, folder: Path) -> None:
-    pytest.importorskip("accelerate")
     shutil.copy(TESTS / "photos.py", "photos.py")
     found = {}
     for processes, output in ((1, "one"), (2, "two")):
-        result = command_line(*EXTRACT, folder, "--output", output, "--json", processes=processes)
+        result = command_line(*EXTRACT, folder, "--output", output, "--json", "--workers", processes)
         assert result.code != 0 and len(result.json["failed"]) == 1, result.err
         found[output] = [
             (row["image"], row["keypoints"], read_features(Path(row["output"])).descriptors)
@@ -115,11 +114,18 @@ def test_two_processes_extract_what_one_does(command_line: Run, folder: Path) ->
         torch.testing.assert_close(descriptors, other[2])
 
 
-def test_a_folder_of_features_made_otherwise_is_refused(command_line: Run, folder: Path) -> None:
+def test_a_folder_of_features_made_otherwise_is_refused(
+    command_line: Run, folder: Path, tmp_path: Path
+) -> None:
     assert command_line(*EXTRACT, folder / "first.png", "--output", "out").code == 0
     refused = command_line(*EXTRACT, folder / "first.png", "--output", "out", "--count", 3, "--json")
     assert refused.code == 1 and "count: 512, now 3" in refused.json["where"] and refused.json["next"]
-    Path("out/extraction.json").write_text("{")
+    with pytest.raises(cs.InvalidInput, match=r"another run(?s:.)*tensors: .* now"):  # of the same name
+        extract(describer(), [folder / "first.png"], tmp_path / "own", options={"output_stride": (1, 4)})
+        other = describer()
+        next(other.parameters()).data.add_(0.1)
+        extract(other, [folder / "first.png"], tmp_path / "own", options={"output_stride": (1, 4)})
+    Path("out/manifest.jsonl").write_text("{\n{}\n")
     assert (
         command_line(*EXTRACT, folder / "first.png", "--output", "out", "--json").json["error"] == "FileError"
     )
@@ -232,7 +238,7 @@ def test_a_folder_without_features_is_used_again_after_a_detector_failed(
         assert failed.code == 1 and said in json.dumps(failed.json["failed"])
     assert command_line(*arguments, f"{__name__}:middle").code == 0
     other = command_line(*arguments, f"{__name__}:nothing")
-    assert other.code == 1 and "other settings" in other.json["why"]
+    assert other.code == 1 and "another run" in other.json["what"]
 
 
 def test_two_photos_are_matched_by_what_extract_wrote(command_line: Run, tmp_path: Path) -> None:
@@ -298,7 +304,7 @@ def test_a_network_without_a_map_of_descriptors_is_refused_before_any_image(
     assert flat.code == two.code == 1
     assert "no map of descriptors" in flat.json["what"] and "features" in flat.json["next"]
     assert "2 maps" in two.json["what"] and "descriptors or more" in two.json["next"]
-    assert not Path("out/extraction.json").exists()
+    assert not Path("out/manifest.jsonl").exists()
     named = (f"{__name__}:Two", folder / "first.png", *more, "--set", "output_name=more")
     assert command_line("keypoints", "extract", *named).code == 0
 
@@ -311,6 +317,8 @@ def test_a_converted_network_is_given_other_output_strides(
     arguments = ("keypoints", "extract", "net.safetensors", "--trust", folder / "first.png", "--mask", "")
     assert command_line(*arguments).code == 0
     assert command_line(*arguments, "--output-stride", "2,4", "-o", "coarse").code == 0
-    fine, coarse = (json.loads(Path(out, "extraction.json").read_text()) for out in ("features", "coarse"))
-    assert fine["made_with"]["plan"][0] == [1, 4] and coarse["made_with"]["plan"][0] == [2, 4]
-    assert fine["made_with"]["model"] == coarse["made_with"]["model"]
+    fine, coarse = (
+        json.loads(Path(out, "manifest.jsonl").read_text().splitlines()[0]) for out in ("features", "coarse")
+    )
+    assert fine["plan"][0] == [1, 4] and coarse["plan"][0] == [2, 4]
+    assert fine["model"] == coarse["model"]

@@ -185,7 +185,7 @@ def test_a_killed_run_goes_on_behind_the_rows_that_are_there(
     for module in (predictor, run):
         monkeypatch.setattr(module, "class_names", lambda _: tuple("abcdef"))
     whole = predict(file, picture, tmp_path / "at once", mask=mask)
-    write, seen = large._WrittenRows.write, list[int]()
+    write, seen = large.WrittenRows.write, list[int]()
 
     def until_killed(part: Any, first: int, *others: Any) -> None:
         if len(seen) == 3:
@@ -193,7 +193,7 @@ def test_a_killed_run_goes_on_behind_the_rows_that_are_there(
         seen.append(first)
         write(part, first, *others)
 
-    monkeypatch.setattr(large._WrittenRows, "write", until_killed)
+    monkeypatch.setattr(large.WrittenRows, "write", until_killed)
     with pytest.raises(Killed):
         predict(file, picture, tmp_path / "out", mask=mask)
     assert not (tmp_path / "out" / "page.tif").exists()
@@ -204,7 +204,7 @@ def test_a_killed_run_goes_on_behind_the_rows_that_are_there(
         seen.append(first)
         write(part, first, *others)
 
-    monkeypatch.setattr(large._WrittenRows, "write", noted)
+    monkeypatch.setattr(large.WrittenRows, "write", noted)
     report = predict(file, picture, tmp_path / "out", mask=mask, resume=True)
     assert seen[0] > before[1]  # the first rows are not computed again
     ended, at_once = ((tmp_path / name / "page.tif").read_bytes() for name in ("out", "at once"))
@@ -264,26 +264,35 @@ def test_ctrl_c_ends_a_large_picture_behind_its_band_and_resume_goes_on_there(
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".page")]
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("picture", r"file: \[\d+, \d+\], now \[\d+, \d+\]"),
+        ("mask", 'by.mask: "the file\'s", now "all"'),
+        ("no --resume", "earlier run[\\s\\S]*--resume"),
+    ],
+)
 def test_another_picture_or_mask_does_not_go_on_with_what_is_there(
-    file: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, told: str
 ) -> None:
     def killed(part: Any, *_: Any) -> None:
         raise Killed
 
-    write = large._WrittenRows.write
-    monkeypatch.setattr(large._WrittenRows, "write", lambda part, *rest: (write(part, *rest), killed(part)))
-    with pytest.raises(Killed):
-        predict(file, picture, tmp_path / "out")
-    picture.write_bytes(picture.read_bytes() + b"\0")
-    seen = list[int]()
-
-    def noted(part: Any, first: int, *others: Any) -> None:
-        seen.append(first)
-        write(part, first, *others)
-
-    monkeypatch.setattr(large._WrittenRows, "write", noted)
-    predict(file, picture, tmp_path / "out", resume=True)
-    assert seen[0] == 0
+    with monkeypatch.context() as patch:
+        write = large.WrittenRows.write
+        patch.setattr(large.WrittenRows, "write", lambda part, *rest: (write(part, *rest), killed(part)))
+        with pytest.raises(Killed):
+            predict(file, picture, tmp_path / "out")
+    begun = {path: path.read_bytes() for path in (tmp_path / "out").glob(".page.tif*")}
+    assert len(begun) == 2
+    if change == "picture":
+        picture.write_bytes(picture.read_bytes() + b"\0")
+    if change == "mask":
+        (tmp_path / "out" / "manifest.jsonl").unlink()  # which would refuse as well
+    options = {"picture": {"resume": True}, "mask": {"resume": True, "mask": "all"}}
+    with pytest.raises(cs.InvalidInput, match=told):
+        predict(file, picture, tmp_path / "out", **options.get(change, {}))
+    assert {path: path.read_bytes() for path in (tmp_path / "out").glob(".page.tif*")} == begun
 
 
 def test_what_cannot_be_read_in_rows_is_refused_in_words(file: Path, picture: Path, tmp_path: Path) -> None:

@@ -78,9 +78,8 @@ def predictions(folder: Path) -> dict[str, bytes]:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The rows of the manifest's files, without their first lines and times."""
-    files = sorted(folder.glob("manifest*.jsonl"))
-    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()[1:]]
+    """The rows of the manifest, without its first line and times."""
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()[1:]]
     return sorted(({**row, "milliseconds": 0} for row in rows), key=lambda row: str(row["path"]))
 
 
@@ -105,8 +104,8 @@ def test_a_row_tells_what_was_computed_for_a_picture(whole: Path, photos: Path) 
     ("module", "function", "last_words", "fewest"),
     [
         ("predictor", "write_picture", "pass", 0),
-        ("manifest", "append_line", "pass", 1),  # after the first line and a row
-        ("manifest", "append_line", "arguments[0].open('a').write(arguments[1][:40])", 1),
+        ("journal", "append_line", "pass", 1),  # after the first line and a row
+        ("journal", "append_line", "arguments[0].open('a').write(arguments[1][:40])", 1),
     ],
     ids=["before a prediction", "before a row", "within a row"],
 )
@@ -216,10 +215,8 @@ def test_a_folder_in_which_nothing_was_predicted_is_begun_anew(
     """As after a first try with a file that is no picture."""
     (tmp_path / "no.png").write_bytes(b"no picture")
     assert command_line("run", file, tmp_path / "no.png", "-o", "out", "--trust").code == 1
-    (tmp_path / "out" / "manifest.3.jsonl").write_text("{}\n")  # of more processes
     assert command_line("run", file, photos, "-o", "out", "--trust", "--mask", "none").code == 0
     assert len(rows_of(tmp_path / "out")) == COUNT
-    assert [path.name for path in (tmp_path / "out").glob("manifest*")] == ["manifest.jsonl"]
 
 
 def test_what_is_missing_or_new_is_predicted(file: Path, photos: Path, whole: Path) -> None:
@@ -260,16 +257,6 @@ def test_a_picture_that_was_replaced_is_predicted_again(
     predict(file, photos, tmp_path / "new")
     assert predictions(out) == predictions(tmp_path / "new")
     assert predict(file, photos, out, resume=True).skipped == COUNT
-
-
-def test_rows_of_an_earlier_version_say_nothing_of_the_files_and_are_trusted(
-    file: Path, photos: Path, whole: Path
-) -> None:
-    manifest = whole / "manifest.jsonl"
-    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
-    assert all(row.pop("file") for row in rows[1:])
-    manifest.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    assert predict(file, photos, whole, resume=True).skipped == COUNT
 
 
 def test_a_prediction_is_not_replaced_by_that_of_another_picture(
@@ -313,28 +300,4 @@ def test_a_damaged_manifest_is_refused_with_its_line(file: Path, photos: Path, w
 def test_frames_that_follow_each_other_are_not_gone_on_with(file: Path, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(cs.InvalidInput, match="smooth"):
         predict(file, photos, tmp_path / "out", resume=True, mask="edges | smooth")
-    assert not (tmp_path / "out").exists()
-
-
-def test_rows_that_a_process_of_an_earlier_version_left_count(
-    file: Path, photos: Path, tmp_path: Path
-) -> None:
-    """Each process of torchrun wrote a manifest of its own."""
-    out = tmp_path / "out"
-    predict(file, photos, out)
-    lines = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
-    (out / "manifest.jsonl").write_text("".join(lines[:3]))
-    (out / "manifest.1.jsonl").write_text("".join([lines[0], *lines[3:]]))
-    assert predict(file, photos, out, resume=True).skipped == COUNT
-    with pytest.raises(cs.InvalidInput, match="earlier run"):
-        predict(file, photos, out)
-
-
-def test_several_processes_of_a_launcher_are_refused(
-    file: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(cs.InvalidInput, match=r"(?s)in 2 processes.*--workers.*--ray"):
-        predict(file, photos, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -23,11 +23,11 @@ import cadsurgery as cs
 from cadsurgery.data import stores
 from cadsurgery.data.images import street_scene
 from cadsurgery.support.progress import silent
-from cadsurgery.tasks import run
+from cadsurgery.tasks import predictor, run
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor
 from cadsurgery.tasks.report import FilesReport
-from cadsurgery.tasks.workers import predict_in_processes
+from cadsurgery.tasks.workers import share
 
 SIZES = [(24, 32), (32, 24), (33, 41), (40, 40)]
 DIFFERENT = 100  # pictures; the others are links to them
@@ -219,7 +219,7 @@ def test_a_picture_that_ends_its_process_is_a_failure_and_its_neighbours_are_don
     file: Path, different: Path, tmp_path: Path
 ) -> None:
     items = (Item(at, str(different / f"{at}.png"), str(tmp_path / f"{at}.png")) for at in range(8))
-    answers = dict(predict_in_processes(items, Fatal(str(file), trust=True), 1))
+    answers = dict(share(items, Fatal(str(file), trust=True).predicting, 1, predictor.lost, size=16))
     assert {at for at, row in answers.items() if "output" not in row} == {2}
     assert "ended at this image" in answers[2]["what"] and len(answers) == 8
 
@@ -228,8 +228,11 @@ def test_a_picture_that_ends_its_process_is_a_failure_and_its_neighbours_are_don
 def test_workers_that_cannot_open_the_network_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(cs.FileError, match=r"no file .*missing\.safetensors"):
         list(
-            predict_in_processes(
-                iter([Item(0, "a.png")]), PredictionSettings(str(tmp_path / "missing.safetensors")), 1
+            share(
+                iter([Item(0, "a.png")]),
+                PredictionSettings(str(tmp_path / "missing.safetensors")).predicting,
+                1,
+                predictor.lost,
             )
         )
 
@@ -256,13 +259,13 @@ def test_columns_of_bytes_and_of_arrays_are_predicted_as_run_does(
     predict_batch = cs.ray.Predict(str(file), prediction=form, trust=True)
     found = predict_batch({"bytes": np.array(files, object), "name": np.array(names)})
     assert list(found["name"]) == names and set(found) == {"name", "prediction", "active_fraction", "error"}
-    for name, prediction, share, error in zip(names, *list(found.values())[1:], strict=True):
+    for name, prediction, active, error in zip(names, *list(found.values())[1:], strict=True):
         if name == f"{DAMAGED}.png":
-            assert prediction is None and np.isnan(share) and "cannot be read" in error
+            assert prediction is None and np.isnan(active) and "cannot be read" in error
             continue
         classes = np.array(Image.open(io.BytesIO(expected[name])))
         assert prediction == expected[name] if form == "png" else np.array_equal(prediction, classes)
-        assert error is None and 0 <= share <= 1
+        assert error is None and 0 <= active <= 1
     arrays = [np.array(Image.open(different / name).convert("RGB")) for name in ("0.png", "4.png")]
     of_arrays = predict_batch({"image": np.stack(arrays)})["prediction"]
     assert np.array_equal(of_arrays[0], found["prediction"][0]) or of_arrays[0] == found["prediction"][0]

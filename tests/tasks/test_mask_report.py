@@ -24,8 +24,8 @@ from cadsurgery.tasks import mask_report
 from cadsurgery.tasks.commands import MaskOptions
 from cadsurgery.tasks.figures import draw_lattice
 from cadsurgery.tasks.mask_report import MaskReport, draw_masks
+from cadsurgery.tasks.measuring import Quality
 from cadsurgery.tasks.open import example_image
-from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 
 SIZE = (75, 101)
 
@@ -82,7 +82,7 @@ def test_the_default_selection_works_at_every_pair_of_strides(pair: tuple[int, i
     assert labels[-1].startswith("trimap") and any(label.startswith("gradient") for label in labels)
     assert any("threshold=0.95/0.1" in label for label in labels) == (pair[1] // pair[0] > 2)
     assert all(0 < row.share_of_elements <= 1 for row in report.rows) and (tmp_path / "mask.png").is_file()
-    assert not {"agreement", "of_given"} & report.rows[0].values.keys()
+    assert not {"pixel_accuracy", "of_given"} & report.rows[0].values.keys()
     assert "--model" in printed(report) and report.to_dict()["notes"] == list(report.notes)
 
 
@@ -91,7 +91,9 @@ def test_quality_stands_beside_the_cost_of_the_network_as_given(tmp_path: Path) 
     report = drawn(tmp_path, *typed, model="networks:segmenter")
     whole, given, some = report.rows
     assert tuple(row.label for row in report.rows) == typed
-    assert whole.agreement == whole.balanced_fidelity == whole.of_high == 1 and whole.accuracy is None
+    assert (
+        whole.pixel_accuracy == whole.balanced_fidelity == whole.of_high == 1 and whole.relative_error is None
+    )
     # The network as given is the one at the low output stride, and its work is that of the module itself.
     assert given.of_given == 1 and whole.of_given > some.of_given > 1
     image = example_image(None, SIZE)
@@ -102,22 +104,23 @@ def test_quality_stands_beside_the_cost_of_the_network_as_given(tmp_path: Path) 
         segmenter().eval(), "edges | budget:fraction=0.2", output_stride=(8, 16), verify_laws=False
     )
     batch = normalise(image, pictures_for(net)).unsqueeze(0)
-    metrics = FidelityMetrics()
+    metrics = Quality()
     with torch.inference_mode():
         metrics.update(net(batch), net(batch, mask="all"), SIZE)
-    assert some.agreement == metrics.compute()["pixel_accuracy"] < 1
+    assert some.pixel_accuracy == metrics.compute()["pixel_accuracy"] < 1
 
     text = printed(report)
     assert "agreement" in text and "of given" in text and "one image" in text
     assert report.to_dict()["masks"][2]["balanced_fidelity"] == some.balanced_fidelity
 
 
-def test_maps_that_are_no_classes_have_an_accuracy_and_others_no_quality(tmp_path: Path) -> None:
+def test_maps_that_are_no_classes_have_a_relative_error_and_others_no_quality(tmp_path: Path) -> None:
     report = drawn(tmp_path, "all", "none", model=f"{__name__}:depth")
     whole, low = report.rows
-    assert whole.accuracy == 1 > low.accuracy and whole.agreement is None and "accuracy" in printed(report)
+    assert whole.relative_error == 0 < low.relative_error and whole.pixel_accuracy is None
+    assert "relative error" in printed(report)
     report = drawn(tmp_path, "none", model=f"{__name__}:classes")
-    assert report.rows[0].of_given == 1 and report.rows[0].agreement is None
+    assert report.rows[0].of_given == 1 and report.rows[0].pixel_accuracy is None
     assert any("quality is not compared" in note for note in report.notes)
 
 

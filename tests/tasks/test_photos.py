@@ -22,7 +22,7 @@ from cadsurgery.data.datasets import identity_table
 from cadsurgery.data.images import street_scene
 from cadsurgery.finetune import Settings, calibrate, evaluate, fit
 from cadsurgery.finetune.objectives import copy_dense
-from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
+from cadsurgery.tasks.measuring import Quality
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 
 MASK = "edges:threshold=0.2,dilation=3"
@@ -189,27 +189,27 @@ def test_pooled_outputs_agree_or_not_for_each_image(photos: Path) -> None:
 @pytest.mark.parametrize("kind", ["classes", "values"])
 def test_parts_merge_to_the_whole_in_any_order(kind: Any) -> None:
     outputs, targets = torch.randn(2, 5, 3, 20, 30).unbind()
-    whole = FidelityMetrics(kind)
+    whole = Quality(kind)
     whole.update(outputs, targets, (20, 30))
-    merged = FidelityMetrics()
+    merged = Quality()
     for place in (3, 0, 4, 1, 2):
-        part = FidelityMetrics(kind)
+        part = Quality(kind)
         part.update(outputs[place : place + 1], targets[place : place + 1], (20, 30))
         merged.merge(part)
-    merged.merge(FidelityMetrics())
-    assert merged.compute() == whole.compute() and merged.images == 5
+    merged.merge(Quality())
+    assert merged.compute() == whole.compute() and len(merged.pictures) == 5
 
 
 def test_class_255_is_a_class_like_the_others() -> None:
     scores = torch.zeros(1, 300, 4, 4)
     scores[:, 255] = 1.0
-    metrics = FidelityMetrics("classes")
+    metrics = Quality("classes")
     metrics.update(scores, scores, (8, 8))
-    assert metrics.compute()["miou"] == 1 and isinstance(metrics.agreement, SegmentationMetrics)
+    assert metrics.compute()["miou"] == 1 and isinstance(metrics.classes, SegmentationMetrics)
 
 
 def test_kinds_do_not_mix() -> None:
-    one, other = FidelityMetrics("classes"), FidelityMetrics("values")
+    one, other = Quality("classes"), Quality("values")
     for metrics in (one, other):
         metrics.update(torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4), (4, 4))
     with pytest.raises(cs.InvalidInput, match="kind=values"):

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Run, assert_same
@@ -22,24 +23,25 @@ import cadsurgery as cs
 from cadsurgery.data import open_pictures
 from cadsurgery.data.networks import source_of
 from cadsurgery.kernels import isa
+from cadsurgery.methods.side import Side
 from cadsurgery.support import files
-from cadsurgery.tasks.judging import (
+from cadsurgery.tasks import measuring
+from cadsurgery.tasks.judging import FOUND, Estimate, Judgement, estimate, time_error
+from cadsurgery.tasks.measuring import (
     AGREEMENT,
-    CLASSES,
-    FOUND,
-    LABELS,
-    Estimate,
-    Judgement,
-    estimate,
-    judge,
-    time_error,
+    FIDELITY,
+    MIOU,
+    Counts,
+    PictureBatch,
+    Quality,
+    measure,
 )
 from cadsurgery.tasks.recommend import Recommendation, recommend
 from cadsurgery.tasks.recommend import search as running
 from cadsurgery.tasks.recommend.calls import Calls
 from cadsurgery.tasks.recommend.choice import choose, is_beaten
 from cadsurgery.tasks.recommend.currency import expected_loss
-from cadsurgery.tasks.recommend.report import Requirement, SettingRow, _change, _expected
+from cadsurgery.tasks.recommend.report import Requirement, SettingRow, _expected, change_in_words
 from cadsurgery.tasks.recommend.settings import Setting, find_candidates, in_turn
 from cadsurgery.tasks.sides.engine_sides import scaled_size
 
@@ -68,21 +70,24 @@ def test_quality_is_the_mean_iou_of_all_pictures_and_its_error_falls_with_their_
     for seed in range(24):
         labels = torch.randint(classes, (1, *size), generator=torch.Generator().manual_seed(seed))
         given, output = (disturbed(labels, share, classes, 100 + seed) for share in (0.1, 0.3))
-        judged = [
-            judge(1.0, scores(one, classes), scores(given, classes), labels, size, "classes")
-            for one in (output, given)
+        sides = [
+            Side(name, lambda _, one=one: scores(one, classes))
+            for name, one in zip("go", (given, output), strict=True)
         ]
-        ours.append(judged[0])
-        base.append(judged[1])
+        qualities = lambda: [Quality("classes"), Quality(of_labels=True)]  # noqa: E731
+        ((_, tallies),) = measure(sides, [PictureBatch(labels, size, labels)], qualities)
+        assert isinstance(tallies, list)
+        base.append(Judgement.of(tallies[0]))
+        ours.append(Judgement.of(tallies[1]))
         metrics.update(output, labels)
-    found = estimate(ours, base, LABELS)
+    found = estimate(ours, base, MIOU)
     assert found.value == pytest.approx(metrics.compute()["miou"], abs=1e-12)
     assert found.images == 24 and found.change < -5 * found.error < 0
-    few = estimate(ours[:6], base[:6], LABELS)
+    few = estimate(ours[:6], base[:6], MIOU)
     assert few.error > found.error
-    same = estimate(base, base, CLASSES)
+    same = estimate(base, base, FIDELITY)
     assert (same.value, same.change, same.error) == (1.0, 0.0, 0.0)
-    assert math.isnan(estimate(ours[:1], base[:1], LABELS).error)
+    assert math.isnan(estimate(ours[:1], base[:1], MIOU).error)
 
 
 # -- the choice ----------------------------------------------------------------------------------------
@@ -98,7 +103,7 @@ def row(
     setting: Setting, milliseconds: float, change: float, error: float = 0.001, **values: Any
 ) -> SettingRow:
     quality = Estimate(0.6 + change, change, error, values.pop("images", 40))
-    blank = {"same": None, "fidelity": None, "loss": None}
+    blank = {"pixel_accuracy": None, "balanced_fidelity": None, "loss": None}
     macs = values.pop("macs", round(10 * milliseconds))
     return SettingRow(setting, quality, milliseconds, macs, **{**blank, **values})
 
@@ -120,27 +125,27 @@ def row(
 def test_the_fastest_that_keeps_enough_is_chosen_and_the_simplest_of_equals(
     rows: list[SettingRow], expected: Setting, words: str
 ) -> None:
-    choice = choose([row(GIVEN, 100, 0.0, 0.0), *rows], Requirement(keep=0.99), LABELS)
+    choice = choose([row(GIVEN, 100, 0.0, 0.0), *rows], Requirement(keep=0.99), MIOU)
     assert choice.row.setting == expected and words in choice.reasons[0] and choice.images_needed is None
 
 
 def test_the_best_that_is_fast_enough_is_chosen() -> None:
     rows = [row(GIVEN, 100, 0.0, 0.0), row(SMALL, 40, -0.1), row(ADAPTIVE, 70, -0.003)]
     for limit in (80, 70):  # "70 ms or less"
-        assert choose(rows, Requirement(at_most=limit), LABELS).row.setting == ADAPTIVE
-    none = choose(rows, Requirement(at_most=10), LABELS)
+        assert choose(rows, Requirement(at_most=limit), MIOU).row.setting == ADAPTIVE
+    none = choose(rows, Requirement(at_most=10), MIOU)
     assert none.row.setting == SMALL and "Nothing takes 10 ms or less" in none.reasons[0]
 
 
 def test_without_labels_the_expected_loss_keeps_enough_together_with_its_error() -> None:
     """CamVid's network at stride 16 is expected to lose .6 % of its mIoU, with an error of .6 %, and loses 1.3 %."""
-    given = row(GIVEN, 100, 0.0, 0.0, fidelity=1.0, loss=(0.0, 0.0))
-    doubtful = row(DENSE, 47, -0.17, 0.013, fidelity=0.83, loss=expected_loss(0.83, 0.013))
-    safe = row(ADAPTIVE, 70, -0.15, 0.012, fidelity=0.85, loss=expected_loss(0.85, 0.012))
+    given = row(GIVEN, 100, 0.0, 0.0, balanced_fidelity=1.0, loss=(0.0, 0.0))
+    doubtful = row(DENSE, 47, -0.17, 0.013, balanced_fidelity=0.83, loss=expected_loss(0.83, 0.013))
+    safe = row(ADAPTIVE, 70, -0.15, 0.012, balanced_fidelity=0.85, loss=expected_loss(0.85, 0.012))
     assert doubtful.loss is not None and doubtful.loss[0] < 0.01 < sum(doubtful.loss)
-    choice = choose([given, doubtful, safe], Requirement(keep=0.99), CLASSES)
+    choice = choose([given, doubtful, safe], Requirement(keep=0.99), FIDELITY)
     assert choice.row is safe and any("together with its error" in one for one in choice.reasons)
-    assert choose([given, doubtful, safe], Requirement(keep=0.98), CLASSES).row is doubtful
+    assert choose([given, doubtful, safe], Requirement(keep=0.98), FIDELITY).row is doubtful
 
 
 @pytest.mark.parametrize(
@@ -159,7 +164,7 @@ def test_without_labels_the_expected_loss_keeps_enough_together_with_its_error()
 def test_times_that_err_or_contradict_the_work_do_not_decide(
     request_: Requirement, rows: list[SettingRow], words: str
 ) -> None:
-    choice = choose([row(GIVEN, 100, 0.0, 0.0), *rows], request_, LABELS)
+    choice = choose([row(GIVEN, 100, 0.0, 0.0), *rows], request_, MIOU)
     disturbed = request_.keep is not None and rows[0].setting == SMALL
     told = "The machine is too busy to decide." if disturbed else "The times of these pictures do not decide."
     assert choice.reasons[0] == told and not choice.is_decided
@@ -176,7 +181,7 @@ def test_times_that_err_or_contradict_the_work_do_not_decide(
     ],
 )
 def test_times_decide_where_their_error_does_not_matter(other: SettingRow, expected: Setting) -> None:
-    choice = choose([row(GIVEN, 100, 0.0, 0.0), other], Requirement(keep=0.99), LABELS)
+    choice = choose([row(GIVEN, 100, 0.0, 0.0), other], Requirement(keep=0.99), MIOU)
     assert choice.is_decided and choice.row.setting == expected
 
 
@@ -189,7 +194,7 @@ def test_an_undecided_report_recommends_nothing(
     def busy(clock: object) -> float:  # the later a call, the slower the machine, and by much
         return 1.3 ** (next(ticks) % 37)
 
-    monkeypatch.setattr(running, "now", busy)
+    monkeypatch.setattr(measuring, "now", busy)
     report = run(photos, tmp_path / "run")
     assert not report.is_decided and not report.to_dict()["is_decided"] and report.command == ""
     told = ("The machine is too busy to decide.", "The times of these pictures do not decide.")
@@ -213,9 +218,15 @@ def test_a_setting_is_dropped_where_a_faster_one_is_better_beyond_doubt(
 ) -> None:
     """A difference of six standard errors or so is none on five pictures, whose errors are uncertain themselves."""
     lacks = [0.08, 0.10, 0.12, 0.09, 0.11] * (pictures // 5)
-    ours = [Judgement(100.0, same=1 - lack) for lack in lacks]
-    better = [Judgement(90.0, same=0.940) for _ in lacks]
-    slower = [Judgement(99.0, same=0.999) for _ in lacks]
+
+    def judged(milliseconds: float, lack: float) -> Judgement:
+        """One pixel in a thousand for each thousandth that is lacked."""
+        lost = round(1000 * lack)
+        return Judgement(milliseconds, Counts(areas=np.array([[0], [1000 - lost], [1000 + lost], [1000]])))
+
+    ours = [judged(100.0, lack) for lack in lacks]
+    better = [judged(90.0, 0.06) for _ in lacks]
+    slower = [judged(99.0, 0.001) for _ in lacks]
     assert is_beaten(ours, [better, ours], AGREEMENT) is expected
     assert not is_beaten(ours, [slower, ours], AGREEMENT)
     assert not is_beaten(better, [ours], AGREEMENT)
@@ -223,12 +234,12 @@ def test_a_setting_is_dropped_where_a_faster_one_is_better_beyond_doubt(
 
 def test_doubt_is_told_with_the_pictures_that_would_end_it() -> None:
     rows = [row(GIVEN, 100, 0.0, 0.0, images=6), row(ADAPTIVE, 70, -0.003, 0.004, images=6)]
-    choice = choose(rows, Requirement(keep=0.99), LABELS)
+    choice = choose(rows, Requirement(keep=0.99), MIOU)
     # It keeps .003 more than asked for, with an error of .004: 6 (1.64 x .004 / .003)^2 pictures.
     assert choice.images_needed == 29 and any("about 29 would decide" in one for one in choice.reasons)
     assert any("cannot be told" in one for one in choice.reasons)
     finer = [row(GIVEN, 100, 0.0), row(replace(ADAPTIVE, pair=(4, 8)), 200, 0.001)]
-    reasons = choose(finer, Requirement(keep=0.99), LABELS).reasons
+    reasons = choose(finer, Requirement(keep=0.99), MIOU).reasons
     assert any("makes the maps of this network finer: at least 2.0 times its work" in one for one in reasons)
 
 
@@ -313,9 +324,7 @@ def run(photos: Path | str, folder: Path, network: nn.Module | None = None, **op
     return recommend(
         network or seeded(Segmenter, torch.float32),
         photos,
-        options={"output_stride": (8, 16)},
-        output=folder,
-        **options,
+        **{"output": folder, **options, "options": {"output_stride": (8, 16), **options.get("options", {})}},
     )
 
 
@@ -367,12 +376,12 @@ def test_few_pictures_are_timed_several_times_and_the_best_time_counts(
         asked.append(next(ticks))
         return asked[-1]
 
-    monkeypatch.setattr(running, "now", clock)
+    monkeypatch.setattr(measuring, "now", clock)
     report = run(photos, tmp_path / "run")
-    judged = json.loads((tmp_path / "run" / "measured.json").read_text())["judged"]
+    rows = (tmp_path / "run" / "manifest.jsonl").read_text().splitlines()
+    first = next(row["judged"] for row in map(json.loads, rows) if "judged" in row)
     assert len(asked) == 2 * 4 * 3 * len(report.rows)
-    first = judged[report.rows[0].name][0]["milliseconds"]
-    assert first == pytest.approx(1e3 * (asked[1] - asked[0]))
+    assert first[report.rows[0].name]["milliseconds"] == pytest.approx(1e3 * (asked[1] - asked[0]))
 
 
 @pytest.mark.slow
@@ -449,11 +458,11 @@ def test_floors_are_named_on_pages_that_are_mostly_empty_and_on_no_others(
 def test_a_loss_of_fidelity_under_floors_is_expected_to_be_one_of_miou() -> None:
     """ESPNet loses .13 ± .03 of its mIoU on CamVid where floors under `content` leave a fidelity of .78; another
     stride, of which so much fidelity is expected to cost .013, would keep .98."""
-    given = row(GIVEN, 100, 0.0, 0.0, fidelity=1.0, loss=(0.0, 0.0))
+    given = row(GIVEN, 100, 0.0, 0.0, balanced_fidelity=1.0, loss=(0.0, 0.0))
     for setting, keeps_enough in ((DENSE, True), (ON_OWN_GRID, False)):
         loss = expected_loss(0.78, 0.001, has_floor=setting.coarsest > 0)
-        fast = row(setting, 50, -0.22, 0.001, fidelity=0.78, loss=loss)
-        choice = choose([given, fast], Requirement(keep=0.97), CLASSES)
+        fast = row(setting, 50, -0.22, 0.001, balanced_fidelity=0.78, loss=loss)
+        choice = choose([given, fast], Requirement(keep=0.97), FIDELITY)
         assert (choice.row is fast) == keeps_enough
 
 
@@ -461,7 +470,7 @@ def test_three_photos_give_a_report_and_say_what_they_cannot_tell(photos: Path, 
     report = run(photos, tmp_path / "run")
     given = report.rows[0]
     assert given.setting.kind == "given" and given.quality.value == 1 and report.images == 3
-    assert report.measure == CLASSES and any(one.is_on_front for one in report.rows)
+    assert report.measure == FIDELITY and any(one.is_on_front for one in report.rows)
     assert any("3 pictures: differences" in reason for reason in report.reasons)
     # The work is that of the whole network as it was passed, not of a dense network that nobody has.
     assert given.macs == cs.macs.dense_macs(seeded(Segmenter, torch.float32), torch.zeros(1, 3, 96, 128))
@@ -477,7 +486,7 @@ def test_data_with_named_splits_is_its_val_part_unless_another_is_named(tmp_path
         data = open_pictures(spec, split)
         assert data.names[0] == named and data.is_labelled
     report = run(spec, tmp_path / "run", limit=1)
-    assert report.measure == LABELS and report.data.startswith("scene:2")
+    assert report.measure == MIOU and report.data.startswith("scene:2")
 
 
 class Clipped(Segmenter):
@@ -490,7 +499,7 @@ class Clipped(Segmenter):
 @pytest.mark.slow
 def test_labels_are_compared_with_classes_whatever_the_sign_of_the_scores(tmp_path: Path) -> None:
     report = run("scene:2,height=64,width=96", tmp_path / "run", seeded(Clipped, torch.float32), limit=1)
-    assert report.measure == LABELS and all(row.fidelity is not None for row in report.rows)
+    assert report.measure == MIOU and all(row.balanced_fidelity is not None for row in report.rows)
 
 
 @pytest.mark.slow
@@ -504,13 +513,20 @@ def test_an_interrupted_run_reports_and_goes_on(
     half = run(photos, tmp_path / "run", step=interrupt)
     assert half.images == 1 and half.end == "interrupted"
     judged: list[str] = []
-    monkeypatch.setattr(running, "judge", lambda *args: judged.append("one") or judge(*args))
+    of = Judgement.of
+    monkeypatch.setattr(Judgement, "of", staticmethod(lambda tally: judged.append("one") or of(tally)))
     whole = run(photos, tmp_path / "run")
     assert whole.images == 3 and whole.end == "" and len(judged) == 2 * len(whole.rows)
-    with pytest.raises(cs.InvalidInput, match="holds another run"):
+    with pytest.raises(cs.InvalidInput, match=r"holds another run(?s:.)*size: \[96, 128\], now \[64, 96\]"):
         run(photos, tmp_path / "run", size=(64, 96))
-    (tmp_path / "run" / "measured.json").write_text("{")
-    with pytest.raises(cs.FileError, match=r"measured\.json cannot be read"):
+    with pytest.raises(cs.InvalidInput, match=r"holds another run(?s:.)*normalisation: .* now"):
+        run(photos, tmp_path / "run", options={"normalisation": "raw"})
+    last = sorted(photos.iterdir())[-1]
+    last.write_bytes(last.read_bytes() + b"\0")
+    with pytest.raises(cs.InvalidInput, match=r"holds another run(?s:.)*files: .* now"):
+        run(photos, tmp_path / "run")
+    (tmp_path / "run" / "manifest.jsonl").write_text("{\n")
+    with pytest.raises(cs.FileError, match=r"manifest\.jsonl cannot be read"):
         run(photos, tmp_path / "run")
 
 
@@ -581,7 +597,7 @@ def test_labels_in_a_folder_are_read_and_checked(photos: Path, tmp_path: Path) -
     for place, (_, known) in enumerate(Scenes(3, (96, 128)).items):
         write_png(known.byte()[None], str(labels / f"{place}.png"))
     report = run(photos, tmp_path / "run", labels=labels, limit=1)
-    assert report.measure == LABELS and 0 <= report.rows[0].quality.value <= 1
+    assert report.measure == MIOU and 0 <= report.rows[0].quality.value <= 1
 
 
 @pytest.mark.slow
@@ -769,14 +785,14 @@ def test_minutes_bound_the_preparation_too(
 )
 def test_what_is_recommended_is_a_sentence(setting: Setting, words: str) -> None:
     rows = [row(GIVEN, 100, 0.0, 0.0), row(setting, 50, 0.0)]
-    assert words in choose(rows, Requirement(keep=0.99), LABELS).reasons[0]
+    assert words in choose(rows, Requirement(keep=0.99), MIOU).reasons[0]
 
 
 def test_changes_that_round_to_zero_have_no_sign_of_their_own(photos: Path, tmp_path: Path) -> None:
     given, other = row(GIVEN, 100, 0.0, 0.0), row(SMALL, 50, -1e-9, loss=(1e-9, 0.0))
     for words in (
-        _change(other),
+        change_in_words(other, FIDELITY),
         _expected(other),
-        *choose([given, other], Requirement(0.9), CLASSES).reasons,
+        *choose([given, other], Requirement(0.9), FIDELITY).reasons,
     ):
         assert "-0.0" not in words

@@ -251,43 +251,36 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-@pytest.mark.parametrize("mask", ["", "edges:threshold=0.1 | smooth:hold=2"])
 @pytest.mark.parametrize("output", ["out.mp4", "out.mkv", "out"])
-def test_a_killed_run_of_a_clip_goes_on_where_its_last_part_ends(
-    file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, mask: str
+def test_a_killed_run_computes_one_clip_again_at_most(
+    file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
-    clip, part = make_clip(folder, tmp_path / "clip.mp4"), 2
-    monkeypatch.setattr(predictor, "FRAMES", part)
-    draw, drawn = predictor.prediction_picture, list[int]()
-
-    def place(name: str) -> Path:
-        return tmp_path / name / "clip.mp4" if output == "out" else tmp_path / f"{name}{Path(output).suffix}"
-
-    (row,) = predict(file, [clip], tmp_path / f"whole{Path(output).suffix}", mask=mask).rows
+    clips = [make_clip(folder, tmp_path / f"{name}.mp4") for name in ("first", "second")]
+    if output != "out":
+        clips = clips[:1]
+    draw, drawn, last = predictor.prediction_picture, list[int](), len(clips) * FRAMES - 2
+    whole = predict(file, clips, tmp_path / f"whole{Path(output).suffix}").rows
 
     def killed(*arguments: Any) -> Image.Image:
         drawn.append(len(drawn))
-        if len(drawn) == 4:  # in the second part
+        if len(drawn) == last:
             raise Killed
         return draw(*arguments)
 
     monkeypatch.setattr(predictor, "prediction_picture", killed)
     with pytest.raises(Killed):
-        predict(file, [clip], tmp_path / output, mask=mask)
-    assert not place("out").exists()
-    try:  # a folder is refused, a clip is reported
-        told = str(predict(file, [clip], tmp_path / output, view="side", resume=True).failed)
-    except CadError as error:
-        told = str(error)
-    assert "another run" in told
-    again = predict(file, [clip], tmp_path / output, mask=mask, resume=True)
-    assert len(drawn) == 4 + FRAMES - part and again.skipped == 0
-    for name in ("frames", "active_fraction", "levels"):
-        assert again.rows[0].get(name) == pytest.approx(row.get(name))
-    for one, other in zip(frames_of(place("out")), frames_of(place("whole")), strict=True):
-        assert torch.equal(one, other)
-    assert not [path for path in place("out").parent.iterdir() if path.name.endswith(".parts")]
-    assert predict(file, [clip], tmp_path / output, mask=mask, resume=True).skipped == 1
+        predict(file, clips, tmp_path / output)
+    with pytest.raises(cs.InvalidInput, match=r'another run(?s:.)*view: "", now "side"'):
+        predict(file, clips, tmp_path / output, view="side", resume=True)
+    again = predict(file, clips, tmp_path / output, resume=True)
+    assert len(drawn) == last + FRAMES and again.skipped == len(clips) - 1
+    same = ("frames", "active_fraction", "levels")
+    assert [again.rows[-1].get(name) for name in same] == [whole[-1].get(name) for name in same]
+    for one in whole:
+        place = tmp_path / output / Path(one["output"]).name if output == "out" else tmp_path / output
+        for ours, theirs in zip(frames_of(place), frames_of(Path(one["output"])), strict=True):
+            assert torch.equal(ours, theirs)
+    assert predict(file, clips, tmp_path / output, resume=True).skipped == len(clips)
 
 
 def test_a_clip_that_was_interrupted_goes_on_and_a_camera_does_not(
@@ -371,17 +364,10 @@ def times_of(path: Path) -> list[Fraction]:
 )
 @pytest.mark.parametrize("base", [Fraction(1, 1000), Fraction(1, 90_000)])
 def test_predictions_of_a_clip_are_shown_when_its_frames_are(
-    file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    ending: str,
-    source: str,
-    name: str,
-    base: Fraction,
+    file: Path, tmp_path: Path, ending: str, source: str, name: str, base: Fraction
 ) -> None:
-    """Also where the clip is written in parts, and where the source has frames that are decoded out of order."""
+    """Also where the source has frames that are decoded out of order."""
     av = pytest.importorskip("av", reason="PyAV is not installed")
-    monkeypatch.setattr(predictor, "FRAMES", 3)
     clip, milliseconds = tmp_path / f"clip{source}", MILLISECONDS[name]
     with av.open(str(clip), "w") as container:
         stream = container.add_stream("libx264", rate=25, width=64, height=48, pix_fmt="yuv420p")

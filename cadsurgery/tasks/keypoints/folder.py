@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,25 @@ from torch import nn
 from cadsurgery.data.images import find_images, read_picture_for
 from cadsurgery.masks import resolve_mask
 from cadsurgery.network.model import pictures_for
-from cadsurgery.support import files
+from cadsurgery.network.storage import checksum
 from cadsurgery.support.errors import (
     CadError,
     FileError,
+    NotInstalled,
     UnknownName,
     describe_error,
     import_optional,
 )
 from cadsurgery.support.files import make_folder, write_whole
-from cadsurgery.support.launcher import world
-from cadsurgery.support.processes import own_device
 from cadsurgery.support.progress import Step, silent
-from cadsurgery.support.provenance import versions
-from cadsurgery.tasks.for_each import Failure, Failures, for_each
+from cadsurgery.support.provenance import find_device
+from cadsurgery.tasks.journal import NAME, Results, Row, has_results
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features
 from cadsurgery.tasks.open import at_strides
-from cadsurgery.tasks.run_folder import check_same_run, read_json, write_json
+from cadsurgery.tasks.predictor import Item, lost
+from cadsurgery.tasks.workers import refuse_launchers, share
 
 FORMS = ("npz", "h5")
-SETTINGS = "extraction.json"
 
 
 def extract(
@@ -48,14 +47,14 @@ def extract(
     options: dict[str, Any] | None = None,
     device: str = "cpu",
     bands: Sequence[int] = (),
+    workers: int = 1,
     step: Step = silent,
     trust: bool = False,
-) -> tuple[list[dict[str, Any]], list[Failure]]:
+) -> tuple[list[Row], list[Row]]:
     """Write the features of every image; an image that cannot be used is reported, and the others are processed.
 
-    Existing files are kept, so that an interrupted run can continue. Files are written atomically, and
-    `extraction.json` in the folder states how they were made. Under `torchrun` or `accelerate launch` each process
-    takes its share of the images, and every process returns the rows of all.
+    Files are written atomically, and the folder has a journal, see `Results`: what is in it is kept, so that an
+    interrupted run can be resumed.
 
     Args:
         network: as in `cadsurgery.evaluate`.
@@ -63,7 +62,7 @@ def extract(
         output: output folder; images of folders keep their relative paths.
         settings: settings of the extraction.
         form: `npz` or `h5`, see `write_features`.
-        weights, options, device, bands, step, trust: as in `cadsurgery.evaluate`.
+        weights, options, device, bands, workers, step, trust: as in `cadsurgery.evaluate`.
 
     Returns:
         Rows of the images with a file (`image`, `output`, `keypoints`, and `kept`: the file existed), and failures.
@@ -75,41 +74,110 @@ def extract(
         NotInstalled: the detector or the format needs a package that is not installed.
     """
     settings = settings or Extraction()
+    refuse_launchers("keypoints extract")
     if form not in FORMS:
         raise UnknownName("form of files", form, FORMS)
     resolve_mask(settings.mask or "all")
     if form == "h5":
         _h5py()
-    torch_device, (paths, lacking) = own_device(device), find_images(images)
+    find_device(device)
+    paths, lacking = find_images(images)
     folder = make_folder(output)
     step("building and converting")
-    (net,), _ = at_strides(network, (), options or {}, mask="all", weights=weights, bands=bands, trust=trust)
-    source = net.source
+    how: dict[str, Any] = {"weights": weights, "bands": bands, "trust": trust}
+    work = partial(_open, network, options or {}, how, settings, device, folder, form)
+    write = work()
+    net = write.extractor.net
     identity = {
-        **{"model": getattr(source, "name", type(net).__name__), "weights": getattr(source, "weights", "")},
+        **{"model": getattr(net.source, "name", type(net).__name__)},
+        **{"weights": getattr(net.source, "weights", ""), "tensors": checksum(dict(net.state_dict()))},
         **{"plan": [list(net.plan.output_stride), net.plan.region], "form": form, **asdict(settings)},
         "options": {key: str(value) for key, value in sorted((options or {}).items())},
     }
-    extractor = Extractor(net.to(torch_device).optimize(), settings, torch_device)
-    _check_folder(folder, identity)
+    journal = Results(folder / NAME, identity, resume=has_results(folder / NAME))
+    journal.begin()
+    count, done = len(paths), dict[int, Row]()
+    items = [Item(at, str(path), str(place)) for at, (path, place) in enumerate(paths.items())]
 
-    def describe(item: tuple[Path, Path]) -> dict[str, Any]:
-        path, place = item
-        target = folder / place.with_suffix(f".{form}")
-        is_there = files.is_file(target)
-        if is_there:
-            features = read_features(target)
-        else:
-            features = extractor(read_picture_for(pictures_for(extractor.net), path, upright=False))
+    def left() -> Iterator[Item]:
+        for item in items:
+            if journal.is_written(item.source, str(write.target(item))):
+                done[item.position] = write.kept(item)
+            else:
+                journal.note_start(item.source)
+                yield item
+
+    answers: Iterable[tuple[int, Row]] = (write.write(item) for item in left())
+    if workers > 1:
+        answers = share(left(), work, workers, lost)
+    step(f"image 1 of {count}", 0, count)
+    for position, row in answers:
+        journal.add_result({name: value for name, value in row.items() if name != "kept"})
+        done[position] = row
+        step(f"image {len(done)} of {count} ({Path(row['image']).name})", len(done), count)
+    rows = [row for _, row in sorted(done.items())]
+    return [row for row in rows if "error" not in row], [*lacking, *(row for row in rows if "error" in row)]
+
+
+@dataclass(frozen=True)
+class _FeatureWriter:
+    """Writes the features of images into a folder; each item has its place there as target."""
+
+    extractor: Extractor
+    folder: Path
+    form: str
+
+    def __call__(self, items: Sequence[Item]) -> list[tuple[int, Row]]:
+        """Write those of a block of images."""
+        return [self.write(item) for item in items]
+
+    def target(self, item: Item) -> Path:
+        """Return the file of an image."""
+        return self.folder / Path(item.target).with_suffix(f".{self.form}")
+
+    def write(self, item: Item) -> tuple[int, Row]:
+        """Write those of an image; return its position and row, or its failure."""
+        target, name = self.target(item), Path(item.target).with_suffix(Path(item.source).suffix)
+        try:
+            features = self.extractor(
+                read_picture_for(pictures_for(self.extractor.net), item.source, upright=False)
+            )
             make_folder(target.parent)
-            write_features(features, target, str(place.with_suffix(path.suffix)))
-        row = {"image": str(path), "output": str(target), "keypoints": len(features.keypoints)}
-        return {**row, "kept": is_there}
+            write_features(features, target, str(name))
+        except NotInstalled:  # no other image would do better
+            raise
+        except CadError as error:
+            return lost(item, error)
+        count = len(features.keypoints)
+        return item.position, {
+            "image": item.source,
+            "output": str(target),
+            "keypoints": count,
+            "kept": False,
+        }
 
-    failures = Failures("image", lacking)
-    return for_each(
-        list(paths.items()), describe, failures, torch_device, name=lambda item: str(item[0]), step=step
-    )
+    def kept(self, item: Item) -> Row:
+        """Return the row of an image whose file is there, or its failure."""
+        try:
+            count = len(read_features(self.target(item)).keypoints)
+        except CadError as error:
+            return lost(item, error)[1]
+        return {"image": item.source, "output": str(self.target(item)), "keypoints": count, "kept": True}
+
+
+def _open(
+    network: str | nn.Module,
+    options: dict[str, Any],
+    how: dict[str, Any],
+    settings: Extraction,
+    device_name: str,
+    folder: Path,
+    form: str,
+) -> _FeatureWriter:
+    """Open the network, in this process or another one."""
+    (net,), _ = at_strides(network, (), options, mask="all", **how)
+    device = find_device(device_name)
+    return _FeatureWriter(Extractor(net.to(device).optimize(), settings, device), folder, form)
 
 
 def write_features(features: Features, path: Path, name: str = "") -> None:
@@ -182,15 +250,3 @@ def _only_group(file: Any) -> Any:
 def _h5py() -> Any:
     next = "pip install 'cadsurgery[keypoints]', or use --form npz"
     return import_optional("h5py", "HDF5 files need h5py.", next)
-
-
-def _check_folder(folder: Path, identity: dict[str, Any]) -> None:
-    """Check that a folder's features have the same settings; record the settings in a folder without features."""
-    path, plain = folder / SETTINGS, json.loads(json.dumps(identity))
-    has_features = any(place.suffix[1:] in FORMS for place in folder.rglob("*"))
-    if (known := read_json(path)) and has_features:
-        check_same_run(
-            known.get("made_with", {}), plain, folder, "its features were made with other settings."
-        )
-    elif world().is_main:
-        write_json(path, {"made_with": plain, "versions": versions()})

@@ -8,18 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cadsurgery.support.errors import CadError, first_line
-from cadsurgery.tasks.judging import (
-    CLASSES,
-    FEW,
-    FOUND,
-    VALUES,
-    Judgement,
-    estimate,
-    median_time,
-    time_error,
-)
+from cadsurgery.tasks.judging import FEW, FOUND, Judgement, estimate, median_time, time_error
+from cadsurgery.tasks.measuring import AGREEMENT, ERROR, FIDELITY
 from cadsurgery.tasks.recommend.currency import LEFT, error_by_pictures, expected_loss
-from cadsurgery.tasks.recommend.report import WORDS, Requirement, SettingRow
+from cadsurgery.tasks.recommend.report import WORDS, Requirement, SettingRow, change_in_words
 from cadsurgery.tasks.recommend.settings import Candidates
 
 LOOK_EVERY = 5  # pictures after which settings are dropped
@@ -77,17 +69,17 @@ def rows_of(
         ours = judged.get(setting.name)
         if not ours or setting.name not in macs:
             continue
-        values: dict[str, Any] = dict.fromkeys(("same", "fidelity", "loss"))
-        if measure != VALUES:
-            fidelity = estimate(ours, given, CLASSES)
-            same = sum(judgement.same for judgement in ours) / len(ours)
-            values |= {"same": same, "fidelity": fidelity.value}
+        values: dict[str, Any] = dict.fromkeys((AGREEMENT, FIDELITY, "loss"))
+        if measure != ERROR:
+            fidelity = estimate(ours, given, FIDELITY)
+            values |= {AGREEMENT: estimate(ours, given, AGREEMENT).value, FIDELITY: fidelity.value}
             if measure != FOUND:
                 error = 0.0 if len(ours) < 2 else fidelity.error
                 values["loss"] = expected_loss(fidelity.value, error, has_floor=setting.coarsest > 0)
         quality = estimate(ours, given, measure)
         if rows:  # of settings that were dropped, whose first pictures may be easier than the others
-            quality = replace(quality, value=rows[0].quality.value + quality.change)
+            better = -1 if measure == ERROR else 1
+            quality = replace(quality, value=rows[0].quality.value + better * quality.change)
         rows.append(
             SettingRow(
                 setting,
@@ -148,7 +140,7 @@ def choose(
     reasons = [_headline(chosen, given), *_why(chosen, rows, request, measure)]
     if refusal is not None:
         reasons.append(f"It cannot be converted: {first_line(refusal)}")
-    if measure == CLASSES:
+    if measure == FIDELITY:
         reasons.append(
             "Without labels the mIoU is an expectation: on three trained networks a loss of fidelity told the loss of "
             f"mIoU up to {100 * LEFT:.0f} % of it. So the expected loss has to stay within the bounds together with "
@@ -186,17 +178,17 @@ def keeps(row: SettingRow, given: SettingRow, request: Requirement, measure: str
     because more pictures do not make the prediction from fidelity more certain.
     """
     above, error = margin(row, given, request, measure)
-    return above >= (error if measure == CLASSES else 0)
+    return above >= (error if measure == FIDELITY else 0)
 
 
 def margin(row: SettingRow, given: SettingRow, request: Requirement, measure: str) -> tuple[float, float]:
     """Return how far a setting's quality is above the share that is to be kept, and the standard error of that."""
     keep = request.keep or 0.0
-    if measure == CLASSES and row.loss is not None:
+    if measure == FIDELITY and row.loss is not None:
         lost, error = row.loss
         return (1 - keep) - lost, error
-    bound = keep * given.quality.value
-    return given.quality.value + row.quality.change - bound, row.quality.error
+    of_given = 1.0 if measure == ERROR else given.quality.value
+    return (1 - keep) * of_given + row.quality.change, row.quality.error
 
 
 def _images_needed(
@@ -210,10 +202,10 @@ def _images_needed(
         if row is given or not is_asked:
             continue
         above, error = margin(row, given, request, measure)
-        if measure == CLASSES and row.fidelity is not None:
+        if measure == FIDELITY and row.balanced_fidelity is not None:
             has_floor = row.setting.coarsest > 0
             above -= error
-            error = error_by_pictures(row.fidelity, row.quality.error, has_floor=has_floor)
+            error = error_by_pictures(row.balanced_fidelity, row.quality.error, has_floor=has_floor)
         if math.isnan(error) or abs(above) >= _DECIDED * error:
             continue
         needed = row.quality.images * (_DECIDED * error / max(abs(above), 1e-9)) ** 2
@@ -272,7 +264,9 @@ def _why(chosen: SettingRow, rows: Sequence[SettingRow], request: Requirement, m
     given = rows[0]
     told: list[str] = []
     if chosen is not given:
-        told.append(f"{WORDS[measure]} changes by {_in_points(chosen)}{_expectation(chosen, measure)}.")
+        told.append(
+            f"{WORDS[measure]} changes by {_in_points(chosen, measure)}{_expectation(chosen, measure)}."
+        )
     others = [row for row in rows if row.setting.kind == "adaptive" and row is not chosen]
     if not others:
         return told
@@ -289,7 +283,7 @@ def _why(chosen: SettingRow, rows: Sequence[SettingRow], request: Requirement, m
                 best = max(others, key=lambda row: row.quality.change)
                 told.append(
                     f"No conversion keeps {request.keep:g} of the quality; the best, {best.name}, changes it by "
-                    f"{_in_points(best)}."
+                    f"{_in_points(best, measure)}."
                 )
         dearest = min(others, key=lambda row: row.macs)
         if dearest.macs > given.macs:
@@ -303,19 +297,18 @@ def _why(chosen: SettingRow, rows: Sequence[SettingRow], request: Requirement, m
         if able:
             rival = max(able, key=lambda row: row.quality.change)
             told.append(
-                f"The best without a conversion in that time is {rival.name}: {_in_points(rival)} at "
+                f"The best without a conversion in that time is {rival.name}: {_in_points(rival, measure)} at "
                 f"{rival.milliseconds / given.milliseconds:.2f} of the time."
             )
     return told
 
 
-def _in_points(row: SettingRow) -> str:
-    error = "" if math.isnan(row.quality.error) else f" (±{100 * row.quality.error:.2f})"
-    return f"{100 * row.quality.change:+z.2f}{error} points"
+def _in_points(row: SettingRow, measure: str) -> str:
+    return f"{change_in_words(row, measure, ' (±{:.2f})')} points"
 
 
 def _expectation(row: SettingRow, measure: str) -> str:
-    if measure != CLASSES or row.loss is None:
+    if measure != FIDELITY or row.loss is None:
         return ""
     return f"; on labels {-100 * row.loss[0]:+z.1f} % (±{100 * row.loss[1]:.1f}) of its mIoU are expected"
 

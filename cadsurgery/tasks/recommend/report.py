@@ -15,11 +15,12 @@ from rich.text import Text
 
 from cadsurgery.support.rows import Plain, percent
 from cadsurgery.support.tables import Column, table
-from cadsurgery.tasks.judging import CLASSES, FOUND, LABELS, VALUES, Estimate
+from cadsurgery.tasks.judging import FOUND, Estimate
+from cadsurgery.tasks.measuring import ERROR, FIDELITY, MIOU
 from cadsurgery.tasks.recommend.settings import Setting
 from cadsurgery.tasks.report import COLOURS, RunReport, canvas
 
-WORDS = {LABELS: "mIoU", CLASSES: "fidelity by class", VALUES: "1 - relative error", FOUND: "IoU by class"}
+WORDS = {MIOU: "mIoU", FIDELITY: "balanced fidelity", ERROR: "relative error", FOUND: "IoU by class"}
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class SettingRow(Plain):
         milliseconds: time of a picture, the median over pictures.
         macs: multiply-accumulates of the whole network on the first picture.
         time_error: standard error of its time relative to that of the network as given; None for one picture.
-        same: share of pixels with the class of the network as given; None for values.
-        fidelity: mean IoU against the classes of the network as given; None for values.
+        pixel_accuracy: share of pixels with the class of the network as given; None for values.
+        balanced_fidelity: mean IoU against the classes of the network as given; None for values.
         loss: share of the mIoU of the network as given that fidelity lets expect to be lost, and its error; None for
             values.
         is_complete: False if it was dropped: another setting is faster and better beyond doubt.
@@ -57,8 +58,8 @@ class SettingRow(Plain):
     quality: Estimate
     milliseconds: float
     macs: int
-    same: float | None
-    fidelity: float | None
+    pixel_accuracy: float | None
+    balanced_fidelity: float | None
     loss: tuple[float, float] | None
     time_error: float | None = None
     is_complete: bool = True
@@ -82,7 +83,8 @@ class Recommendation(RunReport):
         of_images: number of pictures that there are.
         image: shape (3, H, W) of a picture.
         resized: True if some pictures had another size.
-        measure: measure of quality, `miou`, `fidelity` or `accuracy`.
+        measure: name of the quality, see `cadsurgery.tasks.measuring`, or `found`, the `balanced_fidelity` of a map of
+            probabilities.
         request: condition on the choice.
         runtime, precision: runtime and precision of all settings.
         rows: the settings, the network as given first.
@@ -162,7 +164,7 @@ class Recommendation(RunReport):
         resized = ", resized" if self.resized else ""
         early = f" ({self.end}; {self.of_images} there are)" if self.end else ""
         engine = f" in {self.runtime}" if self.runtime != "torch" else ""
-        against = "labels" if self.measure == LABELS else "the network as given"
+        against = "labels" if self.measure == MIOU else "the network as given"
         return (
             f"{self.data}, {self.images} pictures of {size}{resized}{early}, {self.precision}{engine} on "
             f"{self.device}; quality against {against}; ± one standard error over pictures; ms: median"
@@ -174,9 +176,12 @@ class Recommendation(RunReport):
         columns: list[Column[SettingRow]] = [
             Column("setting", lambda row: row.name, False),
             Column(WORDS[self.measure], lambda row: percent(row.quality.value)),
-            Column("change", _change),
+            Column(
+                "change",
+                lambda row: "" if row.setting.kind == "given" else change_in_words(row, self.measure),
+            ),
         ]
-        if self.measure == CLASSES:
+        if self.measure == FIDELITY:
             columns.append(Column("expected mIoU", _expected))
         columns += [
             Column("ms", lambda row: f"{row.milliseconds:.0f}"),
@@ -231,11 +236,11 @@ class Recommendation(RunReport):
         return figure
 
 
-def _change(row: SettingRow) -> str:
-    if row.setting.kind == "given":
-        return ""
-    error = "" if math.isnan(row.quality.error) else f" ±{100 * row.quality.error:.2f}"
-    return f"{100 * row.quality.change:+z.2f}{error}"
+def change_in_words(row: SettingRow, measure: str, error: str = " ±{:.2f}") -> str:
+    """Return how a quality changes, in points, and its standard error."""
+    change = -row.quality.change if measure == ERROR else row.quality.change
+    more = "" if math.isnan(row.quality.error) else error.format(100 * row.quality.error)
+    return f"{100 * change:+z.2f}{more}"
 
 
 def _time_error(row: SettingRow) -> str:

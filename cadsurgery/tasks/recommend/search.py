@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +54,17 @@ from cadsurgery.support.folders import visible, warn_of_left_out
 from cadsurgery.support.kinds import FOLDER, check_kind
 from cadsurgery.support.plain import split_options
 from cadsurgery.support.progress import Step, counted, silent, time_in_words
-from cadsurgery.support.timing import now
-from cadsurgery.tasks.evaluation import refuse_images
-from cadsurgery.tasks.for_each import Failures, each
-from cadsurgery.tasks.judging import (
-    CLASSES,
-    FEW,
-    FOUND,
-    LABELS,
-    VALUES,
-    JudgedKind,
-    Judgement,
-    in_rows,
-    judge,
-    kind_to_judge,
+from cadsurgery.tasks.journal import NAME, Identity, Journal, digest_of
+from cadsurgery.tasks.judging import FEW, FOUND, Judgement, in_rows, kind_to_judge
+from cadsurgery.tasks.measuring import (
+    ERROR,
+    FIDELITY,
+    MIOU,
+    Kind,
+    PictureBatch,
+    Quality,
+    measure,
+    refuse_images,
 )
 from cadsurgery.tasks.open import (
     is_file,
@@ -84,7 +79,6 @@ from cadsurgery.tasks.recommend.choice import LOOK_EVERY, Chosen, choose, is_bea
 from cadsurgery.tasks.recommend.fits import refuse_what_does_not_fit
 from cadsurgery.tasks.recommend.report import Recommendation, Requirement
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates, in_turn
-from cadsurgery.tasks.run_folder import Identity, check_same_run, read_json, unreadable, write_json
 from cadsurgery.tasks.sides.engine_sides import TORCH, engine_for
 
 RUNTIMES = (TORCH, *ENGINES)
@@ -231,13 +225,18 @@ def _identity_of(
 ) -> Identity:
     """Return what must be the same when the run is continued."""
     listed = [setting.to_dict() for setting in candidates.settings]
+    folder = None if labels is None else _split_labels(labels)[0]
     return {
         "network": source.name,
         "weights": checksum(dict(calls.model.state_dict())),
         "images": list(data.names),
         "labels": str(labels or ""),
+        "files": digest_of([*data.names, *(labels_of(name, folder) for name in data.names if folder)]),
+        "options": {name: str(value) for name, value in sorted(calls.options.items())},
+        "normalisation": [list(source.mean), list(source.std)],
+        "bands": list(data.bands),
         "size": list(calls.image.shape[2:]),
-        "settings": json.loads(json.dumps(listed)),
+        "settings": listed,
         "runtime": calls.runtime,
         "precision": calls.precision,
     }
@@ -371,7 +370,7 @@ def _output_of(model: nn.Module, image: Tensor) -> int:
     except CadError:
         raise
     except Exception as error:  # the network decides what it takes
-        raise refuse_images(error, image) from error
+        raise refuse_images(error, image.shape[2:]) from error
 
 
 # -- pictures ------------------------------------------------------------------------------------------
@@ -404,11 +403,16 @@ class _Pictures:
         Raises:
             CadError: there are none.
         """
-        failures = Failures("image")
-        read = each(range(len(self.data)), self.read, failures, name=self.data.names.__getitem__)
-        images = [image for _, (image, _) in islice(read, count)]
+        images, first = list[Tensor](), CadError("there are no pictures.")
+        for at in range(len(self.data)):
+            if len(images) == count:
+                break
+            try:
+                images.append(self.read(at)[0])
+            except CadError as error:
+                first = first if at else error
         if not images:
-            raise CadError.from_dict(failures.noted[0][1])
+            raise first
         return images
 
 
@@ -484,12 +488,13 @@ def _look_into_labels(photos: SegmentationData, folder: Path) -> None:
 
 @dataclass
 class _MeasuringRun:
-    """A run, whose measurements are written to a file in its folder after each picture.
+    """A run, whose measurements are written to the journal of its folder after each picture.
 
     By the name of a setting are its judgements, on the first pictures that could be read, its MACs on the first
     picture, and why it is not run; `failed` are pictures that cannot be used, `end` is why measuring ended early.
     `minutes` are what the user gave, up to `deadline` by `time.perf_counter`; `late` are the names of settings for
-    which they did not suffice, and `taken` are the seconds after which the first of them was left out.
+    which they did not suffice, and `taken` are the seconds after which the first of them was left out. `running` are
+    the settings that run on the next picture.
     """
 
     candidates: Candidates
@@ -507,34 +512,23 @@ class _MeasuringRun:
     late: list[str] = field(default_factory=list)
     taken: float = 0.0
     end: str = ""
-    kind: JudgedKind = "auto"
+    running: list[Side] = field(default_factory=list)
+    kind: Kind = "auto"
 
     def __post_init__(self) -> None:
-        """Continue the run that the folder holds."""
-        if not (values := read_json(self._path)):
+        """Resume the run that the folder holds."""
+        self.journal = Journal(self.folder / NAME, self.identity)
+        rows = self.journal.rows
+        *_, known = [{}, *(row["known"] for row in rows if "known" in row)]
+        self.macs, self.kind = known.get("macs", {}), known.get("kind", self.kind)
+        if known.get("late") and self.minutes > known["minutes"]:
+            self.journal.remove()  # all settings are to be run on the same pictures
             return
-        try:
-            identity = values["identity"]
-            self.judged = {
-                name: [
-                    Judgement(**{key: _tuples(value) for key, value in judgement.items()})
-                    for judgement in some
-                ]
-                for name, some in values["judged"].items()
-            }
-            self.failed, self.kind = list(values["failed"]), values["kind"]
-            self.macs = {str(name): int(macs) for name, macs in values["macs"].items()}
-            self.late = list(map(str, values.get("late", ())))
-            minutes = float(values.get("minutes", math.inf))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise unreadable(self._path, error) from error
-        check_same_run(identity, self.identity, self.folder)
-        if self.late and self.minutes > minutes:  # all settings are to be run on the same pictures
-            self.judged, self.failed, self.late = {}, [], []
-
-    @property
-    def _path(self) -> Path:
-        return self.folder / "measured.json"
+        self.late = known.get("late", [])
+        self.failed = [row["error"] for row in rows if "error" in row]
+        for row in rows:
+            for name, judgement in row.get("judged", {}).items():
+                self.judged.setdefault(name, []).append(Judgement.from_dict(judgement))
 
     @property
     def _given(self) -> str:
@@ -549,8 +543,8 @@ class _MeasuringRun:
     def measured_by(self) -> str:
         """The measure of quality."""
         if self.pictures.data.is_labelled:
-            return LABELS
-        return {"values": VALUES, "found": FOUND}.get(self.kind, CLASSES)
+            return MIOU
+        return {"values": ERROR, "found": FOUND}.get(self.kind, FIDELITY)
 
     @property
     def left(self) -> float:
@@ -577,24 +571,51 @@ class _MeasuringRun:
 
     def measure(self) -> None:
         """Run all settings on the pictures, one after the other."""
-        sides, data = self._prepare(), self.pictures.data
+        sides = self._prepare()
+
+        def metrics() -> list[Quality]:
+            of_labels = [Quality(of_labels=True)] if self.pictures.data.is_labelled else []
+            return [Quality(self.kind), *of_labels]
+
+        measured = measure(
+            lambda: self.running,
+            self._pictures(sides),
+            metrics,
+            self._is_late,
+            turns=self._turns,
+            read=lambda output: maps_of(output)[0],
+        )
+        for picture, tallies in measured:
+            if isinstance(tallies, CadError):
+                raise tallies
+            each = zip(self.running, tallies, strict=True)
+            judged = {side.name: Judgement.of(tally) for side, tally in each}
+            for name, judgement in judged.items():
+                self.judged.setdefault(name, []).append(judgement)
+            plain = {name: judgement.to_dict() for name, judgement in judged.items()}
+            self.journal.add({"path": self.pictures.data.names[picture.places[0]], "judged": plain})
+        if not self.done:
+            raise CadError.from_dict(self.failed[0])
+
+    def _is_late(self) -> bool:
+        if self.done >= FEWEST and self.left < 0:
+            self.end = f"after {self.minutes:g} minutes"
+        return bool(self.end)
+
+    def _pictures(self, sides: Mapping[str, Side]) -> Iterator[PictureBatch]:
+        """Yield the pictures that are left, and choose the settings that run on each."""
+        data = self.pictures.data
         for at in range(self.done + len(self.failed), len(data)):
-            if self.done >= FEWEST and self.left < 0:
-                self.end = f"after {self.minutes:g} minutes"
-                break
-            running = self._running(sides)
-            text = f"picture {at + 1} of {len(data)}, {len(running)} settings"
+            self.running = self._chosen(sides)
+            text = f"picture {at + 1} of {len(data)}, {len(self.running)} settings"
             self.step(text, at, len(data), max(0.0, self.left))
             try:
                 image, labels = self.pictures.read(at)
             except CadError as error:
                 self.failed.append({"image": data.names[at], **error.to_dict()})
+                self.journal.add({"path": data.names[at], "error": self.failed[-1]})
                 continue
-            for name, judgement in self._judge(running, image, labels).items():
-                self.judged.setdefault(name, []).append(judgement)
-            self._write()
-        if not self.done:
-            raise CadError.from_dict(self.failed[0])
+            yield PictureBatch(image, (image.shape[2], image.shape[3]), labels, (at,))
 
     def _prepare(self) -> dict[str, Side]:
         """Return the sides of all settings that can be run, as far as time suffices to prepare them and to measure
@@ -639,9 +660,12 @@ class _MeasuringRun:
             sides[setting.name] = Side(setting.name, call, macs)
         if self.late:
             self.refused["; ".join(self.late)] = f"--minutes {self.minutes:g} left no time to prepare that."
+        known = {"kind": self.kind, "macs": self.macs, "late": self.late, "minutes": self.minutes}
+        self.journal.begin()
+        self.journal.add({"known": known})
         return sides
 
-    def _running(self, sides: Mapping[str, Side]) -> list[Side]:
+    def _chosen(self, sides: Mapping[str, Side]) -> list[Side]:
         """Return the settings that are not dropped: the network as given first, the others in rotating order."""
         given = self._given
         others = [name for name in sides if name != given and len(self.judged.get(name, ())) == self.done]
@@ -654,44 +678,9 @@ class _MeasuringRun:
 
     @property
     def _turns(self) -> int:
-        """Number of times that a picture is run by each setting."""
-        return min(_MOST_TURNS, math.ceil(FEW / len(self.pictures.data)))
-
-    def _judge(self, running: Sequence[Side], image: Tensor, labels: Tensor | None) -> dict[str, Judgement]:
-        """Judge all settings on one picture.
+        """Number of times that a picture is run by each setting.
 
         Few pictures are run several times, all settings in turn, and the best time counts: among few, one call that
         another program disturbs is an error that cannot be told from a difference between pictures.
         """
-        judged: dict[str, Judgement] = {}
-        given: Any = None
-        size = (image.shape[2], image.shape[3])
-        with torch.inference_mode():
-            for turn in range(self._turns):
-                for side in running:
-                    start = now(time.perf_counter)
-                    output = side.call(image)
-                    taken = 1e3 * (now(time.perf_counter) - start)
-                    if turn:
-                        best = min(taken, judged[side.name].milliseconds)
-                        judged[side.name] = replace(judged[side.name], milliseconds=best)
-                        continue
-                    given = output if given is None else given
-                    judged[side.name] = judge(taken, output, given, labels, size, self.kind)
-        return judged
-
-    def _write(self) -> None:
-        values = {
-            "identity": self.identity,
-            "kind": self.kind,
-            "failed": self.failed,
-            "macs": self.macs,
-            "minutes": self.minutes,
-            "late": self.late,
-            "judged": {name: [asdict(judgement) for judgement in some] for name, some in self.judged.items()},
-        }
-        write_json(self._path, values, indent=None)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+        return min(_MOST_TURNS, math.ceil(FEW / len(self.pictures.data)))

@@ -15,7 +15,15 @@ from cadsurgery.masks import MaskProvider, resolve_mask
 from cadsurgery.methods.side import Comparison, Counts, Figures, Side
 from cadsurgery.network.macs import MASK_LAYERS, LayerWork, layer_work
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.support.rows import Row, accuracy_columns, number, percent, ratio, strides_in_words
+from cadsurgery.support.rows import (
+    Row,
+    accuracy_columns,
+    number,
+    percent,
+    quality_column,
+    ratio,
+    strides_in_words,
+)
 from cadsurgery.support.tables import Column
 
 HIGH, LOW = "all", "none"
@@ -175,14 +183,14 @@ def _columns(report: Any) -> Iterator[Column[Row]]:
     if report.fidelity:
         yield Column("divergence", "divergence", form=".4f")
     if report.fidelity == "values":
-        yield Column("relative error", "relative_error", form=percent)
+        yield quality_column("relative error", "relative_error")
     else:
         accuracy, pixels = accuracy_columns("agreement" if report.fidelity else "pixel acc.")
         edges = (
             Column[Row]("boundary", "boundary_iou", form=percent),
             Column[Row]("trimap", "trimap_iou", form=percent),
         )
-        balanced = Column[Row]("balanced", "balanced_fidelity", form=percent)
+        balanced = quality_column("balanced", "balanced_fidelity")
         yield from (pixels, balanced, accuracy, *edges) if report.fidelity else (accuracy, *edges, pixels)
     yield Column("active", "active_fraction", form=".3f")
     yield Column("MACs", "macs", form=".3e")
