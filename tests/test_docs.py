@@ -25,6 +25,7 @@ from cadsurgery.masks.provider import PROVIDERS
 
 DOCS = ROOT / "docs"
 START = (DOCS / "index.md").read_text()
+CHANGES = (ROOT / "CHANGELOG.md").read_text()
 HOW_TO = sorted((DOCS / "howto").glob("*.md"))
 TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
 ROOMS = ("tutorials", "howto", "concepts", "reference", "methods")  # folders of pages
@@ -118,21 +119,51 @@ def test_links_of_pages_that_are_read_in_the_repository_lead_somewhere(name: str
 
 
 def test_the_list_of_versions_has_this_one_and_those_of_the_changelog() -> None:
-    released = re.findall(r"^## (\d+\.\d+\.\d+) - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    text = (DOCS / "versions.md").read_text()
-    assert released and all(f"| {version} | {date} |" in text for version, date in released)
-    assert "| this one |" in text and cs.__version__ in text
+    released = re.findall(r"^## (\d+\.\d+\.\d+) - (\S+)$", CHANGES, re.MULTILINE)
+    rows = re.findall(r"^\| (\d\S*) \| (\d\S*) \|", (DOCS / "versions.md").read_text(), re.MULTILINE)
+    cited = re.search(
+        r"^version: (\S+)\ndate-released: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE
+    )
+    assert rows == released and released[0][0] == cs.__version__
+    assert cited is not None and cited.groups() == released[0]
+
+
+def too_long(changes: str) -> list[str]:
+    """Sections and entries of a changelog that nobody reads to the end.
+
+    A section has at most 120 lines, that of the first release 60; an entry at most three lines, two while it is not
+    released; a line at most 160 characters outside tables.
+    """
+    sections = re.split(r"^## ", changes, flags=re.MULTILINE)[1:]
+    found = list[str]()
+    for number, part in enumerate(sections, 1):
+        title = part.split("\n", 1)[0]
+        if part.strip().count("\n") + 1 > (60 if number == len(sections) > 1 else 120):
+            found.append(title)
+        lines = 2 if title == "Unreleased" else 3
+        for entry in re.split(r"^(?=- )", part, flags=re.MULTILINE)[1:]:
+            own = re.split(r"\n\n|\n(?=#)", entry)[0].strip().splitlines()
+            found += [own[0]] * (len(own) > lines or max(map(len, own)) > 160)
+    return found
 
 
 def test_the_changelog_is_what_a_user_reads() -> None:
-    """Each section is the difference to the release before, an entry at most three lines, with a width of 150."""
-    sections = re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]
-    lengths = {part.split("\n", 1)[0]: part.strip().count("\n") + 1 for part in sections}
-    latest, *released = lengths
-    assert lengths[latest] <= 120 and all(lengths[name] <= 60 for name in released)
-    for entry in re.split(r"^(?=- )", "".join(sections), flags=re.MULTILINE)[1:]:
-        own = re.split(r"\n\n|\n(?=#)", entry)[0].strip()
-        assert own.count("\n") < 3 and len(own) < 420, own
+    assert too_long(CHANGES) == []
+    highlights = CHANGES.partition("### Highlights")[2].partition("###")[0]
+    entries = re.split(r"^- ", highlights, flags=re.MULTILINE)[1:]
+    assert len(entries) == 5 and all("](" in entry for entry in entries)
+
+
+def test_the_search_for_long_changes_finds_them() -> None:
+    short = "- One.\n- Two,\n  on two lines.\n"
+    first = "\n## 0.1.0 - 2026-01-01\n\n" + short
+    assert too_long("## Unreleased\n\n" + short + first) == []
+    assert too_long("## Unreleased\n\n- A\n  b\n  c.\n" + first) == ["- A"]
+    assert too_long(f"## 0.2.0 - 2026-01-02\n\n- {160 * 'a'}\n" + first) == [f"- {160 * 'a'}"]
+    assert too_long("## Unreleased\n" + 121 * "- One.\n" + first + 61 * "- One.\n") == [
+        "Unreleased",
+        "0.1.0 - 2026-01-01",
+    ]
 
 
 def figures(name: str) -> tuple[list[list[str]], str]:
