@@ -21,6 +21,7 @@ from commands import code_of, faults
 from conftest import ROOT
 
 import cadsurgery as cs
+from benchmarks import front_pages
 from cadsurgery.masks.provider import PROVIDERS
 
 DOCS = ROOT / "docs"
@@ -166,53 +167,62 @@ def test_the_search_for_long_changes_finds_them() -> None:
     ]
 
 
-def figures(name: str) -> tuple[list[list[str]], str]:
-    """Rows of a table of figures on the start page, and the text that follows it up to the next heading or table."""
-    table, after = re.search(
-        rf"<!-- figures: {name} -->\n(.*?)<!-- end -->(.*?)(?=\n#|<!--)", START, re.DOTALL
-    ).groups()  # type: ignore[union-attr]
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.strip().splitlines()[2:]]
-    return rows, after
+# What says how much, how fast or how many: numbers with a decimal, of three digits or more, with a unit or `of`, and words.
+A_FIGURE = re.compile(
+    r"(?<![\w.-])\d[\d,]*\.\d+\b|(?<![\w.])\.\d+\b|(?<![\w.-])\d[\d,]{2,}\b|\b\d[\d,]* of \d+"
+    r"|\b\d[\d,]*(?= ?(?:%|(?:ms|s|seconds|minutes|hours|times|points|networks|pictures|threads|[KMGT]i?B|mIoU|fps)\b))"
+    r"|\b(?:twice|thrice|half the|(?:two|three|four|five|ten) times)\b"
+)
+DEFINED = {"3.11", "2023", "512 x 1024"}  # no measurement: the Python, a year, the picture of an example
+FRONT = {"README.md": "docs/", "docs/index.md": ""}  # where the documentation is, for links of each page
 
 
-@pytest.mark.parametrize("name", re.findall(r"<!-- figures: (\w+) -->", START))
-def test_figures_on_the_start_page_name_command_and_commit(name: str) -> None:
-    rows, after = figures(name)
+def stray_figures(text: str) -> list[str]:
+    """Figures of a page that are in none of its blocks; code, links' targets and what is defined aside."""
+    text = front_pages.BLOCK.sub("", text)
+    text = re.sub(
+        r"^(`{3,}|:::+).*?$|^```.*?^```", "", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), flags=re.M
+    )
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)|https?://\S+|<[^>]*>", " ", text)
+    for known in DEFINED:
+        text = text.replace(known, " ")
+    return [found[0] for found in A_FIGURE.finditer(text)]
+
+
+@pytest.mark.parametrize("name", FRONT)
+def test_every_figure_of_the_first_pages_is_in_one_file(name: str) -> None:
+    """The blocks are what the script writes, and beside them there is none."""
+    text, known = (ROOT / name).read_text(), json.loads(front_pages.FIGURES.read_text())
+    assert front_pages.with_figures(text, known, FRONT[name]) == text
+    assert stray_figures(text) == []
     assert (
-        len(rows) > 3 and re.search(r"ommand:\s+`[^`]+`", after) and re.search(r"commit [0-9a-f]{7}\b", after)
+        "how this was measured" in text
+        and known["times"]["date"] in text
+        and known["times"]["machine"] in text
     )
 
 
-def test_times_on_the_start_page_are_those_that_were_measured() -> None:
-    (given, *rows), after = figures("deeplabv3_resnet101")
-    report = json.loads((DOCS / "bench" / "both.json").read_text())
-    assert f"commit {report['commit']}" in after
-    networks = [one for one in report["networks"] if one["model"] == "deeplabv3_resnet101"]
-    assert [one["isa"] for one in networks] == ["avx2", "avx512"]
-    highs = [one["dense_high"] for one in networks]
-    assert given[1:] == [cell for high in highs for cell in (f"{high['milliseconds']:.0f}", "1.00")] + [
-        "1.00"
-    ]
-    for share, *shown in rows:
-        measured = [next(row for row in one["rows"] if row["fraction"] == float(share)) for one in networks]
-        of_given = [
-            row["milliseconds"] / high["milliseconds"] for row, high in zip(measured, highs, strict=True)
-        ]
-        times = [f"{row['milliseconds']:.0f}" for row in measured]
-        pairs = [
-            cell for pair in zip(times, (f"{one:.2f}" for one in of_given), strict=True) for cell in pair
-        ]
-        assert shown == [*pairs, f"{measured[0]['macs'] / highs[0]['macs']:.2f}"]
+def test_figures_of_the_first_pages_are_those_that_were_recorded() -> None:
+    known = json.loads(front_pages.FIGURES.read_text())
+    assert front_pages.collect(known["example"]["work"]) == known
 
 
-def test_accuracies_on_the_start_page_are_those_of_the_recipe() -> None:
-    rows, _ = figures("camvid")
-    groups = json.loads((ROOT / "recipes" / "camvid_mobilenetv2" / "results.json").read_text())["rows"]
-    measured = [row for name in ("dense", "guided 8-16 given") for row in groups[name]]
-    known = {(f"{100 * row['miou']:.2f}", f"{row['macs_of_high']:.2f}") for row in measured if "macs" in row}
-    *converted, dense = [tuple(row[1:]) for row in rows]
-    assert {*converted} <= known
-    assert dense[0] in {f"{100 * row['miou']:.2f}" for row in groups["dense"]}
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("It takes 490 ms.", ["490"]),
+        ("It loses 1.7 points, or .3.", ["1.7", ".3"]),
+        ("74 % of 8 threads, 203 of 211", ["74", "8", "203 of 211"]),
+        ("It takes 12 MiB and is three times as fast.", ["12", "three times"]),
+        (
+            "<!-- figures: first -->\n490 ms\n<!-- end -->\nOutput stride 8, `490 ms`, [a page](x-490.md), Apache-2.0",
+            [],
+        ),
+        ("```bash\nrun --ms 490\n```\nPython 3.11, CVPR 2023, sixteen, 0.x", []),
+    ],
+)
+def test_the_search_for_figures_finds_them(text: str, found: list[str]) -> None:
+    assert stray_figures(text) == found
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
@@ -286,7 +296,7 @@ def test_pictures_are_drawn_for_light_and_dark_pages_and_their_figures_stand_on_
     assert light and names - light == {name.replace(".", "-dark.") for name in light}
     hero = json.loads((DOCS / "pictures" / "hero.json").read_text())["milliseconds"]
     readme = (ROOT / "README.md").read_text()
-    assert f"as given ({hero['dense']:.0f} ms)" in readme and f"one ({hero['adaptive']:.0f} ms)" in readme
+    assert f"as it was ({hero['dense']:.0f} ms)" in readme and f"one ({hero['adaptive']:.0f} ms)" in readme
     found, text = speeds(), (DOCS / "speed.md").read_text()
     assert len(found) >= 6 and sum("AVX2" in sets and "AVX-512" in sets for sets in found.values()) >= 5
     for name, sets in found.items():
