@@ -167,9 +167,9 @@ def test_the_search_for_long_changes_finds_them() -> None:
     ]
 
 
-# What says how much, how fast or how many: numbers with a decimal, of three digits or more, with a unit or `of`, and words.
+# Numbers with `of`, a decimal, three digits or a unit, and words such as `twice`.
 A_FIGURE = re.compile(
-    r"(?<![\w.-])\d[\d,]*\.\d+\b|(?<![\w.])\.\d+\b|(?<![\w.-])\d[\d,]{2,}\b|\b\d[\d,]* of \d+"
+    r"\b\d[\d,]* of \d+|(?<![\w.-])\d[\d,]*\.\d+\b|(?<![\w.])\.\d+\b|(?<![\w.-])\d[\d,]{2,}\b"
     r"|\b\d[\d,]*(?= ?(?:%|(?:ms|s|seconds|minutes|hours|times|points|networks|pictures|threads|[KMGT]i?B|mIoU|fps)\b))"
     r"|\b(?:twice|thrice|half the|(?:two|three|four|five|ten) times)\b"
 )
@@ -180,10 +180,8 @@ FRONT = {"README.md": "docs/", "docs/index.md": ""}  # where the documentation i
 def stray_figures(text: str) -> list[str]:
     """Figures of a page that are in none of its blocks; code, links' targets and what is defined aside."""
     text = front_pages.BLOCK.sub("", text)
-    text = re.sub(
-        r"^(`{3,}|:::+).*?$|^```.*?^```", "", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), flags=re.M
-    )
-    text = re.sub(r"`[^`]*`|\]\([^)]*\)|https?://\S+|<[^>]*>", " ", text)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)|https?://\S+|<[^>]*>|^:::.*$", " ", text, flags=re.MULTILINE)
     for known in DEFINED:
         text = text.replace(known, " ")
     return [found[0] for found in A_FIGURE.finditer(text)]
