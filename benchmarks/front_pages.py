@@ -24,7 +24,7 @@ DOCS = ROOT / "docs"
 FIGURES = DOCS / "figures.json"
 PAGES = (ROOT / "README.md", DOCS / "index.md")
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SHARES = ("0.5", "0.34", "0.1")  # of the picture kept fine
+KEPT = 0.34  # of the picture has fine maps
 _CAMVID = {
     "as_given": "everything high",
     "detail_13": "detail, budget 0.13",
@@ -59,7 +59,7 @@ def _read(path: str) -> Any:
 
 
 def _times() -> Figures:
-    """Times of whole networks by the share kept fine, on the processor of docs/bench/both.json with AVX-512."""
+    """Times of whole networks with a third of the picture fine, on the processor of docs/bench/both.json with AVX-512."""
     report = _read("docs/bench/both.json")
     networks: Figures = {}
     for one in report["networks"]:
@@ -67,17 +67,13 @@ def _times() -> Figures:
             continue
         twins = (one["dense_high"], one["dense_low"])
         given = min(twins, key=lambda twin: abs(twin["macs"] - one["given"]["macs"]))
+        row = next(row for row in one["rows"] if row["fraction"] == KEPT)
         networks[one["model"]] = {
             "given": round(given["milliseconds"]),
-            **{
-                str(row["fraction"]): {
-                    "ms": round(row["milliseconds"]),
-                    "of_given": round(row["milliseconds"] / given["milliseconds"], 2),
-                    "times_as_fast": round(given["milliseconds"] / row["milliseconds"], 1),
-                    "work": round(row["macs"] / given["macs"], 2),
-                }
-                for row in one["rows"]
-            },
+            "converted": round(row["milliseconds"]),
+            "of_given": round(row["milliseconds"] / given["milliseconds"], 2),
+            "times_as_fast": round(given["milliseconds"] / row["milliseconds"], 1),
+            "work": round(row["macs"] / given["macs"], 2),
         }
     machine = f"AMD EPYC ({report['processor']['family'].removeprefix('AuthenticAMD ')}, AVX-512)"
     return {
@@ -87,6 +83,7 @@ def _times() -> Figures:
         "date": report["date"][:10],
         "commit": report["commit"][:7],
         "pixels": report["image"][2:],
+        "kept": KEPT,
         "networks": networks,
     }
 
@@ -178,7 +175,7 @@ def run_example() -> float:
 
 
 def _first(figures: Figures, _: str) -> str:
-    fast = figures["times"]["networks"]["deeplabv3_resnet101"]["0.34"]["times_as_fast"]
+    fast = figures["times"]["networks"]["deeplabv3_resnet101"]["times_as_fast"]
     hero = figures["hero"]
     return (
         f"**Is it for you?** A dilated segmentation network on a CPU: {fast} times as fast (DeepLabv3-ResNet101), "
@@ -212,12 +209,12 @@ def _costs(figures: Figures, docs: str) -> str:
     rows = [
         "| network, picture | as it was | converted | what it computes then |",
         "|---|---|---|---|",
-        f"| DeepLabv3-ResNet101, {size} | {deeplab['given']} ms | {deeplab['0.34']['of_given']:.2f} of the time "
+        f"| DeepLabv3-ResNet101, {size} | {deeplab['given']} ms | {deeplab['of_given']:.2f} of the time "
         "| output stride 8 in a third of the picture, 32 elsewhere |",
         f"| U-Net (64 to 1024 channels), 512 x 512, mostly empty | {empty['given']} ms "
         f"| {empty['of_given']:.2f} of the time | its own maps in {empty['kept']:.1f} of the picture, "
         "output stride 32 elsewhere |",
-        f"| ResNet-50, output stride 32, {size} | {resnet['given']} ms | {resnet['0.34']['of_given']:.2f} of the time "
+        f"| ResNet-50, output stride 32, {size} | {resnet['given']} ms | {resnet['of_given']:.2f} of the time "
         "| *finer* maps, output stride 8 in a third: slower |",
     ]
     conditions = (
@@ -235,25 +232,6 @@ def _machines(figures: Figures) -> str:
         f"{times['threads']} threads, float32, `net.optimize()`: {times['machine']}, {times['date']}; the U-Net:\n"
         f"{empty['machine']}, {empty['date']}"
     )
-
-
-def _shares(figures: Figures, docs: str) -> str:
-    times = figures["times"]
-    one = times["networks"]["deeplabv3_resnet101"]
-    rows = [
-        "| share of the image kept fine | time, ms | of given | work, of given |",
-        "|---|---|---|---|",
-        f"| network as given | {one['given']} | 1.00 | 1.00 |",
-        *(
-            f"| {float(share):.2f} | {one[share]['ms']} | {one[share]['of_given']:.2f} | {one[share]['work']:.2f} |"
-            for share in SHARES
-        ),
-    ]
-    conditions = (
-        f"{times['threads']} threads, float32, `net.optimize()`: {times['machine']}, {times['date']}, commit "
-        f"{times['commit']}\n([how this was measured, and other processors]({docs}speed.md))."
-    )
-    return "\n".join(rows) + "\n\n" + conditions
 
 
 def _accuracies(figures: Figures, docs: str) -> str:
@@ -293,7 +271,6 @@ BLOCKS: dict[str, Callable[[Figures, str], str]] = {
     "caption": _caption,
     "example": _example,
     "costs": _costs,
-    "shares": _shares,
     "accuracies": _accuracies,
     "converted": _converted,
 }
