@@ -59,7 +59,7 @@ def _read(path: str) -> Any:
 
 
 def _times() -> Figures:
-    """Times of whole networks with a third of the picture fine, on the processor of docs/bench/both.json with AVX-512."""
+    """Times of whole networks with a third of the picture fine, by docs/bench/both.json with AVX-512."""
     report = _read("docs/bench/both.json")
     networks: Figures = {}
     for one in report["networks"]:
