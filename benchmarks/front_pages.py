@@ -29,7 +29,6 @@ _CAMVID = {
     "as_given": "everything high",
     "detail_13": "detail, budget 0.13",
     "detail_10": "detail, budget 0.1",
-    "edges_13": "edges, budget 0.13",
     "coarse": "everything low",
 }
 _EMPTY_COMMIT, _EMPTY_DATE = "4ffedf7", "2026-11-27"
@@ -202,8 +201,8 @@ def _example(figures: Figures, _: str) -> str:
     return f"It prints `{work:.2f} of the work of the network as it was`."
 
 
-def _costs(figures: Figures, docs: str) -> str:
-    times, empty, camvid = figures["times"], figures["empty"], figures["camvid"]
+def _times_table(figures: Figures, docs: str) -> str:
+    times, empty = figures["times"], figures["empty"]
     deeplab, resnet = (times["networks"][name] for name in ("deeplabv3_resnet101", "resnet50"))
     size = " x ".join(map(str, times["pixels"]))
     rows = [
@@ -217,13 +216,18 @@ def _costs(figures: Figures, docs: str) -> str:
         f"| ResNet-50, output stride 32, {size} | {resnet['given']} ms | {resnet['of_given']:.2f} of the time "
         "| *finer* maps, output stride 8 in a third: slower |",
     ]
-    conditions = (
-        f"{_machines(figures)} ([how this was measured, and other processors]({docs}speed.md)).\n"
+    conditions = f"{_machines(figures)} ([how this was measured, and other processors]({docs}speed.md))."
+    return "\n".join(rows) + "\n\n" + conditions
+
+
+def _costs(figures: Figures, docs: str) -> str:
+    camvid = figures["camvid"]
+    return (
+        f"{_times_table(figures, docs)}\n"
         f"Accuracy without retraining, MobileNetV2 on CamVid's {camvid['pictures']} test pictures: "
         f"{camvid['as_given']['miou']} mIoU as it was, {camvid['detail_10']['miou']} at "
         f"{camvid['detail_10']['work']:.2f} of the work ([results]({docs}results.md))."
     )
-    return "\n".join(rows) + "\n\n" + conditions
 
 
 def _machines(figures: Figures) -> str:
@@ -240,8 +244,7 @@ def _accuracies(figures: Figures, docs: str) -> str:
         "network as given, output stride 8": "as_given",
         "mask `detail`, 13 % of the patches fine": "detail_13",
         "mask `detail`, 10 % of the patches fine": "detail_10",
-        "mask `edges`, 13 % of the patches fine": "edges_13",
-        "no mask, everything at output stride 16 with guided upsampling": "coarse",
+        "no mask, everything at output stride 16": "coarse",
         "dense network at output stride 16, without cadsurgery": "dense_16",
     }
     rows = [
@@ -270,6 +273,7 @@ BLOCKS: dict[str, Callable[[Figures, str], str]] = {
     "first": _first,
     "caption": _caption,
     "example": _example,
+    "times": _times_table,
     "costs": _costs,
     "accuracies": _accuracies,
     "converted": _converted,
