@@ -192,7 +192,7 @@ def _caption(figures: Figures, _: str) -> str:
     hero = figures["hero"]
     return (
         f"DeepLabv3 on MobileNetV2, trained on VOC: {hero['dense']} ms as given at output stride 8, "
-        f"{hero['adaptive']} ms converted to 8 and 16. {hero['machine']}, {hero['date']}, commit {hero['commit']}."
+        f"{hero['adaptive']} ms converted to 8 and 16. {hero['machine']}, {hero['date']}."
     )
 
 
@@ -251,7 +251,7 @@ def _accuracies(figures: Figures, docs: str) -> str:
         f"| {words} | {camvid[key]['miou']:.2f} | {camvid[key]['work']:.2f} |" for words, key in named.items()
     ]
     note = (
-        f"All {camvid['pictures']} test pictures, commit {camvid['commit']} ([how this was measured, and all settings]"
+        f"All {camvid['pictures']} test pictures, commit {camvid['commit']} ([how this was measured]"
         f"({docs}results.md))."
     )
     return "\n".join(["| setting | mIoU | work |", "|---|---|---|", *rows]) + "\n\n" + note
@@ -262,10 +262,10 @@ def _converted(figures: Figures, docs: str) -> str:
     cnn, mixed = zoo["convolutional"], zoo["with_attention"]
     every = "All" if cnn["checked"] == cnn["converted"] else f"{cnn['converted']} of"
     return (
-        f"{every} {cnn['checked']} convolutional networks of torchvision and timm convert, each checked, and so do "
+        f"{every} {cnn['checked']} convolutional networks of torchvision and timm convert, and so do "
         f"{mixed['converted']} of {mixed['checked']} that also have attention\n"
         f"([the zoo]({docs}zoo.md)), and {libraries['converted']} of {libraries['tried']} networks of "
-        f"[other libraries]({docs}libraries.md) as they are (transformers, ultralytics, MONAI and others)."
+        f"[other libraries]({docs}libraries.md)."
     )
 
 
