@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,51 +125,67 @@ class LargePicture:
 
 
 class _WrittenRows:
-    """The prediction of a picture as far as it is written: a TIFF file beside its place, and what is known of it."""
+    """The prediction of a picture as far as it is written: its plain rows beside its place, and what is known of it."""
 
     def __init__(self, target: Path, made_of: dict[str, Any]) -> None:
         self.target, self._made_of = target, made_of
         self.file = _part_of(target)
         self._known = target.with_name(f".{target.name}.json")
         self.rows, self.counts, self.milliseconds = 0, Counter[int](), 0.0
-        self._offset = 0
+        self.size = (0, 0)
         self._kind: np.dtype[Any] = np.dtype(np.uint8)
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # nothing was written yet
             known = json.loads(self._known.read_text())
             counts = Counter({int(number): count for number, count in known["counts"].items()})
-            found = known["rows"], known["offset"], known["milliseconds"]
+            found = known["rows"], tuple(known["size"]), known["milliseconds"]
             if self.file.exists() and known["made of"] == made_of:
-                self.rows, self._offset, self.milliseconds = found
+                self.rows, self.size, self.milliseconds = found
                 self.counts = counts
 
-    def begin(self, size: tuple[int, int], channels: int, position: Sequence[Any]) -> None:
-        """Make the file at a position, unless there are rows in it: classes with their colours; one channel as its
-        values."""
+    @property
+    def start(self) -> int:
+        """The row to go on with; of a prediction whose rows are all there the last one."""
+        return max(0, min(self.rows, self.size[0] - 1))
+
+    def begin(self, size: tuple[int, int], channels: int) -> None:
+        """Make the file, unless there are rows in it: classes; of one channel its values."""
         self._kind = np.dtype(np.float32 if channels == 1 else np.uint8 if channels <= 256 else np.uint16)
+        self.size = size
         if not self.rows:
             make_folder(self.target.parent)
-            colours = palette().T.astype(np.uint16) * 257 if self._kind == np.uint8 else None
-            with as_file_error(f"{self.target} cannot be written.", "choose another --output."):
-                self._offset = tiff.make_empty(self.file, size, self._kind, colours, position)
+            with self._written():
+                self.file.write_bytes(b"")
+
+    def _written(self) -> AbstractContextManager[None]:
+        return as_file_error(f"{self.target} cannot be written.", "choose another --output.")
 
     def write(self, first: int, values: Tensor, counts: Counter[int], milliseconds: float) -> None:
         """Write rows (rows, W), and then that they are there."""
         missing = values[max(self.rows - first, 0) :]  # others are those of a run that was ended
         self.rows, self.milliseconds = first + len(values), self.milliseconds + milliseconds
         self.counts += counts
-        with as_file_error(f"{self.target} cannot be written.", "choose another --output."):
+        with self._written():
             with self.file.open("r+b") as file:
-                file.seek(self._offset + (self.rows - len(missing)) * values.shape[1] * self._kind.itemsize)
+                file.seek((self.rows - len(missing)) * self.size[1] * self._kind.itemsize)
                 file.write(missing.numpy().astype(self._kind).tobytes())
-            known = {"made of": self._made_of, "rows": self.rows, "offset": self._offset}
+            known = {"made of": self._made_of, "rows": self.rows, "size": self.size}
             known |= {"milliseconds": self.milliseconds, "counts": self.counts}
             with write_whole(self._known) as path:
                 path.write_text(json.dumps(known))
 
-    def finish(self) -> None:
-        """Put the whole file in its place."""
-        with as_file_error(f"{self.target} cannot be written.", "choose another --output."):
-            self.file.replace(self.target)
+    def finish(self, position: Sequence[Any]) -> None:
+        """Write the whole prediction to its place, in compressed tiles: classes with their colours."""
+        width = self.size[1]
+
+        def rows(first: int, end: int) -> np.ndarray[Any, Any]:
+            file.seek(first * width * self._kind.itemsize)
+            return np.fromfile(file, self._kind, (end - first) * width).reshape(-1, width)
+
+        colours = palette().T.astype(np.uint16) * 257 if self._kind == np.uint8 else None
+        with self._written():
+            with self.file.open("rb") as file, write_whole(self.target) as whole:
+                tiff.write_tiled(whole, self.size, self._kind, rows, colours, position)
+            self.file.unlink()
             self._known.unlink(missing_ok=True)
 
 
@@ -196,20 +212,15 @@ def predict_large(
         CadError: the picture cannot be read, computed or written.
     """
     height, width = picture.shape[1:]
-    status, position = os.stat(tiff.split_page(picture.path)[0]), picture.file.position
+    status = os.stat(tiff.split_page(picture.path)[0])
     made_of = {"path": os.path.abspath(picture.path), "bytes": status.st_size, "changed": status.st_mtime_ns}
     part = _WrittenRows(Path(target), made_of | {"by": json.loads(json.dumps(made_by, default=str))})
     with torch.inference_mode():
         start = time.perf_counter()
-        result = net.rows(picture, start=part.rows)
+        result = net.rows(picture, start=part.start)
         channels = result.shape[0]
         size = (result.shape[1], result.shape[2])
-        if position and size != (height, width):
-            sizes = f"it has {size[1]} x {size[0]} pixels, and the picture {width} x {height}."
-            next = "give it that of the picture, in larger pixels: gdal_translate -a_srs, -a_ullr."
-            warn_of_position(picture.path, sizes, next)
-            position = ()
-        part.begin(size, channels, position)
+        part.begin(size, channels)
         name = Path(picture.path).name
         step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
         for first, rows in result:
@@ -221,7 +232,7 @@ def predict_large(
             step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
             if stopped.is_set() and part.rows < size[0]:
                 return {"interrupted": True, "rows": [part.rows, size[0]]}
-    part.finish()
+    part.finish(tiff.moved_position(picture.file.position, (height, width), part.size))
     levels = result.levels if any(result.levels.stride()) else result.levels.flatten()[:1]
     shares = [int((levels == level).sum()) / levels.numel() for level in range(net.geometry.max_level + 1)]
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from PIL import Image
 from torch import nn
 
 import cadsurgery as cs
-from cadsurgery.data.images import read_image, street_scene
+from cadsurgery.data.images import normalise, read_image, street_scene
 from cadsurgery.data.tiff import TiffRows
+from cadsurgery.network.model import pictures_for
 from cadsurgery.support.memory import free_memory
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks import large, predictor, run
@@ -133,10 +135,8 @@ def test_a_prediction_in_rows_lies_where_its_picture_does(
         assert 42113 not in after  # nor is class 0 no data
 
 
-def test_a_position_that_is_not_carried_along_is_said_once(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """PNG files hold none, and a smaller map has other pixels."""
+def test_a_position_that_is_not_carried_along_is_said_once(file: Path, tmp_path: Path) -> None:
+    """PNG files hold none."""
     tags = [*PLACES["north up"], (34735, 3, len(ZONE), ZONE, True)]
     stored = np.random.default_rng(0).integers(1, 255, (*SIZE, 3), dtype=np.uint8)
     for name in "ab":
@@ -146,18 +146,77 @@ def test_a_position_that_is_not_carried_along_is_said_once(
     ) as warned:
         predict(file, tmp_path / "maps", tmp_path / "whole", memory="")
     assert len(warned) == 1
-    (tmp_path / "coarse.py").write_text(
-        "from torch import nn\ndef network():\n"
-        "    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 5, 3, 2, 1)).eval()\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    net = tmp_path / "coarse.safetensors"
-    cs.save(cs.adaptify(cs.build_model("coarse.py:network"), "edges", coarsest=8), net)
-    with pytest.warns(cs.CadWarning, match="without its position") as warned:
-        predict(net, tmp_path / "maps" / "a.tif", tmp_path / "rows", mask="all")
-    assert len(warned) == 1 and "x" in str(warned[0].message)
-    with tifffile.TiffFile(tmp_path / "rows" / "a.tif") as made:
-        assert made.pages.first.shape != SIZE and 33550 not in made.pages.first.tags
+
+
+@pytest.fixture
+def convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Saves a network of two convolutions, whose output has a quarter of the picture's side unless it is enlarged."""
+
+    def save(channels: int = 5, larger: int = 1) -> Path:
+        monkeypatch.chdir(tmp_path)
+        Path("net.py").write_text(
+            "import torch\nfrom torch import nn\ndef network():\n    torch.manual_seed(0)\n"
+            f"    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, {channels}, 3, 2, 1),\n"
+            f"        nn.Upsample(scale_factor={larger})).eval()\n"
+        )
+        cs.save(cs.adaptify(cs.build_model("net.py:network"), "edges", coarsest=8), "net.safetensors")
+        return Path("net.safetensors")
+
+    return save
+
+
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+@pytest.mark.parametrize("place", ["north up", "turned", "control points"])
+@pytest.mark.parametrize("is_point", [False, True])
+def test_a_smaller_prediction_covers_the_area_of_its_picture(
+    convolutions: Callable[..., Path], tmp_path: Path, place: str, is_point: bool
+) -> None:
+    """GDAL places the corners of both at the same spot, and control points at the same part of the picture."""
+    rasterio = pytest.importorskip("rasterio")
+    affine = tuple(map(float, (0.2, 0.01, 0, 5e5, 0.02, -0.3, 0, 5.2e6, *[0] * 7, 1)))
+    places = {**PLACES, "turned": [(34264, 12, 16, affine, True)]}
+    zone = (*ZONE[:11], 2 if is_point else 1, *ZONE[12:])
+    tags = [*places[place], (34735, 3, len(zone), zone, True)]
+    stored = np.random.default_rng(0).integers(1, 255, (723, 301, 3), dtype=np.uint8)
+    picture = written(tmp_path / "map.tif", stored, photometric="rgb", extratags=tags)
+    predict(convolutions(), picture, tmp_path / "out", mask="all")
+    with rasterio.open(picture) as given, rasterio.open(tmp_path / "out" / "map.tif") as made:
+        assert made.shape == (181, 76) and made.crs == given.crs
+        parts = [(raster.width, raster.height) for raster in (given, made)]
+        for across, down in ((0, 0), (1, 0), (0, 1), (0.3, 0.9)) if place != "control points" else ():
+            spots = [
+                raster.transform @ (across * w, down * h)
+                for raster, (w, h) in zip((given, made), parts, strict=True)
+            ]
+            assert spots[0] == pytest.approx(spots[1], rel=1e-12)
+        points = [
+            [(p.col / w, p.row / h) for p in raster.gcps[0]]
+            for raster, (w, h) in zip((given, made), parts, strict=True)
+        ]
+        for before, after in zip(*points, strict=True):
+            assert before == pytest.approx(after)
+
+
+@pytest.mark.parametrize("size", [(1300, 532), (40, 52)])
+@pytest.mark.parametrize("channels", [1, 5, 300])
+def test_predictions_in_rows_are_compressed_tiles(
+    convolutions: Callable[..., Path], tmp_path: Path, size: tuple[int, int], channels: int
+) -> None:
+    net = convolutions(channels, 4)
+    stored = (255 * street_scene(*size)).byte().permute(1, 2, 0).numpy()
+    source = written(tmp_path / "page.tif", stored, photometric="rgb")
+    predict(net, source, tmp_path / "out", mask="all", memory="64MiB")
+    loaded = cs.load(net, mask="all", trust=True)
+    with torch.no_grad():
+        whole = loaded(normalise(read_image(source)[None], pictures_for(loaded)))[0]
+    with tifffile.TiffFile(tmp_path / "out" / "page.tif") as made:
+        page, values = made.pages.first, torch.from_numpy(made.asarray().astype(np.float32))
+    assert (page.tilewidth, page.tilelength) == (512, 512) and page.compression == 8
+    assert page.predictor == (1 if channels == 1 else 2)  # that of floating-point values is not everywhere
+    if channels == 1:
+        assert torch.allclose(values, whole[0], atol=1e-5)
+    else:
+        assert (values == whole.argmax(0)).float().mean() > 0.999
 
 
 def test_a_page_of_a_large_file_is_predicted_in_rows(file: Path, picture: Path, tmp_path: Path) -> None:
@@ -210,6 +269,21 @@ def test_a_killed_run_goes_on_behind_the_rows_that_are_there(
     ended, at_once = ((tmp_path / name / "page.tif").read_bytes() for name in ("out", "at once"))
     assert ended == at_once
     assert report.rows[0]["classes"] == whole.rows[0]["classes"]
+
+
+def test_a_run_killed_while_it_writes_the_tiles_writes_them_when_it_goes_on(
+    file: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    whole = predict(file, picture, tmp_path / "at once", mask="all")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(large.tiff, "write_tiled", killed)
+        predict(file, picture, tmp_path / "out", mask="all")
+    report = predict(file, picture, tmp_path / "out", mask="all", resume=True)
+    ended, at_once = ((tmp_path / name / "page.tif").read_bytes() for name in ("out", "at once"))
+    assert ended == at_once and report.rows[0]["levels"] == whole.rows[0]["levels"]
 
 
 @pytest.mark.parametrize("memory", ["1MiB", "3MiB", MUCH])
