@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
@@ -14,18 +15,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.data import tiff
 from cadsurgery.data.channels import as_channels
 from cadsurgery.data.images import check_values, normalise
 from cadsurgery.data.stores import is_remote
-from cadsurgery.support.errors import FileError, InvalidInput, warn
+from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled, warn
 from cadsurgery.support.files import as_file_error, make_folder, write_whole
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.tasks.figures import CLASSES, palette
 
+MULTIPLES = (1, 8, 16, 32, 64, 128)  # of pixels, to which pictures that a network refuses are padded
 Count = Callable[[Tensor, int], Counter[int]]  # the pixels of each class of rows (rows, W) of so many classes
 
 
@@ -108,7 +111,16 @@ class LargePicture:
                 )
         self.file, self.path, self._source, self._dtype = tiff.TiffRows(path), path, source, dtype
         self._bands = bands or (source.bands if source is not None else ())
-        self.shape = (self[:, :1].shape[0], *self.file.shape[1:])
+        self.size = (self.file.shape[1], self.file.shape[2])
+        self.shape = (0, *self.size)
+        self.shape = (self[:, :1].shape[0], *self.size)
+
+    def pad_to(self, multiple: int) -> bool:
+        """Let its sides be multiples of so many pixels, by zeros at the right and below, which stand for the mean
+        colour; False if they are."""
+        before, height, width = self.shape
+        self.shape = (before, *(-(-side // multiple) * multiple for side in self.size))
+        return self.shape != (before, height, width)
 
     def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
         """Return rows (C, rows, W).
@@ -116,12 +128,16 @@ class LargePicture:
         Raises:
             FileError, InvalidInput: as `read_picture_for`.
         """
-        first, end, _ = place[1].indices(self.file.shape[1])
+        first, last, _ = place[1].indices(self.shape[1])
+        end = min(last, self.size[0])
+        if first >= end:
+            return torch.zeros(self.shape[0], max(0, last - first), self.shape[2], dtype=self._dtype)
         channels = None if self._source is None else self._source.channels
         stored = self.file.rows(first, end)
         rows = as_channels(stored, channels, self._bands, name=self.path, has_alpha=self.file.has_alpha)
         check_values(rows, self._source, self.path)
-        return normalise(rows, self._source).to(self._dtype)
+        normalised, beyond = normalise(rows, self._source).to(self._dtype), self.shape[2] - self.size[1]
+        return F.pad(normalised, (0, beyond, 0, last - end)) if beyond or last > end else normalised
 
 
 class _WrittenRows:
@@ -189,6 +205,39 @@ class _WrittenRows:
             self._known.unlink(missing_ok=True)
 
 
+def cut_back(maps: Tensor, padded: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Return what maps (B, ..., h, w) of padded images hold of the images."""
+    height, width = _sides_of(maps.shape[-2:], padded, size)
+    return maps[..., :height, :width]
+
+
+def _sides_of(sides: Sequence[int], padded: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
+    """Return the part of a map's sides that belongs to the image, of a size, in a padded one."""
+    ends = (math.ceil(length * side / whole) for length, side, whole in zip(sides, size, padded, strict=True))
+    return next(ends), next(ends)
+
+
+def _rows_of(net: Any, picture: LargePicture, start: int) -> Any:
+    """Return the network's result in rows; a picture whose size the network does not take is padded to multiples that
+    it takes.
+
+    Raises:
+        CadError: it takes none of them.
+    """
+    refusal: CadError | None = None
+    for multiple in MULTIPLES:
+        if not picture.pad_to(multiple) and multiple > 1:
+            continue
+        try:
+            return net.rows(picture, start=start, sizes=[picture.size] if multiple > 1 else None)
+        except NotInstalled:
+            raise
+        except CadError as error:
+            refusal = refusal or error
+    assert refusal is not None
+    raise refusal
+
+
 def predict_large(
     net: Any,
     picture: LargePicture,
@@ -211,19 +260,21 @@ def predict_large(
     Raises:
         CadError: the picture cannot be read, computed or written.
     """
-    height, width = picture.shape[1:]
     status = os.stat(tiff.split_page(picture.path)[0])
     made_of = {"path": os.path.abspath(picture.path), "bytes": status.st_size, "changed": status.st_mtime_ns}
     part = _WrittenRows(Path(target), made_of | {"by": json.loads(json.dumps(made_by, default=str))})
     with torch.inference_mode():
         start = time.perf_counter()
-        result = net.rows(picture, start=part.start)
-        channels = result.shape[0]
-        size = (result.shape[1], result.shape[2])
+        result = _rows_of(net, picture, part.start)
+        channels, padded = result.shape[0], picture.shape[1:]
+        size = _sides_of(result.shape[1:], padded, picture.size)
         part.begin(size, channels)
         name = Path(picture.path).name
         step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
-        for first, rows in result:
+        for first, with_padding in result:
+            if first >= size[0]:  # all of it is padding
+                break
+            rows = with_padding[:, : max(0, size[0] - first), : size[1]]
             values = rows[0].float() if channels == 1 else rows.float().argmax(0)
             new = values[max(part.rows - first, 0) :]
             now = time.perf_counter()
@@ -232,14 +283,16 @@ def predict_large(
             step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
             if stopped.is_set() and part.rows < size[0]:
                 return {"interrupted": True, "rows": [part.rows, size[0]]}
-    part.finish(tiff.moved_position(picture.file.position, (height, width), part.size))
-    levels = result.levels if any(result.levels.stride()) else result.levels.flatten()[:1]
+    part.finish(tiff.moved_position(picture.file.position, picture.size, part.size))
+    levels = cut_back(result.levels, padded, picture.size)
+    levels = levels if any(levels.stride()) else levels.flatten()[:1]
     shares = [int((levels == level).sum()) / levels.numel() for level in range(net.geometry.max_level + 1)]
     return {
         "output": target,
-        "size": [height, width],
+        "size": [*picture.size],
         "active_fraction": shares[0],
         "levels": shares,
         "milliseconds": part.milliseconds,
         "counts": part.counts,
+        **({"padded_to": [*padded]} if padded != picture.size else {}),
     }

@@ -219,6 +219,38 @@ def test_predictions_in_rows_are_compressed_tiles(
         assert (values == whole.argmax(0)).float().mean() > 0.999
 
 
+@pytest.mark.parametrize("mask", ["all", "edges:threshold=0.1", "content"])
+@pytest.mark.parametrize("size", [(413, 250), (300, 251), (128, 96), (130, 33)])
+def test_a_large_picture_is_padded_as_one_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str, size: tuple[int, int]
+) -> None:
+    """Where the network takes multiples of 8 alone; masks see no padding, and the result is cut back."""
+    monkeypatch.chdir(tmp_path)
+    Path("pyramid.py").write_text(
+        "import torch\nfrom torch import nn\nclass Pyramid(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        torch.manual_seed(0)\n"
+        "        self.a, self.b, self.c = (nn.Conv2d(n, 8, 3, 2, 1) for n in (3, 8, 8))\n"
+        "        self.up, self.head = nn.Upsample(scale_factor=2), nn.ConvTranspose2d(8, 5, 4, 4)\n"
+        "    def forward(self, x):\n        fine = self.b(self.a(x).relu()).relu()\n"
+        "        return self.head(fine + self.up(self.c(fine)))\n"
+        "def network():\n    return Pyramid().eval()\n"
+    )
+    example = torch.rand(1, 3, 64, 64)
+    net = cs.adaptify(cs.build_model("pyramid.py:network"), mask, coarsest=16, example_input=example)
+    cs.save(net, "net.safetensors")
+    stored = (255 * street_scene(*size)).byte().permute(1, 2, 0).numpy()
+    source = written(tmp_path / "page.tif", stored, photometric="rgb")
+    whole = predict(Path("net.safetensors"), source, tmp_path / "whole", memory="")
+    rows = predict(Path("net.safetensors"), source, tmp_path / "rows", memory="2MiB")
+    assert not rows.failed
+    classes = np.array(Image.open(tmp_path / "whole" / "page.png"))
+    assert (tifffile.imread(tmp_path / "rows" / "page.tif") == classes).mean() > 0.999  # ties by rounding
+    assert classes.shape == size
+    for name in ("padded_to", "size", "levels"):
+        assert rows.rows[0].get(name) == pytest.approx(whole.rows[0].get(name), abs=1e-3)
+    assert ("1 padded at the right and below" in rows.text) == any(side % 8 for side in size)
+
+
 def test_a_page_of_a_large_file_is_predicted_in_rows(file: Path, picture: Path, tmp_path: Path) -> None:
     pages = tmp_path / "pages.tif"
     whole = tifffile.imread(picture)
