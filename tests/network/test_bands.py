@@ -433,7 +433,8 @@ def test_rows_of_what_has_no_such_rows_are_refused() -> None:
     with pytest.raises(cs.InvalidInput, match="holds no map") as refusal:  # while a call gives them
         net.optimize(memory=MUCH).rows(picture(64, 96)[0])
     assert "boxes" in refusal.value.why and "as a tensor" in refusal.value.next
-    assert_same(net.optimize(memory=MUCH)(picture(64, 96)), net(picture(64, 96)), 1e-9)
+    image = picture(64, 96)
+    assert_same(net.optimize(memory=MUCH)(image), net(image), 1e-9)
 
 
 class Boxes(nn.Module):
