@@ -261,8 +261,8 @@ CHOICES: dict[str, list[Any]] = {  # of the height of a result
     "equal sizes": [node("Equal", ["h", "w"], "same"), node("Where", ["same", "two", "h"], "side")],
     "a size that is its own": [node("Equal", ["h", "h"], "same"), node("Where", ["same", "w", "h"], "side")],
     "smaller than a number": [
-        node("Less", ["h", "many"], "small"),
-        node("Where", ["small", "h", "two"], "side"),
+        node("Less", ["h", "many"], "is_less"),
+        node("Where", ["is_less", "h", "two"], "side"),
     ],
     "a quotient of a difference": [  # towards zero, where Python rounds down
         node("Sub", ["three", "h"], "less"),
