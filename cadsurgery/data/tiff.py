@@ -309,6 +309,7 @@ class TiffRows:
     Attributes:
         shape: (C, H, W) with all bands of the file.
         has_alpha: True if the last band is transparency.
+        may_lack: True if some pixels may have no data: values that are not finite, or transparent ones, mark them.
         position: tags that say where the picture lies on the earth, as `write_tiled` takes them.
     """
 
@@ -335,6 +336,8 @@ class TiffRows:
         self._page = page = picture.page
         self.position, samples = _position(page), int(page.samplesperpixel)
         self.shape, self.has_alpha = (samples, int(page.imagelength), int(page.imagewidth)), _has_alpha(page)
+        is_stated = page.tags.valueof(NO_DATA) is not None or self.has_alpha
+        self.may_lack = is_stated or (page.dtype is not None and page.dtype.kind == "f")
         self._is_planar = samples > 1 and int(page.planarconfig) != 1
         is_plain = (
             page.is_contiguous and page.compression == 1 and page.predictor == 1 and page.dtype is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.tasks.figures import CLASSES, palette
 
+_GAP = 256  # rows of a picture without data, which are computed if they are fewer
 MULTIPLES = (1, 8, 16, 32, 64, 128)  # of pixels, to which pictures that a network refuses are padded
 Count = Callable[[Tensor, int], Counter[int]]  # the pixels of each class of rows (rows, W) of so many classes
 
@@ -112,8 +114,44 @@ class LargePicture:
         self.file, self.path, self._source, self._dtype = tiff.TiffRows(path), path, source, dtype
         self._bands = bands or (source.bands if source is not None else ())
         self.size = (self.file.shape[1], self.file.shape[2])
-        self.shape = (0, *self.size)
-        self.shape = (self[:, :1].shape[0], *self.size)
+        self.shape = (self._read(0, 1)[0].shape[0], *self.size)
+        self._lacking: np.ndarray[Any, Any] | None = None
+        if self.file.may_lack:
+            bands = (
+                self._read(first, min(first + _GAP, self.size[0]))[1]
+                for first in range(0, self.size[0], _GAP)
+            )
+            lacking = np.concatenate([np.packbits(band[0].numpy(), axis=1) for band in bands])
+            self._lacking = lacking if lacking.any() else None
+
+    @property
+    def lacks(self) -> bool:
+        """True if some pixels have no data."""
+        return self._lacking is not None
+
+    def lacking(self, first: int, end: int, size: tuple[int, int]) -> Tensor:
+        """Return which samples of rows [first, end) of a map (height, width) lie on pixels without data, (rows, W)."""
+        if self._lacking is None:
+            return torch.zeros(end - first, size[1], dtype=torch.bool)
+        rows, columns = (
+            (np.arange(*part) + 0.5) * whole // length
+            for part, length, whole in zip(((first, end), (0, size[1])), size, self.size, strict=True)
+        )
+        unpacked = np.unpackbits(self._lacking[rows.astype(int)], axis=1)
+        return torch.from_numpy(unpacked[:, columns.astype(int)].astype(bool))
+
+    def parts(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return the rows [first, end) of a map (height, width) with data; few rows without are counted to them."""
+        if self._lacking is None:
+            return [(0, size[0])]
+        whole = np.packbits(np.ones(self.size[1], np.uint8))
+        there = np.flatnonzero((self._lacking != whole).any(1))
+        if not there.size:
+            return []
+        cuts = np.flatnonzero(np.diff(there) > _GAP)
+        firsts, ends = there[[0, *(cuts + 1)]], there[[*cuts, -1]] + 1
+        scale = size[0] / self.size[0]
+        return [(int(a * scale), math.ceil(b * scale)) for a, b in zip(firsts, ends, strict=True)]
 
     def pad_to(self, multiple: int) -> bool:
         """Let its sides be multiples of so many pixels, by zeros at the right and below, which stand for the mean
@@ -132,12 +170,22 @@ class LargePicture:
         end = min(last, self.size[0])
         if first >= end:
             return torch.zeros(self.shape[0], max(0, last - first), self.shape[2], dtype=self._dtype)
+        rows, lacking = self._read(first, end)
+        normalised, beyond = normalise(rows, self._source), self.shape[2] - self.size[1]
+        normalised = normalised.masked_fill(lacking, 0).to(self._dtype)  # the mean: no signal
+        return F.pad(normalised, (0, beyond, 0, last - end)) if beyond or last > end else normalised
+
+    def _read(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return rows (C, rows, W) before they are normalised, and where they have no data, (1, rows, W)."""
         channels = None if self._source is None else self._source.channels
         stored = self.file.rows(first, end)
         rows = as_channels(stored, channels, self._bands, name=self.path, has_alpha=self.file.has_alpha)
-        check_values(rows, self._source, self.path)
-        normalised, beyond = normalise(rows, self._source).to(self._dtype), self.shape[2] - self.size[1]
-        return F.pad(normalised, (0, beyond, 0, last - end)) if beyond or last > end else normalised
+        lacking = rows.isnan().any(0, keepdim=True)
+        if self.file.has_alpha:
+            lacking = lacking | (stored[-1:] == 0)
+        if (there := rows[:, ~lacking[0]]).numel():
+            check_values(there[..., None], self._source, self.path)
+        return rows, lacking
 
 
 class _WrittenRows:
@@ -163,14 +211,18 @@ class _WrittenRows:
         """The row to go on with; of a prediction whose rows are all there the last one."""
         return max(0, min(self.rows, self.size[0] - 1))
 
-    def begin(self, size: tuple[int, int], channels: int) -> None:
-        """Make the file, unless there are rows in it: classes; of one channel its values."""
-        self._kind = np.dtype(np.float32 if channels == 1 else np.uint8 if channels <= 256 else np.uint16)
+    def begin(self, size: tuple[int, int], channels: int, lacks: bool) -> float:
+        """Make the file, unless there are rows in it: classes; of one channel its values. Return the value of pixels
+        without data, of which there are some if it `lacks`."""
+        self._kind = np.dtype(
+            np.float32 if channels == 1 else np.uint8 if channels + lacks <= 256 else np.uint16
+        )
         self.size = size
         if not self.rows:
             make_folder(self.target.parent)
             with self._written():
                 self.file.write_bytes(b"")
+        return math.nan if channels == 1 else int(np.iinfo(self._kind).max)
 
     def _written(self) -> AbstractContextManager[None]:
         return as_file_error(f"{self.target} cannot be written.", "choose another --output.")
@@ -217,7 +269,23 @@ def _sides_of(sides: Sequence[int], padded: Sequence[int], size: Sequence[int]) 
     return next(ends), next(ends)
 
 
-def _rows_of(net: Any, picture: LargePicture, start: int) -> Any:
+def _without_cells(net: Any, picture: LargePicture, result: Any, start: int) -> tuple[Any, Any]:
+    """Return a result in which cells without any data have the lowest level, and its mask; a picture that is computed
+    as given stays so."""
+    if not picture.lacks or not any(result.levels.stride()):
+        return result, None
+    levels, side = result.levels.clone(), net.geometry.sides[-1]
+    height, width = levels.shape[1:]
+    whole = picture.lacking(0, height, (height, width)).float()
+    down, across = -height % side, -width % side
+    cells = -F.max_pool2d(-F.pad(whole[None, None], (0, across, 0, down), value=1.0), side)[0, 0]
+    lowest = cells.repeat_interleave(side, 0).repeat_interleave(side, 1)[:height, :width] > 0
+    levels[:, lowest] = net.geometry.max_level
+    mask = levels.long()
+    return _rows_of(net, picture, start, mask), mask
+
+
+def _rows_of(net: Any, picture: LargePicture, start: int, mask: Any = None) -> Any:
     """Return the network's result in rows; a picture whose size the network does not take is padded to multiples that
     it takes.
 
@@ -229,13 +297,18 @@ def _rows_of(net: Any, picture: LargePicture, start: int) -> Any:
         if not picture.pad_to(multiple) and multiple > 1:
             continue
         try:
-            return net.rows(picture, start=start, sizes=[picture.size] if multiple > 1 else None)
+            return net.rows(picture, start=start, mask=mask, sizes=[picture.size] if multiple > 1 else None)
         except NotInstalled:
             raise
         except CadError as error:
             refusal = refusal or error
     assert refusal is not None
     raise refusal
+
+
+def _count_lacking(picture: LargePicture) -> int:
+    ends = [*range(0, picture.size[0], _GAP), picture.size[0]]
+    return sum(int(picture.lacking(*part, picture.size).sum()) for part in itertools.pairwise(ends))
 
 
 def predict_large(
@@ -268,22 +341,36 @@ def predict_large(
         result = _rows_of(net, picture, part.start)
         channels, padded = result.shape[0], picture.shape[1:]
         size = _sides_of(result.shape[1:], padded, picture.size)
-        part.begin(size, channels)
+        without = part.begin(size, channels, picture.lacks)
+        result, mask = _without_cells(net, picture, result, part.start)
+        computed_from = part.start
         name = Path(picture.path).name
         step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
-        for first, with_padding in result:
-            if first >= size[0]:  # all of it is padding
-                break
-            rows = with_padding[:, : max(0, size[0] - first), : size[1]]
-            values = rows[0].float() if channels == 1 else rows.float().argmax(0)
-            new = values[max(part.rows - first, 0) :]
-            now = time.perf_counter()
-            part.write(first, values, count(new, channels), 1e3 * (now - start))
-            start = now
-            step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
-            if stopped.is_set() and part.rows < size[0]:
-                return {"interrupted": True, "rows": [part.rows, size[0]]}
-    part.finish(tiff.moved_position(picture.file.position, picture.size, part.size))
+        for begin, end in [*picture.parts(size), (size[0], size[0])]:
+            for first in range(part.rows, begin, _GAP):  # without data
+                rows = torch.full((min(_GAP, begin - first), size[1]), without)
+                part.write(first, rows, Counter(), 0.0)
+            if part.rows >= end:
+                continue
+            if max(begin, part.start) != computed_from:
+                computed_from = max(begin, part.start)
+                result = _rows_of(net, picture, computed_from, mask)
+            for first, with_padding in result:
+                rows = with_padding[:, : max(0, end - first), : size[1]]
+                values = rows[0].float() if channels == 1 else rows.float().argmax(0)
+                lacking = picture.lacking(first, first + len(values), size)
+                new = values[max(part.rows - first, 0) :]
+                now, there = time.perf_counter(), new[~lacking[len(lacking) - len(new) :]]
+                values = values.masked_fill(lacking, without) if picture.lacks else values
+                part.write(first, values, count(there, channels), 1e3 * (now - start))
+                start = now
+                step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
+                if stopped.is_set() and part.rows < size[0]:
+                    return {"interrupted": True, "rows": [part.rows, size[0]]}
+                if part.rows >= end:
+                    break
+    position = tiff.moved_position(picture.file.position, picture.size, part.size)
+    part.finish((*position, (tiff.NO_DATA, 2, None, f"{without}", True)) if picture.lacks else position)
     levels = cut_back(result.levels, padded, picture.size)
     levels = levels if any(levels.stride()) else levels.flatten()[:1]
     shares = [int((levels == level).sum()) / levels.numel() for level in range(net.geometry.max_level + 1)]
@@ -294,5 +381,6 @@ def predict_large(
         "levels": shares,
         "milliseconds": part.milliseconds,
         "counts": part.counts,
+        **({"without_data": _count_lacking(picture)} if picture.lacks else {}),
         **({"padded_to": [*padded]} if padded != picture.size else {}),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -249,6 +250,75 @@ def test_a_large_picture_is_padded_as_one_that_fits(
     for name in ("padded_to", "size", "levels"):
         assert rows.rows[0].get(name) == pytest.approx(whole.rows[0].get(name), abs=1e-3)
     assert ("1 padded at the right and below" in rows.text) == any(side % 8 for side in size)
+
+
+def lacking_picture(path: Path, kind: str, size: tuple[int, int], lacking: np.ndarray) -> Path:
+    """A picture whose pixels lack data in one of the ways that files have for it."""
+    stored = np.clip(255 * street_scene(*size).permute(1, 2, 0).numpy(), 1, 255)
+    if kind == "transparent":
+        alpha = np.where(lacking, 0, 255)[..., None]
+        pixels = np.concatenate([stored, alpha], 2).astype(np.uint8)
+        return written(path, pixels, photometric="rgb", extrasamples=["unassalpha"])
+    stored[lacking] = math.nan if kind == "NaN" else 0
+    tags = [] if kind == "NaN" else [(42113, 2, None, "0", True)]
+    pixels = (stored / 255).astype(np.float32) if kind == "NaN" else stored.astype(np.uint8)
+    return written(path, pixels, photometric="rgb", extratags=tags)
+
+
+@pytest.mark.parametrize("kind", ["nodata", "NaN", "transparent"])
+@pytest.mark.parametrize(("channels", "larger"), [(5, 4), (1, 4), (256, 4), (5, 1)])
+def test_pixels_without_data_have_none_in_the_prediction(
+    convolutions: Callable[..., Path], tmp_path: Path, kind: str, channels: int, larger: int
+) -> None:
+    """The others have the values of a picture whose pixels without data have the mean colour."""
+    size, lacking = (1400, 96), np.zeros((1400, 96), bool)
+    lacking[300:900], lacking[1000:1020, 40:] = True, True
+    net = convolutions(channels, larger)
+    source = lacking_picture(tmp_path / "page.tif", kind, size, lacking)
+    report = predict(net, source, tmp_path / "out", mask="all", memory="16MiB")
+    assert not report.failed and "pixels without data" in report.text
+    assert report.rows[0]["without_data"] == lacking.sum()
+    loaded = cs.load(net, mask="all", trust=True)
+    image = normalise(read_image(source, channels=None)[:3], pictures_for(loaded))
+    image = image.masked_fill(torch.from_numpy(lacking), 0).nan_to_num(0)
+    with torch.no_grad():
+        whole = loaded(image[None])[0]
+    with tifffile.TiffFile(tmp_path / "out" / "page.tif") as made:
+        values, none = made.asarray(), float(made.pages.first.tags[42113].value)
+    assert values.dtype == {1: np.float32, 5: np.uint8, 256: np.uint16}[channels]
+    step = 4 // larger
+    there = ~lacking[step // 2 :: step, step // 2 :: step]
+    found = ~np.isnan(values) if channels == 1 else values != none
+    assert values.shape == tuple(whole.shape[1:]) and np.array_equal(found, there)
+    if channels == 1:
+        assert math.isnan(none) and np.allclose(values[there], whole[0].numpy()[there], atol=1e-5)
+    else:
+        assert (values == whole.argmax(0).numpy())[there].mean() > 0.999
+
+
+def test_rows_and_cells_without_data_are_not_computed(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, lacking = (1500, 128), np.zeros((1500, 128), bool)
+    lacking[200:1300], lacking[:200, 64:] = True, True
+    source = lacking_picture(tmp_path / "page.tif", "nodata", size, lacking)
+    computed = list[tuple[int, int]]()
+    write = large._WrittenRows.write
+
+    def noted(part: Any, first: int, values: torch.Tensor, counts: Any, milliseconds: float) -> None:
+        if milliseconds:
+            computed.append((first, len(values)))
+        write(part, first, values, counts, milliseconds)
+
+    monkeypatch.setattr(large._WrittenRows, "write", noted)
+    predict(file, source, tmp_path / "all", mask="all", memory="4MiB")
+    assert sum(rows for _, rows in computed) < 450
+    report = predict(file, source, tmp_path / "edges", mask="edges:threshold=0", memory="4MiB")
+    assert report.rows[0]["active_fraction"] < 0.4
+    blank = lacking_picture(tmp_path / "blank.tif", "nodata", size, np.ones(size, bool))
+    computed.clear()
+    assert predict(file, blank, tmp_path / "blank", mask="all").rows[0]["without_data"] == math.prod(size)
+    assert not computed and set(np.unique(tifffile.imread(tmp_path / "blank" / "blank.tif"))) == {255}
 
 
 def test_a_page_of_a_large_file_is_predicted_in_rows(file: Path, picture: Path, tmp_path: Path) -> None:
