@@ -334,7 +334,7 @@ class TiffRows:
                 raise FileError(f"{path} cannot be read as a TIFF.", why=first_line(error)) from error
             opened.pop_all()  # it stays open
         self._page = page = picture.page
-        self.position, samples = _position(page), int(page.samplesperpixel)
+        self.position, samples = position_of(page), int(page.samplesperpixel)
         self.shape, self.has_alpha = (samples, int(page.imagelength), int(page.imagewidth)), _has_alpha(page)
         is_stated = page.tags.valueof(NO_DATA) is not None or self.has_alpha
         self.may_lack = is_stated or (page.dtype is not None and page.dtype.kind == "f")
@@ -447,7 +447,7 @@ _RASTER_TYPE, _POINT = 1025, 2  # the key that says whether coordinates are thos
 _METADATA = 42112  # GDAL's own, as XML; items of a band describe its values
 
 
-def _position(page: Any) -> tuple[Any, ...]:
+def position_of(page: Any) -> tuple[Any, ...]:
     """Return the tags of a page that say where its picture lies; empty if there are none."""
     tags = [tag for code in _POSITION if (tag := page.tags.get(code)) is not None]
     found = [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in tags]
@@ -465,7 +465,7 @@ def states_position(path: Path | str) -> bool:
     if not str(place).lower().endswith((".tif", ".tiff")) or not is_tiff(place):
         return False
     with contextlib.suppress(Exception), tifffile.TiffFile(place) as file:  # reported where it is read
-        return bool(_position(_picture_of(file, place, number).page))
+        return bool(position_of(_picture_of(file, place, number).page))
     return False
 
 

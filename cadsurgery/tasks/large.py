@@ -22,6 +22,7 @@ from torch import Tensor
 from cadsurgery.data import tiff
 from cadsurgery.data.channels import as_channels
 from cadsurgery.data.images import check_values, normalise
+from cadsurgery.data.rasters import open_rows
 from cadsurgery.data.stores import is_remote
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled, warn
 from cadsurgery.support.files import as_file_error, make_folder, write_whole
@@ -55,10 +56,10 @@ def target_for(source: str, target: str, memory: str, *, is_plain: bool = True) 
             where=str(begun),
             next="give --memory again, of any amount, to go on; or delete this file.",
         )
-    if not memory or is_remote(source) or is_remote(target) or not tiff.is_tiff(tiff.split_page(source)[0]):
+    if not memory or is_remote(source) or is_remote(target):
         return target
     try:
-        file = tiff.TiffRows(source)
+        file = open_rows(source)
     except FileError:  # what cannot be read in rows may still be read whole
         return target
     file.close()
@@ -111,7 +112,7 @@ class LargePicture:
                     why="the picture takes more memory than --memory.",
                     next="leave it out, or give more memory.",
                 )
-        self.file, self.path, self._source, self._dtype = tiff.TiffRows(path), path, source, dtype
+        self.file, self.path, self._source, self._dtype = open_rows(path), path, source, dtype
         self._bands = bands or (source.bands if source is not None else ())
         self.size = (self.file.shape[1], self.file.shape[2])
         self.shape = (self._read(0, 1)[0].shape[0], *self.size)

@@ -18,6 +18,7 @@ from torch import nn
 
 import cadsurgery as cs
 from cadsurgery.data.images import normalise, read_image, street_scene
+from cadsurgery.data.rasters import RasterRows
 from cadsurgery.data.tiff import TiffRows
 from cadsurgery.network.model import pictures_for
 from cadsurgery.support.memory import free_memory
@@ -319,6 +320,44 @@ def test_rows_and_cells_without_data_are_not_computed(
     computed.clear()
     assert predict(file, blank, tmp_path / "blank", mask="all").rows[0]["without_data"] == math.prod(size)
     assert not computed and set(np.unique(tifffile.imread(tmp_path / "blank" / "blank.tif"))) == {255}
+
+
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+@pytest.mark.parametrize("kind", ["vrt", "img"])
+def test_rasters_of_other_kinds_are_predicted_where_they_lie(
+    convolutions: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    """As the same picture in a GeoTIFF file, their pixels without data too."""
+    rasterio = pytest.importorskip("rasterio")
+    shutil = pytest.importorskip("rasterio.shutil")
+    size, lacking = (713, 301), np.zeros((713, 301), bool)
+    lacking[100:420] = True
+    stored = np.clip(255 * street_scene(*size).permute(1, 2, 0).numpy(), 1, 255).astype(np.uint8)
+    stored[lacking] = 0
+    tags = [*PLACES["north up"], (34735, 3, len(ZONE), ZONE, True), (42113, 2, None, "0", True)]
+    source = written(tmp_path / "map.tif", stored, photometric="rgb", tile=(64, 64), extratags=tags)
+    other = tmp_path / f"other.{kind}"
+    shutil.copy(source, other, driver={"vrt": "VRT", "img": "HFA"}[kind])
+    net = convolutions()
+    for path in (source, other):
+        assert not predict(net, path, tmp_path / "out", mask="all", resume=path == other).failed
+    with (
+        rasterio.open(tmp_path / "out" / "map.tif") as one,
+        rasterio.open(tmp_path / "out" / "other.tif") as two,
+    ):
+        assert np.array_equal(one.read(), two.read()) and one.shape == (179, 76)
+        assert (one.crs, one.nodata, one.block_shapes) == (two.crs, 255.0, two.block_shapes)
+        assert one.transform.almost_equals(two.transform, 1e-9)
+        assert one.read_masks(1).astype(bool).mean() == pytest.approx(1 - 320 / 713, abs=0.01)
+
+
+def test_a_raster_that_gdal_does_not_read_is_refused(tmp_path: Path, file: Path) -> None:
+    pytest.importorskip("rasterio")
+    (tmp_path / "broken.vrt").write_text("<VRTDataset>")
+    with pytest.raises(cs.FileError, match="cannot be read as a raster"):
+        RasterRows(tmp_path / "broken.vrt")
+    report = predict(file, tmp_path / "broken.vrt", tmp_path / "out")
+    assert report.failed and not report.rows
 
 
 def test_a_page_of_a_large_file_is_predicted_in_rows(file: Path, picture: Path, tmp_path: Path) -> None:
