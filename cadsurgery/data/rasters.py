@@ -1,4 +1,4 @@
-"""Read rasters that GDAL reads, some rows at a time by rasterio: JPEG 2000, virtual mosaics, imagine files and so on."""
+"""Read rasters that GDAL reads, some rows at a time by rasterio: JPEG 2000, virtual mosaics and so on."""
 
 from __future__ import annotations
 
