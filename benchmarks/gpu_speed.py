@@ -46,8 +46,10 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.elements import BACKENDS
-from cadsurgery.elements.backends import gpu, gpu_norm, gpu_tiles
+from cadsurgery.elements.backends import gpu, gpu_tiles
 from cadsurgery.elements.backends.choose import Backend
+from cadsurgery.elements.backends.reference import Torch
+from cadsurgery.elements.backends.triton_backend import Triton, TritonSamples
 from cadsurgery.elements.functional import Elements, conv2d
 from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice
@@ -356,7 +358,7 @@ def measure_floors(options: argparse.Namespace) -> Iterator[Line]:
 
 
 def _by_tables(run: Callable[[], object]) -> object:
-    with without_backends(gpu.TritonSamples):
+    with without_backends(TritonSamples):
         return run()
 
 
@@ -391,8 +393,11 @@ def measure_training(options: argparse.Namespace) -> Iterator[Line]:
 @contextmanager
 def torch_only(norms_alone: bool) -> Iterator[None]:
     """Compute with torch's operations in the block: batch norms alone, or all works."""
-    of_gpu = () if norms_alone else (gpu.Triton, gpu.TritonSamples)
-    with patch.object(gpu_norm, "applies", lambda rows: False), without_backends(*of_gpu):
+    of_gpu = () if norms_alone else (Triton, TritonSamples)
+    with (
+        patch.object(Triton, "normalise", lambda _, work: Torch().normalise(work)),
+        without_backends(*of_gpu),
+    ):
         yield
 
 

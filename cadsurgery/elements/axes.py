@@ -17,6 +17,7 @@ from torch import Tensor
 
 NCHW = "bchw"
 _IMAGE = "hwp"
+_MANY_VALUES = 1 << 16  # from so many on, a copy in blocks saves more than its calls take
 
 
 def row_dim(layout: str, dim: int) -> int | None:
@@ -146,6 +147,22 @@ def fast_layout(image: Tensor) -> Tensor:
     """Return a dense map in the memory layout in which torch reads it faster: on a GPU, channels_last takes three
     times as long to resize where the number of channels is no multiple of eight."""
     return image.contiguous() if image.device.type == "cuda" and image.shape[1] % 8 else image
+
+
+def in_order(image: Tensor) -> Tensor:
+    """Return a dense map (B, C, H, W) in contiguous memory.
+
+    torch copies a channels_last map value by value; as a matrix of positions and channels it copies blocks, which takes
+    a third of the time from 16 channels on.
+    """
+    is_turned = image.dim() == 4 and image.is_contiguous(memory_format=torch.channels_last)
+    is_large = image.numel() >= _MANY_VALUES and image.dim() == 4 and image.shape[1] >= 16
+    if not (is_turned and is_large) or image.device.type != "cpu" or image.requires_grad:
+        return image.contiguous()
+    out = image.new_empty(image.shape)
+    for channels, source in zip(out, image, strict=True):
+        channels.flatten(1).copy_(source.flatten(1))
+    return out
 
 
 # -- maps as rows of all positions -----------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cadsurgery.elements.backends.choose import select_rows
+from cadsurgery.elements.backends.works import select_rows
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Lattice

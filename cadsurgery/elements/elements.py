@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.axes import NCHW, as_rows, channel_dims, fast_layout, image_dims, is_flat
-from cadsurgery.elements.backends.choose import mix, pick, select_rows
 from cadsurgery.elements.backends.floors import has_pixels, to_pixels
-from cadsurgery.elements.backends.target import require_equal
+from cadsurgery.elements.backends.graph_sizes import require_equal
+from cadsurgery.elements.backends.works import mix, pick, select_rows
 from cadsurgery.elements.bilinear import corners, ends_of, place_on_map
 from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice
@@ -24,11 +23,6 @@ from cadsurgery.elements.operations import operation
 from cadsurgery.elements.sizes import is_statically_true, least
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
-
-# Devices that support torch.autocast. Queried at import, because torch.compile before 2.15 cannot trace the query.
-_AUTOCAST = frozenset(
-    device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -366,20 +360,3 @@ def native_shape(x: Elements, spacing: int, layout: str = NCHW) -> torch.Size:
     channels = iter(x.rows.shape[1:])
     known = {"b": x.lattice.batch, "h": height, "w": width, "p": height * width}
     return torch.Size(next(channels) if axis == "c" else known[axis] for axis in layout)
-
-
-def autocast(*values: Any) -> tuple[Any, ...]:
-    """Cast the operands to the dtype of torch.autocast if it is enabled, as F.conv2d does."""
-    device = values[0].device.type
-    if device not in _AUTOCAST or not torch.is_autocast_enabled(device):
-        return values
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(value.to(dtype) if value is not None else None for value in values)
-
-
-def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    """Return a context without torch.autocast: matrix products keep the dtype of their operands, for precise sums."""
-    device = like.device.type
-    if device not in _AUTOCAST or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)

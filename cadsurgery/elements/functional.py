@@ -5,6 +5,7 @@ differentiable, and treats the images of a batch independently. Pointwise functi
 here, because they act on `rows` directly.
 """
 
+from cadsurgery.elements.axes import in_order
 from cadsurgery.elements.backends.weights import transpose_weight
 from cadsurgery.elements.borders import check_same_padding, crop, pad
 from cadsurgery.elements.elements import (

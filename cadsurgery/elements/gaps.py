@@ -20,12 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.axes import as_map, as_rows
-from cadsurgery.elements.backends.choose import Filling, compute
+from cadsurgery.elements.backends.choose import compute
 from cadsurgery.elements.backends.weights import Activation
+from cadsurgery.elements.backends.works import Filling
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.running import running
 
 REACH = 3  # positions to each side: 7 x 7
 LEAST = 1e-5  # e, added to the sum of the weights
@@ -127,7 +129,7 @@ def fill_gaps(
 def _gaussian(width: float | Tensor, normalised: bool, like: Tensor) -> Tensor:
     """Return the weights (k, k) of the window without outer rings whose total weight is below rounding error."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    if isinstance(width, Tensor) and (width.requires_grad or torch.compiler.is_compiling()):
+    if isinstance(width, Tensor) and (width.requires_grad or running.in_graph):
         return _weights(width.to(like.device, dtype), normalised)
     return _weights_of(float(width), normalised, dtype, like.device)
 
@@ -146,7 +148,7 @@ def _weights(width: Tensor, normalised: bool) -> Tensor:
     else:
         weights = torch.where(apart > 0, torch.exp(-squared * apart), 0)
         weights, least = weights / (weights.sum() + LEAST), 1.0
-    if torch.compiler.is_compiling():
+    if running.in_graph:
         return weights
     with torch.no_grad():
         ring = torch.maximum(steps.abs().unsqueeze(1), steps.abs())

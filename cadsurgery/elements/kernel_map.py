@@ -16,16 +16,16 @@ On the network's own grid these points are the samples i. Other elements use the
 
 from __future__ import annotations
 
-import math
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends import gpu_maps, maps
-from cadsurgery.elements.backends.target import quotients
+from cadsurgery.elements.backends.choose import Work, compute
+from cadsurgery.elements.backends.graph_sizes import quotients
 from cadsurgery.elements.bilinear import corners
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import (
@@ -201,6 +201,55 @@ class Reading:
         return self
 
 
+@dataclass(frozen=True, eq=False)
+class TapSearch(Work):
+    """The reading of points, or of taps so many fine pixels down and across from the anchors of a lattice, see
+    `kernel_map`.
+
+    Attributes:
+        rows: the levels (B, H, W) of the source.
+        source: the lattice that is read.
+        target: the lattice of the anchors; None for points.
+        points: numbers of fine pixels of the source, int64, of any shape; None for taps.
+        steps: fine pixels from an anchor to its taps, down and across.
+        has_outside: taps may lie outside the map.
+    """
+
+    source: Lattice
+    target: Lattice | None = None
+    points: Tensor | None = None
+    steps: tuple[list[int], list[int]] = ([0], [0])
+    has_outside: bool = False
+    task: ClassVar[str] = "find_taps"
+
+    @property
+    def pixels(self) -> Tensor:
+        """(n,) int64: the pixels that steps begin at."""
+        if self.points is not None:
+            return self.points.flatten()
+        assert self.target is not None
+        return self.target.anchors
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Fine (height, width) of the maps in which these pixels are numbered."""
+        return self.source.size if self.target is None else self.target.size
+
+    def shaped(self, table: Tensor) -> Tensor:
+        """Return a table (n, taps), or of points one of their shape."""
+        return table if self.points is None else table.view(self.points.shape)
+
+    @property
+    def is_counted(self) -> bool:
+        """True if the numbers of cells are known, not bounded."""
+        return self.source.capacity is None and (self.target is None or self.target.capacity is None)
+
+    @property
+    def case(self) -> tuple[Hashable, ...]:
+        """The device, and what is known of the numbers of cells."""
+        return *super().case, self.is_counted, self.source.capacity is None
+
+
 def read_rows(table: Tensor, has_outside: bool = False) -> Reading:
     """Return a reading of a table of rows without a halo."""
     none = torch.empty(0, 4, dtype=torch.int32, device=table.device)
@@ -209,12 +258,9 @@ def read_rows(table: Tensor, has_outside: bool = False) -> Reading:
 
 def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) -> Reading:
     """Return a reading of flat fine pixels `points` (int64, any shape); padding is read where `inside` is False."""
-    if inside is None and lattice.part is None and is_found(lattice):
-        table, sources, mix = find_taps(lattice, points.flatten(), lattice.size, ([0], [0]))
-        return Reading(table.view(points.shape), sources, mix, False)
-    if inside is None and lattice.part is None and _is_found_on_gpu(lattice):
-        reading = _find_on_gpu(lattice, points.flatten(), lattice.size, ([0], [0]), False)
-        return replace(reading, table=reading.table.view(points.shape))
+    if inside is None and lattice.part is None:
+        reading: Reading = compute(TapSearch(lattice.levels, lattice, points=points))
+        return reading
     table = _rows_or_pixels(lattice)[points]
     has_outside = inside is not None and not (
         lattice.capacity is None and not lattice.is_open and bool(inside.all())
@@ -228,7 +274,7 @@ def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) 
 _OUTSIDE = 2**30
 
 
-def _has_halo(lattice: Lattice) -> bool:
+def has_halo(lattice: Lattice) -> bool:
     """Return True if points inside cells are interpolated from several elements."""
     return lattice.geometry.interpolates and lattice.uniform_level != 0
 
@@ -243,7 +289,7 @@ def _rows_or_pixels(lattice: Lattice) -> Tensor:
         _mark(at_anchor, lattice.anchors)
         return torch.where(at_anchor, lattice.index, -1 - pixels)
 
-    return lattice.derive("rows or pixels", build) if _has_halo(lattice) else lattice.index
+    return lattice.derive("rows or pixels", build) if has_halo(lattice) else lattice.index
 
 
 def _with_halo(lattice: Lattice, table: Tensor, has_outside: bool) -> Reading:
@@ -252,7 +298,7 @@ def _with_halo(lattice: Lattice, table: Tensor, has_outside: bool) -> Reading:
     If only bounds are known, shapes follow from the bounds: the halo has a row for every pixel that may not be an
     anchor. The halo rows that are read come first.
     """
-    if not _has_halo(lattice):
+    if not has_halo(lattice):
         return read_rows(table, has_outside)
     between, pixels = table < 0, lattice.index.shape[0]
     if lattice.capacity is None and not lattice.is_open:
@@ -365,13 +411,24 @@ def divisors(
 
 
 def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
-    """Compute the kernel map of the common case: tap offsets are the same for all elements, outside the map is zero.
+    """Compute the kernel map of the common case: tap offsets are the same for all elements, outside the map is zero."""
+    has_outside = not is_statically_true(most(*map(_reach, window.offsets)) == 0)
+    work = TapSearch(source.levels, source, target, steps=window.offsets, has_outside=has_outside)
+    reading: Reading = compute(work)
+    return reading
 
-    The position in a padded map of rows is one integer per element plus one integer per tap. The compiled code
-    computes the same table entry by entry.
-    """
-    height, width = source.size
-    down, across = window.offsets
+
+def _reach(steps: list[int]) -> int:
+    """Return how far steps along an axis lead at most, in either direction."""
+    return most(most(0, -steps[0]), most(0, steps[-1]))
+
+
+def find_taps(work: TapSearch) -> Reading:
+    """Find taps in a padded map of rows: a position in it is one number for each target plus one for each tap."""
+    source, (down, across), (height, width) = work.source, work.steps, work.source.size
+    if work.points is not None:
+        return _with_halo(source, _rows_or_pixels(source)[work.points], False)
+    assert work.target is not None
     above, below, before, after = (
         most(0, -down[0]),
         most(0, down[-1]),
@@ -379,105 +436,16 @@ def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
         most(0, across[-1]),
     )
     padding = (before, after, above, below)
-    has_outside = not is_statically_true(most(most(before, after), most(above, below)) == 0)
-    if target.capacity is None and is_found(source):
-        return Reading(*find_taps(source, target.anchors, target.size, (down, across)), has_outside)
-    if _is_found_on_gpu(source):
-        return _find_on_gpu(source, target.anchors, target.size, (down, across), has_outside)
     outside = _OUTSIDE if source.is_open else source.count
     padded = F.pad(_rows_or_pixels(source).view(-1, height, width), padding, value=outside).flatten()
-    image, y, x = target.coordinates
+    image, y, x = work.target.coordinates
     wide = width + before + after
     place = (image * (height + above + below) + y + above) * wide + x + before
     steps = (as_numbers(down, place).unsqueeze(1) * wide + as_numbers(across, place)).flatten()
     table = padded[place.unsqueeze(1) + steps]
     if source.is_open:
         table = torch.where(table == _OUTSIDE, as_number(source.count, table), table)
-    return _with_halo(source, table, has_outside)
-
-
-def is_found(lattice: Lattice) -> bool:
-    """Return True if taps of a lattice are found by compiled code, or by one operation of a graph."""
-    return lattice.capacity is None and maps.supports(lattice.levels)
-
-
-def _is_found_on_gpu(lattice: Lattice) -> bool:
-    """Return True if taps of a lattice are found by kernels on a GPU."""
-    return lattice.capacity is not None and lattice.has_gpu_maps
-
-
-def _find_on_gpu(
-    source: Lattice,
-    targets: Tensor,
-    size: tuple[int, int],
-    steps: tuple[list[int], list[int]],
-    has_outside: bool,
-) -> Reading:
-    """Return the reading of taps so many fine pixels down and across from `targets`, see `find_taps`."""
-    assert source.capacity is not None
-    cells = (source.index, source.anchors, source.levels)
-    entries = targets.numel() * len(steps[0]) * len(steps[1])
-    halo = max(min(source.index.numel() - source.capacity[0], entries), 0) if _has_halo(source) else 0
-    table, sources, mix, used = gpu_maps.shift_taps(
-        cells, source.geometry.sides, targets, (source.size, size), steps, halo
-    )
-    if used is not None and torch.is_grad_enabled():  # less to mix, forward and backward, is worth a wait
-        sources, mix, used = sources[: int(used)], mix[: int(used)], None
-    return Reading(table, sources, mix, has_outside, used)
-
-
-def has_samples(source: Lattice, target: Lattice, window: Window) -> bool:
-    """Return True if `sample_map` applies: kernels on a GPU find the taps, level maps are floors, and all anchors and
-    taps lie on the source's own grid."""
-    geometry = source.geometry
-    if not geometry.floors or source.part is not None or target.part is not None or window.taps == 1:
-        return False
-    is_plain = window.mode == "zeros" and window.finer == 1 and target.stage >= source.stage
-    return is_plain and window.spacing % _own_grid(source) == 0 and _is_found_on_gpu(source)
-
-
-def sample_map(source: Lattice, target: Lattice, window: Window) -> gpu_maps.SampleMap:
-    """Return where the taps of a window are read under floors, computed once per pair of lattices and window.
-
-    Unlike `kernel_map` it has one entry per sample of the own grid and one per element, and as many halo rows as the
-    own grid has samples between anchors, not as there are fine pixels between them.
-    """
-
-    def build() -> gpu_maps.SampleMap:
-        assert source.capacity is not None
-        grid, taps = _own_grid(source), window.taps
-        between = source.batch * math.prod(source.samples(grid)) - source.capacity[0]
-        halo = max(min(between, target.count * taps), 0) if _has_halo(source) else 0
-        cells = (source.index, source.anchors, source.levels)
-        down, across = ([step // grid for step in steps] for steps in window.offsets)
-        sizes = (source.size, target.size)
-        return gpu_maps.map_samples(
-            cells, source.geometry.sides, target.anchors, sizes, (down, across), grid, halo
-        )
-
-    return source.derive(("sample_map", target.key, window), build)
-
-
-def _own_grid(lattice: Lattice) -> int:
-    """Return the fine pixels between the samples of a map's own grid, where level maps are floors."""
-    return lattice.geometry.sides[max(lattice.stage - 1, 0)]
-
-
-def find_taps(
-    source: Lattice, targets: Tensor, size: tuple[int, int], steps: tuple[list[int], list[int]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return table, sources and weights of taps so many fine pixels down and across from `targets`, which are numbers
-    of pixels in maps of a size."""
-    # Rows that are pixels need no table, and their anchors are not read.
-    rows, anchors = (None, targets) if source.has_all_pixels else (source.index, source.anchors)
-    return maps.shift_taps(
-        (rows, anchors, source.levels),
-        source.geometry.sides,
-        targets,
-        (source.size, size),
-        steps,
-        _has_halo(source),
-    )
+    return _with_halo(source, table, work.has_outside)
 
 
 def _taps_of_phases(source: Lattice, target: Lattice, window: Window) -> Reading:

@@ -17,21 +17,20 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from operator import mul
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends import gpu_maps, maps
-from cadsurgery.elements.backends.target import quotients
+from cadsurgery.elements.backends.choose import Work, compute
+from cadsurgery.elements.backends.graph_sizes import quotients
 from cadsurgery.elements.size_symbols import fresh_length, of_size
 from cadsurgery.elements.sizes import constant, divide_up, is_at_most, is_statically_true, most
-from cadsurgery.kernels.dispatch import is_observed
 from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.support.torch_internals import is_exporting
+from cadsurgery.support.running import running
 
 Fill = Literal["linear", "nearest", "guided"]
 Anchor = Literal["corner", "center"]
@@ -154,7 +153,7 @@ class Geometry:
                 next="give 0 where the high output stride is kept and 1, 2, ... where it is downsampled.",
             )
         levels = as_levels(levels, self.max_level)
-        legal, in_graph = legalise(levels, self), torch.compiler.is_compiling()
+        legal, in_graph = legalise(levels, self), running.in_graph
         if bounds is None and legal.device.type == "cuda" and not in_graph:
             bounds = self._count(legal)
         pyramid = Pyramid(legal, self, bounds, in_graph)
@@ -201,13 +200,13 @@ def as_levels(levels: Tensor, max_level: int, where: str = "") -> Tensor:
             where there are more levels; `where` is quoted in the message.
     """
     if levels.dtype == torch.bool:
-        if torch.compiler.is_compiling():  # engines do not multiply bytes
+        if running.in_graph:  # engines do not multiply bytes
             return torch.where(levels, 0, max_level)
         return levels.logical_not().to(torch.int8).mul_(max_level)
     is_byte = levels.dtype == torch.uint8  # the type of masks in image files and of older comparisons
-    if levels.dtype != torch.int8 or torch.compiler.is_compiling():  # large maps come in int8
+    if levels.dtype != torch.int8 or running.in_graph:  # large maps come in int8
         levels = levels.long()  # not all integer types can be compared
-    if torch.compiler.is_compiling():  # values are unknown while a graph is made
+    if running.in_graph:  # values are unknown while a graph is made
         return levels
     low, high = torch.aminmax(levels)
     is_wrong = (low < 0) | (high > max_level)
@@ -258,7 +257,7 @@ def legalise(levels: Tensor, geometry: Geometry) -> Tensor:
     Returns:
         (B, H, W) int8 with `result <= levels`; the function is idempotent.
     """
-    is_read = levels.device.type == "cpu" and not torch.compiler.is_compiling()
+    is_read = levels.device.type == "cpu" and not running.in_graph
     if is_read and levels.numel() > _AT_ONCE * geometry.sides[-1]:  # blocks do not depend on each other
         rows = divide_up(_AT_ONCE, levels.shape[0] * levels.shape[2]) * geometry.sides[-1]
         if levels.shape[1] > rows:
@@ -519,12 +518,6 @@ class Lattice:
         return self.pyramid.in_graph and self.pyramid.bounds is None
 
     @once
-    def has_gpu_maps(self) -> bool:
-        """True if cells and kernel maps are found by kernels on a GPU."""
-        is_seen = self.pyramid.in_graph or is_observed()
-        return not is_seen and gpu_maps.available(self.pyramid.levels.device)
-
-    @once
     def has_known_counts(self) -> bool:
         """True if `counts` are known numbers, so that rows can be split by image; False while a graph is traced or if
         only bounds are known."""
@@ -652,7 +645,7 @@ class Lattice:
     def has_all_pixels(self) -> bool:
         """True if rows are the pixels of maps on the CPU, before the first stage of floors, outside of graphs."""
         is_dense = self.geometry.floors and self.stage == 0 and self.part is None
-        return is_dense and self.is_counted_here and not is_exporting()
+        return is_dense and self.is_counted_here and not running.is_exported
 
     @once
     def is_counted_here(self) -> bool:
@@ -680,7 +673,7 @@ class Lattice:
     def _cells(self) -> tuple[Tensor, Tensor, Tensor]:
         """Anchors (N,) as flat pixel numbers, the row of the cell that contains each pixel (B*H*W,), and the number of
         elements of each image (B,)."""
-        (height, width), device = self.size, self.levels.device
+        width = self.size[1]
         if not self.geometry.strides:  # every pixel is a cell
             is_there = (
                 self.part.pixels if self.part is not None else self.levels.new_ones(self.levels.numel()) > 0
@@ -693,25 +686,8 @@ class Lattice:
             whole = self.whole
             first, end = (whole.row_at(place // width) for place in self.part.between)
             return whole.anchors[first:end], whole.index[:0], whole.counts.new_tensor([end - first])
-        if self.part is None and self.capacity is None and maps.supports(self.levels):
-            return maps.find_cells(self.levels, self.geometry.sides)
-        if self.part is None and self.capacity is not None and self.has_gpu_maps:
-            return gpu_maps.find_cells(self.levels, self.geometry.sides, self.capacity[1])
-        y = torch.arange(height, device=device).view(1, -1, 1)
-        x = torch.arange(width, device=device).view(1, 1, -1)
-        image = torch.arange(self.batch, device=device).view(-1, 1, 1)
-        corner = (image * height + y - y % self.side_map) * width + x - x % self.side_map
-        pixel = (image * height + y) * width + x
-        is_anchor = (corner == pixel).flatten()
-        if self.part is not None:
-            is_anchor &= self.part.pixels
-        row = is_anchor.cumsum(0) - 1
-        if self.capacity is None:
-            anchors = is_anchor.nonzero().squeeze(1)
-        else:
-            anchors = torch.nonzero_static(is_anchor, size=self.capacity[1], fill_value=0).squeeze(1)
-        counts = is_anchor.view(self.batch, -1).sum(1)
-        return anchors, row[corner.flatten()].to(torch.int32), counts
+        cells: tuple[Tensor, Tensor, Tensor] = compute(CellSearch(self.levels, self))
+        return cells
 
     @property
     def anchors(self) -> Tensor:
@@ -748,7 +724,7 @@ class Lattice:
             return self.capacity[1]
         # Tables of positions are large, and slow to make where compiled kernels may not run: often only the number is
         # asked for.
-        is_dear = self.is_counted_here and (self.levels.numel() > _LARGE or is_observed())
+        is_dear = self.is_counted_here and (self.levels.numel() > _LARGE or running.is_observed)
         if is_dear and self.part is None and self.geometry.strides and "_cells" not in self._derived:
             return self._count_corners()
         return self.anchors.shape[0]
@@ -830,3 +806,31 @@ class Lattice:
     def active_fraction(self) -> float:
         """Share of fine pixels at level 0."""
         return (self.levels == 0).double().mean().item()
+
+
+@dataclass(frozen=True, eq=False)
+class CellSearch(Work):
+    """The cells of a lattice: their anchors (N,) int64 as pixel numbers, ascending, and 0 behind the last where only
+    bounds are known; the row of the cell that holds each pixel (B*H*W,) int32; the number of cells of each image (B,).
+
+    Attributes:
+        rows: the levels (B, H, W) of the lattice.
+    """
+
+    lattice: Lattice
+    task: ClassVar[str] = "find_cells"
+
+    @property
+    def is_counted(self) -> bool:
+        """True if all cells are there and are counted; otherwise only bounds are known, or it is a part."""
+        return self.lattice.part is None and self.lattice.capacity is None
+
+    @property
+    def is_bounded(self) -> bool:
+        """True if all cells are there, of whose number bounds are known."""
+        return self.lattice.part is None and self.lattice.capacity is not None
+
+    @property
+    def case(self) -> tuple[Hashable, ...]:
+        """The device, and what is known of the number of cells."""
+        return *super().case, self.is_counted, self.is_bounded

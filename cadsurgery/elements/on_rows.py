@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import select_rows
+from cadsurgery.elements.backends.works import select_rows
 from cadsurgery.elements.elements import Elements, SmallMap, common_lattice, rows_on
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import Operation

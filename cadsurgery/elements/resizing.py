@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.axes import as_rows
-from cadsurgery.elements.backends.choose import MixingLines, compute, extend, mix
+from cadsurgery.elements.backends.choose import compute
+from cadsurgery.elements.backends.works import MixingLines, extend, mix
 from cadsurgery.elements.bilinear import corners, ends_of, place_on_map
 from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.kernel_map import Reading, read_points

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cadsurgery.elements.backends.operators import define
 from cadsurgery.elements.sizes import limit
-from cadsurgery.support.torch_internals import is_exporting
+from cadsurgery.support.running import running
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ def fresh_length(length: int, *limits: int) -> int:
 def _is_expression(length: int) -> bool:
     """Return True for an expression in an export that is more than a multiple of a symbol; a length of one is fixed in
     a file and stays as it is."""
-    if not isinstance(length, torch.SymInt) or not is_exporting():
+    if not isinstance(length, torch.SymInt) or not running.is_exported:
         return False
     expression = length.node.expr.as_coeff_Mul()[1]
     return bool(expression.free_symbols) and not expression.is_Symbol and (_in_example(length.node) or 0) > 1
@@ -82,7 +82,7 @@ def fresh_map(value: T) -> T:
 
 def of_size(value: Tensor, size: Sequence[int]) -> Tensor:
     """Return a map (B, H, W) whose size is known to be `size`, in whatever terms it was computed."""
-    if not is_exporting() or all(isinstance(length, int) for length in value.shape[1:]):
+    if not running.is_exported or all(isinstance(length, int) for length in value.shape[1:]):
         return value
     return cast(Tensor, torch.ops.cadsurgery.fresh_shape(value, (value.shape[0], *size)))
 

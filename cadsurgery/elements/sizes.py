@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cadsurgery.support import torch_internals
+from cadsurgery.support.running import running
 
 Number = TypeVar("Number", int, Tensor)
 
@@ -82,7 +83,7 @@ def as_number(value: int, like: Tensor) -> Tensor:
 
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return numbers as a tensor (n,); on a GPU it is made once, because a copy from the CPU waits for the device."""
-    if device.type != "cuda" or torch.compiler.is_compiling():
+    if device.type != "cuda" or running.in_graph:
         return torch.tensor(values, dtype=dtype, device=device)
     return _on_gpu(values, dtype, device)
 

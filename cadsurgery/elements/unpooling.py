@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import WindowRead, extend
 from cadsurgery.elements.backends.reference import gather_blocks
+from cadsurgery.elements.backends.works import WindowRead, extend
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Lattice

@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from cadsurgery.elements.axes import NCHW, image_dims
-from cadsurgery.elements.backends import gpu, gpu_norm
+from cadsurgery.elements.backends.choose import compute
 from cadsurgery.elements.backends.packed import ScaleShift
-from cadsurgery.elements.elements import Elements, check_joint, native_shape, no_autocast, own_image, rows_on
+from cadsurgery.elements.backends.sums import as_map_of_rows, back_to_rows, sum_products, weigh_rows
+from cadsurgery.elements.backends.works import Normalising, Weighing
+from cadsurgery.elements.elements import Elements, check_joint, native_shape, own_image, rows_on
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
 from cadsurgery.elements.sizes import divide_up
-from cadsurgery.kernels.dispatch import is_observed
+from cadsurgery.support.autocast import no_autocast
 from cadsurgery.support.processes import count_together
-from cadsurgery.support.torch_internals import current_dispatch_mode, is_exporting
+from cadsurgery.support.running import running
 
-_BLOCK = 512  # rows whose products are added in float32; sums of blocks are added in float64
 _MANY = 1 << 16  # positions whose sum in float32 is off by about 1e-5 if they are added one by one
-_BLOCKS = 16  # blocks that are multiplied at once, while they are in the cache
 
 
 @operation(reads="element")
@@ -45,7 +43,7 @@ def batch_norm(
     if not use_batch:
         statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
         return Elements(
-            _back_to_rows(F.batch_norm(_as_map(x.rows), *statistics, False, 0.0, norm.eps)), x.lattice
+            back_to_rows(F.batch_norm(as_map_of_rows(x.rows), *statistics, False, 0.0, norm.eps)), x.lattice
         )
     weighted = x.lattice.geometry.statistics == "area" if weighted is None else weighted
     real, count = x.lattice.real, x.lattice.count
@@ -55,12 +53,8 @@ def batch_norm(
     else:
         share = x.lattice.derive(("share", weighted), lambda: _share_of_batch(x.lattice, weighted))
         share = share.to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
-        if gpu_norm.applies(x.rows):
-            rows, mean, variance = gpu_norm.normalise(x.rows, share, norm.weight, norm.bias, norm.eps)
-        else:
-            values = without_padding(x).to(share.dtype)
-            affine = [part.to(values) if part is not None else None for part in (norm.weight, norm.bias)]
-            rows, mean, variance = _WeightedNorm.apply(values, share, *affine, norm.eps)
+        norms = norm.weight, norm.bias, norm.eps
+        rows, mean, variance = compute(Normalising(x.rows, share, *norms, x.lattice.real))
     if norm.training and norm.track_running_stats:
         of_batch = of_batch.to(variance) if isinstance(of_batch, Tensor) else of_batch
         _update_statistics(norm, mean.detach(), variance.detach(), of_batch)
@@ -84,20 +78,6 @@ def scale_and_shift(x: Elements, norm: ScaleShift) -> Elements:
     return Elements(norm(x.rows, last=True), x.lattice)
 
 
-def _as_map(rows: Tensor) -> Tensor:
-    """View rows (N, C) on a GPU as a channels_last map (1, C, N, 1), whose norms read memory in order."""
-    if rows.device.type != "cuda" or torch.compiler.is_compiling():
-        return rows
-    return rows.reshape(1, *rows.shape, 1).transpose(1, 2)
-
-
-def _back_to_rows(normalised: Tensor) -> Tensor:
-    """Return rows (N, C) of a normalised map of `_as_map`, or of rows."""
-    return (
-        normalised if normalised.dim() == 2 else normalised.transpose(1, 2).reshape(-1, normalised.shape[1])
-    )
-
-
 def _norm_together(
     x: Elements, norm: nn.SyncBatchNorm, weighted: bool, count: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -111,9 +91,9 @@ def _norm_together(
     share = share.to(values)
     with no_autocast(values):
         numbers = torch.stack([share.sum(), torch.as_tensor(count).to(share)])
-        sums = all_reduce(torch.cat([numbers, _weigh(share, values)]), group=norm.process_group)
+        sums = all_reduce(torch.cat([numbers, weigh_rows(share, values)]), group=norm.process_group)
         mean = sums[2:] / sums[0]
-        squares = all_reduce(_weigh(share, (values - mean).square()), group=norm.process_group)
+        squares = all_reduce(weigh_rows(share, (values - mean).square()), group=norm.process_group)
         variance = squares / sums[0]
         rows = (values - mean) * (variance + norm.eps).rsqrt()
         if norm.weight is not None:
@@ -133,42 +113,6 @@ def without_padding(x: Elements, value: float = 0.0) -> Tensor:
     if real is None:
         return x.rows
     return torch.where(real.to(x.rows.device).view(-1, *(1,) * (x.rows.dim() - 1)), x.rows, value)
-
-
-class _WeightedNorm(torch.autograd.Function):
-    """Normalise rows by their weighted mean and variance, with the gradient in closed form.
-
-    The weights w sum to one. With y = g z + b, z = (x - sum w x) / sqrt(v + eps) and v = sum w (x - mean)^2,
-    dx_i = g / sqrt(v + eps) (dy_i - w_i (sum_j dy_j + z_i sum_j dy_j z_j)).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, share: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with no_autocast(rows):
-            mean = _weigh(share, rows)
-            variance = _weigh(share, (rows - mean).square_())
-        scale = (variance + eps).rsqrt()
-        ctx.save_for_backward(rows, share, mean, scale, weight)
-        ctx.mark_non_differentiable(mean, variance)
-        if is_exporting():  # torch would ask whether there are rows at all
-            normalised = (rows - mean) * (scale if weight is None else scale * weight)
-            return normalised if bias is None else normalised + bias, mean, variance
-        normalised = F.batch_norm(_as_map(rows), mean, variance, weight, bias, False, 0.0, eps)
-        return _back_to_rows(normalised), mean, variance
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *of_statistics: Tensor) -> tuple[Tensor | None, ...]:
-        rows, share, mean, scale, weight = ctx.saved_tensors
-        z = (rows - mean).mul_(scale)
-        of_bias = grad.sum(0)
-        of_weight = torch.mul(grad, z).sum(0)
-        of_rows = torch.addcmul(of_bias, z, of_weight).mul_(-share.unsqueeze(1)).add_(grad)
-        of_rows.mul_(scale if weight is None else scale * weight)
-        present = weight is not None
-        return of_rows, None, of_weight if present else None, of_bias if present else None, None
 
 
 @operation(reads="image")
@@ -192,7 +136,7 @@ def contiguous_gradient(values: Tensor) -> Tensor:
     On the CPU, torch 2.15's backward of instance normalisation treats the channels_last gradient of a single image as
     contiguous, which gives wrong values. Elements and convolutions produce such gradients.
     """
-    if values.requires_grad and not torch.compiler.is_compiling():
+    if values.requires_grad and not running.in_graph:
         values.register_hook(_contiguous)
     return values
 
@@ -204,7 +148,7 @@ def exact_layout(values: Tensor) -> Tensor:
     group norm over 1.6 million positions is off by 7e-3. A copy takes longer than the norm, so only maps are copied
     whose sums lose digits that matter.
     """
-    if is_exporting() or values.dim() != 4 or values.device.type != "cpu":
+    if running.is_exported or values.dim() != 4 or values.device.type != "cpu":
         return values
     return values.contiguous() if values.shape[2] * values.shape[3] >= _MANY else values
 
@@ -248,53 +192,8 @@ def global_mean(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor
     """Compute the area-weighted mean of each image, (B, C, 1, 1) or (B, C)."""
     share = x.lattice.membership.to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
     values = without_padding(x).reshape(x.lattice.count, -1)
-    if (
-        gpu.supports(values, values)
-        and not (values.requires_grad or is_observed())
-        and share.dtype == torch.float32
-    ):
-        mean = gpu.weigh(share, values)
-    else:
-        mean = sum_products(share.transpose(0, 1), values)
+    mean = compute(Weighing(values, share))
     return _per_image(mean.to(x.rows.dtype), x, keepdim, layout)
-
-
-def _weigh(share: Tensor, values: Tensor) -> Tensor:
-    """Return the weighted sum (C,) of rows (N, C) with weights (N,); see `sum_products`."""
-    return sum_products(share.unsqueeze(1), values).squeeze(0)
-
-
-def sum_products(left: Tensor, right: Tensor) -> Tensor:
-    """Sum the outer products of rows (N, ..., I) and (N, ..., J): (..., I, J) in the dtype of `left`.
-
-    One product over millions of rows loses digits in float32. Products are added up in blocks of rows, and the sums of
-    the blocks in float64. Rows of `right` that have a narrower dtype are converted block by block.
-    """
-    product = "kn...i,kn...j->k...ij"
-    count, dtype = left.shape[0], left.dtype
-    # Engines cannot bound how much a last block of any size lacks, and add one product in blocks of their own.
-    is_one = left.is_meta or (is_exporting() and not isinstance(count, int))
-    if not is_one and (torch.compiler.is_compiling() or is_exporting()):  # fill up the last block
-        blocks = divide_up(count, _BLOCK)
-        missing = blocks * _BLOCK - count
-        whole = [
-            torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))).view(blocks, _BLOCK, *rows.shape[1:])
-            for rows in (left, right.to(dtype))
-        ]
-        return torch.einsum(product, *whole).sum(0, dtype=torch.float64).to(dtype)
-    if is_one or count <= _BLOCK or current_dispatch_mode() is not None:  # or it is counted or recorded
-        right = right.to(dtype)
-        if left.dim() == 2:
-            return left.transpose(0, 1) @ right
-        return torch.einsum("n...i,n...j->...ij", left, right)
-    end, parts = count // _BLOCK * _BLOCK, []
-    for start in range(0, end, _BLOCKS * _BLOCK):
-        block = slice(start, min(start + _BLOCKS * _BLOCK, end))
-        several = [rows[block].unflatten(0, (-1, _BLOCK)) for rows in (left, right)]
-        parts.append(torch.einsum(product, several[0], several[1].to(dtype)).sum(0, dtype=torch.float64))
-    if end < count:
-        parts.append(torch.einsum("n...i,n...j->...ij", left[end:], right[end:].to(dtype)).double())
-    return torch.stack(parts).sum(0).to(dtype)
 
 
 @operation(reads="image", gives="vector")

@@ -9,23 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import (
-    Convolution,
-    Pooling,
-    TransposedConvolution,
-    WindowRead,
-    compute,
-    extend,
-)
+from cadsurgery.elements.backends.choose import compute
 from cadsurgery.elements.backends.dense import spread_of
+from cadsurgery.elements.backends.graph_sizes import require_equal
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.reference import gather_blocks
-from cadsurgery.elements.backends.target import require_equal
 from cadsurgery.elements.backends.weights import FusedConv
-from cadsurgery.elements.elements import Elements, autocast, check_joint, common_lattice, own_image, rows_on
+from cadsurgery.elements.backends.works import Convolution, Pooling, TransposedConvolution, WindowRead, extend
+from cadsurgery.elements.elements import Elements, check_joint, common_lattice, own_image, rows_on
 from cadsurgery.elements.kernel_map import Window, divisors, kernel_map, phases, read_rows
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
+from cadsurgery.support.autocast import autocast
 from cadsurgery.support.errors import InvalidInput
 
 

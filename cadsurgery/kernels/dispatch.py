@@ -13,7 +13,6 @@ from torch import Tensor
 from cadsurgery.kernels import isa
 from cadsurgery.kernels.load import library, open_kernels
 from cadsurgery.support.errors import CadError
-from cadsurgery.support.torch_internals import current_dispatch_mode, interpreters
 
 __all__ = [
     "call",
@@ -21,20 +20,11 @@ __all__ = [
     "forget",
     "function",
     "has_bf16_dot",
-    "is_observed",
     "isa_of",
     "setting",
 ]
 
 _forgotten = 0
-
-
-def is_observed() -> bool:
-    """True if torch counts, records, compiles or transforms (`torch.func`) the called operations; it would not see
-    compiled kernels."""
-    if torch.compiler.is_compiling() or current_dispatch_mode() is not None:
-        return True
-    return interpreters() is not None
 
 
 @cache

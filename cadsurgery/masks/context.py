@@ -12,12 +12,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cadsurgery.data.labels import as_classes
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.running import running
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +172,7 @@ def sizes_in(arguments: Mapping[str, Any]) -> list[tuple[int, int]] | None:
     """Return the sizes of images that the `pixel_mask` (B, H, W) of a call states, as image processors make it: ones
     from the top left corner, zeros in the padding. None without one, or if it has another form."""
     mask = arguments.get("pixel_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 3 or mask.is_meta or torch.compiler.is_compiling():
+    if not isinstance(mask, Tensor) or mask.dim() != 3 or mask.is_meta or running.in_graph:
         return None
     down, across = (mask != 0).any(2), (mask != 0).any(1)
     heights, widths = down.sum(1).tolist(), across.sum(1).tolist()
@@ -188,7 +188,7 @@ def sizes_of(image: Tensor) -> Sequence[tuple[int, int]] | None:
         InvalidInput: there are more or fewer sizes than images, or one is larger than the batch.
     """
     sizes = call_context().sizes
-    if sizes is None or torch.compiler.is_compiling():
+    if sizes is None or running.in_graph:
         return None
     whole = (int(image.shape[2]), int(image.shape[3]))
     if len(sizes) != image.shape[0] or any(h > whole[0] or w > whole[1] for h, w in sizes):

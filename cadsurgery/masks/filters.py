@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.sizes import constant, most
-from cadsurgery.kernels.dispatch import has_bf16_dot, is_observed
+from cadsurgery.kernels.dispatch import has_bf16_dot
 from cadsurgery.masks.provider import FineMapSpec
+from cadsurgery.support.running import running
 
 GREY = (0.299, 0.587, 0.114)
 
@@ -23,7 +24,7 @@ def grey_of(image: Tensor) -> Tensor:
     if (
         image.device.type == "cpu"
         and image.stride(1) == 1
-        and not is_observed()
+        and not running.is_observed
         and has_bf16_dot(image.dtype)
     ):
         rows = image.permute(0, 2, 3, 1)  # in this layout a convolution takes half the time of einsum

@@ -21,7 +21,7 @@ from cadsurgery.masks.unit import AS_IT_COMES, Unit
 from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.support.torch_internals import is_exporting
+from cadsurgery.support.running import running
 
 _BAND = 1 << 18  # pixels of a large picture that masks see at once
 
@@ -57,7 +57,7 @@ class Masking:
     def __call__(self, image: Tensor, features: Tensor) -> Lattice:
         """Return the lattice for an image (B, C, H, W) whose fine map is `features`."""
         geometry, bounds, grid = self.geometry, None, self.grid(features)
-        in_graph = torch.compiler.is_compiling() and not is_for_any_size(features.shape)
+        in_graph = running.in_graph and not is_for_any_size(features.shape)
         # Exact numbers are faster on the CPU; a GPU would have to be waited for.
         sizes = sizes_of(image) if self.provider.sees_image or self.provider.sees_features else None
         # The numbers of patches of a static mask are those of images that fill the batch.
@@ -233,8 +233,8 @@ def check_image(image: Any, name: str = "the image") -> None:
             f"{name} has size zero: {tuple(image.shape)}.",
             next="give an image batch (batch, channels, height, width) with no axis empty.",
         )
-    if torch.compiler.is_compiling():
-        if not is_exporting():
+    if running.in_graph:
+        if not running.is_exported:
             for length in image.shape:
                 operator.index(length)  # one graph per size: lattices are built from Python integers
         return

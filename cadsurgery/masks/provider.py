@@ -19,6 +19,7 @@ from cadsurgery.support.device_checks import check
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.plain import docstring_of
 from cadsurgery.support.provenance import check_unclaimed
+from cadsurgery.support.running import running
 
 
 class FineMapSpec(NamedTuple):
@@ -338,7 +339,7 @@ def check_scores(scores: object, grid: FineMapSpec, provider: str, user: str) ->
             where=where,
             next=f"give a floating-point tensor of shape {shape}.",
         )
-    if not torch.compiler.is_compiling():
+    if not running.in_graph:
         check(scores.isnan().any(), lambda: no_rank("the scores hold NaN.", where, "NaN has no rank."))
     return scores
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.backends import interpolation
-from cadsurgery.elements.backends.target import target_of_graph
 from cadsurgery.masks.context import first_pass_output
 from cadsurgery.masks.filters import blur, resize
 from cadsurgery.masks.graded import SteppedMask
@@ -25,6 +24,7 @@ from cadsurgery.masks.mask_options import (
 from cadsurgery.masks.provider import FineMapSpec, mask_provider
 from cadsurgery.support.divergence import class_scores
 from cadsurgery.support.errors import UnknownName
+from cadsurgery.support.running import running
 
 MEASURES = ("margin", "entropy")
 
@@ -82,7 +82,7 @@ def interpolation_error(features: Tensor) -> Tensor:
 
     The result (B, h, w) is at least float32; borders are replicated.
     """
-    target = target_of_graph()
+    target = running.target
     if target and target.has_kernels:
         return interpolation.squared_error(features.float())
     return missed(features).square().sum(1)

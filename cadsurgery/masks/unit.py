@@ -20,6 +20,7 @@ from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD
 from cadsurgery.elements.sizes import constant
 from cadsurgery.support.device_checks import is_capturing
 from cadsurgery.support.errors import CadWarning, InvalidInput, UnknownName
+from cadsurgery.support.running import running
 
 RAW = "raw"  # the user's word for masks that see the network's input unchanged
 BANDS = "bands"  # the user's word for the mean and deviation of each band of a command's pictures
@@ -222,7 +223,7 @@ class Unit:
 
     def __call__(self, image: Tensor) -> Tensor:
         """Convert an input (B, C, H, W); it is returned unchanged as long as no picture has been seen."""
-        if self.normalisation is None and torch.compiler.is_compiling():
+        if self.normalisation is None and running.in_graph:
             _warn_unknown()  # an exported graph keeps the input unchanged; a compiled one is made again later
         elif self.normalisation is None and not image.is_meta and not is_capturing(image.device):
             self.set_once(estimate(image))

@@ -34,6 +34,7 @@ from cadsurgery.masks.provider import (
 from cadsurgery.masks.spec import PIPE, join, resolve_mask
 from cadsurgery.support.device_checks import check
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.running import running
 
 
 class MaskWrapper(MaskProvider):
@@ -267,7 +268,7 @@ class Budget(MaskWrapper):
         scores stay equal whatever the size of their patches.
         """
         of_patches = mean_of_patches(scores.double(), grid.patch)
-        if not torch.compiler.is_compiling():
+        if not running.in_graph:
             check(of_patches.isnan().any(), self._has_no_rank)
         return of_patches
 

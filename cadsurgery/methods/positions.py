@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import WindowRead
+from cadsurgery.elements.backends.works import WindowRead
 from cadsurgery.elements.gaps import REACH, resolution
 from cadsurgery.elements.kernel_map import Reading, Window, read_rows
 from cadsurgery.elements.lattice import Geometry, Lattice, Part

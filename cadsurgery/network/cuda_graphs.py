@@ -25,11 +25,11 @@ from cadsurgery.elements.backends import gpu_maps
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.lattice import Bounds, Lattice
 from cadsurgery.following.hooks import is_hooked
-from cadsurgery.kernels.dispatch import is_observed
 from cadsurgery.masks.basic import RandomMask
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.program import Program, ProgramNetwork, clone_values
 from cadsurgery.support import device_checks
+from cadsurgery.support.running import running
 from cadsurgery.support.torch_internals import has_global_hooks, tree_flatten, tree_map, tree_unflatten
 
 # Largest number of kinds of calls that a network remembers, with or without a recording, which has its own memory for
@@ -139,7 +139,7 @@ class Recordings:
         device = tensors[0].device
         if self._recorder == (device, None):  # soon, where calls are never recorded
             return None
-        if is_observed() or has_global_hooks() or device_checks.is_capturing(device):
+        if running.is_observed or has_global_hooks() or device_checks.is_capturing(device):
             return None
         with self._lock:
             if self._is_running:  # a mask calls the network itself

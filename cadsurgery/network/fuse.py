@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements import functional
@@ -162,7 +163,19 @@ class Fuser:
                 if isinstance(kernel, PackedConv):
                     kernel.meets_nan = True
         drop_dead_code(self.graph)
+        if self.epilogues:
+            self.order_resizes()
         self.graph.lint()
+
+    def order_resizes(self) -> None:
+        """Let each dense resize that is returned read contiguous memory, so that its result is contiguous, too: to put
+        the larger map in order takes longer than to resize it."""
+        (output,) = self.graph.find_nodes(op="output")
+        for node in output.all_input_nodes:
+            if torch_target(node) is F.interpolate and not gives(node, "elements"):
+                source = node.all_input_nodes[0]
+                with self.graph.inserting_before(node):
+                    node.replace_input_with(source, self.graph.call_function(functional.in_order, (source,)))
 
     # -- reading the graph -------------------------------------------------------------------------
 

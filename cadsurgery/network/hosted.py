@@ -22,7 +22,7 @@ from cadsurgery.network.model import AdaptiveModel, shapes_of
 from cadsurgery.network.program import PARTS, Derived
 from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import CannotConvert, InvalidInput
-from cadsurgery.support.torch_internals import is_exporting
+from cadsurgery.support.running import running
 
 
 class Reached(NamedTuple):
@@ -184,7 +184,7 @@ class HostedModel(Host, AdaptiveModel):
         if sizes is not None:
             with sized(sizes):
                 return self.forward(*args, mask=mask, **kwargs)
-        if torch.compiler.is_compiling() and not is_exporting():
+        if running.is_compiled:
             return self._run_uncompiled(*args, mask=mask, **kwargs)
         with self.part.masked(mask) if mask is not None else contextlib.nullcontext():
             return self.run_host(*args, **kwargs)

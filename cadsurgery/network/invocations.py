@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cadsurgery.elements.axes import in_order
 from cadsurgery.elements.backends.choose import Misfit
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.following.guards import GuardFailed
@@ -22,6 +23,7 @@ from cadsurgery.network.input_refusals import misfit, wrong_for_weights, wrong_s
 from cadsurgery.network.program import Masked, Program
 from cadsurgery.support import device_checks
 from cadsurgery.support.errors import CadError
+from cadsurgery.support.running import running
 from cadsurgery.support.torch_internals import tree_map_only
 
 
@@ -89,9 +91,9 @@ class Invocation:
 
         def as_given(value: Tensor) -> Tensor:
             is_repeated = 0 in value.stride()  # in no memory of its own, and stays so
-            return value if is_repeated else value.contiguous()
+            return value if is_repeated or value.is_contiguous() else in_order(value)
 
-        if torch.compiler.is_compiling() or not self.image.is_contiguous():
+        if running.in_graph or not self.image.is_contiguous():
             return outputs
         return tree_map_only(Tensor, as_given, outputs)
 

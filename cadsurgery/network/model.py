@@ -50,7 +50,8 @@ from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import InvalidInput, NotConverted
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent, waiting
-from cadsurgery.support.torch_internals import is_exporting, is_transformed, tree_leaves
+from cadsurgery.support.running import running
+from cadsurgery.support.torch_internals import is_transformed, tree_leaves
 from cadsurgery.surgery.verify import Check
 
 # Tracing patches functions of torch, so only one thread traces at a time; a waiting thread reuses the traced program.
@@ -131,7 +132,7 @@ class AdaptiveModel(ProgramNetwork):
         if mask is None and self._overridden:
             mask = call_context().masks.get(self)
         chosen = self._mask_provider if mask is None else mask
-        if torch.compiler.is_compiling() and not is_exporting() and not getattr(chosen, "static", False):
+        if running.is_compiled and not getattr(chosen, "static", False):
             return self._run_uncompiled(*args, mask=mask, sizes=sizes, **kwargs)
         call = Invocation(self._program, self._program.bind(*args, **kwargs), sizes)
         output, lattice = self.follow(call, partial(self._answer, resolve_mask(chosen)))
@@ -148,7 +149,7 @@ class AdaptiveModel(ProgramNetwork):
         Raises:
             InvalidInput: the image is invalid, or does not fit the network.
         """
-        if torch.compiler.is_compiling():
+        if running.in_graph:
             call.check()
             return run(self._program, call.arguments)
         with call.explained():
@@ -205,9 +206,9 @@ class AdaptiveModel(ProgramNetwork):
     def finish(self, output: Any, lattice: Lattice | Tensor) -> Any:
         """Return the output after storing the lattice for `levels`; a compiled call stores only the level map, as a
         recorded one, which gives no more, and an exported one nothing."""
-        if not torch.compiler.is_compiling():
+        if not running.in_graph:
             self._last.note(lattice)
-        elif not is_exporting():
+        elif not running.is_exported:
             self._last.of_compiled = lattice if isinstance(lattice, Tensor) else lattice.pyramid.levels
         return output
 
@@ -482,7 +483,7 @@ def _refuse_without_values(net: nn.Module, arguments: tuple[Any, ...]) -> None:
         InvalidInput: an image is on the meta device, as the network is, or torch.func transforms it.
         CannotConvert: torch.jit traces the network.
     """
-    if torch.compiler.is_compiling():
+    if running.in_graph:
         return
     refuse_torchscript()
     for value in arguments:

@@ -18,7 +18,7 @@ from cadsurgery.following.graphs import sizes_in_tensors, takes_sizes
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.counting import MacCounter
 from cadsurgery.support.meta_tensors import to_meta
-from cadsurgery.support.torch_internals import tree_map
+from cadsurgery.support.torch_internals import tree_leaves, tree_map
 from cadsurgery.surgery.rewrite import WORK
 
 Place = tuple[int, tuple[int, int]]  # stage and fine size of a lattice
@@ -32,12 +32,14 @@ class Observation:
         values: the value of each node: meta tensors, elements of these, lattices, sizes.
         macs: multiply-accumulates of each node that does work of the network.
         lattices: the lattice of elements, and of their rows on the way through modules.
+        changed: for each node that changes values in place, the nodes of these.
         not_counted: operations that may multiply but have no counting rule.
     """
 
     values: dict[fx.Node, Any] = field(default_factory=dict)
     macs: dict[fx.Node, int] = field(default_factory=dict)
     lattices: dict[fx.Node, Lattice] = field(default_factory=dict)
+    changed: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     not_counted: set[str] = field(default_factory=set)
 
     @property
@@ -85,10 +87,22 @@ def observe(
         parts: reduced lattices, on which the nodes of these names run.
     """
     observer = _WithWork(program, graph, parts)
-    with torch.no_grad(), observer.counter:
+    # Inference tensors do not tell changes in place.
+    with torch.inference_mode(False), torch.no_grad(), observer.counter:
         observer.run(*tree_map(to_meta, list(inputs)))
     observer.found.values = observer.env
     return observer.found
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of a value, and the rows of elements."""
+    value = value.rows if isinstance(value, Elements) else value
+    return [part for part in tree_leaves(value) if isinstance(part, Tensor)]
+
+
+def _versions(value: Any) -> list[int]:
+    """Return how often the tensors of a value were changed in place."""
+    return [part._version for part in tensors_in(value) if not part.is_inference()]
 
 
 class OnShapes(GraphInterpreter):
@@ -130,7 +144,10 @@ class _WithWork(OnShapes):
         """Run one node."""
         before = self.counter.macs
         self.counter.not_counted.clear()
+        versions = {one: _versions(self.env[one]) for one in n.all_input_nodes}
         value = super().run_node(n)
+        if changed := [one for one, known in versions.items() if known != _versions(self.env[one])]:
+            self.found.changed[n] = changed
         if (lattice := self._lattice_of(n, value)) is not None:
             self.found.lattices[n] = lattice
         if n.meta.get(WORK, ("",))[0]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends.choose import pick
+from cadsurgery.elements.backends.works import pick
 from cadsurgery.elements.elements import guided
 from cadsurgery.elements.kernel_map import read_points
 from cadsurgery.elements.lattice import Lattice

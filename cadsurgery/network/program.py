@@ -27,6 +27,7 @@ from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Unit
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CannotConvert, InvalidInput
+from cadsurgery.support.running import running
 from cadsurgery.support.torch_internals import is_traced_by_jit
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.rewrite import Halves, ask_mask, halves, pack_graph, unpack_graph
@@ -127,7 +128,7 @@ class Program:
             InvalidInput: a module was replaced after the conversion, or has a hook that would not be called.
         """
         names = Names(self.net)
-        if not torch.compiler.is_compiling():
+        if not running.in_graph:
             self._watch()
             self.check_outside()
             names.look_up_all()
@@ -167,7 +168,7 @@ class Program:
     @property
     def is_counted(self) -> bool:
         """True if layers have hooks of a tool that counts work, which `counters.calling_counters` calls."""
-        if torch.compiler.is_compiling():
+        if running.in_graph:
             return False
         self._watch()
         return self._watch.is_counted

@@ -16,22 +16,14 @@ from torch.testing import assert_close
 
 import cadsurgery as cs
 from cadsurgery.elements.backends import gpu, gpu_maps, gpu_norm, triton_kernels
-from cadsurgery.elements.backends.choose import (
-    Convolution,
-    Mixing,
-    Picking,
-    Pooling,
-    WindowRead,
-    choose,
-    compute,
-    extend,
-    mix,
-)
+from cadsurgery.elements.backends.choose import CHOICES, choose, compute
 from cadsurgery.elements.backends.reference import Torch
+from cadsurgery.elements.backends.triton_backend import Triton, sample_map
 from cadsurgery.elements.backends.weights import Activation, FusedConv
+from cadsurgery.elements.backends.works import Convolution, Mixing, Picking, Pooling, WindowRead, extend, mix
 from cadsurgery.elements.functional import Elements, batch_norm, conv2d, fused_conv2d, to_dense
-from cadsurgery.elements.kernel_map import Window, kernel_map, sample_map
-from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
+from cadsurgery.elements.kernel_map import Window, kernel_map
+from cadsurgery.elements.lattice import Bounds, CellSearch, Geometry, Lattice
 
 DEVICE = torch.device("cpu" if triton_kernels.INTERPRETED else "cuda")
 COUNT = 37 if triton_kernels.INTERPRETED else 5000
@@ -254,7 +246,7 @@ def test_blended_rows_have_gradients() -> None:
     def plain(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
         return (rows[sources.long()] * shares.unsqueeze(2)).sum(1)
 
-    assert gpu.Triton().applies(Mixing(rows, sources, shares))
+    assert Triton().applies(Mixing(rows, sources, shares))
     found = run(mix)
     close(found, run(plain))
     assert not found[9].any() and torch.equal(found, run(mix))
@@ -445,9 +437,11 @@ def test_kernel_maps_read_what_those_of_torch_read(
         dense = to_dense(Elements(rows, source))
         return taps[: int(target.counts.sum())], dense, source.index
 
-    assert bounded(levels, geometry).has_gpu_maps
+    search = CellSearch(levels, bounded(levels, geometry))
+    assert Triton().applies(search)
     found = read()
     monkeypatch.setattr(gpu_maps, "available", lambda device: False)
+    CHOICES.clear()
     for one, other in zip(found, read(), strict=True):
         assert_close(one, other, rtol=1e-6, atol=1e-6)
 
@@ -510,7 +504,6 @@ def test_weighted_batch_norm_is_that_of_the_reference_and_the_same_every_time(
         random(len(lattice), channels, dtype=dtype),
     )
     rows[~real] = torch.inf
-    assert gpu_norm.applies(rows)
     norms = [norm_of(channels, kind, **options) for kind in (torch.float32, torch.float32, torch.float64)]
     found, again = (normalised(norm, rows, grad, lattice, weighted) for norm in norms[:2])
     expected = normalised(norms[2], rows.double(), grad, lattice, weighted)
@@ -544,7 +537,7 @@ def test_picked_rows_have_gradients_in_a_fixed_order() -> None:
     """Pixels between anchors too; without gradients torch picks."""
     lattice = mixed_lattice(False)
     rows, grad = random(len(lattice), 21), random(2, 21, 13, 18)
-    assert not gpu.Triton().applies(Picking(rows, kernel_map(lattice, lattice, Window((1, 1)))))
+    assert not Triton().applies(Picking(rows, kernel_map(lattice, lattice, Window((1, 1)))))
 
     def run(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         leaf = rows.to(dtype).requires_grad_()
@@ -594,12 +587,12 @@ def test_a_step_of_training_is_that_without_the_kernels(monkeypatch: pytest.Monk
         }
 
     calls: list[bool] = []
-    applies = gpu_norm.applies
-    monkeypatch.setattr(gpu_norm, "applies", lambda rows: calls.append(True) or applies(rows))
+    normalise = gpu_norm.normalise
+    monkeypatch.setattr(gpu_norm, "normalise", lambda *parts: calls.append(True) or normalise(*parts))
     found, again = step(), step()
     assert calls
     monkeypatch.setattr(gpu, "available", lambda device: False)
-    monkeypatch.setattr("cadsurgery.elements.backends.choose._CHOICES", {})
+    CHOICES.clear()
     expected = step()
     assert found.keys() == expected.keys()
     for key, value in expected.items():

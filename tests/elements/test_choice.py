@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from cadsurgery.elements.backends import choose, dense
-from cadsurgery.elements.backends.choose import Backend, Convolution, Mixing, Picking, WindowRead
+from cadsurgery.elements.backends.choose import Backend
 from cadsurgery.elements.backends.native import Native
 from cadsurgery.elements.backends.reference import Torch
 from cadsurgery.elements.backends.weights import Activation, FusedConv
+from cadsurgery.elements.backends.works import Convolution, Mixing, Picking, WindowRead
 from cadsurgery.elements.kernel_map import Reading, Window
 from cadsurgery.elements.lattice import Geometry
 

@@ -28,10 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
-from cadsurgery.elements import lattice, sizes, whole_image
-from cadsurgery.elements.backends import dense, gpu, gpu_maps, triton_kernels
+from cadsurgery.elements import sizes
+from cadsurgery.elements.backends import gpu, gpu_maps, triton_kernels
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.support import device_checks
+from cadsurgery.support.running import Running
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(not triton_kernels.INSTALLED, reason="Triton is not installed")
@@ -255,8 +256,7 @@ def test_a_call_under_a_budget_asks_the_gpu_for_nothing(
     fast(smooth)  # the first picture decides about the normalisation
     monkeypatch.setattr(gpu_maps, "available", lambda device: device.type == "cuda")
     monkeypatch.setattr(gpu, "available", gpu_maps.available)
-    for module in (gpu, lattice, whole_image, dense):
-        monkeypatch.setattr(module, "is_observed", lambda: False)
+    monkeypatch.setattr(Running, "is_observed", False)
     for name, value in vars(triton_kernels).items():
         if hasattr(value, "arg_names"):
             monkeypatch.setattr(triton_kernels, name, _Launched())

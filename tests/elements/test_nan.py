@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.elements.backends import native
-from cadsurgery.elements.backends.choose import Convolution, Pooling, read_own_rows
 from cadsurgery.elements.backends.onednn import convolve, multiply
 from cadsurgery.elements.backends.weights import Activation, FusedConv
+from cadsurgery.elements.backends.works import Convolution, Pooling, read_own_rows
 from cadsurgery.kernels.load import library
 
 ACTIVATIONS = {

@@ -18,26 +18,27 @@ from torch.testing import assert_close
 
 import cadsurgery as cs
 from cadsurgery.elements import BACKENDS, functional
-from cadsurgery.elements.backends.choose import (
-    Backend,
+from cadsurgery.elements.backends.choose import Backend, Work
+from cadsurgery.elements.backends.weights import Activation, FusedConv
+from cadsurgery.elements.backends.works import (
     Convolution,
     Filling,
+    MapConvolution,
     Mixing,
     MixingLines,
     Picking,
     Pooling,
     WindowRead,
-    Work,
+    extend,
 )
-from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.gaps import resolution
-from cadsurgery.elements.kernel_map import Reading, Window, kernel_map
-from cadsurgery.elements.lattice import Geometry, Lattice, Part
+from cadsurgery.elements.kernel_map import Reading, TapSearch, Window, kernel_map
+from cadsurgery.elements.lattice import CellSearch, Geometry, Lattice, Part
 
 NAMES = [
     *("uniform", "without overlap", "portable", "graph", "triton samples", "triton", "native"),
-    *("products", "expression", "torch"),
+    *("products", "oneDNN", "expression", "torch"),
 ]
 OF_GRAPHS = ("portable", "graph", "expression")  # which apply while a graph is made
 TYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -332,6 +333,78 @@ def test_every_other_task_is_that_of_the_reference(name: str, task: str, dtype: 
         assert_close(found.double(), expected, atol=TOLERANCE[dtype] * 10, rtol=TOLERANCE[dtype])
 
 
+# -- level maps, dense maps and sums ---------------------------------------------------------------------
+
+STEPS = (([0], [0]), ([-2, 0, 2], [-4, 0, 4]), ([0, 1], [-1, 0, 1, 2]))
+
+
+@pytest.mark.parametrize("fill", ["linear", "nearest"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cells_and_taps_are_the_same_by_compiled_code(kind: str, fill: str) -> None:
+    source, native = lattice(kind, fill), named("native")
+    cells = CellSearch(source.levels, source)
+    if not native.applies(cells):
+        pytest.skip("needs compiled kernels")
+    for found, expected in zip(native.find_cells(cells), named("torch").find_cells(cells), strict=True):
+        assert torch.equal(found, expected)
+    rows = values(len(source), 3, seed=5, dtype=torch.float64)
+    works = [
+        TapSearch(source.levels, source, source.at(2), steps=steps, has_outside=steps != STEPS[0])
+        for steps in STEPS
+    ]
+    works.append(TapSearch(source.levels, source, points=torch.randint(0, source.levels.numel(), (4, 5))))
+    for work in works:
+        read = [by.find_taps(work) for by in (native, named("torch"))]
+        assert read[0].table.shape == read[1].table.shape
+        found, expected = (extend(rows, one, 0.0)[one.table.long()] for one in read)
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(
+    ("groups", "channels", "kernel", "window"),
+    [
+        (1, (6, 8), (3, 3), ((2, 2), (1, 1), (1, 1))),
+        (1, (6, 8), (1, 1), ((1, 1), (0, 0), (1, 1))),
+        (1, (6, 8), (1, 1), ((2, 2), (0, 0), (1, 1))),
+        (8, (8, 8), (3, 3), ((1, 1), (12, 12), (12, 12))),
+        (4, (8, 8), (3, 5), ((1, 2), (1, 2), (1, 1))),
+    ],
+)
+@torch.no_grad()
+def test_dense_maps_are_convolved_as_by_the_reference(
+    groups: int,
+    channels: tuple[int, int],
+    kernel: tuple[int, int],
+    window: tuple[tuple[int, int], tuple[int, int], tuple[int, int]],
+    dtype: torch.dtype,
+    with_residual: bool,
+) -> None:
+    """By each backend that applies, at two sizes and from two memory layouts."""
+    weight = values(channels[1], channels[0] // groups, *kernel, seed=1, dtype=dtype)
+    bias, activation = values(channels[1], seed=2, dtype=dtype), Activation("relu")
+    weights = FusedConv(weight, bias, groups, activation, {}, dense=True)
+    exact = replace(weights, weight=weight.double(), bias=bias.double(), packed_cache=None)
+    tried = set()
+    for size in ((13, 10), (1, 7)):
+        image = values(2, channels[0], *size, seed=3, dtype=dtype)
+        work = MapConvolution(image, weights, window)
+        more = values(*work.shape, seed=4, dtype=dtype) if with_residual else None
+        wide = replace(work, rows=image.double(), weights=exact)
+        expected = named("torch").convolve_map(
+            replace(wide, residual=more.double() if more is not None else None)
+        )
+        for rows in (image, image.contiguous(memory_format=torch.channels_last)):
+            work = replace(work, rows=rows, residual=more)
+            for backend in BACKENDS:
+                if hasattr(backend, "convolve_map") and backend.applies(work):
+                    found = backend.convolve_map(work)
+                    tried.add(backend.name)
+                    assert_close(found.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert "torch" in tried
+
+
 # -- the choice ------------------------------------------------------------------------------------------
 
 
@@ -339,6 +412,9 @@ def test_every_other_task_is_that_of_the_reference(name: str, task: str, dtype: 
 def test_the_table_is_in_this_order_and_its_last_takes_everything() -> None:
     assert [backend.name for backend in BACKENDS] == NAMES
     assert all(has("torch", task) for task in ("convolve", *(task for _, task in TASKS)))
+    assert all(
+        has("torch", task) for task in ("find_cells", "find_taps", "convolve_map", "weigh", "normalise")
+    )
     assert all(named("torch").applies(work_of(case, packed=True)) for case in CASES[:3])
 
 

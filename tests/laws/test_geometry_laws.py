@@ -25,8 +25,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from cadsurgery.elements import functional
-from cadsurgery.elements.backends import maps
+from cadsurgery.elements import BACKENDS, functional
+from cadsurgery.elements.backends import choose
+from cadsurgery.elements.backends.reference import Torch
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice
@@ -298,7 +299,7 @@ def test_compiled_cells_and_kernel_maps_are_those_of_torch(data: st.DataObject) 
     for is_compiled in (True, False):
         source = world.geometry.lattice(world.lattice.pyramid.levels).at(step.source)
         target = source.at(step.target, step.window.output_size(source.size))
-        with patch.object(maps, "supports", lambda levels, answer=is_compiled: answer):
+        with patch.object(choose, "BACKENDS", BACKENDS if is_compiled else [Torch()]):
             found.append(kernel_map(source, target, step.window))
             cells.append((source.anchors, source.index, source.counts))
     for one, other in zip(*cells, strict=True):
@@ -320,7 +321,7 @@ def test_compiled_cells_are_those_of_torch_where_threads_share_them(strides: tup
     levels = random_levels(3, (205, 71), strides)
     compiled = [Geometry(strides).lattice(levels).at(stage) for stage in range(len(strides) + 1)]
     found = [(lattice.anchors, lattice.index, lattice.counts) for lattice in compiled]
-    with patch.object(maps, "supports", lambda *given: False):
+    with patch.object(choose, "BACKENDS", [Torch()]):
         for stage, own in enumerate(found):
             lattice = Geometry(strides).lattice(levels).at(stage)
             for one, expected in zip(own, (lattice.anchors, lattice.index, lattice.counts), strict=True):

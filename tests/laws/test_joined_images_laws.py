@@ -13,7 +13,7 @@ from networks import unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.elements.backends.target import recorded_conditions, require_equal
+from cadsurgery.elements.backends.graph_sizes import recorded_conditions, require_equal
 from cadsurgery.network.export.conditions import require
 from cadsurgery.network.export.onnx import follow, translate
 

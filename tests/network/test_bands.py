@@ -26,13 +26,12 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 import cadsurgery as cs
 from benchmarks.zoo.bands_check import MASK, MUCH, bands_of
-from cadsurgery.elements import kernel_map
+from cadsurgery.elements.backends import maps
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
-from cadsurgery.network.bands import schedule
 from cadsurgery.network.bands.element_steps import Cells, Grid
-from cadsurgery.network.bands.schedule import SAME, BandMap, RowsRead
 from cadsurgery.network.bands.steps import rows_of_window
+from cadsurgery.network.bands.walk import SAME, SPARE, Bytes, RowsRead, Stream, Walk
 from cadsurgery.support.memory import bytes_of
 
 SEEDS = int(os.environ.get("CADSURGERY_SEEDS", 500))
@@ -384,7 +383,7 @@ def test_rows_are_those_of_the_call_from_any_start(name: str, mask: str) -> None
             first + sum(part.shape[1] for _, part in parts[:place]) for place in range(len(parts))
         ]
         assert difference(whole[0, :, first:], torch.cat([part for _, part in parts], 1)) < 1e-9
-        tasks.append(sum(len(band) for one in rows.walks.passes[-1:] for band in one.bands))
+        tasks.append(rows.walks.walks[-1].measured(SPARE).computed)
         if mask == "all":
             assert int(rows.levels.sum()) == 0
     assert tasks[-1] < tasks[0]
@@ -512,7 +511,7 @@ def test_layers_behind_each_other_share_kernel_maps_which_are_freed(monkeypatch:
     layers = [nn.Conv2d(3, 8, 3, 2, 1), *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(6))]
     model = seeded(lambda: nn.Sequential(*layers))
     net = unverified(model, MASK, example_input=picture(64, 96), coarsest=16)
-    image, find = picture(320, 64), kernel_map.find_taps
+    image, find = picture(320, 64), maps.shift_taps
 
     def counted(*args: Any) -> Any:
         found = find(*args)
@@ -520,7 +519,7 @@ def test_layers_behind_each_other_share_kernel_maps_which_are_freed(monkeypatch:
         alive.append(sum(one() is not None for one in made_maps))
         return found
 
-    monkeypatch.setattr(kernel_map, "find_taps", counted)
+    monkeypatch.setattr(maps, "shift_taps", counted)
     with bands_of(16):
         net.optimize(memory=MUCH)(image)
     rows = 320 // 16
@@ -570,7 +569,7 @@ def test_means_over_the_image_are_passes_that_keep_what_fits() -> None:
     net = unverified(made("pools").float(), "all", example_input=torch.randn(1, 3, 64, 96), coarsest=16)
     banded, image = net.optimize(memory=MUCH), torch.randn(1, 3, 512, 128)
     kept = banded.plan_memory(image)
-    assert len(kept.passes) == 2 and kept.work == 1
+    assert len(kept.walks) == 2 and kept.work == 1
     with pytest.raises(cs.InvalidInput) as refusal:
         net.optimize(memory="1KiB")(image)
     assert bytes_of(least_of(refusal)) < kept.peak
@@ -631,43 +630,57 @@ def test_no_band_computes_more_rows_than_others(mode: str, dilation: int) -> Non
     """However far a deep network reads ahead: the first bands lie above the picture."""
     padding = (dilation,) * 4
     window = Window((3, 3), dilation=(dilation, dilation), padding=padding, mode=mode)
-    maps = [BandMap("picture", 1024, 0)]
+    maps = [Stream(height=1024)]
     for place in range(40):
         stride = 2 if place in (1, 5) else 1
         rows = rows_of_window(window._replace(stride=stride), maps[-1].height)
-        maps.append(BandMap(f"map {place}", maps[-1].height // stride, 10, [(place, rows)]))
-    plan = schedule.walk(maps, [40], 16, [0])
-    for task in (task for band in plan.bands for task in band):
-        assert task.end - task.first <= 2 * 16 * maps[task.number].height // maps[1].height
+        maps.append(Stream(height=maps[-1].height // stride, row=10, sources=[(maps[-1], rows)]))
+    walk = Walk(maps, maps[-1:], 16, maps[:1])
+    noted = Noted(walk)
+    for one, _, (first, end) in walk.carry_out(noted):
+        assert end - first <= 2 * 16 * one.height // maps[1].height
+
+
+class Noted(Bytes):
+    """Notes the rows of each map that are there, and asks that rows are read where they are."""
+
+    def __init__(self, walk: Walk) -> None:
+        super().__init__(walk, SPARE)
+        self.held = dict.fromkeys(walk.streams, (0, 0)) | {one: (0, one.height) for one in walk.known}
+
+    def compute(self, one: Stream, first: int, end: int) -> Any:
+        begin, stop = self.held[one]
+        assert first == stop
+        for source, read in one.sources:
+            assert self.held[source][0] <= max(read.first(first), 0)
+            assert min(read.last(end - 1) + 1, source.height) <= self.held[source][1]
+        self.held[one] = begin, end
+        super().compute(one, first, end)
+        return first, end
+
+    def drop(self, one: Stream, row: int) -> None:
+        self.held[one] = max(self.held[one][0], row), self.held[one][1]
+        super().drop(one, row)
 
 
 def test_nothing_is_computed_twice_or_read_before_it_is_there() -> None:
-    """A chain with a skip connection: every task reads rows that are held then."""
+    """A chain with a skip connection: all that is read is held then."""
     window = RowsRead(lambda row: row - 1, lambda row: row + 1)
     strided_window = RowsRead(lambda row: 2 * row - 1, lambda row: 2 * row + 1)
     upwards = RowsRead(lambda row: row // 2, lambda row: row // 2)
-    maps = [
-        BandMap("picture", 101, 0),
-        BandMap("first", 101, 10, [(0, window)]),
-        BandMap("half", 51, 10, [(1, strided_window)]),
-        BandMap("deep", 51, 10, [(2, window)]),
-        BandMap("up", 101, 10, [(3, upwards)]),
-        BandMap("joined", 101, 10, [(1, SAME), (4, SAME)]),
-    ]
+    picture = Stream(height=101)
+    first = Stream(height=101, row=10, sources=[(picture, window)])
+    half = Stream(height=51, row=10, sources=[(first, strided_window)])
+    deep = Stream(height=51, row=10, sources=[(half, window)])
+    up = Stream(height=101, row=10, sources=[(deep, upwards)])
+    both = Stream(height=101, row=10, sources=[(first, SAME), (up, SAME)])
     for rows in (1, 7, 32, 500):
-        plan = schedule.walk(maps, [5], rows, [0])
-        held = {0: (0, 101)} | dict.fromkeys(range(1, 6), (0, 0))
-        for task in (task for band in plan.bands for task in band):
-            first, end = held[task.number]
-            assert task.first == end
-            for source, read in maps[task.number].reads:
-                height = maps[source].height
-                assert held[source][0] <= max(read.first(task.first), 0)
-                assert min(read.last(task.end - 1) + 1, height) <= held[source][1]
-            held[task.number] = (first, task.end)
-            for number, row in task.drops:
-                held[number] = (max(held[number][0], row), held[number][1])
-        assert all(held[number][1] == maps[number].height for number in range(1, 6))
+        walk = Walk([picture, first, half, deep, up, both], [both], rows, [picture])
+        noted = Noted(walk)
+        for _ in walk.carry_out(noted):
+            pass
+        assert all(noted.held[one][1] == one.height for one in walk.streams)
+        assert noted.peak <= sum(one.height * one.row for one in walk.streams)
 
 
 # -- windows whose padding makes the map grow ----------------------------------------------------------

@@ -22,11 +22,12 @@ from torch.overrides import TorchFunctionMode
 
 import cadsurgery as cs
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends.choose import Convolution
-from cadsurgery.elements.backends.native import Native
-from cadsurgery.elements.backends.onednn import convolve, has_fast_code
+from cadsurgery.elements.axes import in_order
+from cadsurgery.elements.backends.native import Native, has_fast_code
+from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
 from cadsurgery.elements.backends.weights import Activation, FusedConv
+from cadsurgery.elements.backends.works import Convolution
 from cadsurgery.elements.functional import Elements, conv2d
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
@@ -447,7 +448,7 @@ def test_a_dilated_depthwise_layer_of_a_dense_head_is_a_kernels() -> None:
         pytest.skip("needs compiled kernels")
     with torch.profiler.profile() as profile:
         conv(x)
-    called = "convolve (native)" in {event.key for event in profile.key_averages()}
+    called = "convolve_map (native)" in {event.key for event in profile.key_averages()}
     assert called is not has_fast_code(torch.float32, 1, 12)
 
 
@@ -550,7 +551,28 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "pooled": lambda y: F.adaptive_avg_pool2d(y, (2, 2)).view(y.shape[0], 32),
     "positions": lambda y: y.view(y.shape[0], 8, -1),
     "not at all": lambda y: y,
+    "resized": lambda y: F.interpolate(y.cumsum(3), scale_factor=8.0, mode="bilinear"),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 21, 64, 65), (2, 64, 33, 40), (3, 16, 1, 5000), (0, 32, 8, 8), (2, 7, 5, 3)]
+)
+def test_maps_are_put_in_order(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    image = torch.randint(0, 200, shape).to(dtype)
+    for given in (image, image.contiguous(memory_format=torch.channels_last), image.mT.contiguous().mT):
+        found = in_order(given)
+        assert found.is_contiguous() and torch.equal(found, image)
+
+
+@torch.no_grad()
+def test_a_resize_that_is_returned_reads_a_map_in_order() -> None:
+    """So that no larger map is copied for its layout."""
+    torch.manual_seed(0)
+    fast = cs.adaptify(Viewed("resized").eval(), "none", example_input=images(1, 48, 64)).optimize()
+    (resize,) = fast.program.graph.find_nodes(op="call_function", target=F.interpolate)
+    assert resize.args[0].target is in_order
 
 
 class Viewed(nn.Module):

@@ -9,19 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.axes import as_map, as_rows
-from cadsurgery.elements.backends.choose import (
-    Backend,
-    Convolution,
-    Pooling,
-    TransposedConvolution,
-    WindowRead,
-)
+from cadsurgery.elements.backends.choose import Backend
 from cadsurgery.elements.backends.native import Native
 from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.weights import transpose_weight
+from cadsurgery.elements.backends.works import Convolution, Pooling, TransposedConvolution, WindowRead
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.kernels import isa
-from cadsurgery.kernels.dispatch import is_observed
+from cadsurgery.support.running import running
 
 
 class _Grouped(NamedTuple):
@@ -163,7 +158,7 @@ class Uniform(Backend):
         if isinstance(work, Pooling):
             return work.largest and _dense(work.reads) is not None
         operation = _dense(work.reads)
-        if operation is None or not work.is_inference or is_observed():
+        if operation is None or not work.is_inference or running.is_observed:
             return operation is not None
         return not (work.is_product or _has_faster_kernel(work, operation))
 

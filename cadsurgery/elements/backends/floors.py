@@ -12,15 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import (
-    Backend,
-    Convolution,
-    Pooling,
-    TransposedConvolution,
-    WindowRead,
-    compute,
-)
+from cadsurgery.elements.backends.choose import Backend, compute
 from cadsurgery.elements.backends.weights import FusedConv
+from cadsurgery.elements.backends.works import Convolution, Pooling, TransposedConvolution, WindowRead
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import is_statically_true
 

@@ -14,7 +14,6 @@ The first call with a shape compiles; make this call before a CUDA graph is capt
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,21 +23,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cadsurgery.elements.backends import gpu_tiles, triton_kernels
-from cadsurgery.elements.backends.choose import (
-    Backend,
-    Convolution,
-    Mixing,
-    Picking,
-    Pooling,
-    WindowRead,
-    extend,
-)
 from cadsurgery.elements.backends.gpu_maps import SampleMap, available
-from cadsurgery.elements.backends.weights import Activation, FusedConv
-from cadsurgery.elements.kernel_map import Reading, has_samples, sample_map
+from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.sizes import divide_up
-from cadsurgery.kernels.dispatch import is_observed
-from cadsurgery.support.torch_internals import add_and_activate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -53,100 +40,8 @@ _FUSED = {
 }
 # The derivatives of these follow from the output alone, so they stay fused when gradients are needed.
 _INVERTIBLE = ("none", "relu", "relu6")
-# Channels above which cuBLAS multiplies rows faster than the kernel: measured on an H100.
-_DEEP = 1024
 # Number of programs in the weight's backward: enough for any GPU, with partial sums of only about 16 MB.
 PROGRAMS = 1024
-
-
-class Triton(Backend):
-    """One kernel that gathers and multiplies, forward and backward; tables derived from the kernel map are cached."""
-
-    name = "triton"
-
-    def applies(self, work: Convolution | Mixing | Picking) -> bool:
-        """Return True for rows on supported GPUs; torch multiplies rows that are no taps where gradients are needed,
-        and picks rows where none are."""
-        if work.graph or is_observed():
-            return False
-        if isinstance(work, Picking):
-            return work.gradient and supports(work.rows, work.rows)
-        if isinstance(work, Mixing):
-            return not work.shares.requires_grad and supports(work.rows, work.rows)
-        if work.is_product and work.gradient:
-            return False
-        return supports(work.rows, work.weights.weight)
-
-    def convolve(self, work: Convolution) -> Tensor:
-        """Compute rows (N, O)."""
-        weight = matrix_of(work.weights)
-        if work.is_product:
-            return self._multiply(work, weight)
-        if work.gradient or work.outside or not isinstance(work.reads, WindowRead):
-            return self._by_table(work, weight)
-        more = (work.weights.bias, work.residual, work.weights.activation, work.weights.groups)
-        return gather_conv(work.rows, weight, work.reading.table, *more, None, *_behind(work))
-
-    def _multiply(self, work: Convolution, weight: Tensor) -> Tensor:
-        """Compute rows (N, ..., O) of one tap at the element itself."""
-        rows, weights = work.of_target, work.weights
-        flat, outputs = rows.reshape(-1, rows.shape[-1]), weight.shape[0]
-        residual = work.residual.reshape(-1, outputs) if work.residual is not None else None
-        is_linear = work.reads is None and not weights.dense
-        if is_linear and rows.dtype == torch.float32:  # its precision is not that of convolutions
-            out = finish(F.linear(flat, weight), weights.bias, residual, weights.activation)
-        elif residual is None and flat.shape[1] > _DEEP and rows.dtype != torch.float32:
-            out = _multiply_deep(flat, weight, weights.bias, weights.activation)
-        else:
-            more = (weights.bias, residual, weights.activation)
-            out = gather_conv(flat, weight, None, *more)
-        return out.view(*rows.shape[:-1], outputs)
-
-    def _by_table(self, work: Convolution, weight: Tensor) -> Tensor:
-        """Compute rows (N, O) with gradients, or with another value than zero outside the map."""
-        reading, reads = work.reading, work.reads
-        more = (work.weights.bias, work.residual, work.weights.activation, work.weights.groups)
-        behind: tuple[Halo | None, int] = (None, -1)
-        if work.outside:
-            rows, table = extend(work.rows, reading, work.outside), reading.table
-        else:
-            rows, table, behind = work.rows, self._signed(work, reading), _behind(work)
-        if not isinstance(reads, WindowRead):
-            return gather_conv(rows, weight, table, *more, None, *behind)
-        count = rows.shape[0] + (1 + reading.sources.shape[0] if behind[0] is not None else 0)
-        # Computed when a gradient is first needed.
-        key = ("reversed", reads.target.key, reads.window, reads.drop, not work.outside)
-        reverse = reads.source.derive(key, lambda: cache(lambda: reverse_map(table, count)))
-        return gather_conv(rows, weight, table, *more, reverse, *behind)
-
-    def _signed(self, work: Convolution, reading: Reading) -> Tensor:
-        """Return the table with -1 for what lies outside and in outputs that are padding: one row that all of them
-        read would owe its gradient to so many outputs that one program would sum for longer than all others."""
-        table, reads = reading.table, work.reads
-        real = reads.target.real if isinstance(reads, WindowRead) else None
-        if not reading.has_outside and real is None:
-            return table
-
-        def sign() -> Tensor:
-            reads_none = table == work.rows.shape[0]
-            return table.masked_fill(reads_none if real is None else reads_none | ~real.unsqueeze(1), -1)
-
-        if not isinstance(reads, WindowRead):
-            return sign()
-        return reads.source.derive(("signed", reads.target.key, reads.window, reads.drop), sign)
-
-    def mix(self, work: Mixing) -> Tensor:
-        """Compute rows (M, C)."""
-        if not work.gradient:
-            return blend(work.rows, work.sources, work.shares)
-        mixed: Tensor = _BlendWithGradient.apply(work.rows, work.sources, work.shares)
-        return mixed
-
-    def pick(self, work: Picking) -> Tensor:
-        """Compute rows (entries, C), each the sum of one: torch's gradient would add atomically, in any order."""
-        rows, table = extend(work.rows, work.reading, 0.0), work.reading.table.reshape(-1, 1).int()
-        picked: Tensor = _BlendWithGradient.apply(rows, table, torch.ones_like(table, dtype=torch.float32))
-        return picked
 
 
 class Halo(NamedTuple):
@@ -155,70 +50,6 @@ class Halo(NamedTuple):
     sources: Tensor
     shares: Tensor
     used: Tensor | None = None
-
-
-def _behind(work: Convolution) -> tuple[Halo | None, int]:
-    """Return the halo rows that a work's table names behind the padding row, if there are any, and the padding row."""
-    reading = work.reading
-    has_halo = reading.sources.shape[0] > 0
-    # Halo rows behind the last that is read are not computed.
-    return Halo(reading.sources, reading.mix, reading.used) if has_halo else None, work.rows.shape[0]
-
-
-class TritonSamples(Backend):
-    """Windows under floors in inference: an implicit dense convolution of the network's own grid, in which the kernels
-    find the taps of an element beside those of its neighbours."""
-
-    name = "triton samples"
-
-    def applies(self, work: Convolution | Pooling) -> bool:
-        """Return True for windows on supported GPUs whose taps lie on the source's own grid."""
-        reads = work.reads
-        if work.graph or is_observed() or work.gradient or not isinstance(reads, WindowRead) or reads.drop:
-            return False
-        if not has_samples(reads.source, reads.target, reads.window):
-            return False
-        if isinstance(work, Pooling):
-            return work.rows.dim() == 2 and supports(work.rows, work.rows)
-        return not work.outside and supports(work.rows, work.weights.weight)
-
-    def convolve(self, work: Convolution) -> Tensor:
-        """Compute rows (N, O)."""
-        samples, halo = self._read(work)
-        weights, outside = work.weights, work.rows.shape[0]
-        more = (weights.bias, work.residual, weights.activation, weights.groups)
-        return gather_conv(work.rows, matrix_of(weights), samples, *more, halo=halo, outside=outside)
-
-    def pool(self, work: Pooling) -> Tensor:
-        """Compute rows (N, C)."""
-        samples, halo = self._read(work)
-        return pool_samples(work.rows, samples, halo, work.outside, work.largest)
-
-    def _read(self, work: Convolution | Pooling) -> tuple[SampleMap, Halo | None]:
-        """Return where taps are read, and the halo rows among them."""
-        assert isinstance(work.reads, WindowRead)
-        samples = sample_map(work.reads.source, work.reads.target, work.reads.window)
-        if samples.used is None:
-            return samples, None
-        return samples, Halo(samples.sources, samples.mix, samples.used)
-
-
-def _multiply_deep(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None
-) -> Tensor:
-    """Compute rows (N, O) by cuBLAS, which is faster than the kernel where it sums over many channels."""
-    if bias is not None and activation is not None and activation.name == "relu":
-        return add_and_activate(bias, rows, weight.T)
-    return finish(F.linear(rows, weight), bias, None, activation)
-
-
-def matrix_of(weights: FusedConv) -> Tensor:
-    """Return the weight (O, taps * C / groups), taps outermost, which is the order of gathered values."""
-
-    def make() -> Tensor:
-        return weights.weight.permute(0, 2, 3, 1).flatten(1).contiguous()
-
-    return weights.form(("triton", weights.weight.dtype), make)
 
 
 class ReversedMap(NamedTuple):
@@ -370,7 +201,7 @@ def weigh(shares: Tensor, rows: Tensor) -> Tensor:
     return partial.sum(0)
 
 
-class _BlendWithGradient(torch.autograd.Function):
+class BlendWithGradient(torch.autograd.Function):
     """`blend` with a gradient of the rows, summed in a fixed order."""
 
     @staticmethod
@@ -417,14 +248,6 @@ def _readers(sources: Tensor, shares: Tensor, count: int) -> tuple[Tensor, Tenso
         every = torch.arange(count + 1, dtype=rows.dtype, device=rows.device)
         found = _READERS[shares] = readers, torch.searchsorted(rows, every)
     return found
-
-
-def can_finish(image: Tensor, weight: Tensor) -> bool:
-    """Return True if `finish` follows a convolution of a dense map: in inference, on a supported GPU."""
-    if torch.is_grad_enabled() and (image.requires_grad or weight.requires_grad):
-        return False
-    is_there = image.device.type != "cpu" or triton_kernels.INTERPRETED
-    return is_there and not is_observed() and supports(image, weight)
 
 
 def finish(

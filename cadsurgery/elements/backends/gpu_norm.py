@@ -18,14 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cadsurgery.elements.backends import gpu_tiles, triton_kernels
-from cadsurgery.elements.backends.gpu import PROGRAMS, is_wide, operand, supports
+from cadsurgery.elements.backends.gpu import PROGRAMS, is_wide, operand
 from cadsurgery.elements.sizes import divide_up
-from cadsurgery.kernels.dispatch import is_observed
-
-
-def applies(rows: Tensor) -> bool:
-    """Return True if `normalise` takes rows (N, C): some, on a supported GPU, of which nothing else keeps account."""
-    return rows.dim() == 2 and supports(rows, rows) and not is_observed() and rows.numel() > 0
 
 
 def normalise(
@@ -34,7 +28,7 @@ def normalise(
     """Normalise rows by their weighted mean and variance.
 
     Args:
-        rows: (N, C), which `applies` takes.
+        rows: (N, C), some, of a type that `gpu.supports` takes.
         shares: (N,) float32, the weights, which sum to one; 0 for padding.
         weight: (C,) the factor g, or None.
         bias: (C,) the shift b, or None.

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import Backend, Convolution, compute
+from cadsurgery.elements.backends.choose import Backend, compute
 from cadsurgery.elements.backends.onednn import product
 from cadsurgery.elements.backends.operators import define
 from cadsurgery.elements.backends.weights import FusedConv
+from cadsurgery.elements.backends.works import Convolution
 from cadsurgery.elements.kernel_map import Reading
 
 

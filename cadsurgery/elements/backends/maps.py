@@ -1,7 +1,4 @@
-"""Interface to `maps.c`: cells and kernel maps in compiled code, in one pass over pixels and two over table entries.
-
-In graphs for engines that load this package's kernels they are operations of the graph, see `operators`.
-"""
+"""Interface to `maps.c`: cells and kernel maps in compiled code, in one pass over pixels and two over table entries."""
 
 from __future__ import annotations
 
@@ -11,29 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.target import target_of_graph
-from cadsurgery.elements.sizes import as_numbers
-from cadsurgery.kernels.dispatch import call, function, is_observed
+from cadsurgery.kernels.dispatch import call, function
 
 _HERE = torch.device("cpu")  # whatever the default device is
-
-
-def supports(levels: Tensor) -> bool:
-    """Return True if there are kernels for the map's device and torch does not trace or count operations, or if it
-    traces a graph for an engine with kernels."""
-    if target := target_of_graph():
-        return target.has_kernels
-    return levels.device.type == "cpu" and not is_observed() and function("find_cells") is not None
 
 
 def find_cells(levels: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Find the cells of a level map (B, H, W) int8, given the `sides` of cells of each level. Return the anchors (N,)
     int64 as pixel numbers, each pixel's row (B*H*W,) int32, and the number of cells of each image (B,) int64."""
-    if target_of_graph():
-        found: tuple[Tensor, Tensor] = torch.ops.cadsurgery.find_cells(levels.int(), as_numbers(sides, _LIKE))
-        cells = found[0].long()
-        images = torch.arange(levels.shape[0], device=levels.device).unsqueeze(1)
-        return cells, found[1], (cells // levels[0].numel() == images).sum(1)
     levels, side_of = levels.contiguous(), torch.tensor(sides, device=_HERE)
     anchors, index = (
         torch.empty(levels.numel(), dtype=dtype, device=_HERE) for dtype in (torch.int64, torch.int32)
@@ -64,9 +46,6 @@ def shift_taps(
         steps: fine pixels from an anchor to its taps, down and across.
         has_halo: interpolate points inside cells from several cells; otherwise they are read from their own cell.
     """
-    if target_of_graph():
-        assert cells[0] is not None
-        return _shift_in_graph((cells[0], *cells[1:]), sides, targets, sizes[1], steps, has_halo)
     index, (anchors, levels) = cells[0], map(Tensor.contiguous, cells[1:])
     targets, side_of = targets.contiguous(), torch.tensor(sides, device=_HERE)
     down, across = (torch.tensor(step, device=_HERE) for step in steps)
@@ -111,31 +90,3 @@ def read_map(
     ]
     cells = (None, targets, torch.zeros(shape, dtype=torch.int8, device=_HERE))
     return shift_taps(cells, (1,), targets, (shape[1:], fine), (steps[0], steps[1]), False)[0]
-
-
-_LIKE = torch.empty(0, dtype=torch.int32, device=_HERE)
-
-
-def _shift_in_graph(
-    cells: tuple[Tensor, Tensor, Tensor],
-    sides: tuple[int, ...],
-    targets: Tensor,
-    size: tuple[int, int],
-    steps: tuple[list[int], list[int]],
-    has_halo: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Call `read_taps` or `read_near_taps`; see `shift_taps`. Weights are float32."""
-    index, anchors, levels = cells
-    inputs = (
-        levels.int(),
-        as_numbers(sides, _LIKE),
-        anchors.int(),
-        index,
-        targets.int(),
-        *(as_numbers(values, _LIKE) for values in (size, *steps)),
-    )
-    if has_halo:
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.cadsurgery.read_taps(*inputs)
-        return found
-    table: Tensor = torch.ops.cadsurgery.read_near_taps(*inputs)
-    return table, torch.empty(0, 4, dtype=torch.int32), torch.empty(0, 4)

@@ -13,24 +13,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import (
-    Backend,
+from cadsurgery.elements.axes import as_map, as_rows
+from cadsurgery.elements.backends import maps
+from cadsurgery.elements.backends.choose import Backend, Work
+from cadsurgery.elements.backends.weights import FusedConv
+from cadsurgery.elements.backends.works import (
     Convolution,
     Filling,
+    MapConvolution,
     Mixing,
     MixingLines,
     Picking,
     Pooling,
-    Work,
     mix,
 )
-from cadsurgery.elements.backends.weights import FusedConv
-from cadsurgery.elements.kernel_map import Reading
-from cadsurgery.elements.lattice import Lattice
-from cadsurgery.kernels import dispatch
-from cadsurgery.kernels.dispatch import function, has_bf16_dot, is_observed, isa_of
+from cadsurgery.elements.kernel_map import Reading, TapSearch, has_halo, read_rows
+from cadsurgery.elements.lattice import CellSearch, Lattice
+from cadsurgery.kernels import dispatch, isa
+from cadsurgery.kernels.dispatch import function, has_bf16_dot, isa_of
 from cadsurgery.kernels.packing import pack, takes
 from cadsurgery.support.pages import new_memory, new_result
+from cadsurgery.support.running import running
 
 # The dtypes that kernels are compiled for.
 ELEMENTS = {
@@ -68,6 +71,43 @@ def halo_of(rows: Tensor, reading: Reading) -> Tensor | None:
     return mix(rows, reading.sources, reading.mix) if reading.sources.shape[0] else None
 
 
+class _FastGrouped(NamedTuple):
+    """What oneDNN, or torch in its place, has fast code for among grouped convolutions of dense maps.
+
+    Attributes:
+        dtype: type of the map.
+        isa: instruction set that the processor has.
+        padding: widest padding of a depthwise convolution with fast code; beyond, the kernel for elements is faster.
+        group: most channels of a group, of more than one, for which the kernel for elements is faster.
+    """
+
+    dtype: torch.dtype
+    isa: str
+    padding: int
+    group: int
+
+
+# The first row of a type counts whose instruction set the processor has. Where the kernels are chosen, they took a
+# tenth less time at least, and for depthwise convolutions a third to a ninetieth (docs/notes.md, "Dense maps or
+# elements"), with the table of what each position reads.
+_FAST = (
+    _FastGrouped(torch.float32, "avx512", 6, 2),
+    _FastGrouped(torch.float32, "avx2", 4, 4),
+    _FastGrouped(torch.float32, "sse4", 3, 32),
+    _FastGrouped(torch.bfloat16, "avx512bf16", 6, 2),
+    _FastGrouped(torch.bfloat16, "avx512", 4, 32),
+    _FastGrouped(torch.bfloat16, "sse4", -1, 32),
+    _FastGrouped(torch.float64, "avx2", -1, 32),
+    _FastGrouped(torch.float64, "sse4", -1, 4),
+)
+
+
+def has_fast_code(dtype: torch.dtype, group: int, padding: int) -> bool:
+    """Return False for grouped convolutions of dense maps that a kernel for elements computes faster."""
+    row = next((row for row in _FAST if row.dtype == dtype and row.isa in isa.allowed()), None)
+    return row is None or (padding <= row.padding if group == 1 else group > row.group)
+
+
 class Native(Backend):
     """Compiled kernels that read rows in place; the C files describe each function."""
 
@@ -75,8 +115,13 @@ class Native(Backend):
 
     def applies(self, work: Work) -> bool:
         """Return True in inference, without gradients or graphs, for rows that a kernel supports."""
+        if isinstance(work, (CellSearch, TapSearch)):
+            is_here = work.rows.device.type == "cpu" and not running.is_observed
+            return is_here and work.is_counted and function("find_cells") is not None
         if not work.is_inference or not supports(work.rows):
             return False
+        if isinstance(work, MapConvolution):
+            return self._is_faster(work)
         if isinstance(work, Filling):
             return _of_one_resolution(work.source, work.target)
         return not isinstance(work, Convolution) or self._has_form(work)
@@ -95,9 +140,33 @@ class Native(Backend):
         # Of products in float64 torch is up to 1.6 times as fast.
         return not (work.rows.dtype == torch.float64 and work.is_product)
 
+    def _is_faster(self, work: MapConvolution) -> bool:
+        """True for grouped convolutions of dense maps that oneDNN has no fast code for."""
+        weights, padding = work.weights, max(work.window[1])
+        if weights.groups == 1 or not weights.dense or 0 in work.shape or 0 in work.rows.shape:
+            return False
+        if has_fast_code(work.rows.dtype, weights.weight.shape[1], padding):
+            return False
+        return self._has_form(Convolution(as_rows(work.rows), weights, None))
+
     def prepare(self, work: Work) -> Callable[[Any], Any]:
         """Return a function that computes works of this case."""
         return self._prepare_convolution(work) if isinstance(work, Convolution) else super().prepare(work)
+
+    def find_cells(self, work: CellSearch) -> tuple[Tensor, Tensor, Tensor]:
+        """Find cells in one pass over the pixels."""
+        return maps.find_cells(work.rows, work.lattice.geometry.sides)
+
+    def find_taps(self, work: TapSearch) -> Reading:
+        """Find taps in two passes over the entries of the table."""
+        source = work.source
+        # Rows that are pixels need no table, and their anchors are not read.
+        rows, anchors = (None, work.pixels) if source.has_all_pixels else (source.index, source.anchors)
+        cells, sizes = (rows, anchors, work.rows), (source.size, work.size)
+        table, sources, mix = maps.shift_taps(
+            cells, source.geometry.sides, work.pixels, sizes, work.steps, has_halo(source)
+        )
+        return Reading(work.shaped(table), sources, mix, work.has_outside)
 
     def convolve(self, work: Convolution) -> Tensor:
         """Compute rows (N, ..., O)."""
@@ -144,6 +213,15 @@ class Native(Backend):
             return out if bounds or act is None else act.apply_(out)
 
         return run
+
+    def convolve_map(self, work: MapConvolution) -> Tensor:
+        """Compute a map, channels_last, from the rows of its positions."""
+        image, weights, (batch, _, *size) = work.rows, work.weights, work.shape
+        shape = (batch, *image.shape[2:])
+        table = maps.read_map(shape, (size[0], size[1]), weights.weight.shape[2:], *work.window)
+        more = as_rows(work.residual) if work.residual is not None else None
+        out = self.convolve(Convolution(as_rows(image), weights, read_rows(table, True), residual=more))
+        return as_map(out, batch, (size[0], size[1]))
 
     def pool(self, work: Pooling) -> Tensor:
         """Compute rows (N, C)."""
@@ -205,7 +283,7 @@ def _of_one_resolution(*lattices: Lattice) -> bool:
 def supports(rows: Tensor) -> bool:
     """Return True if there are kernels for these rows and torch does not trace or count operations."""
     return (
-        not is_observed()
+        not running.is_observed
         and rows.device.type == "cpu"
         and rows.dtype in ELEMENTS
         and function("mix", ELEMENTS[rows.dtype]) is not None

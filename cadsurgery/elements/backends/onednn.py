@@ -1,30 +1,25 @@
 """Products of rows and convolutions of dense maps by oneDNN, fused with residual and activation.
 
 oneDNN multiplies rows by a linear layer, whose packed weight serves any number of rows, and convolves dense maps with
-weights packed for their shape. Where oneDNN has no operation, torch computes the same; grouped convolutions that
-oneDNN has no fast code for are computed by the table's kernels for elements.
+weights packed for their shape. Where oneDNN has no operation, torch computes the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.axes import as_column, as_map, as_rows, fast_layout
-from cadsurgery.elements.backends.choose import Convolution, check_channels, compute
-from cadsurgery.elements.backends.gpu import can_finish, finish
-from cadsurgery.elements.backends.maps import read_map
-from cadsurgery.elements.backends.native import Native
+from cadsurgery.elements.axes import as_column, as_rows
+from cadsurgery.elements.backends.choose import Backend, compute
 from cadsurgery.elements.backends.weights import FusedConv, Pair
-from cadsurgery.elements.kernel_map import read_rows
-from cadsurgery.kernels import isa
-from cadsurgery.kernels.dispatch import is_observed
+from cadsurgery.elements.backends.works import MapConvolution
 from cadsurgery.support import torch_internals
+from cadsurgery.support.running import running
 
 _POINTWISE, _LINEAR = torch_internals.find("convolve_packed"), torch_internals.find("multiply_packed")
 _ONEDNN = (torch.float32, torch.bfloat16)
@@ -33,43 +28,6 @@ _BLOCK_BYTES = 1 << 20
 # A product with fewer rows, or fewer values (torch's own limit), does not use oneDNN's usual kernels and is summed in a
 # different order. From these sizes on the result of a row has the same bits for any number of rows.
 _FEWEST_ROWS, _FEWEST_VALUES = 64, 20480
-
-
-class _FastGrouped(NamedTuple):
-    """What oneDNN, or torch in its place, has fast code for among grouped convolutions of dense maps.
-
-    Attributes:
-        dtype: type of the map.
-        isa: instruction set that the processor has.
-        padding: widest padding of a depthwise convolution with fast code; beyond, the kernel for elements is faster.
-        group: most channels of a group, of more than one, for which the kernel for elements is faster.
-    """
-
-    dtype: torch.dtype
-    isa: str
-    padding: int
-    group: int
-
-
-# The first row of a type counts whose instruction set the processor has. Where the kernels are chosen, they took a
-# tenth less time at least, and for depthwise convolutions a third to a ninetieth (docs/notes.md, "Dense maps or
-# elements"), with the table of what each position reads.
-_FAST = (
-    _FastGrouped(torch.float32, "avx512", 6, 2),
-    _FastGrouped(torch.float32, "avx2", 4, 4),
-    _FastGrouped(torch.float32, "sse4", 3, 32),
-    _FastGrouped(torch.bfloat16, "avx512bf16", 6, 2),
-    _FastGrouped(torch.bfloat16, "avx512", 4, 32),
-    _FastGrouped(torch.bfloat16, "sse4", -1, 32),
-    _FastGrouped(torch.float64, "avx2", -1, 32),
-    _FastGrouped(torch.float64, "sse4", -1, 4),
-)
-
-
-def has_fast_code(dtype: torch.dtype, group: int, padding: int) -> bool:
-    """Return False for grouped convolutions of dense maps that a kernel for elements computes faster."""
-    row = next((row for row in _FAST if row.dtype == dtype and row.isa in isa.allowed()), None)
-    return row is None or (padding <= row.padding if group == 1 else group > row.group)
 
 
 def multiply(weights: FusedConv, rows: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -148,74 +106,43 @@ def convolve(
     residual: Tensor | None = None,
     any_height: bool = False,
 ) -> Tensor:
-    """Compute an ordinary convolution of a dense map (B, C, H, W).
-
-    `residual` is added before the activation; it may be any tensor that broadcasts to the result. With `any_height` one
-    packed weight serves maps of all heights, as those of the bands of a picture.
+    """Compute an ordinary convolution of a dense map (B, C, H, W), see `MapConvolution`; `residual` may be any tensor
+    that broadcasts to the result.
 
     Raises:
         Misfit: the map has other channels than the weight.
     """
-    if not torch.compiler.is_compiling():
-        check_channels(image.shape[1], weights.weight.shape[1] * weights.groups)
-    if residual is not None and residual.shape != _shape(weights, image, stride, padding, dilation):
-        return weights.finish(
-            convolve(weights.without_activation, image, stride, padding, dilation), residual
-        )
-    if weights.groups > 1 and weights.dense and not torch.compiler.is_compiling():
-        out = _convolve_elements(weights, image, (stride, padding, dilation), residual)
-        if out is not None:
-            return out
-    weight, bias = weights.weight.to(image.dtype), weights.bias_as(image.dtype)
-    is_pointwise = weights.groups == 1 and (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0)
-    if weights.dense and is_pointwise and not torch.compiler.is_compiling():
-        return _multiply_pixels(weights, image, residual)
-    if not _has_onednn(image) or not image.numel():
-        window = (stride, padding, dilation, weights.groups)
-        if can_finish(image, weight):
-            return _finish_on_gpu(weights, F.conv2d(image, weight, None, *window), residual)
-        return weights.finish(F.conv2d(image, weight, bias, *window), residual)
-    image = image.contiguous(memory_format=torch.channels_last)
-    if weights.dense:
-        shape, pack = list(image.shape), torch_internals.packed_convolution
-        known = (shape[1], shape[3]) if any_height else tuple(shape)
-        weight = weights.form(
-            ("image", image.dtype, stride, padding, dilation, *known),
-            lambda: pack(weight.contiguous(), padding, stride, dilation, weights.groups, shape),
-        )
-    return _convolve(weights, image, weight, residual, (stride, padding, dilation), weights.groups)
+    work = MapConvolution(image, weights, (stride, padding, dilation), residual, any_height)
+    if residual is not None and residual.shape != work.shape:
+        plain = replace(work, weights=weights.without_activation, residual=None)
+        return weights.finish(compute(plain), residual)
+    out: Tensor = compute(work)
+    return out
 
 
-def _convolve_elements(
-    weights: FusedConv, image: Tensor, window: tuple[Pair, Pair, Pair], residual: Tensor | None
-) -> Tensor | None:
-    """Compute a grouped convolution of a dense map by a kernel for elements; None if that is no faster."""
-    batch, _, height, width = _shape(weights, image, *window)
-    if has_fast_code(image.dtype, weights.weight.shape[1], max(window[1])) or min(batch, height, width) < 1:
-        return None
-    work = Convolution(as_rows(image), weights, None)
-    if not Native().applies(work):
-        return None
-    table = read_map((batch, *image.shape[2:]), (height, width), weights.weight.shape[2:], *window)
-    more = as_rows(residual) if residual is not None else None
-    out = compute(replace(work, reads=read_rows(table, True), residual=more))
-    return as_map(out, batch, (height, width))
+class OneDNN(Backend):
+    """Dense maps, by convolutions that oneDNN fuses."""
 
+    name = "oneDNN"
 
-def _finish_on_gpu(weights: FusedConv, sums: Tensor, residual: Tensor | None) -> Tensor:
-    """Apply bias, residual and activation to a dense map of a GPU in one pass."""
-    sums = sums.contiguous(memory_format=torch.channels_last)
-    more = as_rows(residual) if residual is not None else None
-    rows = sums.permute(0, 2, 3, 1).view(-1, sums.shape[1])
-    finish(rows, weights.bias_as(sums.dtype), more, weights.activation)
-    return sums
+    def applies(self, work: MapConvolution) -> bool:
+        """Return True in inference on the CPU, for maps that hold something."""
+        return _has_onednn(work.rows) and bool(work.rows.numel())
 
-
-def _multiply_pixels(weights: FusedConv, image: Tensor, residual: Tensor | None) -> Tensor:
-    """Compute a 1x1 convolution of a dense map as a product of its pixels, viewed as rows."""
-    more = as_rows(residual) if residual is not None else None
-    out = compute(Convolution(as_rows(image), weights, None, residual=more))
-    return fast_layout(as_map(out, image.shape[0], (image.shape[2], image.shape[3])))
+    def convolve_map(self, work: MapConvolution) -> Tensor:
+        """Compute a map, channels_last."""
+        weights, window, residual = work.weights, work.window, work.residual
+        image = work.rows.contiguous(memory_format=torch.channels_last)
+        weight = weights.weight.to(image.dtype)
+        if weights.dense:
+            (stride, padding, dilation), shape = window, list(image.shape)
+            pack = torch_internals.packed_convolution
+            known = (shape[1], shape[3]) if work.any_height else tuple(shape)
+            weight = weights.form(
+                ("image", image.dtype, *window, *known),
+                lambda: pack(weight.contiguous(), padding, stride, dilation, weights.groups, shape),
+            )
+        return _convolve(weights, image, weight, residual, window, weights.groups)
 
 
 def _convolve(
@@ -242,13 +169,6 @@ def _convolve(
     then = ("add", 1.0, "relu" if relu else None, (), "")
     out = _POINTWISE.binary(image, residual, weight, bias, *numbers, *then)
     return out if relu or act is None else act.apply_(out)
-
-
-def _shape(weights: FusedConv, image: Tensor, *window: Pair) -> tuple[int, ...]:
-    """Return the shape of the result for an image."""
-    axes = zip(image.shape[2:], weights.weight.shape[2:], *window, strict=True)
-    sizes = ((length + 2 * p - d * (k - 1) - 1) // s + 1 for length, k, s, p, d in axes)
-    return image.shape[0], weights.weight.shape[0], *sizes
 
 
 def _fused(weights: FusedConv) -> tuple[str, tuple[float, ...], str]:
@@ -280,7 +200,7 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _fewest(rows: Tensor) -> int:
     """Return how many rows of this length a product needs at least; 0 while torch traces or counts operations."""
-    return 0 if is_observed() else max(_FEWEST_ROWS, _FEWEST_VALUES // rows.shape[1] + 1)
+    return 0 if running.is_observed else max(_FEWEST_ROWS, _FEWEST_VALUES // rows.shape[1] + 1)
 
 
 def _fill(rows: Tensor, count: int) -> Tensor:
@@ -300,6 +220,6 @@ def _has_onednn(values: Tensor) -> bool:
         and values.device.type == "cpu"
         and values.dtype in _ONEDNN
         and (values.dtype != torch.bfloat16 or torch_internals.packs_bfloat16())
-        and not is_observed()
+        and not running.is_observed
         and not (torch.is_grad_enabled() and values.requires_grad)
     )

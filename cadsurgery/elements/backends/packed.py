@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.elements.backends.choose import Convolution, check_channels, compute
+from cadsurgery.elements.backends.choose import check_channels, compute
 from cadsurgery.elements.backends.onednn import convolve
 from cadsurgery.elements.backends.weights import Activation, FusedConv, Pair
+from cadsurgery.elements.backends.works import Convolution
+from cadsurgery.support.running import running
 
 
 class PackedConv(nn.Module):
@@ -102,7 +104,7 @@ class ScaleShift(nn.Module):
     def forward(self, values: Tensor, last: bool = False) -> Tensor:
         """Normalise values, whose channels are their third axis from the end, or with `last` their last one."""
         is_number = self.scale.numel() == self.shift.numel() == 1
-        if not is_number and not torch.compiler.is_compiling():  # one channel would be repeated
+        if not is_number and not running.in_graph:  # one channel would be repeated
             check_channels(values.shape[-1 if last else -3], max(self.scale.numel(), self.shift.numel()))
         shape, wide = (-1,) if last or is_number else (-1, 1, 1), values.to(self.scale.dtype)
         changed = torch.addcmul(self.shift.view(shape), wide, self.scale.view(shape)).to(values.dtype)

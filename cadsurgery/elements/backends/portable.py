@@ -15,20 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import (
-    Backend,
-    Convolution,
-    Mixing,
-    Picking,
-    Pooling,
-    Work,
-    extend,
-)
+from cadsurgery.elements.backends.choose import Backend, Work
 from cadsurgery.elements.backends.operators import define
 from cadsurgery.elements.backends.reference import Torch, gather
-from cadsurgery.elements.backends.target import Target, target_of_graph
-from cadsurgery.elements.kernel_map import Reading
-from cadsurgery.elements.sizes import is_statically_true
+from cadsurgery.elements.backends.works import Convolution, Mixing, Picking, Pooling, extend
+from cadsurgery.elements.kernel_map import Reading, TapSearch, has_halo
+from cadsurgery.elements.lattice import CellSearch
+from cadsurgery.elements.sizes import as_numbers, is_statically_true
+from cadsurgery.support.running import Target, running
+
+_LIKE = torch.empty(0, dtype=torch.int32, device="cpu")
 
 
 class Portable(Backend):
@@ -38,11 +34,43 @@ class Portable(Backend):
 
     def applies(self, work: Work) -> bool:
         """Return True while such a graph is traced, without gradients."""
-        return target_of_graph() is not None and not work.gradient
+        if isinstance(
+            work, (CellSearch, TapSearch)
+        ):  # operations of engines that load this package's kernels
+            return running.target is not None and running.target.has_kernels and work.is_counted
+        return running.target is not None and not work.gradient
+
+    def find_cells(self, work: CellSearch) -> tuple[Tensor, Tensor, Tensor]:
+        """Find cells by one operation."""
+        levels = work.rows
+        sides = as_numbers(work.lattice.geometry.sides, _LIKE)
+        found: tuple[Tensor, Tensor] = torch.ops.cadsurgery.find_cells(levels.int(), sides)
+        cells = found[0].long()
+        images = torch.arange(levels.shape[0], device=levels.device).unsqueeze(1)
+        return cells, found[1], (cells // levels[0].numel() == images).sum(1)
+
+    def find_taps(self, work: TapSearch) -> Reading:
+        """Find taps by one operation; weights of the halo are float32."""
+        source = work.source
+        inputs = (
+            work.rows.int(),
+            as_numbers(source.geometry.sides, _LIKE),
+            source.anchors.int(),
+            source.index,
+            work.pixels.int(),
+            *(as_numbers(values, _LIKE) for values in (work.size, *work.steps)),
+        )
+        found: tuple[Tensor, Tensor, Tensor]
+        if has_halo(source):
+            found = torch.ops.cadsurgery.read_taps(*inputs)
+        else:
+            none = torch.empty(0, 4, dtype=torch.int32), torch.empty(0, 4)
+            found = torch.ops.cadsurgery.read_near_taps(*inputs), *none
+        return Reading(work.shaped(found[0]), found[1], found[2], work.has_outside)
 
     def convolve(self, work: Convolution) -> Tensor:
         """Compute rows (N, ..., O)."""
-        weights, target = work.weights, target_of_graph() or Target()
+        weights, target = work.weights, running.target or Target()
         groups, bias = weights.groups, weights.bias
         # Engines multiply rows of floats as fast as this package, and rows of bytes slower: docs/deploy.md.
         if target.has_kernels and (not work.is_product or (target.in_8_bits and work.rows.dim() == 2)):
@@ -118,7 +146,7 @@ define("mix_rows(Tensor rows, Tensor sources, Tensor shares) -> Tensor", _rows_o
 
 def _has_pick(rows: Tensor) -> bool:
     """Return True if engines have a kernel that picks these rows."""
-    return (target_of_graph() or Target()).has_kernels and rows.dtype == torch.float32
+    return (running.target or Target()).has_kernels and rows.dtype == torch.float32
 
 
 def _pick_rows(rows: Tensor, reading: Reading) -> Tensor:

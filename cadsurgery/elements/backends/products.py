@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import Backend, Convolution, extend
+from cadsurgery.elements.axes import as_map, as_rows, fast_layout
+from cadsurgery.elements.backends.choose import Backend, compute
 from cadsurgery.elements.backends.onednn import multiply
 from cadsurgery.elements.backends.reference import gather_blocks
+from cadsurgery.elements.backends.works import Convolution, MapConvolution, extend
 
 
 class Products(Backend):
@@ -14,8 +16,10 @@ class Products(Backend):
 
     name = "products"
 
-    def applies(self, work: Convolution) -> bool:
+    def applies(self, work: Convolution | MapConvolution) -> bool:
         """Return True for one tap at the element itself and, in inference, for any ungrouped convolution."""
+        if isinstance(work, MapConvolution):
+            return work.is_product and not work.graph
         return work.is_product or (work.is_inference and work.weights.groups == 1)
 
     def convolve(self, work: Convolution) -> Tensor:
@@ -34,3 +38,10 @@ class Products(Backend):
             out[start:end] = multiply(weights, block.flatten(1), more)
             start = end
         return out
+
+    def convolve_map(self, work: MapConvolution) -> Tensor:
+        """Multiply the positions of a map, viewed as rows."""
+        image, residual = work.rows, work.residual
+        more = as_rows(residual) if residual is not None else None
+        out = compute(Convolution(as_rows(image), work.weights, None, residual=more))
+        return fast_layout(as_map(out, image.shape[0], (image.shape[2], image.shape[3])))

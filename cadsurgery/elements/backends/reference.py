@@ -13,21 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cadsurgery.elements.backends.choose import (
-    Backend,
+from cadsurgery.elements.backends.choose import Backend, Work, compute
+from cadsurgery.elements.backends.onednn import product
+from cadsurgery.elements.backends.sums import normalise_rows, sum_products
+from cadsurgery.elements.backends.works import (
     Convolution,
     Filling,
+    MapConvolution,
     Mixing,
     MixingLines,
+    Normalising,
     Picking,
     Pooling,
     TransposedConvolution,
-    Work,
-    compute,
+    Weighing,
     extend,
 )
-from cadsurgery.elements.backends.onednn import product
-from cadsurgery.elements.kernel_map import phases, read_rows
+from cadsurgery.elements.kernel_map import Reading, TapSearch, find_taps, phases, read_rows
+from cadsurgery.elements.lattice import CellSearch
 from cadsurgery.elements.sizes import is_for_any_size, is_statically_true
 
 # Gathered rows are multiplied in blocks of about this size: small enough to stay near the cache and far
@@ -43,6 +46,49 @@ class Torch(Backend):
     def applies(self, work: Work) -> bool:
         """Return True: this backend supports every work."""
         return True
+
+    def find_cells(self, work: CellSearch) -> tuple[Tensor, Tensor, Tensor]:
+        """Find the pixels that lie at the corner of their cell."""
+        lattice = work.lattice
+        (height, width), device = lattice.size, lattice.levels.device
+        y = torch.arange(height, device=device).view(1, -1, 1)
+        x = torch.arange(width, device=device).view(1, 1, -1)
+        image = torch.arange(lattice.batch, device=device).view(-1, 1, 1)
+        corner = (image * height + y - y % lattice.side_map) * width + x - x % lattice.side_map
+        pixel = (image * height + y) * width + x
+        is_anchor = (corner == pixel).flatten()
+        if lattice.part is not None:
+            is_anchor &= lattice.part.pixels
+        row = is_anchor.cumsum(0) - 1
+        if lattice.capacity is None:
+            anchors = is_anchor.nonzero().squeeze(1)
+        else:
+            anchors = torch.nonzero_static(is_anchor, size=lattice.capacity[1], fill_value=0).squeeze(1)
+        counts = is_anchor.view(lattice.batch, -1).sum(1)
+        return anchors, row[corner.flatten()].to(torch.int32), counts
+
+    def find_taps(self, work: TapSearch) -> Reading:
+        """Find taps in a padded map of rows."""
+        return find_taps(work)
+
+    def convolve_map(self, work: MapConvolution) -> Tensor:
+        """Convolve, then add and activate."""
+        weights, dtype = work.weights, work.rows.dtype
+        operands = work.rows, weights.weight.to(dtype), weights.bias_as(dtype)
+        return weights.finish(F.conv2d(*operands, *work.window, weights.groups), work.residual)
+
+    def weigh(self, work: Weighing) -> Tensor:
+        """Compute sums (B, C)."""
+        return sum_products(work.shares.transpose(0, 1), work.rows)
+
+    def normalise(self, work: Normalising) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalise rows, with the gradient in closed form."""
+        rows = work.rows
+        if work.real is not None:
+            rows = torch.where(work.real.to(rows.device).unsqueeze(1), rows, 0.0)
+        rows = rows.to(work.shares.dtype)
+        weight, bias = (None if part is None else part.to(rows) for part in (work.weight, work.bias))
+        return normalise_rows(rows, work.shares, weight, bias, work.eps)
 
     def convolve(self, work: Convolution) -> Tensor:
         """Rows (N, O)."""

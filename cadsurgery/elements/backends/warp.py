@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cadsurgery.kernels.dispatch import call, function, is_observed
+from cadsurgery.kernels.dispatch import call, function
+from cadsurgery.support.running import running
 
 _ELEMENTS = {torch.float32: "float32", torch.float64: "float64"}
 
 
 def supports(points: Tensor) -> bool:
     """Return True if there is a kernel for the points' device and dtype and torch traces or counts no operations."""
-    if points.device.type != "cpu" or points.dtype not in _ELEMENTS or is_observed():
+    if points.device.type != "cpu" or points.dtype not in _ELEMENTS or running.is_observed:
         return False
     return function("invert", _ELEMENTS[points.dtype]) is not None
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from cadsurgery.elements.axes import as_column, as_map, as_rows
-from cadsurgery.elements.backends.choose import Convolution, WindowRead, compute
+from cadsurgery.elements.backends.choose import compute
+from cadsurgery.elements.backends.works import Convolution, WindowRead
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import fill_gaps, gaussian_fill
 from cadsurgery.elements.kernel_map import Reading

@@ -116,7 +116,7 @@ def _named(name: str, spatial: Spatial, branches: Iterable[Branch]) -> list[Bran
     why = "it is neither a convolution nor a module with residual branches."
     source = _maps(nodes[0], facts) if len(nodes) == 1 else []
     if source and facts.layout(source[0]) == CHANNELS_FIRST:
-        walk = _Walk(spatial, source[0])
+        walk = _BranchReader(spatial, source[0])
         walk.step(nodes[0])
         if walk.places:
             return [Branch(name, source[0], (replace(walk.places[0], tail=_tail(nodes[0], None, spatial)),))]
@@ -170,7 +170,7 @@ def _maps(node: fx.Node, facts: Facts) -> list[fx.Node]:
 
 def _branch(end: fx.Node, fork: fx.Node, side: list[fx.Node], spatial: Spatial) -> Branch | None:
     """Return the branch of the nodes between a fork and an addition; None if none of its convolutions can be gated."""
-    walk = _Walk(spatial, fork)
+    walk = _BranchReader(spatial, fork)
     for node in side:
         walk.step(node)
     # A last pointwise layer needs no gate: it commutes with filling and follows the gate before it.
@@ -185,7 +185,7 @@ def _branch(end: fx.Node, fork: fx.Node, side: list[fx.Node], spatial: Spatial) 
 
 
 @dataclass
-class _Walk:
+class _BranchReader:
     """A walk along the nodes of a branch that collects its convolutions and their strides relative to the fork."""
 
     spatial: Spatial

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from cadsurgery.elements.axes import as_column, as_map, as_rows, by_position
-from cadsurgery.elements.backends.choose import Convolution, compute
+from cadsurgery.elements.backends.choose import compute
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.weights import Activation
+from cadsurgery.elements.backends.works import Convolution
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import fill_gaps, gaussian_fill
 from cadsurgery.elements.kernel_map import read_rows

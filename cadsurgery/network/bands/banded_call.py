@@ -21,17 +21,14 @@ from cadsurgery.elements.lattice import Lattice, Pyramid
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.reading import BandPlan, Key, SeenGraph, copied, uniform
-from cadsurgery.network.bands.schedule import (
+from cadsurgery.network.bands.walk import (
     SPARE,
     TOO_MUCH,
-    BandMap,
-    Pass,
-    Task,
+    Stream,
+    Walk,
     has_too_much,
-    is_table_kept,
     joined,
     used_by,
-    walk,
 )
 from cadsurgery.network.program import Masked, Program
 from cadsurgery.support.errors import CannotConvert, InvalidInput
@@ -54,26 +51,31 @@ class Walks:
     """The walks down a picture that give the results.
 
     Attributes:
-        passes: the walks: one for each value of the whole image that another one needs, and one for the results.
-        kept: the maps that stay as a whole after each, by number.
+        walks: one for each value of the whole image that another one needs, and one for the results.
         band: rows of the tallest map in a band.
+        peak: the most bytes of maps at once.
+        largest: the maps that hold the most at that moment, and the bytes of each, by name.
         work: rows that are computed, each times its bytes, relative to computing each once.
         spare: maps that are `joined` have so much more memory than their elements take.
     """
 
-    passes: list[Pass]
-    kept: list[set[int]]
+    walks: list[Walk]
     band: int
+    peak: int
+    largest: dict[str, float]
     work: float
     spare: float = SPARE
 
-    @property
-    def peak(self) -> int:
-        """The most bytes of maps at once."""
-        return max(one.peak for one in self.passes)
+    @classmethod
+    def of(cls, walks: list[Walk], once: int, spare: float = SPARE) -> Walks:
+        """Measure walks, of which `once` are the bytes of all maps computed once."""
+        found = [one.measured(spare) for one in walks]
+        largest = max(found, key=lambda one: one.peak)
+        work = sum(one.computed for one in found) / max(once, 1)
+        return cls(walks, walks[-1].band, int(largest.peak), largest.largest, work, spare)
 
     def __str__(self) -> str:
-        walks = "1 walk" if len(self.passes) == 1 else f"{len(self.passes)} walks"
+        walks = "1 walk" if len(self.walks) == 1 else f"{len(self.walks)} walks"
         work = (
             f"{self.work:.2f} times the work of computing"
             if self.work >= 1.005
@@ -84,9 +86,10 @@ class Walks:
             f"picture; {work} each map once"
         )
 
-    def with_spare(self, maps: Sequence[BandMap], spare: float) -> Walks:
+    def with_spare(self, spare: float) -> Walks:
         """Return the same walks with more memory for maps that are `joined`, whose elements then move less often."""
-        return replace(self, passes=[one.measured(maps, spare) for one in self.passes], spare=spare)
+        found = Walks.of(self.walks, 1, spare)
+        return replace(found, work=self.work)
 
 
 def plan_walks(plan: BandPlan, band: int, keeps: bool, start: int = 0) -> Walks:
@@ -98,36 +101,32 @@ def plan_walks(plan: BandPlan, band: int, keeps: bool, start: int = 0) -> Walks:
         keeps: keep maps between walks that a later one reads; otherwise they are computed again from the picture.
         start: the first row of the results that is asked for.
     """
-    number, maps, known = plan.number, plan.maps, {0}
+    maps, streams = plan.maps, list(plan.maps.values())
+    known, picture = {streams[0]}, streams[0]
     asked = plan.map_outputs if plan.only_first else plan.outputs
     last = max((plan.passes.get(node, 0) for node in asked), default=0)
-    every, passes, kept = set[int](), [], []
+    every, walks = set[Stream](), list[Walk]()
     for at in range(last + 1):
-        wanted, later, staying = {number[node] for node in plan.map_outputs}, set[int](), set[int]()
+        wanted, later, staying = {maps[node] for node in plan.map_outputs}, set[Stream](), set[Stream]()
         if at < last:
-            wanted = {number[one.source] for key, one in plan.sums.items() if plan.passes[key] == at + 1}
+            wanted = {maps[one.source] for key, one in plan.sums.items() if plan.passes[key] == at + 1}
             later = _read_later(plan, at) if keeps else later
             staying = later - known
-        ends = sorted((wanted | staying) - known)
-        passes.append(walk(maps, ends, band, known, staying, start if at == last else 0))
+        ends = (wanted | staying) - known
+        walks.append(Walk(streams, ends, band, known, staying, start if at == last else 0))
         every |= wanted | staying
-        known = {0} | ((known | staying) & later)
-        kept.append(known)
-    once = sum(maps[one].height * maps[one].row for one in used_by(maps, every, {0}))
-    rows = sum(
-        (task.end - task.first) * maps[task.number].row for p in passes for tasks in p.bands for task in tasks
-    )
-    return Walks(passes, kept, band, rows / max(once, 1))
+        known = {picture} | ((known | staying) & later)
+    once = sum(one.height * one.row for one in used_by(streams, every, {picture}))
+    return Walks.of(walks, once)
 
 
-def _read_later(plan: BandPlan, at: int) -> set[int]:
+def _read_later(plan: BandPlan, at: int) -> set[Stream]:
     """Return the maps of a walk that maps of later ones read, or that are results."""
-    passes, number = plan.passes, plan.number
-    is_ready = {one for node, one in number.items() if one and passes.get(node, 0) <= at}
-    waiting = set(number.values()) - is_ready
-    read = {source for one in waiting for source, _ in plan.maps[one].reads}
-    later = {number[one.source] for key, one in plan.sums.items() if passes[key] > at + 1}
-    return (read | later | {number[node] for node in plan.map_outputs}) & is_ready
+    passes, maps = plan.passes, plan.maps
+    is_ready = {one for node, one in maps.items() if one.compute is not None and passes.get(node, 0) <= at}
+    read = {source for one in maps.values() if one not in is_ready for source, _ in one.sources}
+    later = {maps[one.source] for key, one in plan.sums.items() if passes[key] > at + 1}
+    return (read | later | {maps[node] for node in plan.map_outputs}) & is_ready
 
 
 def fit(
@@ -152,19 +151,21 @@ def fit(
         for band in _bands(plan, many == cells[-1]):
             walks = plan_walks(plan, band, keeps, start)
             if walks.peak <= memory:
-                spares = _SPARES if any(one.elements is not None for one in plan.maps) else ()
-                roomier = (walks.with_spare(plan.maps, spare) for spare in spares)
+                spares = _SPARES if any(one.elements is not None for one in plan.maps.values()) else ()
+                roomier = (walks.with_spare(spare) for spare in spares)
                 return plan, next((one for one in roomier if one.peak <= memory), walks)
             if least is None or walks.peak < least[1].peak:
                 least = plan, walks
     assert least is not None
     plan, walks = least
     least_memory = in_mebibytes(walks.peak, memory)
+    held = sorted(
+        (name for name, size in walks.largest.items() if size), key=lambda name: -walks.largest[name]
+    )
     raise InvalidInput(
         f"{in_mebibytes(memory, walks.peak)} are too little for this picture.",
         where="memory",
-        why=f"in bands of {walks.band} rows its maps take {least_memory}, "
-        f"most of it {_largest(plan, walks)}.",
+        why=f"in bands of {walks.band} rows its maps take {least_memory}, most of it {', '.join(held[:2])}.",
         next=f'give at least memory="{least_memory.replace(" ", "")}".',
     )
 
@@ -172,22 +173,14 @@ def fit(
 def _bands(plan: BandPlan, has_fewest_cells: bool = True) -> Iterator[int]:
     """Yield numbers of rows of a band to try, the most first. Bands hold one block of rows of cells, in which elements
     are computed; those with fewer rows are for dense maps beside the region, and tried where blocks are smallest."""
-    tallest = max(one.height for one in plan.maps)
-    blocks = [-(-one.step * tallest // one.height) for one in plan.maps if one.elements is not None]
+    tallest = max(one.height for one in plan.maps.values())
+    blocks = [-(-one.chunk * tallest // one.height) for one in plan.maps.values() if one.elements is not None]
     band = 1 << max(max(blocks, default=tallest) - 1, 1).bit_length()
     while band >= 8 and -(-tallest // band) <= _MOST_BANDS:
         yield band
         if blocks and not has_fewest_cells:
             return
         band //= 2
-
-
-def _largest(plan: BandPlan, walks: Walks) -> str:
-    held = max(walks.passes, key=lambda one: one.peak).largest
-    return ", ".join(
-        "copies of rows" if one < 0 else plan.maps[one].name
-        for one in sorted((n for n in held if n), key=lambda n: -held[n])[:2]
-    )
 
 
 class _Held:
@@ -223,7 +216,7 @@ class _Held:
 class _JoinedElements(_Held):
     """Elements of which several rows of cells are read at once: they lie behind each other in one memory."""
 
-    def __init__(self, one: BandMap, lattice: Callable[[int, int], Lattice], spare: float) -> None:
+    def __init__(self, one: Stream, lattice: Callable[[int, int], Lattice], spare: float) -> None:
         """Take the map, its lattices, and how many times the memory that the elements take is held."""
         super().__init__(lattice=lattice)
         self.map, self.spare = one, spare
@@ -234,8 +227,7 @@ class _JoinedElements(_Held):
         """Return where the elements of rows [first, end) could be computed, which are added next."""
         if self.memory is None:
             return None
-        assert self.map.elements is not None
-        return self._behind(int(self.map.elements[end] - self.map.elements[first]), self.memory)
+        return self._behind(int(self.map.count(first, end)), self.memory)
 
     def add(self, first: int, end: int, x: Elements) -> None:
         place = self._behind(len(x.rows), x.rows)[: len(x.rows)]
@@ -290,13 +282,13 @@ def _is_same_memory(one: Tensor, other: Tensor) -> bool:
 
 
 class BandedCall:
-    """The computation of one picture in bands."""
+    """The computation of one picture in bands; the storage of its walks."""
 
     def __init__(self, plan: BandPlan, walks: Walks) -> None:
         self.plan, self.walks = plan, walks
-        self.nodes = list(self.plan.number)  # by number of their maps
-        self.held = dict[int, Any]()  # `_Held` or `_HeldElements`; at 0 the picture
-        self.joined = joined(self.plan.maps)
+        self.nodes = {one: node for node, one in plan.maps.items()}
+        self.held = dict[Stream, Any]()  # `_Held` or `_JoinedElements`; for the picture, what reads it
+        self.joined = joined(list(plan.maps.values()))
 
     def run(self, arguments: dict[str, Any], lattice: Lattice | None = None) -> Any:
         """Return what the graph returns for the arguments of a call with one picture and, if it has a region, the
@@ -326,22 +318,22 @@ class BandedCall:
             if node.target is ask_mask or (node.op == "placeholder" and str(node.target) not in arguments):
                 values[node] = lattice if node.target is ask_mask else None
         # The picture is read when it is asked for.
-        self.held = {0: SimpleNamespace(rows=read, drop=lambda _: None)}
+        self.held = {plan.maps[plan.seen.image]: SimpleNamespace(rows=read, drop=lambda _: None)}
         self._evaluate(arguments, 0)
-        for at, (one, kept) in enumerate(zip(self.walks.passes, self.walks.kept, strict=True)):
-            if at == len(self.walks.passes) - 1:
-                yield from self._walk(one, plan.map_outputs)
+        for at, walk in enumerate(self.walks.walks):
+            self.held = {one: held for one, held in self.held.items() if one in walk.known}
+            if at == len(self.walks.walks) - 1:
+                yield from self._results(walk, plan.map_outputs)
                 return
             sums = {key: s for key, s in plan.sums.items() if plan.passes[key] == at + 1}
             found = dict[Key, list[Tensor]]()
-            for node, first, rows in self._walk(one, {s.source: None for s in sums.values()}):
+            for node, first, rows in self._results(walk, {s.source: None for s in sums.values()}):
                 for key, value in sums.items():
                     if value.source is node:
                         part = value.measure(rows, first)
                         found[key] = [*map(value.join, found[key], part)] if key in found else part
                 del rows
             values.update({key: value.finish(*found[key]) for key, value in sums.items()})
-            self.held = {number: held for number, held in self.held.items() if number in kept}
             self._evaluate(arguments, at + 1)
 
     def _evaluate(self, arguments: dict[str, Any], at: int) -> None:
@@ -350,7 +342,7 @@ class BandedCall:
         for node in plan.seen.graph.nodes:
             if node.op == "output" or node in values or plan.passes.get(node, 0) > at:
                 continue
-            if node in plan.number or node in plan.parts or node in plan.sums:
+            if node in plan.maps or node in plan.parts or node in plan.sums:
                 continue
             if node.op == "placeholder":
                 values[node] = arguments[str(node.target)]
@@ -359,50 +351,48 @@ class BandedCall:
             elif all(source in values for source in node.all_input_nodes):
                 values[node] = plan.call(node, {})
 
-    def _walk(self, one: Pass, wanted: Collection[fx.Node]) -> Iterator[tuple[fx.Node, int, Any]]:
+    def _results(self, walk: Walk, wanted: Collection[fx.Node]) -> Iterator[tuple[fx.Node, int, Any]]:
         """Yield rows of some maps as they are computed: node, number of the first one, rows."""
-        plan, held, number = self.plan, self.held, self.plan.number
         for node in wanted:
-            if number[node] in held:  # the picture, or a map that an earlier walk has kept
-                height, step = plan.maps[number[node]].height, plan.maps[number[node]].step
-                step *= -(-self.walks.band // step)
-                for first in range(0, height, step):
-                    yield node, first, held[number[node]].rows(first, min(first + step, height))
-        done = {task.number: 0 for tasks in one.bands for task in tasks if plan.maps[task.number].elements}
-        for tasks in one.bands:
-            for task in tasks:
-                rows = self._compute(task)
-                if self.nodes[task.number] in wanted:
-                    yield self.nodes[task.number], task.first, rows
-                del rows
-                for left, row in task.drops:
-                    if left in held:
-                        held[left].drop(row)
-                if task.number in done:
-                    self._forget_table(task, done)
-            if done and self.plan.cells is not None:
-                unfinished = (row for one, row in done.items() if row < plan.maps[one].height)
-                self.plan.cells.drop(min(unfinished, default=0))
+            one = self.plan.maps[node]
+            if one in walk.known:  # the picture, or a map that an earlier walk has kept
+                step = one.chunk * -(-self.walks.band // one.chunk)
+                for first in range(0, one.height, step):
+                    yield node, first, self.held[one].rows(first, min(first + step, one.height))
+        for one, first, rows in walk.carry_out(self):
+            if self.nodes[one] in wanted:
+                yield self.nodes[one], first, rows
+            del rows
 
-    def _compute(self, task: Task) -> Any:
-        """Return rows of a map, which are held from now on."""
-        holder, step = self._held(task.number), self.plan.steps[task.number]
+    # -- the storage of a walk, see `Storage` --------------------------------------------------------
+
+    def compute(self, one: Stream, first: int, end: int) -> Any:
+        """Compute rows of a map, which are held from now on."""
+        assert one.compute is not None
+        holder = self._held(one)
         is_joined = isinstance(holder, _JoinedElements)
-        with offering(holder.memory_for(task.first, task.end) if is_joined else None):
-            read = [
-                (node, *rows.within(task.first, task.end, self._height(node))) for node, rows in step.reads
-            ]
-            rows = step.compute([self._fetch(*one) for one in read], task.first, task.end, read[0][1])
+        with offering(holder.memory_for(first, end) if is_joined else None):
+            read = [(node, *rows.within(first, end, self._height(node))) for node, rows in one.reads]
+            rows = one.compute([self._fetch(*part) for part in read], first, end, read[0][1])
         if not is_joined:  # what others hold may be moved
             rows = self._of_its_own(rows)
-        holder.add(task.first, task.end, rows)
+        holder.add(first, end, rows)
         return rows
 
-    def _forget_table(self, task: Task, done: dict[int, int]) -> None:
-        """Take in that a task is done, and free its kernel map unless that is needed soon."""
-        done[task.number], step = task.end, self.plan.steps[task.number]
-        if step.forget_table is not None and not is_table_kept(self.plan.maps, task.number, task.end, done):
-            step.forget_table(task.first, task.end)
+    def drop(self, one: Stream, row: int) -> None:
+        """Free what was computed of a map before a row."""
+        if one in self.held:
+            self.held[one].drop(row)
+
+    def forget_table(self, one: Stream, first: int, end: int) -> None:
+        """Free the kernel map of rows of a map."""
+        if one.forget_table is not None:
+            one.forget_table(first, end)
+
+    def forget_cells(self, row: int) -> None:
+        """Free what is known of cells before a row."""
+        if self.plan.cells is not None:
+            self.plan.cells.drop(row)
 
     def _of_its_own(self, rows: Any) -> Any:
         """Return rows that are no view of a memory whose rows move."""
@@ -413,31 +403,30 @@ class BandedCall:
         )
 
     def _height(self, node: fx.Node) -> int:
-        if node in self.plan.number:
-            return self.plan.maps[self.plan.number[node]].height
+        if node in self.plan.maps:
+            return self.plan.maps[node].height
         value = self.plan.values[node]
         return sys.maxsize if isinstance(value, SmallMap) else int(value.shape[self.plan.axis[node]])
 
     def _fetch(self, node: fx.Node, first: int, end: int) -> Any:
-        if node in self.plan.number:
-            return self.held[self.plan.number[node]].rows(first, end)
+        if node in self.plan.maps:
+            return self.held[self.plan.maps[node]].rows(first, end)
         value = self.plan.values[node]
         if isinstance(value, SmallMap):
             return replace(value, top=first)
         return value.narrow(self.plan.axis[node], first, end - first)
 
-    def _held(self, number: int) -> Any:
-        if number not in self.held:
-            node, cells = self.nodes[number], self.plan.cells
+    def _held(self, one: Stream) -> Any:
+        if one not in self.held:
+            node, cells = self.nodes[one], self.plan.cells
             grid = self.plan.seen.grids.get(node)
             if grid is None or cells is None:
-                self.held[number] = _Held(self.plan.axis[node])
-            elif number in self.joined:
-                one, lattice = self.plan.maps[number], partial(cells.lattice, grid)
-                self.held[number] = _JoinedElements(one, lattice, self.walks.spare)
+                self.held[one] = _Held(self.plan.axis[node])
+            elif one in self.joined:
+                self.held[one] = _JoinedElements(one, partial(cells.lattice, grid), self.walks.spare)
             else:
-                self.held[number] = _Held(lattice=partial(cells.lattice, grid))
-        return self.held[number]
+                self.held[one] = _Held(lattice=partial(cells.lattice, grid))
+        return self.held[one]
 
 
 @dataclass

@@ -21,8 +21,8 @@ from cadsurgery.elements.lattice import Lattice, Pyramid
 from cadsurgery.elements.resizing import Scaling, read_at, resize_onto
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.elements.whole_image import areas_in_bins
-from cadsurgery.network.bands.schedule import SAME, RowsRead
-from cadsurgery.network.bands.steps import BandStep, entries
+from cadsurgery.network.bands.steps import entries
+from cadsurgery.network.bands.walk import SAME, RowsRead, Stream
 
 _MOST_KNOWN = 2  # the cells of so many ranges of rows are known at a time; of others, their kernel maps alone
 # Bytes for each fine pixel of these, as measured: elements of each pixel, and what is needed to make kernel maps.
@@ -160,7 +160,7 @@ def _of_elements(
     rows: RowsRead,
     grid: Grid,
     find: Callable[[Elements, Lattice, int], Elements],
-) -> BandStep:
+) -> Stream:
     """An operation whose elements read other cells: found among these, at the elements of a band alone.
 
     Args:
@@ -177,7 +177,7 @@ def _of_elements(
         return Elements(find(x, stage, begin).rows, cells.lattice(grid, first, end))
 
     both = RowsRead(lambda row: min(rows.first(row), row), lambda row: max(rows.last(row), row))
-    return BandStep([(node, both)], compute, [node])
+    return Stream([(node, both)], compute, [node])
 
 
 def window_of_elements(
@@ -187,7 +187,7 @@ def window_of_elements(
     window: Window,
     grids: tuple[Grid, Grid, Grid | None],
     call: Call,
-) -> BandStep:
+) -> Stream:
     """A convolution or pooling, in place of its call: with the window fitted to the whole map.
 
     Args:
@@ -219,7 +219,7 @@ def window_of_elements(
             rows[residual] = Elements(more, stage)
         return Elements(call(rows, **options).rows, cells.lattice(target, first, end))
 
-    step = BandStep([(node, reads)], compute, [] if window.reads_one_sample else [node])
+    step = Stream([(node, reads)], compute, [] if window.reads_one_sample else [node])
     step.reads += [(residual, SAME)] if residual not in (None, node) else []
     if not window.is_pointwise:
         step.table = (*grids[:2], window), _TAP * window.taps + _HALO
@@ -253,7 +253,7 @@ def resized_elements(
     spacings: tuple[int, int],
     mode: str,
     align_corners: bool,
-) -> BandStep:
+) -> Stream:
     """A resize within the region, onto the lattice of an earlier stage."""
     (coarse, fine), (source, target), side = spacings, grids, cells.side
     before = divide_up(source.size[0], coarse), divide_up(source.size[1], coarse)
@@ -291,19 +291,19 @@ def resized_elements(
 
 def border_of_elements(
     cells: Cells, node: fx.Node, grids: tuple[Grid, Grid], spacing: int, value: float | None
-) -> BandStep:
+) -> Stream:
     """A map of the region that is cut or padded at its lower and right border; `value` as of `functional.pad`."""
     source, side = grids[0], cells.side
     last = max(source.size[0] - spacing, 0) // side * side  # the cells of the last samples
     if source == grids[1]:
-        return BandStep([(node, SAME)], lambda rows, *_: rows[0])
+        return Stream([(node, SAME)], lambda rows, *_: rows[0])
     own = RowsRead(lambda row: min(row // side * side, last), lambda row: row // side * side + side - 1)
     step = _of_elements(cells, node, own, grids[1], lambda x, stage, _: onto_border(x, stage, spacing, value))
     step.copies = []
     return step
 
 
-def of_neighbours(cells: Cells, node: fx.Node, grid: Grid, call: Call) -> BandStep:
+def of_neighbours(cells: Cells, node: fx.Node, grid: Grid, call: Call) -> Stream:
     """An operation whose elements read no further than the next cells: it is called on these, too."""
 
     def compute(rows: list[Any], first: int, end: int, begin: int) -> Elements:
@@ -311,19 +311,19 @@ def of_neighbours(cells: Cells, node: fx.Node, grid: Grid, call: Call) -> BandSt
         lines = first - begin, min(end, grid.size[0]) - begin
         return Elements(found.rows[slice(*map(found.lattice.row_at, lines))], cells.lattice(grid, first, end))
 
-    return BandStep([(node, cells.reached(cells.side, cells.side))], compute, [node])
+    return Stream([(node, cells.reached(cells.side, cells.side))], compute, [node])
 
 
-def entering(cells: Cells, node: fx.Node, grid: Grid, layout: str) -> BandStep:
+def entering(cells: Cells, node: fx.Node, grid: Grid, layout: str) -> Stream:
     """The dense map at the beginning of the region, as elements."""
 
     def compute(rows: list[Any], first: int, end: int, begin: int) -> Elements:
         return functional.to_elements(rows[0], cells.lattice(grid, first, end), layout)
 
-    return BandStep([(node, SAME)], compute)
+    return Stream([(node, SAME)], compute)
 
 
-def dense_map(cells: Cells, node: fx.Node, spacing: int, call: Call, axis: int) -> BandStep:
+def dense_map(cells: Cells, node: fx.Node, spacing: int, call: Call, axis: int) -> Stream:
     """The dense map at the exit of the region: rows of the network's own grid, along an axis, read from elements."""
 
     def compute(rows: list[Any], first: int, end: int, begin: int) -> Tensor:
@@ -332,12 +332,12 @@ def dense_map(cells: Cells, node: fx.Node, spacing: int, call: Call, axis: int) 
 
     reached = cells.reached(0, 0)
     rows = RowsRead(lambda row: reached.first(row * spacing), lambda row: reached.last(row * spacing))
-    return BandStep([(node, rows)], compute, [node])
+    return Stream([(node, rows)], compute, [node])
 
 
 def resized_at_exit(
     cells: Cells, node: fx.Node, grid: Grid, spacing: int, scaling: Scaling, dtype: torch.dtype
-) -> BandStep:
+) -> Stream:
     """A resize at the exit of the region, see `functional.resize_to_dense`."""
     places, across = scaling.places(grid.size, spacing, dtype, torch.device("cpu"))
     (low, high), reached = entries(places, grid.size[0]), cells.reached(0, 0)
@@ -350,7 +350,7 @@ def resized_at_exit(
         return read_at(functional.to_dense(x, 1), [down, across])
 
     rows = RowsRead(lambda row: reached.first(low(row)), lambda row: reached.last(high(row)))
-    return BandStep([(node, rows)], compute, [node])
+    return Stream([(node, rows)], compute, [node])
 
 
 def bins_of_elements(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, UntypedStorage, fx
+from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from cadsurgery.elements import functional
@@ -31,12 +31,12 @@ from cadsurgery.following.graphs import module_of
 from cadsurgery.following.guards import is_whole
 from cadsurgery.network.bands import element_steps, steps
 from cadsurgery.network.bands.element_steps import Cells, Grid
-from cadsurgery.network.bands.schedule import BandMap, RowsRead
-from cadsurgery.network.bands.steps import BandStep, WholeImage
-from cadsurgery.network.observing import OnShapes
+from cadsurgery.network.bands.steps import WholeImage
+from cadsurgery.network.bands.walk import RowsRead, Stream
+from cadsurgery.network.observing import observe, tensors_in
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import CannotConvert
-from cadsurgery.support.torch_internals import tree_leaves, tree_map
+from cadsurgery.support.torch_internals import tree_map
 from cadsurgery.support.torch_operations import Kind, is_kind, name_of
 from cadsurgery.surgery.channel_rules import parts_of_index
 from cadsurgery.surgery.refusals import source_line
@@ -73,7 +73,7 @@ _ARRANGING: tuple[Kind, ...] = (
 _JOINING = ("cat", "concat", "concatenate", "stack")
 
 
-class SeenGraph(OnShapes):
+class SeenGraph:
     """A graph, and what a run of it on the shapes of a call with one picture tells.
 
     Attributes:
@@ -93,43 +93,36 @@ class SeenGraph(OnShapes):
 
     def __init__(self, program: Program, graph: fx.Graph, arguments: dict[str, Any]) -> None:
         """Take a program, one of its graphs, and the arguments of a call with one picture."""
-        super().__init__(program.bind_to(meta_copy(program.net)), graph)
-        self.own, self.net = GraphInterpreter(program, graph), program.net
+        self.graph, self.own, self.net = graph, GraphInterpreter(program, graph), program.net
         self.image = next(node for node in graph.nodes if node.target == program.image_name)
         self.region = next((node for node in graph.nodes if node.target is ask_mask), None)
-        self.device = arguments[program.image_name].device
+        device = arguments[program.image_name].device
         self.shapes, self.types = dict[fx.Node, torch.Size](), dict[fx.Node, torch.dtype]()
         self.grids, self.channels = dict[fx.Node, Grid](), dict[fx.Node, int]()
         self.several, self.small, self.numbers = set[fx.Node](), set[fx.Node](), dict[fx.Node, Any]()
-        self.memories = dict[fx.Node, set[UntypedStorage]]()
-        self.changed = dict[fx.Node, list[fx.Node]]()
         level = program.plan.max_level if program.own_level is None else program.own_level
         first = (partial(_lattice_of, program.geometry, level),) if self.region is not None else ()
-        with torch.inference_mode(False), torch.no_grad():  # inference tensors do not tell changes in place
-            given = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in arguments.items()}
-            self.run(*in_order(graph, given, *first))
-        self.env.clear()
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node and note its value."""
-        before = {source: _versions(self.env[source]) for source in n.all_input_nodes}
-        value = super().run_node(n)
-        self.changed[n] = [one for one, versions in before.items() if versions != _versions(self.env[one])]
-        self.memories[n] = {part.untyped_storage() for part in _tensors(value)}
-        if isinstance(value, Tensor):
-            self.shapes[n], self.types[n] = value.shape, value.dtype
-        elif isinstance(value, Elements) and isinstance(value.rows, Tensor):
-            self.grids[n] = Grid(value.lattice.stage, value.lattice.size)
-            self.channels[n], self.types[n] = math.prod(value.rows.shape[1:]), value.rows.dtype
-        elif isinstance(value, Elements):  # several maps in one
-            self.several.add(n)
-        elif isinstance(value, SmallMap):
-            self.small.add(n)
-        elif isinstance(value, torch.device):
-            self.numbers[n] = self.device
-        elif _is_number(value):
-            self.numbers[n] = value
-        return value
+        found = observe(program.bind_to(meta_copy(program.net)), graph, in_order(graph, arguments, *first))
+        self.changed = {node: found.changed.get(node, []) for node in graph.nodes}
+        self.memories = {
+            node: {part.untyped_storage() for part in tensors_in(value)}
+            for node, value in found.values.items()
+        }
+        for node, value in found.values.items():
+            if isinstance(value, Tensor):
+                self.shapes[node], self.types[node] = value.shape, value.dtype
+            elif isinstance(value, Elements) and isinstance(value.rows, Tensor):
+                self.grids[node] = Grid(value.lattice.stage, value.lattice.size)
+                self.channels[node] = math.prod(value.rows.shape[1:])
+                self.types[node] = value.rows.dtype
+            elif isinstance(value, Elements):  # several maps in one
+                self.several.add(node)
+            elif isinstance(value, SmallMap):
+                self.small.add(node)
+            elif isinstance(value, torch.device):
+                self.numbers[node] = device
+            elif _is_number(value):
+                self.numbers[node] = value
 
     @property
     def returned(self) -> Any:
@@ -153,9 +146,7 @@ class BandPlan:
     Attributes:
         seen: the graph, and what is known of its values.
         cells: of the picture, if the graph has a region.
-        maps: all maps in the order of the graph; the picture is the first.
-        number: number of the map of each node.
-        steps: what computes each map but the picture.
+        maps: the map of each node, in the order of the graph; the picture is the first.
         sums: values of the whole image.
         passes: for each map and each value, how many walks down the picture come before it.
         axis: the axis of each map that its rows are counted along.
@@ -173,14 +164,14 @@ class BandPlan:
             CannotConvert: an operation needs a whole map.
         """
         self.seen, self.cells, self.only_first = seen, cells, only_first
-        self.maps, self.number, self.steps = list[BandMap](), dict[fx.Node, int](), dict[int, BandStep]()
+        self.maps = dict[fx.Node, Stream]()
         self.sums, self.passes = dict[Key, WholeImage](), dict[Key, int]()
         self.axis, self.parts = dict[fx.Node, int](), dict[fx.Node, list[fx.Node]]()
         self.values, self.behind = dict[Key, Any](), dict[fx.Node, CannotConvert]()
         self._refuse_changes_that_others_read()
         for node in seen.graph.nodes:
             if node is seen.image:
-                self._add(node, None)
+                self._add(node, Stream())
             elif node.op in ("placeholder", "get_attr", "output") or node.target is ask_mask:
                 continue
             elif node in seen.several or (node in seen.small and self._maps_of(node)):
@@ -210,13 +201,13 @@ class BandPlan:
     @property
     def map_outputs(self) -> list[fx.Node]:
         """The maps of the output that are asked for, and those that the output is arranged from."""
-        found = [node for node in self.outputs if node in self.number]
+        found = [node for node in self.outputs if node in self.maps]
         if self.only_first:
             return found[:1]
         return list(dict.fromkeys((*found, *(one for node in self.behind for one in self._maps_of(node)))))
 
     def _has_map(self, node: fx.Node) -> bool:
-        return node in self.number or node in self.parts
+        return node in self.maps or node in self.parts
 
     def _maps_of(self, node: fx.Node) -> list[fx.Node]:
         """The maps that a node reads, also through several values in one."""
@@ -255,7 +246,7 @@ class BandPlan:
             self._refuse_unless_rowwise(node, treatment)
             self.parts[node] = self._maps_of(node)
             return
-        if node.target in (functional.contiguous_gradient, functional.exact_layout):
+        if node.target in (functional.contiguous_gradient, functional.exact_layout, functional.in_order):
             self._add(node, self._pointwise(node))
         elif treatment.kind == "global":
             source, covers = self._source(node), self._resolved(treatment.covers, node)
@@ -265,30 +256,27 @@ class BandPlan:
         else:
             self._add(node, self._step(node, treatment))
 
-    def _add(self, node: fx.Node, step: BandStep | None) -> None:
+    def _add(self, node: fx.Node, made: Stream) -> None:
         if self.seen.shapes.get(node, (1,))[0] != 1:
             raise self._refusal(node, "it joins images, or copies of them")
-        seen, size = self.seen, self.seen.types[node].itemsize
+        seen, size, made.name = self.seen, self.seen.types[node].itemsize, self._name(node)
         if node in seen.grids:
             assert self.cells is not None
             grid = seen.grids[node]
-            made = BandMap(self._name(node), grid.size[0], seen.channels[node] * size, step=self.cells.side)
+            made.height, made.row, made.chunk = grid.size[0], seen.channels[node] * size, self.cells.side
             made.elements = self.cells.elements_above(grid)
             made.lattice = element_steps.LATTICE * grid.size[1]
         else:
             shape, axis = seen.shapes[node], self._axis(node)
-            self.axis[node] = axis
-            row = math.prod(shape) // max(shape[axis], 1) * size
-            made = BandMap(self._name(node), shape[axis], row if step is not None else 0)
-        if step is not None:
-            made.reads = [(self.number[one], rows) for one, rows in step.reads if one in self.number]
-            made.copied = [self.number[one] for one in step.copies if one in self.number]
-            made.table = step.table
-            self.steps[len(self.maps)] = step
-            read = [*node.all_input_nodes, *(source for source, _ in step.reads)]
-            self.passes.setdefault(node, self._passes(read))
-        self.number[node] = len(self.maps)
-        self.maps.append(made)
+            self.axis[node], made.height = axis, shape[axis]
+            made.row = math.prod(shape) // max(shape[axis], 1) * size if made.compute is not None else 0
+        made.sources = [(self.maps[one], rows) for one, rows in made.reads if one in self.maps]
+        made.copied = [self.maps[one] for one in made.copies if one in self.maps]
+        if made.compute is not None:
+            self.passes.setdefault(
+                node, self._passes((*node.all_input_nodes, *(one for one, _ in made.reads)))
+            )
+        self.maps[node] = made
 
     def _name(self, node: fx.Node) -> str:
         """The name of a node, or that of the layer that was fused."""
@@ -309,7 +297,7 @@ class BandPlan:
 
     # -- steps ---------------------------------------------------------------------------------------
 
-    def _step(self, node: fx.Node, acts: Treatment) -> BandStep:
+    def _step(self, node: fx.Node, acts: Treatment) -> Stream:
         if acts.then:
             raise self._refusal(node, "it is several operations in one")
         if acts.window is not None and (acts.kind == "window" or acts.window.finer > 1):
@@ -328,13 +316,13 @@ class BandPlan:
         self._refuse_unless_rowwise(node, acts)
         return self._pointwise(node)
 
-    def _over(self, node: fx.Node, window: Window, apply: Any, **options: Any) -> BandStep:
+    def _over(self, node: fx.Node, window: Window, apply: Any, **options: Any) -> Stream:
         source = self._source(node)
         return steps.windowed(
             source, window, self.seen.size(source), self.seen.size(node)[1], apply, **options
         )
 
-    def _windowed(self, node: fx.Node, acts: Treatment, window: Window) -> BandStep:
+    def _windowed(self, node: fx.Node, acts: Treatment, window: Window) -> Stream:
         """Convolutions are given padded rows; any other operation with a window pads by itself."""
         source, module = self._source(node), self._module(node)
         size, stride, dilation = self.seen.size(source), window.stride, window.dilation
@@ -405,7 +393,7 @@ class BandPlan:
         is_resized = treatment.kind == "broadcast" or treatment.call is functional.resize
         return is_resized and len(self.seen.shapes.get(node, ())) == 4
 
-    def _enlarged(self, node: fx.Node) -> BandStep:
+    def _enlarged(self, node: fx.Node) -> Stream:
         """The map that a value of the whole image is resized to."""
         options = dict(_acts(node).arguments)
         source: Any = node.args[0] if node.args else node.kwargs["input"]
@@ -414,7 +402,7 @@ class BandPlan:
         scaling = Scaling(self.seen.size(node), mode=mode, align_corners=align)
         return steps.resized(source, self.seen.size(source), scaling, self.seen.types[source])
 
-    def _group_norm(self, node: fx.Node, source: fx.Node, options: dict[str, Any]) -> BandStep:
+    def _group_norm(self, node: fx.Node, source: fx.Node, options: dict[str, Any]) -> Stream:
         """Mean and variance are values of the whole image; the rest acts on each row, or element."""
         grid, groups, key = self.seen.grids.get(source), options["groups"], Statistics(node)
         channels = self.seen.channels[source] if grid else self.seen.shapes[source][1]
@@ -437,7 +425,7 @@ class BandPlan:
         """True if all elements of a map weigh the same; those of dense maps do."""
         return grid is None or self.cells is None or self.cells.are_equal(grid)
 
-    def _pointwise(self, node: fx.Node) -> BandStep:
+    def _pointwise(self, node: fx.Node) -> Stream:
         maps, axis, shape = self._maps_of(node), self._axis(node), self.seen.shapes[node]
         values = self._values_with_rows(node, axis, shape)
         heights = {self.seen.shapes[one][self._axis(one)] for one in (*maps, node)}
@@ -508,7 +496,7 @@ class BandPlan:
             raise self._refusal(node, "it reads no map")
         self._add(node, self._element_step(node, maps[0], operation, cells))
 
-    def _element_step(self, node: fx.Node, source: fx.Node, operation: Operation, cells: Cells) -> BandStep:
+    def _element_step(self, node: fx.Node, source: fx.Node, operation: Operation, cells: Cells) -> Stream:
         grids, options = self.seen.grids, self._options(node)
         call = partial(self.call, node)
         if node.target is functional.to_elements:
@@ -620,7 +608,7 @@ class BandPlan:
     def _source(self, node: fx.Node) -> fx.Node:
         """The map that a node reads."""
         source: Any = node.args[0] if node.args else next(iter(node.kwargs.values()))
-        if source not in self.number:
+        if source not in self.maps:
             if len(self.seen.shapes.get(source, ())) != 4:
                 raise self._refusal(node, "what it reads is no map")
             self._note_axis(source, 2)  # a value that is there as a whole, such as another input
@@ -720,16 +708,6 @@ def copied(value: Any) -> Any:
     if isinstance(value, Elements):
         return Elements(copied(value.rows), value.lattice)
     return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, value)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    value = value.rows if isinstance(value, Elements) else value
-    return [part for part in tree_leaves(value) if isinstance(part, Tensor)]
-
-
-def _versions(value: Any) -> list[int]:
-    """Return how often the tensors of a value were changed in place."""
-    return [part._version for part in _tensors(value) if not part.is_inference()]
 
 
 def _scaling(options: dict[str, Any]) -> Scaling:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,36 +21,16 @@ from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.resizing import Scaling, read_at
-from cadsurgery.network.bands.schedule import SAME, RowsRead
-
-
-@dataclass(eq=False)
-class BandStep:
-    """The computation of the map of a node.
-
-    Attributes:
-        reads: the nodes whose maps it reads, and which rows of them.
-        compute: returns rows [first, end) of the map from the rows of each of these, given `first`, `end` and the
-            number of the first row that is read of the first map.
-        copies: those of them whose rows are copied while it runs.
-        table: what its kernel map depends on, and the bytes of that for each element; None if it has none.
-        forget_table: frees the kernel map of rows [first, end).
-    """
-
-    reads: list[tuple[fx.Node, RowsRead]]
-    compute: Callable[[list[Any], int, int, int], Any]
-    copies: list[fx.Node] = field(default_factory=list)
-    table: tuple[Any, int] | None = None
-    forget_table: Callable[[int, int], None] | None = None
+from cadsurgery.network.bands.walk import SAME, RowsRead, Stream
 
 
 def pointwise(
     nodes: Sequence[fx.Node], call: Callable[..., Any], others: dict[fx.Node, RowsRead] | None = None
-) -> BandStep:
+) -> Stream:
     """An operation that acts on each row alone, called with the rows of maps by node; `others` tells what is read of
     maps on other grids."""
     reads = [(node, (others or {}).get(node, SAME)) for node in nodes]
-    return BandStep(reads, lambda rows, *_: call(dict(zip(nodes, rows, strict=True))))
+    return Stream(reads, lambda rows, *_: call(dict(zip(nodes, rows, strict=True))))
 
 
 def rows_of_window(window: Window, height: int) -> RowsRead:
@@ -75,7 +54,7 @@ def windowed(
     apply: Callable[[Tensor, int, Tensor | None], Tensor],
     residual: fx.Node | None = None,
     pads: bool = True,
-) -> BandStep:
+) -> Stream:
     """A convolution, or the padding of a map.
 
     Args:
@@ -108,7 +87,7 @@ def windowed(
         return apply(x, pad if is_left else 0, more)
 
     reads = [(node, rows_of_window(window, height))] + ([(residual, SAME)] if residual is not None else [])
-    return BandStep(reads, compute, [node] if window.kernel[0] > 1 else [])
+    return Stream(reads, compute, [node] if window.kernel[0] > 1 else [])
 
 
 def _padded(x: Tensor, pads: tuple[int, int, int, int], mode: str, value: float) -> Tensor:
@@ -128,7 +107,7 @@ def convolution_by(module: PackedConv, window: Window) -> Callable[[Tensor, int,
     return apply
 
 
-def called(node: fx.Node, window: Window, height: int, call: Callable[..., Tensor]) -> BandStep:
+def called(node: fx.Node, window: Window, height: int, call: Callable[..., Tensor]) -> Stream:
     """Any operation with a window, called as it is with the rows under the window by node. It pads them by itself, also
     where the map does not end; the rows of the result that lie there are computed in vain, and cut off.
 
@@ -158,17 +137,17 @@ def called(node: fx.Node, window: Window, height: int, call: Callable[..., Tenso
         start = first - begin * finer // stride
         return call({node: found[0]})[:, :, start : start + end - first]
 
-    return BandStep([(node, RowsRead(first, last))], compute, [node])
+    return Stream([(node, RowsRead(first, last))], compute, [node])
 
 
-def resized(node: fx.Node, size: tuple[int, int], scaling: Scaling, dtype: torch.dtype) -> BandStep:
+def resized(node: fx.Node, size: tuple[int, int], scaling: Scaling, dtype: torch.dtype) -> Stream:
     """A resize of a map (height, width) by torch's interpolation."""
     down, across = scaling.places(size, 1, dtype, torch.device("cpu"))
 
     def compute(rows: list[Tensor], first: int, end: int, begin: int) -> Tensor:
         return read_at(rows[0], [down[first:end] - begin, across])
 
-    return BandStep([(node, RowsRead(*entries(down, size[0])))], compute, [node])
+    return Stream([(node, RowsRead(*entries(down, size[0])))], compute, [node])
 
 
 def entries(places: Tensor, height: int) -> tuple[Callable[[int], int], Callable[[int], int]]:

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from cadsurgery.elements.backends.graph_sizes import Condition
 from cadsurgery.elements.backends.operators import define
-from cadsurgery.elements.backends.target import Condition
 
 define(
     "require_equal(Tensor map, SymInt one, SymInt other, str reason) -> Tensor",

@@ -19,7 +19,7 @@ class Engine:
         name: the engine's name.
         package: the Python package of the engine.
         has_kernels: True if this package's kernels run in it; files are then written `with_kernels`.
-        has_8_bit_depthwise: see `cadsurgery.elements.backends.target.Target`.
+        has_8_bit_depthwise: see `cadsurgery.support.running.Target`.
         has_bfloat16: True if it can run a file in bfloat16.
     """
 

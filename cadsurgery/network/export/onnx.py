@@ -19,7 +19,7 @@ from torch.export import Dim
 from cadsurgery.data.channels import per_channel
 from cadsurgery.data.networks import license_of, source_of
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends.target import Condition, Target, portable, recorded_conditions
+from cadsurgery.elements.backends.graph_sizes import Condition, recorded_conditions
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.size_symbols import drop_fresh, fresh_map, in_multiples, of_size
 from cadsurgery.elements.sizes import divide_up, is_for_any_size, is_statically_true
@@ -61,6 +61,7 @@ from cadsurgery.support.errors import CadError, CannotConvert, describe_error, w
 from cadsurgery.support.kinds import HOW_TO_OPEN, KERNELS_KEY
 from cadsurgery.support.progress import Step, counted, silent
 from cadsurgery.support.provenance import versions
+from cadsurgery.support.running import Target, portable
 from cadsurgery.support.torch_internals import tree_leaves
 
 # Tolerance in half precision, and number of patches per image that a mask may choose differently through rounding.

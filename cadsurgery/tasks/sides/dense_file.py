@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from cadsurgery.elements.backends.target import portable
 from cadsurgery.network.dense_twin import dense_twin, record
 from cadsurgery.network.export.compare import check_difference, difference
 from cadsurgery.network.export.engine import Engine, check_packages
 from cadsurgery.network.export.programs import follow
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.support.running import portable
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
 
 _ATEN = torch.ops.aten
