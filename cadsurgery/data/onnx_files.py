@@ -425,9 +425,8 @@ def _held(graph: Any, name: str, values: Any) -> Any:
     import onnx_ir
 
     tensor = onnx_ir.tensor(values, name=f"{name}_known")
-    held = onnx_ir.Value(
-        name=tensor.name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
-    )
+    kind = onnx_ir.TensorType(tensor.dtype)
+    held = onnx_ir.Value(name=tensor.name, shape=onnx_ir.Shape(values.shape), type=kind, const_value=tensor)
     graph.graph.register_initializer(held)
     return held
 

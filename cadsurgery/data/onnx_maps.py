@@ -403,9 +403,8 @@ def _put_at_places(writer: OnnxTracer, operation: OnnxOperation, value: Any, pla
     if kind not in ("none", "add"):
         raise refuse(operation, f"samples that are joined by {kind} are not read.")
     indices = _places(operation, places)
-    if not isinstance(value, fx.Proxy):  # a constant that is written into
-        return writer.create_proxy("call_function", torch.index_put, (value, indices, new, kind == "add"), {})
-    return torch.index_put(value, indices, new, kind == "add")
+    # Also of a constant that is written into, which torch would compute at once.
+    return writer.create_proxy("call_function", torch.index_put, (value, indices, new, kind == "add"), {})
 
 
 def _running_sum(writer: OnnxTracer, operation: OnnxOperation, value: Any, axis: Any) -> Any:

@@ -220,8 +220,7 @@ def _without_axis(writer: OnnxTracer, operation: OnnxOperation, value: Any, axes
 
 def _arrange(writer: OnnxTracer, operation: OnnxOperation, value: Any, shape: Any = None) -> Any:
     """Arrange numbers in a row, in rows of a table, or as a tensor of more axes."""
-    stated = operation.attributes.get("shape")
-    sizes = list(stated if shape is None else numbers(shape).values)
+    sizes = list(operation.attributes.get("shape", []) if shape is None else numbers(shape).values)
     if len(sizes) > 2:  # what a map is joined with
         dtype = writer.image.dtype if value.is_float else torch.int64
         options = {"dtype": dtype, "device": writer.image.device}

@@ -115,14 +115,14 @@ class LargePicture:
         self.file, self.path, self._source, self._dtype = open_rows(path), path, source, dtype
         self._bands = bands or (source.bands if source is not None else ())
         self.size = (self.file.shape[1], self.file.shape[2])
-        self.shape = (self._read(0, 1)[0].shape[0], *self.size)
+        self.shape: tuple[int, ...] = (self._read(0, 1)[0].shape[0], *self.size)
         self._lacking: np.ndarray[Any, Any] | None = None
         if self.file.may_lack:
-            bands = (
+            read = (
                 self._read(first, min(first + _GAP, self.size[0]))[1]
                 for first in range(0, self.size[0], _GAP)
             )
-            lacking = np.concatenate([np.packbits(band[0].numpy(), axis=1) for band in bands])
+            lacking = np.concatenate([np.packbits(band[0].numpy(), axis=1) for band in read])
             self._lacking = lacking if lacking.any() else None
 
     @property
