@@ -218,6 +218,7 @@ def with_extra(extra: str, is_slow: bool) -> list[dict[str, Any]]:
     return [row for row in COMMANDS if row["extra"] == extra and bool(row.get("slow")) == is_slow]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [extra for extra in ENVIRONMENTS if extra and with_extra(extra, False)])
 def test_commands_run_with_the_one_extra_that_they_name(tmp_path: Path, extra: str) -> None:
     if missing := lacking(extra):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import covering
 from networks import unverified
 from torch import Tensor, nn
 
@@ -103,13 +104,12 @@ class Net(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("options", [{"coarsest": 16}, {}], ids=["floors", "strides removed"])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", POOLS)
+@pytest.mark.parametrize(("name", "place", "has_floors"), covering([*POOLS], PLACES, [True, False]))
 @torch.no_grad()
 def test_an_operation_with_one_rule_works_dense_adaptive_and_in_bands(
-    name: str, place: str, options: dict[str, int]
+    name: str, place: str, has_floors: bool
 ) -> None:
+    options = {"coarsest": 16} if has_floors else {}
     model, image = Net(name, place).double().eval(), torch.randn(1, 3, 75, 101, dtype=torch.float64)
     net = unverified(model, "edges", example_input=torch.randn(1, 3, 64, 96).double(), **options)
     banded, whole = net.optimize(memory=MUCH), net.optimize()

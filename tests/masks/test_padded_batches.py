@@ -143,7 +143,13 @@ def test_sizes_that_do_not_fit_are_refused(sizes: Any, words: str) -> None:
         converted(MASKS[0], "converted")(padded(pictures()), sizes=sizes)
 
 
-@pytest.mark.parametrize("mask", ["edges", "content", "edges | budget:fraction=0.3"])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "content",
+        *(pytest.param(mask, marks=pytest.mark.slow) for mask in ("edges", "edges | budget:fraction=0.3")),
+    ],
+)
 def test_detectors_say_how_large_the_images_of_their_batches_are(mask: str) -> None:
     torch.manual_seed(0)
     body = nn.Sequential(*(nn.Sequential(nn.Conv2d(a, 8, 3, 2, 1), nn.ReLU()) for a in (3, 8, 8)))
