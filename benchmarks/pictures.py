@@ -8,7 +8,7 @@
 
 `word-*` are pictures of the glossary that the package computes (benchmarks/glossary_pictures.py). `concept` shows
 cells and taps.
-`quality` is drawn from docs/quality.json, `speed` from the tables of docs/speed.md, and `zoo` from the rows of the zoo.
+`quality` is drawn from docs/quality.json, `speed` from the tables of docs/data/speed.md, and `zoo` from the rows of the zoo.
 `masks-*` show each mask on a photo (benchmarks/mask_pictures.py). The hero shows a trained network
 (recipes/voc_deeplab) on one. The photo of both is NASA's portrait of Eileen Collins (public domain), as in the wheel of
 scikit-image (`skimage/data/astronaut.png`). The pictures of `masks-empty` are from there, too: `page.png` is under
@@ -135,9 +135,9 @@ _DENSE = re.compile(r"\| \*\*([\w:]+)[^|]*\| dense high (\d+) ms")
 
 def speeds() -> dict[str, dict[str, tuple[float, float]]]:
     """Return, by network and instruction set, work and time relative to fine maps everywhere, at a third of the image
-    fine and linear filling: from the float32 tables of docs/speed.md."""
+    fine and linear filling: from the float32 tables of docs/data/speed.md."""
     found: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
-    text = (DOCS / "speed.md").read_text()
+    text = (DOCS / "data" / "speed.md").read_text()
     for heading in ("AVX2", "AVX-512"):
         part = text.split(f"\n### {heading}\n")[1].split("\n## ")[0].split("\n### ")[0]
         name, whole, columns = "", 0.0, dict[str, int]()

@@ -256,7 +256,7 @@ def test_pictures_are_drawn_for_light_and_dark_pages_and_their_figures_stand_on_
     hero = json.loads((DOCS / "pictures" / "hero.json").read_text())["milliseconds"]
     readme = (ROOT / "README.md").read_text()
     assert f"as given ({hero['dense']:.0f} ms)" in readme and f"one ({hero['adaptive']:.0f} ms)" in readme
-    found, text = speeds(), (DOCS / "speed.md").read_text()
+    found, text = speeds(), (DOCS / "data" / "speed.md").read_text()
     assert len(found) >= 6 and sum("AVX2" in sets and "AVX-512" in sets for sets in found.values()) >= 5
     for name, sets in found.items():
         assert f"**{name}" in text or f":{name}" in text
