@@ -8,7 +8,7 @@
 
 `word-*` are pictures of the glossary that the package computes (benchmarks/glossary_pictures.py). `concept` shows
 cells and taps.
-`quality` is drawn from docs/quality.json, `speed` from the tables of docs/data/speed.md, and `zoo` from the rows of the zoo.
+`quality` is drawn from docs/quality.json, `speed` from docs/data/speed.md, and `zoo` from the rows of the zoo.
 `masks-*` show each mask on a photo (benchmarks/mask_pictures.py). The hero shows a trained network
 (recipes/voc_deeplab) on one. The photo of both is NASA's portrait of Eileen Collins (public domain), as in the wheel of
 scikit-image (`skimage/data/astronaut.png`). The pictures of `masks-empty` are from there, too: `page.png` is under

@@ -19,6 +19,8 @@ import commands
 import pytest
 from commands import code_of, faults
 from conftest import ROOT
+from prose import PAGES as TOLD
+from prose import faults_of, prose_of, public_docstrings, texts_of
 
 import cadsurgery as cs
 from cadsurgery.masks.provider import PROVIDERS
@@ -80,6 +82,7 @@ def test_contents_have_their_parts_in_the_order_of_a_reader() -> None:
         "Concepts",
         "Reference",
         "Other methods",
+        "What to expect",
         "Figures",
         "Recipes",
         "Examples",
@@ -105,16 +108,63 @@ def headings(path: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/index.md"])
-def test_links_of_pages_that_are_read_in_the_repository_lead_somewhere(name: str) -> None:
+@pytest.mark.parametrize("page", commands.PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_of_pages_lead_somewhere_in_the_repository(page: Path) -> None:
     """The site has no README, and its build says nothing of links between files of the repository."""
-    page, missing = ROOT / name, list[str]()
-    links = re.findall(r"\]\((?![a-z]+:)([^()\s#]*)#?([^()\s]*)\)", page.read_text())
+    missing = list[str]()
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\((?![a-z]+:)([^()\s#]*)#?([^()\s]*)\)", text)
     for target, anchor in links:
         path = page.parent / target if target else page
-        is_there = path.exists() and (path.suffix != ".md" or not anchor or anchor in headings(path))
+        is_whole = (
+            path.suffix == ".md" and "{include}" not in path.read_text()
+        )  # others get headings when built
+        is_there = path.exists() and (not is_whole or not anchor or anchor in headings(path))
         missing += [f"{target}#{anchor}"] * (not is_there)
-    assert len(links) > 2 and missing == []
+    assert missing == []
+
+
+PROVING = DOCS / "data"  # pages of tables, with commands, commits and processors
+EXPECTED = (
+    "speed",
+    "results",
+    "deploy",
+    "zoo",
+    "libraries",
+    "corpus",
+)  # pages that say what these tables mean
+
+
+def length(path: Path) -> int:
+    return len(path.read_text().split())
+
+
+def test_pages_that_tell_are_short() -> None:
+    told = [path for path in TOLD if path.is_relative_to(DOCS)]
+    assert length(DOCS / "index.md") <= 900
+    assert {
+        name: length(DOCS / f"{name}.md") for name in EXPECTED if length(DOCS / f"{name}.md") > 1200
+    } == {}
+    assert sum(map(length, told)) <= 45_000
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_page_of_figures_and_the_page_that_says_what_to_expect_lead_to_each_other(name: str) -> None:
+    assert f"](data/{name}.md)" in (DOCS / f"{name}.md").read_text()
+    assert f"](../{name}.md)" in (PROVING / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_figures_that_a_page_tells_stand_on_its_page_of_figures(name: str) -> None:
+    """Numbers with a decimal point or of three digits and more; names such as ResNet-101 are no figures."""
+    figure = re.compile(r"(?<![\w.,/-])(?:\d{1,3}(?:,\d{3})+|\d*\.\d+|\d{3,})(?![\w-])")
+
+    def numbers(text: str) -> set[str]:
+        return {number.replace(",", "").lstrip("0") for number in figure.findall(text)}
+
+    told = numbers(re.sub(r"```.*?```|`[^`]*`", "", (DOCS / f"{name}.md").read_text(), flags=re.DOTALL))
+    proved = set().union(*(numbers(path.read_text()) for path in PROVING.glob("*.md")))
+    assert told <= proved, sorted(told - proved)
 
 
 def test_the_list_of_versions_has_this_one_and_those_of_the_changelog() -> None:
@@ -182,6 +232,38 @@ def test_accuracies_on_the_start_page_are_those_of_the_recipe() -> None:
     *converted, dense = [tuple(row[1:]) for row in rows]
     assert {*converted} <= known
     assert dense[0] in {f"{100 * row['miou']:.2f}" for row in groups["dense"]}
+
+
+@pytest.mark.parametrize("page", TOLD, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pages_have_no_words_that_readers_stumble_over(page: Path) -> None:
+    assert faults_of(prose_of(page)) == []
+
+
+def test_messages_have_no_words_that_readers_stumble_over() -> None:
+    """Nor has any other text of the package that is shown: helps of options, reports, warnings."""
+    files = sorted((ROOT / "cadsurgery").rglob("*.py"))
+    texts = [(path.relative_to(ROOT), line, text) for path in files for line, text in texts_of(path)]
+    found = [f"{path}:{line}: {fault}" for path, line, text in texts for fault in faults_of(text)]
+    assert len(texts) > 3000 and not found, "\n".join(found)
+
+
+def test_public_docstrings_have_no_words_that_readers_stumble_over() -> None:
+    found = [f"{name}: {fault}" for name, text in public_docstrings() for fault in faults_of(text)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "All begin anew.",
+        "It reads the image alone.",
+        "What is said of it",
+        "The run goes on there",
+        "the loss of the mean of the errors of it",
+    ],
+)
+def test_words_that_readers_stumble_over_are_found(text: str) -> None:
+    assert len(faults_of(text)) == 1 and faults_of("Only this resumes: the mean of its errors.") == []
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)

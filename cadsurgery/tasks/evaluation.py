@@ -93,7 +93,7 @@ def evaluate(
         bands: which bands of the images the network reads, counted from 1, in their order; default: those of the data,
             of the network, or all.
         workers: number of processes that share the images, with one thread each, or a GPU each; 1 for this process.
-            Each opens network and data anew.
+            Each opens network and data itself.
         step: progress callback.
         trust: run code that a converted file names; see `cadsurgery.load`.
 

@@ -47,7 +47,7 @@ def target_for(source: str, target: str, memory: str, *, is_plain: bool = True) 
         raise InvalidInput(
             f"the prediction of {source} was begun in rows, with --memory.",
             where=str(begun),
-            next="give --memory again, of any amount, to go on; or delete this file.",
+            next="give --memory again, of any amount, to resume; or delete this file.",
         )
     if not memory or is_remote(source) or is_remote(target) or not tiff.is_tiff(tiff.split_page(source)[0]):
         return target
@@ -138,7 +138,7 @@ class WrittenRows:
         place = target.with_name(f".{target.name}.jsonl")
         if not self.file.exists():
             place.unlink(missing_ok=True)  # there is nothing to resume
-        next = f"give it the same again, choose another --output, or delete {self.file}, to begin anew."
+        next = f"give it the same again, choose another --output, or delete {self.file}, to start again."
         self._journal = Journal(place, asked, resume, what=str(self.file), next=next)
         rows = self._journal.rows
         self._offset = int(rows[0]["offset"]) if rows else 0
