@@ -124,8 +124,8 @@ What to expect, in plain words: [Networks as users write them](../corpus.md).
 
 [tests/corpus](../../tests/corpus) has {len(own)} small networks of our own writing, each standing for ways in
 which people write networks for dense prediction: it is the description of what is supported, and this page is
-what a check of each found. Below are {len(packages)} networks of packages, at their real widths. This page is generated;
-nothing in it is written by hand.
+what a check of each found. Below are {len(packages)} networks of packages, at their real widths. This page is
+generated; nothing in it is written by hand.
 
 Each network gets random weights and random statistics, is converted as a user would (`cs.adaptify(net)`, on the
 built-in images; what takes more than an image gets an example of its call), and compared, batches of two: the outputs
