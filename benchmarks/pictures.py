@@ -86,6 +86,7 @@ TITLES = {
     "camvid-8": "CamVid, MobileNetV2 + FCN",
     "voc-8": "VOC, MobileNetV2 DeepLabv3",
     "espnet-8": "CamVid, ESPNet",
+    "voc-16": "VOC, DeepLabv3 at stride 16",
 }
 
 
@@ -96,9 +97,12 @@ def quality(side: str = "avx512vnni, float32") -> Figure:
         for name, runs in json.loads((DOCS / "quality.json").read_text()).items()
         if side in runs
     }
-    figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
-    panels = figure.subplots(1, len(networks), squeeze=False)[0]
-    for axis, (name, run) in zip(panels, networks.items(), strict=True):
+    lines = -(-len(networks) // 2)
+    figure = Figure(figsize=(WIDTH, 0.6 + 3.2 * lines), layout="constrained")
+    panels = figure.subplots(lines, 2, squeeze=False).flatten()
+    for unused in panels[len(networks) :]:
+        unused.set_visible(False)
+    for axis, (name, run) in zip(panels, networks.items(), strict=False):
         given = run["rows"][0]
         rows = [row for row in run["rows"] if row["milliseconds"] < 1.25 * given["milliseconds"]]
         front = sorted((row for row in rows if row["front"]), key=lambda row: row["milliseconds"])
@@ -111,10 +115,12 @@ def quality(side: str = "avx512vnni, float32") -> Figure:
                 fmt=marker, color=colour, elinewidth=0.8, markersize=5, label=label, linestyle="none",
             )  # fmt: skip
         axis.set_title(f"{TITLES.get(name, name)}, {run['images']} pictures", fontsize=10)
-        axis.set_xlabel("time of the whole network, relative to as given")
         axis.set_xlim(left=0)
         axis.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("change of mIoU, points (± standard error)")
+    for row, axis in enumerate(panels[::2]):
+        axis.set_ylabel("change of mIoU, points\n(± standard error)")
+        for below in panels[-2:] if row == lines - 1 else ():
+            below.set_xlabel("time, relative to the network as given")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
@@ -209,7 +215,7 @@ def zoo() -> Figure:
         if at >= per_column:
             column, at = column + 1, 0
         left = 26 * column
-        axis.text(left - 0.7, at + 0.5, family, ha="right", va="center", fontsize=6)
+        axis.text(left - 0.7, at + 0.5, family, ha="right", va="center", fontsize=7)
         for place, result in enumerate(sorted(results, key=list(RESULTS).index, reverse=True)):
             corner = (left + place % ACROSS, at + place // ACROSS)
             axis.add_patch(Rectangle(corner, 0.86, 0.86, color=RESULTS[result][1], linewidth=0))
