@@ -70,6 +70,7 @@ def draw(name: str, picture: Callable[[], Figure], kind: str = "png") -> None:
         places = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
         with matplotlib.rc_context({**look, **dict.fromkeys(places, background), "font.size": 10}):
             figure = picture()
+            figure.draw_without_rendering()  # the layout measures titles only once the pictures are placed
             with write_whole(PICTURES / f"{name}{suffix}.{kind}") as temporary:
                 figure.savefig(temporary, format=kind, dpi=130)
 

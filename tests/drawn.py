@@ -12,12 +12,13 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 LEAST = 7.0  # points
-_SLACK = 2.0  # pixels by which boxes may touch: they hold the space above small letters
+_SLACK = 1.0  # pixels by which boxes may touch: they hold the space above small letters
 
 
 def faults_of(figure: Figure) -> list[str]:
     """What is wrong with the texts of a figure, as it is laid out when it is saved."""
     canvas = FigureCanvasAgg(figure)
+    figure.draw_without_rendering()  # as those who save it do: the layout is right the second time
     canvas.draw()
     page = figure.bbox
     texts = [text for text in _texts(figure) if text.get_visible() and text.get_text().strip()]

@@ -9,6 +9,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -16,13 +18,19 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import commands
+import drawn
+import matplotlib
 import pytest
+import torch
 from commands import code_of, faults
 from conftest import ROOT
+from matplotlib.figure import Figure
 from prose import PAGES as TOLD
 from prose import faults_of, prose_of, public_docstrings, texts_of
 
 import cadsurgery as cs
+from cadsurgery.data.images import street_scene
+from cadsurgery.elements.lattice import Geometry
 from cadsurgery.masks.provider import PROVIDERS
 
 DOCS = ROOT / "docs"
@@ -343,6 +351,51 @@ def test_pictures_are_drawn_for_light_and_dark_pages_and_their_figures_stand_on_
     for name, sets in found.items():
         assert f"**{name}" in text or f":{name}" in text
         assert all(0 < work < 1 and 0 < time < 1 for work, time in sets.values())
+
+
+def _drawn_figures() -> dict[str, Callable[[], Figure]]:
+    """Every figure of the pages, from recorded data; those of photos with a generated scene in their place."""
+    from benchmarks import mask_pictures, pictures
+
+    scene = street_scene(256, 320)
+    lattice = Geometry((2, 2)).uniform(1, 1, (32, 40))
+    rows = json.loads((DOCS / "pictures" / "masks.json").read_text())["masks"]
+    classes = dict.fromkeys(("dense", "adaptive"), torch.zeros(scene.shape[1:], dtype=torch.long))
+    recorded = json.loads((DOCS / "pictures" / "hero.json").read_text())
+    runs = json.loads((DOCS / "quality.json").read_text())
+    return {
+        "hero": partial(pictures.hero_figure, scene, lattice, classes, recorded),
+        "concept": pictures.concept,
+        **{f"quality, {side}": partial(pictures.quality, side) for one in runs.values() for side in one},
+        "speed": pictures.speed,
+        "zoo": pictures.zoo,
+        **{
+            f"masks-{group}": partial(mask_pictures._figure, scene, dict.fromkeys(names, lattice), rows, 8)
+            for group, names in mask_pictures.MASKS.items()
+        },
+        **pictures.WORDS,
+    }
+
+
+FIGURES = _drawn_figures()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_texts_of_a_figure_can_be_read(name: str) -> None:
+    with matplotlib.rc_context({"font.size": 10}):
+        assert drawn.faults_of(FIGURES[name]()) == []
+
+
+def test_texts_that_cannot_be_read_are_found() -> None:
+    figure = Figure(figsize=(3, 2))
+    for x, y, text, size in ((0.1, 0.5, "long words", 20), (0.2, 0.5, "others", 20), (0.9, 0.1, "beyond", 9)):
+        figure.text(x, y, text, fontsize=size)
+    figure.text(0.1, 0.1, "small", fontsize=6)
+    assert drawn.faults_of(figure) == [
+        "'small' has 6 points",
+        "'beyond' is clipped",
+        "'long words' overlaps 'others'",
+    ]
 
 
 def test_every_mask_has_a_picture_and_a_cost(site_pages: ModuleType) -> None:
