@@ -172,8 +172,9 @@ def speed() -> Figure:
         for shift, (heading, (_, time)) in zip((-0.14, 0.14), found[name].items(), strict=False):
             axis.plot(time, place + shift, "o", color=SETS[heading], markersize=8)
             axis.annotate(
-                f"{time:.2f}", (time, place + shift), (8, -4), textcoords="offset points", fontsize=9
-            )
+                f"{time:.2f}", (time, place + shift), (8, -4), textcoords="offset points", fontsize=9,
+                bbox={"facecolor": matplotlib.rcParams["axes.facecolor"], "linewidth": 0, "pad": 0.5},
+            )  # fmt: skip
     axis.axvline(1, color=GREY, linewidth=1, linestyle=":")
     axis.set_yticks(range(len(names)), names)
     axis.set_xlim(0, 1.08)

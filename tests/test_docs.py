@@ -133,6 +133,7 @@ def test_links_of_pages_lead_somewhere_in_the_repository(page: Path) -> None:
 
 
 PROVING = DOCS / "data"  # pages of tables, with commands, commits and processors
+MACHINE = re.compile(r"\bfamily \d+|\bmodel \d+\b|\bcommits? `?[0-9a-f]{7,}")  # of a measurement
 EXPECTED = (
     "speed",
     "results",
@@ -141,6 +142,12 @@ EXPECTED = (
     "libraries",
     "corpus",
 )  # pages that say what these tables mean
+
+
+@pytest.mark.parametrize("page", TOLD, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pages_that_tell_name_no_commits_and_no_models_of_processors(page: Path) -> None:
+    is_first = page.name in ("README.md", "index.md")  # these have the figures of one run
+    assert is_first or MACHINE.findall(page.read_text()) == []
 
 
 def length(path: Path) -> int:
