@@ -134,6 +134,63 @@ def test_a_package_runs_without_python(tmp_path: Path) -> None:
     assert run().returncode == 2
 
 
+def onnxruntime_headers() -> Path | None:
+    """The folder of ONNX Runtime's headers, which its wheel lacks."""
+    named = os.environ.get("ONNXRUNTIME_INCLUDE", "")
+    places = (
+        [Path(named)] if named else [Path("/usr/include/onnxruntime"), Path("/usr/local/include/onnxruntime")]
+    )
+    return next((place for place in places if (place / "onnxruntime_cxx_api.h").is_file()), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.skipif(onnxruntime_headers() is None, reason="no headers of ONNX Runtime (ONNXRUNTIME_INCLUDE)")
+def test_a_file_with_kernels_runs_without_python(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    library = next((Path(runtime.__file__).parent / "capi").glob("libonnxruntime.so.*"), None)
+    if library is None:
+        pytest.skip("this wheel of ONNX Runtime has no library for C++")
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (tmp_path / name).symlink_to(library)
+    command = [
+        "c++",
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        DEPLOY / "classes.cpp",
+        "-o",
+        tmp_path / "classes",
+    ]
+    linked = [f"-isystem{onnxruntime_headers()}", f"-L{tmp_path}", "-lonnxruntime", f"-Wl,-rpath,{tmp_path}"]
+    subprocess.run([*command, *linked], check=True)
+    net, height, width = small_network("edges"), 72, 104
+    net.normalisation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # the program's
+    export = {"with_kernels": True, "fixed_batch": True}
+    cs.export(net, picture(1, height, width), tmp_path / "net.onnx", **export)
+    pixels = (255 * street_scene(height, width)).byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(tmp_path / "picture.ppm")
+
+    def run(*files: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([tmp_path / "classes", *files], cwd=tmp_path, capture_output=True, text=True)
+
+    done = run("net.onnx", cs.kernels_for(), "picture.ppm", "classes.pgm")
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = net(normalise(read_image(tmp_path / "picture.ppm"), net.source)[None])["out"].argmax(1)[0]
+    classes = torch.from_numpy(np.array(Image.open(tmp_path / "classes.pgm"))).long()
+    assert classes.shape == expected.shape and len(expected.unique()) > 1
+    assert (classes != expected).float().mean() < 1e-3  # two classes that are equal to rounding
+    for files, said in (
+        (("net.onnx", "nothing.so", "picture.ppm", "classes.pgm"), "nothing.so"),
+        (("net.onnx", cs.kernels_for(), "net.onnx", "classes.pgm"), "no PPM"),
+    ):
+        refused = run(*files)
+        assert refused.returncode == 1 and said in refused.stderr
+    assert run().returncode == 2
+
+
 @pytest.mark.slow
 @NOTEBOOKS
 def test_notebook_runs_and_shows_pictures(path: Path, tmp_path: Path) -> None:

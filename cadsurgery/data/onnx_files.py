@@ -386,13 +386,58 @@ def _shapes(model: Any, reference: Reference) -> dict[str, tuple[int | None, ...
     return shapes
 
 
+def _decided(model: Any) -> Any:
+    """Return an ONNX model with the branches that a number of axes or a fixed length decides."""
+    import onnx
+    import onnx_ir
+    from onnx_ir.passes import common
+    from onnxscript.optimizer import fold_constants
+
+    for _ in range(_NESTED):
+        if not any(node.op_type == "If" for node in model.graph.node):
+            break
+        graph = onnx_ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(model, data_prop=True))
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+        for node in [*graph.graph]:
+            if node.op_type == "Gather" and (lengths := _lengths_read(node)) is not None:
+                node.outputs[0].replace_all_uses_with(_held(graph, node.outputs[0].name, lengths))
+        fold_constants(graph, onnx_shape_inference=True, output_size_limit=_LARGEST)
+        model = onnx_ir.serde.serialize_model(graph)
+        del model.graph.value_info[:]
+    return model
+
+
+def _lengths_read(node: Any) -> Any:
+    """Return the lengths of axes that a Gather reads of a Shape; None if one of them is free."""
+    import numpy as np
+
+    shape, index = node.inputs[0].producer(), node.inputs[1].const_value
+    if shape is None or shape.op_type != "Shape" or shape.attributes or index is None:
+        return None
+    sizes, places = shape.inputs[0].shape, index.numpy()
+    if sizes is None or any(not isinstance(sizes[place], int) for place in places.flatten().tolist()):
+        return None
+    return np.array([sizes[place] for place in places.flatten().tolist()], np.int64).reshape(places.shape)
+
+
+def _held(graph: Any, name: str, values: Any) -> Any:
+    """Add a constant to a graph of onnx_ir; return its value."""
+    import onnx_ir
+
+    tensor = onnx_ir.tensor(values, name=f"{name}_known")
+    kind = onnx_ir.TensorType(tensor.dtype)
+    held = onnx_ir.Value(name=tensor.name, shape=onnx_ir.Shape(values.shape), type=kind, const_value=tensor)
+    graph.graph.register_initializer(held)
+    return held
+
+
 def _simplify(model: Any) -> Any:
     """Return an ONNX model without functions, with constants computed and written as initialisers."""
     import onnx_ir
     from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants
 
-    graph = onnx_ir.serde.deserialize_model(model)
+    graph = onnx_ir.serde.deserialize_model(_decided(model))
     common.InlinePass()(graph)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
     fold_constants(graph, input_size_limit=_LARGEST, output_size_limit=_LARGEST)

@@ -382,6 +382,31 @@ def _gather(writer: OnnxTracer, operation: OnnxOperation, value: Any, index: Any
     return value[(*before, index)]
 
 
+def _gather_places(writer: OnnxTracer, operation: OnnxOperation, value: Any, places: Any) -> Any:
+    """Write GatherND: samples at the places that the last axis of a tensor names."""
+    if operation.attributes.get("batch_dims", 0):
+        raise refuse(operation, "places of each image of a batch (batch_dims) are not read.")
+    return value[_places(operation, places)]
+
+
+def _places(operation: OnnxOperation, places: Any) -> tuple[Any, ...]:
+    """Return the coordinates of samples, a tensor for each axis."""
+    count = places.shape[-1] if isinstance(places, Tensor) else (operation.second_shape or (None,))[-1]
+    if not isinstance(count, int):
+        raise refuse(operation, "how many axes its places are along depends on the picture.")
+    return tuple(places[..., axis] for axis in range(count))
+
+
+def _put_at_places(writer: OnnxTracer, operation: OnnxOperation, value: Any, places: Any, new: Any) -> Any:
+    """Write ScatterND: a copy with other samples at the places that the last axis of a tensor names."""
+    kind = operation.text("reduction", "none")
+    if kind not in ("none", "add"):
+        raise refuse(operation, f"samples that are joined by {kind} are not read.")
+    indices = _places(operation, places)
+    # Also of a constant that is written into, which torch would compute at once.
+    return writer.create_proxy("call_function", torch.index_put, (value, indices, new, kind == "add"), {})
+
+
 def _running_sum(writer: OnnxTracer, operation: OnnxOperation, value: Any, axis: Any) -> Any:
     place = int(numbers(axis).values[0])
     turned = value.flip(place) if operation.attributes.get("reverse") else value
@@ -484,6 +509,8 @@ def _is_floor(scales: Sequence[Any], rounding: str) -> bool:
 def _sample(writer: OnnxTracer, operation: OnnxOperation, value: Any, grid: Any) -> Any:
     mode = _MODES.get(operation.text("mode", "linear"), "bilinear")
     is_aligned = bool(operation.attributes.get("align_corners", 0))
+    if (operation.second_shape or (None,))[0] == 1 and isinstance(value, fx.Proxy):  # the same for all images
+        grid = writer.create_proxy("call_method", "expand", (grid, value.size(0), -1, -1, -1), {})
     return F.grid_sample(value, grid, mode, operation.text("padding_mode", "zeros"), is_aligned)
 
 
@@ -522,6 +549,8 @@ OF_MAPS: dict[str, Callable[..., Any]] = {
     "Split": _split,
     "DepthToSpace": _depth_to_space,
     "Gather": _gather,
+    "GatherND": _gather_places,
+    "ScatterND": _put_at_places,
     "CumSum": _running_sum,
     "TopK": _topk,
     "SpaceToDepth": _space_to_depth,

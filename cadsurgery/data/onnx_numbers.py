@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -44,11 +45,24 @@ class Numbers:
         values: the numbers.
         is_scalar: True if the tensor has no axis.
         is_float: True if they are floating-point numbers.
+        table: numbers of rows and columns, where the tensor has two axes, as lists of paddings have.
     """
 
     values: tuple[Any, ...]
     is_scalar: bool = False
     is_float: bool = False
+    table: tuple[int, int] | None = None
+
+    def rows(self) -> list[tuple[Any, ...]]:
+        """Return the rows of a table."""
+        assert self.table is not None
+        down, across = self.table
+        return [self.values[row * across : (row + 1) * across] for row in range(down)]
+
+    def with_rows(self, rows: Sequence[Sequence[Any]]) -> Numbers:
+        """Return a table of these rows."""
+        values = tuple(value for row in rows for value in row)
+        return Numbers(values, False, self.is_float, (len(rows), len(values) // max(1, len(rows))))
 
 
 class OnnxOperation:
@@ -60,6 +74,7 @@ class OnnxOperation:
         attributes: what the file states; attributes that are texts by `text`.
         outputs: the number of its outputs.
         shape: lengths of its first input's axes; None where they are free.
+        second_shape: those of its second input.
     """
 
     def __init__(self, node: Any, version: int, shapes: Mapping[str, tuple[int | None, ...]]) -> None:
@@ -72,7 +87,9 @@ class OnnxOperation:
             for stated in node.attribute
             if stated.type != stated.GRAPH
         }
-        self.shape = shapes.get(node.input[0], ()) if node.input else ()
+        self.shape, self.second_shape = (
+            shapes.get(node.input[at], ()) if len(node.input) > at else () for at in (0, 1)
+        )
 
     @property
     def rank(self) -> int:
@@ -177,7 +194,14 @@ def _gather(writer: OnnxTracer, operation: OnnxOperation, value: Any, indices: A
 
 
 def _slice_numbers(writer: OnnxTracer, operation: OnnxOperation, value: Any, *bounds: Any) -> Any:
-    start, end, _, step = (values[0] for values in bounds_of(operation, *bounds))
+    parts = [*zip(*bounds_of(operation, *bounds), strict=True)]
+    if value.table:
+        rows = value.rows()
+        for start, end, axis, step in parts:
+            part = slice(start, end, step)
+            rows = rows[part] if axis in (0, -2) else [row[part] for row in rows]
+        return value.with_rows(rows)
+    ((start, end, _, step),) = parts
     return Numbers(value.values[start:end:step], False, value.is_float)
 
 
@@ -192,6 +216,29 @@ def _with_axis(writer: OnnxTracer, operation: OnnxOperation, value: Any, axes: A
 
 def _without_axis(writer: OnnxTracer, operation: OnnxOperation, value: Any, axes: Any = None) -> Any:
     return Numbers(value.values, len(value.values) == 1, value.is_float)
+
+
+def _arrange(writer: OnnxTracer, operation: OnnxOperation, value: Any, shape: Any = None) -> Any:
+    """Arrange numbers in a row, in rows of a table, or as a tensor of more axes."""
+    sizes = list(operation.attributes.get("shape", []) if shape is None else numbers(shape).values)
+    if len(sizes) > 2:  # what a map is joined with
+        dtype = writer.image.dtype if value.is_float else torch.int64
+        options = {"dtype": dtype, "device": writer.image.device}
+        return writer.create_proxy("call_function", torch.tensor, ([*value.values],), options).reshape(sizes)
+    if len(sizes) != 2:
+        return Numbers(value.values, not sizes, value.is_float)
+    if any(isinstance(size, fx.Proxy) for size in sizes):
+        return refuse_numbers(writer, operation)
+    known = len(value.values)
+    down, across = (known // abs(sizes[1 - at] or 1) if size == -1 else size for at, size in enumerate(sizes))
+    return Numbers(value.values, False, value.is_float, (down, across))
+
+
+def _turn(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+    """Return a table with its rows as columns."""
+    if not value.table or operation.attributes.get("perm", [1, 0]) == [0, 1]:
+        return value
+    return value.with_rows([*zip(*value.rows(), strict=True)])
 
 
 def _cast(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
@@ -213,22 +260,68 @@ def _product(writer: OnnxTracer, operation: OnnxOperation, value: Any, axes: Any
 def _choose(writer: OnnxTracer, operation: OnnxOperation, condition: Any, first: Any, second: Any) -> Any:
     parts = [numbers(part) for part in (condition, first, second)]
     chosen = _broadcast(*parts)
-    if any(isinstance(is_first, fx.Proxy) for is_first, _, _ in chosen):
+    is_float = parts[1].is_float or parts[2].is_float
+    if is_float and any(isinstance(is_first, fx.Proxy) for is_first, _, _ in chosen):
         return refuse_numbers(writer, operation)
-    values = tuple(this if is_first else that for is_first, this, that in chosen)
-    return Numbers(values, all(part.is_scalar for part in parts), parts[1].is_float)
+    values = tuple(_one_of(*choice) for choice in chosen)
+    return Numbers(values, all(part.is_scalar for part in parts), is_float)
+
+
+def _one_of(is_first: Any, this: Any, that: Any) -> Any:
+    """Return one of two whole numbers; where sizes say which, by arithmetic, since nothing branches at them."""
+    if isinstance(is_first, fx.Proxy):
+        return that + is_first * (this - that)
+    return this if is_first else that
 
 
 def _compare(writer: OnnxTracer, operation: OnnxOperation, first: Any, second: Any) -> Any:
     """Compare numbers. A size is never negative, so comparisons with -1, which asks for the rest, are known."""
     left, right = numbers(first), numbers(second)
-    known = []
+    compare, known = _COMPARISONS[operation.type], []
     for pair in _broadcast(left, right):
-        signs = [0 if isinstance(value, fx.Proxy) else value for value in pair]
-        if any(isinstance(value, fx.Proxy) for value in pair) and min(signs) >= 0:
-            return refuse_numbers(writer, operation)
-        known.append(_COMPARISONS[operation.type](*signs))
+        is_size = [isinstance(value, fx.Proxy) for value in pair]
+        if all(is_size) and pair[0].node is pair[1].node:
+            known.append(compare(0, 0))
+        elif any(is_size) and (
+            all(is_size) or min(_as_size(value) for value in pair) >= 0 or _is_less(*pair)
+        ):
+            known.append(compare(*pair))
+        else:
+            known.append(compare(*map(_as_size, pair)))
     return Numbers(tuple(known), left.is_scalar and right.is_scalar)
+
+
+def _as_size(value: Any) -> Any:
+    return 0 if isinstance(value, fx.Proxy) else value
+
+
+def _is_less(*values: Any) -> bool:
+    """True if a number may be negative: a difference of sizes, or what is computed from one."""
+    nodes = [value.node for value in values if isinstance(value, fx.Proxy)]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node.target in (operator.sub, operator.neg) or any(
+            isinstance(one, (int, float)) and one < 0 for one in node.args
+        ):
+            return True
+        new = [one for one in node.all_input_nodes if one not in seen and one.op == "call_function"]
+        seen.update(new)
+        nodes += new
+    return False
+
+
+def _extreme(writer: OnnxTracer, operation: OnnxOperation, *parts: Any) -> Any:
+    """Return the least, or the largest, of numbers at each place."""
+    values = list(map(numbers, parts))
+    if any(part.is_float for part in values):
+        return refuse_numbers(writer, operation)
+    compare = operator.lt if operation.type == "Min" else operator.gt
+    places = _broadcast(*values)
+    chosen = tuple(
+        reduce(lambda this, that: _one_of(compare(this, that), this, that), place) for place in places
+    )
+    return Numbers(chosen, all(part.is_scalar for part in values))
 
 
 def _compute(writer: OnnxTracer, operation: OnnxOperation, first: Any, second: Any) -> Any:
@@ -236,9 +329,19 @@ def _compute(writer: OnnxTracer, operation: OnnxOperation, first: Any, second: A
     is_float = left.is_float or right.is_float
     compute = ARITHMETIC[operation.type][0]
     if operation.type == "Div" and not is_float:
-        compute = operator.floordiv  # of sizes, which are not negative
+        compute = _quotient
     values = tuple(compute(*pair) for pair in _broadcast(left, right))
     return Numbers(values, left.is_scalar and right.is_scalar, is_float)
+
+
+def _quotient(number: Any, by: Any) -> Any:
+    """Divide whole numbers as ONNX does, towards zero; Python rounds down."""
+    if isinstance(by, int) and by > 0 and _is_less(number):
+        is_negative = number < 0
+        return (number + is_negative * (by - 1)) // by
+    if isinstance(number, int) and isinstance(by, int):
+        return abs(number) // abs(by) * (1 if (number < 0) == (by < 0) else -1)
+    return number // by
 
 
 def _broadcast(*parts: Numbers) -> list[tuple[Any, ...]]:
@@ -260,6 +363,9 @@ def _fill(writer: OnnxTracer, operation: OnnxOperation, shape: Any) -> Any:
 
     stated = operation.attributes.get("value")
     value = 0.0 if stated is None else to_array(stated).item()
+    count = numbers(shape).values
+    if len(count) == 1 and isinstance(count[0], int) and type(value) is int:  # a list of numbers, for a shape
+        return Numbers((value,) * count[0])
     return writer.make(torch.full, (numbers(shape).values, value), type(value))
 
 
@@ -285,7 +391,9 @@ OF_NUMBERS: dict[str, Callable[..., Any]] = {
     "Concat": _join,
     "Unsqueeze": _with_axis,
     "Squeeze": _without_axis,
-    "Reshape": _with_axis,
+    "Reshape": _arrange,
+    "Transpose": _turn,
+    **dict.fromkeys(("Min", "Max"), _extreme),
     "Cast": _cast,
     "Identity": keep,
     "ReduceProd": _product,

@@ -29,6 +29,7 @@ _REDUCED, _MASK = 1, 4  # kinds of further pictures: smaller copies, and masks o
 _UNSIGNED = 1
 ORIENTATION, NO_DATA = 274, 42113  # tags; the second is GDAL's
 _BAND_AXES = "SC"  # samples and channels: bands of one picture
+TILE = 512  # pixels a side, of files that are written
 _SLIDE = "Baseline"  # tifffile's name of the slide in files of slide scanners
 _NAMED = re.compile(r"(.+),page=(\d+)")
 _LISTED = 8  # pages in a message
@@ -308,7 +309,8 @@ class TiffRows:
     Attributes:
         shape: (C, H, W) with all bands of the file.
         has_alpha: True if the last band is transparency.
-        position: tags that say where the picture lies on the earth, as `make_empty` takes them.
+        may_lack: True if some pixels may have no data: values that are not finite, or transparent ones, mark them.
+        position: tags that say where the picture lies on the earth, as `write_tiled` takes them.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -332,8 +334,10 @@ class TiffRows:
                 raise FileError(f"{path} cannot be read as a TIFF.", why=first_line(error)) from error
             opened.pop_all()  # it stays open
         self._page = page = picture.page
-        self.position, samples = _position(page), int(page.samplesperpixel)
+        self.position, samples = position_of(page), int(page.samplesperpixel)
         self.shape, self.has_alpha = (samples, int(page.imagelength), int(page.imagewidth)), _has_alpha(page)
+        is_stated = page.tags.valueof(NO_DATA) is not None or self.has_alpha
+        self.may_lack = is_stated or (page.dtype is not None and page.dtype.kind == "f")
         self._is_planar = samples > 1 and int(page.planarconfig) != 1
         is_plain = (
             page.is_contiguous and page.compression == 1 and page.predictor == 1 and page.dtype is not None
@@ -437,11 +441,13 @@ class TiffRows:
 
 
 # Tags of GeoTIFF and of GDAL: scale of pixels, tie points, a transform, coordinate system, rational polynomials.
-_POSITION = (33550, 33922, 34264, 34735, 34736, 34737, 50844)
+_SCALE, _TIE_POINTS, _TRANSFORM, _KEYS, _POLYNOMIALS = 33550, 33922, 34264, 34735, 50844
+_POSITION = (_SCALE, _TIE_POINTS, _TRANSFORM, _KEYS, 34736, 34737, _POLYNOMIALS)
+_RASTER_TYPE, _POINT = 1025, 2  # the key that says whether coordinates are those of the middle of pixels
 _METADATA = 42112  # GDAL's own, as XML; items of a band describe its values
 
 
-def _position(page: Any) -> tuple[Any, ...]:
+def position_of(page: Any) -> tuple[Any, ...]:
     """Return the tags of a page that say where its picture lies; empty if there are none."""
     tags = [tag for code in _POSITION if (tag := page.tags.get(code)) is not None]
     found = [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in tags]
@@ -459,22 +465,82 @@ def states_position(path: Path | str) -> bool:
     if not str(place).lower().endswith((".tif", ".tiff")) or not is_tiff(place):
         return False
     with contextlib.suppress(Exception), tifffile.TiffFile(place) as file:  # reported where it is read
-        return bool(_position(_picture_of(file, place, number).page))
+        return bool(position_of(_picture_of(file, place, number).page))
     return False
 
 
-def make_empty(
-    path: Path | str, size: tuple[int, int], dtype: Any, colours: Any = None, position: Sequence[Any] = ()
-) -> int:
-    """Write a grey TIFF of zeros (height, width), or with a palette (3, 256) of 16 bits; return the offset of its first
-    row. Rows follow each other without compression, so that others can be written there. `position` is that of a
-    picture, see `TiffRows`."""
+def moved_position(position: Sequence[Any], size: tuple[int, int], other: tuple[int, int]) -> tuple[Any, ...]:
+    """Return the tags of a position, see `TiffRows`, for another size (height, width) of the same picture, which covers
+    the same area in larger or smaller pixels."""
+    keys = next((value for code, _, _, value, _ in position if code == _KEYS), ())
+    is_point = any(key == _RASTER_TYPE and value == _POINT for key, *_, value in _rows_of(keys, 4))
+    middle = 0.5 if is_point else 0.0
+    down, across = other[0] / size[0], other[1] / size[1]
+
+    def at(place: float, factor: float, middle: float) -> float:
+        """Return the coordinate among pixels that are `factor` times as many; `middle` is that of pixel 0."""
+        return (place + middle) * factor - middle
+
+    def moved(code: int, value: Any) -> Any:
+        if code == _SCALE:
+            return (value[0] / across, value[1] / down, *value[2:])
+        if code == _TIE_POINTS:
+            points = (
+                (at(x, across, middle), at(y, down, middle), *rest) for x, y, *rest in _rows_of(value, 6)
+            )
+            return tuple(itertools.chain.from_iterable(points))
+        if code == _TRANSFORM:
+            first = at(0, 1 / across, middle), at(0, 1 / down, middle)
+            rows = (
+                (x / across, y / down, z, x * first[0] + y * first[1] + start)
+                for x, y, z, start in _rows_of(value, 4)
+            )
+            return (*itertools.chain.from_iterable(itertools.islice(rows, 3)), *value[12:])
+        if code == _POLYNOMIALS:  # of lines and samples, counted from the middle of the first pixel
+            line, sample = at(value[2], down, 0.5), at(value[3], across, 0.5)
+            return (*value[:2], line, sample, *value[4:7], value[7] * down, value[8] * across, *value[9:])
+        return value
+
+    return tuple((code, kind, count, moved(code, value), once) for code, kind, count, value, once in position)
+
+
+def _rows_of(values: Sequence[Any], length: int) -> Iterator[Sequence[Any]]:
+    return (values[first : first + length] for first in range(0, len(values), length))
+
+
+def write_tiled(
+    path: Path | str,
+    size: tuple[int, int],
+    dtype: Any,
+    rows: Callable[[int, int], np.ndarray[Any, Any]],
+    colours: Any = None,
+    position: Sequence[Any] = (),
+) -> None:
+    """Write a grey TIFF (height, width), or with a palette (3, 256) of 16 bits, in tiles compressed by deflate, with a
+    predictor where tifffile has the one for the type; as BigTIFF where it takes that. No more than the rows of a tile
+    are asked for at a time, by `rows(first, end)`. `position` is that of a picture, see `TiffRows`."""
     import tifffile
+
+    (height, width), side = size, TILE
+
+    def tiles() -> Iterator[np.ndarray[Any, Any]]:
+        for first in range(0, height, side):
+            band = rows(first, min(first + side, height))
+            yield from (np.ascontiguousarray(band[:, left : left + side]) for left in range(0, width, side))
 
     kind: dict[str, Any] = (
         {"photometric": "minisblack"} if colours is None else {"photometric": "palette", "colormap": colours}
     )
-    written: Any = tifffile.imwrite(
-        path, shape=size, dtype=dtype, returnoffset=True, metadata=None, extratags=position, **kind
+    predictor = 2 if np.dtype(dtype).kind in "ui" else 3
+    kind["predictor"] = predictor if predictor in tifffile.TIFF.PREDICTORS else None
+    tifffile.imwrite(
+        path,
+        tiles(),
+        shape=size,
+        dtype=dtype,
+        tile=(side, side),
+        compression="zlib",
+        metadata=None,
+        extratags=position,
+        **kind,
     )
-    return int(written[0])

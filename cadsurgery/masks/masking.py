@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 from cadsurgery.elements.size_symbols import of_size
 from cadsurgery.elements.sizes import divide_up, is_for_any_size
-from cadsurgery.masks.context import call_context, limited, sizes_of
+from cadsurgery.masks.context import call_context, limited, sized, sizes_of
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels
 from cadsurgery.masks.unit import AS_IT_COMES, Unit
 from cadsurgery.support import device_checks
@@ -90,32 +90,40 @@ class Masking:
     ) -> Tensor:
         """Return the levels of a padded batch: those of each image alone, and the lowest in the padding. A mask that
         looks at more than an image, such as labels or earlier images, is computed for the whole batch."""
-        is_alone, lowest = self.provider.judges_each_image, grid.max_level
+        is_alone = self.provider.judges_each_image
         levels = None if is_alone else self._levels(image, features, grid)
         every = []
         for number, (height, width) in enumerate(sizes):
-            own = [
-                min(divide_up(length, self.output_stride) + self._beyond, most)
-                for length, most in zip((height, width), grid.size, strict=True)
-            ]
+            own = self._samples_of((height, width), grid)
             if levels is None:
                 one = slice(number, number + 1)
                 seen, entering = image[one, :, :height, :width], features[one, :, : own[0], : own[1]]
-                alone = self._levels(seen, entering, grid._replace(batch=1, size=(own[0], own[1])))
+                alone = self._levels(seen, entering, grid._replace(batch=1, size=own))
             else:
                 alone = levels[number : number + 1, : own[0], : own[1]]
-            beyond = (0, grid.size[1] - own[1], 0, grid.size[0] - own[0])
-            every.append(F.pad(alone, beyond, value=lowest))
+            every.append(_beyond(alone, grid))
         return torch.cat(every)
 
     def of_rows(self, read: Callable[[int, int], Tensor], height: int, features: Tensor) -> Lattice:
         """Return the lattice of a picture that is read in rows: `read` gives rows [first, end) of all `height`,
         (B, C, end - first, W). Masks that judge samples by their surroundings never have more than a band of it."""
+        sizes = call_context().sizes
+        if sizes is None or len(sizes) > 1 or not self.provider.judges_each_image:
+            return self.geometry.lattice(self._levels_of_rows(read, height, features))
+        (own_height, width), whole = sizes[0], self.grid(features)
+        own = self._samples_of(sizes[0], whole)
+        with sized(None):
+            of_picture = (own_height, features[:, :, : own[0], : own[1]])
+            levels = self._levels_of_rows(lambda first, end: read(first, end)[..., :width], *of_picture)
+        return self.geometry.lattice(_beyond(levels, whole))
+
+    def _levels_of_rows(self, read: Callable[[int, int], Tensor], height: int, features: Tensor) -> Tensor:
+        """Return the levels (B, h, w) of a picture that is read in rows, see `of_rows`."""
         grid = self.grid(features)._replace(deviation=self.unit.deviation)
         reach, unit = self.provider.reach(grid), grid.patch * self.output_stride
         is_known = self.unit.normalisation is not None or not self.provider.sees_image
         if reach is None or not is_known or self._beyond or call_context().sizes is not None:
-            return self(read(0, height), features)
+            return self(read(0, height), features).pyramid.levels
         tall = divide_up(max(1, _BAND // max(1, grid.size[1] * self.output_stride)), unit) * unit
 
         def bands(around: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -140,7 +148,15 @@ class Masking:
                     part = grid._replace(size=(stop - top, grid.size[1]))
                     found = self._levels(rows, features[:, :, top:stop], part)
                     levels[:, start:last] = found[:, start - top : last - top]
-        return self.geometry.lattice(levels)
+        return levels
+
+    def _samples_of(self, size: tuple[int, int], grid: FineMapSpec) -> tuple[int, int]:
+        """Return the size of the part of the fine map that an image of this size in pixels has in a padded batch."""
+        own = (
+            min(divide_up(length, self.output_stride) + self._beyond, most)
+            for length, most in zip(size, grid.size, strict=True)
+        )
+        return next(own), next(own)
 
     def grid(self, features: Tensor) -> FineMapSpec:
         """Describe the fine map `features` (B, C, h, w) for the mask."""
@@ -176,6 +192,12 @@ class Masking:
         if patches is None:
             raise not_static(self.provider, "a compiled or exported network has fixed shapes.")
         return Bounds.of_patches(self.geometry, grid.batch, grid.size, patches)
+
+
+def _beyond(levels: Tensor, grid: FineMapSpec) -> Tensor:
+    """Return the levels of a padded batch by those of its image: the lowest in the padding."""
+    height, width = levels.shape[1:]
+    return F.pad(levels, (0, grid.size[1] - width, 0, grid.size[0] - height), value=grid.max_level)
 
 
 def _floating(image: Tensor) -> Tensor:

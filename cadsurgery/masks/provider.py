@@ -250,9 +250,16 @@ def mask_provider(name: str, source: str = "", *, of_recipes: bool = False) -> C
 
     Raises:
         ValueError: another class has this name.
+        InvalidInput: it is no class of masks; functions work without a name.
     """
 
     def register(provider: P) -> P:
+        if not (isinstance(provider, type) and issubclass(provider, MaskProvider)):
+            raise InvalidInput(
+                f"{describe(provider)} cannot be registered as the mask {name!r}.",
+                why="names stand for subclasses of cadsurgery.MaskProvider.",
+                next="write such a class, or pass the function itself as the mask: cs.adaptify(model, mask=function).",
+            )
         check_unclaimed("mask", name, provider, PROVIDERS)
         provider.name, provider.source, provider.of_recipes = name, source, of_recipes
         PROVIDERS[name] = provider

@@ -588,7 +588,13 @@ class OptimizedModel(AdaptiveModel):
         )
 
     def rows(
-        self, picture: Any, *args: Any, mask: object = None, start: int = 0, **kwargs: Any
+        self,
+        picture: Any,
+        *args: Any,
+        mask: object = None,
+        start: int = 0,
+        sizes: Any = None,
+        **kwargs: Any,
     ) -> RowsOfResult:
         """Compute a picture that does not fit into memory: the first map of the output comes in rows, as they are
         computed; see `RowsOfResult`.
@@ -600,6 +606,7 @@ class OptimizedModel(AdaptiveModel):
             args, kwargs: further arguments of the call.
             mask: mask for this call only.
             start: the first row of the result that is asked for.
+            sizes: the (height, width) of a picture that is padded below and at the right, in a list, as for a call.
 
         Raises:
             CannotConvert: an operation needs a whole map.
@@ -613,7 +620,7 @@ class OptimizedModel(AdaptiveModel):
 
         size = read(0, 1).new_zeros(()).expand(1, *picture.shape)
         run = partial(self._banded().rows, provider, start, read)
-        return self.follow(Invocation(self._program, self._program.bind(size, *args, **kwargs)), run)
+        return self.follow(Invocation(self._program, self._program.bind(size, *args, **kwargs), sizes), run)
 
     def _banded(self) -> Bands:
         if self._bands is None:

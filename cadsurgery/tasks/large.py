@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.data import tiff
 from cadsurgery.data.channels import as_channels
 from cadsurgery.data.images import check_values, normalise
+from cadsurgery.data.rasters import open_rows
 from cadsurgery.data.stores import is_remote
-from cadsurgery.support.errors import FileError, InvalidInput, warn
-from cadsurgery.support.files import as_file_error, make_folder
+from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled, warn
+from cadsurgery.support.files import as_file_error, make_folder, write_whole
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.tasks.figures import CLASSES, palette
 from cadsurgery.tasks.journal import Identity, Journal, state_of
 
+_GAP = 256  # rows of a picture without data, which are computed if they are fewer
+MULTIPLES = (1, 8, 16, 32, 64, 128)  # of pixels, to which pictures that a network refuses are padded
 Count = Callable[[Tensor, int], Counter[int]]  # the pixels of each class of rows (rows, W) of so many classes
 
 
@@ -49,10 +56,10 @@ def target_for(source: str, target: str, memory: str, *, is_plain: bool = True) 
             where=str(begun),
             next="give --memory again, of any amount, to resume; or delete this file.",
         )
-    if not memory or is_remote(source) or is_remote(target) or not tiff.is_tiff(tiff.split_page(source)[0]):
+    if not memory or is_remote(source) or is_remote(target):
         return target
     try:
-        file = tiff.TiffRows(source)
+        file = open_rows(source)
     except FileError:  # what cannot be read in rows may still be read whole
         return target
     file.close()
@@ -105,9 +112,54 @@ class LargePicture:
                     why="the picture takes more memory than --memory.",
                     next="leave it out, or give more memory.",
                 )
-        self.file, self.path, self._source, self._dtype = tiff.TiffRows(path), path, source, dtype
+        self.file, self.path, self._source, self._dtype = open_rows(path), path, source, dtype
         self._bands = bands or (source.bands if source is not None else ())
-        self.shape = (self[:, :1].shape[0], *self.file.shape[1:])
+        self.size = (self.file.shape[1], self.file.shape[2])
+        self.shape: tuple[int, ...] = (self._read(0, 1)[0].shape[0], *self.size)
+        self._lacking: np.ndarray[Any, Any] | None = None
+        if self.file.may_lack:
+            read = (
+                self._read(first, min(first + _GAP, self.size[0]))[1]
+                for first in range(0, self.size[0], _GAP)
+            )
+            lacking = np.concatenate([np.packbits(band[0].numpy(), axis=1) for band in read])
+            self._lacking = lacking if lacking.any() else None
+
+    @property
+    def lacks(self) -> bool:
+        """True if some pixels have no data."""
+        return self._lacking is not None
+
+    def lacking(self, first: int, end: int, size: tuple[int, int]) -> Tensor:
+        """Return which samples of rows [first, end) of a map (height, width) lie on pixels without data, (rows, W)."""
+        if self._lacking is None:
+            return torch.zeros(end - first, size[1], dtype=torch.bool)
+        rows, columns = (
+            (np.arange(*part) + 0.5) * whole // length
+            for part, length, whole in zip(((first, end), (0, size[1])), size, self.size, strict=True)
+        )
+        unpacked = np.unpackbits(self._lacking[rows.astype(int)], axis=1)
+        return torch.from_numpy(unpacked[:, columns.astype(int)].astype(bool))
+
+    def parts(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return the rows [first, end) of a map (height, width) with data; few rows without are counted to them."""
+        if self._lacking is None:
+            return [(0, size[0])]
+        whole = np.packbits(np.ones(self.size[1], np.uint8))
+        there = np.flatnonzero((self._lacking != whole).any(1))
+        if not there.size:
+            return []
+        cuts = np.flatnonzero(np.diff(there) > _GAP)
+        firsts, ends = there[[0, *(cuts + 1)]], there[[*cuts, -1]] + 1
+        scale = size[0] / self.size[0]
+        return [(int(a * scale), math.ceil(b * scale)) for a, b in zip(firsts, ends, strict=True)]
+
+    def pad_to(self, multiple: int) -> bool:
+        """Let its sides be multiples of so many pixels, by zeros at the right and below, which stand for the mean
+        colour; False if they are."""
+        before, height, width = self.shape
+        self.shape = (before, *(-(-side // multiple) * multiple for side in self.size))
+        return self.shape != (before, height, width)
 
     def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
         """Return rows (C, rows, W).
@@ -115,16 +167,30 @@ class LargePicture:
         Raises:
             FileError, InvalidInput: as `read_picture_for`.
         """
-        first, end, _ = place[1].indices(self.file.shape[1])
+        first, last, _ = place[1].indices(self.shape[1])
+        end = min(last, self.size[0])
+        if first >= end:
+            return torch.zeros(self.shape[0], max(0, last - first), self.shape[2], dtype=self._dtype)
+        rows, lacking = self._read(first, end)
+        normalised, beyond = normalise(rows, self._source), self.shape[2] - self.size[1]
+        normalised = normalised.masked_fill(lacking, 0).to(self._dtype)  # the mean: no signal
+        return F.pad(normalised, (0, beyond, 0, last - end)) if beyond or last > end else normalised
+
+    def _read(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return rows (C, rows, W) before they are normalised, and where they have no data, (1, rows, W)."""
         channels = None if self._source is None else self._source.channels
         stored = self.file.rows(first, end)
         rows = as_channels(stored, channels, self._bands, name=self.path, has_alpha=self.file.has_alpha)
-        check_values(rows, self._source, self.path)
-        return normalise(rows, self._source).to(self._dtype)
+        lacking = rows.isnan().any(0, keepdim=True)
+        if self.file.has_alpha:
+            lacking = lacking | (stored[-1:] == 0)
+        if (there := rows[:, ~lacking[0]]).numel():
+            check_values(there[..., None], self._source, self.path)
+        return rows, lacking
 
 
 class WrittenRows:
-    """The prediction of a picture as far as it is written: a TIFF file beside its place, and its journal."""
+    """The prediction of a picture as far as it is written: its plain rows beside its place, and their journal."""
 
     def __init__(self, picture: str, target: Path, made_by: Identity, resume: bool) -> None:
         """Read what a run that was ended has written.
@@ -138,10 +204,10 @@ class WrittenRows:
         place = target.with_name(f".{target.name}.jsonl")
         if not self.file.exists():
             place.unlink(missing_ok=True)  # there is nothing to resume
-        next = f"give it the same again, choose another --output, or delete {self.file}, to start again."
+        next = f"give it the same again, choose another --output, or delete {self.file}, to begin again."
         self._journal = Journal(place, asked, resume, what=str(self.file), next=next)
         rows = self._journal.rows
-        self._offset = int(rows[0]["offset"]) if rows else 0
+        self.size: tuple[int, int] = (rows[0]["size"][0], rows[0]["size"][1]) if rows else (0, 0)
         self.rows = max((row["rows"] for row in rows[1:]), default=0)
         self.milliseconds = sum(row["milliseconds"] for row in rows[1:])
         self.counts = Counter[int]()
@@ -149,35 +215,109 @@ class WrittenRows:
             self.counts.update({int(number): count for number, count in row["counts"].items()})
         self._kind: np.dtype[Any] = np.dtype(np.uint8)
 
-    def begin(self, size: tuple[int, int], channels: int, position: Sequence[Any]) -> None:
-        """Make the file at a position, unless there are rows in it: classes with their colours; one channel as its
-        values."""
-        self._kind = np.dtype(np.float32 if channels == 1 else np.uint8 if channels <= 256 else np.uint16)
+    @property
+    def start(self) -> int:
+        """The row to go on with; of a prediction whose rows are all there the last one."""
+        return max(0, min(self.rows, self.size[0] - 1))
+
+    def begin(self, size: tuple[int, int], channels: int, lacks: bool) -> float:
+        """Make the file, unless there are rows in it: classes; of one channel its values. Return the value of pixels
+        without data, of which there are some if it `lacks`."""
+        self._kind = np.dtype(
+            np.float32 if channels == 1 else np.uint8 if channels + lacks <= 256 else np.uint16
+        )
+        self.size = size
         if not self.rows:
             make_folder(self.target.parent)
-            colours = palette().T.astype(np.uint16) * 257 if self._kind == np.uint8 else None
-            with as_file_error(f"{self.target} cannot be written.", "choose another --output."):
-                self._offset = tiff.make_empty(self.file, size, self._kind, colours, position)
+            with self._written():
+                self.file.write_bytes(b"")
             self._journal.remove()
             self._journal.begin()
-            self._journal.add({"offset": self._offset})
+            self._journal.add({"size": [*size]})
+        return math.nan if channels == 1 else int(np.iinfo(self._kind).max)
+
+    def _written(self) -> AbstractContextManager[None]:
+        return as_file_error(f"{self.target} cannot be written.", "choose another --output.")
 
     def write(self, first: int, values: Tensor, counts: Counter[int], milliseconds: float) -> None:
         """Write rows (rows, W), and then that they are there."""
         missing = values[max(self.rows - first, 0) :]  # others are those of a run that was ended
         self.rows, self.milliseconds = first + len(values), self.milliseconds + milliseconds
         self.counts += counts
-        with as_file_error(f"{self.target} cannot be written.", "choose another --output."):
+        with self._written():
             with self.file.open("r+b") as file:
-                file.seek(self._offset + (self.rows - len(missing)) * values.shape[1] * self._kind.itemsize)
+                file.seek((self.rows - len(missing)) * self.size[1] * self._kind.itemsize)
                 file.write(missing.numpy().astype(self._kind).tobytes())
             self._journal.add({"rows": self.rows, "milliseconds": milliseconds, "counts": counts})
 
-    def finish(self) -> None:
-        """Put the whole file in its place."""
-        with as_file_error(f"{self.target} cannot be written.", "choose another --output."):
-            self.file.replace(self.target)
+    def finish(self, position: Sequence[Any]) -> None:
+        """Write the whole prediction to its place, in compressed tiles: classes with their colours."""
+        width = self.size[1]
+
+        def rows(first: int, end: int) -> np.ndarray[Any, Any]:
+            file.seek(first * width * self._kind.itemsize)
+            return np.fromfile(file, self._kind, (end - first) * width).reshape(-1, width)
+
+        colours = palette().T.astype(np.uint16) * 257 if self._kind == np.uint8 else None
+        with self._written():
+            with self.file.open("rb") as file, write_whole(self.target) as whole:
+                tiff.write_tiled(whole, self.size, self._kind, rows, colours, position)
+            self.file.unlink()
             self._journal.remove()
+
+
+def cut_back(maps: Tensor, padded: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Return what maps (B, ..., h, w) of padded images hold of the images."""
+    height, width = _sides_of(maps.shape[-2:], padded, size)
+    return maps[..., :height, :width]
+
+
+def _sides_of(sides: Sequence[int], padded: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
+    """Return the part of a map's sides that belongs to the image, of a size, in a padded one."""
+    ends = (math.ceil(length * side / whole) for length, side, whole in zip(sides, size, padded, strict=True))
+    return next(ends), next(ends)
+
+
+def _without_cells(net: Any, picture: LargePicture, result: Any, start: int) -> tuple[Any, Any]:
+    """Return a result in which cells without any data have the lowest level, and its mask; a picture that is computed
+    as given stays so."""
+    if not picture.lacks or not any(result.levels.stride()):
+        return result, None
+    levels, side = result.levels.clone(), net.geometry.sides[-1]
+    height, width = levels.shape[1:]
+    whole = picture.lacking(0, height, (height, width)).float()
+    down, across = -height % side, -width % side
+    cells = -F.max_pool2d(-F.pad(whole[None, None], (0, across, 0, down), value=1.0), side)[0, 0]
+    lowest = cells.repeat_interleave(side, 0).repeat_interleave(side, 1)[:height, :width] > 0
+    levels[:, lowest] = net.geometry.max_level
+    mask = levels.long()
+    return _rows_of(net, picture, start, mask), mask
+
+
+def _rows_of(net: Any, picture: LargePicture, start: int, mask: Any = None) -> Any:
+    """Return the network's result in rows; a picture whose size the network does not take is padded to multiples that
+    it takes.
+
+    Raises:
+        CadError: it takes none of them.
+    """
+    refusal: CadError | None = None
+    for multiple in MULTIPLES:
+        if not picture.pad_to(multiple) and multiple > 1:
+            continue
+        try:
+            return net.rows(picture, start=start, mask=mask, sizes=[picture.size] if multiple > 1 else None)
+        except NotInstalled:
+            raise
+        except CadError as error:
+            refusal = refusal or error
+    assert refusal is not None
+    raise refusal
+
+
+def _count_lacking(picture: LargePicture) -> int:
+    ends = [*range(0, picture.size[0], _GAP), picture.size[0]]
+    return sum(int(picture.lacking(*part, picture.size).sum()) for part in itertools.pairwise(ends))
 
 
 def predict_large(
@@ -201,38 +341,51 @@ def predict_large(
     Raises:
         CadError: the picture cannot be read, computed or written.
     """
-    height, width = picture.shape[1:]
-    position = picture.file.position
     with torch.inference_mode():
         start = time.perf_counter()
-        result = net.rows(picture, start=part.rows)
-        channels = result.shape[0]
-        size = (result.shape[1], result.shape[2])
-        if position and size != (height, width):
-            sizes = f"it has {size[1]} x {size[0]} pixels, and the picture {width} x {height}."
-            next = "give it that of the picture, in larger pixels: gdal_translate -a_srs, -a_ullr."
-            warn_of_position(picture.path, sizes, next)
-            position = ()
-        part.begin(size, channels, position)
+        result = _rows_of(net, picture, part.start)
+        channels, padded = result.shape[0], picture.shape[1:]
+        size = _sides_of(result.shape[1:], padded, picture.size)
+        without = part.begin(size, channels, picture.lacks)
+        result, mask = _without_cells(net, picture, result, part.start)
+        computed_from = part.start
         name = Path(picture.path).name
         step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
-        for first, rows in result:
-            values = rows[0].float() if channels == 1 else rows.float().argmax(0)
-            new = values[max(part.rows - first, 0) :]
-            now = time.perf_counter()
-            part.write(first, values, count(new, channels), 1e3 * (now - start))
-            start = now
-            step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
-            if stopped.is_set() and part.rows < size[0]:
-                return {"interrupted": True, "rows": [part.rows, size[0]]}
-    part.finish()
-    levels = result.levels if any(result.levels.stride()) else result.levels.flatten()[:1]
+        for begin, end in [*picture.parts(size), (size[0], size[0])]:
+            for first in range(part.rows, begin, _GAP):  # without data
+                rows = torch.full((min(_GAP, begin - first), size[1]), without)
+                part.write(first, rows, Counter(), 0.0)
+            if part.rows >= end:
+                continue
+            if max(begin, part.start) != computed_from:
+                computed_from = max(begin, part.start)
+                result = _rows_of(net, picture, computed_from, mask)
+            for first, with_padding in result:
+                rows = with_padding[:, : max(0, end - first), : size[1]]
+                values = rows[0].float() if channels == 1 else rows.float().argmax(0)
+                lacking = picture.lacking(first, first + len(values), size)
+                new = values[max(part.rows - first, 0) :]
+                now, there = time.perf_counter(), new[~lacking[len(lacking) - len(new) :]]
+                values = values.masked_fill(lacking, without) if picture.lacks else values
+                part.write(first, values, count(there, channels), 1e3 * (now - start))
+                start = now
+                step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
+                if stopped.is_set() and part.rows < size[0]:
+                    return {"interrupted": True, "rows": [part.rows, size[0]]}
+                if part.rows >= end:
+                    break
+    position = tiff.moved_position(picture.file.position, picture.size, part.size)
+    part.finish((*position, (tiff.NO_DATA, 2, None, f"{without}", True)) if picture.lacks else position)
+    levels = cut_back(result.levels, padded, picture.size)
+    levels = levels if any(levels.stride()) else levels.flatten()[:1]
     shares = [int((levels == level).sum()) / levels.numel() for level in range(net.geometry.max_level + 1)]
     return {
         "output": str(part.target),
-        "size": [height, width],
+        "size": [*picture.size],
         "active_fraction": shares[0],
         "levels": shares,
         "milliseconds": part.milliseconds,
         "counts": part.counts,
+        **({"without_data": _count_lacking(picture)} if picture.lacks else {}),
+        **({"padded_to": [*padded]} if padded != picture.size else {}),
     }

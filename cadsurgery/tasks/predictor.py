@@ -36,12 +36,11 @@ from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import CLASSES, OVERLAY, class_picture, prediction_picture
 from cadsurgery.tasks.journal import fingerprint
-from cadsurgery.tasks.large import LargePicture, WrittenRows, predict_large
+from cadsurgery.tasks.large import MULTIPLES, LargePicture, WrittenRows, cut_back, predict_large
 from cadsurgery.tasks.measuring import refuse_images
 from cadsurgery.tasks.open import read_by
 from cadsurgery.tasks.workers import STOPPED
 
-_MULTIPLES = (1, 8, 16, 32, 64, 128)  # of pixels, to which pictures that a network refuses are padded
 Row = dict[str, Any]  # what happened to an image or a clip, as plain values; a failure has no `output`
 
 
@@ -183,7 +182,7 @@ class Predictor:
         images = normalise(pictures, self.source).to(self.device, self._dtype)
         start, size, refusal = time.perf_counter(), images.shape[2:], None
         known_multiple = self._multiples.get(size)
-        for multiple in _MULTIPLES if known_multiple is None else (known_multiple,):
+        for multiple in MULTIPLES if known_multiple is None else (known_multiple,):
             padded = F.pad(images, (0, -size[1] % multiple, 0, -size[0] % multiple))
             if multiple > 1 and known_multiple is None and padded.shape == images.shape:
                 continue
@@ -201,7 +200,7 @@ class Predictor:
         self._multiples[size] = multiple
         milliseconds = 1e3 * (time.perf_counter() - start) / len(pictures)
         more = {"padded_to": [*padded.shape[2:]]} if padded.shape != images.shape else {}
-        for scores, details in zip(_cut_back(prediction, padded.shape[2:], size), known, strict=True):
+        for scores, details in zip(cut_back(prediction, padded.shape[2:], size), known, strict=True):
             yield classes_of(scores), scores.shape[0], {**details, "milliseconds": milliseconds, **more}
 
     def _run(self, images: Tensor, size: Sequence[int]) -> tuple[Tensor, list[Row]]:
@@ -212,7 +211,7 @@ class Predictor:
                 return _first_tensor(returned), [details]
             is_padded = images.shape[2:] != size
             returned = self.net(images, sizes=[tuple(size)] * len(images)) if is_padded else self.net(images)
-            levels = _cut_back(self.net.levels, images.shape[2:], size).flatten(1)
+            levels = cut_back(self.net.levels, images.shape[2:], size).flatten(1)
             numbers = range(self.net.geometry.max_level + 1)
             shares = torch.stack([(levels == level).double().mean(1) for level in numbers], 1)
             shares = shares if len(shares) == len(images) else shares.mean(0).expand(len(images), -1)
@@ -367,15 +366,6 @@ def _with_size(refusal: CadError) -> CadError:
     parts = {"where": refusal.where, "why": refusal.why}
     also = "If the network takes one size, give that to run: --size HxW."
     return InvalidInput(refusal.what, **parts, next=f"{refusal.next} {also}".strip())
-
-
-def _cut_back(maps: Tensor, padded: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Return what maps (B, ..., h, w) of padded images hold of the images."""
-    ends = [
-        math.ceil(length * side / whole)
-        for length, side, whole in zip(maps.shape[-2:], size, padded, strict=True)
-    ]
-    return maps[..., : ends[0], : ends[1]]
 
 
 def _first_tensor(output: Any) -> Tensor:

@@ -184,6 +184,11 @@ def _report(
             f"{padded} padded at the right and below to sizes that the network takes, results cut back "
             "(--size resizes instead)"
         )
+    lines += [
+        f"{row['image']}: {row['without_data']} pixels without data, which its prediction marks as such (GDAL's nodata)"
+        for row in rows
+        if "without_data" in row
+    ]
     if done > len(rows):
         lines.append(f"... and {done - len(rows)} more: {sources.output}/{NAME}")
     if shown := {names.index(name): name for name in outcome.classes}:

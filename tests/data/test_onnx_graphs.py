@@ -212,16 +212,153 @@ def test_a_size_that_asks_for_the_rest_is_known_not_to_be_one(tmp_path: Path) ->
     assert_reads(written(tmp_path / "net.onnx", nodes, weights))
 
 
-def test_a_branch_that_a_size_decides_is_refused(tmp_path: Path) -> None:
-    weights = {"many": integers(40, 40, 40, 40), "ones": integers(1, 1, 1, 1)}
+def branch(condition: str, *kinds: str) -> Any:
+    """A node If, which gives one of two operations on the map."""
+    value = onnx.helper.make_empty_tensor_value_info("found")
+    graphs = [onnx.helper.make_graph([node(kind, ["map"], "found")], kind, [], [value]) for kind in kinds]
+    options = dict(zip(("then_branch", "else_branch"), graphs, strict=True))
+    return node("If", [condition], "output", **options)
+
+
+DECIDED = {  # what decides, and whether a file for any size can know it
+    "rank": (["Shape", "Size"], integers(4)[0], True),
+    "channels": (["Shape", 1], integers(4)[0], True),
+    "several": (["Shape", 1, "Neg"], integers(-4)[0], True),
+    "height": (["Shape", 2], integers(40)[0], False),
+}
+
+
+@pytest.mark.parametrize("decides", DECIDED)
+def test_branches_that_ranks_and_fixed_lengths_decide_are_taken(decides: str, tmp_path: Path) -> None:
+    """A branch that a size decides is refused."""
+    steps, known, is_known = DECIDED[decides]
+    weights = {"kernel": torch.randn(4, 3, 3, 3), "known": known}
+    nodes, last = [node("Conv", ["image", "kernel"], "map")], "map"
+    for number, step in enumerate(steps):
+        if isinstance(step, int):
+            weights["axis"] = integers(step)[0]
+        kind, *more = ("Gather", "axis") if isinstance(step, int) else (step,)
+        nodes.append(node(kind, [last, *more], f"value{number}"))
+        last = f"value{number}"
+    nodes += [node("Equal", [last, "known"], "is_so"), branch("is_so", "Relu", "Neg")]
+    path = written(tmp_path / "net.onnx", nodes, weights)
+    if is_known:
+        assert_reads(path)
+        return
+    with pytest.raises(cs.CannotConvert, match="cannot be read") as refusal:
+        cs.build_model(str(path))
+    assert "If" in refusal.value.where and "no branch depends on a value" in refusal.value.next
+
+
+SIDES = [
+    node("Shape", ["image"], "shape"),
+    node("Gather", ["shape", "two"], "h"),
+    node("Gather", ["shape", "three"], "w"),
+]
+CHOICES: dict[str, list[Any]] = {  # of the height of a result
+    "the least": [node("Min", ["h", "w"], "side")],
+    "the largest": [node("Max", ["h", "w", "many"], "side")],
+    "equal sizes": [node("Equal", ["h", "w"], "same"), node("Where", ["same", "two", "h"], "side")],
+    "a size that is its own": [node("Equal", ["h", "h"], "same"), node("Where", ["same", "w", "h"], "side")],
+    "smaller than a number": [
+        node("Less", ["h", "many"], "is_less"),
+        node("Where", ["is_less", "h", "two"], "side"),
+    ],
+    "a quotient of a difference": [  # towards zero, where Python rounds down
+        node("Sub", ["three", "h"], "less"),
+        node("Div", ["less", "two"], "half"),
+        node("Sub", ["h", "half"], "side"),
+    ],
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_sizes_that_depend_on_comparisons_are_computed(choice: str, tmp_path: Path) -> None:
+    weights = {"two": integers(2)[0], "three": integers(3)[0], "many": integers(40)[0], "first": integers(0)}
+    weights |= {"mean": torch.randn(1, 3, 1, 1)}
+    nodes = [
+        *SIDES,
+        *CHOICES[choice],
+        node("Unsqueeze", ["side", "first"], "rows"),
+        node("Concat", ["ones", "rows", "one_more"], "final", axis=0),
+        node("Expand", ["mean", "final"], "large"),
+        node("ReduceMean", ["large"], "small", axes=[2, 3], keepdims=1),
+        node("ReduceSum", ["large", "axes"], "summed", keepdims=1),
+        node("Mul", ["small", "summed"], "factor"),
+        node("Mul", ["image", "factor"], "output"),
+    ]
+    weights |= {
+        "one": integers(1)[0],
+        "ones": integers(1, 1),
+        "one_more": integers(3),
+        "axes": integers(2, 3),
+    }
+    assert_reads(
+        written(tmp_path / "net.onnx", nodes, weights), [(1, 3, 37, 52), (2, 3, 48, 48), (1, 3, 61, 40)]
+    )
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("kind", ["pad", "crop", "picked", "put", "placed", "turned"])
+def test_what_torch_writes_for_computed_places_is_read(kind: str, dynamo: bool, tmp_path: Path) -> None:
+    """Paddings and cuts of computed widths, indices, samples that are put, and grids of an affine transform."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.angles = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            height, width = x.shape[-2:]
+            if kind == "pad":
+                return self.first(nn.functional.pad(x, (0, -width % 32, 0, -height % 32)))
+            found = self.first(x).relu()
+            if kind == "crop":
+                larger = nn.functional.interpolate(self.first(found[:, :3]), scale_factor=2.0)
+                down, across = (found.shape[axis] - larger.shape[axis] for axis in (2, 3))
+                widths = (across // 2, across - across // 2, down // 2, down - down // 2)
+                return nn.functional.pad(larger, widths) + found
+            if kind == "picked":
+                return found[:, torch.tensor([3, 1, 0, 2])]
+            if kind == "put":
+                result = found.clone()
+                result[:, :4] = found[:, 4:]
+                return result
+            if kind == "turned":
+                return found[:, :, torch.arange(found.shape[2] - 1, -1, -1)]
+            transform = self.angles(found.mean((2, 3))).view(-1, 2, 3)
+            grid = nn.functional.affine_grid(transform, list(found.shape), align_corners=False)
+            return nn.functional.grid_sample(found, grid, align_corners=False)
+
+    if kind in ("placed", "turned") and not dynamo:
+        pytest.skip("the exporter does not write it, or ONNX Runtime does not run it")
+    torch.manual_seed(0)
+    path, image = tmp_path / "net.onnx", torch.rand(2, 3, 64, 96)
+    axes = {0: "n", 2: "h", 3: "w"}
+    if dynamo:
+        options: dict[str, Any] = {
+            "dynamic_shapes": (dict.fromkeys(axes, torch.export.Dim.AUTO),),
+            "verbose": False,
+        }
+    else:
+        options = {"dynamic_axes": {"x": axes}, "input_names": ["x"], "opset_version": 17}
+    torch.onnx.export(Network().eval(), (image,), str(path), dynamo=dynamo, **options)
+    assert_reads(path, [(2, 3, 64, 96)] if kind == "placed" else [(1, 3, 97, 129), (3, 3, 64, 64)])
+
+
+def test_a_list_of_values_in_a_shape_is_no_map(tmp_path: Path) -> None:
+    """ConstantOfShape of whole numbers is a list of sizes where its length is known, else a tensor."""
+    weights = {"count": integers(2), "row": torch.randn(1, 3, 1, 1)}
+    three = onnx.numpy_helper.from_array(integers(3).numpy())
     nodes = [
         node("Shape", ["image"], "shape"),
-        node("Less", ["shape", "many"], "is_small"),
-        node("Where", ["is_small", "ones", "shape"], "final"),
-        node("Expand", ["image", "final"], "output"),
+        node("ConstantOfShape", ["count"], "threes", value=three),
+        node("Slice", ["shape", "first", "count"], "front"),
+        node("Concat", ["front", "threes"], "final", axis=0),
+        node("Expand", ["row", "final"], "output"),
     ]
-    with pytest.raises(cs.CannotConvert, match="computes with the sizes of its maps in Less"):
-        cs.build_model(str(written(tmp_path / "net.onnx", nodes, weights)))
+    weights |= {"first": integers(0)}
+    assert_reads(written(tmp_path / "net.onnx", nodes, weights))
 
 
 def test_a_tensor_is_expanded_along_new_axes(tmp_path: Path) -> None:

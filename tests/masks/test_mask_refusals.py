@@ -183,3 +183,12 @@ def test_more_steps_than_levels_are_refused_with_their_number(text: str, counted
     with pytest.raises(cs.InvalidInput, match=f"3 {counted} for 2 levels") as caught, labelled(labels):
         net(images(1, *SIZE))
     assert f"at most 2 {counted}" in caught.value.next
+
+
+@pytest.mark.parametrize("registered", [lambda image: image.mean(1) > 0.5, torch.nn.Identity, 3])
+def test_only_classes_of_masks_get_a_name(registered: Any) -> None:
+    with pytest.raises(cs.InvalidInput, match="cannot be registered as the mask 'nameless'") as refusal:
+        cs.mask_provider("nameless")(registered)
+    assert "MaskProvider" in refusal.value.why
+    with pytest.raises(cs.UnknownName):
+        resolve_mask("nameless")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_levels, slow
+from conftest import assert_same, random_levels, slow
 from networks import ResidualSegmenter, Segmenter, build, seeded, strided, unverified
 from random_networks import random_case
 from timm.layers import CondConv2d
@@ -428,6 +428,28 @@ def test_rows_of_what_has_no_such_rows_are_refused() -> None:
     net = unverified(vector.double().eval(), "all", example_input=picture(64, 96), coarsest=4)
     with pytest.raises(cs.InvalidInput, match="holds no map"):
         net.optimize(memory=MUCH).rows(picture(64, 96)[0])
+    net = unverified(Boxes().double().eval(), MASK, example_input=picture(64, 96), coarsest=16)
+    with pytest.raises(cs.InvalidInput, match="holds no map") as refusal:  # while a call gives them
+        net.optimize(memory=MUCH).rows(picture(64, 96)[0])
+    assert "boxes" in refusal.value.why and "as a tensor" in refusal.value.next
+    image = picture(64, 96)
+    assert_same(net.optimize(memory=MUCH)(image), net(image), 1e-9)
+
+
+class Boxes(nn.Module):
+    """A detector that gives rows of boxes alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = (
+            nn.Conv2d(3, 8, 3, 2, 1),
+            nn.Conv2d(8, 8, 3, 2, 1),
+            nn.Conv2d(8, 8, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.head(self.second(self.first(x).relu()).relu())
+        return maps.permute(0, 2, 3, 1).reshape(len(x), -1, 4).softmax(-1)
 
 
 # -- the memory that is asked for ----------------------------------------------------------------------

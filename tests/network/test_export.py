@@ -70,6 +70,23 @@ def test_axes_have_the_same_names_in_inputs_and_outputs(
     assert shapes["image"][2:] == shapes["levels"][1:] == sides
 
 
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [(1, {}), *(pytest.param(2, {name: True}, marks=pytest.mark.slow) for name in ("dynamic", "level_map"))],
+)
+def test_a_file_may_take_as_many_images_as_its_example_alone(
+    number: int, options: dict[str, bool], tmp_path: Path
+) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 2, 3, 2, 1)).eval()
+    net = cs.adaptify(network, "edges", coarsest=8, verify_laws=False)
+    report = cs.export(net, picture(number, 32, 64), tmp_path / "net.onnx", fixed_batch=True, **options)
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    assert [value.type.tensor_type.shape.dim[0].dim_value for value in (*graph.input, *graph.output)] == (
+        [number] * len([*graph.input, *graph.output])
+    )
+    assert report.image[0] == number and {shape[0] for shape in report.compared} == {number}
+
+
 @pytest.mark.slow
 def test_a_file_says_what_it_was_made_of(dynamic: Any) -> None:
     model, path, _ = dynamic

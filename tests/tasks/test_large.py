@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from PIL import Image
 from torch import nn
 
 import cadsurgery as cs
-from cadsurgery.data.images import read_image, street_scene
+from cadsurgery.data.images import normalise, read_image, street_scene
+from cadsurgery.data.rasters import RasterRows
 from cadsurgery.data.tiff import TiffRows
+from cadsurgery.network.model import pictures_for
 from cadsurgery.support.memory import free_memory
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks import large, predictor, run
@@ -133,10 +137,8 @@ def test_a_prediction_in_rows_lies_where_its_picture_does(
         assert 42113 not in after  # nor is class 0 no data
 
 
-def test_a_position_that_is_not_carried_along_is_said_once(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """PNG files hold none, and a smaller map has other pixels."""
+def test_a_position_that_is_not_carried_along_is_said_once(file: Path, tmp_path: Path) -> None:
+    """PNG files hold none."""
     tags = [*PLACES["north up"], (34735, 3, len(ZONE), ZONE, True)]
     stored = np.random.default_rng(0).integers(1, 255, (*SIZE, 3), dtype=np.uint8)
     for name in "ab":
@@ -146,18 +148,216 @@ def test_a_position_that_is_not_carried_along_is_said_once(
     ) as warned:
         predict(file, tmp_path / "maps", tmp_path / "whole", memory="")
     assert len(warned) == 1
-    (tmp_path / "coarse.py").write_text(
-        "from torch import nn\ndef network():\n"
-        "    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 5, 3, 2, 1)).eval()\n"
-    )
+
+
+@pytest.fixture
+def convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Saves a network of two convolutions, whose output has a quarter of the picture's side unless it is enlarged."""
+
+    def save(channels: int = 5, larger: int = 1) -> Path:
+        monkeypatch.chdir(tmp_path)
+        Path("net.py").write_text(
+            "import torch\nfrom torch import nn\ndef network():\n    torch.manual_seed(0)\n"
+            f"    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, {channels}, 3, 2, 1),\n"
+            f"        nn.Upsample(scale_factor={larger})).eval()\n"
+        )
+        cs.save(cs.adaptify(cs.build_model("net.py:network"), "edges", coarsest=8), "net.safetensors")
+        return Path("net.safetensors")
+
+    return save
+
+
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+@pytest.mark.parametrize("place", ["north up", "turned", "control points"])
+@pytest.mark.parametrize("is_point", [False, True])
+def test_a_smaller_prediction_covers_the_area_of_its_picture(
+    convolutions: Callable[..., Path], tmp_path: Path, place: str, is_point: bool
+) -> None:
+    """GDAL places the corners of both at the same spot, and control points at the same part of the picture."""
+    rasterio = pytest.importorskip("rasterio")
+    affine = tuple(map(float, (0.2, 0.01, 0, 5e5, 0.02, -0.3, 0, 5.2e6, *[0] * 7, 1)))
+    places = {**PLACES, "turned": [(34264, 12, 16, affine, True)]}
+    zone = (*ZONE[:11], 2 if is_point else 1, *ZONE[12:])
+    tags = [*places[place], (34735, 3, len(zone), zone, True)]
+    stored = np.random.default_rng(0).integers(1, 255, (723, 301, 3), dtype=np.uint8)
+    picture = written(tmp_path / "map.tif", stored, photometric="rgb", extratags=tags)
+    predict(convolutions(), picture, tmp_path / "out", mask="all")
+    with rasterio.open(picture) as given, rasterio.open(tmp_path / "out" / "map.tif") as made:
+        assert made.shape == (181, 76) and made.crs == given.crs
+        parts = [(raster.width, raster.height) for raster in (given, made)]
+        for across, down in ((0, 0), (1, 0), (0, 1), (0.3, 0.9)) if place != "control points" else ():
+            spots = [
+                raster.transform @ (across * w, down * h)
+                for raster, (w, h) in zip((given, made), parts, strict=True)
+            ]
+            assert spots[0] == pytest.approx(spots[1], rel=1e-12)
+        points = [
+            [(p.col / w, p.row / h) for p in raster.gcps[0]]
+            for raster, (w, h) in zip((given, made), parts, strict=True)
+        ]
+        for before, after in zip(*points, strict=True):
+            assert before == pytest.approx(after)
+
+
+@pytest.mark.parametrize("size", [(1300, 532), (40, 52)])
+@pytest.mark.parametrize("channels", [1, 5, 300])
+def test_predictions_in_rows_are_compressed_tiles(
+    convolutions: Callable[..., Path], tmp_path: Path, size: tuple[int, int], channels: int
+) -> None:
+    net = convolutions(channels, 4)
+    stored = (255 * street_scene(*size)).byte().permute(1, 2, 0).numpy()
+    source = written(tmp_path / "page.tif", stored, photometric="rgb")
+    predict(net, source, tmp_path / "out", mask="all", memory="64MiB")
+    loaded = cs.load(net, mask="all", trust=True)
+    with torch.no_grad():
+        whole = loaded(normalise(read_image(source)[None], pictures_for(loaded)))[0]
+    with tifffile.TiffFile(tmp_path / "out" / "page.tif") as made:
+        page, values = made.pages.first, torch.from_numpy(made.asarray().astype(np.float32))
+    assert (page.tilewidth, page.tilelength) == (512, 512) and page.compression == 8
+    assert page.predictor == (1 if channels == 1 else 2)  # that of floating-point values is not everywhere
+    if channels == 1:
+        assert torch.allclose(values, whole[0], atol=1e-5)
+    else:
+        assert (values == whole.argmax(0)).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("mask", ["all", "edges:threshold=0.1", "content"])
+@pytest.mark.parametrize("size", [(413, 250), (300, 251), (128, 96), (130, 33)])
+def test_a_large_picture_is_padded_as_one_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str, size: tuple[int, int]
+) -> None:
+    """Where the network takes multiples of 8 alone; masks see no padding, and the result is cut back."""
     monkeypatch.chdir(tmp_path)
-    net = tmp_path / "coarse.safetensors"
-    cs.save(cs.adaptify(cs.build_model("coarse.py:network"), "edges", coarsest=8), net)
-    with pytest.warns(cs.CadWarning, match="without its position") as warned:
-        predict(net, tmp_path / "maps" / "a.tif", tmp_path / "rows", mask="all")
-    assert len(warned) == 1 and "x" in str(warned[0].message)
-    with tifffile.TiffFile(tmp_path / "rows" / "a.tif") as made:
-        assert made.pages.first.shape != SIZE and 33550 not in made.pages.first.tags
+    Path("pyramid.py").write_text(
+        "import torch\nfrom torch import nn\nclass Pyramid(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        torch.manual_seed(0)\n"
+        "        self.a, self.b, self.c = (nn.Conv2d(n, 8, 3, 2, 1) for n in (3, 8, 8))\n"
+        "        self.up, self.head = nn.Upsample(scale_factor=2), nn.ConvTranspose2d(8, 5, 4, 4)\n"
+        "    def forward(self, x):\n        fine = self.b(self.a(x).relu()).relu()\n"
+        "        return self.head(fine + self.up(self.c(fine)))\n"
+        "def network():\n    return Pyramid().eval()\n"
+    )
+    example = torch.rand(1, 3, 64, 64)
+    net = cs.adaptify(cs.build_model("pyramid.py:network"), mask, coarsest=16, example_input=example)
+    cs.save(net, "net.safetensors")
+    stored = (255 * street_scene(*size)).byte().permute(1, 2, 0).numpy()
+    source = written(tmp_path / "page.tif", stored, photometric="rgb")
+    whole = predict(Path("net.safetensors"), source, tmp_path / "whole", memory="")
+    rows = predict(Path("net.safetensors"), source, tmp_path / "rows", memory="2MiB")
+    assert not rows.failed
+    classes = np.array(Image.open(tmp_path / "whole" / "page.png"))
+    assert (tifffile.imread(tmp_path / "rows" / "page.tif") == classes).mean() > 0.999  # ties by rounding
+    assert classes.shape == size
+    for name in ("padded_to", "size", "levels"):
+        assert rows.rows[0].get(name) == pytest.approx(whole.rows[0].get(name), abs=1e-3)
+    assert ("1 padded at the right and below" in rows.text) == any(side % 8 for side in size)
+
+
+def lacking_picture(path: Path, kind: str, size: tuple[int, int], lacking: np.ndarray) -> Path:
+    """A picture whose pixels lack data in one of the ways that files have for it."""
+    stored = np.clip(255 * street_scene(*size).permute(1, 2, 0).numpy(), 1, 255)
+    if kind == "transparent":
+        alpha = np.where(lacking, 0, 255)[..., None]
+        pixels = np.concatenate([stored, alpha], 2).astype(np.uint8)
+        return written(path, pixels, photometric="rgb", extrasamples=["unassalpha"])
+    stored[lacking] = math.nan if kind == "NaN" else 0
+    tags = [] if kind == "NaN" else [(42113, 2, None, "0", True)]
+    pixels = (stored / 255).astype(np.float32) if kind == "NaN" else stored.astype(np.uint8)
+    return written(path, pixels, photometric="rgb", extratags=tags)
+
+
+@pytest.mark.parametrize("kind", ["nodata", "NaN", "transparent"])
+@pytest.mark.parametrize(("channels", "larger"), [(5, 4), (1, 4), (256, 4), (5, 1)])
+def test_pixels_without_data_have_none_in_the_prediction(
+    convolutions: Callable[..., Path], tmp_path: Path, kind: str, channels: int, larger: int
+) -> None:
+    """The others have the values of a picture whose pixels without data have the mean colour."""
+    size, lacking = (1400, 96), np.zeros((1400, 96), bool)
+    lacking[300:900], lacking[1000:1020, 40:] = True, True
+    net = convolutions(channels, larger)
+    source = lacking_picture(tmp_path / "page.tif", kind, size, lacking)
+    report = predict(net, source, tmp_path / "out", mask="all", memory="16MiB")
+    assert not report.failed and "pixels without data" in report.text
+    assert report.rows[0]["without_data"] == lacking.sum()
+    loaded = cs.load(net, mask="all", trust=True)
+    image = normalise(read_image(source, channels=None)[:3], pictures_for(loaded))
+    image = image.masked_fill(torch.from_numpy(lacking), 0).nan_to_num(0)
+    with torch.no_grad():
+        whole = loaded(image[None])[0]
+    with tifffile.TiffFile(tmp_path / "out" / "page.tif") as made:
+        values, none = made.asarray(), float(made.pages.first.tags[42113].value)
+    assert values.dtype == {1: np.float32, 5: np.uint8, 256: np.uint16}[channels]
+    step = 4 // larger
+    there = ~lacking[step // 2 :: step, step // 2 :: step]
+    found = ~np.isnan(values) if channels == 1 else values != none
+    assert values.shape == tuple(whole.shape[1:]) and np.array_equal(found, there)
+    if channels == 1:
+        assert math.isnan(none) and np.allclose(values[there], whole[0].numpy()[there], atol=1e-5)
+    else:
+        assert (values == whole.argmax(0).numpy())[there].mean() > 0.999
+
+
+def test_rows_and_cells_without_data_are_not_computed(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, lacking = (1500, 128), np.zeros((1500, 128), bool)
+    lacking[200:1300], lacking[:200, 64:] = True, True
+    source = lacking_picture(tmp_path / "page.tif", "nodata", size, lacking)
+    computed = list[tuple[int, int]]()
+    write = large.WrittenRows.write
+
+    def noted(part: Any, first: int, values: torch.Tensor, counts: Any, milliseconds: float) -> None:
+        if milliseconds:
+            computed.append((first, len(values)))
+        write(part, first, values, counts, milliseconds)
+
+    monkeypatch.setattr(large.WrittenRows, "write", noted)
+    predict(file, source, tmp_path / "all", mask="all", memory="4MiB")
+    assert sum(rows for _, rows in computed) < 450
+    report = predict(file, source, tmp_path / "edges", mask="edges:threshold=0", memory="4MiB")
+    assert report.rows[0]["active_fraction"] < 0.4
+    blank = lacking_picture(tmp_path / "blank.tif", "nodata", size, np.ones(size, bool))
+    computed.clear()
+    assert predict(file, blank, tmp_path / "blank", mask="all").rows[0]["without_data"] == math.prod(size)
+    assert not computed and set(np.unique(tifffile.imread(tmp_path / "blank" / "blank.tif"))) == {255}
+
+
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+@pytest.mark.parametrize("kind", ["vrt", "img"])
+def test_rasters_of_other_kinds_are_predicted_where_they_lie(
+    convolutions: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    """As the same picture in a GeoTIFF file, their pixels without data too."""
+    rasterio = pytest.importorskip("rasterio")
+    shutil = pytest.importorskip("rasterio.shutil")
+    size, lacking = (713, 301), np.zeros((713, 301), bool)
+    lacking[100:420] = True
+    stored = np.clip(255 * street_scene(*size).permute(1, 2, 0).numpy(), 1, 255).astype(np.uint8)
+    stored[lacking] = 0
+    tags = [*PLACES["north up"], (34735, 3, len(ZONE), ZONE, True), (42113, 2, None, "0", True)]
+    source = written(tmp_path / "map.tif", stored, photometric="rgb", tile=(64, 64), extratags=tags)
+    other = tmp_path / f"other.{kind}"
+    shutil.copy(source, other, driver={"vrt": "VRT", "img": "HFA"}[kind])
+    net = convolutions()
+    for path in (source, other):
+        assert not predict(net, path, tmp_path / "out", mask="all", resume=path == other).failed
+    with (
+        rasterio.open(tmp_path / "out" / "map.tif") as one,
+        rasterio.open(tmp_path / "out" / "other.tif") as two,
+    ):
+        assert np.array_equal(one.read(), two.read()) and one.shape == (179, 76)
+        assert (one.crs, one.nodata, one.block_shapes) == (two.crs, 255.0, two.block_shapes)
+        assert one.transform.almost_equals(two.transform, 1e-9)
+        assert one.read_masks(1).astype(bool).mean() == pytest.approx(1 - 320 / 713, abs=0.01)
+
+
+def test_a_raster_that_gdal_does_not_read_is_refused(tmp_path: Path, file: Path) -> None:
+    pytest.importorskip("rasterio")
+    (tmp_path / "broken.vrt").write_text("<VRTDataset>")
+    with pytest.raises(cs.FileError, match="cannot be read as a raster"):
+        RasterRows(tmp_path / "broken.vrt")
+    report = predict(file, tmp_path / "broken.vrt", tmp_path / "out")
+    assert report.failed and not report.rows
 
 
 def test_a_page_of_a_large_file_is_predicted_in_rows(file: Path, picture: Path, tmp_path: Path) -> None:
@@ -210,6 +410,21 @@ def test_a_killed_run_goes_on_behind_the_rows_that_are_there(
     ended, at_once = ((tmp_path / name / "page.tif").read_bytes() for name in ("out", "at once"))
     assert ended == at_once
     assert report.rows[0]["classes"] == whole.rows[0]["classes"]
+
+
+def test_a_run_killed_while_it_writes_the_tiles_writes_them_when_it_goes_on(
+    file: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    whole = predict(file, picture, tmp_path / "at once", mask="all")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(large.tiff, "write_tiled", killed)
+        predict(file, picture, tmp_path / "out", mask="all")
+    report = predict(file, picture, tmp_path / "out", mask="all", resume=True)
+    ended, at_once = ((tmp_path / name / "page.tif").read_bytes() for name in ("out", "at once"))
+    assert ended == at_once and report.rows[0]["levels"] == whole.rows[0]["levels"]
 
 
 @pytest.mark.parametrize("memory", ["1MiB", "3MiB", MUCH])

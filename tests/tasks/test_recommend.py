@@ -144,7 +144,7 @@ def test_without_labels_the_expected_loss_keeps_enough_together_with_its_error()
     safe = row(ADAPTIVE, 70, -0.15, 0.012, balanced_fidelity=0.85, loss=expected_loss(0.85, 0.012))
     assert doubtful.loss is not None and doubtful.loss[0] < 0.01 < sum(doubtful.loss)
     choice = choose([given, doubtful, safe], Requirement(keep=0.99), FIDELITY)
-    assert choice.row is safe and any("together with its error" in one for one in choice.reasons)
+    assert choice.row is safe and any("plus its error" in one for one in choice.reasons)
     assert choose([given, doubtful, safe], Requirement(keep=0.98), FIDELITY).row is doubtful
 
 

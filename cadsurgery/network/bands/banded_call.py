@@ -31,7 +31,7 @@ from cadsurgery.network.bands.walk import (
     used_by,
 )
 from cadsurgery.network.program import Masked, Program
-from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.support.memory import in_mebibytes
 from cadsurgery.support.pages import offering
 from cadsurgery.support.torch_internals import tree_map
@@ -505,11 +505,16 @@ class Bands:
         with self._lock, torch.no_grad():
             (lattice,) = self._lattices(provider, program, arguments, read)
             fitting = self._plans(program, {**arguments, name: image[:1]}, lattice, only_first=True)
-            plan = fitting[0](1)
-            if not plan.map_outputs or plan.axis[plan.map_outputs[0]] != 2:
+            try:
+                plan = fitting[0](1)
+            except CannotConvert:
+                self._plans(program, {**arguments, name: image[:1]}, lattice)[0](1)  # refused as a call is
+                plan = None
+            if plan is None or not plan.map_outputs or plan.axis[plan.map_outputs[0]] != 2:
                 raise InvalidInput(
-                    "the network's output holds no map (B, C, H, W) that could be written in rows.",
-                    next=_WHOLE,
+                    "the network's output holds no map (B, C, H, W) that could be given in rows.",
+                    why="it is flattened or reduced, as boxes and scores of a detector are.",
+                    next="call the copy with the whole picture as a tensor: its maps are computed in bands, too.",
                 )
             shape = tuple(plan.seen.shapes[plan.map_outputs[0]][1:])
             if not 0 <= start < shape[1]:

@@ -76,6 +76,7 @@ def export(
     precision: str = FLOAT,
     calibration: Tensor | Iterable[Any] | None = None,
     with_kernels: bool = False,
+    fixed_batch: bool = False,
     other: Tensor | None = None,
     check_in: str = "onnx",
     step: Step = silent,
@@ -109,6 +110,8 @@ def export(
         with_kernels: convolutions of rows, and what else is slow in engines, are this package's kernels, operations of
             the domain `cadsurgery`. The file is faster, and is opened with the library of `cadsurgery.kernels_for`
             only; it is compared with it (ONNX only).
+        fixed_batch: take as many images in a call as the example holds, and no others, as compilers for devices ask for
+            (an ONNX file takes any number otherwise, a program the example's).
         other: another batch to compare on; default: variants of `image`, e.g. upside down.
         check_in: engine in which an ONNX file is compared: `onnx` (ONNX Runtime) or `openvino`; a file in 8 bits gets
             the form that is fastest in this engine.
@@ -161,7 +164,7 @@ def export(
         if kind == "onnx":
             from cadsurgery.network.export import onnx  # with torch's exporter, which takes long to import
 
-            how = (dynamic, level_map, precision == FLOAT16, engine, batches, step, name)
+            how = (dynamic, level_map, precision == FLOAT16, engine, batches, step, name, fixed_batch)
             compared, shape = onnx.write(net, image, other, temporary, *how)
         else:
             from cadsurgery.network.export import programs

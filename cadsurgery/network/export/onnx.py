@@ -85,6 +85,7 @@ def write(
     calibration: Sequence[Any] = (),
     step: Step = silent,
     name: str = "image",
+    fixed_batch: bool = False,
 ) -> Written:
     """Write an ONNX file; return its comparison, and the shape of its image with None for dynamic axes. See `export`.
 
@@ -110,7 +111,7 @@ def write(
     target = Target(engine.has_kernels, bool(calibration), engine.has_8_bit_depthwise)
     from cadsurgery.network.export.translate import TABLE
 
-    program, free = follow(graph, inputs, dynamic, target, bool(rest))
+    program, free = follow(graph, inputs, dynamic, target, fixed_batch or bool(rest))
     shape = tuple(None if axis in free else length for axis, length in enumerate(image.shape))
     outputs = (*names, "levels")
     step("translating to ONNX")

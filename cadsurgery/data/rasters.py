@@ -1,0 +1,138 @@
+"""Read rasters that GDAL reads, some rows at a time by rasterio: JPEG 2000, virtual mosaics and so on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cadsurgery.data.images import FORMATS
+from cadsurgery.data.tiff import TiffRows, is_tiff, position_of, split_page
+from cadsurgery.support.errors import FileError, InvalidInput, first_line, import_optional
+
+ENDINGS = (".vrt", ".img", ".jp2", ".asc", ".nc", ".grd", ".dt2", ".hgt")  # of rasters that need rasterio
+_INSTALL = "pip install 'cadsurgery[raster]'"
+
+
+def open_rows(path: Path | str) -> TiffRows | RasterRows:
+    """Open a picture of which some rows are read at a time: a TIFF file by tifffile where that decodes it, else by
+    rasterio if it is there.
+
+    Raises:
+        FileError: it cannot be read in rows.
+        NotInstalled: it is a raster of another kind, and rasterio is not installed.
+    """
+    has_rasterio = find_spec("rasterio") is not None
+    if is_tiff(split_page(path)[0]):
+        try:
+            return TiffRows(path)
+        except FileError as refusal:
+            if not (has_rasterio and "compressed" in refusal.why):
+                raise
+            return RasterRows(path)
+    ending = Path(path).suffix.lower()
+    if ending in ENDINGS or (has_rasterio and ending not in FORMATS):
+        return RasterRows(path)
+    raise FileError(f"{path} cannot be read in rows.", next="store it as a TIFF file, in tiles.")
+
+
+class RasterRows:
+    """A raster, of which some rows are read at a time; it has what `TiffRows` has.
+
+    Attributes:
+        shape: (C, H, W) with all bands of the file.
+        has_alpha: True if the last band is transparency.
+        may_lack: True if some pixels may have no data, which are NaN.
+        position: tags that say where the picture lies on the earth, see `TiffRows`.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        """Open a file; see `close`.
+
+        Raises:
+            FileError: GDAL does not read it, or it holds complex numbers.
+            NotInstalled: rasterio is not installed.
+        """
+        rasterio = import_optional("rasterio", "rasters of this kind are read by rasterio.", _INSTALL)
+        with _reading(path), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of rasters that lie nowhere on the earth
+            self._file = rasterio.open(path)
+        file, self._path = self._file, path
+        self.shape = (file.count, file.height, file.width)
+        self._kind = np.dtype(file.dtypes[0])
+        if self._kind.kind not in "uif" or not file.count:
+            self.close()
+            raise FileError(
+                f"{path} holds values of type {self._kind}, in {file.count} bands.",
+                next="store integers or floating-point values; of files with several rasters name one: GDAL's "
+                "FORMAT:FILE:NAME.",
+            )
+        colours = [colour.name for colour in file.colorinterp]
+        self.has_alpha = colours[-1] == "alpha"
+        self._is_masked = any(
+            "all_valid" not in {flag.name for flag in flags} for flags in file.mask_flag_enums
+        )
+        self.may_lack = self._is_masked or self._kind.kind == "f"
+        self.position = _position_of(file)
+
+    def rows(self, first: int, end: int) -> Tensor:
+        """Return rows [first, end), (C, end - first, W) float32: integers divided by the largest value of their type;
+        NaN where a band has no data.
+
+        Raises:
+            FileError: they cannot be read.
+        """
+        window = ((first, end), (0, self.shape[2]))
+        with _reading(self._path):
+            values = self._file.read(window=window)
+            there = self._file.read_masks(window=window) > 0 if self._is_masked else None
+        scaled = values.astype(np.float32)
+        if self._kind.kind != "f":
+            scaled = (values / float(np.iinfo(self._kind).max)).astype(np.float32)
+        if there is not None:
+            of_colours = there[: len(there) - self.has_alpha]
+            scaled[: len(of_colours)][~of_colours] = np.nan
+        return torch.from_numpy(scaled)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+@contextmanager
+def _reading(path: Path | str) -> Iterator[None]:
+    try:
+        yield
+    except (FileError, InvalidInput):
+        raise
+    except Exception as error:  # rasterio's errors have no common type
+        raise FileError(
+            f"{path} cannot be read as a raster.",
+            why=first_line(error),
+            next="gdalinfo says what GDAL finds in it.",
+        ) from error
+
+
+def _position_of(file: Any) -> tuple[Any, ...]:
+    """Return the position of a raster as tags of GeoTIFF, which GDAL writes for a picture of one pixel."""
+    import tifffile
+    from rasterio.io import MemoryFile
+
+    gcps, crs_of_gcps = file.gcps
+    where = {"gcps": gcps, "crs": crs_of_gcps} if gcps else {"transform": file.transform, "crs": file.crs}
+    if not gcps and file.crs is None and file.transform.is_identity:
+        return ()
+    profile = {"driver": "GTiff", "height": 1, "width": 1, "count": 1, "dtype": "uint8"}
+    with MemoryFile() as memory:
+        with memory.open(**profile, **where) as one:
+            one.write(np.zeros((1, 1, 1), np.uint8))
+        memory.seek(0)
+        with tifffile.TiffFile(memory) as written:
+            return position_of(written.pages.first)
