@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The figures of docs/speed.md for processors with AMX, in about ten minutes on one core: ./benchmarks/amx.sh [FOLDER]
+# The figures of docs/data/speed.md for processors with AMX, in about ten minutes on one core: ./benchmarks/amx.sh [FOLDER]
 # Writes a JSON report for each run to FOLDER (default: amx). Each run is interleaved; compare within a run only.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,9 +1,9 @@
-"""Write docs/corpus.md from the rows of full checks of the corpus and of the packages.
+"""Write docs/data/corpus.md from the rows of full checks of the corpus and of the packages.
 
 python -m benchmarks.zoo.check --corpus --output tests/corpus/rows.jsonl       # continues an interrupted check
 pip install cadsurgery[corpus]
 python -m benchmarks.zoo.check packages --corpus --output tests/corpus/packages/rows.jsonl
-python -m benchmarks.corpus_report [--corpus tests/corpus] [--docs docs]
+python -m benchmarks.corpus_report [--corpus tests/corpus] [--docs docs/data]
 """
 
 from __future__ import annotations
@@ -118,12 +118,14 @@ def document(own: list[Row], packages: list[Row], words: dict[str, str], setting
     commits = ", ".join(sorted({row["commit"] for row in own + packages}))
     plain = [row for row in packages if row.get("kind") != "attention"]
     counted = criteria({"corpus": own, "packages": plain})
-    return f"""# Networks as users write them
+    return f"""# As users write them: figures
 
-[tests/corpus](../tests/corpus) has {len(own)} small networks of our own writing, each standing for ways in which people
-write networks for dense prediction: it is the description of what is supported, and this page is what a check of each
-found. Below are {len(packages)} networks of packages, at their real widths. This page is generated; nothing in it is
-written by hand.
+What to expect, in plain words: [Networks as users write them](../corpus.md).
+
+[tests/corpus](../../tests/corpus) has {len(own)} small networks of our own writing, each standing for ways in
+which people write networks for dense prediction: it is the description of what is supported, and this page is
+what a check of each found. Below are {len(packages)} networks of packages, at their real widths. This page is
+generated; nothing in it is written by hand.
 
 Each network gets random weights and random statistics, is converted as a user would (`cs.adaptify(net)`, on the
 built-in images; what takes more than an image gets an example of its call), and compared, batches of two: the outputs
@@ -165,7 +167,7 @@ def main() -> None:
     )
     root = Path(__file__).parents[1]
     parser.add_argument("--corpus", type=Path, default=root / "tests" / "corpus")
-    parser.add_argument("--docs", type=Path, default=root / "docs")
+    parser.add_argument("--docs", type=Path, default=root / "docs" / "data")
     options = parser.parse_args()
     own = options.corpus / "rows.jsonl"
     packages = options.corpus / "packages" / "rows.jsonl"

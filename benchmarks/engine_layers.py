@@ -1,7 +1,7 @@
 """Time one kind of layer in engines, in each form that a convolution of rows can take in a file.
 
     python -m benchmarks.engine_layers FOLDER [--rounds 10] [--write docs/engine_layers.json]
-    python -m benchmarks.engine_layers --table                           # that of docs/deploy.md alone
+    python -m benchmarks.engine_layers --table                           # that of docs/data/deploy.md alone
 
 A file has four equal layers with ReLU, on a map of 64 x 128 samples of which a third of the patches (4 x 4) are fine
 and the rest one sample each; tables and shares are inputs, as they follow the image in a real file. Random weights, one
@@ -53,7 +53,7 @@ KINDS = {
     "3x3 in groups of 16, 208 channels": (208, 13, 3),
 }
 RESULTS = Path(__file__).parents[1] / "docs" / "engine_layers.json"
-PAGE, MARKS = RESULTS.with_name("deploy.md"), ("<!-- engine layers -->", "<!-- end -->")
+PAGE, MARKS = RESULTS.with_name("data") / "deploy.md", ("<!-- engine layers -->", "<!-- end -->")
 FORMS = ("dense", "gathered", "taps", "tiles", "kernels")
 
 
@@ -239,7 +239,7 @@ def used(path: Path, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def write_page(found: dict[str, Any]) -> None:
-    """Put the table into docs/deploy.md: a row for each kind, engine and precision."""
+    """Put the table into docs/data/deploy.md: a row for each kind, engine and precision."""
     lines = [
         f"{found['device']}; torch {found['versions']['torch']}; {found['rounds']} rounds; commit {found['commit']}.\n",
         f"| layer | engine | precision | {' | '.join(FORMS)} | what the work promises |",

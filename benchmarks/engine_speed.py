@@ -2,7 +2,7 @@
 
     python -m benchmarks.engine_speed FOLDER --write [--data DATA]               # files: minutes for each network
     python -m benchmarks.engine_speed FOLDER --time [--isa avx2] [--rounds 3]    # on a quiet machine
-    python -m benchmarks.engine_speed --table                                    # those of docs/deploy.md alone
+    python -m benchmarks.engine_speed --table                                    # those of docs/data/deploy.md alone
 
 Networks of torchvision have random weights, `edges | budget:fraction=0.34`, output strides 8 to 32, linear fill, one
 image of 512 x 1024; `camvid` (with --data) is the trained network of recipes/camvid_mobilenetv2,
@@ -48,7 +48,7 @@ from cadsurgery.tasks.sides.dense_file import write_dense
 from cadsurgery.tasks.sides.engine_sides import scaled_size
 
 RESULTS = Path(__file__).parents[1] / "docs" / "engines.json"
-PAGE = RESULTS.with_name("deploy.md")
+PAGE = RESULTS.with_name("data") / "deploy.md"
 MARK_OF_TABLES, MARK_OF_SUMMARY, END = "<!-- engine speed -->", "<!-- engine summary -->", "<!-- end -->"
 NETWORKS = (
     "camvid",

@@ -1,4 +1,4 @@
-"""Write networks, masks and fills as ONNX files and record which ones work: the table of docs/deploy.md.
+"""Write networks, masks and fills as ONNX files and record which ones work: the table of docs/data/deploy.md.
 
     python benchmarks/export_matrix.py [--only TEXT ...] [--cells N]   # continues an interrupted run
     python benchmarks/export_matrix.py --report
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-ROWS, DOCS = ROOT / "docs" / "bench" / "exports.jsonl", ROOT / "docs" / "deploy.md"
+ROWS, DOCS = ROOT / "docs" / "bench" / "exports.jsonl", ROOT / "docs" / "data" / "deploy.md"
 SIZE, OTHER = (128, 160), 1  # size of the example, and seed of the comparison
 LEAST_EFFECT = 1e-2
 
@@ -215,7 +215,7 @@ def main() -> None:
     )
     parser.add_argument("--cells", type=int, default=None, help="stop after this number of cells")
     parser.add_argument("--seconds", type=float, default=3600.0, help="time limit per cell")
-    parser.add_argument("--report", action="store_true", help="put the table into docs/deploy.md")
+    parser.add_argument("--report", action="store_true", help="put the table into docs/data/deploy.md")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))

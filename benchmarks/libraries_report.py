@@ -1,7 +1,7 @@
-"""Write docs/libraries.md from the rows of a check of other libraries' networks.
+"""Write docs/data/libraries.md from the rows of a check of other libraries' networks.
 
 python -m benchmarks.zoo.libraries --out benchmarks/zoo/libraries.jsonl    # continues an interrupted check
-python -m benchmarks.libraries_report [--rows benchmarks/zoo/libraries.jsonl] [--docs docs]
+python -m benchmarks.libraries_report [--rows benchmarks/zoo/libraries.jsonl] [--docs docs/data]
 """
 
 from __future__ import annotations
@@ -141,7 +141,9 @@ def document(rows: list[Row], setting: Row) -> str:
     exact = sum(row["result"] == "converts" for row in plain)
     by_part = sum(bool(row.get("part")) for row in done)
     listed = ", ".join(f"{count} {result}" for result, count in counts.most_common())
-    return f"""# Networks of other libraries, as they are
+    return f"""# Other libraries: figures
+
+What to expect, in plain words: [Networks of other libraries](../libraries.md).
 
 {len(checked)} networks of {len(_by_library(rows))} libraries were built by their libraries' own classes, with random
 weights and few channels, and converted without a wrapper: `cs.adaptify(model, "edges", outputs="native")`, on the

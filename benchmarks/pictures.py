@@ -8,7 +8,7 @@
 
 `word-*` are pictures of the glossary that the package computes (benchmarks/glossary_pictures.py). `concept` shows
 cells and taps.
-`quality` is drawn from docs/quality.json, `speed` from the tables of docs/speed.md, and `zoo` from the rows of the zoo.
+`quality` is drawn from docs/quality.json, `speed` from docs/data/speed.md, and `zoo` from the rows of the zoo.
 `masks-*` show each mask on a photo (benchmarks/mask_pictures.py). The hero shows a trained network
 (recipes/voc_deeplab) on one. The photo of both is NASA's portrait of Eileen Collins (public domain), as in the wheel of
 scikit-image (`skimage/data/astronaut.png`). The pictures of `masks-empty` are from there, too: `page.png` is under
@@ -70,6 +70,7 @@ def draw(name: str, picture: Callable[[], Figure], kind: str = "png") -> None:
         places = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
         with matplotlib.rc_context({**look, **dict.fromkeys(places, background), "font.size": 10}):
             figure = picture()
+            figure.draw_without_rendering()  # the layout measures titles only once the pictures are placed
             with write_whole(PICTURES / f"{name}{suffix}.{kind}") as temporary:
                 figure.savefig(temporary, format=kind, dpi=130)
 
@@ -86,6 +87,7 @@ TITLES = {
     "camvid-8": "CamVid, MobileNetV2 + FCN",
     "voc-8": "VOC, MobileNetV2 DeepLabv3",
     "espnet-8": "CamVid, ESPNet",
+    "voc-16": "VOC, DeepLabv3 at stride 16",
 }
 
 
@@ -96,9 +98,12 @@ def quality(side: str = "avx512vnni, float32") -> Figure:
         for name, runs in json.loads((DOCS / "quality.json").read_text()).items()
         if side in runs
     }
-    figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
-    panels = figure.subplots(1, len(networks), squeeze=False)[0]
-    for axis, (name, run) in zip(panels, networks.items(), strict=True):
+    lines = -(-len(networks) // 2)
+    figure = Figure(figsize=(WIDTH, 0.6 + 3.2 * lines), layout="constrained")
+    panels = figure.subplots(lines, 2, squeeze=False).flatten()
+    for unused in panels[len(networks) :]:
+        unused.set_visible(False)
+    for axis, (name, run) in zip(panels, networks.items(), strict=False):
         given = run["rows"][0]
         rows = [row for row in run["rows"] if row["milliseconds"] < 1.25 * given["milliseconds"]]
         front = sorted((row for row in rows if row["front"]), key=lambda row: row["milliseconds"])
@@ -111,10 +116,12 @@ def quality(side: str = "avx512vnni, float32") -> Figure:
                 fmt=marker, color=colour, elinewidth=0.8, markersize=5, label=label, linestyle="none",
             )  # fmt: skip
         axis.set_title(f"{TITLES.get(name, name)}, {run['images']} pictures", fontsize=10)
-        axis.set_xlabel("time of the whole network, relative to as given")
         axis.set_xlim(left=0)
         axis.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("change of mIoU, points (± standard error)")
+    for row, axis in enumerate(panels[::2]):
+        axis.set_ylabel("change of mIoU, points\n(± standard error)")
+        for below in panels[-2:] if row == lines - 1 else ():
+            below.set_xlabel("time, relative to the network as given")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
@@ -135,9 +142,9 @@ _DENSE = re.compile(r"\| \*\*([\w:]+)[^|]*\| dense high (\d+) ms")
 
 def speeds() -> dict[str, dict[str, tuple[float, float]]]:
     """Return, by network and instruction set, work and time relative to fine maps everywhere, at a third of the image
-    fine and linear filling: from the float32 tables of docs/speed.md."""
+    fine and linear filling: from the float32 tables of docs/data/speed.md."""
     found: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
-    text = (DOCS / "speed.md").read_text()
+    text = (DOCS / "data" / "speed.md").read_text()
     for heading in ("AVX2", "AVX-512"):
         part = text.split(f"\n### {heading}\n")[1].split("\n## ")[0].split("\n### ")[0]
         name, whole, columns = "", 0.0, dict[str, int]()
@@ -165,8 +172,9 @@ def speed() -> Figure:
         for shift, (heading, (_, time)) in zip((-0.14, 0.14), found[name].items(), strict=False):
             axis.plot(time, place + shift, "o", color=SETS[heading], markersize=8)
             axis.annotate(
-                f"{time:.2f}", (time, place + shift), (8, -4), textcoords="offset points", fontsize=9
-            )
+                f"{time:.2f}", (time, place + shift), (8, -4), textcoords="offset points", fontsize=9,
+                bbox={"facecolor": matplotlib.rcParams["axes.facecolor"], "linewidth": 0, "pad": 0.5},
+            )  # fmt: skip
     axis.axvline(1, color=GREY, linewidth=1, linestyle=":")
     axis.set_yticks(range(len(names)), names)
     axis.set_xlim(0, 1.08)
@@ -209,7 +217,7 @@ def zoo() -> Figure:
         if at >= per_column:
             column, at = column + 1, 0
         left = 26 * column
-        axis.text(left - 0.7, at + 0.5, family, ha="right", va="center", fontsize=6)
+        axis.text(left - 0.7, at + 0.5, family, ha="right", va="center", fontsize=7)
         for place, result in enumerate(sorted(results, key=list(RESULTS).index, reverse=True)):
             corner = (left + place % ACROSS, at + place // ACROSS)
             axis.add_patch(Rectangle(corner, 0.86, 0.86, color=RESULTS[result][1], linewidth=0))

@@ -5,7 +5,7 @@
 
 DATA is the folder with the data and weights that the recipes name. Each network, instruction set and precision gets a
 run of `recommend` in a process of its own, in FOLDER; an interrupted one goes on. What they measured is written to
-docs/quality.json, and the tables of docs/results.md are made from it, as with --table alone.
+docs/quality.json, and the tables of docs/data/results.md are made from it, as with --table alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.instruction_sets import environment_of
 
 DOCS = Path(__file__).parents[1] / "docs"
-RESULTS, PAGE = DOCS / "quality.json", DOCS / "results.md"
+RESULTS, PAGE = DOCS / "quality.json", DOCS / "data" / "results.md"
 PRECISIONS = ("float32",)
 
 
@@ -117,7 +117,7 @@ def _cell(row: dict[str, Any] | None, run: dict[str, Any]) -> str:
 
 
 def write_page() -> None:
-    """Replace the tables in docs/results.md by those of docs/quality.json."""
+    """Replace the tables in docs/data/results.md by those of docs/quality.json."""
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
     parts: list[str] = []
     for name, runs in found.items():

@@ -1,11 +1,11 @@
-"""Update the tables of docs/speed.md from the output of `cadsurgery bench --json`.
+"""Update the tables of docs/data/speed.md from the output of `cadsurgery bench --json`.
 
     python benchmarks/speed_report.py
 
 A report of `benchmarks.instruction_sets` gets a table for each instruction set, below its name and caps.
 
 Reads docs/bench/*.json and docs/bench/*.txt (output of the other benchmarks, with their conditions first), and
-replaces the text between `<!-- NAME -->` and `<!-- end -->` in docs/speed.md, where NAME is the name of a file.
+replaces the text between `<!-- NAME -->` and `<!-- end -->` in docs/data/speed.md, where NAME is the name of a file.
 
 Reports written before `given` was part of them get the work of the network as given counted here; networks of
 benchmarks/networks.py are found with PYTHONPATH=benchmarks.
@@ -110,7 +110,7 @@ def table(networks: list[dict[str, Any]], shape: tuple[int, ...]) -> str:
 
 def main() -> None:
     """Replace each table."""
-    page = DOCS / "speed.md"
+    page = DOCS / "data" / "speed.md"
     text = page.read_text(encoding="utf-8")
     for path in sorted([*(DOCS / "bench").glob("*.json"), *(DOCS / "bench").glob("*.txt")]):
         content = path.read_text(encoding="utf-8")
@@ -119,7 +119,7 @@ def main() -> None:
         text, count = pattern.subn(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
         if count != 1:
             raise SystemExit(
-                f"docs/speed.md has no place for {path.name}: <!-- {path.stem} --> ... <!-- end -->"
+                f"docs/data/speed.md has no place for {path.name}: <!-- {path.stem} --> ... <!-- end -->"
             )
     page.write_text(text, encoding="utf-8")
 

@@ -1,7 +1,7 @@
-"""Write docs/zoo.md from the rows of a full check of the zoo.
+"""Write docs/data/zoo.md from the rows of a full check of the zoo.
 
 python -m benchmarks.zoo.check --output cadsurgery/tasks/zoo.jsonl      # the full run; continues an interrupted run
-python benchmarks/zoo_report.py [--rows cadsurgery/tasks/zoo.jsonl] [--docs docs]
+python benchmarks/zoo_report.py [--rows cadsurgery/tasks/zoo.jsonl] [--docs docs/data]
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ def document(rows: list[Row], setting: Row) -> str:
     )
     versions = ", ".join(f"{name} {number}" for name, number in setting["versions"].items())
     exact = sum(row["result"] == "converts" for row in hybrids)
-    return f"""# The zoo
+    return f"""# The zoo: figures
+
+What to expect, in plain words: [Will a known network convert?](../zoo.md)
 
 {len(rows)} networks of torchvision and timm were built with random weights and random statistics, converted with their
 default output strides, and compared, batches of two: law 1 (at the network's own level the outputs of the call are the
@@ -173,7 +175,7 @@ positions (attention between channels, pooling by attention), exactly.
 
 {outcomes(rows)}
 
-![Every network as a square, by family; those that do not convert in orange](pictures/zoo.png)
+![Every network as a square, by family; those that do not convert in orange](../pictures/zoo.png)
 
 ## Convolutional networks that do not convert
 
@@ -207,7 +209,7 @@ def write_page(about: str, recorded: Path, page: str, document: Callable[[list[R
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=recorded)
-    parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs")
+    parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs" / "data")
     options = parser.parse_args()
     rows = sorted(read_rows(options.rows), key=lambda row: row["model"])
     setting = json.loads(options.rows.read_text(encoding="utf-8").splitlines()[0])

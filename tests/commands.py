@@ -14,7 +14,12 @@ from conftest import ROOT
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *(path for room in ("docs", "recipes", "examples") for path in sorted((ROOT / room).rglob("*.md"))),
+    *(
+        path
+        for room in ("docs", "recipes", "examples")
+        for path in sorted((ROOT / room).rglob("*.md"))
+        if ROOT / "docs" / "generated" not in path.parents  # copies, which a build of the site makes
+    ),
 ]
 ROOMS = ("cadsurgery", "tests", "benchmarks", "recipes", "docs", "examples")
 OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z0-9_-]*")

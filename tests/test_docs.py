@@ -9,6 +9,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -16,12 +18,20 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import commands
+import drawn
+import matplotlib
 import pytest
+import torch
 from commands import code_of, faults
 from conftest import ROOT
+from matplotlib.figure import Figure
+from prose import PAGES as TOLD
+from prose import faults_of, prose_of, public_docstrings, texts_of
 
 import cadsurgery as cs
 from benchmarks import front_pages
+from cadsurgery.data.images import street_scene
+from cadsurgery.elements.lattice import Geometry
 from cadsurgery.masks.provider import PROVIDERS
 
 DOCS = ROOT / "docs"
@@ -82,6 +92,7 @@ def test_contents_have_their_parts_in_the_order_of_a_reader() -> None:
         "Concepts",
         "Reference",
         "Other methods",
+        "What to expect",
         "Figures",
         "Recipes",
         "Examples",
@@ -107,16 +118,71 @@ def headings(path: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/index.md"])
-def test_links_of_pages_that_are_read_in_the_repository_lead_somewhere(name: str) -> None:
+@pytest.mark.parametrize("page", commands.PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_of_pages_lead_somewhere_in_the_repository(page: Path) -> None:
     """The site has no README, and its build says nothing of links between files of the repository."""
-    page, missing = ROOT / name, list[str]()
-    links = re.findall(r"\]\((?![a-z]+:)([^()\s#]*)#?([^()\s]*)\)", page.read_text())
+    missing = list[str]()
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\((?![a-z]+:)([^()\s#]*)#?([^()\s]*)\)", text)
     for target, anchor in links:
         path = page.parent / target if target else page
-        is_there = path.exists() and (path.suffix != ".md" or not anchor or anchor in headings(path))
+        is_whole = (
+            path.suffix == ".md" and "{include}" not in path.read_text()
+        )  # others get headings when built
+        is_there = path.exists() and (not is_whole or not anchor or anchor in headings(path))
         missing += [f"{target}#{anchor}"] * (not is_there)
-    assert len(links) > 2 and missing == []
+    assert missing == []
+
+
+PROVING = DOCS / "data"  # pages of tables, with commands, commits and processors
+MACHINE = re.compile(r"\bfamily \d+|\bmodel \d+\b|\bcommits? `?[0-9a-f]{7,}")  # of a measurement
+EXPECTED = (
+    "speed",
+    "results",
+    "deploy",
+    "zoo",
+    "libraries",
+    "corpus",
+)  # pages that say what these tables mean
+
+
+@pytest.mark.parametrize("page", TOLD, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pages_that_tell_name_no_commits_and_no_models_of_processors(page: Path) -> None:
+    is_first = page.name in ("README.md", "index.md")  # these have the figures of one run
+    assert is_first or MACHINE.findall(page.read_text()) == []
+
+
+def length(path: Path) -> int:
+    """Words of a page, its code among them; the lines of a table are none."""
+    return sum(any(map(str.isalnum, word)) for word in path.read_text().split())
+
+
+def test_pages_that_tell_are_short() -> None:
+    told = [path for path in TOLD if path.is_relative_to(DOCS)]
+    assert length(DOCS / "index.md") <= 900
+    assert {
+        name: length(DOCS / f"{name}.md") for name in EXPECTED if length(DOCS / f"{name}.md") > 1200
+    } == {}
+    assert sum(map(length, told)) <= 45_000
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_page_of_figures_and_the_page_that_says_what_to_expect_lead_to_each_other(name: str) -> None:
+    assert f"](data/{name}.md)" in (DOCS / f"{name}.md").read_text()
+    assert f"](../{name}.md)" in (PROVING / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_figures_that_a_page_tells_stand_on_its_page_of_figures(name: str) -> None:
+    """Numbers with a decimal point or of three digits and more; names such as ResNet-101 are no figures."""
+    figure = re.compile(r"(?<![\w.,/-])(?:\d{1,3}(?:,\d{3})+|\d*\.\d+|\d{3,})(?![\w-])")
+
+    def numbers(text: str) -> set[str]:
+        return {number.replace(",", "").lstrip("0") for number in figure.findall(text)}
+
+    told = numbers(re.sub(r"```.*?```|`[^`]*`", "", (DOCS / f"{name}.md").read_text(), flags=re.DOTALL))
+    proved = set().union(*(numbers(path.read_text()) for path in PROVING.glob("*.md")))
+    assert told <= proved, sorted(told - proved)
 
 
 def test_the_list_of_versions_has_this_one_and_those_of_the_changelog() -> None:
@@ -223,6 +289,38 @@ def test_the_search_for_figures_finds_them(text: str, found: list[str]) -> None:
     assert stray_figures(text) == found
 
 
+@pytest.mark.parametrize("page", TOLD, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pages_have_no_words_that_readers_stumble_over(page: Path) -> None:
+    assert faults_of(prose_of(page)) == []
+
+
+def test_messages_have_no_words_that_readers_stumble_over() -> None:
+    """Nor has any other text of the package that is shown: helps of options, reports, warnings."""
+    files = sorted((ROOT / "cadsurgery").rglob("*.py"))
+    texts = [(path.relative_to(ROOT), line, text) for path in files for line, text in texts_of(path)]
+    found = [f"{path}:{line}: {fault}" for path, line, text in texts for fault in faults_of(text)]
+    assert len(texts) > 3000 and not found, "\n".join(found)
+
+
+def test_public_docstrings_have_no_words_that_readers_stumble_over() -> None:
+    found = [f"{name}: {fault}" for name, text in public_docstrings() for fault in faults_of(text)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "All begin anew.",
+        "It reads the image alone.",
+        "What is said of it",
+        "The run goes on there",
+        "the loss of the mean of the errors of it",
+    ],
+)
+def test_words_that_readers_stumble_over_are_found(text: str) -> None:
+    assert len(faults_of(text)) == 1 and faults_of("Only this resumes: the mean of its errors.") == []
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_names_that_a_page_uses_exist(path: Path) -> None:
     """In its Python, and in its text: `cs.NAME`; blocks of Python are whole statements."""
@@ -295,11 +393,56 @@ def test_pictures_are_drawn_for_light_and_dark_pages_and_their_figures_stand_on_
     hero = json.loads((DOCS / "pictures" / "hero.json").read_text())["milliseconds"]
     readme = (ROOT / "README.md").read_text()
     assert f"as it was ({hero['dense']:.0f} ms)" in readme and f"one ({hero['adaptive']:.0f} ms)" in readme
-    found, text = speeds(), (DOCS / "speed.md").read_text()
+    found, text = speeds(), (DOCS / "data" / "speed.md").read_text()
     assert len(found) >= 6 and sum("AVX2" in sets and "AVX-512" in sets for sets in found.values()) >= 5
     for name, sets in found.items():
         assert f"**{name}" in text or f":{name}" in text
         assert all(0 < work < 1 and 0 < time < 1 for work, time in sets.values())
+
+
+def _drawn_figures() -> dict[str, Callable[[], Figure]]:
+    """Every figure of the pages, from recorded data; those of photos with a generated scene in their place."""
+    from benchmarks import mask_pictures, pictures
+
+    scene = street_scene(256, 320)
+    lattice = Geometry((2, 2)).uniform(1, 1, (32, 40))
+    rows = json.loads((DOCS / "pictures" / "masks.json").read_text())["masks"]
+    classes = dict.fromkeys(("dense", "adaptive"), torch.zeros(scene.shape[1:], dtype=torch.long))
+    recorded = json.loads((DOCS / "pictures" / "hero.json").read_text())
+    runs = json.loads((DOCS / "quality.json").read_text())
+    return {
+        "hero": partial(pictures.hero_figure, scene, lattice, classes, recorded),
+        "concept": pictures.concept,
+        **{f"quality, {side}": partial(pictures.quality, side) for one in runs.values() for side in one},
+        "speed": pictures.speed,
+        "zoo": pictures.zoo,
+        **{
+            f"masks-{group}": partial(mask_pictures._figure, scene, dict.fromkeys(names, lattice), rows, 8)
+            for group, names in mask_pictures.MASKS.items()
+        },
+        **pictures.WORDS,
+    }
+
+
+FIGURES = _drawn_figures()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_texts_of_a_figure_can_be_read(name: str) -> None:
+    with matplotlib.rc_context({"font.size": 10}):
+        assert drawn.faults_of(FIGURES[name]()) == []
+
+
+def test_texts_that_cannot_be_read_are_found() -> None:
+    figure = Figure(figsize=(3, 2))
+    for x, y, text, size in ((0.1, 0.5, "long words", 20), (0.2, 0.5, "others", 20), (0.9, 0.1, "beyond", 9)):
+        figure.text(x, y, text, fontsize=size)
+    figure.text(0.1, 0.1, "small", fontsize=6)
+    assert drawn.faults_of(figure) == [
+        "'small' has 6 points",
+        "'beyond' is clipped",
+        "'long words' overlaps 'others'",
+    ]
 
 
 def test_every_mask_has_a_picture_and_a_cost(site_pages: ModuleType) -> None:

@@ -20,7 +20,7 @@ def bench(
         list[str],
         options.ArgumentOrOption(
             "torchvision or timm names, or module:function; or a file of another method (convert --method), which is "
-            "measured alone",
+            "measured by itself",
             is_repeated=True,
         ),
     ],

@@ -37,7 +37,7 @@ REPLACED: Mapping[str, Mapping[str, str]] = {
         "--objective-option": "--set objective_options.NAME=VALUE",
         **dict.fromkeys(
             ("--resume", "--no-resume"),
-            "--output FOLDER: a run goes on in its folder, a new one takes another",
+            "--output FOLDER: a run resumes in its folder, a new one takes another",
         ),
     },
     "list": {

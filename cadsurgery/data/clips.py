@@ -213,7 +213,7 @@ def _decode(
         raise FileError(
             f"{container.name} cannot be read after frame {done}.",
             why=first_line(error),
-            next="cut the clip there, or convert it to MP4 anew.",
+            next="cut the clip there, or convert it to MP4 again.",
         ) from error
 
 
@@ -287,7 +287,7 @@ class ChosenFrames:
             if frame is None:
                 raise FileError(
                     f"{self._path} ends before frame {self._numbers[position]}.",
-                    next="leave out what follows, or convert the clip to MP4 anew.",
+                    next="leave out what follows, or convert the clip to MP4 again.",
                 )
             self._last, self._at = frame[1], self._at + 1
         return self._last

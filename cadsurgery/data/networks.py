@@ -497,7 +497,7 @@ def _onnx_builder(path: Path) -> Builder:
             raise FileError(
                 f"{path} is another ONNX file than the one the network was converted from.",
                 why="its checksum does not match.",
-                next="put that file in its place, or convert this one anew.",
+                next="put that file in its place, or convert this one again.",
             )
         model, name = read_onnx(path), path.name
         source = Source(f"onnx:{name}", {"sha256": sha256}, name, f"weights of {name}", *_statistics(model))

@@ -72,7 +72,7 @@ class OnnxNetwork(nn.Module):
                     for one, free in zip(self.size or (), self._is_free, strict=True)
                 )
                 raise InvalidInput(
-                    f"this network takes images of {' x '.join(sizes)} alone.",
+                    f"this network takes only images of {' x '.join(sizes)}.",
                     why="the graph of its ONNX file fixes the sizes of maps inside.",
                     next="give images of this size (--size); others need a file that was exported with dynamic axes "
                     "for height and width.",
@@ -172,7 +172,7 @@ def _external_names(path: Path, model: Any) -> set[str]:
             raise FileError(
                 f"{path} keeps weights in a file elsewhere, which was not read.",
                 where=f"{name:.200}",
-                why="a file of somebody else can name any place; weights are read from files beside it alone.",
+                why="a file of somebody else can name any place; weights are read only from files beside it.",
                 next="write the network into one file: onnx.save(onnx.load(path), new_path).",
             )
         if not files.is_file(place):
@@ -190,7 +190,7 @@ def _with_weights(path: Path, model: Any) -> Any:
     if path.stat().st_size + sum((path.parent / name).stat().st_size for name in names) >= _LARGEST:
         raise CannotConvert(
             f"{path} has weights of 2 GB or more.",
-            why="ONNX's own tools, through which it is read, take smaller ones alone.",
+            why="ONNX's own tools, through which it is read, take only smaller ones.",
             next="load the network where it was trained: cs.adaptify(model).",
         )
     try:

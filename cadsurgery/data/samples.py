@@ -16,9 +16,7 @@ from cadsurgery.data.networks import Source
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, describe_error
 
-FORM = (
-    "give (image (C, H, W) float in 0..1, labels (H, W)), the image alone, or (a tuple of tensors, labels)."
-)
+FORM = "give (image (C, H, W) float in 0..1, labels (H, W)), only the image, or (a tuple of tensors, labels)."
 # Filters that sharpen or resize go a little beyond 0..1.
 _LEAST, _MOST = -0.25, 1.25
 _BYTE = 255.0

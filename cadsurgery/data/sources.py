@@ -226,7 +226,7 @@ def warn_of_two_values(labels: Sequence[Path], remedy: str) -> None:
             return
     if stored == {0, IGNORED}:
         warn(
-            f"the labels in {labels[0].parent} hold 0 and 255 alone ({len(looked_at)} of {len(labels)} files read).\n"
+            f"the labels in {labels[0].parent} hold only 0 and 255 ({len(looked_at)} of {len(labels)} files read).\n"
             f"  Why: 255 means ignored, which leaves no class but 0.\n"
             f"  Next: {remedy}; if 255 is to be ignored, say so: ignore=255."
         )
@@ -334,7 +334,7 @@ def _clip(place: str, split: str, options: Mapping[str, str], spec: str) -> Segm
     read = partial(_read_frame, ChosenFrames(path, numbers), labels)
     if not options["classes"]:
         if values := [option for option in ("ignore", "values") if options[option]]:
-            raise InvalidInput(f"{values[0]}= of labels whose classes are not said.", next="add classes=11.")
+            raise InvalidInput(f"{values[0]}= needs classes=.", next="add classes=11.")
         return SegmentationData(spec, split, (), names, read, None if labels else identity_table(0))
     classes = class_names(options["classes"])
     return SegmentationData(spec, split, classes, names, read, _table(options, len(classes)), remedy=_REMEDY)

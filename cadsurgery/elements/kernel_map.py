@@ -136,7 +136,7 @@ class Window(NamedTuple):
         return height, width
 
     def finer_samples(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return the output samples (height, width) of a transposed convolution of a fine map of `size`."""
+        """Return the output samples (height, width) that a transposed convolution gives for a fine map of `size`."""
         samples = [divide_up(length, self.spacing) for length in size]
         pads = (sum(self.padding[:2]), sum(self.padding[2:]))
         height, width = (

@@ -55,7 +55,9 @@ Validation = Samples | Callable[[nn.Module], dict[str, float]]
 TRAINED = "fine-tuned"  # description of the weights in a trained network's source
 START, LAST, BEST, NETWORK = (f"{name}.safetensors" for name in ("start", "checkpoint", "best", "net"))
 
-_EXACTLY = "a resumed run goes on exactly as it began; the learning rate depends on the number of steps too."
+_EXACTLY = (
+    "a resumed run continues exactly as it began; the learning rate depends on the number of steps too."
+)
 
 
 @dataclass(frozen=True)

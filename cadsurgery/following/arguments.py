@@ -217,7 +217,7 @@ def _check_plain(value: Any) -> None:
     elif not isinstance(value, (Tensor, *_PLAIN)):
         raise InvalidInput(
             f"example_input holds {value!r:.60}, of type {type(value).__name__}.",
-            next="give tensors, numbers and texts, alone or in lists, tuples and dictionaries.",
+            next="give tensors, numbers and texts, by themselves or in lists, tuples and dictionaries.",
         )
 
 

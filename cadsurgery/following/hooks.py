@@ -436,7 +436,7 @@ def _exchange(watched: Watched, why: str) -> InvalidInput:
     return InvalidInput(
         f"{watched.path} is not the module that was converted: {why}.",
         why="the network does not run its forward, which was rewritten when it was converted.",
-        next="change the network first and convert it then: cs.adaptify(model). A weight alone can be computed by "
+        next="change the network first and convert it then: cs.adaptify(model). A single weight can be computed by "
         'torch.nn.utils.parametrize.register_parametrization(module, "weight", ...) at any time.',
     )
 

@@ -128,7 +128,7 @@ def _for_c(value: Any, sizes: list[int]) -> Any:
         if not value.is_cpu:
             raise CadError(
                 f"a compiled kernel was given a tensor on {value.device}.",
-                why="it reads main memory alone.",
+                why="it reads only main memory.",
                 next="report it, with the code that called the network; CADSURGERY_NATIVE=0 does without kernels.",
             )
         sizes.append(value.nbytes)

@@ -51,7 +51,7 @@ def extension(kernels: Path) -> Path:
     folder = cache_folder()
     if folder is None:
         raise Unusable(
-            "the cache folder cannot be written", "Set XDG_CACHE_HOME to a folder that is yours alone."
+            "the cache folder cannot be written", "Set XDG_CACHE_HOME to a folder that only you can write."
         )
     if hasattr(os, "ST_NOEXEC") and os.statvfs(folder).f_flag & os.ST_NOEXEC:
         raise Unusable(

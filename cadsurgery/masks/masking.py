@@ -207,7 +207,7 @@ def _floating(image: Tensor) -> Tensor:
 
 def not_static(mask: MaskProvider, why: str, next: str = "") -> InvalidInput:
     """Return the error for a mask that is not static: its dependence, `why` this is refused, the next step."""
-    depends = f"depends on {mask.dependence}, not the image alone"
+    depends = f"depends on {mask.dependence}, not only the image"
     dynamic = "keeps a number of elements that varies from image to image"
     problem = depends if mask.dependence else dynamic
     return InvalidInput(f"mask {mask.spec()} {problem}.", why=why, next=next or NEEDS_STATIC)

@@ -179,7 +179,7 @@ class MaskProvider(nn.Module):
 
     @property
     def judges_each_image(self) -> bool:
-        """True if the levels of an image depend on that image alone, so that each may be given by itself."""
+        """True if the levels of an image depend only on that image, so that each may be given by itself."""
         return not self.needs and all(part.judges_each_image for part in self.parts)
 
     @property

@@ -182,7 +182,7 @@ def _named(text: str, *inner: MaskProvider) -> MaskProvider:
     raise InvalidInput(
         problem,
         why="it is a mask of its own and takes no other.",
-        next=f"write {text!r} alone, a wrapper behind it: {_example_of_a_pipe(text)}, "
+        next=f"write only {text!r}, a wrapper behind it: {_example_of_a_pipe(text)}, "
         f'or a plus between both: "edges {PLUS} {text}".',
     )
 

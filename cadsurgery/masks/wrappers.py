@@ -193,7 +193,7 @@ class Budget(MaskWrapper):
     levels.
 
     A patch is an aligned block of R_K x R_K samples (R_K: `FineMapSpec.patch`), so no level changes when the map is
-    made legal. Where patches divide the map, the number of elements depends on its size alone. Shapes and control
+    made legal. Where patches divide the map, the number of elements depends only on its size. Shapes and control
     flow do not depend on the values of the scores, as compilers and CUDA graphs require.
 
     Args:

@@ -327,7 +327,7 @@ def _report_no_effect(plan: Plan, strict: bool) -> None:
     if not plan.region_end:  # a decoder leads back to the high output stride
         why = (
             "its decoder leads back to the high output stride by transposed convolutions or pixel shuffles, "
-            f"which read samples of the network's own grid alone; {why}"
+            f"which read only samples of the network's own grid; {why}"
         )
         step = (
             "use the network as it is, or one whose decoder interpolates (nn.Upsample and a convolution); "

@@ -83,7 +83,7 @@ def check_used(host: nn.Module, path: str, example: Tensor) -> None:
         raise CannotConvert(
             f"{kind} does not use its {path}.",
             why=f"its forward, which torch.fx cannot follow, never called it on a batch of {tuple(example.shape)}.",
-            next=f"convert the part that it runs, cs.adaptify(model.PART), or the {path} alone: "
+            next=f"convert the part that it runs, cs.adaptify(model.PART), or only the {path}: "
             f"cs.adaptify(model.{path}).",
         )
 

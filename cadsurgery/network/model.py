@@ -116,8 +116,8 @@ class AdaptiveModel(ProgramNetwork):
                 `adaptify` takes as a mask. If the original has an argument of this name, it is passed to the original;
                 use `masked` then.
             sizes: for each image of a padded batch its (height, width) from the top left corner: each gets the mask
-                that it has alone, and nothing is kept in the padding. A `pixel_mask` of the call says the same. Passed
-                on if the original has an argument of this name; use `cs.masks.sized` then.
+                that it has by itself, and nothing is kept in the padding. A `pixel_mask` of the call says the same.
+                Passed on if the original has an argument of this name; use `cs.masks.sized` then.
             kwargs: the original's keyword arguments.
 
         Raises:

@@ -149,7 +149,7 @@ def class_scores(
         raise InvalidInput(
             f"the network's output is not a map of class scores: {described}.",
             where=where,
-            why=f"scores (B, C, H, W){classes} are needed, alone or as 'out' of a dictionary.",
+            why=f"scores (B, C, H, W){classes} are needed, by themselves or as 'out' of a dictionary.",
             next=next,
         )
     return scores

@@ -88,7 +88,7 @@ class FileError(CadError):
 
 
 class CadWarning(UserWarning):
-    """Warning to the user; the work goes on, and the CLI prints the warning as a line."""
+    """Warning to the user; the work continues, and the CLI prints the warning as a line."""
 
 
 class LeftOut(CadWarning):
@@ -116,7 +116,7 @@ class NotInstalled(CadError):
 
 
 class TrainingStopped(CadError):
-    """Training cannot go on: the loss or the weights are no longer finite numbers."""
+    """Training cannot continue: the loss or the weights are no longer finite numbers."""
 
 
 def first_line(error: object) -> str:

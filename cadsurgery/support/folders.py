@@ -1,4 +1,4 @@
-"""What a folder of the user's shows, and the word about what is left out of it."""
+"""List visible files and report skipped ones."""
 
 from __future__ import annotations
 

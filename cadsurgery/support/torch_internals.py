@@ -36,7 +36,7 @@ class Internal(NamedTuple):
 _TREE, _NESTED = "torch.utils._pytree", "torch has no public functions for nested outputs and arguments"
 _MODE, _SEES = "torch.utils._python_dispatch", "there is no public way to see each operation as it is run"
 _PASSES = "torch.onnx._internal.fx.passes.type_promotion"
-_PACKED = "weights in oneDNN's layout, which torch packs in its own inference compiler alone"
+_PACKED = "weights in oneDNN's layout, which torch packs only in its own inference compiler"
 
 NAMES: dict[str, Internal] = {
     "tree_flatten": Internal(f"{_TREE}.tree_flatten", _NESTED),
@@ -119,8 +119,8 @@ ATTRIBUTES: dict[str, tuple[tuple[str, ...], str]] = {
         ),
         "converted networks share parameters and hooks with the original, and refuse what would be lost",
     ),
-    "torch.nn.BatchNorm2d": (("_check_input_dim",), "classes that override it alone compute the same"),
-    "torch.fx.Graph": (("_codegen", "_tracer_cls"), "a graph that is written anew is called as before"),
+    "torch.nn.BatchNorm2d": (("_check_input_dim",), "classes that override only it compute the same"),
+    "torch.fx.Graph": (("_codegen", "_tracer_cls"), "a graph that is written again is called as before"),
     "torch.ops.aten.add.Tensor": (
         ("_schema", "_overloadname", "_overloadpacket"),
         "what an operation changes, and its other forms",

@@ -335,7 +335,7 @@ class _Deciding:
             leaving = ", ".join(source.name for source in self.read[node])
             reason = f"{reason}; {leaving} leaves at {self.sizes[self.read[node][0]]} size"
             if barrier is not None and barrier.cause is Cause.CELLS and treatment.kind == "window":
-                reason += '; region="heads" goes on through it'
+                reason += '; region="heads" continues through it'
             return "exit" if natural else "barrier", reason
         if barrier is not None and barrier.cause is Cause.COPY and node not in self.again:
             return "dense", barrier.why

@@ -312,7 +312,7 @@ class Plan:
 
     @property
     def reads_inside_cells(self) -> bool:
-        """True if the region goes on through windows whose taps are closer together than the cells."""
+        """True if the region continues through windows whose taps are closer together than the cells."""
         return any(decision.inside_cells for decision in self.decisions)
 
     @property

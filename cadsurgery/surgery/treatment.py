@@ -82,7 +82,7 @@ class Treatment:
 
     Attributes:
         kind: `window` (reads taps around an element), `pad` (belongs to the window that follows), `resize`
-            (changes to a finer grid), `pointwise` (acts on each element alone), `join` (combines elements of one
+            (changes to a finer grid), `pointwise` (acts on each element by itself), `join` (combines elements of one
             lattice), `global` (one vector per image), `broadcast` (repeats such a vector over the map),
             `shape` (reads only the size), or `barrier`.
         why: the reason, for the plan; by default the first line of the rule's docstring.
@@ -159,7 +159,7 @@ def rule(*operations: object, of_vectors: bool = False) -> Callable[[Rule], Rule
 
         @cs.rule(MyActivation)
         def my_activation(node, facts):
-            \"\"\"Acts on each value alone.\"\"\"
+            \"\"\"Acts on each value by itself.\"\"\"
             return cs.Treatment("pointwise")
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -185,7 +186,7 @@ class BenchReport(Report):
         figure, axes = panels(count, min(3, count), 5.5, 4.2, above=0.6)
         for axis, network in zip(axes, self.networks, strict=True):
             _draw(axis, network)
-        figure.suptitle(str(self.setting), fontsize=8)
+        figure.suptitle(textwrap.fill(str(self.setting), 75 * min(3, count)), fontsize=8)
         return figure
 
 

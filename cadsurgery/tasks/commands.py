@@ -160,7 +160,7 @@ class RunOptions:
     bands: tuple[int, ...] = bands_option()
     conversion: Mapping[str, Any] = part(Conversion, settable=("normalisation",))
     size: tuple[int, int] | None = size_option("resize images to this size; default: no resizing")
-    resume: bool = option(False, "go on with the folder or the clip: what is there is not made again")
+    resume: bool = option(False, "resume: skip predictions that already exist")
     workers: int | None = option(
         None,
         "processes with one thread each; default: the cores, fewer for few images, and 1 on a GPU",
@@ -323,7 +323,7 @@ class RecommendOptions:
     )
     bands: tuple[int, ...] = bands_option()
     output: Path | None = option(
-        None, "folder of the run, default NAME-recommended; a run goes on there", short="o"
+        None, "folder of the run, default NAME-recommended; a run resumes there", short="o"
     )
     trust: bool = trust_option()
 

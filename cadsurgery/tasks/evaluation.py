@@ -32,7 +32,14 @@ from cadsurgery.support.rows import Row, percent, plain
 from cadsurgery.support.tables import Column, table
 from cadsurgery.tasks.measuring import PictureBatch, Quality, Tally, as_labels, measure, refuse_images
 from cadsurgery.tasks.open import Strides, at_strides, open_any, provenance, read_by
-from cadsurgery.tasks.report import COLOURS, MeasuredReport, against_macs, check_outputs, panels
+from cadsurgery.tasks.report import (
+    COLOURS,
+    MeasuredReport,
+    against_macs,
+    check_outputs,
+    panels,
+    spread_labels,
+)
 from cadsurgery.tasks.sides import masks as of_masks
 from cadsurgery.tasks.workers import refuse_launchers, share
 
@@ -93,7 +100,7 @@ def evaluate(
         bands: which bands of the images the network reads, counted from 1, in their order; default: those of the data,
             of the network, or all.
         workers: number of processes that share the images, with one thread each, or a GPU each; 1 for this process.
-            Each opens network and data anew.
+            Each opens network and data itself.
         step: progress callback.
         trust: run code that a converted file names; see `cadsurgery.load`.
 
@@ -452,6 +459,7 @@ class EvaluationReport(MeasuredReport):
             axis.set_xlim(left=0)
             against_macs(axis, words, f"{', '.join(drawn.values())}, %")
         figure.suptitle(f"{self.model}, {self.images} images", fontsize=10)
+        spread_labels(figure)
         return figure
 
 

@@ -329,7 +329,7 @@ def _refuse_import(code: str) -> InvalidInput:
     return InvalidInput(
         "a mask that is typed on the page cannot name a function.",
         where=code,
-        why="the page runs masks alone, whoever opens it.",
+        why="the page runs only masks, whoever opens it.",
         next="choose another mask, or use the function on the command line: cadsurgery mask --mask ...",
     )
 

@@ -54,7 +54,7 @@ def target_for(source: str, target: str, memory: str, *, is_plain: bool = True) 
         raise InvalidInput(
             f"the prediction of {source} was begun in rows, with --memory.",
             where=str(begun),
-            next="give --memory again, of any amount, to go on; or delete this file.",
+            next="give --memory again, of any amount, to resume; or delete this file.",
         )
     if not memory or is_remote(source) or is_remote(target):
         return target

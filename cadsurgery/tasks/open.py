@@ -184,7 +184,7 @@ def check_options(network: object, options: Mapping[str, Any]) -> None:
         check_kind(str(network), CONVERTED)
         raise InvalidInput(
             f"{network} is converted already; {', '.join(changed)} cannot be changed.",
-            next="leave these options out, or convert the network anew with them.",
+            next="leave these options out, or convert the network again with them.",
         )
 
 

@@ -16,7 +16,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import EngFormatter
+from matplotlib.transforms import Bbox
 from PIL import Image
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
@@ -238,6 +240,21 @@ def panels(
     for axis in axes[count:]:
         axis.set_visible(False)
     return figure, list(axes[:count])
+
+
+def spread_labels(figure: Figure) -> None:
+    """Move labels of points up until none lies on another."""
+    figure.draw_without_rendering()
+    step = 3.0  # points
+    moved = step * figure.dpi / 72  # pixels
+    placed: list[Bbox] = []
+    for label in (text for axes in figure.axes for text in axes.texts if isinstance(text, Annotation)):
+        box = label.get_window_extent()
+        while any(box.overlaps(other) for other in placed):
+            across, up = label.xyann
+            label.xyann = (across, up + step)
+            box = Bbox.from_extents(box.x0, box.y0 + moved, box.x1, box.y1 + moved)
+        placed.append(box)
 
 
 def figure_picture(figure: Figure) -> Image.Image:

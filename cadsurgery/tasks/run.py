@@ -196,10 +196,10 @@ def _report(
         lines.append(f"legend: {sources.legend}")
     for row in outcome.rows("interrupted"):
         at, height = row["rows"]
-        lines.append(f"{row['image']}: interrupted at row {at} of {height}; --resume goes on there")
+        lines.append(f"{row['image']}: interrupted at row {at} of {height}; --resume continues there")
     if memory:
         lines.append(
-            f"the process took {in_mebibytes(peak_memory())} at most; --memory {memory} is for maps alone"
+            f"the process took {in_mebibytes(peak_memory())} at most; --memory {memory} is only for maps"
         )
     also = f"{skipped} skipped, " if resume else ""
     text = "\n".join([*lines, f"{done} done, {also}{failed} failed"])
@@ -326,7 +326,7 @@ class _Sources:
         if os.path.realpath(output) in map(os.path.realpath, self.stills):
             raise InvalidInput(
                 f"predictions would be written among the pictures in {output}.",
-                why="they would replace pictures, and be taken for pictures when the run goes on.",
+                why="they would replace pictures, and be taken for pictures when the run resumes.",
                 next=f"choose another folder: --output {os.path.join(output, 'predictions')}.",
             )
 
@@ -381,7 +381,7 @@ class _Sources:
                 warn_of_position(
                     image,
                     "PNG files hold none.",
-                    "with --memory, e.g. 2GiB, TIFF files with it are written; this is said of the first.",
+                    "with --memory, e.g. 2GiB, TIFF files with it are written; only the first is reported.",
                 )
             yield Item(position, image, target)
 

@@ -248,7 +248,7 @@ class Settings:
     freeze: str = option("", "stem: layers before the adaptive region are not trained")
     train: str = option(
         "all",
-        "{default} (default); or alone: exits, their heads and the widths of their Gaussians; or gates",
+        "{default} (default); or only: exits, their heads and the widths of their Gaussians; or gates",
     )
     ema: float = option(
         0.0, "decay per step of an average of the weights, which is validated and saved; 0 for none"

@@ -1,4 +1,4 @@
-"""The processes of one machine, or of Ray, that share work; the items of one that ends are tried again, one by one."""
+"""The processes of one machine, or of Ray, that share work. If a worker dies, its items are retried one at a time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def refuse_launchers(command: str) -> None:
     if (size := world().size) > 1:
         raise InvalidInput(
             f"{command} was started in {size} processes by a launcher.",
-            why="launchers are for training alone; other work is shared among processes of its own.",
+            why="launchers are only for training; other work is shared among processes of its own.",
             next="start it once, with --workers N"
             + (", or with --ray on several machines." if command == "run" else "."),
         )

@@ -310,7 +310,7 @@ def binary(folder: Path, *values: int) -> None:
 
 def test_labels_of_0_and_255_alone_are_said_when_opened_and_read_as_two_classes(folder: Path) -> None:
     binary(folder, 0, 255)
-    with pytest.warns(cs.CadWarning, match="0 and 255 alone") as warned:
+    with pytest.warns(cs.CadWarning, match="only 0 and 255") as warned:
         ignored = cs.open_data(spec(folder, "classes=2"))
     assert f"folder:{folder},classes=2,values=0/255" in str(warned[0].message)
     assert set(ignored[0][1].unique().tolist()) == {0, IGNORED}

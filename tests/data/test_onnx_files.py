@@ -128,7 +128,7 @@ def test_a_size_that_the_graph_holds_is_kept_and_others_are_refused(exporter: st
     read = cs.build_model(str(export(original, tmp_path / "net.onnx", exporter, dynamic=False)))
     torch.testing.assert_close(read(image), original(image), rtol=1e-4, atol=1e-5)
     assert cs.plan(read).example_shape[2:] == (64, 96)
-    with pytest.raises(cs.InvalidInput, match="64 x 96 alone"):
+    with pytest.raises(cs.InvalidInput, match=r"only images of .*64 x 96"):
         read(torch.randn(1, 3, 96, 64))
 
 

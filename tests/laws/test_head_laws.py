@@ -113,7 +113,7 @@ def test_the_plan_names_the_heads_and_how_to_reach_them() -> None:
     auto, heads = (cs.plan(network(torch.float32), region=region) for region in ("auto", "heads"))
     inside = {decision.node for decision in heads.decisions if decision.inside_cells}
     assert inside == {"plain", "rate", "pool", "last"}
-    assert 'region="heads" goes on' in str(auto) and 'region="heads" goes on' not in str(heads)
+    assert 'region="heads" continues' in str(auto) and 'region="heads" continues' not in str(heads)
     assert heads.share("adapt", "keep") > auto.share("adapt", "keep")
 
 

@@ -292,7 +292,7 @@ class Pair(nn.Module):
 def test_a_network_that_takes_more_than_an_image_is_refused(tmp_path: Path) -> None:
     image = torch.randn(1, 3, 64, 96)
     net = cs.adaptify(Pair().eval(), "edges", example_input=(image, image)).eval()
-    with pytest.raises(cs.InvalidInput, match="takes image, other, and the image alone is given"):
+    with pytest.raises(cs.InvalidInput, match="takes image, other, and only the image is given"):
         cs.export(net, image, tmp_path / "net.onnx")
 
 

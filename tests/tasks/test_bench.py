@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import drawn
 import pytest
 import torch
 from conftest import assert_same, printed, slow
@@ -245,6 +246,7 @@ def test_the_picture_has_a_panel_for_each_entry(report: BenchReport, folder: Pat
     with Image.open(folder / "bench.png") as picture:
         assert picture.format == "PNG" and picture.width > 1.5 * picture.height
     figure = report.figure()
+    assert drawn.faults_of(figure) == []
     panels = [axis for axis in figure.axes if axis.get_visible()]
     titles = [axis.get_title().partition(":")[0] for axis in panels]
     assert titles == [f"resnet18, {fill}" for fill in ("nearest", "linear")]
@@ -253,6 +255,7 @@ def test_the_picture_has_a_panel_for_each_entry(report: BenchReport, folder: Pat
 
 def test_panels_without_a_network_are_hidden(report: BenchReport) -> None:
     four = replace(report, networks=report.networks * 2)
+    assert drawn.faults_of(four.figure()) == []
     assert [axis.get_visible() for axis in four.figure().axes] == [True] * 4 + [False] * 2
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import drawn
 import pytest
 import torch
 from conftest import TESTS, Run, images, printed, random_levels, slow
@@ -373,6 +374,7 @@ def test_two_processes_find_what_one_finds(command_line: Run, tmp_path: Path) ->
 
 def test_the_plot_joins_the_dense_networks_and_names_every_point(report: EvaluationReport) -> None:
     figure = report.figure()
+    assert drawn.faults_of(figure) == []
     axes = figure.axes[0]
     line = axes.lines[0]
     xs = list(line.get_xdata())
@@ -400,6 +402,7 @@ def test_masks_are_labelled_as_typed_in_table_and_picture() -> None:
     assert report.rows[1].mask == resolve_mask("edges").spec() != "edges"  # the JSON has all options
     table = printed(report)
     assert "edges " in table and "threshold=" not in table and "none (as given)" in table
+    assert drawn.faults_of(report.figure()) == []
     named = {text.get_text() for axis in report.figure().axes for text in axis.texts}
     assert {f"{mask} 8->32" for mask in typed} <= named and not any("threshold" in name for name in named)
 

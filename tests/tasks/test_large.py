@@ -465,7 +465,7 @@ def test_ctrl_c_ends_a_large_picture_behind_its_band_and_resume_goes_on_there(
     report = run.predict(file, [picture], options, step=step)
     assert report.interrupted and report.counts == (0, 0) and len(told) == 3
     assert all(of == SIZE[0] for _, of in told) and 0 == told[0][0] < told[1][0] < told[2][0] < SIZE[0]
-    assert f"interrupted at row {told[2][0]} of {SIZE[0]}; --resume goes on there" in report.text
+    assert f"interrupted at row {told[2][0]} of {SIZE[0]}; --resume continues there" in report.text
     assert not (tmp_path / "out" / "page.tif").exists()
     with pytest.raises(
         cs.InvalidInput, match="give --memory again"

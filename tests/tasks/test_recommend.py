@@ -144,7 +144,7 @@ def test_without_labels_the_expected_loss_keeps_enough_together_with_its_error()
     safe = row(ADAPTIVE, 70, -0.15, 0.012, balanced_fidelity=0.85, loss=expected_loss(0.85, 0.012))
     assert doubtful.loss is not None and doubtful.loss[0] < 0.01 < sum(doubtful.loss)
     choice = choose([given, doubtful, safe], Requirement(keep=0.99), FIDELITY)
-    assert choice.row is safe and any("together with its error" in one for one in choice.reasons)
+    assert choice.row is safe and any("plus its error" in one for one in choice.reasons)
     assert choose([given, doubtful, safe], Requirement(keep=0.98), FIDELITY).row is doubtful
 
 
@@ -237,7 +237,7 @@ def test_doubt_is_told_with_the_pictures_that_would_end_it() -> None:
     choice = choose(rows, Requirement(keep=0.99), MIOU)
     # It keeps .003 more than asked for, with an error of .004: 6 (1.64 x .004 / .003)^2 pictures.
     assert choice.images_needed == 29 and any("about 29 would decide" in one for one in choice.reasons)
-    assert any("cannot be told" in one for one in choice.reasons)
+    assert any("cannot be seen" in one for one in choice.reasons)
     finer = [row(GIVEN, 100, 0.0), row(replace(ADAPTIVE, pair=(4, 8)), 200, 0.001)]
     reasons = choose(finer, Requirement(keep=0.99), MIOU).reasons
     assert any("makes the maps of this network finer: at least 2.0 times its work" in one for one in reasons)
@@ -631,7 +631,7 @@ def test_labels_of_0_and_255_alone_and_those_of_no_photo_are_said(photos: Path, 
     with pytest.warns(cs.CadWarning) as warned:
         running._look_into_labels(data, labels)
     first, second = (str(warning.message) for warning in warned)
-    assert "0 and 255 alone (3 of 3 files read)" in first and "classes=2,values=0/255" in first
+    assert "only 0 and 255 (3 of 3 files read)" in first and "classes=2,values=0/255" in first
     assert second == f"left out of {labels}: no labels of these photos: strange.png."
     with pytest.raises(cs.FileError, match="no folder"):
         running._look_into_labels(data, tmp_path / "missing")
@@ -640,7 +640,7 @@ def test_labels_of_0_and_255_alone_and_those_of_no_photo_are_said(photos: Path, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": 0.9, "at_most": 5.0}, "two wishes"),
+        ({"keep": 0.9, "at_most": 5.0}, "cannot be combined"),
         ({"keep": 1.5}, "keep=1.5"),
         ({"minutes": 0}, "minutes=0"),
         ({"runtime": "gpu"}, "no runtime named"),

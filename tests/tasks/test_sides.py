@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import drawn
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,9 +95,10 @@ def test_a_side_of_ones_own_is_evaluated_and_timed_beside_the_others(tmp_path: P
     rows = json.loads(output.read_text())["rows"]
     assert [row["mask"] for row in rows] == [row.mask for row in report.rows]
     assert rows[-1]["macs"] == half.macs and rows[-1]["milliseconds"] == half.milliseconds
+    assert drawn.faults_of(report.figure()) == []
     assert {"at scale 1", "at scale 0.5"} <= texts_of(report.figure())
-    with Image.open(picture) as drawn:
-        assert min(drawn.size) > 300
+    with Image.open(picture) as shown:
+        assert min(shown.size) > 300
 
 
 @pytest.mark.slow

@@ -234,7 +234,7 @@ def test_a_network_is_declared_under_one_name() -> None:
 
 # -- the recorded run --------------------------------------------------------------------------------------
 
-ROWS = [path for path in (CORPUS / "rows.jsonl",) if path.exists()]  # of packages docs/corpus.md tells
+ROWS = [path for path in (CORPUS / "rows.jsonl",) if path.exists()]  # of packages docs/data/corpus.md tells
 
 
 @pytest.mark.parametrize("path", ROWS, ids=lambda path: path.parent.name)

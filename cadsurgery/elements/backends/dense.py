@@ -43,9 +43,9 @@ class _Grouped(NamedTuple):
 
 
 _F32, _BF16, _ALWAYS = torch.float32, torch.bfloat16, 1 << 30
-# Measured with each instruction set on an Intel processor (docs/notes.md, "Dense maps or elements"). The first row that
-# fits counts, so that a program has the same bits on all processors with the same instruction sets. For dilated windows
-# oneDNN takes up to eighty times as long as the kernels of depthwise convolutions.
+# Measured with each instruction set on an Intel processor (docs/data/notes.md, "Dense maps or elements"). The first
+# row that fits counts, so that a program has the same bits on all processors with the same instruction sets. For
+# dilated windows oneDNN takes up to eighty times as long as the kernels of depthwise convolutions.
 _PREFERRED = (
     _Grouped(_F32, "avx512", 1, 25, 1),
     _Grouped(_F32, "avx2", 1, 49, 1),

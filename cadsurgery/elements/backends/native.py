@@ -88,7 +88,7 @@ class _FastGrouped(NamedTuple):
 
 
 # The first row of a type counts whose instruction set the processor has. Where the kernels are chosen, they took a
-# tenth less time at least, and for depthwise convolutions a third to a ninetieth (docs/notes.md, "Dense maps or
+# tenth less time at least, and for depthwise convolutions a third to a ninetieth (docs/data/notes.md, "Dense maps or
 # elements"), with the table of what each position reads.
 _FAST = (
     _FastGrouped(torch.float32, "avx512", 6, 2),

@@ -72,7 +72,7 @@ class Portable(Backend):
         """Compute rows (N, ..., O)."""
         weights, target = work.weights, running.target or Target()
         groups, bias = weights.groups, weights.bias
-        # Engines multiply rows of floats as fast as this package, and rows of bytes slower: docs/deploy.md.
+        # Engines multiply rows of floats as fast as this package, and rows of bytes slower: docs/data/deploy.md.
         if target.has_kernels and (not work.is_product or (target.in_8_bits and work.rows.dim() == 2)):
             return _as_one_operation(work)
         if work.is_product:

@@ -68,7 +68,7 @@ def anytime(
     heads of the exits are new and have to be trained.
 
     Args:
-        model: a network that returns class scores for each position, alone or as `out` of a dictionary; its own head
+        model: a network that returns class scores for each position, or has them as `out` of a dictionary; its own head
             is the last exit. Or a backbone that returns several maps; the last exit is then a plain head on all of
             them.
         exits: names of modules or nodes after which an exit is added; `"auto"` for each stage of the backbone that

@@ -280,7 +280,7 @@ class ResampledModel(ConvertedModel):
         Args:
             image: (B, C, H, W).
             locations: (B, grid, grid, 2).
-            args, kwargs: arguments of the call, in which the image is replaced; default: the image alone.
+            args, kwargs: arguments of the call, in which the image is replaced; default: only the image.
         """
         args, kwargs = (image,) if args is None else args, kwargs or {}
         sampled = sample(image, locations, self.size, self.mode)
@@ -320,7 +320,7 @@ class ResampledModel(ConvertedModel):
             args, kwargs = tree_map(lambda value: None if value is image else value, (args, kwargs))
             if any(isinstance(value, Tensor) for value in tree_leaves((args, kwargs))):
                 raise InvalidInput(
-                    "macs are counted on an image alone.", next="leave out the other tensors of the call."
+                    "macs are counted only on an image.", next="leave out the other tensors of the call."
                 )
             return self._count(image, None if image.is_meta else self.sampler(image))
 

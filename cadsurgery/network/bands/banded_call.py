@@ -533,7 +533,7 @@ class Bands:
             why, next_ = "the network computes from its arguments the picture that masks see.", _WHOLE
         elif provider.looks_ahead:
             why = f"mask {provider.name} reads the output of a first pass over the whole picture."
-            next_ = "choose a mask that looks at the picture alone, e.g. content or edges."
+            next_ = "choose a mask that looks only at the picture, e.g. content or edges."
         elif image.device.type != "cpu":
             why, next_ = f"the picture is on {image.device}; bands are computed on the CPU.", _WHOLE
         if why:
@@ -562,7 +562,7 @@ class Bands:
                 raise InvalidInput(
                     "the network is not computed in bands here.",
                     why=f"mask {provider.name} reads features of the whole picture.",
-                    next="choose a mask that looks at the picture alone, e.g. content or edges.",
+                    next="choose a mask that looks only at the picture, e.g. content or edges.",
                 )
             features = image.new_zeros(()).expand(len(image), 1, *seen.fine_size())  # for its size
         masking, height = program.masking(provider), image.shape[2]

@@ -109,7 +109,7 @@ def export(
             preprocessed for the network, in any form that `network.calibration.read_calibration` lists.
         with_kernels: convolutions of rows, and what else is slow in engines, are this package's kernels, operations of
             the domain `cadsurgery`. The file is faster, and is opened with the library of `cadsurgery.kernels_for`
-            alone; it is compared with it (ONNX only).
+            only; it is compared with it (ONNX only).
         fixed_batch: take as many images in a call as the example holds, and no others, as compilers for devices ask for
             (an ONNX file takes any number otherwise, a program the example's).
         other: another batch to compare on; default: variants of `image`, e.g. upside down.
@@ -186,7 +186,7 @@ def _check_options(net: AdaptiveModel, kind: str, name: str, options: dict[str, 
     if len(inputs) > 1 and (options["dynamic"] or is_half):
         raise InvalidInput(
             f"a file with the inputs {', '.join(inputs)} cannot be dynamic or float16.",
-            why="these are for networks that take an image alone.",
+            why="these are for networks that take only an image.",
             next="leave that out.",
         )
     if kind != "onnx" and (unknown := [name for name, value in options.items() if value]):
@@ -218,7 +218,7 @@ def _check_image_alone(net: AdaptiveModel) -> None:
     ]
     if len(needed) > 1:
         raise InvalidInput(
-            f"the network takes {', '.join(needed)}, and the image alone is given.",
+            f"the network takes {', '.join(needed)}, and only the image is given.",
             next="give all that it is called with, as an example: cs.export(net, (image, other), path).",
         )
 
@@ -297,7 +297,7 @@ def check_mask(mask: MaskProvider, kind: str, dynamic: bool, level_map: bool) ->
         "compute the level map yourself and give it to an ONNX file as an input: level_map=True, in Python."
     )
     if mask.dependence:
-        raise not_static(mask, "a file is given the image alone.", elsewhere)
+        raise not_static(mask, "a file is given only the image.", elsewhere)
     if kind != "onnx" and not mask.static:
         fixed = f'keep a fixed share of the patches, mask="{mask.spec()} | budget:fraction=0.3"'
         raise not_static(mask, "the file would have fixed shapes.", f"{fixed}, or write an ONNX file.")

@@ -89,7 +89,7 @@ def to_8_bits(
         if keeps_levels and not has_same_levels:
             raise CannotConvert(
                 "the file in 8 bits has another level map than the float one.",
-                why="the mask, in floating point, sees the image alone, so it should be the same; nothing was written.",
+                why="the mask, in floating point, sees only the image, so it should be the same; nothing was written.",
                 next="report it with the mask; give the level map as an input meanwhile: level_map=True.",
             )
         if not all(value.isfinite().all() for value in values):

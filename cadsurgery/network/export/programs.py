@@ -79,7 +79,7 @@ def _check_outputs(output: object) -> None:
     if unkept:
         raise CannotConvert(
             f"a program of torch.export cannot return a dictionary with the key {unkept[0]!r}.",
-            why="torch's files keep keys that are strings or numbers alone.",
+            why="torch's files keep only keys that are strings or numbers.",
             next="return a dictionary with strings as keys, or a tuple.",
         )
     strange = [leaf for _, leaf in leaves if not isinstance(leaf, plain)]

@@ -142,9 +142,8 @@ def choose(
         reasons.append(f"It cannot be converted: {first_line(refusal)}")
     if measure == FIDELITY:
         reasons.append(
-            "Without labels the mIoU is an expectation: on three trained networks a loss of fidelity told the loss of "
-            f"mIoU up to {100 * LEFT:.0f} % of it. So the expected loss has to stay within the bounds together with "
-            "its error. Labels decide (--labels)."
+            f"Without labels, mIoU is estimated from fidelity (typical error {100 * LEFT:.0f} %). The expected loss "
+            "plus its error has to stay within the bounds. Labels decide (--labels)."
         )
     needed = None if request.keep is None else _images_needed(chosen, rows, request, measure)
     if needed is not None:
@@ -240,7 +239,7 @@ def _doubts_about_times(deciding: Sequence[SettingRow], rows: Sequence[SettingRo
     if not disturbed and not uncertain:
         return []
     told = "The machine is too busy to decide." if disturbed else "The times of these pictures do not decide."
-    advice = "Stop other programs, or wait for them, and measure anew in another folder (--output), with more pictures."
+    advice = "Stop other programs, and measure again in another folder (--output), with more pictures."
     return [told, *[*disturbed, *uncertain][:_TOLD], advice]
 
 
@@ -319,8 +318,8 @@ def _about_few(rows: Sequence[SettingRow]) -> list[str]:
         return []
     errors = [row.quality.error for row in rows[1:] if not math.isnan(row.quality.error)]
     if not errors:
-        return ["One picture tells times, and nothing of how quality varies: give 10 or more."]
+        return ["One picture is enough for timing, not for comparing quality: give 10 or more."]
     return [
-        f"{images} pictures: differences of quality below {200 * max(errors):.1f} points cannot be told; give {FEW} or "
+        f"{images} pictures: differences of quality below {200 * max(errors):.1f} points cannot be seen; give {FEW} or "
         "more."
     ]

@@ -117,7 +117,7 @@ def recommend(
     in turn, which gives the time of each, and its quality: against labels if there are some, else fidelity to the
     network as given. Settings that others beat for sure in both are dropped on the way.
 
-    An interrupted run keeps what it has measured and goes on when it is called again with the same arguments.
+    An interrupted run keeps what it has measured and resumes when it is called again with the same arguments.
 
     Args:
         network: a name or `module:function`, or a module; it is not changed. Of a converted network, or its file, the
@@ -141,7 +141,7 @@ def recommend(
             the pictures that are done, three at least.
         split: of data by spec; `all` means `val` where the data has named splits.
         weights: of a network by name; see `build_model`.
-        options: `output_stride` (that pair alone is tried), `region` or `normalisation` of `adaptify`; the latter also
+        options: `output_stride` (only that pair is tried), `region` or `normalisation` of `adaptify`; the latter also
             tells how pictures are normalised for the network, instead of what its weights state.
         bands: which bands of the pictures the network reads, counted from 1, in their order; default: those of the
             data, or all.
@@ -301,7 +301,7 @@ def _check_options(
         )
     if keep is not None and at_most is not None:
         raise InvalidInput(
-            f"keep={keep:g} and at_most={at_most:g} are two wishes.",
+            f"keep={keep:g} and at_most={at_most:g} cannot be combined.",
             why="one asks for the fastest setting that is good enough, the other for the best that is fast enough.",
             next="give one of them.",
         )

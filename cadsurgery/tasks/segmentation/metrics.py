@@ -21,7 +21,7 @@ class SegmentationMetrics:
     All states are sums over pixels, so metrics of parts of a split merge to those of the whole split. Distances are
     Chebyshev distances: windows are squares of pixels.
 
-    Boundary IoU (Cheng et al., CVPR 2021): per class, the IoU of the parts of the predicted and of the labelled area
+    Boundary IoU (Cheng et al., CVPR 2021): per class, the IoU of predicted and labelled area in the parts
     that lie within d pixels of their own outline. As in the authors' code, the image's border belongs to the
     outline. So does the border to ignored pixels, which belong to no class and are not counted.
 
