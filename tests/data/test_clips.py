@@ -277,11 +277,26 @@ def test_labels_of_a_drawn_frame_are_those_that_are_given(
 
 @pytest.mark.slow
 def test_recommend_and_bench_take_a_clip(clip: Path, command_line: Run, tmp_path: Path) -> None:
-    words = ("networks:segmenter", "--output-stride", "8,16", "--json")
+    words = ("networks:segmenter", "--json")
     labels = labelled(tmp_path / "labels", 0, 5)
-    done = command_line("recommend", *words, "--images", clip, "--labels", labels, "--minutes", 1)
+    done = command_line(
+        *("recommend", *words, "--set", "output_stride=8,16"),
+        *("--images", clip, "--labels", labels, "--minutes", 1),
+    )
     assert done.code == 0 and done.json["images"] == 2 and done.json["measure"] == "miou"
-    timed = ("bench", *words, "--size", "48x64", "--rounds", 1, "--fractions", 0.5, "--images")
+    timed = (
+        "bench",
+        *words,
+        "--output-stride",
+        "8,16",
+        "--size",
+        "48x64",
+        "--rounds",
+        1,
+        "--fractions",
+        0.5,
+        "--images",
+    )
     done = command_line(*timed, f"{clip},every=6", "--set", "batch=2")
     assert done.code == 0 and done.json["images"] == f"{clip},every=6"
     assert "--set batch=3" in command_line(*timed, clip, "--set", "batch=9").out
