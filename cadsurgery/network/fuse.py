@@ -172,7 +172,10 @@ class Fuser:
         the larger map in order takes longer than to resize it."""
         (output,) = self.graph.find_nodes(op="output")
         for node in output.all_input_nodes:
-            if torch_target(node) is F.interpolate and not gives(node, "elements"):
+            if node.op not in ("call_function", "call_module") or gives(node, "elements"):
+                continue
+            called = self.called(node)
+            if called is F.interpolate or isinstance(called, nn.Upsample):
                 source = node.all_input_nodes[0]
                 with self.graph.inserting_before(node):
                     node.replace_input_with(source, self.graph.call_function(functional.in_order, (source,)))

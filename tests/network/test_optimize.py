@@ -551,6 +551,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "pooled": lambda y: F.adaptive_avg_pool2d(y, (2, 2)).view(y.shape[0], 32),
     "positions": lambda y: y.view(y.shape[0], 8, -1),
     "not at all": lambda y: y,
+    "summed": lambda y: y.cumsum(3),
     "resized": lambda y: F.interpolate(y.cumsum(3), scale_factor=8.0, mode="bilinear"),
 }
 
@@ -566,13 +567,16 @@ def test_maps_are_put_in_order(shape: tuple[int, ...], dtype: torch.dtype) -> No
         assert found.is_contiguous() and torch.equal(found, image)
 
 
+@pytest.mark.parametrize("is_module", [False, True])
 @torch.no_grad()
-def test_a_resize_that_is_returned_reads_a_map_in_order() -> None:
+def test_a_resize_that_is_returned_reads_a_map_in_order(is_module: bool) -> None:
     """So that no larger map is copied for its layout."""
     torch.manual_seed(0)
-    fast = cs.adaptify(Viewed("resized").eval(), "none", example_input=images(1, 48, 64)).optimize()
-    (resize,) = fast.program.graph.find_nodes(op="call_function", target=F.interpolate)
-    assert resize.args[0].target is in_order
+    model: nn.Module = Viewed("summed" if is_module else "resized")
+    model = nn.Sequential(model, nn.Upsample(scale_factor=8.0, mode="bilinear")) if is_module else model
+    fast = cs.adaptify(model.eval(), "none", example_input=images(1, 48, 64)).optimize()
+    (output,) = fast.program.graph.find_nodes(op="output")
+    assert output.all_input_nodes[0].args[0].target is in_order
 
 
 class Viewed(nn.Module):
