@@ -20,6 +20,11 @@ QUICK: dict[str, Any] = {
     **{"lr": 0.01, "save_every": 1},
 }
 TARGETS = (4, 5)  # classes whose boundaries inputs are sampled at
+# Options of `cadsurgery finetune` for one step on the CPU.
+ONE_STEP_BY_COMMAND = (
+    *(part for setting in ("steps=1", "batch=2", "crop=0", "workers=0") for part in ("--set", setting)),
+    *("--device", "cpu"),
+)
 
 
 class Scenes:

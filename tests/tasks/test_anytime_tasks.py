@@ -15,7 +15,7 @@ from conftest import Run
 from networks import Segmenter
 from PIL import Image
 from torch import Tensor
-from training import DATA, DRAW, QUICK, Scenes, batch, with_exits
+from training import DATA, DRAW, ONE_STEP_BY_COMMAND, QUICK, Scenes, batch, with_exits
 
 import cadsurgery as cs
 from cadsurgery.data.images import normalise, write_picture
@@ -178,18 +178,6 @@ def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path
     made = command_line("convert", *model, *exits, *convert)
     assert made.code == 0, made.err
     assert made.json["error"] < 1e-5 and len(made.json["sides"]) == 3
-    quick = (
-        "--set",
-        "steps=1",
-        "--set",
-        "batch=2",
-        "--set",
-        "crop=0",
-        "--set",
-        "workers=0",
-        "--device",
-        "cpu",
-    )
     training = (
         "--data",
         DATA,
@@ -201,7 +189,7 @@ def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path
         "validation_split=",
         "--trust",
     )
-    trained = command_line("finetune", "net.safetensors", *training, *quick, "--json")
+    trained = command_line("finetune", "net.safetensors", *training, *ONE_STEP_BY_COMMAND, "--json")
     assert trained.code == 0, trained.err
     measured = ("--data", DATA, "--threshold", "0.2,0.19", "--rounds", "0", "--trust", "--json")
     told = command_line("eval", "run/net.safetensors", *measured)

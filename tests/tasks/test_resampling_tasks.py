@@ -13,7 +13,7 @@ from conftest import ROOT, Run
 from networks import Segmenter
 from PIL import Image
 from torch import nn
-from training import DATA, DRAW, QUICK, TARGETS, Scenes, batch, with_sampler
+from training import DATA, DRAW, ONE_STEP_BY_COMMAND, QUICK, TARGETS, Scenes, batch, with_sampler
 
 import cadsurgery as cs
 from cadsurgery.data.images import normalise, write_picture
@@ -132,18 +132,6 @@ def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path
     made = command_line("convert", *model, *sampling, *convert)
     assert made.code == 0, made.err
     assert made.json["error"] < 1e-5 and len(made.json["sides"]) == 3
-    quick = (
-        "--set",
-        "steps=1",
-        "--set",
-        "batch=2",
-        "--set",
-        "crop=0",
-        "--set",
-        "workers=0",
-        "--device",
-        "cpu",
-    )
     training = (
         "--data",
         DATA,
@@ -155,7 +143,7 @@ def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path
         "validation_split=",
     )
     training += ("--trust",)
-    trained = command_line("finetune", "net.safetensors", *training, *quick, "--json")
+    trained = command_line("finetune", "net.safetensors", *training, *ONE_STEP_BY_COMMAND, "--json")
     assert trained.code == 0, trained.err
     told = command_line("eval", "run/net.safetensors", "--data", DATA, "--rounds", "0", "--trust", "--json")
     assert told.code == 0, told.err

@@ -14,7 +14,7 @@ from networks import ResidualSegmenter
 from PIL import Image
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from training import DATA, Scenes, batch, with_exits, with_gates, with_sampler
+from training import DATA, ONE_STEP_BY_COMMAND, Scenes, batch, with_exits, with_gates, with_sampler
 from training import QUICK as ONE_STEP
 
 import cadsurgery as cs
@@ -157,18 +157,6 @@ def test_the_command_line_converts_trains_and_runs(command_line: Run, tmp_path: 
         "convert", *model, "--method", "sampling", "--set", "where=backbone.1", "--rounds", "0"
     )
     assert named.code == 0 and "1 branches, 2 gates" in named.out and "bit for bit" in named.out
-    quick = (
-        "--set",
-        "steps=1",
-        "--set",
-        "batch=2",
-        "--set",
-        "crop=0",
-        "--set",
-        "workers=0",
-        "--device",
-        "cpu",
-    )
     training = (
         "--data",
         DATA,
@@ -180,7 +168,7 @@ def test_the_command_line_converts_trains_and_runs(command_line: Run, tmp_path: 
         "validation_split=",
         "--trust",
     )
-    trained = command_line("finetune", "net.safetensors", *training, *quick, "--json")
+    trained = command_line("finetune", "net.safetensors", *training, *ONE_STEP_BY_COMMAND, "--json")
     assert trained.code == 0, trained.err
     write_picture(Image.new("RGB", (64, 48)), tmp_path / "picture.png")
     picture = str(tmp_path / "picture.png")

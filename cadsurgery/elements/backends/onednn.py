@@ -127,7 +127,7 @@ class OneDNN(Backend):
 
     def applies(self, work: MapConvolution) -> bool:
         """Return True in inference on the CPU, for maps that hold something."""
-        return _has_onednn(work.rows) and bool(work.rows.numel())
+        return work.is_inference and _has_onednn(work.rows) and bool(work.rows.numel())
 
     def convolve_map(self, work: MapConvolution) -> Tensor:
         """Compute a map, channels_last."""

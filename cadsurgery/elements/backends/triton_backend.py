@@ -60,10 +60,13 @@ class Triton(Backend):
         if isinstance(work, TapSearch):
             return work.source.capacity is not None and gpu_maps.available(work.rows.device)
         if isinstance(work, MapConvolution):  # what follows the convolution, in one pass
-            return not (work.gradient or work.is_product) and supports(work.rows, work.weights.weight)
-        if isinstance(work, (Weighing, Normalising)):
-            is_one_type = work.gradient is False or isinstance(work, Normalising)
-            return is_one_type and work.rows.dim() == 2 and supports(work.rows, work.rows)
+            return not (work.gradient or work.is_product) and supports(work.rows, work.rows)
+        if isinstance(work, Weighing):
+            is_plain = not work.gradient and work.shares.dtype == torch.float32
+            return is_plain and supports(work.rows, work.rows)
+        if isinstance(work, Normalising):
+            is_some = work.rows.dim() == 2 and work.rows.numel() > 0
+            return is_some and supports(work.rows, work.rows)
         if isinstance(work, Picking):
             return work.gradient and supports(work.rows, work.rows)
         if isinstance(work, Mixing):
