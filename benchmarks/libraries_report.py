@@ -12,7 +12,6 @@ from typing import Any
 
 from benchmarks.zoo.as_they_are import COMPARISONS, FLOOR, USEFUL_SHARE
 from benchmarks.zoo_report import short, table, write_page
-from cadsurgery.tasks.zoo_record import read_rows
 
 Row = dict[str, Any]
 ROWS = Path(__file__).parent / "zoo" / "libraries.jsonl"
@@ -187,17 +186,9 @@ to the network as given.
 """
 
 
-def in_readme(rows: list[Row]) -> str:
-    """Return the words of README that have the page's numbers."""
-    tried = [row for row in rows if row["result"] != "not built"]
-    converted = sum("compared" in row for row in tried)
-    return f"of {len(tried)} tried of transformers, ultralytics, MONAI and others, {converted}"
-
-
 def main() -> None:
-    """Write the page, and say what README says of it."""
+    """Write the page."""
     write_page(str(__doc__), ROWS, "libraries.md", document)
-    print(f"README: {in_readme(read_rows(ROWS))}")
 
 
 if __name__ == "__main__":

@@ -110,9 +110,3 @@ def test_the_page_is_that_of_the_recorded_rows(tmp_path: Path, monkeypatch: pyte
     rows = read_rows(ROWS)
     assert all(row["versions"] and row["commit"] for row in rows)
     assert max(Counter(row["model"] for row in rows).values()) == 1
-
-
-@pytest.mark.skipif(not ROWS.exists(), reason="there are no recorded rows")
-def test_readme_has_the_numbers_of_the_page() -> None:
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert libraries_report.in_readme(read_rows(ROWS)) in readme
