@@ -102,8 +102,8 @@ class AxisReads:
         step: rows of the picture that parts of it are multiples of.
     """
 
-    def __init__(self, seen: SeenGraph, program: Program, along: Axis) -> None:
-        """Read the graph.
+    def __init__(self, seen: SeenGraph, program: Program, along: Axis, level: int | None) -> None:
+        """Read the graph; `level` is that of all cells, if they have one.
 
         Raises:
             CannotConvert: an operation needs a whole map.
@@ -112,7 +112,8 @@ class AxisReads:
         if seen.region is not None:
             size = seen.fine_size() if along == "h" else seen.fine_size()[::-1]
             geometry = program.geometry
-            cells = Cells(uniform(geometry, geometry.max_level, size).pyramid, geometry.sides[-1])
+            pyramid = uniform(geometry, geometry.max_level if level is None else level, size).pyramid
+            cells = Cells(pyramid, geometry.sides[-1], level=level)
         self.plan = BandPlan(seen, cells, along=along)
         self.changing = self._of_image()
         self.scales = self._found_scales(seen)
@@ -169,16 +170,25 @@ class PictureReads:
     """
 
     def __init__(
-        self, program: Program, graph: fx.Graph, arguments: dict[str, Any], counted: Program
+        self,
+        program: Program,
+        graph: fx.Graph,
+        arguments: dict[str, Any],
+        counted: Program,
+        level: int | None = None,
     ) -> None:
-        """Read a graph for the arguments of a call with one picture; `counted` is the program on meta tensors.
+        """Read a graph for the arguments of a call with one picture; `counted` is the program on meta tensors, `level`
+        that of all cells, if they have one.
 
         Raises:
             CannotConvert: an output is no map, or depends on the whole picture.
         """
         self.seen = SeenGraph(program, graph, arguments, counted)
         try:
-            self.axes = AxisReads(self.seen, program, "h"), AxisReads(self.seen, program, "w")
+            self.axes = (
+                AxisReads(self.seen, program, "h", level),
+                AxisReads(self.seen, program, "w", level),
+            )
         except CannotConvert as error:
             raise _refused(error) from error
         for node in tree_leaves(self.seen.returned[0]):
@@ -472,13 +482,13 @@ class Regions:
             )
         image, level = arguments[name], provider.uniform_level(program.plan.max_level)
         graph = self._graph(program.graph_at(level), output)
-        reads = self._read(program, graph, {**arguments, name: image[:1]})
+        reads = self._read(program, graph, {**arguments, name: image[:1]}, level)
         lattice = find_lattice(program, program.masking(provider), arguments) if level is None else None
         found = dict[Box, list[tuple[int, list[int]]]]()
         cut = dict[Box, PictureReads]()
         for number, of_picture in enumerate(boxes):
             for part in self._parts(reads, of_picture):
-                box, cut_reads = self._checked(program, graph, arguments, reads, part, of_picture)
+                box, cut_reads = self._checked(program, graph, arguments, reads, part, of_picture, level)
                 cut[box] = cut_reads
                 found.setdefault(box, []).append((number, part.boxes))
         return Region(program, arguments, provider, lattice, reads, boxes, found, cut)
@@ -496,6 +506,7 @@ class Regions:
         reads: PictureReads,
         part: Part,
         boxes: Sequence[Box],
+        level: int | None,
     ) -> tuple[Box, PictureReads]:
         """Return the part of the picture that gives a part's boxes, and what its maps read."""
         name, whole = program.image_name, Box(0, reads.size[0], 0, reads.size[1])
@@ -506,7 +517,7 @@ class Regions:
                 return whole, reads
             picture = arguments[name][:1, :, box.top : box.bottom, box.left : box.right]
             try:
-                cut = self._read(program, graph, {**arguments, name: picture})
+                cut = self._read(program, graph, {**arguments, name: picture}, level)
                 reads.check(cut, around, box)
                 return box, cut
             except CannotConvert as error:
@@ -531,16 +542,18 @@ class Regions:
             self._graphs[key] = copied
         return self._graphs[key]
 
-    def _read(self, program: Program, graph: fx.Graph, arguments: dict[str, Any]) -> PictureReads:
+    def _read(
+        self, program: Program, graph: fx.Graph, arguments: dict[str, Any], level: int | None
+    ) -> PictureReads:
         """Return what the maps of a graph read in a call with one picture."""
         kinds = tuple(
             (n, v.shape, v.dtype) if isinstance(v, Tensor) else (n, repr(v)) for n, v in arguments.items()
         )
-        key = program, graph, kinds
+        key = program, graph, kinds, level
         if key not in self._reads:
             if program not in self._counted:
                 self._counted[program] = program.bind_to(meta_copy(program.net))
-            self._reads[key] = PictureReads(program, graph, arguments, self._counted[program])
+            self._reads[key] = PictureReads(program, graph, arguments, self._counted[program], level)
             while len(self._reads) > _MOST_SIZES:
                 self._reads.popitem(last=False)
         self._reads.move_to_end(key)

@@ -446,6 +446,8 @@ class BandPlan:
 
     def _pointwise(self, node: fx.Node) -> Stream:
         maps, axis, shape = self._maps_of(node), self._axis(node), self.seen.shapes[node]
+        if any(one not in self.seen.shapes for one in maps):  # elements
+            raise self.refusal(node, "it joins a dense map with the region")
         values = self._values_with_rows(node, axis, shape)
         heights = {self.seen.shapes[one][self._axis(one)] for one in (*maps, node)}
         if len(heights) > 1:
@@ -524,7 +526,9 @@ class BandPlan:
             raise self.refusal(node, "it joins a dense map with the region")
         spacing, layout = options.get("spacing", 1), _layout(node)
         if node.target is functional.to_dense and self.along in layout and not options.get("guide"):
-            return element_steps.dense_map(cells, source, spacing, call, layout.index(self.along))
+            return element_steps.dense_map(
+                cells, source, grids[source], spacing, call, layout.index(self.along)
+            )
         if node.target is functional.resize_to_dense and cells.pyramid.geometry.fill == "linear":
             scaling, dtype = self._turned(_scaling(options)), self.seen.types[source]
             return element_steps.resized_at_exit(cells, source, grids[source], spacing, scaling, dtype)
@@ -533,7 +537,7 @@ class BandPlan:
             mode, align = options.get("mode", "nearest"), bool(options.get("align_corners"))
             return element_steps.resized_elements(cells, source, pair, options["spacings"], mode, align)
         if node.target is functional.pixel_shuffle:
-            return element_steps.of_neighbours(cells, source, pair[1], call)
+            return element_steps.of_neighbours(cells, source, pair, call)
         if operation.reads == "window" and "window" in options:
             window, residual = self._turned(options["window"]).fit(pair[0].size), options.get("residual")
             added = grids[residual] if residual is not None else None
