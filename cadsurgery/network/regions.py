@@ -22,14 +22,16 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from cadsurgery.elements.axes import NCHW
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.following.equivalence import meta_copy
 from cadsurgery.following.guards import drop_dead_code
 from cadsurgery.masks.basic import FixedMask
 from cadsurgery.masks.provider import MaskProvider
+from cadsurgery.network.bands.banded_call import Bands
 from cadsurgery.network.bands.element_steps import Cells
-from cadsurgery.network.bands.reading import Axis, BandPlan, SeenGraph, uniform
+from cadsurgery.network.bands.reading import Axis, BandPlan, SeenGraph, layout_of, uniform
 from cadsurgery.network.bands.walk import SAME
 from cadsurgery.network.invocations import find_lattice
 from cadsurgery.network.program import Masked, Program
@@ -191,11 +193,7 @@ class PictureReads:
             )
         except CannotConvert as error:
             raise _refused(error) from error
-        for node in tree_leaves(self.seen.returned[0]):
-            if node in self.seen.shapes and any(node not in one.scales for one in self.axes):
-                raise _refused(
-                    self.axes[0].plan.refusal(node, "it is no map of the picture's rows and columns")
-                )
+        _check_outputs(self.axes[0].plan)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -204,9 +202,7 @@ class PictureReads:
 
     def box_of(self, node: fx.Node, box: Box) -> Box:
         """Return the box of the map of a node that covers a box of the picture."""
-        shape = self.seen.shapes[node]
-        height, width = (shape[one.plan.axis[node]] for one in self.axes)
-        return box.of_map((height, width), self.size)
+        return _box_of(self.axes[0].plan, node, box, self.size)
 
     def needed(self, box: Box) -> list[dict[fx.Node, Span]]:
         """Return the rows and the columns of each map that the values in a box depend on."""
@@ -415,17 +411,7 @@ class Region:
 
     def _empty(self, box: Box, output: str | int | None) -> Any:
         """Return what a box without pixels has of the outputs."""
-        seen = self.reads.seen
-
-        def part(node: Any) -> Any:
-            if node not in seen.shapes:
-                return seen.numbers.get(node) if isinstance(node, fx.Node) else node
-            shape = list(seen.shapes[node])
-            for reads, (first, end) in zip(self.reads.axes, self.reads.box_of(node, box).spans, strict=True):
-                shape[reads.plan.axis[node]] = end - first
-            return self.arguments[self.program.image_name].new_empty(shape, dtype=seen.types[node])
-
-        value = tree_map(part, _as_plain(seen.returned[0]))
+        value = _empty(self.reads.axes[0].plan, box, self.reads.size, self.arguments[self.program.image_name])
         return value if output is not None else self.program.contain(value)
 
     def _cut(self, part: Box, place: int, box: Box, node: Any, value: Any) -> Any:
@@ -493,6 +479,58 @@ class Regions:
                 found.setdefault(box, []).append((number, part.boxes))
         return Region(program, arguments, provider, lattice, reads, boxes, found, cut)
 
+    def by_rows(
+        self,
+        bands: Bands,
+        program: Program,
+        provider: MaskProvider,
+        arguments: dict[str, Any],
+        boxes: Sequence[Sequence[Box]],
+        output: str | int | None = None,
+    ) -> list[list[Any]]:
+        """Return the values in boxes of each picture by computing the rows of these in bands, and all that values of
+        the whole picture are made of.
+
+        Raises:
+            CannotConvert: an operation needs a whole map, or an output is none.
+            InvalidInput: the call is none that bands can compute.
+        """
+        cut = program.bind_to(program.net)
+        graphs = {
+            id(graph): self._graph(graph, output) for graph in (program.graph, program.unchanged) if graph
+        }
+        cut.__dict__.update(graph=graphs[id(program.graph)], unchanged=graphs.get(id(program.unchanged)))
+        size: tuple[int, int] = tuple(arguments[program.image_name].shape[2:])
+        plans = dict[int, BandPlan]()
+
+        def rows(plan: BandPlan, number: int) -> dict[fx.Node, Span] | None:
+            plans[number], asked = plan, [box for box in boxes[number] if box.area]
+            _check_outputs(plan)
+            if not asked:
+                return None
+            around = _around(asked)
+            return {node: _box_of(plan, node, around, size).spans[0] for node in plan.map_outputs}
+
+        found = list[list[Any]]()
+        for number, result in enumerate(bands.within(provider, cut, arguments, rows)):
+            plan = plans[number]
+            spans = rows(plan, number)
+            nodes = tree_leaves(plan.seen.returned[0])
+            every = list[Any]()
+            for box in boxes[number]:
+                value: Any = _empty(plan, box, size, arguments[program.image_name])
+                if box.area and spans is not None:
+                    values = iter(
+                        [
+                            _rows_and_columns(plan, node, leaf, box, size, spans)
+                            for node, leaf in zip(nodes, tree_leaves(result), strict=True)
+                        ]
+                    )
+                    value = tree_map(lambda _, values=values: next(values), result)
+                every.append(value if output is not None else program.contain(value))
+            found.append(every)
+        return found
+
     def _parts(self, reads: PictureReads, boxes: Sequence[Box]) -> list[Part]:
         height, width = reads.size
         parts = [Part(reads.part_for(box), [number]) for number, box in enumerate(boxes) if box.area]
@@ -558,6 +596,57 @@ class Regions:
                 self._reads.popitem(last=False)
         self._reads.move_to_end(key)
         return self._reads[key]
+
+
+def _axes_of(plan: BandPlan, node: fx.Node) -> tuple[int, int]:
+    """Return the axes of height and width of an output."""
+    layout = layout_of(node)
+    across = layout.find("w") if "w" in layout else NCHW.index("w")
+    return plan.axis[node], across
+
+
+def _check_outputs(plan: BandPlan) -> None:
+    """Refuse outputs that are no maps of the rows and columns of the picture."""
+    for node in tree_leaves(plan.seen.returned[0]):
+        if node in plan.seen.shapes and (
+            node not in plan.maps or not {"h", "w"} <= set(layout_of(node) or NCHW)
+        ):
+            raise _refused(plan.refusal(node, "it is no map of the picture's rows and columns"))
+
+
+def _box_of(plan: BandPlan, node: fx.Node, box: Box, size: tuple[int, int]) -> Box:
+    """Return the box of an output that covers a box of a picture of a size."""
+    down, across = _axes_of(plan, node)
+    shape = plan.seen.shapes[node]
+    return box.of_map((shape[down], shape[across]), size)
+
+
+def _empty(plan: BandPlan, box: Box, size: tuple[int, int], like: Tensor) -> Any:
+    """Return what a box without pixels has of the outputs."""
+    seen = plan.seen
+
+    def part(node: Any) -> Any:
+        if node not in seen.shapes:
+            return seen.numbers.get(node) if isinstance(node, fx.Node) else node
+        shape = list(seen.shapes[node])
+        for axis, (first, end) in zip(
+            _axes_of(plan, node), _box_of(plan, node, box, size).spans, strict=True
+        ):
+            shape[axis] = end - first
+        return like.new_empty(shape, dtype=seen.types[node])
+
+    return tree_map(part, _as_plain(seen.returned[0]))
+
+
+def _rows_and_columns(
+    plan: BandPlan, node: Any, value: Any, box: Box, size: tuple[int, int], spans: dict[fx.Node, Span]
+) -> Any:
+    """Return what rows of an output have of a box."""
+    if node not in spans:
+        return value
+    (top, bottom), (left, right) = _box_of(plan, node, box, size).spans
+    down, across = _axes_of(plan, node)
+    return value.narrow(down, top - spans[node][0], bottom - top).narrow(across, left, right - left)
 
 
 def _as_plain(value: Any) -> Any:

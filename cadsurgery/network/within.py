@@ -8,7 +8,8 @@ Only the part of the picture that the boxes depend on is computed; see `regions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from cadsurgery.masks.masking import check_image
 from cadsurgery.network.model import AdaptiveModel, whole_program
-from cadsurgery.network.regions import Box
+from cadsurgery.network.regions import Box, Region
 from cadsurgery.support.describe import describe
-from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.errors import CannotConvert, InvalidInput
 
 
 def read_within(
@@ -59,7 +60,20 @@ def read_within(
     check_image(image)
     given = boxes_of(boxes, image)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not program.is_fused):
-        return net.in_region(image, given, lambda region: region.read(net.answer, output), mask, output)
+        run = partial(Region.read, answer=net.answer, output=output)
+        return net.in_region(image, given, run, _by_rows, mask, output)
+
+
+def _by_rows(refusal: CannotConvert, read: Callable[[], list[list[Any]]]) -> list[list[Any]]:
+    """Return the values in boxes by their rows, which are computed in bands where a part of the picture is not enough.
+
+    Raises:
+        CannotConvert: `refusal`, if bands are not computed either.
+    """
+    try:
+        return read()
+    except (CannotConvert, InvalidInput) as error:
+        raise refusal from error
 
 
 def boxes_of(boxes: Any, image: Tensor) -> list[list[Box]]:
