@@ -47,7 +47,7 @@ from cadsurgery.network.invocations import Invocation, answer
 from cadsurgery.network.macs import MacReport, count_macs
 from cadsurgery.network.optimized import BFLOAT16, FLOAT, check_precision, fuse_network
 from cadsurgery.network.program import Program, ProgramNetwork, frozen_copy, refuse_torchscript
-from cadsurgery.network.regions import Box, Region, Regions
+from cadsurgery.network.regions import Box, Region, Regions, Values
 from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import CannotConvert, InvalidInput, NotConverted
 from cadsurgery.support.memory import bytes_of
@@ -377,7 +377,7 @@ class AdaptiveModel(ProgramNetwork):
         image: Tensor,
         boxes: Sequence[Sequence[Box]],
         run: Callable[[Region], Result],
-        otherwise: Callable[[CannotConvert, Callable[[], list[list[Any]]]], Result],
+        otherwise: Callable[[CannotConvert, Callable[[], Values]], Result],
         mask: object = None,
         output: str | int | None = None,
     ) -> Result:

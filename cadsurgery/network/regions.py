@@ -33,6 +33,7 @@ from cadsurgery.network.bands.banded_call import Bands
 from cadsurgery.network.bands.element_steps import Cells
 from cadsurgery.network.bands.reading import Axis, BandPlan, SeenGraph, layout_of, uniform
 from cadsurgery.network.bands.walk import SAME
+from cadsurgery.network.input_refusals import first_value
 from cadsurgery.network.invocations import find_lattice
 from cadsurgery.network.program import Masked, Program
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName, first_line
@@ -316,32 +317,69 @@ def refused(where: str, why: str) -> CannotConvert:
 
 def joined(parts: Sequence[Part], whole: Box) -> list[Part]:
     """Join parts where that is no more to compute; the whole picture if parts are as much."""
-    left = list(parts)
-    done = list[Part]()
+    left, done = list(parts), list[Part]()
     while left:
-        one = left.pop()
-        for place, other in enumerate(left):
+        one, others = left.pop(), [*left, *done]
+        for other in others:
             box = one.box.joined(other.box)
             if box.area <= one.box.area + other.box.area:
-                left[place] = Part(box, one.boxes + other.boxes)
+                rest = [part for part in others if part is not other]
+                left, done = [*rest, Part(box, one.boxes + other.boxes)], []
                 break
         else:
-            rest = [
-                place
-                for place, other in enumerate(done)
-                if one.box.joined(other.box).area <= one.box.area + other.box.area
-            ]
-            if rest:  # joined ones may reach those that were done
-                other = done.pop(rest[0])
-                left.append(Part(one.box.joined(other.box), one.boxes + other.boxes))
-            else:
-                done.append(one)
+            done.append(one)
     if len(done) > 1 and sum(part.box.area for part in done) >= whole.area:
         return [Part(whole, [number for part in done for number in part.boxes])]
     return done
 
 
 Answer = Callable[[MaskProvider, Program, dict[str, Any]], Masked]
+
+
+@dataclass
+class Values:
+    """The values of a network in boxes.
+
+    Attributes:
+        parts: for each picture, and each of its boxes, the outputs; dictionaries and lists as the graph has them.
+        whole: the outputs of one picture, without values.
+        axes: the axes of height and width of each of them; None for what is no map.
+        contain: makes the network's own kind of output from one of these.
+    """
+
+    parts: list[list[Any]]
+    whole: Any
+    axes: list[tuple[int, int] | None]
+    contain: Callable[[Any], Any]
+
+    @classmethod
+    def of(
+        cls,
+        plan: BandPlan,
+        program: Program,
+        output: str | int | None,
+        boxes: Sequence[Sequence[Box]],
+        image: Tensor,
+    ) -> Values:
+        """Return what boxes have of the outputs before anything is computed: empty ones have their values."""
+        size = image.shape[2], image.shape[3]
+        nodes = tree_leaves(plan.seen.returned[0])
+        return cls(
+            [[None if box.area else _empty(plan, box, size, image) for box in some] for some in boxes],
+            _empty(plan, Box(0, size[0], 0, size[1]), size, image),
+            [_axes_of(plan, node) if node in plan.seen.shapes else None for node in nodes],
+            program.contain if output is None else lambda value: value,
+        )
+
+    def put(self, number: int, index: int, result: Any, cut: Callable[[int, Tensor], Tensor]) -> None:
+        """Add what a box has of a result: `cut` is given the number of each map, and the map."""
+        numbers = iter(range(len(self.axes)))
+
+        def part(value: Any) -> Any:
+            place = next(numbers)
+            return value if self.axes[place] is None else cut(place, value)
+
+        self.parts[number][index] = tree_map(part, result)
 
 
 @dataclass
@@ -388,36 +426,31 @@ class Region:
         levels = self.lattice.pyramid.levels[numbers, top : top + height, left : left + width]
         return FixedMask(levels), arguments
 
-    def read(self, answer: Answer, output: str | int | None) -> list[list[Any]]:
+    def read(self, answer: Answer, output: str | int | None) -> Values:
         """Return the values in each box of each picture.
 
         Args:
             answer: returns output and lattice of a call with a mask.
             output: key or position of the output that is asked for.
         """
-        nodes, plain = tree_leaves(self.reads.seen.returned[0]), self.program.bind_to(self.program.net)
+        plain, plan = self.program.bind_to(self.program.net), self.reads.axes[0].plan
         plain.__dict__["container"] = dict
-        found = [[None if box.area else self._empty(box, output) for box in boxes] for boxes in self.boxes]
+        image = self.arguments[self.program.image_name]
+        values = Values.of(plan, self.program, output, self.boxes, image)
         for box, users in self.parts.items():
             provider, arguments = self.call_of(box)
-            result = select_output(answer(provider, plain, arguments)[0], output)
+            result = answer(provider, plain, arguments)[0]
+            result = result if output is None else select_output(result, output)
             for place, (number, indices) in enumerate(users):
                 for index in indices:
-                    cut = partial(self._cut, box, place, self.boxes[number][index])
-                    values = iter([cut(*pair) for pair in zip(nodes, tree_leaves(result), strict=True)])
-                    value = tree_map(lambda _, values=values: next(values), result)
-                    found[number][index] = value if output is not None else self.program.contain(value)
-        return found
+                    values.put(
+                        number, index, result, partial(self._cut, box, place, self.boxes[number][index])
+                    )
+        return values
 
-    def _empty(self, box: Box, output: str | int | None) -> Any:
-        """Return what a box without pixels has of the outputs."""
-        value = _empty(self.reads.axes[0].plan, box, self.reads.size, self.arguments[self.program.image_name])
-        return value if output is not None else self.program.contain(value)
-
-    def _cut(self, part: Box, place: int, box: Box, node: Any, value: Any) -> Any:
+    def _cut(self, part: Box, place: int, box: Box, number: int, value: Tensor) -> Tensor:
         """Return what an output of a part of the pictures has of a box of one of them."""
-        if not isinstance(node, fx.Node) or not isinstance(value, Tensor):
-            return value
+        node = tree_leaves(self.reads.seen.returned[0])[number]
         value = value[place : place + 1]
         for reads, (first, end), (start, _) in zip(
             self.reads.axes, self.reads.box_of(node, box).spans, part.spans, strict=True
@@ -439,7 +472,7 @@ class Regions:
 
     def __init__(self) -> None:
         self._graphs = dict[tuple[fx.Graph, str | int | None], fx.Graph]()
-        self._counted = dict[Program, Program]()
+        self._counted = dict[tuple[Program, torch.dtype | None], Program]()
         self._reads = OrderedDict[tuple[Any, ...], PictureReads]()
 
     def __reduce__(self) -> tuple[type[Regions], tuple[()]]:
@@ -487,7 +520,7 @@ class Regions:
         arguments: dict[str, Any],
         boxes: Sequence[Sequence[Box]],
         output: str | int | None = None,
-    ) -> list[list[Any]]:
+    ) -> Values:
         """Return the values in boxes of each picture by computing the rows of these in bands, and all that values of
         the whole picture are made of.
 
@@ -500,7 +533,8 @@ class Regions:
             id(graph): self._graph(graph, output) for graph in (program.graph, program.unchanged) if graph
         }
         cut.__dict__.update(graph=graphs[id(program.graph)], unchanged=graphs.get(id(program.unchanged)))
-        size: tuple[int, int] = tuple(arguments[program.image_name].shape[2:])
+        image: Tensor = arguments[program.image_name]
+        size = image.shape[2], image.shape[3]
         plans = dict[int, BandPlan]()
 
         def rows(plan: BandPlan, number: int) -> dict[fx.Node, Span] | None:
@@ -511,25 +545,14 @@ class Regions:
             around = _around(asked)
             return {node: _box_of(plan, node, around, size).spans[0] for node in plan.map_outputs}
 
-        found = list[list[Any]]()
-        for number, result in enumerate(bands.within(provider, cut, arguments, rows)):
-            plan = plans[number]
-            spans = rows(plan, number)
-            nodes = tree_leaves(plan.seen.returned[0])
-            every = list[Any]()
-            for box in boxes[number]:
-                value: Any = _empty(plan, box, size, arguments[program.image_name])
+        results = bands.within(provider, cut, arguments, rows)
+        values = Values.of(plans[0], program, output, boxes, image)
+        for number, result in enumerate(results):
+            plan, spans = plans[number], rows(plans[number], number)
+            for index, box in enumerate(boxes[number]):
                 if box.area and spans is not None:
-                    values = iter(
-                        [
-                            _rows_and_columns(plan, node, leaf, box, size, spans)
-                            for node, leaf in zip(nodes, tree_leaves(result), strict=True)
-                        ]
-                    )
-                    value = tree_map(lambda _, values=values: next(values), result)
-                every.append(value if output is not None else program.contain(value))
-            found.append(every)
-        return found
+                    values.put(number, index, result, partial(_rows_and_columns, plan, box, size, spans))
+        return values
 
     def _parts(self, reads: PictureReads, boxes: Sequence[Box]) -> list[Part]:
         height, width = reads.size
@@ -587,11 +610,13 @@ class Regions:
         kinds = tuple(
             (n, v.shape, v.dtype) if isinstance(v, Tensor) else (n, repr(v)) for n, v in arguments.items()
         )
-        key = program, graph, kinds, level
+        weight = first_value(program.net)
+        counted = program, weight.dtype if weight is not None else None
+        key = *counted, graph, kinds, level
         if key not in self._reads:
-            if program not in self._counted:
-                self._counted[program] = program.bind_to(meta_copy(program.net))
-            self._reads[key] = PictureReads(program, graph, arguments, self._counted[program], level)
+            if counted not in self._counted:
+                self._counted[counted] = program.bind_to(meta_copy(program.net))
+            self._reads[key] = PictureReads(program, graph, arguments, self._counted[counted], level)
             while len(self._reads) > _MOST_SIZES:
                 self._reads.popitem(last=False)
         self._reads.move_to_end(key)
@@ -639,11 +664,15 @@ def _empty(plan: BandPlan, box: Box, size: tuple[int, int], like: Tensor) -> Any
 
 
 def _rows_and_columns(
-    plan: BandPlan, node: Any, value: Any, box: Box, size: tuple[int, int], spans: dict[fx.Node, Span]
-) -> Any:
+    plan: BandPlan,
+    box: Box,
+    size: tuple[int, int],
+    spans: dict[fx.Node, Span],
+    number: int,
+    value: Tensor,
+) -> Tensor:
     """Return what rows of an output have of a box."""
-    if node not in spans:
-        return value
+    node = tree_leaves(plan.seen.returned[0])[number]
     (top, bottom), (left, right) = _box_of(plan, node, box, size).spans
     down, across = _axes_of(plan, node)
     return value.narrow(down, top - spans[node][0], bottom - top).narrow(across, left, right - left)
