@@ -8,8 +8,7 @@ Only the part of the picture that the boxes depend on is computed; see `regions.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from cadsurgery.masks.masking import check_image
 from cadsurgery.network.model import AdaptiveModel, whole_program
-from cadsurgery.network.regions import Box, Region, Values
+from cadsurgery.network.regions import BOXES, Box, ByRows, Region, Values, boxes_of
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
@@ -77,7 +76,7 @@ def read_within(
             "boxes and an area are both given."
             if area is not None
             else "neither boxes nor an area are given.",
-            next=f"give one of them: {_BOXES}, or area=, a map of booleans.",
+            next=f"give one of them: {BOXES}, or area=, a map of booleans.",
         )
     if area is None and outside is not None:
         raise InvalidInput("outside= is for an area.", next="give area= in place of boxes, or leave it out.")
@@ -91,33 +90,16 @@ def read_within(
         return values.contain(_on_whole(values, given, asked, outside, image))
 
 
-def _by_rows(refusal: CannotConvert, read: Callable[[], Values]) -> Values:
+def _by_rows(refusal: CannotConvert, rows: ByRows) -> Values:
     """Return the values in boxes by their rows, which are computed in bands where a part of the picture is not enough.
 
     Raises:
         CannotConvert: `refusal`, if bands are not computed either.
     """
     try:
-        return read()
+        return rows.read()
     except (CannotConvert, InvalidInput) as error:
         raise refusal from error
-
-
-def boxes_of(boxes: Any, image: Tensor) -> list[list[Box]]:
-    """Return boxes in whole pixels, for each image.
-
-    Raises:
-        InvalidInput: they are no boxes, are for another number of images, or reach beyond the image.
-    """
-    if isinstance(boxes, Tensor) and boxes.dim() == 2 and len(image) == 1:
-        boxes = [boxes]
-    if not isinstance(boxes, (list, tuple)) and not (isinstance(boxes, Tensor) and boxes.dim() == 3):
-        raise InvalidInput(f"boxes are {describe(boxes)}.", next=f"give {_BOXES}.")
-    if len(boxes) != len(image):
-        raise InvalidInput(
-            f"boxes are given for {len(boxes)} images, and there are {len(image)}.", next=f"give {_BOXES}."
-        )
-    return [_boxes_in(of_image, number, image) for number, of_image in enumerate(boxes)]
 
 
 def area_of(area: Any, image: Tensor) -> list[Tensor]:
@@ -277,40 +259,3 @@ def _others(outside: Any, values: Values, count: int) -> list[Any]:
 
 
 _BLOCKS = 32  # in whose numbers an area is divided, down and across
-_BOXES = "a list with a tensor (n, 4) of x0, y0, x1, y1 in pixels for each image"
-
-
-def _boxes_in(boxes: Any, number: int, image: Tensor) -> list[Box]:
-    height, width = image.shape[2:]
-    where = f"boxes of image {number}"
-    try:
-        given = torch.as_tensor(boxes)
-    except Exception as error:  # whatever torch refuses
-        raise InvalidInput(f"they are {describe(boxes)}.", where=where, next=f"give {_BOXES}.") from error
-    if given.numel() == 0:
-        return []
-    if given.dim() != 2 or given.shape[1] != 4 or given.is_complex() or given.dtype == torch.bool:
-        raise InvalidInput(f"they are {describe(boxes)}.", where=where, next=f"give {_BOXES}.")
-    given = given.detach().cpu().double()
-    if not bool(given.isfinite().all()):
-        raise InvalidInput("a coordinate is NaN or infinite.", where=where, next=f"give {_BOXES}.")
-    found = []
-    for x0, y0, x1, y1 in given.tolist():
-        text = f"({x0:g}, {y0:g}, {x1:g}, {y1:g})"
-        if x1 < x0 or y1 < y0:
-            raise InvalidInput(
-                f"the box {text} ends before it begins.",
-                where=where,
-                why="boxes are x0, y0, x1, y1: left, top, right, bottom.",
-                next="exchange its corners; x, y, width, height become x, y, x + width, y + height.",
-            )
-        if min(x0, y0) < 0 or x1 > width or y1 > height:
-            raise InvalidInput(
-                f"the box {text} reaches beyond the image, which has {width} x {height} pixels.",
-                where=where,
-                next="cut it at the border: boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height).",
-            )
-        left, top = math.floor(x0), math.floor(y0)
-        right, bottom = (math.ceil(x1) if x1 > x0 else left), (math.ceil(y1) if y1 > y0 else top)
-        found.append(Box(top, bottom, left, right))
-    return found
