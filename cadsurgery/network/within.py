@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,10 @@ from torch import Tensor
 
 from cadsurgery.masks.masking import check_image
 from cadsurgery.network.model import AdaptiveModel, whole_program
-from cadsurgery.network.regions import BOXES, Box, ByRows, Region, Values, boxes_of
+from cadsurgery.network.regions import BOXES, Box, ByRows, Region, Values, boxes_of, runs_of
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CannotConvert, InvalidInput
-from cadsurgery.support.torch_internals import tree_leaves, tree_map
+from cadsurgery.support.torch_internals import tree_leaves
 
 
 def read_within(
@@ -87,7 +86,7 @@ def read_within(
         values = net.in_region(image, given, run, _by_rows, mask, output)
         if asked is None:
             return [[values.contain(part) for part in parts] for parts in values.parts]
-        return values.contain(_on_whole(values, given, asked, outside, image))
+        return _on_whole(values, given, asked, outside, image)
 
 
 def _by_rows(refusal: CannotConvert, rows: ByRows) -> Values:
@@ -154,20 +153,8 @@ def boxes_around(asked: Tensor, image: Tensor) -> list[Box]:
     """Return boxes that cover what is asked for of an image, a map of booleans of any size: runs of blocks."""
     size = image.shape[2], image.shape[3]
     blocks = _on_size(asked, (min(size[0], _BLOCKS), min(size[1], _BLOCKS)))
-    runs, found = dict[tuple[int, int], int](), list[Box]()
-    for row in range(len(blocks) + 1):
-        now = _runs(blocks[row].tolist()) if row < len(blocks) else []
-        for run in [run for run in runs if run not in now]:
-            found.append(Box(runs.pop(run), row, *run))
-        for run in now:
-            runs.setdefault(run, row)
-    return [_tight(asked, box.of_map(size, (len(blocks), blocks.shape[1])), size) for box in found]
-
-
-def _runs(row: list[bool]) -> list[tuple[int, int]]:
-    """Return where a row is true, as [first, end)."""
-    ends = [place for place, (one, other) in enumerate(pairwise([False, *row, False])) if one != other]
-    return list(zip(ends[::2], ends[1::2], strict=True))
+    shape = blocks.shape[0], blocks.shape[1]
+    return [_tight(asked, box.of_map(size, shape), size) for box in runs_of(blocks)]
 
 
 def _tight(asked: Tensor, box: Box, size: tuple[int, int]) -> Box:
@@ -200,30 +187,17 @@ def _on_whole(
     values: Values, boxes: Sequence[Sequence[Box]], asked: Sequence[Tensor], outside: Any, image: Tensor
 ) -> Any:
     """Return outputs of full size with the values of an area, and other values outside of it."""
-    wholes, size = tree_leaves(values.whole), (image.shape[2], image.shape[3])
-    others = _others(outside, values, len(image))
-    parts = [[tree_leaves(part) for part in of_image] for of_image in values.parts]
-    found = []
-    for number, (whole, axes, other) in enumerate(zip(wholes, values.axes, others, strict=True)):
-        if axes is None:
-            found.append(whole)
-            continue
-        full = [whole.new_zeros(whole.shape) for _ in boxes]
-        is_asked = []
-        length = tuple(whole.shape[axis] for axis in axes)
-        for one, of_image, some, wanted in zip(full, parts, boxes, asked, strict=True):
-            for box, leaves in zip(some, of_image, strict=True):
-                place = one
-                spans = box.of_map((length[0], length[1]), size).spans
-                for axis, (first, end) in zip(axes, spans, strict=True):
-                    place = place.narrow(axis, first, end - first)
-                place.copy_(leaves[number])
-            shape = [1] * whole.dim()
-            shape[axes[0]], shape[axes[1]] = length
-            is_asked.append(_on_size(wanted, (length[0], length[1])).view(shape).to(whole.device))
-        found.append(torch.where(torch.cat(is_asked), torch.cat(full), other))
-    every = iter(found)
-    return tree_map(lambda _: next(every), values.whole)
+    found = values.onto(values.blank(len(image)), boxes, (image.shape[2], image.shape[3]))
+    for number, (axes, other) in enumerate(
+        zip(values.axes, _others(outside, values, len(image)), strict=True)
+    ):
+        if axes is not None:
+            whole = found[number]
+            length = whole.shape[axes[0]], whole.shape[axes[1]]
+            shape = [length[axes.index(axis)] if axis in axes else 1 for axis in range(1, whole.dim())]
+            is_asked = torch.stack([_on_size(one, length).view(shape) for one in asked])
+            found[number] = torch.where(is_asked.to(whole.device), whole, other)
+    return values.filled(found)
 
 
 def _others(outside: Any, values: Values, count: int) -> list[Any]:

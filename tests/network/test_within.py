@@ -507,12 +507,7 @@ def check_random(seed: int) -> int:
     case, draw, computed = random_case(seed), random.Random(seed), 0
     if case.more:
         return 0
-    for options, mask in (
-        ({"coarsest": 16}, "all"),
-        ({"coarsest": 16}, "levels"),
-        ({}, "none"),
-        ({}, "levels"),
-    ):
+    for options, mask in WAYS.values():
         torch.manual_seed(seed)
         size = draw.choice([(128, 160), (160, 96), (draw.randint(70, 160), draw.randint(70, 160))])
         images = torch.randn(2, 3, *size, dtype=torch.float64)
