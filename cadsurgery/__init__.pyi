@@ -41,7 +41,6 @@ from .methods.resampling import ResampledModel as ResampledModel, resample as re
 from .methods.sampling import SampledModel as SampledModel, sample as sample
 from .methods.method_files import load as load, save as save
 from .network.adaptify import adaptify as adaptify, plan as plan
-from .network.changes import Changes as Changes
 from .network.export import export as export
 from .network.export.kernels import kernels_for as kernels_for
 from .network.model import AdaptiveModel as AdaptiveModel

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import islice, product
@@ -48,7 +48,7 @@ from cadsurgery.network.invocations import Invocation, answer
 from cadsurgery.network.macs import MacReport, count_macs
 from cadsurgery.network.optimized import BFLOAT16, FLOAT, check_precision, fuse_network
 from cadsurgery.network.program import Program, ProgramNetwork, frozen_copy, refuse_torchscript
-from cadsurgery.network.regions import Boxes, ByRows, Region, Regions, boxes_of
+from cadsurgery.network.regions import Box, ByRows, Region, Regions, boxes_of
 from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import CannotConvert, InvalidInput, NotConverted
 from cadsurgery.support.memory import bytes_of
@@ -422,7 +422,7 @@ class AdaptiveModel(ProgramNetwork):
     def in_region(
         self,
         image: Tensor,
-        boxes: Boxes,
+        boxes: Sequence[Sequence[Box]],
         run: Callable[[Region], Result],
         otherwise: Callable[[CannotConvert, ByRows], Result],
         mask: object = None,
@@ -432,7 +432,7 @@ class AdaptiveModel(ProgramNetwork):
 
         Args:
             image: (B, C, H, W).
-            boxes: the boxes of each picture, see `regions.Boxes`.
+            boxes: the boxes of each picture.
             run: is given the parts.
             otherwise: is given why the network is not computed for a part of the picture only, and what computes the
                 rows of the boxes in bands.

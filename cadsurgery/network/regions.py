@@ -12,7 +12,6 @@ there, at the same places. What depends on the size of the picture, or on the pl
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
@@ -35,7 +33,7 @@ from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.bands.banded_call import Bands
 from cadsurgery.network.bands.element_steps import Cells
 from cadsurgery.network.bands.reading import Axis, BandPlan, SeenGraph, layout_of, uniform
-from cadsurgery.network.bands.walk import SAME, RowsRead
+from cadsurgery.network.bands.walk import SAME
 from cadsurgery.network.input_refusals import first_value
 from cadsurgery.network.invocations import find_lattice
 from cadsurgery.network.program import Masked, Program
@@ -78,12 +76,6 @@ class Box(NamedTuple):
             min(self.left, other.left),
             max(self.right, other.right),
         )
-
-    def times(self, factor: int, image: Tensor) -> Box:
-        """Return the box of an image (B, C, H, W) that this one of a map with so many pixels a position covers."""
-        height, width = image.shape[2:]
-        top, bottom, left, right = (edge * factor for edge in self)
-        return Box(min(top, height), min(bottom, height), min(left, width), min(right, width))
 
     def of_map(self, size: tuple[int, int], picture: tuple[int, int]) -> Box:
         """Return the box of a map of a size that covers this one of a picture."""
@@ -228,26 +220,6 @@ class PictureReads:
             found.append(need)
         return found
 
-    def reached(self, box: Box) -> Box:
-        """Return the box of the picture that holds the positions of the outputs that pixels in a box reach."""
-        found = list[int]()
-        for axis, (reads, length) in enumerate(zip(self.axes, self.size, strict=True)):
-            reach, plan = {self.seen.image: box.spans[axis]}, reads.plan
-            for node in reads.scales:
-                spans = [
-                    _reaching(rows, reach[source], plan.maps[node].height)
-                    for source, rows in plan.maps[node].reads
-                    if source in reach
-                ]
-                if spans := [span for span in spans if span[0] < span[1]]:
-                    reach[node] = min(first for first, _ in spans), max(end for _, end in spans)
-            every = [(*reach[node], plan.maps[node].height) for node in plan.map_outputs if node in reach]
-            found += [
-                min((first * length // height for first, _, height in every), default=0),
-                max((-(-end * length // height) for _, end, height in every), default=0),
-            ]
-        return Box(*found)
-
     def part_for(self, box: Box, more: int = 0) -> Box:
         """Return the part of the picture that is computed for a box, and so many steps around it."""
         spans = list[int]()
@@ -278,13 +250,6 @@ class PictureReads:
         for node in needs[0] if differing else ():
             if _computes_with(node, differing, self.axes[0].plan):
                 raise _refused(self.axes[0].plan.refusal(node, "it computes with the size of the picture"))
-
-
-def _reaching(rows: RowsRead, span: Span, height: int) -> Span:
-    """Return the rows of a result of a height that read some of the rows of a map."""
-    every = range(height)
-    first = bisect_left(every, span[0], key=rows.last)
-    return first, bisect_left(every, span[1], key=rows.first)
 
 
 def _is_same(whole: AxisReads, cut: AxisReads, node: fx.Node, span: Span, first: int) -> bool:
@@ -535,10 +500,6 @@ class Region:
         return pixels / (shape[0] * shape[2] * shape[3])
 
 
-# Of each picture; or what returns them, given what maps read of a picture, and the lattice.
-Boxes = Sequence[Sequence[Box]] | Callable[[PictureReads, Lattice | None], Sequence[Sequence[Box]]]
-
-
 class _AskedRows:
     """Tells bands the rows of each output that the boxes of a picture lie in, and remembers the plans.
 
@@ -575,7 +536,7 @@ class Regions:
         program: Program,
         provider: MaskProvider,
         arguments: dict[str, Any],
-        boxes: Boxes,
+        boxes: Sequence[Sequence[Box]],
         output: str | int | None = None,
     ) -> Region:
         """Return the parts of the pictures of a call that are computed for boxes of each.
@@ -595,8 +556,6 @@ class Regions:
         graph = self._graph(program.graph_at(level), output)
         reads = self._read(program, graph, {**arguments, name: image[:1]}, level)
         lattice = find_lattice(program, program.masking(provider), arguments) if level is None else None
-        if callable(boxes):
-            boxes = boxes(reads, lattice)
         found = dict[Box, list[tuple[int, list[int]]]]()
         cut = dict[Box, PictureReads]()
         for number, of_picture in enumerate(boxes):
@@ -735,7 +694,7 @@ class ByRows:
 
     regions: Regions
     bands: Bands
-    given: tuple[Program, MaskProvider, dict[str, Any], Boxes, str | int | None]
+    given: tuple[Program, MaskProvider, dict[str, Any], Sequence[Sequence[Box]], str | int | None]
 
     def read(self) -> Values:
         """Return the values in each box; see `Regions.by_rows`."""
@@ -803,33 +762,14 @@ def _boxes_in(boxes: Any, number: int, image: Tensor) -> list[Box]:
     return found
 
 
-_MOST_RUNS = 64  # boxes of a picture
-
-
 def runs_of(blocks: Tensor) -> list[Box]:
-    """Return boxes that cover the blocks (h, w) of a picture that are true: runs of them, in larger blocks where that
-    would be too many."""
-    factor = 1
-    while True:
-        pooled = blocks if factor == 1 else F.max_pool2d(blocks.float()[None], factor, ceil_mode=True)[0] > 0
-        found = _runs(pooled.cpu().numpy())
-        if len(found) <= _MOST_RUNS:
-            break
-        factor *= 2
-    height, width = blocks.shape
-    return [
-        Box(top * factor, min(bottom * factor, height), left * factor, min(right * factor, width))
-        for top, bottom, left, right in found
-    ]
-
-
-def _runs(blocks: Any) -> list[Box]:
-    """Return runs of true blocks in a row, together with the same runs in the rows below."""
-    runs, found = dict[tuple[int, int], int](), list[Box]()
-    for row in range(len(blocks) + 1):
+    """Return boxes that cover the blocks (h, w) of a picture that are true: runs in a row, together with the same runs
+    in the rows below."""
+    rows, runs, found = blocks.cpu().numpy(), dict[tuple[int, int], int](), list[Box]()
+    for row in range(len(rows) + 1):
         now = list[tuple[int, int]]()
-        if row < len(blocks):
-            ends = np.flatnonzero(np.diff(blocks[row].astype(np.int8), prepend=0, append=0)).tolist()
+        if row < len(rows):
+            ends = np.flatnonzero(np.diff(rows[row].astype(np.int8), prepend=0, append=0)).tolist()
             now = list(zip(ends[::2], ends[1::2], strict=True))
         for run in [run for run in runs if run not in now]:
             found.append(Box(runs.pop(run), row, *run))
