@@ -38,7 +38,7 @@ from cadsurgery.following.hooks import act_alike, acts_as, child, is_hooked
 from cadsurgery.network.idioms import Affine, AppliedOperation, affine_of, name_activations, step_of
 from cadsurgery.support import torch_operations
 from cadsurgery.surgery.rewrite import ACTS
-from cadsurgery.surgery.treatment import Attribute, Treatment, has_rule
+from cadsurgery.surgery.treatment import Attribute, Call, Treatment, has_rule
 
 # Name of the submodule that holds the fused convolutions of a network.
 KERNELS = "cadsurgery_kernels"
@@ -523,6 +523,8 @@ def _acts_of_kernel(head: fx.Node, kernel: fx.Node) -> Treatment:
     acts: Treatment = head.meta[ACTS]
 
     def moved(value: Any) -> Any:
+        if isinstance(value, Call):
+            return replace(value, args=tuple(map(moved, value.args)))
         is_held = head.op == "call_module" and isinstance(value, Attribute)
         return Attribute(value.path.replace(f"{head.target}.", f"{kernel.target}.", 1)) if is_held else value
 

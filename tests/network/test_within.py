@@ -257,6 +257,24 @@ def test_what_is_changed_in_place_is_read_as_it_is_then() -> None:
 
 
 @torch.no_grad()
+def test_transposed_convolutions_with_norms_are_computed_in_boxes_and_bands() -> None:
+    """Their norms are folded in an inference copy, and their weights have another place there."""
+
+    def make() -> nn.Module:
+        up = [nn.ConvTranspose2d(8, 6, 4, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU()]
+        more = [nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)]
+        return nn.Sequential(*strided(3, 8), *up, *more, nn.Conv2d(6, 3, 1))
+
+    net = unverified(seeded(make), "all", coarsest=16, example_input=torch.randn(1, 3, 64, 64).double())
+    image, boxes = torch.randn(1, 3, 160, 128).double(), torch.tensor([[60, 70, 70, 90], [0, 0, 4, 4]])
+    whole = net.optimize()(image)
+    folded = net.optimize(False, memory="1GiB")
+    for copied in (net.optimize(), net.optimize(memory="1GiB"), folded):
+        assert_parts(whole, cs.read_within(copied, image, [boxes]), [boxes], (160, 128))
+        torch.testing.assert_close(copied(image), whole)
+
+
+@torch.no_grad()
 def test_padding_is_at_the_border_of_the_picture_only() -> None:
     """A bias and padding of ones would show in every box whose part was padded."""
     model = seeded(
