@@ -692,13 +692,8 @@ def test_pixels_in_engines_are_those_of_the_reading(
 )
 def test_pixels_of_other_cells_are_refused(change: Any, message: str, tmp_path: Path) -> None:
     rows = np.zeros((4, 3), np.float32)
-    good = dict(
-        zip(
-            ("levels", "sides", "index", "sizes"),
-            numbers([[[0, 0], [0, 0]]], [1, 2, 4], range(4), [1]),
-            strict=True,
-        )
-    )
+    good = numbers([[[0, 0], [0, 0]]], [1, 2, 4], range(4), [1])
+    given = dict(zip(("levels", "sides", "index", "sizes"), good, strict=True))
     feed = {"rows": rows, **given, **change}
     path = call_of(tmp_path / "pixels.onnx", "ReadPixels", feed, fits=False)
     assert_refused(path, feed, message, in_both=feed["rows"].ndim == 2)
