@@ -23,8 +23,9 @@ from typer.main import get_command
 
 import cadsurgery as cs
 from cadsurgery import cli
+from cadsurgery.cli import replaced
 from cadsurgery.cli.main import make_app
-from cadsurgery.cli.replaced import COMMANDS, REPLACED
+from cadsurgery.cli.replaced import REPLACED
 from cadsurgery.finetune.command import make_settings
 from cadsurgery.kernels import dispatch, isa
 from cadsurgery.methods import side
@@ -294,10 +295,10 @@ def test_an_option_that_there_was_is_refused_with_what_replaces_it(
         assert command == "convert" or (command, setting) in all_settings()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", replaced.COMMANDS)
 def test_a_command_that_there_was_is_refused_with_what_replaces_it(run: Run, command: str) -> None:
     done = run(command, "subject")
-    assert done.code == 2 and f"{command} is no command. Next: {COMMANDS[command]}" in done.err
+    assert done.code == 2 and f"{command} is no command. Next: {replaced.COMMANDS[command]}" in done.err
 
 
 @pytest.mark.parametrize(
