@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import assert_same, slow
+from conftest import assert_same, slow, thorough
 from networks import build, randomise
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
@@ -23,8 +23,8 @@ import cadsurgery as cs
 
 DETECTORS = [
     *("retinanet", slow("ssdlite320_mobilenet_v3_large"), slow("fasterrcnn_resnet50_fpn")),
-    *(slow("retinanet_resnet50_fpn"), slow("fcos_resnet50_fpn"), slow("maskrcnn_resnet50_fpn")),
-    *(slow("keypointrcnn_resnet50_fpn"), slow("ssd300_vgg16")),
+    *(thorough("retinanet_resnet50_fpn"), slow("fcos_resnet50_fpn"), thorough("maskrcnn_resnet50_fpn")),
+    *(thorough("keypointrcnn_resnet50_fpn"), thorough("ssd300_vgg16")),
 ]
 
 
