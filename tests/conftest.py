@@ -231,10 +231,14 @@ def covering(*axes: Sequence[Any]) -> list[ParameterSet]:
             pytest.param(
                 *given,
                 marks=own if places in few else [*own, pytest.mark.slow],
-                id="-".join(getattr(value, "__name__", str(value)) for value in given),
+                id="-".join(map(_short, given)),
             )
         )
     return cases
+
+
+def _short(value: Any) -> str:
+    return type(value).__name__ if isinstance(value, nn.Module) else getattr(value, "__name__", str(value))
 
 
 def _with_each_pair(few: Sequence[tuple[int, ...]], axes: Sequence[range]) -> set[tuple[int, ...]]:
