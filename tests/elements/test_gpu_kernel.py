@@ -75,7 +75,7 @@ def test_the_laws_hold(interpreted: str, which: str) -> None:
 
 
 @needs_triton
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_benchmark_runs_whole_without_a_gpu(tmp_path: Path) -> None:
     """In the interpreter, with a tiny network: what it prints then means nothing, but a minute of a GPU is dear."""
     (tmp_path / "tiny.py").write_text(

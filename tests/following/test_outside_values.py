@@ -6,9 +6,12 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -523,3 +526,43 @@ def test_what_calls_count_in_a_closure_is_no_setting() -> None:
         assert_same(net(x), model(x))
         assert_same(fast(x), model(x))
     assert not net._ways
+
+
+class Beside:
+    """A global object that no network reads; notes whether it was asked how it is copied."""
+
+    asked = False
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        type(self).asked = True
+        return super().__reduce_ex__(protocol)
+
+
+BESIDE = Beside()
+
+
+def test_what_lies_beside_a_global_value_is_not_looked_at_for_a_copy() -> None:
+    """It may be all that a program holds."""
+    net = cs.adaptify(Reads().eval(), "none", example_input=torch.rand(1, 3, 64, 64), verify_laws=False)
+    net(torch.rand(1, 3, 64, 64))
+    copy.deepcopy(net)
+    net.optimize()
+    assert not Beside.asked
+
+
+class InSlots:
+    __slots__ = ("lock",)
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize(
+    "held",
+    [InSlots(), partial(print, threading.Lock()), deque([threading.Lock()]), threading.Lock()],
+    ids=["slots", "an argument", "an item", "itself"],
+)
+def test_what_cannot_be_copied_is_shared_wherever_an_object_holds_it(held: Any) -> None:
+    model = Reads().eval()
+    model.held = held
+    cs.adaptify(model, "none", example_input=torch.rand(1, 3, 64, 64), verify_laws=False)

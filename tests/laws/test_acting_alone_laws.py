@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error
+from conftest import relative_error, thorough
 from networks import Encoded, unverified
 from torch import Tensor, nn
 
@@ -208,7 +208,7 @@ def first_that_builds(kind: type[nn.Module]) -> nn.Module | None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", [thorough(space) if space == "methods" else space for space in SPACES])
 def test_what_acts_on_each_position_alone_stays_in_the_region(space: str) -> None:
     faults, asked = {}, 0
     for name, call in SPACES[space]().items():

@@ -293,16 +293,17 @@ class HandsOn(nn.Module):
         return self.last(self.second(self.pool(self.on(self.pad(self.first(x)))).relu()))
 
 
-@pytest.mark.parametrize("pad", [nn.ConstantPad2d(1, 0.0), nn.ConstantPad2d(1, 2.0), nn.ReflectionPad2d(1)])
 @pytest.mark.parametrize(
-    "on",
-    [
-        nn.Identity(),
-        nn.Sequential(nn.Identity(), nn.Identity()),
-        lambda x: x.contiguous(),
-        lambda x: x.clone(),
-    ],
-    ids=["a norm that is switched off", "two", "contiguous", "clone"],
+    ("pad", "on"),
+    covering(
+        [nn.ConstantPad2d(1, 0.0), nn.ConstantPad2d(1, 2.0), nn.ReflectionPad2d(1)],
+        [
+            nn.Identity(),
+            nn.Sequential(nn.Identity(), nn.Identity()),
+            lambda x: x.contiguous(),
+            lambda x: x.clone(),
+        ],
+    ),
 )
 def test_padding_that_is_handed_on_as_it_is_belongs_to_the_window_that_reads_it(
     pad: nn.Module, on: Any

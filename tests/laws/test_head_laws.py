@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import covering
 from emulation import fill_cells, read
 from networks import DilatedWithHead
 from torch import Tensor, fx, nn
@@ -65,8 +66,7 @@ def converted(model: nn.Module, x: Tensor, region: str = "heads", **options: Any
     return cs.adaptify(model, "edges", region=region, output_stride=(4, 16), example_input=x, **options)
 
 
-@pytest.mark.parametrize("fill", ["linear", "nearest"])
-@pytest.mark.parametrize("kind", [1, 2, "mixed"])
+@pytest.mark.parametrize(("kind", "fill"), covering([1, 2, "mixed"], ["linear", "nearest"]))
 def test_values_and_gradients_are_those_of_the_emulation(kind: int | str, fill: Any) -> None:
     model, x = network(), torch.rand(2, 3, *SIZE, dtype=torch.float64)
     net, levels = converted(model, x, fill=fill), level_map(kind)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import images
+from conftest import covering, images
 from networks import Encoded, Segmenter, seeded
 from torch import nn
 
@@ -38,14 +38,11 @@ MADE: dict[str, Callable[[nn.Module, Any, Path], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("is_called", [False, True], ids=["made", "made and called"])
-@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
-def test_what_is_made_in_inference_mode_is_trained(
-    make: Callable[[nn.Module, Any, Path], nn.Module], is_called: bool, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("make", "is_called"), covering([*MADE], [False, True]))
+def test_what_is_made_in_inference_mode_is_trained(make: str, is_called: bool, tmp_path: Path) -> None:
     model = seeded(Segmenter, torch.float32)
     with torch.inference_mode():
-        net = make(model, images(1, 64, 96), tmp_path)
+        net = MADE[make](model, images(1, 64, 96), tmp_path)
         if is_called:
             net(images(1, 64, 96))
     assert not any(value.is_inference() for value in (*net.parameters(), *net.buffers()))

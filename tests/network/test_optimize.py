@@ -592,11 +592,10 @@ class Viewed(nn.Module):
         return VIEWS[self.how](self.last(self.body(x)))
 
 
-@pytest.mark.parametrize("optimised", [False, True])
 @pytest.mark.parametrize(
-    "options", [{"output_stride": (2, 8), "outputs": "native"}, {"coarsest": 16}], ids=str
+    ("how", "options", "optimised"),
+    covering([*VIEWS], [{"output_stride": (2, 8), "outputs": "native"}, {"coarsest": 16}], [False, True]),
 )
-@pytest.mark.parametrize("how", VIEWS)
 @torch.no_grad()
 def test_a_map_can_be_viewed_as_that_of_the_network(
     how: str, options: dict[str, Any], optimised: bool

@@ -735,7 +735,9 @@ def test_an_output_that_is_made_behind_the_region_is_refused(read: Callable[...,
 def test_a_network_that_hosts_an_adaptive_part_is_refused_and_its_part_is_read(
     read: Callable[..., Any],
 ) -> None:
-    net: Any = unverified(Undecided(residual()).eval(), "none", output_stride=(2, 8))
+    net: Any = unverified(
+        Undecided(residual()).eval(), "none", output_stride=(2, 8), example_input=images(1, *SIZE)
+    )
     x, points = images(1, *SIZE), points_in(SIZE, 2)
     with pytest.raises(cs.InvalidInput, match="HostedModel cannot be read at points"):
         read(net, x, points)

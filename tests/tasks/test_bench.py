@@ -14,7 +14,7 @@ from typing import Any
 import drawn
 import pytest
 import torch
-from conftest import assert_same, printed, slow
+from conftest import assert_same, covering, printed, slow
 from networks import strided
 from PIL import Image
 from torch import Tensor, nn
@@ -384,9 +384,8 @@ def test_a_dense_twin_for_engines_is_written_as_anyone_would(level: int) -> None
         assert_same(program.module()(image), net(image, mask="none" if level else "all"), 1e-5)
 
 
-@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(
-    "size", [{"size": (37, 61)}, {"scale_factor": 2.5}], ids=["to a size", "by a factor"]
+    ("mode", "size"), covering(["bilinear", "bicubic"], [{"size": (37, 61)}, {"scale_factor": 2.5}])
 )
 def test_a_dense_twin_for_engines_resizes_as_anyone_would(mode: str, size: dict[str, Any]) -> None:
     class Resized(nn.Module):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from conftest import covering
 from networks import saved_segmenter, seeded, segmenter
 from PIL import Image
 from torch import nn
@@ -119,8 +120,7 @@ ITEMS = '<GDALMetadata><Item name="AREA_OR_POINT">Area</Item>{}</GDALMetadata>'
 OF_BAND = '<Item name="STATISTICS_MEAN" sample="0">117.2</Item>'
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize(("place", "byteorder"), covering([*PLACES], ["<", ">"]))
 def test_a_prediction_in_rows_lies_where_its_picture_does(
     file: Path, tmp_path: Path, place: str, byteorder: str
 ) -> None:
@@ -168,8 +168,9 @@ def convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 
 
 @pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
-@pytest.mark.parametrize("place", ["north up", "turned", "control points"])
-@pytest.mark.parametrize("is_point", [False, True])
+@pytest.mark.parametrize(
+    ("place", "is_point"), covering(["north up", "turned", "control points"], [False, True])
+)
 def test_a_smaller_prediction_covers_the_area_of_its_picture(
     convolutions: Callable[..., Path], tmp_path: Path, place: str, is_point: bool
 ) -> None:
@@ -199,8 +200,7 @@ def test_a_smaller_prediction_covers_the_area_of_its_picture(
             assert before == pytest.approx(after)
 
 
-@pytest.mark.parametrize("size", [(1300, 532), (40, 52)])
-@pytest.mark.parametrize("channels", [1, 5, 300])
+@pytest.mark.parametrize(("size", "channels"), covering([(1300, 532), (40, 52)], [1, 300, 5]))
 def test_predictions_in_rows_are_compressed_tiles(
     convolutions: Callable[..., Path], tmp_path: Path, size: tuple[int, int], channels: int
 ) -> None:
@@ -221,8 +221,10 @@ def test_predictions_in_rows_are_compressed_tiles(
         assert (values == whole.argmax(0)).float().mean() > 0.999
 
 
-@pytest.mark.parametrize("mask", ["all", "edges:threshold=0.1", "content"])
-@pytest.mark.parametrize("size", [(413, 250), (300, 251), (128, 96), (130, 33)])
+@pytest.mark.parametrize(
+    ("mask", "size"),
+    covering(["all", "edges:threshold=0.1", "content"], [(413, 250), (300, 251), (128, 96), (130, 33)]),
+)
 def test_a_large_picture_is_padded_as_one_that_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str, size: tuple[int, int]
 ) -> None:
@@ -266,12 +268,14 @@ def lacking_picture(path: Path, kind: str, size: tuple[int, int], lacking: np.nd
     return written(path, pixels, photometric="rgb", extratags=tags)
 
 
-@pytest.mark.parametrize("kind", ["nodata", "NaN", "transparent"])
-@pytest.mark.parametrize(("channels", "larger"), [(5, 4), (1, 4), (256, 4), (5, 1)])
+@pytest.mark.parametrize(
+    ("kind", "output"), covering(["nodata", "NaN", "transparent"], [(5, 4), (1, 4), (256, 4), (5, 1)])
+)
 def test_pixels_without_data_have_none_in_the_prediction(
-    convolutions: Callable[..., Path], tmp_path: Path, kind: str, channels: int, larger: int
+    convolutions: Callable[..., Path], tmp_path: Path, kind: str, output: tuple[int, int]
 ) -> None:
     """The others have the values of a picture whose pixels without data have the mean colour."""
+    channels, larger = output
     size, lacking = (1400, 96), np.zeros((1400, 96), bool)
     lacking[300:900], lacking[1000:1020, 40:] = True, True
     net = convolutions(channels, larger)

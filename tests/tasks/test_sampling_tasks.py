@@ -235,7 +235,7 @@ def test_bench_measures_what_other_methods_made(make_other: Any) -> None:
     assert first.side in printed(report) and last.side in printed(report)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_bench_measures_a_detector_whole() -> None:
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
     model = FasterRCNN(backbone, 3, min_size=64, max_size=96, rpn_post_nms_top_n_test=20)

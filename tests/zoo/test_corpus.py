@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Run, slow
+from conftest import ROOT, Run, thorough
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -46,7 +46,7 @@ def test_every_idiom_has_networks_and_every_network_says_what_it_stands_for() ->
     assert all(one.about and one.idioms for one in SUBJECTS.values())
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in SUBJECTS])
+@pytest.mark.parametrize("name", [name if name in QUICK else thorough(name, few=3) for name in SUBJECTS])
 @pytest.mark.filterwarnings("ignore")
 def test_a_network_of_the_corpus_is_what_its_row_says(name: str) -> None:
     """Law 1 at sizes of its own, other weights, `optimize()`; and nothing is wrong or silent. It is small, and what it
