@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -412,6 +413,36 @@ def test_dense_maps_are_convolved_as_by_the_reference(
                     tried.add(backend.name)
                     assert_close(found.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert "torch" in tried
+
+
+RESIZES = [
+    {"size": (28, 11)},
+    {"size": 9},
+    {"scale_factor": (1.7, 2.3)},
+    {"scale_factor": 2.0, "recompute_scale_factor": True},
+    {"size": (1, 1)},
+]
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("how", RESIZES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 20, 9, 4), (1, 1, 1, 1), (1, 3, 5, 1100)], ids=str)
+def test_a_dense_map_is_resized_as_by_torch(shape: tuple[int, ...], how: Any, aligned: bool) -> None:
+    """In every type and from two memory layouts, to contiguous memory; with its gradient."""
+    exact = values(*shape, seed=0, dtype=torch.float64)
+    options = {"mode": "bilinear", "align_corners": aligned, **how}
+    for dtype, layout in itertools.product(TYPES, (torch.contiguous_format, torch.channels_last)):
+        image = exact.to(dtype).contiguous(memory_format=layout)
+        with torch.no_grad():
+            found = functional.interpolate(image, **options)
+        assert found.is_contiguous()
+        # Where samples lie is rounded as by torch, which counts in long lines.
+        assert_close(found, F.interpolate(image, **options), atol=TOLERANCE[dtype] / 50, rtol=0)
+    image = exact.requires_grad_()
+    assert_close(
+        torch.autograd.grad(functional.interpolate(image, **options).square().sum(), image),
+        torch.autograd.grad(F.interpolate(image, **options).square().sum(), image),
+    )
 
 
 # -- the choice ------------------------------------------------------------------------------------------

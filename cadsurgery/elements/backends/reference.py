@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cadsurgery.elements.axes import in_order
 from cadsurgery.elements.backends.choose import Backend, Work, compute
 from cadsurgery.elements.backends.onednn import product
 from cadsurgery.elements.backends.sums import normalise_rows, sum_products
@@ -20,6 +21,7 @@ from cadsurgery.elements.backends.works import (
     Convolution,
     Filling,
     MapConvolution,
+    MapResizing,
     Mixing,
     MixingLines,
     Normalising,
@@ -120,6 +122,11 @@ class Torch(Backend):
         reading = work.reading
         blocks = gather_blocks(extend(work.rows, reading, work.outside), reading.table)
         return torch.cat([block.amax(1) if work.largest else block.sum(1) for block in blocks])
+
+    def resize_map(self, work: MapResizing) -> Tensor:
+        """Compute a map by torch: to put the larger map in order would take longer."""
+        size = work.size if work.factors is None else None
+        return F.interpolate(in_order(work.rows), size, work.factors, "bilinear", work.aligned)
 
     def mix(self, work: Mixing) -> Tensor:
         """Compute rows (M, C)."""

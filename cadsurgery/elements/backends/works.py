@@ -223,6 +223,28 @@ class MapConvolution(Work):
 
 
 @dataclass(frozen=True, eq=False)
+class MapResizing(Work):
+    """Bilinear resizing of a dense map as by `F.interpolate`, (B, C, H', W') in contiguous memory.
+
+    Attributes:
+        rows: the map (B, C, H, W).
+        size: samples (height, width) of the result.
+        factors: ratios of the sizes that the network names, which then say where samples lie; or None.
+        aligned: the first and last samples of both maps lie in the same places.
+    """
+
+    size: tuple[int, int]
+    factors: tuple[float, float] | None
+    aligned: bool
+    task: ClassVar[str] = "resize_map"
+
+    @property
+    def case(self) -> tuple[Hashable, ...]:
+        """The map's kind, and whether there are any samples."""
+        return *super().case, self.rows.dim(), self.rows.numel() > 0
+
+
+@dataclass(frozen=True, eq=False)
 class Pooling(Work):
     """The largest value, or the sum, over the taps of each element: rows (N_target, C)."""
 
