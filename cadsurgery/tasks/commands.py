@@ -183,6 +183,9 @@ class RunOptions:
         "the other; on the CPU",
         metavar="AMOUNT",
     )
+    overviews: bool = option(
+        False, "with --memory: TIFF files get smaller copies for viewers (cloud-optimised GeoTIFF)"
+    )
     until: float = option(
         0.0, "for a network that can stop early: time limit in milliseconds", min=0, settable=True
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 from cadsurgery.data import tiff
 from cadsurgery.data.channels import as_channels
 from cadsurgery.data.images import check_values, normalise
-from cadsurgery.data.rasters import open_rows
+from cadsurgery.data.rasters import add_overviews, open_rows
 from cadsurgery.data.stores import is_remote
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled, warn
 from cadsurgery.support.files import as_file_error, make_folder, write_whole
@@ -250,8 +250,8 @@ class WrittenRows:
                 file.write(missing.numpy().astype(self._kind).tobytes())
             self._journal.add({"rows": self.rows, "milliseconds": milliseconds, "counts": counts})
 
-    def finish(self, position: Sequence[Any]) -> None:
-        """Write the whole prediction to its place, in compressed tiles: classes with their colours."""
+    def finish(self, position: Sequence[Any], block: tuple[int, int], overviews: bool = False) -> None:
+        """Write the whole prediction to its place, in compressed tiles of a size: classes with their colours."""
         width = self.size[1]
 
         def rows(first: int, end: int) -> np.ndarray[Any, Any]:
@@ -261,7 +261,9 @@ class WrittenRows:
         colours = palette().T.astype(np.uint16) * 257 if self._kind == np.uint8 else None
         with self._written():
             with self.file.open("rb") as file, write_whole(self.target) as whole:
-                tiff.write_tiled(whole, self.size, self._kind, rows, colours, position)
+                tiff.write_tiled(whole, self.size, self._kind, rows, colours, position, block)
+                if overviews:
+                    add_overviews(whole, block, is_classes=self._kind.kind != "f")
             self.file.unlink()
             self._journal.remove()
 
@@ -327,13 +329,14 @@ def predict_large(
     count: Count,
     stopped: threading.Event,
     step: Step = silent,
+    overviews: bool = False,
 ) -> dict[str, Any]:
     """Predict a picture in rows and write the classes of its pixels; of a network with one channel its values.
 
     Once `stopped` is set it ends behind the band that is computed, and the row says `interrupted`. `step` is told the
     rows that are done, from which the time that is left follows.
 
-    Rows that are in the part are not computed again.
+    Rows that are in the part are not computed again. With `overviews` the file has smaller copies, see `add_overviews`.
 
     Returns:
         Fields of its row, with the number of pixels of each class.
@@ -375,7 +378,9 @@ def predict_large(
                 if part.rows >= end:
                     break
     position = tiff.moved_position(picture.file.position, picture.size, part.size)
-    part.finish((*position, (tiff.NO_DATA, 2, None, f"{without}", True)) if picture.lacks else position)
+    if picture.lacks:
+        position = (*position, (tiff.NO_DATA, 2, None, f"{without}", True))
+    part.finish(position, picture.file.block, overviews)
     levels = cut_back(result.levels, padded, picture.size)
     levels = levels if any(levels.stride()) else levels.flatten()[:1]
     shares = [int((levels == level).sum()) / levels.numel() for level in range(net.geometry.max_level + 1)]

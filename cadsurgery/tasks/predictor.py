@@ -64,7 +64,8 @@ class PredictionSettings:
 
     `precision` and `memory` are those of the optimised copy, see `AdaptiveModel.optimize`. If `until` is not 0, a
     network that can stop early does so after this many milliseconds. `view` is one of `VIEWS`, by
-    default `classes` for images and `overlay` for clips. With `resume` large pictures that were begun are resumed.
+    default `classes` for images and `overlay` for clips. With `overviews` TIFF files have smaller copies. With `resume`
+    large pictures that were begun are resumed.
     """
 
     file: str
@@ -76,6 +77,7 @@ class PredictionSettings:
     device: str = RunOptions.device
     precision: str = RunOptions.precision
     memory: str = RunOptions.memory
+    overviews: bool = RunOptions.overviews
     until: float = RunOptions.until
     batch: int = RunOptions.batch
     trust: bool = RunOptions.trust
@@ -249,7 +251,8 @@ class Predictor:
             return picture
         try:
             part = self.settings.part_of(picture.item)
-            row = predict_large(self.net, picture.large, part, self._count, self.stopped, self.step)
+            stopping, overviews = (self.stopped, self.step), self.settings.overviews
+            row = predict_large(self.net, picture.large, part, self._count, *stopping, overviews)
             return picture._replace(written=row | self._shares(row.pop("counts", Counter())))
         except CadError as error:
             return picture._replace(error=error)

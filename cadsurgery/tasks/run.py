@@ -22,6 +22,7 @@ from torch import nn
 from cadsurgery.data.clips import WRITTEN, is_camera, is_clip, pyav
 from cadsurgery.data.images import check_size, no_images, stream_images, write_picture
 from cadsurgery.data.networks import class_names
+from cadsurgery.data.rasters import check_overviews
 from cadsurgery.data.stores import refuse_stream
 from cadsurgery.data.tiff import states_position
 from cadsurgery.kernels.build import cores
@@ -275,6 +276,14 @@ def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
             why="it computes another amount for each image." if kind else _FOLLOW,
             next="leave --batch out.",
         )
+    if settings.overviews:
+        check_overviews()
+        if not settings.memory:
+            raise InvalidInput(
+                "--overviews without --memory.",
+                why="they are for TIFF files, and without --memory PNG files are written.",
+                next="give --memory, e.g. 2GiB, or leave --overviews out.",
+            )
     if settings.memory:
         bytes_of(settings.memory)
         if kind is not None or find_device(settings.device).type != "cpu":
