@@ -97,6 +97,14 @@ class Window(NamedTuple):
         return not any(taps % self.finer for taps in self.kernel)
 
     @property
+    def transposed(self) -> Window:
+        """The window on maps whose two axes are exchanged."""
+        top, bottom, left, right = self.padding
+        return self._replace(
+            kernel=self.kernel[::-1], dilation=self.dilation[::-1], padding=(left, right, top, bottom)
+        )
+
+    @property
     def offsets(self) -> tuple[list[int], list[int]]:
         """Fine pixels down and across from an element to its taps."""
         down, across = (

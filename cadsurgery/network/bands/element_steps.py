@@ -123,6 +123,9 @@ class Cells:
 
     def elements_above(self, grid: Grid) -> list[int]:
         """Return for each fine row how many elements of a map have their anchors above it: height + 1 numbers."""
+        if grid not in self.counts and (cell := self.pyramid.lattice(grid.stage, grid.size).uniform_side):
+            rows = torch.arange(1, grid.size[0] + 1).add_(cell - 1).floor_divide_(cell)
+            self.counts[grid] = [0, *(rows * divide_up(grid.size[1], cell)).tolist()]
         if grid not in self.counts:
             (height, width), side = grid.size, self.pyramid.geometry.sides[-1]
             found = [torch.zeros(1, dtype=torch.int64)]
@@ -273,6 +276,7 @@ def resized_elements(
         return (reached // side + (1 if reached % side == 0 else 2)) * side - 1
 
     rows = RowsRead(lambda row: int((place(row) - 1e-6) // 1) * coarse // side * side, last)
+    stretch = coarse / fine * (place(fine) - place(0))
     if not cells.pyramid.geometry.floors:
         # Between cells, at most a cell before and behind the place of an element, and its own cell.
         stretch, bottom = before[0] * coarse / (after[0] * fine), (source.size[0] - 1) // side * side
@@ -286,7 +290,9 @@ def resized_elements(
     def find(x: Elements, stage: Lattice, begin: int) -> Elements:
         return resize_onto(x, stage, spacings, before, after, mode, align_corners, begin, source.size)
 
-    return _of_elements(cells, node, rows, target, find)
+    step = _of_elements(cells, node, rows, target, find)
+    step.places = lambda first, end: torch.arange(first, end, dtype=torch.float64) * stretch
+    return step
 
 
 def border_of_elements(
@@ -350,7 +356,9 @@ def resized_at_exit(
         return read_at(functional.to_dense(x, 1), [down, across])
 
     rows = RowsRead(lambda row: reached.first(low(row)), lambda row: reached.last(high(row)))
-    return Stream([(node, rows)], compute, [node])
+    step = Stream([(node, rows)], compute, [node])
+    step.places = lambda first, end: places[first:end].double()
+    return step
 
 
 def bins_of_elements(

@@ -12,9 +12,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
 
-from torch import fx
+from torch import Tensor, fx
+
+_FAR = 2**10 * 3**2 * 5 * 7  # rows: a multiple of strides, and of the sides of cells
 
 
 class RowsRead(NamedTuple):
@@ -27,6 +30,11 @@ class RowsRead(NamedTuple):
     def within(self, first: int, end: int, height: int) -> tuple[int, int]:
         """Return the rows [first, end) of a map of a height that rows [first, end) of the result read."""
         return max(self.first(first), 0), min(self.last(end - 1) + 1, height)
+
+    @property
+    def rate(self) -> Fraction:
+        """How many rows further down the map is read for each row of the result, far above it, where nothing ends."""
+        return Fraction(self.first(-_FAR) - self.first(-2 * _FAR), _FAR)
 
     def with_rows(self, most: int, least: int) -> RowsRead:
         """Return the same with a first row of at most `most` and a last row of at least `least`, where windows that lie
@@ -56,6 +64,7 @@ class Stream:
         copies: those of them whose rows are copied while it runs, unless they lie together; see `joined`.
         table: what its kernel map depends on, and the bytes of that for each element; None if it has none.
         forget_table: frees the kernel map of rows [first, end).
+        places: where rows [first, end) of a resized map lie on the map that it reads, as its sizes say.
         name: of its node, for messages.
         height: rows.
         row: bytes of a row, or of an element.
@@ -71,6 +80,7 @@ class Stream:
     copies: list[fx.Node] = field(default_factory=list)
     table: tuple[Any, int] | None = None
     forget_table: Callable[[int, int], None] | None = None
+    places: Callable[[int, int], Tensor] | None = None
     name: str = ""
     height: int = 0
     row: int = 0
