@@ -373,14 +373,16 @@ class Region:
             layout = torch.channels_last if image.is_contiguous(memory_format=torch.channels_last) else None
             image = image[..., box.top : box.bottom, box.left : box.right]
             image = image.contiguous(memory_format=layout or torch.contiguous_format)
-        arguments = {**self.arguments, name: image}
+        return self.mask_of(box), {**self.arguments, name: image}
+
+    def mask_of(self, box: Box) -> MaskProvider:
+        """Return the mask of the call with a part of the pictures: what that of the whole ones has there."""
         if self.lattice is None:
-            return self.provider, arguments
-        stride = self.program.plan.strides[0]
+            return self.provider
+        stride, numbers = self.program.plan.strides[0], [number for number, _ in self.parts[box]]
         height, width = self.cut[box].seen.fine_size()
         top, left = box.top // stride, box.left // stride
-        levels = self.lattice.pyramid.levels[numbers, top : top + height, left : left + width]
-        return FixedMask(levels), arguments
+        return FixedMask(self.lattice.pyramid.levels[numbers, top : top + height, left : left + width])
 
     def read(self, answer: Answer, output: str | int | None) -> list[list[Any]]:
         """Return the values in each box of each picture.

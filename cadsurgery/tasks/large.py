@@ -23,12 +23,14 @@ from cadsurgery.data.channels import as_channels
 from cadsurgery.data.images import check_values, normalise
 from cadsurgery.data.rasters import add_overviews, open_rows
 from cadsurgery.data.stores import is_remote
+from cadsurgery.network.regions import Box
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled, warn
 from cadsurgery.support.files import as_file_error, make_folder, write_whole
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.tasks.figures import CLASSES, palette
 from cadsurgery.tasks.journal import Identity, Journal, state_of
+from cadsurgery.tasks.pieces import Blocks, PartOfPicture, Piece, block_side, find_pieces
 
 _GAP = 256  # rows of a picture without data, which are computed if they are fewer
 MULTIPLES = (1, 8, 16, 32, 64, 128)  # of pixels, to which pictures that a network refuses are padded
@@ -116,14 +118,15 @@ class LargePicture:
         self._bands = bands or (source.bands if source is not None else ())
         self.size = (self.file.shape[1], self.file.shape[2])
         self.shape: tuple[int, ...] = (self._read(0, 1)[0].shape[0], *self.size)
-        self._lacking: np.ndarray[Any, Any] | None = None
-        if self.file.may_lack:
-            read = (
-                self._read(first, min(first + _GAP, self.size[0]))[1]
-                for first in range(0, self.size[0], _GAP)
-            )
-            lacking = np.concatenate([np.packbits(band[0].numpy(), axis=1) for band in read])
-            self._lacking = lacking if lacking.any() else None
+        self._lacking = (
+            self._bits(lambda first, end: self._read(first, end)[1][0]) if self.file.may_lack else None
+        )
+
+    def _bits(self, rows: Callable[[int, int], Tensor]) -> np.ndarray[Any, Any] | None:
+        """Return which pixels are marked in rows (rows, W), eight in a byte; None if none is."""
+        bands = ((first, min(first + _GAP, self.size[0])) for first in range(0, self.size[0], _GAP))
+        marked = np.concatenate([np.packbits(rows(*band).numpy(), axis=1) for band in bands])
+        return marked if marked.any() else None
 
     @property
     def lacks(self) -> bool:
@@ -140,6 +143,18 @@ class LargePicture:
         )
         unpacked = np.unpackbits(self._lacking[rows.astype(int)], axis=1)
         return torch.from_numpy(unpacked[:, columns.astype(int)].astype(bool))
+
+    def wanted(self, side: int) -> Blocks:
+        """Return which blocks of so many pixels a side, (rows, columns), have pixels with data."""
+        height, width = self.size
+        found = np.ones((-(-height // side), -(-width // side)), bool)
+        if self._lacking is None:
+            return found
+        for number, blocks in enumerate(found):
+            band = np.unpackbits(self._lacking[number * side : (number + 1) * side], axis=1, count=width)
+            there = np.pad((band == 0).any(0), (0, -width % side))
+            blocks[:] = there.reshape(-1, side).any(1)
+        return found
 
     def parts(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """Return the rows [first, end) of a map (height, width) with data; few rows without are counted to them."""
@@ -208,12 +223,15 @@ class WrittenRows:
         self._journal = Journal(place, asked, resume, what=str(self.file), next=next)
         rows = self._journal.rows
         self.size: tuple[int, int] = (rows[0]["size"][0], rows[0]["size"][1]) if rows else (0, 0)
-        self.rows = max((row["rows"] for row in rows[1:]), default=0)
-        self.milliseconds = sum(row["milliseconds"] for row in rows[1:])
-        self.counts = Counter[int]()
+        self.milliseconds, self.counts = 0.0, Counter[int]()
+        self._done = dict[Box, int]()  # of each piece the row behind those that are there
         for row in rows[1:]:
+            self._done[Box(*row["piece"])] = row["rows"]
+            self.milliseconds += row["milliseconds"]
             self.counts.update({int(number): count for number, count in row["counts"].items()})
+        self.rows = [0, *self._done.values()][-1]
         self._kind: np.dtype[Any] = np.dtype(np.uint8)
+        self._piece = Box(0, 0, 0, 0)
 
     @property
     def start(self) -> int:
@@ -222,33 +240,44 @@ class WrittenRows:
 
     def begin(self, size: tuple[int, int], channels: int, lacks: bool) -> float:
         """Make the file, unless there are rows in it: classes; of one channel its values. Return the value of pixels
-        without data, of which there are some if it `lacks`."""
+        without data, of which there are some if it `lacks`, and which it is filled with."""
         self._kind = np.dtype(
             np.float32 if channels == 1 else np.uint8 if channels + lacks <= 256 else np.uint16
         )
-        self.size = size
-        if not self.rows:
+        self.size, without = size, math.nan if channels == 1 else int(np.iinfo(self._kind).max)
+        if not self._done:
             make_folder(self.target.parent)
-            with self._written():
-                self.file.write_bytes(b"")
+            with self._written(), self.file.open("wb") as file:
+                for first in range(0, size[0], _GAP) if lacks else ():
+                    file.write(np.full((min(_GAP, size[0] - first), size[1]), without, self._kind).tobytes())
             self._journal.remove()
             self._journal.begin()
             self._journal.add({"size": [*size]})
-        return math.nan if channels == 1 else int(np.iinfo(self._kind).max)
+        return without
+
+    def turn_to(self, piece: Box) -> int:
+        """Let the rows that are written next be those of a piece; return the first that is not there."""
+        self._piece = piece
+        return self._done.get(piece, piece.top)
 
     def _written(self) -> AbstractContextManager[None]:
         return as_file_error(f"{self.target} cannot be written.", "choose another --output.")
 
     def write(self, first: int, values: Tensor, counts: Counter[int], milliseconds: float) -> None:
-        """Write rows (rows, W), and then that they are there."""
-        missing = values[max(self.rows - first, 0) :]  # others are those of a run that was ended
+        """Write rows (rows, columns) of the piece, and then that they are there."""
+        (*_, left, right), item = self._piece, self._kind.itemsize
         self.rows, self.milliseconds = first + len(values), self.milliseconds + milliseconds
         self.counts += counts
+        self._done[self._piece] = self.rows
+        together = values.numpy().astype(self._kind)
         with self._written():
             with self.file.open("r+b") as file:
-                file.seek((self.rows - len(missing)) * self.size[1] * self._kind.itemsize)
-                file.write(missing.numpy().astype(self._kind).tobytes())
-            self._journal.add({"rows": self.rows, "milliseconds": milliseconds, "counts": counts})
+                # Whole rows lie behind each other.
+                for number, row in enumerate([together] if right - left == self.size[1] else together):
+                    file.seek(((first + number) * self.size[1] + left) * item)
+                    file.write(row.tobytes())
+            row_of_journal = {"piece": [*self._piece], "rows": self.rows}
+            self._journal.add({**row_of_journal, "milliseconds": milliseconds, "counts": counts})
 
     def finish(self, position: Sequence[Any], block: tuple[int, int], overviews: bool = False) -> None:
         """Write the whole prediction to its place, in compressed tiles of a size: classes with their colours."""
@@ -317,6 +346,16 @@ def _rows_of(net: Any, picture: LargePicture, start: int, mask: Any = None) -> A
     raise refusal
 
 
+def _pieces(net: Any, picture: LargePicture, result: Any, mask: Any, size: tuple[int, int]) -> list[Piece]:
+    """Return the rectangles of the result that are computed, of which one follows the other."""
+    rows = [Piece(Box(*part, 0, size[1])) for part in picture.parts(size)]
+    if not rows or not picture.lacks:
+        return rows
+    levels = result.levels.long() if mask is None and any(result.levels.stride()) else mask
+    wanted = picture.wanted(block_side(picture.shape[1]))
+    return find_pieces(net, picture, wanted, size, result.shape[1:], levels) or rows
+
+
 def _count_lacking(picture: LargePicture) -> int:
     ends = [*range(0, picture.size[0], _GAP), picture.size[0]]
     return sum(int(picture.lacking(*part, picture.size).sum()) for part in itertools.pairwise(ends))
@@ -354,28 +393,32 @@ def predict_large(
         computed_from = part.start
         name = Path(picture.path).name
         step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
-        for begin, end in [*picture.parts(size), (size[0], size[0])]:
-            for first in range(part.rows, begin, _GAP):  # without data
-                rows = torch.full((min(_GAP, begin - first), size[1]), without)
-                part.write(first, rows, Counter(), 0.0)
-            if part.rows >= end:
+        pieces = _pieces(net, picture, result, mask, size)
+        for piece in pieces:
+            (_, bottom, left, right), begin = piece.box, part.turn_to(piece.box)
+            if begin >= bottom:
                 continue
-            if max(begin, part.start) != computed_from:
-                computed_from = max(begin, part.start)
-                result = _rows_of(net, picture, computed_from, mask)
-            for first, with_padding in result:
-                rows = with_padding[:, : max(0, end - first), : size[1]]
+            if piece.part is not None:
+                own = PartOfPicture(picture, piece.part)
+                rows_of = net.rows(own, start=begin - piece.offset[0], mask=piece.mask)
+            elif begin == computed_from:
+                rows_of = result
+            else:
+                rows_of = _rows_of(net, picture, begin, mask)
+            down, across = piece.offset
+            for at, computed in rows_of:
+                first = max(at + down, begin)
+                rows = computed[:, first - at - down : bottom - at - down, left - across : right - across]
                 values = rows[0].float() if channels == 1 else rows.float().argmax(0)
-                lacking = picture.lacking(first, first + len(values), size)
-                new = values[max(part.rows - first, 0) :]
-                now, there = time.perf_counter(), new[~lacking[len(lacking) - len(new) :]]
+                lacking = picture.lacking(first, first + len(values), size)[:, left:right]
+                now, there = time.perf_counter(), values[~lacking]
                 values = values.masked_fill(lacking, without) if picture.lacks else values
                 part.write(first, values, count(there, channels), 1e3 * (now - start))
                 start = now
                 step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
-                if stopped.is_set() and part.rows < size[0]:
+                if stopped.is_set() and (part.rows < bottom or piece is not pieces[-1]):
                     return {"interrupted": True, "rows": [part.rows, size[0]]}
-                if part.rows >= end:
+                if part.rows >= bottom:
                     break
     position = tiff.moved_position(picture.file.position, picture.size, part.size)
     if picture.lacks:

@@ -322,6 +322,49 @@ def test_rows_and_cells_without_data_are_not_computed(
     assert not computed and set(np.unique(tifffile.imread(tmp_path / "blank" / "blank.tif"))) == {255}
 
 
+def lacking_shape(name: str, size: tuple[int, int]) -> np.ndarray:
+    """Pixels without data at the right, in the middle, around a footprint that stands on its corner, or in spots."""
+    down, across = np.mgrid[: size[0], : size[1]]
+    y, x = down / size[0] - 0.5, across / size[1] - 0.5
+    shapes = {"right": x > -0.2, "middle": abs(x) < 0.3, "footprint": abs(x) + abs(y) > 0.4}
+    return {**shapes, "spots": (x + 0.3) ** 2 + (y + 0.3) ** 2 > 0.02}[name]
+
+
+@pytest.mark.parametrize("mask", ["all", "edges:threshold=0.1"])
+@pytest.mark.parametrize("shape", ["right", "middle", "footprint", "spots"])
+@pytest.mark.parametrize(("size", "larger"), [((900, 1016), 4), ((901, 1010), 1)])
+def test_columns_without_data_are_not_computed(
+    convolutions: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mask: str,
+    shape: str,
+    size: tuple[int, int],
+    larger: int,
+) -> None:
+    """The values elsewhere are those of whole rows, wherever the data lie; far fewer are computed."""
+    lacking, net, pixels = lacking_shape(shape, size), convolutions(1, larger), list[float]()
+    source = lacking_picture(tmp_path / "page.tif", "nodata", size, lacking)
+    with monkeypatch.context() as patch:
+        patch.setattr(large, "find_pieces", lambda *_: None)
+        predict(net, source, tmp_path / "rows", mask=mask, memory="16MiB")
+    find = large.find_pieces
+
+    def noted(*given: Any) -> Any:
+        found = find(*given)
+        pixels.append(sum((p.part.bottom - p.part.top) * (p.part.right - p.part.left) for p in found or ()))
+        return found
+
+    monkeypatch.setattr(large, "find_pieces", noted)
+    report = predict(net, source, tmp_path / "pieces", mask=mask, memory="16MiB")
+    if not (shape == "footprint" and mask != "all"):  # where the margins of cells take the rest
+        assert 0 < pixels[0] < (0.7 if shape != "spots" else 0.3) * lacking.size
+    values, those = (tifffile.imread(tmp_path / name / "page.tif") for name in ("pieces", "rows"))
+    assert np.array_equal(np.isnan(values), np.isnan(those)) and not np.isnan(values).all()
+    assert np.allclose(values, those, atol=1e-5, equal_nan=True)
+    assert report.rows[0]["without_data"] == lacking.sum()
+
+
 @pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
 @pytest.mark.parametrize("kind", ["vrt", "img"])
 def test_rasters_of_other_kinds_are_predicted_where_they_lie(
