@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -46,9 +47,9 @@ from cadsurgery.network.invocations import Invocation, answer
 from cadsurgery.network.macs import MacReport, count_macs
 from cadsurgery.network.optimized import BFLOAT16, FLOAT, check_precision, fuse_network
 from cadsurgery.network.program import Program, ProgramNetwork, frozen_copy, refuse_torchscript
-from cadsurgery.network.regions import Box, Region, Regions
+from cadsurgery.network.regions import Box, Region, Regions, Values
 from cadsurgery.network.signature import Forward
-from cadsurgery.support.errors import InvalidInput, NotConverted
+from cadsurgery.support.errors import CannotConvert, InvalidInput, NotConverted
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent, waiting
 from cadsurgery.support.running import running
@@ -376,19 +377,34 @@ class AdaptiveModel(ProgramNetwork):
         image: Tensor,
         boxes: Sequence[Sequence[Box]],
         run: Callable[[Region], Result],
+        otherwise: Callable[[CannotConvert, Callable[[], Values]], Result],
         mask: object = None,
         output: str | int | None = None,
     ) -> Result:
         """Run something on the parts of pictures that are computed for boxes of each, see `regions.Region`.
 
+        Args:
+            image: (B, C, H, W).
+            boxes: the boxes of each picture.
+            run: is given the parts.
+            otherwise: is given why the network is not computed for a part of the picture only, and a function that
+                returns the values in the boxes by computing their rows in bands.
+            mask: mask for this call only, as for a call.
+            output: key or position of the output that is asked for.
+
         Raises:
-            CannotConvert: the network is not computed for a part of the picture only.
             UnknownName: no such output.
         """
         provider = resolve_mask(self.mask if mask is None else mask)
 
         def found(program: Program, arguments: dict[str, Any]) -> Result:
-            return run(self._regions.find(program, provider, arguments, boxes, output))
+            given = (program, provider, arguments, boxes, output)
+            try:
+                region = self._regions.find(*given)
+            except CannotConvert as refusal:
+                bands = self._bands or Bands(sys.maxsize)
+                return otherwise(refusal, lambda: self._regions.by_rows(bands, *given))
+            return run(region)
 
         return self.follow(Invocation(self.program, self.program.bind(image)), found)
 

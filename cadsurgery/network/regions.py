@@ -22,15 +22,18 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from cadsurgery.elements.axes import NCHW
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.following.equivalence import meta_copy
 from cadsurgery.following.guards import drop_dead_code
 from cadsurgery.masks.basic import FixedMask
 from cadsurgery.masks.provider import MaskProvider
+from cadsurgery.network.bands.banded_call import Bands
 from cadsurgery.network.bands.element_steps import Cells
-from cadsurgery.network.bands.reading import Axis, BandPlan, SeenGraph, uniform
+from cadsurgery.network.bands.reading import Axis, BandPlan, SeenGraph, layout_of, uniform
 from cadsurgery.network.bands.walk import SAME
+from cadsurgery.network.input_refusals import first_value
 from cadsurgery.network.invocations import find_lattice
 from cadsurgery.network.program import Masked, Program
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName, first_line
@@ -102,8 +105,8 @@ class AxisReads:
         step: rows of the picture that parts of it are multiples of.
     """
 
-    def __init__(self, seen: SeenGraph, program: Program, along: Axis) -> None:
-        """Read the graph.
+    def __init__(self, seen: SeenGraph, program: Program, along: Axis, level: int | None) -> None:
+        """Read the graph; `level` is that of all cells, if they have one.
 
         Raises:
             CannotConvert: an operation needs a whole map.
@@ -112,7 +115,8 @@ class AxisReads:
         if seen.region is not None:
             size = seen.fine_size() if along == "h" else seen.fine_size()[::-1]
             geometry = program.geometry
-            cells = Cells(uniform(geometry, geometry.max_level, size).pyramid, geometry.sides[-1])
+            pyramid = uniform(geometry, geometry.max_level if level is None else level, size).pyramid
+            cells = Cells(pyramid, geometry.sides[-1], level=level)
         self.plan = BandPlan(seen, cells, along=along)
         self.changing = self._of_image()
         self.scales = self._found_scales(seen)
@@ -169,23 +173,28 @@ class PictureReads:
     """
 
     def __init__(
-        self, program: Program, graph: fx.Graph, arguments: dict[str, Any], counted: Program
+        self,
+        program: Program,
+        graph: fx.Graph,
+        arguments: dict[str, Any],
+        counted: Program,
+        level: int | None = None,
     ) -> None:
-        """Read a graph for the arguments of a call with one picture; `counted` is the program on meta tensors.
+        """Read a graph for the arguments of a call with one picture; `counted` is the program on meta tensors, `level`
+        that of all cells, if they have one.
 
         Raises:
             CannotConvert: an output is no map, or depends on the whole picture.
         """
         self.seen = SeenGraph(program, graph, arguments, counted)
         try:
-            self.axes = AxisReads(self.seen, program, "h"), AxisReads(self.seen, program, "w")
+            self.axes = (
+                AxisReads(self.seen, program, "h", level),
+                AxisReads(self.seen, program, "w", level),
+            )
         except CannotConvert as error:
             raise _refused(error) from error
-        for node in tree_leaves(self.seen.returned[0]):
-            if node in self.seen.shapes and any(node not in one.scales for one in self.axes):
-                raise _refused(
-                    self.axes[0].plan.refusal(node, "it is no map of the picture's rows and columns")
-                )
+        _check_outputs(self.axes[0].plan)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -194,9 +203,7 @@ class PictureReads:
 
     def box_of(self, node: fx.Node, box: Box) -> Box:
         """Return the box of the map of a node that covers a box of the picture."""
-        shape = self.seen.shapes[node]
-        height, width = (shape[one.plan.axis[node]] for one in self.axes)
-        return box.of_map((height, width), self.size)
+        return _box_of(self.axes[0].plan, node, box, self.size)
 
     def needed(self, box: Box) -> list[dict[fx.Node, Span]]:
         """Return the rows and the columns of each map that the values in a box depend on."""
@@ -310,32 +317,69 @@ def refused(where: str, why: str) -> CannotConvert:
 
 def joined(parts: Sequence[Part], whole: Box) -> list[Part]:
     """Join parts where that is no more to compute; the whole picture if parts are as much."""
-    left = list(parts)
-    done = list[Part]()
+    left, done = list(parts), list[Part]()
     while left:
-        one = left.pop()
-        for place, other in enumerate(left):
+        one, others = left.pop(), [*left, *done]
+        for other in others:
             box = one.box.joined(other.box)
             if box.area <= one.box.area + other.box.area:
-                left[place] = Part(box, one.boxes + other.boxes)
+                rest = [part for part in others if part is not other]
+                left, done = [*rest, Part(box, one.boxes + other.boxes)], []
                 break
         else:
-            rest = [
-                place
-                for place, other in enumerate(done)
-                if one.box.joined(other.box).area <= one.box.area + other.box.area
-            ]
-            if rest:  # joined ones may reach those that were done
-                other = done.pop(rest[0])
-                left.append(Part(one.box.joined(other.box), one.boxes + other.boxes))
-            else:
-                done.append(one)
+            done.append(one)
     if len(done) > 1 and sum(part.box.area for part in done) >= whole.area:
         return [Part(whole, [number for part in done for number in part.boxes])]
     return done
 
 
 Answer = Callable[[MaskProvider, Program, dict[str, Any]], Masked]
+
+
+@dataclass
+class Values:
+    """The values of a network in boxes.
+
+    Attributes:
+        parts: for each picture, and each of its boxes, the outputs; dictionaries and lists as the graph has them.
+        whole: the outputs of one picture, without values.
+        axes: the axes of height and width of each of them; None for what is no map.
+        contain: makes the network's own kind of output from one of these.
+    """
+
+    parts: list[list[Any]]
+    whole: Any
+    axes: list[tuple[int, int] | None]
+    contain: Callable[[Any], Any]
+
+    @classmethod
+    def of(
+        cls,
+        plan: BandPlan,
+        program: Program,
+        output: str | int | None,
+        boxes: Sequence[Sequence[Box]],
+        image: Tensor,
+    ) -> Values:
+        """Return what boxes have of the outputs before anything is computed: empty ones have their values."""
+        size = image.shape[2], image.shape[3]
+        nodes = tree_leaves(plan.seen.returned[0])
+        return cls(
+            [[None if box.area else _empty(plan, box, size, image) for box in some] for some in boxes],
+            _empty(plan, Box(0, size[0], 0, size[1]), size, image),
+            [_axes_of(plan, node) if node in plan.seen.shapes else None for node in nodes],
+            program.contain if output is None else lambda value: value,
+        )
+
+    def put(self, number: int, index: int, result: Any, cut: Callable[[int, Tensor], Tensor]) -> None:
+        """Add what a box has of a result: `cut` is given the number of each map, and the map."""
+        numbers = iter(range(len(self.axes)))
+
+        def part(value: Any) -> Any:
+            place = next(numbers)
+            return value if self.axes[place] is None else cut(place, value)
+
+        self.parts[number][index] = tree_map(part, result)
 
 
 @dataclass
@@ -384,46 +428,31 @@ class Region:
         top, left = box.top // stride, box.left // stride
         return FixedMask(self.lattice.pyramid.levels[numbers, top : top + height, left : left + width])
 
-    def read(self, answer: Answer, output: str | int | None) -> list[list[Any]]:
+    def read(self, answer: Answer, output: str | int | None) -> Values:
         """Return the values in each box of each picture.
 
         Args:
             answer: returns output and lattice of a call with a mask.
             output: key or position of the output that is asked for.
         """
-        nodes, plain = tree_leaves(self.reads.seen.returned[0]), self.program.bind_to(self.program.net)
+        plain, plan = self.program.bind_to(self.program.net), self.reads.axes[0].plan
         plain.__dict__["container"] = dict
-        found = [[None if box.area else self._empty(box, output) for box in boxes] for boxes in self.boxes]
+        image = self.arguments[self.program.image_name]
+        values = Values.of(plan, self.program, output, self.boxes, image)
         for box, users in self.parts.items():
             provider, arguments = self.call_of(box)
-            result = select_output(answer(provider, plain, arguments)[0], output)
+            result = answer(provider, plain, arguments)[0]
+            result = result if output is None else select_output(result, output)
             for place, (number, indices) in enumerate(users):
                 for index in indices:
-                    cut = partial(self._cut, box, place, self.boxes[number][index])
-                    values = iter([cut(*pair) for pair in zip(nodes, tree_leaves(result), strict=True)])
-                    value = tree_map(lambda _, values=values: next(values), result)
-                    found[number][index] = value if output is not None else self.program.contain(value)
-        return found
+                    values.put(
+                        number, index, result, partial(self._cut, box, place, self.boxes[number][index])
+                    )
+        return values
 
-    def _empty(self, box: Box, output: str | int | None) -> Any:
-        """Return what a box without pixels has of the outputs."""
-        seen = self.reads.seen
-
-        def part(node: Any) -> Any:
-            if node not in seen.shapes:
-                return seen.numbers.get(node) if isinstance(node, fx.Node) else node
-            shape = list(seen.shapes[node])
-            for reads, (first, end) in zip(self.reads.axes, self.reads.box_of(node, box).spans, strict=True):
-                shape[reads.plan.axis[node]] = end - first
-            return self.arguments[self.program.image_name].new_empty(shape, dtype=seen.types[node])
-
-        value = tree_map(part, _as_plain(seen.returned[0]))
-        return value if output is not None else self.program.contain(value)
-
-    def _cut(self, part: Box, place: int, box: Box, node: Any, value: Any) -> Any:
+    def _cut(self, part: Box, place: int, box: Box, number: int, value: Tensor) -> Tensor:
         """Return what an output of a part of the pictures has of a box of one of them."""
-        if not isinstance(node, fx.Node) or not isinstance(value, Tensor):
-            return value
+        node = tree_leaves(self.reads.seen.returned[0])[number]
         value = value[place : place + 1]
         for reads, (first, end), (start, _) in zip(
             self.reads.axes, self.reads.box_of(node, box).spans, part.spans, strict=True
@@ -445,7 +474,7 @@ class Regions:
 
     def __init__(self) -> None:
         self._graphs = dict[tuple[fx.Graph, str | int | None], fx.Graph]()
-        self._counted = dict[Program, Program]()
+        self._counted = dict[tuple[Program, torch.dtype | None], Program]()
         self._reads = OrderedDict[tuple[Any, ...], PictureReads]()
 
     def __reduce__(self) -> tuple[type[Regions], tuple[()]]:
@@ -474,16 +503,58 @@ class Regions:
             )
         image, level = arguments[name], provider.uniform_level(program.plan.max_level)
         graph = self._graph(program.graph_at(level), output)
-        reads = self._read(program, graph, {**arguments, name: image[:1]})
+        reads = self._read(program, graph, {**arguments, name: image[:1]}, level)
         lattice = find_lattice(program, program.masking(provider), arguments) if level is None else None
         found = dict[Box, list[tuple[int, list[int]]]]()
         cut = dict[Box, PictureReads]()
         for number, of_picture in enumerate(boxes):
             for part in self._parts(reads, of_picture):
-                box, cut_reads = self._checked(program, graph, arguments, reads, part, of_picture)
+                box, cut_reads = self._checked(program, graph, arguments, reads, part, of_picture, level)
                 cut[box] = cut_reads
                 found.setdefault(box, []).append((number, part.boxes))
         return Region(program, arguments, provider, lattice, reads, boxes, found, cut)
+
+    def by_rows(
+        self,
+        bands: Bands,
+        program: Program,
+        provider: MaskProvider,
+        arguments: dict[str, Any],
+        boxes: Sequence[Sequence[Box]],
+        output: str | int | None = None,
+    ) -> Values:
+        """Return the values in boxes of each picture by computing the rows of these in bands, and all that values of
+        the whole picture are made of.
+
+        Raises:
+            CannotConvert: an operation needs a whole map, or an output is none.
+            InvalidInput: the call is none that bands can compute.
+        """
+        cut = program.bind_to(program.net)
+        graphs = {
+            id(graph): self._graph(graph, output) for graph in (program.graph, program.unchanged) if graph
+        }
+        cut.__dict__.update(graph=graphs[id(program.graph)], unchanged=graphs.get(id(program.unchanged)))
+        image: Tensor = arguments[program.image_name]
+        size = image.shape[2], image.shape[3]
+        plans = dict[int, BandPlan]()
+
+        def rows(plan: BandPlan, number: int) -> dict[fx.Node, Span] | None:
+            plans[number], asked = plan, [box for box in boxes[number] if box.area]
+            _check_outputs(plan)
+            if not asked:
+                return None
+            around = _around(asked)
+            return {node: _box_of(plan, node, around, size).spans[0] for node in plan.map_outputs}
+
+        results = bands.within(provider, cut, arguments, rows)
+        values = Values.of(plans[0], program, output, boxes, image)
+        for number, result in enumerate(results):
+            plan, spans = plans[number], rows(plans[number], number)
+            for index, box in enumerate(boxes[number]):
+                if box.area and spans is not None:
+                    values.put(number, index, result, partial(_rows_and_columns, plan, box, size, spans))
+        return values
 
     def _parts(self, reads: PictureReads, boxes: Sequence[Box]) -> list[Part]:
         height, width = reads.size
@@ -498,6 +569,7 @@ class Regions:
         reads: PictureReads,
         part: Part,
         boxes: Sequence[Box],
+        level: int | None,
     ) -> tuple[Box, PictureReads]:
         """Return the part of the picture that gives a part's boxes, and what its maps read."""
         name, whole = program.image_name, Box(0, reads.size[0], 0, reads.size[1])
@@ -508,7 +580,7 @@ class Regions:
                 return whole, reads
             picture = arguments[name][:1, :, box.top : box.bottom, box.left : box.right]
             try:
-                cut = self._read(program, graph, {**arguments, name: picture})
+                cut = self._read(program, graph, {**arguments, name: picture}, level)
                 reads.check(cut, around, box)
                 return box, cut
             except CannotConvert as error:
@@ -533,20 +605,79 @@ class Regions:
             self._graphs[key] = copied
         return self._graphs[key]
 
-    def _read(self, program: Program, graph: fx.Graph, arguments: dict[str, Any]) -> PictureReads:
+    def _read(
+        self, program: Program, graph: fx.Graph, arguments: dict[str, Any], level: int | None
+    ) -> PictureReads:
         """Return what the maps of a graph read in a call with one picture."""
         kinds = tuple(
             (n, v.shape, v.dtype) if isinstance(v, Tensor) else (n, repr(v)) for n, v in arguments.items()
         )
-        key = program, graph, kinds
+        weight = first_value(program.net)
+        counted = program, weight.dtype if weight is not None else None
+        key = *counted, graph, kinds, level
         if key not in self._reads:
-            if program not in self._counted:
-                self._counted[program] = program.bind_to(meta_copy(program.net))
-            self._reads[key] = PictureReads(program, graph, arguments, self._counted[program])
+            if counted not in self._counted:
+                self._counted[counted] = program.bind_to(meta_copy(program.net))
+            self._reads[key] = PictureReads(program, graph, arguments, self._counted[counted], level)
             while len(self._reads) > _MOST_SIZES:
                 self._reads.popitem(last=False)
         self._reads.move_to_end(key)
         return self._reads[key]
+
+
+def _axes_of(plan: BandPlan, node: fx.Node) -> tuple[int, int]:
+    """Return the axes of height and width of an output."""
+    layout = layout_of(node)
+    across = layout.find("w") if "w" in layout else NCHW.index("w")
+    return plan.axis[node], across
+
+
+def _check_outputs(plan: BandPlan) -> None:
+    """Refuse outputs that are no maps of the rows and columns of the picture."""
+    for node in tree_leaves(plan.seen.returned[0]):
+        if node in plan.seen.shapes and (
+            node not in plan.maps or not {"h", "w"} <= set(layout_of(node) or NCHW)
+        ):
+            raise _refused(plan.refusal(node, "it is no map of the picture's rows and columns"))
+
+
+def _box_of(plan: BandPlan, node: fx.Node, box: Box, size: tuple[int, int]) -> Box:
+    """Return the box of an output that covers a box of a picture of a size."""
+    down, across = _axes_of(plan, node)
+    shape = plan.seen.shapes[node]
+    return box.of_map((shape[down], shape[across]), size)
+
+
+def _empty(plan: BandPlan, box: Box, size: tuple[int, int], like: Tensor) -> Any:
+    """Return what a box without pixels has of the outputs."""
+    seen = plan.seen
+
+    def part(node: Any) -> Any:
+        if node not in seen.shapes:
+            return seen.numbers.get(node) if isinstance(node, fx.Node) else node
+        shape = list(seen.shapes[node])
+        for axis, (first, end) in zip(
+            _axes_of(plan, node), _box_of(plan, node, box, size).spans, strict=True
+        ):
+            shape[axis] = end - first
+        return like.new_empty(shape, dtype=seen.types[node])
+
+    return tree_map(part, _as_plain(seen.returned[0]))
+
+
+def _rows_and_columns(
+    plan: BandPlan,
+    box: Box,
+    size: tuple[int, int],
+    spans: dict[fx.Node, Span],
+    number: int,
+    value: Tensor,
+) -> Tensor:
+    """Return what rows of an output have of a box."""
+    node = tree_leaves(plan.seen.returned[0])[number]
+    (top, bottom), (left, right) = _box_of(plan, node, box, size).spans
+    down, across = _axes_of(plan, node)
+    return value.narrow(down, top - spans[node][0], bottom - top).narrow(across, left, right - left)
 
 
 def _as_plain(value: Any) -> Any:

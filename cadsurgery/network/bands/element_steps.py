@@ -52,11 +52,13 @@ class Cells:
         pyramid: the levels of the whole picture.
         side: fine rows that are computed at a time: of the largest cell, or of several.
         counts: what `elements_above` has found of the picture.
+        level: the level of all cells, where it is known that they have one: what is read then ends between these.
     """
 
     pyramid: Pyramid
     side: int
     counts: dict[Grid, list[int]] = field(default_factory=dict)
+    level: int | None = None
     _rows: dict[tuple[int, int], Pyramid] = field(default_factory=dict)
     _parts: dict[tuple[int, int], dict[Any, Lattice]] = field(default_factory=dict)
     _known: list[tuple[int, int]] = field(default_factory=list)
@@ -135,10 +137,17 @@ class Cells:
             self.counts[grid] = torch.cat(found).cumsum(0).tolist()
         return self.counts[grid]
 
-    def reached(self, above: int, below: int, step: int = 1) -> RowsRead:
-        """Return the rows of whole cells that are read by points so many fine rows above and below an element, which
-        lies on a multiple of `step`; points within a cell read the next one, too."""
-        side = self.side
+    def cell(self, grid: Grid) -> int:
+        """Return the fine rows in whose multiples a map is read."""
+        if self.level is None:
+            return self.side
+        geometry = self.pyramid.geometry
+        return geometry.sides[geometry.level_at(self.level, grid.stage)]
+
+    def reached(self, grid: Grid, above: int, below: int, step: int = 1) -> RowsRead:
+        """Return the rows of whole cells of a map that are read by points so many fine rows above and below an element,
+        which lies on a multiple of `step`; points within a cell read the next one, too."""
+        side = self.cell(grid)
 
         def last(row: int) -> int:
             place = row // step * step + below
@@ -232,14 +241,14 @@ def window_of_elements(
 
 def _rows_of_window(cells: Cells, window: Window, grids: tuple[Grid, Grid, Grid | None]) -> RowsRead:
     """Return the fine rows of the cells under the taps, those of the result among them."""
-    height, side = grids[0].size[0], cells.side
+    height, side = grids[0].size[0], cells.cell(grids[0])
     if window.reads_one_sample:
         return SAME
     if window.finer > 1:
         down = [window.output_spacing * (window.padding[0] - tap) for tap in range(window.kernel[0])]
     else:
         down = window.offsets[0]
-    rows = cells.reached(max(0, -min(down)), max(0, max(down)), cells.finest(grids[1]))
+    rows = cells.reached(grids[0], max(0, -min(down)), max(0, max(down)), cells.finest(grids[1]))
     if window.mode == "zeros":
         return rows
     pads = [
@@ -258,7 +267,7 @@ def resized_elements(
     align_corners: bool,
 ) -> Stream:
     """A resize within the region, onto the lattice of an earlier stage."""
-    (coarse, fine), (source, target), side = spacings, grids, cells.side
+    (coarse, fine), (source, target), side = spacings, grids, cells.cell(grids[0])
     before = divide_up(source.size[0], coarse), divide_up(source.size[1], coarse)
     after = divide_up(target.size[0], fine), divide_up(target.size[1], fine)
     is_aligned = align_corners and mode != "nearest"
@@ -299,7 +308,7 @@ def border_of_elements(
     cells: Cells, node: fx.Node, grids: tuple[Grid, Grid], spacing: int, value: float | None
 ) -> Stream:
     """A map of the region that is cut or padded at its lower and right border; `value` as of `functional.pad`."""
-    source, side = grids[0], cells.side
+    source, side = grids[0], cells.cell(grids[0])
     last = max(source.size[0] - spacing, 0) // side * side  # the cells of the last samples
     if source == grids[1]:
         return Stream([(node, SAME)], lambda rows, *_: rows[0])
@@ -309,15 +318,17 @@ def border_of_elements(
     return step
 
 
-def of_neighbours(cells: Cells, node: fx.Node, grid: Grid, call: Call) -> Stream:
+def of_neighbours(cells: Cells, node: fx.Node, grids: tuple[Grid, Grid], call: Call) -> Stream:
     """An operation whose elements read no further than the next cells: it is called on these, too."""
+    grid = grids[1]
 
     def compute(rows: list[Any], first: int, end: int, begin: int) -> Elements:
         found: Elements = call({node: rows[0]})
         lines = first - begin, min(end, grid.size[0]) - begin
         return Elements(found.rows[slice(*map(found.lattice.row_at, lines))], cells.lattice(grid, first, end))
 
-    return Stream([(node, cells.reached(cells.side, cells.side))], compute, [node])
+    side = cells.cell(grids[0])
+    return Stream([(node, cells.reached(grids[0], side, side))], compute, [node])
 
 
 def entering(cells: Cells, node: fx.Node, grid: Grid, layout: str) -> Stream:
@@ -329,14 +340,14 @@ def entering(cells: Cells, node: fx.Node, grid: Grid, layout: str) -> Stream:
     return Stream([(node, SAME)], compute)
 
 
-def dense_map(cells: Cells, node: fx.Node, spacing: int, call: Call, axis: int) -> Stream:
+def dense_map(cells: Cells, node: fx.Node, grid: Grid, spacing: int, call: Call, axis: int) -> Stream:
     """The dense map at the exit of the region: rows of the network's own grid, along an axis, read from elements."""
 
     def compute(rows: list[Any], first: int, end: int, begin: int) -> Tensor:
         dense: Tensor = call({node: rows[0]})
         return dense.narrow(axis, first - begin // spacing, end - first)
 
-    reached = cells.reached(0, 0)
+    reached = cells.reached(grid, 0, 0)
     rows = RowsRead(lambda row: reached.first(row * spacing), lambda row: reached.last(row * spacing))
     return Stream([(node, rows)], compute, [node])
 
@@ -346,7 +357,7 @@ def resized_at_exit(
 ) -> Stream:
     """A resize at the exit of the region, see `functional.resize_to_dense`."""
     places, across = scaling.places(grid.size, spacing, dtype, torch.device("cpu"))
-    (low, high), reached = entries(places, grid.size[0]), cells.reached(0, 0)
+    (low, high), reached = entries(places, grid.size[0]), cells.reached(grid, 0, 0)
 
     def compute(rows: list[Any], first: int, end: int, begin: int) -> Tensor:
         x, down = rows[0], places[first:end] - begin

@@ -376,7 +376,7 @@ class BandPlan:
         if node.target is F.pad:
             options = arguments_of(node, "input", "pad", mode="constant", value=None)
             pads, mode = self._number(options["pad"]), options["mode"]
-            layout = _layout(node.all_input_nodes[0])
+            layout = layout_of(node.all_input_nodes[0])
             if layout != NCHW or mode == "circular" or not _is_number(pads) or any(pads[4:]):
                 return None
             left, right, top, bottom = (*pads, 0, 0)[:4]
@@ -395,7 +395,7 @@ class BandPlan:
         index = parts_of_index(node.args[1], 4)
         index += [slice(None)] * (4 - len(index))
         is_cut = all(isinstance(part, slice) for part in index) and index[:2] == [slice(None)] * 2
-        if _layout(source) != NCHW or len(index) != 4 or not is_cut:
+        if layout_of(source) != NCHW or len(index) != 4 or not is_cut:
             return None
         parts = [self._number(part) for part in index]
         lengths, pads = self.seen.size(self._source(node)), list[int]()
@@ -446,6 +446,8 @@ class BandPlan:
 
     def _pointwise(self, node: fx.Node) -> Stream:
         maps, axis, shape = self._maps_of(node), self._axis(node), self.seen.shapes[node]
+        if any(one not in self.seen.shapes for one in maps):  # elements
+            raise self.refusal(node, "it joins a dense map with the region")
         values = self._values_with_rows(node, axis, shape)
         heights = {self.seen.shapes[one][self._axis(one)] for one in (*maps, node)}
         if len(heights) > 1:
@@ -477,7 +479,7 @@ class BandPlan:
             raise self.refusal(value, "its rows are read along two axes")
 
     def _axis(self, node: fx.Node) -> int:
-        return self.axis.get(node) or max(_layout(node).find(self.along), 0) or NCHW.index(self.along)
+        return self.axis.get(node) or max(layout_of(node).find(self.along), 0) or NCHW.index(self.along)
 
     def call(self, node: fx.Node, rows: dict[fx.Node, Any], **more: Any) -> Any:
         """Call the operation of a node on rows of the maps that it reads, perhaps with other options, or on values
@@ -522,9 +524,11 @@ class BandPlan:
             return element_steps.entering(cells, source, grids[node], options.get("layout", NCHW))
         if source not in grids:
             raise self.refusal(node, "it joins a dense map with the region")
-        spacing, layout = options.get("spacing", 1), _layout(node)
+        spacing, layout = options.get("spacing", 1), layout_of(node)
         if node.target is functional.to_dense and self.along in layout and not options.get("guide"):
-            return element_steps.dense_map(cells, source, spacing, call, layout.index(self.along))
+            return element_steps.dense_map(
+                cells, source, grids[source], spacing, call, layout.index(self.along)
+            )
         if node.target is functional.resize_to_dense and cells.pyramid.geometry.fill == "linear":
             scaling, dtype = self._turned(_scaling(options)), self.seen.types[source]
             return element_steps.resized_at_exit(cells, source, grids[source], spacing, scaling, dtype)
@@ -533,7 +537,7 @@ class BandPlan:
             mode, align = options.get("mode", "nearest"), bool(options.get("align_corners"))
             return element_steps.resized_elements(cells, source, pair, options["spacings"], mode, align)
         if node.target is functional.pixel_shuffle:
-            return element_steps.of_neighbours(cells, source, pair[1], call)
+            return element_steps.of_neighbours(cells, source, pair, call)
         if operation.reads == "window" and "window" in options:
             window, residual = self._turned(options["window"]).fit(pair[0].size), options.get("residual")
             added = grids[residual] if residual is not None else None
@@ -602,7 +606,7 @@ class BandPlan:
                 measure = partial(element_steps.bins_of_elements, **kind, **more)
             if kind["is_largest"]:
                 join, finish = torch.maximum, lambda found: found
-        layout = options.get("layout", NCHW) if grid else _layout(source)
+        layout = options.get("layout", NCHW) if grid else layout_of(source)
         is_over_all = set(dims) == {1, 2, 3} and how in ("mean", "sum", "amax", "amin")
         if measure is None or not (tuple(dims) == image_dims(layout) or is_over_all):
             axes = "the whole batch" if 0 in dims else "a part of the axes of a map"
@@ -636,7 +640,7 @@ class BandPlan:
 
     def _lengths(self, node: fx.Node) -> tuple[int, int]:
         """Height and width of a map of any axes."""
-        layout, shape = _layout(node), self.seen.shapes[node]
+        layout, shape = layout_of(node), self.seen.shapes[node]
         return shape[layout.index("h")], shape[layout.index("w")]
 
     def _size(self, node: fx.Node) -> tuple[int, int]:
@@ -690,9 +694,9 @@ class BandPlan:
             return
         operation, layouts = (
             treatment.operation,
-            {_layout(one) for one in self._maps_of(node)},
+            {layout_of(one) for one in self._maps_of(node)},
         )
-        layouts |= {_layout(node)} if node in self.seen.shapes else set()
+        layouts |= {layout_of(node)} if node in self.seen.shapes else set()
         on_rows = operation is None or operation.reads == "element"
         if (
             treatment.kind not in ("pointwise", "join")
@@ -728,7 +732,7 @@ def _acts(node: fx.Node) -> Treatment:
     return node.meta.get(ACTS) or Treatment("barrier", f"no rule for {node.name}")
 
 
-def _layout(node: fx.Node) -> str:
+def layout_of(node: fx.Node) -> str:
     """Return the axes of a node's value; "" if it is no map."""
     return _acts(node).layout
 

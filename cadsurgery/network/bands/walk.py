@@ -130,11 +130,12 @@ class Walk:
         band: int,
         known: Collection[Stream],
         kept: Collection[Stream] = (),
-        start: int = 0,
+        rows: Mapping[Stream, tuple[int, int]] | None = None,
     ) -> None:
         """Take the maps in graph order, those that are asked for, rows of the tallest map in a band, the maps
-        that are there as a whole from the beginning, those that stay as a whole once they are computed, and the first
-        row of those asked for; of the others those are left out that nothing reads then."""
+        that are there as a whole from the beginning, those that stay as a whole once they are computed, and the rows
+        [first, end) of those asked for, if not all; of the others those are left out that nothing reads then."""
+        self._rows = rows or {}
         self.streams, self.band, self.known, self._ends, self._kept = streams, band, known, ends, kept
         self.used = used_by(streams, ends, known)
         self._readers = defaultdict[Stream, list[tuple[Stream, RowsRead]]](list)
@@ -146,9 +147,9 @@ class Walk:
             self._leaving[self._readers[one][-1][0] if self._readers[one] else one].append(one)
         self._whole = max((one.height for one in self.used), default=0)
         self._begin = dict.fromkeys(self.used, 0)
-        for one in reversed(self.used) if start else ():
+        for one in reversed(self.used) if self._rows else ():
             first = [window.first(self._begin[reader]) for reader, window in self._readers[one]]
-            first += [start] if one in ends else []
+            first += [self._rows.get(one, (0, 0))[0]] if one in ends else []
             self._begin[one] = max(min(first, default=0), 0) // one.chunk * one.chunk
 
     def carry_out(self, storage: Storage) -> Iterator[tuple[Stream, int, Any]]:
@@ -192,6 +193,7 @@ class Walk:
             rows = -one.height
             if one in self._ends:
                 rows = -(-min(bottom, self._whole) * one.height // self._whole)
+                rows = min(rows, self._rows.get(one, (0, rows))[1])
             for reader, window in self._readers[one]:
                 rows = max(rows, window.last(asked[reader] - 1) + 1)
             asked[one] = min(-(-rows // one.chunk) * one.chunk, one.height)
