@@ -309,20 +309,19 @@ def _sides_of(sides: Sequence[int], padded: Sequence[int], size: Sequence[int]) 
     return next(ends), next(ends)
 
 
-def _without_cells(net: Any, picture: LargePicture, result: Any, start: int) -> tuple[Any, Any]:
-    """Return a result in which cells without any data have the lowest level, and its mask; a picture that is computed
-    as given stays so."""
-    if not picture.lacks or not any(result.levels.stride()):
-        return result, None
-    levels, side = result.levels.clone(), net.geometry.sides[-1]
+def _without_cells(net: Any, picture: LargePicture, levels: Tensor) -> Any:
+    """Return the levels of a picture whose cells without any data have the lowest one; None for a picture that is
+    computed as given."""
+    if not any(levels.stride()):
+        return None
+    levels, side = levels.clone(), net.geometry.sides[-1]
     height, width = levels.shape[1:]
     whole = picture.lacking(0, height, (height, width)).float()
     down, across = -height % side, -width % side
     cells = -F.max_pool2d(-F.pad(whole[None, None], (0, across, 0, down), value=1.0), side)[0, 0]
     lowest = cells.repeat_interleave(side, 0).repeat_interleave(side, 1)[:height, :width] > 0
     levels[:, lowest] = net.geometry.max_level
-    mask = levels.long()
-    return _rows_of(net, picture, start, mask), mask
+    return levels.long()
 
 
 def _rows_of(net: Any, picture: LargePicture, start: int, mask: Any = None) -> Any:
@@ -351,9 +350,8 @@ def _pieces(net: Any, picture: LargePicture, result: Any, mask: Any, size: tuple
     rows = [Piece(Box(*part, 0, size[1])) for part in picture.parts(size)]
     if not rows or not picture.lacks:
         return rows
-    levels = result.levels.long() if mask is None and any(result.levels.stride()) else mask
     wanted = picture.wanted(block_side(picture.shape[1]))
-    return find_pieces(net, picture, wanted, size, result.shape[1:], levels) or rows
+    return find_pieces(net, picture, wanted, size, result.shape[1:], mask) or rows
 
 
 def _count_lacking(picture: LargePicture) -> int:
@@ -389,8 +387,9 @@ def predict_large(
         channels, padded = result.shape[0], picture.shape[1:]
         size = _sides_of(result.shape[1:], padded, picture.size)
         without = part.begin(size, channels, picture.lacks)
-        result, mask = _without_cells(net, picture, result, part.start)
-        computed_from = part.start
+        mask = _without_cells(net, picture, result.levels) if picture.lacks else None
+        levels = result.levels if mask is None else mask
+        computed_from = part.start if mask is None else -1
         name = Path(picture.path).name
         step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
         pieces = _pieces(net, picture, result, mask, size)
@@ -424,7 +423,7 @@ def predict_large(
     if picture.lacks:
         position = (*position, (tiff.NO_DATA, 2, None, f"{without}", True))
     part.finish(position, picture.file.block, overviews)
-    levels = cut_back(result.levels, padded, picture.size)
+    levels = cut_back(levels, padded, picture.size)
     levels = levels if any(levels.stride()) else levels.flatten()[:1]
     shares = [int((levels == level).sum()) / levels.numel() for level in range(net.geometry.max_level + 1)]
     return {

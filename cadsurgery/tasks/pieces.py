@@ -91,7 +91,7 @@ def find_pieces(
     image = picture[:, :1].new_zeros(()).expand(1, *picture.shape)
 
     def region_of(box: Box) -> Region:
-        found: Region = net.in_region(image, [[box]], lambda region: region, mask)
+        found: Region = net.in_region(image, [[box]], lambda region: region, _refused, mask)
         return found
 
     try:
@@ -129,8 +129,12 @@ def find_pieces(
             int(first * length / of)
             for first, length, of in zip((part.top, part.left), whole, (height, width), strict=True)
         )
-        pieces.append(Piece(Box(a, b, c, d), part, (offset[0], offset[1]), region.mask_of(part)))
+        pieces.append(Piece(Box(a, b, c, d), part, (offset[0], offset[1]), region.mask_of(part, mask)))
     return pieces
+
+
+def _refused(refusal: CannotConvert, _: object) -> Any:
+    raise refusal
 
 
 def _sample_at(pixel: int, pixels: int, samples: int) -> int:
