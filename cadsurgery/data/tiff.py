@@ -570,6 +570,10 @@ def block_of(height: int, width: int) -> tuple[int, int]:
 # Tags of GeoTIFF and of GDAL: scale of pixels, tie points, a transform, coordinate system, rational polynomials.
 _SCALE, _TIE_POINTS, _TRANSFORM, _KEYS, _POLYNOMIALS = 33550, 33922, 34264, 34735, 50844
 _POSITION = (_SCALE, _TIE_POINTS, _TRANSFORM, _KEYS, 34736, 34737, _POLYNOMIALS)
+_SYSTEMS, _OWN_SYSTEM = (
+    (3072, 2048),
+    32767,
+)  # keys of a projected and a geographic system; the number of one's own
 _RASTER_TYPE, _POINT = 1025, 2  # the key that says whether coordinates are those of the middle of pixels
 _METADATA = 42112  # GDAL's own, as XML; items of a band describe its values
 
@@ -584,16 +588,39 @@ def position_of(page: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def states_position(path: Path | str) -> bool:
-    """True for a TIFF file that says where its picture lies on the earth."""
+def position_at(path: Path | str) -> tuple[Any, ...]:
+    """Return what a TIFF file says of where its picture lies on the earth, see `TiffRows`; empty for other files."""
     import tifffile
 
     place, named = split_page(path)
     if not str(place).lower().endswith((".tif", ".tiff")) or not is_tiff(place):
-        return False
+        return ()
     with contextlib.suppress(Exception), tifffile.TiffFile(place) as file:  # reported where it is read
-        return bool(position_of(_picture_of(file, place, named).original))
-    return False
+        picture = _picture_of(file, place, named)
+        sizes = _size_of(picture.original), _size_of(picture.page)
+        return moved_position(position_of(picture.original), *sizes)
+    return ()
+
+
+def coordinates_of(
+    position: Sequence[Any],
+) -> tuple[tuple[tuple[float, float, float], tuple[float, float, float]] | None, int | None]:
+    """Return what a position, see `TiffRows`, says of coordinates: the two rows (a, b, c) of the transform that turns
+    column x and row y of a pixel's corner into a x + b y + c, and the EPSG number of the coordinate system; None for
+    what it does not state."""
+    values = {code: value for code, _, _, value, _ in position}
+    keys = {key: value for key, place, _, value in _rows_of(values.get(_KEYS, ()), 4) if not place}
+    middle = 0.5 if keys.get(_RASTER_TYPE) == _POINT else 0.0
+    system = next((keys[key] for key in _SYSTEMS if 0 < keys.get(key, 0) < _OWN_SYSTEM), None)
+    if _TRANSFORM in values:
+        first, second = (row for row, _ in zip(_rows_of(values[_TRANSFORM], 4), range(2), strict=False))
+        (a, b, c), (d, e, f) = (first[0], first[1], first[3]), (second[0], second[1], second[3])
+    elif _SCALE in values and len(values.get(_TIE_POINTS, ())) == 6:
+        (x, y, _, east, north, _), (across, down, *_) = values[_TIE_POINTS], values[_SCALE]
+        (a, b, c), (d, e, f) = (across, 0.0, east - x * across), (0.0, -down, north + y * down)
+    else:
+        return None, system
+    return ((a, b, c - middle * (a + b)), (d, e, f - middle * (d + e))), system
 
 
 def moved_position(position: Sequence[Any], size: tuple[int, int], other: tuple[int, int]) -> tuple[Any, ...]:

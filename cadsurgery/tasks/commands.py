@@ -183,6 +183,12 @@ class RunOptions:
         "the other; on the CPU",
         metavar="AMOUNT",
     )
+    within: str = option(
+        "",
+        "compute only this area: a picture of it (not 0), boxes.json in pixels, or polygons.geojson in the raster's "
+        "coordinate system; elsewhere predictions have no data",
+        metavar="FILE",
+    )
     overviews: bool = option(
         False, "with --memory: TIFF files get smaller copies for viewers (cloud-optimised GeoTIFF)"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import threading
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.data import tiff
+from cadsurgery.data.areas import read_area
 from cadsurgery.data.channels import as_channels
 from cadsurgery.data.images import check_values, normalise
 from cadsurgery.data.rasters import add_overviews, open_rows
@@ -93,6 +93,7 @@ class LargePicture:
         dtype: torch.dtype | None = None,
         size: tuple[int, int] | None = None,
         view: str = "",
+        within: str = "",
     ) -> None:
         """Open a file.
 
@@ -102,6 +103,7 @@ class LargePicture:
             bands: the bands to take instead of the source's.
             dtype: type of the network's pictures.
             size, view: as of a run; others than the usual need the whole picture.
+            within: file of the area that is asked for; empty for all.
 
         Raises:
             FileError: see `TiffRows`.
@@ -121,6 +123,13 @@ class LargePicture:
         self._lacking = (
             self._bits(lambda first, end: self._read(first, end)[1][0]) if self.file.may_lack else None
         )
+        self._unwanted, self.asked = self._lacking, 0
+        if within:
+            area = read_area(within, self.size, path, self.file.position)
+            outside = self._bits(lambda first, end: ~area.rows(first, end))
+            self.asked = self.size[0] * self.size[1] - _count(outside)
+            both = [bits for bits in (self._lacking, outside) if bits is not None]
+            self._unwanted = np.bitwise_or.reduce(both) if both else None
 
     def _bits(self, rows: Callable[[int, int], Tensor]) -> np.ndarray[Any, Any] | None:
         """Return which pixels are marked in rows (rows, W), eight in a byte; None if none is."""
@@ -133,35 +142,48 @@ class LargePicture:
         """True if some pixels have no data."""
         return self._lacking is not None
 
-    def lacking(self, first: int, end: int, size: tuple[int, int]) -> Tensor:
-        """Return which samples of rows [first, end) of a map (height, width) lie on pixels without data, (rows, W)."""
-        if self._lacking is None:
+    @property
+    def is_partial(self) -> bool:
+        """True if the result has no data somewhere: the picture has none there, or it is not asked for."""
+        return self._unwanted is not None
+
+    @property
+    def without_data(self) -> int:
+        """The number of pixels without data."""
+        return _count(self._lacking)
+
+    def lacking(self, first: int, end: int, size: tuple[int, int], *, or_outside: bool = False) -> Tensor:
+        """Return which samples of rows [first, end) of a map (height, width) lie on pixels without data, (rows, W),
+        or on such that are not asked for."""
+        marked = self._unwanted if or_outside else self._lacking
+        if marked is None:
             return torch.zeros(end - first, size[1], dtype=torch.bool)
         rows, columns = (
             (np.arange(*part) + 0.5) * whole // length
             for part, length, whole in zip(((first, end), (0, size[1])), size, self.size, strict=True)
         )
-        unpacked = np.unpackbits(self._lacking[rows.astype(int)], axis=1)
+        unpacked = np.unpackbits(marked[rows.astype(int)], axis=1)
         return torch.from_numpy(unpacked[:, columns.astype(int)].astype(bool))
 
     def wanted(self, side: int) -> Blocks:
-        """Return which blocks of so many pixels a side, (rows, columns), have pixels with data."""
+        """Return which blocks of so many pixels a side, (rows, columns), have pixels with data that are asked for."""
         height, width = self.size
         found = np.ones((-(-height // side), -(-width // side)), bool)
-        if self._lacking is None:
+        if self._unwanted is None:
             return found
         for number, blocks in enumerate(found):
-            band = np.unpackbits(self._lacking[number * side : (number + 1) * side], axis=1, count=width)
+            band = np.unpackbits(self._unwanted[number * side : (number + 1) * side], axis=1, count=width)
             there = np.pad((band == 0).any(0), (0, -width % side))
             blocks[:] = there.reshape(-1, side).any(1)
         return found
 
     def parts(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Return the rows [first, end) of a map (height, width) with data; few rows without are counted to them."""
-        if self._lacking is None:
+        """Return the rows [first, end) of a map (height, width) with data that are asked for; few rows without are
+        counted to them."""
+        if self._unwanted is None:
             return [(0, size[0])]
         whole = np.packbits(np.ones(self.size[1], np.uint8))
-        there = np.flatnonzero((self._lacking != whole).any(1))
+        there = np.flatnonzero((self._unwanted != whole).any(1))
         if not there.size:
             return []
         cuts = np.flatnonzero(np.diff(there) > _GAP)
@@ -314,6 +336,8 @@ def _without_cells(net: Any, picture: LargePicture, levels: Tensor) -> Any:
     computed as given."""
     if not any(levels.stride()):
         return None
+    if not picture.lacks:
+        return levels.long()
     levels, side = levels.clone(), net.geometry.sides[-1]
     height, width = levels.shape[1:]
     whole = picture.lacking(0, height, (height, width)).float()
@@ -348,15 +372,15 @@ def _rows_of(net: Any, picture: LargePicture, start: int, mask: Any = None) -> A
 def _pieces(net: Any, picture: LargePicture, result: Any, mask: Any, size: tuple[int, int]) -> list[Piece]:
     """Return the rectangles of the result that are computed, of which one follows the other."""
     rows = [Piece(Box(*part, 0, size[1])) for part in picture.parts(size)]
-    if not rows or not picture.lacks:
+    if not rows or not picture.is_partial:
         return rows
     wanted = picture.wanted(block_side(picture.shape[1]))
     return find_pieces(net, picture, wanted, size, result.shape[1:], mask) or rows
 
 
-def _count_lacking(picture: LargePicture) -> int:
-    ends = [*range(0, picture.size[0], _GAP), picture.size[0]]
-    return sum(int(picture.lacking(*part, picture.size).sum()) for part in itertools.pairwise(ends))
+def _count(marked: np.ndarray[Any, Any] | None) -> int:
+    """Return the number of pixels that are marked in bits."""
+    return 0 if marked is None else int(sum(np.unpackbits(row).sum(dtype=np.int64) for row in marked))
 
 
 def predict_large(
@@ -386,8 +410,8 @@ def predict_large(
         result = _rows_of(net, picture, part.start)
         channels, padded = result.shape[0], picture.shape[1:]
         size = _sides_of(result.shape[1:], padded, picture.size)
-        without = part.begin(size, channels, picture.lacks)
-        mask = _without_cells(net, picture, result.levels) if picture.lacks else None
+        without = part.begin(size, channels, picture.is_partial)
+        mask = _without_cells(net, picture, result.levels) if picture.is_partial else None
         levels = result.levels if mask is None else mask
         computed_from = part.start if mask is None else -1
         name = Path(picture.path).name
@@ -409,9 +433,9 @@ def predict_large(
                 first = max(at + down, begin)
                 rows = computed[:, first - at - down : bottom - at - down, left - across : right - across]
                 values = rows[0].float() if channels == 1 else rows.float().argmax(0)
-                lacking = picture.lacking(first, first + len(values), size)[:, left:right]
+                lacking = picture.lacking(first, first + len(values), size, or_outside=True)[:, left:right]
                 now, there = time.perf_counter(), values[~lacking]
-                values = values.masked_fill(lacking, without) if picture.lacks else values
+                values = values.masked_fill(lacking, without) if picture.is_partial else values
                 part.write(first, values, count(there, channels), 1e3 * (now - start))
                 start = now
                 step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
@@ -420,7 +444,7 @@ def predict_large(
                 if part.rows >= bottom:
                     break
     position = tiff.moved_position(picture.file.position, picture.size, part.size)
-    if picture.lacks:
+    if picture.is_partial:
         position = (*position, (tiff.NO_DATA, 2, None, f"{without}", True))
     part.finish(position, picture.file.block, overviews)
     levels = cut_back(levels, padded, picture.size)
@@ -433,6 +457,7 @@ def predict_large(
         "levels": shares,
         "milliseconds": part.milliseconds,
         "counts": part.counts,
-        **({"without_data": _count_lacking(picture)} if picture.lacks else {}),
+        **({"without_data": picture.without_data} if picture.lacks else {}),
+        **({"asked": picture.asked} if picture.asked else {}),
         **({"padded_to": [*padded]} if padded != picture.size else {}),
     }

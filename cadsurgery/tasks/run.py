@@ -24,7 +24,7 @@ from cadsurgery.data.images import check_size, no_images, stream_images, write_p
 from cadsurgery.data.networks import class_names
 from cadsurgery.data.rasters import check_overviews
 from cadsurgery.data.stores import refuse_stream
-from cadsurgery.data.tiff import states_position
+from cadsurgery.data.tiff import position_at, split_page
 from cadsurgery.kernels.build import cores
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.methods.registry import method_of
@@ -95,6 +95,8 @@ def predict(
     if ray and all(str(path).endswith(".parquet") for path in images):
         if resume:
             raise InvalidInput("--resume for Parquet.", next="leave --resume out, and name another --output.")
+        if settings.within:
+            raise InvalidInput("--within for Parquet.", next="leave --within out, or give files.")
         return ray_data.predict_tables([*map(str, images)], output, settings, ray, workers)
     sources, own = _Sources([*map(str, images)], output, settings), find_device(settings.device)
     if sources.clips:
@@ -102,7 +104,14 @@ def predict(
     converted = settings.load()
     _check_options(converted, settings)
     is_shared = _check_sharing(
-        converted, sources, {"--ray": bool(ray), "--workers": (workers or 1) > 1, "--resume": resume}
+        converted,
+        sources,
+        {
+            "--ray": bool(ray),
+            "--workers": (workers or 1) > 1,
+            "--resume": resume,
+            "--within": bool(settings.within),
+        },
     )
     made_by = settings.identity()
     asked = {**made_by, "fps": options.fps} if sources.is_one_clip else made_by
@@ -190,6 +199,12 @@ def _report(
         for row in rows
         if "without_data" in row
     ]
+    lines += [
+        f"{row['image']}: {row['asked']} of {row['size'][0] * row['size'][1]} pixels are inside the area; the others "
+        "have no data"
+        for row in rows
+        if "asked" in row
+    ]
     if done > len(rows):
         lines.append(f"... and {done - len(rows)} more: {sources.output}/{NAME}")
     if shown := {names.index(name): name for name in outcome.classes}:
@@ -244,7 +259,7 @@ def _check_sharing(converted: nn.Module, sources: _Sources, wanted: Mapping[str,
     sharing = {"--ray", "--workers"}
     reasons = {
         "a mask with smooth": (bool(sources.stills) and _has_smooth(converted), {*sharing, "--resume"}),
-        "clips": (bool(sources.clips), sharing),
+        "clips": (bool(sources.clips), {*sharing, "--within"}),
         "a camera": (any(is_camera(Path(clip.source)) for clip in sources.clips), {"--resume"}),
     }
     against = {reason: options for reason, (holds, options) in reasons.items() if holds}
@@ -276,6 +291,17 @@ def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
             why="it computes another amount for each image." if kind else _FOLLOW,
             next="leave --batch out.",
         )
+    if settings.within:
+        if not exists(split_page(settings.within)[0]):
+            raise absent(split_page(settings.within)[0], "file")
+        if kind is not None or settings.size is not None:
+            reason = "--size" if kind is None else f"a network {kind.words}"
+            raise InvalidInput(
+                f"--within for {reason}.",
+                why="areas are those of the pictures as they are, and are computed by networks that choose how finely "
+                "to compute each place.",
+                next="leave --within out.",
+            )
     if settings.overviews:
         check_overviews()
         if not settings.memory:
@@ -385,7 +411,7 @@ class _Sources:
             target = target_for(
                 image, os.path.join(self.output, place), self._memory, is_plain=self._is_plain
             )
-            if not self._is_said and not target.endswith(".tif") and states_position(image):
+            if not self._is_said and not target.endswith(".tif") and position_at(image):
                 self._is_said = True
                 warn_of_position(
                     image,
@@ -506,7 +532,7 @@ def _interruption() -> Iterator[threading.Event]:
 def _describe(row: dict[str, Any]) -> str:
     """Describe the result for an image or a clip in one line."""
     computed = ", ".join(words.format(row[name]) for name, words in _COMPUTED.items() if name in row)
-    text = f"{computed}, {row['milliseconds']:.0f} ms"
+    text = ", ".join(filter(None, [computed, f"{row['milliseconds']:.0f} ms"]))
     if "frames" in row:
         ended = "interrupted after " if row["interrupted"] else ""
         text = f"{ended}{row['frames']} frames, {row['frames_per_second']:.1f} frames/s, {text} each"
