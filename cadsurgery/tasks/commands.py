@@ -179,8 +179,8 @@ class RunOptions:
     )
     memory: str = option(
         "",
-        "what the maps of a picture may take, e.g. 1.5GiB: pictures are computed in bands of rows, one after "
-        "the other; on the CPU",
+        "what the maps of a picture may take, e.g. 1.5GiB, or auto: pictures are computed in bands of rows, one "
+        "after the other; on the CPU; default: auto where a picture would not fit",
         metavar="AMOUNT",
     )
     within: str = option(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch import Tensor
 from cadsurgery.data import tiff
 from cadsurgery.data.areas import read_area
 from cadsurgery.data.channels import as_channels
-from cadsurgery.data.images import check_values, normalise
+from cadsurgery.data.images import check_values, normalise, open_large
 from cadsurgery.data.rasters import add_overviews, open_rows
 from cadsurgery.data.stores import is_remote
+from cadsurgery.data.tiff import split_page
 from cadsurgery.network.regions import Box
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled, warn
 from cadsurgery.support.files import as_file_error, make_folder, write_whole
@@ -33,6 +35,7 @@ from cadsurgery.tasks.journal import Identity, Journal, state_of
 from cadsurgery.tasks.pieces import Blocks, PartOfPicture, Piece, block_side, find_pieces
 
 _GAP = 256  # rows of a picture without data, which are computed if they are fewer
+SMALL = 2_000_000  # pixels of pictures whose maps are taken to fit
 MULTIPLES = (1, 8, 16, 32, 64, 128)  # of pixels, to which pictures that a network refuses are padded
 Count = Callable[[Tensor, int], Counter[int]]  # the pixels of each class of rows (rows, W) of so many classes
 
@@ -67,6 +70,34 @@ def target_for(source: str, target: str, memory: str, *, is_plain: bool = True) 
     file.close()
     is_large = is_plain or 4 * file.shape[0] * file.shape[1] * file.shape[2] > bytes_of(memory)
     return str(Path(target).with_suffix(".tif")) if is_large else target
+
+
+def size_at(path: str) -> tuple[int, int] | None:
+    """Return the (height, width) of a picture by the header of its file; None where that does not tell."""
+    if is_remote(path):
+        return None
+    with suppress(FileError, NotInstalled):
+        file = open_rows(path)
+        file.close()
+        return file.shape[1], file.shape[2]
+    with (
+        suppress(Exception),
+        open_large(split_page(path)[0]) as picture,
+    ):  # what is no picture is reported later
+        return picture.height, picture.width
+    return None
+
+
+def memory_of_whole(net: Any, channels: int, size: tuple[int, int]) -> int:
+    """Return the bytes that a picture (height, width) takes at most where it is computed whole: its maps, where all of
+    it is kept high, and the picture itself; 0 if that is not known."""
+    height, width = (-(-side // MULTIPLES[-1]) * MULTIPLES[-1] for side in size)
+    try:
+        image = torch.zeros(()).expand(1, channels, height, width)
+        walks = net.optimize(memory=sys.maxsize).plan_memory(image, mask="all")
+    except CadError:  # it is not computed in bands
+        return 0
+    return int(walks.peak) + 3 * 4 * channels * height * width  # as read, normalised, and as masks see it
 
 
 def warn_of_position(source: str, why: str, next: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -9,9 +10,9 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,14 @@ from cadsurgery.network.optimized import FLOAT, check_precision
 from cadsurgery.support.errors import FileError, InvalidInput, check_name
 from cadsurgery.support.files import absent, as_file_error, check_folder, exists, is_folder
 from cadsurgery.support.kinds import kind_by_ending
-from cadsurgery.support.memory import bytes_of, in_mebibytes, peak_memory
+from cadsurgery.support.memory import AUTO, bytes_of, free_memory, in_mebibytes, peak_memory
 from cadsurgery.support.progress import Step
 from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks import ray_data
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import CLASSES, VIEWS, figure_picture, legend_figure
 from cadsurgery.tasks.journal import NAME, Results
-from cadsurgery.tasks.large import WrittenRows, target_for, warn_of_position
+from cadsurgery.tasks.large import SMALL, WrittenRows, memory_of_whole, size_at, target_for, warn_of_position
 from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row, lost
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.workers import processes, refuse_launchers, share
@@ -52,6 +53,7 @@ _COMPUTED = {
     "density": "density {:.3f}",
     "sampled": "sampled at {}",
 }
+_LOOKED_AT = 1000  # images whose sizes are looked at
 _LISTED = 1000  # images whose rows a report has, and failures; all of them are in the manifest
 # Why images are predicted one after the other, by one process.
 _FOLLOW = "images follow each other as frames."
@@ -101,8 +103,14 @@ def predict(
     sources, own = _Sources([*map(str, images)], output, settings), find_device(settings.device)
     if sources.clips:
         pyav()  # refuse before any work
-    converted = settings.load()
+    converted, chosen = settings.load(), ""
     _check_options(converted, settings)
+    if not settings.memory and not ray:
+        chosen = _what_does_not_fit(converted, sources, settings)
+    if (chosen or settings.memory == AUTO) and not ray:
+        workers = workers or 1
+        settings = replace(settings, memory=f"{bytes_of(AUTO) // workers}")  # each process has its share
+        sources.memory = settings.memory
     is_shared = _check_sharing(
         converted,
         sources,
@@ -157,7 +165,13 @@ def predict(
         raise no_images(sources.failures)
     outcome.classes |= journal.classes
     return _report(
-        outcome, sources, class_names(pictures_for(converted)), stopped.is_set(), resume, settings.memory
+        outcome,
+        sources,
+        class_names(pictures_for(converted)),
+        stopped.is_set(),
+        resume,
+        settings.memory,
+        chosen,
     )
 
 
@@ -184,6 +198,7 @@ def _report(
     is_interrupted: bool,
     resume: bool,
     memory: str = "",
+    chosen: str = "",
 ) -> FilesReport:
     """Return the report, and write the legend of the classes."""
     rows, failures = outcome.rows("done"), outcome.rows("failed")
@@ -213,9 +228,12 @@ def _report(
     for row in outcome.rows("interrupted"):
         at, height = row["rows"]
         lines.append(f"{row['image']}: interrupted at row {at} of {height}; --resume continues there")
+    if chosen:
+        lines.append(f"computed in bands of rows, as by --memory auto: {chosen}")
     if memory:
+        amount = in_mebibytes(bytes_of(memory)) if memory.isdigit() else memory
         lines.append(
-            f"the process took {in_mebibytes(peak_memory())} at most; --memory {memory} is only for maps"
+            f"the process took {in_mebibytes(peak_memory())} at most; --memory {amount} is only for maps"
         )
     also = f"{skipped} skipped, " if resume else ""
     text = "\n".join([*lines, f"{done} done, {also}{failed} failed"])
@@ -327,6 +345,30 @@ def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
         )
 
 
+def _what_does_not_fit(converted: nn.Module, sources: _Sources, settings: PredictionSettings) -> str:
+    """Return what is said of the largest picture, if its maps take more memory than is free, so that it is computed in
+    bands of rows; empty if all fit, or none can be computed so."""
+    free, kind = free_memory(), method_of(converted)
+    if free is None or kind is not None or "-" in sources.stills or not sources.stills:
+        return ""
+    if find_device(settings.device).type != "cpu" or settings.size is not None:
+        return ""
+    found = (
+        (math.prod(size), size, item.source)
+        for item in islice(sources.images(), _LOOKED_AT)
+        if (size := size_at(item.source))
+    )
+    _, size, largest = max(found, default=(0, (0, 0), ""))
+    source: Any = pictures_for(converted)
+    if math.prod(size) < SMALL or source is None:
+        return ""
+    needed = memory_of_whole(converted, source.channels, size)
+    if needed <= free:
+        return ""
+    amounts = in_mebibytes(needed, free), in_mebibytes(free, needed)
+    return f"{largest}, {size[1]} x {size[0]} pixels, would take up to {amounts[0]} whole, and {amounts[1]} are free"
+
+
 def _has_smooth(converted: nn.Module) -> bool:
     return any(isinstance(module, Smooth) for module in converted.modules())
 
@@ -339,6 +381,7 @@ class _Sources:
         is_one_clip: True if the output is a clip.
         clips: the clips; positions follow those of all images.
         stills: files, folders, addresses and lists of images.
+        memory: what the maps of a picture may take; empty if pictures are computed whole.
         failures: errors of sources that hold no images, as far as they were searched.
     """
 
@@ -351,7 +394,7 @@ class _Sources:
         """
         for source in sources:
             refuse_stream(source)
-        self._memory, self._is_said = settings.memory, False
+        self.memory, self._is_said = settings.memory, False
         self._is_plain = settings.size is None and settings.view in ("", CLASSES)
         self.output, self.is_one_clip = output, _is_clip_file(Path(output))
         self.failures: dict[str, FileError] = {}
@@ -408,9 +451,7 @@ class _Sources:
         given = [(source, Path(source).name) for source in self.stills]
         streamed: Iterable[tuple[str, str]] = _listed(self.stills) if is_listed else given
         for position, (image, place) in enumerate(stream_images(streamed, self.failures, self.output)):
-            target = target_for(
-                image, os.path.join(self.output, place), self._memory, is_plain=self._is_plain
-            )
+            target = target_for(image, os.path.join(self.output, place), self.memory, is_plain=self._is_plain)
             if not self._is_said and not target.endswith(".tif") and position_at(image):
                 self._is_said = True
                 warn_of_position(

@@ -21,6 +21,7 @@ from cadsurgery.data.images import normalise, read_image, street_scene
 from cadsurgery.data.rasters import RasterRows
 from cadsurgery.data.tiff import TiffRows
 from cadsurgery.network.model import pictures_for
+from cadsurgery.support import memory as amounts
 from cadsurgery.support.memory import free_memory
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks import large, predictor, run
@@ -734,6 +735,37 @@ def test_a_memory_needs_a_network_that_is_computed_in_bands(
 ) -> None:
     with pytest.raises(cs.InvalidInput, match="no amount of memory"):
         predict(file, picture, tmp_path / "out", memory="much")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_automatic_memory_is_shared_by_processes(
+    file: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Each gets its part of what is free, less a margin; the report says how much."""
+    monkeypatch.setattr("cadsurgery.support.memory.free_memory", lambda: 64 * 2**20)
+    report = predict(file, picture, tmp_path / "out", memory="auto", workers=workers)
+    assert not report.failed and f"--memory {32 // workers} MiB" in report.text
+
+
+@pytest.mark.parametrize("kind", ["tif", "png"])
+def test_pictures_that_would_not_fit_are_computed_in_bands(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The report says so in one line; with more memory they are computed whole, and so are all that fit."""
+    monkeypatch.setattr(large, "SMALL", 0)
+    monkeypatch.setattr(run, "SMALL", 0)
+    pixels = (255 * street_scene(*SIZE)).round().byte().permute(1, 2, 0).numpy()
+    source = tmp_path / f"page.{kind}"
+    Image.fromarray(pixels).save(source)
+    for free, is_whole in ((2**23, False), (2**40, True)):
+        for module in (run, amounts):
+            monkeypatch.setattr(module, "free_memory", lambda free=free: free)
+        report = predict(file, source, tmp_path / f"out{free}", memory="", mask="all")
+        lines = [line for line in report.text.splitlines() if "as by --memory auto" in line]
+        assert not report.failed and len(lines) == (0 if is_whole else 1)
+        assert is_whole or f"page.{kind}, {SIZE[1]} x {SIZE[0]} pixels" in lines[0]
+        ending = "png" if is_whole or kind == "png" else "tif"
+        assert Path(report.rows[0]["output"]).name == f"page.{ending}"
 
 
 # -- recommend ----------------------------------------------------------------------------------------
