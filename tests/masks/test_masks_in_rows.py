@@ -29,8 +29,16 @@ LOCAL = [
     "gradient | threshold:at=0.3/0.1",
     "content | threshold:at=0.2",
     "content + edges:threshold=0.9",
+    "edges | budget:fraction=0.3",
+    "content | dilate:size=5 | budget:fraction=0.1/0.5",
+    "gradient | budget:fraction=0.4,per_batch=true",
 ]
-WHOLE = ["edges | budget:fraction=0.3", "random:seed=1", "detail"]
+WHOLE = [
+    "random:seed=1",
+    "detail",
+    "detail | budget:fraction=0.3",
+    "edges | budget:fraction=0.3 | dilate:size=3",
+]
 SIZES = [(160, 72), (131, 57), (64, 65), (9, 33)]
 
 
@@ -77,7 +85,12 @@ def test_a_mask_judges_rows_as_it_judges_the_picture(
 
     rows = mask.of_rows(read, size[0], fine(image, stride))
     assert torch.equal(rows.levels, whole.levels)
-    reach = mask.provider.reach(mask.grid(fine(image, stride)))
+    grid = mask.grid(fine(image, stride))
+    reach = next(
+        found
+        for found in (mask.provider.reach(grid), mask.provider.reach_of_patches(grid))
+        if found is not None
+    )
     assert max(seen) <= min(size[0], 4 * stride + 2 * (reach + 4 * stride))
 
 
