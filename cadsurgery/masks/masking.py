@@ -170,14 +170,14 @@ class Masking:
         reach = self.provider.reach(grid)
         return self.provider.reach_of_patches(grid) if reach is None else reach
 
-    def memory(self, pixels: int, features: Tensor) -> int:
-        """Return the bytes that the mask of a picture of so many pixels takes, at most, beside the picture: level maps,
-        and what it computes where it sees all of the picture at once."""
+    def memory(self, pixels: int, features: Tensor) -> tuple[int, bool]:
+        """Return the bytes that the mask of a picture of so many pixels takes, at most, beside the picture, and True if
+        it sees all of the picture at once; else these are level maps."""
         grid = self.grid(features)
         samples = grid.size[0] * grid.size[1]
         if self._reach(grid._replace(deviation=self.unit.deviation)) is not None:
-            return _LEVEL_MAPS * samples
-        return max(_LEVEL_MAPS * samples, self.provider.memory(pixels, samples))
+            return _LEVEL_MAPS * samples, False
+        return max(_LEVEL_MAPS * samples, self.provider.memory(pixels, samples)), True
 
     def _samples_of(self, size: tuple[int, int], grid: FineMapSpec) -> tuple[int, int]:
         """Return the size of the part of the fine map that an image of this size in pixels has in a padded batch."""

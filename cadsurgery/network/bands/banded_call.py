@@ -616,7 +616,7 @@ class Bands:
                 )
             features = image.new_zeros(()).expand(len(image), 1, *seen.fine_size())  # for its size
         masking, height = program.masking(provider), image.shape[2]
-        self._of_mask = self._check_mask(masking, image, features)
+        self._of_mask = self._check_mask(masking, program, first, features)
         read = read or (lambda first, end: image[:, :, first:end])
         if features is image:
             features = read(0, height) if provider.sees_features else image.new_zeros(()).expand_as(image)
@@ -624,23 +624,33 @@ class Bands:
         pyramids = [Pyramid(levels, program.geometry) for levels in lattice.pyramid.levels.split(1)]
         return [one.lattice(lattice.stage, lattice.size) for one in pyramids]
 
-    def _check_mask(self, masking: Masking, image: Tensor, features: Tensor) -> int:
+    def _check_mask(self, masking: Masking, program: Program, call: dict[str, Any], features: Tensor) -> int:
         """Return the bytes that a mask takes.
 
         Raises:
-            InvalidInput: it takes more than the memory.
+            InvalidInput: it sees all of a picture at once, and takes more than the memory.
         """
-        needed = masking.memory(image.shape[2] * image.shape[3], features)
-        if needed > self.memory:
-            least = in_mebibytes(needed, self.memory)
+        image = program.image(call)
+        needed, is_whole = masking.memory(image.shape[2] * image.shape[3], features)
+        if is_whole and needed > self.memory:
+            least = in_mebibytes(max(needed, self._most_for_maps(program, call, features)), self.memory)
             raise InvalidInput(
                 f"{in_mebibytes(self.memory, needed)} are too little for this picture.",
                 where="memory",
-                why=f"mask {masking.provider.spec()} takes {least} beside it.",
+                why=f"mask {masking.provider.spec()} takes {in_mebibytes(needed, self.memory)} beside it.",
                 next=f'give at least memory="{least.replace(" ", "")}"; or a mask that is computed in bands, such as '
                 "edges or content, of a network whose normalisation is known: adaptify(normalisation=).",
             )
         return needed
+
+    def _most_for_maps(self, program: Program, call: dict[str, Any], features: Tensor) -> int:
+        """Return the bytes of maps in the smallest bands if all but one cell is kept high."""
+        geometry, size = program.geometry, (features.shape[2], features.shape[3])
+        levels = torch.zeros(1, *size, dtype=torch.int8)
+        levels[:, : geometry.sides[-1], : geometry.sides[-1]] = geometry.max_level
+        read, cells = self._plans(program, call, Pyramid(levels, geometry).lattice(0, size))
+        plan = read(cells[-1])
+        return min(plan_walks(plan, band, keeps).peak for keeps in (True, False) for band in _bands(plan))
 
     def _fit(self, program: Program, call: dict[str, Any], lattice: Lattice) -> tuple[BandPlan, Walks]:
         """Return the plan and the walks for a picture; for the network's own graph they are made once."""
