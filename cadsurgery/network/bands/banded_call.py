@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,7 +37,24 @@ from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.support.memory import in_mebibytes
 from cadsurgery.support.pages import offering
 from cadsurgery.support.torch_internals import tree_map
-from cadsurgery.surgery.rewrite import ask_mask
+from cadsurgery.surgery.rewrite import WORK, ask_mask
+
+
+class _Shares:
+    """The storage of a walk that only tells which share of a map is computed."""
+
+    def compute(self, one: Stream, first: int, end: int) -> float:
+        return one.count(first, end) / max(one.count(0, one.height), 1)
+
+    def drop(self, one: Stream, row: int) -> None:
+        pass
+
+    def forget_table(self, one: Stream, first: int, end: int) -> None:
+        pass
+
+    def forget_cells(self, row: int) -> None:
+        pass
+
 
 ReadRows = Callable[[int, int], Tensor]  # rows [first, end) of a picture, (1, C, end - first, W)
 _MOST_BANDS = 4096  # of one walk
@@ -518,20 +536,52 @@ class Bands:
         Raises:
             CannotConvert, InvalidInput: as for a call.
         """
+        with self._lock, torch.no_grad():
+            return [
+                BandedCall(plan, walks).run(call, lattice, asked) if walks is not None else None
+                for call, lattice, plan, walks, asked in self._within(provider, program, arguments, rows)
+            ]
+
+    def shares(
+        self,
+        provider: MaskProvider,
+        program: Program,
+        arguments: dict[str, Any],
+        rows: Callable[[BandPlan, int], Rows | None],
+    ) -> list[dict[str, float]]:
+        """Return the share of the rows of each layer's map that `within` computes, for each picture; of a map that is
+        computed twice, more than 1."""
+        found = list[dict[str, float]]()
+        with self._lock, torch.no_grad():
+            for _, _, plan, walks, _ in self._within(provider, program, arguments, rows):
+                counted = defaultdict[Stream, float](float)
+                for walk in walks.walks if walks is not None else ():
+                    for one, first, share in walk.carry_out(_Shares()):
+                        counted[one] += share if first < one.height else 0.0
+                layers = dict[str, float]()
+                for node, one in plan.maps.items():
+                    name = node.meta.get(WORK, (node.name,))[0]
+                    layers[name] = max(layers.get(name, 0.0), counted[one])
+                found.append(layers)
+        return found
+
+    def _within(
+        self,
+        provider: MaskProvider,
+        program: Program,
+        arguments: dict[str, Any],
+        rows: Callable[[BandPlan, int], Rows | None],
+    ) -> Iterator[tuple[dict[str, Any], Lattice, BandPlan, Walks | None, Rows | None]]:
+        """Yield how the rows of each picture are computed: its call, lattice, plan, walks and rows."""
         program.check_kinds(arguments)
         image = self._image(provider, program, arguments)
-        found = list[Any]()
-        with self._lock, torch.no_grad():
-            for position, lattice in enumerate(self._lattices(provider, program, arguments)):
-                call = _of_picture(arguments, image, position)
-                fitting = self._plans(program, call, lattice)
-                asked = rows(fitting[0](fitting[1][-1]), position)
-                if asked is None:
-                    found.append(None)
-                    continue
+        for position, lattice in enumerate(self._lattices(provider, program, arguments)):
+            call = _of_picture(arguments, image, position)
+            fitting = self._plans(program, call, lattice)
+            plan, walks = fitting[0](fitting[1][-1]), None
+            if (asked := rows(plan, position)) is not None:
                 plan, walks = fit(*fitting, self.memory, asked)
-                found.append(BandedCall(plan, walks).run(call, lattice, asked))
-        return found
+            yield call, lattice, plan, walks, asked
 
     def plan(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Walks:
         """Return the walks for the first picture of a call, without computing it."""
