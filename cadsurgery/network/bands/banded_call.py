@@ -694,15 +694,13 @@ class Bands:
         return needed
 
     def _most_for_maps(self, program: Program, call: dict[str, Any], features: Tensor) -> int:
-        """Return the bytes of maps in the smallest bands if all but one cell is kept high, and half of it more for the
-        borders between levels, which the mask is not yet known to have."""
+        """Return the bytes of maps in the smallest bands if all but one cell is kept high."""
         geometry, size = program.geometry, (features.shape[2], features.shape[3])
         levels = torch.zeros(1, *size, dtype=torch.int8)
         levels[:, : geometry.sides[-1], : geometry.sides[-1]] = geometry.max_level
         read, cells = self._plans(program, call, Pyramid(levels, geometry).lattice(0, size))
         plan = read(cells[-1])
-        peaks = (plan_walks(plan, band, keeps).peak for keeps in (True, False) for band in _bands(plan))
-        return min(peaks) * 3 // 2
+        return min(plan_walks(plan, band, keeps).peak for keeps in (True, False) for band in _bands(plan))
 
     def _fit(self, program: Program, call: dict[str, Any], lattice: Lattice) -> tuple[BandPlan, Walks]:
         """Return the plan and the walks for a picture; for the network's own graph they are made once."""
