@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ class MacReport:
         given: MACs of the network as given (of its converted part, if that is counted alone); None if unknown.
         part: name of the part that is counted alone; empty for the whole network.
         high_stride: the high output stride; 0 if unknown.
+        whole: if only boxes of the image are computed, MACs with the mask of the whole image; else None.
     """
 
     layers: tuple[LayerMacs, ...]
@@ -74,6 +76,20 @@ class MacReport:
     given: int | None = None
     part: str = ""
     high_stride: int = 0
+    whole: int | None = None
+
+    @property
+    def of_whole(self) -> float:
+        """The MACs with the mask relative to those of the whole image: less than 1 where only boxes are computed."""
+        return self.mask / self.whole if self.whole else 1.0
+
+    def within(self, work: Mapping[str, float]) -> MacReport:
+        """Return the report for boxes, with other MACs of each layer with the mask; the mask sees the whole image."""
+        layers = tuple(
+            layer if layer.layer in MASK_LAYERS else replace(layer, mask=round(work.get(layer.layer, 0)))
+            for layer in self.layers
+        )
+        return replace(self, layers=layers, whole=self.mask)
 
     @property
     def mask(self) -> int:
@@ -129,6 +145,7 @@ class MacReport:
             "macs": {"mask": self.mask, "high": self.high, "low": self.low, "given": self.given},
             "of_given": self.of_given,
             "region_of_high": self.region_of_high,
+            **({} if self.whole is None else {"of_whole": self.of_whole}),
             "not_counted": list(self.not_counted),
             "layers": [vars(layer) for layer in self.layers],
         }
@@ -136,12 +153,17 @@ class MacReport:
     def __str__(self) -> str:
         size = "x".join(map(str, self.shape))
         given = "" if self.given is None else f"{self.given:.4e} as given, "
+        within = (
+            "" if self.whole is None else f"in the boxes {self.of_whole:.3f} of the work of the whole image"
+        )
         counts = (
             f"MACs on {size}: {self.mask:.4e} with this mask "
             f"(active fraction {self.active_fraction:.3f}), {given}{self.high:.4e} everything high, "
             f"{self.low:.4e} everything low"
         )
-        return "\n".join(filter(None, (self.describe(), counts, describe_not_counted(self.not_counted))))
+        return "\n".join(
+            filter(None, (within, self.describe(), counts, describe_not_counted(self.not_counted)))
+        )
 
 
 def count_macs(program: Program, counted: Program, provider: MaskProvider, arguments: Arguments) -> MacReport:

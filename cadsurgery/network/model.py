@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from threading import RLock, local
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from cadsurgery.following.guards import GuardFailed, is_guard
 from cadsurgery.following.hooks import acts_as, child, copying, take_over
 from cadsurgery.following.trace import drop_cached
 from cadsurgery.masks.context import call_context, masked
-from cadsurgery.masks.masking import NEEDS_STATIC
+from cadsurgery.masks.masking import NEEDS_STATIC, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation, Unit, read_normalisation
@@ -47,7 +48,7 @@ from cadsurgery.network.invocations import Invocation, answer
 from cadsurgery.network.macs import MacReport, count_macs
 from cadsurgery.network.optimized import BFLOAT16, FLOAT, check_precision, fuse_network
 from cadsurgery.network.program import Program, ProgramNetwork, frozen_copy, refuse_torchscript
-from cadsurgery.network.regions import Box, Region, Regions, Values
+from cadsurgery.network.regions import Box, ByRows, Region, Regions, boxes_of
 from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import CannotConvert, InvalidInput, NotConverted
 from cadsurgery.support.memory import bytes_of
@@ -353,31 +354,77 @@ class AdaptiveModel(ProgramNetwork):
         """The share of the fine map that the last call of this thread kept at the high output stride."""
         return self.lattice.active_fraction
 
-    def macs(self, *args: Any, mask: object = None, sizes: Any = None, **kwargs: Any) -> MacReport:
+    def macs(
+        self, *args: Any, mask: object = None, sizes: Any = None, within: Any = None, **kwargs: Any
+    ) -> MacReport:
         """Count the multiply-accumulates on an image: with the mask, as given, with everything high and everything low.
 
         Args:
             args: as for a call. The network runs only as far as its mask needs; the rest is computed on shapes.
             mask: mask for this count only, as for a call.
             sizes: sizes of the images of a padded batch, as for a call.
+            within: boxes of each image, as for `cs.read_within`, which are computed only; `of_whole` is the share.
             kwargs: as for a call.
+
+        Raises:
+            InvalidInput: invalid boxes, or boxes together with more than an image.
+            CannotConvert: the network is not computed in boxes.
         """
+        if (
+            within is not None and "within" in self.program.signature.parameters
+        ):  # an argument of the original
+            kwargs["within"], within = within, None
         if mask is not None and "mask" in self.program.signature.parameters:  # an argument of the original
             kwargs["mask"], mask = mask, None
         provider = resolve_mask(self.mask if mask is None else mask)
 
-        def count(program: Program, arguments: dict[str, Any]) -> MacReport:
+        def count(
+            program: Program, arguments: dict[str, Any], provider: MaskProvider = provider
+        ) -> MacReport:
             counted = self.counted if program is self.program else self._counted_on(program)
             return count_macs(program, counted, provider, arguments)
 
+        if within is not None:
+            if len(args) != 1 or kwargs or sizes is not None:
+                raise InvalidInput(
+                    "boxes are counted for a call with an image only.",
+                    next="call net.macs(image, within=boxes).",
+                )
+            return self._macs_within(args[0], within, count, mask)
         return self.follow(Invocation(self.program, self.program.bind(*args, **kwargs), sizes), count)
+
+    def _macs_within(
+        self, image: Tensor, boxes: Any, count: Callable[..., MacReport], mask: object
+    ) -> MacReport:
+        """Count the multiply-accumulates of `cs.read_within`."""
+        check_image(image)
+        whole = self.macs(image, mask=mask)
+        work = defaultdict[str, float](float)
+
+        def of_parts(region: Region) -> MacReport:
+            for box in region.parts:
+                provider, arguments = region.call_of(box)
+                for layer in count(region.program, arguments, provider).layers:
+                    work[layer.layer] += layer.mask
+            return whole.within(work)
+
+        def of_rows(refusal: CannotConvert, rows: ByRows) -> MacReport:
+            try:
+                shares = rows.shares(self.counted)
+            except (CannotConvert, InvalidInput) as error:
+                raise refusal from error
+            for share, layer in product(shares, whole.layers):
+                work[layer.layer] += layer.mask / len(image) * share.get(layer.layer, 1.0 if share else 0.0)
+            return whole.within(work)
+
+        return self.in_region(image, boxes_of(boxes, image), of_parts, of_rows, mask)
 
     def in_region(
         self,
         image: Tensor,
         boxes: Sequence[Sequence[Box]],
         run: Callable[[Region], Result],
-        otherwise: Callable[[CannotConvert, Callable[[], Values]], Result],
+        otherwise: Callable[[CannotConvert, ByRows], Result],
         mask: object = None,
         output: str | int | None = None,
     ) -> Result:
@@ -387,8 +434,8 @@ class AdaptiveModel(ProgramNetwork):
             image: (B, C, H, W).
             boxes: the boxes of each picture.
             run: is given the parts.
-            otherwise: is given why the network is not computed for a part of the picture only, and a function that
-                returns the values in the boxes by computing their rows in bands.
+            otherwise: is given why the network is not computed for a part of the picture only, and what computes the
+                rows of the boxes in bands.
             mask: mask for this call only, as for a call.
             output: key or position of the output that is asked for.
 
@@ -402,8 +449,7 @@ class AdaptiveModel(ProgramNetwork):
             try:
                 region = self._regions.find(*given)
             except CannotConvert as refusal:
-                bands = self._bands or Bands(sys.maxsize)
-                return otherwise(refusal, lambda: self._regions.by_rows(bands, *given))
+                return otherwise(refusal, ByRows(self._regions, self._bands or Bands(sys.maxsize), given))
             return run(region)
 
         return self.follow(Invocation(self.program, self.program.bind(image)), found)
@@ -439,7 +485,8 @@ class AdaptiveModel(ProgramNetwork):
             precision: `float` keeps the precision of the weights; the copy in `bfloat16` takes images in bfloat16, too.
                 8 bits are for files: `cadsurgery.export`.
             memory: what the maps of a picture may take beside weights, picture and results, in bytes or as a text such
-                as `"1.5GiB"`: pictures are computed one by one in bands of rows, with the same result. On the CPU.
+                as `"1.5GiB"`, or `"auto"` for what the machine or its control group has free, less a margin: pictures
+                are computed one by one in bands of rows, with the same result. On the CPU.
             calibration: images for 8 bits, which are refused here with what to call.
             step: progress callback; see `cadsurgery.support.progress.Step`.
 

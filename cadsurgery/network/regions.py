@@ -15,9 +15,10 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
@@ -36,6 +37,7 @@ from cadsurgery.network.bands.walk import SAME
 from cadsurgery.network.input_refusals import first_value
 from cadsurgery.network.invocations import find_lattice
 from cadsurgery.network.program import Masked, Program
+from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName, first_line
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
 from cadsurgery.support.torch_operations import is_kind
@@ -371,6 +373,37 @@ class Values:
             program.contain if output is None else lambda value: value,
         )
 
+    def onto(self, before: Sequence[Any], boxes: Sequence[Sequence[Box]], size: tuple[int, int]) -> list[Any]:
+        """Return the leaves of whole outputs with the values in boxes of pictures of a size put onto those `before`."""
+        found = list[Any]()
+        parts = [[tree_leaves(part) for part in of_picture] for of_picture in self.parts]
+        for number, (whole, axes) in enumerate(zip(before, self.axes, strict=True)):
+            if axes is None:
+                found.append(whole)
+                continue
+            whole = whole.clone()
+            length = whole.shape[axes[0]], whole.shape[axes[1]]
+            for picture, (some, of_picture) in enumerate(zip(boxes, parts, strict=True)):
+                for box, leaves in zip(some, of_picture, strict=True):
+                    place = whole[picture : picture + 1]
+                    for axis, (first, end) in zip(axes, box.of_map(length, size).spans, strict=True):
+                        place = place.narrow(axis, first, end - first)
+                    place.copy_(leaves[number])
+            found.append(whole)
+        return found
+
+    def blank(self, count: int) -> list[Any]:
+        """Return the leaves of outputs of so many pictures, with zeros."""
+        return [
+            whole if axes is None else whole.new_zeros(count, *whole.shape[1:])
+            for whole, axes in zip(tree_leaves(self.whole), self.axes, strict=True)
+        ]
+
+    def filled(self, leaves: Sequence[Any]) -> Any:
+        """Return outputs of the network's kind from their leaves."""
+        every = iter(leaves)
+        return self.contain(tree_map(lambda _: next(every), self.whole))
+
     def put(self, number: int, index: int, result: Any, cut: Callable[[int, Tensor], Tensor]) -> None:
         """Add what a box has of a result: `cut` is given the number of each map, and the map."""
         numbers = iter(range(len(self.axes)))
@@ -390,7 +423,7 @@ class Region:
         program: the program.
         arguments: of the call with the whole pictures.
         provider: the mask of that call.
-        lattice: of that call; None if its level is the same everywhere.
+        ask: computes the lattice of that call; None if its level is the same everywhere.
         reads: what the maps of a whole picture read.
         boxes: the boxes of each picture.
         parts: by place, for each picture that has a part there: its number, and the numbers of its boxes in the part.
@@ -400,7 +433,7 @@ class Region:
     program: Program
     arguments: dict[str, Any]
     provider: MaskProvider
-    lattice: Lattice | None
+    ask: Callable[[], Lattice] | None
     reads: PictureReads
     boxes: Sequence[Sequence[Box]]
     parts: dict[Box, list[tuple[int, list[int]]]]
@@ -417,14 +450,23 @@ class Region:
             layout = torch.channels_last if image.is_contiguous(memory_format=torch.channels_last) else None
             image = image[..., box.top : box.bottom, box.left : box.right]
             image = image.contiguous(memory_format=layout or torch.contiguous_format)
-        arguments = {**self.arguments, name: image}
-        if self.lattice is None:
-            return self.provider, arguments
-        stride = self.program.plan.strides[0]
+        return self.mask_of(box), {**self.arguments, name: image}
+
+    @cached_property
+    def levels(self) -> Tensor | None:
+        """The levels (B, h, w) of that call; None if its level is the same everywhere."""
+        return None if self.ask is None else self.ask().pyramid.levels
+
+    def mask_of(self, box: Box, levels: Tensor | None = None) -> MaskProvider:
+        """Return the mask of the call with a part of the pictures: what that of the whole ones has there, whose levels
+        are computed unless they are given."""
+        levels = self.levels if levels is None else levels
+        if levels is None:
+            return self.provider
+        stride, numbers = self.program.plan.strides[0], [number for number, _ in self.parts[box]]
         height, width = self.cut[box].seen.fine_size()
         top, left = box.top // stride, box.left // stride
-        levels = self.lattice.pyramid.levels[numbers, top : top + height, left : left + width]
-        return FixedMask(levels), arguments
+        return FixedMask(levels[numbers, top : top + height, left : left + width])
 
     def read(self, answer: Answer, output: str | int | None) -> Values:
         """Return the values in each box of each picture.
@@ -467,6 +509,26 @@ class Region:
         return pixels / (shape[0] * shape[2] * shape[3])
 
 
+class _AskedRows:
+    """Tells bands the rows of each output that the boxes of a picture lie in, and remembers the plans.
+
+    Attributes:
+        plans: of each picture.
+    """
+
+    def __init__(self, boxes: Sequence[Sequence[Box]], size: tuple[int, int]) -> None:
+        self.plans = dict[int, BandPlan]()
+        self._boxes, self._size = boxes, size
+
+    def __call__(self, plan: BandPlan, number: int) -> dict[fx.Node, Span] | None:
+        self.plans[number] = plan
+        _check_outputs(plan)
+        if not (asked := [box for box in self._boxes[number] if box.area]):
+            return None
+        around = _around(asked)
+        return {node: _box_of(plan, node, around, self._size).spans[0] for node in plan.map_outputs}
+
+
 class Regions:
     """Finds the parts of pictures that a network computes for boxes, and remembers what it has read of graphs."""
 
@@ -502,7 +564,7 @@ class Regions:
         image, level = arguments[name], provider.uniform_level(program.plan.max_level)
         graph = self._graph(program.graph_at(level), output)
         reads = self._read(program, graph, {**arguments, name: image[:1]}, level)
-        lattice = find_lattice(program, program.masking(provider), arguments) if level is None else None
+        ask = partial(find_lattice, program, program.masking(provider), arguments) if level is None else None
         found = dict[Box, list[tuple[int, list[int]]]]()
         cut = dict[Box, PictureReads]()
         for number, of_picture in enumerate(boxes):
@@ -510,7 +572,7 @@ class Regions:
                 box, cut_reads = self._checked(program, graph, arguments, reads, part, of_picture, level)
                 cut[box] = cut_reads
                 found.setdefault(box, []).append((number, part.boxes))
-        return Region(program, arguments, provider, lattice, reads, boxes, found, cut)
+        return Region(program, arguments, provider, ask, reads, boxes, found, cut)
 
     def by_rows(
         self,
@@ -528,31 +590,37 @@ class Regions:
             CannotConvert: an operation needs a whole map, or an output is none.
             InvalidInput: the call is none that bands can compute.
         """
-        cut = program.bind_to(program.net)
-        graphs = {
-            id(graph): self._graph(graph, output) for graph in (program.graph, program.unchanged) if graph
-        }
-        cut.__dict__.update(graph=graphs[id(program.graph)], unchanged=graphs.get(id(program.unchanged)))
         image: Tensor = arguments[program.image_name]
-        size = image.shape[2], image.shape[3]
-        plans = dict[int, BandPlan]()
-
-        def rows(plan: BandPlan, number: int) -> dict[fx.Node, Span] | None:
-            plans[number], asked = plan, [box for box in boxes[number] if box.area]
-            _check_outputs(plan)
-            if not asked:
-                return None
-            around = _around(asked)
-            return {node: _box_of(plan, node, around, size).spans[0] for node in plan.map_outputs}
-
-        results = bands.within(provider, cut, arguments, rows)
-        values = Values.of(plans[0], program, output, boxes, image)
+        size, asked = (image.shape[2], image.shape[3]), _AskedRows(boxes, (image.shape[2], image.shape[3]))
+        results = bands.within(provider, self._with_output(program, output), arguments, asked)
+        values = Values.of(asked.plans[0], program, output, boxes, image)
         for number, result in enumerate(results):
-            plan, spans = plans[number], rows(plans[number], number)
+            plan = asked.plans[number]
+            spans = asked(plan, number)
             for index, box in enumerate(boxes[number]):
                 if box.area and spans is not None:
                     values.put(number, index, result, partial(_rows_and_columns, plan, box, size, spans))
         return values
+
+    def shares_by_rows(
+        self,
+        bands: Bands,
+        program: Program,
+        provider: MaskProvider,
+        arguments: dict[str, Any],
+        boxes: Sequence[Sequence[Box]],
+    ) -> list[dict[str, float]]:
+        """Return the share of each layer's map that `by_rows` computes, for each picture."""
+        image: Tensor = arguments[program.image_name]
+        asked = _AskedRows(boxes, (image.shape[2], image.shape[3]))
+        return bands.shares(provider, program, arguments, asked)
+
+    def _with_output(self, program: Program, output: str | int | None) -> Program:
+        """Return the program with graphs of one output only."""
+        cut, graphs = program.bind_to(program.net), (program.graph, program.unchanged)
+        graph, unchanged = (self._graph(one, output) if one is not None else None for one in graphs)
+        cut.__dict__.update(graph=graph, unchanged=unchanged)
+        return cut
 
     def _parts(self, reads: PictureReads, boxes: Sequence[Box]) -> list[Part]:
         height, width = reads.size
@@ -621,6 +689,102 @@ class Regions:
                 self._reads.popitem(last=False)
         self._reads.move_to_end(key)
         return self._reads[key]
+
+
+@dataclass(frozen=True)
+class ByRows:
+    """Computes boxes of pictures by their rows, in bands.
+
+    Attributes:
+        regions: what was read of graphs.
+        bands: compute them.
+        given: program, mask, arguments, boxes and output, as for `Regions.find`.
+    """
+
+    regions: Regions
+    bands: Bands
+    given: tuple[Program, MaskProvider, dict[str, Any], Sequence[Sequence[Box]], str | int | None]
+
+    def read(self) -> Values:
+        """Return the values in each box; see `Regions.by_rows`."""
+        return self.regions.by_rows(self.bands, *self.given)
+
+    def shares(self, counted: Program) -> list[dict[str, float]]:
+        """Return the share of each layer's map that is computed, for each picture; `counted` is the program on meta
+        tensors."""
+        return self.regions.shares_by_rows(self.bands, counted, *self.given[1:4])
+
+
+BOXES = "a list with a tensor (n, 4) of x0, y0, x1, y1 in pixels for each image"
+
+
+def boxes_of(boxes: Any, image: Tensor) -> list[list[Box]]:
+    """Return boxes in whole pixels, for each image.
+
+    Raises:
+        InvalidInput: they are no boxes, are for another number of images, or reach beyond the image.
+    """
+    if isinstance(boxes, Tensor) and boxes.dim() == 2 and len(image) == 1:
+        boxes = [boxes]
+    if not isinstance(boxes, (list, tuple)) and not (isinstance(boxes, Tensor) and boxes.dim() == 3):
+        raise InvalidInput(f"boxes are {describe(boxes)}.", next=f"give {BOXES}.")
+    if len(boxes) != len(image):
+        raise InvalidInput(
+            f"boxes are given for {len(boxes)} images, and there are {len(image)}.", next=f"give {BOXES}."
+        )
+    return [_boxes_in(of_image, number, image) for number, of_image in enumerate(boxes)]
+
+
+def _boxes_in(boxes: Any, number: int, image: Tensor) -> list[Box]:
+    height, width = image.shape[2:]
+    where = f"boxes of image {number}"
+    try:
+        given = torch.as_tensor(boxes)
+    except Exception as error:  # whatever torch refuses
+        raise InvalidInput(f"they are {describe(boxes)}.", where=where, next=f"give {BOXES}.") from error
+    if given.numel() == 0:
+        return []
+    if given.dim() != 2 or given.shape[1] != 4 or given.is_complex() or given.dtype == torch.bool:
+        raise InvalidInput(f"they are {describe(boxes)}.", where=where, next=f"give {BOXES}.")
+    given = given.detach().cpu().double()
+    if not bool(given.isfinite().all()):
+        raise InvalidInput("a coordinate is NaN or infinite.", where=where, next=f"give {BOXES}.")
+    found = []
+    for x0, y0, x1, y1 in given.tolist():
+        text = f"({x0:g}, {y0:g}, {x1:g}, {y1:g})"
+        if x1 < x0 or y1 < y0:
+            raise InvalidInput(
+                f"the box {text} ends before it begins.",
+                where=where,
+                why="boxes are x0, y0, x1, y1: left, top, right, bottom.",
+                next="exchange its corners; x, y, width, height become x, y, x + width, y + height.",
+            )
+        if min(x0, y0) < 0 or x1 > width or y1 > height:
+            raise InvalidInput(
+                f"the box {text} reaches beyond the image, which has {width} x {height} pixels.",
+                where=where,
+                next="cut it at the border: boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height).",
+            )
+        left, top = math.floor(x0), math.floor(y0)
+        right, bottom = (math.ceil(x1) if x1 > x0 else left), (math.ceil(y1) if y1 > y0 else top)
+        found.append(Box(top, bottom, left, right))
+    return found
+
+
+def runs_of(blocks: Tensor) -> list[Box]:
+    """Return boxes that cover the blocks (h, w) of a picture that are true: runs in a row, together with the same runs
+    in the rows below."""
+    rows, runs, found = blocks.cpu().numpy(), dict[tuple[int, int], int](), list[Box]()
+    for row in range(len(rows) + 1):
+        now = list[tuple[int, int]]()
+        if row < len(rows):
+            ends = np.flatnonzero(np.diff(rows[row].astype(np.int8), prepend=0, append=0)).tolist()
+            now = list(zip(ends[::2], ends[1::2], strict=True))
+        for run in [run for run in runs if run not in now]:
+            found.append(Box(runs.pop(run), row, *run))
+        for run in now:
+            runs.setdefault(run, row)
+    return found
 
 
 def _axes_of(plan: BandPlan, node: fx.Node) -> tuple[int, int]:

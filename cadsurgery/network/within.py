@@ -8,10 +8,8 @@ Only the part of the picture that the boxes depend on is computed; see `regions.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,10 +20,10 @@ from torch import Tensor
 
 from cadsurgery.masks.masking import check_image
 from cadsurgery.network.model import AdaptiveModel, whole_program
-from cadsurgery.network.regions import Box, Region, Values
+from cadsurgery.network.regions import BOXES, Box, ByRows, Region, Values, boxes_of, runs_of
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CannotConvert, InvalidInput
-from cadsurgery.support.torch_internals import tree_leaves, tree_map
+from cadsurgery.support.torch_internals import tree_leaves
 
 
 def read_within(
@@ -77,7 +75,7 @@ def read_within(
             "boxes and an area are both given."
             if area is not None
             else "neither boxes nor an area are given.",
-            next=f"give one of them: {_BOXES}, or area=, a map of booleans.",
+            next=f"give one of them: {BOXES}, or area=, a map of booleans.",
         )
     if area is None and outside is not None:
         raise InvalidInput("outside= is for an area.", next="give area= in place of boxes, or leave it out.")
@@ -88,36 +86,19 @@ def read_within(
         values = net.in_region(image, given, run, _by_rows, mask, output)
         if asked is None:
             return [[values.contain(part) for part in parts] for parts in values.parts]
-        return values.contain(_on_whole(values, given, asked, outside, image))
+        return _on_whole(values, given, asked, outside, image)
 
 
-def _by_rows(refusal: CannotConvert, read: Callable[[], Values]) -> Values:
+def _by_rows(refusal: CannotConvert, rows: ByRows) -> Values:
     """Return the values in boxes by their rows, which are computed in bands where a part of the picture is not enough.
 
     Raises:
         CannotConvert: `refusal`, if bands are not computed either.
     """
     try:
-        return read()
+        return rows.read()
     except (CannotConvert, InvalidInput) as error:
         raise refusal from error
-
-
-def boxes_of(boxes: Any, image: Tensor) -> list[list[Box]]:
-    """Return boxes in whole pixels, for each image.
-
-    Raises:
-        InvalidInput: they are no boxes, are for another number of images, or reach beyond the image.
-    """
-    if isinstance(boxes, Tensor) and boxes.dim() == 2 and len(image) == 1:
-        boxes = [boxes]
-    if not isinstance(boxes, (list, tuple)) and not (isinstance(boxes, Tensor) and boxes.dim() == 3):
-        raise InvalidInput(f"boxes are {describe(boxes)}.", next=f"give {_BOXES}.")
-    if len(boxes) != len(image):
-        raise InvalidInput(
-            f"boxes are given for {len(boxes)} images, and there are {len(image)}.", next=f"give {_BOXES}."
-        )
-    return [_boxes_in(of_image, number, image) for number, of_image in enumerate(boxes)]
 
 
 def area_of(area: Any, image: Tensor) -> list[Tensor]:
@@ -172,20 +153,8 @@ def boxes_around(asked: Tensor, image: Tensor) -> list[Box]:
     """Return boxes that cover what is asked for of an image, a map of booleans of any size: runs of blocks."""
     size = image.shape[2], image.shape[3]
     blocks = _on_size(asked, (min(size[0], _BLOCKS), min(size[1], _BLOCKS)))
-    runs, found = dict[tuple[int, int], int](), list[Box]()
-    for row in range(len(blocks) + 1):
-        now = _runs(blocks[row].tolist()) if row < len(blocks) else []
-        for run in [run for run in runs if run not in now]:
-            found.append(Box(runs.pop(run), row, *run))
-        for run in now:
-            runs.setdefault(run, row)
-    return [_tight(asked, box.of_map(size, (len(blocks), blocks.shape[1])), size) for box in found]
-
-
-def _runs(row: list[bool]) -> list[tuple[int, int]]:
-    """Return where a row is true, as [first, end)."""
-    ends = [place for place, (one, other) in enumerate(pairwise([False, *row, False])) if one != other]
-    return list(zip(ends[::2], ends[1::2], strict=True))
+    shape = blocks.shape[0], blocks.shape[1]
+    return [_tight(asked, box.of_map(size, shape), size) for box in runs_of(blocks)]
 
 
 def _tight(asked: Tensor, box: Box, size: tuple[int, int]) -> Box:
@@ -218,30 +187,17 @@ def _on_whole(
     values: Values, boxes: Sequence[Sequence[Box]], asked: Sequence[Tensor], outside: Any, image: Tensor
 ) -> Any:
     """Return outputs of full size with the values of an area, and other values outside of it."""
-    wholes, size = tree_leaves(values.whole), (image.shape[2], image.shape[3])
-    others = _others(outside, values, len(image))
-    parts = [[tree_leaves(part) for part in of_image] for of_image in values.parts]
-    found = []
-    for number, (whole, axes, other) in enumerate(zip(wholes, values.axes, others, strict=True)):
-        if axes is None:
-            found.append(whole)
-            continue
-        full = [whole.new_zeros(whole.shape) for _ in boxes]
-        is_asked = []
-        length = tuple(whole.shape[axis] for axis in axes)
-        for one, of_image, some, wanted in zip(full, parts, boxes, asked, strict=True):
-            for box, leaves in zip(some, of_image, strict=True):
-                place = one
-                spans = box.of_map((length[0], length[1]), size).spans
-                for axis, (first, end) in zip(axes, spans, strict=True):
-                    place = place.narrow(axis, first, end - first)
-                place.copy_(leaves[number])
-            shape = [1] * whole.dim()
-            shape[axes[0]], shape[axes[1]] = length
-            is_asked.append(_on_size(wanted, (length[0], length[1])).view(shape).to(whole.device))
-        found.append(torch.where(torch.cat(is_asked), torch.cat(full), other))
-    every = iter(found)
-    return tree_map(lambda _: next(every), values.whole)
+    found = values.onto(values.blank(len(image)), boxes, (image.shape[2], image.shape[3]))
+    for number, (axes, other) in enumerate(
+        zip(values.axes, _others(outside, values, len(image)), strict=True)
+    ):
+        if axes is not None:
+            whole = found[number]
+            length = whole.shape[axes[0]], whole.shape[axes[1]]
+            shape = [length[axes.index(axis)] if axis in axes else 1 for axis in range(1, whole.dim())]
+            is_asked = torch.stack([_on_size(one, length).view(shape) for one in asked])
+            found[number] = torch.where(is_asked.to(whole.device), whole, other)
+    return values.filled(found)
 
 
 def _others(outside: Any, values: Values, count: int) -> list[Any]:
@@ -277,40 +233,3 @@ def _others(outside: Any, values: Values, count: int) -> list[Any]:
 
 
 _BLOCKS = 32  # in whose numbers an area is divided, down and across
-_BOXES = "a list with a tensor (n, 4) of x0, y0, x1, y1 in pixels for each image"
-
-
-def _boxes_in(boxes: Any, number: int, image: Tensor) -> list[Box]:
-    height, width = image.shape[2:]
-    where = f"boxes of image {number}"
-    try:
-        given = torch.as_tensor(boxes)
-    except Exception as error:  # whatever torch refuses
-        raise InvalidInput(f"they are {describe(boxes)}.", where=where, next=f"give {_BOXES}.") from error
-    if given.numel() == 0:
-        return []
-    if given.dim() != 2 or given.shape[1] != 4 or given.is_complex() or given.dtype == torch.bool:
-        raise InvalidInput(f"they are {describe(boxes)}.", where=where, next=f"give {_BOXES}.")
-    given = given.detach().cpu().double()
-    if not bool(given.isfinite().all()):
-        raise InvalidInput("a coordinate is NaN or infinite.", where=where, next=f"give {_BOXES}.")
-    found = []
-    for x0, y0, x1, y1 in given.tolist():
-        text = f"({x0:g}, {y0:g}, {x1:g}, {y1:g})"
-        if x1 < x0 or y1 < y0:
-            raise InvalidInput(
-                f"the box {text} ends before it begins.",
-                where=where,
-                why="boxes are x0, y0, x1, y1: left, top, right, bottom.",
-                next="exchange its corners; x, y, width, height become x, y, x + width, y + height.",
-            )
-        if min(x0, y0) < 0 or x1 > width or y1 > height:
-            raise InvalidInput(
-                f"the box {text} reaches beyond the image, which has {width} x {height} pixels.",
-                where=where,
-                next="cut it at the border: boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height).",
-            )
-        left, top = math.floor(x0), math.floor(y0)
-        right, bottom = (math.ceil(x1) if x1 > x0 else left), (math.ceil(y1) if y1 > y0 else top)
-        found.append(Box(top, bottom, left, right))
-    return found

@@ -137,17 +137,17 @@ class Cells:
             self.counts[grid] = torch.cat(found).cumsum(0).tolist()
         return self.counts[grid]
 
-    def cell(self, grid: Grid) -> int:
-        """Return the fine rows in whose multiples a map is read."""
-        if self.level is None:
+    def cell(self, grid: Grid, finer: int = 1) -> int:
+        """Return the fine rows in whose multiples a map is read, by what gives so many times as many samples."""
+        if self.level is None or finer > 1:  # which reads samples of the network's own grid
             return self.side
         geometry = self.pyramid.geometry
         return geometry.sides[geometry.level_at(self.level, grid.stage)]
 
-    def reached(self, grid: Grid, above: int, below: int, step: int = 1) -> RowsRead:
+    def reached(self, grid: Grid, above: int, below: int, step: int = 1, finer: int = 1) -> RowsRead:
         """Return the rows of whole cells of a map that are read by points so many fine rows above and below an element,
         which lies on a multiple of `step`; points within a cell read the next one, too."""
-        side = self.cell(grid)
+        side = self.cell(grid, finer)
 
         def last(row: int) -> int:
             place = row // step * step + below
@@ -241,14 +241,17 @@ def window_of_elements(
 
 def _rows_of_window(cells: Cells, window: Window, grids: tuple[Grid, Grid, Grid | None]) -> RowsRead:
     """Return the fine rows of the cells under the taps, those of the result among them."""
-    height, side = grids[0].size[0], cells.cell(grids[0])
+    height, side = grids[0].size[0], cells.cell(grids[0], window.finer)
     if window.reads_one_sample:
-        return SAME
+        if side == cells.cell(grids[0]):
+            return SAME
+        return RowsRead(lambda row: row // side * side, lambda row: row // side * side + side - 1)
     if window.finer > 1:
         down = [window.output_spacing * (window.padding[0] - tap) for tap in range(window.kernel[0])]
     else:
         down = window.offsets[0]
-    rows = cells.reached(grids[0], max(0, -min(down)), max(0, max(down)), cells.finest(grids[1]))
+    finest, finer = cells.finest(grids[1]), window.finer
+    rows = cells.reached(grids[0], max(0, -min(down)), max(0, max(down)), finest, finer)
     if window.mode == "zeros":
         return rows
     pads = [
@@ -308,7 +311,7 @@ def border_of_elements(
     cells: Cells, node: fx.Node, grids: tuple[Grid, Grid], spacing: int, value: float | None
 ) -> Stream:
     """A map of the region that is cut or padded at its lower and right border; `value` as of `functional.pad`."""
-    source, side = grids[0], cells.cell(grids[0])
+    source, side = grids[0], cells.side
     last = max(source.size[0] - spacing, 0) // side * side  # the cells of the last samples
     if source == grids[1]:
         return Stream([(node, SAME)], lambda rows, *_: rows[0])
@@ -327,8 +330,8 @@ def of_neighbours(cells: Cells, node: fx.Node, grids: tuple[Grid, Grid], call: C
         lines = first - begin, min(end, grid.size[0]) - begin
         return Elements(found.rows[slice(*map(found.lattice.row_at, lines))], cells.lattice(grid, first, end))
 
-    side = cells.cell(grids[0])
-    return Stream([(node, cells.reached(grids[0], side, side))], compute, [node])
+    side = cells.side
+    return Stream([(node, cells.reached(grids[0], side, side, finer=side))], compute, [node])
 
 
 def entering(cells: Cells, node: fx.Node, grid: Grid, layout: str) -> Stream:

@@ -1,0 +1,543 @@
+"""A network in boxes of the picture gives what the whole call gives there, for less work."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_levels
+from networks import ResidualSegmenter, Segmenter, seeded, strided, unverified
+from random_networks import random_case
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import cadsurgery as cs
+from cadsurgery.network.regions import Box, Part, PictureReads, joined
+
+SEEDS = int(os.environ.get("CADSURGERY_SEEDS", 300))
+ERROR = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+class Block(nn.Sequential):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(
+            nn.Conv2d(inputs, outputs, 3, padding=1),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1),
+            nn.ReLU(),
+        )
+
+
+class UNet(nn.Module):
+    """Three halvings, and the way back with the maps of each."""
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        sides = [channels * 2**place for place in range(4)]
+        self.down = nn.ModuleList([Block(*pair) for pair in zip([3, *sides[:2]], sides[:3], strict=True)])
+        self.bottom = Block(sides[2], sides[3])
+        pairs = list(zip(sides[:0:-1], sides[-2::-1], strict=True))
+        self.up = nn.ModuleList([nn.ConvTranspose2d(*pair, 2, 2) for pair in pairs])
+        self.merge = nn.ModuleList([Block(*pair) for pair in pairs])
+        self.head = nn.Conv2d(channels, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = []
+        for block in self.down:
+            x = block(x)
+            kept.append(x)
+            x = F.max_pool2d(x, 2)
+        x = self.bottom(x)
+        for up, merge in zip(self.up, self.merge, strict=True):
+            x = merge(torch.cat([kept.pop(), up(x)], 1))
+        return self.head(x)
+
+
+class Several(nn.Module):
+    """Maps of several sizes in a dictionary, one of classes, and one of the whole picture's mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = strided(2, 8), nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.body(x)
+        out = F.interpolate(self.head(y), scale_factor=4, mode="bilinear")
+        return {"out": out, "maps": [y, self.head(y)], "classes": out.argmax(1), "mean": y.mean((2, 3))}
+
+
+class Gated(nn.Module):
+    """A gate of the whole picture between two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = strided(2, 8), nn.Conv2d(8, 4, 3, padding=1)
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return F.interpolate(self.head(x * self.gate(x)), scale_factor=4.0, mode="bilinear")
+
+
+class Then(nn.Module):
+    """Two strided convolutions, what a function makes of the picture and their map, and a head."""
+
+    def __init__(self, then: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.then, self.head = strided(2, 6), then, nn.Conv2d(6, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.then(x, self.body(x)))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "unet": UNet,
+    "segmenter": Segmenter,
+    "residual segmenter": ResidualSegmenter,
+    "gated": Gated,
+}
+WAYS: dict[str, tuple[dict[str, Any], Any]] = {
+    "as given": ({}, "none"),
+    "as given, floors": ({"coarsest": 16}, "all"),
+    "floors": ({"coarsest": 16}, "levels"),
+    "strides": ({}, "levels"),
+    "all high": ({}, "all"),
+}
+BOXES = {
+    "inside": [[70, 81, 90, 99]],
+    "corners": [[0, 0, 3, 5], [157, 187, 160, 192], [0, 180, 9, 192], [150, 0, 160, 2]],
+    "borders": [[60, 0, 64, 4], [0, 100, 1, 120], [20, 190, 40, 192]],
+    "one pixel": [[33, 47, 34, 48]],
+    "overlapping": [[10, 10, 50, 60], [40, 30, 70, 65], [41, 31, 42, 32]],
+    "fractions": [[10.2, 11.7, 12.9, 30.5]],
+    "empty": [[20, 20, 20, 30], [5, 5, 9, 5]],
+    "none": [],
+    "all": [[0, 0, 160, 192]],
+}
+
+
+def parts_of(whole: Any, boxes: Tensor, number: int, size: tuple[int, int]) -> list[list[Tensor]]:
+    """What the boxes of a picture have of the maps of the whole call."""
+    found = []
+    for x0, y0, x1, y1 in boxes.double().tolist():
+        maps = []
+        for value in tree_leaves(whole):
+            at = value.dim() - 2
+            for axis, (first, end) in ((at, (y0, y1)), (at + 1, (x0, x1))):
+                low, high = int(first // 1), int(-(-end // 1)) if end > first else int(first // 1)
+                length, of = value.shape[axis], size[axis - at]
+                start = low * length // of
+                stop = -(-high * length // of) if high > low else start
+                value = value.narrow(axis, start, stop - start)
+            maps.append(value[number : number + 1])
+        found.append(maps)
+    return found
+
+
+def assert_parts(whole: Any, found: list[list[Any]], boxes: list[Tensor], size: tuple[int, int]) -> None:
+    """What was found in boxes is the same part of the whole call."""
+    assert len(found) == len(boxes)
+    largest = [value.abs().max() for value in tree_leaves(whole)]
+    for number, (parts, of_picture) in enumerate(zip(found, boxes, strict=True)):
+        for part, expected in zip(parts, parts_of(whole, of_picture, number, size), strict=True):
+            for one, other, most in zip(tree_leaves(part), expected, largest, strict=True):
+                assert one.shape == other.shape and one.dtype == other.dtype
+                error = ERROR.get(one.dtype, 0)
+                assert not one.numel() or (one - other).abs().max() <= error * most
+
+
+def made(name: str, way: str, dtype: torch.dtype = torch.float64, fast: bool = True) -> cs.AdaptiveModel:
+    options, mask = WAYS[way]
+    model = seeded(NETWORKS[name], dtype)
+    example = torch.randn(1, 3, 64, 64, dtype=dtype)
+    net = unverified(model, "none" if mask == "levels" else mask, example_input=example, **options)
+    return net.optimize() if fast else net
+
+
+def some_levels(net: cs.AdaptiveModel, images: Tensor) -> Tensor:
+    """Random cells of all levels."""
+    net(images)
+    return random_levels(len(images), tuple(net.levels.shape[1:]), net.geometry.strides)
+
+
+def mask_of(net: cs.AdaptiveModel, images: Tensor, way: str) -> Tensor | None:
+    """Random cells for a way that has some; None for the network's own mask."""
+    return some_levels(net, images) if WAYS[way][1] == "levels" else None
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_boxes_hold_what_the_whole_call_gives_there(name: str, way: str) -> None:
+    net, image = made(name, way), torch.randn(1, 3, 192, 160, dtype=torch.float64)
+    mask = mask_of(net, image, way)
+    whole = net(image, mask=mask)
+    for boxes in BOXES.values():
+        given = torch.tensor(boxes).reshape(-1, 4)
+        assert_parts(whole, cs.read_within(net, image, [given], mask=mask), [given], (192, 160))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("dtype", ERROR)
+@pytest.mark.parametrize("way", ["as given, floors", "floors", "as given"])
+@torch.no_grad()
+def test_batches_and_types(fast: bool, dtype: torch.dtype, way: str) -> None:
+    """Each picture of a batch has boxes of its own."""
+    net, images = made("unet", way, dtype, fast), torch.randn(3, 3, 96, 128, dtype=dtype)
+    mask = mask_of(net, images, way)
+    boxes = [torch.tensor([[0, 0, 9, 9], [90, 60, 128, 96]]), torch.zeros(0, 4), torch.tensor([[0, 0, 9, 9]])]
+    assert_parts(net(images, mask=mask), cs.read_within(net, images, boxes, mask=mask), boxes, (96, 128))
+
+
+@pytest.mark.parametrize("way", ["as given", "as given, floors", "floors"])
+@torch.no_grad()
+def test_a_box_over_all_is_the_whole_call(way: str) -> None:
+    net, images = made("unet", way), torch.randn(2, 3, 96, 64, dtype=torch.float64)
+    mask = mask_of(net, images, way)
+    found = cs.read_within(net, images, [torch.tensor([[0, 0, 64, 96]])] * 2, mask=mask)
+    assert torch.equal(torch.cat([part for (part,) in found]), net(images, mask=mask))
+
+
+@torch.no_grad()
+def test_sizes_that_do_not_divide_go_by_rows_or_parts_and_stay_exact() -> None:
+    """Resizes by odd factors depend on the size of the picture."""
+    net = made("segmenter", "as given, floors")
+    for size in ((101, 93), (97, 64), (64, 97)):
+        image = torch.randn(1, 3, *size, dtype=torch.float64)
+        boxes = torch.tensor([[0, 0, 5, 5], [30, 40, 44, 60], [size[1] - 3, size[0] - 9, size[1], size[0]]])
+        assert_parts(net(image), cs.read_within(net, image, [boxes]), [boxes], size)
+
+
+@torch.no_grad()
+def test_outputs_keep_their_structure() -> None:
+    model = seeded(Several)
+    net = unverified(model, "none", coarsest=16, example_input=torch.randn(1, 3, 64, 64).double()).optimize()
+    image, boxes = torch.randn(2, 3, 96, 64).double(), [torch.tensor([[8, 12, 30, 50]]), torch.zeros(0, 4)]
+    whole = net(image)
+    for output in ("out", "maps", "classes"):
+        ((part,), nothing) = cs.read_within(net, image, boxes, output=output)
+        assert nothing == [] and type(part) is type(whole[output])
+        assert_parts(whole[output], [[part], []], boxes, (96, 64))
+    with pytest.raises(cs.UnknownName, match="no output named 'aux'"):
+        cs.read_within(net, image, boxes, output="aux")
+    with pytest.raises(cs.CannotConvert, match=r"test_within\.py"):
+        cs.read_within(net, image, boxes)
+
+
+@torch.no_grad()
+def test_padding_is_at_the_border_of_the_picture_only() -> None:
+    """A bias and padding of ones would show in every box whose part was padded."""
+    model = seeded(
+        lambda: nn.Sequential(nn.ConstantPad2d(2, 5.0), nn.Conv2d(3, 4, 5), *strided(3, 4, inputs=4))
+    )
+    net = unverified(model, "all", coarsest=16, example_input=torch.randn(1, 3, 64, 64).double())
+    image = torch.zeros(1, 3, 128, 128, dtype=torch.float64)
+    whole = net(image)
+    boxes = torch.tensor([[x, y, x + 8, y + 8] for x in range(0, 128, 24) for y in range(0, 128, 24)])
+    assert_parts(whole, cs.read_within(net, image, [boxes]), [boxes], (128, 128))
+
+
+DEPENDING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a factor of its size": lambda x, y: y / y.shape[3],
+    "a value of its size": lambda x, y: y * torch.full((1,), float(y.shape[2]), dtype=y.dtype),
+    "coordinates": lambda x, y: y + torch.arange(y.shape[2], dtype=y.dtype).view(1, 1, -1, 1),
+    "columns": lambda x, y: y * torch.linspace(0, 1, y.shape[3], dtype=y.dtype).view(1, 1, 1, -1),
+    "aligned corners": lambda x, y: F.interpolate(y, scale_factor=2.0, mode="bilinear", align_corners=True),
+    "an odd factor": lambda x, y: F.interpolate(y, size=(41, 57), mode="bilinear"),
+    "a mean": lambda x, y: y - y.mean((2, 3), keepdim=True),
+    "a largest value": lambda x, y: y / y.amax((2, 3), keepdim=True).clamp(min=1),
+    "bins": lambda x, y: F.interpolate(F.adaptive_avg_pool2d(y, 2), y.shape[2:], mode="bilinear"),
+    "a norm": lambda x, y: F.instance_norm(y),
+    "circular padding": lambda x, y: F.pad(y, (1, 1, 1, 1), mode="circular"),
+    "flipped": lambda x, y: y + y.flip(2),
+    "sorted": lambda x, y: y.flatten(2).sort(2).values.view(y.shape),
+}
+
+
+@pytest.mark.parametrize("what", DEPENDING)
+@torch.no_grad()
+def test_what_depends_on_size_or_place_is_exact_or_refused_with_its_line(what: str) -> None:
+    model = seeded(lambda: Then(DEPENDING[what]))
+    net = unverified(model, "all", coarsest=16, example_input=torch.randn(1, 3, 64, 64).double())
+    image = torch.randn(1, 3, 128, 96, dtype=torch.float64)
+    boxes = torch.tensor([[20, 30, 40, 50], [0, 0, 4, 4], [90, 120, 96, 128]])
+    try:
+        found = cs.read_within(net, image, [boxes])
+    except cs.CannotConvert as refusal:
+        assert "test_within.py" in refusal.where and refusal.why and "net(image)" in refusal.next
+    else:
+        assert_parts(net(image), found, [boxes], (128, 96))
+
+
+# -- areas -----------------------------------------------------------------------------------------------
+
+
+def reached(area: Tensor, size: tuple[int, int]) -> Tensor:
+    """The positions of a map of a size that an area reaches, by its definition."""
+    found = torch.zeros(size, dtype=torch.bool)
+    for row in range(size[0]):
+        for column in range(size[1]):
+            spans = [
+                slice(place * own // length, -(-(place + 1) * own // length))
+                for place, own, length in zip((row, column), area.shape, size, strict=True)
+            ]
+            found[row, column] = area[spans[0], spans[1]].any()
+    return found
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (12, 8), (7, 5), (200, 100)])
+@torch.no_grad()
+def test_an_area_of_any_size_has_the_values_of_the_whole_call(shape: tuple[int, int]) -> None:
+    net, image = made("segmenter", "as given, floors"), torch.randn(2, 3, 96, 64, dtype=torch.float64)
+    area = torch.zeros(2, *shape, dtype=torch.bool)
+    area[0, : shape[0] // 4, shape[1] // 2] = area[0, -1, -1] = True  # of the second picture nothing
+    whole, found = net(image), cs.read_within(net, image, area=area)
+    assert found.shape == whole.shape
+    inside = torch.stack([reached(one, tuple(whole.shape[2:])) for one in area]).unsqueeze(1).expand_as(whole)
+    assert found[~inside].isnan().all() and not found[inside].isnan().any()
+    assert (found - whole)[inside].abs().max() <= 1e-12 * whole.abs().max()
+    low = net(image, mask="none")
+    assert torch.equal(cs.read_within(net, image, area=area, outside=low)[~inside], low[~inside])
+    assert bool((cs.read_within(net, image, area=area, outside=7)[~inside] == 7).all())
+
+
+@torch.no_grad()
+def test_polygons_are_areas() -> None:
+    net, image = made("unet", "as given, floors"), torch.randn(1, 3, 96, 64, dtype=torch.float64)
+    square = torch.tensor([[10, 20], [30, 20], [30, 40], [10, 40]])
+    found = cs.read_within(net, image, area=[square, square.numpy() + 30])
+    asked = ~found.isnan().all(1)[0]
+    area = torch.zeros(96, 64, dtype=torch.bool)
+    area[20:40, 10:30] = area[50:70, 40:60] = True
+    assert bool(asked[area].all()) and int(asked.sum()) <= 2 * 22 * 22
+    inside = asked.expand_as(found)
+    assert (found - net(image))[inside].abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_an_area_keeps_the_structure_of_outputs_and_classes_need_a_value() -> None:
+    net = unverified(seeded(Several), "none", coarsest=16, example_input=torch.randn(1, 3, 64, 64).double())
+    image, area = torch.randn(1, 3, 64, 64).double(), torch.zeros(4, 4, dtype=torch.bool)
+    area[1, 2] = True
+    for output in ("maps", "classes"):
+        found = cs.read_within(net, image, area=area, output=output, outside=0)
+        for one, whole in zip(tree_leaves(found), tree_leaves(net(image)[output]), strict=True):
+            height, width = whole.shape[-2:]
+            part = slice(height // 4, height // 2), slice(width // 2, 3 * width // 4)
+            assert one.shape == whole.shape and torch.allclose(one[(..., *part)], whole[(..., *part)])
+    with pytest.raises(cs.InvalidInput, match="no NaN"):
+        cs.read_within(net, image, area=area, output="classes")
+
+
+# -- work ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["as given, floors", "floors", "as given"])
+@torch.no_grad()
+def test_less_is_computed_and_macs_say_how_much(way: str) -> None:
+    net, image = made("unet", way), torch.randn(2, 3, 512, 512, dtype=torch.float64)
+    mask = mask_of(net, image, way)
+    boxes = [torch.tensor([[200, 200, 232, 232]]), torch.zeros(0, 4)]
+    report, whole = net.macs(image, mask=mask, within=boxes), net.macs(image, mask=mask)
+    assert report.whole == whole.mask and report.mask == round(report.of_whole * whole.mask)
+    assert report.of_whole < 0.8 and "in the boxes" in str(report)
+    everything = [torch.tensor([[0, 0, 512, 512]])] * 2
+    assert net.macs(image, mask=mask, within=everything).of_whole == pytest.approx(1, abs=0.01)
+
+
+@torch.no_grad()
+def test_macs_by_rows_count_what_the_mean_needs() -> None:
+    net, image = made("gated", "as given, floors"), torch.randn(1, 3, 256, 256, dtype=torch.float64)
+    share = net.macs(image, within=[torch.tensor([[0, 0, 256, 16]])]).of_whole
+    assert 0.3 < share < 1  # the stem of all of it, and a part of the head
+
+
+def gradient_reach(model: nn.Module, image: Tensor, pixel: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The rows and columns of a picture that an output pixel depends on."""
+    image = image.clone().requires_grad_()
+    model(image)[0, :, pixel[0], pixel[1]].sum().backward()
+    assert image.grad is not None
+    touched = image.grad[0].abs().sum(0) > 0
+    rows, columns = touched.any(1).nonzero().flatten(), touched.any(0).nonzero().flatten()
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+class Smooth(nn.Module):
+    """Stands for activations and poolings in a probe: every value depends on all that is read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 1.0
+
+
+def probed(model: nn.Module) -> nn.Module:
+    """A copy whose weights are positive and whose activations let everything through."""
+    model = copy.deepcopy(model).double()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.abs() + 0.01
+    return model
+
+
+@pytest.mark.parametrize("name", ["unet", "segmenter", "residual segmenter"])
+def test_the_part_holds_what_gradients_reach_and_little_more(name: str) -> None:
+    model, size = probed(seeded(NETWORKS[name])), 512
+    net = unverified(model, "all", coarsest=16, example_input=torch.rand(1, 3, 64, 64).double())
+    image = torch.rand(1, 3, size, size).double()
+    box = Box(255, 256, 255, 256)
+    reads = net.in_region(image, [[box]], lambda region: region.reads, lambda *_: None)
+    assert isinstance(reads, PictureReads)
+    found = reads.part_for(box)
+    height, width = net(image).shape[2:]
+    reach = gradient_reach(model, image, (255 * height // size, 255 * width // size))
+    assert found.top <= reach[0] and found.bottom >= reach[1]
+    assert found.left <= reach[2] and found.right >= reach[3]
+    step = max(one.step for one in reads.axes)
+    assert found.bottom - found.top <= 1.15 * (reach[1] - reach[0]) + 2 * step
+
+
+def test_parts_are_joined_where_that_is_no_more_work() -> None:
+    whole = Box(0, 1000, 0, 1000)
+    apart = [Part(Box(0, 10, 0, 10), [0]), Part(Box(500, 510, 500, 510), [1])]
+    assert {part.box for part in joined(apart, whole)} == {part.box for part in apart}
+    near = [Part(Box(0, 100, 0, 100), [0]), Part(Box(10, 110, 0, 100), [1]), Part(Box(0, 100, 90, 190), [2])]
+    (part,) = joined(near, whole)
+    assert part.box == Box(0, 110, 0, 190) and sorted(part.boxes) == [0, 1, 2]
+    large = [Part(Box(0, 1000, 0, 600), [0]), Part(Box(0, 600, 0, 1000), [1])]
+    assert [part.box for part in joined(large, whole)] == [whole]
+
+
+# -- refusals --------------------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "another number": ([torch.zeros(0, 4)] * 2, "boxes are given for 2 images"),
+    "no list": ("box", "boxes are"),
+    "three numbers": ([torch.zeros(2, 3)], "they are"),
+    "strings": ([["a"]], "they are"),
+    "not finite": ([torch.tensor([[0, 0, float("nan"), 4]])], "NaN or infinite"),
+    "turned": ([torch.tensor([[9, 0, 4, 4]])], "ends before it begins"),
+    "outside": ([torch.tensor([[0, 0, 65, 4]])], "reaches beyond the image"),
+    "before": ([torch.tensor([[-1, 0, 5, 4]])], "reaches beyond the image"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_boxes_are_refused_in_words(what: str) -> None:
+    net, (boxes, words) = made("unet", "as given, floors"), WRONG[what]
+    with pytest.raises(cs.InvalidInput, match=words) as caught:
+        cs.read_within(net, torch.rand(1, 3, 64, 64).double(), boxes)
+    assert caught.value.next
+
+
+WRONG_AREAS: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing": ({}, "neither boxes nor an area"),
+    "both": ({"area": torch.ones(2, 2, dtype=torch.bool), "boxes": [torch.zeros(0, 4)]}, "both given"),
+    "outside of boxes": ({"boxes": [torch.zeros(0, 4)], "outside": 0}, "outside= is for an area"),
+    "no booleans": ({"area": torch.ones(2, 2)}, "the area is"),
+    "another number": ({"area": torch.ones(2, 2, 2, dtype=torch.bool)}, "given for 2 images"),
+    "two corners": ({"area": [torch.zeros(2, 2)]}, "a polygon is"),
+    "a corner": ({"area": [torch.full((3, 2), float("inf"))]}, "NaN or infinite"),
+    "another shape": (
+        {"area": torch.ones(2, 2, dtype=torch.bool), "outside": torch.zeros(1, 1)},
+        "has the shapes",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_AREAS)
+def test_wrong_areas_are_refused_in_words(what: str) -> None:
+    net, (options, words) = made("unet", "as given, floors"), WRONG_AREAS[what]
+    with pytest.raises(cs.InvalidInput, match=words) as caught:
+        cs.read_within(net, torch.rand(1, 3, 64, 64).double(), **options)
+    assert caught.value.next
+
+
+def test_networks_that_are_not_computed_in_boxes_are_refused_in_words() -> None:
+    image, boxes = torch.rand(1, 3, 64, 64), [torch.tensor([[0, 0, 4, 4]])]
+    with pytest.raises(cs.InvalidInput, match="cannot be computed in boxes"):
+        cs.read_within(nn.Conv2d(3, 3, 3), image, boxes)  # type: ignore[arg-type]
+    net = made("unet", "as given, floors", torch.float32, fast=False).train()
+    with pytest.raises(cs.InvalidInput, match="training mode"):
+        cs.read_within(net, image, boxes)
+    with pytest.raises(cs.InvalidInput, match="with an image only"):
+        net.macs(image, image, within=boxes)
+
+
+def test_gradients_flow_through_boxes() -> None:
+    net = made("unet", "as given, floors", fast=False)
+    image = torch.randn(1, 3, 128, 128, dtype=torch.float64)
+    ((part,),) = cs.read_within(net, image, [torch.tensor([[50, 50, 60, 60]])])
+    part.sum().backward()
+    found = [parameter.grad for parameter in net.parameters()]
+    net.zero_grad()
+    net(image)[:, :, 50:60, 50:60].sum().backward()
+    for one, parameter in zip(found, net.parameters(), strict=True):
+        assert one is not None and parameter.grad is not None and torch.allclose(one, parameter.grad)
+
+
+def test_a_copy_in_a_memory_is_computed_in_boxes_too() -> None:
+    net = made("unet", "floors", fast=False)
+    image = torch.randn(1, 3, 128, 96, dtype=torch.float64)
+    mask, boxes = mask_of(net, image, "floors"), torch.tensor([[30, 30, 60, 50]])
+    banded = net.optimize(memory="1GiB")
+    assert_parts(
+        banded(image, mask=mask), cs.read_within(banded, image, [boxes], mask=mask), [boxes], (128, 96)
+    )
+
+
+# -- random networks, and those of the corpus ------------------------------------------------------------
+
+
+def random_boxes(draw: random.Random, size: tuple[int, int]) -> Tensor:
+    boxes = []
+    for _ in range(draw.randint(0, 3)):
+        x, y = draw.randint(0, size[1] - 1), draw.randint(0, size[0] - 1)
+        wide, tall = draw.choice([1, 5, 20, size[1]]), draw.choice([1, 5, 20, size[0]])
+        boxes.append([x, y, min(x + wide, size[1]), min(y + tall, size[0])])
+    return torch.tensor(boxes).reshape(-1, 4)
+
+
+def check_random(seed: int) -> int:
+    """Compare a random network in random boxes; return how often it was computed."""
+    case, draw, computed = random_case(seed), random.Random(seed), 0
+    if case.more:
+        return 0
+    for options, mask in WAYS.values():
+        torch.manual_seed(seed)
+        size = draw.choice([(128, 160), (160, 96), (draw.randint(70, 160), draw.randint(70, 160))])
+        images = torch.randn(2, 3, *size, dtype=torch.float64)
+        try:
+            net = unverified(
+                case.model, "none" if mask == "levels" else mask, example_input=case.given, **options
+            )
+            net = net.optimize() if draw.random() < 0.5 else net
+            levels = some_levels(net, images) if mask == "levels" else None
+            whole = net(images, mask=levels)
+        except cs.CadError:
+            continue
+        boxes = [random_boxes(draw, size) for _ in images]
+        try:
+            found = cs.read_within(net, images, boxes, mask=levels)
+        except cs.CannotConvert as refusal:
+            assert refusal.why and refusal.next, seed
+            continue
+        assert_parts(whole, found, boxes, size)
+        computed += 1
+    return computed
+
+
+@pytest.mark.parametrize("seed", [3, 5, 9, 14, 23, 31, 52, 55, 61, 66])
+@torch.no_grad()
+def test_random_networks_in_boxes(seed: int) -> None:
+    check_random(seed)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_many_random_networks_in_boxes() -> None:
+    assert sum(check_random(seed) for seed in range(SEEDS)) >= SEEDS // 3
