@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
-from cadsurgery.network.regions import Box, Part, PictureReads, joined
+from cadsurgery.network.regions import Box, PicturePart, PictureReads, joined
 
 SEEDS = int(os.environ.get("CADSURGERY_SEEDS", 300))
 ERROR = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -403,12 +403,16 @@ def test_the_part_holds_what_gradients_reach_and_little_more(name: str) -> None:
 
 def test_parts_are_joined_where_that_is_no_more_work() -> None:
     whole = Box(0, 1000, 0, 1000)
-    apart = [Part(Box(0, 10, 0, 10), [0]), Part(Box(500, 510, 500, 510), [1])]
+    apart = [PicturePart(Box(0, 10, 0, 10), [0]), PicturePart(Box(500, 510, 500, 510), [1])]
     assert {part.box for part in joined(apart, whole)} == {part.box for part in apart}
-    near = [Part(Box(0, 100, 0, 100), [0]), Part(Box(10, 110, 0, 100), [1]), Part(Box(0, 100, 90, 190), [2])]
+    near = [
+        PicturePart(Box(0, 100, 0, 100), [0]),
+        PicturePart(Box(10, 110, 0, 100), [1]),
+        PicturePart(Box(0, 100, 90, 190), [2]),
+    ]
     (part,) = joined(near, whole)
     assert part.box == Box(0, 110, 0, 190) and sorted(part.boxes) == [0, 1, 2]
-    large = [Part(Box(0, 1000, 0, 600), [0]), Part(Box(0, 600, 0, 1000), [1])]
+    large = [PicturePart(Box(0, 1000, 0, 600), [0]), PicturePart(Box(0, 600, 0, 1000), [1])]
     assert [part.box for part in joined(large, whole)] == [whole]
 
 

@@ -318,7 +318,7 @@ class BandPlan:
     # -- steps ---------------------------------------------------------------------------------------
 
     def _step(self, node: fx.Node, acts: Treatment) -> Stream:
-        if acts.then:
+        if acts.then and acts.kind != "pointwise":
             raise self.refusal(node, "it is several operations in one")
         if acts.window is not None and (acts.kind == "window" or acts.window.finer > 1):
             return self._windowed(node, acts, self._turned(acts.window))
