@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, relative_error
+from conftest import assert_same, covering, relative_error, some
 from networks import Encoded, converted_quietly, followed
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ FACTS: dict[str, Callable[[Tensor], bool]] = {
 }
 
 
-@pytest.mark.parametrize("name", FACTS)
+@pytest.mark.parametrize("name", some(FACTS))
 def test_facts_that_no_pixel_decides_are_answered(name: str) -> None:
     fact = FACTS[name]
     check(Encoded(lambda own, image, y: own.head(2 * y) if fact(y) else own.head(y)))
@@ -122,7 +122,7 @@ TYPES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", some(TYPES))
 def test_types_are_those_of_this_call(name: str) -> None:
     of_type = TYPES[name]
     model = Encoded(lambda own, image, y: own.head(torch.cat([y[:, :6], y[:, 6:] + 0.1 * of_type(y)], 1)))
@@ -192,8 +192,7 @@ def _asks_layout(name: str) -> Callable[[Tensor], bool]:
 LAYOUTS = ("is_contiguous", "channels last", "stride", "stride of an axis")
 
 
-@pytest.mark.parametrize("of", ["image", "map"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("name", "of"), covering([*LAYOUTS], ["image", "map"]))
 def test_a_branch_on_memory_layouts_is_refused_where_both_ways_differ(name: str, of: str) -> None:
     fact = _asks_layout(name)
 
@@ -264,8 +263,10 @@ class Attentive(nn.Module):
         return F.interpolate(self.head(y), x.shape[2:], mode="bilinear")
 
 
-@pytest.mark.parametrize("split", [by_shape, by_size, by_chunk])
-@pytest.mark.parametrize(("radix", "options"), [(2, {"coarsest": 16}), (3, {"output_stride": (2, 4)})])
+@pytest.mark.parametrize(
+    ("split", "radix", "options"),
+    covering([by_shape, by_size, by_chunk], [2, 3], [{"coarsest": 16}, {"output_stride": (2, 4)}]),
+)
 @torch.no_grad()
 def test_parts_of_channels_are_as_many_in_every_call(
     split: Callable[[Tensor, int], Any], radix: int, options: dict[str, Any]
@@ -302,7 +303,7 @@ OF_SIZES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", OF_SIZES)
+@pytest.mark.parametrize("name", some(OF_SIZES))
 def test_a_plain_tensor_takes_sizes_of_the_image(name: str) -> None:
     """It is an attribute of the network, and neither a parameter nor a buffer."""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, random_levels
+from conftest import assert_same, covering, images, random_levels
 from networks import conv_norm, randomise, unverified
 from torch import Tensor, nn
 
@@ -130,13 +130,12 @@ class BySelection(ByValues):
         return self.rest(x) if x[x > 0].numel() > 5 else x
 
 
-@pytest.mark.parametrize("network", [ByValues, BySelection])
-@pytest.mark.parametrize("convert", [cs.adaptify, cs.plan])
+@pytest.mark.parametrize(("network", "convert"), covering([ByValues, BySelection], [cs.adaptify, cs.plan]))
 def test_decisions_by_values_are_refused_with_their_line(
     network: type[nn.Module], convert: Callable[..., object]
 ) -> None:
     with pytest.raises(cs.CannotConvert) as refusal:
-        convert(network().eval())
+        convert(network().eval(), example_input=images(1, 64, 64))
     message = str(refusal.value)
     assert "values of the image" in message and f"{network.__name__}.forward: return self.rest(x)" in message
 

@@ -14,7 +14,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, random_levels
+from conftest import assert_same, images, random_levels, some
 from networks import conv_norm, randomise, unverified
 from torch import Tensor, nn
 
@@ -153,7 +153,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", some(NETWORKS))
 @torch.no_grad()
 def test_it_converts_and_is_the_network(name: str) -> None:
     """With other weights than those of the conversion, at other sizes and batches; copies and pickles of it too."""

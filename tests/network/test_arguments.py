@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import covering, relative_error, slow
+from conftest import covering, relative_error, slow, some
 from networks import build, conv_norm, randomise, unverified
 from torch import nn
 
@@ -87,7 +87,7 @@ def make(case: str):
     return kind().eval(), arguments
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some(CASES))
 @pytest.mark.filterwarnings("ignore:no mask can improve")
 def test_a_network_with_other_arguments_is_the_original_at_its_own_level(case, tmp_path):
     model, arguments = make(case)
@@ -140,7 +140,7 @@ TRANSFORMS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", some(TRANSFORMS, every=3))
 def test_transforms_of_images_are_refused_with_what_to_use(name: str) -> None:
     net = cs.adaptify(build("resnet18", by=4), mask="edges", example_input=torch.rand(1, 3, 64, 64))
     with pytest.raises(cs.InvalidInput, match=r"torch\.func transforms the image") as caught:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, covering, random_levels, slow
+from conftest import assert_same, covering, random_levels, slow, some
 from networks import ResidualSegmenter, Segmenter, build, seeded, strided, unverified
 from random_networks import random_case
 from timm.layers import CondConv2d
@@ -752,7 +752,7 @@ class Experts(nn.Module):
         return self.conv(x, torch.sigmoid(self.route(x.mean((2, 3)))))
 
 
-@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("name", some(WINDOWS))
 @torch.no_grad()
 def test_every_window_on_dense_maps_in_bands_is_whole(name: str) -> None:
     """Called on more rows than asked for, so that their own padding reaches none of these; at sizes with any rest."""
@@ -822,7 +822,7 @@ class Salient(AnchorHead):
         return found.view(len(x), 2, 4, -1).cumsum(3).amax(3), self.c(found)
 
 
-@pytest.mark.parametrize("mask", ["all", "none", MASK])
+@pytest.mark.parametrize("mask", some(["all", "none", MASK], every=3))
 def test_rows_of_a_detector_are_arranged_when_its_maps_are_complete(mask: str) -> None:
     torch.manual_seed(0)
     net = unverified(AnchorHead().eval().double(), mask, coarsest=16, example_input=picture(64, 96))

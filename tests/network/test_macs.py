@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import assert_same, covering, images, random_levels, slow
+from conftest import assert_same, covering, images, random_levels, slow, some
 from networks import build, unverified
 from ptflops import get_model_complexity_info
 from random_networks import random_case
@@ -267,7 +267,10 @@ NETWORKS = MODELS | {"unet": lambda: subject("unets:unet_bilinear", CHECKOUT).bu
 
 @pytest.mark.parametrize(
     ("name", "pair"),
-    [("strided", None), ("strided", (8, 16)), ("dilated", None), ("mixed", None), ("unet", (2, 4))],
+    some(
+        [("strided", None), ("strided", (8, 16)), ("dilated", None), ("mixed", None), ("unet", (2, 4))],
+        rows=True,
+    ),
 )
 def test_work_of_the_network_given_is_what_torch_counts_of_it(
     name: str, pair: tuple[int, int] | None
@@ -440,7 +443,7 @@ class HoldsSizes(nn.Module):
         return self.end(torch.cat((F.pad(skip, (0, -across, 0, -down)), y), 1))
 
 
-@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("held", some(HELD))
 @torch.no_grad()
 def test_sizes_held_in_tensors_have_values_on_shapes_alone(held: str) -> None:
     torch.manual_seed(0)

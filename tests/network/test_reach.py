@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels, slow
+from conftest import assert_same, covering, images, random_levels, slow, some
 from networks import Undecided, randomise, unverified
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
@@ -471,7 +471,7 @@ def test_all_pixels_need_everything() -> None:
     assert found.receptive == found.all and found.elements[0] == found.elements[1]
 
 
-@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("at", some([0, 1, 2]))
 def test_squeeze_excite_needs_the_whole_image_and_nothing_behind_it_does(at: int) -> None:
     """The later it stands, the more is needed; behind it only what the point depends on."""
     model = randomise(squeezed(at))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import covering
+from conftest import covering, some
 from networks import saved_segmenter
 from PIL import Image
 
@@ -105,7 +105,7 @@ def test_a_frame_of_a_clip_is_predicted_as_the_image_alone(
     assert {tuple(frame.shape[1:]) for frame in frames_of(tmp_path / "out.mp4")} == {(height, width + 1)}
 
 
-@pytest.mark.parametrize("view", ["classes", "overlay", "side"])
+@pytest.mark.parametrize("view", some(["classes", "overlay", "side"]))
 def test_images_and_folders_of_frames_have_the_same_views(
     file: Path, folder: Path, tmp_path: Path, view: str
 ) -> None:
@@ -251,7 +251,7 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-@pytest.mark.parametrize("output", ["out.mp4", "out.mkv", "out"])
+@pytest.mark.parametrize("output", some(["out.mp4", "out.mkv", "out"]))
 def test_a_killed_run_computes_one_clip_again_at_most(
     file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
@@ -490,7 +490,7 @@ def test_no_run_replaces_a_file_that_none_has_written(
     assert {*mine.parent.iterdir()} <= {mine, folder, tmp_path / "clip.mp4"}  # nothing else was written
 
 
-@pytest.mark.parametrize("ending", [".mp4", ".mov", ".mkv"])
+@pytest.mark.parametrize("ending", some([".mp4", ".mov", ".mkv"]))
 def test_a_clip_of_an_earlier_run_is_replaced_and_one_of_ones_own_is_not(
     file: Path, folder: Path, tmp_path: Path, ending: str
 ) -> None:
