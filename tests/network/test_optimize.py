@@ -347,9 +347,14 @@ def test_a_residual_of_other_channels_is_broadcast(side: int, outputs: int, grou
         assert_same(fast(x, mask=mask), net(x, mask=mask), 1e-4)
 
 
-@pytest.mark.parametrize("activation", [None, Activation("relu"), Activation("gelu", (), "none")])
-@pytest.mark.parametrize("more", [(2, 5, 4), (4,), (5, 1), (3, 2, 5, 4), (3, 1, 1, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("activation", "more", "dtype"),
+    covering(
+        [None, Activation("relu"), Activation("gelu", (), "none")],
+        [(2, 5, 4), (4,), (5, 1), (3, 2, 5, 4), (3, 1, 1, 1)],
+        [torch.float32, torch.float64],
+    ),
+)
 @torch.no_grad()
 def test_a_linear_layer_adds_what_broadcasts(
     activation: Activation | None, more: tuple[int, ...], dtype: torch.dtype

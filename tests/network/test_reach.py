@@ -275,23 +275,7 @@ def assert_rows(found: list[Tensor], expected: list[Tensor], tolerance: float = 
             assert float((one - other).abs().max()) <= tolerance * largest
 
 
-# -- the dense output at points ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "fill", "mask"), covering([*BUILDERS], FILLS, ["levels", "all", "none"]))
-@torch.no_grad()
-def test_rows_are_what_the_dense_output_holds_there(name: str, fill: str, mask: Any) -> None:
-    """Batch of three with different numbers of points, one image without; float64."""
-    net, size = converted(name, torch.float64, fill=fill), size_of(name)
-    x, points = images(3, *size, torch.float64), points_in(size, 9, 0, 4)
-    mask = levels_of(net, x) if mask == "levels" else mask
-    dense = net(x, mask=mask)
-    levels = net.levels
-    assert_rows(cs.read_at(net, x, points, mask=mask), rows_of(dense, points, 2), 1e-12)
-    assert torch.equal(net.levels, levels)
-    needed = cs.read_at(net, x, points, mask=mask, reach="receptive")
-    assert_rows(needed, rows_of(dense, points, 2), 1e-12)
-    assert torch.equal(net.levels, levels)
+# -- the dense output at points: of random networks in laws/test_form_laws.py, here what those have not -----
 
 
 @pytest.mark.parametrize(
