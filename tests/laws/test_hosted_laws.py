@@ -25,7 +25,7 @@ import cadsurgery as cs
 
 DETECTORS = [
     *("retinanet", slow("ssdlite320_mobilenet_v3_large"), slow("fasterrcnn_resnet50_fpn")),
-    *(thorough("retinanet_resnet50_fpn"), slow("fcos_resnet50_fpn"), thorough("maskrcnn_resnet50_fpn")),
+    *(thorough("retinanet_resnet50_fpn"), thorough("fcos_resnet50_fpn"), thorough("maskrcnn_resnet50_fpn")),
     *(thorough("keypointrcnn_resnet50_fpn"), thorough("ssd300_vgg16")),
 ]
 

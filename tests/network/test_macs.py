@@ -376,8 +376,9 @@ def test_the_work_of_a_plan_is_stored_and_may_be_missing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["nearest", "bilinear", "transposed"])
-@pytest.mark.parametrize("options", [{}, {"coarsest": 16}], ids=["strides", "floors"])
+@pytest.mark.parametrize(
+    ("how", "options"), covering(["nearest", "bilinear", "transposed"], [{}, {"coarsest": 16}])
+)
 def test_counting_takes_no_more_memory_than_a_call(how: str, options: dict[str, int]) -> None:
     """Tables of positions are not made for rows without values: beyond the mask, a count holds little."""
     code = f"""
