@@ -98,7 +98,7 @@ FILLED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", FILLED)
+@pytest.mark.parametrize("name", some(FILLED))
 def test_filled_tensors_of_fewer_axes_are_added_and_multiplied(name: str) -> None:
     fill = FILLED[name]
     check(Encoded(lambda own, image, y: own.head((y + fill(y)) * (fill(y) + 2))))
@@ -203,7 +203,7 @@ def test_a_branch_on_memory_layouts_is_refused_where_both_ways_differ(name: str,
         followed(Encoded(branch))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", some(LAYOUTS))
 def test_a_branch_on_memory_layouts_that_computes_the_same_is_followed(name: str) -> None:
     fact = _asks_layout(name)
 

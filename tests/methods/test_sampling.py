@@ -190,8 +190,7 @@ def test_evaluation_is_what_is_published(kind: type, noise: bool, dtype: torch.d
     assert_same(net(x), expected, TIGHT[dtype])  # with gradients, which other code computes
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("kind", (BasicBlock, Bottleneck))
+@pytest.mark.parametrize(("kind", "dtype"), covering([*(BasicBlock, Bottleneck)], [*TYPES]))
 def test_training_is_what_is_published(kind: type, dtype: torch.dtype) -> None:
     model = small(kind, dtype)
     net, x = half_open(cs.sample(model, grid=5)), images(2, 67, 99, dtype)

@@ -169,7 +169,7 @@ def test_saving_what_was_loaded_writes_the_same_file(tmp_path: Path) -> None:
 # -- masks ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64])
+@pytest.mark.parametrize("dtype", some([torch.bool, torch.int8, torch.int64], every=3))
 def test_a_tensor_as_mask_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
     levels = torch.randint(0, 2, (2, 12, 16)).to(dtype)
     net, image = adapted(levels), images(2, 97, 129)
@@ -182,7 +182,14 @@ def test_a_tensor_as_mask_comes_back(tmp_path: Path, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize(
     "mask",
-    ["edges:threshold=0.15,dilation=7", "random:seed=1", torch.randint(0, 2, (1, 12, 16)), "none | budget"],
+    some(
+        [
+            "edges:threshold=0.15,dilation=7",
+            "random:seed=1",
+            torch.randint(0, 2, (1, 12, 16)),
+            "none | budget",
+        ]
+    ),
 )
 def test_a_wrapped_mask_is_stored_with_what_it_wraps(tmp_path: Path, mask: object) -> None:
     net, image = adapted(Budget(mask, 0.4, per_batch=True)), images(2, 96, 128)
@@ -199,7 +206,9 @@ def test_a_wrapper_of_a_function_is_as_little_stored_as_the_function(tmp_path: P
         cs.load(tmp_path / "net.safetensors", segmenter())
 
 
-@pytest.mark.parametrize("stored", ["none", torch.zeros(12, 16, dtype=torch.long), lambda image: None])
+@pytest.mark.parametrize(
+    "stored", some(["none", torch.zeros(12, 16, dtype=torch.long), lambda image: None], every=3)
+)
 def test_a_mask_given_to_load_replaces_the_stored_one(tmp_path: Path, stored: object) -> None:
     cs.save(adapted(stored), tmp_path / "net.safetensors")
     again = cs.load(tmp_path / "net.safetensors", segmenter(), mask=EdgeMask(0.5, 3))

@@ -146,7 +146,7 @@ def test_macs_of_a_mixed_map_are_those_that_run(name: str, options: dict[str, An
     assert report.active_fraction == net.active_fraction
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some(MODELS, every=3))
 def test_macs_of_the_extremes_are_those_that_run(name: str) -> None:
     net, image = unverified(MODELS[name](), "all"), images(1, 97, 161)
     report = net.macs(image)
@@ -199,7 +199,7 @@ def test_the_dense_twins_cost_what_ptflops_counts(size: tuple[int, int]) -> None
 # -- how they grow -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some(MODELS, every=3))
 def test_raising_the_level_anywhere_never_costs_more(name: str) -> None:
     net, image = unverified(MODELS[name](), "none"), images(1, 96, 128)
     net(image)

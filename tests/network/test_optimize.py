@@ -336,7 +336,8 @@ class _Broadcast(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("side", "outputs", "groups"), [(1, 64, 1), (3, 64, 1), (3, 64, 64), (1, 1, 1), (3, 1, 1)]
+    ("side", "outputs", "groups"),
+    some([(1, 64, 1), (3, 64, 1), (3, 64, 64), (1, 1, 1), (3, 1, 1)], rows=True),
 )
 @torch.no_grad()
 def test_a_residual_of_other_channels_is_broadcast(side: int, outputs: int, groups: int) -> None:

@@ -486,11 +486,15 @@ def test_ctrl_c_ends_a_large_picture_behind_its_band_and_resume_goes_on_there(
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [
-        ("picture", r"file: \[\d+, \d+\], now \[\d+, \d+\]"),
-        ("mask", 'by.mask: "the file\'s", now "all"'),
-        ("no --resume", "earlier run[\\s\\S]*--resume"),
-    ],
+    some(
+        [
+            ("picture", r"file: \[\d+, \d+\], now \[\d+, \d+\]"),
+            ("mask", 'by.mask: "the file\'s", now "all"'),
+            ("no --resume", "earlier run[\\s\\S]*--resume"),
+        ],
+        every=3,
+        rows=True,
+    ),
 )
 def test_another_picture_or_mask_does_not_go_on_with_what_is_there(
     file: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, told: str

@@ -152,12 +152,15 @@ def other_network(file: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [
-        ({"mask": "all"}, r'mask: "the file\'s", now "all"'),
-        ({"size": (32, 48)}, r"size: null, now \[32, 48\]"),
-        ({"view": "side"}, r'view: "", now "side"'),
-        ({"file": other_network}, r'network: "\w+'),
-    ],
+    some(
+        [
+            ({"mask": "all"}, r'mask: "the file\'s", now "all"'),
+            ({"size": (32, 48)}, r"size: null, now \[32, 48\]"),
+            ({"view": "side"}, r'view: "", now "side"'),
+            ({"file": other_network}, r'network: "\w+'),
+        ],
+        rows=True,
+    ),
     ids=["mask", "size", "view", "network"],
 )
 def test_predictions_of_another_run_are_refused_with_what_differs(

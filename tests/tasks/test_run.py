@@ -173,7 +173,9 @@ class UNet(torch.nn.Module):
         return self.head(value)
 
 
-@pytest.mark.parametrize(("depth", "size"), [(2, (33, 70)), (3, (61, 64)), (5, (75, 97)), (6, (40, 200))])
+@pytest.mark.parametrize(
+    ("depth", "size"), some([(2, (33, 70)), (3, (61, 64)), (5, (75, 97)), (6, (40, 200))], rows=True)
+)
 def test_pictures_of_any_size_are_padded_and_their_results_cut_back(
     depth: int, size: tuple[int, int]
 ) -> None:
@@ -464,14 +466,17 @@ def test_what_cannot_be_run_is_refused(
 
 @pytest.mark.parametrize(
     ("source", "output", "there"),
-    [
-        ("clip.mp4", "mine.mp4", "mine.mp4"),
-        ("frames", "mine.mkv", "mine.mkv"),
-        ("9", "mine.mov", "mine.mov"),
-        ("clip.mp4", "mine.mp4", "mine.legend.png"),
-        ("clip.mp4", "out", "out/clip.mp4"),
-        ("frames", "out", "out/classes.legend.png"),
-    ],
+    some(
+        [
+            ("clip.mp4", "mine.mp4", "mine.mp4"),
+            ("frames", "mine.mkv", "mine.mkv"),
+            ("9", "mine.mov", "mine.mov"),
+            ("clip.mp4", "mine.mp4", "mine.legend.png"),
+            ("clip.mp4", "out", "out/clip.mp4"),
+            ("frames", "out", "out/classes.legend.png"),
+        ],
+        rows=True,
+    ),
 )
 def test_no_run_replaces_a_file_that_none_has_written(
     file: Path, folder: Path, tmp_path: Path, source: str, output: str, there: str
