@@ -45,6 +45,7 @@ from .network.export import export as export
 from .network.export.kernels import kernels_for as kernels_for
 from .network.model import AdaptiveModel as AdaptiveModel
 from .network.points import macs_at as macs_at, read_at as read_at
+from .network.within import read_within as read_within
 from .support.errors import (
     CadError as CadError,
     CadWarning as CadWarning,

@@ -97,6 +97,14 @@ class Window(NamedTuple):
         return not any(taps % self.finer for taps in self.kernel)
 
     @property
+    def transposed(self) -> Window:
+        """The window on maps whose two axes are exchanged."""
+        top, bottom, left, right = self.padding
+        return self._replace(
+            kernel=self.kernel[::-1], dilation=self.dilation[::-1], padding=(left, right, top, bottom)
+        )
+
+    @property
     def offsets(self) -> tuple[list[int], list[int]]:
         """Fine pixels down and across from an element to its taps."""
         down, across = (
@@ -268,6 +276,17 @@ def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) 
     if has_outside:
         table = torch.where(inside, table, as_number(lattice.count, table))  # type: ignore[arg-type]
     return _with_halo(lattice, table, has_outside)
+
+
+def every_pixel(lattice: Lattice, spacing: int) -> Reading:
+    """Return a reading of every `spacing`-th fine pixel of a lattice, (B, h, w)."""
+
+    def build() -> Reading:
+        height, width = lattice.size
+        pixels = torch.arange(lattice.batch * height * width, device=lattice.levels.device)
+        return read_points(lattice, pixels.view(lattice.batch, height, width)[..., ::spacing, ::spacing])
+
+    return lattice.derive(("every pixel", spacing), build)
 
 
 # Placeholder for the padding row while its number is unknown. It is exact in float32, in which OpenVINO pads integers.

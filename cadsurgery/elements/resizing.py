@@ -216,6 +216,15 @@ class Scaling:
     align_corners: bool | None = None
     recompute_scale_factor: bool | None = None
 
+    @property
+    def transposed(self) -> Scaling:
+        """The scaling of maps whose two axes are exchanged."""
+        size, factor = (
+            value[::-1] if isinstance(value, (tuple, list)) else value
+            for value in (self.size, self.scale_factor)
+        )
+        return replace(self, size=size, scale_factor=factor)
+
     def of(self, dense: Tensor) -> Tensor:
         """Resize a dense map with torch."""
         align = self.align_corners if self.mode == "bilinear" else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import islice
@@ -46,8 +47,9 @@ from cadsurgery.network.invocations import Invocation, answer
 from cadsurgery.network.macs import MacReport, count_macs
 from cadsurgery.network.optimized import BFLOAT16, FLOAT, check_precision, fuse_network
 from cadsurgery.network.program import Program, ProgramNetwork, frozen_copy, refuse_torchscript
+from cadsurgery.network.regions import Box, Region, Regions, Values
 from cadsurgery.network.signature import Forward
-from cadsurgery.support.errors import InvalidInput, NotConverted
+from cadsurgery.support.errors import CannotConvert, InvalidInput, NotConverted
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent, waiting
 from cadsurgery.support.running import running
@@ -89,6 +91,7 @@ class AdaptiveModel(ProgramNetwork):
         self._overridden = False  # True once `masked` was used: torch before 2.15 cannot compile the look-up
         self.checks: tuple[Check, ...] = ()
         self.source: Any = None
+        self._regions = Regions()
         self._bands: Bands | None = None  # of an inference copy that computes pictures in bands
         self._mask_provider = resolve_mask(mask)
         self._unit: Unit = model._unit if isinstance(model, AdaptiveModel) else Unit()
@@ -135,10 +138,10 @@ class AdaptiveModel(ProgramNetwork):
         if running.is_compiled and not getattr(chosen, "static", False):
             return self._run_uncompiled(*args, mask=mask, sizes=sizes, **kwargs)
         call = Invocation(self._program, self._program.bind(*args, **kwargs), sizes)
-        output, lattice = self.follow(call, partial(self._answer, resolve_mask(chosen)))
+        output, lattice = self.follow(call, partial(self.answer, resolve_mask(chosen)))
         return self.finish(call.in_layout(output), lattice)
 
-    def _answer(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Called:
+    def answer(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Called:
         """Return output and lattice of a call with a mask."""
         return answer(program, provider, arguments)
 
@@ -369,6 +372,42 @@ class AdaptiveModel(ProgramNetwork):
 
         return self.follow(Invocation(self.program, self.program.bind(*args, **kwargs), sizes), count)
 
+    def in_region(
+        self,
+        image: Tensor,
+        boxes: Sequence[Sequence[Box]],
+        run: Callable[[Region], Result],
+        otherwise: Callable[[CannotConvert, Callable[[], Values]], Result],
+        mask: object = None,
+        output: str | int | None = None,
+    ) -> Result:
+        """Run something on the parts of pictures that are computed for boxes of each, see `regions.Region`.
+
+        Args:
+            image: (B, C, H, W).
+            boxes: the boxes of each picture.
+            run: is given the parts.
+            otherwise: is given why the network is not computed for a part of the picture only, and a function that
+                returns the values in the boxes by computing their rows in bands.
+            mask: mask for this call only, as for a call.
+            output: key or position of the output that is asked for.
+
+        Raises:
+            UnknownName: no such output.
+        """
+        provider = resolve_mask(self.mask if mask is None else mask)
+
+        def found(program: Program, arguments: dict[str, Any]) -> Result:
+            given = (program, provider, arguments, boxes, output)
+            try:
+                region = self._regions.find(*given)
+            except CannotConvert as refusal:
+                bands = self._bands or Bands(sys.maxsize)
+                return otherwise(refusal, lambda: self._regions.by_rows(bands, *given))
+            return run(region)
+
+        return self.follow(Invocation(self.program, self.program.bind(image)), found)
+
     @property
     def counted(self) -> Program:
         """The program of a copy on meta tensors, on which operations are counted."""
@@ -560,7 +599,8 @@ class OptimizedModel(AdaptiveModel):
         with torch.no_grad():
             return super().forward(*args, mask=mask, sizes=sizes, **kwargs)
 
-    def _answer(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Called:
+    def answer(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Called:
+        """Return output and lattice of a call with a mask."""
         if self._bands is not None:
             return self._bands(provider, program, arguments)
         run = partial(answer, program, provider)

@@ -30,6 +30,7 @@ from cadsurgery.network.invocations import Invocation
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.observing import Place, observe
 from cadsurgery.network.program import GraphInterpreter, Program
+from cadsurgery.network.regions import select_output
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, UnknownName, check_name
 from cadsurgery.support.meta_tensors import to_meta
@@ -149,7 +150,7 @@ class _ReadOutput:
     def of(program: Program, output: str | int | None) -> _ReadOutput:
         """Build the exit of an output of a network."""
         source = program.halves.after
-        value = _select_output(next(node for node in source.nodes if node.op == "output").args[0][0], output)
+        value = select_output(next(node for node in source.nodes if node.op == "output").args[0][0], output)
         if not isinstance(value, fx.Node) or value.target is not functional.to_dense:
             last = value.target if isinstance(value, fx.Node) else describe(value)
             raise InvalidInput(
@@ -289,23 +290,6 @@ def sample_at(
             place = ((place + 0.5) / stride).floor()
         axes.append(place.long().clamp(0, length - 1))
     return axes[0], axes[1]
-
-
-def _select_output(value: Any, output: str | int | None) -> Any:
-    """Return the requested output of a graph."""
-    several = dict(enumerate(value)) if isinstance(value, (tuple, list)) else value
-    if not isinstance(several, dict):
-        if output is not None:
-            raise UnknownName(
-                "output", str(output), [], next="the network has a single one: leave output out."
-            )
-        return value
-    if output is None and len(several) == 1:
-        return next(iter(several.values()))
-    if not isinstance(output, (str, int)) or output not in several:
-        names = [str(name) for name in several]
-        raise UnknownName("output", str(output), names, next=f"say which with output=: {', '.join(names)}.")
-    return several[output]
 
 
 def _program(net: Any, reach: str) -> Program:

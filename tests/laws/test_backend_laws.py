@@ -27,6 +27,7 @@ from cadsurgery.elements.backends.works import (
     Mixing,
     MixingLines,
     Picking,
+    PixelReading,
     Pooling,
     WindowRead,
     extend,
@@ -259,8 +260,10 @@ def has(name: str, task: str) -> bool:
 TASKS = [
     (name, task)
     for name in NAMES
-    for task in ("pool", "mix", "mix_lines", "pick", "fill")
-    if has(name, task) and name not in ("torch", "without overlap", "triton samples", "triton")
+    for task in ("pool", "mix", "mix_lines", "pick", "read_pixels", "fill")
+    if has(name, task)
+    and (name, task) != ("portable", "read_pixels")  # which exists in files alone
+    and name not in ("torch", "without overlap", "triton samples", "triton")
 ]
 
 
@@ -285,6 +288,12 @@ def other_works(task: str, dtype: torch.dtype) -> list[Work]:
         return [MixingLines(values(3, 5, 7, seed=0, dtype=dtype), first, first + 1, share)]
     if task == "fill":
         return fillings(dtype)
+    if task == "read_pixels":
+        return [
+            PixelReading(values(len(one), channels, seed=0, dtype=dtype), one, spacing)
+            for one in (source, lattice("ragged", "nearest"), lattice("uniform"), source.at(2), source.at(0))
+            for channels, spacing in itertools.product((1, 2, 21), (1, 2, 3, 4))
+        ]
     return [Picking(rows, Reading(reading.table, reading.sources, reading.mix, False))]
 
 

@@ -24,6 +24,7 @@ from cadsurgery.elements.backends.works import (
     Mixing,
     MixingLines,
     Picking,
+    PixelReading,
     Pooling,
     mix,
 )
@@ -122,6 +123,8 @@ class Native(Backend):
             return False
         if isinstance(work, MapConvolution):
             return self._is_faster(work)
+        if isinstance(work, PixelReading):
+            return work.lattice.is_counted_here and work.is_counted
         if isinstance(work, Filling):
             return _of_one_resolution(work.source, work.target)
         return not isinstance(work, Convolution) or self._has_form(work)
@@ -257,6 +260,18 @@ class Native(Backend):
         out = new_memory(work.rows, len(table), work.rows.shape[1])
         arguments = (sources, shares, sources.shape[1], out)
         call(kernel_for("gather_mixing", work.rows), RowSource(work.rows), table, *arguments)
+        return out
+
+    def read_pixels(self, work: PixelReading) -> Tensor:
+        """Compute pixels (B, h, w, C) without a table of what they read."""
+        lattice, rows = work.lattice, work.rows.contiguous()
+        out = new_memory(rows, math.prod(work.shape[:3]), rows.shape[1]).view(work.shape)
+        if out.numel():
+            sides = torch.tensor(lattice.geometry.sides, device="cpu")
+            cells = (lattice.index.contiguous(), lattice.levels.contiguous(), sides)
+            numbers = (len(rows), lattice.batch, *lattice.size, rows.shape[1], work.spacing)
+            values = (rows, *cells, out, *numbers, int(has_halo(lattice)))
+            dispatch.call(kernel_for("read_pixels", rows), values)
         return out
 
     def fill(self, work: Filling) -> Tensor:

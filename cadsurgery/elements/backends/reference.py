@@ -24,6 +24,7 @@ from cadsurgery.elements.backends.works import (
     MixingLines,
     Normalising,
     Picking,
+    PixelReading,
     Pooling,
     TransposedConvolution,
     Weighing,
@@ -135,6 +136,11 @@ class Torch(Backend):
         """Compute the selected rows (entries, C)."""
         rows = extend(work.rows, work.reading, 0.0)
         return rows.index_select(0, work.reading.table.flatten().to(rows.device))
+
+    def read_pixels(self, work: PixelReading) -> Tensor:
+        """Compute pixels (B, h, w, C)."""
+        pixels: Tensor = compute(work.picking)
+        return pixels.view(work.shape)
 
     def fill(self, work: Filling) -> Tensor:
         """Compute the filled rows (T, C)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -92,14 +92,17 @@ class Walks:
         return replace(found, work=self.work)
 
 
-def plan_walks(plan: BandPlan, band: int, keeps: bool, start: int = 0) -> Walks:
+Rows = Mapping[fx.Node, tuple[int, int]]  # rows [first, end) of maps that are asked for; all of the others
+
+
+def plan_walks(plan: BandPlan, band: int, keeps: bool, rows: Rows | None = None) -> Walks:
     """Plan the walks for bands of so many rows.
 
     Args:
         plan: the maps of the network.
         band: rows of the tallest map in a band.
         keeps: keep maps between walks that a later one reads; otherwise they are computed again from the picture.
-        start: the first row of the results that is asked for.
+        rows: the rows of the results that are asked for, if not all.
     """
     maps, streams = plan.maps, list(plan.maps.values())
     known, picture = {streams[0]}, streams[0]
@@ -113,7 +116,8 @@ def plan_walks(plan: BandPlan, band: int, keeps: bool, start: int = 0) -> Walks:
             later = _read_later(plan, at) if keeps else later
             staying = later - known
         ends = (wanted | staying) - known
-        walks.append(Walk(streams, ends, band, known, staying, start if at == last else 0))
+        asked_rows = {maps[node]: span for node, span in (rows or {}).items()} if at == last else None
+        walks.append(Walk(streams, ends, band, known, staying, asked_rows))
         every |= wanted | staying
         known = {picture} | ((known | staying) & later)
     once = sum(one.height * one.row for one in used_by(streams, every, {picture}))
@@ -130,7 +134,7 @@ def _read_later(plan: BandPlan, at: int) -> set[Stream]:
 
 
 def fit(
-    read: Callable[[int], BandPlan], cells: Sequence[int], memory: int, start: int = 0
+    read: Callable[[int], BandPlan], cells: Sequence[int], memory: int, rows: Rows | None = None
 ) -> tuple[BandPlan, Walks]:
     """Return the plan and the walks that need the least work within a memory.
 
@@ -138,7 +142,7 @@ def fit(
         read: returns the maps of the network for so many rows of cells at a time.
         cells: the rows of cells to try, the fastest first.
         memory: bytes that maps may take.
-        start: the first row of the results that is asked for.
+        rows: the rows of the results that are asked for, if not all.
 
     Raises:
         InvalidInput: bands of the fewest rows need more.
@@ -149,7 +153,7 @@ def fit(
         if not keeps and not plan.sums:
             break  # there is nothing to keep
         for band in _bands(plan, many == cells[-1]):
-            walks = plan_walks(plan, band, keeps, start)
+            walks = plan_walks(plan, band, keeps, rows)
             if walks.peak <= memory:
                 spares = _SPARES if any(one.elements is not None for one in plan.maps.values()) else ()
                 roomier = (walks.with_spare(spare) for spare in spares)
@@ -290,18 +294,25 @@ class BandedCall:
         self.held = dict[Stream, Any]()  # `_Held` or `_JoinedElements`; for the picture, what reads it
         self.joined = joined(list(plan.maps.values()))
 
-    def run(self, arguments: dict[str, Any], lattice: Lattice | None = None) -> Any:
+    def run(
+        self, arguments: dict[str, Any], lattice: Lattice | None = None, rows_of: Rows | None = None
+    ) -> Any:
         """Return what the graph returns for the arguments of a call with one picture and, if it has a region, the
-        lattice of it."""
+        lattice of it; or only rows of its maps."""
         plan, values = self.plan, self.plan.values
         image: Tensor = arguments[str(plan.seen.image.target)]
-        results: dict[Key, Tensor] = {
-            node: fast_layout(torch.empty(plan.seen.shapes[node], dtype=plan.seen.types[node]))
-            for node in plan.map_outputs
-        }
+        results, spans = dict[Key, Tensor](), dict[fx.Node, tuple[int, int]]()
+        for node in plan.map_outputs:
+            shape, axis = list(plan.seen.shapes[node]), plan.axis[node]
+            spans[node] = begin, stop = (rows_of or {}).get(node, (0, shape[axis]))
+            shape[axis] = stop - begin
+            results[node] = fast_layout(torch.empty(shape, dtype=plan.seen.types[node]))
         for node, first, rows in self.rows(arguments, lattice, lambda first, end: image[:, :, first:end]):
-            axis = plan.axis[node]
-            results[node].narrow(axis, first, rows.shape[axis]).copy_(rows)
+            axis, (begin, stop) = plan.axis[node], spans[node]
+            above, end = max(first, begin), min(first + rows.shape[axis], stop)
+            if above < end:
+                found = rows.narrow(axis, above - first, end - above)
+                results[node].narrow(axis, above - begin, end - above).copy_(found)
         values.update(results)
         for node in plan.behind:
             values[node] = plan.call(node, {})
@@ -484,6 +495,39 @@ class Bands:
         pyramid = Pyramid(levels[0] if len(levels) == 1 else torch.cat(levels), program.geometry)
         return program.contain(output), pyramid.lattice(lattices[0].stage, lattices[0].size)
 
+    def within(
+        self,
+        provider: MaskProvider,
+        program: Program,
+        arguments: dict[str, Any],
+        rows: Callable[[BandPlan, int], Rows | None],
+    ) -> list[Any]:
+        """Return rows of the outputs of a call, for each picture; None for one of which none are asked for.
+
+        Args:
+            provider: the mask.
+            program: the program.
+            arguments: of the call.
+            rows: returns the rows of each output, which are all maps, of a picture by its number.
+
+        Raises:
+            CannotConvert, InvalidInput: as for a call.
+        """
+        program.check_kinds(arguments)
+        image = self._image(provider, program, arguments)
+        found = list[Any]()
+        with self._lock, torch.no_grad():
+            for position, lattice in enumerate(self._lattices(provider, program, arguments)):
+                call = _of_picture(arguments, image, position)
+                fitting = self._plans(program, call, lattice)
+                asked = rows(fitting[0](fitting[1][-1]), position)
+                if asked is None:
+                    found.append(None)
+                    continue
+                plan, walks = fit(*fitting, self.memory, asked)
+                found.append(BandedCall(plan, walks).run(call, lattice, asked))
+        return found
+
     def plan(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Walks:
         """Return the walks for the first picture of a call, without computing it."""
         image = self._image(provider, program, arguments)
@@ -522,7 +566,7 @@ class Bands:
                     f"start={start} is no row of the result, which has {shape[1]}.",
                     next=f"give 0 to {shape[1] - 1}.",
                 )
-            plan, walks = fit(*fitting, self.memory, start)
+            plan, walks = fit(*fitting, self.memory, {plan.map_outputs[0]: (start, shape[1])})
         compute = partial(BandedCall(plan, walks).rows, arguments, lattice, read)
         return RowsOfResult(shape, lattice.pyramid.levels, walks, compute)
 

@@ -52,11 +52,13 @@ class Cells:
         pyramid: the levels of the whole picture.
         side: fine rows that are computed at a time: of the largest cell, or of several.
         counts: what `elements_above` has found of the picture.
+        level: the level of all cells, where it is known that they have one: what is read then ends between these.
     """
 
     pyramid: Pyramid
     side: int
     counts: dict[Grid, list[int]] = field(default_factory=dict)
+    level: int | None = None
     _rows: dict[tuple[int, int], Pyramid] = field(default_factory=dict)
     _parts: dict[tuple[int, int], dict[Any, Lattice]] = field(default_factory=dict)
     _known: list[tuple[int, int]] = field(default_factory=list)
@@ -123,6 +125,9 @@ class Cells:
 
     def elements_above(self, grid: Grid) -> list[int]:
         """Return for each fine row how many elements of a map have their anchors above it: height + 1 numbers."""
+        if grid not in self.counts and (cell := self.pyramid.lattice(grid.stage, grid.size).uniform_side):
+            rows = torch.arange(1, grid.size[0] + 1).add_(cell - 1).floor_divide_(cell)
+            self.counts[grid] = [0, *(rows * divide_up(grid.size[1], cell)).tolist()]
         if grid not in self.counts:
             (height, width), side = grid.size, self.pyramid.geometry.sides[-1]
             found = [torch.zeros(1, dtype=torch.int64)]
@@ -132,10 +137,17 @@ class Cells:
             self.counts[grid] = torch.cat(found).cumsum(0).tolist()
         return self.counts[grid]
 
-    def reached(self, above: int, below: int, step: int = 1) -> RowsRead:
-        """Return the rows of whole cells that are read by points so many fine rows above and below an element, which
-        lies on a multiple of `step`; points within a cell read the next one, too."""
-        side = self.side
+    def cell(self, grid: Grid) -> int:
+        """Return the fine rows in whose multiples a map is read."""
+        if self.level is None:
+            return self.side
+        geometry = self.pyramid.geometry
+        return geometry.sides[geometry.level_at(self.level, grid.stage)]
+
+    def reached(self, grid: Grid, above: int, below: int, step: int = 1) -> RowsRead:
+        """Return the rows of whole cells of a map that are read by points so many fine rows above and below an element,
+        which lies on a multiple of `step`; points within a cell read the next one, too."""
+        side = self.cell(grid)
 
         def last(row: int) -> int:
             place = row // step * step + below
@@ -229,14 +241,14 @@ def window_of_elements(
 
 def _rows_of_window(cells: Cells, window: Window, grids: tuple[Grid, Grid, Grid | None]) -> RowsRead:
     """Return the fine rows of the cells under the taps, those of the result among them."""
-    height, side = grids[0].size[0], cells.side
+    height, side = grids[0].size[0], cells.cell(grids[0])
     if window.reads_one_sample:
         return SAME
     if window.finer > 1:
         down = [window.output_spacing * (window.padding[0] - tap) for tap in range(window.kernel[0])]
     else:
         down = window.offsets[0]
-    rows = cells.reached(max(0, -min(down)), max(0, max(down)), cells.finest(grids[1]))
+    rows = cells.reached(grids[0], max(0, -min(down)), max(0, max(down)), cells.finest(grids[1]))
     if window.mode == "zeros":
         return rows
     pads = [
@@ -255,7 +267,7 @@ def resized_elements(
     align_corners: bool,
 ) -> Stream:
     """A resize within the region, onto the lattice of an earlier stage."""
-    (coarse, fine), (source, target), side = spacings, grids, cells.side
+    (coarse, fine), (source, target), side = spacings, grids, cells.cell(grids[0])
     before = divide_up(source.size[0], coarse), divide_up(source.size[1], coarse)
     after = divide_up(target.size[0], fine), divide_up(target.size[1], fine)
     is_aligned = align_corners and mode != "nearest"
@@ -273,6 +285,7 @@ def resized_elements(
         return (reached // side + (1 if reached % side == 0 else 2)) * side - 1
 
     rows = RowsRead(lambda row: int((place(row) - 1e-6) // 1) * coarse // side * side, last)
+    stretch = coarse / fine * (place(fine) - place(0))
     if not cells.pyramid.geometry.floors:
         # Between cells, at most a cell before and behind the place of an element, and its own cell.
         stretch, bottom = before[0] * coarse / (after[0] * fine), (source.size[0] - 1) // side * side
@@ -286,14 +299,16 @@ def resized_elements(
     def find(x: Elements, stage: Lattice, begin: int) -> Elements:
         return resize_onto(x, stage, spacings, before, after, mode, align_corners, begin, source.size)
 
-    return _of_elements(cells, node, rows, target, find)
+    step = _of_elements(cells, node, rows, target, find)
+    step.places = lambda first, end: torch.arange(first, end, dtype=torch.float64) * stretch
+    return step
 
 
 def border_of_elements(
     cells: Cells, node: fx.Node, grids: tuple[Grid, Grid], spacing: int, value: float | None
 ) -> Stream:
     """A map of the region that is cut or padded at its lower and right border; `value` as of `functional.pad`."""
-    source, side = grids[0], cells.side
+    source, side = grids[0], cells.cell(grids[0])
     last = max(source.size[0] - spacing, 0) // side * side  # the cells of the last samples
     if source == grids[1]:
         return Stream([(node, SAME)], lambda rows, *_: rows[0])
@@ -303,15 +318,17 @@ def border_of_elements(
     return step
 
 
-def of_neighbours(cells: Cells, node: fx.Node, grid: Grid, call: Call) -> Stream:
+def of_neighbours(cells: Cells, node: fx.Node, grids: tuple[Grid, Grid], call: Call) -> Stream:
     """An operation whose elements read no further than the next cells: it is called on these, too."""
+    grid = grids[1]
 
     def compute(rows: list[Any], first: int, end: int, begin: int) -> Elements:
         found: Elements = call({node: rows[0]})
         lines = first - begin, min(end, grid.size[0]) - begin
         return Elements(found.rows[slice(*map(found.lattice.row_at, lines))], cells.lattice(grid, first, end))
 
-    return Stream([(node, cells.reached(cells.side, cells.side))], compute, [node])
+    side = cells.cell(grids[0])
+    return Stream([(node, cells.reached(grids[0], side, side))], compute, [node])
 
 
 def entering(cells: Cells, node: fx.Node, grid: Grid, layout: str) -> Stream:
@@ -323,14 +340,14 @@ def entering(cells: Cells, node: fx.Node, grid: Grid, layout: str) -> Stream:
     return Stream([(node, SAME)], compute)
 
 
-def dense_map(cells: Cells, node: fx.Node, spacing: int, call: Call, axis: int) -> Stream:
+def dense_map(cells: Cells, node: fx.Node, grid: Grid, spacing: int, call: Call, axis: int) -> Stream:
     """The dense map at the exit of the region: rows of the network's own grid, along an axis, read from elements."""
 
     def compute(rows: list[Any], first: int, end: int, begin: int) -> Tensor:
         dense: Tensor = call({node: rows[0]})
         return dense.narrow(axis, first - begin // spacing, end - first)
 
-    reached = cells.reached(0, 0)
+    reached = cells.reached(grid, 0, 0)
     rows = RowsRead(lambda row: reached.first(row * spacing), lambda row: reached.last(row * spacing))
     return Stream([(node, rows)], compute, [node])
 
@@ -340,7 +357,7 @@ def resized_at_exit(
 ) -> Stream:
     """A resize at the exit of the region, see `functional.resize_to_dense`."""
     places, across = scaling.places(grid.size, spacing, dtype, torch.device("cpu"))
-    (low, high), reached = entries(places, grid.size[0]), cells.reached(0, 0)
+    (low, high), reached = entries(places, grid.size[0]), cells.reached(grid, 0, 0)
 
     def compute(rows: list[Any], first: int, end: int, begin: int) -> Tensor:
         x, down = rows[0], places[first:end] - begin
@@ -350,7 +367,9 @@ def resized_at_exit(
         return read_at(functional.to_dense(x, 1), [down, across])
 
     rows = RowsRead(lambda row: reached.first(low(row)), lambda row: reached.last(high(row)))
-    return Stream([(node, rows)], compute, [node])
+    step = Stream([(node, rows)], compute, [node])
+    step.places = lambda first, end: places[first:end].double()
+    return step
 
 
 def bins_of_elements(

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,8 @@ class Statistics(NamedTuple):
 
 
 Key = fx.Node | Statistics
+Axis = Literal["h", "w"]
+Turned = TypeVar("Turned", Window, Scaling)
 # Kinds of operations without weights that arrange values, or combine them along axes that they name.
 _ARRANGING: tuple[Kind, ...] = (
     "copies",
@@ -91,8 +93,11 @@ class SeenGraph:
         own: runs single nodes of the graph on values.
     """
 
-    def __init__(self, program: Program, graph: fx.Graph, arguments: dict[str, Any]) -> None:
-        """Take a program, one of its graphs, and the arguments of a call with one picture."""
+    def __init__(
+        self, program: Program, graph: fx.Graph, arguments: dict[str, Any], counted: Program | None = None
+    ) -> None:
+        """Take a program, one of its graphs, the arguments of a call with one picture, and the program on meta tensors
+        if there is one."""
         self.graph, self.own, self.net = graph, GraphInterpreter(program, graph), program.net
         self.image = next(node for node in graph.nodes if node.target == program.image_name)
         self.region = next((node for node in graph.nodes if node.target is ask_mask), None)
@@ -102,7 +107,8 @@ class SeenGraph:
         self.several, self.small, self.numbers = set[fx.Node](), set[fx.Node](), dict[fx.Node, Any]()
         level = program.plan.max_level if program.own_level is None else program.own_level
         first = (partial(_lattice_of, program.geometry, level),) if self.region is not None else ()
-        found = observe(program.bind_to(meta_copy(program.net)), graph, in_order(graph, arguments, *first))
+        counted = counted or program.bind_to(meta_copy(program.net))
+        found = observe(counted, graph, in_order(graph, arguments, *first))
         self.changed = {node: found.changed.get(node, []) for node in graph.nodes}
         self.memories = {
             node: {part.untyped_storage() for part in tensors_in(value)}
@@ -154,16 +160,29 @@ class BandPlan:
         behind: operations that only arrange and combine results, such as a head that flattens its maps to rows: they
             are computed when these are complete.
         only_first: of the maps that the graph returns, only the first is asked for.
+        along: the axis of the picture that rows are counted along. By `"w"` the plan says which columns are read, as
+            `"h"` does of rows: its grids, and `cells`, are those of the picture turned, and its steps compute nothing.
+        grids: the lattices of each map of the region, along this axis and across.
         values: values of all that is no map, while a call runs.
     """
 
-    def __init__(self, seen: SeenGraph, cells: Cells | None = None, *, only_first: bool = False) -> None:
+    def __init__(
+        self,
+        seen: SeenGraph,
+        cells: Cells | None = None,
+        *,
+        only_first: bool = False,
+        along: Axis = "h",
+    ) -> None:
         """Read the graph.
 
         Raises:
             CannotConvert: an operation needs a whole map.
         """
-        self.seen, self.cells, self.only_first = seen, cells, only_first
+        self.seen, self.cells, self.only_first, self.along = seen, cells, only_first, along
+        self.grids = seen.grids
+        if along == "w":
+            self.grids = {node: Grid(grid.stage, grid.size[::-1]) for node, grid in seen.grids.items()}
         self.maps = dict[fx.Node, Stream]()
         self.sums, self.passes = dict[Key, WholeImage](), dict[Key, int]()
         self.axis, self.parts = dict[fx.Node, int](), dict[fx.Node, list[fx.Node]]()
@@ -233,7 +252,7 @@ class BandPlan:
     def _arranges(self, node: fx.Node) -> bool:
         """True for an operation without weights whose result is no larger than what it reads."""
         sizes = [math.prod(self.seen.shapes.get(one, (0,))) for one in (node, *node.all_input_nodes)]
-        module = self._module(node)
+        module = self.module(node)
         known = (
             is_kind(node.target if module is None else type(module), *_ARRANGING)
             or name_of(node.target) in _JOINING
@@ -251,18 +270,18 @@ class BandPlan:
         elif treatment.kind == "global":
             source, covers = self._source(node), self._resolved(treatment.covers, node)
             if covers is not None and not is_whole(covers, self.seen.shapes[source], treatment.or_more):
-                raise self._refusal(node, "its window was the whole map where the network was converted")
+                raise self.refusal(node, "its window was the whole map where the network was converted")
             self._read_sum(node, source, treatment.call, self._arguments(node))
         else:
             self._add(node, self._step(node, treatment))
 
     def _add(self, node: fx.Node, made: Stream) -> None:
         if self.seen.shapes.get(node, (1,))[0] != 1:
-            raise self._refusal(node, "it joins images, or copies of them")
+            raise self.refusal(node, "it joins images, or copies of them")
         seen, size, made.name = self.seen, self.seen.types[node].itemsize, self._name(node)
         if node in seen.grids:
             assert self.cells is not None
-            grid = seen.grids[node]
+            grid = self.grids[node]
             made.height, made.row, made.chunk = grid.size[0], seen.channels[node] * size, self.cells.side
             made.elements = self.cells.elements_above(grid)
             made.lattice = element_steps.LATTICE * grid.size[1]
@@ -288,7 +307,8 @@ class BandPlan:
         )
         return next(filter(None, origins), node.name)
 
-    def _module(self, node: fx.Node) -> Any:
+    def module(self, node: fx.Node) -> Any:
+        """Return the module that a node calls; None if it calls something else."""
         return self.seen.net.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def _is_module(self, path: str) -> bool:
@@ -299,18 +319,19 @@ class BandPlan:
 
     def _step(self, node: fx.Node, acts: Treatment) -> Stream:
         if acts.then:
-            raise self._refusal(node, "it is several operations in one")
+            raise self.refusal(node, "it is several operations in one")
         if acts.window is not None and (acts.kind == "window" or acts.window.finer > 1):
-            return self._windowed(node, acts, acts.window)
+            return self._windowed(node, acts, self._turned(acts.window))
         if (pads := self._pads(node, acts)) is not None:  # padding is a window of one tap
-            return self._over(node, pads, lambda x, *_: x, pads=False)
+            return self._over(node, self._turned(pads), lambda x, *_: x, pads=False)
         if acts.kind == "broadcast":
             return self._enlarged(node)
         if acts.call is functional.pixel_shuffle:
             return self._windowed(node, acts, Window((acts.scale, acts.scale), finer=acts.scale))
         if acts.call is functional.resize:
             source, options = self._source(node), self._arguments(node)
-            return steps.resized(source, self.seen.size(source), _scaling(options), self.seen.types[source])
+            scaling = self._turned(_scaling(options))
+            return steps.resized(source, self._size(source), scaling, self.seen.types[source])
         if acts.call is functional.group_norm:
             return self._group_norm(node, self._source(node), self._arguments(node))
         self._refuse_unless_rowwise(node, acts)
@@ -318,18 +339,16 @@ class BandPlan:
 
     def _over(self, node: fx.Node, window: Window, apply: Any, **options: Any) -> Stream:
         source = self._source(node)
-        return steps.windowed(
-            source, window, self.seen.size(source), self.seen.size(node)[1], apply, **options
-        )
+        return steps.windowed(source, window, self._size(source), self._size(node)[1], apply, **options)
 
     def _windowed(self, node: fx.Node, acts: Treatment, window: Window) -> Stream:
         """Convolutions are given padded rows; any other operation with a window pads by itself."""
-        source, module = self._source(node), self._module(node)
-        size, stride, dilation = self.seen.size(source), window.stride, window.dilation
+        source, module = self._source(node), self.module(node)
+        size, stride, dilation = self._size(source), window.stride, window.dilation
         if isinstance(module, PackedConv):
             residual: Any = node.args[1] if len(node.args) > 1 else None
             if residual is not None and self.seen.shapes.get(residual) != self.seen.shapes[node]:
-                raise self._refusal(node, "what it adds has another size")
+                raise self.refusal(node, "what it adds has another size")
             return self._over(node, window, steps.convolution_by(module, window), residual=residual)
         call: Callable[..., Any] = partial(self.call, node)
         if acts.call is functional.conv2d:
@@ -342,7 +361,7 @@ class BandPlan:
                 )
             weight = transpose_weight(weight, groups).contiguous()
             cut = window.padding[::2]
-            lengths = zip(self.seen.size(node), size, window.kernel, cut, strict=True)
+            lengths = zip(self._size(node), size, window.kernel, cut, strict=True)
             more = [
                 after - (before - 1) * window.finer - taps + 2 * pad for after, before, taps, pad in lengths
             ]
@@ -357,7 +376,7 @@ class BandPlan:
         if node.target is F.pad:
             options = arguments_of(node, "input", "pad", mode="constant", value=None)
             pads, mode = self._number(options["pad"]), options["mode"]
-            layout = _layout(node.all_input_nodes[0])
+            layout = layout_of(node.all_input_nodes[0])
             if layout != NCHW or mode == "circular" or not _is_number(pads) or any(pads[4:]):
                 return None
             left, right, top, bottom = (*pads, 0, 0)[:4]
@@ -376,7 +395,7 @@ class BandPlan:
         index = parts_of_index(node.args[1], 4)
         index += [slice(None)] * (4 - len(index))
         is_cut = all(isinstance(part, slice) for part in index) and index[:2] == [slice(None)] * 2
-        if _layout(source) != NCHW or len(index) != 4 or not is_cut:
+        if layout_of(source) != NCHW or len(index) != 4 or not is_cut:
             return None
         parts = [self._number(part) for part in index]
         lengths, pads = self.seen.size(self._source(node)), list[int]()
@@ -397,14 +416,14 @@ class BandPlan:
         """The map that a value of the whole image is resized to."""
         options = dict(_acts(node).arguments)
         source: Any = node.args[0] if node.args else node.kwargs["input"]
-        self._note_axis(source, 2)
+        self._note_axis(source, NCHW.index(self.along))
         align, mode = options.get("align_corners"), options.get("mode", "nearest")
-        scaling = Scaling(self.seen.size(node), mode=mode, align_corners=align)
-        return steps.resized(source, self.seen.size(source), scaling, self.seen.types[source])
+        scaling = Scaling(self._size(node), mode=mode, align_corners=align)
+        return steps.resized(source, self._size(source), scaling, self.seen.types[source])
 
     def _group_norm(self, node: fx.Node, source: fx.Node, options: dict[str, Any]) -> Stream:
         """Mean and variance are values of the whole image; the rest acts on each row, or element."""
-        grid, groups, key = self.seen.grids.get(source), options["groups"], Statistics(node)
+        grid, groups, key = self.grids.get(source), options["groups"], Statistics(node)
         channels = self.seen.channels[source] if grid else self.seen.shapes[source][1]
         weight, bias = (self._resolved(options.get(name), node) for name in ("weight", "bias"))
         eps = options.get("eps", 1e-5)
@@ -427,10 +446,12 @@ class BandPlan:
 
     def _pointwise(self, node: fx.Node) -> Stream:
         maps, axis, shape = self._maps_of(node), self._axis(node), self.seen.shapes[node]
+        if any(one not in self.seen.shapes for one in maps):  # elements
+            raise self.refusal(node, "it joins a dense map with the region")
         values = self._values_with_rows(node, axis, shape)
         heights = {self.seen.shapes[one][self._axis(one)] for one in (*maps, node)}
         if len(heights) > 1:
-            raise self._refusal(node, "it joins maps of several heights")
+            raise self.refusal(node, "it joins maps of several heights")
         if is_kind(node.target, "reshapes"):  # by numbers that are those of the whole map
 
             def reshape(rows: dict[fx.Node, Any]) -> Tensor:
@@ -455,10 +476,10 @@ class BandPlan:
 
     def _note_axis(self, value: fx.Node, axis: int) -> None:
         if self.axis.setdefault(value, axis) != axis:
-            raise self._refusal(value, "its rows are read along two axes")
+            raise self.refusal(value, "its rows are read along two axes")
 
     def _axis(self, node: fx.Node) -> int:
-        return self.axis.get(node) or max(_layout(node).find("h"), 0) or 2
+        return self.axis.get(node) or max(layout_of(node).find(self.along), 0) or NCHW.index(self.along)
 
     def call(self, node: fx.Node, rows: dict[fx.Node, Any], **more: Any) -> Any:
         """Call the operation of a node on rows of the maps that it reads, perhaps with other options, or on values
@@ -483,7 +504,7 @@ class BandPlan:
         if node in self.seen.numbers or (node.users and self.seen.numbers.keys() >= node.users.keys()):
             return  # a size, or what only such is asked of
         if operation is None or cells is None:
-            raise self._refusal(node, "it is no operation on elements")
+            raise self.refusal(node, "it is no operation on elements")
         if operation.gives == "vector":
             source, options = self._maps_of(node)[0], self._options(node)
             self._read_sum(node, source, node.target, options)
@@ -491,44 +512,46 @@ class BandPlan:
         maps = self._maps_of(node)
         if not maps and node.target is functional.to_elements:  # another input of the network
             maps = node.all_input_nodes[:1]
-            self._note_axis(maps[0], self._options(node).get("layout", NCHW).find("h"))
+            self._note_axis(maps[0], self._options(node).get("layout", NCHW).find(self.along))
         if not maps:
-            raise self._refusal(node, "it reads no map")
+            raise self.refusal(node, "it reads no map")
         self._add(node, self._element_step(node, maps[0], operation, cells))
 
     def _element_step(self, node: fx.Node, source: fx.Node, operation: Operation, cells: Cells) -> Stream:
-        grids, options = self.seen.grids, self._options(node)
+        grids, options = self.grids, self._options(node)
         call = partial(self.call, node)
         if node.target is functional.to_elements:
             return element_steps.entering(cells, source, grids[node], options.get("layout", NCHW))
         if source not in grids:
-            raise self._refusal(node, "it joins a dense map with the region")
-        spacing, layout = options.get("spacing", 1), _layout(node)
-        if node.target is functional.to_dense and "h" in layout and not options.get("guide"):
-            return element_steps.dense_map(cells, source, spacing, call, layout.index("h"))
+            raise self.refusal(node, "it joins a dense map with the region")
+        spacing, layout = options.get("spacing", 1), layout_of(node)
+        if node.target is functional.to_dense and self.along in layout and not options.get("guide"):
+            return element_steps.dense_map(
+                cells, source, grids[source], spacing, call, layout.index(self.along)
+            )
         if node.target is functional.resize_to_dense and cells.pyramid.geometry.fill == "linear":
-            scaling, dtype = _scaling(options), self.seen.types[source]
+            scaling, dtype = self._turned(_scaling(options)), self.seen.types[source]
             return element_steps.resized_at_exit(cells, source, grids[source], spacing, scaling, dtype)
         pair = grids[source], grids.get(node, grids[source])
         if node.target is functional.resize:
             mode, align = options.get("mode", "nearest"), bool(options.get("align_corners"))
             return element_steps.resized_elements(cells, source, pair, options["spacings"], mode, align)
         if node.target is functional.pixel_shuffle:
-            return element_steps.of_neighbours(cells, source, pair[1], call)
+            return element_steps.of_neighbours(cells, source, pair, call)
         if operation.reads == "window" and "window" in options:
-            window, residual = options["window"].fit(pair[0].size), options.get("residual")
+            window, residual = self._turned(options["window"]).fit(pair[0].size), options.get("residual")
             added = grids[residual] if residual is not None else None
             return element_steps.window_of_elements(cells, source, residual, window, (*pair, added), call)
         if node.target is functional.group_norm:
             return self._group_norm(node, source, options)
         if operation.reads != "element":
-            raise self._refusal(node, _NEEDS.get(operation.reads, _NEEDS["image"]))
+            raise self.refusal(node, _NEEDS.get(operation.reads, _NEEDS["image"]))
         if node.target in (functional.pad, functional.crop, functional.check_same_padding):
             return element_steps.border_of_elements(cells, source, pair, spacing, options.get("value", 0.0))
         maps, small = self._maps_of(node), [one for one in node.all_input_nodes if one in self.seen.small]
         dense = dict(self._rows_of_small(one, cells.side) for one in small if one in self.parts)
         if any(one not in grids and one not in dense for one in maps):
-            raise self._refusal(node, "it joins a dense map with the region")
+            raise self.refusal(node, "it joins a dense map with the region")
         return steps.pointwise([*maps, *(one for one in small if one not in self.parts)], call, dense)
 
     def _rows_of_small(self, node: fx.Node, side: int) -> tuple[fx.Node, RowsRead]:
@@ -536,7 +559,7 @@ class BandPlan:
         (source,), options = self.parts[node], self._options(node)
         spacing: int = options["spacing"]
         if options.get("size") is not None or side % spacing:
-            raise self._refusal(node, "it joins a dense map with the region")
+            raise self.refusal(node, "it joins a dense map with the region")
         return source, RowsRead(lambda row: row // spacing, lambda row: row // spacing + 1)
 
     def _options(self, node: fx.Node) -> dict[str, Any]:
@@ -552,7 +575,7 @@ class BandPlan:
     def _read_sum(self, node: fx.Node, source: fx.Node, call: Any, options: dict[str, Any]) -> None:
         """Read a value of the whole image, of a dense map or of one of the region."""
         grid, how, dims = (
-            self.seen.grids.get(source),
+            self.grids.get(source),
             options.get("how", "mean"),
             options.get("dims", (2, 3)),
         )
@@ -583,11 +606,11 @@ class BandPlan:
                 measure = partial(element_steps.bins_of_elements, **kind, **more)
             if kind["is_largest"]:
                 join, finish = torch.maximum, lambda found: found
-        layout = options.get("layout", NCHW) if grid else _layout(source)
+        layout = options.get("layout", NCHW) if grid else layout_of(source)
         is_over_all = set(dims) == {1, 2, 3} and how in ("mean", "sum", "amax", "amin")
         if measure is None or not (tuple(dims) == image_dims(layout) or is_over_all):
             axes = "the whole batch" if 0 in dims else "a part of the axes of a map"
-            raise self._refusal(node, _NEEDS["image"] if measure is None else f"it reads {axes} at once")
+            raise self.refusal(node, _NEEDS["image"] if measure is None else f"it reads {axes} at once")
         of_map, order = measure, tuple(map(layout.index, NCHW)) if grid is None and layout != NCHW else None
 
         def measured(rows: Any, first: int) -> list[Tensor]:
@@ -610,14 +633,24 @@ class BandPlan:
         source: Any = node.args[0] if node.args else next(iter(node.kwargs.values()))
         if source not in self.maps:
             if len(self.seen.shapes.get(source, ())) != 4:
-                raise self._refusal(node, "what it reads is no map")
-            self._note_axis(source, 2)  # a value that is there as a whole, such as another input
+                raise self.refusal(node, "what it reads is no map")
+            # a value that is there as a whole, such as another input
+            self._note_axis(source, NCHW.index(self.along))
         return source
 
     def _lengths(self, node: fx.Node) -> tuple[int, int]:
         """Height and width of a map of any axes."""
-        layout, shape = _layout(node), self.seen.shapes[node]
+        layout, shape = layout_of(node), self.seen.shapes[node]
         return shape[layout.index("h")], shape[layout.index("w")]
+
+    def _size(self, node: fx.Node) -> tuple[int, int]:
+        """The length of a map (B, C, H, W) along the axis of the plan, and across."""
+        size = self.seen.size(node)
+        return size if self.along == "h" else size[::-1]
+
+    def _turned(self, what: Turned) -> Turned:
+        """A window or scaling, of the axis of the plan first."""
+        return what if self.along == "h" else what.transposed
 
     def _number(self, value: Any) -> Any:
         """A value with numbers in place of their nodes."""
@@ -631,7 +664,7 @@ class BandPlan:
         """The value of an argument of a node's treatment."""
         if isinstance(value, Operand):
             if value.place < 0:
-                raise self._refusal(node, "a window is computed from what it does not read")
+                raise self.refusal(node, "a window is computed from what it does not read")
             value = node.all_input_nodes[value.place]
         if isinstance(value, Attribute):
             return operator.attrgetter(value.path)(self.seen.net)
@@ -651,7 +684,7 @@ class BandPlan:
         if node in self.seen.numbers:
             return self.seen.numbers[node]
         if node.op == "placeholder" or self._has_map(node) or node in self.sums:
-            raise self._refusal(node, "a window is computed from it")
+            raise self.refusal(node, "a window is computed from it")
         args, kwargs = (map_arg(part, self._constant) for part in (node.args, node.kwargs))
         return getattr(self.seen.own, node.op)(node.target, args, kwargs)
 
@@ -661,16 +694,16 @@ class BandPlan:
             return
         operation, layouts = (
             treatment.operation,
-            {_layout(one) for one in self._maps_of(node)},
+            {layout_of(one) for one in self._maps_of(node)},
         )
-        layouts |= {_layout(node)} if node in self.seen.shapes else set()
+        layouts |= {layout_of(node)} if node in self.seen.shapes else set()
         on_rows = operation is None or operation.reads == "element"
         if (
             treatment.kind not in ("pointwise", "join")
             or not on_rows
-            or any("h" not in one for one in layouts)
+            or any(self.along not in one for one in layouts)
         ):
-            raise self._refusal(node, treatment.why if treatment.kind == "barrier" else _NEEDS["image"])
+            raise self.refusal(node, treatment.why if treatment.kind == "barrier" else _NEEDS["image"])
 
     def _refuse_changes_that_others_read(self) -> None:
         """Refuse an operation in place if what it changes is read by something behind it, but through its result: rows
@@ -681,9 +714,10 @@ class BandPlan:
             for other, memories in self.seen.memories.items():
                 is_read = any(places[user] > places[node] for user in other.users)
                 if places[other] < places[node] and memories & changed and is_read:
-                    raise self._refusal(node, "it changes in place what others read")
+                    raise self.refusal(node, "it changes in place what others read")
 
-    def _refusal(self, node: fx.Node, why: str) -> CannotConvert:
+    def refusal(self, node: fx.Node, why: str) -> CannotConvert:
+        """Return the error for a node that is not computed in bands."""
         path = str(node.target) if node.op == "call_module" else module_of(node)
         return CannotConvert(
             "the network cannot be computed in bands of rows.",
@@ -698,7 +732,7 @@ def _acts(node: fx.Node) -> Treatment:
     return node.meta.get(ACTS) or Treatment("barrier", f"no rule for {node.name}")
 
 
-def _layout(node: fx.Node) -> str:
+def layout_of(node: fx.Node) -> str:
     """Return the axes of a node's value; "" if it is no map."""
     return _acts(node).layout
 

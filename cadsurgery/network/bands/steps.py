@@ -147,7 +147,9 @@ def resized(node: fx.Node, size: tuple[int, int], scaling: Scaling, dtype: torch
     def compute(rows: list[Tensor], first: int, end: int, begin: int) -> Tensor:
         return read_at(rows[0], [down[first:end] - begin, across])
 
-    return Stream([(node, RowsRead(*entries(down, size[0])))], compute, [node])
+    step = Stream([(node, RowsRead(*entries(down, size[0])))], compute, [node])
+    step.places = lambda first, end: down[first:end].double()
+    return step
 
 
 def entries(places: Tensor, height: int) -> tuple[Callable[[int], int], Callable[[int], int]]:

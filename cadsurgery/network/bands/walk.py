@@ -12,9 +12,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
 
-from torch import fx
+from torch import Tensor, fx
+
+_FAR = 2**10 * 3**2 * 5 * 7  # rows: a multiple of strides, and of the sides of cells
 
 
 class RowsRead(NamedTuple):
@@ -27,6 +30,11 @@ class RowsRead(NamedTuple):
     def within(self, first: int, end: int, height: int) -> tuple[int, int]:
         """Return the rows [first, end) of a map of a height that rows [first, end) of the result read."""
         return max(self.first(first), 0), min(self.last(end - 1) + 1, height)
+
+    @property
+    def rate(self) -> Fraction:
+        """How many rows further down the map is read for each row of the result, far above it, where nothing ends."""
+        return Fraction(self.first(-_FAR) - self.first(-2 * _FAR), _FAR)
 
     def with_rows(self, most: int, least: int) -> RowsRead:
         """Return the same with a first row of at most `most` and a last row of at least `least`, where windows that lie
@@ -56,6 +64,7 @@ class Stream:
         copies: those of them whose rows are copied while it runs, unless they lie together; see `joined`.
         table: what its kernel map depends on, and the bytes of that for each element; None if it has none.
         forget_table: frees the kernel map of rows [first, end).
+        places: where rows [first, end) of a resized map lie on the map that it reads, as its sizes say.
         name: of its node, for messages.
         height: rows.
         row: bytes of a row, or of an element.
@@ -71,6 +80,7 @@ class Stream:
     copies: list[fx.Node] = field(default_factory=list)
     table: tuple[Any, int] | None = None
     forget_table: Callable[[int, int], None] | None = None
+    places: Callable[[int, int], Tensor] | None = None
     name: str = ""
     height: int = 0
     row: int = 0
@@ -120,11 +130,12 @@ class Walk:
         band: int,
         known: Collection[Stream],
         kept: Collection[Stream] = (),
-        start: int = 0,
+        rows: Mapping[Stream, tuple[int, int]] | None = None,
     ) -> None:
         """Take the maps in graph order, those that are asked for, rows of the tallest map in a band, the maps
-        that are there as a whole from the beginning, those that stay as a whole once they are computed, and the first
-        row of those asked for; of the others those are left out that nothing reads then."""
+        that are there as a whole from the beginning, those that stay as a whole once they are computed, and the rows
+        [first, end) of those asked for, if not all; of the others those are left out that nothing reads then."""
+        self._rows = rows or {}
         self.streams, self.band, self.known, self._ends, self._kept = streams, band, known, ends, kept
         self.used = used_by(streams, ends, known)
         self._readers = defaultdict[Stream, list[tuple[Stream, RowsRead]]](list)
@@ -136,9 +147,9 @@ class Walk:
             self._leaving[self._readers[one][-1][0] if self._readers[one] else one].append(one)
         self._whole = max((one.height for one in self.used), default=0)
         self._begin = dict.fromkeys(self.used, 0)
-        for one in reversed(self.used) if start else ():
+        for one in reversed(self.used) if self._rows else ():
             first = [window.first(self._begin[reader]) for reader, window in self._readers[one]]
-            first += [start] if one in ends else []
+            first += [self._rows.get(one, (0, 0))[0]] if one in ends else []
             self._begin[one] = max(min(first, default=0), 0) // one.chunk * one.chunk
 
     def carry_out(self, storage: Storage) -> Iterator[tuple[Stream, int, Any]]:
@@ -182,6 +193,7 @@ class Walk:
             rows = -one.height
             if one in self._ends:
                 rows = -(-min(bottom, self._whole) * one.height // self._whole)
+                rows = min(rows, self._rows.get(one, (0, rows))[1])
             for reader, window in self._readers[one]:
                 rows = max(rows, window.last(asked[reader] - 1) + 1)
             asked[one] = min(-(-rows // one.chunk) * one.chunk, one.height)
