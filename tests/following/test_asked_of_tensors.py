@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, relative_error, some
-from networks import Encoded, converted_quietly, followed
+from networks import Encoded, converted_quietly, followed, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -273,7 +273,7 @@ def test_parts_of_channels_are_as_many_in_every_call(
 ) -> None:
     torch.manual_seed(0)
     model = Attentive(2, radix, split).eval().double()
-    net, x = cs.adaptify(model, "none", **options), torch.rand(2, 3, 50, 70).double()
+    net, x = unverified(model, "none", **options), torch.rand(2, 3, 50, 70).double()
     assert_same(net(x, mask="all" if net.plan.floors else "none"), model(x))
     assert not net.plan.chosen("barrier")
 
@@ -319,7 +319,7 @@ def test_a_plain_tensor_takes_sizes_of_the_image(name: str) -> None:
 
     torch.manual_seed(0)
     model, x = Coded().eval(), torch.rand(2, 3, 64, 96)
-    net = cs.adaptify(model, "none", output_stride=(2, 4), outputs="native", example_input=x)
+    net = unverified(model, "none", output_stride=(2, 4), outputs="native", example_input=x)
     with torch.no_grad():
         for image in (x, torch.rand(1, 3, 48, 72)):
             assert_same(net(image), model(image))
