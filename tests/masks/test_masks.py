@@ -18,6 +18,7 @@ from torch import Tensor
 
 import cadsurgery as cs
 from cadsurgery.masks import Budget, EdgeMask, FineMapSpec, MaskProvider, RandomMask, resolve_mask
+from cadsurgery.masks.filters import near
 from cadsurgery.masks.provider import PROVIDERS
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
@@ -306,6 +307,17 @@ def budget(scores: Tensor, fraction: float, patch: int = 4, **options: bool) -> 
 
 FRACTIONS = [0.0, 0.01, 0.25, 0.34, 0.5, 0.99, 1.0]
 MAPS = [(16, 24), (13, 17), (3, 29), (1, 1), (4, 5)]
+
+
+@pytest.mark.parametrize("size", [(2, 3), (3, 3), (2, 5), (4, 4), (1, 2)])
+def test_a_fine_map_larger_than_the_samples_of_an_image_repeats_the_last(size: tuple[int, int]) -> None:
+    """As of networks that pad, along one axis or both; a smaller one is cut."""
+    values, side = torch.rand(2, 8, 12), 4
+    rows, columns = (
+        torch.arange(count).clamp(max=most - 1) for count, most in zip(size, (2, 3), strict=True)
+    )
+    expected = values[:, ::side, ::side][:, rows][:, :, columns]
+    assert torch.equal(near(values, 1, FineMapSpec(2, size, side, 2, 4, 4)), expected)
 
 
 @pytest.mark.parametrize(("size", "fraction", "patch"), covering(MAPS, FRACTIONS, [1, 4]))
