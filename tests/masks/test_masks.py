@@ -227,8 +227,9 @@ def test_random_keeps_about_the_fraction_asked_for_in_whole_blocks() -> None:
     assert torch.equal(blocks.amax((2, 4)), blocks.to(torch.uint8).amin((2, 4)).bool())
 
 
-def test_a_seeded_random_mask_repeats_and_differs_between_images_and_seeds() -> None:
-    model, image = net("random:fraction=0.5,seed=3"), torch.randn(2, 3, 256, 256)
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_seeded_random_mask_repeats_and_differs_between_images_and_seeds(seed: int) -> None:
+    model, image = net(f"random:fraction=0.5,seed={seed}"), torch.randn(2, 3, 256, 256)
     model(image)
     first = model.levels.clone()
     model(image)
