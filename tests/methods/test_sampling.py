@@ -48,7 +48,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "timm efficientnet (padded as TensorFlow)": lambda: timm.create_model("tf_efficientnet_b0"),
 }
 
-QUICK = ("resnet18", "mobilenet_v2", "convnext", "timm resnetv2")
+QUICK = ("resnet18", "convnext", "timm resnetv2")
 
 
 def small(kind: type = Bottleneck, dtype: torch.dtype = torch.float32) -> ResNet:

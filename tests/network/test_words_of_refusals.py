@@ -39,7 +39,7 @@ def network(factor: float, of: str) -> nn.Sequential:
 @pytest.mark.parametrize(
     ("name", "how", "of", "factor"),
     [  # programs have the type of the network
-        ("net.onnx", "a file in float16", "values", 3e5),
+        slow("net.onnx", "a file in float16", "values", 3e5),
         ("net.pt2", "a network in float16", "weights", 1e7),
         slow("net.onnx", "a file in float16", "weights", 1e7),
         slow("net.onnx", "a network in float16", "weights", 1e7),

@@ -112,7 +112,7 @@ def test_a_conversion_costs_about_ten_calls_of_the_network(build: type[nn.Module
     assert of_conversion <= MOST_CALLS.get(build, 10) * of_call
 
 
-@pytest.mark.parametrize("build", [ResidualStream, slow(Nested), Edges])
+@pytest.mark.parametrize("build", [ResidualStream, slow(Nested), slow(Edges)])
 def test_a_plan_costs_at_most_six_calls_of_the_network(build: type[nn.Module]) -> None:
     model = build().eval()
     of_plan, plan = work(lambda: cs.plan(model))
