@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, combinations, product
 from operator import mul
@@ -211,11 +211,23 @@ def thorough(*values: Any, few: int = 0) -> ParameterSet:
     return pytest.param(*values, marks=pytest.mark.thorough(few=few))
 
 
+def some(values: Iterable[Any], every: int = 2, rows: bool = False) -> list[Any]:
+    """One case of so many, from the first on, for the default suite; the others of the same law are slow. With `rows`
+    each is a tuple of several parameters."""
+
+    def case(value: Any) -> Any:
+        if isinstance(value, ParameterSet):
+            return pytest.param(*value.values, marks=[*value.marks, pytest.mark.slow], id=value.id)
+        return slow(*value) if rows else slow(value)
+
+    return [case(value) if place % every else value for place, value in enumerate(values)]
+
+
 def covering(*axes: Sequence[Any]) -> list[ParameterSet]:
     """Combinations of parameters that have each pair of values once: a fault of two that meet is found.
 
-    The default suite runs so few that each value is in one, the others are slow. Values that are marked themselves, as
-    `pytest.param`, keep their marks and are in none of the few.
+    The default suite runs so few that each value is in one; the others are slow, of which `.ci/run` runs one of three.
+    Values that are marked themselves, as `pytest.param`, keep their marks and are in none of the few.
     """
     marks = [[value.marks if isinstance(value, ParameterSet) else () for value in axis] for axis in axes]
     values = [
@@ -230,7 +242,7 @@ def covering(*axes: Sequence[Any]) -> list[ParameterSet]:
         cases.append(
             pytest.param(
                 *given,
-                marks=own if places in few else [*own, pytest.mark.slow],
+                marks=own if places in few else [*own, pytest.mark.thorough(few=3)],
                 id="-".join(map(_short, given)),
             )
         )

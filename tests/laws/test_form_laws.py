@@ -220,13 +220,15 @@ def at_points(of: Subject) -> None:
     for name in names:
         if not readable(of.net, name):
             continue
-        dense = of.found if name is None else of.found[name]
         work = of.net.macs(*of.inputs, mask=of.levels).mask
-        for net in (of.net, of.fast):
+        for net, mask in ((of.fast, of.levels), *((of.net, mask) for mask in of.masks)):
+            found = net(*of.inputs, mask=mask)
+            dense, levels = found if name is None else found[name], net.levels
             for reach in ("all", "receptive"):
                 rows = cs.read_at(
-                    net, *of.inputs, points, mask=of.levels, reach=reach, align="corners", output=name
+                    net, *of.inputs, points, mask=mask, reach=reach, align="corners", output=name
                 )
+                assert torch.equal(net.levels, levels)
                 for image, part, found in zip(dense, points, rows, strict=True):
                     y, x = (
                         [round(value * (side - 1) / (whole - 1)) for value in part[:, axis].tolist()]

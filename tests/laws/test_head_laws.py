@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import covering
+from conftest import covering, some
 from emulation import fill_cells, read
 from networks import DilatedWithHead
 from torch import Tensor, fx, nn
@@ -87,7 +87,9 @@ def test_everything_high_is_the_network(fill: Any) -> None:
         assert (converted(model, x, fill=fill)(x, mask="all") - model(x)).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("options", [{}, {"fill": "guided"}, {"anchor": "center", "fill": "nearest"}])
+@pytest.mark.parametrize(
+    "options", some([{}, {"fill": "guided"}, {"anchor": "center", "fill": "nearest"}], every=3)
+)
 def test_the_conversion_is_verified(options: dict[str, Any]) -> None:
     """By an emulation of every level and of all side by side, where values between anchors follow from these alone."""
     net = converted(network(), torch.rand(2, 3, *SIZE, dtype=torch.float64), **options)

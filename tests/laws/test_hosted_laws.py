@@ -25,7 +25,7 @@ import cadsurgery as cs
 
 DETECTORS = [
     *("retinanet", slow("ssdlite320_mobilenet_v3_large"), slow("fasterrcnn_resnet50_fpn")),
-    *(thorough("retinanet_resnet50_fpn"), slow("fcos_resnet50_fpn"), thorough("maskrcnn_resnet50_fpn")),
+    *(thorough("retinanet_resnet50_fpn"), thorough("fcos_resnet50_fpn"), thorough("maskrcnn_resnet50_fpn")),
     *(thorough("keypointrcnn_resnet50_fpn"), thorough("ssd300_vgg16")),
 ]
 
@@ -222,12 +222,12 @@ class OfMultiples(nn.Module):
         return F.interpolate(y, size=[4 * side for side in y.shape[2:]], mode="bilinear")
 
 
-@pytest.mark.parametrize("number", [32, 64, 128, 224])
+@pytest.mark.parametrize("number", [32, slow(64), slow(128), 224])
 def test_a_network_of_multiples_is_converted_whole_without_an_example(number: int) -> None:
     assert not cs.plan(OfMultiples(number).eval()).part
 
 
-@pytest.mark.parametrize("number", [160, 192])
+@pytest.mark.parametrize("number", [160, slow(192)])
 def test_a_part_is_never_taken_without_a_word(number: int) -> None:
     model = OfMultiples(number).eval()
     with pytest.warns(cs.CadWarning, match=r"(?s)only its encoder becomes adaptive.*example_input"):

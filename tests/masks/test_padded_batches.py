@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import covering, some
 from subjects import adaptive_detector, given_detector
 from torch import Tensor, nn
 
@@ -77,8 +78,7 @@ def check(levels: Tensor, net: Any, images: list[Tensor], has_same_features: boo
         assert (own[rows:] == lowest).all() and (own[:, columns:] == lowest).all()
 
 
-@pytest.mark.parametrize("form", ["converted", "optimised", "in bands"])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("mask", "form"), covering([*MASKS], ["converted", "optimised", "in bands"]))
 def test_an_image_in_a_padded_batch_has_the_levels_that_it_has_alone(mask: str, form: str) -> None:
     net, images = converted(mask, form), pictures()
     if form == "in bands" and "detail" in mask:
@@ -107,7 +107,7 @@ def test_sizes_may_be_those_of_a_context_a_tensor_or_a_pixel_mask() -> None:
     assert torch.equal(net.levels, as_it_comes) and not torch.equal(wanted, as_it_comes)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", some(MASKS))
 def test_counting_uses_the_masks_of_the_call(mask: str) -> None:
     """Also under masks for which counting runs the network: they read features."""
     net, batch = converted(mask, "converted"), padded(pictures())

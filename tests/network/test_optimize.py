@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, relative_error
+from conftest import assert_same, covering, images, relative_error, some
 from networks import build, randomise, strided, unverified
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -48,7 +48,7 @@ def small() -> cs.AdaptiveModel:
     return unverified(build("resnet18", by=4), MIXED)
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("name", some(CONVOLUTIONS))
 def test_every_batch_norm_and_activation_is_part_of_a_convolution(name: str) -> None:
     fast = unverified(build(name, by=4)).optimize()
     left = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.Conv2d, nn.Dropout)
@@ -336,7 +336,8 @@ class _Broadcast(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("side", "outputs", "groups"), [(1, 64, 1), (3, 64, 1), (3, 64, 64), (1, 1, 1), (3, 1, 1)]
+    ("side", "outputs", "groups"),
+    some([(1, 64, 1), (3, 64, 1), (3, 64, 64), (1, 1, 1), (3, 1, 1)], rows=True),
 )
 @torch.no_grad()
 def test_a_residual_of_other_channels_is_broadcast(side: int, outputs: int, groups: int) -> None:
@@ -347,9 +348,14 @@ def test_a_residual_of_other_channels_is_broadcast(side: int, outputs: int, grou
         assert_same(fast(x, mask=mask), net(x, mask=mask), 1e-4)
 
 
-@pytest.mark.parametrize("activation", [None, Activation("relu"), Activation("gelu", (), "none")])
-@pytest.mark.parametrize("more", [(2, 5, 4), (4,), (5, 1), (3, 2, 5, 4), (3, 1, 1, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("activation", "more", "dtype"),
+    covering(
+        [None, Activation("relu"), Activation("gelu", (), "none")],
+        [(2, 5, 4), (4,), (5, 1), (3, 2, 5, 4), (3, 1, 1, 1)],
+        [torch.float32, torch.float64],
+    ),
+)
 @torch.no_grad()
 def test_a_linear_layer_adds_what_broadcasts(
     activation: Activation | None, more: tuple[int, ...], dtype: torch.dtype
