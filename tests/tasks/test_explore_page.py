@@ -69,7 +69,7 @@ def test_a_machine_without_a_free_port_is_refused(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(explore_page, "launch", launch)
     with pytest.raises(CadError, match=r"(?s)7860-7959.*free a port"):
-        serve("networks:segmenter", ExploreOptions(weights="none", rounds=0), silent)
+        serve("networks:segmenter", ExploreOptions(weights="none"), silent)
 
 
 def test_one_computation_runs_at_a_time() -> None:
