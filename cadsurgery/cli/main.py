@@ -56,9 +56,9 @@ def make_app() -> typer.Typer:
 
 def _say_what_replaces(error: Any) -> None:
     """Let the refusal of an option or a command that there was name what is typed in its place."""
-    for name, line in COMMANDS.items():
+    for name, instead in COMMANDS.items():
         if error.message.startswith(f"No such command '{name}'"):
-            error.message = f"{name} is no command. Next: {line}"
+            error.message = f"{name} is no command. Next: {instead}"
     if option := getattr(error, "option_name", None):
         context, names = error.ctx, list[str]()
         while context.parent is not None:
