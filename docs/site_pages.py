@@ -33,7 +33,7 @@ GROUPS = {
     "Save, load, export": "save load export kernels_for push",
     "Evaluate": "evaluate EvaluationReport SegmentationMetrics open_data data_kind SegmentationData Augment",
     "Masks": "list_masks mask_provider MaskProvider MaskWrapper Budget",
-    "Values at points": "read_at macs_at",
+    "Values at points and in boxes": "read_at macs_at read_within",
     "Other methods": "anytime AnytimeModel sample SampledModel resample ResampledModel",
     "Extend": "rule Treatment Call Window operation Elements Lattice Geometry",
     "Errors": "CadError CannotConvert InvalidInput UnknownName FileError NotConverted NotInstalled TrainingStopped "

@@ -219,11 +219,12 @@ class Scaling:
     @property
     def transposed(self) -> Scaling:
         """The scaling of maps whose two axes are exchanged."""
-        size, factor = (
-            value[::-1] if isinstance(value, (tuple, list)) else value
-            for value in (self.size, self.scale_factor)
+        size, factor = self.size, self.scale_factor
+        return replace(
+            self,
+            size=size[::-1] if isinstance(size, (tuple, list)) else size,
+            scale_factor=factor[::-1] if isinstance(factor, (tuple, list)) else factor,
         )
-        return replace(self, size=size, scale_factor=factor)
 
     def of(self, dense: Tensor) -> Tensor:
         """Resize a dense map with torch."""

@@ -48,7 +48,7 @@ from cadsurgery.network.invocations import Invocation, answer
 from cadsurgery.network.macs import MacReport, count_macs
 from cadsurgery.network.optimized import BFLOAT16, FLOAT, check_precision, fuse_network
 from cadsurgery.network.program import Program, ProgramNetwork, frozen_copy, refuse_torchscript
-from cadsurgery.network.regions import Box, ByRows, Region, Regions, boxes_of
+from cadsurgery.network.regions import Box, ByRows, PictureParts, Regions, boxes_of
 from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import CannotConvert, InvalidInput, NotConverted
 from cadsurgery.support.memory import bytes_of
@@ -401,7 +401,7 @@ class AdaptiveModel(ProgramNetwork):
         whole = self.macs(image, mask=mask)
         work = defaultdict[str, float](float)
 
-        def of_parts(region: Region) -> MacReport:
+        def of_parts(region: PictureParts) -> MacReport:
             for box in region.parts:
                 provider, arguments = region.call_of(box)
                 for layer in count(region.program, arguments, provider).layers:
@@ -423,12 +423,12 @@ class AdaptiveModel(ProgramNetwork):
         self,
         image: Tensor,
         boxes: Sequence[Sequence[Box]],
-        run: Callable[[Region], Result],
+        run: Callable[[PictureParts], Result],
         otherwise: Callable[[CannotConvert, ByRows], Result],
         mask: object = None,
         output: str | int | None = None,
     ) -> Result:
-        """Run something on the parts of pictures that are computed for boxes of each, see `regions.Region`.
+        """Run something on the parts of pictures that are computed for boxes of each, see `regions.PictureParts`.
 
         Args:
             image: (B, C, H, W).

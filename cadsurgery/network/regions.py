@@ -36,7 +36,7 @@ from cadsurgery.network.bands.reading import Axis, BandPlan, SeenGraph, layout_o
 from cadsurgery.network.bands.walk import SAME
 from cadsurgery.network.input_refusals import first_value
 from cadsurgery.network.invocations import find_lattice
-from cadsurgery.network.program import Masked, Program
+from cadsurgery.network.program import Program
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName, first_line
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
@@ -86,7 +86,7 @@ class Box(NamedTuple):
 
 
 @dataclass
-class Part:
+class PicturePart:
     """A part of the picture that is computed.
 
     Attributes:
@@ -119,7 +119,7 @@ class AxisReads:
             geometry = program.geometry
             pyramid = uniform(geometry, geometry.max_level if level is None else level, size).pyramid
             cells = Cells(pyramid, geometry.sides[-1], level=level)
-        self.plan = BandPlan(seen, cells, along=along)
+        self.plan = BandPlan(seen, cells, along=along, computes=False)
         self.changing = self._of_image()
         self.scales = self._found_scales(seen)
         self.step = math.lcm(*(one.denominator for one in self.scales.values()))
@@ -317,25 +317,25 @@ def refused(where: str, why: str) -> CannotConvert:
     )
 
 
-def joined(parts: Sequence[Part], whole: Box) -> list[Part]:
+def joined(parts: Sequence[PicturePart], whole: Box) -> list[PicturePart]:
     """Join parts where that is no more to compute; the whole picture if parts are as much."""
-    left, done = list(parts), list[Part]()
+    left, done = list(parts), list[PicturePart]()
     while left:
         one, others = left.pop(), [*left, *done]
         for other in others:
             box = one.box.joined(other.box)
             if box.area <= one.box.area + other.box.area:
                 rest = [part for part in others if part is not other]
-                left, done = [*rest, Part(box, one.boxes + other.boxes)], []
+                left, done = [*rest, PicturePart(box, one.boxes + other.boxes)], []
                 break
         else:
             done.append(one)
     if len(done) > 1 and sum(part.box.area for part in done) >= whole.area:
-        return [Part(whole, [number for part in done for number in part.boxes])]
+        return [PicturePart(whole, [number for part in done for number in part.boxes])]
     return done
 
 
-Answer = Callable[[MaskProvider, Program, dict[str, Any]], Masked]
+Answer = Callable[[MaskProvider, Program, dict[str, Any]], tuple[Any, Any]]
 
 
 @dataclass
@@ -416,7 +416,7 @@ class Values:
 
 
 @dataclass
-class Region:
+class PictureParts:
     """Parts of a batch of pictures that are computed, for boxes of each picture.
 
     Attributes:
@@ -547,7 +547,7 @@ class Regions:
         arguments: dict[str, Any],
         boxes: Sequence[Sequence[Box]],
         output: str | int | None = None,
-    ) -> Region:
+    ) -> PictureParts:
         """Return the parts of the pictures of a call that are computed for boxes of each.
 
         Raises:
@@ -572,7 +572,7 @@ class Regions:
                 box, cut_reads = self._checked(program, graph, arguments, reads, part, of_picture, level)
                 cut[box] = cut_reads
                 found.setdefault(box, []).append((number, part.boxes))
-        return Region(program, arguments, provider, ask, reads, boxes, found, cut)
+        return PictureParts(program, arguments, provider, ask, reads, boxes, found, cut)
 
     def by_rows(
         self,
@@ -622,9 +622,9 @@ class Regions:
         cut.__dict__.update(graph=graph, unchanged=unchanged)
         return cut
 
-    def _parts(self, reads: PictureReads, boxes: Sequence[Box]) -> list[Part]:
+    def _parts(self, reads: PictureReads, boxes: Sequence[Box]) -> list[PicturePart]:
         height, width = reads.size
-        parts = [Part(reads.part_for(box), [number]) for number, box in enumerate(boxes) if box.area]
+        parts = [PicturePart(reads.part_for(box), [number]) for number, box in enumerate(boxes) if box.area]
         return joined(parts, Box(0, height, 0, width))
 
     def _checked(
@@ -633,7 +633,7 @@ class Regions:
         graph: fx.Graph,
         arguments: dict[str, Any],
         reads: PictureReads,
-        part: Part,
+        part: PicturePart,
         boxes: Sequence[Box],
         level: int | None,
     ) -> tuple[Box, PictureReads]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from cadsurgery.network.regions import Box, Region
+from cadsurgery.network.regions import Box, PictureParts
 from cadsurgery.support.errors import CannotConvert
 
 _SIDE, _MOST = (
@@ -90,8 +90,8 @@ def find_pieces(
     side = block_side(height)
     image = picture[:, :1].new_zeros(()).expand(1, *picture.shape)
 
-    def region_of(box: Box) -> Region:
-        found: Region = net.in_region(image, [[box]], lambda region: region, _refused, mask)
+    def region_of(box: Box) -> PictureParts:
+        found: PictureParts = net.in_region(image, [[box]], lambda region: region, _refused, mask)
         return found
 
     try:

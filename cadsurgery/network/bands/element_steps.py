@@ -126,8 +126,8 @@ class Cells:
     def elements_above(self, grid: Grid) -> list[int]:
         """Return for each fine row how many elements of a map have their anchors above it: height + 1 numbers."""
         if grid not in self.counts and (cell := self.pyramid.lattice(grid.stage, grid.size).uniform_side):
-            rows = torch.arange(1, grid.size[0] + 1).add_(cell - 1).floor_divide_(cell)
-            self.counts[grid] = [0, *(rows * divide_up(grid.size[1], cell)).tolist()]
+            anchors = torch.arange(1, grid.size[0] + 1).add_(cell - 1).floor_divide_(cell)
+            self.counts[grid] = [0, *(anchors * divide_up(grid.size[1], cell)).tolist()]
         if grid not in self.counts:
             (height, width), side = grid.size, self.pyramid.geometry.sides[-1]
             found = [torch.zeros(1, dtype=torch.int64)]

@@ -141,8 +141,8 @@ class Walk:
         self._readers = defaultdict[Stream, list[tuple[Stream, RowsRead]]](list)
         self._leaving = defaultdict[Stream, list[Stream]](list)
         for one in self.used:
-            for source, rows in one.sources:
-                self._readers[source].append((one, rows))
+            for source, read in one.sources:
+                self._readers[source].append((one, read))
         for one in self.used:
             self._leaving[self._readers[one][-1][0] if self._readers[one] else one].append(one)
         self._whole = max((one.height for one in self.used), default=0)

@@ -1,0 +1,108 @@
+"""Measure networks in boxes of the picture: the share of the work and of the time of the whole picture.
+
+    python -m benchmarks.regions --output regions.json
+    python -m benchmarks.regions --networks unet_16 --shares 0.01 0.05 --rounds 3
+
+Networks with random weights, as given (`mask="all"` under floors) and as inference copies; a box in the middle of the
+picture has so large a share of it. Calls in the box and of the whole picture are timed in turns. *Error* is the largest
+difference in the box relative to the largest value of the whole call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.segmentation import deeplabv3_resnet101, fcn_resnet50
+
+import cadsurgery as cs
+from benchmarks import networks
+from benchmarks.large_pictures import Returned
+from cadsurgery.support.provenance import setting
+from cadsurgery.timing import interleaved
+
+SHARES = (0.01, 0.05, 0.1, 0.25)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the side of the picture
+    "unet_16": (partial(networks.UNet, 16), 1024),
+    "unet_64": (partial(networks.UNet, 64), 2048),
+    "fcn_resnet50": (lambda: Returned(fcn_resnet50(weights=None, weights_backbone=None), "out"), 2048),
+    "deeplabv3_resnet101": (
+        lambda: Returned(deeplabv3_resnet101(weights=None, weights_backbone=None), "out"),
+        2048,
+    ),
+}
+
+
+def box_in_the_middle(side: int, share: float) -> Tensor:
+    """Return a box (1, 4) with a share of a picture of a side."""
+    length = max(1, round(side * share**0.5))
+    first = (side - length) // 2
+    return torch.tensor([[first, first, first + length, first + length]])
+
+
+@torch.no_grad()
+def measured(name: str, side: int | None, share: float, rounds: int) -> dict[str, Any]:
+    """Return the shares of a network in a box."""
+    make, own = NETWORKS[name]
+    side = side or own
+    torch.manual_seed(0)
+    model, image = make().eval(), torch.randn(1, 3, side, side)
+    net = cs.adaptify(model, "all", coarsest=32, example_input=image[:, :, :256, :256], verify_laws=False)
+    fast, boxes = net.optimize(), [box_in_the_middle(side, share)]
+    ((part,),) = cs.read_within(fast, image, boxes)
+    whole = fast(image)
+    left, top, right, bottom = boxes[0][0].tolist()
+    error = (part - whole[:, :, top:bottom, left:right]).abs().max() / whole.abs().max()
+    del part, whole
+    calls = {"box": lambda: cs.read_within(fast, image, boxes), "whole": lambda: fast(image)}
+    times = {name: timing.best / 1e3 for name, timing in interleaved(calls, rounds).items()}
+    macs = fast.macs(image, within=boxes).of_whole
+    return {
+        "network": name,
+        "side": side,
+        "share": share,
+        "of_macs": macs,
+        "seconds": times,
+        "of_time": times["box"] / times["whole"],
+        "time_of_macs": times["box"] / times["whole"] / macs,
+        "error": float(error),
+    }
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES)
+    parser.add_argument("--side", type=int, help="of the picture; default: that of the network")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    print(setting(torch.device("cpu")))
+    rows = []
+    for name in asked.networks:
+        for share in asked.shares:
+            row = measured(name, asked.side, share, asked.rounds)
+            rows.append(row)
+            print(
+                f"{name:20} {row['side']:5} px, box of {share:.0%}: {row['of_macs']:.3f} of the MACs, "
+                f"{row['of_time']:.3f} of the time ({row['time_of_macs']:.2f} of the share of MACs), "
+                f"error {row['error']:.1e}",
+                flush=True,
+            )
+    if asked.output:
+        asked.output.write_text(
+            json.dumps({"setting": setting(torch.device("cpu")), "rows": rows}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
