@@ -156,8 +156,8 @@ class Masking:
                     last = grid.size[0] if end >= height else end // self.output_stride
                     part = grid._replace(size=(stop - top, grid.size[1]))
                     if is_ranked:
-                        shown = self.unit(_floating(rows)) if self.provider.sees_image else rows
-                        scores = self.provider.patch_scores(shown, features[:, :, top:stop], part)
+                        own = self.unit(_floating(rows)) if self.provider.sees_image else rows
+                        scores = self.provider.patch_scores(own, features[:, :, top:stop], part)
                         above, below = (start - top) // grid.patch, divide_up(last - top, grid.patch)
                         found_scores.append(scores[:, above:below].clone())
                         continue

@@ -119,7 +119,7 @@ class AxisReads:
             geometry = program.geometry
             pyramid = uniform(geometry, geometry.max_level if level is None else level, size).pyramid
             cells = Cells(pyramid, geometry.sides[-1], level=level)
-        self.plan = BandPlan(seen, cells, along=along)
+        self.plan = BandPlan(seen, cells, along=along, computes=False)
         self.changing = self._of_image()
         self.scales = self._found_scales(seen)
         self.step = math.lcm(*(one.denominator for one in self.scales.values()))

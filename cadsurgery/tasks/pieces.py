@@ -188,7 +188,7 @@ def _rectangles(
     rectangles, end = list[tuple[int, int, int, int]](), len(wanted)
     while end:
         begin = begins[end]
-        spans = [*spans_of(wanted[begin:end].any(0))]
+        spans = [*spans_of(np.logical_or.reduce(wanted[begin:end]))]
         rectangles += [(begin, end, *span) for span in reversed(spans)]
         end = begin
     return rectangles[::-1], least[-1]

@@ -229,7 +229,7 @@ class Predictor:
             is_padded = images.shape[2:] != size
             if areas is not None:
                 area = F.pad(areas, (0, images.shape[3] - size[1], 0, images.shape[2] - size[0]))
-                with sized([tuple(size)] * len(images) if is_padded else None):
+                with sized([(size[0], size[1])] * len(images) if is_padded else None):
                     return _first_tensor(read_within(self.net, images, area=area)), [{}] * len(images)
             returned = self.net(images, sizes=[tuple(size)] * len(images)) if is_padded else self.net(images)
             levels = cut_back(self.net.levels, images.shape[2:], size).flatten(1)
@@ -253,8 +253,8 @@ class Predictor:
         try:
             if item.target.endswith(".tif"):
                 how = self.settings
-                named = {"size": how.size, "view": how.view, "within": how.within}
-                large = LargePicture(item.source, self.source, how.bands, self._dtype, **named)
+                asked = (how.size, how.view, how.within)
+                large = LargePicture(item.source, self.source, how.bands, self._dtype, *asked)
                 return Picture(item, large=large)
             read = read_picture_for(self.source, item.source, self.settings.size, content=item.content)
             if not self.settings.within:

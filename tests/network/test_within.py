@@ -164,7 +164,9 @@ def made(name: str, way: str, dtype: torch.dtype = torch.float64, fast: bool = T
 def some_levels(net: cs.AdaptiveModel, images: Tensor) -> Tensor:
     """Random cells of all levels."""
     net(images)
-    return random_levels(len(images), tuple(net.levels.shape[1:]), net.geometry.strides)
+    geometry, (_, height, width) = net.geometry, net.levels.shape
+    most = geometry.max_level
+    return random_levels(len(images), (height, width), geometry.strides[:most], max_level=most)
 
 
 def mask_of(net: cs.AdaptiveModel, images: Tensor, way: str) -> Tensor | None:
@@ -229,6 +231,29 @@ def test_outputs_keep_their_structure() -> None:
         cs.read_within(net, image, boxes, output="aux")
     with pytest.raises(cs.CannotConvert, match=r"test_within\.py"):
         cs.read_within(net, image, boxes)
+
+
+class Changed(nn.Module):
+    """A map that is changed in place where something else has read it, and is read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.more = strided(2, 6), nn.Conv2d(6, 6, 5, padding=2)
+        self.head = nn.Conv2d(6, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        y = self.more(x)
+        x += F.avg_pool2d(y, 9, 1, 4)
+        return self.head(x + y)
+
+
+@torch.no_grad()
+def test_what_is_changed_in_place_is_read_as_it_is_then() -> None:
+    net = unverified(seeded(Changed), "all", coarsest=16, example_input=torch.randn(1, 3, 64, 64).double())
+    image, boxes = torch.randn(1, 3, 160, 128).double(), torch.tensor([[60, 70, 70, 90], [0, 0, 4, 4]])
+    assert_parts(net(image), cs.read_within(net, image, [boxes]), [boxes], (160, 128))
+    assert net.macs(image, within=[boxes]).of_whole < 1
 
 
 @torch.no_grad()

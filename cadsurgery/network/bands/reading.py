@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -161,7 +161,7 @@ class BandPlan:
             are computed when these are complete.
         only_first: of the maps that the graph returns, only the first is asked for.
         along: the axis of the picture that rows are counted along. By `"w"` the plan says which columns are read, as
-            `"h"` does of rows: its grids, and `cells`, are those of the picture turned, and its steps compute nothing.
+            `"h"` does of rows: its grids, and `cells`, are those of the picture turned.
         grids: the lattices of each map of the region, along this axis and across.
         values: values of all that is no map, while a call runs.
     """
@@ -173,8 +173,9 @@ class BandPlan:
         *,
         only_first: bool = False,
         along: Axis = "h",
+        computes: bool = True,
     ) -> None:
-        """Read the graph.
+        """Read the graph; a plan that `computes` nothing only says what is read, along any axis.
 
         Raises:
             CannotConvert: an operation needs a whole map.
@@ -187,7 +188,8 @@ class BandPlan:
         self.sums, self.passes = dict[Key, WholeImage](), dict[Key, int]()
         self.axis, self.parts = dict[fx.Node, int](), dict[fx.Node, list[fx.Node]]()
         self.values, self.behind = dict[Key, Any](), dict[fx.Node, CannotConvert]()
-        self._refuse_changes_that_others_read()
+        if computes:
+            self._refuse_changes_that_others_read()
         for node in seen.graph.nodes:
             if node is seen.image:
                 self._add(node, Stream())
@@ -203,6 +205,8 @@ class BandPlan:
                 self._add(node, self._enlarged(node))
             else:
                 self.passes[node] = self._passes(node.all_input_nodes)
+        if not computes:
+            self._read_what_is_changed()
         kept, returned = (
             sum(math.prod(seen.shapes.get(node, (0,))) for node in nodes)
             for nodes in (self.map_outputs, self.outputs)
@@ -708,13 +712,27 @@ class BandPlan:
     def _refuse_changes_that_others_read(self) -> None:
         """Refuse an operation in place if what it changes is read by something behind it, but through its result: rows
         are changed in a copy."""
+        for node, _, _ in self._changes_that_others_read():
+            raise self.refusal(node, "it changes in place what others read")
+
+    def _read_what_is_changed(self) -> None:
+        """Let what reads a map that was changed in place read the result of the change, too."""
+        for node, other, user in self._changes_that_others_read():
+            one = self.maps.get(user)
+            reads = [(node, rows) for source, rows in one.reads if source is other] if one is not None else []
+            if one is None or node not in self.maps or not reads:
+                raise self.refusal(node, "it changes in place what others read")
+            one.reads += reads
+            one.sources += [(self.maps[node], rows) for _, rows in reads]
+
+    def _changes_that_others_read(self) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
+        """Yield each operation in place, a map that it changes, and what reads this behind it."""
         places = {node: place for place, node in enumerate(self.seen.graph.nodes)}
         for node, sources in self.seen.changed.items() if any(self.seen.changed.values()) else ():
             changed = set().union(*(self.seen.memories[source] for source in sources))
             for other, memories in self.seen.memories.items():
-                is_read = any(places[user] > places[node] for user in other.users)
-                if places[other] < places[node] and memories & changed and is_read:
-                    raise self.refusal(node, "it changes in place what others read")
+                if places[other] < places[node] and memories & changed:
+                    yield from ((node, other, user) for user in other.users if places[user] > places[node])
 
     def refusal(self, node: fx.Node, why: str) -> CannotConvert:
         """Return the error for a node that is not computed in bands."""
