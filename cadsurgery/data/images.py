@@ -59,7 +59,8 @@ def read_image(
     that is there in full, not reduced copies of it, masks, and labels of slides.
 
     Args:
-        path: the image file, or its address in object storage; `FILE,page=N` for a page of a TIFF file, from 0 on.
+        path: the image file, or its address in object storage; `FILE,page=N` for a page of a TIFF file, from 0 on, and
+            `FILE,level=N` for a smaller copy of its picture, which is level 0.
         size: target size, or None to keep the size.
         channels: number of channels: as many bands are taken as they are, colour becomes grey, grey becomes colour,
             transparency is left out; see `as_channels`. None: all bands of the file but transparency.
@@ -72,7 +73,7 @@ def read_image(
         InvalidInput: the size has no pixels, or too many; or the file has other bands than asked for.
     """
     check_size(size)
-    place, page = tiff.split_page(path)
+    place, named = tiff.split_page(path)
     if content is None and stores.is_remote(place):
         content = stores.read_bytes(str(place))
     if tiff.is_tiff(place, content):
@@ -82,8 +83,8 @@ def read_image(
             stored, has_alpha = read
             image = as_channels(stored, channels, bands, name=path, has_alpha=has_alpha)
             return image if size is None else resized(image[None], size)[0]
-        page = read
-    with _open(place, "an image", _GIVE, content, page) as file:
+        named = ("page", read)
+    with _open(place, "an image", _GIVE, content, named) as file:
         return from_picture(file, channels, bands, name=path, size=size, upright=upright)
 
 
@@ -107,8 +108,15 @@ def read_picture_for(
         FileError, InvalidInput: as `read_image`; or values that are not finite, or far from the network's pictures.
     """
     channels, chosen = (None, bands) if source is None else (source.channels, bands or source.bands)
+    if content is None and stores.is_remote(path):
+        content = stores.read_bytes(str(tiff.split_page(path)[0]))
     image = read_image(path, size, channels=channels, bands=chosen, upright=upright, content=content)
     check_values(image, source, path)
+    if tiff.is_tiff(tiff.split_page(path)[0], content):
+        with _as_file_error(path, "an image", _GIVE):
+            masked = tiff.count_masked(path, content)
+        if masked:
+            raise _without_data(path, masked)
     return image
 
 
@@ -125,11 +133,7 @@ def check_values(image: Tensor, source: Source | None, name: object) -> None:
     low, high = (float(value) for value in image.aminmax())
     if not math.isfinite(low + high):
         count = int((~image.isfinite()).any(0).sum())
-        raise InvalidInput(
-            f"{name} holds {count} pixels without data: NaN, infinite, or what the file says stands for none.",
-            why="one such value spreads through a network over all that it computes around it.",
-            next="fill them first, e.g. by the mean of their band, or cut the picture.",
-        )
+        raise _without_data(name, count)
     if source is None or (low >= 0 and high <= 1):
         return
     means, deviations = (per_channel(values, len(image)) for values in (source.mean, source.std))
@@ -142,6 +146,15 @@ def check_values(image: Tensor, source: Source | None, name: object) -> None:
         why=f"they are taken as they are, and the network's pictures have mean {mean} and standard deviation {std}.",
         next="state mean and deviation of your pictures in the file's own unit: --normalisation MEAN/STD, or bands; or "
         "store integers, which are divided by the largest value of their type.",
+    )
+
+
+def _without_data(name: object, count: int) -> InvalidInput:
+    return InvalidInput(
+        f"{name} holds {count} pixels without data: NaN, infinite, or what the file says stands for none.",
+        why="one such value spreads through a network over all that it computes around it.",
+        next="cadsurgery run --memory 2GiB leaves such pixels of a raster out; or fill them first, e.g. by the mean of "
+        "their band, or cut the picture.",
     )
 
 
@@ -269,7 +282,7 @@ def check_size(size: tuple[int, int] | None) -> None:
 
 @contextlib.contextmanager
 def _open(
-    path: Path | str, what: str, next: str, content: bytes | None = None, page: int | None = None
+    path: Path | str, what: str, next: str, content: bytes | None = None, named: tiff.Named | None = None
 ) -> Iterator[Image.Image]:
     """Open a file with a single picture, or a page of a TIFF file; errors in the block become a `FileError` that names
     the file."""
@@ -280,12 +293,13 @@ def _open(
         _as_file_error(path, what, next),
         open_large(path if content is None else io.BytesIO(content)) as file,
     ):
-        if page is not None and file.format != "TIFF":
-            raise FileError(f"{path} has no pages.", next="leave out page=, which is for TIFF files.")
-        if page:
-            file.seek(page)
+        if named is not None and file.format != "TIFF":
+            kind = named[0]
+            raise FileError(f"{path} has no {kind}s.", next=f"leave out {kind}=, which is for TIFF files.")
+        if named is not None:
+            file.seek(named[1])
         limits.check_pixels(path, file.height, file.width)
-        count = 1 if page is not None else getattr(file, "n_frames", 1)
+        count = 1 if named is not None else getattr(file, "n_frames", 1)
         if count > 1 and file.format not in _OF_FIRST:
             raise FileError(
                 f"{path} holds {count} pictures.", next="store the one you mean in a file of its own."
@@ -344,7 +358,7 @@ def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     Raises:
         FileError: the file is missing, unreadable, or a colour picture.
     """
-    (place, page), next = tiff.split_page(path), "give a PNG of one class per pixel."
+    (place, named), next = tiff.split_page(path), "give a PNG of one class per pixel."
     if tiff.is_tiff(place):
         with _as_file_error(path, "labels", next):
             read = tiff.read_stored(path)
@@ -352,8 +366,8 @@ def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
             values, stored = read
             pixels = tiff.turned(values, tiff.orientation_of(stored))
             return _as_labels(pixels, path, f"{pixels.shape[2]} bands of {pixels.dtype}", size)
-        page = read
-    with _open(place, "labels", next, page=page) as file:
+        named = ("page", read)
+    with _open(place, "labels", next, named=named) as file:
         if (deep := read_deep(file, path)) is not None:
             pixels, mode = tiff.turned(deep.values, file.getexif().get(tiff.ORIENTATION, 1)), file.mode
         else:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from cadsurgery.data.images import FORMATS
-from cadsurgery.data.tiff import TiffRows, is_tiff, position_of, split_page
+from cadsurgery.data.tiff import TILE, TiffRows, block_of, is_tiff, position_of, split_page
 from cadsurgery.support.errors import FileError, InvalidInput, first_line, import_optional
 
 ENDINGS = (".vrt", ".img", ".jp2", ".asc", ".nc", ".grd", ".dt2", ".hgt")  # of rasters that need rasterio
+_DECODED_BY_GDAL = ("compressed", "YCBCR")  # in refusals of TIFF files that rasterio reads
+_SMALLEST_TILE, _CACHE = 128, 64  # pixels a side of tiles with overviews; MB that GDAL keeps of them
 _INSTALL = "pip install 'cadsurgery[raster]'"
 
 
@@ -29,15 +31,15 @@ def open_rows(path: Path | str) -> TiffRows | RasterRows:
         FileError: it cannot be read in rows.
         NotInstalled: it is a raster of another kind, and rasterio is not installed.
     """
-    has_rasterio = find_spec("rasterio") is not None
-    if is_tiff(split_page(path)[0]):
+    has_rasterio, place = find_spec("rasterio") is not None, split_page(path)[0]
+    if is_tiff(place):
         try:
             return TiffRows(path)
         except FileError as refusal:
-            if not (has_rasterio and "compressed" in refusal.why):
+            if not (has_rasterio and any(word in refusal.why for word in _DECODED_BY_GDAL)):
                 raise
             return RasterRows(path)
-    ending = Path(path).suffix.lower()
+    ending = Path(place).suffix.lower()
     if ending in ENDINGS or (has_rasterio and ending not in FORMATS):
         return RasterRows(path)
     raise FileError(f"{path} cannot be read in rows.", next="store it as a TIFF file, in tiles.")
@@ -51,19 +53,28 @@ class RasterRows:
         has_alpha: True if the last band is transparency.
         may_lack: True if some pixels may have no data, which are NaN.
         position: tags that say where the picture lies on the earth, see `TiffRows`.
+        block: (height, width) of its tiles, see `TiffRows`.
     """
 
     def __init__(self, path: Path | str) -> None:
-        """Open a file; see `close`.
+        """Open a file, or a smaller copy of its picture: `FILE,level=N`; see `close`.
 
         Raises:
-            FileError: GDAL does not read it, or it holds complex numbers.
+            FileError: GDAL does not read it, there is no such copy, or it holds complex numbers.
             NotInstalled: rasterio is not installed.
         """
         rasterio = import_optional("rasterio", "rasters of this kind are read by rasterio.", _INSTALL)
+        place, named = split_page(path)
+        options: dict[str, Any] = {}
+        if named is not None and named[0] == "page":
+            if not is_tiff(place):
+                raise FileError(f"{place} has no pages.", next="leave out page=, which is for TIFF files.")
+            place = f"GTIFF_DIR:{named[1] + 1}:{place}"
+        elif named is not None and named[1]:
+            options = {"overview_level": named[1] - 1}
         with _reading(path), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of rasters that lie nowhere on the earth
-            self._file = rasterio.open(path)
+            self._file = rasterio.open(place, **options)
         file, self._path = self._file, path
         self.shape = (file.count, file.height, file.width)
         self._kind = np.dtype(file.dtypes[0])
@@ -81,6 +92,7 @@ class RasterRows:
         )
         self.may_lack = self._is_masked or self._kind.kind == "f"
         self.position = _position_of(file)
+        self.block = block_of(*file.block_shapes[0])
 
     def rows(self, first: int, end: int) -> Tensor:
         """Return rows [first, end), (C, end - first, W) float32: integers divided by the largest value of their type;
@@ -104,6 +116,41 @@ class RasterRows:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def check_overviews() -> None:
+    """Refuse to write overviews where rasterio is not installed.
+
+    Raises:
+        NotInstalled: it is not.
+    """
+    import_optional("rasterio", "overviews are made by rasterio.", _INSTALL)
+
+
+def add_overviews(path: Path, block: tuple[int, int], is_classes: bool) -> None:
+    """Turn a tiled TIFF file into a cloud-optimised one (COG): the same values, tags and palette, and smaller copies
+    down to one tile. A pixel of these has the most frequent class of its area, or the mean of the values there."""
+    import rasterio
+    import rasterio.shutil
+
+    side = block[0] if block[0] == block[1] and block[0] >= _SMALLEST_TILE else TILE
+    other = path.with_name(f"{path.name}.cog")
+    try:
+        with _reading(path), rasterio.Env(GDAL_CACHEMAX=_CACHE), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of rasters that lie nowhere on the earth
+            rasterio.shutil.copy(
+                path,
+                other,
+                driver="COG",
+                compress="DEFLATE",
+                predictor="YES",
+                blocksize=side,
+                bigtiff="IF_SAFER",
+                overview_resampling="MODE" if is_classes else "AVERAGE",
+            )
+        other.replace(path)
+    finally:
+        other.unlink(missing_ok=True)
 
 
 @contextmanager

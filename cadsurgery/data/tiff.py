@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ ORIENTATION, NO_DATA = 274, 42113  # tags; the second is GDAL's
 _BAND_AXES = "SC"  # samples and channels: bands of one picture
 TILE = 512  # pixels a side, of files that are written
 _SLIDE = "Baseline"  # tifffile's name of the slide in files of slide scanners
-_NAMED = re.compile(r"(.+),page=(\d+)")
+_NAMED = re.compile(r"(.+),(page|level)=(\d+)")
+Named = tuple[
+    str, int
+]  # which picture of a file is meant: ("page", 2), or ("level", 1) of its smaller copies
 _LISTED = 8  # pages in a message
 _SIGN_BITS = {"u": 0, "i": 1, "b": 0}  # of integers, by NumPy's letter for their kind
 # Turns and mirrors an array (H, W, C) of an orientation so that it is shown upright.
@@ -57,12 +60,13 @@ def is_tiff(path: Path | str, content: bytes | None = None) -> bool:
         return False
 
 
-def split_page(path: Path | str) -> tuple[Path | str, int | None]:
-    """Split `FILE,page=N` into the file and the number of a page, from 0 on; None for a path without one."""
+def split_page(path: Path | str) -> tuple[Path | str, Named | None]:
+    """Split `FILE,page=N` or `FILE,level=N` into the file and what is named: a page, from 0 on, or the picture in full
+    (0) and its smaller copies, the largest first; None for a path without either."""
     named = _NAMED.fullmatch(str(path))
     if named is None or files.exists(path):
         return path, None
-    return named[1], int(named[2])
+    return named[1], (named[2], int(named[3]))
 
 
 def read_bands(
@@ -74,7 +78,7 @@ def read_bands(
     are returned as they are. Values that GDAL's tag calls no data are NaN.
 
     Args:
-        path: the file, or a page of it: `FILE,page=N`.
+        path: the file, a page of it, `FILE,page=N`, or a smaller copy of its picture, `FILE,level=N`.
         content: its content, if it was read before.
         upright: turn the picture by its orientation.
 
@@ -85,25 +89,44 @@ def read_bands(
         FileError: the file holds several pictures, too many pixels, values of another kind, or is compressed by a
             method that needs another package.
     """
-    stored = read_stored(path, content)
+    stored = _read(path, content)
     if isinstance(stored, int):
         return stored
-    values, page = stored
+    values, picture = stored
+    page = picture.page
     if int(page.photometric) not in _PLAIN:
         raise FileError(
             f"{path} holds values of kind {_name(page.photometric)}.", next="store it in grey or in colour."
         )
-    scaled = turned(_scale(values, page, path), orientation_of(page) if upright else 1)
+    scaled = turned(_scale(values, picture, path), orientation_of(page) if upright else 1)
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(scaled, -1, 0))), _has_alpha(page)
+
+
+def count_masked(path: Path | str, content: bytes | None = None) -> int:
+    """Return the number of pixels that the mask of a TIFF file says have no data."""
+    import tifffile
+
+    place, named = split_page(path)
+    with tifffile.TiffFile(place if content is None else io.BytesIO(content)) as file:
+        mask = _mask_of(path, _picture_of(file, place, named), content)
+    if mask is None:
+        return 0
+    with contextlib.closing(mask):
+        return int((mask.rows(0, mask.shape[1]).amin(0) == 0).sum())
 
 
 def read_stored(path: Path | str, content: bytes | None = None) -> tuple[np.ndarray[Any, Any], Any] | int:
     """Return the values of a TIFF file (H, W, C) as it stores them, and their page; see `read_bands`."""
+    read = _read(path, content)
+    return read if isinstance(read, int) else (read[0], read[1].page)
+
+
+def _read(path: Path | str, content: bytes | None) -> tuple[np.ndarray[Any, Any], _PagesPicture] | int:
     import tifffile
 
-    place, number = split_page(path)
+    place, named = split_page(path)
     with tifffile.TiffFile(place if content is None else io.BytesIO(content)) as file:
-        picture = _picture_of(file, place, number)
+        picture = _picture_of(file, place, named)
         page = picture.page
         if picture.is_one_page and isinstance(page.index, int) and _is_for_pillow(page, file):
             return page.index
@@ -111,7 +134,7 @@ def read_stored(path: Path | str, content: bytes | None = None) -> tuple[np.ndar
         with _decoding(path, page):
             values: np.ndarray[Any, Any] = picture.read().reshape(picture.shape)
     bands = picture.bands
-    return values[..., None] if not bands else np.moveaxis(values, picture.axes.index(bands), -1), page
+    return values[..., None] if not bands else np.moveaxis(values, picture.axes.index(bands), -1), picture
 
 
 def turned(pixels: np.ndarray[Any, Any], orientation: int) -> np.ndarray[Any, Any]:
@@ -133,20 +156,38 @@ class _PagesPicture:
         axes: letters of its axes but rows and columns only if they are longer than 1.
         shape: their lengths.
         read: returns its values.
+        original: the page of the picture in full, whose tags hold for a smaller copy, too.
+        mask: number of the page that says which pixels have data; None if there is none.
     """
 
     page: Any
     axes: str
     shape: tuple[int, ...]
     read: Callable[[], Any]
+    original: Any
+    mask: int | None = None
 
     @classmethod
-    def of(cls, stored: Any) -> _PagesPicture:
-        """Return that of a page or a series of tifffile."""
+    def of(cls, stored: Any, original: Any = None) -> _PagesPicture:
+        """Return that of a page or a series of tifffile; of a smaller copy, give the page of the picture in full."""
         axes = zip(stored.axes, stored.shape, strict=True)
         kept = [(axis, count) for axis, count in axes if axis in "YX" or count > 1]
         letters, shape = "".join(axis for axis, _ in kept), tuple(count for _, count in kept)
-        return cls(getattr(stored, "keyframe", stored), letters, shape, stored.asarray)
+        page = getattr(stored, "keyframe", stored)
+        return cls(page, letters, shape, stored.asarray, page if original is None else original)
+
+    def with_mask(self, file: Any) -> _PagesPicture:
+        """Note the page of the picture's mask, as GDAL writes it."""
+        if _is_mask(self.page):
+            return self
+        alike = (page for page in map(_as_page, file.pages) if _size_of(page) == _size_of(self.page))
+        return replace(self, mask=next((page.index for page in alike if _is_mask(page)), None))
+
+    @property
+    def no_data(self) -> object:
+        """What GDAL's tag states for pixels without data; None if it states nothing."""
+        stated = self.page.tags.valueof(NO_DATA)
+        return self.original.tags.valueof(NO_DATA) if stated is None else stated
 
     @property
     def bands(self) -> str:
@@ -164,30 +205,69 @@ class _PagesPicture:
         return set(self.axes) >= {*"YX"} and len(self.bands) <= 1 and set(self.bands) <= set(_BAND_AXES)
 
 
-def _picture_of(file: Any, path: Path | str, number: int | None) -> _PagesPicture:
-    """Return the picture of a page, or without a number the only one of its file in full: copies that are marked as
+def _picture_of(file: Any, path: Path | str, named: Named | None) -> _PagesPicture:
+    """Return the picture of a page, or the only one of its file, in full or a smaller copy: copies that are marked as
     reduced, masks, and what makers of slide scanners write beside the slide (labels, thumbnails) are none.
 
     Raises:
-        FileError: there is no such page, or there are several pictures.
+        FileError: there is no such page or copy, or there are several pictures.
     """
-    if number is not None:
+    kind, number = named or ("level", 0)
+    if kind == "page":
         if number >= len(file.pages):
             raise _of_several(path, file, f"{path} has no page {number}")
-        picture = _PagesPicture.of(file.pages[number])
+        page = file.pages[number].aspage()
+        picture = _PagesPicture.of(page, _original_of(page, file))
     else:
-        all_series = [entry for entry in file.series if entry.name == _SLIDE] or file.series
-        parts = [(entry, [page for page in entry.pages if not _is_secondary(page)]) for entry in all_series]
-        parts = [part for part in parts if part[1]] or [(entry, [*entry.pages]) for entry in all_series]
+        parts = _pictures_in(file)
         count = sum(len(full) for _, full in parts)
         entry, full = parts[0]
-        picture = _PagesPicture.of(full[0] if count == 1 and len(entry.pages) > 1 else entry)
         if len(parts) > 1 or len(full) not in (1, len(entry.pages)):
             raise _of_several(path, file, f"{path} holds {count} pictures")
+        levels = [full[0] if count == 1 and len(entry.pages) > 1 else entry]
+        levels += entry.levels[1:] or _copies_of(full[0], file)
+        if number >= len(levels):
+            sizes = ", ".join("{1} x {0}".format(*_size_of(_PagesPicture.of(one).page)) for one in levels)
+            raise FileError(
+                f"{path} has no level {number}.",
+                why=f"its picture is stored in {sizes} pixels.",
+                next=f"name 0 for the picture in full, to {len(levels) - 1}.",
+            )
+        picture = _PagesPicture.of(levels[number], _PagesPicture.of(levels[0]).page)
     if not picture.is_flat:
         count = math.prod(picture.shape) // _area(picture.page)
         raise _of_several(path, file, f"{path} holds {count} pictures")
-    return picture
+    return picture.with_mask(file)
+
+
+def _pictures_in(file: Any) -> list[tuple[Any, list[Any]]]:
+    """Return tifffile's series that hold pictures in full, and their pages that do."""
+    all_series = [entry for entry in file.series if entry.name == _SLIDE] or file.series
+    parts = [(entry, [page for page in entry.pages if not _is_secondary(page)]) for entry in all_series]
+    return [part for part in parts if part[1]] or [(entry, [*entry.pages]) for entry in all_series]
+
+
+def _original_of(page: Any, file: Any) -> Any:
+    """Return the page of which one is a smaller copy; itself if it is none."""
+    full = [one for _, pages in _pictures_in(file) for one in pages] if _is_secondary(page) else []
+    return full[0].aspage() if len(full) == 1 and _is_copy(page, full[0]) else page
+
+
+def _copies_of(full: Any, file: Any) -> list[Any]:
+    """Return the smaller copies of a page, the largest first."""
+    marked = (page for page in map(_as_page, file.pages) if _is_secondary(page) and not _is_mask(page))
+    copies = [page for page in marked if _is_copy(page, full)]
+    return sorted(copies, key=_size_of, reverse=True)
+
+
+def _is_copy(page: Any, full: Any) -> bool:
+    """True for a page with the sides of another one, each divided by the same number and rounded."""
+    (height, width), (whole_height, whole_width) = _size_of(page), _size_of(full.aspage())
+    return abs(width * whole_height - height * whole_width) <= 2 * max(whole_height, whole_width)
+
+
+def _size_of(page: Any) -> tuple[int, int]:
+    return int(page.imagelength), int(page.imagewidth)
 
 
 def _area(page: Any) -> int:
@@ -231,8 +311,20 @@ def _is_for_pillow(page: Any, file: Any) -> bool:
     return is_read and (bits % 8 > 0 or extras == (1,) or _lacks_codec(page))
 
 
+def _kind_of(page: Any) -> int:
+    return int(getattr(page, "subfiletype", 0))  # some pages are as the first one
+
+
 def _is_secondary(page: Any) -> bool:
-    return bool(int(getattr(page, "subfiletype", 0)) & (_REDUCED | _MASK))  # some pages are as the first one
+    return bool(_kind_of(page) & (_REDUCED | _MASK))
+
+
+def _is_mask(page: Any) -> bool:
+    return bool(_kind_of(page) & _MASK)
+
+
+def _as_page(entry: Any) -> Any:
+    return entry.aspage()
 
 
 def _name(value: Any) -> str:
@@ -264,10 +356,10 @@ def _decoding(path: Path | str, page: Any) -> Iterator[None]:
         ) from error
 
 
-def _scale(values: np.ndarray[Any, Any], page: Any, path: Path | str) -> np.ndarray[Any, Any]:
+def _scale(values: np.ndarray[Any, Any], picture: _PagesPicture, path: Path | str) -> np.ndarray[Any, Any]:
     """Return values as float32: integers divided by the largest value of their type, others as they are; those without
     data are NaN."""
-    kind = values.dtype.kind
+    page, kind = picture.page, values.dtype.kind
     if kind == "f":
         with np.errstate(over="ignore"):  # what float32 does not hold is infinite, and refused like NaN
             scaled = values.astype(np.float32)
@@ -278,9 +370,24 @@ def _scale(values: np.ndarray[Any, Any], page: Any, path: Path | str) -> np.ndar
         raise FileError(
             f"{path} holds values of type {values.dtype}.", next="store integers or floating-point values."
         )
-    if (is_lacking := without_data(values, page.tags.valueof(NO_DATA))) is not None:
+    if (is_lacking := without_data(values, picture.no_data)) is not None:
         scaled[is_lacking] = np.nan
     return 1 - scaled if int(page.photometric) == _WHITE_IS_ZERO and kind != "i" else scaled
+
+
+def _mask_of(path: Path | str, picture: _PagesPicture, content: bytes | None = None) -> TiffRows | None:
+    """Return the mask of a picture, 0 where it has no data: a page of its file, or GDAL's file beside it."""
+    place, named = split_page(path)
+    if picture.mask is not None:
+        return TiffRows(f"{place},page={picture.mask}", content)
+    beside = f"{place}.msk"
+    if not is_tiff(beside) or (named is not None and named[0] == "page"):
+        return None
+    mask = TiffRows(beside if named is None else f"{beside},level={named[1]}")
+    if mask.shape[1:] == _size_of(picture.page):
+        return mask
+    mask.close()
+    return None
 
 
 def without_data(values: np.ndarray[Any, Any], stated: object) -> np.ndarray[Any, Any] | None:
@@ -311,10 +418,11 @@ class TiffRows:
         has_alpha: True if the last band is transparency.
         may_lack: True if some pixels may have no data: values that are not finite, or transparent ones, mark them.
         position: tags that say where the picture lies on the earth, as `write_tiled` takes them.
+        block: (height, width) of its tiles, for files that are written; of strips those of a usual tile.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        """Open a file, or a page of it: `FILE,page=N`; see `close`.
+    def __init__(self, path: Path | str, content: bytes | None = None) -> None:
+        """Open a file, `FILE,page=N` or `FILE,level=N`, or its content, if that was read before; see `close`.
 
         Raises:
             FileError: it holds several pictures, or one that is turned, has a palette, or is not stored in small
@@ -323,21 +431,24 @@ class TiffRows:
         import tifffile
 
         self._path = path
-        place, number = split_page(path)
+        place, named = split_page(path)
         with contextlib.ExitStack() as opened:
             try:
-                self._file = opened.enter_context(tifffile.TiffFile(place))
-                picture = _picture_of(self._file, place, number)
+                stored = place if content is None else io.BytesIO(content)
+                self._file = opened.enter_context(tifffile.TiffFile(stored))
+                picture = _picture_of(self._file, place, named)
             except FileError:
                 raise
             except Exception as error:  # of any type, where a file is cut short
                 raise FileError(f"{path} cannot be read as a TIFF.", why=first_line(error)) from error
             opened.pop_all()  # it stays open
-        self._page = page = picture.page
-        self.position, samples = position_of(page), int(page.samplesperpixel)
-        self.shape, self.has_alpha = (samples, int(page.imagelength), int(page.imagewidth)), _has_alpha(page)
-        is_stated = page.tags.valueof(NO_DATA) is not None or self.has_alpha
-        self.may_lack = is_stated or (page.dtype is not None and page.dtype.kind == "f")
+        self._picture, self._page, self._mask = picture, picture.page, None
+        page, samples = picture.page, int(picture.page.samplesperpixel)
+        self.shape, self.has_alpha = (samples, *_size_of(page)), _has_alpha(page)
+        self.position = moved_position(
+            position_of(picture.original), _size_of(picture.original), self.shape[1:]
+        )
+        self.block = block_of(int(page.tilelength), int(page.tilewidth)) if page.is_tiled else (TILE, TILE)
         self._is_planar = samples > 1 and int(page.planarconfig) != 1
         is_plain = (
             page.is_contiguous and page.compression == 1 and page.predictor == 1 and page.dtype is not None
@@ -348,6 +459,9 @@ class TiffRows:
         if (refusal := self._refusal(picture)) is not None:
             self.close()
             raise refusal
+        self._mask = _mask_of(path, picture)
+        is_stated = picture.no_data is not None or self.has_alpha or self._mask is not None
+        self.may_lack = is_stated or page.dtype.kind == "f"
 
     def _refusal(self, picture: _PagesPicture) -> FileError | None:
         """Return why the file cannot be read in rows, if so."""
@@ -384,9 +498,10 @@ class TiffRows:
         """
         with _decoding(self._path, self._page):
             values = self._stored(first, end) if self._is_raw else self._pasted(first, end)
-        return torch.from_numpy(
-            np.ascontiguousarray(np.moveaxis(_scale(values, self._page, self._path), -1, 0))
-        )
+        scaled = _scale(values, self._picture, self._path)
+        if self._mask is not None:
+            scaled[self._mask.rows(first, end).numpy().min(0) == 0] = np.nan
+        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(scaled, -1, 0)))
 
     def _stored(self, first: int, end: int) -> np.ndarray[Any, Any]:
         """Read rows (rows, W, C) of values that are stored one after the other."""
@@ -438,11 +553,27 @@ class TiffRows:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+        if self._mask is not None:
+            self._mask.close()
+
+
+_LARGEST_TILE, _TILE_UNIT = 4096, 16  # pixels a side, of tiles that are written as they are in a picture
+
+
+def block_of(height: int, width: int) -> tuple[int, int]:
+    """Return the size of the tiles to write for a picture whose blocks have a size: the same if TIFF files may have
+    it."""
+    is_kept = all(0 < side <= _LARGEST_TILE and side % _TILE_UNIT == 0 for side in (height, width))
+    return (height, width) if is_kept else (TILE, TILE)
 
 
 # Tags of GeoTIFF and of GDAL: scale of pixels, tie points, a transform, coordinate system, rational polynomials.
 _SCALE, _TIE_POINTS, _TRANSFORM, _KEYS, _POLYNOMIALS = 33550, 33922, 34264, 34735, 50844
 _POSITION = (_SCALE, _TIE_POINTS, _TRANSFORM, _KEYS, 34736, 34737, _POLYNOMIALS)
+_SYSTEMS, _OWN_SYSTEM = (
+    (3072, 2048),
+    32767,
+)  # keys of a projected and a geographic system; the number of one's own
 _RASTER_TYPE, _POINT = 1025, 2  # the key that says whether coordinates are those of the middle of pixels
 _METADATA = 42112  # GDAL's own, as XML; items of a band describe its values
 
@@ -457,16 +588,39 @@ def position_of(page: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def states_position(path: Path | str) -> bool:
-    """True for a TIFF file that says where its picture lies on the earth."""
+def position_at(path: Path | str) -> tuple[Any, ...]:
+    """Return what a TIFF file says of where its picture lies on the earth, see `TiffRows`; empty for other files."""
     import tifffile
 
-    place, number = split_page(path)
+    place, named = split_page(path)
     if not str(place).lower().endswith((".tif", ".tiff")) or not is_tiff(place):
-        return False
+        return ()
     with contextlib.suppress(Exception), tifffile.TiffFile(place) as file:  # reported where it is read
-        return bool(position_of(_picture_of(file, place, number).page))
-    return False
+        picture = _picture_of(file, place, named)
+        sizes = _size_of(picture.original), _size_of(picture.page)
+        return moved_position(position_of(picture.original), *sizes)
+    return ()
+
+
+def coordinates_of(
+    position: Sequence[Any],
+) -> tuple[tuple[tuple[float, float, float], tuple[float, float, float]] | None, int | None]:
+    """Return what a position, see `TiffRows`, says of coordinates: the two rows (a, b, c) of the transform that turns
+    column x and row y of a pixel's corner into a x + b y + c, and the EPSG number of the coordinate system; None for
+    what it does not state."""
+    values = {code: value for code, _, _, value, _ in position}
+    keys = {key: value for key, place, _, value in _rows_of(values.get(_KEYS, ()), 4) if not place}
+    middle = 0.5 if keys.get(_RASTER_TYPE) == _POINT else 0.0
+    system = next((keys[key] for key in _SYSTEMS if 0 < keys.get(key, 0) < _OWN_SYSTEM), None)
+    if _TRANSFORM in values:
+        first, second = (row for row, _ in zip(_rows_of(values[_TRANSFORM], 4), range(2), strict=False))
+        (a, b, c), (d, e, f) = (first[0], first[1], first[3]), (second[0], second[1], second[3])
+    elif _SCALE in values and len(values.get(_TIE_POINTS, ())) == 6:
+        (x, y, _, east, north, _), (across, down, *_) = values[_TIE_POINTS], values[_SCALE]
+        (a, b, c), (d, e, f) = (across, 0.0, east - x * across), (0.0, -down, north + y * down)
+    else:
+        return None, system
+    return ((a, b, c - middle * (a + b)), (d, e, f - middle * (d + e))), system
 
 
 def moved_position(position: Sequence[Any], size: tuple[int, int], other: tuple[int, int]) -> tuple[Any, ...]:
@@ -515,18 +669,21 @@ def write_tiled(
     rows: Callable[[int, int], np.ndarray[Any, Any]],
     colours: Any = None,
     position: Sequence[Any] = (),
+    block: tuple[int, int] = (TILE, TILE),
 ) -> None:
     """Write a grey TIFF (height, width), or with a palette (3, 256) of 16 bits, in tiles compressed by deflate, with a
     predictor where tifffile has the one for the type; as BigTIFF where it takes that. No more than the rows of a tile
     are asked for at a time, by `rows(first, end)`. `position` is that of a picture, see `TiffRows`."""
     import tifffile
 
-    (height, width), side = size, TILE
+    (height, width), (down, across) = size, block
 
     def tiles() -> Iterator[np.ndarray[Any, Any]]:
-        for first in range(0, height, side):
-            band = rows(first, min(first + side, height))
-            yield from (np.ascontiguousarray(band[:, left : left + side]) for left in range(0, width, side))
+        for first in range(0, height, down):
+            band = rows(first, min(first + down, height))
+            yield from (
+                np.ascontiguousarray(band[:, left : left + across]) for left in range(0, width, across)
+            )
 
     kind: dict[str, Any] = (
         {"photometric": "minisblack"} if colours is None else {"photometric": "palette", "colormap": colours}
@@ -538,7 +695,7 @@ def write_tiled(
         tiles(),
         shape=size,
         dtype=dtype,
-        tile=(side, side),
+        tile=block,
         compression="zlib",
         metadata=None,
         extratags=position,

@@ -66,6 +66,7 @@ class RandomMask(MaskProvider):
     """
 
     image_only = ignores_image = True
+    bytes_per_pixel = 8
 
     def __init__(self, fraction: float = 0.3, block: int = 4, seed: int = -1) -> None:
         super().__init__()
@@ -105,6 +106,7 @@ class FixedMask(MaskProvider):
     """A level map given by the user, used in every call."""
 
     image_only = ignores_image = True
+    bytes_per_pixel = 4
 
     storable = True  # the tensor is stored beside the mask's text
     judges_each_image = False  # it has a map for each image

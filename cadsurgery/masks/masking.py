@@ -23,6 +23,11 @@ from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.running import running
 
+_SEEN, _SEEN_BANDS = (
+    1 << 22,
+    16,
+)  # pixels by which the normalisation of a large picture is estimated, in so many bands
+_LEVEL_MAPS = 3  # bytes of a sample of the fine map, in level maps
 _BAND = 1 << 18  # pixels of a large picture that masks see at once
 
 # Next step in the error message about a mask that is not static.
@@ -120,10 +125,13 @@ class Masking:
     def _levels_of_rows(self, read: Callable[[int, int], Tensor], height: int, features: Tensor) -> Tensor:
         """Return the levels (B, h, w) of a picture that is read in rows, see `of_rows`."""
         grid = self.grid(features)._replace(deviation=self.unit.deviation)
-        reach, unit = self.provider.reach(grid), grid.patch * self.output_stride
+        reach, unit = self._reach(grid), grid.patch * self.output_stride
+        if reach is not None and self.unit.normalisation is None and self.provider.sees_image:
+            self.unit(_floating(_sample(read, height, grid.size[1] * self.output_stride)))
         is_known = self.unit.normalisation is not None or not self.provider.sees_image
-        if reach is None or not is_known or self._beyond or call_context().sizes is not None:
+        if reach is None or not is_known:
             return self(read(0, height), features).pyramid.levels
+        is_ranked = self.provider.reach(grid) is None
         tall = divide_up(max(1, _BAND // max(1, grid.size[1] * self.output_stride)), unit) * unit
 
         def bands(around: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -138,7 +146,8 @@ class Masking:
                 if isinstance(mask, MaskProvider):
                     limit = mask.limit_of_parts(shown, height, grid)
                     limits |= {mask: limit} if limit is not None else {}
-            levels = torch.empty(grid.batch, *grid.size, dtype=torch.int8)
+            levels = torch.empty(grid.batch, *(grid.size if not is_ranked else (0, 0)), dtype=torch.int8)
+            found_scores = list[Tensor]()  # of rows of patches
             around = divide_up(reach, unit) * unit
             with limited(limits):
                 for first, end, rows in bands(around):
@@ -146,9 +155,38 @@ class Masking:
                     stop = grid.size[0] if end + around >= height else (end + around) // self.output_stride
                     last = grid.size[0] if end >= height else end // self.output_stride
                     part = grid._replace(size=(stop - top, grid.size[1]))
+                    if is_ranked:
+                        own = self.unit(_floating(rows)) if self.provider.sees_image else rows
+                        scores = self.provider.patch_scores(own, features[:, :, top:stop], part)
+                        above, below = (start - top) // grid.patch, divide_up(last - top, grid.patch)
+                        found_scores.append(scores[:, above:below].clone())
+                        continue
                     found = self._levels(rows, features[:, :, top:stop], part)
                     levels[:, start:last] = found[:, start - top : last - top]
+            if is_ranked:
+                ranked = self.provider.levels_of_patches(torch.cat(found_scores, 1), grid)
+                return check_levels(ranked, grid, self.provider.name)
         return levels
+
+    def _reach(self, grid: FineMapSpec) -> int | None:
+        """Return the pixels around a band of a picture that the mask of the band depends on; None for a mask that sees
+        the whole picture."""
+        if self._beyond or call_context().sizes is not None:
+            return None
+        reach = self.provider.reach(grid)
+        return self.provider.reach_of_patches(grid) if reach is None else reach
+
+    def memory(self, pixels: int, features: Tensor) -> tuple[int, bool]:
+        """Return the bytes that the mask of a picture of so many pixels takes, at most, beside the picture, and True if
+        it sees all of the picture at once; else these are level maps."""
+        grid, sizes = self.grid(features), call_context().sizes
+        samples = grid.size[0] * grid.size[1]
+        is_alone = sizes is None or (len(sizes) == 1 and self.provider.judges_each_image)
+        with sized(None if is_alone else sizes):
+            reach = self._reach(grid._replace(deviation=self.unit.deviation))
+        if reach is not None:
+            return _LEVEL_MAPS * samples, False
+        return max(_LEVEL_MAPS * samples, self.provider.memory(pixels, samples)), True
 
     def _samples_of(self, size: tuple[int, int], grid: FineMapSpec) -> tuple[int, int]:
         """Return the size of the part of the fine map that an image of this size in pixels has in a padded batch."""
@@ -192,6 +230,15 @@ class Masking:
         if patches is None:
             raise not_static(self.provider, "a compiled or exported network has fixed shapes.")
         return Bounds.of_patches(self.geometry, grid.batch, grid.size, patches)
+
+
+def _sample(read: Callable[[int, int], Tensor], height: int, width: int) -> Tensor:
+    """Return a picture by which the normalisation is estimated: that which is read in rows, or bands of a large one."""
+    rows = max(_SEEN // max(1, width * _SEEN_BANDS), 2)
+    if height <= rows * _SEEN_BANDS:
+        return read(0, height)
+    firsts = (number * (height - rows) // (_SEEN_BANDS - 1) for number in range(_SEEN_BANDS))
+    return torch.cat([read(first, first + rows) for first in firsts], 2)
 
 
 def _beyond(levels: Tensor, grid: FineMapSpec) -> Tensor:

@@ -76,6 +76,10 @@ class MaskProvider(nn.Module):
     takes: ClassVar[Literal["none", "one", "many"]] = "none"  # number of other masks in the text form
     image_only: ClassVar[bool] = False  # does not use the features, which then need not be computed
     ignores_image: ClassVar[bool] = False  # does not use the picture, whose unit then need not be known
+    bytes_per_pixel: ClassVar[int] = (
+        64  # that a mask which sees all of a picture at once takes beside it, at most
+    )
+    ranks_all: ClassVar[bool] = False  # its scores are ranks among all places of a picture
     needs: ClassVar[str] = ""  # further inputs that its maps depend on, e.g. "earlier images"
     has_own_function: bool = False  # made with a function that its options cannot name
 
@@ -108,6 +112,24 @@ class MaskProvider(nn.Module):
         """Return the distance in input pixels from which on the picture has no influence on a sample's level, so that
         large pictures are judged in bands of rows; None if all of the picture counts."""
         return None
+
+    def reach_of_patches(self, grid: FineMapSpec) -> int | None:
+        """Return, for a mask that ranks patches (`patch_scores`, `levels_of_patches`), the distance from which on the
+        picture has no influence on the score of one; None for other masks, or if all of the picture counts."""
+        return None
+
+    def patch_scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
+        """Return the score of each patch of a picture or a band of it, (B, rows, columns), for masks that rank them."""
+        raise NotImplementedError
+
+    def levels_of_patches(self, scores: Tensor, grid: FineMapSpec) -> Tensor:
+        """Return the level map (B, h, w) by the scores of all patches, for masks that rank them."""
+        raise NotImplementedError
+
+    def memory(self, pixels: int, samples: int) -> int:
+        """Return the bytes that the mask takes, at most, where it sees all of a picture of so many pixels at once."""
+        own = self.bytes_per_pixel * (samples if self.ignores_image else pixels)
+        return max([own, *(part.memory(pixels, samples) for part in self.parts)])
 
     def limit_of_parts(
         self, parts: Iterable[tuple[int, int, Tensor]], height: int, grid: FineMapSpec

@@ -66,6 +66,8 @@ class DetailMask(ScoredMask):
 
     ignores_image = True
 
+    bytes_per_pixel = 96
+
     def __init__(self, threshold: float | tuple[float, ...] = (1.5,), sigma: float = 2.0) -> None:
         super().__init__(threshold)
         check_options("detail", sigma=(sigma, WIDTH))

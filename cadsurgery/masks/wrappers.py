@@ -45,6 +45,7 @@ class MaskWrapper(MaskProvider):
     """
 
     takes = "one"
+    bytes_per_pixel = 32
 
     def __init__(self, mask: object) -> None:
         super().__init__()
@@ -142,6 +143,8 @@ class Union(MaskProvider):
 
     takes = "many"
 
+    ranks_all = True
+
     def __init__(self, *masks: object) -> None:
         super().__init__()
         if len(masks) < 2:
@@ -234,8 +237,20 @@ class Budget(MaskWrapper):
             InvalidInput: the inner mask's scores have the wrong type or size or are NaN, or there are more fractions
                 than levels.
         """
+        return self.levels_of_patches(self.patch_scores(image, features, grid), grid)
+
+    def reach_of_patches(self, grid: FineMapSpec) -> int | None:
+        """Return the reach of the inner mask, unless its scores are ranks."""
+        ranks = any(part.ranks_all for part in self.modules() if isinstance(part, MaskProvider))
+        return None if ranks else self.mask.reach(grid)
+
+    def patch_scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
+        """Return the score of each patch, (B, rows, columns) float64."""
         check_count("budget", "fractions", len(self.fraction), grid.max_level)
-        scores = self._of_patches(self.inner_scores(image, features, grid), grid)
+        return self._of_patches(self.inner_scores(image, features, grid), grid)
+
+    def levels_of_patches(self, scores: Tensor, grid: FineMapSpec) -> Tensor:
+        """Return (B, h, w) int8 by the scores of all patches."""
         flat = scores.flatten(0 if self.per_batch else 1)
         levels = self._levels_of_ranks(flat, grid).view(scores.shape)
         return on_samples(levels, grid.patch, grid.size)

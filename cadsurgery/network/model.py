@@ -485,7 +485,8 @@ class AdaptiveModel(ProgramNetwork):
             precision: `float` keeps the precision of the weights; the copy in `bfloat16` takes images in bfloat16, too.
                 8 bits are for files: `cadsurgery.export`.
             memory: what the maps of a picture may take beside weights, picture and results, in bytes or as a text such
-                as `"1.5GiB"`: pictures are computed one by one in bands of rows, with the same result. On the CPU.
+                as `"1.5GiB"`, or `"auto"` for what the machine or its control group has free, less a margin: pictures
+                are computed one by one in bands of rows, with the same result. On the CPU.
             calibration: images for 8 bits, which are refused here with what to call.
             step: progress callback; see `cadsurgery.support.progress.Step`.
 

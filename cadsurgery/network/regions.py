@@ -15,7 +15,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -423,7 +423,7 @@ class PictureParts:
         program: the program.
         arguments: of the call with the whole pictures.
         provider: the mask of that call.
-        lattice: of that call; None if its level is the same everywhere.
+        ask: computes the lattice of that call; None if its level is the same everywhere.
         reads: what the maps of a whole picture read.
         boxes: the boxes of each picture.
         parts: by place, for each picture that has a part there: its number, and the numbers of its boxes in the part.
@@ -433,7 +433,7 @@ class PictureParts:
     program: Program
     arguments: dict[str, Any]
     provider: MaskProvider
-    lattice: Lattice | None
+    ask: Callable[[], Lattice] | None
     reads: PictureReads
     boxes: Sequence[Sequence[Box]]
     parts: dict[Box, list[tuple[int, list[int]]]]
@@ -450,14 +450,23 @@ class PictureParts:
             layout = torch.channels_last if image.is_contiguous(memory_format=torch.channels_last) else None
             image = image[..., box.top : box.bottom, box.left : box.right]
             image = image.contiguous(memory_format=layout or torch.contiguous_format)
-        arguments = {**self.arguments, name: image}
-        if self.lattice is None:
-            return self.provider, arguments
-        stride = self.program.plan.strides[0]
+        return self.mask_of(box), {**self.arguments, name: image}
+
+    @cached_property
+    def levels(self) -> Tensor | None:
+        """The levels (B, h, w) of that call; None if its level is the same everywhere."""
+        return None if self.ask is None else self.ask().pyramid.levels
+
+    def mask_of(self, box: Box, levels: Tensor | None = None) -> MaskProvider:
+        """Return the mask of the call with a part of the pictures: what that of the whole ones has there, whose levels
+        are computed unless they are given."""
+        levels = self.levels if levels is None else levels
+        if levels is None:
+            return self.provider
+        stride, numbers = self.program.plan.strides[0], [number for number, _ in self.parts[box]]
         height, width = self.cut[box].seen.fine_size()
         top, left = box.top // stride, box.left // stride
-        levels = self.lattice.pyramid.levels[numbers, top : top + height, left : left + width]
-        return FixedMask(levels), arguments
+        return FixedMask(levels[numbers, top : top + height, left : left + width])
 
     def read(self, answer: Answer, output: str | int | None) -> Values:
         """Return the values in each box of each picture.
@@ -555,7 +564,7 @@ class Regions:
         image, level = arguments[name], provider.uniform_level(program.plan.max_level)
         graph = self._graph(program.graph_at(level), output)
         reads = self._read(program, graph, {**arguments, name: image[:1]}, level)
-        lattice = find_lattice(program, program.masking(provider), arguments) if level is None else None
+        ask = partial(find_lattice, program, program.masking(provider), arguments) if level is None else None
         found = dict[Box, list[tuple[int, list[int]]]]()
         cut = dict[Box, PictureReads]()
         for number, of_picture in enumerate(boxes):
@@ -563,7 +572,7 @@ class Regions:
                 box, cut_reads = self._checked(program, graph, arguments, reads, part, of_picture, level)
                 cut[box] = cut_reads
                 found.setdefault(box, []).append((number, part.boxes))
-        return PictureParts(program, arguments, provider, lattice, reads, boxes, found, cut)
+        return PictureParts(program, arguments, provider, ask, reads, boxes, found, cut)
 
     def by_rows(
         self,

@@ -179,9 +179,18 @@ class RunOptions:
     )
     memory: str = option(
         "",
-        "what the maps of a picture may take, e.g. 1.5GiB: pictures are computed in bands of rows, one after "
-        "the other; on the CPU",
+        "what the maps of a picture may take, e.g. 1.5GiB, or auto: pictures are computed in bands of rows, one "
+        "after the other; on the CPU; default: auto where a picture would not fit",
         metavar="AMOUNT",
+    )
+    within: str = option(
+        "",
+        "compute only this area: a picture of it (not 0), boxes.json in pixels, or polygons.geojson in the raster's "
+        "coordinate system; elsewhere predictions have no data",
+        metavar="FILE",
+    )
+    overviews: bool = option(
+        False, "with --memory: TIFF files get smaller copies for viewers (cloud-optimised GeoTIFF)"
     )
     until: float = option(
         0.0, "for a network that can stop early: time limit in milliseconds", min=0, settable=True

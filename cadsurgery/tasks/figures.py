@@ -232,15 +232,19 @@ def matches_figure(
 
 
 def class_picture(prediction: Tensor, count: int = 256) -> Image.Image:
-    """Convert a class map (H, W) to a palette PNG: the value is the class, and each class has another hue.
+    """Convert a class map (H, W) to a palette PNG: the value is the class, and each class has another hue. Pixels that
+    were not asked for, of class -1, get the largest value, which is transparent.
 
-    With more than 256 classes it is a 16-bit grey image.
+    With more than 256 classes, or values, it is a 16-bit grey image.
     """
-    if count > 256:
-        return Image.fromarray(prediction.to("cpu").numpy().astype(np.uint16))
-    classes = prediction.to("cpu").numpy().astype(np.uint8)
-    picture = Image.fromarray(classes, mode="P")
+    classes = prediction.to("cpu").long().numpy()
+    lacks = bool((classes < 0).any())
+    if count + (lacks and count > 1) > 256:
+        return Image.fromarray(classes.astype(np.uint16))
+    picture = Image.fromarray(classes.astype(np.uint8), mode="P")
     picture.putpalette(palette().flatten().tolist())
+    if lacks:
+        picture.info["transparency"] = 255
     return picture
 
 
@@ -261,9 +265,12 @@ def _class_colours() -> list[tuple[int, int, int]]:
 def prediction_picture(image: Tensor, classes: Tensor, view: str) -> Image.Image:
     """Draw a class map (H, W) on its image (C, h, w): `overlay`, or `side`, the image and the classes side by side."""
     pixels = Image.fromarray((255 * _pixels(image)).round().astype(np.uint8))
-    colours = class_picture(classes).convert("RGB").resize(pixels.size, Image.Resampling.NEAREST)
+    colours = class_picture(classes.clamp(min=0)).convert("RGB").resize(pixels.size, Image.Resampling.NEAREST)
     if view == OVERLAY:
-        return Image.blend(pixels, colours, 0.5)
+        asked = Image.fromarray((classes >= 0).to("cpu").numpy()).resize(
+            pixels.size, Image.Resampling.NEAREST
+        )
+        return Image.composite(Image.blend(pixels, colours, 0.5), pixels, asked.convert("L"))
     both = Image.new("RGB", (2 * pixels.width, pixels.height))
     both.paste(pixels, (0, 0))
     both.paste(colours, (pixels.width, 0))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.data import tiff
+from cadsurgery.data.areas import read_area
 from cadsurgery.data.channels import as_channels
-from cadsurgery.data.images import check_values, normalise
-from cadsurgery.data.rasters import open_rows
+from cadsurgery.data.images import check_values, normalise, open_large
+from cadsurgery.data.rasters import add_overviews, open_rows
 from cadsurgery.data.stores import is_remote
+from cadsurgery.data.tiff import split_page
+from cadsurgery.network.regions import Box
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled, warn
 from cadsurgery.support.files import as_file_error, make_folder, write_whole
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.tasks.figures import CLASSES, palette
 from cadsurgery.tasks.journal import Identity, Journal, state_of
+from cadsurgery.tasks.pieces import Blocks, PartOfPicture, Piece, block_side, find_pieces
 
 _GAP = 256  # rows of a picture without data, which are computed if they are fewer
+SMALL = 2_000_000  # pixels of pictures whose maps are taken to fit
 MULTIPLES = (1, 8, 16, 32, 64, 128)  # of pixels, to which pictures that a network refuses are padded
 Count = Callable[[Tensor, int], Counter[int]]  # the pixels of each class of rows (rows, W) of so many classes
 
@@ -67,6 +72,34 @@ def target_for(source: str, target: str, memory: str, *, is_plain: bool = True) 
     return str(Path(target).with_suffix(".tif")) if is_large else target
 
 
+def size_at(path: str) -> tuple[int, int] | None:
+    """Return the (height, width) of a picture by the header of its file; None where that does not tell."""
+    if is_remote(path):
+        return None
+    with suppress(FileError, NotInstalled):
+        file = open_rows(path)
+        file.close()
+        return file.shape[1], file.shape[2]
+    with (
+        suppress(Exception),
+        open_large(split_page(path)[0]) as picture,
+    ):  # what is no picture is reported later
+        return picture.height, picture.width
+    return None
+
+
+def memory_of_whole(net: Any, channels: int, size: tuple[int, int]) -> int:
+    """Return the bytes that a picture (height, width) takes at most where it is computed whole: its maps, where all of
+    it is kept high, and the picture itself; 0 if that is not known."""
+    height, width = (-(-side // MULTIPLES[-1]) * MULTIPLES[-1] for side in size)
+    try:
+        image = torch.zeros(()).expand(1, channels, height, width)
+        walks = net.optimize(memory=sys.maxsize).plan_memory(image, mask="all")
+    except CadError:  # it is not computed in bands
+        return 0
+    return int(walks.peak) + 3 * 4 * channels * height * width  # as read, normalised, and as masks see it
+
+
 def warn_of_position(source: str, why: str, next: str) -> None:
     """Warn that the prediction of a picture will not say where it lies on the earth, as its TIFF file does."""
     warn(
@@ -91,6 +124,7 @@ class LargePicture:
         dtype: torch.dtype | None = None,
         size: tuple[int, int] | None = None,
         view: str = "",
+        within: str = "",
     ) -> None:
         """Open a file.
 
@@ -100,6 +134,7 @@ class LargePicture:
             bands: the bands to take instead of the source's.
             dtype: type of the network's pictures.
             size, view: as of a run; others than the usual need the whole picture.
+            within: file of the area that is asked for; empty for all.
 
         Raises:
             FileError: see `TiffRows`.
@@ -116,37 +151,70 @@ class LargePicture:
         self._bands = bands or (source.bands if source is not None else ())
         self.size = (self.file.shape[1], self.file.shape[2])
         self.shape: tuple[int, ...] = (self._read(0, 1)[0].shape[0], *self.size)
-        self._lacking: np.ndarray[Any, Any] | None = None
-        if self.file.may_lack:
-            read = (
-                self._read(first, min(first + _GAP, self.size[0]))[1]
-                for first in range(0, self.size[0], _GAP)
-            )
-            lacking = np.concatenate([np.packbits(band[0].numpy(), axis=1) for band in read])
-            self._lacking = lacking if lacking.any() else None
+        self._lacking = (
+            self._bits(lambda first, end: self._read(first, end)[1][0]) if self.file.may_lack else None
+        )
+        self._unwanted, self.asked = self._lacking, 0
+        if within:
+            area = read_area(within, self.size, path, self.file.position)
+            outside = self._bits(lambda first, end: ~area.rows(first, end))
+            self.asked = self.size[0] * self.size[1] - _count(outside)
+            both = [bits for bits in (self._lacking, outside) if bits is not None]
+            self._unwanted = np.bitwise_or.reduce(both) if both else None
+
+    def _bits(self, rows: Callable[[int, int], Tensor]) -> np.ndarray[Any, Any] | None:
+        """Return which pixels are marked in rows (rows, W), eight in a byte; None if none is."""
+        bands = ((first, min(first + _GAP, self.size[0])) for first in range(0, self.size[0], _GAP))
+        marked = np.concatenate([np.packbits(rows(*band).numpy(), axis=1) for band in bands])
+        return marked if marked.any() else None
 
     @property
     def lacks(self) -> bool:
         """True if some pixels have no data."""
         return self._lacking is not None
 
-    def lacking(self, first: int, end: int, size: tuple[int, int]) -> Tensor:
-        """Return which samples of rows [first, end) of a map (height, width) lie on pixels without data, (rows, W)."""
-        if self._lacking is None:
+    @property
+    def is_partial(self) -> bool:
+        """True if the result has no data somewhere: the picture has none there, or it is not asked for."""
+        return self._unwanted is not None
+
+    @property
+    def without_data(self) -> int:
+        """The number of pixels without data."""
+        return _count(self._lacking)
+
+    def lacking(self, first: int, end: int, size: tuple[int, int], *, or_outside: bool = False) -> Tensor:
+        """Return which samples of rows [first, end) of a map (height, width) lie on pixels without data, (rows, W),
+        or on such that are not asked for."""
+        marked = self._unwanted if or_outside else self._lacking
+        if marked is None:
             return torch.zeros(end - first, size[1], dtype=torch.bool)
         rows, columns = (
             (np.arange(*part) + 0.5) * whole // length
             for part, length, whole in zip(((first, end), (0, size[1])), size, self.size, strict=True)
         )
-        unpacked = np.unpackbits(self._lacking[rows.astype(int)], axis=1)
+        unpacked = np.unpackbits(marked[rows.astype(int)], axis=1)
         return torch.from_numpy(unpacked[:, columns.astype(int)].astype(bool))
 
+    def wanted(self, side: int) -> Blocks:
+        """Return which blocks of so many pixels a side, (rows, columns), have pixels with data that are asked for."""
+        height, width = self.size
+        found = np.ones((-(-height // side), -(-width // side)), bool)
+        if self._unwanted is None:
+            return found
+        for number, blocks in enumerate(found):
+            band = np.unpackbits(self._unwanted[number * side : (number + 1) * side], axis=1, count=width)
+            there = np.pad((band == 0).any(0), (0, -width % side))
+            blocks[:] = there.reshape(-1, side).any(1)
+        return found
+
     def parts(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Return the rows [first, end) of a map (height, width) with data; few rows without are counted to them."""
-        if self._lacking is None:
+        """Return the rows [first, end) of a map (height, width) with data that are asked for; few rows without are
+        counted to them."""
+        if self._unwanted is None:
             return [(0, size[0])]
         whole = np.packbits(np.ones(self.size[1], np.uint8))
-        there = np.flatnonzero((self._lacking != whole).any(1))
+        there = np.flatnonzero((self._unwanted != whole).any(1))
         if not there.size:
             return []
         cuts = np.flatnonzero(np.diff(there) > _GAP)
@@ -208,12 +276,15 @@ class WrittenRows:
         self._journal = Journal(place, asked, resume, what=str(self.file), next=next)
         rows = self._journal.rows
         self.size: tuple[int, int] = (rows[0]["size"][0], rows[0]["size"][1]) if rows else (0, 0)
-        self.rows = max((row["rows"] for row in rows[1:]), default=0)
-        self.milliseconds = sum(row["milliseconds"] for row in rows[1:])
-        self.counts = Counter[int]()
+        self.milliseconds, self.counts = 0.0, Counter[int]()
+        self._done = dict[Box, int]()  # of each piece the row behind those that are there
         for row in rows[1:]:
+            self._done[Box(*row["piece"])] = row["rows"]
+            self.milliseconds += row["milliseconds"]
             self.counts.update({int(number): count for number, count in row["counts"].items()})
+        self.rows = [0, *self._done.values()][-1]
         self._kind: np.dtype[Any] = np.dtype(np.uint8)
+        self._piece = Box(0, 0, 0, 0)
 
     @property
     def start(self) -> int:
@@ -222,36 +293,47 @@ class WrittenRows:
 
     def begin(self, size: tuple[int, int], channels: int, lacks: bool) -> float:
         """Make the file, unless there are rows in it: classes; of one channel its values. Return the value of pixels
-        without data, of which there are some if it `lacks`."""
+        without data, of which there are some if it `lacks`, and which it is filled with."""
         self._kind = np.dtype(
             np.float32 if channels == 1 else np.uint8 if channels + lacks <= 256 else np.uint16
         )
-        self.size = size
-        if not self.rows:
+        self.size, without = size, math.nan if channels == 1 else int(np.iinfo(self._kind).max)
+        if not self._done:
             make_folder(self.target.parent)
-            with self._written():
-                self.file.write_bytes(b"")
+            with self._written(), self.file.open("wb") as file:
+                for first in range(0, size[0], _GAP) if lacks else ():
+                    file.write(np.full((min(_GAP, size[0] - first), size[1]), without, self._kind).tobytes())
             self._journal.remove()
             self._journal.begin()
             self._journal.add({"size": [*size]})
-        return math.nan if channels == 1 else int(np.iinfo(self._kind).max)
+        return without
+
+    def turn_to(self, piece: Box) -> int:
+        """Let the rows that are written next be those of a piece; return the first that is not there."""
+        self._piece = piece
+        return self._done.get(piece, piece.top)
 
     def _written(self) -> AbstractContextManager[None]:
         return as_file_error(f"{self.target} cannot be written.", "choose another --output.")
 
     def write(self, first: int, values: Tensor, counts: Counter[int], milliseconds: float) -> None:
-        """Write rows (rows, W), and then that they are there."""
-        missing = values[max(self.rows - first, 0) :]  # others are those of a run that was ended
+        """Write rows (rows, columns) of the piece, and then that they are there."""
+        (*_, left, right), item = self._piece, self._kind.itemsize
         self.rows, self.milliseconds = first + len(values), self.milliseconds + milliseconds
         self.counts += counts
+        self._done[self._piece] = self.rows
+        together = values.numpy().astype(self._kind)
         with self._written():
             with self.file.open("r+b") as file:
-                file.seek((self.rows - len(missing)) * self.size[1] * self._kind.itemsize)
-                file.write(missing.numpy().astype(self._kind).tobytes())
-            self._journal.add({"rows": self.rows, "milliseconds": milliseconds, "counts": counts})
+                # Whole rows lie behind each other.
+                for number, row in enumerate([together] if right - left == self.size[1] else together):
+                    file.seek(((first + number) * self.size[1] + left) * item)
+                    file.write(row.tobytes())
+            row_of_journal = {"piece": [*self._piece], "rows": self.rows}
+            self._journal.add({**row_of_journal, "milliseconds": milliseconds, "counts": counts})
 
-    def finish(self, position: Sequence[Any]) -> None:
-        """Write the whole prediction to its place, in compressed tiles: classes with their colours."""
+    def finish(self, position: Sequence[Any], block: tuple[int, int], overviews: bool = False) -> None:
+        """Write the whole prediction to its place, in compressed tiles of a size: classes with their colours."""
         width = self.size[1]
 
         def rows(first: int, end: int) -> np.ndarray[Any, Any]:
@@ -261,7 +343,9 @@ class WrittenRows:
         colours = palette().T.astype(np.uint16) * 257 if self._kind == np.uint8 else None
         with self._written():
             with self.file.open("rb") as file, write_whole(self.target) as whole:
-                tiff.write_tiled(whole, self.size, self._kind, rows, colours, position)
+                tiff.write_tiled(whole, self.size, self._kind, rows, colours, position, block)
+                if overviews:
+                    add_overviews(whole, block, is_classes=self._kind.kind != "f")
             self.file.unlink()
             self._journal.remove()
 
@@ -278,20 +362,21 @@ def _sides_of(sides: Sequence[int], padded: Sequence[int], size: Sequence[int]) 
     return next(ends), next(ends)
 
 
-def _without_cells(net: Any, picture: LargePicture, result: Any, start: int) -> tuple[Any, Any]:
-    """Return a result in which cells without any data have the lowest level, and its mask; a picture that is computed
-    as given stays so."""
-    if not picture.lacks or not any(result.levels.stride()):
-        return result, None
-    levels, side = result.levels.clone(), net.geometry.sides[-1]
+def _without_cells(net: Any, picture: LargePicture, levels: Tensor) -> Any:
+    """Return the levels of a picture whose cells without any data have the lowest one; None for a picture that is
+    computed as given."""
+    if not any(levels.stride()):
+        return None
+    if not picture.lacks:
+        return levels.long()
+    levels, side = levels.clone(), net.geometry.sides[-1]
     height, width = levels.shape[1:]
     whole = picture.lacking(0, height, (height, width)).float()
     down, across = -height % side, -width % side
     cells = -F.max_pool2d(-F.pad(whole[None, None], (0, across, 0, down), value=1.0), side)[0, 0]
     lowest = cells.repeat_interleave(side, 0).repeat_interleave(side, 1)[:height, :width] > 0
     levels[:, lowest] = net.geometry.max_level
-    mask = levels.long()
-    return _rows_of(net, picture, start, mask), mask
+    return levels.long()
 
 
 def _rows_of(net: Any, picture: LargePicture, start: int, mask: Any = None) -> Any:
@@ -315,9 +400,18 @@ def _rows_of(net: Any, picture: LargePicture, start: int, mask: Any = None) -> A
     raise refusal
 
 
-def _count_lacking(picture: LargePicture) -> int:
-    ends = [*range(0, picture.size[0], _GAP), picture.size[0]]
-    return sum(int(picture.lacking(*part, picture.size).sum()) for part in itertools.pairwise(ends))
+def _pieces(net: Any, picture: LargePicture, result: Any, mask: Any, size: tuple[int, int]) -> list[Piece]:
+    """Return the rectangles of the result that are computed, of which one follows the other."""
+    rows = [Piece(Box(*part, 0, size[1])) for part in picture.parts(size)]
+    if not rows or not picture.is_partial:
+        return rows
+    wanted = picture.wanted(block_side(picture.shape[1]))
+    return find_pieces(net, picture, wanted, size, result.shape[1:], mask) or rows
+
+
+def _count(marked: np.ndarray[Any, Any] | None) -> int:
+    """Return the number of pixels that are marked in bits."""
+    return 0 if marked is None else int(sum(np.unpackbits(row).sum(dtype=np.int64) for row in marked))
 
 
 def predict_large(
@@ -327,13 +421,14 @@ def predict_large(
     count: Count,
     stopped: threading.Event,
     step: Step = silent,
+    overviews: bool = False,
 ) -> dict[str, Any]:
     """Predict a picture in rows and write the classes of its pixels; of a network with one channel its values.
 
     Once `stopped` is set it ends behind the band that is computed, and the row says `interrupted`. `step` is told the
     rows that are done, from which the time that is left follows.
 
-    Rows that are in the part are not computed again.
+    Rows that are in the part are not computed again. With `overviews` the file has smaller copies, see `add_overviews`.
 
     Returns:
         Fields of its row, with the number of pixels of each class.
@@ -346,37 +441,44 @@ def predict_large(
         result = _rows_of(net, picture, part.start)
         channels, padded = result.shape[0], picture.shape[1:]
         size = _sides_of(result.shape[1:], padded, picture.size)
-        without = part.begin(size, channels, picture.lacks)
-        result, mask = _without_cells(net, picture, result, part.start)
-        computed_from = part.start
+        without = part.begin(size, channels, picture.is_partial)
+        mask = _without_cells(net, picture, result.levels) if picture.is_partial else None
+        levels = result.levels if mask is None else mask
+        computed_from = part.start if mask is None else -1
         name = Path(picture.path).name
         step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
-        for begin, end in [*picture.parts(size), (size[0], size[0])]:
-            for first in range(part.rows, begin, _GAP):  # without data
-                rows = torch.full((min(_GAP, begin - first), size[1]), without)
-                part.write(first, rows, Counter(), 0.0)
-            if part.rows >= end:
+        pieces = _pieces(net, picture, result, mask, size)
+        for piece in pieces:
+            (_, bottom, left, right), begin = piece.box, part.turn_to(piece.box)
+            if begin >= bottom:
                 continue
-            if max(begin, part.start) != computed_from:
-                computed_from = max(begin, part.start)
-                result = _rows_of(net, picture, computed_from, mask)
-            for first, with_padding in result:
-                rows = with_padding[:, : max(0, end - first), : size[1]]
+            if piece.part is not None:
+                own = PartOfPicture(picture, piece.part)
+                rows_of = net.rows(own, start=begin - piece.offset[0], mask=piece.mask)
+            elif begin == computed_from:
+                rows_of = result
+            else:
+                rows_of = _rows_of(net, picture, begin, mask)
+            down, across = piece.offset
+            for at, computed in rows_of:
+                first = max(at + down, begin)
+                rows = computed[:, first - at - down : bottom - at - down, left - across : right - across]
                 values = rows[0].float() if channels == 1 else rows.float().argmax(0)
-                lacking = picture.lacking(first, first + len(values), size)
-                new = values[max(part.rows - first, 0) :]
-                now, there = time.perf_counter(), new[~lacking[len(lacking) - len(new) :]]
-                values = values.masked_fill(lacking, without) if picture.lacks else values
+                lacking = picture.lacking(first, first + len(values), size, or_outside=True)[:, left:right]
+                now, there = time.perf_counter(), values[~lacking]
+                values = values.masked_fill(lacking, without) if picture.is_partial else values
                 part.write(first, values, count(there, channels), 1e3 * (now - start))
                 start = now
                 step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
-                if stopped.is_set() and part.rows < size[0]:
+                if stopped.is_set() and (part.rows < bottom or piece is not pieces[-1]):
                     return {"interrupted": True, "rows": [part.rows, size[0]]}
-                if part.rows >= end:
+                if part.rows >= bottom:
                     break
     position = tiff.moved_position(picture.file.position, picture.size, part.size)
-    part.finish((*position, (tiff.NO_DATA, 2, None, f"{without}", True)) if picture.lacks else position)
-    levels = cut_back(result.levels, padded, picture.size)
+    if picture.is_partial:
+        position = (*position, (tiff.NO_DATA, 2, None, f"{without}", True))
+    part.finish(position, picture.file.block, overviews)
+    levels = cut_back(levels, padded, picture.size)
     levels = levels if any(levels.stride()) else levels.flatten()[:1]
     shares = [int((levels == level).sum()) / levels.numel() for level in range(net.geometry.max_level + 1)]
     return {
@@ -386,6 +488,7 @@ def predict_large(
         "levels": shares,
         "milliseconds": part.milliseconds,
         "counts": part.counts,
-        **({"without_data": _count_lacking(picture)} if picture.lacks else {}),
+        **({"without_data": picture.without_data} if picture.lacks else {}),
+        **({"asked": picture.asked} if picture.asked else {}),
         **({"padded_to": [*padded]} if padded != picture.size else {}),
     }

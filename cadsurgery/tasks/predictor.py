@@ -18,15 +18,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from cadsurgery.data.areas import read_area
 from cadsurgery.data.clips import open_clip, write_clip
 from cadsurgery.data.images import normalise, read_picture_for, write_picture
 from cadsurgery.data.networks import class_names
 from cadsurgery.data.stores import is_remote
+from cadsurgery.data.tiff import position_at, split_page
+from cadsurgery.masks.context import sized
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.methods.method_files import load
 from cadsurgery.methods.registry import method_of
 from cadsurgery.network.model import pictures_for
 from cadsurgery.network.optimized import BFLOAT16
+from cadsurgery.network.within import read_within
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled
 from cadsurgery.support.files import make_folder
@@ -63,8 +67,10 @@ class PredictionSettings:
     """What predictions are made by; it can be sent to other processes.
 
     `precision` and `memory` are those of the optimised copy, see `AdaptiveModel.optimize`. If `until` is not 0, a
-    network that can stop early does so after this many milliseconds. `view` is one of `VIEWS`, by
-    default `classes` for images and `overlay` for clips. With `resume` large pictures that were begun are resumed.
+    network that can stop early does so after this many milliseconds. `view` is one of `VIEWS`, by default `classes` for
+    images and `overlay` for clips. `within` is the file of an area, see `cadsurgery.data.areas`, outside of which
+    nothing is computed. With `overviews` TIFF files have smaller copies. With `resume` large pictures that were begun
+    are resumed.
     """
 
     file: str
@@ -76,6 +82,8 @@ class PredictionSettings:
     device: str = RunOptions.device
     precision: str = RunOptions.precision
     memory: str = RunOptions.memory
+    within: str = RunOptions.within
+    overviews: bool = RunOptions.overviews
     until: float = RunOptions.until
     batch: int = RunOptions.batch
     trust: bool = RunOptions.trust
@@ -94,6 +102,8 @@ class PredictionSettings:
         made_by |= {name: getattr(self, name) for name in names}
         # Not stated by default, so that folders of earlier versions can be gone on with.
         made_by |= {name: value for name in ("bands", "normalisation") if (value := getattr(self, name))}
+        if self.within:
+            made_by["within"] = fingerprint(split_page(self.within)[0])
         return {**made_by, "device": find_device(self.device).type}
 
     def part_of(self, item: Item) -> WrittenRows:
@@ -122,12 +132,13 @@ class PredictionSettings:
 
 
 class Picture(NamedTuple):
-    """An image on its way: its pixels, or the error that ended it; and class numbers (H, W), channels of the network's
-    output and fields of its row. One that is read in rows is written in rows, too; `written` are the fields of its
-    row."""
+    """An image on its way: its pixels, which of them are asked for, or the error that ended it; and class numbers
+    (H, W), channels of the network's output and fields of its row. One that is read in rows is written in rows, too;
+    `written` are the fields of its row."""
 
     item: Item
     pixels: Tensor | None = None
+    area: Tensor | None = None
     error: CadError | None = None
     result: tuple[Tensor, int, Row] | None = None
     large: LargePicture | None = None
@@ -172,9 +183,9 @@ class Predictor:
             if isinstance(module, Smooth):
                 module.reset()
 
-    def __call__(self, pictures: Tensor) -> Iterator[tuple[Tensor, int, Row]]:
-        """Run pictures of one size as a batch; yield the classes of each, the number of channels, and fields of its
-        row.
+    def __call__(self, pictures: Tensor, areas: Tensor | None = None) -> Iterator[tuple[Tensor, int, Row]]:
+        """Run pictures of one size as a batch, perhaps only in areas (B, H, W); yield the classes of each, the number
+        of channels, and fields of its row.
 
         Pictures of a size that the network does not take are padded to multiples that it takes, at the right and
         below, with the mean colour; their results are cut back, and rows say `padded_to`.
@@ -187,7 +198,7 @@ class Predictor:
             if multiple > 1 and known_multiple is None and padded.shape == images.shape:
                 continue
             try:
-                prediction, known = self._run(padded, size)
+                prediction, known = self._run(padded, size, areas)
                 break
             except NotInstalled:
                 raise
@@ -201,15 +212,25 @@ class Predictor:
         milliseconds = 1e3 * (time.perf_counter() - start) / len(pictures)
         more = {"padded_to": [*padded.shape[2:]]} if padded.shape != images.shape else {}
         for scores, details in zip(cut_back(prediction, padded.shape[2:], size), known, strict=True):
-            yield classes_of(scores), scores.shape[0], {**details, "milliseconds": milliseconds, **more}
+            yield (
+                classes_of(scores, areas is not None),
+                scores.shape[0],
+                {**details, "milliseconds": milliseconds, **more},
+            )
 
-    def _run(self, images: Tensor, size: Sequence[int]) -> tuple[Tensor, list[Row]]:
+    def _run(
+        self, images: Tensor, size: Sequence[int], areas: Tensor | None = None
+    ) -> tuple[Tensor, list[Row]]:
         """Run images, of which `size` is what is not padding; return the prediction and fields of the row of each."""
         with torch.inference_mode():
             if self.kind is not None:
                 returned, details = self.kind.run(self.net, images, self.settings.until or math.inf)
                 return _first_tensor(returned), [details]
             is_padded = images.shape[2:] != size
+            if areas is not None:
+                area = F.pad(areas, (0, images.shape[3] - size[1], 0, images.shape[2] - size[0]))
+                with sized([(size[0], size[1])] * len(images) if is_padded else None):
+                    return _first_tensor(read_within(self.net, images, area=area)), [{}] * len(images)
             returned = self.net(images, sizes=[tuple(size)] * len(images)) if is_padded else self.net(images)
             levels = cut_back(self.net.levels, images.shape[2:], size).flatten(1)
             numbers = range(self.net.geometry.max_level + 1)
@@ -232,10 +253,14 @@ class Predictor:
         try:
             if item.target.endswith(".tif"):
                 how = self.settings
-                large = LargePicture(item.source, self.source, how.bands, self._dtype, how.size, how.view)
+                asked = (how.size, how.view, how.within)
+                large = LargePicture(item.source, self.source, how.bands, self._dtype, *asked)
                 return Picture(item, large=large)
             read = read_picture_for(self.source, item.source, self.settings.size, content=item.content)
-            return Picture(item, read)
+            if not self.settings.within:
+                return Picture(item, read)
+            size, position = (read.shape[1], read.shape[2]), position_at(item.source)
+            return Picture(item, read, read_area(self.settings.within, size, item.source, position).whole())
         except CadError as error:
             return Picture(item, error=error)
 
@@ -249,7 +274,8 @@ class Predictor:
             return picture
         try:
             part = self.settings.part_of(picture.item)
-            row = predict_large(self.net, picture.large, part, self._count, self.stopped, self.step)
+            stopping, overviews = (self.stopped, self.step), self.settings.overviews
+            row = predict_large(self.net, picture.large, part, self._count, *stopping, overviews)
             return picture._replace(written=row | self._shares(row.pop("counts", Counter())))
         except CadError as error:
             return picture._replace(error=error)
@@ -262,8 +288,9 @@ class Predictor:
             self.start_anew()
             self._folder = folder
         pixels = torch.stack([picture.pixels for picture in pictures if picture.pixels is not None])
+        areas = [picture.area for picture in pictures if picture.area is not None]
         try:
-            results = list(self(pixels))
+            results = list(self(pixels, torch.stack(areas) if areas else None))
         except NotInstalled:
             raise
         except CadError as refusal:
@@ -271,13 +298,14 @@ class Predictor:
         return (picture._replace(result=result) for picture, result in zip(pictures, results, strict=True))
 
     def _finish(self, put: Callable[[Image.Image, str], Row], picture: Picture) -> tuple[int, Row]:
-        item, pixels, error, result, *_ = picture
+        item, pixels, area, error, result, *_ = picture
         row: Row = {"image": item.source, **(picture.written or {})}
         if pixels is not None and result is not None:
             try:
                 row |= put(self.draw(pixels, *result[:2]), item.target)
                 shares = self._shares(self._count(*result[:2]))
-                row |= {"size": [*pixels.shape[1:]], **result[2], **shares}
+                asked = {} if area is None else {"asked": int(area.sum())}
+                row |= {"size": [*pixels.shape[1:]], **asked, **result[2], **shares}
             except CadError as refusal:
                 error = refusal
         return item.position, row | (error.to_dict() if error else {})
@@ -337,7 +365,8 @@ class Predictor:
         """Count the pixels of each class; nothing if the classes have no names."""
         if channels != len(self.names):
             return Counter()
-        return Counter(dict(enumerate(classes.flatten().long().bincount().tolist())))
+        numbers = classes.flatten().long()
+        return Counter(dict(enumerate(numbers[numbers >= 0].bincount().tolist())))
 
     def _shares(self, counts: Counter[int]) -> dict[str, dict[str, float]]:
         """Return the share of each class that occurs, by name, as a field of a row."""
@@ -379,10 +408,13 @@ def _first_tensor(output: Any) -> Tensor:
     return tensors[0]
 
 
-def classes_of(scores: Tensor) -> Tensor:
-    """Return class numbers (H, W): the channel with the highest score; for one channel its value in 256 steps."""
+def classes_of(scores: Tensor, is_in_part: bool = False) -> Tensor:
+    """Return class numbers (H, W): the channel with the highest score; for one channel its value in 256 steps. In a
+    prediction of a part of the picture scores elsewhere are NaN, which has the number -1, and there are 255 steps."""
     scores = scores.float()
+    lacking = scores[0].isnan() if is_in_part else torch.zeros_like(scores[0], dtype=torch.bool)
     if scores.shape[0] > 1:
-        return scores.argmax(0)
-    low, high = scores.aminmax()
-    return ((scores[0] - low) / (high - low).clamp(min=1e-12) * 255).round()
+        return scores.argmax(0).masked_fill(lacking, -1)
+    low, high = scores[0][~lacking].aminmax()
+    steps = 254 if is_in_part else 255
+    return ((scores[0] - low) / (high - low).clamp(min=1e-12) * steps).round().masked_fill(lacking, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -9,9 +10,9 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from torch import nn
 from cadsurgery.data.clips import WRITTEN, is_camera, is_clip, pyav
 from cadsurgery.data.images import check_size, no_images, stream_images, write_picture
 from cadsurgery.data.networks import class_names
+from cadsurgery.data.rasters import check_overviews
 from cadsurgery.data.stores import refuse_stream
-from cadsurgery.data.tiff import states_position
+from cadsurgery.data.tiff import position_at, split_page
 from cadsurgery.kernels.build import cores
 from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.methods.registry import method_of
@@ -32,14 +34,14 @@ from cadsurgery.network.optimized import FLOAT, check_precision
 from cadsurgery.support.errors import FileError, InvalidInput, check_name
 from cadsurgery.support.files import absent, as_file_error, check_folder, exists, is_folder
 from cadsurgery.support.kinds import kind_by_ending
-from cadsurgery.support.memory import bytes_of, in_mebibytes, peak_memory
+from cadsurgery.support.memory import AUTO, bytes_of, free_memory, in_mebibytes, peak_memory
 from cadsurgery.support.progress import Step
 from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks import ray_data
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import CLASSES, VIEWS, figure_picture, legend_figure
 from cadsurgery.tasks.journal import NAME, Results
-from cadsurgery.tasks.large import WrittenRows, target_for, warn_of_position
+from cadsurgery.tasks.large import SMALL, WrittenRows, memory_of_whole, size_at, target_for, warn_of_position
 from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row, lost
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.workers import processes, refuse_launchers, share
@@ -51,6 +53,7 @@ _COMPUTED = {
     "density": "density {:.3f}",
     "sampled": "sampled at {}",
 }
+_LOOKED_AT = 1000  # images whose sizes are looked at
 _LISTED = 1000  # images whose rows a report has, and failures; all of them are in the manifest
 # Why images are predicted one after the other, by one process.
 _FOLLOW = "images follow each other as frames."
@@ -94,14 +97,29 @@ def predict(
     if ray and all(str(path).endswith(".parquet") for path in images):
         if resume:
             raise InvalidInput("--resume for Parquet.", next="leave --resume out, and name another --output.")
+        if settings.within:
+            raise InvalidInput("--within for Parquet.", next="leave --within out, or give files.")
         return ray_data.predict_tables([*map(str, images)], output, settings, ray, workers)
     sources, own = _Sources([*map(str, images)], output, settings), find_device(settings.device)
     if sources.clips:
         pyav()  # refuse before any work
-    converted = settings.load()
+    converted, chosen = settings.load(), ""
     _check_options(converted, settings)
+    if not settings.memory and not ray:
+        chosen = _what_does_not_fit(converted, sources, settings)
+    if (chosen or settings.memory == AUTO) and not ray:
+        workers = workers or 1
+        settings = replace(settings, memory=f"{bytes_of(AUTO) // workers}")  # each process has its share
+        sources.memory = settings.memory
     is_shared = _check_sharing(
-        converted, sources, {"--ray": bool(ray), "--workers": (workers or 1) > 1, "--resume": resume}
+        converted,
+        sources,
+        {
+            "--ray": bool(ray),
+            "--workers": (workers or 1) > 1,
+            "--resume": resume,
+            "--within": bool(settings.within),
+        },
     )
     made_by = settings.identity()
     asked = {**made_by, "fps": options.fps} if sources.is_one_clip else made_by
@@ -147,7 +165,13 @@ def predict(
         raise no_images(sources.failures)
     outcome.classes |= journal.classes
     return _report(
-        outcome, sources, class_names(pictures_for(converted)), stopped.is_set(), resume, settings.memory
+        outcome,
+        sources,
+        class_names(pictures_for(converted)),
+        stopped.is_set(),
+        resume,
+        settings.memory,
+        chosen,
     )
 
 
@@ -174,6 +198,7 @@ def _report(
     is_interrupted: bool,
     resume: bool,
     memory: str = "",
+    chosen: str = "",
 ) -> FilesReport:
     """Return the report, and write the legend of the classes."""
     rows, failures = outcome.rows("done"), outcome.rows("failed")
@@ -189,6 +214,12 @@ def _report(
         for row in rows
         if "without_data" in row
     ]
+    lines += [
+        f"{row['image']}: {row['asked']} of {row['size'][0] * row['size'][1]} pixels are inside the area; the others "
+        "have no data"
+        for row in rows
+        if "asked" in row
+    ]
     if done > len(rows):
         lines.append(f"... and {done - len(rows)} more: {sources.output}/{NAME}")
     if shown := {names.index(name): name for name in outcome.classes}:
@@ -197,9 +228,12 @@ def _report(
     for row in outcome.rows("interrupted"):
         at, height = row["rows"]
         lines.append(f"{row['image']}: interrupted at row {at} of {height}; --resume continues there")
+    if chosen:
+        lines.append(f"computed in bands of rows, as by --memory auto: {chosen}")
     if memory:
+        amount = in_mebibytes(bytes_of(memory)) if memory.isdigit() else memory
         lines.append(
-            f"the process took {in_mebibytes(peak_memory())} at most; --memory {memory} is only for maps"
+            f"the process took {in_mebibytes(peak_memory())} at most; --memory {amount} is only for maps"
         )
     also = f"{skipped} skipped, " if resume else ""
     text = "\n".join([*lines, f"{done} done, {also}{failed} failed"])
@@ -243,7 +277,7 @@ def _check_sharing(converted: nn.Module, sources: _Sources, wanted: Mapping[str,
     sharing = {"--ray", "--workers"}
     reasons = {
         "a mask with smooth": (bool(sources.stills) and _has_smooth(converted), {*sharing, "--resume"}),
-        "clips": (bool(sources.clips), sharing),
+        "clips": (bool(sources.clips), {*sharing, "--within"}),
         "a camera": (any(is_camera(Path(clip.source)) for clip in sources.clips), {"--resume"}),
     }
     against = {reason: options for reason, (holds, options) in reasons.items() if holds}
@@ -275,6 +309,25 @@ def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
             why="it computes another amount for each image." if kind else _FOLLOW,
             next="leave --batch out.",
         )
+    if settings.within:
+        if not exists(split_page(settings.within)[0]):
+            raise absent(split_page(settings.within)[0], "file")
+        if kind is not None or settings.size is not None:
+            reason = "--size" if kind is None else f"a network {kind.words}"
+            raise InvalidInput(
+                f"--within for {reason}.",
+                why="areas are those of the pictures as they are, and are computed by networks that choose how finely "
+                "to compute each place.",
+                next="leave --within out.",
+            )
+    if settings.overviews:
+        check_overviews()
+        if not settings.memory:
+            raise InvalidInput(
+                "--overviews without --memory.",
+                why="they are for TIFF files, and without --memory PNG files are written.",
+                next="give --memory, e.g. 2GiB, or leave --overviews out.",
+            )
     if settings.memory:
         bytes_of(settings.memory)
         if kind is not None or find_device(settings.device).type != "cpu":
@@ -292,6 +345,30 @@ def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
         )
 
 
+def _what_does_not_fit(converted: nn.Module, sources: _Sources, settings: PredictionSettings) -> str:
+    """Return what is said of the largest picture, if its maps take more memory than is free, so that it is computed in
+    bands of rows; empty if all fit, or none can be computed so."""
+    free, kind = free_memory(), method_of(converted)
+    if free is None or kind is not None or "-" in sources.stills or not sources.stills:
+        return ""
+    if find_device(settings.device).type != "cpu" or settings.size is not None:
+        return ""
+    found = (
+        (math.prod(size), size, item.source)
+        for item in islice(sources.images(), _LOOKED_AT)
+        if (size := size_at(item.source))
+    )
+    _, size, largest = max(found, default=(0, (0, 0), ""))
+    source: Any = pictures_for(converted)
+    if math.prod(size) < SMALL or source is None:
+        return ""
+    needed = memory_of_whole(converted, source.channels, size)
+    if needed <= free:
+        return ""
+    amounts = in_mebibytes(needed, free), in_mebibytes(free, needed)
+    return f"{largest}, {size[1]} x {size[0]} pixels, would take up to {amounts[0]} whole, and {amounts[1]} are free"
+
+
 def _has_smooth(converted: nn.Module) -> bool:
     return any(isinstance(module, Smooth) for module in converted.modules())
 
@@ -304,6 +381,7 @@ class _Sources:
         is_one_clip: True if the output is a clip.
         clips: the clips; positions follow those of all images.
         stills: files, folders, addresses and lists of images.
+        memory: what the maps of a picture may take; empty if pictures are computed whole.
         failures: errors of sources that hold no images, as far as they were searched.
     """
 
@@ -316,7 +394,7 @@ class _Sources:
         """
         for source in sources:
             refuse_stream(source)
-        self._memory, self._is_said = settings.memory, False
+        self.memory, self._is_said = settings.memory, False
         self._is_plain = settings.size is None and settings.view in ("", CLASSES)
         self.output, self.is_one_clip = output, _is_clip_file(Path(output))
         self.failures: dict[str, FileError] = {}
@@ -373,10 +451,8 @@ class _Sources:
         given = [(source, Path(source).name) for source in self.stills]
         streamed: Iterable[tuple[str, str]] = _listed(self.stills) if is_listed else given
         for position, (image, place) in enumerate(stream_images(streamed, self.failures, self.output)):
-            target = target_for(
-                image, os.path.join(self.output, place), self._memory, is_plain=self._is_plain
-            )
-            if not self._is_said and not target.endswith(".tif") and states_position(image):
+            target = target_for(image, os.path.join(self.output, place), self.memory, is_plain=self._is_plain)
+            if not self._is_said and not target.endswith(".tif") and position_at(image):
                 self._is_said = True
                 warn_of_position(
                     image,
@@ -497,7 +573,7 @@ def _interruption() -> Iterator[threading.Event]:
 def _describe(row: dict[str, Any]) -> str:
     """Describe the result for an image or a clip in one line."""
     computed = ", ".join(words.format(row[name]) for name, words in _COMPUTED.items() if name in row)
-    text = f"{computed}, {row['milliseconds']:.0f} ms"
+    text = ", ".join(filter(None, [computed, f"{row['milliseconds']:.0f} ms"]))
     if "frames" in row:
         ended = "interrupted after " if row["interrupted"] else ""
         text = f"{ended}{row['frames']} frames, {row['frames_per_second']:.1f} frames/s, {text} each"

@@ -29,8 +29,16 @@ LOCAL = [
     "gradient | threshold:at=0.3/0.1",
     "content | threshold:at=0.2",
     "content + edges:threshold=0.9",
+    "edges | budget:fraction=0.3",
+    "content | dilate:size=5 | budget:fraction=0.1/0.5",
+    "gradient | budget:fraction=0.4,per_batch=true",
 ]
-WHOLE = ["edges | budget:fraction=0.3", "random:seed=1", "detail"]
+WHOLE = [
+    "random:seed=1",
+    "detail",
+    "detail | budget:fraction=0.3",
+    "edges | budget:fraction=0.3 | dilate:size=3",
+]
 SIZES = [(160, 72), (131, 57), (64, 65), (9, 33)]
 
 
@@ -77,7 +85,12 @@ def test_a_mask_judges_rows_as_it_judges_the_picture(
 
     rows = mask.of_rows(read, size[0], fine(image, stride))
     assert torch.equal(rows.levels, whole.levels)
-    reach = mask.provider.reach(mask.grid(fine(image, stride)))
+    grid = mask.grid(fine(image, stride))
+    reach = next(
+        found
+        for found in (mask.provider.reach(grid), mask.provider.reach_of_patches(grid))
+        if found is not None
+    )
     assert max(seen) <= min(size[0], 4 * stride + 2 * (reach + 4 * stride))
 
 
@@ -92,3 +105,28 @@ def test_masks_of_the_whole_picture_read_it_once(spec: str) -> None:
 
     assert torch.equal(mask.of_rows(read, 64, features).levels, mask(image, features).levels)
     assert reads == [(0, 64)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 255.0, 4095.0])
+def test_a_unit_that_is_not_known_is_estimated_in_bands(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By all of a picture if it is small, else by bands of it; masks see no more of it at once."""
+    image = picture((640, 48)) * scale
+    masks = [Masking(resolve_mask("edges"), Geometry((2, 2)), 1, unit=Unit()) for _ in range(3)]
+    whole = masks[0](image, fine(image, 1))
+    assert torch.equal(
+        masks[1].of_rows(lambda a, b: image[:, :, a:b], 640, fine(image, 1)).levels, whole.levels
+    )
+    monkeypatch.setattr(masking, "_SEEN", 48 * 160)
+    monkeypatch.setattr(masking, "_BAND", 1)
+    seen = list[int]()
+
+    def read(first: int, end: int) -> Tensor:
+        seen.append(end - first)
+        return image[:, :, first:end]
+
+    found = masks[2].of_rows(read, 640, fine(image, 1)).levels
+    assert max(seen) < 64 and (found == whole.levels).float().mean() > 0.9
+    known, other = masks[2].unit.normalisation, masks[0].unit.normalisation
+    assert known is not None and other is not None and known.is_fitted == other.is_fitted

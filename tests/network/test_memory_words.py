@@ -26,7 +26,7 @@ def test_a_call_without_memory_names_bands(error: Exception, monkeypatch: pytest
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(type(net), "_answer", fail)
+    monkeypatch.setattr(type(net), "answer", fail)
     with pytest.raises(cs.InvalidInput, match="not enough memory for an image of 64 x 96") as refusal:
         net(torch.rand(1, 3, 64, 96))
     assert "optimize(memory=" in refusal.value.next

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from networks import saved_segmenter, seeded, segmenter
+from conftest import covering, some
+from networks import saved_segmenter, seeded, segmenter, unverified
 from PIL import Image
 from torch import nn
 
@@ -21,6 +22,7 @@ from cadsurgery.data.images import normalise, read_image, street_scene
 from cadsurgery.data.rasters import RasterRows
 from cadsurgery.data.tiff import TiffRows
 from cadsurgery.network.model import pictures_for
+from cadsurgery.support import memory as amounts
 from cadsurgery.support.memory import free_memory
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks import large, predictor, run
@@ -119,8 +121,7 @@ ITEMS = '<GDALMetadata><Item name="AREA_OR_POINT">Area</Item>{}</GDALMetadata>'
 OF_BAND = '<Item name="STATISTICS_MEAN" sample="0">117.2</Item>'
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize(("place", "byteorder"), covering([*PLACES], ["<", ">"]))
 def test_a_prediction_in_rows_lies_where_its_picture_does(
     file: Path, tmp_path: Path, place: str, byteorder: str
 ) -> None:
@@ -161,15 +162,17 @@ def convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
             f"    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, {channels}, 3, 2, 1),\n"
             f"        nn.Upsample(scale_factor={larger})).eval()\n"
         )
-        cs.save(cs.adaptify(cs.build_model("net.py:network"), "edges", coarsest=8), "net.safetensors")
+        model, example = cs.build_model("net.py:network"), torch.rand(1, 3, 64, 64)
+        cs.save(unverified(model, "edges", coarsest=8, example_input=example), "net.safetensors")
         return Path("net.safetensors")
 
     return save
 
 
 @pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
-@pytest.mark.parametrize("place", ["north up", "turned", "control points"])
-@pytest.mark.parametrize("is_point", [False, True])
+@pytest.mark.parametrize(
+    ("place", "is_point"), covering(["north up", "turned", "control points"], [False, True])
+)
 def test_a_smaller_prediction_covers_the_area_of_its_picture(
     convolutions: Callable[..., Path], tmp_path: Path, place: str, is_point: bool
 ) -> None:
@@ -199,8 +202,7 @@ def test_a_smaller_prediction_covers_the_area_of_its_picture(
             assert before == pytest.approx(after)
 
 
-@pytest.mark.parametrize("size", [(1300, 532), (40, 52)])
-@pytest.mark.parametrize("channels", [1, 5, 300])
+@pytest.mark.parametrize(("size", "channels"), covering([(1300, 532), (40, 52)], [1, 300, 5]))
 def test_predictions_in_rows_are_compressed_tiles(
     convolutions: Callable[..., Path], tmp_path: Path, size: tuple[int, int], channels: int
 ) -> None:
@@ -221,8 +223,10 @@ def test_predictions_in_rows_are_compressed_tiles(
         assert (values == whole.argmax(0)).float().mean() > 0.999
 
 
-@pytest.mark.parametrize("mask", ["all", "edges:threshold=0.1", "content"])
-@pytest.mark.parametrize("size", [(413, 250), (300, 251), (128, 96), (130, 33)])
+@pytest.mark.parametrize(
+    ("mask", "size"),
+    covering(["all", "edges:threshold=0.1", "content"], [(413, 250), (300, 251), (128, 96), (130, 33)]),
+)
 def test_a_large_picture_is_padded_as_one_that_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str, size: tuple[int, int]
 ) -> None:
@@ -238,7 +242,7 @@ def test_a_large_picture_is_padded_as_one_that_fits(
         "def network():\n    return Pyramid().eval()\n"
     )
     example = torch.rand(1, 3, 64, 64)
-    net = cs.adaptify(cs.build_model("pyramid.py:network"), mask, coarsest=16, example_input=example)
+    net = unverified(cs.build_model("pyramid.py:network"), mask, coarsest=16, example_input=example)
     cs.save(net, "net.safetensors")
     stored = (255 * street_scene(*size)).byte().permute(1, 2, 0).numpy()
     source = written(tmp_path / "page.tif", stored, photometric="rgb")
@@ -266,12 +270,14 @@ def lacking_picture(path: Path, kind: str, size: tuple[int, int], lacking: np.nd
     return written(path, pixels, photometric="rgb", extratags=tags)
 
 
-@pytest.mark.parametrize("kind", ["nodata", "NaN", "transparent"])
-@pytest.mark.parametrize(("channels", "larger"), [(5, 4), (1, 4), (256, 4), (5, 1)])
+@pytest.mark.parametrize(
+    ("kind", "output"), covering(["nodata", "NaN", "transparent"], [(5, 4), (1, 4), (256, 4), (5, 1)])
+)
 def test_pixels_without_data_have_none_in_the_prediction(
-    convolutions: Callable[..., Path], tmp_path: Path, kind: str, channels: int, larger: int
+    convolutions: Callable[..., Path], tmp_path: Path, kind: str, output: tuple[int, int]
 ) -> None:
     """The others have the values of a picture whose pixels without data have the mean colour."""
+    channels, larger = output
     size, lacking = (1400, 96), np.zeros((1400, 96), bool)
     lacking[300:900], lacking[1000:1020, 40:] = True, True
     net = convolutions(channels, larger)
@@ -320,6 +326,49 @@ def test_rows_and_cells_without_data_are_not_computed(
     computed.clear()
     assert predict(file, blank, tmp_path / "blank", mask="all").rows[0]["without_data"] == math.prod(size)
     assert not computed and set(np.unique(tifffile.imread(tmp_path / "blank" / "blank.tif"))) == {255}
+
+
+def lacking_shape(name: str, size: tuple[int, int]) -> np.ndarray:
+    """Pixels without data at the right, in the middle, around a footprint that stands on its corner, or in spots."""
+    down, across = np.mgrid[: size[0], : size[1]]
+    y, x = down / size[0] - 0.5, across / size[1] - 0.5
+    shapes = {"right": x > -0.2, "middle": abs(x) < 0.3, "footprint": abs(x) + abs(y) > 0.4}
+    return {**shapes, "spots": (x + 0.3) ** 2 + (y + 0.3) ** 2 > 0.02}[name]
+
+
+@pytest.mark.parametrize("mask", ["all", "edges:threshold=0.1"])
+@pytest.mark.parametrize("shape", ["right", "middle", "footprint", "spots"])
+@pytest.mark.parametrize(("size", "larger"), [((900, 1016), 4), ((901, 1010), 1)])
+def test_columns_without_data_are_not_computed(
+    convolutions: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mask: str,
+    shape: str,
+    size: tuple[int, int],
+    larger: int,
+) -> None:
+    """The values elsewhere are those of whole rows, wherever the data lie; far fewer are computed."""
+    lacking, net, pixels = lacking_shape(shape, size), convolutions(1, larger), list[float]()
+    source = lacking_picture(tmp_path / "page.tif", "nodata", size, lacking)
+    with monkeypatch.context() as patch:
+        patch.setattr(large, "find_pieces", lambda *_: None)
+        predict(net, source, tmp_path / "rows", mask=mask, memory="16MiB")
+    find = large.find_pieces
+
+    def noted(*given: Any) -> Any:
+        found = find(*given)
+        pixels.append(sum((p.part.bottom - p.part.top) * (p.part.right - p.part.left) for p in found or ()))
+        return found
+
+    monkeypatch.setattr(large, "find_pieces", noted)
+    report = predict(net, source, tmp_path / "pieces", mask=mask, memory="16MiB")
+    if not (shape == "footprint" and mask != "all"):  # where the margins of cells take the rest
+        assert 0 < pixels[0] < (0.7 if shape != "spots" else 0.3) * lacking.size
+    values, those = (tifffile.imread(tmp_path / name / "page.tif") for name in ("pieces", "rows"))
+    assert np.array_equal(np.isnan(values), np.isnan(those)) and not np.isnan(values).all()
+    assert np.allclose(values, those, atol=1e-5, equal_nan=True)
+    assert report.rows[0]["without_data"] == lacking.sum()
 
 
 @pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
@@ -372,6 +421,147 @@ def test_a_page_of_a_large_file_is_predicted_in_rows(file: Path, picture: Path, 
     assert np.array_equal(
         tifffile.imread(tmp_path / "out" / "pages.tif"), tifffile.imread(tmp_path / "one" / "alone.tif")
     )
+
+
+def raster(path: Path, stored: np.ndarray, block: tuple[int, int] = (512, 512), **options: Any) -> Path:
+    """A GeoTIFF (C, H, W) in tiles, as GDAL writes it, with smaller copies."""
+    rasterio = pytest.importorskip("rasterio")
+    lacking, copies = options.pop("lacking", None), options.pop("copies", ())
+    where = {"transform": rasterio.Affine(0.2, 0, 5e5, 0, -0.2, 5.2e6), "crs": "EPSG:25832"}
+    kind = {"driver": "GTiff", "count": len(stored), "height": stored.shape[1], "width": stored.shape[2]}
+    tiles = {"tiled": True, "blockysize": block[0], "blockxsize": block[1], "dtype": stored.dtype}
+    is_inside = options.pop("is_inside", True)
+    with (
+        rasterio.Env(GDAL_TIFF_INTERNAL_MASK=is_inside),
+        rasterio.open(path, "w", **kind, **tiles, **where) as file,
+    ):
+        file.write(stored)
+        if lacking is not None:
+            file.write_mask(np.where(lacking, 0, 255).astype(np.uint8))
+    if copies:
+        with rasterio.open(path, "r+") as file:
+            file.build_overviews(copies, rasterio.enums.Resampling.nearest)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("block", "kept"), [((128, 128), None), ((256, 64), None), ((16, 400), None), ((0, 0), (512, 512))]
+)
+def test_tiles_are_as_large_as_those_of_the_picture(
+    convolutions: Callable[..., Path], tmp_path: Path, block: tuple[int, int], kept: tuple[int, int] | None
+) -> None:
+    """Where TIFF files may have such tiles; a picture in strips has no tiles."""
+    stored = np.random.default_rng(0).integers(1, 255, (713, 301, 3), dtype=np.uint8)
+    tile = {"tile": block} if kept is None else {"rowsperstrip": 16}
+    source = written(tmp_path / "map.tif", stored, photometric="rgb", **tile)
+    for larger in (1, 4):
+        predict(convolutions(larger=larger), source, tmp_path / f"out{larger}", mask="all")
+        with tifffile.TiffFile(tmp_path / f"out{larger}" / "map.tif") as made:
+            page = made.pages.first
+            assert (page.tilelength, page.tilewidth) == (kept or block)
+
+
+@pytest.mark.parametrize("kind", ["tif", "vrt"])
+@pytest.mark.parametrize("channels", [1, 5])
+def test_overviews_are_smaller_copies_of_the_same_prediction(
+    convolutions: Callable[..., Path], tmp_path: Path, kind: str, channels: int
+) -> None:
+    """The file is a cloud-optimised GeoTIFF; everything else in it is as without."""
+    rasterio = pytest.importorskip("rasterio")
+    stored = np.clip(255 * street_scene(720, 608).numpy(), 1, 255).astype(np.uint8)
+    source = raster(
+        tmp_path / "map.tif", stored, (128, 128), lacking=np.arange(720)[:, None].repeat(608, 1) < 300
+    )
+    if kind == "vrt":
+        shutil = pytest.importorskip("rasterio.shutil")
+        shutil.copy(source, tmp_path / "map.vrt", driver="VRT")
+    source, net = source.with_suffix(f".{kind}"), convolutions(channels, 4)
+    predict(net, source, tmp_path / "plain", mask="all")
+    predict(net, source, tmp_path / "copies", mask="all", overviews=True)
+    with (
+        rasterio.open(tmp_path / "plain" / "map.tif") as plain,
+        rasterio.open(tmp_path / "copies" / "map.tif") as made,
+    ):
+        assert np.array_equal(plain.read(), made.read(), equal_nan=True) and plain.crs == made.crs
+        assert (plain.transform, plain.dtypes, plain.block_shapes) == (
+            made.transform,
+            made.dtypes,
+            made.block_shapes,
+        )
+        assert str(plain.nodata) == str(made.nodata) and plain.nodata is not None
+        assert made.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG" and made.overviews(1) == [2, 4, 8]
+        assert channels == 1 or plain.colormap(1) == made.colormap(1)
+        quarter = made.read(1, out_shape=(made.height // 4, made.width // 4))
+        values = set(np.unique(made.read(1)))
+        assert channels == 1 or set(np.unique(quarter)) <= values
+    assert not [path for path in (tmp_path / "copies").iterdir() if "cog" in path.name]
+
+
+def test_overviews_need_files_that_can_have_them(file: Path, picture: Path, tmp_path: Path) -> None:
+    with pytest.raises(cs.InvalidInput, match="--overviews without --memory"):
+        predict(file, picture, tmp_path / "out", memory="", overviews=True)
+
+
+@pytest.mark.parametrize("kind", ["tif", "vrt"])
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_level_is_a_smaller_copy_of_the_same_area(
+    convolutions: Callable[..., Path], tmp_path: Path, kind: str, level: int
+) -> None:
+    """As the same pixels in a file of their own, which lies on the same area, without data at the same spots."""
+    rasterio = pytest.importorskip("rasterio")
+    stored = np.clip(255 * street_scene(720, 608).numpy(), 1, 255).astype(np.uint8)
+    lacking = np.arange(720)[:, None].repeat(608, 1) < 300
+    source = raster(tmp_path / "map.tif", stored, (128, 128), lacking=lacking, copies=(2, 4))
+    if kind == "vrt":
+        pytest.importorskip("rasterio.shutil").copy(source, tmp_path / "map.vrt", driver="VRT")
+    named, net = f"{source.with_suffix(f'.{kind}')},level={level}", convolutions(5, 4)
+    assert not predict(net, Path(named), tmp_path / "out", mask="all").failed
+    options = {"overview_level": level - 1} if level else {}
+    with rasterio.open(source, **options) as copy, rasterio.open(tmp_path / "out" / "map.tif") as made:
+        assert made.shape == copy.shape and made.crs == copy.crs
+        assert made.transform.almost_equals(copy.transform, 1e-9)
+        assert np.array_equal(made.read_masks(1), copy.read_masks(1))
+        pixels = np.moveaxis(np.where(copy.read_masks(1), copy.read(), 0), 0, -1)
+    tag = [(42113, 2, None, "0", True)]
+    alone = written(tmp_path / "alone.tif", pixels, photometric="rgb", extratags=tag)
+    predict(net, alone, tmp_path / "one", mask="all")
+    assert np.array_equal(
+        tifffile.imread(tmp_path / "out" / "map.tif"), tifffile.imread(tmp_path / "one" / "alone.tif")
+    )
+
+
+@pytest.mark.parametrize("kind", ["tif", "vrt", "png"])
+def test_a_level_or_page_that_a_file_has_not_is_refused(tmp_path: Path, file: Path, kind: str) -> None:
+    stored = np.full((3, 64, 64), 9, np.uint8)
+    source = raster(tmp_path / "map.tif", stored, (64, 64))
+    if kind == "vrt":
+        pytest.importorskip("rasterio.shutil").copy(source, tmp_path / "map.vrt", driver="VRT")
+    Image.fromarray(stored[0]).save(tmp_path / "map.png")
+    for named in ("level=3", "page=3"):
+        report = predict(file, Path(f"{tmp_path}/map.{kind},{named}"), tmp_path / f"out {named}")
+        assert report.failed and not report.rows
+
+
+@pytest.mark.filterwarnings("ignore:.*written without its position")
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_pixels_that_a_mask_leaves_out_have_no_data(
+    convolutions: Callable[..., Path], tmp_path: Path, is_inside: bool
+) -> None:
+    """A page of the file or GDAL's file beside it, read by tifffile as by rasterio; whole pictures are refused."""
+    lacking = np.zeros((720, 304), bool)
+    lacking[100:500], lacking[:, 250:] = True, True
+    stored = np.clip(255 * street_scene(720, 304).numpy(), 1, 255).astype(np.uint8)
+    source = raster(tmp_path / "map.tif", stored, (64, 64), lacking=lacking, is_inside=is_inside)
+    assert (tmp_path / "map.tif.msk").exists() != is_inside
+    one, other = TiffRows(source), RasterRows(source)
+    for first, end in ((0, 720), (90, 101)):
+        assert torch.equal(one.rows(first, end).nan_to_num(-1), other.rows(first, end).nan_to_num(-1))
+    net = convolutions(5, 4)
+    report = predict(net, source, tmp_path / "out", mask="all")
+    assert report.rows[0]["without_data"] == lacking.sum()
+    assert np.array_equal(tifffile.imread(tmp_path / "out" / "map.tif") == 255, lacking)
+    whole = predict(net, source, tmp_path / "whole", memory="")
+    assert whole.failed and f"{lacking.sum()} pixels without data" in str(whole.failed)
 
 
 class Killed(BaseException):
@@ -427,7 +617,7 @@ def test_a_run_killed_while_it_writes_the_tiles_writes_them_when_it_goes_on(
     assert ended == at_once and report.rows[0]["levels"] == whole.rows[0]["levels"]
 
 
-@pytest.mark.parametrize("memory", ["1MiB", "3MiB", MUCH])
+@pytest.mark.parametrize("memory", some(["1MiB", "3MiB", MUCH]))
 def test_the_file_type_follows_the_picture_whatever_the_memory(
     file: Path, picture: Path, tmp_path: Path, memory: str
 ) -> None:
@@ -481,11 +671,15 @@ def test_ctrl_c_ends_a_large_picture_behind_its_band_and_resume_goes_on_there(
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [
-        ("picture", r"file: \[\d+, \d+\], now \[\d+, \d+\]"),
-        ("mask", 'by.mask: "the file\'s", now "all"'),
-        ("no --resume", "earlier run[\\s\\S]*--resume"),
-    ],
+    some(
+        [
+            ("picture", r"file: \[\d+, \d+\], now \[\d+, \d+\]"),
+            ("mask", 'by.mask: "the file\'s", now "all"'),
+            ("no --resume", "earlier run[\\s\\S]*--resume"),
+        ],
+        every=3,
+        rows=True,
+    ),
 )
 def test_another_picture_or_mask_does_not_go_on_with_what_is_there(
     file: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, told: str
@@ -550,6 +744,37 @@ def test_a_memory_needs_a_network_that_is_computed_in_bands(
 ) -> None:
     with pytest.raises(cs.InvalidInput, match="no amount of memory"):
         predict(file, picture, tmp_path / "out", memory="much")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_automatic_memory_is_shared_by_processes(
+    file: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Each gets its part of what is free, less a margin; the report says how much."""
+    monkeypatch.setattr("cadsurgery.support.memory.free_memory", lambda: 64 * 2**20)
+    report = predict(file, picture, tmp_path / "out", memory="auto", workers=workers)
+    assert not report.failed and f"--memory {32 // workers} MiB" in report.text
+
+
+@pytest.mark.parametrize("kind", ["tif", "png"])
+def test_pictures_that_would_not_fit_are_computed_in_bands(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The report says so in one line; with more memory they are computed whole, and so are all that fit."""
+    monkeypatch.setattr(large, "SMALL", 0)
+    monkeypatch.setattr(run, "SMALL", 0)
+    pixels = (255 * street_scene(*SIZE)).round().byte().permute(1, 2, 0).numpy()
+    source = tmp_path / f"page.{kind}"
+    Image.fromarray(pixels).save(source)
+    for free, is_whole in ((2**23, False), (2**40, True)):
+        for module in (run, amounts):
+            monkeypatch.setattr(module, "free_memory", lambda free=free: free)
+        report = predict(file, source, tmp_path / f"out{free}", memory="", mask="all")
+        lines = [line for line in report.text.splitlines() if "as by --memory auto" in line]
+        assert not report.failed and len(lines) == (0 if is_whole else 1)
+        assert is_whole or f"page.{kind}, {SIZE[1]} x {SIZE[0]} pixels" in lines[0]
+        ending = "png" if is_whole or kind == "png" else "tif"
+        assert Path(report.rows[0]["output"]).name == f"page.{ending}"
 
 
 # -- recommend ----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from cadsurgery.elements.axes import fast_layout
 from cadsurgery.elements.elements import Elements, SmallMap
 from cadsurgery.elements.lattice import Lattice, Pyramid
+from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.reading import BandPlan, Key, SeenGraph, copied, uniform
@@ -74,6 +75,7 @@ class Walks:
         peak: the most bytes of maps at once.
         largest: the maps that hold the most at that moment, and the bytes of each, by name.
         work: rows that are computed, each times its bytes, relative to computing each once.
+        mask: bytes that the mask takes, before the maps, beside the picture.
         spare: maps that are `joined` have so much more memory than their elements take.
     """
 
@@ -83,6 +85,7 @@ class Walks:
     largest: dict[str, float]
     work: float
     spare: float = SPARE
+    mask: int = 0
 
     @classmethod
     def of(cls, walks: list[Walk], once: int, spare: float = SPARE) -> Walks:
@@ -102,6 +105,7 @@ class Walks:
         return (
             f"maps of at most {in_mebibytes(self.peak)} at once, in bands of {self.band} rows, in {walks} down the "
             f"picture; {work} each map once"
+            + (f"; the mask takes {in_mebibytes(self.mask)} before" if self.mask else "")
         )
 
     def with_spare(self, spare: float) -> Walks:
@@ -488,6 +492,7 @@ class Bands:
         self.memory = memory
         self._observed = dict[tuple[Any, ...], SeenGraph]()
         self._own = dict[SeenGraph, tuple[BandPlan, Walks]]()  # of own graphs: one for each size
+        self._of_mask = 0  # bytes that the mask of the last call takes
         self._lock = RLock()  # a plan holds the values of the call that is running
 
     def __reduce__(self) -> tuple[type[Bands], tuple[int]]:
@@ -583,7 +588,8 @@ class Bands:
         image = self._image(provider, program, arguments)
         with self._lock, torch.no_grad():
             call = _of_picture(arguments, image, 0)
-            return self._fit(program, call, self._lattices(provider, program, call)[0])[1]
+            lattice = self._lattices(provider, program, call)[0]
+            return replace(self._fit(program, call, lattice)[1], mask=self._of_mask)
 
     def rows(
         self, provider: MaskProvider, start: int, read: ReadRows, program: Program, arguments: dict[str, Any]
@@ -642,7 +648,7 @@ class Bands:
         read: ReadRows | None = None,
     ) -> list[Lattice]:
         """Return the lattice of each picture of a call; `read` gives rows of the picture in place of the arguments."""
-        image = program.image(arguments)
+        image, self._of_mask = program.image(arguments), 0
         first = _of_picture(arguments, image, 0)
         level = provider.uniform_level(program.plan.max_level)
         if level is not None and level == program.own_level:
@@ -660,12 +666,41 @@ class Bands:
                 )
             features = image.new_zeros(()).expand(len(image), 1, *seen.fine_size())  # for its size
         masking, height = program.masking(provider), image.shape[2]
+        self._of_mask = self._check_mask(masking, program, first, features)
         read = read or (lambda first, end: image[:, :, first:end])
         if features is image:
             features = read(0, height) if provider.sees_features else image.new_zeros(()).expand_as(image)
         lattice = masking.of_rows(read, height, features) if provider.sees_image else masking(image, features)
         pyramids = [Pyramid(levels, program.geometry) for levels in lattice.pyramid.levels.split(1)]
         return [one.lattice(lattice.stage, lattice.size) for one in pyramids]
+
+    def _check_mask(self, masking: Masking, program: Program, call: dict[str, Any], features: Tensor) -> int:
+        """Return the bytes that a mask takes.
+
+        Raises:
+            InvalidInput: it sees all of a picture at once, and takes more than the memory.
+        """
+        image = program.image(call)
+        needed, is_whole = masking.memory(image.shape[2] * image.shape[3], features)
+        if is_whole and needed > self.memory:
+            least = in_mebibytes(max(needed, self._most_for_maps(program, call, features)), self.memory)
+            raise InvalidInput(
+                f"{in_mebibytes(self.memory, needed)} are too little for this picture.",
+                where="memory",
+                why=f"mask {masking.provider.spec()} takes {in_mebibytes(needed, self.memory)} beside it.",
+                next=f'give at least memory="{least.replace(" ", "")}"; or a mask that is computed in bands, such as '
+                "edges or content, of a network whose normalisation is known: adaptify(normalisation=).",
+            )
+        return needed
+
+    def _most_for_maps(self, program: Program, call: dict[str, Any], features: Tensor) -> int:
+        """Return the bytes of maps in the smallest bands if all but one cell is kept high."""
+        geometry, size = program.geometry, (features.shape[2], features.shape[3])
+        levels = torch.zeros(1, *size, dtype=torch.int8)
+        levels[:, : geometry.sides[-1], : geometry.sides[-1]] = geometry.max_level
+        read, cells = self._plans(program, call, Pyramid(levels, geometry).lattice(0, size))
+        plan = read(cells[-1])
+        return min(plan_walks(plan, band, keeps).peak for keeps in (True, False) for band in _bands(plan))
 
     def _fit(self, program: Program, call: dict[str, Any], lattice: Lattice) -> tuple[BandPlan, Walks]:
         """Return the plan and the walks for a picture; for the network's own graph they are made once."""

@@ -269,7 +269,7 @@ class BandPlan:
             self._refuse_unless_rowwise(node, treatment)
             self.parts[node] = self._maps_of(node)
             return
-        if node.target in (functional.contiguous_gradient, functional.exact_layout, functional.in_order):
+        if node.target in (functional.contiguous_gradient, functional.exact_layout):
             self._add(node, self._pointwise(node))
         elif treatment.kind == "global":
             source, covers = self._source(node), self._resolved(treatment.covers, node)

@@ -1,0 +1,194 @@
+"""Which rectangles of a large picture are computed, where not all of it has data or is asked for.
+
+Rectangles that cover what is wanted are chosen such that the least is computed, with the margin around each that its
+values depend on. Each is then a picture of its own, in bands of rows; its values are those of the whole picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from cadsurgery.network.regions import Box, PictureParts
+from cadsurgery.support.errors import CannotConvert
+
+_SIDE, _MOST = (
+    64,
+    128,
+)  # pixels a side of blocks, at least, and rows of blocks, at most, in which wanted pixels are found
+_EXTRA = 1 << 16  # pixels whose computation takes as long as planning another rectangle
+_LESS = 0.95  # share of the work of whole rows from which on rectangles are not worth it
+Blocks = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+class Sliced(Protocol):
+    """A picture (C, H, W) of which rows are read by `picture[:, first:end]`; `size` is what of it is no padding."""
+
+    shape: tuple[int, ...]
+    size: tuple[int, int]
+
+    def __getitem__(self, place: tuple[slice, slice]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of the result.
+
+    Attributes:
+        box: its rows and columns in the result.
+        part: the part of the picture that it is computed from; None for all columns.
+        offset: row and column of the result at which the result of the part begins.
+        mask: the mask for the part; None for the network's.
+    """
+
+    box: Box
+    part: Box | None = None
+    offset: tuple[int, int] = (0, 0)
+    mask: Any = None
+
+
+class PartOfPicture:
+    """A part of a picture, of which rows are read where it is sliced."""
+
+    def __init__(self, picture: Sliced, part: Box) -> None:
+        self._picture, self._part = picture, part
+        self.size = part.bottom - part.top, part.right - part.left
+        self.shape = (picture.shape[0], *self.size)
+
+    def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
+        """Return rows (C, rows, W)."""
+        first, end, _ = place[1].indices(self.shape[1])
+        rows = self._picture[:, self._part.top + first : self._part.top + end]
+        return rows[..., self._part.left : self._part.right]
+
+
+def block_side(height: int) -> int:
+    """Return the side in pixels of the blocks in which wanted pixels of a picture are found."""
+    return max(_SIDE, math.ceil(height / _MOST))
+
+
+def find_pieces(
+    net: Any, picture: Sliced, wanted: Blocks, size: tuple[int, int], whole: tuple[int, int], mask: Any
+) -> list[Piece] | None:
+    """Return the rectangles that are computed for blocks of the picture; None if whole rows are no more work, or the
+    network depends on all of each row.
+
+    Args:
+        net: the network.
+        picture: the picture, as the network is given it.
+        wanted: which blocks of `block_side` have pixels that are wanted, (rows, columns).
+        size: (height, width) of the result.
+        whole: that of the result of the picture with its padding.
+        mask: levels (1, h, w) of the picture; None for a network whose level is the same everywhere.
+    """
+    height, width = picture.shape[1:]
+    side = block_side(height)
+    image = picture[:, :1].new_zeros(()).expand(1, *picture.shape)
+
+    def region_of(box: Box) -> PictureParts:
+        found: PictureParts = net.in_region(image, [[box]], lambda region: region, _refused, mask)
+        return found
+
+    try:
+        margin = _margin_of(region_of, (height, width), side)
+    except CannotConvert:  # what depends on the size of the picture, or on the place in it
+        return None
+    found, work = _rectangles(wanted, side, margin, (height, width))
+    index = np.flatnonzero(wanted.any(1))
+    of_rows = sum((run[-1] - run[0] + 1) * side * width for run in _runs(index)) if index.size else 0
+    if work > _LESS * of_rows:
+        return None
+    pieces = list[Piece]()
+    for top, bottom, left, right in found:
+        (a, b), (c, d) = (
+            (_sample_at(first * side, *lengths), _sample_at(end * side, *lengths))
+            for first, end, lengths in zip(
+                (top, left), (bottom, right), zip(picture.size, size, strict=True), strict=True
+            )
+        )
+        if a >= b or c >= d:
+            continue
+        scales = (height / whole[0], width / whole[1])
+        box = Box(
+            math.floor(a * scales[0]),
+            min(math.ceil(b * scales[0]), height),
+            math.floor(c * scales[1]),
+            min(math.ceil(d * scales[1]), width),
+        )
+        try:
+            region = region_of(box)
+        except CannotConvert:
+            return None
+        (part,) = region.parts
+        offset = tuple(
+            int(first * length / of)
+            for first, length, of in zip((part.top, part.left), whole, (height, width), strict=True)
+        )
+        pieces.append(Piece(Box(a, b, c, d), part, (offset[0], offset[1]), region.mask_of(part, mask)))
+    return pieces
+
+
+def _refused(refusal: CannotConvert, _: object) -> Any:
+    raise refusal
+
+
+def _sample_at(pixel: int, pixels: int, samples: int) -> int:
+    """Return the first sample whose middle is at a pixel or behind it."""
+    return max(math.ceil(pixel * samples / pixels - 0.5), 0) if pixel < pixels else samples
+
+
+def _margin_of(region_of: Any, size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Return the pixels above or below, and beside, a block in the middle that its values depend on."""
+    spans = [(max(length // 2 - side // 2, 0), min(length // 2 + side // 2, length)) for length in size]
+    box = Box(*spans[0], *spans[1])
+    (part,) = region_of(box).parts
+    across = max(box.left - part.left, part.right - box.right)
+    return max(box.top - part.top, part.bottom - box.bottom), across
+
+
+def _runs(index: np.ndarray[Any, Any], gap: int = 0) -> list[np.ndarray[Any, Any]]:
+    """Split increasing numbers where more than `gap` are missing."""
+    return np.split(index, np.flatnonzero(np.diff(index) > gap + 1) + 1)
+
+
+def _rectangles(
+    wanted: Blocks, side: int, margin: tuple[int, int], size: tuple[int, int]
+) -> tuple[list[tuple[int, int, int, int]], float]:
+    """Return disjoint rectangles in blocks (top, bottom, left, right) that cover what is wanted with the least work,
+    and that work in pixels."""
+    (down, across), (height, width) = margin, size
+    gap = 2 * across // side
+
+    def spans_of(together: Blocks) -> Iterator[tuple[int, int]]:
+        index = np.flatnonzero(together)
+        for run in _runs(index, gap) if index.size else ():
+            yield int(run[0]), int(run[-1]) + 1
+
+    def reach(first: int, end: int, margin: int, length: int) -> int:
+        return min(end * side + margin, length) - max(first * side - margin, 0)
+
+    def work_of(together: Blocks, begin: int, end: int) -> float:
+        tall = reach(begin, end, down, height)
+        return sum(tall * reach(*span, across, width) + _EXTRA for span in spans_of(together))
+
+    # The least work of the first so many rows of blocks, and where its last group of rows begins.
+    least, begins = [0.0], [0]
+    for end in range(1, len(wanted) + 1):
+        together, found = np.zeros(wanted.shape[1], bool), (math.inf, end - 1)
+        for begin in range(end - 1, -1, -1):
+            together = together | wanted[begin]
+            found = min(found, (least[begin] + work_of(together, begin, end), begin))
+        least.append(found[0])
+        begins.append(found[1])
+    rectangles, end = list[tuple[int, int, int, int]](), len(wanted)
+    while end:
+        begin = begins[end]
+        spans = [*spans_of(np.logical_or.reduce(wanted[begin:end]))]
+        rectangles += [(begin, end, *span) for span in reversed(spans)]
+        end = begin
+    return rectangles[::-1], least[-1]
