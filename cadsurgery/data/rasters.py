@@ -94,14 +94,14 @@ class RasterRows:
         self.position = _position_of(file)
         self.block = block_of(*file.block_shapes[0])
 
-    def rows(self, first: int, end: int) -> Tensor:
-        """Return rows [first, end), (C, end - first, W) float32: integers divided by the largest value of their type;
-        NaN where a band has no data.
+    def rows(self, first: int, end: int, left: int = 0, right: int | None = None) -> Tensor:
+        """Return rows [first, end) and columns [left, right), (C, rows, columns) float32: integers divided by the
+        largest value of their type; NaN where a band has no data.
 
         Raises:
             FileError: they cannot be read.
         """
-        window = ((first, end), (0, self.shape[2]))
+        window = ((first, end), (left, self.shape[2] if right is None else right))
         with _reading(self._path):
             values = self._file.read(window=window)
             there = self._file.read_masks(window=window) > 0 if self._is_masked else None

@@ -490,17 +490,19 @@ class TiffRows:
     def _row_bytes(self) -> int:
         return self.shape[0] * self.shape[2] * int(self._page.dtype.itemsize)
 
-    def rows(self, first: int, end: int) -> Tensor:
-        """Return rows [first, end), (C, end - first, W) float32, with values as `read_bands` gives them.
+    def rows(self, first: int, end: int, left: int = 0, right: int | None = None) -> Tensor:
+        """Return rows [first, end) and columns [left, right), (C, rows, columns) float32, with values as `read_bands`
+        gives them.
 
         Raises:
             FileError: they cannot be decoded.
         """
         with _decoding(self._path, self._page):
             values = self._stored(first, end) if self._is_raw else self._pasted(first, end)
+            values = values[:, left:right]
         scaled = _scale(values, self._picture, self._path)
         if self._mask is not None:
-            scaled[self._mask.rows(first, end).numpy().min(0) == 0] = np.nan
+            scaled[self._mask.rows(first, end, left, right).numpy().min(0) == 0] = np.nan
         return torch.from_numpy(np.ascontiguousarray(np.moveaxis(scaled, -1, 0)))
 
     def _stored(self, first: int, end: int) -> np.ndarray[Any, Any]:

@@ -229,25 +229,28 @@ class LargePicture:
         self.shape = (before, *(-(-side // multiple) * multiple for side in self.size))
         return self.shape != (before, height, width)
 
-    def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
-        """Return rows (C, rows, W).
+    def __getitem__(self, place: tuple[slice, ...]) -> Tensor:
+        """Return rows (C, rows, columns), of all columns or of some.
 
         Raises:
             FileError, InvalidInput: as `read_picture_for`.
         """
         first, last, _ = place[1].indices(self.shape[1])
-        end = min(last, self.size[0])
-        if first >= end:
-            return torch.zeros(self.shape[0], max(0, last - first), self.shape[2], dtype=self._dtype)
-        rows, lacking = self._read(first, end)
-        normalised, beyond = normalise(rows, self._source), self.shape[2] - self.size[1]
-        normalised = normalised.masked_fill(lacking, 0).to(self._dtype)  # the mean: no signal
-        return F.pad(normalised, (0, beyond, 0, last - end)) if beyond or last > end else normalised
+        left, right, _ = (*place, slice(None))[2].indices(self.shape[2])
+        end, stop = min(last, self.size[0]), min(right, self.size[1])
+        if first >= end or left >= stop:
+            return torch.zeros(self.shape[0], max(0, last - first), max(0, right - left), dtype=self._dtype)
+        rows, lacking = self._read(first, end, left, stop)
+        normalised = (
+            normalise(rows, self._source).masked_fill(lacking, 0).to(self._dtype)
+        )  # the mean: no signal
+        is_padded = right > stop or last > end
+        return F.pad(normalised, (0, right - stop, 0, last - end)) if is_padded else normalised
 
-    def _read(self, first: int, end: int) -> tuple[Tensor, Tensor]:
-        """Return rows (C, rows, W) before they are normalised, and where they have no data, (1, rows, W)."""
+    def _read(self, first: int, end: int, left: int = 0, right: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return rows (C, rows, columns) before they are normalised, and where they lack data, (1, rows, columns)."""
         channels = None if self._source is None else self._source.channels
-        stored = self.file.rows(first, end)
+        stored = self.file.rows(first, end, left, right)
         rows = as_channels(stored, channels, self._bands, name=self.path, has_alpha=self.file.has_alpha)
         lacking = rows.isnan().any(0, keepdim=True)
         if self.file.has_alpha:

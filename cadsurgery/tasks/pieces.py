@@ -27,12 +27,13 @@ Blocks = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class Sliced(Protocol):
-    """A picture (C, H, W) of which rows are read by `picture[:, first:end]`; `size` is what of it is no padding."""
+    """A picture (C, H, W) of which a part is read by `picture[:, top:bottom, left:right]`; `size` is what of it is no
+    padding."""
 
     shape: tuple[int, ...]
     size: tuple[int, int]
 
-    def __getitem__(self, place: tuple[slice, slice]) -> Tensor: ...
+    def __getitem__(self, place: tuple[slice, ...]) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class PartOfPicture:
     def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
         """Return rows (C, rows, W)."""
         first, end, _ = place[1].indices(self.shape[1])
-        rows = self._picture[:, self._part.top + first : self._part.top + end]
-        return rows[..., self._part.left : self._part.right]
+        top = self._part.top
+        return self._picture[:, top + first : top + end, self._part.left : self._part.right]
 
 
 def block_side(height: int) -> int:
