@@ -486,3 +486,11 @@ def test_a_network_reads_as_many_channels_as_its_first_layer(channels: int) -> N
 
 def test_a_network_that_rearranges_pixels_first_reads_colour() -> None:
     assert channels_of(nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 3, 2, 1))) == 3
+
+
+@pytest.mark.parametrize(("bands", "channels"), [(4, 3), (2, 1), (4, None), (2, 3), (4, 1)])
+def test_transparency_is_left_out_and_colours_stay_in_their_order(bands: int, channels: int | None) -> None:
+    image = torch.rand(bands, 5, 6)
+    found = as_channels(image, channels, has_alpha=True)
+    colours = as_channels(image[:-1], channels)
+    assert torch.equal(found, colours)

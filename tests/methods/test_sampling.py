@@ -281,6 +281,7 @@ def test_a_gate_opens_as_often_as_its_probability_says() -> None:
     share = gating.shares(score, 0.03, noise, 0)
     rate = float((share >= 0.5).double().mean())
     assert rate == pytest.approx(float(torch.sigmoid(score[0, 0, 0])), abs=4 * 0.5 / 200)
+    assert gating.hard_shares(torch.tensor([0.4999, 0.5, 0.7])).tolist() == [0.0, 0.5, pytest.approx(0.7)]
     cold = gating.shares(torch.full_like(score, 5.0), 1e-4, None, 0)
     assert torch.equal(cold, torch.ones_like(cold))
 

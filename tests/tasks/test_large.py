@@ -264,14 +264,16 @@ def lacking_picture(path: Path, kind: str, size: tuple[int, int], lacking: np.nd
         alpha = np.where(lacking, 0, 255)[..., None]
         pixels = np.concatenate([stored, alpha], 2).astype(np.uint8)
         return written(path, pixels, photometric="rgb", extrasamples=["unassalpha"])
-    stored[lacking] = math.nan if kind == "NaN" else 0
-    tags = [] if kind == "NaN" else [(42113, 2, None, "0", True)]
-    pixels = (stored / 255).astype(np.float32) if kind == "NaN" else stored.astype(np.uint8)
+    for band in [1] if kind == "NaN of one band" else range(3):
+        stored[..., band][lacking] = math.nan if "NaN" in kind else 0
+    tags = [] if "NaN" in kind else [(42113, 2, None, "0", True)]
+    pixels = (stored / 255).astype(np.float32) if "NaN" in kind else stored.astype(np.uint8)
     return written(path, pixels, photometric="rgb", extratags=tags)
 
 
 @pytest.mark.parametrize(
-    ("kind", "output"), covering(["nodata", "NaN", "transparent"], [(5, 4), (1, 4), (256, 4), (5, 1)])
+    ("kind", "output"),
+    covering(["nodata", "NaN of one band", "transparent", "NaN"], [(5, 4), (1, 4), (256, 4), (5, 1)]),
 )
 def test_pixels_without_data_have_none_in_the_prediction(
     convolutions: Callable[..., Path], tmp_path: Path, kind: str, output: tuple[int, int]
