@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, combinations, product
 from operator import mul
@@ -65,30 +65,18 @@ def pytest_report_header() -> str:
     return f"processor: {processor_in_words() or 'unknown'}; {isa.in_words()}"
 
 
-# With CADSURGERY_FEW, as `.ci/run` sets it, these slow tests are left out: others prove nearly the same in less time.
-LEFT_OUT = (
-    *("at_none[keypointrcnn", "at_none[maskrcnn", "at_none[retinanet_resnet50", "at_none[ssd300"),
-    *("test_the_benchmark_runs_whole_without_a_gpu", "test_bench_measures_a_detector_whole"),
-    *("stays_in_the_region[methods]", "test_the_same_holds_for_what_the_functions_keep_on_their_stacks"),
-    *(f"forms_of_every_instruction_set[{name}]" for name in ("sse4", "avxvnni", "avx512bf16", "avx512vnni")),
-    *("documents_runs[docs/howto/many-pictures.md]", "documents_runs[docs/tutorials/empty-pages.md]"),
-    *("test_notebook_runs_and_shows_pictures[anytime]", "test_notebook_runs_and_shows_pictures[resampling]"),
-    "test_workers_do_every_picture_once_though_one_of_them_is_killed",
-)
-# And of these one case of three is run.
-THINNED = ("test_gpu_ahead.py", "of_the_corpus_is_what_its_row_says", "of_the_zoo_keeps_the_laws")
-
-
 def left_out(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """What CADSURGERY_FEW leaves out."""
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    thinned = [item for item in slow if any(part in item.nodeid for part in THINNED)]
-    kept = thinned[::3]
-    return [
-        item
-        for item in slow
-        if any(part in item.nodeid for part in LEFT_OUT) or (item in thinned and item not in kept)
-    ]
+    """What CADSURGERY_FEW leaves out, as `.ci/run` sets it: tests marked `thorough`; with `few=n` every n-th case of a
+    test stays."""
+    seen, left = Counter[str](), []
+    for item in items:
+        mark, test = item.get_closest_marker("thorough"), item.nodeid.partition("[")[0]
+        if mark is not None:
+            few = mark.kwargs.get("few", 0)
+            if not few or seen[test] % few:
+                left.append(item)
+            seen[test] += 1
+    return left
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -96,9 +84,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     which the package warns on purpose. And let the longest begin first."""
     if "CADSURGERY_FEW" in os.environ:
         config.hook.pytest_deselected(items=(others := left_out(items)))
-        items[:] = [item for item in items if item not in others]
+        gone = set(others)
+        items[:] = [item for item in items if item not in gone]
     items.sort(key=lambda item: item.path.name not in LONGEST)
     for item in items:
+        if item.get_closest_marker("thorough"):
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.filterwarnings("default"))
 
@@ -214,11 +205,29 @@ def slow(*values: Any) -> ParameterSet:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def thorough(*values: Any, few: int = 0) -> ParameterSet:
+    """Parameters of a case that only the slow part runs, and `.ci/run` does not: others prove nearly the same. With
+    `few` it runs one case of so many."""
+    return pytest.param(*values, marks=pytest.mark.thorough(few=few))
+
+
+def some(values: Iterable[Any], every: int = 2, rows: bool = False) -> list[Any]:
+    """One case of so many, from the first on, for the default suite; the others of the same law are slow. With `rows`
+    each is a tuple of several parameters."""
+
+    def case(value: Any) -> Any:
+        if isinstance(value, ParameterSet):
+            return pytest.param(*value.values, marks=[*value.marks, pytest.mark.slow], id=value.id)
+        return slow(*value) if rows else slow(value)
+
+    return [case(value) if place % every else value for place, value in enumerate(values)]
+
+
 def covering(*axes: Sequence[Any]) -> list[ParameterSet]:
     """Combinations of parameters that have each pair of values once: a fault of two that meet is found.
 
-    The default suite runs so few that each value is in one, the others are slow. Values that are marked themselves, as
-    `pytest.param`, keep their marks and are in none of the few.
+    The default suite runs so few that each value is in one; the others are slow, of which `.ci/run` runs one of three.
+    Values that are marked themselves, as `pytest.param`, keep their marks and are in none of the few.
     """
     marks = [[value.marks if isinstance(value, ParameterSet) else () for value in axis] for axis in axes]
     values = [
@@ -233,11 +242,15 @@ def covering(*axes: Sequence[Any]) -> list[ParameterSet]:
         cases.append(
             pytest.param(
                 *given,
-                marks=own if places in few else [*own, pytest.mark.slow],
-                id="-".join(getattr(value, "__name__", str(value)) for value in given),
+                marks=own if places in few else [*own, pytest.mark.thorough(few=3)],
+                id="-".join(map(_short, given)),
             )
         )
     return cases
+
+
+def _short(value: Any) -> str:
+    return type(value).__name__ if isinstance(value, nn.Module) else getattr(value, "__name__", str(value))
 
 
 def _with_each_pair(few: Sequence[tuple[int, ...]], axes: Sequence[range]) -> set[tuple[int, ...]]:

@@ -625,7 +625,7 @@ def test_search_and_the_filter_of_the_zoo_work_from_a_folder(browser: Any, site:
     page = browser.new_page()
     page.goto(f"{(site / 'search.html').as_uri()}?q=budget")
     page.locator("#search-results li a").first.wait_for()
-    page.goto((site / "networks.html").as_uri())
+    page.goto((site / "data" / "networks.html").as_uri())
     rows = page.locator(".filtered tbody tr:visible")
     total = rows.count()
     page.fill(".filtered input", "swin refused")

@@ -13,7 +13,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from conftest import assert_same, covering, rewritten, slow
+from conftest import assert_same, covering, rewritten, slow, some
 from networks import build, made_once, strided
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -373,7 +373,7 @@ class TakesPictures(nn.Module):
         return self.trunk(x.float() / 255)
 
 
-@pytest.mark.parametrize("mask", ["all", "edges", "gradient", "detail"])
+@pytest.mark.parametrize("mask", some(["all", "edges", "gradient", "detail"]))
 def test_a_network_that_scales_pictures_itself_takes_them(mask: str) -> None:
     """Masks then see the same numbers as floats: differences of unsigned ones would wrap around."""
     net = cs.adaptify(TakesPictures(), mask, verify_laws=False)
@@ -779,8 +779,9 @@ def test_unknown_weights_are_refused_with_the_known(name: str, weights: str, clo
         cs.build_model(name, weights)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])
-@pytest.mark.parametrize("content", [b"", b"no weights at all" * 10], ids=["empty", "text"])
+@pytest.mark.parametrize(
+    ("suffix", "content"), covering([".pth", ".pt", ".bin", ".safetensors"], [b"", b"no weights at all" * 10])
+)
 def test_a_corrupt_weights_file_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(content)

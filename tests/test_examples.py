@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from alone import run_alone, smaller
-from conftest import ROOT, assert_same, picture
+from conftest import ROOT, assert_same, picture, thorough
 from nbclient import NotebookClient
 from networks import ManyOperations, StreetSegmenter, randomise
 from PIL import Image
@@ -43,12 +43,10 @@ CAMVID = {
 }
 
 
-NOTEBOOKS = pytest.mark.parametrize(
-    "path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.stem
-)
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
-@NOTEBOOKS
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_names_that_a_notebook_uses_exist(path: Path) -> None:
     """What it imports, and what it takes of the package."""
     cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
@@ -192,7 +190,11 @@ def test_a_file_with_kernels_runs_without_python(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@NOTEBOOKS
+@pytest.mark.parametrize(
+    "path",
+    [thorough(path) if path.stem in ("anytime", "resampling") else path for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_notebook_runs_and_shows_pictures(path: Path, tmp_path: Path) -> None:
     notebook, given = (nbformat.read(path, as_version=4) for _ in range(2))
     for cell in notebook.cells:

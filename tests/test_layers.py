@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from alone import run_alone, smaller
+from conftest import thorough
 from environments import NEEDED
 
 from cadsurgery.support.defaults import DEFAULT_MASK, ENGINES
@@ -325,8 +326,12 @@ SITE = [
 ]
 
 
+# What they run, others run too.
+LONG = ("docs/howto/many-pictures.md", "docs/tutorials/empty-pages.md")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ["README.md", *SITE])
+@pytest.mark.parametrize("path", ["README.md", *(thorough(path) if path in LONG else path for path in SITE)])
 def test_the_python_of_the_documents_runs(tmp_path: Path, path: str) -> None:
     """All snippets one after another, as a reader would type them, in an empty folder and an environment with the
     extras that the page names; with smaller numbers. Pages on other libraries have everything that is installed."""

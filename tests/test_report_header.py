@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import combinations, product
 from types import SimpleNamespace
 
-from conftest import LEFT_OUT, ROOT, TESTS, covering, in_words, left_out, pytest_report_header, slow
+import pytest
+from conftest import covering, in_words, left_out, pytest_report_header, slow, some
 
 from cadsurgery.kernels import isa
 from cadsurgery.support.processor import processor
@@ -37,21 +38,22 @@ def test_cases_have_every_pair_of_values_and_the_few_every_plain_value() -> None
     assert len(few) == 5 and len(cases) < 25
 
 
-def test_what_few_leaves_out_is_named_as_tests_are() -> None:
-    sources = "".join(path.read_text(encoding="utf-8") for path in TESTS.rglob("test_*.py"))
-    for part in LEFT_OUT:
-        function, _, case = part.partition("[")
-        assert f"{function}(" in sources, part
-        assert case.rstrip("]").rpartition("/")[2] in sources or (ROOT / case.rstrip("]")).exists(), part
+def test_a_law_keeps_some_of_its_cases_and_the_others_are_slow() -> None:
+    plain, marked, *others = some([(1, 2), (3, 4), (5, 6), (7, 8)], every=2, rows=True)
+    assert plain == (1, 2) and others[0] == (5, 6)
+    assert all(case.values == values for case, values in ((marked, (3, 4)), (others[1], (7, 8))))
+    assert all(mark.name == "slow" for case in (marked, others[1]) for mark in case.marks)
+    assert [case.values for case in some("abc", every=3)[1:]] == [("b",), ("c",)]
 
 
-def test_few_leaves_out_only_slow_tests_and_two_of_three_of_some() -> None:
-    def item(name: str, is_slow: bool) -> SimpleNamespace:
-        return SimpleNamespace(nodeid=name, get_closest_marker=lambda _: is_slow or None)
+def test_few_leaves_out_what_is_thorough_or_all_but_one_case_of_so_many() -> None:
+    def item(name: str, mark: pytest.Mark | None) -> SimpleNamespace:
+        return SimpleNamespace(nodeid=name, get_closest_marker=lambda _: mark)
 
-    many = [item(f"tests/elements/test_gpu_ahead.py::test_tile[{number}]", True) for number in range(9)]
-    other, named = item("tests/a.py::test_a", True), item(f"tests/b.py::{LEFT_OUT[0]}]", True)
-    quick = item(f"tests/b.py::{LEFT_OUT[0]}]", False)
-    out = left_out([*many, other, named, quick])  # type: ignore[list-item]
-    assert named in out and other not in out and quick not in out
-    assert [one for one in many if one not in out] == many[::3]
+    few = pytest.mark.thorough(few=3).mark
+    many = [item(f"tests/a.py::test_tile[{number}]", few) for number in range(9)]
+    alone = item("tests/a.py::test_alone", pytest.mark.thorough.mark)
+    other, one = item("tests/a.py::test_other", None), item("tests/b.py::test_tile[0]", few)
+    out = left_out([*many, alone, other, one])  # type: ignore[list-item]
+    assert alone in out and other not in out and one not in out
+    assert [case for case in many if case not in out] == many[::3]

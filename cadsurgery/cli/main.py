@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from cadsurgery.cli import screen
-from cadsurgery.cli.replaced import replacement
+from cadsurgery.cli.replaced import COMMANDS, replacement
 from cadsurgery.support.errors import CadError, NotInstalled
 
 _INTERRUPTED = 130  # exit code of a command that Ctrl-C ended, as of shells
@@ -55,7 +55,10 @@ def make_app() -> typer.Typer:
 
 
 def _say_what_replaces(error: Any) -> None:
-    """Let the refusal of an option that there was name what is typed in its place."""
+    """Let the refusal of an option or a command that there was name what is typed in its place."""
+    for name, instead in COMMANDS.items():
+        if error.message.startswith(f"No such command '{name}'"):
+            error.message = f"{name} is no command. Next: {instead}"
     if option := getattr(error, "option_name", None):
         context, names = error.ctx, list[str]()
         while context.parent is not None:

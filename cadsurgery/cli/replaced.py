@@ -1,4 +1,4 @@
-"""Options that there were, and what is typed in their place."""
+"""Commands and options that there were, and what is typed in their place."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from collections.abc import Collection, Iterator, Mapping
 
 _EIGHT_BITS = "cadsurgery export: 8 bits run in ONNX files (docs/howto/int8.md)"
 _ZOO = "python -m benchmarks.zoo.check, in a checkout"
+
+# The line that replaces a command.
+COMMANDS: Mapping[str, str] = {
+    "push": 'cs.push(net, "owner/name"), in Python',
+    "tune": "cadsurgery recommend",
+}
 
 # The line that replaces an option, by command. An option that became a setting needs none: see `replacement`.
 REPLACED: Mapping[str, Mapping[str, str]] = {

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.axes import NCHW, as_rows, channel_dims, fast_layout, image_dims, is_flat
-from cadsurgery.elements.backends.floors import has_pixels, to_pixels
+from cadsurgery.elements.backends.choose import compute
 from cadsurgery.elements.backends.graph_sizes import require_equal
-from cadsurgery.elements.backends.works import mix, pick, select_rows
+from cadsurgery.elements.backends.works import PixelReading, mix, pick, select_rows
 from cadsurgery.elements.bilinear import corners, ends_of, place_on_map
-from cadsurgery.elements.kernel_map import Reading, read_points
+from cadsurgery.elements.kernel_map import Reading, every_pixel
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
 from cadsurgery.elements.sizes import is_statically_true, least
@@ -106,20 +106,15 @@ def _by_pixel(x: Elements, spacing: int, guide: Tensor | None) -> Tensor:
         cells = lattice.index.view(lattice.batch, height, width)[..., ::spacing, ::spacing]
         return x.rows[cells.to(x.rows.device)]
 
-    if guide is None and has_pixels(x.rows, lattice, spacing):
-        return to_pixels(x.rows, lattice, spacing)
-
-    def build() -> Reading:
-        pixels = torch.arange(lattice.batch * height * width, device=lattice.levels.device)
-        return read_points(lattice, pixels.view(lattice.batch, height, width)[..., ::spacing, ::spacing])
-
-    reading = lattice.derive(("to_dense", spacing), build)
     flat = x.rows.reshape(x.rows.shape[0], math.prod(x.rows.shape[1:]))
-    if guide is not None and spacing == 1 and not is_statically_true(reading.sources.shape[0] == 0):
+    if guide is None or spacing != 1:
+        pixels = compute(PixelReading(flat, lattice, spacing))
+        return pixels.view(*pixels.shape[:3], *x.rows.shape[1:])
+    reading = every_pixel(lattice, spacing)
+    if not is_statically_true(reading.sources.shape[0] == 0):
         pixels = torch.arange(reading.table.numel(), device=reading.table.device)
         reading = guided(reading, pixels.view(reading.table.shape), lattice, guide)
-    rows = pick(flat, reading)
-    return rows.view(*reading.table.shape, *x.rows.shape[1:])
+    return pick(flat, reading).view(*reading.table.shape, *x.rows.shape[1:])
 
 
 # Every distance grows by this share of the mean distance, so that an anchor at distance zero does not decide alone.

@@ -5,7 +5,6 @@ differentiable, and treats the images of a batch independently. Pointwise functi
 here, because they act on `rows` directly.
 """
 
-from cadsurgery.elements.axes import in_order
 from cadsurgery.elements.backends.weights import transpose_weight
 from cadsurgery.elements.borders import check_same_padding, crop, pad
 from cadsurgery.elements.elements import (
@@ -23,7 +22,7 @@ from cadsurgery.elements.gaps import fill_gaps, gaussian_fill
 from cadsurgery.elements.mean_shift import shift_vector
 from cadsurgery.elements.on_rows import OnRows, keep
 from cadsurgery.elements.refinement import refine, refine_resized
-from cadsurgery.elements.resizing import pixel_shuffle, resize, resize_to_dense
+from cadsurgery.elements.resizing import interpolate, pixel_shuffle, resize, resize_to_dense
 from cadsurgery.elements.unpooling import dense_indices, max_pool2d_with_indices
 from cadsurgery.elements.whole_image import (
     batch_norm,

@@ -278,6 +278,17 @@ def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) 
     return _with_halo(lattice, table, has_outside)
 
 
+def every_pixel(lattice: Lattice, spacing: int) -> Reading:
+    """Return a reading of every `spacing`-th fine pixel of a lattice, (B, h, w)."""
+
+    def build() -> Reading:
+        height, width = lattice.size
+        pixels = torch.arange(lattice.batch * height * width, device=lattice.levels.device)
+        return read_points(lattice, pixels.view(lattice.batch, height, width)[..., ::spacing, ::spacing])
+
+    return lattice.derive(("every pixel", spacing), build)
+
+
 # Placeholder for the padding row while its number is unknown. It is exact in float32, in which OpenVINO pads integers.
 _OUTSIDE = 2**30
 

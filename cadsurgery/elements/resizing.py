@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.axes import as_rows
+from cadsurgery.elements.axes import as_rows, in_order
 from cadsurgery.elements.backends.choose import compute
-from cadsurgery.elements.backends.works import MixingLines, extend, mix
+from cadsurgery.elements.backends.works import MapResizing, MixingLines, extend, mix
 from cadsurgery.elements.bilinear import corners, ends_of, place_on_map
 from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.kernel_map import Reading, read_points
@@ -21,6 +22,7 @@ from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
 from cadsurgery.elements.sizes import as_number, divide_up, is_for_any_size, is_statically_true
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.running import running
 
 
 @operation(reads="image")
@@ -193,6 +195,36 @@ def resize_to_dense(
         return read_at(to_dense(x, side), [place / side for place in places])
     dense = to_dense(x, 1, guide=guide)
     return read_at(dense, places) if every_pixel else _between_sides(dense, lattice, places, spacing)
+
+
+def interpolate(
+    input: Tensor,  # as torch calls it
+    size: Sequence[int] | int | None = None,
+    scale_factor: Sequence[float] | float | None = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Tensor:
+    """Resize a dense map as `F.interpolate` does, in contiguous memory: to put the larger map in order takes longer
+    than to resize it."""
+    if mode != "bilinear" or antialias or recompute_scale_factor or input.dim() != 4 or input.is_meta:
+        options = size, scale_factor, mode, align_corners, recompute_scale_factor, antialias
+        return F.interpolate(in_order(input), *options)
+    factors = None
+    if size is None:
+        factors = _pair(scale_factor)
+        size = [math.floor(have * factor) for have, factor in zip(input.shape[2:], factors, strict=True)]
+    height, width = _pair(size)
+    if not running.in_graph and min(height, width) < 1:
+        return F.interpolate(input, (height, width))  # torch refuses it
+    out: Tensor = compute(MapResizing(input, (height, width), factors, bool(align_corners)))
+    return out
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    first, second = value if isinstance(value, (tuple, list)) else (value, value)
+    return first, second
 
 
 def read_as_resized(fine: Tensor, spacing: int, **scaling: Any) -> Tensor:

@@ -174,12 +174,12 @@ def why_not_copied(model: nn.Module) -> str:
 
 def _find_uncopyable(*values: Any) -> Iterator[Any]:
     """Yield objects inside some values that cannot be copied and hold no tensors or modules."""
-    seen, pending = set[int](), list(values)
+    seen, pending = dict[int, Any](), list(values)
     while pending:
         value = pending.pop()
         if isinstance(value, _COPIED) or id(value) in seen:
             continue
-        seen.add(id(value))
+        seen[id(value)] = value  # held, since the state of an object may be made for the occasion
         if isinstance(value, dict):
             pending.extend(part for name, part in value.items() if name not in _REGISTRIES)
         elif isinstance(value, (list, tuple, set, frozenset)):
@@ -188,12 +188,12 @@ def _find_uncopyable(*values: Any) -> Iterator[Any]:
             yield value
         elif copies_itself:
             continue
-        elif isinstance(value, ModuleType) or not _can_be_reduced(value):
+        elif isinstance(value, ModuleType) or (parts_copied := _reduced(value)) is None:
             parts = list(value) if isinstance(value, (KeysView, ValuesView, ItemsView)) else []
             if not any(isinstance(part, (Tensor, nn.Module)) for part in tree_leaves(parts)):
                 yield value
         else:
-            pending.append(getattr(value, "__dict__", None))
+            pending.extend(parts_copied)
 
 
 def _copies_itself(value: Any) -> bool | None:
@@ -205,12 +205,16 @@ def _copies_itself(value: Any) -> bool | None:
         return None
 
 
-def _can_be_reduced(value: Any) -> bool:
+def _reduced(value: Any) -> list[Any] | None:
+    """Return what a copy of an object copies, which may be less than the object holds; None if it cannot be copied."""
     try:
-        value.__reduce_ex__(4)
+        reduced = value.__reduce_ex__(4)
+        if isinstance(reduced, str):  # the name of a global object, which is shared
+            return []
+        _, arguments, *state = reduced
+        return [arguments, *state[:1], *(part for items in state[1:3] for part in items or ())]
     except Exception:  # objects may raise any error
-        return False
-    return True
+        return None
 
 
 def child(model: nn.Module, path: str) -> nn.Module | None:

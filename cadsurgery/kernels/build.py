@@ -179,6 +179,7 @@ TABLE = (
     KernelSource("warp", ("float32", "float64"), ("scalar", "avx2", "neon"), _SOLVING),
     *_by_width("move", *ELEMENTS),
     *_by_width("pool", *_FLOATS),
+    *_by_width("pixels", *_FLOATS),
     *_by_width("fill", *_FLOATS),
     KernelSource("interpolate", (), _VECTORS["uint8"]),
     KernelSource("maps", (), ("scalar",)),

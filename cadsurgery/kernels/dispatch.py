@@ -84,8 +84,8 @@ def call(kernel: Any, values: Sequence[Any], *arguments: Any) -> int:
     if kernel.argtypes is None:
         kernel.argtypes = (ctypes.POINTER(_layout(values)), *map(_kind, arguments))
     sizes: list[int] = []
-    fields = [_for_c(value, sizes) for value in values]
-    others = [_for_c(value, sizes) for value in arguments]
+    fields = [value if isinstance(value, (int, float)) else _for_c(value, sizes) for value in values]
+    others = [value if isinstance(value, (int, float)) else _for_c(value, sizes) for value in arguments]
     held = (ctypes.c_long * len(sizes))(*sizes)
     structure = kernel.argtypes[0]._type_(*fields, ctypes.addressof(held))
     return check_code(kernel(structure, *others), kernel.__name__)
@@ -123,7 +123,8 @@ def check_code(code: int, kernel: str = "") -> int:
 
 
 def _for_c(value: Any, sizes: list[int]) -> Any:
-    """Return a value as it is passed; add the bytes that its buffers hold, 0 for one that is missing, to `sizes`."""
+    """Return a value that is no number as it is passed; add the bytes that its buffers hold, 0 for one that is missing,
+    to `sizes`."""
     if isinstance(value, Tensor):
         if not value.is_cpu:
             raise CadError(

@@ -38,7 +38,7 @@ from cadsurgery.following.hooks import act_alike, acts_as, child, is_hooked
 from cadsurgery.network.idioms import Affine, AppliedOperation, affine_of, name_activations, step_of
 from cadsurgery.support import torch_operations
 from cadsurgery.surgery.rewrite import ACTS
-from cadsurgery.surgery.treatment import Attribute, Treatment, has_rule
+from cadsurgery.surgery.treatment import Attribute, Call, Treatment, has_rule
 
 # Name of the submodule that holds the fused convolutions of a network.
 KERNELS = "cadsurgery_kernels"
@@ -168,17 +168,18 @@ class Fuser:
         self.graph.lint()
 
     def order_resizes(self) -> None:
-        """Let each dense resize that is returned read contiguous memory, so that its result is contiguous, too: to put
-        the larger map in order takes longer than to resize it."""
+        """Let each dense resize that is returned give contiguous memory, see `functional.interpolate`."""
         (output,) = self.graph.find_nodes(op="output")
         for node in output.all_input_nodes:
             if node.op not in ("call_function", "call_module") or gives(node, "elements"):
                 continue
             called = self.called(node)
-            if called is F.interpolate or isinstance(called, nn.Upsample):
-                source = node.all_input_nodes[0]
-                with self.graph.inserting_before(node):
-                    node.replace_input_with(source, self.graph.call_function(functional.in_order, (source,)))
+            if called is F.interpolate:
+                node.target = functional.interpolate
+            elif type(called) in (nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d):
+                names = "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor"
+                node.op, node.target = "call_function", functional.interpolate
+                node.kwargs = {**node.kwargs, **{name: getattr(called, name, None) for name in names}}
 
     # -- reading the graph -------------------------------------------------------------------------
 
@@ -523,6 +524,8 @@ def _acts_of_kernel(head: fx.Node, kernel: fx.Node) -> Treatment:
     acts: Treatment = head.meta[ACTS]
 
     def moved(value: Any) -> Any:
+        if isinstance(value, Call):
+            return replace(value, args=tuple(map(moved, value.args)))
         is_held = head.op == "call_module" and isinstance(value, Attribute)
         return Attribute(value.path.replace(f"{head.target}.", f"{kernel.target}.", 1)) if is_held else value
 

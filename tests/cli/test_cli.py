@@ -23,6 +23,7 @@ from typer.main import get_command
 
 import cadsurgery as cs
 from cadsurgery import cli
+from cadsurgery.cli import replaced
 from cadsurgery.cli.main import make_app
 from cadsurgery.cli.replaced import REPLACED
 from cadsurgery.finetune.command import make_settings
@@ -292,6 +293,12 @@ def test_an_option_that_there_was_is_refused_with_what_replaces_it(
     assert set(re.findall(r"(?<!\w)--[a-z][\w-]*", named)) <= own - {option}
     for setting in re.findall(r"--set (\w+)", named):
         assert command == "convert" or (command, setting) in all_settings()
+
+
+@pytest.mark.parametrize("command", replaced.COMMANDS)
+def test_a_command_that_there_was_is_refused_with_what_replaces_it(run: Run, command: str) -> None:
+    done = run(command, "subject")
+    assert done.code == 2 and f"{command} is no command. Next: {replaced.COMMANDS[command]}" in done.err
 
 
 @pytest.mark.parametrize(

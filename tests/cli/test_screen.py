@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from conftest import ROOT, Run
+from conftest import ROOT, Run, slow
 from rich.console import Console
 
 import cadsurgery as cs
@@ -261,7 +261,7 @@ def test_what_is_left_out_of_folders_is_said_at_the_end_unless_the_command_is_re
     assert stream.getvalue().splitlines() == ["warning: slow", left_out][:lines]
 
 
-@pytest.mark.parametrize("arguments", [("list", "resnet1*", "--json"), ("--help",)])
+@pytest.mark.parametrize("arguments", [("list", "resnet1*", "--json"), slow(("--help",))])
 def test_a_closed_output_is_no_error(arguments: tuple[str, ...], tmp_path: Path) -> None:
     """`cadsurgery list >&-`: the work is done, and nothing is shown."""
     command = " ".join(("exec", sys.executable, "-m", "cadsurgery", *arguments, ">&-"))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images
+from conftest import assert_same, covering, images
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -89,8 +89,7 @@ def test_values_are_measured_from_a_baseline() -> None:
     assert_same(gaussian_fill(x, mask, 1.0, baseline=baseline), gaussian_fill(x - wide, mask, 1.0) + wide)
 
 
-@pytest.mark.parametrize("normalised", [False, True])
-@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize(("normalised", "soft"), covering([False, True], [False, True]))
 def test_gradients_are_those_of_finite_differences(normalised: bool, soft: bool) -> None:
     mask = chosen(2, 5, 6)
     shares = mask * images(2, 5, 6, torch.float64)[:, 0].sigmoid() if soft else mask

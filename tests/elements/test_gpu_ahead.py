@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import covering, slow
+from conftest import covering, thorough
 from elements.gpu_compiler import Compiled, compile_for
 
 from cadsurgery.elements.backends import gpu_tiles, triton_kernels
@@ -26,7 +26,7 @@ pytestmark = [
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 # In the default run Hopper, in the slow part a GPU of each kind: 86 and 89 multiply as 80 does, with the memory of 120.
 QUICK = (90,)
-CAPABILITIES = [one if one in QUICK else slow(one) for one in SHARED if one not in (86, 89)]
+CAPABILITIES = [one if one in QUICK else thorough(one, few=3) for one in SHARED if one not in (86, 89)]
 
 
 class Kind(NamedTuple):
@@ -86,7 +86,7 @@ def compile_product(
     return compile_for("product", capability, kind.dtype, constants, tile.warps, tile.stages, absent)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough(few=3)
 @pytest.mark.parametrize(
     ("kind", "residual", "samples", "capability"), covering(KINDS, [False, True], [False, True], CAPABILITIES)
 )
@@ -107,7 +107,7 @@ def test_every_tile_of_a_product_fits(kind: Kind, capability: int, residual: boo
 CHANNELS, TAPS = (3, 5, 33, 64, 96, 320, 2048), (1, 4, 9, 25)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough(few=3)
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_the_tile_that_the_rule_chooses_fits(channels: int) -> None:
     """Each shape on one GPU after the other, in one type after the other."""
@@ -127,7 +127,7 @@ def test_the_tile_that_the_rule_chooses_fits(channels: int) -> None:
         check(compiled, capability, (channels, outputs, taps, tile, kind), has_product=not kind.is_full)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough(few=3)
 @pytest.mark.parametrize(
     ("channels", "outputs", "groups"), [(128, 256, 32), (36, 36, 9), (30, 90, 3), (8, 16, 8)]
 )
@@ -139,7 +139,7 @@ def test_channel_groups_fit(channels: int, outputs: int, groups: int) -> None:
         check(compiled, capability, (channels, outputs, groups, tile), has_product=True)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough(few=3)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_gradients_of_weights_fit(capability: int) -> None:
     shapes = [(256, 256), (33, 21)] if capability not in QUICK else [(256, 256)]
@@ -190,7 +190,7 @@ def _others(channels: int, taps: int) -> list[tuple[str, dict[str, Any], tuple[s
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough(few=3)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_that_move_rows_and_make_maps_fit(capability: int) -> None:
     shapes = [(3, 25, "fp16"), (2048, 4, "fp32")] if capability not in QUICK else [(256, 9, "bf16")]

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import covering
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import ManyOperations, randomise, strided
@@ -75,7 +76,7 @@ def test_the_laws_hold(interpreted: str, which: str) -> None:
 
 
 @needs_triton
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_benchmark_runs_whole_without_a_gpu(tmp_path: Path) -> None:
     """In the interpreter, with a tiny network: what it prints then means nothing, but a minute of a GPU is dear."""
     (tmp_path / "tiny.py").write_text(
@@ -240,8 +241,7 @@ ASKED = [*ASKED_OF_TOYS, *(pytest.param(name, marks=pytest.mark.slow) for name i
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-@pytest.mark.parametrize("mask", ["edges | budget:fraction=0.4", "all"])
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize(("name", "mask"), covering([*ASKED], ["edges | budget:fraction=0.4", "all"]))
 def test_a_call_under_a_budget_asks_the_gpu_for_nothing(
     name: str, mask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same
+from conftest import assert_same, covering, slow
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -44,19 +45,23 @@ def _norm(rows: Tensor) -> nn.BatchNorm2d:
     )
 
 
-@pytest.fixture(scope="module", params=["one level", "two levels"])
-def lattice(request: pytest.FixtureRequest) -> Lattice:
-    levels = torch.zeros(1, *SIZE, dtype=torch.uint8)
-    if request.param == "two levels":
-        levels[:, :, SIZE[1] // 2 :] = 1
-    return Geometry((2,)).lattice(levels)
+@cache
+def lattice_of(levels: int) -> Lattice:
+    """Half of the map is at each of two levels."""
+    filled = torch.zeros(1, *SIZE, dtype=torch.uint8)
+    filled[:, :, SIZE[1] // 2 :] = levels - 1
+    return Geometry((2,)).lattice(filled)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_sums_over_four_megapixels_are_those_of_float64(
-    lattice: Lattice, name: str, dtype: torch.dtype
-) -> None:
+TYPES = (torch.float32, torch.bfloat16)
+# Each operation in one type and on one lattice; the slow part has the other type on the other lattice.
+CASES = [(name, TYPES[place % 2], 1 + place // 2 % 2) for place, name in enumerate(OPERATIONS)]
+OTHERS = [(name, TYPES[1 - place % 2], 2 - place // 2 % 2) for place, name in enumerate(OPERATIONS)]
+
+
+@pytest.mark.parametrize(("name", "dtype", "levels"), [*CASES, *(slow(*case) for case in OTHERS)])
+def test_sums_over_four_megapixels_are_those_of_float64(name: str, dtype: torch.dtype, levels: int) -> None:
+    lattice = lattice_of(levels)
     draw = torch.Generator().manual_seed(0)
     rows = (torch.rand(len(lattice), CHANNELS, generator=draw) + torch.arange(1.0, CHANNELS + 1) / 2).to(
         dtype
@@ -88,8 +93,7 @@ def test_norms_of_converted_networks_are_those_of_float64(norm: nn.Module, is_be
                 assert_same(form(image, mask=mask), exact.float(), EXACT)
 
 
-@pytest.mark.parametrize("count", [0, 1, 511, 512, 513, 8192, 20001])
-@pytest.mark.parametrize("shape", [(), (2,), (2, 3)], ids=str)
+@pytest.mark.parametrize(("count", "shape"), covering([0, 1, 511, 512, 513, 8192, 20001], [(), (2,), (2, 3)]))
 def test_products_of_rows_are_those_of_einsum_with_gradients(count: int, shape: tuple[int, ...]) -> None:
     left, right = (
         torch.randn(count, *shape, width, dtype=torch.float64, requires_grad=True) for width in (2, 5)

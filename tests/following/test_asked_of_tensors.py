@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, relative_error
-from networks import Encoded, converted_quietly, followed
+from conftest import assert_same, covering, relative_error, some
+from networks import Encoded, converted_quietly, followed, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -37,7 +37,7 @@ FACTS: dict[str, Callable[[Tensor], bool]] = {
 }
 
 
-@pytest.mark.parametrize("name", FACTS)
+@pytest.mark.parametrize("name", some(FACTS))
 def test_facts_that_no_pixel_decides_are_answered(name: str) -> None:
     fact = FACTS[name]
     check(Encoded(lambda own, image, y: own.head(2 * y) if fact(y) else own.head(y)))
@@ -98,7 +98,7 @@ FILLED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", FILLED)
+@pytest.mark.parametrize("name", some(FILLED))
 def test_filled_tensors_of_fewer_axes_are_added_and_multiplied(name: str) -> None:
     fill = FILLED[name]
     check(Encoded(lambda own, image, y: own.head((y + fill(y)) * (fill(y) + 2))))
@@ -122,7 +122,7 @@ TYPES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", some(TYPES))
 def test_types_are_those_of_this_call(name: str) -> None:
     of_type = TYPES[name]
     model = Encoded(lambda own, image, y: own.head(torch.cat([y[:, :6], y[:, 6:] + 0.1 * of_type(y)], 1)))
@@ -192,8 +192,7 @@ def _asks_layout(name: str) -> Callable[[Tensor], bool]:
 LAYOUTS = ("is_contiguous", "channels last", "stride", "stride of an axis")
 
 
-@pytest.mark.parametrize("of", ["image", "map"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("name", "of"), covering([*LAYOUTS], ["image", "map"]))
 def test_a_branch_on_memory_layouts_is_refused_where_both_ways_differ(name: str, of: str) -> None:
     fact = _asks_layout(name)
 
@@ -204,7 +203,7 @@ def test_a_branch_on_memory_layouts_is_refused_where_both_ways_differ(name: str,
         followed(Encoded(branch))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", some(LAYOUTS))
 def test_a_branch_on_memory_layouts_that_computes_the_same_is_followed(name: str) -> None:
     fact = _asks_layout(name)
 
@@ -264,15 +263,17 @@ class Attentive(nn.Module):
         return F.interpolate(self.head(y), x.shape[2:], mode="bilinear")
 
 
-@pytest.mark.parametrize("split", [by_shape, by_size, by_chunk])
-@pytest.mark.parametrize(("radix", "options"), [(2, {"coarsest": 16}), (3, {"output_stride": (2, 4)})])
+@pytest.mark.parametrize(
+    ("split", "radix", "options"),
+    covering([by_shape, by_size, by_chunk], [2, 3], [{"coarsest": 16}, {"output_stride": (2, 4)}]),
+)
 @torch.no_grad()
 def test_parts_of_channels_are_as_many_in_every_call(
     split: Callable[[Tensor, int], Any], radix: int, options: dict[str, Any]
 ) -> None:
     torch.manual_seed(0)
     model = Attentive(2, radix, split).eval().double()
-    net, x = cs.adaptify(model, "none", **options), torch.rand(2, 3, 50, 70).double()
+    net, x = unverified(model, "none", **options), torch.rand(2, 3, 50, 70).double()
     assert_same(net(x, mask="all" if net.plan.floors else "none"), model(x))
     assert not net.plan.chosen("barrier")
 
@@ -302,7 +303,7 @@ OF_SIZES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", OF_SIZES)
+@pytest.mark.parametrize("name", some(OF_SIZES))
 def test_a_plain_tensor_takes_sizes_of_the_image(name: str) -> None:
     """It is an attribute of the network, and neither a parameter nor a buffer."""
 
@@ -318,7 +319,7 @@ def test_a_plain_tensor_takes_sizes_of_the_image(name: str) -> None:
 
     torch.manual_seed(0)
     model, x = Coded().eval(), torch.rand(2, 3, 64, 96)
-    net = cs.adaptify(model, "none", output_stride=(2, 4), outputs="native", example_input=x)
+    net = unverified(model, "none", output_stride=(2, 4), outputs="native", example_input=x)
     with torch.no_grad():
         for image in (x, torch.rand(1, 3, 48, 72)):
             assert_same(net(image), model(image))

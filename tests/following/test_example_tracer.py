@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, random_levels
+from conftest import assert_same, covering, images, random_levels
 from networks import conv_norm, randomise, unverified
 from torch import Tensor, nn
 
@@ -96,7 +96,7 @@ class Large(nn.Module):
 
 def test_another_way_names_the_line_and_the_sizes() -> None:
     """Where it cannot be followed: its strides are others."""
-    net = cs.adaptify(Deeper().eval(), "none", outputs="native")
+    net = unverified(Deeper().eval(), "none", outputs="native")
     with pytest.raises(cs.InvalidInput) as refusal:
         net(images(1, 260, 80))
     message = str(refusal.value)
@@ -130,13 +130,12 @@ class BySelection(ByValues):
         return self.rest(x) if x[x > 0].numel() > 5 else x
 
 
-@pytest.mark.parametrize("network", [ByValues, BySelection])
-@pytest.mark.parametrize("convert", [cs.adaptify, cs.plan])
+@pytest.mark.parametrize(("network", "convert"), covering([ByValues, BySelection], [cs.adaptify, cs.plan]))
 def test_decisions_by_values_are_refused_with_their_line(
     network: type[nn.Module], convert: Callable[..., object]
 ) -> None:
     with pytest.raises(cs.CannotConvert) as refusal:
-        convert(network().eval())
+        convert(network().eval(), example_input=images(1, 64, 64))
     message = str(refusal.value)
     assert "values of the image" in message and f"{network.__name__}.forward: return self.rest(x)" in message
 
@@ -157,7 +156,7 @@ class Guided(IfSizesDiffer):
 def test_an_argument_that_was_none_may_be_given_later() -> None:
     """Whether something is None is the one question that no symbol hears: the call is read anew."""
     model, x = randomise(Guided()).eval(), images(1, 64, 64)
-    net = cs.adaptify(model, "none")
+    net = unverified(model, "none")
     assert_same(net(x, None, 2.0), model(x, gain=2.0), EXACT)
     assert_same(net(x, guide=x), model(x, guide=x), EXACT)
     assert_same(net(x), model(x), EXACT)
@@ -187,7 +186,7 @@ def test_padding_that_moves_in_another_image_is_refused() -> None:
             more = skip.size(3) // 150
             return F.pad(x, (more, more))[:, :, :, : skip.size(3)]
 
-    net = cs.adaptify(randomise(Uneven()).eval(), "none")
+    net = unverified(randomise(Uneven()).eval(), "none")
     with pytest.raises(cs.InvalidInput, match="moves the map against its lattice"):
         net(images(1, 40, 330))
 
@@ -206,7 +205,7 @@ class Inpainting(nn.Module):
 def test_a_networks_own_mask_is_the_networks() -> None:
     model, x = randomise(Inpainting()).eval(), images(2, 40, 56)
     hole = (x[:, :1] > 0).to(x.dtype)
-    net = cs.adaptify(model, "none", outputs="native", example_input={"image": x, "mask": hole})
+    net = unverified(model, "none", outputs="native", example_input={"image": x, "mask": hole})
     assert_same(net(x, hole), model(x, hole), EXACT)
     assert_same(net(image=x, mask=hole), model(x, hole), EXACT)
     for one in (net, net.optimize()):
@@ -224,13 +223,13 @@ def test_decisions_by_values_within_a_dictionary_are_refused_too() -> None:
             return super().forward(inputs["image"])
 
     with pytest.raises(cs.CannotConvert, match="values of the image"):
-        cs.adaptify(Within().eval(), example_input=({"image": images(1, 40, 56)},))
+        unverified(Within().eval(), example_input=({"image": images(1, 40, 56)},))
 
 
 def test_a_conversion_leaves_torch_as_it_was() -> None:
     """A list of scalar tensors becomes a tensor afterwards, too: torch asks whether they are sequences, which Python
     affirms of a class once its `__getitem__` was replaced."""
     before = {name: getattr(Tensor, name) for name in dir(Tensor)}
-    cs.adaptify(randomise(IntegerSizes()).eval(), example_input=images(1, 40, 56))
+    unverified(randomise(IntegerSizes()).eval(), example_input=images(1, 40, 56))
     assert {name: getattr(Tensor, name) for name in dir(Tensor)} == before
     assert torch.tensor([torch.tensor(1.0), torch.tensor(2.0)]).tolist() == [1, 2]

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, random_levels, slow
+from conftest import assert_same, images, random_levels, slow, some
 from networks import conv_norm, randomise, unverified
 from torch import Tensor, nn
 
@@ -99,7 +99,7 @@ BFLOAT16: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("how", BFLOAT16)
+@pytest.mark.parametrize("how", some(BFLOAT16, every=3))
 @torch.no_grad()
 def test_copies_in_bfloat16_follow_it_too(how: str) -> None:
     model = randomise(CropLike()).eval()

@@ -6,9 +6,12 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -16,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, slow
+from conftest import assert_same, images, slow, some
 from networks import randomise
 from torch import Tensor, nn
 
@@ -122,7 +125,7 @@ def convert(model: nn.Module, options: Any) -> cs.AdaptiveModel:
 
 
 @OPTIONS
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("change", some(CHANGES.values()), ids=CHANGES)
 def test_an_attribute_that_changes_is_read_anew(change: Callable[[Any], object], options: Any) -> None:
     model, x = randomise(Reads()).eval(), images(1, 64, 96)
     net = convert(model, options)
@@ -136,7 +139,7 @@ def test_an_attribute_that_changes_is_read_anew(change: Callable[[Any], object],
 
 
 @OPTIONS
-@pytest.mark.parametrize(("owner", "name", "value"), GLOBALS.values(), ids=GLOBALS)
+@pytest.mark.parametrize(("owner", "name", "value"), some(GLOBALS.values(), rows=True), ids=GLOBALS)
 def test_a_global_value_that_changes_is_read_anew(
     owner: Any, name: str, value: Any, options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,7 +299,7 @@ OF_LIBRARIES: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.mark.parametrize("change", OF_LIBRARIES.values(), ids=OF_LIBRARIES)
+@pytest.mark.parametrize("change", some(OF_LIBRARIES.values()), ids=OF_LIBRARIES)
 def test_attributes_of_all_kinds_are_read_anew(change: Callable[[Any], object]) -> None:
     model, x = randomise(ManyAttributes()).eval(), images(1, 64, 96)
     net, before = convert(model, {"output_stride": (1, 4)}), model(x)
@@ -439,7 +442,7 @@ class Turns(Encoder):
         return (2 * y).permute(0, 2, 3, 1) if asked_outside() else y
 
 
-@pytest.mark.parametrize(("read", "write"), READ.values(), ids=READ)
+@pytest.mark.parametrize(("read", "write"), some(READ.values(), rows=True), ids=READ)
 def test_a_flag_outside_is_never_kept_in_silence(
     read: Callable[[], Any], write: Callable[[bool], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -481,7 +484,7 @@ class NamesAlike(Encoder):
         return self.tail(steps[0], gain=2.0)
 
 
-@pytest.mark.parametrize("name", ["n", "gain", "steps", "tail"])
+@pytest.mark.parametrize("name", some(["n", "gain", "steps", "tail"]))
 def test_a_global_value_that_only_shares_a_name_may_change(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -523,3 +526,43 @@ def test_what_calls_count_in_a_closure_is_no_setting() -> None:
         assert_same(net(x), model(x))
         assert_same(fast(x), model(x))
     assert not net._ways
+
+
+class Beside:
+    """A global object that no network reads; notes whether it was asked how it is copied."""
+
+    asked = False
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        type(self).asked = True
+        return super().__reduce_ex__(protocol)
+
+
+BESIDE = Beside()
+
+
+def test_what_lies_beside_a_global_value_is_not_looked_at_for_a_copy() -> None:
+    """It may be all that a program holds."""
+    net = cs.adaptify(Reads().eval(), "none", example_input=torch.rand(1, 3, 64, 64), verify_laws=False)
+    net(torch.rand(1, 3, 64, 64))
+    copy.deepcopy(net)
+    net.optimize()
+    assert not Beside.asked
+
+
+class InSlots:
+    __slots__ = ("lock",)
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize(
+    "held",
+    [InSlots(), partial(print, threading.Lock()), deque([threading.Lock()]), threading.Lock()],
+    ids=["slots", "an argument", "an item", "itself"],
+)
+def test_what_cannot_be_copied_is_shared_wherever_an_object_holds_it(held: Any) -> None:
+    model = Reads().eval()
+    model.held = held
+    cs.adaptify(model, "none", example_input=torch.rand(1, 3, 64, 64), verify_laws=False)

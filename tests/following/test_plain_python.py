@@ -14,7 +14,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, random_levels
+from conftest import assert_same, covering, images, random_levels, some
 from networks import conv_norm, randomise, unverified
 from torch import Tensor, nn
 
@@ -153,7 +153,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", some(NETWORKS))
 @torch.no_grad()
 def test_it_converts_and_is_the_network(name: str) -> None:
     """With other weights than those of the conversion, at other sizes and batches; copies and pickles of it too."""
@@ -170,8 +170,7 @@ def test_it_converts_and_is_the_network(name: str) -> None:
     assert_same(net(x[:1], mask=levels[:1]), _first(net(x, mask=levels)), EXACT)
 
 
-@pytest.mark.parametrize("network", [Shuffle, ShuffleByViews])
-@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize(("network", "batch"), covering([Shuffle, ShuffleByViews], [1, 2, 3]))
 @torch.no_grad()
 def test_a_shuffle_that_takes_the_batch_with_it_is_in_the_region(network: type[Shuffle], batch: int) -> None:
     """Whatever batch it is converted on; in mixed resolution a batch is its images."""

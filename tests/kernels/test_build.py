@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, some
 from environments import NAME, belonging
 from stand_ins import COMPILER, needs_compiler, posix, script, write_stand_ins
 
@@ -99,7 +99,7 @@ def test_the_command_line_compiles(sources: Path, tmp_path: Path) -> None:
     assert done.returncode == 1 and "could not be compiled: there are no C files" in done.stderr
 
 
-@pytest.mark.parametrize("missing", OPTIONAL, ids=lambda one: one.name)
+@pytest.mark.parametrize("missing", some(OPTIONAL, every=3), ids=lambda one: one.name)
 def test_forms_whose_flags_the_compiler_does_not_know_are_left_out(
     missing: build.InstructionSet, sources: Path, tmp_path: Path
 ) -> None:

@@ -51,7 +51,7 @@ def test_calls_that_do_not_fit_are_refused_or_stay_within_their_buffers(seed: in
     assert all(any(name.startswith(kind) for name in called) for kind in KINDS)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_same_holds_for_what_the_functions_keep_on_their_stacks(tmp_path: Path) -> None:
     """By the compiler's address sanitiser, for the narrowest and the widest vectors of this processor."""
     compiler = build.find_compiler()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from conftest import assert_same, random_levels
 from emulation import Emulation
+from networks import unverified
 from planned_emulation import NotFollowed, PlannedEmulator, Told
 from random_networks import Case, Draw
 from torch import Tensor
@@ -50,15 +51,19 @@ def convert(case: Case, draw: Draw) -> cs.AdaptiveModel:
     return cs.adaptify(case.model, "none", example_input=case.given, **options)
 
 
-def compare(case: Case, draw: Draw) -> cs.AdaptiveModel:
-    """Converts a network with random options and holds it against its emulation and itself.
+def compare(case: Case, draw: Draw, options: dict[str, Any] | None = None) -> cs.AdaptiveModel:
+    """Converts a network, with random options or with these and without a comparison of its own, and holds it against
+    its emulation and itself.
 
     Where a map that left the region is pooled with indices, values of a window are equal but for rounding, which the
     batch, the kernels and the emulation change: of these the first counts as the largest, for all of them.
     """
     x, more = case.image, case.more
     of_this_size = replace(case, example=x, more_of_example=more)
-    net = convert(case, draw)
+    if options is None:
+        net = convert(case, draw)
+    else:
+        net = unverified(case.model, "none", example_input=case.given, **options)
     with torch.no_grad(), FirstOfEqual():
         original = case.model(x.clone(), *more)
         try:

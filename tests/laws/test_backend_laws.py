@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -27,6 +28,7 @@ from cadsurgery.elements.backends.works import (
     Mixing,
     MixingLines,
     Picking,
+    PixelReading,
     Pooling,
     WindowRead,
     extend,
@@ -259,8 +261,10 @@ def has(name: str, task: str) -> bool:
 TASKS = [
     (name, task)
     for name in NAMES
-    for task in ("pool", "mix", "mix_lines", "pick", "fill")
-    if has(name, task) and name not in ("torch", "without overlap", "triton samples", "triton")
+    for task in ("pool", "mix", "mix_lines", "pick", "read_pixels", "fill")
+    if has(name, task)
+    and (name, task) != ("portable", "read_pixels")  # which exists in files alone
+    and name not in ("torch", "without overlap", "triton samples", "triton")
 ]
 
 
@@ -285,6 +289,12 @@ def other_works(task: str, dtype: torch.dtype) -> list[Work]:
         return [MixingLines(values(3, 5, 7, seed=0, dtype=dtype), first, first + 1, share)]
     if task == "fill":
         return fillings(dtype)
+    if task == "read_pixels":
+        return [
+            PixelReading(values(len(one), channels, seed=0, dtype=dtype), one, spacing)
+            for one in (source, lattice("ragged", "nearest"), lattice("uniform"), source.at(2), source.at(0))
+            for channels, spacing in itertools.product((1, 2, 21), (1, 2, 3, 4))
+        ]
     return [Picking(rows, Reading(reading.table, reading.sources, reading.mix, False))]
 
 
@@ -403,6 +413,36 @@ def test_dense_maps_are_convolved_as_by_the_reference(
                     tried.add(backend.name)
                     assert_close(found.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert "torch" in tried
+
+
+RESIZES = [
+    {"size": (28, 11)},
+    {"size": 9},
+    {"scale_factor": (1.7, 2.3)},
+    {"scale_factor": 2.0, "recompute_scale_factor": True},
+    {"size": (1, 1)},
+]
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("how", RESIZES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 20, 9, 4), (1, 1, 1, 1), (1, 3, 5, 1100)], ids=str)
+def test_a_dense_map_is_resized_as_by_torch(shape: tuple[int, ...], how: Any, aligned: bool) -> None:
+    """In every type and from two memory layouts, to contiguous memory; with its gradient."""
+    exact = values(*shape, seed=0, dtype=torch.float64)
+    options = {"mode": "bilinear", "align_corners": aligned, **how}
+    for dtype, layout in itertools.product(TYPES, (torch.contiguous_format, torch.channels_last)):
+        image = exact.to(dtype).contiguous(memory_format=layout)
+        with torch.no_grad():
+            found = functional.interpolate(image, **options)
+        assert found.is_contiguous()
+        # Where samples lie is rounded as by torch, which counts in long lines.
+        assert_close(found, F.interpolate(image, **options), atol=TOLERANCE[dtype] / 50, rtol=0)
+    image = exact.requires_grad_()
+    assert_close(
+        torch.autograd.grad(functional.interpolate(image, **options).square().sum(), image),
+        torch.autograd.grad(F.interpolate(image, **options).square().sum(), image),
+    )
 
 
 # -- the choice ------------------------------------------------------------------------------------------

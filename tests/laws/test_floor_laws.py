@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering
+from conftest import assert_same, covering, some
 from networks import Encoded, unverified
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -293,16 +293,17 @@ class HandsOn(nn.Module):
         return self.last(self.second(self.pool(self.on(self.pad(self.first(x)))).relu()))
 
 
-@pytest.mark.parametrize("pad", [nn.ConstantPad2d(1, 0.0), nn.ConstantPad2d(1, 2.0), nn.ReflectionPad2d(1)])
 @pytest.mark.parametrize(
-    "on",
-    [
-        nn.Identity(),
-        nn.Sequential(nn.Identity(), nn.Identity()),
-        lambda x: x.contiguous(),
-        lambda x: x.clone(),
-    ],
-    ids=["a norm that is switched off", "two", "contiguous", "clone"],
+    ("pad", "on"),
+    covering(
+        [nn.ConstantPad2d(1, 0.0), nn.ConstantPad2d(1, 2.0), nn.ReflectionPad2d(1)],
+        [
+            nn.Identity(),
+            nn.Sequential(nn.Identity(), nn.Identity()),
+            lambda x: x.contiguous(),
+            lambda x: x.clone(),
+        ],
+    ),
 )
 def test_padding_that_is_handed_on_as_it_is_belongs_to_the_window_that_reads_it(
     pad: nn.Module, on: Any
@@ -347,7 +348,7 @@ class PadsAlongEachAxis(nn.Module):
         return self.down(self.pad(x, 2))
 
 
-@pytest.mark.parametrize("pad", [by_constants, by_rests, where_needed])
+@pytest.mark.parametrize("pad", some([by_constants, by_rests, where_needed], every=3))
 def test_a_map_that_is_padded_along_each_axis_in_turn_is_exact(pad: Callable[[Tensor, int], Tensor]) -> None:
     torch.manual_seed(0)
     model = PadsAlongEachAxis(pad).double().eval()
@@ -383,7 +384,7 @@ def through_kernel_maps(net: cs.AdaptiveModel, image: Tensor) -> Tensor:
     return net.run(lambda _, features: mapped.uniform_like(features, net.plan.identity_level), image)
 
 
-@pytest.mark.parametrize("size", [(100, 132), (99, 131), (96, 128)], ids=str)
+@pytest.mark.parametrize("size", some([(100, 132), (99, 131), (96, 128)], every=3), ids=str)
 def test_weights_of_zero_hide_no_branch_of_the_code(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     model = Hides().double().eval()
@@ -556,7 +557,7 @@ class Peaks(nn.Module):
         return torch.stack((scores, found, places.to(scores)), 2)
 
 
-@pytest.mark.parametrize("how", PEAKS)
+@pytest.mark.parametrize("how", some(PEAKS))
 @torch.no_grad()
 def test_peaks_of_a_map_are_found_dense(how: str) -> None:
     """Between anchors many values are equal but for rounding: the heatmap leaves the region before."""
@@ -583,13 +584,15 @@ class Reduced(nn.Module):
 
 @pytest.mark.parametrize(
     "reduce",
-    [
-        lambda x: x.amin((2, 3)),
-        lambda x: x.amax((2, 3)),
-        lambda x: torch.linalg.vector_norm(x, 2, (2, 3)),
-        lambda x: x.norm(1, (2, 3)),
-        lambda x: x.sum((2, 3)),
-    ],
+    some(
+        [
+            lambda x: x.amin((2, 3)),
+            lambda x: x.amax((2, 3)),
+            lambda x: torch.linalg.vector_norm(x, 2, (2, 3)),
+            lambda x: x.norm(1, (2, 3)),
+            lambda x: x.sum((2, 3)),
+        ]
+    ),
     ids=["amin", "amax", "vector_norm", "norm", "sum"],
 )
 def test_a_reduction_under_floors_is_verified_and_weighs_cells_by_what_they_cover(

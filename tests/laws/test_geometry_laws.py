@@ -180,7 +180,8 @@ def test_block_patches_are_wholly_high_or_wholly_at_the_lowest_level(data: st.Da
     geometry = Geometry(strides, data.draw(st.integers(1, len(strides))), patch="block")
     size, side = (data.draw(st.integers(1, 18)), data.draw(st.integers(1, 18))), geometry.sides[-1]
     torch.manual_seed(data.draw(st.integers(0, 2**20)))
-    asked = torch.where(torch.rand(2, *size) < 0.95, geometry.max_level, 0)
+    anything = torch.randint(0, geometry.max_level + 1, (2, *size))  # levels in between are not the lowest
+    asked = torch.where(torch.rand(2, *size) < 0.95, geometry.max_level, anything)
     legal = geometry.lattice(asked).levels
     for y in range(0, size[0], side):
         for x in range(0, size[1], side):

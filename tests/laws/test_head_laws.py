@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import covering, some
 from emulation import fill_cells, read
 from networks import DilatedWithHead
 from torch import Tensor, fx, nn
@@ -65,8 +66,7 @@ def converted(model: nn.Module, x: Tensor, region: str = "heads", **options: Any
     return cs.adaptify(model, "edges", region=region, output_stride=(4, 16), example_input=x, **options)
 
 
-@pytest.mark.parametrize("fill", ["linear", "nearest"])
-@pytest.mark.parametrize("kind", [1, 2, "mixed"])
+@pytest.mark.parametrize(("kind", "fill"), covering([1, 2, "mixed"], ["linear", "nearest"]))
 def test_values_and_gradients_are_those_of_the_emulation(kind: int | str, fill: Any) -> None:
     model, x = network(), torch.rand(2, 3, *SIZE, dtype=torch.float64)
     net, levels = converted(model, x, fill=fill), level_map(kind)
@@ -87,7 +87,9 @@ def test_everything_high_is_the_network(fill: Any) -> None:
         assert (converted(model, x, fill=fill)(x, mask="all") - model(x)).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("options", [{}, {"fill": "guided"}, {"anchor": "center", "fill": "nearest"}])
+@pytest.mark.parametrize(
+    "options", some([{}, {"fill": "guided"}, {"anchor": "center", "fill": "nearest"}], every=3)
+)
 def test_the_conversion_is_verified(options: dict[str, Any]) -> None:
     """By an emulation of every level and of all side by side, where values between anchors follow from these alone."""
     net = converted(network(), torch.rand(2, 3, *SIZE, dtype=torch.float64), **options)

@@ -225,8 +225,7 @@ class Doubled(nn.Module):
         return self.encode(torch.cat([map, 2 * map]))
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("optimised", [False, True])
+@pytest.mark.parametrize(("batch", "optimised"), covering([1, 2], [False, True]))
 def test_each_image_of_a_pair_gets_its_own_map(batch: int, optimised: bool) -> None:
     left, right = half(batch, False), half(batch, True)
     net = unverified(Pair().eval(), mask=MASK, output_stride=(2, 8), example_input=(left, right))

@@ -188,5 +188,5 @@ def test_a_rule_is_asked_and_its_answer_is_exact(name: str, monkeypatch: pytest.
     if name in NOT_EMULATED:
         monkeypatch.setattr(random_laws, "emulate", not_followed)
     image = torch.rand(2, 3, *SIZE, dtype=torch.float64)
-    compare(Case(model, image, image.flip(3), per_image=True), Draw(3))
+    compare(Case(model, image, image.flip(3), per_image=True), Draw(3), {})
     assert asked

@@ -99,7 +99,7 @@ UNJOINED: dict[str, Callable[[], list[nn.Module]]] = {
 def test_its_sizes_are_the_networks_at_any_size_of_the_image(name: str, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     model = settled(Unjoined(*UNJOINED[name]()).double(), images(2, 48, 64, double), Draw(0))
-    net = compare(Case(model, images(2, *size, double), images(1, 40, 40, double), True), Draw(1))
+    net = compare(Case(model, images(2, *size, double), images(1, 40, 40, double), True), Draw(1), {})
     assert {d.action for d in net.plan.decisions if d.operation.startswith("ConvTranspose")} == {"keep"}
 
 

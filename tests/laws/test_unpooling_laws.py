@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels
+from conftest import assert_same, covering, images, random_levels, some
 from networks import conv_norm
 from random_laws import compare
 from random_networks import Case, Draw, settled
@@ -188,7 +188,7 @@ ENDS: dict[str, tuple[nn.Module, Callable[[Tensor, Tensor], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("reason", ENDS, ids=lambda reason: reason or "returned")
+@pytest.mark.parametrize("reason", some(ENDS, every=3), ids=lambda reason: reason or "returned")
 def test_what_is_not_unpooled_on_elements_says_why_and_is_the_networks(reason: str) -> None:
     torch.manual_seed(0)
     model = Once(*ENDS[reason]).eval().double()
@@ -201,7 +201,7 @@ def test_what_is_not_unpooled_on_elements_says_why_and_is_the_networks(reason: s
             assert_same(net(image), model(image), EXACT)
 
 
-@pytest.mark.parametrize("reason", ENDS, ids=lambda reason: reason or "returned")
+@pytest.mark.parametrize("reason", some(ENDS, every=3), ids=lambda reason: reason or "returned")
 @torch.no_grad()
 def test_what_is_not_unpooled_on_elements_is_the_networks_under_floors(reason: str) -> None:
     """Its pooling runs dense: inside a cell there are no places of maxima."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import covering
+from conftest import covering, some
 from networks import unverified
 from torch import Tensor, nn
 
@@ -122,7 +122,7 @@ def test_an_operation_with_one_rule_works_dense_adaptive_and_in_bands(
             torch.testing.assert_close(found, whole(image, mask=mask), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", POOLS)
+@pytest.mark.parametrize("name", some(POOLS, every=3))
 @torch.no_grad()
 def test_points_read_of_such_an_operation_are_those_of_the_whole_map(name: str) -> None:
     model, image = Net(name, PLACES[0]).double().eval(), torch.randn(1, 3, 75, 101, dtype=torch.float64)

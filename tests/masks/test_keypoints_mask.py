@@ -19,6 +19,7 @@ import cv2
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import made_once
@@ -396,12 +397,14 @@ def test_a_function_that_can_be_imported_works_by_name_and_in_files(
 
 @pytest.mark.parametrize(
     "mask",
-    [
-        "keypoints:dilations=3/inf",
-        "keypoints:detector=given,dilations=0/5",
-        "keypoints:dilations=9 | budget:fraction=0.2",
-        "edges + (keypoints:count=4,dilations=9 | dilate)",
-    ],
+    some(
+        [
+            "keypoints:dilations=3/inf",
+            "keypoints:detector=given,dilations=0/5",
+            "keypoints:dilations=9 | budget:fraction=0.2",
+            "edges + (keypoints:count=4,dilations=9 | dilate)",
+        ]
+    ),
 )
 def test_every_copy_has_the_same_mask(mask: str, tmp_path: Path) -> None:
     """Saved, copied, pickled."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import covering
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
@@ -49,8 +50,7 @@ def test_a_mask_on_pictures_sees_the_mean_of_their_channels(mask: str, channels:
     assert torch.equal(found, provider(image.flip(1), features, grid))  # the order of bands does not count
 
 
-@pytest.mark.parametrize("channels", CHANNELS)
-@pytest.mark.parametrize("mask", [*ON_PICTURES, *ON_FEATURES])
+@pytest.mark.parametrize(("mask", "channels"), covering([*ON_PICTURES, *ON_FEATURES], [*CHANNELS]))
 def test_values_of_a_network_are_those_of_its_level_map(mask: str, channels: int) -> None:
     model, image = network(channels), batch(channels)
     statistics = tuple(sum(part) / 3 for part in (IMAGENET_MEAN, IMAGENET_STD))

@@ -25,64 +25,14 @@ REFUSED: list[tuple[Any, ...]] = [  # a text, the error, words of it
     ("zzz", cs.UnknownName),
     ("all:x=1", cs.UnknownName),
     ("edges,threshold=1", cs.UnknownName),
+    ("edges:threshold", cs.InvalidInput, "threshold"),
+    ("edges:threshold=", cs.InvalidInput, "threshold"),
+    ("confidence:measure=variance", cs.UnknownName, "measure"),
+    ("edges | budget:fraction=half", cs.InvalidInput, "not a number", "fraction=0.3"),
     ("edges | budgt", cs.UnknownName, "did you mean budget"),
     ("edges |", cs.UnknownName, '"edges | budget:fraction=0.3"'),
     ("edges | budget:fracton=0.3", cs.UnknownName, "did you mean fraction"),
     ("edgs | budget", cs.UnknownName, "did you mean edges"),
-    # Values out of range.
-    ("edges:threshold=abc", cs.InvalidInput, "threshold"),
-    ("edges:threshold=0.1/", cs.InvalidInput, "threshold"),
-    ("edges:threshold=nan", cs.InvalidInput, "threshold"),
-    ("edges:threshold", cs.InvalidInput, "threshold"),
-    ("edges:threshold=", cs.InvalidInput, "threshold"),
-    ("edges:dilation=1.5", cs.InvalidInput, "dilation"),
-    ("edges:dilation=4", cs.InvalidInput, "odd"),
-    ("edges:dilation=-3", cs.InvalidInput, "dilation"),
-    ("edges:threshold=0.3/0.2/0.1,dilation=3/5", cs.InvalidInput, "dilations"),
-    ("random:fraction=1.5", cs.InvalidInput, "fraction"),
-    ("random:fraction=-0.1", cs.InvalidInput, "fraction"),
-    ("random:fraction=0.1/0.2", cs.InvalidInput, "fraction"),
-    ("random:block=0", cs.InvalidInput, "block"),
-    ("trimap:width=4", cs.InvalidInput, "width=4"),
-    ("trimap:width=-3/5", cs.InvalidInput, "width=-3/5"),
-    ("gradient:sigma=-1", cs.InvalidInput, "sigma"),
-    ("gradient:sigma=nan", cs.InvalidInput, "sigma"),
-    ("gradient:sigma=inf", cs.InvalidInput, "sigma"),
-    ("gradient:threshold=nan", cs.InvalidInput, "threshold"),
-    ("gradient:dilation=2", cs.InvalidInput, "dilation"),
-    ("gradient:threshold=1/2/3,dilation=3/5", cs.InvalidInput, "dilations"),
-    ("edges | dilate:size=4", cs.InvalidInput, "size=4 is not odd"),
-    ("edges | dilate:size=0", cs.InvalidInput, "size=0 is not odd"),
-    ("edges | threshold:at=0.2/0.8", cs.InvalidInput, "0.2/0.8 do not fall"),
-    ("edges | threshold:at=nan", cs.InvalidInput, "NaN"),
-    ("edges | smooth:hold=-1", cs.InvalidInput, "hold=-1"),
-    ("content:share=2", cs.InvalidInput),
-    ("content:noise=-1", cs.InvalidInput),
-    ("content:margin=-1", cs.InvalidInput),
-    ("content:least=-1", cs.InvalidInput),
-    ("preview:scale=0", cs.InvalidInput),
-    ("preview:scale=2", cs.InvalidInput),
-    ("preview:margin=-1", cs.InvalidInput),
-    ("preview:least=-1", cs.InvalidInput),
-    ("edges | budget:fraction=0.5/0.2", cs.InvalidInput, "0.1/0.3"),
-    ("edges | budget:fraction=0.2/1.5", cs.InvalidInput, "0.1/0.3"),
-    ("edges | budget:fraction=-0.1/0.2", cs.InvalidInput, "0.1/0.3"),
-    ("edges | budget:fraction=nan/0.5", cs.InvalidInput, "0.1/0.3"),
-    ("edges | budget:fraction=0.1/nan", cs.InvalidInput, "0.1/0.3"),
-    ("learned:fraction=1.1", cs.InvalidInput, "fraction"),
-    ("learned:fraction=nan", cs.InvalidInput, "fraction"),
-    ("learned:temperature=0", cs.InvalidInput, "temperature"),
-    ("learned:temperature=nan", cs.InvalidInput, "temperature"),
-    ("learned:channels=8/8", cs.InvalidInput, "channels"),
-    ("learned:channels=8/0/8", cs.InvalidInput, "channels"),
-    ("learned:seed=-1", cs.InvalidInput, "seed"),
-    ("detail:sigma=-1", cs.InvalidInput, "sigma"),
-    ("detail:sigma=inf", cs.InvalidInput, "sigma"),
-    ("detail:threshold=1/2", cs.InvalidInput, "threshold"),
-    ("confidence:threshold=nan", cs.InvalidInput, "threshold"),
-    ("confidence:sigma=nan", cs.InvalidInput, "sigma"),
-    ("learned:channels=8/8", cs.InvalidInput, "channels"),
-    ("confidence:measure=variance", cs.UnknownName, "measure"),
     # Pipes, pluses and parentheses.
     ("budget:fraction=0.3", cs.InvalidInput, "'budget' needs another mask", '"edges | budget:fraction=0.3"'),
     ("budget | budget", cs.InvalidInput, "'budget' needs another mask", '"edges | budget"'),
@@ -98,10 +48,6 @@ REFUSED: list[tuple[Any, ...]] = [  # a text, the error, words of it
         "'random' cannot stand behind",
         '"random:seed=3 | budget:fraction=0.3"',
     ),
-    ("edges | budget:fraction=1.5", cs.InvalidInput, "fraction=1.5", "fraction=0.3"),
-    ("edges | budget:fraction=nan", cs.InvalidInput, "fraction=nan", "fraction=0.3"),
-    ("edges | budget:fraction=half", cs.InvalidInput, "not a number", "fraction=0.3"),
-    ("edges | budget:per_batch=perhaps", cs.InvalidInput, "not True or False", "per_batch=False"),
     ("edges +", cs.InvalidInput, "a mask is missing before the end", "edges + gradient"),
     ("+ edges", cs.InvalidInput, "a mask is missing before '+'", "edges + gradient"),
     ("edges + | budget", cs.InvalidInput, "nothing stands before the pipe", "| budget"),
@@ -121,16 +67,6 @@ REFUSED: list[tuple[Any, ...]] = [  # a text, the error, words of it
     ("usermasks:number", cs.InvalidInput, "module:function"),
     ("edges | usermasks:bright", cs.UnknownName, "mask wrapper"),
     ("saliency:threshold=0.5", cs.InvalidInput, "detail", "module:function"),
-    ("detail:threshold=0.1/0.5", cs.InvalidInput, "0.5/0.1"),
-    ("detail:threshold=nan", cs.InvalidInput, "0.35"),
-    ("keypoints:dilations=4", cs.InvalidInput, "odd"),
-    ("keypoints:dilations=5/8/5", cs.InvalidInput, "odd"),
-    ("keypoints:dilations=5.5", cs.InvalidInput, "dilations=51"),
-    ("keypoints:dilations=-3", cs.InvalidInput, "dilations=51"),
-    ("keypoints:dilations=nan", cs.InvalidInput, "dilations=51"),
-    ("keypoints:dilations=wide", cs.InvalidInput, "dilations=51"),
-    ("keypoints:count=0", cs.InvalidInput, "512"),
-    ("keypoints:count=1.5", cs.InvalidInput, "512"),
     ("keypoints:detector=shift", cs.UnknownName, "did you mean sift"),
     ("keypoints:detector=harris", cs.UnknownName, "module:function"),
     ("keypoints:detector=userpoints:corner", cs.UnknownName, "corners"),
@@ -139,6 +75,43 @@ REFUSED: list[tuple[Any, ...]] = [  # a text, the error, words of it
     ("keypoints:detector=userpoints:number", cs.InvalidInput, "module:function"),
     ("keypoints:dilation=5", cs.UnknownName, "dilations"),
 ]
+
+
+# By option: words of the refusal, and values that are none of it.
+OUT_OF_RANGE: dict[str, tuple[str, str]] = {
+    "edges:threshold": ("threshold", "abc 0.1/ nan"),
+    "edges:threshold=0.3/0.2/0.1,dilation": ("dilations", "3/5"),
+    "edges:dilation": ("dilation", "1.5 4 -3"),
+    "random:fraction": ("fraction", "1.5 -0.1 0.1/0.2"),
+    "random:block": ("block", "0"),
+    "trimap:width": ("width", "4 -3/5"),
+    "gradient:sigma": ("sigma", "-1 nan inf"),
+    "gradient:threshold": ("threshold", "nan"),
+    "gradient:dilation": ("dilation", "2"),
+    "gradient:threshold=1/2/3,dilation": ("dilations", "3/5"),
+    "edges | dilate:size": ("is not odd", "4 0"),
+    "edges | threshold:at": ("threshold", "0.2/0.8 nan"),
+    "edges | smooth:hold": ("hold=", "-1"),
+    "content:share": ("share", "2"),
+    "content:noise": ("noise", "-1"),
+    "content:margin": ("margin", "-1"),
+    "content:least": ("least", "-1"),
+    "preview:scale": ("scale", "0 2"),
+    "preview:margin": ("margin", "-1"),
+    "preview:least": ("least", "-1"),
+    "edges | budget:fraction": ("0.1/0.3", "0.5/0.2 0.2/1.5 -0.1/0.2 nan/0.5 0.1/nan 1.5 nan"),
+    "edges | budget:per_batch": ("per_batch=False", "perhaps"),
+    "learned:fraction": ("fraction", "1.1 nan"),
+    "learned:temperature": ("temperature", "0 nan"),
+    "learned:channels": ("channels", "8/8 8/0/8"),
+    "learned:seed": ("seed", "-1"),
+    "detail:sigma": ("sigma", "-1 inf"),
+    "detail:threshold": ("threshold", "1/2 0.1/0.5 nan"),
+    "confidence:threshold": ("threshold", "nan"),
+    "confidence:sigma": ("sigma", "nan"),
+    "keypoints:dilations": ("51", "4 5/8/5 5.5 -3 nan wide"),
+    "keypoints:count": ("512", "0 1.5"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +129,15 @@ def test_a_text_that_is_no_mask_is_refused_with_what_helps(row: tuple[Any, ...])
     with pytest.raises(kind) as caught:
         resolve_mask(text)
     assert caught.value.next and all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("option", OUT_OF_RANGE)
+def test_an_option_refuses_what_it_cannot_be_and_says_what_it_can(option: str) -> None:
+    words, values = OUT_OF_RANGE[option]
+    for value in values.split():
+        with pytest.raises(cs.InvalidInput) as caught:
+            resolve_mask(f"{option}={value}")
+        assert caught.value.next and words in str(caught.value), value
 
 
 @pytest.mark.parametrize("text", ["confidence", "keypoints:detector=own", "preview"])

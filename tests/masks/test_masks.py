@@ -18,6 +18,7 @@ from torch import Tensor
 
 import cadsurgery as cs
 from cadsurgery.masks import Budget, EdgeMask, FineMapSpec, MaskProvider, RandomMask, resolve_mask
+from cadsurgery.masks.filters import near
 from cadsurgery.masks.provider import PROVIDERS
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
@@ -226,8 +227,9 @@ def test_random_keeps_about_the_fraction_asked_for_in_whole_blocks() -> None:
     assert torch.equal(blocks.amax((2, 4)), blocks.to(torch.uint8).amin((2, 4)).bool())
 
 
-def test_a_seeded_random_mask_repeats_and_differs_between_images_and_seeds() -> None:
-    model, image = net("random:fraction=0.5,seed=3"), torch.randn(2, 3, 256, 256)
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_seeded_random_mask_repeats_and_differs_between_images_and_seeds(seed: int) -> None:
+    model, image = net(f"random:fraction=0.5,seed={seed}"), torch.randn(2, 3, 256, 256)
     model(image)
     first = model.levels.clone()
     model(image)
@@ -306,6 +308,17 @@ def budget(scores: Tensor, fraction: float, patch: int = 4, **options: bool) -> 
 
 FRACTIONS = [0.0, 0.01, 0.25, 0.34, 0.5, 0.99, 1.0]
 MAPS = [(16, 24), (13, 17), (3, 29), (1, 1), (4, 5)]
+
+
+@pytest.mark.parametrize("size", [(2, 3), (3, 3), (2, 5), (4, 4), (1, 2)])
+def test_a_fine_map_larger_than_the_samples_of_an_image_repeats_the_last(size: tuple[int, int]) -> None:
+    """As of networks that pad, along one axis or both; a smaller one is cut."""
+    values, side = torch.rand(2, 8, 12), 4
+    rows, columns = (
+        torch.arange(count).clamp(max=most - 1) for count, most in zip(size, (2, 3), strict=True)
+    )
+    expected = values[:, ::side, ::side][:, rows][:, :, columns]
+    assert torch.equal(near(values, 1, FineMapSpec(2, size, side, 2, 4, 4)), expected)
 
 
 @pytest.mark.parametrize(("size", "fraction", "patch"), covering(MAPS, FRACTIONS, [1, 4]))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import covering, some
+from subjects import adaptive_detector, given_detector
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import MultiScaleRoIAlign
 
 import cadsurgery as cs
 from cadsurgery.masks import sized
@@ -78,8 +78,7 @@ def check(levels: Tensor, net: Any, images: list[Tensor], has_same_features: boo
         assert (own[rows:] == lowest).all() and (own[:, columns:] == lowest).all()
 
 
-@pytest.mark.parametrize("form", ["converted", "optimised", "in bands"])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("mask", "form"), covering([*MASKS], ["converted", "optimised", "in bands"]))
 def test_an_image_in_a_padded_batch_has_the_levels_that_it_has_alone(mask: str, form: str) -> None:
     net, images = converted(mask, form), pictures()
     if form == "in bands" and "detail" in mask:
@@ -108,7 +107,7 @@ def test_sizes_may_be_those_of_a_context_a_tensor_or_a_pixel_mask() -> None:
     assert torch.equal(net.levels, as_it_comes) and not torch.equal(wanted, as_it_comes)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", some(MASKS))
 def test_counting_uses_the_masks_of_the_call(mask: str) -> None:
     """Also under masks for which counting runs the network: they read features."""
     net, batch = converted(mask, "converted"), padded(pictures())
@@ -143,20 +142,10 @@ def test_sizes_that_do_not_fit_are_refused(sizes: Any, words: str) -> None:
         converted(MASKS[0], "converted")(padded(pictures()), sizes=sizes)
 
 
-@pytest.mark.parametrize(
-    "mask",
-    [
-        "content",
-        *(pytest.param(mask, marks=pytest.mark.slow) for mask in ("edges", "edges | budget:fraction=0.3")),
-    ],
-)
+@pytest.mark.parametrize("mask", ["content", "edges", "edges | budget:fraction=0.3"])
 def test_detectors_say_how_large_the_images_of_their_batches_are(mask: str) -> None:
-    torch.manual_seed(0)
-    body = nn.Sequential(*(nn.Sequential(nn.Conv2d(a, 8, 3, 2, 1), nn.ReLU()) for a in (3, 8, 8)))
-    body.out_channels = 8
-    anchors, pool = AnchorGenerator(((32, 64),), ((1.0,),)), MultiScaleRoIAlign(["0"], 5, 2)
-    detector = FasterRCNN(body, 3, rpn_anchor_generator=anchors, box_roi_pool=pool, min_size=96, max_size=192)
-    net = cs.adaptify(detector.eval(), mask, verify_laws=False)
+    net = copy.deepcopy(adaptive_detector())
+    net.mask = mask
     images = [torch.rand(3, 96, 128), torch.rand(3, 192, 96)]
     with torch.no_grad():
         for form in (net, net.optimize()):
@@ -170,4 +159,4 @@ def test_detectors_say_how_large_the_images_of_their_batches_are(mask: str) -> N
                     own[:, width:] == form.plan.max_level
                 ).all()
             assert form.macs(images).active_fraction == pytest.approx(float((both == 0).double().mean()))
-    assert not any(detector.transform._forward_hooks.values())
+    assert not any(given_detector().transform._forward_hooks.values())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, assert_same, covering
+from conftest import Run, assert_same, covering, some
 from networks import made_once, strided
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -342,7 +342,7 @@ def test_an_exported_program_holds_the_normalisation() -> None:
 # -- files ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [None, "raw", (0.5, 0.5), CONVENTIONS["0..255"]])
+@pytest.mark.parametrize("given", some([None, "raw", (0.5, 0.5), CONVENTIONS["0..255"]]))
 def test_a_file_keeps_what_is_known(tmp_path: Path, given: Any) -> None:
     net = adapted("-1..1", normalisation=given)
     cs.save(net, tmp_path / "net.safetensors")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import covering, some
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -29,8 +30,9 @@ def region(height: int, width: int) -> Tensor:
     return kept
 
 
-@pytest.mark.parametrize("strides", [(1, 16), (2, 16), (4, 8), (8, 16)])
-@pytest.mark.parametrize("size", [(96, 128), (75, 101)])
+@pytest.mark.parametrize(
+    ("strides", "size"), covering([(1, 16), (2, 16), (4, 8), (8, 16)], [(96, 128), (75, 101)])
+)
 def test_a_region_in_pixels_keeps_what_it_touches(strides: tuple[int, int], size: tuple[int, int]) -> None:
     model, image, kept = network(), torch.rand(2, 3, *size), region(*size)
     net = cs.adaptify(model, "edges", output_stride=strides, verify_laws=False).eval()
@@ -85,7 +87,7 @@ SET = [
 ]
 
 
-@pytest.mark.parametrize(("mask", "option", "value"), SET)
+@pytest.mark.parametrize(("mask", "option", "value"), some(SET, rows=True))
 def test_an_option_that_is_set_is_that_of_the_constructor(mask: str, option: str, value: Any) -> None:
     image = street_scene(96, 128)[None]
     net = cs.adaptify(network(), mask, output_stride=(4, 16), verify_laws=False).eval()

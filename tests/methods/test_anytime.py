@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, slow
+from conftest import assert_same, covering, images, slow, some
 from decisions import decide
 from networks import (
     Chain,
@@ -291,7 +291,7 @@ def test_one_threshold_may_ask_everything_and_others_not() -> None:
             assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("threshold", [(0.9, 0.8), [], float("nan"), "much", (0.9, None, 0.8)])
+@pytest.mark.parametrize("threshold", some([(0.9, 0.8), [], float("nan"), "much", (0.9, None, 0.8)]))
 def test_thresholds_that_are_no_numbers_or_not_as_many_are_refused(threshold: Any) -> None:
     net = anytime()
     with pytest.raises(cs.InvalidInput, match="give one number, or 3"):
@@ -491,7 +491,7 @@ class Undecided(Chain):
         (Chain, {"fill": "linear"}, cs.UnknownName, "gaussian"),
         (Backbone, {}, cs.InvalidInput, "say classes=N"),
         (Classifier, {}, cs.CannotConvert, "returns no map"),
-        (Undecided, {}, cs.CannotConvert, "cannot be traced"),
+        slow(Undecided, {}, cs.CannotConvert, "cannot be traced"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, random_levels, slow
+from conftest import assert_same, covering, random_levels, slow, some, thorough
 from networks import ResidualSegmenter, Segmenter, build, seeded, strided, unverified
 from random_networks import random_case
 from timm.layers import CondConv2d
@@ -195,9 +195,16 @@ def made(name: str) -> nn.Module:
     return build(name, torch.float64, by=8) if name in LIBRARY else seeded(NETWORKS[name])
 
 
-@pytest.mark.parametrize("rows", [1, 16, 1000])
-@pytest.mark.parametrize("mask", ["all", MASK])
-@pytest.mark.parametrize("name", [*SMALL, *(slow(one) for one in ("convnext", *LIBRARY))])
+# Bands of the fewest rows find most: each network has them, and a mask with more.
+WHOLE = [
+    (name, mask, rows)
+    if name in SMALL and (mask, rows) in (("all", 1), (MASK, 16))
+    else thorough(name, mask, rows, few=3)
+    for name, mask, rows in itertools.product((*SMALL, "convnext", *LIBRARY), ("all", MASK), (1, 16, 1000))
+]
+
+
+@pytest.mark.parametrize(("name", "mask", "rows"), WHOLE)
 @torch.no_grad()
 def test_in_bands_is_whole(name: str, mask: str, rows: int) -> None:
     """Floors; at odd sizes, for bands of the fewest rows and for one band. `all` is the network as given."""
@@ -247,16 +254,18 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("rows", [2, 16])
-@pytest.mark.parametrize("mask", ["all", MASK])
 @pytest.mark.parametrize(
-    ("change", "skips"), [*((name, False) for name in IN_PLACE), ("method", True), ("module", True)]
+    ("changed", "mask", "rows"),
+    covering(
+        [*((name, False) for name in IN_PLACE), ("method", True), ("module", True)], ["all", MASK], [2, 16]
+    ),
 )
 @torch.no_grad()
 def test_a_change_in_place_reaches_what_is_read_behind_it_alone(
-    change: str, skips: bool, mask: str, rows: int
+    changed: tuple[str, bool], mask: str, rows: int
 ) -> None:
     """Neither fused layers nor bands read the map at another time than the network."""
+    change, skips = changed
     model, image = seeded(lambda: InPlace(IN_PLACE[change], skips)), picture(75, 101)
     net = unverified(model, mask, example_input=picture(64, 96), coarsest=16)
     expected = model(image) if mask == "all" else net(image)
@@ -364,8 +373,7 @@ def test_a_copy_of_the_copy_has_the_same_memory() -> None:
 # -- pictures and results that are larger than the memory ------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", ["all", MASK])
-@pytest.mark.parametrize("name", ["segmenter", "norms", "pools"])
+@pytest.mark.parametrize(("name", "mask"), covering(["segmenter", "norms", "pools"], ["all", MASK]))
 @torch.no_grad()
 def test_rows_are_those_of_the_call_from_any_start(name: str, mask: str) -> None:
     """The picture is any array that gives rows; a later start computes no more than what is read for it."""
@@ -401,7 +409,7 @@ class Watched:
         return rows
 
 
-@pytest.mark.parametrize("mask", ["all", "none", MASK])
+@pytest.mark.parametrize("mask", some(["all", "none", MASK], every=3))
 def test_rows_can_be_computed_again_and_leave_gradients_to_the_caller(mask: str) -> None:
     """Only a mask that looks at the picture is given all of it."""
     net = unverified(made("strided"), mask, example_input=picture(64, 96), coarsest=16)
@@ -550,8 +558,9 @@ def least_of(refusal: pytest.ExceptionInfo[cs.InvalidInput]) -> str:
     return refusal.value.next.partition('memory="')[2].partition('"')[0]
 
 
-@pytest.mark.parametrize("mask", ["all", MASK])
-@pytest.mark.parametrize("name", ["segmenter", "pools", "norms", "lopsided"])
+@pytest.mark.parametrize(
+    ("name", "mask"), covering(["segmenter", "pools", "norms", "lopsided"], ["all", MASK])
+)
 @torch.no_grad()
 def test_wide_pictures_are_refused_with_what_rows_take_and_computed_in_it(name: str, mask: str) -> None:
     model = seeded(Lopsided) if name == "lopsided" else made(name)
@@ -749,7 +758,7 @@ class Experts(nn.Module):
         return self.conv(x, torch.sigmoid(self.route(x.mean((2, 3)))))
 
 
-@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("name", some(WINDOWS))
 @torch.no_grad()
 def test_every_window_on_dense_maps_in_bands_is_whole(name: str) -> None:
     """Called on more rows than asked for, so that their own padding reaches none of these; at sizes with any rest."""
@@ -782,8 +791,7 @@ def test_a_pooling_that_covered_the_map_of_the_example_alone_is_refused() -> Non
     assert refusal.value.why == "its window was the whole map where the network was converted."
 
 
-@pytest.mark.parametrize("size", [(96, 40), (101, 33), (70, 35)], ids=str)
-@pytest.mark.parametrize("name", GROWING)
+@pytest.mark.parametrize(("name", "size"), covering([*GROWING], [(96, 40), (101, 33), (70, 35)]))
 @torch.no_grad()
 def test_maps_that_grow_by_padding_are_computed_in_bands(name: str, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
@@ -820,7 +828,7 @@ class Salient(AnchorHead):
         return found.view(len(x), 2, 4, -1).cumsum(3).amax(3), self.c(found)
 
 
-@pytest.mark.parametrize("mask", ["all", "none", MASK])
+@pytest.mark.parametrize("mask", some(["all", "none", MASK], every=3))
 def test_rows_of_a_detector_are_arranged_when_its_maps_are_complete(mask: str) -> None:
     torch.manual_seed(0)
     net = unverified(AnchorHead().eval().double(), mask, coarsest=16, example_input=picture(64, 96))

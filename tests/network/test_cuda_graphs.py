@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, images, random_levels
+from conftest import assert_same, covering, images, random_levels
 from networks import ManyOperations, randomise, strided, unverified
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -84,8 +84,13 @@ def converted(
     return net, fast
 
 
-@pytest.mark.parametrize("mask", [BUDGET, "edges", "all", "none", "confidence", "levels", "random | budget"])
-@pytest.mark.parametrize("name", ["strided", "many operations", "floors"])
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    covering(
+        ["strided", "many operations", "floors"],
+        [BUDGET, "edges", "all", "none", "confidence", "levels", "random | budget"],
+    ),
+)
 def test_recorded_calls_give_the_same_and_results_stay(name: str, mask: str, graphs: Graphs) -> None:
     """With floors, too, of which the network's own graph runs where everything is high."""
     model = randomise(ManyOperations()) if name == "many operations" else strided(outputs=4, kernel=3)

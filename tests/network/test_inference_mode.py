@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import images
-from networks import Encoded, Segmenter, seeded
+from conftest import covering, images
+from networks import Encoded, Segmenter, seeded, unverified
 from torch import nn
 
 import cadsurgery as cs
@@ -21,31 +21,28 @@ def _saved(model: nn.Module, x: Any, folder: Path) -> nn.Module:
 
 
 def _refined(model: nn.Module, x: Any, folder: Path) -> nn.Module:
-    net = cs.adaptify(model, "edges", example_input=x)
+    net = unverified(model, "edges", example_input=x)
     net.add_refinement()
     return net
 
 
 MADE: dict[str, Callable[[nn.Module, Any, Path], nn.Module]] = {
-    "strides": lambda model, x, folder: cs.adaptify(model, "edges"),
-    "an example of that mode": lambda model, x, folder: cs.adaptify(model, "edges", example_input=x),
-    "arguments of that mode": lambda model, x, folder: cs.adaptify(model, "edges", example_input={"x": x}),
-    "floors": lambda model, x, folder: cs.adaptify(model, "edges", coarsest=32, example_input=x),
-    "a learned mask": lambda model, x, folder: cs.adaptify(model, "learned", example_input=x),
+    "strides": lambda model, x, folder: unverified(model, "edges"),
+    "an example of that mode": lambda model, x, folder: unverified(model, "edges", example_input=x),
+    "arguments of that mode": lambda model, x, folder: unverified(model, "edges", example_input={"x": x}),
+    "floors": lambda model, x, folder: unverified(model, "edges", coarsest=32, example_input=x),
+    "a learned mask": lambda model, x, folder: unverified(model, "learned", example_input=x),
     "a refinement": _refined,
     "a file": _saved,
     "a sampled input": lambda model, x, folder: cs.resample(model, size=(32, 48)),
 }
 
 
-@pytest.mark.parametrize("is_called", [False, True], ids=["made", "made and called"])
-@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
-def test_what_is_made_in_inference_mode_is_trained(
-    make: Callable[[nn.Module, Any, Path], nn.Module], is_called: bool, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("make", "is_called"), covering([*MADE], [False, True]))
+def test_what_is_made_in_inference_mode_is_trained(make: str, is_called: bool, tmp_path: Path) -> None:
     model = seeded(Segmenter, torch.float32)
     with torch.inference_mode():
-        net = make(model, images(1, 64, 96), tmp_path)
+        net = MADE[make](model, images(1, 64, 96), tmp_path)
         if is_called:
             net(images(1, 64, 96))
     assert not any(value.is_inference() for value in (*net.parameters(), *net.buffers()))
@@ -69,7 +66,7 @@ def test_a_path_that_is_read_in_inference_mode_is_trained() -> None:
 
 @pytest.mark.parametrize("size", [(64, 96), (97, 129)])
 def test_an_image_of_inference_mode_is_refused_in_training_in_words(size: tuple[int, int]) -> None:
-    net = cs.adaptify(seeded(Segmenter, torch.float32), "edges", example_input=images(1, 64, 96))
+    net = unverified(seeded(Segmenter, torch.float32), "edges", example_input=images(1, 64, 96))
     with torch.inference_mode():
         x = images(1, *size)
     with pytest.raises(cs.InvalidInput, match="inference_mode") as caught:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import images
+from conftest import images, some
 from networks import PooledSegmenter, adapted, randomise, unverified
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ OPTIONS: list[dict[str, Any]] = [
 # -- round trips ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(options) or "defaults")
+@pytest.mark.parametrize("options", some(OPTIONS), ids=lambda options: ",".join(options) or "defaults")
 def test_a_saved_network_comes_back_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
     net, image = adapted(**options), images(2, 97, 129)
     cs.save(net, tmp_path / "net.safetensors")
@@ -169,7 +169,7 @@ def test_saving_what_was_loaded_writes_the_same_file(tmp_path: Path) -> None:
 # -- masks ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64])
+@pytest.mark.parametrize("dtype", some([torch.bool, torch.int8, torch.int64], every=3))
 def test_a_tensor_as_mask_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
     levels = torch.randint(0, 2, (2, 12, 16)).to(dtype)
     net, image = adapted(levels), images(2, 97, 129)
@@ -182,7 +182,14 @@ def test_a_tensor_as_mask_comes_back(tmp_path: Path, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize(
     "mask",
-    ["edges:threshold=0.15,dilation=7", "random:seed=1", torch.randint(0, 2, (1, 12, 16)), "none | budget"],
+    some(
+        [
+            "edges:threshold=0.15,dilation=7",
+            "random:seed=1",
+            torch.randint(0, 2, (1, 12, 16)),
+            "none | budget",
+        ]
+    ),
 )
 def test_a_wrapped_mask_is_stored_with_what_it_wraps(tmp_path: Path, mask: object) -> None:
     net, image = adapted(Budget(mask, 0.4, per_batch=True)), images(2, 96, 128)
@@ -199,7 +206,9 @@ def test_a_wrapper_of_a_function_is_as_little_stored_as_the_function(tmp_path: P
         cs.load(tmp_path / "net.safetensors", segmenter())
 
 
-@pytest.mark.parametrize("stored", ["none", torch.zeros(12, 16, dtype=torch.long), lambda image: None])
+@pytest.mark.parametrize(
+    "stored", some(["none", torch.zeros(12, 16, dtype=torch.long), lambda image: None], every=3)
+)
 def test_a_mask_given_to_load_replaces_the_stored_one(tmp_path: Path, stored: object) -> None:
     cs.save(adapted(stored), tmp_path / "net.safetensors")
     again = cs.load(tmp_path / "net.safetensors", segmenter(), mask=EdgeMask(0.5, 3))

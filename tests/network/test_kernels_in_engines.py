@@ -20,7 +20,9 @@ from networks import made_once, randomise, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
+from cadsurgery.elements.backends.choose import compute
 from cadsurgery.elements.backends.operators import KERNELS
+from cadsurgery.elements.backends.works import PixelReading
 from cadsurgery.elements.kernel_map import read_points
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.kernels import build
@@ -569,6 +571,7 @@ RESULTS = {  # type and dimensions
     "ResizeLinear": ((FLOAT, 4),),
     "ResizeLinearAligned": ((FLOAT, 4),),
     "InterpolationError": ((FLOAT, 3),),
+    "ReadPixels": ((FLOAT, 4),),
 }
 
 
@@ -653,6 +656,47 @@ def test_taps_in_engines_are_those_of_the_kernel_map(
     assert all(np.abs(one[2] - expected.mix.numpy()).max(initial=0) < 1e-7 for one in found["ReadTaps"])
     near = torch.where(inside, source.index[points], source.count)
     assert np.array_equal(found["ReadNearTaps"][0][0], near)
+
+
+def pixels_of(lattice: Lattice, rows: np.ndarray, step: int) -> dict[str, Any]:
+    """Return the inputs of a reading of every so many-th pixel."""
+    cells = numbers(lattice.levels, lattice.geometry.sides, lattice.index, [step])
+    return {"rows": rows, **dict(zip(("levels", "sides", "index", "sizes"), cells, strict=True))}
+
+
+@pytest.mark.parametrize(("lattice", "channels", "step"), covering(LATTICES, [1, 3, 33], [1, 2, 4]), ids=str)
+def test_pixels_in_engines_are_those_of_the_reading(
+    lattice: Any, channels: int, step: int, tmp_path: Path
+) -> None:
+    source = lattice_of(*lattice)
+    rows = np.random.default_rng(0).standard_normal((source.count, channels)).astype(np.float32)
+    work = PixelReading(torch.from_numpy(rows), source, step)
+    expected = compute(work.picking).view(work.shape).numpy()
+    feed = pixels_of(source, rows, step)
+    path = call_of(tmp_path / "pixels.onnx", "ReadPixels", feed)
+    for run in runs_of(path):
+        assert np.abs(run(None, feed)[0] - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"levels": numbers([[[0, 3], [0, 0]]])[0]}, "without a side"),
+        ({"index": numbers([0, 1, 2, 4])[0]}, "do not fit their level map"),
+        ({"index": numbers([0, 1, -1, 2])[0]}, "do not fit their level map"),
+        ({"rows": np.zeros(4, np.float32)}, "do not fit their level map"),
+        ({"sizes": numbers([0])[0]}, "not one number"),
+        ({"sizes": numbers([1, 1])[0]}, "not one number"),
+    ],
+    ids=str,
+)
+def test_pixels_of_other_cells_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    rows = np.zeros((4, 3), np.float32)
+    good = numbers([[[0, 0], [0, 0]]], [1, 2, 4], range(4), [1])
+    given = dict(zip(("levels", "sides", "index", "sizes"), good, strict=True))
+    feed = {"rows": rows, **given, **change}
+    path = call_of(tmp_path / "pixels.onnx", "ReadPixels", feed, fits=False)
+    assert_refused(path, feed, message, in_both=feed["rows"].ndim == 2)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import assert_same, covering, images, random_levels, slow
+from conftest import assert_same, covering, images, random_levels, slow, some
 from networks import build, unverified
 from ptflops import get_model_complexity_info
 from random_networks import random_case
@@ -146,7 +146,7 @@ def test_macs_of_a_mixed_map_are_those_that_run(name: str, options: dict[str, An
     assert report.active_fraction == net.active_fraction
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some(MODELS, every=3))
 def test_macs_of_the_extremes_are_those_that_run(name: str) -> None:
     net, image = unverified(MODELS[name](), "all"), images(1, 97, 161)
     report = net.macs(image)
@@ -199,7 +199,7 @@ def test_the_dense_twins_cost_what_ptflops_counts(size: tuple[int, int]) -> None
 # -- how they grow -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some(MODELS, every=3))
 def test_raising_the_level_anywhere_never_costs_more(name: str) -> None:
     net, image = unverified(MODELS[name](), "none"), images(1, 96, 128)
     net(image)
@@ -267,7 +267,10 @@ NETWORKS = MODELS | {"unet": lambda: subject("unets:unet_bilinear", CHECKOUT).bu
 
 @pytest.mark.parametrize(
     ("name", "pair"),
-    [("strided", None), ("strided", (8, 16)), ("dilated", None), ("mixed", None), ("unet", (2, 4))],
+    some(
+        [("strided", None), ("strided", (8, 16)), ("dilated", None), ("mixed", None), ("unet", (2, 4))],
+        rows=True,
+    ),
 )
 def test_work_of_the_network_given_is_what_torch_counts_of_it(
     name: str, pair: tuple[int, int] | None
@@ -373,8 +376,9 @@ def test_the_work_of_a_plan_is_stored_and_may_be_missing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["nearest", "bilinear", "transposed"])
-@pytest.mark.parametrize("options", [{}, {"coarsest": 16}], ids=["strides", "floors"])
+@pytest.mark.parametrize(
+    ("how", "options"), covering(["nearest", "bilinear", "transposed"], [{}, {"coarsest": 16}])
+)
 def test_counting_takes_no_more_memory_than_a_call(how: str, options: dict[str, int]) -> None:
     """Tables of positions are not made for rows without values: beyond the mask, a count holds little."""
     code = f"""
@@ -440,7 +444,7 @@ class HoldsSizes(nn.Module):
         return self.end(torch.cat((F.pad(skip, (0, -across, 0, -down)), y), 1))
 
 
-@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("held", some(HELD))
 @torch.no_grad()
 def test_sizes_held_in_tensors_have_values_on_shapes_alone(held: str) -> None:
     torch.manual_seed(0)

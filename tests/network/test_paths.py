@@ -328,7 +328,7 @@ def test_what_cannot_be_blended_is_refused(
 
 
 def test_a_network_that_only_hosts_an_adaptive_part_is_refused() -> None:
-    net = unverified(Undecided(strided()), "none")
+    net = unverified(Undecided(strided()), "none", example_input=torch.rand(1, 3, 64, 96))
     with pytest.raises(cs.InvalidInput, match="adaptive as a whole"):
         Blend(net)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import images
-from networks import Undecided, build, strided, unverified
+from conftest import covering, images
+from networks import Undecided, build, made_once, strided, unverified
 
 import cadsurgery as cs
 from cadsurgery.network.model import AdaptiveModel
@@ -15,10 +15,11 @@ from cadsurgery.network.model import AdaptiveModel
 MIXED = "random:fraction=0.4,seed=3,block=3"
 
 
+@made_once
 def network(name: str) -> AdaptiveModel:
     torch.manual_seed(0)
     model = Undecided(strided()).eval() if name == "a host" else build(name, by=4)
-    return unverified(model, MIXED)
+    return unverified(model, MIXED, example_input=images(1, 64, 96))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "a host"])
@@ -31,16 +32,18 @@ def test_a_copy_in_bfloat16_is_the_optimised_one_cast(name: str) -> None:
     assert net(x).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["resnet18", "a host"])
-@pytest.mark.parametrize("is_optimised", [False, True])
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"precision": "int8"},
-        {"precision": "int8", "calibration": [images(1, 65, 97)]},
-        {"precision": "float", "calibration": "photos"},
-        {"calibration": []},
-    ],
+    ("name", "is_optimised", "options"),
+    covering(
+        ["resnet18", "a host"],
+        [False, True],
+        [
+            {"precision": "int8"},
+            {"precision": "int8", "calibration": [images(1, 65, 97)]},
+            {"precision": "float", "calibration": "photos"},
+            {"calibration": []},
+        ],
+    ),
 )
 def test_8_bits_are_refused_with_what_writes_a_file(
     name: str, is_optimised: bool, options: dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same
+from conftest import assert_same, some
 from networks import Encoded, strided, unverified
 from torch import Tensor, nn
 
@@ -68,7 +68,7 @@ CONVERSIONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", CONVERSIONS)
+@pytest.mark.parametrize("name", some(CONVERSIONS))
 def test_a_converted_network_shows_the_arguments_of_the_original(name: str) -> None:
     make, expected = CONVERSIONS[name]
     signature = inspect.signature(make().forward)

@@ -13,7 +13,7 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
-from conftest import slow
+from conftest import slow, thorough
 from exported import File, onnx
 from networks import conv_norm, randomise, strided, unverified
 from torch import Tensor, nn
@@ -194,7 +194,7 @@ PHASES = {
 
 
 @pytest.mark.parametrize(
-    ("file", "phase"), [case if case[1] in ("copy", "export") else slow(*case) for case in PHASES]
+    ("file", "phase"), [case if case[1] in ("copy", "export") else thorough(*case, few=2) for case in PHASES]
 )
 def test_whatever_raises_is_refused_and_leaves_nothing(
     file: str, phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

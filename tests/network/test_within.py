@@ -6,9 +6,11 @@ import copy
 import os
 import random
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import random_levels
@@ -18,7 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
-from cadsurgery.network.regions import Box, PicturePart, PictureReads, joined
+from benchmarks.zoo.corpus import CHECKOUT, read_corpus
+from cadsurgery.network.regions import Box, PicturePart, PictureReads, boxes_of, joined
+from cadsurgery.network.within import _by_rows
 
 SEEDS = int(os.environ.get("CADSURGERY_SEEDS", 300))
 ERROR = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -254,6 +258,24 @@ def test_what_is_changed_in_place_is_read_as_it_is_then() -> None:
     image, boxes = torch.randn(1, 3, 160, 128).double(), torch.tensor([[60, 70, 70, 90], [0, 0, 4, 4]])
     assert_parts(net(image), cs.read_within(net, image, [boxes]), [boxes], (160, 128))
     assert net.macs(image, within=[boxes]).of_whole < 1
+
+
+@torch.no_grad()
+def test_transposed_convolutions_with_norms_are_computed_in_boxes_and_bands() -> None:
+    """Their norms are folded in an inference copy, and their weights have another place there."""
+
+    def make() -> nn.Module:
+        up = [nn.ConvTranspose2d(8, 6, 4, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU()]
+        more = [nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)]
+        return nn.Sequential(*strided(3, 8), *up, *more, nn.Conv2d(6, 3, 1))
+
+    net = unverified(seeded(make), "all", coarsest=16, example_input=torch.randn(1, 3, 64, 64).double())
+    image, boxes = torch.randn(1, 3, 160, 128).double(), torch.tensor([[60, 70, 70, 90], [0, 0, 4, 4]])
+    whole = net.optimize()(image)
+    folded = net.optimize(False, memory="1GiB")
+    for copied in (net.optimize(), net.optimize(memory="1GiB"), folded):
+        assert_parts(whole, cs.read_within(copied, image, [boxes]), [boxes], (160, 128))
+        torch.testing.assert_close(copied(image), whole)
 
 
 @torch.no_grad()
@@ -570,3 +592,141 @@ def test_random_networks_in_boxes(seed: int) -> None:
 @torch.no_grad()
 def test_many_random_networks_in_boxes() -> None:
     assert sum(check_random(seed) for seed in range(SEEDS)) >= SEEDS // 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_networks_of_the_corpus_in_boxes(way: str) -> None:
+    """Outputs of any layout: their axes of height and width are those that the package names."""
+    computed, size, boxes = (
+        0,
+        (160, 224),
+        torch.tensor([[20, 30, 44, 50], [0, 0, 3, 3], [210, 150, 224, 160]]),
+    )
+    options, mask = WAYS[way]
+    for one in (subject for subject in read_corpus(CHECKOUT) if subject.call is None):
+        torch.manual_seed(0)
+        image, example = torch.rand(1, 3, *size).double(), torch.rand(1, 3, *(one.size or (96, 128))).double()
+        try:
+            model = one.build().eval().double()
+            net = unverified(model, "none" if mask == "levels" else mask, example_input=example, **options)
+            net = net.optimize()
+            levels = mask_of(net, image, way)
+            output = net(image, mask=levels)
+            whole = tree_leaves(vars(output) if is_dataclass(output) else output)
+        except Exception:  # it takes other arguments, or no such picture, and says so by any error
+            continue
+        try:
+            values = net.in_region(
+                image,
+                boxes_of([boxes], image),
+                lambda region: region.read(net.answer, None),  # noqa: B023 (called at once)
+                _by_rows,
+                levels,
+            )
+        except cs.CannotConvert as refusal:
+            assert refusal.why and refusal.next, one.name
+            continue
+        for part, (x0, y0, x1, y1) in zip(values.parts[0], boxes.tolist(), strict=True):
+            for own, other, axes in zip(tree_leaves(part), whole, values.axes, strict=False):
+                for axis, span, of in (
+                    zip(axes or (), ((y0, y1), (x0, x1)), size, strict=True) if axes else ()
+                ):
+                    first = span[0] * other.shape[axis] // of
+                    end = -(-span[1] * other.shape[axis] // of)
+                    other = other.narrow(axis, first, end - first)
+                if axes:
+                    assert (own - other).abs().max() <= 1e-12 * other.abs().max().clamp(min=1), one.name
+        computed += 1
+    assert computed >= 20
+
+
+# Networks of timm whose last map depends on a part of the picture, one of a family.
+FAMILIES = [
+    "convnext_atto",
+    "cspdarknet53",
+    "cspresnet50",
+    "darknet17",
+    "densenet121",
+    "dla34",
+    "dla46_c",
+    "dpn48b",
+    "fasternet_t0",
+    "fastvit_t8",
+    "fbnetc_100",
+    "gernet_s",
+    "hgnetv2_b0",
+    "hrnet_w18_small",
+    "inception_next_atto",
+    "mnasnet_050",
+    "mobilenetv4_conv_small_035",
+    "mobileone_s0",
+    "regnetx_002",
+    "repvgg_a0",
+    "res2net50_14w_8s",
+    "resnet18",
+    "resnetv2_18d",
+    "resnext26ts",
+    "selecsls42",
+    "spnasnet_100",
+    "starnet_s050",
+    "vgg11",
+    "vgg11_bn",
+    "xception41",
+]
+
+
+class LastMap(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.features = timm.create_model(name, features_only=True, out_indices=(-1,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x)[0]
+
+
+class Mean(nn.AvgPool2d):
+    """In place of a largest value, whose gradient reaches one of those that are read."""
+
+    def __init__(self, pool: nn.MaxPool2d) -> None:
+        super().__init__(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
+
+
+def transparent(model: nn.Module) -> nn.Module:
+    """A network whose gradients reach all that it reads: weights that average, norms that change nothing."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.abs() + 1e-3
+        if parameter.dim() > 1:
+            rest = [1] * (parameter.dim() - 1)
+            parameter.data /= parameter.data.flatten(1).sum(1).view(-1, *rest)
+        else:
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.fill_(float(name.endswith("var")))
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.MaxPool2d:
+                setattr(module, name, Mean(child))
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_reach_of_families_is_that_of_gradients(name: str) -> None:
+    model, length = LastMap(name).eval(), 2048
+    net = unverified(model, "all", coarsest=32, example_input=torch.rand(1, 3, 64, 64))
+    box, image = Box(length // 2, length // 2 + 1, 32, 33), torch.rand(1, 3, length, 64)
+    reads = net.in_region(image, [[box]], lambda region: region.reads, lambda *_: None)
+    assert reads is not None
+    first, end = reads.needed(box)[0][reads.seen.image]
+    model, image = transparent(model).double(), image.double().requires_grad_()
+    output = model(image)
+    rows = box.of_map((output.shape[2], output.shape[3]), (length, 64)).spans[0]
+    output[0, :, slice(*rows)].sum().backward()
+    assert image.grad is not None
+    touched = image.grad[0].abs().sum((0, 2)).nonzero().flatten()
+    assert first <= touched[0] and end > touched[-1]
+    assert end - first <= 1.15 * int(touched[-1] + 1 - touched[0])

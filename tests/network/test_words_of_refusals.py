@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import images
+from conftest import images, slow, some
 from networks import unverified
 from torch import Tensor, fx, nn
 
@@ -36,14 +36,19 @@ def network(factor: float, of: str) -> nn.Sequential:
     return nn.Sequential(*layers).eval()
 
 
-@pytest.mark.parametrize("how", ["a file in float16", "a network in float16"])
-@pytest.mark.parametrize(("of", "factor"), [("values", 3e5), ("weights", 1e7)])
-@pytest.mark.parametrize("name", ["net.onnx", "net.pt2"])
+@pytest.mark.parametrize(
+    ("name", "how", "of", "factor"),
+    [  # programs have the type of the network
+        slow("net.onnx", "a file in float16", "values", 3e5),
+        ("net.pt2", "a network in float16", "weights", 1e7),
+        slow("net.onnx", "a file in float16", "weights", 1e7),
+        slow("net.onnx", "a network in float16", "weights", 1e7),
+        slow("net.pt2", "a network in float16", "values", 3e5),
+    ],
+)
 def test_values_beyond_float16_are_named_with_their_layer(
-    name: str, of: str, factor: float, how: str, tmp_path: Path
+    name: str, how: str, of: str, factor: float, tmp_path: Path
 ) -> None:
-    if how == "a file in float16" and name.endswith("pt2"):
-        pytest.skip("programs have the type of the network")
     net, x = unverified(network(factor, of), MASK, normalisation="imagenet"), images(1, 64, 96)
     precision = "float16" if how == "a file in float16" else "float"
     if precision == "float":
@@ -73,7 +78,7 @@ def test_two_amounts_are_told_apart_and_read_back_as_no_less(scale: int, more: i
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("share", [0.001, 0.5, 0.9, 0.999, 0.99999])
+@pytest.mark.parametrize("share", some([0.001, 0.5, 0.9, 0.999, 0.99999]))
 def test_too_little_memory_does_not_contradict_itself(share: float) -> None:
     net = unverified(network(1.0, "values"), "none", normalisation="imagenet")
     image = images(1, 160, 200)

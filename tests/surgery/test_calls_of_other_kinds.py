@@ -70,9 +70,7 @@ def few_of(cases: dict[str, Any], few: Sequence[str]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(
-    "use", few_of(PARTS, ("iteration", "chunk", "number of parts", "two axes", "channels"))
-)
+@pytest.mark.parametrize("use", few_of(PARTS, ("iteration", "two axes", "channels")))
 def test_there_are_as_many_parts_as_the_call_has(use: Use) -> None:
     model = randomise(Asks(use)).eval()
     net = cs.adaptify(model, "none", example_input=images(1, 64, 96), outputs="native")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import covering, slow
+from conftest import covering, slow, some
 from networks import unverified
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
@@ -351,7 +351,7 @@ EXCHANGES: dict[str, How] = {
 }
 
 
-@pytest.mark.parametrize("change", EXCHANGES)
+@pytest.mark.parametrize("change", some(EXCHANGES))
 def test_a_module_with_another_forward_is_refused(change):
     net = cs.adaptify(network(), "none")
     net(x())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import slow
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -99,7 +100,7 @@ MOST_CALLS = {Edges: 12}
 
 
 @pytest.mark.filterwarnings("ignore::cadsurgery.CadWarning")
-@pytest.mark.parametrize("build", [ResidualStream, pytest.param(Nested, marks=pytest.mark.slow), Edges])
+@pytest.mark.parametrize("build", [ResidualStream, slow(Nested), slow(Edges)])
 def test_a_conversion_costs_about_ten_calls_of_the_network(build: type[nn.Module]) -> None:
     """Everything high costs up to fifty times the work of these networks; the laws are compared all the same."""
     torch.manual_seed(0)
@@ -111,7 +112,7 @@ def test_a_conversion_costs_about_ten_calls_of_the_network(build: type[nn.Module
     assert of_conversion <= MOST_CALLS.get(build, 10) * of_call
 
 
-@pytest.mark.parametrize("build", NETWORKS)
+@pytest.mark.parametrize("build", [ResidualStream, slow(Nested), slow(Edges)])
 def test_a_plan_costs_at_most_six_calls_of_the_network(build: type[nn.Module]) -> None:
     model = build().eval()
     of_plan, plan = work(lambda: cs.plan(model))

@@ -14,7 +14,7 @@ from typing import Any
 import drawn
 import pytest
 import torch
-from conftest import assert_same, printed, slow
+from conftest import assert_same, covering, printed, slow, some
 from networks import strided
 from PIL import Image
 from torch import Tensor, nn
@@ -384,9 +384,8 @@ def test_a_dense_twin_for_engines_is_written_as_anyone_would(level: int) -> None
         assert_same(program.module()(image), net(image, mask="none" if level else "all"), 1e-5)
 
 
-@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(
-    "size", [{"size": (37, 61)}, {"scale_factor": 2.5}], ids=["to a size", "by a factor"]
+    ("mode", "size"), covering(["bilinear", "bicubic"], [{"size": (37, 61)}, {"scale_factor": 2.5}])
 )
 def test_a_dense_twin_for_engines_resizes_as_anyone_would(mode: str, size: dict[str, Any]) -> None:
     class Resized(nn.Module):
@@ -445,7 +444,7 @@ def test_a_network_of_ones_own_is_measured_as_it_is_and_left_alone() -> None:
     assert torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize("mask", ["edges", "random:seed=1", torch.zeros(8, 12, dtype=torch.long)])
+@pytest.mark.parametrize("mask", some(["edges", "random:seed=1", torch.zeros(8, 12, dtype=torch.long)]))
 def test_bfloat16_any_batch_stride_and_patch(mask: object) -> None:
     report = bench(
         trunk(),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import some
 from PIL import Image
 from torch import nn
 
@@ -59,7 +60,7 @@ def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "a photo.png"
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", some(SETTINGS, every=3))
 def test_outputs_are_those_of_the_network(subject: Subject, setting: PageSettings) -> None:
     found = explore(subject, 1, setting, rounds=0)
     net = cs.adaptify(

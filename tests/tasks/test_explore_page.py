@@ -17,6 +17,7 @@ from PIL import Image
 from cadsurgery.data.images import street_scene
 from cadsurgery.support.errors import CadError
 from cadsurgery.support.progress import silent
+from cadsurgery.tasks import explore_page
 from cadsurgery.tasks.commands import ExploreOptions
 from cadsurgery.tasks.explore_page import HOST, launch, make_page, serve
 from cadsurgery.tasks.explorer import open_subject
@@ -62,11 +63,13 @@ def test_the_page_is_served_to_this_machine_alone(address: str) -> None:
     assert httpx.get(address, headers={"host": "example.org"}).status_code == 400
 
 
-def test_a_port_in_use_is_refused(address: str) -> None:
-    port = int(address.rstrip("/").rpartition(":")[2])
-    options = ExploreOptions(weights="none", port=port, rounds=0)
-    with pytest.raises(CadError, match=rf"(?s)port {port}.*--port"):
-        serve("networks:segmenter", options, silent)
+def test_a_machine_without_a_free_port_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(page: object) -> None:
+        raise OSError("Cannot find empty port in range: 7860-7959.")
+
+    monkeypatch.setattr(explore_page, "launch", launch)
+    with pytest.raises(CadError, match=r"(?s)7860-7959.*free a port"):
+        serve("networks:segmenter", ExploreOptions(weights="none"), silent)
 
 
 def test_one_computation_runs_at_a_time() -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from networks import saved_segmenter, seeded, segmenter
+from conftest import covering, some
+from networks import saved_segmenter, seeded, segmenter, unverified
 from PIL import Image
 from torch import nn
 
@@ -121,8 +122,7 @@ ITEMS = '<GDALMetadata><Item name="AREA_OR_POINT">Area</Item>{}</GDALMetadata>'
 OF_BAND = '<Item name="STATISTICS_MEAN" sample="0">117.2</Item>'
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize(("place", "byteorder"), covering([*PLACES], ["<", ">"]))
 def test_a_prediction_in_rows_lies_where_its_picture_does(
     file: Path, tmp_path: Path, place: str, byteorder: str
 ) -> None:
@@ -163,15 +163,17 @@ def convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
             f"    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, {channels}, 3, 2, 1),\n"
             f"        nn.Upsample(scale_factor={larger})).eval()\n"
         )
-        cs.save(cs.adaptify(cs.build_model("net.py:network"), "edges", coarsest=8), "net.safetensors")
+        model, example = cs.build_model("net.py:network"), torch.rand(1, 3, 64, 64)
+        cs.save(unverified(model, "edges", coarsest=8, example_input=example), "net.safetensors")
         return Path("net.safetensors")
 
     return save
 
 
 @pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
-@pytest.mark.parametrize("place", ["north up", "turned", "control points"])
-@pytest.mark.parametrize("is_point", [False, True])
+@pytest.mark.parametrize(
+    ("place", "is_point"), covering(["north up", "turned", "control points"], [False, True])
+)
 def test_a_smaller_prediction_covers_the_area_of_its_picture(
     convolutions: Callable[..., Path], tmp_path: Path, place: str, is_point: bool
 ) -> None:
@@ -201,8 +203,7 @@ def test_a_smaller_prediction_covers_the_area_of_its_picture(
             assert before == pytest.approx(after)
 
 
-@pytest.mark.parametrize("size", [(1300, 532), (40, 52)])
-@pytest.mark.parametrize("channels", [1, 5, 300])
+@pytest.mark.parametrize(("size", "channels"), covering([(1300, 532), (40, 52)], [1, 300, 5]))
 def test_predictions_in_rows_are_compressed_tiles(
     convolutions: Callable[..., Path], tmp_path: Path, size: tuple[int, int], channels: int
 ) -> None:
@@ -223,8 +224,10 @@ def test_predictions_in_rows_are_compressed_tiles(
         assert (values == whole.argmax(0)).float().mean() > 0.999
 
 
-@pytest.mark.parametrize("mask", ["all", "edges:threshold=0.1", "content"])
-@pytest.mark.parametrize("size", [(413, 250), (300, 251), (128, 96), (130, 33)])
+@pytest.mark.parametrize(
+    ("mask", "size"),
+    covering(["all", "edges:threshold=0.1", "content"], [(413, 250), (300, 251), (128, 96), (130, 33)]),
+)
 def test_a_large_picture_is_padded_as_one_that_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str, size: tuple[int, int]
 ) -> None:
@@ -240,7 +243,7 @@ def test_a_large_picture_is_padded_as_one_that_fits(
         "def network():\n    return Pyramid().eval()\n"
     )
     example = torch.rand(1, 3, 64, 64)
-    net = cs.adaptify(cs.build_model("pyramid.py:network"), mask, coarsest=16, example_input=example)
+    net = unverified(cs.build_model("pyramid.py:network"), mask, coarsest=16, example_input=example)
     cs.save(net, "net.safetensors")
     stored = (255 * street_scene(*size)).byte().permute(1, 2, 0).numpy()
     source = written(tmp_path / "page.tif", stored, photometric="rgb")
@@ -268,12 +271,14 @@ def lacking_picture(path: Path, kind: str, size: tuple[int, int], lacking: np.nd
     return written(path, pixels, photometric="rgb", extratags=tags)
 
 
-@pytest.mark.parametrize("kind", ["nodata", "NaN", "transparent"])
-@pytest.mark.parametrize(("channels", "larger"), [(5, 4), (1, 4), (256, 4), (5, 1)])
+@pytest.mark.parametrize(
+    ("kind", "output"), covering(["nodata", "NaN", "transparent"], [(5, 4), (1, 4), (256, 4), (5, 1)])
+)
 def test_pixels_without_data_have_none_in_the_prediction(
-    convolutions: Callable[..., Path], tmp_path: Path, kind: str, channels: int, larger: int
+    convolutions: Callable[..., Path], tmp_path: Path, kind: str, output: tuple[int, int]
 ) -> None:
     """The others have the values of a picture whose pixels without data have the mean colour."""
+    channels, larger = output
     size, lacking = (1400, 96), np.zeros((1400, 96), bool)
     lacking[300:900], lacking[1000:1020, 40:] = True, True
     net = convolutions(channels, larger)
@@ -613,7 +618,7 @@ def test_a_run_killed_while_it_writes_the_tiles_writes_them_when_it_goes_on(
     assert ended == at_once and report.rows[0]["levels"] == whole.rows[0]["levels"]
 
 
-@pytest.mark.parametrize("memory", ["1MiB", "3MiB", MUCH])
+@pytest.mark.parametrize("memory", some(["1MiB", "3MiB", MUCH]))
 def test_the_file_type_follows_the_picture_whatever_the_memory(
     file: Path, picture: Path, tmp_path: Path, memory: str
 ) -> None:
@@ -667,11 +672,15 @@ def test_ctrl_c_ends_a_large_picture_behind_its_band_and_resume_goes_on_there(
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [
-        ("picture", r"file: \[\d+, \d+\], now \[\d+, \d+\]"),
-        ("mask", 'by.mask: "the file\'s", now "all"'),
-        ("no --resume", "earlier run[\\s\\S]*--resume"),
-    ],
+    some(
+        [
+            ("picture", r"file: \[\d+, \d+\], now \[\d+, \d+\]"),
+            ("mask", 'by.mask: "the file\'s", now "all"'),
+            ("no --resume", "earlier run[\\s\\S]*--resume"),
+        ],
+        every=3,
+        rows=True,
+    ),
 )
 def test_another_picture_or_mask_does_not_go_on_with_what_is_there(
     file: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, told: str

@@ -94,7 +94,7 @@ def check(output: Path, expected: dict[str, bytes]) -> None:
         assert (output / place).read_bytes() == expected[Path(place).name], place
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_workers_do_every_picture_once_though_one_of_them_is_killed(
     file: Path, many: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:

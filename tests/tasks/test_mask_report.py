@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import printed, slow
+from conftest import printed, slow, some
 from networks import Segmenter, segmenter
 from torch import Tensor, nn
 
@@ -139,7 +139,7 @@ def test_one_mask_alone_is_drawn_without_running_all_of_this(tmp_path: Path) -> 
     assert "macs" not in report.rows[0].values and "notes" not in report.to_dict()
 
 
-@pytest.mark.parametrize("grey", [0.0, 0.2, 0.49, 0.51, 0.7, 1.0])
+@pytest.mark.parametrize("grey", some([0.0, 0.2, 0.49, 0.51, 0.7, 1.0]))
 def test_cells_are_seen_on_dark_and_on_bright_images(grey: float) -> None:
     net = cs.adaptify(segmenter().eval(), "random:fraction=0.4,seed=0", verify_laws=False)
     net(torch.rand(1, 3, 65, 97))

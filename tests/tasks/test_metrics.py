@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import covering
 from torch import Tensor
 
 import cadsurgery as cs
@@ -86,8 +87,7 @@ def test_iou_and_pixel_accuracy_are_those_of_torchmetrics() -> None:
     assert found["pixels"] == int((labels != IGNORED).sum())
 
 
-@pytest.mark.parametrize("share", [0.02, 0.07, 0.2])
-@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize(("share", "ignored"), covering([0.02, 0.07, 0.2], [False, True]))
 def test_boundary_iou_is_that_of_its_definition(share: float, ignored: bool) -> None:
     prediction, labels = maps(2, ignored)
     distance = max(1, round(share * math.hypot(*SIZE)))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run, assert_same
+from conftest import Run, assert_same, covering
 from networks import DilatedWithHead, Segmenter, seeded, segmenter
 from torch import Tensor, nn
 from torchvision.io import write_png
@@ -293,8 +293,7 @@ def test_floors_are_tried_on_the_networks_own_grid_unless_a_pair_is_asked_for() 
         assert not any(one.coarsest for one in settings)
 
 
-@pytest.mark.parametrize("few", [False, True])
-@pytest.mark.parametrize("options", [{}, {"output_stride": (2, 4)}])
+@pytest.mark.parametrize(("few", "options"), covering([False, True], [{}, {"output_stride": (2, 4)}]))
 def test_where_no_stride_can_be_removed_floors_are_tried(few: bool, options: dict[str, Any]) -> None:
     model = torch.nn.Sequential(*(torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))).eval()
     found = find_candidates(model, torch.rand(1, 3, 128, 160), options, has_labels=False, few=few)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import covering
+from conftest import covering, some
 from networks import saved_segmenter
 from PIL import Image
 
@@ -105,7 +105,7 @@ def test_a_frame_of_a_clip_is_predicted_as_the_image_alone(
     assert {tuple(frame.shape[1:]) for frame in frames_of(tmp_path / "out.mp4")} == {(height, width + 1)}
 
 
-@pytest.mark.parametrize("view", ["classes", "overlay", "side"])
+@pytest.mark.parametrize("view", some(["classes", "overlay", "side"]))
 def test_images_and_folders_of_frames_have_the_same_views(
     file: Path, folder: Path, tmp_path: Path, view: str
 ) -> None:
@@ -173,7 +173,9 @@ class UNet(torch.nn.Module):
         return self.head(value)
 
 
-@pytest.mark.parametrize(("depth", "size"), [(2, (33, 70)), (3, (61, 64)), (5, (75, 97)), (6, (40, 200))])
+@pytest.mark.parametrize(
+    ("depth", "size"), some([(2, (33, 70)), (3, (61, 64)), (5, (75, 97)), (6, (40, 200))], rows=True)
+)
 def test_pictures_of_any_size_are_padded_and_their_results_cut_back(
     depth: int, size: tuple[int, int]
 ) -> None:
@@ -251,7 +253,7 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-@pytest.mark.parametrize("output", ["out.mp4", "out.mkv", "out"])
+@pytest.mark.parametrize("output", some(["out.mp4", "out.mkv", "out"]))
 def test_a_killed_run_computes_one_clip_again_at_most(
     file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
@@ -464,14 +466,17 @@ def test_what_cannot_be_run_is_refused(
 
 @pytest.mark.parametrize(
     ("source", "output", "there"),
-    [
-        ("clip.mp4", "mine.mp4", "mine.mp4"),
-        ("frames", "mine.mkv", "mine.mkv"),
-        ("9", "mine.mov", "mine.mov"),
-        ("clip.mp4", "mine.mp4", "mine.legend.png"),
-        ("clip.mp4", "out", "out/clip.mp4"),
-        ("frames", "out", "out/classes.legend.png"),
-    ],
+    some(
+        [
+            ("clip.mp4", "mine.mp4", "mine.mp4"),
+            ("frames", "mine.mkv", "mine.mkv"),
+            ("9", "mine.mov", "mine.mov"),
+            ("clip.mp4", "mine.mp4", "mine.legend.png"),
+            ("clip.mp4", "out", "out/clip.mp4"),
+            ("frames", "out", "out/classes.legend.png"),
+        ],
+        rows=True,
+    ),
 )
 def test_no_run_replaces_a_file_that_none_has_written(
     file: Path, folder: Path, tmp_path: Path, source: str, output: str, there: str
@@ -490,7 +495,7 @@ def test_no_run_replaces_a_file_that_none_has_written(
     assert {*mine.parent.iterdir()} <= {mine, folder, tmp_path / "clip.mp4"}  # nothing else was written
 
 
-@pytest.mark.parametrize("ending", [".mp4", ".mov", ".mkv"])
+@pytest.mark.parametrize("ending", some([".mp4", ".mov", ".mkv"]))
 def test_a_clip_of_an_earlier_run_is_replaced_and_one_of_ones_own_is_not(
     file: Path, folder: Path, tmp_path: Path, ending: str
 ) -> None:

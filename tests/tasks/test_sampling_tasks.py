@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Run, printed
+from conftest import Run, covering, printed, some
 from networks import ResidualSegmenter
 from PIL import Image
 from torchvision.models.detection import FasterRCNN
@@ -105,8 +105,7 @@ def test_what_has_no_gates_is_refused(tmp_path: Path) -> None:
         fit(with_gates().optimize(), Scenes(), Settings(**QUICK), output=tmp_path)
 
 
-@pytest.mark.parametrize("data", [Scenes, Unlabelled])
-@pytest.mark.parametrize("train", ["gates", "all"])
+@pytest.mark.parametrize(("train", "data"), covering(["gates", "all"], [Scenes, Unlabelled]))
 def test_training_moves_what_it_should_and_writes_a_network(
     train: str, data: type[Scenes], tmp_path: Path
 ) -> None:
@@ -225,7 +224,7 @@ def test_bench_measures_gates_between_all_closed_and_all_open(command_line: Run,
 
 
 @pytest.mark.parametrize(
-    "make_other", [with_exits, lambda: with_exits((0.9, 0.8)), lambda: with_sampler("uniform")]
+    "make_other", some([with_exits, lambda: with_exits((0.9, 0.8)), lambda: with_sampler("uniform")], every=3)
 )
 def test_bench_measures_what_other_methods_made(make_other: Any) -> None:
     report = bench(make_other(), size=(33, 45), rounds=1, threads=1)
@@ -235,7 +234,7 @@ def test_bench_measures_what_other_methods_made(make_other: Any) -> None:
     assert first.side in printed(report) and last.side in printed(report)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_bench_measures_a_detector_whole() -> None:
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
     model = FasterRCNN(backbone, 3, min_size=64, max_size=96, rpn_post_nms_top_n_test=20)

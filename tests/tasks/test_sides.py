@@ -13,7 +13,7 @@ import drawn
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import printed
+from conftest import printed, some
 from networks import street_segmenter, strided
 from PIL import Image
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ def test_a_report_keeps_no_network_in_memory() -> None:
     assert [one() for one in kept] == [None, None] and len(report.rows) == 4
 
 
-@pytest.mark.parametrize("make", [with_exits, with_gates, with_sampler])
+@pytest.mark.parametrize("make", some([with_exits, with_gates, with_sampler], every=3))
 def test_sides_stand_beside_those_of_every_method(make: Callable[[], nn.Module]) -> None:
     own = at_scale(street_segmenter(), 0.5)
     report = cs.evaluate(make(), DATA, sides=[own], limit=1, rounds=0)
@@ -127,7 +127,7 @@ def test_metrics_of_ones_own_are_in_the_row() -> None:
     assert report.rows[-1].seen == 3 * 48 * 80 and report.rows[-1].macs == 14 / 3  # two calls, three images
 
 
-@pytest.mark.parametrize("make", [with_exits, with_gates, lambda: with_sampler("labels")])
+@pytest.mark.parametrize("make", some([with_exits, with_gates, lambda: with_sampler("labels")], every=3))
 def test_figures_do_not_depend_on_how_many_images_a_call_has(make: Callable[[], nn.Module]) -> None:
     one, two = (cs.evaluate(make(), DATA, batch=batch, rounds=0) for batch in (1, 2))
     for row, other in zip(one.rows, two.rows, strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Run, slow
+from conftest import ROOT, Run, some, thorough
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -46,7 +46,7 @@ def test_every_idiom_has_networks_and_every_network_says_what_it_stands_for() ->
     assert all(one.about and one.idioms for one in SUBJECTS.values())
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in SUBJECTS])
+@pytest.mark.parametrize("name", [name if name in QUICK else thorough(name, few=3) for name in SUBJECTS])
 @pytest.mark.filterwarnings("ignore")
 def test_a_network_of_the_corpus_is_what_its_row_says(name: str) -> None:
     """Law 1 at sizes of its own, other weights, `optimize()`; and nothing is wrong or silent. It is small, and what it
@@ -171,7 +171,7 @@ def plain() -> nn.Module:
     return nn.Sequential(*[nn.Conv2d(c, 8, 3, 2, 1) for c in (3, 8, 8)], nn.Upsample(scale_factor=4))
 
 
-@pytest.mark.parametrize("name", ["_identity_error", "_batch_error", "_optimized_error"])
+@pytest.mark.parametrize("name", some(["_identity_error", "_batch_error", "_optimized_error"]))
 def test_what_differs_is_broken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64 too; what went wrong is named."""
     worse = {"_identity_error": (0.5, 1)}.get(name, 0.5)

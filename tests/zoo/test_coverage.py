@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import images, slow
+from conftest import images, slow, thorough
 from torch import nn
 
 import cadsurgery as cs
@@ -52,7 +52,7 @@ def test_the_sample_exists() -> None:
     assert len(KNOWN) >= 0.9 * len(SAMPLE), sorted(SAMPLE.keys() - KNOWN.keys())
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in KNOWN])
+@pytest.mark.parametrize("name", [name if name in QUICK else thorough(name, few=3) for name in KNOWN])
 @pytest.mark.filterwarnings("ignore")
 def test_a_network_of_the_zoo_keeps_the_laws(name: str) -> None:
     """Laws 1, 2 and 5, and nothing that ends the region early; the recorded run says what is found here."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
+from conftest import Run, slow
 from networks import strided
 from torch import Tensor, nn
 
@@ -87,7 +87,7 @@ def test_what_is_late_is_left_out_and_that_is_said() -> None:
     assert row["result"] == "not converted" and "no time was left" in row["why"], row
 
 
-@pytest.mark.parametrize("name", CORPUS)
+@pytest.mark.parametrize("name", [slow(name) if "BiSeNet" in name else name for name in CORPUS])
 def test_networks_as_users_write_them_in_bands_are_whole(name: str) -> None:
     """Pooled maps that are added to others, crops on all sides, coarse dense maps beside the region, other inputs."""
     row = check_in_bands(subject(name, CHECKOUT))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.axes import as_map, as_rows
+from cadsurgery.elements.axes import as_map, as_rows, in_order
 from cadsurgery.elements.backends import maps
 from cadsurgery.elements.backends.choose import Backend, Work, choose_after, compute
 from cadsurgery.elements.backends.weights import FusedConv
@@ -21,9 +21,11 @@ from cadsurgery.elements.backends.works import (
     Convolution,
     Filling,
     MapConvolution,
+    MapResizing,
     Mixing,
     MixingLines,
     Picking,
+    PixelReading,
     Pooling,
     mix,
 )
@@ -122,6 +124,10 @@ class Native(Backend):
             return False
         if isinstance(work, MapConvolution):
             return self._is_faster(work)
+        if isinstance(work, MapResizing):
+            return work.rows.dtype == torch.float32 and work.rows.numel() > 0
+        if isinstance(work, PixelReading):
+            return work.lattice.is_counted_here and work.is_counted
         if isinstance(work, Filling):
             return _of_one_resolution(work.source, work.target)
         return not isinstance(work, Convolution) or self._has_form(work)
@@ -226,6 +232,19 @@ class Native(Backend):
         out = self.convolve(Convolution(as_rows(image), weights, read_rows(table, True), residual=more))
         return as_map(out, batch, (size[0], size[1]))
 
+    def resize_map(self, work: MapResizing) -> Tensor:
+        """Compute a map in contiguous memory, which is mapped at once."""
+        image, (height, width) = in_order(work.rows), work.size
+        batch, channels, *own = image.shape
+        out = new_memory(image, batch, channels, height, width)
+        axes = [
+            part
+            for axis, (have, want) in enumerate(zip(own, work.size, strict=True))
+            for part in (*_places(have, want, work.factors and work.factors[axis], work.aligned), want)
+        ]
+        dispatch.call(function("resize"), (image, out, batch * channels, *own, *axes))
+        return out
+
     def pool(self, work: Pooling) -> Tensor:
         """Compute rows (N, C)."""
         table = work.reading.table
@@ -257,6 +276,18 @@ class Native(Backend):
         out = new_memory(work.rows, len(table), work.rows.shape[1])
         arguments = (sources, shares, sources.shape[1], out)
         call(kernel_for("gather_mixing", work.rows), RowSource(work.rows), table, *arguments)
+        return out
+
+    def read_pixels(self, work: PixelReading) -> Tensor:
+        """Compute pixels (B, h, w, C) without a table of what they read."""
+        lattice, rows = work.lattice, work.rows.contiguous()
+        out = new_memory(rows, math.prod(work.shape[:3]), rows.shape[1]).view(work.shape)
+        if out.numel():
+            sides = torch.tensor(lattice.geometry.sides, device="cpu")
+            cells = (lattice.index.contiguous(), lattice.levels.contiguous(), sides)
+            numbers = (len(rows), lattice.batch, *lattice.size, rows.shape[1], work.spacing)
+            values = (rows, *cells, out, *numbers, int(has_halo(lattice)))
+            dispatch.call(kernel_for("read_pixels", rows), values)
         return out
 
     def fill(self, work: Filling) -> Tensor:
@@ -341,6 +372,20 @@ def call(
 def kernel_for(name: str, rows: Tensor) -> Any:
     """Return the form of a kernel for the type of rows."""
     return function(name, ELEMENTS[rows.dtype])
+
+
+@lru_cache(maxsize=64)
+def _places(have: int, want: int, factor: float | None, aligned: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return between which samples of an axis those of the result lie, and how near to the second one (torch's
+    `area_pixel_compute_source_index`, rounded as there)."""
+    numbers = torch.arange(want, dtype=torch.float32, device="cpu")
+    if aligned:
+        at = numbers * (torch.tensor(have - 1.0) / (want - 1) if want > 1 else 0.0)
+    else:
+        step = torch.tensor(float(have)) / want if factor is None else torch.tensor(1 / factor)
+        at = ((numbers.double() + 0.5) * step - 0.5).clamp(min=0).float()  # rounded once
+    first = at.int().clamp(max=have - 1)
+    return first, (first + 1).clamp(max=have - 1), (at - first).clamp(max=1)
 
 
 @lru_cache(maxsize=64)

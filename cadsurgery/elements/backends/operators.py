@@ -97,6 +97,13 @@ KERNELS = (
         "InterpolationError",
     ),
     Kernel(
+        f"read_pixels(Tensor rows, {_LEVELS}, Tensor index, SymInt spacing) -> Tensor out",
+        lambda rows, levels, sides, index, spacing: rows.new_empty(
+            levels.shape[0], *(-(-length // spacing) for length in levels.shape[1:]), rows.shape[1]
+        ),
+        "ReadPixels",
+    ),
+    Kernel(
         f"find_cells({_LEVELS}) -> (Tensor anchors, Tensor index)",
         lambda levels, sides: (levels.new_empty(_unknown()), levels.new_empty(levels.numel())),
         "FindCells",

@@ -18,7 +18,7 @@ from torch import Tensor
 from cadsurgery.elements.backends.choose import Backend, Work
 from cadsurgery.elements.backends.operators import define
 from cadsurgery.elements.backends.reference import Torch, gather
-from cadsurgery.elements.backends.works import Convolution, Mixing, Picking, Pooling, extend
+from cadsurgery.elements.backends.works import Convolution, Mixing, Picking, PixelReading, Pooling, extend
 from cadsurgery.elements.kernel_map import Reading, TapSearch, has_halo
 from cadsurgery.elements.lattice import CellSearch
 from cadsurgery.elements.sizes import as_numbers, is_statically_true
@@ -38,6 +38,8 @@ class Portable(Backend):
             work, (CellSearch, TapSearch)
         ):  # operations of engines that load this package's kernels
             return running.target is not None and running.target.has_kernels and work.is_counted
+        if isinstance(work, PixelReading):
+            return _has_pick(work.rows) and work.is_counted and has_halo(work.lattice) and not work.gradient
         return running.target is not None and not work.gradient
 
     def find_cells(self, work: CellSearch) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,6 +106,15 @@ class Portable(Backend):
             table = torch.arange(work.sources.shape[0], dtype=torch.int32, device=work.rows.device) + first
             return _pick_rows(work.rows, Reading(table, work.sources, work.shares, False))
         out: Tensor = torch.ops.cadsurgery.mix_rows(work.rows, work.sources, work.shares)
+        return out
+
+    def read_pixels(self, work: PixelReading) -> Tensor:
+        """Compute pixels (B, h, w, C) by one operation."""
+        lattice = work.lattice
+        sides = as_numbers(lattice.geometry.sides, _LIKE)
+        out: Tensor = torch.ops.cadsurgery.read_pixels(
+            work.rows, lattice.levels.int(), sides, lattice.index, work.spacing
+        )
         return out
 
     def pick(self, work: Picking) -> Tensor:

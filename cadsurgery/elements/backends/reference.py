@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cadsurgery.elements.axes import in_order
 from cadsurgery.elements.backends.choose import Backend, Work, compute
 from cadsurgery.elements.backends.onednn import product
 from cadsurgery.elements.backends.sums import normalise_rows, sum_products
@@ -20,10 +21,12 @@ from cadsurgery.elements.backends.works import (
     Convolution,
     Filling,
     MapConvolution,
+    MapResizing,
     Mixing,
     MixingLines,
     Normalising,
     Picking,
+    PixelReading,
     Pooling,
     TransposedConvolution,
     Weighing,
@@ -120,6 +123,11 @@ class Torch(Backend):
         blocks = gather_blocks(extend(work.rows, reading, work.outside), reading.table)
         return torch.cat([block.amax(1) if work.largest else block.sum(1) for block in blocks])
 
+    def resize_map(self, work: MapResizing) -> Tensor:
+        """Compute a map by torch: to put the larger map in order would take longer."""
+        size = work.size if work.factors is None else None
+        return F.interpolate(in_order(work.rows), size, work.factors, "bilinear", work.aligned)
+
     def mix(self, work: Mixing) -> Tensor:
         """Compute rows (M, C)."""
         rows = work.rows
@@ -135,6 +143,11 @@ class Torch(Backend):
         """Compute the selected rows (entries, C)."""
         rows = extend(work.rows, work.reading, 0.0)
         return rows.index_select(0, work.reading.table.flatten().to(rows.device))
+
+    def read_pixels(self, work: PixelReading) -> Tensor:
+        """Compute pixels (B, h, w, C)."""
+        pixels: Tensor = compute(work.picking)
+        return pixels.view(work.shape)
 
     def fill(self, work: Filling) -> Tensor:
         """Compute the filled rows (T, C)."""

@@ -15,13 +15,33 @@ import torch
 from torch import Tensor
 
 from cadsurgery.elements.backends.choose import CHOICES, Choice, Misfit, Work, check_channels, compute
-from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_rows, row_numbers
+from cadsurgery.elements.kernel_map import (
+    Reading,
+    Window,
+    every_pixel,
+    kernel_map,
+    read_rows,
+    row_numbers,
+)
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.neighbours import find_near
 from cadsurgery.elements.sizes import is_statically_true
 
 if TYPE_CHECKING:
     from cadsurgery.elements.backends.weights import Activation, FusedConv, Pair
+
+
+def check_rows(rows: Tensor, lattice: Lattice) -> None:
+    """Refuse rows that are not those of a lattice: its tables name other rows then.
+
+    Raises:
+        Misfit: there are more or fewer.
+    """
+    if lattice.has_known_counts and len(rows) != lattice.count:
+        raise Misfit(
+            f"a layer is given {len(rows)} elements, and its lattice has {lattice.count}.",
+            next="give Elements whose rows belong to their lattice.",
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,18 +60,6 @@ class WindowRead:
     def case(self) -> tuple[Hashable, ...]:
         """Facts about lattices and window that backends need: all except the number and positions of elements."""
         return self.source.derive(("case", self.target.key, self.window, self.drop), self._make_case)
-
-    def check_count(self, rows: Tensor) -> None:
-        """Refuse rows that are not those of the source: the kernel map names other rows then.
-
-        Raises:
-            Misfit: there are more or fewer.
-        """
-        if self.source.has_known_counts and len(rows) != self.source.count:
-            raise Misfit(
-                f"a layer is given {len(rows)} elements, and its lattice has {self.source.count}.",
-                next="give Elements whose rows belong to their lattice.",
-            )
 
     def _make_case(self) -> tuple[Hashable, ...]:
         source, target = self.source, self.target
@@ -98,7 +106,7 @@ class Convolution(Work):
         """Refuse rows of other channels than the weight's, or of another lattice; see `Work.check`."""
         check_channels(self.rows.shape[-1], self.weights.weight.shape[1] * self.weights.groups)
         if isinstance(self.reads, WindowRead):
-            self.reads.check_count(self.rows)
+            check_rows(self.rows, self.reads.source)
 
     @property
     def reading(self) -> Reading:
@@ -215,6 +223,28 @@ class MapConvolution(Work):
 
 
 @dataclass(frozen=True, eq=False)
+class MapResizing(Work):
+    """Bilinear resizing of a dense map as by `F.interpolate`, (B, C, H', W') in contiguous memory.
+
+    Attributes:
+        rows: the map (B, C, H, W).
+        size: samples (height, width) of the result.
+        factors: ratios of the sizes that the network names, which then say where samples lie; or None.
+        aligned: the first and last samples of both maps lie in the same places.
+    """
+
+    size: tuple[int, int]
+    factors: tuple[float, float] | None
+    aligned: bool
+    task: ClassVar[str] = "resize_map"
+
+    @property
+    def case(self) -> tuple[Hashable, ...]:
+        """The map's kind, and whether there are any samples."""
+        return *super().case, self.rows.dim(), self.rows.numel() > 0
+
+
+@dataclass(frozen=True, eq=False)
 class Pooling(Work):
     """The largest value, or the sum, over the taps of each element: rows (N_target, C)."""
 
@@ -237,7 +267,7 @@ class Pooling(Work):
     def check(self) -> None:
         """Refuse rows of another lattice; see `Work.check`."""
         if isinstance(self.reads, WindowRead):
-            self.reads.check_count(self.rows)
+            check_rows(self.rows, self.reads.source)
 
     def on_shapes(self) -> Tensor:
         """Return rows without values."""
@@ -336,6 +366,43 @@ class Picking(Work):
     def operands(self) -> tuple[Tensor | None, ...]:
         """Tensors that a gradient may be asked for."""
         return self.rows, self.reading.mix
+
+
+@dataclass(frozen=True, eq=False)
+class PixelReading(Work):
+    """Every `spacing`-th fine pixel (B, h, w, C) of a lattice, with its fill."""
+
+    lattice: Lattice
+    spacing: int
+    task: ClassVar[str] = "read_pixels"
+
+    @property
+    def case(self) -> tuple[Hashable, ...]:
+        """The rows' kind, and what is known of the cells."""
+        return *super().case, self.is_counted, self.lattice.levels.device.type
+
+    @property
+    def is_counted(self) -> bool:
+        """True if the lattice has all its cells, whose number is known."""
+        return self.lattice.part is None and self.lattice.capacity is None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return self.lattice.batch, *self.lattice.samples(self.spacing), self.rows.shape[1]
+
+    @property
+    def picking(self) -> Picking:
+        """The same work as a `Picking` whose halo rows are the interpolated pixels."""
+        return Picking(self.rows, every_pixel(self.lattice, self.spacing))
+
+    def check(self) -> None:
+        """Refuse rows of another lattice; see `Work.check`."""
+        check_rows(self.rows, self.lattice)
+
+    def on_shapes(self) -> Tensor:
+        """Return pixels without values."""
+        return self.rows.new_empty(self.shape)
 
 
 @dataclass(frozen=True, eq=False)

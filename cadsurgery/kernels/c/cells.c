@@ -1,9 +1,10 @@
 /* Cells of level maps, and kernel maps, for engines: see convolve.h. maps.c computes them; here their numbers are checked and
- * converted, as engines index by int32.
+ * converted, as engines index by int32. So are pixels, which pixels.c reads.
  *
  * Compiled once, for the architecture's baseline. */
 #include "maps.h"
 #include "packed.h"
+#include "pixels.h"
 
 __attribute__((weak)) extern long find_cells_scalar(const cells *);
 __attribute__((weak)) extern long shift_taps_scalar(const map *);
@@ -134,3 +135,50 @@ static const char *read_taps(int has_halo, const tensor *in, found *to, share_in
 
 const char *cadsurgery_read_taps(const tensor *in, found *to, share_in_engine *way) { return read_taps(1, in, to, way); }
 const char *cadsurgery_read_near_taps(const tensor *in, found *to, share_in_engine *way) { return read_taps(0, in, to, way); }
+
+/* ---- Pixels. */
+
+typedef struct {
+    unsigned long needs;
+    long (*read_pixels)(const pixels *);
+} form;
+
+#define DECLARE(set) __attribute__((weak)) extern long read_pixels_float32_##set(const pixels *);
+#define FORM(set) {NEEDS_##set, read_pixels_float32_##set}
+
+BY_VECTOR(DECLARE)
+static const form forms[] = FORMS_BY_VECTOR;
+
+const char *cadsurgery_size_of_pixels(const tensor *in, int64_t *size) {
+    const char *reason = check_levels(in + LEVELS_OF);
+    if (reason) return reason;
+    const int64_t *levels = in[LEVELS_OF].size, all = levels[0] * levels[1] * levels[2];
+    REFUSE_UNLESS(in[ROWS_IN].rank == 2 && in[INDEX_OF].rank == 1 && in[INDEX_OF].size[0] == all &&
+                      cadsurgery_is_within(in[INDEX_OF].data, all, in[ROWS_IN].size[0]),
+                  "the cells of pixels do not fit their level map");
+    REFUSE_UNLESS(in[STEP].rank == 1 && in[STEP].size[0] == 1 && are_positive(in + STEP), "the step of pixels is not one number");
+    const int64_t step = *(const int32_t *)in[STEP].data;
+    size[0] = levels[0], size[1] = (levels[1] + step - 1) / step, size[2] = (levels[2] + step - 1) / step;
+    size[3] = in[ROWS_IN].size[1];
+    return 0;
+}
+
+const char *cadsurgery_read_pixels(const tensor *in, void *out, share_in_engine *way) {
+    const int64_t *size = in[LEVELS_OF].size, all = size[0] * size[1] * size[2], many = in[SIDES_OF].size[0];
+    const long channels = in[ROWS_IN].size[1];
+    const form *by = 0;
+    WIDEST(forms, read_pixels, by);
+    REFUSE_UNLESS(by, "the library has no kernels for this processor");
+    if (!all || !channels) return 0;
+    int64_t *sides = malloc(many * sizeof *sides + all + 64);
+    REFUSE_UNLESS(sides, "there is no memory for the levels of pixels");
+    int8_t *const levels = copy_levels(in + LEVELS_OF, all, (int8_t *)(sides + many));
+    widen(in + SIDES_OF, many, sides);
+    const pixels p = {in[ROWS_IN].data, in[INDEX_OF].data, levels, sides, out, in[ROWS_IN].size[0], size[0], size[1], size[2],
+                      channels, *(const int32_t *)in[STEP].data, 1, 0};
+    cadsurgery_share_by(way);
+    by->read_pixels(&p);
+    cadsurgery_share_by(0);
+    free(sides);
+    return 0;
+}

@@ -130,12 +130,10 @@ const char *cadsurgery_size_of_result(const convolution *k, const tensor *in, in
 }
 
 int cadsurgery_is_within(const int32_t *entries, int64_t count, int64_t end) {
-    int32_t least = 0, most = 0;
-    for (int64_t i = 0; i < count; i++) {
-        least = entries[i] < least ? entries[i] : least;
-        most = entries[i] > most ? entries[i] : most;
-    }
-    return least >= 0 && most < end;
+    const uint32_t last = (uint32_t)(end > INT32_MAX ? INT32_MAX : end - 1);
+    uint32_t either = 0; /* its highest bit: an entry, or its distance to the last one, is negative */
+    for (int64_t i = 0; i < count; i++) either |= (uint32_t)entries[i] | (last - (uint32_t)entries[i]);
+    return !count || (end > 0 && either <= INT32_MAX);
 }
 
 const char *cadsurgery_check_rows(const tensor *in) {

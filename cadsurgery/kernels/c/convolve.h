@@ -91,11 +91,17 @@ find cadsurgery_find_cells;
 enum { ANCHORS = INPUTS_OF_CELLS, INDEX, TARGETS, SIZE, DOWN, ACROSS, INPUTS_OF_TAPS };
 find cadsurgery_read_taps, cadsurgery_read_near_taps;
 
+/* Read every so many-th pixel of rows of cells (N, C): (B, height, width, C), see pixels.c. Level map and sides are those of the
+ * cells, INDEX_OF is the cell of each pixel, and STEP is one number. */
+enum { LEVELS_OF = 1, SIDES_OF, INDEX_OF, STEP, INPUTS_OF_PIXELS };
+const char *cadsurgery_size_of_pixels(const tensor *in, int64_t *size);
+of_maps cadsurgery_read_pixels;
+
 /* All operations, by their names in files: those of elements/backends/operators.py, of which some have a form in 8 bits, and
  * resizes. onnxruntime.c and openvino.cpp make of each line what their engines ask for.
  *
- * CONVOLVE and PICK: name, and whether in 8 bits. OF_MAPS: name, dimensions of the result, and the functions that set its size and
- * compute it. FIND: name, numbers of inputs and results, function. */
+ * CONVOLVE and PICK: name, and whether in 8 bits. OF_MAPS: name, numbers of inputs and of dimensions of the result, and the functions that set
+ * its size and compute it. FIND: name, numbers of inputs and results, function. */
 #define OPERATIONS(CONVOLVE, PICK, OF_MAPS, FIND)                                                   \
     CONVOLVE(Convolve, 0)                                                                           \
     CONVOLVE(ConvolveDepthwise, 0)                                                                  \
@@ -105,9 +111,10 @@ find cadsurgery_read_taps, cadsurgery_read_near_taps;
     CONVOLVE(ConvolveGroupsIn8Bits, 1)                                                              \
     PICK(Pick, 0)                                                                                   \
     PICK(PickIn8Bits, 1)                                                                            \
-    OF_MAPS(ResizeLinear, 4, cadsurgery_size_of_resized, cadsurgery_resize)                         \
-    OF_MAPS(ResizeLinearAligned, 4, cadsurgery_size_of_resized, cadsurgery_resize_aligned)          \
-    OF_MAPS(InterpolationError, 3, cadsurgery_size_of_error, cadsurgery_find_error)                 \
+    OF_MAPS(ResizeLinear, INPUTS_OF_MAPS, 4, cadsurgery_size_of_resized, cadsurgery_resize)         \
+    OF_MAPS(ResizeLinearAligned, INPUTS_OF_MAPS, 4, cadsurgery_size_of_resized, cadsurgery_resize_aligned) \
+    OF_MAPS(InterpolationError, INPUTS_OF_MAPS, 3, cadsurgery_size_of_error, cadsurgery_find_error) \
+    OF_MAPS(ReadPixels, INPUTS_OF_PIXELS, 4, cadsurgery_size_of_pixels, cadsurgery_read_pixels)     \
     FIND(FindCells, INPUTS_OF_CELLS, 2, cadsurgery_find_cells)                                      \
     FIND(ReadTaps, INPUTS_OF_TAPS, 3, cadsurgery_read_taps)                                         \
     FIND(ReadNearTaps, INPUTS_OF_TAPS, 1, cadsurgery_read_near_taps)

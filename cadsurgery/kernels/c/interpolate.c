@@ -1,6 +1,7 @@
 /* Bilinear interpolation of maps, and its error: see resize.c.
  *
  * Compiled once per instruction set with -DSUFFIX(name)=... */
+#include "check.h"
 #include "resize.h"
 
 enum { BLOCK = 1024 };
@@ -41,8 +42,32 @@ static void resize_rows(long begin, long end, void *work) {
     }
 }
 
-void SUFFIX(resize)(const resizing *of) {
+static long check_axis(const long *held, long place, const axis *one, long length) {
+    POSSIBLE(one->length >= 0 && length > 0);
+    NEEDS(held, place, one->length, int32_t);
+    NEEDS(held, place + 1, one->length, int32_t);
+    NEEDS(held, place + 2, one->length, float);
+    for (long i = 0; i < one->length; i++) {
+        const long step = (long)one->second[i] - one->first[i];
+        POSSIBLE(one->first[i] >= 0 && one->second[i] < length && (step == 0 || step == 1));
+    }
+    return FITS;
+}
+
+static long check_resizing(const resizing *of) {
+    const long *const held = of->held;
+    if (!held) return FITS;
+    POSSIBLE(of->count >= 0);
+    NEEDS(held, 0, product_of(of->count, product_of(of->height, of->width)), float);
+    NEEDS(held, 1, product_of(of->count, product_of(of->down.length, of->across.length)), float);
+    RETURN_UNLESS_FITS(check_axis(held, 2, &of->down, of->height));
+    return check_axis(held, 5, &of->across, of->width);
+}
+
+long SUFFIX(resize)(const resizing *of) {
+    RETURN_UNLESS_FITS(check_resizing(of));
     cadsurgery_share(of->count * of->down.length, rows_at_once(of->across.length * sizeof(float)), resize_rows, (void *)of);
+    return FITS;
 }
 
 /* The squared error of the mean of some rows of channels. */

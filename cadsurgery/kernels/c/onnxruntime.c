@@ -89,7 +89,7 @@ typedef struct operation {
 static const int of_floats[] = {FLOAT, INT32, INT32, FLOAT, FLOAT, FLOAT, FLOAT};
 static const int of_bytes[] = {UINT8, INT32, INT32, FLOAT, INT8, FLOAT, UINT8, FLOAT};
 static const int of_found[] = {INT32, INT32, INT32, INT32, INT32, INT32, INT32, INT32};
-static const int of_maps_and_sizes[] = {FLOAT, INT32};
+static const int of_maps_and_sizes[] = {FLOAT, INT32, INT32, INT32, INT32};
 
 /* ---- Convolutions, picks, maps, cells and kernel maps. */
 
@@ -230,13 +230,13 @@ static status *read_inputs(const kernel *k, const context *within, tensor *in) {
     return 0;
 }
 
-/* Resize maps, or find the error of their interpolation. */
+/* Resize maps, find the error of their interpolation, or read pixels. */
 static status *compute_maps(void *one, context *within) {
     const kernel *k = one;
     const functions api = k->api;
     const sharing here = {api, within};
     const operation *const made_by = k->operation;
-    tensor in[INPUTS_OF_MAPS];
+    tensor in[INPUTS_OF_PIXELS];
     TRY(read_inputs(k, within, in));
     int64_t size[4];
     value *made;
@@ -290,8 +290,8 @@ static int one(const operation *self) { return (void)self, 1; }
 #define CONVOLVE(name, bytes) \
     OPERATION(name, bytes ? of_bytes : of_floats, bytes ? INPUTS_IN_8_BITS : INPUTS, 1, create_convolution, compute, 0, 0, 0, 0)
 #define PICK(name, bytes) OPERATION(name, bytes ? of_bytes : of_floats, INPUTS_OF_PICK, 1, create_other, compute, 0, 0, 0, 0)
-#define OF_MAPS(name, dimensions, size, function) \
-    OPERATION(name, of_maps_and_sizes, INPUTS_OF_MAPS, 1, create_other, compute_maps, 0, dimensions, size, function)
+#define OF_MAPS(name, inputs, dimensions, size, function) \
+    OPERATION(name, of_maps_and_sizes, inputs, 1, create_other, compute_maps, 0, dimensions, size, function)
 #define FIND(name, inputs, outputs, function) \
     OPERATION(name, of_found, inputs, outputs, create_other, compute_found, function, 0, 0, 0)
 

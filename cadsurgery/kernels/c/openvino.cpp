@@ -243,8 +243,8 @@ public:
 
 /* What is computed of maps: `dimensions` sizes are those of the result. */
 template <class Name>
-class OfMaps : public Operation<Name, INPUTS_OF_MAPS> {
-    using Base = Operation<Name, INPUTS_OF_MAPS>;
+class OfMaps : public Operation<Name, Name::inputs> {
+    using Base = Operation<Name, Name::inputs>;
 
 public:
     OfMaps() = default;
@@ -253,6 +253,11 @@ public:
     void validate_and_infer_types() override {
         this->check_inputs([](size_t place) -> ov::element::Type { return place == MAPS ? ov::element::f32 : ov::element::i32; });
         ov::PartialShape sizes = ov::PartialShape::dynamic(Name::dimensions);
+        if (Name::inputs == INPUTS_OF_PIXELS) {
+            sizes[0] = this->side(LEVELS_OF, 0), sizes[3] = this->side(MAPS, 1);
+            this->set_output_type(0, ov::element::f32, sizes);
+            return;
+        }
         if (const auto known = ov::as_type_ptr<ov::op::v0::Constant>(this->get_input_node_shared_ptr(SIZES)))
             sizes = known->template cast_vector<int64_t>();
         OPENVINO_ASSERT(sizes.size() == Name::dimensions, "cadsurgery: ", Name::type, " takes another number of sizes");
@@ -280,9 +285,10 @@ public:
         static constexpr const char *type = #name;   \
         static constexpr bool in_8_bits = bytes;     \
     };
-#define BY_MAPS(name, number, size_function, function)                                                           \
+#define BY_MAPS(name, many, number, size_function, function)                                                         \
     struct name##Name {                                                                                          \
         static constexpr const char *type = #name;                                                               \
+        static constexpr size_t inputs = many;                                                                   \
         static constexpr size_t dimensions = number;                                                             \
         static const char *size(const tensor *in, int64_t *to) { return size_function(in, to); }                 \
         static const char *compute(const tensor *in, void *out) { return function(in, out, share); }             \

@@ -7,12 +7,12 @@
 
 typedef struct {
     unsigned long needs;
-    void (*resize)(const resizing *);
+    long (*resize)(const resizing *);
     void (*find_error)(const erring *);
 } form;
 
 #define DECLARE(set)                                                   \
-    __attribute__((weak)) extern void resize_##set(const resizing *);  \
+    __attribute__((weak)) extern long resize_##set(const resizing *);  \
     __attribute__((weak)) extern void interpolation_error_##set(const erring *);
 #define FORM(set) {NEEDS_##set, resize_##set, interpolation_error_##set}
 

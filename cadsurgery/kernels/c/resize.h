@@ -18,6 +18,7 @@ typedef struct {
     float *out;        /* (count, down.length, across.length) */
     long count, height, width;
     axis down, across;
+    const long *held; /* bytes of the buffers in this order, see check.h; second samples follow first ones, or are these */
 } resizing;
 
 /* Maps whose error of interpolation is found. */

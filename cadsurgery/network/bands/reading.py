@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from cadsurgery.elements import functional
@@ -269,7 +269,7 @@ class BandPlan:
             self._refuse_unless_rowwise(node, treatment)
             self.parts[node] = self._maps_of(node)
             return
-        if node.target in (functional.contiguous_gradient, functional.exact_layout, functional.in_order):
+        if node.target in (functional.contiguous_gradient, functional.exact_layout):
             self._add(node, self._pointwise(node))
         elif treatment.kind == "global":
             source, covers = self._source(node), self._resolved(treatment.covers, node)
@@ -358,6 +358,8 @@ class BandPlan:
         if acts.call is functional.conv2d:
             held = self._arguments(node)
             weight, bias, groups = held["weight"], held.get("bias"), held.get("groups", 1)
+            if bias is None and isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                bias = module.bias  # of a norm that was folded into it
             if window.finer == 1:
                 return self._over(
                     *(node, window.fit(size)),

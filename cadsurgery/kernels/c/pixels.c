@@ -1,0 +1,101 @@
+/* Every so many-th pixel of a map, read from its cells: linear between the first pixels of a cell and of the next ones to the
+ * right and below, at the border its own; or the row of its cell. The results are those of `gather_mixing` by the table and
+ * the halo of `shift_taps`, up to rounding, without either of them. */
+#include "pixels.h"
+
+#include "check.h"
+#include "parallel.h"
+#include "vector.h"
+
+/* Between two rows; a row of share 0 is not read. */
+INLINE lane between(const element *first, const element *second, sum share, long start, long some) {
+    const lane own = load_some(first + start, some);
+    return share == 0 ? own : (1 - share) * own + share * load_some(second + start, some);
+}
+
+/* Write `many` pixels of a line of a cell, the first of which lies `at` pixels behind the cell's left side. */
+static void write_run(const pixels *p, const element *const corners[4], sum down, long at, long many, long side, element *out) {
+    const long channels = p->channels, spacing = p->spacing;
+    const sum part = (sum)1 / side;
+#if !defined(BF16)
+    if (channels == 1) {
+        const sum left = down == 0 ? *corners[0] : (1 - down) * *corners[0] + down * *corners[2];
+        const sum right = down == 0 ? *corners[1] : (1 - down) * *corners[1] + down * *corners[3];
+        out[0] = at ? left * (1 - at * part) + right * (at * part) : left;
+#pragma omp simd
+        for (long i = 1; i < many; i++) {
+            const sum share = (at + i * spacing) * part;
+            out[i] = left * (1 - share) + right * share;
+        }
+        return;
+    }
+#endif
+    for (long start = 0; start < channels; start += LANES) {
+        const long some = channels - start < LANES ? channels - start : LANES;
+        const lane left = between(corners[0], corners[2], down, start, some);
+        if (!at) store_some(out + start, left, some);
+        if (!at && many == 1) continue;
+        const lane right = between(corners[1], corners[3], down, start, some);
+        for (long i = !at; i < many; i++) {
+            const sum share = (at + i * spacing) * part;
+            store_some(out + i * channels + start, left * (1 - share) + right * share, some);
+        }
+    }
+}
+
+static void read_lines(long begin, long end, void *work) {
+    const pixels *p = work;
+    const element *const rows = p->rows;
+    const long channels = p->channels, spacing = p->spacing, width = p->width;
+    const long lines = (p->height + spacing - 1) / spacing, columns = (width + spacing - 1) / spacing;
+    for (long line = begin; line < end; line++) {
+        const long y = line % lines * spacing, first = line / lines * p->height;
+        const int8_t *const levels = p->levels + (first + y) * width;
+        const int32_t *const index = p->index + first * width;
+        element *out = (element *)p->out + line * columns * channels;
+        for (long x = 0, stop; x < width; x = stop) {
+            const long side = p->sides[levels[x]], at = x % side, up = y % side, end_of_cell = x - at + side;
+            const long many = ((end_of_cell < width ? end_of_cell : width) - x + spacing - 1) / spacing;
+            const element *const own = rows + (long)index[y * width + x] * channels;
+            stop = x + many * spacing;
+            if (!p->interpolates || (!at && !up && many == 1)) {
+                for (long i = 0; i < many; i++, out += channels) memcpy(out, own, channels * sizeof(element));
+                continue;
+            }
+            const long top = y - up, bottom = top + side < p->height ? top + side : p->height - 1;
+            const long right = end_of_cell < width ? end_of_cell : width - 1, left = x - at;
+            const long places[4] = {top * width + left, top * width + right, bottom * width + left, bottom * width + right};
+            const element *corners[4];
+            for (int i = 0; i < 4; i++) corners[i] = rows + (long)index[places[i]] * channels;
+            write_run(p, corners, up / (sum)side, at, many, side, out);
+            out += many * channels;
+        }
+    }
+}
+
+static long check_pixels(const pixels *p, long all) {
+    const long *const held = p->held;
+    POSSIBLE(p->count >= 0 && p->batch >= 0 && p->height > 0 && p->width > 0 && p->channels > 0 && p->spacing > 0);
+    if (!held) return FITS;
+    NEEDS(held, 0, product_of(p->count, p->channels), element);
+    NEEDS(held, 1, all, int32_t);
+    NEEDS(held, 2, all, int8_t);
+    const long many = held[3] / (long)sizeof *p->sides;
+    for (long i = 0; i < many; i++) POSSIBLE(p->sides[i] > 0);
+    POSSIBLE(many > 0 && many < 128);
+    for (long i = 0; i < all; i++) POSSIBLE(p->levels[i] >= 0 && p->levels[i] < many);
+    POSSIBLE(largest_of(p->index, all) < p->count);
+    const long lines = (p->height + p->spacing - 1) / p->spacing, columns = (p->width + p->spacing - 1) / p->spacing;
+    NEEDS(held, 4, product_of(product_of(p->batch, lines), product_of(columns, p->channels)), element);
+    return FITS;
+}
+
+long SUFFIX(read_pixels)(const pixels *p) {
+    const long all = product_of(p->batch, product_of(p->height, p->width));
+    if (!all) return FITS;
+    RETURN_UNLESS_FITS(check_pixels(p, all));
+    const long lines = (p->height + p->spacing - 1) / p->spacing;
+    const long bytes = p->width / p->spacing * p->channels * sizeof(element);
+    cadsurgery_share(p->batch * lines, rows_at_once(bytes), read_lines, (void *)p);
+    return FITS;
+}
