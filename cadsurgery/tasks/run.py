@@ -353,11 +353,9 @@ def _what_does_not_fit(converted: nn.Module, sources: _Sources, settings: Predic
         return ""
     if find_device(settings.device).type != "cpu" or settings.size is not None:
         return ""
-    found = (
-        (math.prod(size), size, item.source)
-        for item in islice(sources.images(), _LOOKED_AT)
-        if (size := size_at(item.source))
-    )
+    given = [(source, Path(source).name) for source in sources.stills if not source.startswith("@")]
+    listed = islice(stream_images(given, {}, sources.output), _LOOKED_AT) if given else ()
+    found = ((math.prod(size), size, image) for image, _ in listed if (size := size_at(image)))
     _, size, largest = max(found, default=(0, (0, 0), ""))
     source: Any = pictures_for(converted)
     if math.prod(size) < SMALL or source is None:
