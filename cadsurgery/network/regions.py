@@ -29,7 +29,6 @@ from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.following.equivalence import meta_copy
 from cadsurgery.following.guards import drop_dead_code
 from cadsurgery.masks.basic import FixedMask
-from cadsurgery.masks.context import sized
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.bands.banded_call import Bands
 from cadsurgery.network.bands.element_steps import Cells
@@ -482,8 +481,7 @@ class PictureParts:
         values = Values.of(plan, self.program, output, self.boxes, image)
         for box, users in self.parts.items():
             provider, arguments = self.call_of(box)
-            with sized(None):  # the mask has seen them
-                result = answer(provider, plain, arguments)[0]
+            result = answer(provider, plain, arguments)[0]
             result = result if output is None else select_output(result, output)
             for place, (number, indices) in enumerate(users):
                 for index in indices:
