@@ -730,3 +730,13 @@ def test_the_reach_of_families_is_that_of_gradients(name: str) -> None:
     touched = image.grad[0].abs().sum((0, 2)).nonzero().flatten()
     assert first <= touched[0] and end > touched[-1]
     assert end - first <= 1.15 * int(touched[-1] + 1 - touched[0])
+
+
+@torch.no_grad()
+def test_padded_batches_have_boxes_of_some_pictures() -> None:
+    """Masks are those of each picture without its padding, also where a part is computed of one picture only."""
+    net, images = made("unet", "floors"), torch.randn(2, 3, 128, 96, dtype=torch.float64)
+    net.mask = "gradient | budget:fraction=0.4"
+    boxes = [torch.zeros(0, 4), torch.tensor([[10, 10, 20, 30], [0, 60, 9, 69]])]
+    with cs.masks.sized([(128, 96), (100, 80)]):
+        assert_parts(net(images), cs.read_within(net, images, boxes), boxes, (128, 96))
