@@ -184,7 +184,10 @@ def test_the_full_picture_is_read_among_copies_masks_and_labels(
         expected = scaled(np.ascontiguousarray(np.moveaxis(stored, -1, 0)))
         found = read_image(path, channels=None)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7, msg=layout)
-        torch.testing.assert_close(TiffRows(path).rows(0, HEIGHT), expected, rtol=1e-6, atol=1e-7, msg=layout)
+        rows = TiffRows(path).rows(0, HEIGHT)
+        if layout == "copies and masks":  # pixels that the mask leaves out have no data
+            expected = expected.masked_fill(torch.from_numpy(stored[..., 0] <= 9), torch.nan)
+        torch.testing.assert_close(rows, expected, rtol=1e-6, atol=1e-7, equal_nan=True, msg=layout)
         if bands == 1 and dtype != "float32":
             assert np.array_equal(read_labels(path).numpy(), stored[..., 0]), layout
     half = read_image(f"{tmp_path / 'reduced copies.tif'},page=1", channels=None)

@@ -343,6 +343,18 @@ def test_every_other_task_is_that_of_the_reference(name: str, task: str, dtype: 
         assert_close(found.double(), expected, atol=TOLERANCE[dtype] * 10, rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@torch.no_grad()
+def test_pixels_have_the_bits_of_rows_that_are_picked(dtype: torch.dtype) -> None:
+    """So that values read at points are those of the map."""
+    native = named("native")
+    for work in other_works("read_pixels", dtype):
+        if not native.applies(work):
+            pytest.skip("needs compiled kernels")
+        assert isinstance(work, PixelReading)
+        assert torch.equal(computed(native, work), computed(native, work.picking).view(work.shape))
+
+
 # -- level maps, dense maps and sums ---------------------------------------------------------------------
 
 STEPS = (([0], [0]), ([-2, 0, 2], [-4, 0, 4]), ([0, 1], [-1, 0, 1, 2]))

@@ -172,8 +172,7 @@ def test_on_a_mixed_map_an_element_of_a_shuffle_takes_the_channels_of_its_phase(
         own = y // 2, x_ // 2
         place = [min(o // 2 * 4 + at % 2, n - 1) for o, at, n in zip(own, (y, x_), size, strict=True)]
         values = fine[image, :, place[0], place[1]].view(2, 4)
-        # Sums of the same four products, in another order.
-        assert_same(found.rows[row], values[:, own[0] % 2 * 2 + own[1] % 2], 1e-14)
+        assert torch.equal(found.rows[row], values[:, own[0] % 2 * 2 + own[1] % 2])
 
 
 @pytest.mark.slow

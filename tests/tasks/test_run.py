@@ -213,10 +213,10 @@ def test_where_no_padding_helps_the_option_that_resizes_is_named() -> None:
 def test_the_report_says_once_that_pictures_were_padded(
     file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(self: Any, images: torch.Tensor, size: Any) -> Any:
+    def refused(self: Any, images: torch.Tensor, *more: Any) -> Any:
         if images.shape[2] % 16:
             raise RuntimeError("sizes of tensors must match")
-        return ran(self, images, size)
+        return ran(self, images, *more)
 
     ran = predictor.Predictor._run
     monkeypatch.setattr(predictor.Predictor, "_run", refused)

@@ -1,44 +1,62 @@
 /* Every so many-th pixel of a map, read from its cells: linear between the first pixels of a cell and of the next ones to the
  * right and below, at the border its own; or the row of its cell. The results are those of `gather_mixing` by the table and
- * the halo of `shift_taps`, up to rounding, without either of them. */
+ * the halo of `shift_taps`, without either of them. */
 #include "pixels.h"
 
 #include "check.h"
 #include "parallel.h"
 #include "vector.h"
 
-/* Between two rows; a row of share 0 is not read. */
-INLINE lane between(const element *first, const element *second, sum share, long start, long some) {
-    const lane own = load_some(first + start, some);
-    return share == 0 ? own : (1 - share) * own + share * load_some(second + start, some);
-}
+enum { AT_ONCE = 64 }; /* pixels whose shares are held */
 
-/* Write `many` pixels of a line of a cell, the first of which lies `at` pixels behind the cell's left side. */
-static void write_run(const pixels *p, const element *const corners[4], sum down, long at, long many, long side, element *out) {
-    const long channels = p->channels, spacing = p->spacing;
-    const sum part = (sum)1 / side;
+/* Write `many` pixels of a line of a cell, the first of which lies `at` pixels behind the cell's left side. The products and
+ * sums are those of `interpolate` in maps.c and `mix_row` in move.c, in their order; rows of share 0 are not read. */
+static void write_run(const pixels *p, const element *const corners[4], double down, long at, long many, long side, element *out) {
+    const long channels = p->channels, first = at == 0;
+    sum shares[4][AT_ONCE];
+    for (long i = 0; i < many; i++) {
+        const double across = (at + i * p->spacing) / (double)side;
+        shares[0][i] = (sum)((1 - down) * (1 - across)), shares[1][i] = (sum)((1 - down) * across);
+        shares[2][i] = (sum)(down * (1 - across)), shares[3][i] = (sum)(down * across);
+    }
 #if !defined(BF16)
     if (channels == 1) {
-        const sum left = down == 0 ? *corners[0] : (1 - down) * *corners[0] + down * *corners[2];
-        const sum right = down == 0 ? *corners[1] : (1 - down) * *corners[1] + down * *corners[3];
-        out[0] = at ? left * (1 - at * part) + right * (at * part) : left;
-#pragma omp simd
-        for (long i = 1; i < many; i++) {
-            const sum share = (at + i * spacing) * part;
-            out[i] = left * (1 - share) + right * share;
+        const sum values[4] = {*corners[0], *corners[1], *corners[2], *corners[3]};
+        if (down == 0)
+            for (long i = first; i < many; i++) {
+                sum total = 0;
+                total += shares[0][i] * values[0];
+                total += shares[1][i] * values[1];
+                out[i] = total;
+            }
+        else
+            for (long i = first; i < many; i++) {
+                sum total = 0;
+                total += shares[0][i] * values[0];
+                total += shares[1][i] * values[1];
+                total += shares[2][i] * values[2];
+                total += shares[3][i] * values[3];
+                out[i] = total;
+            }
+        if (first) {
+            sum total = 0;
+            total += shares[0][0] * values[0];
+            if (down != 0) total += shares[2][0] * values[2];
+            out[0] = total;
         }
         return;
     }
 #endif
     for (long start = 0; start < channels; start += LANES) {
         const long some = channels - start < LANES ? channels - start : LANES;
-        const lane left = between(corners[0], corners[2], down, start, some);
-        if (!at) store_some(out + start, left, some);
-        if (!at && many == 1) continue;
-        const lane right = between(corners[1], corners[3], down, start, some);
-        for (long i = !at; i < many; i++) {
-            const sum share = (at + i * spacing) * part;
-            store_some(out + i * channels + start, left * (1 - share) + right * share, some);
+        lane rows[4] = {};
+        for (int k = 0; k < 4; k++)
+            if ((k < 2 || down != 0) && (k % 2 == 0 || many > first)) rows[k] = load_some(corners[k] + start, some);
+        for (long i = 0; i < many; i++) {
+            lane total = {};
+            for (int k = 0; k < 4; k++)
+                if ((k < 2 || down != 0) && (k % 2 == 0 || i >= first)) total += shares[k][i] * rows[k];
+            store_some(out + i * channels + start, total, some);
         }
     }
 }
@@ -67,8 +85,10 @@ static void read_lines(long begin, long end, void *work) {
             const long places[4] = {top * width + left, top * width + right, bottom * width + left, bottom * width + right};
             const element *corners[4];
             for (int i = 0; i < 4; i++) corners[i] = rows + (long)index[places[i]] * channels;
-            write_run(p, corners, up / (sum)side, at, many, side, out);
-            out += many * channels;
+            for (long i = 0, some; i < many; i += some, out += some * channels) {
+                some = many - i < AT_ONCE ? many - i : AT_ONCE;
+                write_run(p, corners, up / (double)side, at + i * spacing, some, side, out);
+            }
         }
     }
 }
