@@ -210,7 +210,7 @@ class MacsOptions:
     image: Path | None = option(None, _IMAGE)
     bands: tuple[int, ...] = bands_option(settable=True)
     size: tuple[int, int] | None = size_option()
-    dense: bool = option(False, "count the network without converting it")
+    dense: bool = option(False, "count the network without converting it", settable=True)
     trust: bool = trust_option()
 
 

@@ -336,8 +336,8 @@ def count_dense(model: str, options: MacsOptions) -> dict[str, Any]:
     if is_file(model):
         check_kind(model, CONVERTED)
         raise InvalidInput(
-            f"{model} is a converted network: --dense counts one that is not.",
-            next="leave --dense out, which lists dense high and dense low too, or give the network's name.",
+            f"{model} is a converted network: --set dense=true counts one that is not.",
+            next="leave --set dense out, which lists dense high and dense low too, or give the network's name.",
         )
     net, source = original(model, "none", bands=options.bands)
     batch = example_batch(source, options.image, options.size)

@@ -544,13 +544,13 @@ def test_macs_takes_mask_and_size(run: Run) -> None:
 def test_macs_counts_a_network_as_it_is(run: Run, file: Path) -> None:
     """Everything high and dense are the same in a dilated network; totals go without layers."""
     segmenter = ("--model", "usernets:segmenter", "--size", "96x128")
-    dense = run("macs", *segmenter, "--dense", "--json").json
+    dense = run("macs", *segmenter, "--set", "dense=true", "--json").json
     assert dense.keys() == {"shape", "macs", "not_counted"}
     plain = dense["macs"]["dense"]
     net = cs.build_model("usernets:segmenter")
     assert plain == dense_macs(net, torch.zeros(1, 3, 96, 128))
-    assert f"{plain:.5e}" in run("macs", *segmenter, "--dense").out
-    refused = run("macs", "--trust", "--model", file, "--dense")
+    assert f"{plain:.5e}" in run("macs", *segmenter, "--set", "dense=true").out
+    refused = run("macs", "--trust", "--model", file, "--set", "dense=true")
     assert refused.code == 1 and "converted network" in refused.err
 
 
@@ -999,7 +999,9 @@ def test_plan_convert_and_macs_say_what_a_strided_network_will_cost(run: Run, tm
     strided = ("usernets:segmenter", "--size", "96x128")
     values = run("plan", *strided, "--json").json["work"]
     assert (
-        values["high"] > values["given"] == run("macs", *strided, "--dense", "--json").json["macs"]["dense"]
+        values["high"]
+        > values["given"]
+        == run("macs", *strided, "--set", "dense=true", "--json").json["macs"]["dense"]
     )
     times = f"{values['high'] / values['given']:.2f} times the work of the network as given"
     told = run("plan", *strided).out.replace("\n", " ")

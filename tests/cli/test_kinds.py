@@ -61,7 +61,7 @@ PLACES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("run", "FILE", "photo.jpg"): ("a converted network",),
     ("run", "net.safetensors", "FILE", "--trust"): ("a picture", "a folder", "a clip"),
     ("macs", "FILE"): ("a converted network", FILE_OF_ONNX),
-    ("macs", "FILE", "--dense"): ("a converted network", FILE_OF_ONNX),
+    ("macs", "FILE", "--set", "dense=true"): ("a converted network", FILE_OF_ONNX),
     ("macs", N, "--image", "FILE"): ("a picture",),
     ("bench", "FILE"): ("a converted network", FILE_OF_ONNX),
     ("bench", N, "--size", "32x32", "--dtype", "int8", "--set", "calibration=FILE"): IMAGES,

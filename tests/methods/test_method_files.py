@@ -67,7 +67,7 @@ def test_macs_and_plans_of_files_of_all_methods(made: tuple[Any, Path, str], com
     [
         (("macs", "--trust", "--mask", "edges"), "without masks"),
         (("macs", "--trust", "--set", "output_stride=8,32"), "converted already"),
-        (("macs", "--dense"), "leave --dense out"),
+        (("macs", "--set", "dense=true"), "leave --set dense out"),
         (("macs",), "--trust"),
         (("plan", "--set", "region=backbone"), "converted already"),
     ],

@@ -226,7 +226,13 @@ def test_reports_of_macs_name_what_they_leave_out() -> None:
 
 def test_the_command_line_names_what_counts_leave_out(command_line: Run) -> None:
     name, size = ("--model", f"{__name__}:Spectral"), ("--size", "64x96")
-    for more in ((), ("--dense",)):
+    for more in (
+        (),
+        (
+            "--set",
+            "dense=true",
+        ),
+    ):
         assert LEFT_OUT in " ".join(command_line("macs", *name, *size, *more).out.split())
         values = command_line("macs", *name, *size, *more, "--json").json
         assert values["not_counted"] == ["aten._fft_c2r", "aten._fft_r2c"]
