@@ -84,6 +84,10 @@ def test_a_tutorial_is_a_story_that_says_what_differs_with_real_weights(path: Pa
     assert 60 <= len(text.splitlines()) <= 120
 
 
+def test_the_readme_fits_on_two_screens() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
+
+
 def test_contents_have_their_parts_in_the_order_of_a_reader() -> None:
     assert re.findall(r"^:caption: (.*)$", START, re.MULTILINE) == [
         "Start",
