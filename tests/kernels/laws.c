@@ -656,7 +656,7 @@ static void resize_law(void) {
         const long count = 3, height = cases[k][0], width = cases[k][1], high = cases[k][2], wide = cases[k][3];
         const float *maps = floats(count * height * width);
         float *out = NEW(float, count * high * wide);
-        const resizing all = {maps, out, count, height, width, random_axis(height, high), random_axis(width, wide)};
+        const resizing all = {maps, out, count, height, width, random_axis(height, high), random_axis(width, wide), 0};
         SUFFIX(resize)(&all);
         for (long i = 0; i < count * high * wide; i++) {
             const float *map = maps + i / wide / high * height * width;
