@@ -51,7 +51,7 @@ MEMORY = {"not slow": 4 << 30, "slow": 8 << 30}  # bytes that a worker and what 
 
 
 def _set_determinism(mode: bool, *, warn_only: bool = False) -> None:
-    """torch's own function notes a tensor as Inductor's setting before it refuses it: what compiles later in the process
+    """torch's own function notes a tensor as Inductor's setting, then refuses it: what compiles later in the process
     fails. Tests that call every function with tensors call this one."""
     if not isinstance(mode, bool):
         raise TypeError(f"use_deterministic_algorithms takes a bool, not {type(mode).__name__}")
