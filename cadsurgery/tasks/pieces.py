@@ -22,7 +22,9 @@ _SIDE, _MOST = (
     128,
 )  # pixels a side of blocks, at least, and rows of blocks, at most, in which wanted pixels are found
 _EXTRA = 1 << 16  # pixels whose computation takes as long as planning another rectangle
-_LESS = 0.95  # share of the work of whole rows from which on rectangles are not worth it
+# Share of the pixels of whole rows from which on rectangles are not worth it: for a network whose level is the same
+# everywhere, and for one whose cells without data are coarse already.
+_LESS, _LESS_OF_COARSE = 0.95, 0.6
 Blocks = np.ndarray[Any, np.dtype[np.bool_]]
 
 
@@ -102,7 +104,7 @@ def find_pieces(
     found, work = _rectangles(wanted, side, margin, (height, width))
     index = np.flatnonzero(wanted.any(1))
     of_rows = sum((run[-1] - run[0] + 1) * side * width for run in _runs(index)) if index.size else 0
-    if work > _LESS * of_rows:
+    if work > (_LESS if mask is None else _LESS_OF_COARSE) * of_rows:
         return None
     pieces = list[Piece]()
     for top, bottom, left, right in found:
