@@ -20,7 +20,7 @@ from cadsurgery.elements.bilinear import corners, ends_of, place_on_map
 from cadsurgery.elements.kernel_map import Reading, every_pixel
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
-from cadsurgery.elements.sizes import is_statically_true, least
+from cadsurgery.elements.sizes import is_statically_true, least, pair_of
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 
@@ -231,10 +231,8 @@ def small_map(
     name: str = "an operation",
 ) -> SmallMap:
     """Wrap a dense map and its resizing (if any), to be read by `rows_on` where the operation `name` joins it."""
-    if size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
-        size = (height, width)
-    return SmallMap(values, spacing, size, mode, bool(align_corners), name)
+    wanted = None if size is None else pair_of(size)
+    return SmallMap(values, spacing, wanted, mode, bool(align_corners), name)
 
 
 @operation(reads="nothing", gives="other")

@@ -424,11 +424,6 @@ class Pyramid:
             ]:
                 del derived[name]
 
-    @once
-    def has_two_levels(self) -> bool:
-        """True if all levels are 0 or the lowest."""
-        return not bool(((self.levels > 0) & (self.levels < self.geometry.max_level)).any())
-
     def lattice(self, stage: int, size: tuple[int, int], part: Part | None = None) -> Lattice:
         """Return the lattice after a stage, cut to the fine size (height, width), with all cells or a part of them."""
         key: Hashable = (stage, size, part)

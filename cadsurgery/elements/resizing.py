@@ -20,7 +20,7 @@ from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
-from cadsurgery.elements.sizes import as_number, divide_up, is_for_any_size, is_statically_true
+from cadsurgery.elements.sizes import as_number, divide_up, is_for_any_size, is_statically_true, pair_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.running import running
 
@@ -213,18 +213,13 @@ def interpolate(
         return F.interpolate(in_order(input), *options)
     factors = None
     if size is None:
-        factors = _pair(scale_factor)
+        factors = pair_of(scale_factor)
         size = [math.floor(have * factor) for have, factor in zip(input.shape[2:], factors, strict=True)]
-    height, width = _pair(size)
+    height, width = pair_of(size)
     if not running.in_graph and min(height, width) < 1:
         return F.interpolate(input, (height, width))  # torch refuses it
     out: Tensor = compute(MapResizing(input, (height, width), factors, bool(align_corners)))
     return out
-
-
-def _pair(value: Any) -> tuple[Any, Any]:
-    first, second = value if isinstance(value, (tuple, list)) else (value, value)
-    return first, second
 
 
 def read_as_resized(fine: Tensor, spacing: int, **scaling: Any) -> Tensor:

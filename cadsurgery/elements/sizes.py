@@ -99,3 +99,9 @@ def as_numbers(values: Sequence[int], like: Tensor) -> Tensor:
     if all(isinstance(value, int) for value in values):
         return constant(tuple(values), like.dtype, like.device)
     return torch.stack([as_number(value, like) for value in values])
+
+
+def pair_of(value: Any) -> tuple[Any, Any]:
+    """Return a number, or one per axis, as a pair (vertical, horizontal)."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    return (values[0], values[-1])

@@ -23,10 +23,8 @@ from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.running import running
 
-_SEEN, _SEEN_BANDS = (
-    1 << 22,
-    16,
-)  # pixels by which the normalisation of a large picture is estimated, in so many bands
+# Pixels by which the normalisation of a large picture is estimated, in so many bands.
+_SEEN, _SEEN_BANDS = 1 << 22, 16
 _LEVEL_MAPS = 3  # bytes of a sample of the fine map, in level maps
 _BAND = 1 << 18  # pixels of a large picture that masks see at once
 

@@ -76,9 +76,8 @@ class MaskProvider(nn.Module):
     takes: ClassVar[Literal["none", "one", "many"]] = "none"  # number of other masks in the text form
     image_only: ClassVar[bool] = False  # does not use the features, which then need not be computed
     ignores_image: ClassVar[bool] = False  # does not use the picture, whose unit then need not be known
-    bytes_per_pixel: ClassVar[int] = (
-        64  # that a mask which sees all of a picture at once takes beside it, at most
-    )
+    # What a mask that sees all of a picture at once takes beside it, at most.
+    bytes_per_pixel: ClassVar[int] = 64
     ranks_all: ClassVar[bool] = False  # its scores are ranks among all places of a picture
     needs: ClassVar[str] = ""  # further inputs that its maps depend on, e.g. "earlier images"
     has_own_function: bool = False  # made with a function that its options cannot name

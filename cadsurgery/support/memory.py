@@ -24,10 +24,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 AUTO = "auto"
-_MARGIN, _MARGIN_SHARE = (
-    2**28,
-    4,
-)  # of free memory: so many bytes, or one of so many parts, are left to others
+# Of free memory so many bytes, or one of so many parts, are left to others.
+_MARGIN, _MARGIN_SHARE = 2**28, 4
 
 
 def bytes_of(memory: int | str) -> int:

@@ -30,12 +30,6 @@ def options_of(node: fx.Node, facts: MapFacts, *names: str, **defaults: Any) -> 
     return {**defaults, **vars(module), **dict.fromkeys(held), **weights}
 
 
-def pair_of(value: Any) -> tuple[int, int]:
-    """Return a number, or one per axis, as a pair (vertical, horizontal)."""
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    return (values[0], values[-1])
-
-
 def axes_of(dim: Any, layout: str) -> tuple[int, ...] | None:
     """Return the numbers of axes, counted from the left and in order; None if they are not numbers."""
     dims = dim if isinstance(dim, (tuple, list)) else (dim,)

@@ -24,6 +24,7 @@ from cadsurgery.elements.axes import (
     row_dim,
 )
 from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.sizes import pair_of
 from cadsurgery.following.arguments import Arguments
 from cadsurgery.following.facts import Facts, MapFacts
 from cadsurgery.following.hooks import acts_as
@@ -35,7 +36,6 @@ from cadsurgery.surgery.rule_arguments import (
     arguments_of,
     axes_of,
     options_of,
-    pair_of,
     pooling_options,
     redirect,
 )

@@ -398,6 +398,8 @@ def _rows_of(net: Any, picture: LargePicture, start: int, mask: Any = None) -> A
         except NotInstalled:
             raise
         except CadError as error:
+            if error.where == "memory":  # which more padding does not mend
+                raise
             refusal = refusal or error
     assert refusal is not None
     raise refusal

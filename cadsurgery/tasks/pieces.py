@@ -17,10 +17,8 @@ from torch import Tensor
 from cadsurgery.network.regions import Box, PictureParts
 from cadsurgery.support.errors import CannotConvert
 
-_SIDE, _MOST = (
-    64,
-    128,
-)  # pixels a side of blocks, at least, and rows of blocks, at most, in which wanted pixels are found
+# Pixels a side of blocks, at least, and rows of blocks, at most, in which wanted pixels are found.
+_SIDE, _MOST = 64, 128
 _EXTRA = 1 << 16  # pixels whose computation takes as long as planning another rectangle
 # Share of the pixels of whole rows from which on rectangles are not worth it: for a network whose level is the same
 # everywhere, and for one whose cells without data are coarse already.

@@ -412,9 +412,11 @@ def classes_of(scores: Tensor, is_in_part: bool = False) -> Tensor:
     """Return class numbers (H, W): the channel with the highest score; for one channel its value in 256 steps. In a
     prediction of a part of the picture scores elsewhere are NaN, which has the number -1, and there are 255 steps."""
     scores = scores.float()
-    lacking = scores[0].isnan() if is_in_part else torch.zeros_like(scores[0], dtype=torch.bool)
-    if scores.shape[0] > 1:
-        return scores.argmax(0).masked_fill(lacking, -1)
-    low, high = scores[0][~lacking].aminmax()
-    steps = 254 if is_in_part else 255
-    return ((scores[0] - low) / (high - low).clamp(min=1e-12) * steps).round().masked_fill(lacking, -1)
+    values, lacking = scores[0], scores[0].isnan() if is_in_part else None
+    if len(scores) > 1:
+        found = scores.argmax(0)
+    else:
+        low, high = (values if lacking is None else values[~lacking]).aminmax()
+        steps = 255 if lacking is None else 254
+        found = ((values - low) / (high - low).clamp(min=1e-12) * steps).round()
+    return found if lacking is None else found.masked_fill(lacking, -1)

@@ -256,6 +256,8 @@ def test_a_large_picture_is_padded_as_one_that_fits(
     for name in ("padded_to", "size", "levels"):
         assert rows.rows[0].get(name) == pytest.approx(whole.rows[0].get(name), abs=1e-3)
     assert ("1 padded at the right and below" in rows.text) == any(side % 8 for side in size)
+    little = predict(Path("net.safetensors"), source, tmp_path / "little", memory="8KiB")
+    assert [row["where"] for row in little.failed] == ["memory"]  # not the size as it is
 
 
 def lacking_picture(path: Path, kind: str, size: tuple[int, int], lacking: np.ndarray) -> Path:

@@ -37,6 +37,13 @@ static inline __attribute__((unused)) long largest_of(const int32_t *numbers, lo
     return least < 0 ? LONG_MAX : most;
 }
 
+/* Return the highest of some levels; a negative one counts as more than any that is. */
+static inline __attribute__((unused)) int highest_level(const int8_t *levels, long count) {
+    uint8_t most = 0;
+    for (long i = 0; i < count; i++) most = (uint8_t)levels[i] > most ? (uint8_t)levels[i] : most;
+    return most;
+}
+
 /* Return from a function if a buffer holds fewer than so many values of a type. */
 #define NEEDS(held, place, count, type)                                                                             \
     do {                                                                                                            \

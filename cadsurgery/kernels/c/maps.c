@@ -11,13 +11,6 @@
 
 #include "parallel.h"
 
-/* Return the highest level; a negative one counts as more than any that is. */
-static int highest_level(const cells *c, long pixels) {
-    uint8_t most = 0;
-    for (long i = 0; i < pixels; i++) most = (uint8_t)c->levels[i] > most ? (uint8_t)c->levels[i] : most;
-    return most;
-}
-
 /* Levels that have no side, or one that is not positive, would be read beyond it. */
 static long check_cells(const cells *c, long pixels) {
     const long *const held = c->held;
@@ -29,7 +22,7 @@ static long check_cells(const cells *c, long pixels) {
     NEEDS(held, 4, c->batch, int64_t);
     const long many = held[1] / (long)sizeof *c->sides;
     for (long i = 0; i < many; i++) POSSIBLE(c->sides[i] > 0);
-    POSSIBLE(highest_level(c, pixels) < many || !pixels);
+    POSSIBLE(highest_level(c->levels, pixels) < many || !pixels);
     return FITS;
 }
 
@@ -41,7 +34,7 @@ typedef struct {
 } blocks;
 
 static blocks blocks_of(const cells *c, long pixels) {
-    blocks b = {c, highest_level(c, pixels) + 1, 1};
+    blocks b = {c, highest_level(c->levels, pixels) + 1, 1};
     for (int i = 0; i < b.levels; i++) b.tall = c->sides[i] > b.tall ? c->sides[i] : b.tall;
     return b;
 }

@@ -102,8 +102,7 @@ static long check_pixels(const pixels *p, long all) {
     NEEDS(held, 2, all, int8_t);
     const long many = held[3] / (long)sizeof *p->sides;
     for (long i = 0; i < many; i++) POSSIBLE(p->sides[i] > 0);
-    POSSIBLE(many > 0 && many < 128);
-    for (long i = 0; i < all; i++) POSSIBLE(p->levels[i] >= 0 && p->levels[i] < many);
+    POSSIBLE(many > 0 && many < 128 && highest_level(p->levels, all) < many);
     POSSIBLE(largest_of(p->index, all) < p->count);
     const long lines = (p->height + p->spacing - 1) / p->spacing, columns = (p->width + p->spacing - 1) / p->spacing;
     NEEDS(held, 4, product_of(product_of(p->batch, lines), product_of(columns, p->channels)), element);
