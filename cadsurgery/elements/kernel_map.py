@@ -26,7 +26,6 @@ from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Work, compute
 from cadsurgery.elements.backends.graph_sizes import quotients
-from cadsurgery.elements.bilinear import corners
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import (
     as_number,
@@ -359,10 +358,17 @@ def interpolation(lattice: Lattice, points: Tensor) -> tuple[Tensor, Tensor]:
     top, left = y - y % side, x - x % side
     bottom, right = (top + side).clamp(max=height - 1), (left + side).clamp(max=width - 1)
     down, across = (y - top) / side.double(), (x - left) / side.double()
-    ends = ((top, 1 - down), (bottom, down)), ((left, 1 - across), (right, across))
-    pixels, mix = corners(ends, lambda y, x: first + y * width + x)
+    rows = lattice.index[
+        torch.stack([first + line * width + column for line in (top, bottom) for column in (left, right)], -1)
+    ]
+    # Between a row and itself lies the row, to the bit: equal values stay equal, for maxima and their places.
+    down = torch.where((rows[:, :2] == rows[:, 2:]).all(1), 0.0, down)
+    across = torch.where((rows[:, 0] == rows[:, 1]) & ((down == 0) | (rows[:, 2] == rows[:, 3])), 0.0, across)
+    mix = torch.stack(
+        [vertical * along for vertical in (1 - down, down) for along in (1 - across, across)], -1
+    )
     # A corner of weight zero is replaced by the point's own cell, whose weight is never zero.
-    return lattice.index[torch.where(mix > 0, pixels, pixels[:, :1])], mix
+    return torch.where(mix > 0, rows, rows[:, :1]), mix
 
 
 def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool = False) -> Reading:

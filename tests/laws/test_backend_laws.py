@@ -355,6 +355,30 @@ def test_pixels_have_the_bits_of_rows_that_are_picked(dtype: torch.dtype) -> Non
         assert torch.equal(computed(native, work), computed(native, work.picking).view(work.shape))
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kind", ["uniform", "ragged"])
+def test_behind_the_last_cells_values_stay_equal_to_the_bit(kind: str, dtype: torch.dtype) -> None:
+    """So that the place of a maximum (pooling with indices) does not hang on rounding where a map is flat."""
+    geometry, draw = Geometry((2, 2), fill="linear"), torch.Generator().manual_seed(0)
+    levels = torch.randint(0, 3, (2, 4, 3), generator=draw) if kind == "ragged" else torch.full((2, 4, 3), 2)
+    one = geometry.lattice(levels.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, :15, :11]).at(2)
+    sides = torch.tensor(one.geometry.sides)[one.levels.long()]
+    (height, width), pixels = one.size, one.index.view(one.batch, *one.size)
+    y, x = torch.arange(height).view(-1, 1), torch.arange(width)
+    behind = ((y // sides + 1) * sides >= height) & (y % sides > 0)  # below, no cell follows
+    beside = ((x // sides + 1) * sides).clamp(max=width - 1)
+    lowest, image = torch.full_like(beside, height - 1), torch.arange(one.batch).view(-1, 1, 1)
+    # ... nor another one beside the cell, further down
+    behind &= pixels[image, y - y % sides, beside] == pixels[image, lowest, beside]
+    assert behind.any() and not behind.all()
+    work = PixelReading(values(len(one), 21, seed=0, dtype=dtype), one, 1)
+    for backend in map(named, ("native", "torch")):
+        if backend.applies(work):
+            found = computed(backend, work)
+            above = found.gather(1, (y - y % sides).unsqueeze(3).expand_as(found))
+            assert torch.equal(found[behind], above[behind])
+
+
 # -- level maps, dense maps and sums ---------------------------------------------------------------------
 
 STEPS = (([0], [0]), ([-2, 0, 2], [-4, 0, 4]), ([0, 1], [-1, 0, 1, 2]))

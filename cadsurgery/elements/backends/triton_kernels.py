@@ -668,14 +668,19 @@ def _mix(levels, sides, index, pixel, mask, halo, sources, shares, height, width
     right = tl.minimum(x - across + side, width - 1) - (x - across)
     first = pixel - down * width - across
     own = tl.load(index + first, mask=mask, other=0)
+    beside = tl.load(index + first + right, mask=mask, other=0)
+    below = tl.load(index + first + low * width, mask=mask, other=0)
+    across_below = tl.load(index + first + low * width + right, mask=mask, other=0)
+    # Between a row and itself lies the row, to the bit.
+    down = tl.where((own == below) & (beside == across_below), 0, down)
+    across = tl.where((own == beside) & ((down == 0) | (below == across_below)), 0, across)
     for at in tl.static_range(4):
         part_down = down if at >= 2 else side - down
         part_across = across if at % 2 == 1 else side - across
         share = part_down.to(tl.float32) / side * (part_across.to(tl.float32) / side)
-        corner = first + (low * width if at >= 2 else 0) + (right if at % 2 == 1 else 0)
+        corner = own if at == 0 else beside if at == 1 else below if at == 2 else across_below
         # A corner of weight zero is replaced by the pixel's own cell, whose weight is never zero.
-        row = tl.where(share > 0, tl.load(index + corner, mask=mask, other=0), own)
-        tl.store(sources + halo * 4 + at, row, mask=mask)
+        tl.store(sources + halo * 4 + at, tl.where(share > 0, corner, own), mask=mask)
         tl.store(shares + halo * 4 + at, share, mask=mask)
 
 

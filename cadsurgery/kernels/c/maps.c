@@ -128,9 +128,14 @@ static void interpolate(const map *m, long pixel, int32_t *sources, double *mix)
     double down = (y - top) / (double)side, across = (x - left) / (double)side;
     long corners[4] = {first + top * m->width + left, first + top * m->width + right, first + bottom * m->width + left,
                        first + bottom * m->width + right};
-    double shares[4] = {(1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across};
+    int32_t rows[4];
+    for (int i = 0; i < 4; i++) rows[i] = m->index[corners[i]];
+    /* Between a row and itself lies the row, to the bit: equal values stay equal, for maxima and their places. */
+    if (rows[0] == rows[2] && rows[1] == rows[3]) down = 0;
+    if (rows[0] == rows[1] && (down == 0 || rows[2] == rows[3])) across = 0;
+    const double shares[4] = {(1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across};
     for (int i = 0; i < 4; i++) {
-        sources[i] = m->index[shares[i] > 0 ? corners[i] : corners[0]]; /* rows with weight zero are not read */
+        sources[i] = rows[shares[i] > 0 ? i : 0]; /* rows with weight zero are not read */
         mix[i] = shares[i];
     }
 }

@@ -85,9 +85,12 @@ static void read_lines(long begin, long end, void *work) {
             const long places[4] = {top * width + left, top * width + right, bottom * width + left, bottom * width + right};
             const element *corners[4];
             for (int i = 0; i < 4; i++) corners[i] = rows + (long)index[places[i]] * channels;
+            /* Between a row and itself lies the row, to the bit, as in `interpolate` of maps.c. */
+            const double down = corners[0] == corners[2] && corners[1] == corners[3] ? 0 : up / (double)side;
+            const int is_flat = corners[0] == corners[1] && (down == 0 || corners[2] == corners[3]);
             for (long i = 0, some; i < many; i += some, out += some * channels) {
-                some = many - i < AT_ONCE ? many - i : AT_ONCE;
-                write_run(p, corners, up / (double)side, at + i * spacing, some, side, out);
+                some = is_flat ? 1 : many - i < AT_ONCE ? many - i : AT_ONCE;
+                write_run(p, corners, down, is_flat ? 0 : at + i * spacing, some, side, out);
             }
         }
     }
