@@ -4,15 +4,15 @@
     python -m benchmarks.regions --networks unet_16 --shares 0.01 0.05 --rounds 3
 
 Networks with random weights, as given (`mask="all"` under floors) and as inference copies; a box in the middle of the
-picture has so large a share of it. Calls in the box and of the whole picture are timed in turns. *Error* is the largest
-difference in the box relative to the largest value of the whole call.
+picture has so large a share of it. Calls in its boxes and of the whole picture are timed in turns. *Error* is the
+largest difference in the box relative to the largest value of the whole call.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,32 +47,39 @@ def box_in_the_middle(side: int, share: float) -> Tensor:
 
 
 @torch.no_grad()
-def measured(name: str, side: int | None, share: float, rounds: int) -> dict[str, Any]:
-    """Return the shares of a network in a box."""
+def measured(name: str, side: int | None, shares: Sequence[float], rounds: int) -> list[dict[str, Any]]:
+    """Return the rows of a network: its boxes and the whole picture, timed in turns."""
     make, own = NETWORKS[name]
     side = side or own
     torch.manual_seed(0)
     model, image = make().eval(), torch.randn(1, 3, side, side)
     net = cs.adaptify(model, "all", coarsest=32, example_input=image[:, :, :256, :256], verify_laws=False)
-    fast, boxes = net.optimize(), [box_in_the_middle(side, share)]
-    ((part,),) = cs.read_within(fast, image, boxes)
-    whole = fast(image)
-    left, top, right, bottom = boxes[0][0].tolist()
-    error = (part - whole[:, :, top:bottom, left:right]).abs().max() / whole.abs().max()
+    fast, boxes = net.optimize(), {share: [box_in_the_middle(side, share)] for share in shares}
+    whole, errors = fast(image), {}
+    for share, box in boxes.items():
+        ((part,),) = cs.read_within(fast, image, box)
+        left, top, right, bottom = box[0][0].tolist()
+        errors[share] = float((part - whole[:, :, top:bottom, left:right]).abs().max() / whole.abs().max())
     del part, whole
-    calls = {"box": lambda: cs.read_within(fast, image, boxes), "whole": lambda: fast(image)}
-    times = {name: timing.best / 1e3 for name, timing in interleaved(calls, rounds).items()}
-    macs = fast.macs(image, within=boxes).of_whole
-    return {
-        "network": name,
-        "side": side,
-        "share": share,
-        "of_macs": macs,
-        "seconds": times,
-        "of_time": times["box"] / times["whole"],
-        "time_of_macs": times["box"] / times["whole"] / macs,
-        "error": float(error),
-    }
+    calls: dict[str, Callable[[], object]] = {"whole": lambda: fast(image)}
+    calls |= {f"{share}": partial(cs.read_within, fast, image, box) for share, box in boxes.items()}
+    times = {call: timing.best / 1e3 for call, timing in interleaved(calls, rounds).items()}
+    rows = []
+    for share, box in boxes.items():
+        macs, time = fast.macs(image, within=box).of_whole, times[f"{share}"] / times["whole"]
+        rows.append(
+            {
+                "network": name,
+                "side": side,
+                "share": share,
+                "of_macs": macs,
+                "seconds": {"box": times[f"{share}"], "whole": times["whole"]},
+                "of_time": time,
+                "time_of_macs": time / macs,
+                "error": errors[share],
+            }
+        )
+    return rows
 
 
 def main() -> None:
@@ -89,11 +96,10 @@ def main() -> None:
     print(setting(torch.device("cpu")))
     rows = []
     for name in asked.networks:
-        for share in asked.shares:
-            row = measured(name, asked.side, share, asked.rounds)
+        for row in measured(name, asked.side, asked.shares, asked.rounds):
             rows.append(row)
             print(
-                f"{name:20} {row['side']:5} px, box of {share:.0%}: {row['of_macs']:.3f} of the MACs, "
+                f"{name:20} {row['side']:5} px, box of {row['share']:.0%}: {row['of_macs']:.3f} of the MACs, "
                 f"{row['of_time']:.3f} of the time ({row['time_of_macs']:.2f} of the share of MACs), "
                 f"error {row['error']:.1e}",
                 flush=True,
