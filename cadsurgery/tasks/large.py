@@ -88,6 +88,17 @@ def size_at(path: str) -> tuple[int, int] | None:
     return None
 
 
+def is_raster(path: str) -> bool:
+    """Return True if a file says where its picture lies on the earth, or which of its pixels have no data."""
+    if is_remote(path):
+        return False
+    with suppress(FileError, NotInstalled):
+        file = open_rows(path)
+        file.close()
+        return bool(file.position) or file.may_lack
+    return False
+
+
 def memory_of_whole(net: Any, channels: int, size: tuple[int, int]) -> int:
     """Return the bytes that a picture (height, width) takes at most where it is computed whole: its maps, where all of
     it is kept high, and the picture itself; 0 if that is not known."""

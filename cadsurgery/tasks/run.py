@@ -41,7 +41,15 @@ from cadsurgery.tasks import ray_data
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import CLASSES, VIEWS, figure_picture, legend_figure
 from cadsurgery.tasks.journal import NAME, Results
-from cadsurgery.tasks.large import SMALL, WrittenRows, memory_of_whole, size_at, target_for, warn_of_position
+from cadsurgery.tasks.large import (
+    SMALL,
+    WrittenRows,
+    is_raster,
+    memory_of_whole,
+    size_at,
+    target_for,
+    warn_of_position,
+)
 from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row, lost
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.workers import processes, refuse_launchers, share
@@ -106,11 +114,17 @@ def predict(
     converted, chosen = settings.load(), ""
     _check_options(converted, settings)
     if not settings.memory and not ray:
-        chosen = _what_does_not_fit(converted, sources, settings)
+        chosen = _why_in_rows(converted, sources, settings)
     if (chosen or settings.memory == AUTO) and not ray:
         workers = workers or 1
         settings = replace(settings, memory=f"{bytes_of(AUTO) // workers}")  # each process has its share
         sources.memory = settings.memory
+    if settings.overviews and not settings.memory:
+        raise InvalidInput(
+            "--overviews for pictures without a position.",
+            why="they are for TIFF files, and without --memory PNG files are written.",
+            next="give --memory, e.g. 2GiB, or leave --overviews out.",
+        )
     is_shared = _check_sharing(
         converted,
         sources,
@@ -322,12 +336,6 @@ def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
             )
     if settings.overviews:
         check_overviews()
-        if not settings.memory:
-            raise InvalidInput(
-                "--overviews without --memory.",
-                why="they are for TIFF files, and without --memory PNG files are written.",
-                next="give --memory, e.g. 2GiB, or leave --overviews out.",
-            )
     if settings.memory:
         bytes_of(settings.memory)
         if kind is not None or find_device(settings.device).type != "cpu":
@@ -345,26 +353,28 @@ def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
         )
 
 
-def _what_does_not_fit(converted: nn.Module, sources: _Sources, settings: PredictionSettings) -> str:
-    """Return what is said of the largest picture, if its maps take more memory than is free, so that it is computed in
-    bands of rows; empty if all fit, or none can be computed so."""
-    free, kind = free_memory(), method_of(converted)
-    if free is None or kind is not None or "-" in sources.stills or not sources.stills:
+def _why_in_rows(converted: nn.Module, sources: _Sources, settings: PredictionSettings) -> str:
+    """Return why pictures are computed in bands of rows without --memory: the largest one's maps would take more than
+    is free, or one is a raster, whose prediction is one, too; empty if neither, or none can be computed so."""
+    free, kind, source = free_memory(), method_of(converted), pictures_for(converted)
+    if free is None or kind is not None or source is None or "-" in sources.stills or not sources.stills:
         return ""
-    if find_device(settings.device).type != "cpu" or settings.size is not None:
+    if find_device(settings.device).type != "cpu" or not sources.is_plain:
         return ""
     given = [(source, Path(source).name) for source in sources.stills if not source.startswith("@")]
     listed = islice(stream_images(given, {}, sources.output), _LOOKED_AT) if given else ()
-    found = ((math.prod(size), size, image) for image, _ in listed if (size := size_at(image)))
+    found = [(math.prod(size), size, image) for image, _ in listed if (size := size_at(image))]
     _, size, largest = max(found, default=(0, (0, 0), ""))
-    source: Any = pictures_for(converted)
-    if math.prod(size) < SMALL or source is None:
-        return ""
-    needed = memory_of_whole(converted, source.channels, size)
-    if needed <= free:
-        return ""
-    amounts = in_mebibytes(needed, free), in_mebibytes(free, needed)
-    return f"{largest}, {size[1]} x {size[0]} pixels, would take up to {amounts[0]} whole, and {amounts[1]} are free"
+    needed = memory_of_whole(converted, source.channels, size) if math.prod(size) >= SMALL else 0
+    if needed > free:
+        amounts = in_mebibytes(needed, free), in_mebibytes(free, needed)
+        return (
+            f"{largest}, {size[1]} x {size[0]} pixels, would take up to {amounts[0]} whole, and {amounts[1]} are free"
+        )
+    _, size, raster = next((one for one in found if is_raster(one[2])), (0, (0, 0), ""))
+    if raster and memory_of_whole(converted, source.channels, size):
+        return f"{raster} says where it lies or where it has no data, and so does its prediction, a TIFF file"
+    return ""
 
 
 def _has_smooth(converted: nn.Module) -> bool:
@@ -380,6 +390,7 @@ class _Sources:
         clips: the clips; positions follow those of all images.
         stills: files, folders, addresses and lists of images.
         memory: what the maps of a picture may take; empty if pictures are computed whole.
+        is_plain: False if pictures are resized or drawn upon.
         failures: errors of sources that hold no images, as far as they were searched.
     """
 
@@ -393,7 +404,7 @@ class _Sources:
         for source in sources:
             refuse_stream(source)
         self.memory, self._is_said = settings.memory, False
-        self._is_plain = settings.size is None and settings.view in ("", CLASSES)
+        self.is_plain = settings.size is None and settings.view in ("", CLASSES)
         self.output, self.is_one_clip = output, _is_clip_file(Path(output))
         self.failures: dict[str, FileError] = {}
         clips = _find_clips([*map(Path, sources)], Path(output))
@@ -449,7 +460,7 @@ class _Sources:
         given = [(source, Path(source).name) for source in self.stills]
         streamed: Iterable[tuple[str, str]] = _listed(self.stills) if is_listed else given
         for position, (image, place) in enumerate(stream_images(streamed, self.failures, self.output)):
-            target = target_for(image, os.path.join(self.output, place), self.memory, is_plain=self._is_plain)
+            target = target_for(image, os.path.join(self.output, place), self.memory, is_plain=self.is_plain)
             if not self._is_said and not target.endswith(".tif") and position_at(image):
                 self._is_said = True
                 warn_of_position(

@@ -503,8 +503,9 @@ def test_overviews_are_smaller_copies_of_the_same_prediction(
 
 
 def test_overviews_need_files_that_can_have_them(file: Path, picture: Path, tmp_path: Path) -> None:
-    with pytest.raises(cs.InvalidInput, match="--overviews without --memory"):
-        predict(file, picture, tmp_path / "out", memory="", overviews=True)
+    Image.open(picture).save(tmp_path / "plain.png")
+    with pytest.raises(cs.InvalidInput, match="--overviews for pictures without a position"):
+        predict(file, tmp_path / "plain.png", tmp_path / "out", memory="", overviews=True)
 
 
 @pytest.mark.parametrize("kind", ["tif", "vrt"])

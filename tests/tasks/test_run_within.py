@@ -97,7 +97,6 @@ def areas(folder: Path) -> dict[str, tuple[Path, np.ndarray]]:
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("mask", ["all", "edges:threshold=0.1"])
 @pytest.mark.parametrize("kind", ["boxes", "area.png", "shapes.geojson", "smaller.png"])
-@pytest.mark.filterwarnings("ignore:.*written without its position")
 def test_an_area_has_the_values_of_the_whole_prediction(
     network: Callable[..., Path], picture: Path, tmp_path: Path, kind: str, mask: str, memory: str
 ) -> None:
@@ -120,7 +119,6 @@ def test_an_area_has_the_values_of_the_whole_prediction(
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.filterwarnings("ignore:.*written without its position")
 def test_values_of_one_channel_are_there_inside_only(
     network: Callable[..., Path], picture: Path, tmp_path: Path, memory: str
 ) -> None:

@@ -2,6 +2,8 @@
  * converted, as engines index by int32. So are pixels, which pixels.c reads.
  *
  * Compiled once, for the architecture's baseline. */
+#include <string.h>
+
 #include "maps.h"
 #include "packed.h"
 #include "pixels.h"
@@ -28,14 +30,13 @@ static int are_positive(const tensor *numbers) {
     return numbers->size[0] > 0;
 }
 
-/* Check a level map and the sides of its cells. */
+/* Check the sizes of a level map and the sides of its cells; its levels are checked where they are copied. */
 static const char *check_levels(const tensor *in) {
     const tensor *levels = in + LEVELS, *sides = in + SIDES;
     REFUSE_UNLESS(levels->rank == 3 && sides->rank == 1, "a level map or its sides have no such dimensions");
     const int64_t pixels = levels->size[0] * levels->size[1] * levels->size[2];
     REFUSE_UNLESS(pixels <= INT32_MAX && sides->size[0] <= 64, "a level map is too large");
-    REFUSE_UNLESS(are_positive(sides) && cadsurgery_is_within(levels->data, pixels, sides->size[0]),
-                  "a level map has a level without a side");
+    REFUSE_UNLESS(are_positive(sides), "a level map has a level without a side");
     return 0;
 }
 
@@ -43,25 +44,36 @@ static void widen(const tensor *from, int64_t count, int64_t *to) {
     for (int64_t i = 0; i < count; i++) to[i] = ((const int32_t *)from->data)[i];
 }
 
-static int8_t *copy_levels(const tensor *from, int64_t pixels, int8_t *to) {
-    for (int64_t i = 0; i < pixels; i++) to[i] = (int8_t)((const int32_t *)from->data)[i];
-    return to;
+enum { AT_ONCE = 4096 }; /* levels that are checked, and copied while they are near */
+
+static const char *copy_levels(const tensor *from, int64_t pixels, int64_t many, int8_t *to) {
+    const int32_t *levels = from->data;
+    for (int64_t first = 0, some; first < pixels; first += some) {
+        some = pixels - first < AT_ONCE ? pixels - first : AT_ONCE;
+        REFUSE_UNLESS(cadsurgery_is_within(levels + first, some, many), "a level map has a level without a side");
+        for (int64_t i = first; i < first + some; i++) to[i] = (int8_t)levels[i];
+    }
+    return 0;
 }
 
-static tensor vector_of(const void *data, int64_t count) { return (tensor){data, 1, {count}}; }
-static tensor table_of(const void *data, int64_t rows, int64_t columns) { return (tensor){data, 2, {rows, columns}}; }
+/* Make a result of rows, or a vector, which has no columns. */
+static void *made(make_result *make, void *call, size_t place, int64_t rows, int64_t columns) {
+    const int64_t size[2] = {rows, columns};
+    return make(call, place, size, columns ? 2 : 1);
+}
 
-const char *cadsurgery_find_cells(const tensor *in, found *to, share_in_engine *way) {
+static const char no_memory[] = "there is no memory for a result";
+
+const char *cadsurgery_find_cells(const tensor *in, make_result *make, void *call, share_in_engine *way) {
     const char *reason = check_levels(in);
     if (reason) return reason;
     const int64_t *size = in[LEVELS].size, pixels = size[0] * size[1] * size[2], many = in[SIDES].size[0];
-    int32_t *anchors = 0;
     int64_t *sides = 0;
     int8_t *levels = 0;
-    cells c = {.batch = size[0], .height = size[1], .width = size[2]};
+    cells c = {.batch = size[0], .height = size[1], .width = size[2], .index = made(make, call, 1, pixels, 0)};
     area all = {0};
+    REFUSE_UNLESS(c.index || !pixels, no_memory);
     for (int pass = 0; pass < 2; pass++) {
-        c.index = take(&all, pixels, sizeof *c.index), anchors = take(&all, pixels, sizeof *anchors);
         c.anchors = take(&all, pixels, sizeof *c.anchors), sides = take(&all, many, sizeof *sides);
         c.counts = take(&all, size[0], sizeof *c.counts), levels = take(&all, pixels, 1);
         if (pass) break;
@@ -69,13 +81,17 @@ const char *cadsurgery_find_cells(const tensor *in, found *to, share_in_engine *
         REFUSE_UNLESS(all.memory, "there is no memory for the cells of a level map");
     }
     widen(in + SIDES, many, sides);
-    c.levels = copy_levels(in + LEVELS, pixels, levels), c.sides = sides;
-    cadsurgery_share_by(way);
-    const long count = find_cells_scalar(&c);
-    cadsurgery_share_by(0);
-    for (long i = 0; i < count; i++) anchors[i] = (int32_t)c.anchors[i];
-    *to = (found){{vector_of(anchors, count), vector_of(c.index, pixels)}, 2, all.memory};
-    return 0;
+    c.levels = levels, c.sides = sides;
+    if (!(reason = copy_levels(in + LEVELS, pixels, many, levels))) {
+        cadsurgery_share_by(way);
+        const long count = find_cells_scalar(&c);
+        cadsurgery_share_by(0);
+        int32_t *const anchors = made(make, call, 0, count, 0);
+        for (long i = 0; i < count && anchors; i++) anchors[i] = (int32_t)c.anchors[i];
+        reason = anchors || !count ? 0 : no_memory;
+    }
+    free(all.memory);
+    return reason;
 }
 
 /* Check what a kernel map is computed from. */
@@ -96,22 +112,21 @@ static const char *check_map(const tensor *in) {
     return 0;
 }
 
-static const char *read_taps(int has_halo, const tensor *in, found *to, share_in_engine *way) {
+static const char *read_taps(int has_halo, const tensor *in, make_result *make, void *call, share_in_engine *way) {
     const char *reason = check_map(in);
     if (reason) return reason;
     const int64_t *sides = in[LEVELS].size, pixels = sides[0] * sides[1] * sides[2], count = in[ANCHORS].size[0];
     const int64_t n = in[TARGETS].size[0], taps = in[DOWN].size[0] * in[ACROSS].size[0];
     const int64_t between = pixels - count, most = !has_halo ? 0 : between < n * taps ? between : n * taps;
     const int32_t *size = in[SIZE].data;
-    float *shares = 0;
     int64_t *wide[5] = {0};
     const int widened[5] = {ANCHORS, SIDES, TARGETS, DOWN, ACROSS};
-    map m = {0};
+    map m = {.table = made(make, call, 0, n, taps)};
     int8_t *levels = 0;
     area all = {0};
+    REFUSE_UNLESS(m.table || !n, no_memory);
     for (int pass = 0; pass < 2; pass++) {
-        m.table = take(&all, n * taps, sizeof *m.table), m.sources = take(&all, most * 4, sizeof *m.sources);
-        shares = take(&all, most * 4, sizeof *shares), m.mix = take(&all, most * 4, sizeof *m.mix);
+        m.sources = take(&all, most * 4, sizeof *m.sources), m.mix = take(&all, most * 4, sizeof *m.mix);
         m.rank = take(&all, has_halo ? pixels : 0, sizeof *m.rank), levels = take(&all, pixels, 1);
         m.lines = take(&all, sides[0] * sides[1], sizeof *m.lines);
         for (int i = 0; i < 5; i++) wide[i] = take(&all, in[widened[i]].size[0], sizeof **wide);
@@ -120,21 +135,31 @@ static const char *read_taps(int has_halo, const tensor *in, found *to, share_in
         REFUSE_UNLESS(all.memory, "there is no memory for a kernel map");
     }
     for (int i = 0; i < 5; i++) widen(in + widened[i], in[widened[i]].size[0], wide[i]);
-    copy_levels(in + LEVELS, pixels, levels);
     m.index = in[INDEX].data, m.levels = levels, m.has_halo = has_halo;
     m.anchors = wide[0], m.sides = wide[1], m.targets = wide[2], m.down = wide[3], m.across = wide[4];
     m.pixels = pixels, m.count = count, m.n = n, m.height = sides[1], m.width = sides[2];
     m.target_height = size[0], m.target_width = size[1], m.vertical = in[DOWN].size[0], m.horizontal = in[ACROSS].size[0];
-    cadsurgery_share_by(way);
-    const long halo = shift_taps_scalar(&m);
-    cadsurgery_share_by(0);
-    for (long i = 0; i < 4 * halo; i++) shares[i] = (float)m.mix[i];
-    *to = (found){{table_of(m.table, n, taps), table_of(m.sources, halo, 4), table_of(shares, halo, 4)}, has_halo ? 3 : 1, all.memory};
-    return 0;
+    if (!(reason = copy_levels(in + LEVELS, pixels, in[SIDES].size[0], levels))) {
+        cadsurgery_share_by(way);
+        const long halo = shift_taps_scalar(&m);
+        cadsurgery_share_by(0);
+        int32_t *const sources = has_halo ? made(make, call, 1, halo, 4) : 0;
+        float *const shares = has_halo ? made(make, call, 2, halo, 4) : 0;
+        if (sources && shares) memcpy(sources, m.sources, 4 * halo * sizeof *sources);
+        for (long i = 0; i < 4 * halo && shares; i++) shares[i] = (float)m.mix[i];
+        reason = (sources && shares) || !halo ? 0 : no_memory;
+    }
+    free(all.memory);
+    return reason;
 }
 
-const char *cadsurgery_read_taps(const tensor *in, found *to, share_in_engine *way) { return read_taps(1, in, to, way); }
-const char *cadsurgery_read_near_taps(const tensor *in, found *to, share_in_engine *way) { return read_taps(0, in, to, way); }
+const char *cadsurgery_read_taps(const tensor *in, make_result *make, void *call, share_in_engine *way) {
+    return read_taps(1, in, make, call, way);
+}
+
+const char *cadsurgery_read_near_taps(const tensor *in, make_result *make, void *call, share_in_engine *way) {
+    return read_taps(0, in, make, call, way);
+}
 
 /* ---- Pixels. */
 
@@ -172,13 +197,14 @@ const char *cadsurgery_read_pixels(const tensor *in, void *out, share_in_engine 
     if (!all || !channels) return 0;
     int64_t *sides = malloc(many * sizeof *sides + all + 64);
     REFUSE_UNLESS(sides, "there is no memory for the levels of pixels");
-    int8_t *const levels = copy_levels(in + LEVELS_OF, all, (int8_t *)(sides + many));
+    int8_t *const levels = (int8_t *)(sides + many);
+    const char *const reason = copy_levels(in + LEVELS_OF, all, many, levels);
     widen(in + SIDES_OF, many, sides);
     const pixels p = {in[ROWS_IN].data, in[INDEX_OF].data, levels, sides, out, in[ROWS_IN].size[0], size[0], size[1], size[2],
                       channels, *(const int32_t *)in[STEP].data, 1, 0};
     cadsurgery_share_by(way);
-    by->read_pixels(&p);
+    if (!reason) by->read_pixels(&p);
     cadsurgery_share_by(0);
     free(sides);
-    return 0;
+    return reason;
 }

@@ -70,15 +70,10 @@ of_maps cadsurgery_resize, cadsurgery_resize_aligned;
 const char *cadsurgery_size_of_error(const tensor *in, int64_t *size);
 of_maps cadsurgery_find_error;
 
-/* What is found by operations that do not know the sizes of their results beforehand: numbers of 4 bytes, in one piece of
- * memory that the caller frees. */
-enum { MOST_RESULTS = 3 };
-typedef struct {
-    tensor results[MOST_RESULTS];
-    size_t count;
-    void *memory;
-} found;
-typedef const char *find(const tensor *in, found *to, share_in_engine *way);
+/* Operations that do not know the sizes of their results beforehand ask for each of them: numbers of 4 bytes, which lie where
+ * `make_result` returns; NULL if there is no memory. */
+typedef void *make_result(void *call, size_t place, const int64_t *size, size_t rank);
+typedef const char *find(const tensor *in, make_result *make, void *call, share_in_engine *way);
 
 /* Find the cells of a level map (B, H, W) whose levels have these sides: the numbers of their first pixels (N), and the cell
  * of each pixel (B * H * W). All numbers are int32. */

@@ -8,7 +8,6 @@
 
 void *malloc(size_t bytes);
 void free(void *memory);
-void *memcpy(void *to, const void *from, size_t bytes);
 
 /* ---- The part of ONNX Runtime's C interface that is used. A status is NULL for success. */
 
@@ -248,27 +247,33 @@ static status *compute_maps(void *one, context *within) {
     return fail(api, made_by->of_maps(in, out, share_in_call));
 }
 
-/* Find results whose sizes are not known before, and copy them. */
+typedef struct {
+    functions api;
+    context *within;
+    status *failed;
+} results;
+
+static void *make_result_of(void *call, size_t place, const int64_t *size, size_t rank) {
+    results *const of = call;
+    const functions api = of->api;
+    value *made;
+    void *out = 0;
+    if (!of->failed) of->failed = OUTPUT_OF(of->within, place, size, rank, &made);
+    if (!of->failed) of->failed = DATA_OF(made, &out);
+    return out;
+}
+
+/* Find results whose sizes are not known before. */
 static status *compute_found(void *one, context *within) {
     const kernel *k = one;
     const functions api = k->api;
     const sharing here = {api, within};
+    results made = {api, within, 0};
     tensor in[INPUTS_OF_TAPS];
-    found results = {0};
     TRY(read_inputs(k, within, in));
     ours = &here;
-    status *failed = fail(api, k->operation->find(in, &results, share_in_call));
-    for (size_t i = 0; i < results.count && !failed; i++) {
-        const tensor *result = results.results + i;
-        const int64_t numbers = result->size[0] * (result->rank == 2 ? result->size[1] : 1);
-        value *made;
-        void *out;
-        failed = OUTPUT_OF(within, i, result->size, result->rank, &made);
-        if (!failed) failed = DATA_OF(made, &out);
-        if (!failed) memcpy(out, result->data, numbers * sizeof(int32_t));
-    }
-    free(results.memory);
-    return failed;
+    const char *const reason = k->operation->find(in, make_result_of, &made, share_in_call);
+    return made.failed ? made.failed : fail(api, reason);
 }
 
 /* ---- Registration. */

@@ -2,8 +2,6 @@
  *
  * kernels/openvino.py compiles it against an installed OpenVINO and links it with the library of kernels. */
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -229,14 +227,12 @@ public:
     bool visit_attributes(ov::AttributeVisitor &) override { return true; }
 
     bool evaluate(ov::TensorVector &outputs, const ov::TensorVector &inputs) const override {
-        found results{};
-        check(Name::find_results(Base::as_tensors(inputs).data(), &results, share));
-        const std::unique_ptr<void, decltype(&std::free)> memory(results.memory, std::free);
-        for (size_t i = 0; i < results.count; i++) {
-            const tensor &result = results.results[i];
-            outputs[i].set_shape(ov::Shape(result.size, result.size + result.rank));
-            std::memcpy(outputs[i].data(), result.data, outputs[i].get_byte_size());
-        }
+        const auto make = [](void *call, size_t place, const int64_t *size, size_t rank) -> void * {
+            ov::Tensor &result = (*static_cast<ov::TensorVector *>(call))[place];
+            result.set_shape(ov::Shape(size, size + rank));
+            return result.data();
+        };
+        check(Name::find_results(Base::as_tensors(inputs).data(), make, &outputs, share));
         return true;
     }
 };
@@ -298,9 +294,7 @@ public:
         static constexpr const char *type = #name;                                                 \
         static constexpr size_t inputs = number;                                                   \
         static constexpr bool has_halo = results == 3;                                             \
-        static const char *find_results(const tensor *in, found *to, share_in_engine *way) {       \
-            return function(in, to, way);                                                          \
-        }                                                                                          \
+        static constexpr find *find_results = function;                                            \
     };
 OPERATIONS(BY_ROWS, BY_ROWS, BY_MAPS, BY_FINDING)
 
