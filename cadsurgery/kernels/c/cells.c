@@ -62,7 +62,7 @@ static void *made(make_result *make, void *call, size_t place, int64_t rows, int
     return make(call, place, size, columns ? 2 : 1);
 }
 
-static const char no_memory[] = "there is no memory for a result";
+#define NO_MEMORY "there is no memory for a result"
 
 const char *cadsurgery_find_cells(const tensor *in, make_result *make, void *call, share_in_engine *way) {
     const char *reason = check_levels(in);
@@ -72,7 +72,7 @@ const char *cadsurgery_find_cells(const tensor *in, make_result *make, void *cal
     int8_t *levels = 0;
     cells c = {.batch = size[0], .height = size[1], .width = size[2], .index = made(make, call, 1, pixels, 0)};
     area all = {0};
-    REFUSE_UNLESS(c.index || !pixels, no_memory);
+    REFUSE_UNLESS(c.index || !pixels, NO_MEMORY);
     for (int pass = 0; pass < 2; pass++) {
         c.anchors = take(&all, pixels, sizeof *c.anchors), sides = take(&all, many, sizeof *sides);
         c.counts = take(&all, size[0], sizeof *c.counts), levels = take(&all, pixels, 1);
@@ -88,7 +88,7 @@ const char *cadsurgery_find_cells(const tensor *in, make_result *make, void *cal
         cadsurgery_share_by(0);
         int32_t *const anchors = made(make, call, 0, count, 0);
         for (long i = 0; i < count && anchors; i++) anchors[i] = (int32_t)c.anchors[i];
-        reason = anchors || !count ? 0 : no_memory;
+        reason = anchors || !count ? 0 : NO_MEMORY;
     }
     free(all.memory);
     return reason;
@@ -124,7 +124,7 @@ static const char *read_taps(int has_halo, const tensor *in, make_result *make, 
     map m = {.table = made(make, call, 0, n, taps)};
     int8_t *levels = 0;
     area all = {0};
-    REFUSE_UNLESS(m.table || !n, no_memory);
+    REFUSE_UNLESS(m.table || !n, NO_MEMORY);
     for (int pass = 0; pass < 2; pass++) {
         m.sources = take(&all, most * 4, sizeof *m.sources), m.mix = take(&all, most * 4, sizeof *m.mix);
         m.rank = take(&all, has_halo ? pixels : 0, sizeof *m.rank), levels = take(&all, pixels, 1);
@@ -147,7 +147,7 @@ static const char *read_taps(int has_halo, const tensor *in, make_result *make, 
         float *const shares = has_halo ? made(make, call, 2, halo, 4) : 0;
         if (sources && shares) memcpy(sources, m.sources, 4 * halo * sizeof *sources);
         for (long i = 0; i < 4 * halo && shares; i++) shares[i] = (float)m.mix[i];
-        reason = (sources && shares) || !halo ? 0 : no_memory;
+        reason = (sources && shares) || !halo ? 0 : NO_MEMORY;
     }
     free(all.memory);
     return reason;
