@@ -640,10 +640,10 @@ class Lattice:
     def has_all_pixels(self) -> bool:
         """True if rows are the pixels of maps on the CPU, before the first stage of floors, outside of graphs."""
         is_dense = self.geometry.floors and self.stage == 0 and self.part is None
-        return is_dense and self.is_counted_here and not running.is_exported
+        return is_dense and self.is_counted_on_cpu and not running.is_exported
 
     @once
-    def is_counted_here(self) -> bool:
+    def is_counted_on_cpu(self) -> bool:
         """True if the map is on the CPU and its cells are counted, not bounded."""
         return self.levels.device.type == "cpu" and self.pyramid.bounds is None and not self.is_open
 
@@ -668,21 +668,29 @@ class Lattice:
     def _cells(self) -> tuple[Tensor, Tensor, Tensor]:
         """Anchors (N,) as flat pixel numbers, the row of the cell that contains each pixel (B*H*W,), and the number of
         elements of each image (B,)."""
-        width = self.size[1]
-        if not self.geometry.strides:  # every pixel is a cell
-            is_there = (
-                self.part.pixels if self.part is not None else self.levels.new_ones(self.levels.numel()) > 0
-            )
-            index = (is_there.cumsum(0) - 1).to(torch.int32)
-            return is_there.nonzero().squeeze(1), index, is_there.view(self.batch, -1).sum(1)
-        if self._side_of_uniform and self.part is None:
-            return self._cells_of_uniform(self._side_of_uniform)
-        if self.part is not None and self.part.between is not None:  # no pixel is read
-            whole = self.whole
-            first, end = (whole.row_at(place // width) for place in self.part.between)
-            return whole.anchors[first:end], whole.index[:0], whole.counts.new_tensor([end - first])
+        if self.part is not None:
+            return self._cells_of_part(self.part)
+        if side := self._side_of_uniform or not self.geometry.strides:  # then every pixel is a cell
+            return self._cells_of_uniform(int(side))
         cells: tuple[Tensor, Tensor, Tensor] = compute(CellSearch(self.levels, self))
         return cells
+
+    def _cells_of_part(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `_cells` of those cells of the whole lattice that are present."""
+        whole = self.whole
+        if part.between is not None:  # no pixel is read
+            first, end = (whole.row_at(place // self.size[1]) for place in part.between)
+            return whole.anchors[first:end], whole.index[:0], whole.counts.new_tensor([end - first])
+        is_there = part.pixels[whole.anchors]
+        if whole.real is not None:
+            is_there &= whole.real
+        if self.capacity is None:
+            rows = is_there.nonzero().squeeze(1)
+        else:
+            rows = torch.nonzero_static(is_there, size=self.capacity[1], fill_value=0).squeeze(1)
+        index = (is_there.cumsum(0) - 1).to(torch.int32)[whole.index]
+        counts = torch.zeros_like(whole.counts).index_add_(0, whole.coordinates[0], is_there.long())
+        return whole.anchors[rows], index, counts
 
     @property
     def anchors(self) -> Tensor:
@@ -719,7 +727,7 @@ class Lattice:
             return self.capacity[1]
         # Tables of positions are large, and slow to make where compiled kernels may not run: often only the number is
         # asked for.
-        is_dear = self.is_counted_here and (self.levels.numel() > _LARGE or running.is_observed)
+        is_dear = self.is_counted_on_cpu and (self.levels.numel() > _LARGE or running.is_observed)
         if is_dear and self.part is None and self.geometry.strides and "_cells" not in self._derived:
             return self._count_corners()
         return self.anchors.shape[0]
@@ -805,7 +813,7 @@ class Lattice:
 
 @dataclass(frozen=True, eq=False)
 class CellSearch(Work):
-    """The cells of a lattice: their anchors (N,) int64 as pixel numbers, ascending, and 0 behind the last where only
+    """All cells of a lattice: their anchors (N,) int64 as pixel numbers, ascending, and 0 behind the last where only
     bounds are known; the row of the cell that holds each pixel (B*H*W,) int32; the number of cells of each image (B,).
 
     Attributes:
@@ -817,15 +825,10 @@ class CellSearch(Work):
 
     @property
     def is_counted(self) -> bool:
-        """True if all cells are there and are counted; otherwise only bounds are known, or it is a part."""
-        return self.lattice.part is None and self.lattice.capacity is None
-
-    @property
-    def is_bounded(self) -> bool:
-        """True if all cells are there, of whose number bounds are known."""
-        return self.lattice.part is None and self.lattice.capacity is not None
+        """True if the number of cells is known, not bounded."""
+        return self.lattice.capacity is None
 
     @property
     def case(self) -> tuple[Hashable, ...]:
         """The device, and what is known of the number of cells."""
-        return *super().case, self.is_counted, self.is_bounded
+        return *super().case, self.is_counted

@@ -127,7 +127,7 @@ class Native(Backend):
         if isinstance(work, MapResizing):
             return work.rows.dtype == torch.float32 and work.rows.numel() > 0
         if isinstance(work, PixelReading):
-            return work.lattice.is_counted_here and work.is_counted
+            return work.lattice.is_counted_on_cpu and work.lattice.part is None
         if isinstance(work, Filling):
             return _of_one_resolution(work.source, work.target)
         return not isinstance(work, Convolution) or self._has_form(work)
