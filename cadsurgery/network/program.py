@@ -403,7 +403,7 @@ class ProgramNetwork(Derived):
     _mask_provider: MaskProvider
     _constants: dict[str, Tensor]
     _unit: Unit
-    _ways: dict[tuple[Any, ...], Program]
+    _paths: dict[tuple[Any, ...], Program]
 
     @property
     def adaptive_part(self) -> Self:
