@@ -462,12 +462,10 @@ class Part:
     """The subset of a lattice's cells that is present.
 
     Attributes:
-        pixels: (B*H*W,) bool: a cell is present if this map is True at its anchor; empty where `between` says it.
-        between: the anchors [first, end) of a single image, as numbers of fine pixels, where these are the cells.
+        rows: which rows of the whole lattice: (N,) bool; or a slice, of a part that is computed and that nothing reads.
     """
 
-    pixels: Tensor
-    between: tuple[int, int] | None = None
+    rows: Tensor | slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -525,24 +523,17 @@ class Lattice:
 
     def choose(self, pixels: Tensor) -> Lattice:
         """Return the part of a lattice whose anchors are True in `pixels` (B, H, W) bool."""
-        return self.pyramid.lattice(self.stage, self.size, Part(pixels.flatten()))
+        rows = pixels.flatten()[self.anchors]
+        return self.of_rows(rows if self.real is None else rows & self.real)
 
-    def between(self, first: int, end: int) -> Lattice:
-        """Return the part of the lattice of a single image whose anchors lie in the fine rows [first, end); what is
-        computed may belong to it, and what is read may not."""
-        ends, none = (first * self.size[1], end * self.size[1]), torch.empty(0, dtype=torch.bool)
-        return self.pyramid.lattice(self.stage, self.size, Part(none, ends))
+    def of_rows(self, rows: Tensor | slice) -> Lattice:
+        """Return the part of a lattice that has some of its rows."""
+        return self.pyramid.lattice(self.stage, self.size, Part(rows))
 
     def forget_tables(self, window: Hashable) -> None:
         """Free the kernel maps of a window that reads this lattice."""
         for key in [key for key in self._derived if isinstance(key, tuple) and window in key]:
             del self._derived[key]
-
-    def row_at(self, line: int) -> int:
-        """Return the number of the first element of a single image at or below a fine row."""
-        if side := self._side_of_uniform:
-            return min(divide_up(line, side), self.samples(side)[0]) * self.samples(side)[1]
-        return int(torch.searchsorted(self.anchors, line * self.size[1]))
 
     def at(self, stage: int, size: tuple[int, int] | None = None) -> Lattice:
         """Return the lattice of the same level map after `stage`, cropped to the fine size, with all cells present."""
@@ -669,28 +660,24 @@ class Lattice:
         """Anchors (N,) as flat pixel numbers, the row of the cell that contains each pixel (B*H*W,), and the number of
         elements of each image (B,)."""
         if self.part is not None:
-            return self._cells_of_part(self.part)
+            return self._cells_of_part(self.part.rows)
         if side := self._side_of_uniform or not self.geometry.strides:  # then every pixel is a cell
             return self._cells_of_uniform(int(side))
         cells: tuple[Tensor, Tensor, Tensor] = compute(CellSearch(self.levels, self))
         return cells
 
-    def _cells_of_part(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
-        """Return `_cells` of those cells of the whole lattice that are present."""
+    def _cells_of_part(self, rows: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `_cells` of some rows of the whole lattice."""
         whole = self.whole
-        if part.between is not None:  # no pixel is read
-            first, end = (whole.row_at(place // self.size[1]) for place in part.between)
-            return whole.anchors[first:end], whole.index[:0], whole.counts.new_tensor([end - first])
-        is_there = part.pixels[whole.anchors]
-        if whole.real is not None:
-            is_there &= whole.real
+        if isinstance(rows, slice):
+            return whole.anchors[rows], whole.index[:0], whole.counts.new_tensor([rows.stop - rows.start])
         if self.capacity is None:
-            rows = is_there.nonzero().squeeze(1)
+            numbers = rows.nonzero().squeeze(1)
         else:
-            rows = torch.nonzero_static(is_there, size=self.capacity[1], fill_value=0).squeeze(1)
-        index = (is_there.cumsum(0) - 1).to(torch.int32)[whole.index]
-        counts = torch.zeros_like(whole.counts).index_add_(0, whole.coordinates[0], is_there.long())
-        return whole.anchors[rows], index, counts
+            numbers = torch.nonzero_static(rows, size=self.capacity[1], fill_value=0).squeeze(1)
+        index = (rows.cumsum(0) - 1).to(torch.int32)[whole.index]
+        counts = torch.zeros_like(whole.counts).index_add_(0, whole.coordinates[0], rows.long())
+        return whole.anchors[numbers], index, counts
 
     @property
     def anchors(self) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from cadsurgery.elements.kernel_map import Reading, kernel_map
-from cadsurgery.elements.lattice import Lattice, Part
+from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.elements.operations import Operation, operation_of
 from cadsurgery.elements.windows import drops
@@ -120,9 +120,7 @@ class Cone:
 
     def _part(self, node: fx.Node, needed: Tensor) -> Lattice:
         whole = self._lattice(node)
-        if bool(needed[whole.anchors].all()):
-            return whole
-        return whole.pyramid.lattice(whole.stage, whole.size, Part(needed))
+        return whole if bool(needed[whole.anchors].all()) else whole.choose(needed)
 
 
 def _move(pixels: Tensor, size: Size, to: Size, batch: int) -> Tensor:

@@ -82,8 +82,9 @@ class Cells:
         parts, part = self._parts[key], (grid, first, end)
         if part not in parts:
             own = self._key(first, end)
-            parts[part] = whole.between(first - begin, min(own[1], height) - begin)
-            parts[part].derive("count", lambda: self._count(grid, *own))
+            before, count = self._count(grid, begin, first), self._count(grid, *own)
+            parts[part] = whole.of_rows(slice(before, before + count))
+            parts[part].derive("count", lambda: count)
         return parts[part]
 
     def _pyramid(self, first: int, end: int) -> Pyramid:
