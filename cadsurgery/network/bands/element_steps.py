@@ -328,8 +328,8 @@ def of_neighbours(cells: Cells, node: fx.Node, grids: tuple[Grid, Grid], call: C
 
     def compute(rows: list[Any], first: int, end: int, begin: int) -> Elements:
         found: Elements = call({node: rows[0]})
-        lines = first - begin, min(end, grid.size[0]) - begin
-        return Elements(found.rows[slice(*map(found.lattice.row_at, lines))], cells.lattice(grid, first, end))
+        above, lattice = cells.elements_above(grid), cells.lattice(grid, first, end)
+        return Elements(found.rows.narrow(0, above[first] - above[begin], lattice.count), lattice)
 
     side = cells.side
     return Stream([(node, cells.reached(grids[0], side, side, finer=side))], compute, [node])
