@@ -170,7 +170,7 @@ def count_macs(program: Program, counted: Program, provider: MaskProvider, argum
     """Count for `AdaptiveModel.macs`; `counted` is the program on meta tensors."""
     image = program.image(arguments)
     masking = _CountedMasking(program.masking(provider), image)
-    if provider.sees_features or provider.looks_ahead or not program.masks_an_argument:
+    if provider.sees_features or provider.looks_ahead or not program.image_name:
         find_lattice(program, masking, arguments)
 
     not_counted = masking.not_counted

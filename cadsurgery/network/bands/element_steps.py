@@ -18,7 +18,7 @@ from cadsurgery.elements.borders import onto_border
 from cadsurgery.elements.elements import Elements, rows_on
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Lattice, Pyramid
-from cadsurgery.elements.resizing import Scaling, read_at, resize_onto
+from cadsurgery.elements.resizing import Resizing, Scaling, read_at, resize_onto
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.elements.whole_image import areas_in_bins
 from cadsurgery.network.bands.steps import entries
@@ -301,7 +301,9 @@ def resized_elements(
         )
 
     def find(x: Elements, stage: Lattice, begin: int) -> Elements:
-        return resize_onto(x, stage, spacings, before, after, mode, align_corners, begin, source.size)
+        return resize_onto(
+            x, stage, Resizing(spacings, before, after, mode, align_corners), begin, source.size
+        )
 
     step = _of_elements(cells, node, rows, target, find)
     step.places = lambda first, end: torch.arange(first, end, dtype=torch.float64) * stretch
