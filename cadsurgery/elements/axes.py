@@ -128,8 +128,8 @@ def roll_channels(rows: Tensor, shifts: int | Sequence[int], dims: int | Sequenc
     shifts, dims = ((value,) if isinstance(value, int) else value for value in (shifts, dims))
     for shift, dim in zip(shifts, dims, strict=True):
         if by := shift % rows.shape[dim]:
-            kept = rows.shape[dim] - by
-            rows = torch.cat((rows.narrow(dim, kept, by), rows.narrow(dim, 0, kept)), dim)
+            rest = rows.shape[dim] - by
+            rows = torch.cat((rows.narrow(dim, rest, by), rows.narrow(dim, 0, rest)), dim)
     return rows
 
 

@@ -32,7 +32,7 @@ def crop(x: Elements, starts: Sequence[int | None], stops: Sequence[int | None],
     for start, count in zip(starts, counts, strict=True):
         if slice(start, None).indices(count)[0]:
             raise _shifts(f"a crop from sample {start} on")
-    kept = [
+    remaining = [
         count
         if stop is None
         else most(count + stop, 0)
@@ -40,7 +40,7 @@ def crop(x: Elements, starts: Sequence[int | None], stops: Sequence[int | None],
         else least(count, stop)
         for count, stop in zip(counts, stops, strict=True)
     ]
-    return _with_border(x, kept, spacing, 0.0)
+    return _with_border(x, remaining, spacing, 0.0)
 
 
 @operation(reads="element")

@@ -165,7 +165,8 @@ class SmallMap:
         mode: `nearest` or `bilinear`.
         align_corners: as in torch.
         name: of the operation that joins it with maps of the region.
-        top: fine row of the picture at which the lattices that read it begin; None if they are those of the whole map.
+        top: fine row of the map at which the lattices that read it begin, those of a band of rows; None if they are of
+            the whole map, whose size is checked then.
     """
 
     values: Tensor

@@ -40,7 +40,7 @@ def make_mean_shifts(program: Program) -> nn.ModuleDict:
     """Create a shift, initially without effect, for each layer of a program that reads a mean, by name."""
     levels = program.geometry.max_level
     shifts = {
-        name: MeanShift(levels, len(place.weight), place.weight) for name, place in _named(program).items()
+        name: MeanShift(levels, len(reader.weight), reader.weight) for name, reader in _named(program).items()
     }
     return nn.ModuleDict(shifts)
 
@@ -57,17 +57,17 @@ def make_refinements(program: Program, hidden: int) -> nn.ModuleDict:
 
 def can_shift_means(program: Program) -> bool:
     """Return True if a layer of a program reads a mean over the image."""
-    return next(_places(program), None) is not None
+    return next(_mean_readers(program), None) is not None
 
 
 def with_adapters(program: Program, names: set[str]) -> Program:
     """Return the program with calls of the named adapters; for another path through the network, those that it has."""
     graph, copies = copy_graph(program.graph)
     kinds = {adapter_kind(name) for name in names}
-    for name, place in _named(program).items() if MEANS in kinds else ():
+    for name, reader in _named(program).items() if MEANS in kinds else ():
         if name in names:
-            image = copies[place.image]
-            _insert(graph, name, copies[place.layer], functional.shift_vector, before=(image,))
+            image = copies[reader.image]
+            _insert(graph, name, copies[reader.layer], functional.shift_vector, before=(image,))
     for name, found in _refined(program).items() if REFINEMENTS in kinds else ():
         if name in names:
             masking = next(node for node in graph.nodes if node.target is ask_mask)
@@ -154,14 +154,14 @@ def _refined(program: Program) -> dict[str, _Map]:
 def _named(program: Program) -> dict[str, _MeanReader]:
     """Return the layers that read a mean, by names; a layer that is used several times gets several names."""
     named: dict[str, _MeanReader] = {}
-    for place in _places(program):
-        stem = f"{MEANS}{str(place.layer.target).replace('.', '_')}"
+    for reader in _mean_readers(program):
+        stem = f"{MEANS}{str(reader.layer.target).replace('.', '_')}"
         number = sum(name == stem or name.startswith(f"{stem}__") for name in named)
-        named[f"{stem}__{number}" if number else stem] = place
+        named[f"{stem}__{number}" if number else stem] = reader
     return named
 
 
-def _places(program: Program) -> Iterator[_MeanReader]:
+def _mean_readers(program: Program) -> Iterator[_MeanReader]:
     """Yield the convolutions and linear layers that read a mean over the elements of an image."""
     for node in program.graph.nodes:
         if node.op == "call_module" and node.args and isinstance(source := node.args[0], fx.Node):

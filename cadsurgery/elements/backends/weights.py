@@ -91,8 +91,8 @@ class FusedConv:
 
     def changed(self, **values: Any) -> FusedConv:
         """Return a copy with changed fields, and with its own packed weights and choices if this one keeps any."""
-        kept: dict[Hashable, Any] | None = None if self.packed_cache is None else {}
-        return replace(self, **values, packed_cache=kept, phases={}, choices={})
+        cache: dict[Hashable, Any] | None = None if self.packed_cache is None else {}
+        return replace(self, **values, packed_cache=cache, phases={}, choices={})
 
     @property
     def without_activation(self) -> FusedConv:
