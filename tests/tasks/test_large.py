@@ -405,6 +405,65 @@ def test_rasters_of_other_kinds_are_predicted_where_they_lie(
         assert one.read_masks(1).astype(bool).mean() == pytest.approx(1 - 320 / 713, abs=0.01)
 
 
+@pytest.mark.parametrize("kind", ["nodata", "NaN of one band", "transparent"])
+@pytest.mark.parametrize("size", [(601, 1003), (300, 77)])
+def test_pixels_without_data_are_found_by_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], kind: str
+) -> None:
+    """As by a look at all of the picture, of which no more than some blocks are read at a time."""
+    lacking = np.random.default_rng(0).random(size) < 0.2
+    source, read = lacking_picture(tmp_path / "page.tif", kind, size, lacking), TiffRows.rows
+    windows = list[int]()
+
+    def noted(self: Any, first: int, end: int, left: int = 0, right: int | None = None) -> torch.Tensor:
+        found = read(self, first, end, left, right)
+        windows.append(found[0].numel())
+        return found
+
+    monkeypatch.setattr(large, "_SEEN", 1)
+    monkeypatch.setattr(TiffRows, "rows", noted)
+    picture = large.LargePicture(str(source), None)
+    assert np.array_equal(picture.lacking(0, size[0], size).numpy(), lacking)
+    assert picture.without_data == lacking.sum() and max(windows) <= 512 * 512
+    picture.file.close()
+
+
+@pytest.mark.parametrize("form", ["tif", "vrt", "png", "mosaic"])
+@pytest.mark.parametrize("no_data", [None, 3])
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_a_palette_is_read_as_its_colours(file: Path, tmp_path: Path, form: str, no_data: int | None) -> None:
+    """In each format of GDAL, as `read_image` reads it, and what has no data is NaN."""
+    rasterio = pytest.importorskip("rasterio")
+    shutil = pytest.importorskip("rasterio.shutil")
+    values = np.random.default_rng(0).integers(0, 7, (67, 90), dtype=np.uint8)
+    colours = np.random.default_rng(1).integers(0, 256, (7, 3), dtype=np.uint8)
+    source, path = tmp_path / "map.tif", tmp_path / f"map.{form.replace('mosaic', 'vrt')}"
+    profile = {"driver": "GTiff", "height": 67, "width": 90, "count": 1, "dtype": "uint8", "nodata": no_data}
+    with rasterio.open(
+        source, "w", photometric="palette", tiled=True, blockxsize=32, blockysize=32, **profile
+    ) as made:
+        made.write_colormap(1, {number: (*map(int, one), 255) for number, one in enumerate(colours)})
+        made.write(values, 1)
+    if form != "tif":
+        shutil.copy(source, path, driver={"png": "PNG"}.get(form, "VRT"))
+    if form == "mosaic":
+        text = path.read_text()
+        path.write_text(text.replace('rasterXSize="90"', 'rasterXSize="100"'))  # what no picture covers
+    expected = (colours[values] / 255).astype(np.float32)
+    expected[values == no_data] = np.nan
+    rows = RasterRows(path)
+    assert rows.shape == (3, 67, 100 if form == "mosaic" else 90) and rows.may_lack == (no_data is not None)
+    found = rows.rows(0, 67)[..., :90]
+    assert np.allclose(found.permute(1, 2, 0), expected, atol=1e-7, equal_nan=True)
+    assert torch.equal(rows.rows(5, 40, 11, 70).nan_to_num(-1), found[:, 5:40, 11:70].nan_to_num(-1))
+    if form in ("tif", "png"):
+        same = read_image(path, channels=None)
+        assert torch.equal(same[:, values != no_data], found[:, values != no_data])
+    if form != "png":
+        assert not predict(file, path, tmp_path / "out").failed
+    rows.close()
+
+
 def test_a_raster_that_gdal_does_not_read_is_refused(tmp_path: Path, file: Path) -> None:
     pytest.importorskip("rasterio")
     (tmp_path / "broken.vrt").write_text("<VRTDataset>")
