@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +147,28 @@ def test_a_position_that_is_not_carried_along_is_said_once(file: Path, tmp_path:
     with pytest.warns(
         cs.CadWarning, match=r"a\.tif is written without its position[\s\S]*--memory"
     ) as warned:
-        predict(file, tmp_path / "maps", tmp_path / "whole", memory="")
+        predict(file, tmp_path / "maps", tmp_path / "resized", memory="", size=SIZE)
     assert len(warned) == 1
+
+
+@pytest.mark.parametrize("what", ["position", "nodata", "neither"])
+def test_rasters_are_predicted_as_rasters_without_an_option(file: Path, tmp_path: Path, what: str) -> None:
+    tags: dict[str, list[Any]] = {
+        "position": [*PLACES["north up"], (34735, 3, len(ZONE), ZONE, True)],
+        "nodata": [(42113, 2, None, "0", True)],
+        "neither": [],
+    }
+    stored = np.random.default_rng(0).integers(1, 255, (*SIZE, 3), dtype=np.uint8)
+    picture = written(tmp_path / "map.tif", stored, photometric="rgb", extratags=tags[what])
+    report = predict(file, picture, tmp_path / "own", memory="", mask="all")
+    if what == "neither":
+        assert (tmp_path / "own" / "map.png").exists() and "--memory auto" not in report.text
+        return
+    assert "map.tif says where it lies or where it has no data" in report.text
+    predict(file, picture, tmp_path / "asked", mask="all")
+    own, asked = (tifffile.TiffFile(tmp_path / name / "map.tif") for name in ("own", "asked"))
+    assert np.array_equal(own.asarray(), asked.asarray())
+    assert {tag.code for tag in own.pages.first.tags} == {tag.code for tag in asked.pages.first.tags}
 
 
 @pytest.fixture
@@ -612,7 +631,7 @@ def test_a_level_or_page_that_a_file_has_not_is_refused(tmp_path: Path, file: Pa
 def test_pixels_that_a_mask_leaves_out_have_no_data(
     convolutions: Callable[..., Path], tmp_path: Path, is_inside: bool
 ) -> None:
-    """A page of the file or GDAL's file beside it, read by tifffile as by rasterio; whole pictures are refused."""
+    """A page of the file or GDAL's file beside it, read by tifffile as by rasterio; resized pictures are refused."""
     lacking = np.zeros((720, 304), bool)
     lacking[100:500], lacking[:, 250:] = True, True
     stored = np.clip(255 * street_scene(720, 304).numpy(), 1, 255).astype(np.uint8)
@@ -625,7 +644,7 @@ def test_pixels_that_a_mask_leaves_out_have_no_data(
     report = predict(net, source, tmp_path / "out", mask="all")
     assert report.rows[0]["without_data"] == lacking.sum()
     assert np.array_equal(tifffile.imread(tmp_path / "out" / "map.tif") == 255, lacking)
-    whole = predict(net, source, tmp_path / "whole", memory="")
+    whole = predict(net, source, tmp_path / "resized", memory="", size=lacking.shape)
     assert whole.failed and f"{lacking.sum()} pixels without data" in str(whole.failed)
 
 
@@ -825,29 +844,23 @@ def test_automatic_memory_is_shared_by_processes(
 def test_pictures_that_would_not_fit_are_computed_in_bands(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """The report says so in one line; with more memory they are computed whole, and so are all that fit."""
+    """The report says so in one line; with more memory they are computed whole, but for rasters."""
     monkeypatch.setattr(large, "SMALL", 0)
     monkeypatch.setattr(run, "SMALL", 0)
     pixels = (255 * street_scene(*SIZE)).round().byte().permute(1, 2, 0).numpy()
     source = tmp_path / f"page.{kind}"
-    if kind == "tif":  # of which nothing is lost, and nobody is warned
+    if kind == "tif":
         written(source, pixels, photometric="rgb", extratags=PLACES["north up"])
     else:
         Image.fromarray(pixels).save(source)
-    for free, is_whole in ((2**23, False), (2**40, True)):
+    for free, does_fit in ((2**23, False), (2**40, True)):
         for module in (run, amounts):
             monkeypatch.setattr(module, "free_memory", lambda free=free: free)
-        with (
-            pytest.warns(cs.CadWarning, match="without its position")
-            if is_whole and kind == "tif"
-            else nullcontext()
-        ):
-            report = predict(file, source, tmp_path / f"out{free}", memory="", mask="all")
+        report = predict(file, source, tmp_path / f"out{free}", memory="", mask="all")
         lines = [line for line in report.text.splitlines() if "as by --memory auto" in line]
-        assert not report.failed and len(lines) == (0 if is_whole else 1)
-        assert is_whole or f"page.{kind}, {SIZE[1]} x {SIZE[0]} pixels" in lines[0]
-        ending = "png" if is_whole or kind == "png" else "tif"
-        assert Path(report.rows[0]["output"]).name == f"page.{ending}"
+        assert not report.failed and len(lines) == (0 if does_fit and kind == "png" else 1)
+        assert does_fit or f"page.{kind}, {SIZE[1]} x {SIZE[0]} pixels" in lines[0]
+        assert Path(report.rows[0]["output"]).name == f"page.{kind}"
 
 
 # -- recommend ----------------------------------------------------------------------------------------

@@ -109,15 +109,17 @@ def test_an_area_has_the_values_of_the_whole_prediction(
 ) -> None:
     """The other pixels are marked as without data: 255, transparent in PNG files and stated in TIFF files."""
     (area, asked), net = areas(tmp_path)[kind], network()
-    whole = predict(net, picture, tmp_path / "whole", memory=memory, mask=mask)
-    part = predict(net, picture, tmp_path / "part", memory=memory, mask=mask, within=str(area))
-    ending = "tif" if memory else "png"
+    is_raster = bool(memory) or kind == "shapes.geojson"
+    ending = "tif" if is_raster else "png"
+    source = picture.with_suffix(f".{ending}")
+    whole = predict(net, source, tmp_path / "whole", memory=memory, mask=mask)
+    part = predict(net, source, tmp_path / "part", memory=memory, mask=mask, within=str(area))
     values, those = (np.array(Image.open(tmp_path / name / f"map.{ending}")) for name in ("part", "whole"))
     assert np.array_equal(values == 255, ~asked) and not (those == 255).any()
     assert (values == those)[asked].mean() > 0.999  # ties, which rounding decides
     assert part.rows[0]["asked"] == asked.sum() and "asked" not in whole.rows[0]
     assert f"{asked.sum()} of {asked.size} pixels are inside the area" in part.text
-    if memory:
+    if is_raster:
         assert (
             tifffile.TiffFile(tmp_path / "part" / "map.tif").pages.first.tags[42113].value.startswith("255")
         )
@@ -130,7 +132,8 @@ def test_values_of_one_channel_are_there_inside_only(
     network: Callable[..., Path], picture: Path, tmp_path: Path, memory: str
 ) -> None:
     (area, asked), net = areas(tmp_path)["area.png"], network(1)
-    predict(net, picture, tmp_path / "part", memory=memory, within=str(area))
+    source = picture if memory else picture.with_suffix(".png")
+    predict(net, source, tmp_path / "part", memory=memory, within=str(area))
     if not memory:
         values = np.array(Image.open(tmp_path / "part" / "map.png"))
         assert np.array_equal(values == 255, ~asked) and {0, 254} <= set(np.unique(values))
