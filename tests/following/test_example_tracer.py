@@ -69,7 +69,7 @@ def test_a_call_that_goes_another_way_gets_a_graph_of_its_own() -> None:
     for same in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         for x in (small, large, small, large):
             assert_same(same(x), model(x), EXACT)
-        assert len(same._ways) == 1
+        assert len(same._paths) == 1
         levels = random_levels(2, tuple(same.levels.shape[1:]), same.plan.stage_strides)
         assert_same(same(large, mask=levels)[:1], same(large[:1], mask=levels[:1]), EXACT)
     with torch.no_grad():

@@ -22,8 +22,9 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, pointwise_rule, random_levels, relative_error, slow
-from emulation import Emulation, Feature, NetworkEmulator, emulate
+from emulation import Emulation
 from networks import randomise, thin, unverified
+from planned_emulation import StridedEmulator, emulate
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -346,15 +347,15 @@ def test_any_level_map_on_a_dilated_network_is_the_emulation_of_the_strided_one(
     emulation = Emulation(levels, (2, 2), fill)
     net = convert(model, region=region, fill=fill)
     with torch.no_grad():
-        trunk = NetworkEmulator(strided_backbone(model), emulation, 8, guide_of(net, fill))
-        features = trunk.run(Feature(x, None))["out"]
-        assert features.stage == 2 and features.stride == 32
+        trunk = StridedEmulator(strided_backbone(model), emulation, 8, guide_of(net, fill))
+        features = trunk.run(x)["out"]
+        assert features.stage == 2 and features.stride == 4
         rest = nn.Sequential(*model.classifier)
         if (
             name.startswith("deeplab") and region == "auto"
         ):  # the head counts its dilations in samples of output stride 8
-            head_input = replace(features, stride=8)
-            features = NetworkEmulator(rest[0], emulation, 8).run(head_input)
+            head_input = replace(features, stride=1)
+            features = StridedEmulator(rest[0], emulation, 8).run(head_input)
             rest = rest[1:]
         logits = rest(emulation.read(features, trunk.guide))
         expected = F.interpolate(logits, size=SMALL, mode="bilinear", align_corners=False)

@@ -149,7 +149,7 @@ def test_a_graph_of_the_example_serves_the_example() -> None:
     x = images(1, *EXAMPLES[1], torch.float64)
     net = cs.adaptify(model, example_input=x, coarsest=32, verify_laws=False)
     net(x)
-    assert not net._ways
+    assert not net._paths
     assert net.plan.example_shape == x.shape
 
 

@@ -487,7 +487,8 @@ def test_elements_are_counted_before_cells_are_found(floors: bool) -> None:
     for stage, size in itertools.product(range(geometry.stages), [(43, 61), (37, 50), (48, 64)]):
         cells, grid = Cells(pyramid, side), Grid(stage, size)
         above, lattice = cells.elements_above(grid), pyramid.lattice(stage, size)
-        assert above == [lattice.row_at(line) for line in range(size[0])] + [lattice.count]
+        lines = torch.arange(size[0] + 1) * size[1]
+        assert above == torch.searchsorted(lattice.anchors, lines).tolist()
 
 
 @torch.no_grad()

@@ -236,7 +236,7 @@ def test_half_precision_halves_the_file(dynamic: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*convolutions of rows in the file are depthwise or grouped")
-def test_refusals_name_the_way_round_and_leave_nothing(
+def test_refusals_name_the_alternative_and_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image, path = picture(1, 72, 104), tmp_path / "net.onnx"
