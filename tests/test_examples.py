@@ -71,7 +71,7 @@ def small_network(mask: str) -> cs.AdaptiveModel:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_dynamic", [True, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize("is_dynamic", [True, thorough(False)], ids=["dynamic", "static"])
 def test_the_classes_of_an_image_by_onnx_runtime_alone(tmp_path: Path, is_dynamic: bool) -> None:
     pytest.importorskip("onnxruntime")
     photo, height, width = tmp_path / "photo.png", 72, 104

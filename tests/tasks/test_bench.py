@@ -324,7 +324,7 @@ def test_the_network_as_given_is_measured_in_bands_that_the_label_names() -> Non
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"dtype": "bfloat16"}, slow({"dtype": "int8"}), slow({"runtime": "onnx"})],
+    [{}, *map(slow, ({"dtype": "bfloat16"}, {"dtype": "int8"}, {"runtime": "onnx"}))],
     ids=str,
 )
 def test_dense_high_is_measured_on_smaller_pictures_too(options: dict[str, Any]) -> None:
