@@ -198,7 +198,7 @@ def random_halo(rows: int, count: int) -> gpu.Halo:
     return gpu.Halo(sources.to(DEVICE, torch.int32), shares.to(DEVICE))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("groups", [1, 3, 12])
 def test_halo_rows_stand_behind_the_rows_and_the_padding(groups: int, dtype: torch.dtype) -> None:
     """With gradients, which are the same every time."""

@@ -369,7 +369,7 @@ def test_the_dense_networks_are_timed_in_other_engines_too() -> None:
     assert "dense low, ONNX Runtime, int8" in printed(found)
 
 
-@pytest.mark.parametrize("level", [0, 2])
+@pytest.mark.parametrize("level", [slow(0), 2])
 def test_a_dense_twin_for_engines_is_written_as_anyone_would(level: int) -> None:
     model, image = Gated().eval(), torch.randn(1, 3, *SIZE)
     net = cs.adaptify(model, outputs="native" if level else "fine", verify_laws=False)
@@ -385,7 +385,8 @@ def test_a_dense_twin_for_engines_is_written_as_anyone_would(level: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("mode", "size"), covering(["bilinear", "bicubic"], [{"size": (37, 61)}, {"scale_factor": 2.5}])
+    ("mode", "size"),
+    covering([slow("bilinear"), "bicubic"], [slow({"size": (37, 61)}), {"scale_factor": 2.5}]),
 )
 def test_a_dense_twin_for_engines_resizes_as_anyone_would(mode: str, size: dict[str, Any]) -> None:
     class Resized(nn.Module):

@@ -341,19 +341,24 @@ def lacking_shape(name: str, size: tuple[int, int]) -> np.ndarray:
     return {**shapes, "spots": (x + 0.3) ** 2 + (y + 0.3) ** 2 > 0.02}[name]
 
 
-@pytest.mark.parametrize("mask", ["all", "edges:threshold=0.1"])
-@pytest.mark.parametrize("shape", ["right", "middle", "footprint", "spots"])
-@pytest.mark.parametrize(("size", "larger"), [((900, 1016), 4), ((901, 1010), 1)])
+@pytest.mark.parametrize(
+    ("mask", "shape", "picture"),
+    covering(
+        ["all", "edges:threshold=0.1"],
+        ["right", "middle", "footprint", "spots"],
+        [((900, 1016), 4), ((901, 1010), 1)],
+    ),
+)
 def test_columns_without_data_are_not_computed(
     convolutions: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     mask: str,
     shape: str,
-    size: tuple[int, int],
-    larger: int,
+    picture: tuple[tuple[int, int], int],
 ) -> None:
     """The values elsewhere are those of whole rows, wherever the data lie; far fewer are computed."""
+    size, larger = picture
     lacking, net, pixels = lacking_shape(shape, size), convolutions(1, larger), list[float]()
     source = lacking_picture(tmp_path / "page.tif", "nodata", size, lacking)
     with monkeypatch.context() as patch:
