@@ -192,7 +192,12 @@ def test_a_file_with_kernels_runs_without_python(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
-    [thorough(path) if path.stem in ("anytime", "resampling") else path for path in NOTEBOOKS],
+    [
+        thorough(path)
+        if path.stem in ("anytime", "finetune_segmentation", "learned_mask", "resampling")
+        else path
+        for path in NOTEBOOKS
+    ],
     ids=lambda path: path.stem,
 )
 def test_notebook_runs_and_shows_pictures(path: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, slow, thorough
+from conftest import ROOT, thorough
 
 from cadsurgery.kernels import build, isa
 
@@ -121,7 +121,7 @@ on_x86 = pytest.mark.skipif(build.architecture() != "x86-64", reason="AMX is of 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="there is no C compiler")
 
 
-@pytest.fixture(params=[slow("scalar"), "avx2", slow("avx512")])
+@pytest.fixture(params=[thorough("scalar"), "avx2", thorough("avx512")])
 def emulating(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The compiler's command, for a table in which amx is emulated beside an instruction set that the processor has."""
     beside = next((one for one in build.instruction_sets() if one.name == request.param), None)
@@ -239,7 +239,7 @@ def hold(done: subprocess.CompletedProcess[str], laws: set[str]) -> bool:
     return done.returncode == 0 and laws <= set(re.findall(r"^ok (\w+)", done.stdout, re.MULTILINE))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="the program is linked statically, for Linux")
 @pytest.mark.skipif(build.find_compiler() is None, reason="there is no C compiler")
 def test_the_laws_in_c_hold_for_the_forms_of_this_processor(tmp_path: Path) -> None:

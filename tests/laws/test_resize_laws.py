@@ -137,7 +137,7 @@ def test_a_map_larger_than_its_outermost_cells_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", *map(slow, ("mobilenetv2_050", "convnext_atto", "hrnet_w18_small"))]
+    "name", ["resnet18", slow("mobilenetv2_050"), *map(thorough, ("convnext_atto", "hrnet_w18_small"))]
 )
 def test_several_feature_maps_stand_where_the_plan_says(name: str) -> None:
     """`features_only` of timm: at the network's own positions every map is the original's."""

@@ -148,7 +148,7 @@ def fixed_levels() -> Tensor:
     ("mask", "fill", "dynamic"),
     [
         ("edges:threshold=0.35/0.1,dilation=11/21", "guided", True),  # `dynamic` is of edges, linear
-        ("detail", "nearest", True),
+        thorough("detail", "nearest", True),
         ("edges | budget:fraction=0.1/0.3", "linear", True),
         (fixed_levels(), "linear", False),
     ],

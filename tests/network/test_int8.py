@@ -548,7 +548,7 @@ def test_an_exported_network_in_8_bits(mask: str, options: dict[str, Any], tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "unsaid"), [("onnx", 0.001), ("openvino", 0.5)])
+@pytest.mark.parametrize(("engine", "unsaid"), [("onnx", 0.001), thorough("openvino", 0.5)])
 def test_a_file_in_8_bits_that_is_far_from_the_float_one_says_so(
     engine: str, unsaid: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -545,7 +545,7 @@ def variant(name: str) -> tuple[nn.Module, dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "low"), covering((slow("fcn"), slow("plus"), "deformable", "softpool"), (16, 32))
+    ("name", "low"), covering((thorough("fcn"), thorough("plus"), "deformable", "softpool"), (16, 32))
 )
 def test_variants_convert_and_keep_the_laws(name: str, low: int) -> None:
     """Uniform maps are the dense networks (verified by `adaptify`), a batch is its images one by one."""

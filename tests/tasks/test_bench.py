@@ -14,7 +14,7 @@ from typing import Any
 import drawn
 import pytest
 import torch
-from conftest import assert_same, covering, printed, slow, some
+from conftest import assert_same, covering, printed, slow, some, thorough
 from networks import strided
 from PIL import Image
 from torch import Tensor, nn
@@ -302,7 +302,7 @@ def test_what_is_done_is_kept_when_a_later_network_fails(
 @pytest.mark.parametrize(
     ("runtime", "package", "dtype"),
     [
-        ("onnx", "onnxruntime", "float32"),
+        thorough("onnx", "onnxruntime", "float32"),
         ("openvino", "openvino", "int8"),
     ],
 )
@@ -324,7 +324,7 @@ def test_the_network_as_given_is_measured_in_bands_that_the_label_names() -> Non
 
 @pytest.mark.parametrize(
     "options",
-    [{}, *map(slow, ({"dtype": "bfloat16"}, {"dtype": "int8"}, {"runtime": "onnx"}))],
+    [{}, slow({"dtype": "int8"}), *map(thorough, ({"dtype": "bfloat16"}, {"runtime": "onnx"}))],
     ids=str,
 )
 def test_dense_high_is_measured_on_smaller_pictures_too(options: dict[str, Any]) -> None:
