@@ -72,7 +72,7 @@ def test_axes_have_the_same_names_in_inputs_and_outputs(
 
 @pytest.mark.parametrize(
     ("number", "options"),
-    [(1, {}), slow(2, {"dynamic": True, "level_map": True})],
+    [slow(1, {}), slow(2, {"dynamic": True, "level_map": True})],
 )
 def test_a_file_may_take_as_many_images_as_its_example_alone(
     number: int, options: dict[str, bool], tmp_path: Path
