@@ -18,7 +18,7 @@ from cadsurgery.data.tiff import TILE, TiffRows, block_of, is_tiff, position_of,
 from cadsurgery.support.errors import FileError, InvalidInput, first_line, import_optional
 
 ENDINGS = (".vrt", ".img", ".jp2", ".asc", ".nc", ".grd", ".dt2", ".hgt")  # of rasters that need rasterio
-_DECODED_BY_GDAL = ("compressed", "YCBCR")  # in refusals of TIFF files that rasterio reads
+_DECODED_BY_GDAL = ("compressed", "YCBCR", "PALETTE")  # in refusals of TIFF files that rasterio reads
 _SMALLEST_TILE, _CACHE = 128, 64  # pixels a side of tiles with overviews; MB that GDAL keeps of them
 _INSTALL = "pip install 'cadsurgery[raster]'"
 
@@ -49,7 +49,7 @@ class RasterRows:
     """A raster, of which some rows are read at a time; it has what `TiffRows` has.
 
     Attributes:
-        shape: (C, H, W) with all bands of the file.
+        shape: (C, H, W) with all bands of the file; a palette is three of them, the colours that it stands for.
         has_alpha: True if the last band is transparency.
         may_lack: True if some pixels may have no data, which are NaN.
         position: tags that say where the picture lies on the earth, see `TiffRows`.
@@ -76,7 +76,6 @@ class RasterRows:
             warnings.simplefilter("ignore")  # of rasters that lie nowhere on the earth
             self._file = rasterio.open(place, **options)
         file, self._path = self._file, path
-        self.shape = (file.count, file.height, file.width)
         self._kind = np.dtype(file.dtypes[0])
         if self._kind.kind not in "uif" or not file.count:
             self.close()
@@ -87,10 +86,15 @@ class RasterRows:
             )
         colours = [colour.name for colour in file.colorinterp]
         self.has_alpha = colours[-1] == "alpha"
+        is_palette = colours[: len(colours) - self.has_alpha] == ["palette"] and self._kind.kind == "u"
+        self._palette = _palette_of(file, self._kind) if is_palette else None
+        bands = file.count if self._palette is None else self._palette.shape[1] + self.has_alpha
+        self.shape = (bands, file.height, file.width)
         self._is_masked = any(
             "all_valid" not in {flag.name for flag in flags} for flags in file.mask_flag_enums
         )
-        self.may_lack = self._is_masked or self._kind.kind == "f"
+        has_gaps = self._palette is not None and bool(np.isnan(self._palette).any())
+        self.may_lack = self._is_masked or self._kind.kind == "f" or has_gaps
         self.position = _position_of(file)
         self.block = block_of(*file.block_shapes[0])
 
@@ -108,14 +112,24 @@ class RasterRows:
         scaled = values.astype(np.float32)
         if self._kind.kind != "f":
             scaled = (values / float(np.iinfo(self._kind).max)).astype(np.float32)
+        if self._palette is not None:
+            scaled = np.concatenate([np.moveaxis(self._palette[values[0]], -1, 0), scaled[1:]])
         if there is not None:
-            of_colours = there[: len(there) - self.has_alpha]
-            scaled[: len(of_colours)][~of_colours] = np.nan
+            colours = scaled[: len(scaled) - self.has_alpha]
+            colours[np.broadcast_to(~there[: len(there) - self.has_alpha], colours.shape)] = np.nan
         return torch.from_numpy(scaled)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _palette_of(file: Any, kind: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """Return the colour (entries, 3) of each value of a raster's palette, float32; NaN where it is transparent."""
+    found = np.zeros((np.iinfo(kind).max + 1, 3), np.float32)
+    for value, (*colour, alpha) in file.colormap(1).items():
+        found[value] = np.divide(colour, 255) if alpha else np.nan
+    return found
 
 
 def check_overviews() -> None:

@@ -498,8 +498,10 @@ class TiffRows:
             FileError: they cannot be decoded.
         """
         with _decoding(self._path, self._page):
-            values = self._stored(first, end) if self._is_raw else self._pasted(first, end)
-            values = values[:, left:right]
+            columns = slice(left, right)
+            values = (
+                self._stored(first, end)[:, columns] if self._is_raw else self._pasted(first, end, columns)
+            )
         scaled = _scale(values, self._picture, self._path)
         if self._mask is not None:
             scaled[self._mask.rows(first, end, left, right).numpy().min(0) == 0] = np.nan
@@ -518,14 +520,15 @@ class TiffRows:
             values[:, :, plane : plane + together] = read.reshape(end - first, width, together)
         return values
 
-    def _pasted(self, first: int, end: int) -> np.ndarray[Any, Any]:
-        """Put rows (rows, W, C) together from strips or tiles."""
-        values = np.empty((end - first, self.shape[2], self.shape[0]), self._page.dtype)
+    def _pasted(self, first: int, end: int, columns: slice) -> np.ndarray[Any, Any]:
+        """Put rows (rows, columns, C) together from strips or tiles."""
+        left, right, _ = columns.indices(self.shape[2])
+        values = np.empty((end - first, right - left, self.shape[0]), self._page.dtype)
         for number in range(first // self._height, -(-end // self._height)):
             top = number * self._height
             part = self._across(number)
             begin, stop = max(first, top), min(end, top + len(part))
-            values[begin - first : stop - first] = part[begin - top : stop - top]
+            values[begin - first : stop - first] = part[begin - top : stop - top, columns]
         return values
 
     def _across(self, number: int) -> np.ndarray[Any, Any]:

@@ -261,7 +261,10 @@ def legalise(levels: Tensor, geometry: Geometry) -> Tensor:
     if is_read and levels.numel() > _AT_ONCE * geometry.sides[-1]:  # blocks do not depend on each other
         rows = divide_up(_AT_ONCE, levels.shape[0] * levels.shape[2]) * geometry.sides[-1]
         if levels.shape[1] > rows:
-            return torch.cat([legalise(part, geometry) for part in levels.split(rows, 1)], 1)
+            found = torch.empty_like(levels, dtype=torch.int8)
+            for part, legal in zip(levels.split(rows, 1), found.split(rows, 1), strict=True):
+                legal.copy_(legalise(part, geometry))
+            return found
     if geometry.patch == "block":
         whole = _block_minimum(levels, geometry.sides[-1]) >= geometry.max_level
         return (whole * geometry.max_level).to(torch.int8)
@@ -753,8 +756,12 @@ class Lattice:
             return None
         if self.geometry.floors and self.stage == 0:
             return 0
-        low, high = torch.aminmax(self.levels)
-        return int(low) if bool(low == high) else None
+        # Of the level map itself, beyond which its border is repeated: a large one is not copied for the levels of a
+        # stage, nor by `aminmax`, which copies what is cut or expanded.
+        levels = self.pyramid.levels[:, : self.size[0], : self.size[1]]
+        levels = levels if any(levels.stride()) else levels[:1, :1, :1]
+        low, high = (self.geometry.level_at(int(end), self.stage) for end in (levels.amin(), levels.amax()))
+        return low if low == high else None
 
     @property
     def uniform_side(self) -> int:

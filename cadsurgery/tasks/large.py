@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from cadsurgery.tasks.journal import Identity, Journal, state_of
 from cadsurgery.tasks.pieces import Blocks, PartOfPicture, Piece, block_side, find_pieces
 
 _GAP = 256  # rows of a picture without data, which are computed if they are fewer
+_SEEN = 1 << 22  # pixels that are searched for such without data at a time
 SMALL = 2_000_000  # pixels of pictures whose maps are taken to fit
 MULTIPLES = (1, 8, 16, 32, 64, 128)  # of pixels, to which pictures that a network refuses are padded
 Count = Callable[[Tensor, int], Counter[int]]  # the pixels of each class of rows (rows, W) of so many classes
@@ -162,21 +164,24 @@ class LargePicture:
         self._bands = bands or (source.bands if source is not None else ())
         self.size = (self.file.shape[1], self.file.shape[2])
         self.shape: tuple[int, ...] = (self._read(0, 1)[0].shape[0], *self.size)
-        self._lacking = (
-            self._bits(lambda first, end: self._read(first, end)[1][0]) if self.file.may_lack else None
-        )
+        self._lacking = self._bits(lambda *part: self._read(*part)[1][0]) if self.file.may_lack else None
         self._unwanted, self.asked = self._lacking, 0
         if within:
             area = read_area(within, self.size, path, self.file.position)
-            outside = self._bits(lambda first, end: ~area.rows(first, end))
+            outside = self._bits(lambda first, end, left, right: ~area.rows(first, end)[:, left:right])
             self.asked = self.size[0] * self.size[1] - _count(outside)
             both = [bits for bits in (self._lacking, outside) if bits is not None]
             self._unwanted = np.bitwise_or.reduce(both) if both else None
 
-    def _bits(self, rows: Callable[[int, int], Tensor]) -> np.ndarray[Any, Any] | None:
-        """Return which pixels are marked in rows (rows, W), eight in a byte; None if none is."""
-        bands = ((first, min(first + _GAP, self.size[0])) for first in range(0, self.size[0], _GAP))
-        marked = np.concatenate([np.packbits(rows(*band).numpy(), axis=1) for band in bands])
+    def _bits(self, marks: Callable[[int, int, int, int], Tensor]) -> np.ndarray[Any, Any] | None:
+        """Return which pixels are marked in windows (top, bottom, left, right), eight in a byte; None if none is."""
+        (height, width), (tall, wide) = self.size, self.file.block
+        tall *= max(1, _GAP // tall)
+        wide *= max(1, _SEEN // (tall * wide))  # whole blocks, and so whole bytes
+        marked = np.zeros((height, -(-width // 8)), np.uint8)
+        for top, left in product(range(0, height, tall), range(0, width, wide)):
+            window = marks(top, min(top + tall, height), left, min(left + wide, width))
+            marked[top : top + tall, left // 8 : (left + wide) // 8] = np.packbits(window.numpy(), axis=1)
         return marked if marked.any() else None
 
     @property
@@ -382,15 +387,20 @@ def _without_cells(net: Any, picture: LargePicture, levels: Tensor) -> Any:
     if not any(levels.stride()):
         return None
     if not picture.lacks:
-        return levels.long()
+        return levels
     levels, side = levels.clone(), net.geometry.sides[-1]
     height, width = levels.shape[1:]
-    whole = picture.lacking(0, height, (height, width)).float()
-    down, across = -height % side, -width % side
-    cells = -F.max_pool2d(-F.pad(whole[None, None], (0, across, 0, down), value=1.0), side)[0, 0]
-    lowest = cells.repeat_interleave(side, 0).repeat_interleave(side, 1)[:height, :width] > 0
-    levels[:, lowest] = net.geometry.max_level
-    return levels.long()
+    tall = side * max(1, _GAP // side)
+    for first in range(0, height, tall):
+        band = levels[:, first : first + tall]
+        lacking = picture.lacking(first, first + band.shape[1], (height, width))
+        beyond = (0, -width % side, 0, -len(lacking) % side)
+        cells = (
+            F.pad(lacking, beyond, value=True).unflatten(1, (-1, side)).unflatten(0, (-1, side)).all(3).all(1)
+        )
+        lowest = cells.repeat_interleave(side, 0).repeat_interleave(side, 1)[: len(lacking), :width]
+        band.masked_fill_(lowest, net.geometry.max_level)
+    return levels
 
 
 def _rows_of(net: Any, picture: LargePicture, start: int, mask: Any = None) -> Any:
@@ -416,13 +426,15 @@ def _rows_of(net: Any, picture: LargePicture, start: int, mask: Any = None) -> A
     raise refusal
 
 
-def _pieces(net: Any, picture: LargePicture, result: Any, mask: Any, size: tuple[int, int]) -> list[Piece]:
-    """Return the rectangles of the result that are computed, of which one follows the other."""
+def _pieces(
+    net: Any, picture: LargePicture, mask: Any, size: tuple[int, int], whole: tuple[int, int]
+) -> list[Piece]:
+    """Return the rectangles of the result that are computed, of which one follows the other; see `find_pieces`."""
     rows = [Piece(Box(*part, 0, size[1])) for part in picture.parts(size)]
     if not rows or not picture.is_partial:
         return rows
     wanted = picture.wanted(block_side(picture.shape[1]))
-    return find_pieces(net, picture, wanted, size, result.shape[1:], mask) or rows
+    return find_pieces(net, picture, wanted, size, whole, mask) or rows
 
 
 def _count(marked: np.ndarray[Any, Any] | None) -> int:
@@ -455,15 +467,16 @@ def predict_large(
     with torch.inference_mode():
         start = time.perf_counter()
         result = _rows_of(net, picture, part.start)
-        channels, padded = result.shape[0], picture.shape[1:]
-        size = _sides_of(result.shape[1:], padded, picture.size)
+        whole, padded = result.shape, picture.shape[1:]
+        channels, size = whole[0], _sides_of(whole[1:], padded, picture.size)
         without = part.begin(size, channels, picture.is_partial)
         mask = _without_cells(net, picture, result.levels) if picture.is_partial else None
         levels = result.levels if mask is None else mask
-        computed_from = part.start if mask is None else -1
+        if mask is not None:
+            result = None  # with its levels, which take as much memory as all of those of the mask
         name = Path(picture.path).name
         step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
-        pieces = _pieces(net, picture, result, mask, size)
+        pieces = _pieces(net, picture, mask, size, whole[1:])
         for piece in pieces:
             (_, bottom, left, right), begin = piece.box, part.turn_to(piece.box)
             if begin >= bottom:
@@ -471,7 +484,7 @@ def predict_large(
             if piece.part is not None:
                 own = PartOfPicture(picture, piece.part)
                 rows_of = net.rows(own, start=begin - piece.offset[0], mask=piece.mask)
-            elif begin == computed_from:
+            elif result is not None and begin == part.start:
                 rows_of = result
             else:
                 rows_of = _rows_of(net, picture, begin, mask)
@@ -496,7 +509,11 @@ def predict_large(
     part.finish(position, picture.file.block, overviews)
     levels = cut_back(levels, padded, picture.size)
     levels = levels if any(levels.stride()) else levels.flatten()[:1]
-    shares = [int((levels == level).sum()) / levels.numel() for level in range(net.geometry.max_level + 1)]
+    shares = [
+        sum(int((rows == level).sum()) for rows in levels.split(_GAP, -2 if levels.dim() > 1 else 0))
+        / levels.numel()
+        for level in range(net.geometry.max_level + 1)
+    ]
     return {
         "output": str(part.target),
         "size": [*picture.size],

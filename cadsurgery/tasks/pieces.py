@@ -20,8 +20,8 @@ from cadsurgery.support.errors import CannotConvert
 # Pixels a side of blocks, at least, and rows of blocks, at most, in which wanted pixels are found.
 _SIDE, _MOST = 64, 128
 _EXTRA = 1 << 16  # pixels whose computation takes as long as planning another rectangle
-# Share of the pixels of whole rows from which on rectangles are not worth it: for a network whose level is the same
-# everywhere, and for one whose cells without data are coarse already.
+# Share of the pixels of whole rows from which on rectangles are not worth it: where what is beside them costs as much,
+# and where it has no data, so that its cells are coarse already.
 _LESS, _LESS_OF_COARSE = 0.95, 0.6
 Blocks = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -32,6 +32,10 @@ class Sliced(Protocol):
 
     shape: tuple[int, ...]
     size: tuple[int, int]
+
+    @property
+    def lacks(self) -> bool:
+        """True if some pixels have no data."""
 
     def __getitem__(self, place: tuple[slice, ...]) -> Tensor: ...
 
@@ -102,7 +106,7 @@ def find_pieces(
     found, work = _rectangles(wanted, side, margin, (height, width))
     index = np.flatnonzero(wanted.any(1))
     of_rows = sum((run[-1] - run[0] + 1) * side * width for run in _runs(index)) if index.size else 0
-    if work > (_LESS if mask is None else _LESS_OF_COARSE) * of_rows:
+    if work > (_LESS_OF_COARSE if mask is not None and picture.lacks else _LESS) * of_rows:
         return None
     pieces = list[Piece]()
     for top, bottom, left, right in found:

@@ -368,9 +368,8 @@ def _why_in_rows(converted: nn.Module, sources: _Sources, settings: PredictionSe
     needed = memory_of_whole(converted, source.channels, size) if math.prod(size) >= SMALL else 0
     if needed > free:
         amounts = in_mebibytes(needed, free), in_mebibytes(free, needed)
-        return (
-            f"{largest}, {size[1]} x {size[0]} pixels, would take up to {amounts[0]} whole, and {amounts[1]} are free"
-        )
+        sides = f"{size[1]} x {size[0]} pixels"
+        return f"{largest}, {sides}, would take up to {amounts[0]} whole, and {amounts[1]} are free"
     _, size, raster = next((one for one in found if is_raster(one[2])), (0, (0, 0), ""))
     if raster and memory_of_whole(converted, source.channels, size):
         return f"{raster} says where it lies or where it has no data, and so does its prediction, a TIFF file"
@@ -466,7 +465,8 @@ class _Sources:
                 warn_of_position(
                     image,
                     "PNG files hold none.",
-                    "with --memory, e.g. 2GiB, TIFF files with it are written; only the first is reported.",
+                    "TIFF files with it are written in bands of rows: with --memory, without --size and --view; "
+                    "only the first is reported.",
                 )
             yield Item(position, image, target)
 

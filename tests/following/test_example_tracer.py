@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels
+from conftest import assert_same, covering, images, random_levels, slow
 from networks import conv_norm, randomise, unverified
 from torch import Tensor, nn
 
@@ -130,7 +130,9 @@ class BySelection(ByValues):
         return self.rest(x) if x[x > 0].numel() > 5 else x
 
 
-@pytest.mark.parametrize(("network", "convert"), covering([ByValues, BySelection], [cs.adaptify, cs.plan]))
+@pytest.mark.parametrize(
+    ("network", "convert"), covering([ByValues, slow(BySelection)], [slow(cs.adaptify), cs.plan])
+)
 def test_decisions_by_values_are_refused_with_their_line(
     network: type[nn.Module], convert: Callable[..., object]
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import covering, some
+from conftest import covering, slow, some
 from networks import saved_segmenter, seeded, segmenter, unverified
 from PIL import Image
 from torch import nn
@@ -148,8 +147,28 @@ def test_a_position_that_is_not_carried_along_is_said_once(file: Path, tmp_path:
     with pytest.warns(
         cs.CadWarning, match=r"a\.tif is written without its position[\s\S]*--memory"
     ) as warned:
-        predict(file, tmp_path / "maps", tmp_path / "whole", memory="")
+        predict(file, tmp_path / "maps", tmp_path / "resized", memory="", size=SIZE)
     assert len(warned) == 1
+
+
+@pytest.mark.parametrize("what", ["position", "nodata", "neither"])
+def test_rasters_are_predicted_as_rasters_without_an_option(file: Path, tmp_path: Path, what: str) -> None:
+    tags: dict[str, list[Any]] = {
+        "position": [*PLACES["north up"], (34735, 3, len(ZONE), ZONE, True)],
+        "nodata": [(42113, 2, None, "0", True)],
+        "neither": [],
+    }
+    stored = np.random.default_rng(0).integers(1, 255, (*SIZE, 3), dtype=np.uint8)
+    picture = written(tmp_path / "map.tif", stored, photometric="rgb", extratags=tags[what])
+    report = predict(file, picture, tmp_path / "own", memory="", mask="all")
+    if what == "neither":
+        assert (tmp_path / "own" / "map.png").exists() and "--memory auto" not in report.text
+        return
+    assert "map.tif says where it lies or where it has no data" in report.text
+    predict(file, picture, tmp_path / "asked", mask="all")
+    own, asked = (tifffile.TiffFile(tmp_path / name / "map.tif") for name in ("own", "asked"))
+    assert np.array_equal(own.asarray(), asked.asarray())
+    assert {tag.code for tag in own.pages.first.tags} == {tag.code for tag in asked.pages.first.tags}
 
 
 @pytest.fixture
@@ -341,19 +360,24 @@ def lacking_shape(name: str, size: tuple[int, int]) -> np.ndarray:
     return {**shapes, "spots": (x + 0.3) ** 2 + (y + 0.3) ** 2 > 0.02}[name]
 
 
-@pytest.mark.parametrize("mask", ["all", "edges:threshold=0.1"])
-@pytest.mark.parametrize("shape", ["right", "middle", "footprint", "spots"])
-@pytest.mark.parametrize(("size", "larger"), [((900, 1016), 4), ((901, 1010), 1)])
+@pytest.mark.parametrize(
+    ("mask", "shape", "picture"),
+    covering(
+        ["all", "edges:threshold=0.1"],
+        ["right", "middle", "footprint", "spots"],
+        [((900, 1016), 4), ((901, 1010), 1)],
+    ),
+)
 def test_columns_without_data_are_not_computed(
     convolutions: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     mask: str,
     shape: str,
-    size: tuple[int, int],
-    larger: int,
+    picture: tuple[tuple[int, int], int],
 ) -> None:
     """The values elsewhere are those of whole rows, wherever the data lie; far fewer are computed."""
+    size, larger = picture
     lacking, net, pixels = lacking_shape(shape, size), convolutions(1, larger), list[float]()
     source = lacking_picture(tmp_path / "page.tif", "nodata", size, lacking)
     with monkeypatch.context() as patch:
@@ -403,6 +427,65 @@ def test_rasters_of_other_kinds_are_predicted_where_they_lie(
         assert (one.crs, one.nodata, one.block_shapes) == (two.crs, 255.0, two.block_shapes)
         assert one.transform.almost_equals(two.transform, 1e-9)
         assert one.read_masks(1).astype(bool).mean() == pytest.approx(1 - 320 / 713, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["nodata", "NaN of one band", "transparent"])
+@pytest.mark.parametrize("size", [(601, 1003), (300, 77)])
+def test_pixels_without_data_are_found_by_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], kind: str
+) -> None:
+    """As by a look at all of the picture, of which no more than some blocks are read at a time."""
+    lacking = np.random.default_rng(0).random(size) < 0.2
+    source, read = lacking_picture(tmp_path / "page.tif", kind, size, lacking), TiffRows.rows
+    windows = list[int]()
+
+    def noted(self: Any, first: int, end: int, left: int = 0, right: int | None = None) -> torch.Tensor:
+        found = read(self, first, end, left, right)
+        windows.append(found[0].numel())
+        return found
+
+    monkeypatch.setattr(large, "_SEEN", 1)
+    monkeypatch.setattr(TiffRows, "rows", noted)
+    picture = large.LargePicture(str(source), None)
+    assert np.array_equal(picture.lacking(0, size[0], size).numpy(), lacking)
+    assert picture.without_data == lacking.sum() and max(windows) <= 512 * 512
+    picture.file.close()
+
+
+@pytest.mark.parametrize("form", ["tif", "vrt", "png", "mosaic"])
+@pytest.mark.parametrize("no_data", [None, 3])
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_a_palette_is_read_as_its_colours(file: Path, tmp_path: Path, form: str, no_data: int | None) -> None:
+    """In each format of GDAL, as `read_image` reads it, and what has no data is NaN."""
+    rasterio = pytest.importorskip("rasterio")
+    shutil = pytest.importorskip("rasterio.shutil")
+    values = np.random.default_rng(0).integers(0, 7, (67, 90), dtype=np.uint8)
+    colours = np.random.default_rng(1).integers(0, 256, (7, 3), dtype=np.uint8)
+    source, path = tmp_path / "map.tif", tmp_path / f"map.{form.replace('mosaic', 'vrt')}"
+    profile = {"driver": "GTiff", "height": 67, "width": 90, "count": 1, "dtype": "uint8", "nodata": no_data}
+    with rasterio.open(
+        source, "w", photometric="palette", tiled=True, blockxsize=32, blockysize=32, **profile
+    ) as made:
+        made.write_colormap(1, {number: (*map(int, one), 255) for number, one in enumerate(colours)})
+        made.write(values, 1)
+    if form != "tif":
+        shutil.copy(source, path, driver={"png": "PNG"}.get(form, "VRT"))
+    if form == "mosaic":
+        text = path.read_text()
+        path.write_text(text.replace('rasterXSize="90"', 'rasterXSize="100"'))  # what no picture covers
+    expected = (colours[values] / 255).astype(np.float32)
+    expected[values == no_data] = np.nan
+    rows = RasterRows(path)
+    assert rows.shape == (3, 67, 100 if form == "mosaic" else 90) and rows.may_lack == (no_data is not None)
+    found = rows.rows(0, 67)[..., :90]
+    assert np.allclose(found.permute(1, 2, 0), expected, atol=1e-7, equal_nan=True)
+    assert torch.equal(rows.rows(5, 40, 11, 70).nan_to_num(-1), found[:, 5:40, 11:70].nan_to_num(-1))
+    if form in ("tif", "png"):
+        same = read_image(path, channels=None)
+        assert torch.equal(same[:, values != no_data], found[:, values != no_data])
+    if form != "png":
+        assert not predict(file, path, tmp_path / "out").failed
+    rows.close()
 
 
 def test_a_raster_that_gdal_does_not_read_is_refused(tmp_path: Path, file: Path) -> None:
@@ -508,8 +591,7 @@ def test_overviews_need_files_that_can_have_them(file: Path, picture: Path, tmp_
         predict(file, tmp_path / "plain.png", tmp_path / "out", memory="", overviews=True)
 
 
-@pytest.mark.parametrize("kind", ["tif", "vrt"])
-@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize(("kind", "level"), covering(["tif", "vrt"], [0, 1, 2]))
 def test_a_level_is_a_smaller_copy_of_the_same_area(
     convolutions: Callable[..., Path], tmp_path: Path, kind: str, level: int
 ) -> None:
@@ -553,7 +635,7 @@ def test_a_level_or_page_that_a_file_has_not_is_refused(tmp_path: Path, file: Pa
 def test_pixels_that_a_mask_leaves_out_have_no_data(
     convolutions: Callable[..., Path], tmp_path: Path, is_inside: bool
 ) -> None:
-    """A page of the file or GDAL's file beside it, read by tifffile as by rasterio; whole pictures are refused."""
+    """A page of the file or GDAL's file beside it, read by tifffile as by rasterio; resized pictures are refused."""
     lacking = np.zeros((720, 304), bool)
     lacking[100:500], lacking[:, 250:] = True, True
     stored = np.clip(255 * street_scene(720, 304).numpy(), 1, 255).astype(np.uint8)
@@ -566,7 +648,7 @@ def test_pixels_that_a_mask_leaves_out_have_no_data(
     report = predict(net, source, tmp_path / "out", mask="all")
     assert report.rows[0]["without_data"] == lacking.sum()
     assert np.array_equal(tifffile.imread(tmp_path / "out" / "map.tif") == 255, lacking)
-    whole = predict(net, source, tmp_path / "whole", memory="")
+    whole = predict(net, source, tmp_path / "resized", memory="", size=lacking.shape)
     assert whole.failed and f"{lacking.sum()} pixels without data" in str(whole.failed)
 
 
@@ -623,7 +705,7 @@ def test_a_run_killed_while_it_writes_the_tiles_writes_them_when_it_goes_on(
     assert ended == at_once and report.rows[0]["levels"] == whole.rows[0]["levels"]
 
 
-@pytest.mark.parametrize("memory", some(["1MiB", "3MiB", MUCH]))
+@pytest.mark.parametrize("memory", some(["1MiB", "3MiB", MUCH], every=3))
 def test_the_file_type_follows_the_picture_whatever_the_memory(
     file: Path, picture: Path, tmp_path: Path, memory: str
 ) -> None:
@@ -752,7 +834,7 @@ def test_a_memory_needs_a_network_that_is_computed_in_bands(
         predict(file, picture, tmp_path / "out", memory="much")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, slow(2)])
 def test_automatic_memory_is_shared_by_processes(
     file: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
@@ -766,29 +848,23 @@ def test_automatic_memory_is_shared_by_processes(
 def test_pictures_that_would_not_fit_are_computed_in_bands(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """The report says so in one line; with more memory they are computed whole, and so are all that fit."""
+    """The report says so in one line; with more memory they are computed whole, but for rasters."""
     monkeypatch.setattr(large, "SMALL", 0)
     monkeypatch.setattr(run, "SMALL", 0)
     pixels = (255 * street_scene(*SIZE)).round().byte().permute(1, 2, 0).numpy()
     source = tmp_path / f"page.{kind}"
-    if kind == "tif":  # of which nothing is lost, and nobody is warned
+    if kind == "tif":
         written(source, pixels, photometric="rgb", extratags=PLACES["north up"])
     else:
         Image.fromarray(pixels).save(source)
-    for free, is_whole in ((2**23, False), (2**40, True)):
+    for free, does_fit in ((2**23, False), (2**40, True)):
         for module in (run, amounts):
             monkeypatch.setattr(module, "free_memory", lambda free=free: free)
-        with (
-            pytest.warns(cs.CadWarning, match="without its position")
-            if is_whole and kind == "tif"
-            else nullcontext()
-        ):
-            report = predict(file, source, tmp_path / f"out{free}", memory="", mask="all")
+        report = predict(file, source, tmp_path / f"out{free}", memory="", mask="all")
         lines = [line for line in report.text.splitlines() if "as by --memory auto" in line]
-        assert not report.failed and len(lines) == (0 if is_whole else 1)
-        assert is_whole or f"page.{kind}, {SIZE[1]} x {SIZE[0]} pixels" in lines[0]
-        ending = "png" if is_whole or kind == "png" else "tif"
-        assert Path(report.rows[0]["output"]).name == f"page.{ending}"
+        assert not report.failed and len(lines) == (0 if does_fit and kind == "png" else 1)
+        assert does_fit or f"page.{kind}, {SIZE[1]} x {SIZE[0]} pixels" in lines[0]
+        assert Path(report.rows[0]["output"]).name == f"page.{kind}"
 
 
 # -- recommend ----------------------------------------------------------------------------------------

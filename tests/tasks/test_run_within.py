@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,16 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cadsurgery as cs
 from cadsurgery.data.areas import read_area
-from cadsurgery.data.images import street_scene
+from cadsurgery.data.images import normalise, read_image, street_scene
+from cadsurgery.elements import lattice
+from cadsurgery.masks import masking
+from cadsurgery.network.model import pictures_for
 from cadsurgery.support.progress import silent
+from cadsurgery.support.torch_internals import tree_leaves
 from cadsurgery.tasks import large, run
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.report import FilesReport
@@ -102,15 +109,17 @@ def test_an_area_has_the_values_of_the_whole_prediction(
 ) -> None:
     """The other pixels are marked as without data: 255, transparent in PNG files and stated in TIFF files."""
     (area, asked), net = areas(tmp_path)[kind], network()
-    whole = predict(net, picture, tmp_path / "whole", memory=memory, mask=mask)
-    part = predict(net, picture, tmp_path / "part", memory=memory, mask=mask, within=str(area))
-    ending = "tif" if memory else "png"
+    is_raster = bool(memory) or kind == "shapes.geojson"
+    ending = "tif" if is_raster else "png"
+    source = picture.with_suffix(f".{ending}")
+    whole = predict(net, source, tmp_path / "whole", memory=memory, mask=mask)
+    part = predict(net, source, tmp_path / "part", memory=memory, mask=mask, within=str(area))
     values, those = (np.array(Image.open(tmp_path / name / f"map.{ending}")) for name in ("part", "whole"))
     assert np.array_equal(values == 255, ~asked) and not (those == 255).any()
     assert (values == those)[asked].mean() > 0.999  # ties, which rounding decides
     assert part.rows[0]["asked"] == asked.sum() and "asked" not in whole.rows[0]
     assert f"{asked.sum()} of {asked.size} pixels are inside the area" in part.text
-    if memory:
+    if is_raster:
         assert (
             tifffile.TiffFile(tmp_path / "part" / "map.tif").pages.first.tags[42113].value.startswith("255")
         )
@@ -123,7 +132,8 @@ def test_values_of_one_channel_are_there_inside_only(
     network: Callable[..., Path], picture: Path, tmp_path: Path, memory: str
 ) -> None:
     (area, asked), net = areas(tmp_path)["area.png"], network(1)
-    predict(net, picture, tmp_path / "part", memory=memory, within=str(area))
+    source = picture if memory else picture.with_suffix(".png")
+    predict(net, source, tmp_path / "part", memory=memory, within=str(area))
     if not memory:
         values = np.array(Image.open(tmp_path / "part" / "map.png"))
         assert np.array_equal(values == 255, ~asked) and {0, 254} <= set(np.unique(values))
@@ -131,6 +141,71 @@ def test_values_of_one_channel_are_there_inside_only(
     predict(net, picture, tmp_path / "whole", memory=memory)
     part, whole = (tifffile.imread(tmp_path / name / "map.tif") for name in ("part", "whole"))
     assert np.array_equal(np.isnan(part), ~asked) and np.allclose(part[asked], whole[asked], atol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the types of tensors that take the memory of so many values of theirs, or more."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.types = least, set[torch.dtype]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for one in tree_leaves(found):
+            is_held = isinstance(one, torch.Tensor) and not one.is_meta
+            if is_held and one.untyped_storage().nbytes() >= self.least * one.itemsize:
+                self.types.add(one.dtype)
+        return found
+
+
+@pytest.mark.parametrize("lacks", [False, True])
+@pytest.mark.parametrize("mask", ["edges:threshold=0.1", pytest.param("content", marks=pytest.mark.slow)])
+def test_of_the_whole_picture_only_a_byte_of_levels_is_kept(
+    network: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str, lacks: bool
+) -> None:
+    """Everything else is there for some rows at a time, whatever the area."""
+    source, area = tmp_path / "map.tif", tmp_path / "area.json"
+    stored = np.tile(np.clip(255 * street_scene(512, 512).permute(1, 2, 0).numpy(), 1, 255), (4, 1, 1))
+    stored[600:900] *= not lacks
+    tags = [(42113, 2, None, "0", True)]
+    tifffile.imwrite(source, stored.astype(np.uint8), photometric="rgb", tile=(64, 64), extratags=tags)
+    area.write_text("[[100, 700, 200, 1400]]")
+    monkeypatch.setattr(large, "_SEEN", 1 << 16)
+    monkeypatch.setattr(masking, "_BAND", 1 << 15)
+    monkeypatch.setattr(masking, "_SEEN", 1 << 16)
+    monkeypatch.setattr(lattice, "_AT_ONCE", 1 << 10)
+    net, largest = cs.load(network(), mask=mask, trust=True).optimize(memory="8MiB"), Largest(2048 * 512)
+    with largest:
+        picture = large.LargePicture(str(source), pictures_for(net), within=str(area))
+        part = large.WrittenRows(str(source), tmp_path / "out.tif", {}, resume=False)
+        row = large.predict_large(net, picture, part, lambda *_: Counter(), threading.Event())
+        picture.file.close()
+    assert row["asked"] == 70_000 and 0 < row["active_fraction"] < 1 and picture.lacks == lacks
+    assert largest.types == {torch.int8}
+
+
+@pytest.mark.parametrize("mask", ["edges:threshold=0.1", "content", "edges | budget:fraction=0.3"])
+def test_an_area_has_the_levels_of_the_whole_mask(
+    network: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str
+) -> None:
+    """Where masks compare with thresholds or ranks of all of the picture, too."""
+    source, area, find = tmp_path / "map.tif", tmp_path / "area.json", large.find_pieces
+    stored = np.clip(255 * street_scene(700, 1600).permute(1, 2, 0).numpy(), 1, 255).astype(np.uint8)
+    tifffile.imwrite(source, stored, photometric="rgb", tile=(64, 64))
+    area.write_text("[[100, 300, 300, 400], [1300, 50, 1400, 120]]")
+    found = list[Any]()
+    monkeypatch.setattr(large, "find_pieces", lambda *given: found.append(find(*given)) or found[-1])
+    assert not predict(
+        network(), source, tmp_path / "out", mask=mask, memory="16MiB", within=str(area)
+    ).failed
+    net = cs.load(network(), mask=mask, trust=True).optimize(memory="16MiB")
+    image = normalise(read_image(source), pictures_for(net))
+    levels, (pieces,) = net.rows(image).levels, found
+    assert len(pieces) == 2 and levels.unique().numel() > 1
+    for piece in pieces:
+        part = levels[:, piece.part.top : piece.part.bottom, piece.part.left : piece.part.right]
+        assert torch.equal(piece.mask.levels, part)
 
 
 def test_rows_and_columns_outside_of_an_area_are_not_computed(

@@ -6,8 +6,9 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
+from operator import methodcaller
 from threading import RLock
 from types import SimpleNamespace
 from typing import Any
@@ -464,23 +465,40 @@ class BandedCall:
 
 @dataclass
 class RowsOfResult:
-    """The first map of a network's output, in rows. Each iteration computes them, from the top; one at a time.
+    """The first map of a network's output, in rows. Each iteration computes them, from the top; one at a time. They are
+    planned when they are first asked for.
 
     Attributes:
         shape: (C, H, W) of the map.
         levels: the level of each cell, (1, h, w).
-        walks: how it is computed, and what memory that takes.
     """
 
     shape: tuple[int, ...]
     levels: Tensor
-    walks: Walks
-    _compute: Callable[[], Iterator[tuple[fx.Node, int, Tensor]]]
+    _fit: Callable[[], tuple[BandPlan, Walks]]
+    _compute: Callable[[BandedCall], Iterator[tuple[fx.Node, int, Tensor]]]
+
+    @cached_property
+    def _planned(self) -> tuple[BandPlan, Walks]:
+        return self._fit()
+
+    @property
+    def walks(self) -> Walks:
+        """How the map is computed, and what memory that takes.
+
+        Raises:
+            InvalidInput: the memory is too little for this picture.
+        """
+        return self._planned[1]
 
     @torch.no_grad()  # as a decorator it does not hold for the code of the caller between two rows
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield the number of a row, and rows (C, rows, W) from there on."""
-        for _, first, rows in self._compute():
+        """Yield the number of a row, and rows (C, rows, W) from there on.
+
+        Raises:
+            InvalidInput: the memory is too little for this picture.
+        """
+        for _, first, rows in self._compute(BandedCall(*self._planned)):
             yield first, rows[0]
 
 
@@ -622,9 +640,9 @@ class Bands:
                     f"start={start} is no row of the result, which has {shape[1]}.",
                     next=f"give 0 to {shape[1] - 1}.",
                 )
-            plan, walks = fit(*fitting, self.memory, {plan.map_outputs[0]: (start, shape[1])})
-        compute = partial(BandedCall(plan, walks).rows, arguments, lattice, read)
-        return RowsOfResult(shape, lattice.pyramid.levels, walks, compute)
+        planned = partial(fit, *fitting, self.memory, {plan.map_outputs[0]: (start, shape[1])})
+        compute = methodcaller("rows", arguments, lattice, read)
+        return RowsOfResult(shape, lattice.pyramid.levels, planned, compute)
 
     def _image(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Tensor:
         image: Any = program.image(arguments)
