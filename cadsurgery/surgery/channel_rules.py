@@ -331,22 +331,19 @@ def indexing(node: fx.Node, facts: MapFacts) -> Treatment:
     index = _read_index(asked, layout, facts)
     if isinstance(index, str):
         return barrier(index)
-    if any(part.step not in (None, 1) for part in index.crops.values()):
-        return _every_so_many(index)
     if not index.crops:
         return Treatment("pointwise", rows=Call(operator.getitem, (source, index.rows)), layout=index.layout)
     if index.rows != (slice(None), slice(None)):
         return barrier("it takes parts of the image and of the channels at once")
     parts = [index.crops.get(axis, slice(None)) for axis in "hw"]
+    if any(part.step not in (None, 1) for part in parts):
+        return _every_so_many(parts)
     arguments = (("starts", tuple(p.start for p in parts)), ("stops", tuple(p.stop for p in parts)))
     return Treatment("pointwise", call=functional.crop, arguments=arguments, spaced=True)
 
 
-def _every_so_many(index: _Index) -> Treatment:
+def _every_so_many(parts: list[slice]) -> Treatment:
     """Treat slices with a step as a window of one tap with a stride, as in the space to depth of some detectors."""
-    if index.rows != (slice(None), slice(None)):
-        return barrier("it takes parts of the image and of the channels at once")
-    parts = [index.crops.get(axis, slice(None)) for axis in "hw"]
     (step, other), starts = (part.step or 1 for part in parts), [part.start or 0 for part in parts]
     if step != other:
         return barrier(f"stride {(step, other)} differs between the axes")
