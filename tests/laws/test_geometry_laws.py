@@ -30,7 +30,7 @@ from cadsurgery.elements.backends import choose
 from cadsurgery.elements.backends.reference import Torch
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window, kernel_map
-from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 from cadsurgery.kernels.load import library
 from cadsurgery.support.errors import CadError
 
@@ -570,6 +570,29 @@ def test_the_mean_of_many_elements_is_summed_in_single_precision(dtype: torch.dt
     expected = lattice.membership @ rows.double()
     assert found.dtype == dtype and found.requires_grad == gradient
     assert_same(found.double(), expected.to(dtype).double(), 8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("floors", [False, True])
+@pytest.mark.parametrize("strides", [(), (2,), (2, 3)], ids=str)
+def test_a_part_has_the_cells_whose_anchors_are_chosen(
+    strides: tuple[int, ...], floors: bool, bounded: bool
+) -> None:
+    """In the order of the whole lattice, image after image; rows beyond the last are padding."""
+    geometry = Geometry(strides, floors=floors and bool(strides))
+    levels = random_levels(2, (13, 10), strides)
+    bounds = Bounds((0,) * geometry.stages, (levels.numel(),) * geometry.stages) if bounded else None
+    for stage in range(geometry.stages):
+        whole = geometry.lattice(levels, bounds).at(stage, (12, 10))
+        chosen = torch.rand(2, 12, 10) < 0.6
+        part, anchors = whole.choose(chosen), whole.anchors[: int(whole.counts.sum())]
+        expected, count = anchors[chosen.flatten()[anchors]], int(part.counts.sum())
+        assert torch.equal(part.anchors[:count], expected) and not part.anchors[count:].any()
+        assert part.counts.tolist() == [int((expected // 120 == image).sum()) for image in range(2)]
+        held = torch.isin(anchors, expected)[whole.index.long()]  # pixels whose cells are there
+        assert torch.equal(part.anchors[part.index.long()][held], whole.anchors[whole.index.long()][held])
+        first, end = len(anchors) // 3, 2 * len(anchors) // 3
+        assert torch.equal(whole.of_rows(slice(first, end)).anchors, whole.anchors[first:end])
 
 
 # -- gradients -----------------------------------------------------------------------------------------
