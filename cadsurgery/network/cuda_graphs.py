@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from itertools import chain
 from operator import attrgetter, is_
 from threading import RLock
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,18 +45,6 @@ Called = tuple[Any, Lattice | Tensor]
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype)
 
 
-class Recorder(Protocol):
-    """Records functions of tensors in static memory, see `CudaGraphs`."""
-
-    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
-        """Run a function; return its results and a function that computes them again, into the same memory."""
-        ...
-
-    def in_turn(self) -> AbstractContextManager[None]:
-        """Return a block in which recordings are made and replayed, after all that was done in earlier blocks."""
-        ...
-
-
 class CudaGraphs:
     """Records CUDA graphs, which share one memory pool: what one of them computes on the way, another overwrites."""
 
@@ -66,7 +54,7 @@ class CudaGraphs:
         self._is_done: Any = None
 
     def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
-        """See `Recorder.record`."""
+        """Run a function; return its results and a function that computes them again, into the same memory."""
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -81,7 +69,8 @@ class CudaGraphs:
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """See `Recorder.in_turn`; another thread may use another stream."""
+        """Return a block in which recordings are made and replayed, after all that was done in earlier blocks: another
+        thread may use another stream."""
         with torch.cuda.device(self._device):
             if self._is_done is not None:
                 self._is_done.wait()
@@ -91,7 +80,7 @@ class CudaGraphs:
                 self._is_done = torch.cuda.current_stream().record_event()
 
 
-def recorder_for(device: torch.device) -> Recorder | None:
+def recorder_for(device: torch.device) -> CudaGraphs | None:
     """Return a new recorder for a device; None where calls are not recorded: there the sizes of maps are read from the
     device."""
     return CudaGraphs(device) if device.type == "cuda" and gpu_maps.available(device) else None
@@ -102,7 +91,7 @@ class Recordings:
 
     def __init__(self) -> None:
         self._lock, self._is_running = RLock(), False
-        self._recorder: tuple[torch.device, Recorder | None] | None = None
+        self._recorder: tuple[torch.device, CudaGraphs | None] | None = None
         self._reliance: _Reliance | None = None
         # By kind of call, ordered by last use; None for one that came once, False for one that cannot be recorded.
         self._kinds: dict[Hashable, _Recording | bool | None] = {}
@@ -190,7 +179,7 @@ class _RecordedCall:
     def __init__(
         self,
         recordings: Recordings,
-        recorder: Recorder,
+        recorder: CudaGraphs,
         net: ProgramNetwork,
         provider: MaskProvider,
         leaves: list[Any],
@@ -255,7 +244,7 @@ class _RecordedCall:
 class _Recording:
     """One recording: where it reads its arguments, and where it writes its results."""
 
-    def __init__(self, recorder: Recorder, run: Callable[[list[Any]], Any], own: list[Any]) -> None:
+    def __init__(self, recorder: CudaGraphs, run: Callable[[list[Any]], Any], own: list[Any]) -> None:
         """Record a function of arguments, which are in the memory that replays will read."""
         self._own = own
         self._result, self._replay = recorder.record(lambda: run(own))
