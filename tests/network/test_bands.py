@@ -559,7 +559,7 @@ def least_of(refusal: pytest.ExceptionInfo[cs.InvalidInput]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "mask"), covering(["segmenter", "pools", "norms", "lopsided"], ["all", MASK])
+    ("name", "mask"), covering(some(["segmenter", "pools", "norms", "lopsided"]), ["all", MASK])
 )
 @torch.no_grad()
 def test_wide_pictures_are_refused_with_what_rows_take_and_computed_in_it(name: str, mask: str) -> None:
