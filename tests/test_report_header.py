@@ -42,7 +42,8 @@ def test_a_law_keeps_some_of_its_cases_and_the_others_are_slow() -> None:
     plain, marked, *others = some([(1, 2), (3, 4), (5, 6), (7, 8)], every=2, rows=True)
     assert plain == (1, 2) and others[0] == (5, 6)
     assert all(case.values == values for case, values in ((marked, (3, 4)), (others[1], (7, 8))))
-    assert all(mark.name == "slow" for case in (marked, others[1]) for mark in case.marks)
+    for mark in (mark for case in (marked, others[1]) for mark in case.marks):
+        assert mark.name == "thorough" and mark.kwargs == {"few": 3}
     assert [case.values for case in some("abc", every=3)[1:]] == [("b",), ("c",)]
 
 

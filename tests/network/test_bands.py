@@ -195,11 +195,9 @@ def made(name: str) -> nn.Module:
     return build(name, torch.float64, by=8) if name in LIBRARY else seeded(NETWORKS[name])
 
 
-# Bands of the fewest rows find most: every other network has them, the others a mask with more.
+# Bands of the fewest rows find most. (With a mask: the rows of `test_rows_are_those_of_the_call_from_any_start`.)
 WHOLE = [
-    (name, mask, rows)
-    if name in SMALL and (mask, rows) == (("all", 1), (MASK, 16))[SMALL.index(name) % 2]
-    else thorough(name, mask, rows, few=3)
+    (name, mask, rows) if name in SMALL and (mask, rows) == ("all", 1) else thorough(name, mask, rows, few=3)
     for name, mask, rows in itertools.product((*SMALL, "convnext", *LIBRARY), ("all", MASK), (1, 16, 1000))
 ]
 
@@ -560,7 +558,7 @@ def least_of(refusal: pytest.ExceptionInfo[cs.InvalidInput]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "mask"), covering(["segmenter", "pools", "norms", "lopsided"], ["all", MASK])
+    ("name", "mask"), covering(some(["segmenter", "pools", "norms", "lopsided"]), ["all", MASK])
 )
 @torch.no_grad()
 def test_wide_pictures_are_refused_with_what_rows_take_and_computed_in_it(name: str, mask: str) -> None:

@@ -49,7 +49,7 @@ def test_a_dynamic_file_takes_any_size_and_batch(dynamic: Any) -> None:
 
 @pytest.mark.parametrize(
     ("dynamic", "level_map"),
-    [(False, False), thorough(True, False), slow(True, True)],
+    [slow(False, False), thorough(True, False), slow(True, True)],
 )
 def test_axes_have_the_same_names_in_inputs_and_outputs(
     dynamic: bool, level_map: bool, tmp_path: Path

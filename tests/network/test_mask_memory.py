@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import some
 from torch import nn
 
 import cadsurgery as cs
@@ -23,7 +24,7 @@ def network(mask: str, **options: Any) -> Any:
     return cs.adaptify(nn.Sequential(*layers).eval(), mask, coarsest=16, example_input=example, **options)
 
 
-@pytest.mark.parametrize("mask", WHOLE)
+@pytest.mark.parametrize("mask", some(WHOLE))
 def test_a_mask_that_sees_all_at_once_needs_memory_for_it(mask: str) -> None:
     net, image = network(mask), torch.rand(1, 3, *SIZE)
     for call in (
@@ -39,7 +40,7 @@ def test_a_mask_that_sees_all_at_once_needs_memory_for_it(mask: str) -> None:
     assert walks.mask > 0 and "the mask takes" in str(walks)
 
 
-@pytest.mark.parametrize("mask", LOCAL)
+@pytest.mark.parametrize("mask", some(LOCAL))
 def test_a_mask_in_bands_takes_level_maps_only(mask: str) -> None:
     net, image = network(mask), torch.rand(1, 3, *SIZE)
     walks = net.optimize(memory="4MiB").plan_memory(image)

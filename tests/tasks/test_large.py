@@ -245,7 +245,7 @@ def test_predictions_in_rows_are_compressed_tiles(
 
 @pytest.mark.parametrize(
     ("mask", "size"),
-    covering(["all", "edges:threshold=0.1", "content"], [(413, 250), (300, 251), (128, 96), (130, 33)]),
+    covering(["all", "edges:threshold=0.1", "content"], [(413, 250), (300, 251), slow((128, 96)), (130, 33)]),
 )
 def test_a_large_picture_is_padded_as_one_that_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str, size: tuple[int, int]
@@ -549,8 +549,7 @@ def test_tiles_are_as_large_as_those_of_the_picture(
             assert (page.tilelength, page.tilewidth) == (kept or block)
 
 
-@pytest.mark.parametrize("kind", ["tif", "vrt"])
-@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize(("kind", "channels"), covering(["tif", "vrt"], [1, 5]))
 def test_overviews_are_smaller_copies_of_the_same_prediction(
     convolutions: Callable[..., Path], tmp_path: Path, kind: str, channels: int
 ) -> None:
@@ -656,7 +655,7 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-@pytest.mark.parametrize("mask", ["all", "edges:threshold=0.1"])
+@pytest.mark.parametrize("mask", [slow("all"), "edges:threshold=0.1"])
 def test_a_killed_run_goes_on_behind_the_rows_that_are_there(
     file: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str
 ) -> None:

@@ -231,7 +231,7 @@ def test_what_is_missing_or_new_is_predicted(file: Path, photos: Path, whole: Pa
     assert {**before, "new.png": (whole / "new.png").read_bytes()} == predictions(whole)
 
 
-@pytest.mark.parametrize("how", some(["size", "time", "while it was predicted"]))
+@pytest.mark.parametrize("how", some(["size", "time", "while it was predicted"], every=3))
 def test_a_picture_that_was_replaced_is_predicted_again(
     file: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:

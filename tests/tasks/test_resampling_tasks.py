@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Run
+from conftest import ROOT, Run, slow
 from networks import Segmenter
 from PIL import Image
 from torch import nn
@@ -53,7 +53,7 @@ def test_the_network_learns_from_the_labels_that_are_sampled(sampler: str) -> No
     assert all(parameter.grad is None for parameter in net.sampler.parameters())
 
 
-@pytest.mark.parametrize("objective", ["locations", ""])
+@pytest.mark.parametrize("objective", ["locations", slow("")])
 def test_training_changes_the_one_and_leaves_the_other(objective: str, tmp_path: Path) -> None:
     net = with_sampler()
     before = {name: value.clone() for name, value in net.state_dict().items()}

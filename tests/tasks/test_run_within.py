@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from conftest import covering, slow
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -101,9 +102,12 @@ def areas(folder: Path) -> dict[str, tuple[Path, np.ndarray]]:
     }
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("mask", ["all", "edges:threshold=0.1"])
-@pytest.mark.parametrize("kind", ["boxes", "area.png", "shapes.geojson", "smaller.png"])
+@pytest.mark.parametrize(
+    ("kind", "mask", "memory"),
+    covering(
+        ["boxes", "area.png", "shapes.geojson", "smaller.png"], ["all", "edges:threshold=0.1"], MEMORIES
+    ),
+)
 def test_an_area_has_the_values_of_the_whole_prediction(
     network: Callable[..., Path], picture: Path, tmp_path: Path, kind: str, mask: str, memory: str
 ) -> None:
@@ -226,7 +230,7 @@ def test_rows_and_columns_outside_of_an_area_are_not_computed(
     assert pixels[0] < 0.05 * size[0] * size[1]
 
 
-@pytest.mark.parametrize("view", ["overlay", "side"])
+@pytest.mark.parametrize("view", ["overlay", slow("side")])
 @pytest.mark.filterwarnings("ignore:.*written without its position")
 def test_what_is_drawn_upon_a_picture_is_inside_the_area(
     network: Callable[..., Path], picture: Path, tmp_path: Path, view: str
