@@ -193,9 +193,7 @@ def test_a_file_with_kernels_runs_without_python(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        thorough(path)
-        if path.stem in ("anytime", "finetune_segmentation", "learned_mask", "resampling")
-        else path
+        thorough(path) if path.stem in ("anytime", "learned_mask", "resampling") else path
         for path in NOTEBOOKS
     ],
     ids=lambda path: path.stem,
