@@ -224,37 +224,38 @@ def thorough(*values: Any, few: int = 0) -> ParameterSet:
 
 
 def some(values: Iterable[Any], every: int = 2, rows: bool = False) -> list[Any]:
-    """One case of so many, from the first on, for the default suite; the others of the same law are slow. With `rows`
-    each is a tuple of several parameters."""
+    """One case of so many, from the first on, for the default suite; the others of the same law are slow, of which
+    `.ci/run` runs one of three. With `rows` each is a tuple of several parameters."""
 
     def case(value: Any) -> Any:
         if isinstance(value, ParameterSet):
-            return pytest.param(*value.values, marks=[*value.marks, pytest.mark.slow], id=value.id)
-        return slow(*value) if rows else slow(value)
+            return pytest.param(*value.values, marks=[*value.marks, pytest.mark.thorough(few=3)], id=value.id)
+        return thorough(*value, few=3) if rows else thorough(value, few=3)
 
     return [case(value) if place % every else value for place, value in enumerate(values)]
 
 
-def covering(*axes: Sequence[Any]) -> list[ParameterSet]:
+def covering(*axes: Sequence[Any], few: int = 3) -> list[ParameterSet]:
     """Combinations of parameters that have each pair of values once: a fault of two that meet is found.
 
-    The default suite runs so few that each value is in one; the others are slow, of which `.ci/run` runs one of three.
-    Values that are marked themselves, as `pytest.param`, keep their marks and are in none of the few.
+    The default suite runs so few that each value is in one; the others are slow, of which `.ci/run` runs one of `few`,
+    or none where that is 0. Values that are marked themselves, as `pytest.param`, keep their marks and are in none of
+    the few.
     """
     marks = [[value.marks if isinstance(value, ParameterSet) else () for value in axis] for axis in axes]
     values = [
         [value.values[0] if isinstance(value, ParameterSet) else value for value in axis] for axis in axes
     ]
     plain = [[place for place, mark in enumerate(axis) if not mark] for axis in marks]
-    few = [tuple(axis[k % len(axis)] for axis in plain) for k in range(max(map(len, plain)))]
+    first = [tuple(axis[k % len(axis)] for axis in plain) for k in range(max(map(len, plain)))]
     cases = []
-    for places in sorted(_with_each_pair(few, [range(len(axis)) for axis in axes])):
+    for places in sorted(_with_each_pair(first, [range(len(axis)) for axis in axes])):
         given = [axis[place] for axis, place in zip(values, places, strict=True)]
         own = [mark for axis, place in zip(marks, places, strict=True) for mark in axis[place]]
         cases.append(
             pytest.param(
                 *given,
-                marks=own if places in few else [*own, pytest.mark.thorough(few=3)],
+                marks=own if places in first else [*own, pytest.mark.thorough(few=few)],
                 id="-".join(map(_short, given)),
             )
         )

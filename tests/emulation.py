@@ -10,14 +10,13 @@ anchor of each cell of the new level map. This is the definition that the laws c
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 Padding = tuple[int, int, int, int]  # top, bottom, left, right
 
@@ -100,12 +99,12 @@ class Feature:
 
     Attributes:
         data: (B, C, H, W).
-        stage: adaptive stages passed, or None before the fine map is reached (an ordinary dense map).
-        stride: input pixels per sample in the network as it is written.
+        stage: adaptive stages passed.
+        stride: fine pixels per sample in the network as it is written.
     """
 
     data: Tensor
-    stage: int | None
+    stage: int
     stride: int = 1
 
     @property
@@ -161,12 +160,7 @@ class Emulation:
 
     def read(self, x: Feature, guide: Tensor | None = None) -> Tensor:
         """The dense map: every pixel read by `fill`, with a guide only where it leaves the region."""
-        return read(x.data, self.side(self.stage_of(x), x.size), self.fill, guide)
-
-    @staticmethod
-    def stage_of(x: Feature) -> int:
-        assert x.stage is not None, "still a dense map before the region"
-        return x.stage
+        return read(x.data, self.side(x.stage, x.size), self.fill, guide)
 
     @staticmethod
     def fine_size(
@@ -215,7 +209,7 @@ class Emulation:
         steps = (spacing * dilation[0], spacing * dilation[1])
         out = F.conv2d(padded, weight, bias, dilation=steps, groups=groups)
         if self.anchor == "center" and kernel != (1, 1):
-            side = self.side(self.stage_of(x), x.size)
+            side = self.side(x.stage, x.size)
             y, c = pixels(side)
             out = pick(out, side * (y // side) + side // 2, side * (c // side) + side // 2)
         return self.cut(out, x, stage, size, stride)
@@ -273,13 +267,13 @@ class Emulation:
         taps = windows[..., :: spacing * dilation[0], :: spacing * dilation[1]]
         out = taps.amax((4, 5))[:, :, : size[0], : size[1]]
         if self.pool == "drop" and stride > 1:
-            kept = self.side(self.stage_of(x), size) == self.side(stage, size)
+            kept = self.side(x.stage, size) == self.side(stage, size)
             out = torch.where(kept[:, None], x.data[:, :, : size[0], : size[1]], out)
         return self.cut(out, x, stage, size, stride)
 
     def drop_pool(self, x: Feature, *, stage: int, spacing: int) -> Feature:
         """As published: cells downsampled to `stage` take the maximum of their 2 x 2 cells, others stay."""
-        side, before = self.side(stage, x.size), self.side(self.stage_of(x), x.size)
+        side, before = self.side(stage, x.size), self.side(x.stage, x.size)
         boxes = F.max_pool2d(x.data, 2 * spacing)
         spread = boxes.repeat_interleave(2 * spacing, 2).repeat_interleave(2 * spacing, 3)
         return Feature(torch.where((side > before)[:, None], spread, x.data), stage, 2 * x.stride)
@@ -317,7 +311,7 @@ class Emulation:
         Each pixel once, so a cell counts by its area in the map; but in an image with one level everywhere
         each cell counts once (a plain mean), whether the border cuts it or not.
         """
-        side = self.side(self.stage_of(x), x.size)
+        side = self.side(x.stage, x.size)
         weight = torch.ones(side.shape, dtype=torch.float64)
         y, c = pixels(side)
         anchor = (y % side == 0) & (c % side == 0)
@@ -335,7 +329,7 @@ class Emulation:
         """(B, C, *size): the mean, or largest value, of each bin, torch's on the network's own grid, whose samples are
         `spacing` apart. Each pixel of the map counts once; in an image with one level everywhere its cells are whole,
         also those that the border cuts."""
-        side = self.side(self.stage_of(x), x.size)
+        side = self.side(x.stage, x.size)
         images = []
         for image in range(len(x.data)):
             data, own = x.data[image], int(side[image].max())
@@ -398,7 +392,7 @@ class Emulation:
         if weighted:
             share = self.weight_of_pixels(x)
         else:  # each cell once: its anchor
-            side = self.side(self.stage_of(x), x.size)
+            side = self.side(x.stage, x.size)
             y, c = pixels(side)
             share = ((y % side == 0) & (c % side == 0)).double()
         share = (share / share.sum()).to(x.data.dtype)[:, None]
@@ -520,7 +514,7 @@ class Emulation:
         stretched = before == after and samples_before != tuple(samples)
         size = tuple(min(count * after, most) for count, most in zip(samples, whole, strict=True))
         target = self.side(stage, whole)[:, : size[0], : size[1]]
-        source = self.side(self.stage_of(x), x.size)
+        source = self.side(x.stage, x.size)
         y, c = pixels(target)
         places = (y.clamp(max=x.size[0] - 1), c.clamp(max=x.size[1] - 1))
         cell = pick(source[:, None], *places)[:, 0]
@@ -590,7 +584,7 @@ class Emulation:
         y, c = places[0][None, :, None].expand(shape), places[1][None, None, :].expand(shape)
         if mode != "bilinear":
             return pick(x.data, y, c)
-        side = self.side(self.stage_of(x), x.size)
+        side = self.side(x.stage, x.size)
         apart = pick(side[:, None], y.long(), c.long())[:, 0].clamp(max=spacing)
         apart = torch.ones_like(apart) if self.fill == "linear" else apart
         fine, ends = self.read(x, guide), []
@@ -603,137 +597,17 @@ class Emulation:
 
     def join(self, function: Callable[..., Tensor], *values: Feature) -> Feature:
         """A pointwise function of features, on the last stage and smallest size among them."""
-        stage = max(self.stage_of(value) for value in values)
+        stage = max(value.stage for value in values)
         size = (min(value.size[0] for value in values), min(value.size[1] for value in values))
         data = [self.coarsen(value, stage, size).data for value in values]
         return Feature(function(*data), stage, values[0].stride)
-
-
-POINTWISE = (nn.ReLU, nn.ReLU6, nn.Identity, nn.Dropout, nn.SiLU, nn.Hardswish)
-
-
-class NetworkEmulator(fx.Interpreter):
-    """Runs a *strided* network in evaluation mode by emulation.
-
-    The first map with `high` input pixels per sample is the fine map; every strided operation after it is an
-    adaptive stage, and the taps of an operation are `stride / high` fine pixels apart, `stride` being the
-    output stride of its input in the network as written.
-    """
-
-    def __init__(self, model: nn.Module, emulation: Emulation, high: int, entering: str = "") -> None:
-        graph_module = model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
-        super().__init__(graph_module)
-        self.emulation, self.high, self.entering = emulation, high, entering
-        self.guide: Tensor | None = None
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name == self.entering:
-            assert isinstance(value, Feature) and value.stage == 0
-            self.guide = value.data
-        return value
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        module, x = self.fetch_attr(target), args[0]
-        if not isinstance(x, Feature):
-            return module(*args)
-        if isinstance(module, nn.AdaptiveAvgPool2d):
-            assert module.output_size in (1, (1, 1))
-            return self._mean(x)
-        if x.stage is None:
-            return self._dense(module, x)
-        if isinstance(module, POINTWISE):
-            return replace(x, data=module(x.data))
-        if isinstance(module, nn.BatchNorm2d):
-            assert not module.training
-            return replace(x, data=module(x.data))
-        return self._windowed(module, x)
-
-    def _dense(self, module: nn.Module, x: Feature) -> Feature:
-        stride = _pair(module.stride)[0] if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) else 1
-        data = module(x.data)
-        if x.stride * stride == self.high:
-            return self.emulation.enter(data, self.high)
-        return Feature(data, None, x.stride * stride)
-
-    def _windowed(self, module: nn.Module, x: Feature) -> Feature:
-        stage, spacing, emulation = self.emulation.stage_of(x), x.stride // self.high, self.emulation
-        stride = _pair(module.stride)[0]
-        common: dict[str, Any] = {"stage": stage + (stride > 1), "stride": stride, "spacing": spacing}
-        top, left = _pair(module.padding)
-        common["padding"] = (top, top, left, left)
-        if isinstance(module, nn.Conv2d):
-            return emulation.conv(
-                x,
-                module.weight,
-                module.bias,
-                dilation=_pair(module.dilation),
-                mode=module.padding_mode,
-                groups=module.groups,
-                **common,
-            )
-        kernel = _pair(module.kernel_size)
-        if isinstance(module, nn.MaxPool2d):
-            if emulation.pool == "drop" and stride > 1 and (kernel, top, left) == ((2, 2), 0, 0):
-                return emulation.drop_pool(x, stage=stage + 1, spacing=spacing)
-            common |= {"dilation": _pair(module.dilation), "ceil_mode": module.ceil_mode}
-            return emulation.max_pool(x, kernel, **common)
-        assert isinstance(module, nn.AvgPool2d), f"no emulation of {module}"
-        common |= {"ceil_mode": module.ceil_mode, "count_include_pad": module.count_include_pad}
-        return emulation.avg_pool(x, kernel, divisor=module.divisor_override, **common)
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is torch.cat:
-            return self._joined(lambda *parts: torch.cat(parts, 1), *args[0])
-        if target is F.adaptive_avg_pool2d:
-            return self._mean(args[0])
-        if target in (operator.add, operator.mul, torch.add, torch.mul, operator.iadd):
-            return self._joined(target, *args)
-        if target in (F.relu, torch.relu) and isinstance(args[0], Feature):
-            return replace(args[0], data=F.relu(args[0].data))
-        return super().call_function(target, args, kwargs)
-
-    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target == "mean" and isinstance(args[0], Feature):
-            assert tuple(args[1]) == (2, 3)
-            mean = self._mean(args[0])
-            return mean if kwargs.get("keepdim") else mean.flatten(1)
-        return super().call_method(target, args, kwargs)
-
-    def _mean(self, x: Feature) -> Tensor:
-        return x.data.mean((2, 3), keepdim=True) if x.stage is None else self.emulation.mean(x)
-
-    def _joined(self, function: Callable[..., Any], *values: Any) -> Any:
-        maps = [value for value in values if isinstance(value, Feature)]
-        if not maps:
-            return function(*values)
-        if all(value.stage is None for value in maps):
-            data = [value.data if isinstance(value, Feature) else value for value in values]
-            return replace(maps[0], data=function(*data))
-        if len(maps) == len(values):
-            return self.emulation.join(function, *maps)
-        # one vector per image, or a constant map: the same for every cell
-        data = [value.data if isinstance(value, Feature) else value for value in values]
-        return replace(maps[0], data=function(*data))
-
-
-def emulate(model: nn.Module, image: Tensor, emulation: Emulation, high: int, entering: str = "") -> Any:
-    """Output of the network for an image batch; features that leave it are read at the fine size, with the value of the
-    node `entering`, if one is named, as a guide."""
-    x = emulation.enter(image) if high == 1 else Feature(image, None)
-    emulator = NetworkEmulator(model, emulation, high, entering)
-    value = emulator.run(x)
-    assert emulator.guide is not None or not entering, f"no node {entering}"
-    return finish(emulation, value, emulator.guide)
 
 
 def finish(emulation: Emulation, value: Any, guide: Tensor | None = None) -> Any:
     """A result with each feature read as a dense map."""
     if isinstance(value, dict):
         return {key: finish(emulation, entry, guide) for key, entry in value.items()}
-    if not isinstance(value, Feature):
-        return value
-    return value.data if value.stage is None else emulation.read(value, guide)
+    return emulation.read(value, guide) if isinstance(value, Feature) else value
 
 
 def _pair(value: Any) -> tuple[int, int]:

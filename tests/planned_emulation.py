@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from emulation import Emulation, Feature, Padding, fill_cells
+from emulation import Emulation, Feature, Padding, fill_cells, finish
 from torch import Tensor, fx, nn
 
 NCHW = "bchw"
@@ -125,17 +125,18 @@ class PlannedEmulator(fx.Interpreter):
     """
 
     def __init__(
-        self, model: nn.Module, emulation: Emulation, told: Mapping[str, Told], guide: str = ""
+        self, model: nn.Module, emulation: Emulation, told: Mapping[str, Told] | None, guide: str = ""
     ) -> None:
         try:
             traced = fx.symbolic_trace(model)
         except (fx.proxy.TraceError, TypeError) as error:
             raise NotFollowed(f"torch.fx alone cannot trace it: {error}") from error
-        if unknown := [node.name for node in traced.graph.nodes if node.name not in told]:
+        unknown = [node.name for node in traced.graph.nodes if told is not None and node.name not in told]
+        if unknown:
             raise NotFollowed(f"its plan was made of another trace, without {unknown[0]}")
         explicit(traced)
         super().__init__(traced, garbage_collect_values=False)
-        self.emulation, self.told, self.guiding = emulation, told, guide
+        self.emulation, self.told, self.guiding = emulation, dict(told or {}), guide
         self.guide: Tensor | None = None
         self.fine: tuple[int, int] | None = None
         self.small: dict[int, tuple[Tensor, Tensor, dict[str, Any]]] = {}  # what was resized, and how
@@ -518,6 +519,49 @@ class PlannedEmulator(fx.Interpreter):
         elif how == "sum":
             mean = mean * samples
         return mean if keepdim else mean.squeeze(dims)
+
+
+class StridedEmulator(PlannedEmulator):
+    """Runs a *strided* network of which no plan says anything.
+
+    The first map with `high` input pixels per sample is the fine map; every strided operation after it is an adaptive
+    stage. Features leave as they are, see `finish`.
+    """
+
+    def __init__(self, model: nn.Module, emulation: Emulation, high: int, entering: str = "") -> None:
+        super().__init__(model, emulation, None)
+        self.high, self.entering, self.strides = high, entering, dict[fx.Node, int]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        stride = _two(module.stride)[0] if isinstance(module, WINDOWS) else 1
+        stages = [one.stage for one in map(self.env.get, n.all_input_nodes) if isinstance(one, Cells)]
+        self.told[n.name] = Told(True, max(stages, default=0) + (stride > 1), 1, "", "", ())
+        value = super().run_node(n)
+        before = max((self.strides[one] for one in n.all_input_nodes), default=0)
+        self.strides[n] = max(before, 1) * stride
+        if not isinstance(value, Cells) and before < self.high == self.strides[n]:
+            value = Cells(value, 0, 1)
+        if n.name == self.entering:
+            assert isinstance(value, Cells) and value.stage == 0
+            self.guide = value.data
+        return value
+
+    def window(self, x: Cells, kind: str, **given: Any) -> Cells:
+        corners = (given.get("kernel"), given.get("padding")) == ((2, 2), (0, 0, 0, 0))
+        if kind != "max" or self.emulation.pool != "drop" or given["stride"] == 1 or not corners:
+            return super().window(x, kind, **given)
+        out = self.emulation.drop_pool(x, stage=self.here.stage, spacing=x.stride)
+        return Cells(out.data, out.stage, out.stride)
+
+
+def emulate(model: nn.Module, image: Tensor, emulation: Emulation, high: int, entering: str = "") -> Any:
+    """Output of a strided network for an image batch; features that leave it are read at the fine size, with the value
+    of the node `entering`, if one is named, as a guide."""
+    emulator = StridedEmulator(model, emulation, high, entering)
+    value = emulator.run(image)
+    assert emulator.guide is not None or not entering, f"no node {entering}"
+    return finish(emulation, value, emulator.guide)
 
 
 def explicit(traced: fx.GraphModule) -> None:

@@ -71,7 +71,7 @@ def small_network(mask: str) -> cs.AdaptiveModel:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_dynamic", [True, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize("is_dynamic", [True, thorough(False)], ids=["dynamic", "static"])
 def test_the_classes_of_an_image_by_onnx_runtime_alone(tmp_path: Path, is_dynamic: bool) -> None:
     pytest.importorskip("onnxruntime")
     photo, height, width = tmp_path / "photo.png", 72, 104
@@ -192,7 +192,12 @@ def test_a_file_with_kernels_runs_without_python(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
-    [thorough(path) if path.stem in ("anytime", "resampling") else path for path in NOTEBOOKS],
+    [
+        thorough(path)
+        if path.stem in ("anytime", "finetune_segmentation", "learned_mask", "resampling")
+        else path
+        for path in NOTEBOOKS
+    ],
     ids=lambda path: path.stem,
 )
 def test_notebook_runs_and_shows_pictures(path: Path, tmp_path: Path) -> None:

@@ -327,7 +327,7 @@ SITE = [
 
 
 # What they run, others run too.
-LONG = ("docs/howto/many-pictures.md", "docs/tutorials/empty-pages.md")
+LONG = ("docs/howto/detectors.md", "docs/howto/many-pictures.md", "docs/tutorials/empty-pages.md")
 
 
 @pytest.mark.slow

@@ -411,11 +411,11 @@ def row_numbers(source: Lattice, target: Lattice) -> Tensor | None:
 def _of_part(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
     """Return the kernel map of a part: the kernel map of the whole lattice with its rows renumbered. Missing cells
     read the padding row; halo rows interpolate the cells of the part."""
-    assert source.part is not None
+    assert source.part is not None and isinstance(source.part.rows, Tensor)
     whole = source.whole
     whole_map = kernel_map(whole, target, window, drop=drop)
     outside = as_number(source.count, source.index)
-    rows = torch.where(source.part.pixels[whole.anchors], source.index[whole.anchors], outside)
+    rows = torch.where(source.part.rows, source.index[whole.anchors], outside)
     behind = torch.arange(1 + whole_map.sources.shape[0], dtype=rows.dtype, device=rows.device) + source.count
     table = torch.cat((rows, behind))[whole_map.table]
     has_outside = whole_map.has_outside or bool((table == source.count).any())

@@ -465,12 +465,10 @@ class Part:
     """The subset of a lattice's cells that is present.
 
     Attributes:
-        pixels: (B*H*W,) bool: a cell is present if this map is True at its anchor; empty where `between` says it.
-        between: the anchors [first, end) of a single image, as numbers of fine pixels, where these are the cells.
+        rows: which rows of the whole lattice: (N,) bool; or a slice, of a part that is computed and that nothing reads.
     """
 
-    pixels: Tensor
-    between: tuple[int, int] | None = None
+    rows: Tensor | slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -528,24 +526,17 @@ class Lattice:
 
     def choose(self, pixels: Tensor) -> Lattice:
         """Return the part of a lattice whose anchors are True in `pixels` (B, H, W) bool."""
-        return self.pyramid.lattice(self.stage, self.size, Part(pixels.flatten()))
+        rows = pixels.flatten()[self.anchors]
+        return self.of_rows(rows if self.real is None else rows & self.real)
 
-    def between(self, first: int, end: int) -> Lattice:
-        """Return the part of the lattice of a single image whose anchors lie in the fine rows [first, end); what is
-        computed may belong to it, and what is read may not."""
-        ends, none = (first * self.size[1], end * self.size[1]), torch.empty(0, dtype=torch.bool)
-        return self.pyramid.lattice(self.stage, self.size, Part(none, ends))
+    def of_rows(self, rows: Tensor | slice) -> Lattice:
+        """Return the part of a lattice that has some of its rows."""
+        return self.pyramid.lattice(self.stage, self.size, Part(rows))
 
     def forget_tables(self, window: Hashable) -> None:
         """Free the kernel maps of a window that reads this lattice."""
         for key in [key for key in self._derived if isinstance(key, tuple) and window in key]:
             del self._derived[key]
-
-    def row_at(self, line: int) -> int:
-        """Return the number of the first element of a single image at or below a fine row."""
-        if side := self._side_of_uniform:
-            return min(divide_up(line, side), self.samples(side)[0]) * self.samples(side)[1]
-        return int(torch.searchsorted(self.anchors, line * self.size[1]))
 
     def at(self, stage: int, size: tuple[int, int] | None = None) -> Lattice:
         """Return the lattice of the same level map after `stage`, cropped to the fine size, with all cells present."""
@@ -643,10 +634,10 @@ class Lattice:
     def has_all_pixels(self) -> bool:
         """True if rows are the pixels of maps on the CPU, before the first stage of floors, outside of graphs."""
         is_dense = self.geometry.floors and self.stage == 0 and self.part is None
-        return is_dense and self.is_counted_here and not running.is_exported
+        return is_dense and self.is_counted_on_cpu and not running.is_exported
 
     @once
-    def is_counted_here(self) -> bool:
+    def is_counted_on_cpu(self) -> bool:
         """True if the map is on the CPU and its cells are counted, not bounded."""
         return self.levels.device.type == "cpu" and self.pyramid.bounds is None and not self.is_open
 
@@ -671,21 +662,25 @@ class Lattice:
     def _cells(self) -> tuple[Tensor, Tensor, Tensor]:
         """Anchors (N,) as flat pixel numbers, the row of the cell that contains each pixel (B*H*W,), and the number of
         elements of each image (B,)."""
-        width = self.size[1]
-        if not self.geometry.strides:  # every pixel is a cell
-            is_there = (
-                self.part.pixels if self.part is not None else self.levels.new_ones(self.levels.numel()) > 0
-            )
-            index = (is_there.cumsum(0) - 1).to(torch.int32)
-            return is_there.nonzero().squeeze(1), index, is_there.view(self.batch, -1).sum(1)
-        if self._side_of_uniform and self.part is None:
-            return self._cells_of_uniform(self._side_of_uniform)
-        if self.part is not None and self.part.between is not None:  # no pixel is read
-            whole = self.whole
-            first, end = (whole.row_at(place // width) for place in self.part.between)
-            return whole.anchors[first:end], whole.index[:0], whole.counts.new_tensor([end - first])
+        if self.part is not None:
+            return self._cells_of_part(self.part.rows)
+        if side := self._side_of_uniform or not self.geometry.strides:  # then every pixel is a cell
+            return self._cells_of_uniform(int(side))
         cells: tuple[Tensor, Tensor, Tensor] = compute(CellSearch(self.levels, self))
         return cells
+
+    def _cells_of_part(self, rows: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `_cells` of some rows of the whole lattice."""
+        whole = self.whole
+        if isinstance(rows, slice):
+            return whole.anchors[rows], whole.index[:0], whole.counts.new_tensor([rows.stop - rows.start])
+        if self.capacity is None:
+            numbers = rows.nonzero().squeeze(1)
+        else:
+            numbers = torch.nonzero_static(rows, size=self.capacity[1], fill_value=0).squeeze(1)
+        index = (rows.cumsum(0) - 1).to(torch.int32)[whole.index]
+        counts = torch.zeros_like(whole.counts).index_add_(0, whole.coordinates[0], rows.long())
+        return whole.anchors[numbers], index, counts
 
     @property
     def anchors(self) -> Tensor:
@@ -722,7 +717,7 @@ class Lattice:
             return self.capacity[1]
         # Tables of positions are large, and slow to make where compiled kernels may not run: often only the number is
         # asked for.
-        is_dear = self.is_counted_here and (self.levels.numel() > _LARGE or running.is_observed)
+        is_dear = self.is_counted_on_cpu and (self.levels.numel() > _LARGE or running.is_observed)
         if is_dear and self.part is None and self.geometry.strides and "_cells" not in self._derived:
             return self._count_corners()
         return self.anchors.shape[0]
@@ -812,7 +807,7 @@ class Lattice:
 
 @dataclass(frozen=True, eq=False)
 class CellSearch(Work):
-    """The cells of a lattice: their anchors (N,) int64 as pixel numbers, ascending, and 0 behind the last where only
+    """All cells of a lattice: their anchors (N,) int64 as pixel numbers, ascending, and 0 behind the last where only
     bounds are known; the row of the cell that holds each pixel (B*H*W,) int32; the number of cells of each image (B,).
 
     Attributes:
@@ -824,15 +819,10 @@ class CellSearch(Work):
 
     @property
     def is_counted(self) -> bool:
-        """True if all cells are there and are counted; otherwise only bounds are known, or it is a part."""
-        return self.lattice.part is None and self.lattice.capacity is None
-
-    @property
-    def is_bounded(self) -> bool:
-        """True if all cells are there, of whose number bounds are known."""
-        return self.lattice.part is None and self.lattice.capacity is not None
+        """True if the number of cells is known, not bounded."""
+        return self.lattice.capacity is None
 
     @property
     def case(self) -> tuple[Hashable, ...]:
         """The device, and what is known of the number of cells."""
-        return *super().case, self.is_counted, self.is_bounded
+        return *super().case, self.is_counted

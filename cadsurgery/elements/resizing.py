@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +55,7 @@ def resize(
         InvalidInput: the output would be larger than the fine map.
     """
     before = x.lattice.samples(spacings[0])
-    wanted = (size, size) if isinstance(size, int) else size
-    after = tuple(wanted) if wanted is not None else tuple(count * scale for count in before)
+    after = tuple(count * scale for count in before) if size is None else pair_of(size)
     fine, room = x.lattice.holding(after, spacings[1]), x.lattice.most_size
     if any(is_statically_true(length > most) for length, most in zip(fine, room, strict=True)):
         raise InvalidInput(
@@ -65,53 +64,43 @@ def resize(
             next="pad or resize the image to a multiple of the lowest output stride.",
         )
     target = x.lattice.resample(stage, fine)
-    return resize_onto(x, target, spacings, before, after, mode, bool(align_corners))
+    return resize_onto(x, target, Resizing(spacings, before, after, mode, bool(align_corners)))
 
 
-def resize_onto(
-    x: Elements,
-    target: Lattice,
-    spacings: tuple[int, int],
-    before: tuple[int, int],
-    after: tuple[int, ...],
-    mode: str,
-    align_corners: bool,
-    top: int = 0,
-    whole: tuple[int, int] | None = None,
-) -> Elements:
-    """Compute `resize` at the elements of a lattice.
+class Resizing(NamedTuple):
+    """How a map of the region is resized.
 
-    Args:
-        x: elements.
-        target: the lattice, of the same level map.
+    Attributes:
         spacings: fine pixels between the samples of the network's own grid, before and after.
         before: samples (height, width) of the map.
         after: samples (height, width) of the resized map.
         mode: `nearest` or `bilinear`.
         align_corners: as in torch.
-        top: fine row of the picture at which the level map begins.
-        whole: fine size of the whole map, if it is not that of the elements.
     """
-    scale, size = spacings[0] // spacings[1], whole or x.lattice.size
+
+    spacings: tuple[int, int]
+    before: tuple[int, int]
+    after: tuple[int, ...]
+    mode: str
+    align_corners: bool
+
+
+def resize_onto(
+    x: Elements, target: Lattice, by: Resizing, top: int = 0, whole: tuple[int, int] | None = None
+) -> Elements:
+    """Compute `resize` at the elements of a lattice of the same level map, which begins at the fine row `top` of a map
+    of the fine size `whole`, by default that of the elements."""
     if x.rows.is_meta:  # the places that elements are read from have no influence on shapes
         return Elements(x.rows.new_empty((target.count, *x.rows.shape[1:])), target)
     if not x.lattice.geometry.floors:
-        key = ("resize", target.key, spacings, before, after, mode, align_corners)
-        ratios = _ratios(before, after, spacings, align_corners)
-        stretched = scale == 1 and not all(
-            is_statically_true(one == two) for one, two in zip(before, after, strict=True)
-        )
-        between = partial(
-            _between_cells, x.lattice, target, ratios, mode, align_corners, stretched, top, size
-        )
-        return Elements(mix(x.rows, *x.lattice.derive(key, between)), target)
-    if mode == "nearest" and all(want == have * scale for want, have in zip(after, before, strict=True)):
-        same = partial(_same_sample, x.lattice, target, spacings[0])
+        cells = partial(_between_cells, x.lattice, target, by, top, whole or x.lattice.size)
+        return Elements(mix(x.rows, *x.lattice.derive(("resize", target.key, by), cells)), target)
+    scale, pairs = by.spacings[0] // by.spacings[1], zip(by.after, by.before, strict=True)
+    if by.mode == "nearest" and all(want == have * scale for want, have in pairs):
+        same = partial(_same_sample, x.lattice, target, by.spacings[0])
         return Elements(x.rows.index_select(0, x.lattice.derive(("same sample", target.key), same)), target)
-    corners = partial(_own_corners, x.lattice, target, spacings, before, after, mode, align_corners, top)
-    reading, shares = x.lattice.derive(
-        ("own corners", target.key, spacings, after, mode, align_corners), corners
-    )
+    corners = partial(_own_corners, x.lattice, target, by, top)
+    reading, shares = x.lattice.derive(("own corners", target.key, by), corners)
     return Elements(mix(extend(x.rows, reading, 0.0), reading.table.to(torch.int32), shares), target)
 
 
@@ -121,19 +110,11 @@ def _same_sample(source: Lattice, target: Lattice, spacing: int) -> Tensor:
     return source.index[source.pixels(image, y - y % spacing, x - x % spacing)]
 
 
-def _own_corners(
-    source: Lattice,
-    target: Lattice,
-    spacings: tuple[int, int],
-    before: tuple[int, int],
-    after: tuple[int, ...],
-    mode: str,
-    align_corners: bool,
-    top: int,
-) -> tuple[Reading, Tensor]:
+def _own_corners(source: Lattice, target: Lattice, by: Resizing, top: int) -> tuple[Reading, Tensor]:
     """Return where each element of a resized map reads the four samples of the network's own map around it, which may
     lie inside cells, and their weights (M, 4)."""
     (image, *coordinates), ends = target.coordinates, []
+    spacings, before, after, mode, align_corners = by
     for at, have, want, origin in zip(coordinates, before, after, (top, 0), strict=True):
         number = ((at + origin) // spacings[1]).double()
         number = number if mode == "nearest" or align_corners else number + 0.5
@@ -412,37 +393,25 @@ def pixel_shuffle(x: Elements, stage: int, spacings: tuple[int, int], scale: int
     return Elements(rows.gather(2, phase.view(-1, 1, 1).expand(-1, rows.shape[1], 1)).squeeze(2), target)
 
 
-def _ratios(
-    before: Sequence[int], after: Sequence[int], spacings: tuple[int, int], align_corners: bool
-) -> list[tuple[int, int]]:
-    """Return, per axis, the scale error between grids of `before` and `after` samples as a fraction, numerator and
-    denominator; 1 if the sizes divide evenly."""
-    if align_corners:  # the outermost samples coincide
-        before, after = [have - 1 for have in before], [max(want - 1, 1) for want in after]
-    return [(have * spacings[0], want * spacings[1]) for have, want in zip(before, after, strict=True)]
-
-
 def _between_cells(
-    source: Lattice,
-    target: Lattice,
-    ratios: Sequence[tuple[int, int]],
-    mode: str,
-    align_corners: bool,
-    stretched: bool,
-    top: int,
-    size: tuple[int, int],
+    source: Lattice, target: Lattice, by: Resizing, top: int, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Return the four elements of `source` (M, 4), and their weights, that each element of a finer lattice
-    interpolates. Elements in cells of equal size copy their value unless `stretched`. The lattices begin at the fine
-    row `top` of a map of a fine `size`."""
+    interpolates. Elements in cells of equal size copy their value unless the map is stretched. The lattices begin at
+    the fine row `top` of a map of a fine `size`."""
+    spacings, before, after, mode, align_corners = by
+    has_sizes = [is_statically_true(one == two) for one, two in zip(before, after, strict=True)]
+    stretched = spacings[0] == spacings[1] and not all(has_sizes)
+    if align_corners:  # the outermost samples coincide
+        before, after = (before[0] - 1, before[1] - 1), tuple(max(want - 1, 1) for want in after)
     height, width = source.size
     image, *place = target.coordinates
     side = target.side_map.flatten()[target.anchors]
     cell = source.side_map.flatten()[source.pixels(image, *place)]
     same = (cell == side) & (not stretched)
     ends = []
-    for fine, length, (above, below), origin in zip(place, size, ratios, (top, 0), strict=True):
-        at = (fine + origin).double()
+    for fine, length, have, want, origin in zip(place, size, before, after, (top, 0), strict=True):
+        at, above, below = (fine + origin).double(), have * spacings[0], want * spacings[1]
         # Sizes that are symbols are divided as tensors: engines divide plain sizes in float32, and a point that is
         # rounded down below a whole number reads the neighbouring sample.
         whole = isinstance(above, int) and isinstance(below, int)

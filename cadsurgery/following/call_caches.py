@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cadsurgery.following.arguments import Arguments, change_images, crop, run_forward
 from cadsurgery.following.facts import scale
 from cadsurgery.following.guards import line_of
-from cadsurgery.following.module_state import Entry, Kept, State
+from cadsurgery.following.module_state import CallCaches, Entry, State
 from cadsurgery.following.trace import CannotFollow, evaluating
 from cadsurgery.support.divergence import tensors_of
 
@@ -32,7 +32,7 @@ from cadsurgery.support.divergence import tensors_of
 _MOST_CHOICES = 12
 
 
-def find_kept(model: nn.Module, calls: Iterable[Arguments]) -> Kept:
+def find_caches(model: nn.Module, calls: Iterable[Arguments]) -> CallCaches:
     """Find what a network's forward keeps, by calls with images of two sizes.
 
     Args:
@@ -51,18 +51,18 @@ def find_kept(model: nn.Module, calls: Iterable[Arguments]) -> Kept:
                     return _with_written(state, _experiment, model, state, call, smaller)
                 if _run(model, call) is not None:
                     return _with_written(state, _experiment, model, state, call, _other_pixels(call, 1))
-            return Kept(state)
+            return CallCaches(state)
         finally:
             state.restore()
 
 
-def _with_written(state: State, experiment: Callable[..., Kept], *args: Any) -> Kept:
+def _with_written(state: State, experiment: Callable[..., CallCaches], *args: Any) -> CallCaches:
     """Return what a network keeps, with the attributes that calls change."""
     written = state.written()
     return replace(experiment(*args), written=written)
 
 
-def _experiment(model: nn.Module, state: State, call: Arguments, other: Arguments) -> Kept:
+def _experiment(model: nn.Module, state: State, call: Arguments, other: Arguments) -> CallCaches:
     """Find out how to forget what calls replace; `other` has other pixels than `call`, and may be of another size."""
     if not state.changes():
         return _find_remade(model, state, other)
@@ -70,37 +70,39 @@ def _experiment(model: nn.Module, state: State, call: Arguments, other: Argument
     replaced = {(id(entry.container), entry.key): entry.value for entry in state.changes()}
     outputs = _run(model, call)
     if outputs is None:
-        return Kept(state)
+        return CallCaches(state)
     entries = state.changes()
     values = [(entry, entry.value, replaced.get((id(entry.container), entry.key))) for entry in entries]
     for choice in _choices(values):
-        kept = Kept(state, choice)
-        if _same(_run_after(kept.forget, model, call), outputs):
-            return kept
+        caches = CallCaches(state, choice)
+        if _same(_run_after(caches.forget, model, call), outputs):
+            return caches
     if not _same(_run_after(state.restore, model, call), outputs):
-        raise _depends_on_earlier_calls(model, Kept(state), entries[0], call)
-    return Kept(state)
+        raise _depends_on_earlier_calls(model, CallCaches(state), entries[0], call)
+    return CallCaches(state)
 
 
-def _find_remade(model: nn.Module, state: State, call: Arguments) -> Kept:
+def _find_remade(model: nn.Module, state: State, call: Arguments) -> CallCaches:
     """Find what calls leave as it is, but make again where it is missing, such as a grid that is cut to the size."""
     remade: list[Callable[[], None]] = []
     candidates, outputs = state.tensors()[:_MOST_CHOICES], None
     for entry in candidates:
         state.restore()
         outputs = _run(model, call) if outputs is None else outputs
-        kept = Kept(state, (partial(entry.put, None),))
-        ours = _run_after(kept.forget, model, call)
+        caches = CallCaches(state, (partial(entry.put, None),))
+        ours = _run_after(caches.forget, model, call)
         if outputs is None or ours is None or entry.value is None:
             continue
         if not _same(ours, outputs):
-            raise _depends_on_earlier_calls(model, kept, entry, call)
-        remade += kept.forgetting
-    return Kept(state, tuple(remade))
+            raise _depends_on_earlier_calls(model, caches, entry, call)
+        remade += caches.forgetting
+    return CallCaches(state, tuple(remade))
 
 
-def _depends_on_earlier_calls(model: nn.Module, kept: Kept, entry: Entry, call: Arguments) -> CannotFollow:
-    kept.forget()
+def _depends_on_earlier_calls(
+    model: nn.Module, caches: CallCaches, entry: Entry, call: Arguments
+) -> CannotFollow:
+    caches.forget()
     return CannotFollow(
         f"{type(model).__name__} keeps what its next call depends on.",
         where=_line_that_replaces(entry, partial(_run, model, call)),

@@ -16,7 +16,7 @@ from cadsurgery.elements.kernel_map import Window
 from cadsurgery.following.arguments import AnyLayout, Arguments, image_of, in_order, run_forward, take_image
 from cadsurgery.following.equivalence import Pair, are_equal, compare
 from cadsurgery.following.graphs import Interpreter, module_of
-from cadsurgery.following.module_state import Kept
+from cadsurgery.following.module_state import CallCaches
 from cadsurgery.following.trace import evaluating
 from cadsurgery.support.counting import MacCounter
 from cadsurgery.support.divergence import tensors_of
@@ -43,7 +43,7 @@ class Facts:
         numbers: value on the example of each node that is a number or several, such as a size.
         arguments: arguments of the example call, by name.
         given: the nodes that are tensors of these arguments, in order of execution.
-        kept: what the network's forward keeps for its next call; it is forgotten wherever a graph is compared with it.
+        caches: what the network's forward keeps for its next call; it is forgotten where a graph is compared with it.
     """
 
     model: nn.Module
@@ -57,7 +57,7 @@ class Facts:
     numbers: dict[fx.Node, Any] = field(default_factory=dict)
     arguments: Arguments = field(default_factory=dict)
     given: list[fx.Node] = field(default_factory=list)
-    kept: Kept | None = None
+    caches: CallCaches | None = None
 
     def number(self, value: Any) -> Any:
         """Return a number or several; for a node its value on the example, or None if it is no number."""
@@ -80,7 +80,7 @@ class Facts:
 
     def forgetting(self) -> AbstractContextManager[None]:
         """Let the network forget for a block what its forward keeps for its next call."""
-        return self.kept.forgotten() if self.kept is not None else nullcontext()
+        return self.caches.forgotten() if self.caches is not None else nullcontext()
 
     def is_map(self, node: fx.Node) -> bool:
         """True if a node's value has four dimensions."""

@@ -45,8 +45,8 @@ def upwards(
 
 def follows_from(node: fx.Node, is_first: Callable[[fx.Node], bool]) -> bool:
     """True if a node, or all that it is computed from, is first. It takes no recursion: networks are deep."""
-    way = upwards(node, lambda one: [] if is_first(one) else one.all_input_nodes)
-    return all(is_first(one) or one.all_input_nodes for one in way)
+    above = upwards(node, lambda one: [] if is_first(one) else one.all_input_nodes)
+    return all(is_first(one) or one.all_input_nodes for one in above)
 
 
 def and_after(*nodes: fx.Node, without: Collection[fx.Node] = ()) -> set[fx.Node]:
@@ -193,13 +193,12 @@ def sizes_in_tensors(graph: fx.Graph) -> set[fx.Node]:
         is_made = node.op == "call_function" and not node.all_input_nodes
         return asks(node) or name_of(node.target) == "native_shape" or is_made
 
-    reading = {node for node in graph.nodes if name_of(node.target) in _READ_NUMBERS}
-    reading |= {one for node in graph.nodes if takes_sizes(node) for one in node.all_input_nodes[1:]}
+    read = {node for node in graph.nodes if name_of(node.target) in _READ_NUMBERS}
+    read |= {one for node in graph.nodes if takes_sizes(node) for one in node.all_input_nodes[1:]}
     found = set[fx.Node]()
-    for node in reading:
+    for node in read:
         if follows_from(node, is_size):
-            way = upwards(node, lambda one: [] if is_size(one) else one.all_input_nodes)
-            found.update(way)
+            found.update(upwards(node, lambda one: [] if is_size(one) else one.all_input_nodes))
     return found
 
 

@@ -135,7 +135,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Kept:
+class CallCaches:
     """What a network keeps, and how it is forgotten.
 
     Attributes:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.following.arguments import Arguments, change_images, crop, image_of, part_of
 from cadsurgery.following.batch_reshapes import write_without_batch
-from cadsurgery.following.call_caches import Kept, find_kept
+from cadsurgery.following.call_caches import CallCaches, find_caches
 from cadsurgery.following.equivalence import Pair, are_same, compare, meta_copy, no_dead_branches
 from cadsurgery.following.facts import Facts, OtherFunction, default_examples, observe
 from cadsurgery.following.graphs import Interpreter
@@ -64,19 +64,19 @@ def read(model: nn.Module, example: Arguments | None, known: Known, exactly: boo
     Raises:
         CannotConvert: the network cannot be traced, or does not run on the example.
     """
-    kept = find_kept(model, [example] if example is not None else default_examples(model))
-    with kept.forgotten():
+    caches = find_caches(model, [example] if example is not None else default_examples(model))
+    with caches.forgotten():
         try:
-            facts = _read(model, example, known, exactly, kept)
+            facts = _read(model, example, known, exactly, caches)
         except (OtherFunction, CannotFollow) as refusal:
             try:  # perhaps it asks whether torch traces it, and then computes something else, or with sizes as tensors
-                facts = _read(model, example, known, exactly, kept, is_tracing=False)
+                facts = _read(model, example, known, exactly, caches, is_tracing=False)
             except CannotConvert:
                 raise refusal from refusal.__cause__
         for rewrite in (write_without_batch, join_slices):
             if rewrite(facts):
                 facts = observe(model, facts.graph, facts.arguments)
-    return replace(facts, kept=kept)
+    return replace(facts, caches=caches)
 
 
 def _read(
@@ -84,13 +84,13 @@ def _read(
     example: Arguments | None,
     known: Known,
     exactly: bool,
-    kept: Kept,
+    caches: CallCaches,
     is_tracing: bool = True,
 ) -> Facts:
     functions = known.functions()
 
     def trace_on(call: Arguments | None, carries: bool = True) -> fx.Graph:
-        kept.forget()
+        caches.forget()
         apart = partial(is_apart, model=model)
         return trace(model, known.is_known, apart, functions, call, carries, is_tracing)
 

@@ -140,8 +140,8 @@ def _has_fixed_channels(node: Any, axis: int, root: nn.Module) -> bool:
         is_kept = one.op == "call_module" or is_kind(one.target, "value", "values", "copies", "splits")
         return is_kept or one.target in (operator.getitem, torch.cat)
 
-    way = upwards(node, lambda one: [] if is_first(one) else one.all_input_nodes)
-    return all(is_first(one) or (keeps_axes(one) and one.all_input_nodes) for one in way)
+    above = upwards(node, lambda one: [] if is_first(one) else one.all_input_nodes)
+    return all(is_first(one) or (keeps_axes(one) and one.all_input_nodes) for one in above)
 
 
 class Tracer(fx.Tracer):

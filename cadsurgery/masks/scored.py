@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends import interpolation
+from cadsurgery.elements.axes import as_rows
 from cadsurgery.masks.context import first_pass_output
 from cadsurgery.masks.filters import blur, resize
 from cadsurgery.masks.graded import SteppedMask
@@ -84,9 +84,10 @@ def interpolation_error(features: Tensor) -> Tensor:
 
     The result (B, h, w) is at least float32; borders are replicated.
     """
-    target = running.target
-    if target and target.has_kernels:
-        return interpolation.squared_error(features.float())
+    if running.target and running.target.has_kernels:
+        rows = as_rows(features.float())  # as the region's first rows, so that both are one value
+        error: Tensor = torch.ops.cadsurgery.interpolation_error(rows, features.shape[0], *features.shape[2:])
+        return error
     return missed(features).square().sum(1)
 
 

@@ -37,7 +37,7 @@ class Places:
     @cached_property
     def pixels(self) -> Tensor:
         """(N,) int64: flat indices of the positions in the batch."""
-        return self.part.pixels.nonzero().squeeze(1)
+        return self.mask.flatten().nonzero().squeeze(1)
 
     @property
     def count(self) -> int:
@@ -47,7 +47,7 @@ class Places:
     @cached_property
     def rows(self) -> Tensor:
         """(B*H*W,) int64: row number of each position that belongs to the set."""
-        return self.part.pixels.cumsum(0) - 1
+        return self.mask.flatten().cumsum(0) - 1
 
     def places_of(self, some: Places) -> Tensor:
         """Return the row numbers of a subset."""
@@ -104,19 +104,8 @@ class Maps:
         """Return the taps of a convolution for the `target` positions of its output, on (some positions of) a map."""
         window = window.fit(size)
         before = self.lattice(size, source, window.stride)
-        if window.stride == 1 and target.size == size:
-            return WindowRead(before, self.lattice(size, target), window)
-        if window.stride == 1:
-            return WindowRead(before, before.pyramid.lattice(0, target.size, target.part), window)
-        fine = window.output_size(size)
-
-        def build() -> Part:
-            mask = target.mask.new_zeros(self.batch, *fine)
-            mask[:, :: window.stride, :: window.stride] = target.mask
-            return Part(mask.flatten())
-
-        anchors = self._once(("anchors", id(target), window.stride, fine), build, target)
-        return WindowRead(before, before.pyramid.lattice(1, fine, anchors), window)
+        stage, fine = (0, target.size) if window.stride == 1 else (1, window.output_size(size))
+        return WindowRead(before, before.pyramid.lattice(stage, fine, target.part), window)
 
 
 class Sites(Maps):

@@ -95,21 +95,11 @@ def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str
             refusal = _without_example(model, refusal)
         if found is None:
             raise (refusal if takes_none else name_alternatives(model, refusal, example)) from error
-        if takes_none:
+        switch = None if takes_none else name_switch(model, refusal, example)
+        if takes_none or switch:
             what = f"of {type(model).__name__} only its {found[0]} becomes adaptive."
-            warn(str(CannotConvert(what, where=refusal.where, why=refusal.why, next=refusal.next)))
-        elif way := name_switch(model, refusal, example):
-            kind = type(model).__name__
-            warn(
-                str(
-                    CannotConvert(
-                        f"of {kind} only its {found[0]} becomes adaptive.",
-                        where=refusal.where,
-                        why=refusal.why,
-                        next=f"keep that, or convert the whole network {way}.",
-                    )
-                )
-            )
+            next = refusal.next if takes_none else f"keep that, or convert the whole network {switch}."
+            warn(str(CannotConvert(what, where=refusal.where, why=refusal.why, next=next)))
         return found
     except CannotConvert as refusal:
         if example_input is not None:

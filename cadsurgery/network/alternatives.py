@@ -33,15 +33,15 @@ def name_alternatives(
         example: arguments of a call of the network; by default small random images of several sizes are tried.
     """
     parts = {name: getattr(refusal, name) for name in ("where", "why", "next")}
-    ways = []
+    advice = []
     if name := _largest_part(model):
-        ways.append(f"convert its {name} and put it back: {_put_back(name)}")
+        advice.append(f"convert its {name} and put it back: {_put_back(name)}")
     if switch := name_switch(model, refusal, example):
-        ways.append(f"convert the whole network {switch}")
-    if ways:
+        advice.append(f"convert the whole network {switch}")
+    if advice:
         first, _, others = parts["next"].partition(", or ")
-        ways.append(others if first.startswith("convert") else parts["next"])
-        parts["next"] = ", or ".join(ways)
+        advice.append(others if first.startswith("convert") else parts["next"])
+        parts["next"] = ", or ".join(advice)
     return CannotConvert(refusal.what, **parts)
 
 

@@ -45,7 +45,7 @@ def carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
         Outside.of(
             flow.model,
             called_modules(graph),
-            flow.kept.written if flow.kept is not None else (),
+            flow.caches.written if flow.caches is not None else (),
             any(map(is_constant, used)),
         ),
     )

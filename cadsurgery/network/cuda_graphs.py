@@ -227,7 +227,7 @@ class _RecordedCall:
 
     def _in_halves(self, program: Program) -> Called | None:
         """Replay the layers before the mask, run the mask, and replay the rest."""
-        if self._net._ways:  # which of several graphs a call takes is known when it runs
+        if self._net._paths:  # which of several graphs a call takes is known when it runs
             return None
         before = self._recordings.find(("before", self._kind), lambda: self._record(program.before))
         if before is None:

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from cadsurgery.elements.kernel_map import Reading, kernel_map
-from cadsurgery.elements.lattice import Lattice, Part
+from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.elements.operations import Operation, operation_of
 from cadsurgery.elements.windows import drops
-from cadsurgery.network.observing import Place
+from cadsurgery.network.observing import LatticeId
 
 Size = tuple[int, int]
 
@@ -44,18 +44,23 @@ class Cone:
     """
 
     def __init__(
-        self, graph: fx.Graph, places: Mapping[str, Place], lattice: Lattice, exit: fx.Node, anchors: Tensor
+        self,
+        graph: fx.Graph,
+        lattice_ids: Mapping[str, LatticeId],
+        lattice: Lattice,
+        exit: fx.Node,
+        anchors: Tensor,
     ) -> None:
         """Walk the graph backwards.
 
         Args:
             graph: a rewritten graph, or a part of it.
-            places: stage and fine size of the nodes' lattices, see `Observation.places`.
+            lattice_ids: stage and fine size of the nodes' lattices, see `Observation.lattice_ids`.
             lattice: complete lattice of the run.
             exit: the node whose elements are requested.
             anchors: anchors of the requested elements on its fine map, (B*H*W,) bool.
         """
-        self._places, self._whole = places, lattice
+        self._lattice_ids, self._whole = lattice_ids, lattice
         self._needed: dict[fx.Node, Tensor] = {exit: anchors}
         self.lattices: dict[str, Lattice] = {}
         for node in reversed(list(graph.nodes)):
@@ -90,34 +95,32 @@ class Cone:
             pixels = reached(source, kernel_map(source, target, window, drop=drop))
             self._need(read, pixels, source.size)
         for other in node.args[1:]:  # a residual, read element by element; perhaps also the window's input
-            if isinstance(other, fx.Node) and other.name in self._places:
+            if isinstance(other, fx.Node) and other.name in self._lattice_ids:
                 self._need(other, needed, target.size)
 
     def _need_inputs(self, node: fx.Node, needed: Tensor | None = None) -> None:
         """Mark the same positions of all inputs as needed; by default all positions."""
         for read in node.all_input_nodes:
-            if read.name in self._places:
-                stage, size = self._places[read.name]
+            if read.name in self._lattice_ids:
+                stage, size = self._lattice_ids[read.name]
                 if needed is None:
                     self._need(read, self._whole.resample(stage, size).index >= 0, size)
                 else:
-                    self._need(read, needed, self._places[node.name][1])
+                    self._need(read, needed, self._lattice_ids[node.name][1])
 
     def _need(self, node: Any, pixels: Tensor, size: Size) -> None:
         """Mark these positions of a node's elements as needed."""
-        own = self._places[node.name][1]
+        own = self._lattice_ids[node.name][1]
         pixels = _move(pixels, size, own, self._whole.batch)
         needed = self._needed.get(node)
         self._needed[node] = pixels if needed is None else needed | pixels
 
     def _lattice(self, node: fx.Node) -> Lattice:
-        return self._whole.resample(*self._places[node.name])
+        return self._whole.resample(*self._lattice_ids[node.name])
 
     def _part(self, node: fx.Node, needed: Tensor) -> Lattice:
         whole = self._lattice(node)
-        if bool(needed[whole.anchors].all()):
-            return whole
-        return whole.pyramid.lattice(whole.stage, whole.size, Part(needed))
+        return whole if bool(needed[whole.anchors].all()) else whole.choose(needed)
 
 
 def _move(pixels: Tensor, size: Size, to: Size, batch: int) -> Tensor:

@@ -24,7 +24,7 @@ from cadsurgery.following.equivalence import meta_copy
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.invocations import find_lattice
-from cadsurgery.network.observing import Observation, observe
+from cadsurgery.network.observing import LatticeId, Observation, observe
 from cadsurgery.network.program import Program, ProgramNetwork
 from cadsurgery.support.counting import MacCounter, describe_not_counted
 from cadsurgery.support.describe import describe
@@ -170,7 +170,7 @@ def count_macs(program: Program, counted: Program, provider: MaskProvider, argum
     """Count for `AdaptiveModel.macs`; `counted` is the program on meta tensors."""
     image = program.image(arguments)
     masking = _CountedMasking(program.masking(provider), image)
-    if provider.sees_features or provider.looks_ahead or not program.masks_an_argument:
+    if provider.sees_features or provider.looks_ahead or not program.image_name:
         find_lattice(program, masking, arguments)
 
     not_counted = masking.not_counted
@@ -296,18 +296,18 @@ class LayerWork:
 
     Attributes:
         layer: name of the layer.
-        places: pairs of (stage, fine size of the lattice that it runs on) and MACs per element.
+        per_element: stage and fine size of the lattices that it runs on, and MACs per element there.
         dense: MACs of its dense calls: with all cells high, and otherwise.
     """
 
     layer: str
-    places: tuple[tuple[tuple[int, tuple[int, int]], int], ...]
+    per_element: tuple[tuple[LatticeId, int], ...]
     dense: tuple[int, int]
 
     def on(self, lattice: Lattice) -> int:
         """Return the MACs for the lattice of a run, given at any stage."""
         dense = self.dense[lattice.uniform_level != 0]
-        return dense + sum(work * lattice.resample(*place).count for place, work in self.places)
+        return dense + sum(work * lattice.resample(*key).count for key, work in self.per_element)
 
 
 def layer_work(net: ProgramNetwork, image: Tensor) -> tuple[LayerWork, ...] | None:
@@ -327,14 +327,14 @@ def layer_work(net: ProgramNetwork, image: Tensor) -> tuple[LayerWork, ...] | No
         _observe_call(counted, counted.uniform(level), call) for level in (0, counted.geometry.max_level)
     )
     lattice = next(value for value in low.values.values() if isinstance(value, Lattice))
-    of_low = low.by_place
+    of_low = low.by_lattice
     layers = tuple(
         LayerWork(
             name,
-            tuple((place, work) for place, work in places.items() if place is not None),
-            (places.get(None, 0), of_low[name].get(None, 0)),
+            tuple((key, work) for key, work in per_element.items() if key is not None),
+            (per_element.get(None, 0), of_low[name].get(None, 0)),
         )
-        for name, places in high.by_place.items()
+        for name, per_element in high.by_lattice.items()
     )
     return layers if {layer.layer: layer.on(lattice) for layer in layers} == low.by_layer else None
 

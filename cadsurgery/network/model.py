@@ -88,7 +88,7 @@ class AdaptiveModel(ProgramNetwork):
         self._shapes = shapes_of(self)
         self.use_program(program)
         self._last = _Last()
-        self._ways = dict[tuple[Any, ...], Program]()  # programs for calls that take another path
+        self._paths = dict[tuple[Any, ...], Program]()  # programs for calls that take another path
         self._overridden = False  # True once `masked` was used: torch before 2.15 cannot compile the look-up
         self.checks: tuple[Check, ...] = ()
         self.source: Any = None
@@ -157,26 +157,26 @@ class AdaptiveModel(ProgramNetwork):
             call.check()
             return run(self._program, call.arguments)
         with call.explained():
-            key = self._key_of(call.arguments) if self._ways else ()
+            key = self._key_of(call.arguments) if self._paths else ()
             try:
-                return run(self._ways.get(key, self._program), call.arguments)
+                return run(self._paths.get(key, self._program), call.arguments)
             except GuardFailed as refusal:
-                if key in self._ways:
+                if key in self._paths:
                     raise
-                for way in islice(dict.fromkeys(reversed(self._ways.values())), _MOST_TRIED):
+                for other in islice(dict.fromkeys(reversed(self._paths.values())), _MOST_TRIED):
                     with contextlib.suppress(Exception):  # a path for other calls may raise any error
-                        result = run(way, call.arguments)
-                        self._ways[key] = way
+                        result = run(other, call.arguments)
+                        self._paths[key] = other
                         return result
-                return run(self._way_of(call.arguments, refusal), call.arguments)
+                return run(self._program_for(call.arguments, refusal), call.arguments)
 
-    def _way_of(self, arguments: dict[str, Any], refusal: GuardFailed) -> Program:
+    def _program_for(self, arguments: dict[str, Any], refusal: GuardFailed) -> Program:
         """Return the program for calls of this kind, which fail the guards of the network's own; it is built once."""
         call = self._key_of(arguments)
         with _FOLLOWING:
-            if call not in self._ways:
-                self._ways[call] = self._follow(arguments, refusal)
-            return self._ways[call]
+            if call not in self._paths:
+                self._paths[call] = self._follow(arguments, refusal)
+            return self._paths[call]
 
     def _key_of(self, arguments: dict[str, Any]) -> tuple[Any, ...]:
         """Return all that Python code may branch on in a call: shapes and types of tensors, all other arguments, and
@@ -327,7 +327,7 @@ class AdaptiveModel(ProgramNetwork):
         adapters.update(dict(new.items()))
         part.add_module(ADAPTERS, adapters)
         part.use_program(with_adapters(part.program, set(new)))
-        part._ways = {}
+        part._paths = {}
         return adapters
 
     @property
@@ -459,9 +459,9 @@ class AdaptiveModel(ProgramNetwork):
         """The program of a copy on meta tensors, on which operations are counted."""
         return meta_copy(self).program
 
-    def _counted_on(self, way: Program) -> Program:
+    def _counted_on(self, program: Program) -> Program:
         """Bind the program of another path to a copy on meta tensors, on which operations are counted."""
-        return way.bind_to(meta_copy(self))
+        return program.bind_to(meta_copy(self))
 
     def optimize(
         self,
@@ -548,16 +548,18 @@ class AdaptiveModel(ProgramNetwork):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._program, self._ways = self._program.bind_to(self), {}
+        self._program, self._paths = self._program.bind_to(self), {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptiveModel:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         for module in (self, *(part for part in self._original if isinstance(part, nn.Module))):
             memo.update({**copying(module), **memo})
-        state = {key: value for key, value in vars(self).items() if key not in ("_program", "_ways", "_last")}
+        state = {
+            key: value for key, value in vars(self).items() if key not in ("_program", "_paths", "_last")
+        }
         clone.__dict__.update(
-            copy.deepcopy(state, memo), _program=self._program.bind_to(clone), _ways={}, _last=_Last()
+            copy.deepcopy(state, memo), _program=self._program.bind_to(clone), _paths={}, _last=_Last()
         )
         return clone
 
@@ -616,7 +618,7 @@ class OptimizedModel(AdaptiveModel):
         if len(self.program.signature.parameters) > 1 or any(map(is_guard, self.graph.nodes)):
             self._unfused = (_inference_copy(net),)
         self._epilogues, self._recordings = epilogues, Recordings()
-        self.register_load_state_dict_post_hook(_forget_other_ways)
+        self.register_load_state_dict_post_hook(_forget_other_paths)
         data = {name: value for name, value in vars(net._original[0]).items() if _is_data(name, value)}
         self._original = (SimpleNamespace(**data),)  # type: ignore[assignment]
         self._counted = (meta_copy(net),)
@@ -721,8 +723,8 @@ class OptimizedModel(AdaptiveModel):
         """The counted program of the network that this copy was made from."""
         return self._counted[0].program
 
-    def _counted_on(self, way: Program) -> Program:
-        counted: Program = way.net.counted
+    def _counted_on(self, program: Program) -> Program:
+        counted: Program = program.net.counted
         return counted
 
     def _follow(self, arguments: dict[str, Any], refusal: GuardFailed) -> Program:
@@ -731,16 +733,16 @@ class OptimizedModel(AdaptiveModel):
             raise refusal
         source = copy.copy(self._unfused[0])
         source._program = source._follow(arguments, refusal)
-        way = OptimizedModel(source, self._epilogues)
-        way._unfused, way._unit = (), self._unit
-        return way.program
+        copied = OptimizedModel(source, self._epilogues)
+        copied._unfused, copied._unit = (), self._unit
+        return copied.program
 
     def _set_on_original(self, name: str, value: Any) -> None:
         raise frozen_copy(f"{name} is set on an inference copy.")
 
     def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModel:
         """Move or convert the modules as torch does, including the unfolded weights kept for other paths."""
-        self._ways = {}
+        self._paths = {}
         for source in self._unfused:
             source._apply(fn, recurse)
         super()._apply(fn, recurse)
@@ -845,10 +847,10 @@ def _drop_cached(net: nn.Module, _: Any) -> None:
     drop_cached(net)
 
 
-def _forget_other_ways(model: nn.Module, keys: Any) -> None:
+def _forget_other_paths(model: nn.Module, keys: Any) -> None:
     """Drop the unfolded weights after folded weights were loaded: other paths can no longer be converted."""
     assert isinstance(model, OptimizedModel)
-    model._unfused, model._ways = (), {}
+    model._unfused, model._paths = (), {}
 
 
 def _is_data(name: str, value: Any) -> bool:

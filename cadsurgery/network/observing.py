@@ -21,7 +21,7 @@ from cadsurgery.support.meta_tensors import to_meta
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
 from cadsurgery.surgery.rewrite import WORK
 
-Place = tuple[int, tuple[int, int]]  # stage and fine size of a lattice
+LatticeId = tuple[int, tuple[int, int]]  # stage and fine size
 
 
 @dataclass
@@ -51,14 +51,14 @@ class Observation:
         return counts
 
     @property
-    def by_place(self) -> dict[str, dict[Place | None, int]]:
-        """The multiply-accumulates per element of each original node at each place, and under None all of its dense
+    def by_lattice(self) -> dict[str, dict[LatticeId | None, int]]:
+        """The multiply-accumulates per element of each original node on each lattice, and under None all of its dense
         calls."""
-        work: dict[str, dict[Place | None, int]] = defaultdict(lambda: defaultdict(int))
+        work: dict[str, dict[LatticeId | None, int]] = defaultdict(lambda: defaultdict(int))
         for node, macs in self.macs.items():
             lattice = self.lattices.get(node)
-            place = None if lattice is None else (lattice.stage, lattice.size)
-            work[node.meta[WORK][0]][place] += macs // (1 if lattice is None else max(lattice.count, 1))
+            key = None if lattice is None else (lattice.stage, lattice.size)
+            work[node.meta[WORK][0]][key] += macs // (1 if lattice is None else max(lattice.count, 1))
         return work
 
     @property
@@ -69,7 +69,7 @@ class Observation:
         )
 
     @property
-    def places(self) -> dict[str, Place]:
+    def lattice_ids(self) -> dict[str, LatticeId]:
         """Stage and fine size of each node whose value is elements or a lattice, by node name."""
         found = ((node.name, getattr(value, "lattice", value)) for node, value in self.values.items())
         return {name: (one.stage, one.size) for name, one in found if isinstance(one, Lattice)}

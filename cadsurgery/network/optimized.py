@@ -41,7 +41,7 @@ def fuse_network(source: ProgramNetwork, epilogues: bool) -> tuple[fx.GraphModul
         own, _ = fuse(split_norms(own, root)[0], root, epilogues, kernels)
     graphs = [part for part in (graph, own) if part is not None]
     root.add_module(KERNELS, kernels)
-    fused = fx.GraphModule(root, _reading(graphs))  # it keeps only the modules that the graphs use
+    fused = fx.GraphModule(root, _of_modules_read(graphs))  # it keeps only the modules that the graphs use
     fused.graph = graph
     remaining = [module for module in source.program.watched if child(fused, module.path) is not None]
     watched = tuple(
@@ -50,16 +50,16 @@ def fuse_network(source: ProgramNetwork, epilogues: bool) -> tuple[fx.GraphModul
     return fused, replace(source.program, graph=graph, unchanged=own, watched=watched, is_fused=True)
 
 
-def _reading(graphs: list[fx.Graph]) -> fx.Graph:
+def _of_modules_read(graphs: list[fx.Graph]) -> fx.Graph:
     """Return a graph that only reads the modules and parameters that graphs read."""
-    reading = fx.Graph()
+    found = fx.Graph()
     for node in (node for graph in graphs for node in graph.nodes):
         if node.op == "call_module":
-            reading.call_module(str(node.target))
+            found.call_module(str(node.target))
         elif node.op == "get_attr":
-            reading.get_attr(str(node.target))
-    reading.output(None)
-    return reading
+            found.get_attr(str(node.target))
+    found.output(None)
+    return found
 
 
 def check_precision(precision: str, calibration: Any = None) -> None:

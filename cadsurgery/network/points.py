@@ -28,7 +28,7 @@ from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.dependencies import Cone, reached
 from cadsurgery.network.invocations import Invocation
 from cadsurgery.network.model import AdaptiveModel, whole_program
-from cadsurgery.network.observing import Place, observe
+from cadsurgery.network.observing import LatticeId, observe
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.network.regions import select_output
 from cadsurgery.support.describe import describe
@@ -39,7 +39,7 @@ from cadsurgery.support.torch_internals import BatchNorm, tree_leaves, tree_map
 Reach = Literal["all", "receptive"]
 Align = Literal["cell", "corners"]
 REACHES, ALIGNMENTS = ("all", "receptive"), ("cell", "corners")
-# Number of batch sizes for which the places of an output's nodes are cached.
+# Number of batch sizes for which the lattices of an output's nodes are cached.
 MOST_SIZES = 8
 
 
@@ -138,13 +138,13 @@ class _ReadOutput:
         graph: a graph that returns (elements, guide or None).
         node: the node of the elements.
         spacing: fine pixels between the samples of the dense output.
-        places: places of its nodes, by the shapes of the inputs, for the last few shapes.
+        lattice_ids: stage and fine size of its nodes, by the shapes of the inputs, for the last few shapes.
     """
 
     graph: fx.Graph
     node: fx.Node
     spacing: int
-    places: dict[Any, dict[str, Place]] = field(default_factory=dict)
+    lattice_ids: dict[Any, dict[str, LatticeId]] = field(default_factory=dict)
 
     @staticmethod
     def of(program: Program, output: str | int | None) -> _ReadOutput:
@@ -223,10 +223,10 @@ class _Run:
 
     def parts(self) -> dict[str, Lattice]:
         """Return the elements that the points depend on, for each operation that creates new elements."""
-        places = self._places()
-        exit = self.lattice.resample(*places[self.exit.node.name])
+        lattice_ids = self._lattice_ids()
+        exit = self.lattice.resample(*lattice_ids[self.exit.node.name])
         anchors = reached(exit, read_points(exit, self._pixels(exit)))
-        return Cone(self.exit.graph, places, self.lattice, self.exit.node, anchors).lattices
+        return Cone(self.exit.graph, lattice_ids, self.lattice, self.exit.node, anchors).lattices
 
     def rows(self, parts: dict[str, Lattice] | None) -> list[Tensor]:
         """Return the values of the map at the points of each image."""
@@ -254,19 +254,19 @@ class _Run:
             pixels.append((image * height + y * spacing) * width + x * spacing)
         return torch.cat(pixels).to(lattice.levels.device)
 
-    def _places(self) -> dict[str, Place]:
-        """Return the places of the graph's nodes for inputs of these shapes."""
+    def _lattice_ids(self) -> dict[str, LatticeId]:
+        """Return stage and fine size of the graph's nodes for inputs of these shapes."""
         values = tree_map(to_meta, self.values)
         key = tuple(leaf.shape if isinstance(leaf, Tensor) else str(leaf) for leaf in tree_leaves(values))
-        places = self.exit.places.pop(key, None)
-        if places is None:
+        lattice_ids = self.exit.lattice_ids.pop(key, None)
+        if lattice_ids is None:
             lattice, program = self.lattice, meta_copy(self.program.net).program
             low = program.geometry.uniform(program.geometry.max_level, lattice.batch, lattice.whole_size)
-            places = observe(program, self.exit.graph, [lambda *_: low, *values]).places
-        self.exit.places[key] = places  # ordered by last use
-        for oldest in list(self.exit.places)[:-MOST_SIZES]:
-            self.exit.places.pop(oldest, None)
-        return places
+            lattice_ids = observe(program, self.exit.graph, [lambda *_: low, *values]).lattice_ids
+        self.exit.lattice_ids[key] = lattice_ids  # ordered by last use
+        for oldest in list(self.exit.lattice_ids)[:-MOST_SIZES]:
+            self.exit.lattice_ids.pop(oldest, None)
+        return lattice_ids
 
 
 def sample_at(

@@ -54,6 +54,7 @@ class Program:
         outside: attributes and global values that the network's code read then.
         is_fused: true if weights are folded and packed for inference; they then convert themselves to any type.
         net: the `AdaptiveModel` whose modules and parameters the graphs use; see `bind_to`.
+        image_name: the argument that is the image; "" if masks read none of the arguments as it is.
     """
 
     graph: fx.Graph
@@ -67,7 +68,7 @@ class Program:
     outside: Outside = field(default_factory=Outside)
     is_fused: bool = False
     net: Any = None
-    _image: str = field(init=False, repr=False)
+    image_name: str = field(init=False, repr=False)
     _run: Any = field(init=False, repr=False)
     _run_unchanged: Any = field(init=False, repr=False)
     _watch: Watch = field(init=False, repr=False)
@@ -79,7 +80,7 @@ class Program:
         source: Any = next(node.args[1] for node in self.graph.nodes if node.target is ask_mask)
         image = str(source.target) if source.op == "placeholder" else ""  # else it is in a list or dictionary
         run = runnable(self.graph)
-        self.__dict__.update(_run=run, _run_unchanged=run_unchanged, _image=image)
+        self.__dict__.update(_run=run, _run_unchanged=run_unchanged, image_name=image)
 
     def bind_to(self, net: Any) -> Program:
         """Return the program bound to the modules of another network; the generated code is shared."""
@@ -248,7 +249,7 @@ class Program:
 
     def preview(self, scale: float, image: Tensor) -> Any:
         """Run the network as given, or with everything low if that is not among its levels, on a smaller picture."""
-        if len(self.signature.parameters) > 1 or not self.masks_an_argument:
+        if len(self.signature.parameters) > 1 or not self.image_name:
             raise InvalidInput(
                 "the network cannot be run on a smaller picture.",
                 where="mask preview",
@@ -286,17 +287,7 @@ class Program:
 
     def image(self, arguments: dict[str, Any]) -> Any:
         """Return the image among the arguments of a call, which the mask reads."""
-        return arguments.get(self._image) if self._image else image_of(arguments)
-
-    @property
-    def image_name(self) -> str:
-        """The name of the argument that is the image, or "" if the mask reads none of the arguments as it is."""
-        return self._image
-
-    @property
-    def masks_an_argument(self) -> bool:
-        """True if the image that the mask reads is an argument of the call; else it is computed from arguments."""
-        return bool(self._image)
+        return arguments.get(self.image_name) if self.image_name else image_of(arguments)
 
     # -- checking the arguments --------------------------------------------------------------------
 
@@ -403,7 +394,7 @@ class ProgramNetwork(Derived):
     _mask_provider: MaskProvider
     _constants: dict[str, Tensor]
     _unit: Unit
-    _ways: dict[tuple[Any, ...], Program]
+    _paths: dict[tuple[Any, ...], Program]
 
     @property
     def adaptive_part(self) -> Self:

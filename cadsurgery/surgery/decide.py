@@ -15,9 +15,9 @@ from cadsurgery.following.facts import Facts
 from cadsurgery.following.graphs import and_after, source_line
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.barriers import Refusal, settle_flow
+from cadsurgery.surgery.dilations import Interpretation, consider, interpret_dilations
 from cadsurgery.surgery.flow import Flow, Role, copy_read, flow_forward, why_inside_cells
 from cadsurgery.surgery.plan import Action, Decision, Leaves, Outputs, Plan, Prospect
-from cadsurgery.surgery.readings import DilationReading, consider, read_dilations
 from cadsurgery.surgery.refusals import RegionOption, asked_region, nothing_to_convert
 from cadsurgery.surgery.region import Region, floor_region, region_of
 from cadsurgery.surgery.treatment import Barrier, Cause, Treatment, operation_name
@@ -63,14 +63,14 @@ def make_plan(
         asked = _up_to(up_to, asked, flow_forward(facts, asked))
     if coarsest is not None:
         return _plan_of_floors(facts, asked, coarsest, region, part)
-    readings = read_dilations(facts, asked, named=not isinstance(region, str))
-    if not any(reading.possible for reading in readings):
-        raise nothing_to_convert(readings[0].settled.flow)
-    reading, (high, low) = _choose(readings, output_stride)
-    flow, chosen = reading.settled.flow, reading.regions[high]
+    interpretations = interpret_dilations(facts, asked, named=not isinstance(region, str))
+    if not any(one.possible for one in interpretations):
+        raise nothing_to_convert(interpretations[0].settled.flow)
+    interpretation, (high, low) = _choose(interpretations, output_stride)
+    flow, chosen = interpretation.settled.flow, interpretation.regions[high]
     through_heads = region == "heads"
     if through_heads or low < chosen.strides[-1]:  # with smaller cells more operations may stay in the region
-        capped = reading.settled.up_to(low, through_heads)
+        capped = interpretation.settled.up_to(low, through_heads)
         if (larger := region_of(capped, high)).strides == chosen.strides:
             flow, chosen = capped, larger
     decisions = _decide(flow, chosen, fine_outputs=returned == "fine")
@@ -87,11 +87,11 @@ def make_plan(
         output_stride=(high, low),
         strides=chosen.strides,
         identity_level=identity,
-        possible=_possible(readings),
+        possible=_possible(interpretations),
         matters=finest < low,
         finest=finest,
         returned=returned,
-        considered=consider(readings, sum(facts.macs.values())),
+        considered=consider(interpretations, sum(facts.macs.values())),
         **_of_every_plan(flow, decisions, region, part),
     )
     return plan, flow
@@ -190,25 +190,25 @@ def _up_to(stride: int, asked: Refusal, flow: Flow) -> Refusal:
     return refused
 
 
-def _possible(readings: Sequence[DilationReading]) -> tuple[tuple[int, int], ...]:
-    """Return all pairs of high and low output stride, starting with those of the preferred reading."""
-    return tuple(dict.fromkeys(pair for reading in readings for pair in reading.possible))
+def _possible(interpretations: Sequence[Interpretation]) -> tuple[tuple[int, int], ...]:
+    """Return all pairs of high and low output stride, starting with those of the preferred interpretation."""
+    return tuple(dict.fromkeys(pair for one in interpretations for pair in one.possible))
 
 
 def _choose(
-    readings: Sequence[DilationReading], asked: tuple[int, int] | None
-) -> tuple[DilationReading, tuple[int, int]]:
-    """Return the reading to plan, and its (high, low) output stride: the requested pair or the default."""
+    interpretations: Sequence[Interpretation], asked: tuple[int, int] | None
+) -> tuple[Interpretation, tuple[int, int]]:
+    """Return the interpretation to plan, and its (high, low) output stride: the requested pair or the default."""
     if asked is None:
-        first = next(reading for reading in readings if reading.usual is not None)
+        first = next(one for one in interpretations if one.usual is not None)
         assert first.usual is not None
         return first, first.usual
     pair = tuple(asked) if isinstance(asked, (tuple, list)) else asked
-    for reading in readings:
-        if pair in reading.possible:
-            return reading, (pair[0], pair[1])
-    listed = ", ".join(f"({high}, {low})" for high, low in _possible(readings))
-    dense = _strided_barriers(readings[0].settled.flow)
+    for interpretation in interpretations:
+        if pair in interpretation.possible:
+            return interpretation, (pair[0], pair[1])
+    listed = ", ".join(f"({high}, {low})" for high, low in _possible(interpretations))
+    dense = _strided_barriers(interpretations[0].settled.flow)
     raise InvalidInput(
         f"output_stride={asked} is not possible for this network.",
         why="high and low must be strides the network has, or had before it was dilated"

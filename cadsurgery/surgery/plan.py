@@ -462,7 +462,7 @@ class Plan:
         return f"on the example everything high and everything low differ by {self.effect:.1e} of the output's spread"
 
     def _extremes(self) -> list[Considered]:
-        """Return up to three considered readings: the planned one, those with the most and fewest removed strides."""
+        """Return up to three interpretations: the planned one, those with the most and fewest removed strides."""
         by_number = sorted(self.considered, key=lambda one: one.removed[-1:])
         return list(dict.fromkeys((*self.considered[:1], *by_number[-1:], *by_number[:1])))
 

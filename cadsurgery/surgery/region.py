@@ -240,16 +240,14 @@ def _larger_than_fine(
 ) -> set[fx.Node]:
     """Return the maps that a region of floors reads and that have more samples than its fine map, which is the first of
     the image's size or, where there is none, the first of all."""
-    reading = {
+    read = {
         source
         for node in flow.grid
         if node not in before and node not in outside and flow.role[node] is Role.MAP
         for source in flow.maps(node)
         if source in before
     }
-    sizes = {
-        node: flow.images[node] for node in flow.graph.nodes if node in reading and node not in flow.pads
-    }
+    sizes = {node: flow.images[node] for node in flow.graph.nodes if node in read and node not in flow.pads}
     of_image = (size for size in sizes.values() if size == tuple(flow.example.shape[2:]) and high == 1)
     fine = next(of_image, next(iter(sizes.values()), ()))
     return {node for node, size in sizes.items() if any(map(operator.gt, size, fine))}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.kernel_map import Window
-from cadsurgery.following.facts import Facts, MapFacts
+from cadsurgery.following.facts import Facts
 from cadsurgery.surgery.flow import flow_forward
 from cadsurgery.surgery.rules import treat
 from cadsurgery.surgery.treatment import Treatment
@@ -42,18 +42,15 @@ class Spatial:
 
     def __init__(self, facts: Facts) -> None:
         # No map is dilated here, and padding is a separate step.
-        observed = {field.name: getattr(facts, field.name) for field in fields(Facts)}
         known = flow_forward(facts, removed_up_to=0)
-        batch = len(facts.example)
-        # After an operation without a rule, a 4-d value with several positions counts as a map.
-        others = {
+        # Bins of the image, and what is computed of them, are maps here, which elements cannot be.
+        maps = {
             node: CHANNELS_FIRST
             for node, shape in facts.shapes.items()
-            if len(shape) == 4 and shape[0] == batch and min(shape[2:]) > 1 and node.op != "get_attr"
+            if len(shape) == 4 and shape[0] == len(facts.example) and min(shape[2:]) > 1
         }
-        images = {node: (facts.shapes[node][2], facts.shapes[node][3]) for node in others}
-        layouts = {**others, **known.layouts}
-        self.facts = MapFacts(**observed, layouts=layouts, images={**images, **known.images})
+        images = {node: (facts.shapes[node][2], facts.shapes[node][3]) for node in maps}
+        self.facts = replace(known, pads={}, layouts=maps | known.layouts, images=images | known.images)
 
     @cached_property
     def treatments(self) -> dict[fx.Node, Treatment]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import Run
+from conftest import Run, covering
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as torchvision_functional
@@ -95,9 +95,9 @@ STACKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("count", [2, 3, 6])
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize(
+    ("count", "dtype", "stack"), covering([2, 3, 6], ["uint8", "uint16", "float32"], [*STACKS])
+)
 def test_pictures_in_a_stack_are_no_bands_and_each_is_read_by_its_page(
     tmp_path: Path, stack: str, dtype: str, count: int
 ) -> None:
@@ -169,10 +169,10 @@ LAYOUTS = (
 )
 
 
-@pytest.mark.parametrize("byteorder", ["<", ">"])
-@pytest.mark.parametrize("bigtiff", [False, True])
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-@pytest.mark.parametrize("bands", [1, 3, 5])
+@pytest.mark.parametrize(
+    ("bands", "dtype", "bigtiff", "byteorder"),
+    covering([1, 3, 5], ["uint8", "uint16", "float32"], [False, True], ["<", ">"]),
+)
 def test_the_full_picture_is_read_among_copies_masks_and_labels(
     tmp_path: Path, bands: int, dtype: str, bigtiff: bool, byteorder: Any
 ) -> None:
@@ -396,11 +396,11 @@ NO_DATA = {
 STATED = [(kind, text) for kind, texts in NO_DATA.items() for text in texts]
 
 
-@pytest.mark.parametrize(("dtype", "text"), STATED)
-@pytest.mark.parametrize("bands", [1, 3, 4])
+@pytest.mark.parametrize(("stated", "bands"), covering([*STATED], [1, 3, 4]))
 def test_the_value_for_no_data_is_no_signal_in_any_type(
-    tmp_path: Path, dtype: str, text: str, bands: int
+    tmp_path: Path, stated: tuple[str, str], bands: int
 ) -> None:
+    dtype, text = stated
     stored = values(bands, dtype)
     stored[stored == NO_DATA[dtype][text]] = 1
     stored[:, 2:5, 3] = NO_DATA[dtype][text]

@@ -16,7 +16,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from conftest import Run, covering, images, rewritten
+from conftest import Run, covering, images, rewritten, slow
 from huggingface_hub import CommitOperationAdd, ModelCard, constants, errors
 from networks import PooledSegmenter, adapted
 from PIL import Image
@@ -239,7 +239,8 @@ def _from_a_checkpoint(tmp_path: Path) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("make", "again"), covering([_by_timm, _as_a_part, _from_a_file, _from_a_checkpoint], [False, True])
+    ("make", "again"),
+    covering([_by_timm, slow(_as_a_part), _from_a_file, slow(_from_a_checkpoint)], [False, True]),
 )
 def test_the_licence_of_weights_is_in_the_file_and_on_the_card(
     make: Callable[[Path], torch.nn.Module], again: bool, hub: Hub, tmp_path: Path

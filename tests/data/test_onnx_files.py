@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Run
+from conftest import Run, slow, thorough
 from networks import build
 from torch import Tensor, nn
 
@@ -115,7 +115,7 @@ def test_a_file_for_any_size_is_the_network_it_was_written_from(
         torch.testing.assert_close(read(image), original(image), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("exporter", ["script", "dynamo"])
+@pytest.mark.parametrize("exporter", ["script", slow("dynamo")])
 def test_a_size_that_only_the_example_had_is_freed(exporter: str, tmp_path: Path) -> None:
     original, image = network(Classifier), torch.randn(3, 3, 53, 47)
     read = cs.build_model(str(export(original, tmp_path / "net.onnx", exporter, dynamic=False)))
@@ -444,8 +444,8 @@ def test_it_is_exported_again(written: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "dynamic", "exporter"),
     [
-        *(("resnet18", True, "dynamo"), ("mobilenet_v3_small", False, "dynamo")),
-        *(("deeplabv3_mobilenet_v3_large", True, "script"), ("mobilenet_v3_small", False, "script")),
+        *(("resnet18", True, "dynamo"), thorough("mobilenet_v3_small", False, "dynamo")),
+        *(thorough("deeplabv3_mobilenet_v3_large", True, "script"), ("mobilenet_v3_small", False, "script")),
     ],
 )
 def test_networks_of_torchvision_convert_from_their_files(

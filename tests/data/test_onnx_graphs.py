@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import covering, some
+from conftest import covering, slow, some
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -299,7 +299,8 @@ def test_sizes_that_depend_on_comparisons_are_computed(choice: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("kind", "dynamo"), covering(["pad", "crop", "picked", "put", "placed", "turned"], [False, True])
+    ("kind", "dynamo"),
+    covering(["pad", "crop", "picked", *map(slow, ("put", "placed", "turned"))], [False, True]),
 )
 def test_what_torch_writes_for_computed_places_is_read(kind: str, dynamo: bool, tmp_path: Path) -> None:
     """Paddings and cuts of computed widths, indices, samples that are put, and grids of an affine transform."""

@@ -198,7 +198,7 @@ def random_halo(rows: int, count: int) -> gpu.Halo:
     return gpu.Halo(sources.to(DEVICE, torch.int32), shares.to(DEVICE))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("groups", [1, 3, 12])
 def test_halo_rows_stand_behind_the_rows_and_the_padding(groups: int, dtype: torch.dtype) -> None:
     """With gradients, which are the same every time."""
@@ -666,7 +666,7 @@ def rows_of(source: Lattice, channels: int, dtype: torch.dtype, room: int) -> tu
     [
         pytest.param(*pair, gpu.DTYPES[(at + at // len(WINDOWS)) % 3], marks=marks)
         for at, pair in enumerate(product(LEVELS, WINDOWS))  # each in one type after the other
-        for marks in [() if at % 6 == 2 else pytest.mark.slow]
+        for marks in [() if at % 12 == 2 else pytest.mark.slow]
     ],
 )
 def test_under_floors_a_convolution_is_that_of_the_reference(
@@ -691,10 +691,15 @@ def test_under_floors_a_convolution_is_that_of_the_reference(
     close(compute(work)[: len(expected)].cpu(), expected.to(dtype))
 
 
-@pytest.mark.parametrize("largest", [True, False])
-@pytest.mark.parametrize("dtype", gpu.DTYPES)
-@pytest.mark.parametrize("case", ["even", "strided", "dilated"])
-@pytest.mark.parametrize("levels", ["0.5 kept", pytest.param("many levels", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("case", "dtype", "largest", "levels"),
+    [
+        pytest.param(*case, marks=() if at % 7 == 0 else pytest.mark.slow)  # of each some by default
+        for at, case in enumerate(
+            product(["even", "strided", "dilated"], gpu.DTYPES, [True, False], ["0.5 kept", "many levels"])
+        )
+    ],
+)
 def test_under_floors_pooling_is_that_of_the_reference(
     levels: str, case: str, dtype: torch.dtype, largest: bool
 ) -> None:

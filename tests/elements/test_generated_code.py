@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, covering, slow
+from conftest import ROOT, covering, thorough
 
 # A film under a threshold, with another number of elements in every image. Prints a line before each image.
 FILM = """
@@ -39,8 +39,9 @@ print("end", len(kept), flush=True)
 @pytest.mark.parametrize(
     ("case", "dtype"),
     covering(
-        [("resnet18", "1"), slow(("mobilenet_v2", "1")), slow(("resnet18", "0"))],
-        ["float32", slow("bfloat16")],
+        [("resnet18", "1"), thorough(("mobilenet_v2", "1")), thorough(("resnet18", "0"))],
+        ["float32", thorough("bfloat16")],
+        few=0,
     ),
     ids=str,
 )

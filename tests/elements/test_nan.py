@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import covering, slow
+from conftest import covering, slow, some
 from networks import unverified
 from torch import Tensor, nn
 
@@ -120,7 +120,7 @@ def found(model: nn.Module, dtype: torch.dtype, mask: str) -> tuple[Tensor, Tens
 @pytest.mark.parametrize(
     ("name", "dtype", "act", "bad"),
     covering(
-        [name for name, _ in Net(nn.ReLU, nn.Identity()).named_parameters()],
+        some(name for name, _ in Net(nn.ReLU, nn.Identity()).named_parameters()),
         (torch.float32, torch.float64, torch.bfloat16),
         (nn.ReLU, nn.ReLU6),
         (str(torch.nan), str(torch.inf)),
@@ -151,7 +151,7 @@ def test_nan_that_a_network_makes_is_kept(dtype, act):
     assert plain.any()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", slow("convnext_tiny")])
+@pytest.mark.parametrize("name", ["mobilenet_v2", *map(slow, ("resnet18", "convnext_tiny"))])
 def test_an_ordinary_network_loses_no_fused_activation(name):
     """What makes no NaN keeps oneDNN's clamps, its dense stem included: they are faster."""
     net = unverified(cs.build_model(name, "none"), "edges").optimize()

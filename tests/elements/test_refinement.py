@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels, some
+from conftest import assert_same, covering, images, random_levels, some, thorough
 from networks import made_once, randomise, unverified
 from torch import Tensor, nn
 
@@ -219,7 +219,7 @@ def test_what_cannot_be_refined_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [thorough(False), True])
 def test_it_is_exported(dynamic: bool, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     net = learn(convert("resized"))

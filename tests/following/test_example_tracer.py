@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels
+from conftest import assert_same, covering, images, random_levels, slow
 from networks import conv_norm, randomise, unverified
 from torch import Tensor, nn
 
@@ -69,7 +69,7 @@ def test_a_call_that_goes_another_way_gets_a_graph_of_its_own() -> None:
     for same in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         for x in (small, large, small, large):
             assert_same(same(x), model(x), EXACT)
-        assert len(same._ways) == 1
+        assert len(same._paths) == 1
         levels = random_levels(2, tuple(same.levels.shape[1:]), same.plan.stage_strides)
         assert_same(same(large, mask=levels)[:1], same(large[:1], mask=levels[:1]), EXACT)
     with torch.no_grad():
@@ -130,7 +130,9 @@ class BySelection(ByValues):
         return self.rest(x) if x[x > 0].numel() > 5 else x
 
 
-@pytest.mark.parametrize(("network", "convert"), covering([ByValues, BySelection], [cs.adaptify, cs.plan]))
+@pytest.mark.parametrize(
+    ("network", "convert"), covering([ByValues, slow(BySelection)], [slow(cs.adaptify), cs.plan])
+)
 def test_decisions_by_values_are_refused_with_their_line(
     network: type[nn.Module], convert: Callable[..., object]
 ) -> None:

@@ -64,7 +64,7 @@ def test_an_optimised_copy_follows_what_the_network_follows(fuse: bool) -> None:
     for one in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         for x, output in 2 * list(zip(calls, expected, strict=True)):
             assert_same(one(x), output, EXACT)
-        assert len(one._ways) == 1
+        assert len(one._paths) == 1
     net.down[2][0].weight.div_(2)
     x = images(2, *ODD)
     net(x)
@@ -79,7 +79,7 @@ def test_many_threads_make_a_way_once() -> None:
     fast, x = net.optimize(), images(1, *ODD)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: fast(x), range(8)))
-    assert len(fast._ways) == 1
+    assert len(fast._paths) == 1
     for one in found:
         assert_same(one, model(x), EXACT)
 

@@ -161,7 +161,7 @@ def test_what_no_code_reads_may_change() -> None:
     net = convert(model, {"output_stride": (1, 4)})
     net.inner.settings.unread, net.unread = 7, 8
     assert_same(net(x), model(x))
-    assert not net._ways
+    assert not net._paths
 
 
 def test_an_attribute_is_not_set_on_an_inference_copy() -> None:
@@ -327,7 +327,7 @@ def test_an_object_that_is_held_at_several_depths_is_compared_as_a_whole_at_each
     model, x = randomise(Holds()).eval(), images(1, 64, 96)
     net = convert(model, {"output_stride": (1, 4)})
     assert_same(net(x), model(x))
-    assert not net._ways  # nothing has changed
+    assert not net._paths  # nothing has changed
     for each in (net, model):
         each.inner.gains["first"][1] = 7.0
     assert_same(net(x), model(x))
@@ -496,7 +496,7 @@ def test_a_global_value_that_only_shares_a_name_may_change(
         monkeypatch.setitem(globals(), name, value)
         assert_same(fast(x), model(x))
         assert_same(net(x), model(x))
-    assert not net._ways
+    assert not net._paths
 
 
 def _counting(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -525,7 +525,7 @@ def test_what_calls_count_in_a_closure_is_no_setting() -> None:
     for _ in range(3):
         assert_same(net(x), model(x))
         assert_same(fast(x), model(x))
-    assert not net._ways
+    assert not net._paths
 
 
 class Beside:

@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, slow, thorough
+from conftest import ROOT, thorough
 
 from cadsurgery.kernels import build, isa
 
@@ -82,7 +82,20 @@ def run_laws(name: str, *options: str, library: Path | None = None) -> None:
             "EMULATED_TILES": str(library),
             "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, ROOT))),
         }
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-x", *LAWS, *options]
+    which = "not slow" if "CADSURGERY_FEW" in os.environ else "slow or not slow"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "-x",
+        "-m",
+        which,
+        *LAWS,
+        *options,
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
@@ -99,7 +112,7 @@ BETWEEN = ("sse4", "avxvnni", "avx512bf16", "avx512vnni")  # sets whose neighbou
 @pytest.mark.parametrize("name", [thorough(one) if one in BETWEEN else one for one in isa.ISAS])
 def test_all_cases_of_the_laws_hold_for_the_forms_of_every_instruction_set(name: str) -> None:
     skip_unless_run_here(name)
-    run_laws(name, "-k", CHOSEN, "-m", "slow or not slow")
+    run_laws(name, "-k", CHOSEN)
 
 
 # -- tiles of AMX, emulated ---------------------------------------------------------------------------------
@@ -108,7 +121,7 @@ on_x86 = pytest.mark.skipif(build.architecture() != "x86-64", reason="AMX is of 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="there is no C compiler")
 
 
-@pytest.fixture(params=[slow("scalar"), "avx2", slow("avx512")])
+@pytest.fixture(params=[thorough("scalar"), "avx2", thorough("avx512")])
 def emulating(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The compiler's command, for a table in which amx is emulated beside an instruction set that the processor has."""
     beside = next((one for one in build.instruction_sets() if one.name == request.param), None)
@@ -226,7 +239,7 @@ def hold(done: subprocess.CompletedProcess[str], laws: set[str]) -> bool:
     return done.returncode == 0 and laws <= set(re.findall(r"^ok (\w+)", done.stdout, re.MULTILINE))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="the program is linked statically, for Linux")
 @pytest.mark.skipif(build.find_compiler() is None, reason="there is no C compiler")
 def test_the_laws_in_c_hold_for_the_forms_of_this_processor(tmp_path: Path) -> None:

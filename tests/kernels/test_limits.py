@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, thorough
 from torch import Tensor
 
 from cadsurgery.kernels import build, dispatch, isa
@@ -45,7 +45,7 @@ def fuzz(library: Path, seed: int, calls: int, **environment: str) -> set[str]:
     return {line.split()[0] for line in done.stdout.splitlines()}
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [0, thorough(1)])
 def test_calls_that_do_not_fit_are_refused_or_stay_within_their_buffers(seed: int) -> None:
     called = fuzz(build.LIBRARY, seed, 3 if seed == 0 else 12)
     assert all(any(name.startswith(kind) for name in called) for kind in KINDS)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering
+from conftest import assert_same, covering, slow
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -54,9 +54,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 MASKS = (
     "edges",
-    "gradient",
+    slow("gradient"),
     "detail",
-    "content",
+    slow("content"),
     "random:seed=3",
     "edges | budget:fraction=0.3",
     "keypoints:count=9",

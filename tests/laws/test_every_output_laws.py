@@ -183,7 +183,7 @@ class Drawn(nn.Module):
         return self.run(self.stem(x), Straight())
 
 
-@pytest.mark.parametrize("seed", [seed if seed < 3 else slow(seed) for seed in range(20)])
+@pytest.mark.parametrize("seed", [seed if seed < 1 else slow(seed) for seed in range(20)])
 @torch.no_grad()
 def test_every_output_at_every_level_is_the_network_dilated_by_hand(seed: int) -> None:
     torch.manual_seed(seed)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, some
+from conftest import assert_same, covering, slow, some
 from networks import Encoded, unverified
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -360,7 +360,7 @@ def test_a_map_that_is_padded_along_each_axis_in_turn_is_exact(pad: Callable[[Te
             assert_same(net(x := torch.rand(1, 3, *size).double(), mask="all"), model(x), 1e-9)
 
 
-@pytest.mark.parametrize("size", [(99, 131), (98, 130)], ids=str)
+@pytest.mark.parametrize("size", [(99, 131), slow((98, 130))], ids=str)
 def test_an_image_that_is_padded_on_one_side_alone_may_be_padded_by_any_amount(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     model = PadsAlongEachAxis(where_needed, True).double().eval()
@@ -477,7 +477,7 @@ class SuperResolving(nn.Module):
 
 @pytest.mark.parametrize(
     ("scales", "mode", "first"),
-    covering([(2,), (3,), (4,), (2, 2)], ["nearest", "bilinear", "bicubic"], [False, True]),
+    covering([(2,), slow((3,)), slow((4,)), (2, 2)], ["nearest", "bilinear", slow("bicubic")], [False, True]),
     ids=str,
 )
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import covering, some
+from conftest import covering, some, thorough
 from emulation import fill_cells, read
 from networks import DilatedWithHead
 from torch import Tensor, fx, nn
@@ -136,7 +136,7 @@ def test_a_file_brings_the_region_back(tmp_path: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("kernels", [thorough(False), True])
 def test_a_file_for_engines_gives_what_the_network_gives(kernels: bool, tmp_path: Any) -> None:
     """An export compares its file with the network, at other sizes too."""
     pytest.importorskip("onnxruntime")

@@ -24,7 +24,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 import cadsurgery as cs
 
 DETECTORS = [
-    *("retinanet", slow("ssdlite320_mobilenet_v3_large"), slow("fasterrcnn_resnet50_fpn")),
+    *("retinanet", thorough("ssdlite320_mobilenet_v3_large"), thorough("fasterrcnn_resnet50_fpn")),
     *(thorough("retinanet_resnet50_fpn"), thorough("fcos_resnet50_fpn"), thorough("maskrcnn_resnet50_fpn")),
     *(thorough("keypointrcnn_resnet50_fpn"), thorough("ssd300_vgg16")),
 ]
@@ -162,7 +162,7 @@ def test_a_part_that_is_not_called_has_no_macs() -> None:
     assert net.active_fraction == 0
 
 
-@pytest.mark.parametrize("form", ["batch", "list"])
+@pytest.mark.parametrize("form", [slow("batch"), "list"])
 def test_a_backbone_that_the_network_does_not_use_is_refused(form: str) -> None:
     """Or else masks, plan and MACs would be of something that never runs."""
 

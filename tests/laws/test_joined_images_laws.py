@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, relative_error
+from conftest import assert_same, covering, relative_error, thorough
 from networks import unverified
 from torch import Tensor, nn
 
@@ -167,7 +167,7 @@ def test_a_condition_on_sizes_fails_in_an_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["added", "filled", "bins of the size of another map"])
+@pytest.mark.parametrize("name", ["added", thorough("filled"), thorough("bins of the size of another map")])
 @pytest.mark.filterwarnings("ignore::cadsurgery.CadWarning")
 def test_a_file_of_any_size_refuses_what_the_network_refuses(name: str, tmp_path: Path) -> None:
     import onnxruntime

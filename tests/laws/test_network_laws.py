@@ -21,9 +21,20 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, pointwise_rule, random_levels, relative_error, slow
-from emulation import Emulation, Feature, NetworkEmulator, emulate
+from conftest import (
+    assert_same,
+    covering,
+    images,
+    pointwise_rule,
+    random_levels,
+    relative_error,
+    slow,
+    some,
+    thorough,
+)
+from emulation import Emulation
 from networks import randomise, thin, unverified
+from planned_emulation import StridedEmulator, emulate
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -128,7 +139,7 @@ def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "dtype", "output_stride"),
-    covering(RESNETS, (torch.float32, torch.float64), [(8, 32), (4, 32), (16, 32), (2, 32)]),
+    covering(RESNETS, (torch.float32, torch.float64), [(8, 32), (4, 32), *map(slow, ((16, 32), (2, 32)))]),
 )
 def test_all_low_strided_network_is_the_original(name: str, dtype: torch.dtype, output_stride: Size) -> None:
     """Law 1, strided: mask="none" gives the original's logits, and its map at the native positions."""
@@ -139,7 +150,7 @@ def test_all_low_strided_network_is_the_original(name: str, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize(
-    ("name", "region"), covering(["deeplabv3_resnet50", "fcn_resnet50"], ["auto", "backbone"])
+    ("name", "region"), covering(some(["deeplabv3_resnet50", "fcn_resnet50"]), some(["auto", "backbone"]))
 )
 def test_all_high_dilated_network_is_the_original(name: str, region: str) -> None:
     """Law 1, dilated: mask="all" gives the original's whole output."""
@@ -154,7 +165,7 @@ TIMM = ("timm/resnet10t", slow("timm/resnet18"), "timm/resnet26d", "timm/seresne
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", [thorough("resnet18"), "resnet50"])
 def test_networks_of_full_width_keep_laws_1_to_3(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32, where kernels work in tiles of channels that thin networks do not fill."""
     monkeypatch.setitem(globals(), "BY", 1)
@@ -173,7 +184,7 @@ def test_networks_of_full_width_keep_laws_1_to_3(name: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("name", "output_stride"),
-    [*covering(RESNETS, [(8, 32), slow((4, 32)), (8, 16)]), ("timm/seresnet18", (8, 32))],
+    [*covering(some(RESNETS), [(8, 32), slow((4, 32)), (8, 16)]), ("timm/seresnet18", (8, 32))],
 )
 def test_extremes_are_the_twins_at_the_strides_asked_for(name: str, output_stride: Size) -> None:
     """Law 2: everything high and everything low are the network dilated to these strides, logits included."""
@@ -252,7 +263,7 @@ def test_any_level_map_on_resnet18_is_the_emulation(output_stride: Size, fill: s
     assert torch.equal(net.levels.long(), levels)
 
 
-@pytest.mark.parametrize(("name", "fill"), covering([*RESNETS[1:], *TIMM], TWO))
+@pytest.mark.parametrize(("name", "fill"), covering(some([*RESNETS[1:], *TIMM]), TWO))
 def test_any_level_map_on_other_resnets_is_the_emulation(name: str, fill: str) -> None:
     """Law 3 for deeper, grouped and wider networks, average-pool shortcuts (ceil_mode, padding not counted) and
     squeeze-excite; law 1, too."""
@@ -302,8 +313,9 @@ def test_plain_cnns_keep_laws_1_and_3(kind: str, size: Size, fill: str) -> None:
 
 
 FAMILIES = (
-    *("googlenet", "mobilenet_v3_small"),
-    *map(slow, ("densenet121", "efficientnet_b0", "mnasnet0_5", "mobilenet_v2", "regnet_y_400mf")),
+    *(slow("googlenet"), "mobilenet_v3_small"),
+    *map(slow, ("densenet121", "efficientnet_b0")),
+    *map(thorough, ("mnasnet0_5", "mobilenet_v2", "regnet_y_400mf")),
 )
 
 
@@ -332,7 +344,8 @@ def test_what_follows_a_smaller_region_sees_the_native_size(fill: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "region", "fill"), covering(["deeplabv3_resnet50", "fcn_resnet50"], ["auto", "backbone"], THREE)
+    ("name", "region", "fill"),
+    covering(["deeplabv3_resnet50", "fcn_resnet50"], ["auto", "backbone"], some(THREE)),
 )
 def test_any_level_map_on_a_dilated_network_is_the_emulation_of_the_strided_one(
     name: str, region: str, fill: str
@@ -346,15 +359,15 @@ def test_any_level_map_on_a_dilated_network_is_the_emulation_of_the_strided_one(
     emulation = Emulation(levels, (2, 2), fill)
     net = convert(model, region=region, fill=fill)
     with torch.no_grad():
-        trunk = NetworkEmulator(strided_backbone(model), emulation, 8, guide_of(net, fill))
-        features = trunk.run(Feature(x, None))["out"]
-        assert features.stage == 2 and features.stride == 32
+        trunk = StridedEmulator(strided_backbone(model), emulation, 8, guide_of(net, fill))
+        features = trunk.run(x)["out"]
+        assert features.stage == 2 and features.stride == 4
         rest = nn.Sequential(*model.classifier)
         if (
             name.startswith("deeplab") and region == "auto"
         ):  # the head counts its dilations in samples of output stride 8
-            head_input = replace(features, stride=8)
-            features = NetworkEmulator(rest[0], emulation, 8).run(head_input)
+            head_input = replace(features, stride=1)
+            features = StridedEmulator(rest[0], emulation, 8).run(head_input)
             rest = rest[1:]
         logits = rest(emulation.read(features, trunk.guide))
         expected = F.interpolate(logits, size=SMALL, mode="bilinear", align_corners=False)
@@ -363,7 +376,7 @@ def test_any_level_map_on_a_dilated_network_is_the_emulation_of_the_strided_one(
 
 @pytest.mark.parametrize(
     ("output_stride", "fill"),
-    covering([(8, 16), slow((8, 32)), slow((4, 32))], ["linear", "guided", slow("nearest")]),
+    covering([(8, 16), slow((8, 32)), slow((4, 32))], ["linear", slow("guided"), slow("nearest")]),
 )
 def test_other_strides_of_a_dilated_network_are_the_emulation(output_stride: Size, fill: str) -> None:
     """Law 3 on DeepLab's backbone for other pairs of strides, finer than its own included."""
@@ -378,7 +391,7 @@ def test_other_strides_of_a_dilated_network_are_the_emulation(output_stride: Siz
 # -- 5: batches, sizes, precision, layout --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*map(slow, RESNETS[::2]), "seresnet18", "deeplabv3_resnet50"])
+@pytest.mark.parametrize("name", [*map(slow, RESNETS[::2]), "seresnet18", slow("deeplabv3_resnet50")])
 def test_a_batch_is_its_images_one_by_one(name: str) -> None:
     """Law 5: two images with different level maps, one of them uniform in the second call."""
     size = (97, 129)
@@ -500,7 +513,7 @@ def test_adaptify_keeps_the_mode(name: str, training: bool) -> None:
     assert net.training == training and net.layer4[0].bn1.training == training
 
 
-@pytest.mark.parametrize("name", RESNETS)
+@pytest.mark.parametrize("name", some(RESNETS))
 def test_gradients_of_an_all_low_network_are_the_originals(name: str) -> None:
     """Law 6: of a loss on the logits, for every parameter and the image."""
     model = build(name, double)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels
+from conftest import assert_same, covering, images, random_levels, some
 from networks import conv_norm, randomise, unverified
 from random_laws import compare
 from random_networks import Case, Draw
@@ -92,7 +92,7 @@ def settled(model: nn.Module) -> nn.Module:
     return model.double().eval()
 
 
-@pytest.mark.parametrize(("name", "seed"), covering([*RESIZED], range(3)))
+@pytest.mark.parametrize(("name", "seed"), covering(some(RESIZED), range(3)))
 def test_a_network_that_resizes_is_its_emulation(name: str, seed: int) -> None:
     """On a random level map, image by image, optimised; and on the network's own grid the network."""
     model, size = settled(Resized(*RESIZED[name])), SIZES[seed]

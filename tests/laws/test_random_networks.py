@@ -30,10 +30,10 @@ from cadsurgery.support.errors import CannotConvert
 
 # 70: another way through the network, which is itself at another level. 4532: values that are equal but for rounding
 # are pooled with their places, also where the conversion is verified.
-QUICK, TOGETHER = (3, 70, 4532), 25
+QUICK, LATE, TOGETHER = (3, 4532), (70,), 25
 # 69, 117: means over maps that end within a cell, and deviations, whose result depends on the number of samples.
 # 1508: a mean over a map that was cropped to cells of one level.
-UNDER_FLOORS = (69, 117, 1508)
+UNDER_FLOORS, LATE_UNDER_FLOORS = (69, 1508), (117,)
 ALL = int(os.environ.get("CADSURGERY_SEEDS", 2000))  # of the slow suite
 MOST_REFUSED = 4  # of those together: where what ends the region stands in front of all strides
 
@@ -85,7 +85,9 @@ def again(seed: int, error: str) -> str:
     return notes + run
 
 
-@pytest.mark.parametrize("seeds", [*([seed] for seed in QUICK), *map(slow, groups())], ids=span)
+@pytest.mark.parametrize(
+    "seeds", [*([seed] for seed in QUICK), *(slow([seed]) for seed in LATE), *map(slow, groups())], ids=span
+)
 def test_a_random_network_is_its_emulation(seeds: list[int], tmp_path: Path) -> None:
     """Few of them are refused, though some hold operations that end the region."""
     failed = check_all(seeds, Path(os.environ.get("CADSURGERY_FAILURES") or tmp_path))
@@ -93,7 +95,13 @@ def test_a_random_network_is_its_emulation(seeds: list[int], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "seeds", [*([seed] for seed in UNDER_FLOORS), *map(slow, groups()[: -(-ALL // TOGETHER)])], ids=span
+    "seeds",
+    [
+        *([seed] for seed in UNDER_FLOORS),
+        *(slow([seed]) for seed in LATE_UNDER_FLOORS),
+        *map(slow, groups()[: -(-ALL // TOGETHER)]),
+    ],
+    ids=span,
 )
 def test_a_random_network_under_floors_is_its_emulation(seeds: list[int]) -> None:
     """Conversions compare everything high with the network, and each floor and all side by side with an emulation."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images
+from conftest import assert_same, covering, images, slow, some
 from networks import seeded
 from torch import Tensor, nn
 
@@ -97,7 +97,7 @@ def own_level(net: cs.AdaptiveModel) -> str:
 
 @pytest.mark.parametrize(
     ("spelling", "asks", "kernel", "options", "example"),
-    covering(SPELLINGS, [False, True], [3, 5], OPTIONS, EXAMPLES),
+    covering(some(SPELLINGS), [False, True], [3, 5], OPTIONS, EXAMPLES),
 )
 @torch.no_grad()
 def test_same_padding_is_followed_at_every_size(
@@ -131,7 +131,7 @@ class Scored(nn.Module):
         return torch.cat([16.0 * points, score], 1)
 
 
-@pytest.mark.parametrize(("options", "example"), covering(OPTIONS, EXAMPLES))
+@pytest.mark.parametrize(("options", "example"), covering(some(OPTIONS), some(EXAMPLES)))
 @torch.no_grad()
 def test_large_values_beside_small_ones_hide_no_decision(options: str, example: tuple[int, int]) -> None:
     """Nor do they in the check of the conversion: the scores are right at the scale of the scores."""
@@ -149,7 +149,7 @@ def test_a_graph_of_the_example_serves_the_example() -> None:
     x = images(1, *EXAMPLES[1], torch.float64)
     net = cs.adaptify(model, example_input=x, coarsest=32, verify_laws=False)
     net(x)
-    assert not net._ways
+    assert not net._paths
     assert net.plan.example_shape == x.shape
 
 
@@ -177,7 +177,7 @@ class Patches(nn.Module):
 
 @pytest.mark.parametrize(
     ("patch", "pads", "asks", "options", "example"),
-    covering([2, 4, 7], [False, True], [True, False], OPTIONS, [(128, 192), (97, 129)]),
+    covering([2, slow(4), 7], [False, True], [True, False], OPTIONS, [(128, 192), (97, 129)]),
 )
 @torch.no_grad()
 def test_a_patch_that_later_strides_drop_at_some_sizes_is_not_forgotten(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import thorough
 from networks import strided
 from torch import Tensor, nn
 
@@ -155,7 +156,7 @@ def test_samples_on_a_grid_have_the_median_of_each_picture(size: tuple[int, int]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [thorough(False), True])
 def test_it_is_written_for_engines_at_one_size_and_at_any(dynamic: bool, tmp_path: Path) -> None:
     """The level map, too, is that of torch, at sizes that the example did not have."""
     pytest.importorskip("onnxruntime")

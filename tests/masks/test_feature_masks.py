@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, slow
+from conftest import assert_same, covering, images, slow, thorough
 from feature_cases import NOTHING, SIZE, converted, grid_of, missed, trunk
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,7 +104,7 @@ def test_a_batch_is_its_images_and_every_way_to_run_it_agrees(mask: str, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", ["detail", "learned"])
+@pytest.mark.parametrize("mask", ["detail", thorough("learned")])
 def test_budgets_of_them_are_static(mask: str, tmp_path: Path) -> None:
     """One graph without a break, and a program without the package: of `detail` before the first call, too."""
     net, x = converted(f"{mask} | budget:fraction=0.3", fill="guided"), images(2, *SIZE)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import covering
+from conftest import covering, some
 
 # Bytes a pixel of the picture beside the memory: level maps, and what masks that judge the whole picture make of it.
 NEEDS = {
@@ -65,7 +65,7 @@ print(max(peaks) - peaks[0])
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read as Linux tells it")
 @pytest.mark.parametrize(
     ("mask", "kind", "how"),
-    covering(list(NEEDS), ["floors", "strides"], ["nearest", "bilinear", "transposed"]),
+    covering(some(NEEDS), ["floors", "strides"], ["nearest", "bilinear", "transposed"], few=0),
     ids=str,
 )
 def test_bands_take_the_memory_that_was_asked_for(mask: str, kind: str, how: str) -> None:

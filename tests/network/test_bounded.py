@@ -124,7 +124,7 @@ def test_points_are_read_at_any_number_of_sizes() -> None:
         found = cs.read_at(net, x, wanted, reach="receptive")
         again = cs.read_at(net, x, wanted)
         torch.testing.assert_close(torch.cat(found), torch.cat(again), atol=1e-4, rtol=1e-4)
-    assert all(len(found.places) <= points.MOST_SIZES for found in points._EXITS[net.program].values())
+    assert all(len(found.lattice_ids) <= points.MOST_SIZES for found in points._EXITS[net.program].values())
 
 
 @pytest.mark.slow

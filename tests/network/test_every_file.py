@@ -231,7 +231,7 @@ def test_sixteen_well_known_networks_have_stand_ins() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [name if name in ALWAYS else thorough(name, few=2) for name in CASES])
+@pytest.mark.parametrize("name", [name if name in ALWAYS else thorough(name, few=8) for name in CASES])
 @torch.no_grad()
 def test_a_network_is_written_as_files_of_one_size_and_of_any(name: str, tmp_path: Path) -> None:
     check_files(CASES[name]("edges"), tmp_path, "onnx")

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, images, rewritten
+from conftest import Run, images, rewritten, thorough
 from networks import made_once, randomise, strided, unverified
 from PIL import Image
 from safetensors import safe_open
@@ -650,7 +650,7 @@ def check_mutation(seed: int, path: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("part", [0, thorough(1)])
 def test_mutated_files_are_refused_or_the_same(part: int, tmp_path: Path, imported: list[str]) -> None:
     """One thousand, 500 a part: nothing but FileError, nothing imported, no large allocation."""
     original()

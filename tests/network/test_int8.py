@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TESTS, assert_same, images, picture, slow
+from conftest import TESTS, assert_same, images, picture, slow, thorough
 from exported import File, net
 from torch import Tensor, nn
 from torchvision.utils import save_image
@@ -527,7 +527,8 @@ def test_signals_are_handled_after_files_were_open_in_openvino(tmp_path: Path) -
 @pytest.mark.filterwarnings("ignore:the outputs of the file in 8 bits differ")
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mask", "options"), [("edges | budget:fraction=0.3", {}), ("edges | smooth", {"level_map": True})]
+    ("mask", "options"),
+    [thorough("edges | budget:fraction=0.3", {}), ("edges | smooth", {"level_map": True})],
 )
 def test_an_exported_network_in_8_bits(mask: str, options: dict[str, Any], tmp_path: Path) -> None:
     model, path = net(mask), tmp_path / "net.onnx"
@@ -547,7 +548,7 @@ def test_an_exported_network_in_8_bits(mask: str, options: dict[str, Any], tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "unsaid"), [("onnx", 0.001), ("openvino", 0.5)])
+@pytest.mark.parametrize(("engine", "unsaid"), [("onnx", 0.001), thorough("openvino", 0.5)])
 def test_a_file_in_8_bits_that_is_far_from_the_float_one_says_so(
     engine: str, unsaid: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import images, relative_error
+from conftest import images, relative_error, thorough
 from networks import Segmenter, Undecided, randomise, strided, unverified
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -340,7 +340,7 @@ def test_a_learned_mask_inside_wrappers_is_the_one_that_is_trained() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["blend", "mixed"])
+@pytest.mark.parametrize("network", ["blend", thorough("mixed")])
 @pytest.mark.parametrize("fraction", [0.35])
 def test_training_drives_the_share_to_the_target(tmp_path: Path, network: str, fraction: float) -> None:
     net = adaptive(f"learned:fraction={fraction},channels=8/8/8")

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels, relative_error, slow
+from conftest import assert_same, covering, images, random_levels, relative_error, slow, thorough
 from emulation import fill_cells, pick, pixels
 from networks import randomise
 from torch import Tensor, nn
@@ -471,7 +471,7 @@ def test_dense_networks_cost_what_is_published(name: str, total: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("low", "least", "half"), [(16, 4.31252e11, 9.27418e11), (32, 3.56978e11, 8.90281e11)]
+    ("low", "least", "half"), [thorough(16, 4.31252e11, 9.27418e11), (32, 3.56978e11, 8.90281e11)]
 )
 def test_adaptive_networks_cost_what_is_published(low: int, least: float, half: float) -> None:
     """All low and all high as published; half of the blocks as measured on the published code."""
@@ -545,7 +545,7 @@ def variant(name: str) -> tuple[nn.Module, dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "low"), covering((slow("fcn"), slow("plus"), "deformable", "softpool"), (16, 32))
+    ("name", "low"), covering((thorough("fcn"), thorough("plus"), "deformable", "softpool"), (16, 32))
 )
 def test_variants_convert_and_keep_the_laws(name: str, low: int) -> None:
     """Uniform maps are the dense networks (verified by `adaptify`), a batch is its images one by one."""

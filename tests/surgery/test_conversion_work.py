@@ -159,4 +159,4 @@ def test_sizes_in_torch_size_are_followed() -> None:
     net = cs.adaptify(model, "none")
     x = torch.rand(1, 3, 64, 112)
     torch.testing.assert_close(net(x), model(x), rtol=1e-4, atol=1e-5)
-    assert not net._ways
+    assert not net._paths

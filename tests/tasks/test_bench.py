@@ -14,7 +14,7 @@ from typing import Any
 import drawn
 import pytest
 import torch
-from conftest import assert_same, covering, printed, slow, some
+from conftest import assert_same, covering, printed, slow, some, thorough
 from networks import strided
 from PIL import Image
 from torch import Tensor, nn
@@ -302,7 +302,7 @@ def test_what_is_done_is_kept_when_a_later_network_fails(
 @pytest.mark.parametrize(
     ("runtime", "package", "dtype"),
     [
-        ("onnx", "onnxruntime", "float32"),
+        thorough("onnx", "onnxruntime", "float32"),
         ("openvino", "openvino", "int8"),
     ],
 )
@@ -324,7 +324,7 @@ def test_the_network_as_given_is_measured_in_bands_that_the_label_names() -> Non
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"dtype": "bfloat16"}, slow({"dtype": "int8"}), slow({"runtime": "onnx"})],
+    [{}, slow({"dtype": "int8"}), *map(thorough, ({"dtype": "bfloat16"}, {"runtime": "onnx"}))],
     ids=str,
 )
 def test_dense_high_is_measured_on_smaller_pictures_too(options: dict[str, Any]) -> None:
@@ -369,7 +369,7 @@ def test_the_dense_networks_are_timed_in_other_engines_too() -> None:
     assert "dense low, ONNX Runtime, int8" in printed(found)
 
 
-@pytest.mark.parametrize("level", [0, 2])
+@pytest.mark.parametrize("level", [slow(0), 2])
 def test_a_dense_twin_for_engines_is_written_as_anyone_would(level: int) -> None:
     model, image = Gated().eval(), torch.randn(1, 3, *SIZE)
     net = cs.adaptify(model, outputs="native" if level else "fine", verify_laws=False)
@@ -385,7 +385,8 @@ def test_a_dense_twin_for_engines_is_written_as_anyone_would(level: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("mode", "size"), covering(["bilinear", "bicubic"], [{"size": (37, 61)}, {"scale_factor": 2.5}])
+    ("mode", "size"),
+    covering([slow("bilinear"), "bicubic"], [slow({"size": (37, 61)}), {"scale_factor": 2.5}]),
 )
 def test_a_dense_twin_for_engines_resizes_as_anyone_would(mode: str, size: dict[str, Any]) -> None:
     class Resized(nn.Module):

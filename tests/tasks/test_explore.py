@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import some
+from conftest import slow, some
 from PIL import Image
 from torch import nn
 
@@ -83,7 +83,7 @@ def test_outputs_are_those_of_the_network(subject: Subject, setting: PageSetting
         assert picture is not None and picture.size == (161, 97)
 
 
-@pytest.mark.parametrize("setting", SETTINGS[1:])
+@pytest.mark.parametrize("setting", some(SETTINGS[1:]))
 def test_code_that_is_copied_gives_the_same(
     subject: Subject, photo: Path, setting: PageSettings, command_line: Any
 ) -> None:
@@ -102,7 +102,7 @@ def test_code_that_is_copied_gives_the_same(
     torch.testing.assert_close(net(batch[None]), found.output, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("setting", [PageSettings(), PageSettings("edges", BUDGET, 0.5)])
+@pytest.mark.parametrize("setting", [slow(PageSettings()), PageSettings("edges", BUDGET, 0.5)])
 def test_a_file_is_explored_as_it_is(
     file: Path, photo: Path, setting: PageSettings, command_line: Any
 ) -> None:

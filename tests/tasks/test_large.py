@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import covering, some
+from conftest import covering, slow, some
 from networks import saved_segmenter, seeded, segmenter, unverified
 from PIL import Image
 from torch import nn
@@ -360,19 +360,24 @@ def lacking_shape(name: str, size: tuple[int, int]) -> np.ndarray:
     return {**shapes, "spots": (x + 0.3) ** 2 + (y + 0.3) ** 2 > 0.02}[name]
 
 
-@pytest.mark.parametrize("mask", ["all", "edges:threshold=0.1"])
-@pytest.mark.parametrize("shape", ["right", "middle", "footprint", "spots"])
-@pytest.mark.parametrize(("size", "larger"), [((900, 1016), 4), ((901, 1010), 1)])
+@pytest.mark.parametrize(
+    ("mask", "shape", "picture"),
+    covering(
+        ["all", "edges:threshold=0.1"],
+        ["right", "middle", "footprint", "spots"],
+        [((900, 1016), 4), ((901, 1010), 1)],
+    ),
+)
 def test_columns_without_data_are_not_computed(
     convolutions: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     mask: str,
     shape: str,
-    size: tuple[int, int],
-    larger: int,
+    picture: tuple[tuple[int, int], int],
 ) -> None:
     """The values elsewhere are those of whole rows, wherever the data lie; far fewer are computed."""
+    size, larger = picture
     lacking, net, pixels = lacking_shape(shape, size), convolutions(1, larger), list[float]()
     source = lacking_picture(tmp_path / "page.tif", "nodata", size, lacking)
     with monkeypatch.context() as patch:
@@ -586,8 +591,7 @@ def test_overviews_need_files_that_can_have_them(file: Path, picture: Path, tmp_
         predict(file, tmp_path / "plain.png", tmp_path / "out", memory="", overviews=True)
 
 
-@pytest.mark.parametrize("kind", ["tif", "vrt"])
-@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize(("kind", "level"), covering(["tif", "vrt"], [0, 1, 2]))
 def test_a_level_is_a_smaller_copy_of_the_same_area(
     convolutions: Callable[..., Path], tmp_path: Path, kind: str, level: int
 ) -> None:
@@ -701,7 +705,7 @@ def test_a_run_killed_while_it_writes_the_tiles_writes_them_when_it_goes_on(
     assert ended == at_once and report.rows[0]["levels"] == whole.rows[0]["levels"]
 
 
-@pytest.mark.parametrize("memory", some(["1MiB", "3MiB", MUCH]))
+@pytest.mark.parametrize("memory", some(["1MiB", "3MiB", MUCH], every=3))
 def test_the_file_type_follows_the_picture_whatever_the_memory(
     file: Path, picture: Path, tmp_path: Path, memory: str
 ) -> None:
@@ -830,7 +834,7 @@ def test_a_memory_needs_a_network_that_is_computed_in_bands(
         predict(file, picture, tmp_path / "out", memory="much")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, slow(2)])
 def test_automatic_memory_is_shared_by_processes(
     file: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:

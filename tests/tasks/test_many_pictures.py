@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, thorough
 from networks import saved_segmenter
 from PIL import Image
 
@@ -310,7 +310,7 @@ def bucket(different: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"workers": 2}, {"ray": "local", "workers": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"workers": 2}, thorough({"ray": "local", "workers": 1})], ids=str)
 def test_pictures_are_read_from_object_storage_and_predictions_written_there(
     file: Path,
     bucket: str,

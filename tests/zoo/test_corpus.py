@@ -26,7 +26,7 @@ CORPUS = ROOT / "tests" / "corpus"
 SUBJECTS = {one.name: one for one in read_corpus(CORPUS)}
 IDIOMS = sys.modules["corpus_blocks"].IDIOMS
 # One each for growing back, dilations, asking for sizes and being configured.
-QUICK = ("unets:unet_bilinear", "scenes:HybridDilated", "pythonic:SizesInLoops", "pythonic:Configured")
+QUICK = ("pythonic:SizesInLoops", "pythonic:Configured")
 
 SMALL = '''
 from torch import nn

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run, slow
+from conftest import Run, some
 from networks import strided
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ def plain():
     """Three strides."""
     return nn.Sequential(*[nn.Conv2d(c, 8, 3, 2, 1) for c in (3, 8, 8)], nn.Conv2d(8, 2, 1))
 '''
-CORPUS = ("pictures:Inpainting", "realtime:BiSeNetLike", "unets:UNetUnpadded")
+CORPUS = ("unets:UNetUnpadded", "pictures:Inpainting", "realtime:BiSeNetLike")
 # Families that `network/test_bands.py` has no network of, one small network of each.
 SAMPLE = (
     "ese_vovnet19b_slim_dw",
@@ -87,7 +87,7 @@ def test_what_is_late_is_left_out_and_that_is_said() -> None:
     assert row["result"] == "not converted" and "no time was left" in row["why"], row
 
 
-@pytest.mark.parametrize("name", [slow(name) if "BiSeNet" in name else name for name in CORPUS])
+@pytest.mark.parametrize("name", some(CORPUS, every=3))
 def test_networks_as_users_write_them_in_bands_are_whole(name: str) -> None:
     """Pooled maps that are added to others, crops on all sides, coarse dense maps beside the region, other inputs."""
     row = check_in_bands(subject(name, CHECKOUT))

@@ -69,6 +69,7 @@ def test_a_network_without_strides_is_compared_with_floors_alone() -> None:
     assert isinstance(row["compared"]["high"], str) and row["compared"]["own"] < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_network_that_is_not_the_same_is_not_exact() -> None:
     row = check_as_it_is(replace(SUBJECT, build=Shifted))

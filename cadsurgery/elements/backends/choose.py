@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from torch import Tensor
 from cadsurgery.kernels.dispatch import setting
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.running import running
-
-if TYPE_CHECKING:
-    pass
 
 
 class Misfit(InvalidInput):

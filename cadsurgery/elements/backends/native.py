@@ -127,7 +127,7 @@ class Native(Backend):
         if isinstance(work, MapResizing):
             return work.rows.dtype == torch.float32 and work.rows.numel() > 0
         if isinstance(work, PixelReading):
-            return work.lattice.is_counted_here and work.is_counted
+            return work.lattice.is_counted_on_cpu and work.lattice.part is None
         if isinstance(work, Filling):
             return _of_one_resolution(work.source, work.target)
         return not isinstance(work, Convolution) or self._has_form(work)
@@ -295,7 +295,7 @@ class Native(Backend):
         rows, source, act, whole = work.rows, work.source, work.activation, work.source.part is None
         dtype, (height, width) = _sum_type(rows.dtype), source.size
         out = new_memory(rows, work.target.count, rows.shape[1])
-        there, index = (None, None) if whole else (source.part.pixels, source.index)  # type: ignore[union-attr]
+        there, index = (None, None) if whole else (source.part.rows, source.index)  # type: ignore[union-attr]
         shares = work.shares.to(dtype).contiguous() if work.shares is not None else None
         baseline = work.baseline.to(rows).contiguous() if work.baseline is not None else None
         more = work.residual.to(rows).contiguous() if work.residual is not None else None

@@ -34,12 +34,11 @@ class Portable(Backend):
 
     def applies(self, work: Work) -> bool:
         """Return True while such a graph is traced, without gradients."""
-        if isinstance(
-            work, (CellSearch, TapSearch)
-        ):  # operations of engines that load this package's kernels
+        if isinstance(work, (CellSearch, TapSearch)):  # operations of engines with this package's kernels
             return running.target is not None and running.target.has_kernels and work.is_counted
         if isinstance(work, PixelReading):
-            return _has_pick(work.rows) and work.is_counted and has_halo(work.lattice) and not work.gradient
+            is_counted = work.lattice.capacity is None
+            return _has_pick(work.rows) and is_counted and has_halo(work.lattice) and not work.gradient
         return running.target is not None and not work.gradient
 
     def find_cells(self, work: CellSearch) -> tuple[Tensor, Tensor, Tensor]:

@@ -60,8 +60,6 @@ class Torch(Backend):
         corner = (image * height + y - y % lattice.side_map) * width + x - x % lattice.side_map
         pixel = (image * height + y) * width + x
         is_anchor = (corner == pixel).flatten()
-        if lattice.part is not None:
-            is_anchor &= lattice.part.pixels
         row = is_anchor.cumsum(0) - 1
         if lattice.capacity is None:
             anchors = is_anchor.nonzero().squeeze(1)

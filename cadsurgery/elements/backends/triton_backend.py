@@ -56,7 +56,7 @@ class Triton(Backend):
         if work.graph or running.is_observed:
             return False
         if isinstance(work, CellSearch):
-            return work.is_bounded and gpu_maps.available(work.rows.device)
+            return not work.is_counted and gpu_maps.available(work.rows.device)
         if isinstance(work, TapSearch):
             return work.source.capacity is not None and gpu_maps.available(work.rows.device)
         if isinstance(work, MapConvolution):  # what follows the convolution, in one pass

@@ -379,12 +379,8 @@ class PixelReading(Work):
     @property
     def case(self) -> tuple[Hashable, ...]:
         """The rows' kind, and what is known of the cells."""
-        return *super().case, self.is_counted, self.lattice.levels.device.type
-
-    @property
-    def is_counted(self) -> bool:
-        """True if the lattice has all its cells, whose number is known."""
-        return self.lattice.part is None and self.lattice.capacity is None
+        lattice = self.lattice
+        return *super().case, lattice.part is None, lattice.capacity is None, lattice.levels.device.type
 
     @property
     def shape(self) -> tuple[int, ...]:

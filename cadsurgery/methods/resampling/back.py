@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends import warp
+from cadsurgery.elements.backends.native import ELEMENTS
+from cadsurgery.kernels.dispatch import call, function
 from cadsurgery.methods.resampling.locations import check_locations, check_size, normalise, upsample
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.running import running
 
 _POLISHING = 8  # steps of Newton's method
 
@@ -77,13 +80,31 @@ def invert_warp(locations: Tensor, samples: tuple[int, int], size: tuple[int, in
     cells = (grid.shape[1] - 1, grid.shape[2] - 1)
     bent = (_bent(samples[0] - 1, cells[0], grid.device), _bent(samples[1] - 1, cells[1], grid.device))
     enough = 16 * torch.finfo(exact).eps * max(size)
-    if warp.supports(grid):
-        return warp.invert(grid, points, bent, size, enough)
+    if grid.is_cpu and not running.is_observed and (kernel := function("invert", ELEMENTS[exact])):
+        return _invert_by_kernel(kernel, grid, points, bent, size, enough)
     rows = torch.arange(size[0], dtype=exact, device=grid.device).unsqueeze(1)
     columns = torch.arange(size[1], dtype=exact, device=grid.device)
     coarse = torch.stack([_invert(image_grid, rows, columns) for image_grid in grid], 1)
     per_cell = [(number - 1) / count for number, count in zip(samples, cells, strict=True)]
     return _polish(coarse * coarse.new_tensor(per_cell).view(2, 1, 1, 1), points, bent, enough)
+
+
+def _invert_by_kernel(
+    kernel: Any,
+    grid: Tensor,
+    samples: Tensor,
+    bent: tuple[Tensor, Tensor],
+    size: tuple[int, int],
+    enough: float,
+) -> Tensor:
+    """Compute `invert_warp` by `warp.c`, for points (B, n, m, 2) and samples (B, h, w, 2) in pixels."""
+    (batch, n, m, _), (h, w) = grid.shape, samples.shape[1:3]
+    corners = torch.stack((grid[:, :-1, :-1], grid[:, 1:, :-1], grid[:, :-1, 1:], grid[:, 1:, 1:]))
+    low, high = (corners.amin(0) - 1e-3).ceil().clamp_(min=0), (corners.amax(0) + 1e-3).floor()
+    boxes, found = torch.cat((low, high), -1).int(), grid.new_empty(2, batch, *size)
+    buffers = (grid.contiguous(), samples.contiguous(), boxes, *bent, found)
+    call(kernel, (*buffers, batch, n, m, h, w, *size), enough)
+    return found
 
 
 def _bent(steps: int, cells: int, device: torch.device) -> Tensor:

@@ -647,7 +647,7 @@ class Bands:
     def _image(self, provider: MaskProvider, program: Program, arguments: dict[str, Any]) -> Tensor:
         image: Any = program.image(arguments)
         why = next_ = ""
-        if not program.masks_an_argument:
+        if not program.image_name:
             why, next_ = "the network computes from its arguments the picture that masks see.", _WHOLE
         elif provider.looks_ahead:
             why = f"mask {provider.name} reads the output of a first pass over the whole picture."

@@ -18,7 +18,7 @@ from cadsurgery.elements.borders import onto_border
 from cadsurgery.elements.elements import Elements, rows_on
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Lattice, Pyramid
-from cadsurgery.elements.resizing import Scaling, read_at, resize_onto
+from cadsurgery.elements.resizing import Resizing, Scaling, read_at, resize_onto
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.elements.whole_image import areas_in_bins
 from cadsurgery.network.bands.steps import entries
@@ -82,8 +82,9 @@ class Cells:
         parts, part = self._parts[key], (grid, first, end)
         if part not in parts:
             own = self._key(first, end)
-            parts[part] = whole.between(first - begin, min(own[1], height) - begin)
-            parts[part].derive("count", lambda: self._count(grid, *own))
+            before, count = self._count(grid, begin, first), self._count(grid, *own)
+            parts[part] = whole.of_rows(slice(before, before + count))
+            parts[part].derive("count", lambda: count)
         return parts[part]
 
     def _pyramid(self, first: int, end: int) -> Pyramid:
@@ -300,7 +301,9 @@ def resized_elements(
         )
 
     def find(x: Elements, stage: Lattice, begin: int) -> Elements:
-        return resize_onto(x, stage, spacings, before, after, mode, align_corners, begin, source.size)
+        return resize_onto(
+            x, stage, Resizing(spacings, before, after, mode, align_corners), begin, source.size
+        )
 
     step = _of_elements(cells, node, rows, target, find)
     step.places = lambda first, end: torch.arange(first, end, dtype=torch.float64) * stretch
@@ -327,8 +330,8 @@ def of_neighbours(cells: Cells, node: fx.Node, grids: tuple[Grid, Grid], call: C
 
     def compute(rows: list[Any], first: int, end: int, begin: int) -> Elements:
         found: Elements = call({node: rows[0]})
-        lines = first - begin, min(end, grid.size[0]) - begin
-        return Elements(found.rows[slice(*map(found.lattice.row_at, lines))], cells.lattice(grid, first, end))
+        above, lattice = cells.elements_above(grid), cells.lattice(grid, first, end)
+        return Elements(found.rows.narrow(0, above[first] - above[begin], lattice.count), lattice)
 
     side = cells.side
     return Stream([(node, cells.reached(grids[0], side, side, finer=side))], compute, [node])

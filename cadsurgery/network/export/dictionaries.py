@@ -38,7 +38,7 @@ def open_call(net: AdaptiveModel, given: Any) -> tuple[AdaptiveModel, Any, str]:
         InvalidInput: the network reads more tensors than are given, or something that is no tensor.
     """
     if isinstance(given, Tensor):
-        holder = None if net.program.masks_an_argument else _holder_of_image(net.program.graph)
+        holder = None if net.program.image_name else _holder_of_image(net.program.graph)
         if holder is None and not further_inputs(net):
             return net, given, "image"
         given = (given,) if holder is None else _held(holder, given)

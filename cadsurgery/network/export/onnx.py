@@ -117,7 +117,7 @@ def write(
     step("translating to ONNX")
     model = translate(
         program,
-        f"write a program of torch's operations instead: to='pt2'.{_way_round(net, level_map)}",
+        f"write a program of torch's operations instead: to='pt2'.{_alternative(net, level_map)}",
         graph,
         custom_translation_table=TABLE,
         optimize=False,
@@ -423,12 +423,12 @@ def follow(
 
 def _other_files(dynamic: bool, level_map: bool) -> str:
     """Return the advice to write a file that torch can follow more easily than the one that was asked for."""
-    ways = []
+    advice = []
     if dynamic and not level_map:
-        ways.append("write a file for one size, without dynamic=True")
+        advice.append("write a file for one size, without dynamic=True")
     if not level_map:
-        ways.append("write an ONNX file with the level map as an input, level_map=True")
-    return "; or ".join([*ways, "run the network where this package is, net.optimize()"]) + "."
+        advice.append("write an ONNX file with the level map as an input, level_map=True")
+    return "; or ".join([*advice, "run the network where this package is, net.optimize()"]) + "."
 
 
 def _drop_assertions(graph: fx.GraphModule) -> None:
@@ -669,7 +669,7 @@ def _name_axes(model: Any, free: set[int]) -> None:
             )
 
 
-def _way_round(net: AdaptiveModel, level_map: bool) -> str:
+def _alternative(net: AdaptiveModel, level_map: bool) -> str:
     return (
         ""
         if level_map

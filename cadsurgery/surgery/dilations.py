@@ -1,4 +1,4 @@
-"""Interpret a network's dilations as removed strides or as its design. Each interpretation (reading) is evaluated, and
+"""Interpret a network's dilations as removed strides or as its design. Each interpretation is evaluated, and
 one is chosen.
 
 A dilation that doubles from one stage to the next and stays replaces a removed stride, as in segmentation networks made
@@ -30,7 +30,7 @@ ENOUGH = 0.3
 
 
 @dataclass(frozen=True)
-class DilationReading:
+class Interpretation:
     """One interpretation of a network's dilations.
 
     Attributes:
@@ -55,8 +55,8 @@ class DilationReading:
         return max(self.settled.flow.grown.values(), default=0)
 
 
-def read_dilations(facts: Facts, asked: Refusal, named: bool) -> tuple[DilationReading, ...]:
-    """Return the readings of a network's dilations, the chosen one first; most networks have only one.
+def interpret_dilations(facts: Facts, asked: Refusal, named: bool) -> tuple[Interpretation, ...]:
+    """Return the interpretations of a network's dilations, the chosen one first; most networks have only one.
 
     Args:
         facts: facts about the network.
@@ -71,48 +71,49 @@ def read_dilations(facts: Facts, asked: Refusal, named: bool) -> tuple[DilationR
         return (whole,)
     limits = (*spacings[-2::-1], 0)
     fewer = [_read(settle_flow(facts, asked, named, limit), in_stages) for limit in limits]
-    readings = [whole, *fewer]
-    chosen = _choose_reading(readings)
-    return (chosen, *(reading for reading in readings if reading is not chosen))
+    interpretations = [whole, *fewer]
+    chosen = _choose_among(interpretations)
+    return (chosen, *(one for one in interpretations if one is not chosen))
 
 
-def _choose_reading(readings: list[DilationReading]) -> DilationReading:
-    """Choose the reading with the largest evidently removed strides; else the reading without removed strides, if its
-    region has at least half the work of any other."""
-    by_design = readings[-1]
+def _choose_among(interpretations: list[Interpretation]) -> Interpretation:
+    """Choose the interpretation with the largest evidently removed strides; else the one without removed strides, if
+    its region has at least half the work of any other."""
+    by_design = interpretations[-1]
     limit = max(USUAL, *by_design.settled.flow.grid.values())
-    usable = [one for one in readings if one.usual is not None and one.largest_stride <= limit] or readings
-    if evident := [reading for reading in usable if reading.is_evident]:
+    usable = [one for one in interpretations if one.usual is not None and one.largest_stride <= limit]
+    usable = usable or interpretations
+    if evident := [one for one in usable if one.is_evident]:
         return evident[0]
-    most = max(usable, key=lambda reading: reading.work)
+    most = max(usable, key=lambda one: one.work)
     return by_design if by_design in usable and 2 * by_design.work >= most.work else most
 
 
-def consider(readings: Sequence[DilationReading], total: int) -> tuple[Considered, ...]:
-    """Summarise the readings for reports, the chosen one first.
+def consider(interpretations: Sequence[Interpretation], total: int) -> tuple[Considered, ...]:
+    """Summarise the interpretations for reports, the chosen one first.
 
     Args:
-        readings: readings of one network.
+        interpretations: interpretations of one network.
         total: multiply-accumulates of the network.
     """
     return tuple(
         Considered(
-            reading.usual,
-            tuple(sorted(set(reading.settled.flow.grown.values()))),
-            reading.work / max(1, total),
-            reading.is_evident,
+            one.usual,
+            tuple(sorted(set(one.settled.flow.grown.values()))),
+            one.work / max(1, total),
+            one.is_evident,
         )
-        for reading in (readings if len(readings) > 1 else ())
+        for one in (interpretations if len(interpretations) > 1 else ())
     )
 
 
-def _read(settled: Settled, in_stages: bool) -> DilationReading:
+def _read(settled: Settled, in_stages: bool) -> Interpretation:
     flow = settled.flow
     regions = {high: region_of(flow, high) for high in sorted(set(flow.grid.values()))}
     possible = tuple((high, low) for high, region in regions.items() for low in region.strides[1:])
     usual = _choose_strides(flow, regions, possible) if possible else None
     work = _macs_of(flow, regions[usual[0]].on_elements) if usual is not None else 0
-    return DilationReading(
+    return Interpretation(
         settled, regions, possible, usual, work, bool(possible) and in_stages and _is_consistent(flow)
     )
 
