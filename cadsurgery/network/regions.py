@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from cadsurgery.elements.axes import NCHW
-from cadsurgery.elements.lattice import Lattice
+from cadsurgery.elements.lattice import Lattice, as_levels
 from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.following.equivalence import meta_copy
 from cadsurgery.following.guards import drop_dead_code
@@ -107,8 +107,8 @@ class AxisReads:
         step: rows of the picture that parts of it are multiples of.
     """
 
-    def __init__(self, seen: SeenGraph, program: Program, along: Axis, level: int | None) -> None:
-        """Read the graph; `level` is that of all cells, if they have one.
+    def __init__(self, seen: SeenGraph, program: Program, along: Axis, level: int) -> None:
+        """Read the graph; `level` is the highest that a cell has.
 
         Raises:
             CannotConvert: an operation needs a whole map.
@@ -117,14 +117,16 @@ class AxisReads:
         if seen.region is not None:
             size = seen.fine_size() if along == "h" else seen.fine_size()[::-1]
             geometry = program.geometry
-            pyramid = uniform(geometry, geometry.max_level if level is None else level, size).pyramid
-            cells = Cells(pyramid, geometry.sides[-1], level=level)
+            # Where level maps are floors, no cell is smaller than the samples of the network's own grids.
+            sampled = level if geometry.floors else geometry.max_level
+            largest = max(geometry.level_at(sampled, grid.stage) for grid in seen.grids.values())
+            cells = Cells(uniform(geometry, level, size).pyramid, geometry.sides[largest], level=level)
         self.plan = BandPlan(seen, cells, along=along, computes=False)
         self.changing = self._of_image()
         self.scales = self._found_scales(seen)
         self.step = math.lcm(*(one.denominator for one in self.scales.values()))
         if seen.region is not None:
-            side: int = program.geometry.sides[-1]
+            side = program.geometry.sides[-1]  # of the network's own grids, whatever cells there are
             elements = [node for node in self.scales if node in seen.grids]
             self.step = math.lcm(self.step, *((side / self.scales[node]).numerator for node in elements))
 
@@ -171,24 +173,17 @@ class PictureReads:
 
     Attributes:
         seen: the graph, and the shapes of its maps.
+        level: the highest that a cell has.
         axes: what they read of rows, and of columns.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        graph: fx.Graph,
-        arguments: dict[str, Any],
-        counted: Program,
-        level: int | None = None,
-    ) -> None:
-        """Read a graph for the arguments of a call with one picture; `counted` is the program on meta tensors, `level`
-        that of all cells, if they have one.
+    def __init__(self, program: Program, seen: SeenGraph, level: int) -> None:
+        """Read a graph that was seen for a call with one picture; `level` is the highest that a cell has.
 
         Raises:
             CannotConvert: an output is no map, or depends on the whole picture.
         """
-        self.seen = SeenGraph(program, graph, arguments, counted)
+        self.seen, self.level = seen, level
         try:
             self.axes = (
                 AxisReads(self.seen, program, "h", level),
@@ -335,6 +330,14 @@ def joined(parts: Sequence[PicturePart], whole: Box) -> list[PicturePart]:
     return done
 
 
+def _parts(
+    size: tuple[int, int], boxes: Sequence[Box], part_for: Callable[[Box], tuple[Box, PictureReads]]
+) -> list[PicturePart]:
+    """Return the parts of a picture of a size that are computed for its boxes."""
+    parts = [PicturePart(part_for(box)[0], [number]) for number, box in enumerate(boxes) if box.area]
+    return joined(parts, Box(0, size[0], 0, size[1]))
+
+
 Answer = Callable[[MaskProvider, Program, dict[str, Any]], tuple[Any, Any]]
 
 
@@ -455,13 +458,24 @@ class PictureParts:
     @cached_property
     def levels(self) -> Tensor | None:
         """The levels (B, h, w) of that call; None if its level is the same everywhere."""
-        return None if self.ask is None else self.ask().pyramid.levels
+        if self.ask is None:
+            return None
+        image, size = self.arguments[self.program.image_name], self.reads.seen.fine_size()
+        given = self.provider.levels if isinstance(self.provider, FixedMask) else None
+        if given is not None and given.dtype == torch.int8 and given.shape == (len(image), *size):
+            return as_levels(given, self.program.plan.max_level)  # made legal part by part
+        return self.ask().pyramid.levels
 
-    def mask_of(self, box: Box, levels: Tensor | None = None) -> MaskProvider:
-        """Return the mask of the call with a part of the pictures: what that of the whole ones has there, whose levels
-        are computed unless they are given."""
-        levels = self.levels if levels is None else levels
-        if levels is None:
+    def highest(self, number: int, box: Box) -> int:
+        """Return the highest level in a part of a picture."""
+        assert self.levels is not None
+        stride = self.program.plan.strides[0]
+        down, across = (slice(first // stride, -(-end // stride)) for first, end in box.spans)
+        return int(self.levels[number, down, across].max())
+
+    def mask_of(self, box: Box) -> MaskProvider:
+        """Return the mask of the call with a part of the pictures: what that of the whole ones has there."""
+        if (levels := self.levels) is None:
             return self.provider
         stride, numbers = self.program.plan.strides[0], [number for number, _ in self.parts[box]]
         height, width = self.cut[box].seen.fine_size()
@@ -535,7 +549,7 @@ class Regions:
     def __init__(self) -> None:
         self._graphs = dict[tuple[fx.Graph, str | int | None], fx.Graph]()
         self._counted = dict[tuple[Program, torch.dtype | None], Program]()
-        self._reads = OrderedDict[tuple[Any, ...], PictureReads]()
+        self._seen = OrderedDict[tuple[Any, ...], tuple[SeenGraph, dict[int, PictureReads]]]()
 
     def __reduce__(self) -> tuple[type[Regions], tuple[()]]:
         return Regions, ()
@@ -562,17 +576,27 @@ class Regions:
                 next="call it on the whole picture: net(image).",
             )
         image, level = arguments[name], provider.uniform_level(program.plan.max_level)
-        graph = self._graph(program.graph_at(level), output)
-        reads = self._read(program, graph, {**arguments, name: image[:1]}, level)
+        graph, one = self._graph(program.graph_at(level), output), {**arguments, name: image[:1]}
+        reads = self._read(program, graph, one, program.plan.max_level if level is None else level)
         ask = partial(find_lattice, program, program.masking(provider), arguments) if level is None else None
-        found = dict[Box, list[tuple[int, list[int]]]]()
-        cut = dict[Box, PictureReads]()
+        parts = PictureParts(program, arguments, provider, ask, reads, boxes, {}, {})
+
+        def part_for(number: int, box: Box, more: int = 0) -> tuple[Box, PictureReads]:
+            """Return the part for a box of a picture, and what is read if no cell is larger than those in the part."""
+            least = level or 0
+            while True:
+                own = self._read(program, graph, one, least)
+                part = own.part_for(box, more)
+                if level is not None or (highest := parts.highest(number, part)) <= least:
+                    return part, own
+                least = highest
+
         for number, of_picture in enumerate(boxes):
-            for part in self._parts(reads, of_picture):
-                box, cut_reads = self._checked(program, graph, arguments, reads, part, of_picture, level)
-                cut[box] = cut_reads
-                found.setdefault(box, []).append((number, part.boxes))
-        return PictureParts(program, arguments, provider, ask, reads, boxes, found, cut)
+            for part in _parts(reads.size, of_picture, partial(part_for, number)):
+                around = _around([of_picture[index] for index in part.boxes])
+                box = self._checked(parts, graph, part, around, partial(part_for, number, around))
+                parts.parts.setdefault(box, []).append((number, part.boxes))
+        return parts
 
     def by_rows(
         self,
@@ -622,33 +646,29 @@ class Regions:
         cut.__dict__.update(graph=graph, unchanged=unchanged)
         return cut
 
-    def _parts(self, reads: PictureReads, boxes: Sequence[Box]) -> list[PicturePart]:
-        height, width = reads.size
-        parts = [PicturePart(reads.part_for(box), [number]) for number, box in enumerate(boxes) if box.area]
-        return joined(parts, Box(0, height, 0, width))
-
     def _checked(
         self,
-        program: Program,
+        parts: PictureParts,
         graph: fx.Graph,
-        arguments: dict[str, Any],
-        reads: PictureReads,
         part: PicturePart,
-        boxes: Sequence[Box],
-        level: int | None,
-    ) -> tuple[Box, PictureReads]:
-        """Return the part of the picture that gives a part's boxes, and what its maps read."""
-        name, whole = program.image_name, Box(0, reads.size[0], 0, reads.size[1])
-        around, refusal = _around([boxes[number] for number in part.boxes]), None
+        around: Box,
+        part_for: Callable[[int], tuple[Box, PictureReads]],
+    ) -> Box:
+        """Return the part of the picture that gives a part's boxes, once the network reads the same there as in the
+        whole one: with as many steps around it as that takes, by `part_for`."""
+        program, arguments, refusal = parts.program, parts.arguments, None
+        name, whole = program.image_name, Box(0, parts.reads.size[0], 0, parts.reads.size[1])
         for more in range(_MOST_MORE):
-            box = part.box if not more else reads.part_for(around, more)
+            box, reads = (whole, parts.reads) if part.box == whole else part_for(more)
             if box == whole:
-                return whole, reads
+                parts.cut[box] = parts.reads
+                return box
             picture = arguments[name][:1, :, box.top : box.bottom, box.left : box.right]
             try:
-                cut = self._read(program, graph, {**arguments, name: picture}, level)
+                cut = self._read(program, graph, {**arguments, name: picture}, reads.level)
                 reads.check(cut, around, box)
-                return box, cut
+                parts.cut[box] = cut
+                return box
             except CannotConvert as error:
                 refusal = error
             except Exception as error:  # the network may refuse a size with any error
@@ -671,24 +691,25 @@ class Regions:
             self._graphs[key] = copied
         return self._graphs[key]
 
-    def _read(
-        self, program: Program, graph: fx.Graph, arguments: dict[str, Any], level: int | None
-    ) -> PictureReads:
-        """Return what the maps of a graph read in a call with one picture."""
+    def _read(self, program: Program, graph: fx.Graph, arguments: dict[str, Any], level: int) -> PictureReads:
+        """Return what the maps of a graph read in a call with one picture whose cells have at most a level."""
         kinds = tuple(
             (n, v.shape, v.dtype) if isinstance(v, Tensor) else (n, repr(v)) for n, v in arguments.items()
         )
         weight = first_value(program.net)
         counted = program, weight.dtype if weight is not None else None
-        key = *counted, graph, kinds, level
-        if key not in self._reads:
+        key = *counted, graph, kinds
+        if key not in self._seen:
             if counted not in self._counted:
                 self._counted[counted] = program.bind_to(meta_copy(program.net))
-            self._reads[key] = PictureReads(program, graph, arguments, self._counted[counted], level)
-            while len(self._reads) > _MOST_SIZES:
-                self._reads.popitem(last=False)
-        self._reads.move_to_end(key)
-        return self._reads[key]
+            self._seen[key] = SeenGraph(program, graph, arguments, self._counted[counted]), {}
+            while len(self._seen) > _MOST_SIZES:
+                self._seen.popitem(last=False)
+        self._seen.move_to_end(key)
+        seen, reads = self._seen[key]
+        if level not in reads:
+            reads[level] = PictureReads(program, seen, level)
+        return reads[level]
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def find_pieces(
             int(first * length / of)
             for first, length, of in zip((part.top, part.left), whole, (height, width), strict=True)
         )
-        pieces.append(Piece(Box(a, b, c, d), part, (offset[0], offset[1]), region.mask_of(part, mask)))
+        pieces.append(Piece(Box(a, b, c, d), part, (offset[0], offset[1]), region.mask_of(part)))
     return pieces
 
 
@@ -151,7 +151,7 @@ def _margin_of(region_of: Any, size: tuple[int, int], side: int) -> tuple[int, i
     """Return the pixels above or below, and beside, a block in the middle that its values depend on."""
     spans = [(max(length // 2 - side // 2, 0), min(length // 2 + side // 2, length)) for length in size]
     box = Box(*spans[0], *spans[1])
-    (part,) = region_of(box).parts
+    part = region_of(box).reads.part_for(box)  # whatever the levels there
     across = max(box.left - part.left, part.right - box.right)
     return max(box.top - part.top, part.bottom - box.bottom), across
 

@@ -7,12 +7,14 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import is_dataclass
+from itertools import takewhile
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from conftest import random_levels
 from networks import ResidualSegmenter, Segmenter, seeded, strided, unverified
 from random_networks import random_case
@@ -188,6 +190,35 @@ def test_boxes_hold_what_the_whole_call_gives_there(name: str, way: str) -> None
     for boxes in BOXES.values():
         given = torch.tensor(boxes).reshape(-1, 4)
         assert_parts(whole, cs.read_within(net, image, [given], mask=mask), [given], (192, 160))
+
+
+def levels_up_to(net: cs.AdaptiveModel, image: Tensor, highest: int) -> Tensor:
+    """Random cells: of a level at most in the left part of the picture, of all levels in the right half."""
+    left, right = some_levels(net, image), some_levels(net, image)
+    middle = left.shape[2] // 2
+    return torch.cat([left[..., :middle].clamp(max=highest), right[..., middle:]], 2)
+
+
+@pytest.mark.parametrize("way", ["floors", "strides"])
+@pytest.mark.parametrize(
+    "name", ["segmenter", *(pytest.param(n, marks=pytest.mark.slow) for n in ("unet", "residual segmenter"))]
+)
+@torch.no_grad()
+def test_the_reach_is_that_of_the_largest_cells_of_the_part(name: str, way: str) -> None:
+    """Values are those of the whole call, for no more pixels than with the largest cells that there may be."""
+    net, image = made(name, way), torch.randn(1, 3, 160, 1024, dtype=torch.float64)
+    box, pixels = torch.tensor([[40, 70, 60, 90]]), list[int]()
+    for highest in range(net.geometry.max_level + 1):
+        mask = levels_up_to(net, image, highest)
+        whole = net(image, mask=mask)
+        assert_parts(whole, cs.read_within(net, image, [box], mask=mask), [box], (160, 1024))
+        region = net.in_region(image, boxes_of([box], image), lambda region: region, lambda *_: None, mask)
+        assert region is not None
+        ((part, _),) = region.parts.items()
+        assert part.area <= region.reads.part_for(Box(70, 90, 40, 60)).area
+        assert region.highest(0, part) <= highest or part.right > 512
+        pixels.append(part.area)
+    assert pixels == sorted(pixels) and pixels[0] < pixels[-1]
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -643,8 +674,28 @@ def test_networks_of_the_corpus_in_boxes(way: str) -> None:
     assert computed >= 20
 
 
-# Networks of timm whose last map depends on a part of the picture, one of a family.
+# Networks of timm and torchvision whose last map depends on a part of the picture.
 FAMILIES = [
+    "alexnet",
+    "cs3darknet_focus_s",
+    "efficientnet_es_pruned",
+    "googlenet",
+    "inception_resnet_v2",
+    "inception_v3",
+    "inception_v4",
+    "mnasnet0_5",
+    "mobilenet_edgetpu_v2_xs",
+    "mobilenet_v2",
+    "mobilenetv1_100",
+    "nf_resnet26",
+    "nf_resnet50",
+    "regnet_x_400mf",
+    "resnetblur50",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "tf_efficientnet_lite0",
+    "vovnet39a",
+    "xception41p",
     "convnext_atto",
     "cspdarknet53",
     "cspresnet50",
@@ -687,6 +738,16 @@ class LastMap(nn.Module):
         return self.features(x)[0]
 
 
+def last_map(name: str) -> nn.Module:
+    """A network up to its last map; one of torchvision without what reads all of that."""
+    if timm.is_model(name):
+        return LastMap(name)
+    options = {"init_weights": False} if name == "googlenet" else {}
+    children = torchvision.models.get_model(name, weights=None, **options).named_children()
+    before = takewhile(lambda child: child[0] not in ("avgpool", "classifier", "fc"), children)
+    return nn.Sequential(*(child for place, child in before if not place.lower().startswith("aux")))
+
+
 class Mean(nn.AvgPool2d):
     """In place of a largest value, whose gradient reaches one of those that are read."""
 
@@ -695,7 +756,8 @@ class Mean(nn.AvgPool2d):
 
 
 def transparent(model: nn.Module) -> nn.Module:
-    """A network whose gradients reach all that it reads: weights that average, norms that change nothing."""
+    """A network whose gradients reach all that it reads: weights that average, norms that change nothing, activations
+    that do not end."""
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.abs() + 1e-3
         if parameter.dim() > 1:
@@ -710,21 +772,23 @@ def transparent(model: nn.Module) -> nn.Module:
         for name, child in list(module.named_children()):
             if type(child) is nn.MaxPool2d:
                 setattr(module, name, Mean(child))
+            elif type(child) is nn.ReLU6:
+                setattr(module, name, nn.ReLU())
     return model
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_reach_of_families_is_that_of_gradients(name: str) -> None:
-    model, length = LastMap(name).eval(), 2048
-    net = unverified(model, "all", coarsest=32, example_input=torch.rand(1, 3, 64, 64))
-    box, image = Box(length // 2, length // 2 + 1, 32, 33), torch.rand(1, 3, length, 64)
+    model, length, width = last_map(name).eval(), 2048, 128 if name.startswith("inception_") else 64
+    net = unverified(model, "all", coarsest=32, example_input=torch.rand(1, 3, width, width))
+    box, image = Box(length // 2, length // 2 + 1, 32, 33), torch.rand(1, 3, length, width)
     reads = net.in_region(image, [[box]], lambda region: region.reads, lambda *_: None)
     assert reads is not None
     first, end = reads.needed(box)[0][reads.seen.image]
     model, image = transparent(model).double(), image.double().requires_grad_()
     output = model(image)
-    rows = box.of_map((output.shape[2], output.shape[3]), (length, 64)).spans[0]
+    rows = box.of_map((output.shape[2], output.shape[3]), (length, width)).spans[0]
     output[0, :, slice(*rows)].sum().backward()
     assert image.grad is not None
     touched = image.grad[0].abs().sum((0, 2)).nonzero().flatten()

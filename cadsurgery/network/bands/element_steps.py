@@ -52,7 +52,7 @@ class Cells:
         pyramid: the levels of the whole picture.
         side: fine rows that are computed at a time: of the largest cell, or of several.
         counts: what `elements_above` has found of the picture.
-        level: the level of all cells, where it is known that they have one: what is read then ends between these.
+        level: the highest that a cell has, where that is known: what is read then ends between cells of it.
     """
 
     pyramid: Pyramid
