@@ -699,8 +699,8 @@ class OptimizedModel(AdaptiveModel):
 
         Raises:
             CannotConvert: an operation needs a whole map.
-            InvalidInput: the memory is too little, the copy was made without one, the output holds no map, or has no
-                such row.
+            InvalidInput: the copy was made without a memory, the output holds no map, or has no such row; when rows are
+                first asked for, the memory is too little.
         """
         provider = self._mask_provider if mask is None else resolve_mask(mask)
 
