@@ -85,8 +85,8 @@ def run(
 ) -> None:
     """Run a converted file on images and clips: predictions, active fraction or exit, and the time of each.
 
-    Predictions of images are PNG files, and manifest.jsonl says what happened to each image. A clip or camera gives a
-    clip; Ctrl-C ends it with the current frame.
+    Predictions are PNG files, of rasters TIFF files; manifest.jsonl says what happened to each image. A clip or
+    camera gives a clip; Ctrl-C ends it with the current frame.
     """
 
 

@@ -220,8 +220,8 @@ def _report(
     lines = [_describe(row) for row in rows]
     if padded := sum("padded_to" in row for row in rows):
         lines.append(
-            f"{padded} padded at the right and below to sizes that the network takes, results cut back "
-            "(--size resizes instead)"
+            f"{padded} of the pictures padded at the right and below to sizes that the network takes, and the results "
+            "cut back (--size resizes instead)"
         )
     lines += [
         f"{row['image']}: {row['without_data']} pixels without data, which its prediction marks as such (GDAL's nodata)"

@@ -274,7 +274,7 @@ def test_a_large_picture_is_padded_as_one_that_fits(
     assert classes.shape == size
     for name in ("padded_to", "size", "levels"):
         assert rows.rows[0].get(name) == pytest.approx(whole.rows[0].get(name), abs=1e-3)
-    assert ("1 padded at the right and below" in rows.text) == any(side % 8 for side in size)
+    assert ("1 of the pictures padded at the right and below" in rows.text) == any(side % 8 for side in size)
     little = predict(Path("net.safetensors"), source, tmp_path / "little", memory="8KiB")
     assert [row["where"] for row in little.failed] == ["memory"]  # not the size as it is
 
