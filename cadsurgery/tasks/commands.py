@@ -180,7 +180,7 @@ class RunOptions:
     memory: str = option(
         "",
         "what the maps of a picture may take, e.g. 1.5GiB, or auto: pictures are computed in bands of rows, one "
-        "after the other; on the CPU; default: auto for rasters and where a picture would not fit",
+        "after the other; on the CPU; default: auto for rasters with a position and where a picture would not fit",
         metavar="AMOUNT",
     )
     within: str = option(
@@ -189,9 +189,7 @@ class RunOptions:
         "coordinate system; elsewhere predictions have no data",
         metavar="FILE",
     )
-    overviews: bool = option(
-        False, "TIFF files get smaller copies for viewers (cloud-optimised GeoTIFF)"
-    )
+    overviews: bool = option(False, "TIFF files get smaller copies for viewers (cloud-optimised GeoTIFF)")
     until: float = option(
         0.0, "for a network that can stop early: time limit in milliseconds", min=0, settable=True
     )

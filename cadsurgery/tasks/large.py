@@ -90,14 +90,14 @@ def size_at(path: str) -> tuple[int, int] | None:
     return None
 
 
-def is_raster(path: str) -> bool:
-    """Return True if a file says where its picture lies on the earth, or which of its pixels have no data."""
+def has_position(path: str) -> bool:
+    """Return True if a file says where its picture lies on the earth."""
     if is_remote(path):
         return False
     with suppress(FileError, NotInstalled):
         file = open_rows(path)
         file.close()
-        return bool(file.position) or file.may_lack
+        return bool(file.position)
     return False
 
 

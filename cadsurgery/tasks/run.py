@@ -44,7 +44,7 @@ from cadsurgery.tasks.journal import NAME, Results
 from cadsurgery.tasks.large import (
     SMALL,
     WrittenRows,
-    is_raster,
+    has_position,
     memory_of_whole,
     size_at,
     target_for,
@@ -355,7 +355,7 @@ def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
 
 def _why_in_rows(converted: nn.Module, sources: _Sources, settings: PredictionSettings) -> str:
     """Return why pictures are computed in bands of rows without --memory: the largest one's maps would take more than
-    is free, or one is a raster, whose prediction is one, too; empty if neither, or none can be computed so."""
+    is free, or one is a raster with a position, which its prediction has, too; empty if neither, or none can be so."""
     free, kind, source = free_memory(), method_of(converted), pictures_for(converted)
     if free is None or kind is not None or source is None or "-" in sources.stills or not sources.stills:
         return ""
@@ -370,9 +370,9 @@ def _why_in_rows(converted: nn.Module, sources: _Sources, settings: PredictionSe
         amounts = in_mebibytes(needed, free), in_mebibytes(free, needed)
         sides = f"{size[1]} x {size[0]} pixels"
         return f"{largest}, {sides}, would take up to {amounts[0]} whole, and {amounts[1]} are free"
-    _, size, raster = next((one for one in found if is_raster(one[2])), (0, (0, 0), ""))
+    _, size, raster = next((one for one in found if has_position(one[2])), (0, (0, 0), ""))
     if raster and memory_of_whole(converted, source.channels, size):
-        return f"{raster} says where it lies or where it has no data, and so does its prediction, a TIFF file"
+        return f"{raster} says where it lies, and so does its prediction, a TIFF file"
     return ""
 
 

@@ -29,7 +29,7 @@ def test_the_body_of_the_stems_outputs_is_the_network_under_any_mask() -> None:
 
 
 def test_training_the_body_is_training_the_network_with_a_fixed_stem(tmp_path: Path) -> None:
-    settings = Settings(steps=4, batch=2, lr=0.05, workers=0, save_every=4, freeze="stem")
+    settings = Settings(steps=3, batch=2, lr=0.01, workers=0, save_every=3, freeze="stem")
     whole, parted, data = adaptive().train(), adaptive().train(), Scenes()
     fit(whole, data, settings, output=tmp_path / "whole", device="cpu")
     fit(body_of(parted), CachedStem(parted, data), settings, output=tmp_path / "body", device="cpu")

@@ -151,20 +151,18 @@ def test_a_position_that_is_not_carried_along_is_said_once(file: Path, tmp_path:
     assert len(warned) == 1
 
 
-@pytest.mark.parametrize("what", ["position", "nodata", "neither"])
-def test_rasters_are_predicted_as_rasters_without_an_option(file: Path, tmp_path: Path, what: str) -> None:
-    tags: dict[str, list[Any]] = {
-        "position": [*PLACES["north up"], (34735, 3, len(ZONE), ZONE, True)],
-        "nodata": [(42113, 2, None, "0", True)],
-        "neither": [],
-    }
+@pytest.mark.parametrize("is_placed", [True, False])
+def test_rasters_are_predicted_as_rasters_without_an_option(
+    file: Path, tmp_path: Path, is_placed: bool
+) -> None:
+    tags = [*PLACES["north up"], (34735, 3, len(ZONE), ZONE, True)] if is_placed else []
     stored = np.random.default_rng(0).integers(1, 255, (*SIZE, 3), dtype=np.uint8)
-    picture = written(tmp_path / "map.tif", stored, photometric="rgb", extratags=tags[what])
+    picture = written(tmp_path / "map.tif", stored, photometric="rgb", extratags=tags)
     report = predict(file, picture, tmp_path / "own", memory="", mask="all")
-    if what == "neither":
+    if not is_placed:
         assert (tmp_path / "own" / "map.png").exists() and "--memory auto" not in report.text
         return
-    assert "map.tif says where it lies or where it has no data" in report.text
+    assert "map.tif says where it lies" in report.text
     predict(file, picture, tmp_path / "asked", mask="all")
     own, asked = (tifffile.TiffFile(tmp_path / name / "map.tif") for name in ("own", "asked"))
     assert np.array_equal(own.asarray(), asked.asarray())
