@@ -104,6 +104,7 @@ class Flat:
 ALONE = {
     *("relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "elu", "hardswish", "hardsigmoid", "sigmoid"),
     *("tanh", "softplus", "mish", "clamp", "clamp_", "exp", "neg", "abs", "square", "sqrt", "pow", "dropout"),
+    "stochastic_depth",
     *("softmax", "log_softmax", "chunk", "split", "contiguous", "clone", "glu", "layer_norm", "linear"),
     *("sigmoid_", "batch_norm", "mul_", "add_", "narrow", "clip", "hardtanh", "normalize"),
 }
