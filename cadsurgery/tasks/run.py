@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
@@ -356,8 +356,8 @@ def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
 def _why_in_rows(converted: nn.Module, sources: _Sources, settings: PredictionSettings) -> str:
     """Return why pictures are computed in bands of rows without --memory: the largest one's maps would take more than
     is free, or one is a raster with a position, which its prediction has, too; empty if neither, or none can be so."""
-    free, kind, source = free_memory(), method_of(converted), pictures_for(converted)
-    if free is None or kind is not None or source is None or "-" in sources.stills or not sources.stills:
+    free, kind, pictures = free_memory(), method_of(converted), pictures_for(converted)
+    if free is None or kind is not None or pictures is None or "-" in sources.stills or not sources.stills:
         return ""
     if find_device(settings.device).type != "cpu" or not sources.is_plain:
         return ""
@@ -365,13 +365,14 @@ def _why_in_rows(converted: nn.Module, sources: _Sources, settings: PredictionSe
     listed = islice(stream_images(given, {}, sources.output), _LOOKED_AT) if given else ()
     found = [(math.prod(size), size, image) for image, _ in listed if (size := size_at(image))]
     _, size, largest = max(found, default=(0, (0, 0), ""))
-    needed = memory_of_whole(converted, source.channels, size) if math.prod(size) >= SMALL else 0
+    whole = cache(partial(memory_of_whole, converted, pictures.channels))
+    needed = whole(size) if math.prod(size) >= SMALL else 0
     if needed > free:
         amounts = in_mebibytes(needed, free), in_mebibytes(free, needed)
         sides = f"{size[1]} x {size[0]} pixels"
         return f"{largest}, {sides}, would take up to {amounts[0]} whole, and {amounts[1]} are free"
     _, size, raster = next((one for one in found if has_position(one[2])), (0, (0, 0), ""))
-    if raster and memory_of_whole(converted, source.channels, size):
+    if raster and whole(size):
         return f"{raster} says where it lies, and so does its prediction, a TIFF file"
     return ""
 

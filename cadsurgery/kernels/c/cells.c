@@ -70,9 +70,8 @@ const char *cadsurgery_find_cells(const tensor *in, make_result *make, void *cal
     const int64_t *size = in[LEVELS].size, pixels = size[0] * size[1] * size[2], many = in[SIDES].size[0];
     int64_t *sides = 0;
     int8_t *levels = 0;
-    cells c = {.batch = size[0], .height = size[1], .width = size[2], .index = made(make, call, 1, pixels, 0)};
+    cells c = {.batch = size[0], .height = size[1], .width = size[2]};
     area all = {0};
-    REFUSE_UNLESS(c.index || !pixels, NO_MEMORY);
     for (int pass = 0; pass < 2; pass++) {
         c.anchors = take(&all, pixels, sizeof *c.anchors), sides = take(&all, many, sizeof *sides);
         c.counts = take(&all, size[0], sizeof *c.counts), levels = take(&all, pixels, 1);
@@ -82,7 +81,9 @@ const char *cadsurgery_find_cells(const tensor *in, make_result *make, void *cal
     }
     widen(in + SIDES, many, sides);
     c.levels = levels, c.sides = sides;
-    if (!(reason = copy_levels(in + LEVELS, pixels, many, levels))) {
+    reason = copy_levels(in + LEVELS, pixels, many, levels); /* before there is a result, which could look like one */
+    if (!reason && !(c.index = made(make, call, 1, pixels, 0)) && pixels) reason = NO_MEMORY;
+    if (!reason) {
         cadsurgery_share_by(way);
         const long count = find_cells_scalar(&c);
         cadsurgery_share_by(0);
@@ -121,10 +122,9 @@ static const char *read_taps(int has_halo, const tensor *in, make_result *make, 
     const int32_t *size = in[SIZE].data;
     int64_t *wide[5] = {0};
     const int widened[5] = {ANCHORS, SIDES, TARGETS, DOWN, ACROSS};
-    map m = {.table = made(make, call, 0, n, taps)};
+    map m = {0};
     int8_t *levels = 0;
     area all = {0};
-    REFUSE_UNLESS(m.table || !n, NO_MEMORY);
     for (int pass = 0; pass < 2; pass++) {
         m.sources = take(&all, most * 4, sizeof *m.sources), m.mix = take(&all, most * 4, sizeof *m.mix);
         m.rank = take(&all, has_halo ? pixels : 0, sizeof *m.rank), levels = take(&all, pixels, 1);
@@ -139,7 +139,9 @@ static const char *read_taps(int has_halo, const tensor *in, make_result *make, 
     m.anchors = wide[0], m.sides = wide[1], m.targets = wide[2], m.down = wide[3], m.across = wide[4];
     m.pixels = pixels, m.count = count, m.n = n, m.height = sides[1], m.width = sides[2];
     m.target_height = size[0], m.target_width = size[1], m.vertical = in[DOWN].size[0], m.horizontal = in[ACROSS].size[0];
-    if (!(reason = copy_levels(in + LEVELS, pixels, in[SIDES].size[0], levels))) {
+    reason = copy_levels(in + LEVELS, pixels, in[SIDES].size[0], levels);
+    if (!reason && !(m.table = made(make, call, 0, n, taps)) && n) reason = NO_MEMORY;
+    if (!reason) {
         cadsurgery_share_by(way);
         const long halo = shift_taps_scalar(&m);
         cadsurgery_share_by(0);
