@@ -40,6 +40,7 @@ from cadsurgery.network.adapters import (
     with_adapters,
 )
 from cadsurgery.network.bands.banded_call import Bands, RowsOfResult, Walks
+from cadsurgery.network.boxes import Box, boxes_of
 from cadsurgery.network.conversion import convert_for_call
 from cadsurgery.network.cuda_graphs import Called, Recordings
 from cadsurgery.network.fuse import KERNELS
@@ -48,7 +49,7 @@ from cadsurgery.network.invocations import Invocation, answer
 from cadsurgery.network.macs import MacReport, count_macs
 from cadsurgery.network.optimized import BFLOAT16, FLOAT, check_precision, fuse_network
 from cadsurgery.network.program import Program, ProgramNetwork, frozen_copy, refuse_torchscript
-from cadsurgery.network.regions import Box, ByRows, PictureParts, Regions, boxes_of
+from cadsurgery.network.regions import Asked, ByRows, PictureParts, Regions
 from cadsurgery.network.signature import Forward
 from cadsurgery.support.errors import CannotConvert, InvalidInput, NotConverted
 from cadsurgery.support.memory import bytes_of
@@ -404,7 +405,7 @@ class AdaptiveModel(ProgramNetwork):
         def of_parts(region: PictureParts) -> MacReport:
             for box in region.parts:
                 provider, arguments = region.call_of(box)
-                for layer in count(region.program, arguments, provider).layers:
+                for layer in count(region.asked.program, arguments, provider).layers:
                     work[layer.layer] += layer.mask
             return whole.within(work)
 
@@ -445,11 +446,11 @@ class AdaptiveModel(ProgramNetwork):
         provider = resolve_mask(self.mask if mask is None else mask)
 
         def found(program: Program, arguments: dict[str, Any]) -> Result:
-            given = (program, provider, arguments, boxes, output)
+            asked = Asked(program, provider, arguments, boxes, output)
             try:
-                region = self._regions.find(*given)
+                region = self._regions.find(asked)
             except CannotConvert as refusal:
-                return otherwise(refusal, ByRows(self._regions, self._bands or Bands(sys.maxsize), given))
+                return otherwise(refusal, ByRows(self._regions, self._bands or Bands(sys.maxsize), asked))
             return run(region)
 
         return self.follow(Invocation(self.program, self.program.bind(image)), found)

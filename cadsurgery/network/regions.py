@@ -15,10 +15,9 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial, reduce
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
@@ -34,15 +33,14 @@ from cadsurgery.network.bands.banded_call import Bands
 from cadsurgery.network.bands.element_steps import Cells
 from cadsurgery.network.bands.reading import Axis, BandPlan, SeenGraph, layout_of, uniform
 from cadsurgery.network.bands.walk import SAME
+from cadsurgery.network.boxes import Box, Span, around
 from cadsurgery.network.input_refusals import first_value
 from cadsurgery.network.invocations import find_lattice
 from cadsurgery.network.program import Program
-from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName, first_line
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
 from cadsurgery.support.torch_operations import is_kind
 
-Span = tuple[int, int]  # rows or columns [first, end)
 _AXES: tuple[Axis, Axis] = ("h", "w")
 _MOST_SIZES = 64  # of pictures and parts of pictures that are remembered
 _MOST_STRIDE = 1 << 12  # pixels for one sample of the coarsest map
@@ -50,39 +48,36 @@ _PLACE = 1e-11  # rows by which the places that a resize reads may differ
 _MOST_MORE = 3  # how often more of the picture is tried
 
 
-class Box(NamedTuple):
-    """A box in a picture: rows [top, bottom) and columns [left, right), in pixels."""
+class Asked(NamedTuple):
+    """Boxes of the pictures of a call, whose values are asked for.
 
-    top: int
-    bottom: int
-    left: int
-    right: int
+    Attributes:
+        program: the program.
+        provider: the mask of the call.
+        arguments: of the call with the whole pictures.
+        boxes: the boxes of each picture.
+        output: key or position of the output that is asked for; None for all.
+    """
+
+    program: Program
+    provider: MaskProvider
+    arguments: dict[str, Any]
+    boxes: Sequence[Sequence[Box]]
+    output: str | int | None = None
 
     @property
-    def spans(self) -> tuple[Span, Span]:
-        """Its rows and columns."""
-        return self[:2], self[2:]
+    def image(self) -> Tensor:
+        """The pictures (B, C, H, W)."""
+        return self.arguments[self.program.image_name]
 
     @property
-    def area(self) -> int:
-        """Its pixels."""
-        return max(self.bottom - self.top, 0) * max(self.right - self.left, 0)
+    def size(self) -> tuple[int, int]:
+        """Height and width of a picture."""
+        return self.image.shape[2], self.image.shape[3]
 
-    def joined(self, other: Box) -> Box:
-        """Return the smallest box around both."""
-        return Box(
-            min(self.top, other.top),
-            max(self.bottom, other.bottom),
-            min(self.left, other.left),
-            max(self.right, other.right),
-        )
-
-    def of_map(self, size: tuple[int, int], picture: tuple[int, int]) -> Box:
-        """Return the box of a map of a size that covers this one of a picture."""
-        found = list[int]()
-        for (first, end), length, of in zip(self.spans, size, picture, strict=True):
-            found += [first * length // of, -(-end * length // of) if end > first else first * length // of]
-        return Box(*found)
+    def on(self, image: Tensor) -> dict[str, Any]:
+        """Return the arguments of the call with other pictures."""
+        return {**self.arguments, self.program.image_name: image}
 
 
 @dataclass
@@ -361,19 +356,18 @@ class Values:
     def of(
         cls,
         plan: BandPlan,
-        program: Program,
-        output: str | int | None,
-        boxes: Sequence[Sequence[Box]],
-        image: Tensor,
+        asked: Asked,
     ) -> Values:
         """Return what boxes have of the outputs before anything is computed: empty ones have their values."""
-        size = image.shape[2], image.shape[3]
-        nodes = tree_leaves(plan.seen.returned[0])
+        empty, nodes = (
+            partial(_empty, plan, size=asked.size, like=asked.image),
+            tree_leaves(plan.seen.returned[0]),
+        )
         return cls(
-            [[None if box.area else _empty(plan, box, size, image) for box in some] for some in boxes],
-            _empty(plan, Box(0, size[0], 0, size[1]), size, image),
+            [[None if box.area else empty(box) for box in some] for some in asked.boxes],
+            empty(Box(0, asked.size[0], 0, asked.size[1])),
             [_axes_of(plan, node) if node in plan.seen.shapes else None for node in nodes],
-            program.contain if output is None else lambda value: value,
+            asked.program.contain if asked.output is None else lambda value: value,
         )
 
     def onto(self, before: Sequence[Any], boxes: Sequence[Sequence[Box]], size: tuple[int, int]) -> list[Any]:
@@ -423,85 +417,70 @@ class PictureParts:
     """Parts of a batch of pictures that are computed, for boxes of each picture.
 
     Attributes:
-        program: the program.
-        arguments: of the call with the whole pictures.
-        provider: the mask of that call.
+        asked: the boxes of each picture.
         ask: computes the lattice of that call; None if its level is the same everywhere.
         reads: what the maps of a whole picture read.
-        boxes: the boxes of each picture.
         parts: by place, for each picture that has a part there: its number, and the numbers of its boxes in the part.
         cut: what the maps of each part read.
     """
 
-    program: Program
-    arguments: dict[str, Any]
-    provider: MaskProvider
+    asked: Asked
     ask: Callable[[], Lattice] | None
     reads: PictureReads
-    boxes: Sequence[Sequence[Box]]
     parts: dict[Box, list[tuple[int, list[int]]]]
     cut: dict[Box, PictureReads]
 
     def call_of(self, box: Box) -> tuple[MaskProvider, dict[str, Any]]:
         """Return the mask and the arguments of the call with a part of the pictures."""
-        numbers = [number for number, _ in self.parts[box]]
-        name = self.program.image_name
-        image = self.arguments[name]
+        numbers, image = [number for number, _ in self.parts[box]], self.asked.image
         if numbers != list(range(len(image))):
             image = image[numbers]
-        if box.spans != ((0, image.shape[2]), (0, image.shape[3])):
+        if box.spans != tuple((0, length) for length in self.asked.size):
             layout = torch.channels_last if image.is_contiguous(memory_format=torch.channels_last) else None
             image = image[..., box.top : box.bottom, box.left : box.right]
             image = image.contiguous(memory_format=layout or torch.contiguous_format)
-        return self.mask_of(box), {**self.arguments, name: image}
+        return self.mask_of(box), self.asked.on(image)
 
     @cached_property
     def levels(self) -> Tensor | None:
         """The levels (B, h, w) of that call; None if its level is the same everywhere."""
         if self.ask is None:
             return None
-        image, size = self.arguments[self.program.image_name], self.reads.seen.fine_size()
-        given = self.provider.levels if isinstance(self.provider, FixedMask) else None
-        if given is not None and given.dtype == torch.int8 and given.shape == (len(image), *size):
-            return as_levels(given, self.program.plan.max_level)  # made legal part by part
+        provider, shape = self.asked.provider, (len(self.asked.image), *self.reads.seen.fine_size())
+        given = provider.levels if isinstance(provider, FixedMask) else None
+        if given is not None and given.dtype == torch.int8 and given.shape == shape:
+            return as_levels(given, self.asked.program.plan.max_level)  # made legal part by part
         return self.ask().pyramid.levels
 
     def highest(self, number: int, box: Box) -> int:
         """Return the highest level in a part of a picture."""
         assert self.levels is not None
-        stride = self.program.plan.strides[0]
+        stride = self.asked.program.plan.strides[0]
         down, across = (slice(first // stride, -(-end // stride)) for first, end in box.spans)
         return int(self.levels[number, down, across].max())
 
     def mask_of(self, box: Box) -> MaskProvider:
         """Return the mask of the call with a part of the pictures: what that of the whole ones has there."""
         if (levels := self.levels) is None:
-            return self.provider
-        stride, numbers = self.program.plan.strides[0], [number for number, _ in self.parts[box]]
+            return self.asked.provider
+        stride, numbers = self.asked.program.plan.strides[0], [number for number, _ in self.parts[box]]
         height, width = self.cut[box].seen.fine_size()
         top, left = box.top // stride, box.left // stride
         return FixedMask(levels[numbers, top : top + height, left : left + width])
 
-    def read(self, answer: Answer, output: str | int | None) -> Values:
-        """Return the values in each box of each picture.
-
-        Args:
-            answer: returns output and lattice of a call with a mask.
-            output: key or position of the output that is asked for.
-        """
-        plain, plan = self.program.bind_to(self.program.net), self.reads.axes[0].plan
+    def read(self, answer: Answer) -> Values:
+        """Return the values in each box of each picture; `answer` returns output and lattice of a call with a mask."""
+        plain, output = self.asked.program.bind_to(self.asked.program.net), self.asked.output
         plain.__dict__["container"] = dict
-        image = self.arguments[self.program.image_name]
-        values = Values.of(plan, self.program, output, self.boxes, image)
+        values = Values.of(self.reads.axes[0].plan, self.asked)
         for box, users in self.parts.items():
             provider, arguments = self.call_of(box)
             result = answer(provider, plain, arguments)[0]
             result = result if output is None else select_output(result, output)
             for place, (number, indices) in enumerate(users):
                 for index in indices:
-                    values.put(
-                        number, index, result, partial(self._cut, box, place, self.boxes[number][index])
-                    )
+                    cut = partial(self._cut, box, place, self.asked.boxes[number][index])
+                    values.put(number, index, result, cut)
         return values
 
     def _cut(self, part: Box, place: int, box: Box, number: int, value: Tensor) -> Tensor:
@@ -518,7 +497,7 @@ class PictureParts:
     @property
     def share(self) -> float:
         """The pixels that are computed, relative to those of all pictures."""
-        shape = self.arguments[self.program.image_name].shape
+        shape = self.asked.image.shape
         pixels = sum(box.area * len(users) for box, users in self.parts.items())
         return pixels / (shape[0] * shape[2] * shape[3])
 
@@ -530,17 +509,16 @@ class _AskedRows:
         plans: of each picture.
     """
 
-    def __init__(self, boxes: Sequence[Sequence[Box]], size: tuple[int, int]) -> None:
-        self.plans = dict[int, BandPlan]()
-        self._boxes, self._size = boxes, size
+    def __init__(self, asked: Asked) -> None:
+        self.plans, self._asked = dict[int, BandPlan](), asked
 
     def __call__(self, plan: BandPlan, number: int) -> dict[fx.Node, Span] | None:
         self.plans[number] = plan
         _check_outputs(plan)
-        if not (asked := [box for box in self._boxes[number] if box.area]):
+        if not (boxes := [box for box in self._asked.boxes[number] if box.area]):
             return None
-        around = _around(asked)
-        return {node: _box_of(plan, node, around, self._size).spans[0] for node in plan.map_outputs}
+        whole = around(boxes)
+        return {node: _box_of(plan, node, whole, self._asked.size).spans[0] for node in plan.map_outputs}
 
 
 class Regions:
@@ -554,32 +532,25 @@ class Regions:
     def __reduce__(self) -> tuple[type[Regions], tuple[()]]:
         return Regions, ()
 
-    def find(
-        self,
-        program: Program,
-        provider: MaskProvider,
-        arguments: dict[str, Any],
-        boxes: Sequence[Sequence[Box]],
-        output: str | int | None = None,
-    ) -> PictureParts:
+    def find(self, asked: Asked) -> PictureParts:
         """Return the parts of the pictures of a call that are computed for boxes of each.
 
         Raises:
             CannotConvert: the network is not computed for a part of the picture only.
             UnknownName: no such output.
         """
-        name = program.image_name
-        if not name:
+        program, provider, arguments, boxes, output = asked
+        if not program.image_name:
             raise InvalidInput(
                 "the network cannot be computed for a part of the picture only.",
                 why="it computes from its arguments the picture that masks see.",
                 next="call it on the whole picture: net(image).",
             )
-        image, level = arguments[name], provider.uniform_level(program.plan.max_level)
-        graph, one = self._graph(program.graph_at(level), output), {**arguments, name: image[:1]}
+        level = provider.uniform_level(program.plan.max_level)
+        graph, one = self.graph_of(program.graph_at(level), output), asked.on(asked.image[:1])
         reads = self._read(program, graph, one, program.plan.max_level if level is None else level)
         ask = partial(find_lattice, program, program.masking(provider), arguments) if level is None else None
-        parts = PictureParts(program, arguments, provider, ask, reads, boxes, {}, {})
+        parts = PictureParts(asked, ask, reads, {}, {})
 
         def part_for(number: int, box: Box, more: int = 0) -> tuple[Box, PictureReads]:
             """Return the part for a box of a picture, and what is read if no cell is larger than those in the part."""
@@ -593,80 +564,31 @@ class Regions:
 
         for number, of_picture in enumerate(boxes):
             for part in _parts(reads.size, of_picture, partial(part_for, number)):
-                around = _around([of_picture[index] for index in part.boxes])
-                box = self._checked(parts, graph, part, around, partial(part_for, number, around))
+                within = around([of_picture[index] for index in part.boxes])
+                box = self._checked(parts, graph, part, within, partial(part_for, number, within))
                 parts.parts.setdefault(box, []).append((number, part.boxes))
         return parts
-
-    def by_rows(
-        self,
-        bands: Bands,
-        program: Program,
-        provider: MaskProvider,
-        arguments: dict[str, Any],
-        boxes: Sequence[Sequence[Box]],
-        output: str | int | None = None,
-    ) -> Values:
-        """Return the values in boxes of each picture by computing the rows of these in bands, and all that values of
-        the whole picture are made of.
-
-        Raises:
-            CannotConvert: an operation needs a whole map, or an output is none.
-            InvalidInput: the call is none that bands can compute.
-        """
-        image: Tensor = arguments[program.image_name]
-        size, asked = (image.shape[2], image.shape[3]), _AskedRows(boxes, (image.shape[2], image.shape[3]))
-        results = bands.within(provider, self._with_output(program, output), arguments, asked)
-        values = Values.of(asked.plans[0], program, output, boxes, image)
-        for number, result in enumerate(results):
-            plan = asked.plans[number]
-            spans = asked(plan, number)
-            for index, box in enumerate(boxes[number]):
-                if box.area and spans is not None:
-                    values.put(number, index, result, partial(_rows_and_columns, plan, box, size, spans))
-        return values
-
-    def shares_by_rows(
-        self,
-        bands: Bands,
-        program: Program,
-        provider: MaskProvider,
-        arguments: dict[str, Any],
-        boxes: Sequence[Sequence[Box]],
-    ) -> list[dict[str, float]]:
-        """Return the share of each layer's map that `by_rows` computes, for each picture."""
-        image: Tensor = arguments[program.image_name]
-        asked = _AskedRows(boxes, (image.shape[2], image.shape[3]))
-        return bands.shares(provider, program, arguments, asked)
-
-    def _with_output(self, program: Program, output: str | int | None) -> Program:
-        """Return the program with graphs of one output only."""
-        cut, graphs = program.bind_to(program.net), (program.graph, program.unchanged)
-        graph, unchanged = (self._graph(one, output) if one is not None else None for one in graphs)
-        cut.__dict__.update(graph=graph, unchanged=unchanged)
-        return cut
 
     def _checked(
         self,
         parts: PictureParts,
         graph: fx.Graph,
         part: PicturePart,
-        around: Box,
+        within: Box,
         part_for: Callable[[int], tuple[Box, PictureReads]],
     ) -> Box:
-        """Return the part of the picture that gives a part's boxes, once the network reads the same there as in the
-        whole one: with as many steps around it as that takes, by `part_for`."""
-        program, arguments, refusal = parts.program, parts.arguments, None
-        name, whole = program.image_name, Box(0, parts.reads.size[0], 0, parts.reads.size[1])
+        """Return the part of the picture that gives a part's boxes, which lie `within` a box, once the network reads
+        the same there as in the whole one: with as many steps around it as that takes, by `part_for`."""
+        asked, refusal, whole = parts.asked, None, Box(0, parts.reads.size[0], 0, parts.reads.size[1])
         for more in range(_MOST_MORE):
             box, reads = (whole, parts.reads) if part.box == whole else part_for(more)
             if box == whole:
                 parts.cut[box] = parts.reads
                 return box
-            picture = arguments[name][:1, :, box.top : box.bottom, box.left : box.right]
+            picture = asked.image[:1, :, box.top : box.bottom, box.left : box.right]
             try:
-                cut = self._read(program, graph, {**arguments, name: picture}, reads.level)
-                reads.check(cut, around, box)
+                cut = self._read(asked.program, graph, asked.on(picture), reads.level)
+                reads.check(cut, within, box)
                 parts.cut[box] = cut
                 return box
             except CannotConvert as error:
@@ -677,7 +599,7 @@ class Regions:
         assert refusal is not None
         raise refusal
 
-    def _graph(self, graph: fx.Graph, output: str | int | None) -> fx.Graph:
+    def graph_of(self, graph: fx.Graph, output: str | int | None) -> fx.Graph:
         """Return the graph of one output only."""
         if output is None:
             return graph
@@ -719,93 +641,40 @@ class ByRows:
     Attributes:
         regions: what was read of graphs.
         bands: compute them.
-        given: program, mask, arguments, boxes and output, as for `Regions.find`.
+        asked: the boxes of each picture.
     """
 
     regions: Regions
     bands: Bands
-    given: tuple[Program, MaskProvider, dict[str, Any], Sequence[Sequence[Box]], str | int | None]
+    asked: Asked
 
     def read(self) -> Values:
-        """Return the values in each box; see `Regions.by_rows`."""
-        return self.regions.by_rows(self.bands, *self.given)
+        """Return the values in each box, of the rows of the boxes, and of all that values of the whole picture are made
+        of.
+
+        Raises:
+            CannotConvert: an operation needs a whole map, or an output is none.
+            InvalidInput: the call is none that bands can compute.
+        """
+        asked, rows = self.asked, _AskedRows(self.asked)
+        program = asked.program.bind_to(asked.program.net)  # with graphs of one output only
+        for name in ("graph", "unchanged"):
+            if (graph := getattr(program, name)) is not None:
+                program.__dict__[name] = self.regions.graph_of(graph, asked.output)
+        results = self.bands.within(asked.provider, program, asked.arguments, rows)
+        values = Values.of(rows.plans[0], asked)
+        for number, result in enumerate(results):
+            plan, spans = rows.plans[number], rows(rows.plans[number], number)
+            for index, box in enumerate(asked.boxes[number]):
+                if box.area and spans is not None:
+                    cut = partial(_rows_and_columns, plan, box, asked.size, spans)
+                    values.put(number, index, result, cut)
+        return values
 
     def shares(self, counted: Program) -> list[dict[str, float]]:
         """Return the share of each layer's map that is computed, for each picture; `counted` is the program on meta
         tensors."""
-        return self.regions.shares_by_rows(self.bands, counted, *self.given[1:4])
-
-
-BOXES = "a list with a tensor (n, 4) of x0, y0, x1, y1 in pixels for each image"
-
-
-def boxes_of(boxes: Any, image: Tensor) -> list[list[Box]]:
-    """Return boxes in whole pixels, for each image.
-
-    Raises:
-        InvalidInput: they are no boxes, are for another number of images, or reach beyond the image.
-    """
-    if isinstance(boxes, Tensor) and boxes.dim() == 2 and len(image) == 1:
-        boxes = [boxes]
-    if not isinstance(boxes, (list, tuple)) and not (isinstance(boxes, Tensor) and boxes.dim() == 3):
-        raise InvalidInput(f"boxes are {describe(boxes)}.", next=f"give {BOXES}.")
-    if len(boxes) != len(image):
-        raise InvalidInput(
-            f"boxes are given for {len(boxes)} images, and there are {len(image)}.", next=f"give {BOXES}."
-        )
-    return [_boxes_in(of_image, number, image) for number, of_image in enumerate(boxes)]
-
-
-def _boxes_in(boxes: Any, number: int, image: Tensor) -> list[Box]:
-    height, width = image.shape[2:]
-    where = f"boxes of image {number}"
-    try:
-        given = torch.as_tensor(boxes)
-    except Exception as error:  # whatever torch refuses
-        raise InvalidInput(f"they are {describe(boxes)}.", where=where, next=f"give {BOXES}.") from error
-    if given.numel() == 0:
-        return []
-    if given.dim() != 2 or given.shape[1] != 4 or given.is_complex() or given.dtype == torch.bool:
-        raise InvalidInput(f"they are {describe(boxes)}.", where=where, next=f"give {BOXES}.")
-    given = given.detach().cpu().double()
-    if not bool(given.isfinite().all()):
-        raise InvalidInput("a coordinate is NaN or infinite.", where=where, next=f"give {BOXES}.")
-    found = []
-    for x0, y0, x1, y1 in given.tolist():
-        text = f"({x0:g}, {y0:g}, {x1:g}, {y1:g})"
-        if x1 < x0 or y1 < y0:
-            raise InvalidInput(
-                f"the box {text} ends before it begins.",
-                where=where,
-                why="boxes are x0, y0, x1, y1: left, top, right, bottom.",
-                next="exchange its corners; x, y, width, height become x, y, x + width, y + height.",
-            )
-        if min(x0, y0) < 0 or x1 > width or y1 > height:
-            raise InvalidInput(
-                f"the box {text} reaches beyond the image, which has {width} x {height} pixels.",
-                where=where,
-                next="cut it at the border: boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height).",
-            )
-        left, top = math.floor(x0), math.floor(y0)
-        right, bottom = (math.ceil(x1) if x1 > x0 else left), (math.ceil(y1) if y1 > y0 else top)
-        found.append(Box(top, bottom, left, right))
-    return found
-
-
-def runs_of(blocks: Tensor) -> list[Box]:
-    """Return boxes that cover the blocks (h, w) of a picture that are true: runs in a row, together with the same runs
-    in the rows below."""
-    rows, runs, found = blocks.cpu().numpy(), dict[tuple[int, int], int](), list[Box]()
-    for row in range(len(rows) + 1):
-        now = list[tuple[int, int]]()
-        if row < len(rows):
-            ends = np.flatnonzero(np.diff(rows[row].astype(np.int8), prepend=0, append=0)).tolist()
-            now = list(zip(ends[::2], ends[1::2], strict=True))
-        for run in [run for run in runs if run not in now]:
-            found.append(Box(runs.pop(run), row, *run))
-        for run in now:
-            runs.setdefault(run, row)
-    return found
+        return self.bands.shares(self.asked.provider, counted, self.asked.arguments, _AskedRows(self.asked))
 
 
 def _axes_of(plan: BandPlan, node: fx.Node) -> tuple[int, int]:
@@ -875,11 +744,6 @@ def _as_plain(value: Any) -> Any:
             else (tuple if isinstance(value, tuple) else list)(parts)
         )
     return value
-
-
-def _around(boxes: Sequence[Box]) -> Box:
-    """Return the smallest box around some."""
-    return reduce(Box.joined, boxes)
 
 
 def select_output(value: Any, output: str | int | None) -> Any:

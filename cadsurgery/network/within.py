@@ -19,8 +19,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from cadsurgery.masks.masking import check_image
+from cadsurgery.network.boxes import BOXES, Box, boxes_of, runs_of
 from cadsurgery.network.model import AdaptiveModel, whole_program
-from cadsurgery.network.regions import BOXES, Box, ByRows, PictureParts, Values, boxes_of, runs_of
+from cadsurgery.network.regions import ByRows, PictureParts, Values
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.support.torch_internals import tree_leaves
@@ -82,7 +83,7 @@ def read_within(
     asked = area_of(area, image) if area is not None else None
     given = boxes_of(boxes, image) if asked is None else [boxes_around(one, image) for one in asked]
     with torch.set_grad_enabled(torch.is_grad_enabled() and not program.is_fused):
-        run = partial(PictureParts.read, answer=net.answer, output=output)
+        run = partial(PictureParts.read, answer=net.answer)
         values = net.in_region(image, given, run, _by_rows, mask, output)
         if asked is None:
             return [[values.contain(part) for part in parts] for parts in values.parts]

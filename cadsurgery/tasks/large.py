@@ -26,7 +26,7 @@ from cadsurgery.data.images import check_values, normalise, open_large
 from cadsurgery.data.rasters import add_overviews, open_rows
 from cadsurgery.data.stores import is_remote
 from cadsurgery.data.tiff import split_page
-from cadsurgery.network.regions import Box
+from cadsurgery.network.boxes import Box
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled, warn
 from cadsurgery.support.files import as_file_error, make_folder, write_whole
 from cadsurgery.support.memory import bytes_of

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from cadsurgery.network.regions import Box, PictureParts
+from cadsurgery.network.boxes import Box
+from cadsurgery.network.regions import PictureParts
 from cadsurgery.support.errors import CannotConvert
 
 # Pixels a side of blocks, at least, and rows of blocks, at most, in which wanted pixels are found.

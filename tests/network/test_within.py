@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
 from benchmarks.zoo.corpus import CHECKOUT, read_corpus
-from cadsurgery.network.regions import Box, PicturePart, PictureReads, boxes_of, joined
+from cadsurgery.network.boxes import Box, boxes_of
+from cadsurgery.network.regions import PicturePart, PictureReads, joined
 from cadsurgery.network.within import _by_rows
 
 SEEDS = int(os.environ.get("CADSURGERY_SEEDS", 300))
