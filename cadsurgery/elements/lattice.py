@@ -286,8 +286,8 @@ def _is_by_cell(levels: Tensor, geometry: Geometry) -> bool:
         return False
     rows = cells.repeat_interleave(side, 2)[..., :width]
     return all(
-        bool((small[:, place * side : (place + 1) * side] == rows[:, place : place + 1]).all())
-        for place in range(cells.shape[1])
+        bool((small[:, column * side : (column + 1) * side] == rows[:, column : column + 1]).all())
+        for column in range(cells.shape[1])
     )
 
 

@@ -157,7 +157,7 @@ def _opened(value: Any, proxy: Any) -> Any:
     if type(value) in (dict, OrderedDict):
         return type(value)((key, _opened(part, proxy[key])) for key, part in value.items())
     if isinstance(value, (list, tuple)):
-        parts = (_opened(part, proxy[place]) for place, part in enumerate(value))
+        parts = (_opened(part, proxy[index]) for index, part in enumerate(value))
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return proxy
 

@@ -120,9 +120,9 @@ def _emit(node: fx.Node, start: fx.Node, axes: Axes) -> fx.Node:
         split_shape = (lengths["b"], *(factor.size for factor in channels), lengths["h"], lengths["w"])
         result = graph.call_method("reshape", (start, *split_shape))
         fixed = {"b": 0, "h": len(channels) + 1, "w": len(channels) + 2}
-        places = [channels.index(f) + 1 if f.kind == "c" else fixed[f.kind] for f in factors]
-        if places != sorted(places):
-            result = graph.call_method("permute", (result, *places))
+        order = [channels.index(f) + 1 if f.kind == "c" else fixed[f.kind] for f in factors]
+        if order != sorted(order):
+            result = graph.call_method("permute", (result, *order))
         if any(len(axis) != 1 for axis in axes):
             shape = []
             for axis in axes:

@@ -377,7 +377,7 @@ class Carrier(Tracer):
         value = self.value(obj)
         if isinstance(value, dict):
             return iter(value)
-        return iter([obj[place] for place in range(len(obj))])  # type: ignore[index]
+        return iter([obj[index] for index in range(len(obj))])  # type: ignore[index]
 
     def keys(self, obj: fx.Proxy) -> Any:
         """Return the keys of a symbol that is a dictionary."""

@@ -469,7 +469,7 @@ def act_alike(kind: type) -> tuple[type, ...]:
     """Return a module class and those of its base classes that compute the same in a call, nearest first."""
     if kind not in _ALIKE:
         parents = enumerate(kind.__mro__)
-        _ALIKE[kind] = tuple(parent for place, parent in parents if _is_run(parent, kind.__mro__[:place]))
+        _ALIKE[kind] = tuple(parent for index, parent in parents if _is_run(parent, kind.__mro__[:index]))
     return _ALIKE[kind]
 
 

@@ -333,7 +333,7 @@ def _changed(held: Any, contents: Any) -> list[Any]:
         return [key for key in changed if not _is_of_torch(key)]
     if _is(held, list):
         pairs = zip(_values(held), contents, strict=False)
-        return [place for place, pair in enumerate(pairs) if pair[0] is not pair[1]]
+        return [index for index, pair in enumerate(pairs) if pair[0] is not pair[1]]
     return []
 
 

@@ -187,9 +187,9 @@ def _crop(node: fx.Node, layout: str, source: fx.Node, facts: MapFacts, grid: in
         return None
     parts = [part for part in index if part is not None]
     if any(part is ... for part in parts):
-        place = next(i for i, part in enumerate(parts) if part is ...)
+        dots = next(i for i, part in enumerate(parts) if part is ...)
         fill = [slice(None)] * (len(layout) - len(parts) + 1)
-        parts = [*parts[:place], *fill, *parts[place + 1 :]]
+        parts = [*parts[:dots], *fill, *parts[dots + 1 :]]
     by = dict.fromkeys("hw", 0)
     for axis, part, length in zip(layout, parts, facts.shapes[source], strict=False):
         if axis not in by:

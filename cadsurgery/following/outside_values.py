@@ -459,7 +459,7 @@ def _along(space: Mapping[str, Any], path: tuple[str, ...], names: frozenset[str
     holder: Any = (str(space.get("__name__")),)
     if holder[0] not in sys.modules or vars(sys.modules[holder[0]]) is not space:
         return found
-    for place, name in enumerate(path):
+    for index, name in enumerate(path):
         if name not in space:
             return found
         value = space[name]
@@ -479,7 +479,7 @@ def _along(space: Mapping[str, Any], path: tuple[str, ...], names: frozenset[str
                     for each in names & vars(kind).keys()
                 }
             return found
-        if place == len(path) - 1:
+        if index == len(path) - 1:
             found |= {Place(holder, each): (id(space), space[each]) for each in names & space.keys()}
     return found
 

@@ -182,13 +182,13 @@ def _most_telling(pair: Pair, base: Arguments) -> list[Arguments]:
         if _difference_in_shapes(on_meta, base) is None:
             return calls[:_MOST_RUNS]
         failing: dict[frozenset[fx.Node], list[tuple[int, int]]] = {}
-        for place, call in enumerate(calls):
+        for index, call in enumerate(calls):
             with contextlib.suppress(Exception):  # the network may refuse a size with any error
                 failed, difference = _difference_in_shapes(on_meta, call) or (frozenset(), 0)
                 if failed:
-                    failing.setdefault(failed, []).append((-difference, place))
-        chosen = {place for found in failing.values() for place in (min(found)[1], found[0][1])}
-        return [calls[place] for place in sorted(chosen)]
+                    failing.setdefault(failed, []).append((-difference, index))
+        chosen = {index for found in failing.values() for index in (min(found)[1], found[0][1])}
+        return [calls[index] for index in sorted(chosen)]
     return calls[:_MOST_RUNS]
 
 

@@ -42,8 +42,8 @@ def slices_of(node: Any, facts: Facts) -> Slices | None:
     asked: Any = node.args[1]
     rank, parts = len(facts.shapes.get(source, ())), list(asked) if isinstance(asked, tuple) else [asked]
     if any(part is ... for part in parts):
-        place = next(i for i, part in enumerate(parts) if part is ...)
-        parts[place : place + 1] = [slice(None)] * (rank - len(parts) + 1)
+        dots = next(i for i, part in enumerate(parts) if part is ...)
+        parts[dots : dots + 1] = [slice(None)] * (rank - len(parts) + 1)
     parts += [slice(None)] * (rank - len(parts))
     return tuple(parts) if parts and all(isinstance(part, slice) for part in parts) else None
 

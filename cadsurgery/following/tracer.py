@@ -98,8 +98,8 @@ def is_constant(node: fx.Node) -> bool:
 
 def cuts_channels(node: fx.Node, root: nn.Module) -> bool:
     """True if a node cuts a tensor into parts along channels whose number the weights of a layer fix."""
-    place = 1 if name_of(node.target) == "unbind" else 2
-    axis: Any = node.kwargs.get("dim", node.args[place] if len(node.args) > place else 0)
+    index = 1 if name_of(node.target) == "unbind" else 2
+    axis: Any = node.kwargs.get("dim", node.args[index] if len(node.args) > index else 0)
     sizes = [part for part in (*node.args[1:], *node.kwargs.values()) if isinstance(part, fx.Node)]
     if axis not in _WEIGHTED or not all(is_number_of_channels(size, root) for size in sizes):
         return False

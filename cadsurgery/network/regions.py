@@ -382,10 +382,10 @@ class Values:
             length = whole.shape[axes[0]], whole.shape[axes[1]]
             for picture, (some, of_picture) in enumerate(zip(boxes, parts, strict=True)):
                 for box, leaves in zip(some, of_picture, strict=True):
-                    place = whole[picture : picture + 1]
+                    part = whole[picture : picture + 1]
                     for axis, (first, end) in zip(axes, box.of_map(length, size).spans, strict=True):
-                        place = place.narrow(axis, first, end - first)
-                    place.copy_(leaves[number])
+                        part = part.narrow(axis, first, end - first)
+                    part.copy_(leaves[number])
             found.append(whole)
         return found
 
@@ -406,8 +406,8 @@ class Values:
         numbers = iter(range(len(self.axes)))
 
         def part(value: Any) -> Any:
-            place = next(numbers)
-            return value if self.axes[place] is None else cut(place, value)
+            output = next(numbers)
+            return value if self.axes[output] is None else cut(output, value)
 
         self.parts[number][index] = tree_map(part, result)
 

@@ -47,8 +47,8 @@ from cadsurgery.surgery.treatment import Call, Treatment, barrier, operation_nam
 # -- along channels ------------------------------------------------------------------------------------
 
 _OVER_IMAGE = {"softmax": "softmax_over_image", "normalize": "normalize_over_image"}
-# Place of the axes among the arguments, where it is not the second, and default.
-_PLACES: dict[str, tuple[int, int | None]] = {
+# Index of the axes among the arguments, where it is not the second, and default.
+_INDICES: dict[str, tuple[int, int | None]] = {
     "normalize": (2, 1),
     "cosine_similarity": (2, 1),
     **dict.fromkeys(("glu", "sort", "argsort", "mode"), (1, -1)),
@@ -67,7 +67,7 @@ _FUNCTIONS: dict[type[nn.Module], Any] = {
 def along_channels(node: fx.Node, facts: MapFacts) -> Treatment:
     """Over the channels of each element, which are the columns of its row."""
     layout, how = facts.layout(first_map(node, facts)), _name(node, facts)
-    place, dim = _stated_axes(node, facts, how, layout)
+    index, dim = _stated_axes(node, facts, how, layout)
     maps = [source for source in node.all_input_nodes if facts.layout(source)]
     if how in ("max", "min") and len(maps) == 2:
         return Treatment("join", "combines the values of one cell")
@@ -87,7 +87,7 @@ def along_channels(node: fx.Node, facts: MapFacts) -> Treatment:
         return Treatment(kind, rows=Call(_function_of(node, facts), (node.args[0], rows[0])))
     if how == "flip":
         return Treatment(kind, rows=Call(torch.flip, (node.args[0], rows)))
-    call = redirect(node, place, tuple(rows) if isinstance(dim, (tuple, list)) else rows[0])
+    call = redirect(node, index, tuple(rows) if isinstance(dim, (tuple, list)) else rows[0])
     if how == "roll":
         call = replace(call, target=roll_channels)
     return Treatment(kind, rows=call, layout=_after(node, facts, layout, dims))
@@ -106,19 +106,19 @@ def _function_of(node: fx.Node, facts: MapFacts) -> Any:
 
 
 def _stated_axes(node: fx.Node, facts: MapFacts, how: str, layout: str) -> tuple[int, Any]:
-    """Return the place of the argument that tells the axes, and the axes."""
-    place, default = _PLACES.get(how, (1, None))
+    """Return the index of the argument that tells the axes, and the axes."""
+    index, default = _INDICES.get(how, (1, None))
     if how in ("softmax", "log_softmax", "softmin"):  # torch's implicit choice
         default = 0 if len(layout) == 3 else 1
     if node.op == "call_module":
         module: Any = facts.module(node)
-        return place, default if module.dim is None else module.dim
+        return index, default if module.dim is None else module.dim
     by_name = next((node.kwargs[name] for name in DIM_NAMES if node.kwargs.get(name) is not None), None)
     if by_name is not None:
-        return place, by_name
+        return index, by_name
     if how == "flip":
-        return place, node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-    return place, node.args[place] if len(node.args) > place and node.args[place] is not None else default
+        return index, node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    return index, node.args[index] if len(node.args) > index and node.args[index] is not None else default
 
 
 def _after(node: fx.Node, facts: MapFacts, layout: str, dims: list[int]) -> str:
@@ -127,7 +127,7 @@ def _after(node: fx.Node, facts: MapFacts, layout: str, dims: list[int]) -> str:
     result = node if node in facts.shapes else result
     if len(facts.shapes.get(result, layout)) == len(layout):
         return layout
-    return "".join(axis for place, axis in enumerate(layout) if place not in dims)
+    return "".join(axis for index, axis in enumerate(layout) if index not in dims)
 
 
 @rule(nn.Softmax2d)

@@ -290,7 +290,7 @@ class Plan:
     @property
     def share_after_first_stage(self) -> float:
         """The region's share of all MACs from the first adaptive operation on, in order of execution."""
-        adapted = (place for place, decision in enumerate(self.decisions) if decision.action == "adapt")
+        adapted = (index for index, decision in enumerate(self.decisions) if decision.action == "adapt")
         behind = self.decisions[next(adapted, 0) :]
         total = _macs_of(behind)
         return _macs_of(d for d in behind if d.on_elements) / total if total else 1.0

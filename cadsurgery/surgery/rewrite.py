@@ -403,9 +403,9 @@ def rewrite(flow: Flow, plan: Plan, *, guided: bool = False) -> fx.Graph:
 
 
 class Operand(NamedTuple):
-    """A value that a node reads, by its place among these: copies of the node keep it."""
+    """A value that a node reads, by its number among these: copies of the node keep it."""
 
-    place: int
+    number: int
 
 
 def acts_of(node: fx.Node, flow: Flow) -> Treatment:
@@ -413,12 +413,12 @@ def acts_of(node: fx.Node, flow: Flow) -> Treatment:
     own. The layout is that of its value; among the arguments an `Operand` stands for each node."""
     with maps_may_grow():
         treatment = treat(node, replace(flow, pads={}))
-    places = {source: Operand(place) for place, source in enumerate(node.all_input_nodes)}
+    operands = {source: Operand(index) for index, source in enumerate(node.all_input_nodes)}
 
     def placed(value: Any) -> Any:
         if isinstance(value, Call):
             return replace(value, args=placed(value.args), kwargs={})
-        return fx.map_arg(value, lambda read: places.get(read, Operand(-1)))
+        return fx.map_arg(value, lambda read: operands.get(read, Operand(-1)))
 
     arguments = tuple((name, placed(value)) for name, value in treatment.arguments)
     return Treatment(
@@ -449,7 +449,7 @@ class Halves(NamedTuple):
 def halves(graph: fx.Graph) -> Halves:
     """Cut a rewritten graph at its mask, so that masks are known before the shapes of the second half are fixed."""
     nodes = list(graph.nodes)
-    cut = next(place for place, node in enumerate(nodes) if node.target is ask_mask)
+    cut = next(index for index, node in enumerate(nodes) if node.target is ask_mask)
     masking, *mask_inputs = nodes[cut].args
     # Weights, sizes, types and what is computed from them alone are computed in both halves instead of passed on.
     duplicated = downstream(nodes[:cut], lambda node: asks(node) or node.op == "get_attr", only=True)
@@ -494,24 +494,24 @@ def unchanged_graph(flow: Flow, plan: Plan) -> fx.Graph:
 
 
 @dataclass(frozen=True)
-class _NodePlace:
-    """A reference to a node by its place in the order of execution."""
+class _NodeIndex:
+    """A reference to a node by its index in the order of execution."""
 
-    place: int
+    index: int
 
 
 def pack_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
     """Convert a graph to a flat list that can be pickled at any length; each pickled node would nest a level deeper."""
-    places: dict[Any, Any] = {node: _NodePlace(place) for place, node in enumerate(graph.nodes)}
+    references: dict[Any, Any] = {node: _NodeIndex(index) for index, node in enumerate(graph.nodes)}
 
-    def by_place(part: Any) -> Any:
+    def by_index(part: Any) -> Any:
         return map_aggregate(
-            part, lambda value: places.get(value, value) if isinstance(value, fx.Node) else value
+            part, lambda value: references.get(value, value) if isinstance(value, fx.Node) else value
         )
 
     return [
         (
-            *(node.op, node.target, node.name, by_place(node.args), by_place(node.kwargs)),
+            *(node.op, node.target, node.name, by_index(node.args), by_index(node.kwargs)),
             {key: node.meta[key] for key in (ORIGIN, WORK, STAGE, ACTS) if key in node.meta},
         )
         for node in graph.nodes
@@ -524,7 +524,7 @@ def unpack_graph(rows: list[tuple[Any, ...]]) -> fx.Graph:
     nodes: list[fx.Node] = []
     for op, target, name, args, kwargs, meta in rows:
         args, kwargs = (
-            map_aggregate(part, lambda value: nodes[value.place] if isinstance(value, _NodePlace) else value)
+            map_aggregate(part, lambda value: nodes[value.index] if isinstance(value, _NodeIndex) else value)
             for part in (args, kwargs)
         )
         nodes.append(graph.create_node(op, target, args, kwargs, name))

@@ -43,11 +43,11 @@ def first_map(node: fx.Node, facts: MapFacts) -> fx.Node:
     return next(source for source in node.all_input_nodes if facts.layout(source))
 
 
-def redirect(node: fx.Node, place: int, dim: Any) -> Call:
-    """Return the node's own call with another `dim`, one of the rows; `place` is its place among the arguments."""
+def redirect(node: fx.Node, index: int, dim: Any) -> Call:
+    """Return the node's own call with another `dim`, one of the rows; `index` is its index among the arguments."""
     args, kwargs = list(node.args), dict(node.kwargs)
-    if len(args) > place:
-        args[place] = dim
+    if len(args) > index:
+        args[index] = dim
     else:
         kwargs[next((name for name in DIM_NAMES if name in kwargs), "dim")] = dim
     return Call(node.target, tuple(args), kwargs)

@@ -736,8 +736,8 @@ def _over_channels(node: fx.Node, facts: MapFacts, dims: tuple[int, ...], keepdi
     layout = facts.layout(node.args[0])
     if any(layout[dim] != "c" for dim in dims):
         return barrier("it joins the images of the batch")
-    place = 2 if "norm" in operation_name(node, facts) else 1
-    call = redirect(node, place, tuple(row_dim(layout, dim) for dim in dims))
+    index = 2 if "norm" in operation_name(node, facts) else 1
+    call = redirect(node, index, tuple(row_dim(layout, dim) for dim in dims))
     after = layout if keepdim else "".join(axis for dim, axis in enumerate(layout) if dim not in dims)
     return Treatment("pointwise", rows=call, layout=after)
 

@@ -337,7 +337,7 @@ def _chosen_outputs(graph: fx.Graph) -> set[str]:
     output = graph.output_node()
     behind = downstream(graph.nodes, chooses)
     leaves = [leaf for leaf in tree_leaves(output.args[0]) if isinstance(leaf, fx.Node)]
-    return {f"{_OUTPUT}{place}" for place, leaf in enumerate(leaves) if leaf in behind}
+    return {f"{_OUTPUT}{index}" for index, leaf in enumerate(leaves) if leaf in behind}
 
 
 def _size_of(call: Arguments) -> tuple[int, int]:
@@ -402,8 +402,8 @@ def _work_at(level: int, plan: Plan) -> float:
         finer = 1.0
         if decision.on_elements:
             stage = decision.stages[1]
-            place = max(level, stage - 1) if plan.floors else min(stage, level)
-            finer = decision.spacing * plan.strides[0] / plan.strides[place]
+            finest = max(level, stage - 1) if plan.floors else min(stage, level)
+            finer = decision.spacing * plan.strides[0] / plan.strides[finest]
         total += decision.macs
         of_level += decision.macs * finer**2
     return of_level / total if total else 0.0

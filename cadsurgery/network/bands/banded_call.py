@@ -130,12 +130,12 @@ def plan_walks(plan: BandPlan, band: int, keeps: bool, rows: Rows | None = None)
     maps, streams = plan.maps, list(plan.maps.values())
     known, picture = {streams[0]}, streams[0]
     asked = plan.map_outputs if plan.only_first else plan.outputs
-    last = max((plan.passes.get(node, 0) for node in asked), default=0)
+    last = max((plan.walk_of.get(node, 0) for node in asked), default=0)
     every, walks = set[Stream](), list[Walk]()
     for at in range(last + 1):
         wanted, later, staying = {maps[node] for node in plan.map_outputs}, set[Stream](), set[Stream]()
         if at < last:
-            wanted = {maps[one.source] for key, one in plan.sums.items() if plan.passes[key] == at + 1}
+            wanted = {maps[one.source] for key, one in plan.sums.items() if plan.walk_of[key] == at + 1}
             later = _read_later(plan, at) if keeps else later
             staying = later - known
         ends = (wanted | staying) - known
@@ -149,10 +149,10 @@ def plan_walks(plan: BandPlan, band: int, keeps: bool, rows: Rows | None = None)
 
 def _read_later(plan: BandPlan, at: int) -> set[Stream]:
     """Return the maps of a walk that maps of later ones read, or that are results."""
-    passes, maps = plan.passes, plan.maps
-    is_ready = {one for node, one in maps.items() if one.compute is not None and passes.get(node, 0) <= at}
+    walk_of, maps = plan.walk_of, plan.maps
+    is_ready = {one for node, one in maps.items() if one.compute is not None and walk_of.get(node, 0) <= at}
     read = {source for one in maps.values() if one not in is_ready for source, _ in one.sources}
-    later = {maps[one.source] for key, one in plan.sums.items() if passes[key] > at + 1}
+    later = {maps[one.source] for key, one in plan.sums.items() if walk_of[key] > at + 1}
     return (read | later | {maps[node] for node in plan.map_outputs}) & is_ready
 
 
@@ -257,11 +257,11 @@ class _JoinedElements(_Held):
         return self._behind(int(self.map.count(first, end)), self.memory)
 
     def add(self, first: int, end: int, x: Elements) -> None:
-        place = self._behind(len(x.rows), x.rows)[: len(x.rows)]
-        if place.data_ptr() != x.rows.data_ptr():
-            place.copy_(x.rows.clone() if _is_same_memory(place, x.rows) else x.rows)
+        rows = self._behind(len(x.rows), x.rows)[: len(x.rows)]
+        if rows.data_ptr() != x.rows.data_ptr():
+            rows.copy_(x.rows.clone() if _is_same_memory(rows, x.rows) else x.rows)
         self.used += len(x.rows)
-        super().add(first, end, Elements(place, x.lattice))
+        super().add(first, end, Elements(rows, x.lattice))
 
     def drop(self, row: int) -> None:
         super().drop(row)
@@ -359,7 +359,7 @@ class BandedCall:
             if at == len(self.walks.walks) - 1:
                 yield from self._results(walk, plan.map_outputs)
                 return
-            sums = {key: s for key, s in plan.sums.items() if plan.passes[key] == at + 1}
+            sums = {key: s for key, s in plan.sums.items() if plan.walk_of[key] == at + 1}
             found = dict[Key, list[Tensor]]()
             for node, first, rows in self._results(walk, {s.source: None for s in sums.values()}):
                 for key, value in sums.items():
@@ -374,7 +374,7 @@ class BandedCall:
         """Compute what is no map and can be known before a walk."""
         plan, values = self.plan, self.plan.values
         for node in plan.seen.graph.nodes:
-            if node.op == "output" or node in values or plan.passes.get(node, 0) > at:
+            if node.op == "output" or node in values or plan.walk_of.get(node, 0) > at:
                 continue
             if node in plan.maps or node in plan.parts or node in plan.sums:
                 continue

@@ -154,7 +154,7 @@ class BandPlan:
         cells: of the picture, if the graph has a region.
         maps: the map of each node, in the order of the graph; the picture is the first.
         sums: values of the whole image.
-        passes: for each map and each value, how many walks down the picture come before it.
+        walk_of: for each map and each value, how many walks down the picture come before it.
         axis: the axis of each map that its rows are counted along.
         parts: the maps that values which are several maps, or a small one, are read from.
         behind: operations that only arrange and combine results, such as a head that flattens its maps to rows: they
@@ -185,7 +185,7 @@ class BandPlan:
         if along == "w":
             self.grids = {node: Grid(grid.stage, grid.size[::-1]) for node, grid in seen.grids.items()}
         self.maps = dict[fx.Node, Stream]()
-        self.sums, self.passes = dict[Key, WholeImage](), dict[Key, int]()
+        self.sums, self.walk_of = dict[Key, WholeImage](), dict[Key, int]()
         self.axis, self.parts = dict[fx.Node, int](), dict[fx.Node, list[fx.Node]]()
         self.values, self.behind = dict[Key, Any](), dict[fx.Node, CannotConvert]()
         if computes:
@@ -204,7 +204,7 @@ class BandPlan:
             elif self._is_enlarged(node):
                 self._add(node, self._enlarged(node))
             else:
-                self.passes[node] = self._passes(node.all_input_nodes)
+                self.walk_of[node] = self._walk_of(node.all_input_nodes)
         if not computes:
             self._read_what_is_changed()
         kept, returned = (
@@ -237,8 +237,8 @@ class BandPlan:
         read = (self.parts.get(source, [source]) for source in node.all_input_nodes if self._has_map(source))
         return list(dict.fromkeys(one for some in read for one in some))
 
-    def _passes(self, nodes: Iterable[fx.Node]) -> int:
-        return max((self.passes.get(node, 0) for node in nodes), default=0)
+    def _walk_of(self, nodes: Iterable[fx.Node]) -> int:
+        return max((self.walk_of.get(node, 0) for node in nodes), default=0)
 
     def _read_node(self, node: fx.Node) -> None:
         if node in self.seen.numbers:
@@ -296,8 +296,8 @@ class BandPlan:
         made.sources = [(self.maps[one], rows) for one, rows in made.reads if one in self.maps]
         made.copied = [self.maps[one] for one in made.copies if one in self.maps]
         if made.compute is not None:
-            self.passes.setdefault(
-                node, self._passes((*node.all_input_nodes, *(one for one, _ in made.reads)))
+            self.walk_of.setdefault(
+                node, self._walk_of((*node.all_input_nodes, *(one for one, _ in made.reads)))
             )
         self.maps[node] = made
 
@@ -436,7 +436,7 @@ class BandPlan:
         measure = partial(steps.sums, groups=groups, squares=True, are_equal=self._are_equal(grid))
         made = partial(steps.affine_of, channels=channels, weight=weight, bias=bias, eps=eps)
         self._add_sum(key, WholeImage(source, measure, made))
-        self.passes[node] = self.passes[key]
+        self.walk_of[node] = self.walk_of[key]
 
         def apply(rows: dict[fx.Node, Any]) -> Any:
             x, (scale, shift) = rows[source], self.values[key]
@@ -630,7 +630,7 @@ class BandPlan:
 
     def _add_sum(self, key: Key, one: WholeImage) -> None:
         self.sums[key] = one
-        self.passes[key] = self.passes.get(one.source, 0) + 1
+        self.walk_of[key] = self.walk_of.get(one.source, 0) + 1
 
     # -- reading the graph ---------------------------------------------------------------------------
 
@@ -669,9 +669,9 @@ class BandPlan:
     def _resolved(self, value: Any, node: fx.Node) -> Any:
         """The value of an argument of a node's treatment."""
         if isinstance(value, Operand):
-            if value.place < 0:
+            if value.number < 0:
                 raise self.refusal(node, "a window is computed from what it does not read")
-            value = node.all_input_nodes[value.place]
+            value = node.all_input_nodes[value.number]
         if isinstance(value, Attribute):
             return operator.attrgetter(value.path)(self.seen.net)
         if isinstance(value, Call):
@@ -729,12 +729,12 @@ class BandPlan:
 
     def _changes_that_others_read(self) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
         """Yield each operation in place, a map that it changes, and what reads this behind it."""
-        places = {node: place for place, node in enumerate(self.seen.graph.nodes)}
+        numbers = {node: number for number, node in enumerate(self.seen.graph.nodes)}
         for node, sources in self.seen.changed.items() if any(self.seen.changed.values()) else ():
             changed = set().union(*(self.seen.memories[source] for source in sources))
             for other, memories in self.seen.memories.items():
-                if places[other] < places[node] and memories & changed:
-                    yield from ((node, other, user) for user in other.users if places[user] > places[node])
+                if numbers[other] < numbers[node] and memories & changed:
+                    yield from ((node, other, user) for user in other.users if numbers[user] > numbers[node])
 
     def refusal(self, node: fx.Node, why: str) -> CannotConvert:
         """Return the error for a node that is not computed in bands."""

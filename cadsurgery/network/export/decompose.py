@@ -64,7 +64,7 @@ class _Rewriting:
         self.new._codegen = old._codegen
         self.now: dict[fx.Node, Any] = {}
         self._table = table
-        self._places = {node: place for place, node in enumerate(old.nodes)}
+        self._numbers = {node: number for number, node in enumerate(old.nodes)}
         self._views: dict[fx.Node, set[fx.Node]] = {}  # nodes that may share memory, one set for all of them
         self._same: dict[fx.Node, list[fx.Node]] = {}  # nodes that are the same tensor, changed in place
         self._sizes: dict[Any, fx.Node] = {}  # nodes with a symbolic size
@@ -110,9 +110,9 @@ class _Rewriting:
         if not isinstance(changed, fx.Node) or not name.endswith("_"):
             raise _CannotReplace
         same = self._same.setdefault(changed, [changed])
-        here = self._places[node]
+        here = self._numbers[node]
         for one in self._views[changed] - {node}:
-            is_late = any(self._places[user] > here for user in one.users)
+            is_late = any(self._numbers[user] > here for user in one.users)
             if one.op != "call_function" or (one not in same and is_late):
                 raise _CannotReplace
         packet = getattr(_ATEN, name.removesuffix("_"), None)

@@ -34,8 +34,8 @@ def options_of(node: Any) -> dict[str, Any]:
     return {name: attribute.value for name, attribute in node.attributes.items()}
 
 
-def places_of_values(node: Any) -> list[int]:
-    """Return the places of the inputs of a node that are in 8 bits, but for its weight."""
+def indices_of_values(node: Any) -> list[int]:
+    """Return the indices of the inputs of a node that are in 8 bits, but for its weight."""
     if node.op_type in ("Add", "Concat"):
         return list(range(len(node.inputs)))
     return [0, len(node.inputs) - 1] if is_convolution_of_rows(node) and _adds_residual(node) else [0]
@@ -57,20 +57,20 @@ def round_weights(graph: Any, nodes: Sequence[Any], means: Mapping[Any, Tensor])
     for node in nodes:
         if node.op_type not in PRODUCTS and not _can_be_in_8_bits(node):
             continue
-        place, rows = _place_of_weight(node), node.inputs[0]
+        index, rows = _index_of_weight(node), node.inputs[0]
         exact, groups, limited = _weight_of(node)
         whole, scale = weights[node] = round_weight(exact, limited)
         rounded = whole * scale.view(-1, *[1] * (whole.dim() - 1))
         # New names, because another node may share the weight and stay in floating point.
-        name = f"{node.inputs[place].name}.{node.name}"
-        bias = node.inputs[place + 1] if len(node.inputs) > place + 1 else None
-        node.replace_input_with(place, add_constant(graph, name, _as_stored(node, rounded)))
+        name = f"{node.inputs[index].name}.{node.name}"
+        bias = node.inputs[index + 1] if len(node.inputs) > index + 1 else None
+        node.replace_input_with(index, add_constant(graph, name, _as_stored(node, rounded)))
         if node.op_type != "MatMul" and rows in means:
             shift = mean_error(exact - rounded, means[rows], groups)
             before = 0.0 if bias is None else _constant_of(bias).flatten()
-            node.resize_inputs(max(len(node.inputs), place + 2))
+            node.resize_inputs(max(len(node.inputs), index + 2))
             corrected = add_constant(graph, f"{name}.bias", (before + shift).float())
-            node.replace_input_with(place + 1, corrected)
+            node.replace_input_with(index + 1, corrected)
     return weights
 
 
@@ -104,8 +104,8 @@ def write_bytes(
     ]
     for node in writer.nodes:
         writer.visit(node)
-    for node, place, value in readers:
-        node.replace_input_with(place, writer.as_floats(value))
+    for node, index, value in readers:
+        node.replace_input_with(index, writer.as_floats(value))
 
 
 class _Writer:
@@ -162,7 +162,7 @@ class _Writer:
                     if value.is_initializer() or is_joined_alone:
                         parameters[value] = joint
         for node in self.nodes:
-            values, result = [node.inputs[place] for place in places_of_values(node)], node.outputs[0]
+            values, result = [node.inputs[index] for index in indices_of_values(node)], node.outputs[0]
             parameters |= {value: self._parameters_of(value) for value in values if value not in parameters}
             keeps = node.op_type in (*MOVES, "MaxPool")
             parameters[result] = parameters[values[0]] if keeps else self._parameters_of(result)
@@ -184,8 +184,8 @@ class _Writer:
             node.op_type += IN_8_BITS if node.op_type == PICK else ""
             self._write_bytes(result)
         else:
-            for place in places_of_values(node):
-                node.replace_input_with(place, self.as_floats(node.inputs[place]))
+            for index in indices_of_values(node):
+                node.replace_input_with(index, self.as_floats(node.inputs[index]))
             if node.op_type in PRODUCTS:
                 self._multiply(node, source)
             # OpenVINO keeps channels last in memory, so that nothing has to be permuted, but it sees that only where a
@@ -194,9 +194,9 @@ class _Writer:
                 self._floats[result] = result
         if result.is_graph_output() and (floats := self.as_floats(result)) is not result:
             result.name, floats.name = f"{result.name}.exact", result.name
-            for place, value in enumerate(self.graph.outputs):
+            for index, value in enumerate(self.graph.outputs):
                 if value is result:
-                    self.graph.outputs[place] = floats
+                    self.graph.outputs[index] = floats
 
     # -- weights -----------------------------------------------------------------------------------
 
@@ -221,8 +221,8 @@ class _Writer:
         for option, number in zip(OF_8_BITS, numbers, strict=True):
             node.attributes[option] = onnx_ir.AttrFloat32(option, float(number))
         node.resize_inputs(8)
-        for place, value in ((0, self._as_bytes(rows)), *enumerate(inputs, 4)):
-            node.replace_input_with(place, value)
+        for index, value in ((0, self._as_bytes(rows)), *enumerate(inputs, 4)):
+            node.replace_input_with(index, value)
         node.op_type += IN_8_BITS
         self._write_bytes(result)
 
@@ -305,7 +305,7 @@ def add_constant(graph: Any, name: str, values: Tensor) -> Any:
     return graph.initializers[name]
 
 
-def _place_of_weight(node: Any) -> int:
+def _index_of_weight(node: Any) -> int:
     return 4 if is_convolution_of_rows(node) else 1
 
 
@@ -321,7 +321,7 @@ def _weight_of(node: Any) -> tuple[Tensor, int, Literal["any", "adjacent"] | Non
     without VNNI in ONNX Runtime 1.32 and OpenVINO 2026.4). This package's kernels are exact with any weights, and
     faster where those of adjacent channels are limited.
     """
-    weight = _constant_of(node.inputs[_place_of_weight(node)])
+    weight = _constant_of(node.inputs[_index_of_weight(node)])
     if is_convolution_of_rows(node):  # (taps, C), (taps, C, O) or (taps, groups, C / groups, O / groups)
         by_tap = {2: weight[:, :, None, None], 3: weight[:, None]}.get(weight.dim(), weight)
         return by_tap.permute(1, 3, 2, 0).flatten(0, 1), by_tap.shape[1], "adjacent"
@@ -332,7 +332,7 @@ def _weight_of(node: Any) -> tuple[Tensor, int, Literal["any", "adjacent"] | Non
 
 def _as_stored(node: Any, by_output: Tensor) -> Tensor:
     """Return a weight whose outputs are first in the order in which a node reads it; see `_weight_of`."""
-    shape = list(node.inputs[_place_of_weight(node)].shape)
+    shape = list(node.inputs[_index_of_weight(node)].shape)
     if not is_convolution_of_rows(node):
         return by_output.movedim(0, _axis_of_outputs(node))
     groups = 1 if len(shape) == 3 else shape[1]

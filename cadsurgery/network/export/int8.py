@@ -22,9 +22,9 @@ from cadsurgery.network.export.engines import OnnxRuntime, OnnxRuntimeWithKernel
 from cadsurgery.network.export.in_bytes import (
     MOVES,
     PRODUCTS,
+    indices_of_values,
     is_convolution_of_rows,
     options_of,
-    places_of_values,
     round_weights,
     write_bytes,
 )
@@ -323,7 +323,7 @@ def _ranges(
     values = dict.fromkeys(
         value
         for node in chosen
-        for value in (*(node.inputs[place] for place in places_of_values(node)), node.outputs[0])
+        for value in (*(node.inputs[index] for index in indices_of_values(node)), node.outputs[0])
         if not value.is_initializer()
     )
     asked = [(kind, value, None) for value in values for kind in ("ReduceMin", "ReduceMax")]

@@ -242,14 +242,14 @@ def _pad(self: Any, pad: Any, mode: str = "constant", value: float | None = None
     """Pad; circular padding is written as slices that are joined, because OpenVINO has no `wrap`."""
     if mode != "circular" or not all(isinstance(length, int) and length >= 0 for length in pad):
         return aten_pad(self, pad, mode, value)
-    for place in range(0, len(pad), 2):
-        axis, zero = op.Constant(value_ints=[-1 - place // 2]), op.Constant(value_ints=[0])
-        before, after = pad[place : place + 2]
+    for index in range(0, len(pad), 2):
+        axis, zero = op.Constant(value_ints=[-1 - index // 2]), op.Constant(value_ints=[0])
+        before, after = pad[index : index + 2]
         end = op.Constant(value_ints=[_END])
         parts = [op.Slice(self, op.Constant(value_ints=[-before]), end, axis)] if before else []
         parts += [self]
         parts += [op.Slice(self, zero, op.Constant(value_ints=[after]), axis)] if after else []
-        self = op.Concat(*parts, axis=-1 - place // 2) if len(parts) > 1 else self
+        self = op.Concat(*parts, axis=-1 - index // 2) if len(parts) > 1 else self
     return self
 
 
