@@ -1,8 +1,8 @@
 """Put an exported program into the operations that have an ONNX translation, without running it again.
 
 `ExportedProgram.run_decompositions` runs the network twice more on symbolic tensors, which took more than a third of
-the time of an export. Few operations of our programs have no translation; most of them are one or two others, and the
-rest are traced alone.
+the time of an export. Few operations of our programs have no translation: changes of shape, which are views, and others
+that are traced alone.
 """
 
 from __future__ import annotations
@@ -129,8 +129,7 @@ class _Rewriting:
             self.now[one] = self.now[node]
 
     def _replace(self, node: fx.Node, target: Any) -> None:
-        rule = _RULES.get(target)
-        self.now[node] = self._trace(node, target) if rule is None else rule(self, node)
+        self.now[node] = self._view(node) if target in _VIEWS else self._trace(node, target)
 
     def _trace(self, node: fx.Node, target: Any) -> Any:
         """Write the operations that torch makes of an operation on the values of its arguments."""
@@ -176,7 +175,7 @@ class _Rewriting:
             call.meta["val"] = value
         return call
 
-    def size(self, node: fx.Node, axis: int, like: fx.Node) -> int | fx.Node:
+    def _size(self, node: fx.Node, axis: int, like: fx.Node) -> int | fx.Node:
         """Return the length of an axis of an old node: a number, or a node of the new graph."""
         length = node.meta["val"].shape[axis]
         if isinstance(length, int):
@@ -186,7 +185,7 @@ class _Rewriting:
             self._sizes[length.node.expr] = call
         return self._sizes[length.node.expr]
 
-    def view(self, node: fx.Node) -> fx.Node:
+    def _view(self, node: fx.Node) -> fx.Node:
         """Write a flatten, unflatten or reshape as a view."""
         source, shape = node.args[0], node.meta["val"].shape
         assert isinstance(source, fx.Node)
@@ -202,7 +201,7 @@ class _Rewriting:
             elif length.node.expr in self._sizes:
                 sides.append(self._sizes[length.node.expr])
             elif length.node.expr in axes:
-                sides.append(self.size(source, axes[length.node.expr], node))
+                sides.append(self._size(source, axes[length.node.expr], node))
             else:
                 sides.append(-1)
         if sides.count(-1) > 1:
@@ -214,59 +213,6 @@ class _Rewriting:
         whole = source.meta["val"].clone(**options)
         copy = self._call(_ATEN.clone.default, (self.now[source],), options, node, whole)
         return self._call(_ATEN._unsafe_view.default, (copy, sides), {}, node)
-
-    def convert(self, node: fx.Node) -> fx.Node:
-        """Write a conversion to another type, or leave it out if the type is the same."""
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        before, after = source.meta["val"], node.meta["val"]
-        if before.device != after.device:
-            raise _CannotReplace
-        if before.dtype == after.dtype:
-            return self.now[source]
-        return self._call(_ATEN._to_copy.default, (self.now[source],), {"dtype": after.dtype}, node)
-
-    def keep(self, node: fx.Node) -> fx.Node:
-        """Leave out an operation that changes no value."""
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        return self.now[source]
-
-    def subtract(self, node: fx.Node) -> fx.Node:
-        """Write a subtraction from a number as a subtraction."""
-        if len(node.args) != 2 or node.kwargs:
-            raise _CannotReplace
-        one, two = self._mapped(node.args)
-        return self._call(_ATEN.sub.Tensor, (two, one), {}, node)
-
-    def square(self, node: fx.Node) -> fx.Node:
-        """Write a square as a power."""
-        return self._call(_ATEN.pow.Tensor_Scalar, (*self._mapped(node.args), 2), {}, node)
-
-    def expand(self, node: fx.Node) -> fx.Node:
-        """Write an expansion to the shape of another tensor as one to its sizes."""
-        source, other = node.args
-        assert isinstance(source, fx.Node) and isinstance(other, fx.Node)
-        sides = [self.size(other, axis, node) for axis in range(other.meta["val"].dim())]
-        return self._call(_ATEN.expand.default, (self.now[source], sides), {}, node)
-
-    def fill(self, node: fx.Node) -> fx.Node:
-        """Write a number at the indices of an axis, by putting a tensor."""
-        source, axis, index, number = node.args
-        assert isinstance(source, fx.Node) and isinstance(index, fx.Node) and isinstance(axis, int)
-        into, places = source.meta["val"], index.meta["val"]
-        if into.dim() != 1 or places.dim() != 1 or not isinstance(number, int | float):
-            raise _CannotReplace
-        options = {"dtype": into.dtype, "layout": torch.strided, "device": into.device, "pin_memory": False}
-        one = self._call(_ATEN.scalar_tensor.default, (number,), options, node, into.new_empty(()))
-        many = self._call(
-            _ATEN.expand.default,
-            (one, [self.size(index, 0, node)]),
-            {},
-            node,
-            into.new_empty(()).expand(places.shape),
-        )
-        return self._call(_ATEN.index_put.default, (self.now[source], [self.now[index]], many), {}, node)
 
 
 def _is_contiguous(value: torch.Tensor) -> bool:
@@ -291,21 +237,10 @@ def _is_composite_view(target: Any) -> bool:
     )
 
 
-_RULES: dict[Any, Callable[[_Rewriting, fx.Node], fx.Node]] = {
-    **dict.fromkeys(
-        (
-            _ATEN.flatten.using_ints,
-            _ATEN.unflatten.int,
-            _ATEN.reshape.default,
-            _ATEN.reshape_as.default,
-            _ATEN.view_as.default,
-        ),
-        _Rewriting.view,
-    ),
-    **dict.fromkeys((_ATEN.to.dtype, _ATEN.to.device, _ATEN.to.dtype_layout), _Rewriting.convert),
-    **dict.fromkeys((_ATEN.detach.default, _ATEN.lift_fresh_copy.default), _Rewriting.keep),
-    _ATEN.rsub.Scalar: _Rewriting.subtract,
-    _ATEN.square.default: _Rewriting.square,
-    _ATEN.expand_as.default: _Rewriting.expand,
-    _ATEN.index_fill.int_Scalar: _Rewriting.fill,
-}
+_VIEWS = (
+    _ATEN.flatten.using_ints,
+    _ATEN.unflatten.int,
+    _ATEN.reshape.default,
+    _ATEN.reshape_as.default,
+    _ATEN.view_as.default,
+)
