@@ -74,31 +74,21 @@ def target_for(source: str, target: str, memory: str, *, is_plain: bool = True) 
     return str(Path(target).with_suffix(".tif")) if is_large else target
 
 
-def size_at(path: str) -> tuple[int, int] | None:
-    """Return the (height, width) of a picture by the header of its file; None where that does not tell."""
+def header_of(path: str) -> tuple[tuple[int, int], bool] | None:
+    """Return the (height, width) of a picture by the header of its file, and whether that says where it lies on the
+    earth; None where it does not tell a size."""
     if is_remote(path):
         return None
     with suppress(FileError, NotInstalled):
         file = open_rows(path)
         file.close()
-        return file.shape[1], file.shape[2]
+        return (file.shape[1], file.shape[2]), bool(file.position)
     with (
         suppress(Exception),
         open_large(split_page(path)[0]) as picture,
     ):  # what is no picture is reported later
-        return picture.height, picture.width
+        return (picture.height, picture.width), False
     return None
-
-
-def has_position(path: str) -> bool:
-    """Return True if a file says where its picture lies on the earth."""
-    if is_remote(path):
-        return False
-    with suppress(FileError, NotInstalled):
-        file = open_rows(path)
-        file.close()
-        return bool(file.position)
-    return False
 
 
 def memory_of_whole(net: Any, channels: int, size: tuple[int, int]) -> int:

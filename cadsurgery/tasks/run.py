@@ -44,9 +44,8 @@ from cadsurgery.tasks.journal import NAME, Results
 from cadsurgery.tasks.large import (
     SMALL,
     WrittenRows,
-    has_position,
+    header_of,
     memory_of_whole,
-    size_at,
     target_for,
     warn_of_position,
 )
@@ -121,7 +120,7 @@ def predict(
         sources.memory = settings.memory
     if settings.overviews and not settings.memory:
         raise InvalidInput(
-            "--overviews for pictures without a position.",
+            f"--overviews {'under --ray' if ray else 'for pictures without a position'}.",
             why="they are for TIFF files, and without --memory PNG files are written.",
             next="give --memory, e.g. 2GiB, or leave --overviews out.",
         )
@@ -363,15 +362,15 @@ def _why_in_rows(converted: nn.Module, sources: _Sources, settings: PredictionSe
         return ""
     given = [(source, Path(source).name) for source in sources.stills if not source.startswith("@")]
     listed = islice(stream_images(given, {}, sources.output), _LOOKED_AT) if given else ()
-    found = [(math.prod(size), size, image) for image, _ in listed if (size := size_at(image))]
-    _, size, largest = max(found, default=(0, (0, 0), ""))
+    found = [(*header, image) for image, _ in listed if (header := header_of(image))]
+    size, _, largest = max(found, key=lambda one: math.prod(one[0]), default=((0, 0), False, ""))
     whole = cache(partial(memory_of_whole, converted, pictures.channels))
     needed = whole(size) if math.prod(size) >= SMALL else 0
     if needed > free:
         amounts = in_mebibytes(needed, free), in_mebibytes(free, needed)
         sides = f"{size[1]} x {size[0]} pixels"
         return f"{largest}, {sides}, would take up to {amounts[0]} whole, and {amounts[1]} are free"
-    _, size, raster = next((one for one in found if has_position(one[2])), (0, (0, 0), ""))
+    size, _, raster = next((one for one in found if one[1]), ((0, 0), False, ""))
     if raster and whole(size):
         return f"{raster} says where it lies, and so does its prediction, a TIFF file"
     return ""
