@@ -38,7 +38,6 @@ def hard_swish(x: Tensor) -> Tensor:
     return x * F.relu6(x + 3) / 6
 
 
-RELU6 = nn.ReLU6()
 FUSED: dict[str, Step] = {
     "factor and shift": lambda x: (2 * x - 0.5) / 4 + 1,
     "reversed difference": lambda x: 1.5 - x,

@@ -234,15 +234,6 @@ def test_batches_and_types(fast: bool, dtype: torch.dtype, way: str) -> None:
     assert_parts(net(images, mask=mask), cs.read_within(net, images, boxes, mask=mask), boxes, (96, 128))
 
 
-@pytest.mark.parametrize("way", ["as given", "as given, floors", "floors"])
-@torch.no_grad()
-def test_a_box_over_all_is_the_whole_call(way: str) -> None:
-    net, images = made("unet", way), torch.randn(2, 3, 96, 64, dtype=torch.float64)
-    mask = mask_of(net, images, way)
-    found = cs.read_within(net, images, [torch.tensor([[0, 0, 64, 96]])] * 2, mask=mask)
-    assert torch.equal(torch.cat([part for (part,) in found]), net(images, mask=mask))
-
-
 @torch.no_grad()
 def test_sizes_that_do_not_divide_go_by_rows_or_parts_and_stay_exact() -> None:
     """Resizes by odd factors depend on the size of the picture."""
@@ -290,37 +281,6 @@ def test_what_is_changed_in_place_is_read_as_it_is_then() -> None:
     image, boxes = torch.randn(1, 3, 160, 128).double(), torch.tensor([[60, 70, 70, 90], [0, 0, 4, 4]])
     assert_parts(net(image), cs.read_within(net, image, [boxes]), [boxes], (160, 128))
     assert net.macs(image, within=[boxes]).of_whole < 1
-
-
-@torch.no_grad()
-def test_transposed_convolutions_with_norms_are_computed_in_boxes_and_bands() -> None:
-    """Their norms are folded in an inference copy, and their weights have another place there."""
-
-    def make() -> nn.Module:
-        up = [nn.ConvTranspose2d(8, 6, 4, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU()]
-        more = [nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)]
-        return nn.Sequential(*strided(3, 8), *up, *more, nn.Conv2d(6, 3, 1))
-
-    net = unverified(seeded(make), "all", coarsest=16, example_input=torch.randn(1, 3, 64, 64).double())
-    image, boxes = torch.randn(1, 3, 160, 128).double(), torch.tensor([[60, 70, 70, 90], [0, 0, 4, 4]])
-    whole = net.optimize()(image)
-    folded = net.optimize(False, memory="1GiB")
-    for copied in (net.optimize(), net.optimize(memory="1GiB"), folded):
-        assert_parts(whole, cs.read_within(copied, image, [boxes]), [boxes], (160, 128))
-        torch.testing.assert_close(copied(image), whole)
-
-
-@torch.no_grad()
-def test_padding_is_at_the_border_of_the_picture_only() -> None:
-    """A bias and padding of ones would show in every box whose part was padded."""
-    model = seeded(
-        lambda: nn.Sequential(nn.ConstantPad2d(2, 5.0), nn.Conv2d(3, 4, 5), *strided(3, 4, inputs=4))
-    )
-    net = unverified(model, "all", coarsest=16, example_input=torch.randn(1, 3, 64, 64).double())
-    image = torch.zeros(1, 3, 128, 128, dtype=torch.float64)
-    whole = net(image)
-    boxes = torch.tensor([[x, y, x + 8, y + 8] for x in range(0, 128, 24) for y in range(0, 128, 24)])
-    assert_parts(whole, cs.read_within(net, image, [boxes]), [boxes], (128, 128))
 
 
 DEPENDING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -448,13 +408,6 @@ def gradient_reach(model: nn.Module, image: Tensor, pixel: tuple[int, int]) -> t
     return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
 
 
-class Smooth(nn.Module):
-    """Stands for activations and poolings in a probe: every value depends on all that is read."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * 1.0
-
-
 def probed(model: nn.Module) -> nn.Module:
     """A copy whose weights are positive and whose activations let everything through."""
     model = copy.deepcopy(model).double()
@@ -561,16 +514,6 @@ def test_gradients_flow_through_boxes() -> None:
     net(image)[:, :, 50:60, 50:60].sum().backward()
     for one, parameter in zip(found, net.parameters(), strict=True):
         assert one is not None and parameter.grad is not None and torch.allclose(one, parameter.grad)
-
-
-def test_a_copy_in_a_memory_is_computed_in_boxes_too() -> None:
-    net = made("unet", "floors", fast=False)
-    image = torch.randn(1, 3, 128, 96, dtype=torch.float64)
-    mask, boxes = mask_of(net, image, "floors"), torch.tensor([[30, 30, 60, 50]])
-    banded = net.optimize(memory="1GiB")
-    assert_parts(
-        banded(image, mask=mask), cs.read_within(banded, image, [boxes], mask=mask), [boxes], (128, 96)
-    )
 
 
 # -- random networks, and those of the corpus ------------------------------------------------------------
