@@ -95,17 +95,6 @@ def test_a_converted_file_reads_pictures_as_it_was_said(command_line: Run, pictu
     assert np.array_equal(np.array(Image.open(drawn)), expected.numpy())
 
 
-def test_a_picture_of_other_bands_is_refused_with_both_numbers(command_line: Run, pictures: Path) -> None:
-    for words in (
-        ("convert", "usernets:colour", "--image", "tile.tif"),
-        ("mask", "tile.tif", "--model", "usernets:colour", "--output-stride", "2,8"),
-        ("recommend", "usernets:colour", "--images", "tile.tif"),
-        ("eval", "usernets:colour", "--data", "images:tile.tif"),
-    ):
-        code, _, err = command_line(*words)
-        assert code == 1 and "6 bands" in err and "3 channels" in err and "--bands 1,2,3" in err, words
-
-
 def test_run_reads_other_bands_and_another_normalisation_where_it_is_said(
     command_line: Run, pictures: Path
 ) -> None:
@@ -183,16 +172,6 @@ def test_a_grey_network_gets_the_grey_of_every_frame_of_a_clip(
         "eval", grey_file, "--trust", "--data", f"clip:{clip},every=2", "--rounds", "0", "--json"
     )
     assert done.code == 0 and done.json["images"] == 3, done.err
-
-
-@pytest.mark.slow
-def test_8_bits_of_a_grey_network_are_calibrated_by_a_clip(
-    command_line: Run, pictures: Path, grey_file: str, clip: str
-) -> None:
-    pytest.importorskip("onnxruntime")
-    words = ("export", grey_file, "--trust", "--size", "32x48", "--precision", "int8", "--calibration")
-    code, _, err = command_line(*words, f"{clip},every=1", "--output", "grey.onnx")
-    assert code == 0 and (pictures / "grey.onnx").is_file(), err
 
 
 def test_a_network_of_six_bands_refuses_a_clip_with_both_numbers(

@@ -12,7 +12,6 @@ import torch
 from conftest import Run, covering
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as torchvision_functional
 
 import cadsurgery as cs
 from cadsurgery.data import open_pictures
@@ -20,15 +19,13 @@ from cadsurgery.data.images import (
     as_channels,
     check_values,
     find_images,
-    normalise,
     read_image,
     read_labels,
     read_picture_for,
     shown,
     statistics_of,
-    street_scene,
 )
-from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD, Source, channels_of, source_of
+from cadsurgery.data.networks import Source, channels_of, source_of
 from cadsurgery.data.tiff import TiffRows
 
 RANDOM = np.random.default_rng(0)
@@ -74,17 +71,6 @@ def test_bands_of_a_tiff_are_its_values_over_the_range_of_their_type(
     torch.testing.assert_close(found, scaled(stored), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("bands", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-def test_any_number_of_bands_is_read(tmp_path: Path, bands: int, dtype: str) -> None:
-    stored = values(bands, dtype)
-    path = tiff(tmp_path / "tile.tif", stored)
-    torch.testing.assert_close(read_image(path, channels=None), scaled(stored), rtol=1e-6, atol=1e-7)
-    order = [*range(bands, 0, -1)]
-    found = read_image(path, channels=bands, bands=order)
-    torch.testing.assert_close(found, scaled(stored[::-1].copy()), rtol=1e-6, atol=1e-7)
-
-
 # How several pictures come into one file, by what is told of their axis.
 STACKS: dict[str, dict[str, Any]] = {
     "an array": {},
@@ -118,12 +104,6 @@ def test_pictures_in_a_stack_are_no_bands_and_each_is_read_by_its_page(
         torch.testing.assert_close(TiffRows(f"{path},page={number}").rows(0, HEIGHT), page)
     with pytest.raises(cs.FileError, match=f"no page {count}"):
         read_image(f"{path},page={count}")
-
-
-def test_channels_over_several_pages_are_bands(tmp_path: Path) -> None:
-    stored = values(4, "uint16")
-    tifffile.imwrite(tmp_path / "cells.tif", stored, photometric="minisblack", metadata={"axes": "CYX"})
-    torch.testing.assert_close(read_image(tmp_path / "cells.tif", channels=4), scaled(stored))
 
 
 def pages_of(layout: str, stored: np.ndarray[Any, Any], write: Any) -> None:
@@ -196,19 +176,6 @@ def test_the_full_picture_is_read_among_copies_masks_and_labels(
     assert set(inside.unique().tolist()) <= {0, 1}
 
 
-@pytest.mark.parametrize("compression", ["tiff_lzw", "packbits", "jpeg"])
-def test_a_page_is_read_whatever_decodes_it(tmp_path: Path, compression: str) -> None:
-    """Pillow reads what tifffile does not decode."""
-    pages = [Image.fromarray(np.full((16, 24 - 8 * number, 3), 40 * number, np.uint8)) for number in range(3)]
-    path = tmp_path / "pages.tif"
-    pages[0].save(path, save_all=True, append_images=pages[1:], compression=compression)
-    with pytest.raises(cs.FileError, match="holds 3 pictures"):
-        read_image(path)
-    for number, page in enumerate(pages):
-        found = read_image(f"{path},page={number}")
-        assert found.shape == (3, *page.size[::-1]) and abs(found.mean() - 40 * number / 255) < 0.01
-
-
 def test_a_page_is_named_wherever_a_picture_is(tmp_path: Path, command_line: Run) -> None:
     first, second = values(3, "uint8"), values(3, "uint8")
     with tifffile.TiffWriter(tmp_path / "two.tif") as file:
@@ -242,13 +209,6 @@ def test_a_tiff_of_bands_is_turned_as_pictures_are(tmp_path: Path, orientation: 
     torch.testing.assert_close(as_stored, scaled(stored))
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
-def test_bands_whose_0_is_white_are_read_as_viewers_show_them(tmp_path: Path, dtype: str) -> None:
-    stored = values(2, dtype)
-    path = tiff(tmp_path / "tile.tif", stored, photometric="miniswhite")
-    torch.testing.assert_close(read_image(path, channels=2), 1 - scaled(stored))
-
-
 def test_what_needs_another_decoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiff(tmp_path / "tile.tif", values(6, "uint16"), compression="zlib")
     page = tifffile.TiffFile(path).pages.first
@@ -262,14 +222,6 @@ def test_what_needs_another_decoder_is_named(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(cs.FileError, match="compressed by LZW") as caught:
         read_image(path, channels=6)
     assert "imagecodecs" in caught.value.next
-
-
-def test_a_picture_is_resized_in_all_its_bands(tmp_path: Path) -> None:
-    ramp = np.linspace(0, 1, 64, dtype=np.float32)[None, None].repeat(6, 0).repeat(48, 1)
-    found = read_image(tiff(tmp_path / "tile.tif", ramp), (24, 32), channels=6)
-    assert found.shape == (6, 24, 32)
-    torch.testing.assert_close(found[0, :, 2:-2], found[5, :, 2:-2])
-    assert (found[0, 0].diff() > 0).all() and abs(float(found.mean()) - 0.5) < 1e-3
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
@@ -296,14 +248,6 @@ def test_transparency_is_left_out_unless_a_band_or_as_many_channels_ask_for_it(t
 # -- rules ---------------------------------------------------------------------------------------------
 
 
-def test_grey_is_torchvisions_luma_and_colour_is_grey_repeated() -> None:
-    image = torch.rand(2, 3, 5, 7, dtype=torch.float64)
-    expected = torchvision_functional.rgb_to_grayscale(image)
-    torch.testing.assert_close(as_channels(image, 1), expected)
-    grey = torch.rand(1, 5, 7)
-    assert torch.equal(as_channels(grey, 3), grey.expand(3, -1, -1))
-
-
 @pytest.mark.parametrize(("stored", "channels"), [(6, 3), (3, 6), (2, 1), (4, 3), (1, 6), (6, 1)])
 def test_where_there_is_no_rule_both_numbers_and_the_remedy_are_named(
     tmp_path: Path, stored: int, channels: int
@@ -323,32 +267,6 @@ def test_where_there_is_no_rule_both_numbers_and_the_remedy_are_named(
 def test_what_is_no_list_of_bands_is_refused(bands: Any) -> None:
     with pytest.raises(cs.InvalidInput, match="bands"):
         cs.open_data("scene:1", bands=bands)
-
-
-@pytest.mark.parametrize("channels", [1, 2, 3, 6])
-def test_a_generated_scene_has_as_many_channels_as_are_read(channels: int) -> None:
-    scene = street_scene(48, 64, 3, channels)
-    assert scene.shape == (channels, 48, 64) and 0 <= scene.min() < scene.max() <= 1
-    source = Source("mine", channels=channels)
-    data = cs.open_data("scene:1,height=48,width=64").read_for(source)
-    assert data[0][0].shape == (channels, 48, 64)
-    colour = street_scene(48, 64, 3)
-    if channels != 1:
-        assert torch.equal(scene[0], colour[0]) and torch.allclose(scene[-1], colour[2])
-
-
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
-def test_pictures_are_normalised_for_each_channel(channels: int) -> None:
-    image = torch.rand(channels, 8, 9)
-    mean = tuple(float(channel) for channel in torch.rand(channels))
-    std = tuple(float(channel) + 0.1 for channel in torch.rand(channels))
-    found = normalise(image, Source("mine", mean=mean, std=std, channels=channels))
-    expected = torchvision_functional.normalize(image, list(mean), list(std))
-    torch.testing.assert_close(found, expected)
-    usual = normalise(image, Source("mine", channels=channels))
-    if channels != 3:
-        averages = [[sum(part) / 3] * channels for part in (IMAGENET_MEAN, IMAGENET_STD)]
-        torch.testing.assert_close(usual, torchvision_functional.normalize(image, *averages))
 
 
 def test_mean_and_deviation_of_bands_are_those_of_all_pixels() -> None:
@@ -422,17 +340,6 @@ def test_the_value_for_no_data_is_no_signal_in_any_type(
     assert read_image(plain, channels=None).isnan().any() == (text == "nan")
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB", "P", "I;16"])
-def test_the_value_for_no_data_is_no_signal_in_what_pillow_decodes(tmp_path: Path, mode: str) -> None:
-    picture = Image.fromarray(RANDOM.integers(1, 255, (HEIGHT, WIDTH), dtype=np.uint8)).convert(mode)
-    picture.paste((0, 0, 0) if mode == "RGB" else 0, (3, 2, 4, 5))
-    picture.save(tmp_path / "a.tif", compression="tiff_lzw", tiffinfo={42113: "0"})
-    with pytest.raises(cs.InvalidInput, match="3 pixels without data"):
-        read_picture_for(None, tmp_path / "a.tif")
-    with pytest.raises(cs.InvalidInput, match="pixels without data"):
-        read_picture_for(None, tmp_path / "a.tif", (10, 14))
-
-
 @pytest.mark.parametrize("text", ["-9999", "0.5", "1e9", "nothing", ""])
 def test_a_value_that_no_pixel_can_have_marks_none(tmp_path: Path, text: str) -> None:
     stored = values(3, "uint8")
@@ -465,15 +372,6 @@ def test_a_folder_of_grey_and_colour_pictures_is_read_in_the_channels_of_the_net
     torch.testing.assert_close(images[1], read_image(tmp_path / "b.png", channels=channels))
 
 
-def test_bands_of_data_are_chosen_before_those_of_the_network(tmp_path: Path) -> None:
-    stored = values(6, "float32")
-    tiff(tmp_path / "tile.tif", stored)
-    source = Source("mine", channels=3, bands=(3, 2, 1))
-    for bands, expected in (((), [2, 1, 0]), ((6, 5, 4), [5, 4, 3])):
-        data = cs.open_data(f"images:{tmp_path}", "all", bands=bands).read_for(source)
-        torch.testing.assert_close(data[0][0], scaled(stored[expected]))
-
-
 # -- networks ------------------------------------------------------------------------------------------
 
 
@@ -489,11 +387,3 @@ def test_a_network_reads_as_many_channels_as_its_first_layer(channels: int) -> N
 
 def test_a_network_that_rearranges_pixels_first_reads_colour() -> None:
     assert channels_of(nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 3, 2, 1))) == 3
-
-
-@pytest.mark.parametrize(("bands", "channels"), [(4, 3), (2, 1), (4, None), (2, 3), (4, 1)])
-def test_transparency_is_left_out_and_colours_stay_in_their_order(bands: int, channels: int | None) -> None:
-    image = torch.rand(bands, 5, 6)
-    found = as_channels(image, channels, has_alpha=True)
-    colours = as_channels(image[:-1], channels)
-    assert torch.equal(found, colours)

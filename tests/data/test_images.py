@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -87,22 +86,6 @@ def test_a_tiff_whose_0_is_white_is_read_as_viewers_show_it(tmp_path: Path, bits
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize("photometric", [0, 1])
-def test_classes_of_a_tiff_are_the_numbers_that_it_stores(
-    tmp_path: Path, bits: int, photometric: int
-) -> None:
-    path = grey_tiff(tmp_path / "labels.tif", OF_BITS[bits], photometric)
-    assert np.array_equal(read_labels(path).numpy(), OF_BITS[bits])
-
-
-def test_a_wide_picture_of_data_is_read_as_its_file_is(tmp_path: Path) -> None:
-    """Data sets of other libraries give pictures of PIL; its conversion clips all above 255 to white."""
-    path = grey_tiff(tmp_path / "white.tif", OF_BITS[16], 0)
-    data = SegmentationData("mine", "all", (), ("a",), lambda place: (Image.open(path), None), ((255, 255),))
-    torch.testing.assert_close(data[0][0], read_image(path))
-
-
 def test_a_wide_picture_of_data_whose_range_is_not_known_is_refused() -> None:
     picture = Image.fromarray(GREY.astype(np.int32) * 1000)
     data = SegmentationData("mine", "all", (), ("strange",), lambda place: (picture, None), ((255, 255),))
@@ -145,12 +128,6 @@ def test_a_file_of_several_pictures_is_refused(tmp_path: Path, name: str) -> Non
     assert "file of its own" in caught.value.next
 
 
-def test_of_a_gif_the_first_picture_is_read(tmp_path: Path) -> None:
-    frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
-    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert torch.equal(read_image(tmp_path / "moving.gif"), read_image(stored(tmp_path / "a.png", GREY)))
-
-
 @pytest.mark.parametrize("name", ["large.png", "large.tif", "bands.tif"])
 def test_large_pictures_are_read_up_to_a_stated_size_and_pils_limit_stays(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -169,13 +146,6 @@ def test_large_pictures_are_read_up_to_a_stated_size_and_pils_limit_stays(
         read_image(path, channels=None)
 
 
-def test_a_picture_that_is_made_smaller_is_averaged(tmp_path: Path) -> None:
-    stripes = np.zeros((64, 64), np.uint8)
-    stripes[:, ::2] = 255
-    small = read_image(stored(tmp_path / "stripes.png", stripes), (8, 8))
-    assert (small - 0.5).abs().max() < 0.05
-
-
 def test_links_that_lead_nowhere_are_named_with_what_they_point_at(tmp_path: Path) -> None:
     stored(tmp_path / "a.png", GREY)
     (tmp_path / "gone.png").symlink_to("moved.png")
@@ -183,21 +153,6 @@ def test_links_that_lead_nowhere_are_named_with_what_they_point_at(tmp_path: Pat
         read_image(tmp_path / "gone.png")
     with pytest.warns(LeftOut, match=r"links to what does not exist: gone\.png"):
         assert len(find_images([tmp_path])[0]) == 1
-
-
-@pytest.mark.parametrize("size", [(0, 5), (5, -1)])
-def test_a_size_without_pixels_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
-    with pytest.raises(cs.InvalidInput, match="no pixels"):
-        read_image(stored(tmp_path / "plain.png", GREY), size)
-
-
-def test_labelled_data_reads_pictures_as_everything_else_does(tmp_path: Path) -> None:
-    for folder in ("images", "labels"):
-        (tmp_path / folder).mkdir()
-    stored(tmp_path / "images" / "deep.png", GREY.astype(np.uint16) * 257)
-    stored(tmp_path / "labels" / "deep.png", GREY % 3)
-    image, _ = cs.open_data(f"folder:{tmp_path},classes=3", "all")[0]
-    torch.testing.assert_close(image, torch.from_numpy(GREY).float().expand(3, -1, -1) / 255)
 
 
 # -- every mode and depth ------------------------------------------------------------------------------
@@ -289,14 +244,6 @@ def test_a_value_beyond_the_largest_that_a_pgm_states_is_refused(tmp_path: Path)
         read_image(tmp_path / "a.pgm")
 
 
-def test_data_read_pictures_of_16_bits_of_other_libraries_in_all_their_bits(tmp_path: Path) -> None:
-    """Data sets give pictures as Pillow opens them."""
-    values = random_values(3, "uint16")
-    path = png(tmp_path / "a.png", values, 2)
-    data = SegmentationData("mine", "all", (), ("a",), lambda place: (Image.open(path), None), ((255, 255),))
-    torch.testing.assert_close(data[0][0], fractions(values), rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("name", ["a.jp2", "a.avif", "cmyk.tif"])
 @pytest.mark.parametrize("deep", [True, False])
 def test_colour_that_would_be_rounded_is_refused(tmp_path: Path, name: str, deep: bool) -> None:
@@ -324,22 +271,6 @@ def test_colour_that_would_be_rounded_is_refused(tmp_path: Path, name: str, deep
 # -- finding -------------------------------------------------------------------------------------------
 
 
-def test_what_was_given_in_vain_does_not_keep_the_others_from_being_found(tmp_path: Path) -> None:
-    good, empty, missing = stored(tmp_path / "good.png", GREY), tmp_path / "empty", tmp_path / "missing.png"
-    empty.mkdir()
-    found, failed = find_images([missing, good, empty])
-    assert list(found) == [good]
-    assert [(row["image"], row["error"]) for row in failed] == [
-        (str(missing), "FileError"),
-        (str(empty), "FileError"),
-    ]
-    with pytest.raises(cs.FileError, match="no file or folder") as caught:
-        find_images([missing, empty])
-    assert "empty" in caught.value.why
-    with pytest.raises(cs.FileError, match="no images were given"):
-        find_images([])
-
-
 def test_hidden_files_are_left_out_and_whatever_else_is_no_picture_is_named(tmp_path: Path) -> None:
     for name in ("a.png", "more/b.gif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -357,14 +288,6 @@ def test_hidden_files_are_left_out_and_whatever_else_is_no_picture_is_named(tmp_
         f"left out of {tmp_path}: no pictures: more/clip.mp4, notes.txt; "
         "links to folders, which are not followed: link."
     )
-
-
-def test_a_folder_of_pictures_alone_is_read_without_a_word(tmp_path: Path) -> None:
-    stored(tmp_path / "a.png", GREY)
-    (tmp_path / ".DS_Store").touch()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert list(find_images([tmp_path])[0]) == [tmp_path / "a.png"]
 
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
@@ -420,16 +343,3 @@ def test_a_name_that_is_no_pictures_is_refused_before_any_work(
     assert result.code == 1 and result.json["error"] == "FileError"
     assert name in result.json["what"] and ".png" in result.json["next"]
     assert not (tmp_path / name).exists()
-
-
-@pytest.mark.parametrize(
-    "command",
-    [["mask", "--size", "64x64"], ["convert", "--model", "no.module:here"], ["export", "no.module:here"]],
-    ids=" ".join,
-)
-def test_a_folder_in_place_of_a_file_to_write_is_refused_before_any_work(
-    command_line: Run, tmp_path: Path, command: list[str]
-) -> None:
-    (tmp_path / "folder").mkdir()
-    result = command_line(*command, "--output", "folder", "--json")
-    assert result.code == 1 and "is a folder" in result.json["what"]

@@ -188,30 +188,6 @@ def test_a_detector_for_any_size_gets_floors(detector: tuple[nn.Module, Path]) -
         torch.testing.assert_close(net(image, mask="all"), network(image), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_a_detector_for_any_size_is_exported_again(detector: tuple[nn.Module, Path], tmp_path: Path) -> None:
-    net = cs.adaptify(cs.build_model(str(detector[1])), "edges", coarsest=16, verify_laws=False).eval()
-    exported = cs.export(net, torch.rand(1, 3, 64, 96), tmp_path / "again.onnx", dynamic=True)
-    assert exported.difference < 1e-4 and len(exported.compared) > 2
-
-
-def test_a_size_that_asks_for_the_rest_is_known_not_to_be_one(tmp_path: Path) -> None:
-    """Exporters write `expand(-1, ...)` as a choice between the size and one: where the size is not -1."""
-    weights = {"row": torch.randn(1, 3, 1, 5), "minus": integers(-1), "ones": integers(1, 1, 1, 1)}
-    weights |= {"sizes": integers(-1, -1), "first": integers(0), "third": integers(3)}
-    nodes = [
-        node("Shape", ["image"], "shape"),
-        node("Slice", ["shape", "first", "third"], "front"),
-        node("Concat", ["front", "minus"], "wanted", axis=0),
-        node("Equal", ["wanted", "minus"], "is_rest"),
-        node("Where", ["is_rest", "ones", "wanted"], "final"),
-        node("Expand", ["row", "final"], "rows"),
-        node("ReduceMean", ["image"], "mean", axes=[3], keepdims=1),
-        node("Add", ["rows", "mean"], "output"),
-    ]
-    assert_reads(written(tmp_path / "net.onnx", nodes, weights))
-
-
 def branch(condition: str, *kinds: str) -> Any:
     """A node If, which gives one of two operations on the map."""
     value = onnx.helper.make_empty_tensor_value_info("found")
@@ -350,51 +326,7 @@ def test_what_torch_writes_for_computed_places_is_read(kind: str, dynamo: bool, 
     assert_reads(path, [(2, 3, 64, 96)] if kind == "placed" else [(1, 3, 97, 129), (3, 3, 64, 64)])
 
 
-def test_a_list_of_values_in_a_shape_is_no_map(tmp_path: Path) -> None:
-    """ConstantOfShape of whole numbers is a list of sizes where its length is known, else a tensor."""
-    weights = {"count": integers(2), "row": torch.randn(1, 3, 1, 1)}
-    three = onnx.numpy_helper.from_array(integers(3).numpy())
-    nodes = [
-        node("Shape", ["image"], "shape"),
-        node("ConstantOfShape", ["count"], "threes", value=three),
-        node("Slice", ["shape", "first", "count"], "front"),
-        node("Concat", ["front", "threes"], "final", axis=0),
-        node("Expand", ["row", "final"], "output"),
-    ]
-    weights |= {"first": integers(0)}
-    assert_reads(written(tmp_path / "net.onnx", nodes, weights))
-
-
-def test_a_tensor_is_expanded_along_new_axes(tmp_path: Path) -> None:
-    weights = {"two": integers(2, 1, 3, 1, 1)}
-    path = written(tmp_path / "net.onnx", [node("Expand", ["image", "two"], "output")], weights)
-    assert_reads(path, [(1, 3, 5, 4)])
-
-
 # -- slices ----------------------------------------------------------------------------------------------------------
-
-
-def test_slices_say_neither_axes_nor_steps_where_they_are_the_first_and_one(tmp_path: Path) -> None:
-    """Of a map and of its sizes: the two first sizes, less than the batch, are those of the result."""
-    weights = {"starts": integers(0, 1, 2), "ends": integers(9, 3, 20)}
-    weights |= {"zero": integers(0), "two": integers(2), "rest": integers(-1)}
-    nodes = [
-        node("Slice", ["image", "starts", "ends"], "part"),
-        node("Shape", ["part"], "shape"),
-        node("Slice", ["shape", "zero", "two"], "front"),
-        node("Concat", ["front", "rest"], "sizes", axis=0),
-        node("Reshape", ["part", "sizes"], "output"),
-    ]
-    read = assert_reads(written(tmp_path / "net.onnx", nodes, weights))
-    image = torch.randn(SHAPES[1])
-    torch.testing.assert_close(read(image), image[:, 1:3, 2:20].flatten(2))
-
-
-def test_slices_with_axes_have_steps_of_one(tmp_path: Path) -> None:
-    weights = {"starts": integers(3, 1), "ends": integers(2**62, -1), "axes": integers(3, -2)}
-    nodes = [node("Slice", ["image", "starts", "ends", "axes"], "output")]
-    read, image = assert_reads(written(tmp_path / "net.onnx", nodes, weights)), torch.randn(SHAPES[0])
-    torch.testing.assert_close(read(image), image[:, :, 1:-1, 3:])
 
 
 def test_a_space_to_depth_of_slices_gets_floors(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import Run
 from networks import Segmenter, seeded
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
@@ -63,11 +62,6 @@ def test_a_prefix_that_all_names_share_is_taken_off_with_a_line(build: Any, pref
         loaded, note = build(prefixed(prefix))
     assert_same(loaded, state())
     assert prefix in note
-
-
-def test_a_counter_beside_averaged_weights_is_no_weight(build: Any) -> None:
-    with pytest.warns(cs.CadWarning, match="prefix"):
-        assert_same(build({"n_averaged": torch.tensor(7), **prefixed("module.")})[0], state())
 
 
 @pytest.mark.parametrize("entry", ["state_dict", "model_state_dict", "net", "ema", "model", "run.weights"])
@@ -148,20 +142,6 @@ def test_an_archive_of_torchscript_is_refused_as_such(build: Any) -> None:
     with pytest.raises(cs.FileError, match="compiled by TorchScript") as refusal:
         cs.build_model("usersnet:net", "script.pt")
     assert "torch.jit.load('script.pt')" in refusal.value.next
-
-
-def test_weights_that_do_not_fit_are_refused_with_all_entries(build: Any) -> None:
-    with pytest.raises(cs.FileError, match=r"do not fit.*\n.*a, b none fits"):
-        build({"a": {"x": torch.zeros(1)}, "b": {"y": torch.zeros(1)}})
-
-
-def test_the_command_says_what_it_took(command_line: Run, build: Any) -> None:
-    torch.save({"model": prefixed("module."), "model_ema": prefixed("module.")}, "net.pth")
-    result = command_line(
-        "convert", "usersnet:net", "--weights", "net.pth", "--size", "64x64", "-o", "out.safetensors"
-    )
-    assert result.code == 0, result
-    assert "without the prefix 'module.'" in result.err + result.out
 
 
 # -- more than the network ---------------------------------------------------------------------------------
@@ -311,12 +291,3 @@ def test_weights_that_cannot_be_fetched_are_random_or_refused_in_words(
     else:
         with pytest.raises(cs.FileError, match=str(error)):
             cs.build_model("timm:resnet18", weights)
-
-
-def test_a_fault_of_the_builder_is_no_lack_of_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str, **options: Any) -> nn.Module:
-        raise TypeError("no such argument")
-
-    monkeypatch.setattr(timm, "create_model", fail)
-    with pytest.raises(TypeError, match="no such argument"):
-        cs.build_model("timm:resnet18")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import json
 import os
 import signal
 import subprocess
@@ -17,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 from conftest import ROOT, TESTS, Run, covering, some
 from networks import Segmenter
@@ -27,9 +25,9 @@ from training import SIZE, Scenes, adaptive, flip
 
 import cadsurgery as cs
 from cadsurgery.finetune import Draw, Objective, Row, Settings, evaluate, fit, list_objectives, objective
-from cadsurgery.finetune.groups import make_groups, set_modes, stem_of
+from cadsurgery.finetune.groups import make_groups, stem_of
 from cadsurgery.finetune.learning_rates import SampleOrder, learning_rate
-from cadsurgery.finetune.objectives import OBJECTIVES, AnyBudget, Mixed, cross_entropy, miss, supervised
+from cadsurgery.finetune.objectives import OBJECTIVES, AnyBudget, Mixed, cross_entropy, supervised
 from cadsurgery.masks import FineMapSpec, MaskProvider
 
 pytest.importorskip("accelerate")
@@ -154,21 +152,6 @@ def test_one_process_where_several_were_asked_for_is_refused(
         train(adaptive(), tmp_path)
 
 
-def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
-    net = adaptive()
-    train(net, tmp_path)
-    trained, log = tensors(net), rows(tmp_path)
-    assert train(net, tmp_path).resumed == QUICK.steps
-    assert_equal(tensors(net), trained)
-    assert rows(tmp_path) == log
-
-
-def test_what_does_not_touch_the_weights_may_change_on_resumption(tmp_path: Path) -> None:
-    with pytest.raises(Stop):
-        train(adaptive(), tmp_path, on_step=stop_after(4))
-    assert train(adaptive(), tmp_path, replace(QUICK, save_every=5, workers=1)).resumed == 3
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -262,23 +245,6 @@ def test_a_frozen_stem_is_left_as_it_is_and_the_region_is_not(tmp_path: Path) ->
     assert all(parameter.requires_grad for parameter in net.parameters())  # as it was before
 
 
-def test_the_stem_runs_in_evaluation_mode_and_the_region_does_not() -> None:
-    model = Segmenter()
-    model.backbone[0].append(nn.Dropout(0.5))
-    example = torch.zeros(1, 3, *SIZE)
-    net = cs.adaptify(model, output_stride=(4, 16), example_input=example, verify_laws=False)
-    set_modes(net, stem_of(net), QUICK)
-    modes = {path: module.training for path, module in net.named_modules() if not list(module.children())}
-    entered = (
-        "backbone.1.2",
-        "_mask_provider",
-    )  # the activation whose output enters is the plan's first of the region
-    for path, training in modes.items():
-        assert training != path.startswith(("backbone.0.", "backbone.1.")) or path in entered
-    set_modes(net, stem_of(net), replace(QUICK, batch_norm="frozen"))
-    assert not any(m.training for m in net.modules() if isinstance(m, nn.BatchNorm2d)) and net.training
-
-
 class Scored(MaskProvider):
     """A mask with parameters, whose decisions carry no gradient."""
 
@@ -288,13 +254,6 @@ class Scored(MaskProvider):
 
     def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         return features.mean(1) > self.bias
-
-
-def test_a_mask_without_gradient_is_not_trained_and_reported_so(tmp_path: Path) -> None:
-    net = adaptive(Scored())
-    outcome = train(net, tmp_path)
-    assert net.mask.bias.item() == 0
-    assert {group["group"]: group["tensors"] for group in outcome.groups}["fixed"] == 1
 
 
 class Gated(Objective):
@@ -336,24 +295,6 @@ def test_an_objective_of_a_users_own_is_trained_and_resumed_with_its_parameters(
     assert_equal(tensors(nets[0]), tensors(nets[1]))
     assert load_file(outcome.checkpoint)["weights.extra"].item() < 1
     assert [group["group"] for group in outcome.groups] == ["classifier", "backbone", "mask"]
-
-
-def test_a_learned_mask_that_was_first_used_in_inference_mode_is_trained(tmp_path: Path) -> None:
-    net = adaptive("learned:fraction=0.4,channels=4/4/4")
-    with torch.inference_mode():
-        net(torch.zeros(1, 3, *SIZE))
-    before = tensors(net)
-    changes = {"objective": "blend", "objective_options": {"network": "fixed"}, "mask_factor": 1.0}
-    train(net, tmp_path, replace(QUICK, **changes))
-    moved = {name for name, value in tensors(net).items() if not torch.equal(value, before[name])}
-    assert moved and all("mask" in name for name in moved)
-
-
-def test_a_dense_network_is_trained_the_same_way(tmp_path: Path) -> None:
-    net = Segmenter()
-    outcome = train(net, tmp_path)
-    assert_equal(load_file(outcome.network), dict(net.state_dict()))
-    assert "active_fraction" not in rows(tmp_path)[0]
 
 
 def test_inputs_in_tuples_reach_the_network_as_they_are(tmp_path: Path) -> None:
@@ -468,19 +409,6 @@ def test_auxiliary_outputs_weigh_half() -> None:
         supervised({"boxes": logits}, labels)
 
 
-def test_what_is_missed_is_the_weighted_sum_of_labels_and_target() -> None:
-    ours, theirs = torch.randn(2, 2, 4, 5, 6).unbind()
-    labels = torch.randint(4, (2, 5, 6))
-    loss, parts = miss(ours, labels, theirs, supervision=2.0, weight=3.0, temperature=4.0)
-    softened = [(values / 4).log_softmax(1) for values in (ours, theirs)]
-    apart = 16 * F.kl_div(*softened, reduction="none", log_target=True).sum(1).mean()
-    torch.testing.assert_close(parts, {"entropy": F.cross_entropy(ours, labels), "divergence": apart})
-    torch.testing.assert_close(loss, 2 * parts["entropy"] + 3 * parts["divergence"])
-    assert miss(ours, None, ours)[0] == 0 and set(miss(ours, None, theirs)[1]) == {"divergence"}
-    with pytest.raises(cs.InvalidInput, match="no labels to learn from"):
-        miss(ours, None)
-
-
 def draws(count: int, images: int = 2) -> list[Draw]:
     return [Draw(0, step, tuple(range(step * images, (step + 1) * images))) for step in range(count)]
 
@@ -509,15 +437,6 @@ def test_the_share_kept_is_the_budget_whatever_ranks_the_patches(ranking: Any) -
         maps.append(net.levels)
     changes = not torch.equal(*maps)
     assert changes == ("random" in ranking)
-
-
-def test_random_blocks_do_not_depend_on_how_a_batch_is_shared_out() -> None:
-    objective = AnyBudget(adaptive(), ranking="random")
-    grid = FineMapSpec(4, (13, 17), 4, 2, 4, 4)
-    features = torch.zeros(4, 1, 13, 17)
-    whole = objective._ranking(Draw(0, 0, (0, 1, 2, 3))).scores(features, features, grid)
-    half = objective._ranking(Draw(0, 0, (2, 3))).scores(features, features, grid._replace(batch=2))
-    assert torch.equal(whole[2:], half)
 
 
 @pytest.mark.parametrize("teacher", ["initial", "self"])
@@ -566,14 +485,6 @@ def test_what_cannot_be_budgeted_is_refused() -> None:
 # Settings.
 
 
-def test_settings_go_through_json(tmp_path: Path) -> None:
-    settings = Settings(steps=7, scale=(0.5, 2.0), objective_options={"ranking": ["own", "random"]}, ema=0.99)
-    file = tmp_path / "settings.json"
-    file.write_text(json.dumps(settings.to_dict()))
-    assert Settings.read(file) == settings
-    assert Settings.from_dict({}) == Settings()
-
-
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -606,11 +517,6 @@ def test_a_file_that_holds_no_settings_is_refused(tmp_path: Path, text: str | No
 # Refusals.
 
 
-def test_no_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(cs.InvalidInput, match="training data is empty"):
-        train(adaptive(), tmp_path, data=Scenes(0))
-
-
 class Wrong(Scenes):
     """One sample has a label too many, or is otherwise not as it should be."""
 
@@ -641,11 +547,6 @@ def test_a_label_without_an_output_is_refused_with_its_place(
     with pytest.raises(cs.InvalidInput, match=f"is {value}, but the network has 6 outputs") as refusal:
         train(adaptive(), tmp_path, settings, data=Wrong(with_label(value)), augment=None)
     assert "sample 3 of the data, row 11, column 13" in str(refusal.value)
-
-
-@pytest.mark.slow
-def test_ignored_labels_are_no_error(tmp_path: Path) -> None:
-    assert train(adaptive(), tmp_path, data=Wrong(with_label(255))).steps == QUICK.steps
 
 
 def test_data_with_more_classes_than_outputs_is_refused_at_once(tmp_path: Path) -> None:
@@ -735,12 +636,6 @@ def test_a_missing_library_is_named(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(cs.CadError, match=r"pip install 'cadsurgery\[train\]'"):
         train(adaptive(), tmp_path, replace(QUICK, log=log))
-
-
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(cs.FileError, match="cannot be created"):
-        train(adaptive(), tmp_path / "file" / "run")
 
 
 # Validation, logs.
@@ -833,30 +728,6 @@ def test_the_command_trains_a_function_and_then_its_file(command_line: Run, tmp_
     source = cs.load(tmp_path / "more/net.safetensors", trust=True).source
     assert source.weights == "fine-tuned"  # not random, whatever they were at first
     assert command_line("finetune", "networks:Segmenter").code == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--set", "objective_options=low"], "objective_options.NAME"),
-        (["--set", "optimizer=adam"], "adamw"),
-        (["--mask", "edgse"], "edges"),
-        (["--config", "nothing.json"], "nothing.json"),
-        (["--set", "steps=-1"], "above 0"),
-    ],
-)
-def test_the_command_refuses_with_a_next_step(
-    command_line: Run, tmp_path: Path, arguments: list[str], words: str
-) -> None:
-    done = command_line(*NETWORK, *SHORT, "-o", "run", "--json", *arguments)
-    assert done.code == 1 and words in done.out and done.json["next"]
-
-
-def test_a_converted_file_keeps_its_conversion(command_line: Run, tmp_path: Path) -> None:
-    cs.save(adaptive(), tmp_path / "net.safetensors")
-    words = ("--output-stride", "8,16", "-o", "run", "--json")
-    done = command_line("finetune", "net.safetensors", *SHORT, *words)
-    assert done.code == 1 and "output_stride cannot be changed" in done.json["what"]
 
 
 # Networks by name for another number of classes.

@@ -8,16 +8,14 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, slow, thorough
+from conftest import assert_same, covering, images, slow
 from feature_cases import NOTHING, SIZE, converted, grid_of, missed, trunk
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +25,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
-from cadsurgery.masks import Budget, ConfidenceMask, DetailMask, FineMapSpec, LearnedMask, resolve_mask
+from cadsurgery.masks import Budget, ConfidenceMask, DetailMask, FineMapSpec, LearnedMask
 from cadsurgery.masks.scored import interpolation_error
 from cadsurgery.network.macs import MASK_LAYERS
 
@@ -48,12 +46,6 @@ COUNTED = (
     "learned",
     "edges + (confidence | budget:fraction=0.2)",
 )
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
 
 
 class Dictionary(nn.Module):
@@ -103,19 +95,6 @@ def test_a_batch_is_its_images_and_every_way_to_run_it_agrees(mask: str, tmp_pat
             assert_same(fast(x), uncalled(x), 1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mask", ["detail", thorough("learned")])
-def test_budgets_of_them_are_static(mask: str, tmp_path: Path) -> None:
-    """One graph without a break, and a program without the package: of `detail` before the first call, too."""
-    net, x = converted(f"{mask} | budget:fraction=0.3", fill="guided"), images(2, *SIZE)
-    with torch.no_grad():
-        if mask != "detail":  # they make weights in the first call
-            net(x)
-        assert cs.export(net, x, tmp_path / "net.pt2").difference < 1e-5
-        expected = net(x)
-        assert_same(torch.compile(net, backend="eager", fullgraph=True)(x), expected, 1e-5)
-
-
 @pytest.mark.parametrize("mask", ["confidence | budget", "learned | budget"])
 def test_what_a_graph_cannot_hold_is_refused_with_the_reason(mask: str, tmp_path: Path) -> None:
     net, x = converted(mask), images(1, *SIZE)
@@ -134,43 +113,6 @@ def test_they_work_in_other_precisions(mask: str, dtype: torch.dtype) -> None:
         again = converted(mask)
         again(x.float())
         assert (net.levels == again.levels).float().mean() > 0.99
-
-
-@FEW_MASKS
-def test_threads_share_a_network_from_its_first_call_on(mask: str) -> None:
-    """Each with its own image: nobody sees another's first pass, or half an estimator."""
-    x = images(4, *SIZE)
-    with torch.no_grad():
-        expected = converted(mask)(x)
-    net = converted(mask).optimize()
-    found: list[Any] = [None] * 4
-
-    def work(i: int) -> None:
-        found[i] = net(x[i : i + 1])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert_same(torch.cat(found), expected, 1e-4)
-
-
-@pytest.mark.parametrize(
-    ("mask", "seen", "ahead"),
-    [
-        ("edges", False, False),
-        ("edges | budget", False, False),
-        ("detail", True, False),
-        ("learned | dilate", True, False),
-        ("edges + detail", True, False),
-        ("confidence", False, True),
-        ("edges + (confidence | smooth) | budget", False, True),
-    ],
-)
-def test_a_mask_tells_what_it_looks_at(mask: str, seen: bool, ahead: bool) -> None:
-    provider = resolve_mask(mask)
-    assert (provider.sees_features, provider.looks_ahead) == (seen, ahead)
 
 
 # -- work ----------------------------------------------------------------------------------------------
@@ -248,16 +190,6 @@ def test_detail_is_levels_of_the_relative_error(size: tuple[int, int], threshold
     assert torch.equal(scaled, found), "the threshold is relative"
 
 
-def test_detail_is_smoothed_and_a_flat_map_has_none() -> None:
-    features, grid = torch.zeros(1, 2, 21, 33), grid_of((21, 33), 1)
-    assert (DetailMask()(NOTHING, features, grid) == 2).all()
-    features[:, :, 9, 15] = 1  # no second sample: all of it is missed
-    sharp, smooth = (DetailMask(sigma=sigma).scores(NOTHING, features, grid) for sigma in (0.0, 2.0))
-    assert sharp.argmax() == smooth.argmax() == 9 * 33 + 15
-    assert sharp.max() > 10 * smooth.max() and (sharp > 0).sum() < (smooth > 0).sum()
-    assert torch.allclose(sharp.mean(), torch.tensor(1.0)), "relative to the mean over the image"
-
-
 # -- confidence ----------------------------------------------------------------------------------------
 
 
@@ -301,23 +233,6 @@ def test_the_stem_runs_once_and_the_rest_twice() -> None:
     finally:
         hook.remove()
     assert twice == 2 * (calls["body.7"] - twice) > 0
-
-
-def test_a_first_pass_leaves_training_as_it_is() -> None:
-    """Running statistics, modes and gradients are those of one pass with the map it finds."""
-    net, x = converted("confidence | budget:fraction=0.4"), images(2, *SIZE)
-    twin = copy.deepcopy(net)
-    for one in (net, twin):
-        one.train()
-        one.get_submodule("body.1").eval()
-    net(x).square().sum().backward()
-    twin(x, mask=net.levels.long()).square().sum().backward()
-    assert net.training and net.get_submodule("body.4").training and not net.get_submodule("body.1").training
-    for (name, one), other in zip(net.named_buffers(), twin.buffers(), strict=True):
-        assert torch.allclose(one, other), name
-    for one, other in zip(net.parameters(), twin.parameters(), strict=True):
-        assert one.grad is not None and other.grad is not None
-        assert_same(one.grad, other.grad, 1e-4)
 
 
 class InPlace(nn.Module):
@@ -388,28 +303,6 @@ def test_one_score_per_level_and_cell(low: int, size: tuple[int, int]) -> None:
     assert torch.equal(levels, mask(NOTHING, features, grid)), "without noise it is the same every time"
     scores = mask.scores(NOTHING, features, grid)
     assert scores.shape == (2, *size) and scores.min() >= 0 and scores.max() <= low
-
-
-def test_weights_come_from_the_seed_and_touch_no_other_random_number() -> None:
-    def made(seed: int) -> list[Tensor]:
-        mask = LearnedMask(seed=seed)
-        mask.logits(torch.zeros(1, 3, 4, 4), grid_of((4, 4), 1))
-        return list(mask.parameters())
-
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    first = made(0)
-    assert torch.equal(torch.rand(3), expected)
-    assert all(torch.equal(a, b) for a, b in zip(first, made(0), strict=True))
-    assert not torch.equal(first[0], made(1)[0])
-
-
-@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.9])
-def test_it_begins_at_about_its_target(fraction: float) -> None:
-    mask, grid = LearnedMask(fraction), grid_of((32, 32), low=1)
-    probabilities = mask.logits(torch.rand(2, 6, 32, 32), grid).softmax(1)
-    assert probabilities[:, 0].mean().item() == pytest.approx(fraction, abs=0.1)
 
 
 def test_noise_is_drawn_from_torchs_generator() -> None:
@@ -506,13 +399,6 @@ def test_what_it_has_learned_is_stored_beside_the_network(
         assert torch.equal(one, other) and one.dtype == other.dtype == dtype, name
     with torch.no_grad():
         assert torch.equal(back(x), expected) and torch.equal(back.levels, net.levels)
-
-
-def test_a_mask_that_has_not_run_is_stored_without_weights(tmp_path: Path) -> None:
-    net, x = converted("learned:seed=4"), images(1, *SIZE)
-    cs.save(net, tmp_path / "net.safetensors")
-    back = cs.load(tmp_path / "net.safetensors", trunk())
-    assert_same(back(x), net(x), 1e-5)
 
 
 def test_tensors_of_a_mask_that_do_not_fit_are_refused(tmp_path: Path) -> None:

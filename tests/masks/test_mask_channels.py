@@ -6,13 +6,11 @@ import pytest
 import torch
 from conftest import covering
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 import cadsurgery as cs
 from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD, Source
 from cadsurgery.masks import resolve_mask
-from cadsurgery.masks.filters import grey_of
 from cadsurgery.masks.provider import FineMapSpec
 
 CHANNELS = (1, 2, 4, 6)
@@ -64,10 +62,3 @@ def test_values_of_a_network_are_those_of_its_level_map(mask: str, channels: int
     assert levels.shape == (2, 32, 48)
     if mask in ON_PICTURES[:3]:
         assert 0 < (levels == 0).double().mean() < 1
-
-
-def test_grey_is_the_same_in_one_channel_and_in_three() -> None:
-    grey = torch.rand(2, 1, 9, 11, dtype=torch.float64)
-    torch.testing.assert_close(grey_of(grey.expand(-1, 3, -1, -1)), grey_of(grey))
-    colour = torch.rand(2, 3, 9, 11)
-    torch.testing.assert_close(grey_of(colour), rgb_to_grayscale(colour)[:, 0], rtol=0, atol=2e-4)

@@ -6,9 +6,7 @@ import asyncio
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
-from itertools import permutations
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -49,16 +47,6 @@ def test_what_is_given_is_nested_and_given_back_even_after_an_error(name: str) -
             assert seen() == {**WITHOUT, name: 2}
             raise RuntimeError("stop")
         assert seen() == {**WITHOUT, name: 1}
-    assert seen() == WITHOUT
-
-
-@pytest.mark.parametrize(("first", "second"), permutations(GIVERS, 2))
-def test_one_kind_stays_when_another_one_given_before_it_ends(first: str, second: str) -> None:
-    with ExitStack() as inner:
-        with GIVERS[first](1):
-            inner.enter_context(GIVERS[second](2))
-            assert seen() == {**WITHOUT, first: 1, second: 2}
-        assert seen() == {**WITHOUT, second: 2}
     assert seen() == WITHOUT
 
 
@@ -103,29 +91,6 @@ def test_a_mask_inside_others_sees_what_is_given(
     net, image = adapted_strided("none"), torch.randn(1, 3, 96, 128)
     with given():
         net(image, mask=form.replace("{}", mask))
-    assert 0 < net.active_fraction < 1
-
-
-@pytest.mark.parametrize(("mask", "given"), givers_of_masks())
-def test_what_is_given_is_not_in_the_graph_of_a_compiled_network(
-    mask: str, given: Callable[[], AbstractContextManager[None]], tmp_path: Path
-) -> None:
-    torch._dynamo.reset()
-    net, image = adapted_strided(f"{mask} | budget"), torch.randn(1, 3, 96, 128)
-    compiled, kept = torch.compile(net, backend="eager"), []
-    with torch.no_grad():
-        for context in (given(), ExitStack()):
-            with labelled(torch.ones(1, 96, 128).long()), keypoints_at([torch.tensor([[3.0, 9.0]])]), context:
-                assert torch.allclose(compiled(image), net(image), atol=1e-5)
-                kept.append(net.levels.clone())
-    assert not torch.equal(*kept)
-    with pytest.raises(cs.InvalidInput, match=r"depends on (labels|keypoints)"), given():
-        cs.export(net, image, tmp_path / "net.pt2")
-
-
-def test_a_mask_inside_others_sees_the_first_pass() -> None:
-    net, image = adapted_strided("none"), torch.randn(1, 3, 96, 128)
-    net(image, mask="confidence | budget:fraction=0.25")
     assert 0 < net.active_fraction < 1
 
 

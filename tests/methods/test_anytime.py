@@ -18,12 +18,10 @@ from networks import (
     Chain,
     Classifier,
     InvertedBottleneck,
-    build,
     conv_norm,
     made_once,
     randomise,
     seeded,
-    thin,
 )
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -247,14 +245,6 @@ def test_with_threshold_one_it_is_the_plain_network_with_exits(name: str, dtype:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_where_all_are_confident_nothing_more_is_computed(name: str) -> None:
-    net, x = anytime(name, threshold=0.1), images(2, 64, 80, torch.float64)
-    first, *others = net(x)
-    assert all(torch.equal(first, other) for other in others)
-    assert len({exit.macs for exit in net.macs(x)}) == 1
-
-
-@pytest.mark.parametrize("name", NETWORKS)
 def test_a_batch_equals_its_images_and_sizes_may_change(name: str) -> None:
     net = anytime(name)
     with torch.no_grad():
@@ -276,19 +266,6 @@ def test_entropy_leaves_what_is_undecided() -> None:
         for one, other in zip(net.logits(x), whole(net, x), strict=True):
             assert_same(one, other)
         assert torch.equal(net(x, threshold=0.0)[-1], anytime(threshold=1.0)(x)[-1])
-
-
-def test_one_threshold_may_ask_everything_and_others_not() -> None:
-    net, x = anytime(), images(2, 61, 83, torch.float64)
-    with torch.no_grad():
-        before, after = net(x, threshold=1.0), net(x, threshold=(1.0, 0.7, 1.0))
-        assert torch.equal(after[1], before[1]) and not torch.equal(after[2], before[2])
-        *_, second, third = net.logits(x, threshold=[1.0, 0.7, 1.0])
-        assert net.macs(x, threshold=(1.0, 0.7, 1.0))[1].macs == net.macs(x)[1].dense
-        sure = ~net.undecided_mask(net.logits(x, threshold=1.0)[1], 0.7)
-        assert torch.equal(third.permute(0, 2, 3, 1)[sure], second.permute(0, 2, 3, 1)[sure])
-        for one, other in zip(net(x, threshold=(0.8,) * 3), net(x, threshold=0.8), strict=True):
-            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("threshold", some([(0.9, 0.8), [], float("nan"), "much", (0.9, None, 0.8)]))
@@ -330,14 +307,6 @@ def test_macs_are_those_that_torch_sees_being_executed(name: str, fill: str) -> 
     assert report[-1].macs == flops.get_total_flops() // 2 < report[-1].dense
     assert all(one.macs <= other.macs for one, other in pairwise(report))
     assert "up to each exit" in str(report)
-
-
-def test_on_the_meta_device_everything_counts() -> None:
-    net = anytime()
-    found = net.macs(torch.empty(1, 3, 64, 96, device="meta", dtype=torch.float64))
-    assert [exit.macs for exit in found] == [
-        exit.dense for exit in net.macs(images(1, 64, 96, torch.float64))
-    ]
 
 
 # -- training ------------------------------------------------------------------------------------------
@@ -408,53 +377,7 @@ def test_an_optimised_copy_gives_the_same(name: str, fill: str) -> None:
         fast.train()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("optimized", [slow(False), True])
-def test_torch_compile_leaves_it_as_it_is(optimized: bool) -> None:
-    net, x = anytime(dtype=torch.float32), images(2, 48, 64)
-    net = net.optimize() if optimized else net
-    with torch.no_grad():
-        torch.compiler.reset()
-        with pytest.raises(torch._dynamo.exc.Unsupported, match="depends on the confidence of its exits"):
-            torch.compile(net, fullgraph=True)(x)
-        torch.compiler.reset()
-        for one, other in zip(torch.compile(net)(x), net(x), strict=True):
-            assert_same(one, other)
-
-
 # -- networks of libraries -----------------------------------------------------------------------------
-
-
-def test_a_residual_network_with_a_head_of_torchvision() -> None:
-    model = build("fcn_resnet50", torch.float64, by=8, num_classes=6)
-    net, x = cs.anytime(model, threshold=0.7), images(2, 65, 97, torch.float64)
-    assert net.options["exits"] == ["backbone.layer1", "backbone.layer2", "backbone.layer3"]
-    with torch.no_grad():
-        assert torch.equal(net(x, threshold=1.0)[-1], model(x)["out"])
-    decide(net, [*(head[-1] for head in net.heads), net.classifier[-1]])  # type: ignore[index,union-attr]
-    with torch.no_grad():
-        found = net.logits(x)
-        assert 0.05 < net.undecided_mask(found[0]).double().mean() < 0.95
-        for one, other in zip(found, whole_of(net, x), strict=True):
-            assert_same(one, other)
-
-
-def whole_of(net: cs.AnytimeModel, x: Tensor) -> list[Tensor]:
-    (name,) = net.program.signature.parameters
-    return list(net._logits(AnytimeRun(net, {name: x}, net.program, net.grid > 0, None), None))
-
-
-@pytest.mark.slow
-def test_a_backbone_of_timm_with_parallel_branches() -> None:
-    timm = pytest.importorskip("timm")
-    backbone = thin(lambda: timm.create_model("hrnet_w18_small", features_only=True), by=2).double()
-    net, x = cs.anytime(backbone, classes=7), images(2, 64, 96, torch.float64)
-    decide(net, [head[-1] for head in net.heads])  # type: ignore[index]
-    net.threshold = 0.5
-    with torch.no_grad():
-        for one, other in zip(net.logits(x), whole_of(net, x), strict=True):
-            assert_same(one, other)
-    assert len(net.plan.exits) == 5 and len(net.plan.exits[2].branches) == 3
 
 
 # -- what is refused -----------------------------------------------------------------------------------
@@ -499,18 +422,3 @@ def test_what_cannot_be_is_refused_in_words(
 ) -> None:
     with pytest.raises(kind, match=words):
         cs.anytime(model().eval(), **options)
-
-
-def test_a_network_with_exits_is_no_network_to_convert() -> None:
-    net = anytime()
-    with pytest.raises(cs.InvalidInput, match="exits already"):
-        cs.anytime(net)
-    with pytest.raises(cs.InvalidInput, match=r"cannot be exported(.*\n)*.*net\.optimize"):
-        cs.export(net, images(1, 48, 64, torch.float64), "net.pt2")  # type: ignore[arg-type]
-    for convert in (cs.sample, lambda net: cs.adaptify(nn.Sequential(net), "edges")):
-        with pytest.raises(cs.CannotConvert, match=r"was made by cs\.anytime"):
-            convert(net)
-    with pytest.raises(cs.InvalidInput, match="image batch"):
-        net(torch.zeros(3, 48, 64))
-    with pytest.raises(cs.InvalidInput, match="image batch"):
-        net.steps(torch.zeros(3, 48, 64))

@@ -153,15 +153,3 @@ def test_files_and_copies_give_the_network_again_and_share_nothing(name: str, tm
             assert all(torch.equal(*pair) for pair in zip(tree_leaves(again(x)), expected, strict=True))
         for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
             assert all(torch.equal(*pair) for pair in zip(tree_leaves(again(x)), of_fast, strict=True))
-
-
-@pytest.mark.slow
-def test_networks_by_name_are_built_again_from_their_files(tmp_path: Path) -> None:
-    x = images(1, 64, 96)
-    model = cs.build_model("lraspp_mobilenet_v3_large", "none", num_classes=4)
-    for net in (cs.anytime(model, threshold=0.3), cs.resample(model, "detail", 64).eval()):
-        cs.save(net, tmp_path / "net.safetensors")
-        again = cs.load(tmp_path / "net.safetensors")
-        with torch.no_grad():
-            pairs = zip(tree_leaves(again(x)), tree_leaves(net(x)), strict=True)
-            assert all(torch.equal(*pair) for pair in pairs)

@@ -22,7 +22,7 @@ from cadsurgery.kernels.dispatch import function
 from cadsurgery.masks import MaskProvider, labelled
 from cadsurgery.methods.resampling import back
 from cadsurgery.methods.resampling.back import invert_warp
-from cadsurgery.methods.resampling.locations import normalise, upsample
+from cadsurgery.methods.resampling.locations import upsample
 from cadsurgery.resampling import (
     PUBLISHED_SMOOTHNESS,
     boundaries,
@@ -35,7 +35,6 @@ from cadsurgery.resampling import (
 TYPES = (torch.float32, torch.float64)
 SMOOTHNESS = (1.0, PUBLISHED_SMOOTHNESS)
 SIZES = ((61, 83), (48, 48), (97, 50))
-CLASSES = 5
 
 
 def scene(height: int, width: int, seed: int = 0, batch: int = 2) -> Tensor:
@@ -113,35 +112,6 @@ def test_the_gradient_of_the_energy_vanishes_on_what_is_free(smoothness: float, 
     assert found.grad[1:-1, :, 0].abs().max() < 1e-10 and found.grad[:, 1:-1, 1].abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("smoothness", [0.0, 1e-6, 1.0, 1e6, math.inf])
-def test_sides_and_corners_stay_on_those_of_the_image(smoothness: float) -> None:
-    found = target_locations(boundaries(scene(61, 83)), 8, smoothness)
-    for side, value in (
-        (found[:, 0, :, 0], 0),
-        (found[:, -1, :, 0], 1),
-        (found[..., 0, 1], 0),
-        (found[..., -1, 1], 1),
-    ):
-        assert (side == value).all()
-
-
-def test_smoothness_leads_from_the_boundary_to_the_uniform_grid() -> None:
-    boundary = boundaries(scene(61, 83)[0])
-    uniform, wanted = uniform_locations(8), nearest(boundary, 8)
-    assert (target_locations(boundary, 8, 1e6) - uniform).abs().max() < 1e-5
-    assert (target_locations(boundary, 8, math.inf) - uniform).abs().max() < 1e-12
-    for little in (0.0, 1e-9):
-        assert (target_locations(boundary, 8, little) - wanted)[1:-1, 1:-1].abs().max() < 1e-8
-
-
-def test_without_a_boundary_the_grid_is_uniform_to_the_last_bit() -> None:
-    labels = scene(33, 41)
-    labels[1] = 3
-    found = target_locations(boundaries(labels))
-    assert torch.equal(found[1], uniform_locations(8)) and not torch.equal(found[0], found[1])
-    assert_same(found[0], target_locations(boundaries(labels[0])), 1e-12)
-
-
 @pytest.mark.parametrize("size", [(2, 2), (3, 5), (7, 2)])
 def test_images_smaller_than_the_grid_have_locations(size: tuple[int, int]) -> None:
     boundary = torch.zeros(size, dtype=torch.bool)
@@ -165,44 +135,6 @@ def test_the_uniform_grid_at_the_size_of_the_image_is_the_image(
     assert torch.equal(sample(image, uniform, size), image)
     assert_same(sample(image, uniform.to(dtype), size, "bilinear"), image)
     assert_same(interpolate_back(image, uniform, size), image, 1e-5)
-
-
-def test_the_nearest_pixel_is_taken_half_to_even() -> None:
-    image, places = images(2, 31, 44), locations()
-    found = sample(image, places, (9, 13))
-    points = upsample(places, (9, 13))
-    for one in range(2):
-        for row in range(9):
-            for column in range(13):
-                y, x = (
-                    round(float(v) * (n - 1)) for v, n in zip(points[one, row, column], (31, 44), strict=True)
-                )
-                assert torch.equal(found[one, :, row, column], image[one, :, y, x])
-    line = sample(torch.arange(4.0).view(1, 1, 2, 2).expand(1, 1, 2, 2), uniform_locations(3)[None], 3)
-    assert line.flatten().tolist() == [0, 0, 1, 0, 0, 1, 2, 2, 3]  # 0.5 is rounded to 0
-
-
-def test_upsampling_is_bilinear_between_corners() -> None:
-    places = locations()
-    found = upsample(places, (15, 22))
-    corners = normalise(places)
-    assert_same(found[:, ::2, ::3], corners, 1e-12)
-    assert_same(found[:, 1::2, ::3], (corners[:, 1:] + corners[:, :-1]) / 2, 1e-12)
-
-
-def test_labels_are_sampled_as_the_image_is() -> None:
-    labels, places = scene(61, 83), locations()
-    found = sample(labels.unsqueeze(1), places, 20)
-    assert found.dtype == torch.int64
-    assert torch.equal(found.double(), sample(labels.unsqueeze(1).double(), places, 20))
-
-
-def test_locations_are_put_on_the_sides_and_inside() -> None:
-    image, places = images(2, 31, 44), locations(fold=0.4) * 1.3 - 0.1
-    assert torch.equal(sample(image, places, (20, 17)), sample(image, normalise(places), (20, 17)))
-    scores = torch.rand(2, 3, 20, 17)
-    one, other = (interpolate_back(scores, found, (31, 44)) for found in (places, normalise(places)))
-    assert torch.equal(one, other)
 
 
 def test_gradients_go_through_sampling_to_the_image_and_the_locations() -> None:
@@ -237,14 +169,6 @@ def points_of(places: Tensor, samples: tuple[int, int], size: tuple[int, int]) -
 )
 def test_what_is_affine_in_the_image_comes_back(dtype: torch.dtype, samples: tuple[int, int]) -> None:
     check_affine(locations(dtype=dtype), samples)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_so_it_does_where_the_grid_is_folded(seed: int) -> None:
-    places = locations(seed=seed, fold=0.4)
-    cells = normalise(places)
-    assert (cells.diff(dim=1)[..., 0] < 0).any() and (cells.diff(dim=2)[..., 1] < 0).any()
-    check_affine(places, (15, 29))
 
 
 def check_affine(places: Tensor, samples: tuple[int, int]) -> None:
@@ -295,45 +219,7 @@ def test_compiled_code_inverts_as_torch_does(
     assert differs.double().mean() <= (0.01 if fold else 0)
 
 
-def test_scores_mix_with_weights_that_sum_to_one() -> None:
-    scores = torch.rand(2, 2, 14, 17, requires_grad=True)
-    found = interpolate_back(scores, locations(fold=0.3), (31, 44))
-    assert found.max() <= scores.max() + 1e-5 and found.min() >= scores.min() - 1e-5
-    found.sum().backward()
-    assert (
-        scores.grad is not None
-        and abs(float(scores.grad.sum()) - found.numel()) < 1e-2 * found.numel() ** 0.5
-    )
-
-
-def test_a_batch_is_its_images_one_by_one() -> None:
-    image, places, scores = images(2, 31, 44), locations(), torch.rand(2, 3, 14, 17)
-    found, back = sample(image, places, 12), interpolate_back(scores, places, (31, 44))
-    for one in range(2):
-        part = slice(one, one + 1)
-        assert torch.equal(sample(image[part], places[part], 12), found[part])
-        assert torch.equal(interpolate_back(scores[part], places[part], (31, 44)), back[part])
-
-
-def test_a_grid_in_a_single_point_still_covers_the_image() -> None:
-    places = torch.full((1, 8, 8, 2), 0.3)
-    assert interpolate_back(torch.rand(1, 2, 20, 20), places, (31, 44)).isfinite().all()
-
-
 # -- the learned sampler -------------------------------------------------------------------------------
-
-
-def test_an_untrained_sampler_gives_the_uniform_grid() -> None:
-    net = cs.resample(Chain().eval(), "learned", 32)
-    randomise(net.sampler.net.features)
-    found = net.sampler(images(2, 61, 83))
-    assert (found - uniform_locations(8)).abs().max() < 1e-6
-
-
-def test_the_sampler_sees_eight_pixels_for_each_location() -> None:
-    for grid in (3, 8):
-        net = cs.resample(Chain().eval(), "learned", 32, grid=grid)
-        assert net.sampler(images(2, 61, 83)).shape == (2, grid, grid, 2)
 
 
 # -- the network ---------------------------------------------------------------------------------------
@@ -391,25 +277,6 @@ def test_an_image_is_the_same_in_any_batch(sampler: str) -> None:
             assert_same(net(x[one : one + 1]), both[one : one + 1])
 
 
-@pytest.mark.parametrize(
-    ("image", "size"), [slow((5, 6), 32), ((3, 2), (9, 12)), slow((40, 30), 64), ((200, 31), 16)], ids=str
-)
-def test_small_images_and_large_samples_have_results(image: tuple[int, int], size: Any) -> None:
-    for sampler in ("uniform", "learned", "edges"):
-        with torch.no_grad():
-            found = resampled(sampler, size)(images(2, *image))
-        assert found.shape == (2, CLASSES, *image) and found.isfinite().all()
-
-
-def test_labels_say_where_to_sample() -> None:
-    net, x, labels = resampled("labels", targets=(12,)), images(2, 61, 83), scene(61, 83)
-    with torch.no_grad(), labelled(labels):
-        net(x)
-    assert torch.equal(net.locations, target_locations(boundaries(labels, (12,))))
-    share = (net.sample_labels(labels, net.locations) == 12).double().mean()
-    assert share > 1.05 * (labels == 12).double().mean()
-
-
 class Spot(MaskProvider):
     """Scores one place."""
 
@@ -431,20 +298,6 @@ def test_the_places_a_mask_scores_highest_take_the_place_of_boundaries() -> None
 
 
 @pytest.mark.slow
-def test_masks_inside_see_the_labels_of_what_is_sampled() -> None:
-    model = build("fcn_resnet50", by=8, num_classes=4)
-    net = cs.resample(cs.adaptify(model, "trimap:width=1", verify_laws=False), "uniform", (64, 64))
-    x, labels = images(2, 97, 131), scene(97, 131)
-    with torch.no_grad(), labelled(labels):
-        net(x)
-    inside, places = net.network, uniform_locations(8).expand(2, -1, -1, -1)
-    levels = inside.levels
-    with torch.no_grad(), labelled(net.sample_labels(labels, places)):
-        inside(sample(x, places, 64))
-    assert torch.equal(inside.levels, levels) and inside.active_fraction > 0
-
-
-@pytest.mark.slow
 def test_the_sampled_image_goes_through_an_adaptive_network() -> None:
     model, x = build("fcn_resnet50", by=8, num_classes=4), images(2, 97, 131)
     adaptive = cs.adaptify(model, "edges", verify_laws=False)
@@ -455,12 +308,6 @@ def test_the_sampled_image_goes_through_an_adaptive_network() -> None:
     assert_same(high, dense)
     assert not torch.allclose(low, dense) and high.shape == (2, 4, 97, 131)
     assert net.macs(x).network == adaptive.macs(sample(x, net.sampler(x), (64, 72))).mask
-
-
-def test_several_predictions_come_back_each() -> None:
-    net, x = cs.resample(cs.anytime(randomise(Chain()).eval(), ["stage2"]), "uniform", 48), images(2, 61, 83)
-    assert [one.shape for one in net(x)] == [(2, CLASSES, 61, 83)] * 2
-    assert net.macs(x).network > 0
 
 
 def test_the_original_is_not_changed_and_its_state_dict_loads() -> None:
@@ -478,20 +325,6 @@ def test_the_original_is_not_changed_and_its_state_dict_loads() -> None:
     again = copy.deepcopy(net)
     again.load_state_dict(net.state_dict())
     assert pickle.loads(pickle.dumps(net)).plan == net.plan == again.plan
-
-
-@pytest.mark.slow
-def test_multiply_accumulates_are_those_of_sampler_and_network() -> None:
-    net, x = resampled("learned", 32), images(2, 61, 83)
-    found = net.macs(x)
-    assert found.sampler == 2 * 18_341_376 and found.total == found.sampler + found.network
-    assert found.network == resampling.conv_macs(net.network, torch.empty(2, 3, 32, 32))
-    assert found.original == resampling.conv_macs(net.network, x)
-    assert net.macs(x.to("meta")) == found
-    assert found.to_dict()["total"] == found.total and "without sampling" in str(found)
-    assert resampled("detail").macs(x).sampler > 0  # smoothing is a convolution
-    one = net.plan.macs
-    assert (one[0], "learned") == (18_341_376, net.plan.sampler) and "32 x 32" in str(net.plan)
 
 
 @pytest.mark.parametrize("sampler", [slow("learned"), "edges"])

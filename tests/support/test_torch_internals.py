@@ -131,12 +131,6 @@ def test_private_attributes_that_the_package_reads_are_its_own_or_listed() -> No
     assert read - own - listed == set()
 
 
-def test_the_search_finds_private_places() -> None:
-    code = "from torch._ops import a\nimport torch.b._c\ntorch.d._e(f._g)\nnn.h.i\n"
-    assert private_places(ast.parse(code)) == {"torch._ops.a", "torch.b._c", "torch.d._e"}
-    assert attributes_read(ast.parse(code)) == {"_e", "_g"}
-
-
 def test_every_row_is_used() -> None:
     """By the package; what only the table still knows goes."""
     words = {

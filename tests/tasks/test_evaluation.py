@@ -10,25 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import drawn
 import pytest
 import torch
 from conftest import TESTS, Run, images, printed, random_levels, slow
-from networks import Undecided, street_segmenter
+from networks import street_segmenter
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.convnext import CNBlock
 
 import cadsurgery as cs
 from cadsurgery.data import SegmentationData
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source, source_of
-from cadsurgery.masks import resolve_mask
 from cadsurgery.network.macs import layer_work
 from cadsurgery.tasks import measuring
 from cadsurgery.tasks.evaluation import EvaluationReport
-from cadsurgery.tasks.open import weights_in_words
 
 DATA = "scene:5,height=48,width=80"
 EDGES, GRADED = "edges:threshold=0.15,dilation=3", "edges:threshold=0.95/0.1,dilation=3/9"
@@ -124,13 +120,6 @@ def test_batches_and_dictionaries_change_nothing(report: EvaluationReport) -> No
         assert one.active_fraction == other.active_fraction and other.milliseconds is None
 
 
-def test_limit_takes_the_first_images_and_data_can_be_given_open() -> None:
-    data = cs.open_data("scene:2,height=48,width=80", "test")
-    options: dict[str, Any] = {"output_stride": [(8, 32)], "rounds": 0}
-    limited = cs.evaluate(street_segmenter(), DATA, [EDGES], limit=2, **options)
-    assert figures(limited) == figures(cs.evaluate(street_segmenter(), data, [EDGES], **options))
-
-
 def test_a_converted_network_brings_its_mask_and_strides_and_is_left_as_it_was() -> None:
     net = cs.adaptify(street_segmenter(), EDGES, output_stride=(8, 16)).train()
     weights = {name: value.clone() for name, value in net.state_dict().items()}
@@ -193,25 +182,6 @@ def test_work_by_elements_gives_the_macs_of_any_mask(name: str) -> None:
         assert {layer.layer: layer.mask for layer in counted.layers} == {n: c for n, c in found.items() if c}
 
 
-def test_weights_that_may_have_been_trained_are_not_said_to_be_as_they_were_made() -> None:
-    """How a network was built by name says nothing of its weights any more once a user has had it."""
-    model = cs.build_model("resnet18", "none")
-    assert weights_in_words(model, model.cad_source) == "weights as they were given"
-    assert weights_in_words("resnet18", model.cad_source) == "weights are random (asked for)"
-    assert weights_in_words("a.safetensors", model.cad_source) == (
-        "weights in a.safetensors, at first random (asked for)"
-    )
-
-
-def test_a_network_converted_in_part_is_evaluated_too() -> None:
-    report = cs.evaluate(
-        Undecided(street_segmenter()), DATA, [EDGES], output_stride=[(8, 32)], limit=2, rounds=0
-    )
-    whole = cs.evaluate(street_segmenter(), DATA, [EDGES], output_stride=[(8, 32)], limit=2, rounds=0)
-    assert [row.macs for row in report.rows] == [row.macs for row in whole.rows]
-    assert report.rows[1].active_fraction > 0
-
-
 # -- refusals ------------------------------------------------------------------------------------------
 
 
@@ -224,13 +194,6 @@ def test_another_number_of_classes_is_refused() -> None:
 def test_impossible_numbers_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(cs.InvalidInput, match="at least 1 image"):
         cs.evaluate(street_segmenter(), DATA, **options)
-
-
-def test_errors_come_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(cs.UnknownName, match="edges"):
-        cs.evaluate("no such network", DATA, ["edgs"])
-    with pytest.raises(cs.FileError, match="--picture"):
-        cs.evaluate("no such network", DATA, picture=tmp_path / "no" / "plot.png")
 
 
 def test_a_pair_of_output_strides_is_a_list_of_one() -> None:
@@ -260,11 +223,6 @@ def test_unreadable_images_are_reported_and_the_others_done(folder: Path) -> Non
     assert report.images == 2
     (failure,) = report.failed
     assert failure["image"].endswith("b.png") and failure["error"] == "FileError" and failure["next"]
-
-
-def test_when_no_image_can_be_used_the_first_error_is_raised(folder: Path) -> None:
-    with pytest.raises(cs.InvalidInput, match=r"a\.png has label"):
-        cs.evaluate(street_segmenter(), f"folder:{folder},classes=2", rounds=0)
 
 
 # -- statistics of images ------------------------------------------------------------------------------
@@ -317,32 +275,6 @@ def test_the_command_prints_and_writes(command_line: Run, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_converted_file_is_evaluated_as_it_is_or_at_other_strides(
-    command_line: Run, folder: Path, tmp_path: Path
-) -> None:
-    """And a broken image gives exit code 1."""
-    net = cs.adaptify(
-        cs.build_model("networks:street_segmenter"),
-        EDGES,
-        output_stride=(8, 32),
-        fill="nearest",
-        verify_laws=False,
-    )
-    cs.save(net, tmp_path / "net.safetensors")
-    data = ["--data", f"folder:{folder},classes=6", "--rounds", 0, "--json"]
-    done = command_line("eval", "net.safetensors", "--trust", *data)
-    found = json.loads(done.out)
-    assert done.code == 1 and found["images"] == 2 and len(found["failed"]) == 1
-    assert [row["mask"] for row in found["rows"]] == ["all", EDGES, "none"]
-    # Whatever they were when it was converted, that may be long ago.
-    assert found["weights"] == "weights in net.safetensors, at first as the function made them"
-    other = json.loads(
-        command_line("eval", "net.safetensors", "--trust", *data, "--output-stride", "8,32").out
-    )
-    assert other["rows"] == found["rows"]
-
-
-@pytest.mark.slow
 def test_two_processes_find_what_one_finds(command_line: Run, tmp_path: Path) -> None:
     """Evaluation over scenes; one process prints."""
     shutil.copy(TESTS / "networks.py", tmp_path)
@@ -372,18 +304,6 @@ def test_two_processes_find_what_one_finds(command_line: Run, tmp_path: Path) ->
 # -- report --------------------------------------------------------------------------------------------
 
 
-def test_the_plot_joins_the_dense_networks_and_names_every_point(report: EvaluationReport) -> None:
-    figure = report.figure()
-    assert drawn.faults_of(figure) == []
-    axes = figure.axes[0]
-    line = axes.lines[0]
-    xs = list(line.get_xdata())
-    anchors = {(row.macs, 100 * row.miou) for row in report.rows if row.anchor}
-    assert xs == sorted(xs) and set(zip(xs, line.get_ydata(), strict=True)) <= anchors
-    named = {text.get_text() for text in axes.texts}
-    assert {"dense OS 4", "dense OS 8", "dense OS 32", f"{EDGES} 4->32"} <= named
-
-
 def test_the_report_is_json_and_says_when_weights_are_random(report: EvaluationReport) -> None:
     assert json.loads(json.dumps(report.to_dict()))["rows"][0]["iou"].keys() == set(report.rows[0].iou)
 
@@ -393,18 +313,6 @@ def test_the_report_is_json_and_says_when_weights_are_random(report: EvaluationR
 
 
 # -- labels and costs ----------------------------------------------------------------------------------
-
-
-def test_masks_are_labelled_as_typed_in_table_and_picture() -> None:
-    typed = ["edges", "detail | budget:fraction=0.2"]
-    report = cs.evaluate(street_segmenter(), "scene:1,height=48,width=80", typed, limit=1, rounds=1)
-    assert [row.typed for row in report.rows] == ["all", *typed, "none"]
-    assert report.rows[1].mask == resolve_mask("edges").spec() != "edges"  # the JSON has all options
-    table = printed(report)
-    assert "edges " in table and "threshold=" not in table and "none (as given)" in table
-    assert drawn.faults_of(report.figure()) == []
-    named = {text.get_text() for axis in report.figure().axes for text in axis.texts}
-    assert {f"{mask} 8->32" for mask in typed} <= named and not any("threshold" in name for name in named)
 
 
 @pytest.mark.parametrize(
@@ -431,18 +339,6 @@ def test_everything_low_is_called_dense_only_where_it_is(stride: int, fill: str,
     report = cs.evaluate(net, "scene:1,height=48,width=80", ["edges"], limit=1, rounds=0)
     assert report.rows[-1].label == label and report.rows[0].label == "dense OS 8"
     assert report.rows[-1].is_given is (stride == 16) and report.rows[0].is_given is (stride == 8)
-
-
-@pytest.mark.slow
-def test_costs_of_an_evaluation_are_relative_to_the_network_given() -> None:
-    """Counted by torch; also where the network as given is none of the rows."""
-    model, data = street_segmenter(), cs.open_data("scene:2,height=48,width=80", "test")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(data[0][0][None])
-    given = counter.get_total_flops() // 2
-    report = cs.evaluate(model, data, ["edges"], output_stride=[(8, 32), (8, 16)], rounds=0)
-    assert [row.macs_of_given for row in report.rows] == [row.macs / given for row in report.rows]
-    assert [row.is_given for row in report.rows] == [False, False, True, False, False, False]
 
 
 class Lost:

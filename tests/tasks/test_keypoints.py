@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TESTS, Run
+from conftest import Run
 from photos import Both, describer, save_some, scene
 from PIL import Image
 from torch import Tensor
@@ -95,23 +94,6 @@ def test_an_interrupted_extraction_goes_on_and_keeps_what_is_there(
         found, expected = read_features(Path(row["output"])), read_features(Path(other["output"]))
         assert torch.equal(found.descriptors, expected.descriptors)
         assert torch.equal(found.keypoints, expected.keypoints)
-
-
-@pytest.mark.slow
-def test_two_processes_extract_what_one_does(command_line: Run, folder: Path) -> None:
-    shutil.copy(TESTS / "photos.py", "photos.py")
-    found = {}
-    for processes, output in ((1, "one"), (2, "two")):
-        result = command_line(*EXTRACT, folder, "--output", output, "--json", "--workers", processes)
-        assert result.code != 0 and len(result.json["failed"]) == 1, result.err
-        found[output] = [
-            (row["image"], row["keypoints"], read_features(Path(row["output"])).descriptors)
-            for row in result.json["images"]
-        ]
-    assert len(found["one"]) == 3
-    for (image, count, descriptors), other in zip(found["one"], found["two"], strict=True):
-        assert (image, count) == other[:2]
-        torch.testing.assert_close(descriptors, other[2])
 
 
 def test_a_folder_of_features_made_otherwise_is_refused(

@@ -184,17 +184,6 @@ def test_standard_input_without_pictures_is_refused(
             predict(file, ["-"], tmp_path / told)
 
 
-def test_predictions_within_the_folder_of_pictures_are_no_pictures(
-    file: Path, different: Path, tmp_path: Path
-) -> None:
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    os.link(different / "0.png", photos / "0.png")
-    for _ in range(2):
-        assert predict(file, [photos], photos / "out", resume=True).failed == ()
-    assert [path.name for path in (photos / "out").glob("**/*.png")] == ["0.png"]
-
-
 # -- workers -------------------------------------------------------------------------------------------
 
 
@@ -222,19 +211,6 @@ def test_a_picture_that_ends_its_process_is_a_failure_and_its_neighbours_are_don
     answers = dict(share(items, Fatal(str(file), trust=True).predicting, 1, predictor.lost, size=16))
     assert {at for at, row in answers.items() if "output" not in row} == {2}
     assert "ended at this image" in answers[2]["what"] and len(answers) == 8
-
-
-@pytest.mark.slow
-def test_workers_that_cannot_open_the_network_end_the_run(tmp_path: Path) -> None:
-    with pytest.raises(cs.FileError, match=r"no file .*missing\.safetensors"):
-        list(
-            share(
-                iter([Item(0, "a.png")]),
-                PredictionSettings(str(tmp_path / "missing.safetensors")).predicting,
-                1,
-                predictor.lost,
-            )
-        )
 
 
 @pytest.mark.parametrize(("options", "told"), [({"mask": "edges | smooth"}, "a mask with smooth")])

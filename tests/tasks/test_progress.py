@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from conftest import images
 from networks import segmenter
 
 import cadsurgery as cs
 from cadsurgery.data.images import write_picture
-from cadsurgery.network.export.engines import OnnxRuntime
 from cadsurgery.tasks.evaluation import evaluate
 
 
@@ -49,27 +46,3 @@ def test_an_evaluation_counts_images_also_those_that_fail_and_rounds(tmp_path: P
         "measuring, round 1"
     )
     assert told.counts("measuring") == [(place, 6) for place in range(6)]
-
-
-@pytest.mark.slow
-def test_an_export_names_its_steps(tmp_path: Path) -> None:
-    told = Told()
-    cs.export(adaptive(), images(1, 64, 64), tmp_path / "net.pt2", step=told)
-    assert told.texts() == ["tracing", "writing", *(f"comparing, batch {place} of 3" for place in (1, 2, 3))]
-    assert told.counts("comparing") == [(place, 3) for place in range(3)]
-
-
-@pytest.mark.filterwarnings("ignore:the outputs of the file in 8 bits differ")
-@pytest.mark.slow
-def test_an_export_in_8_bits_counts_its_images(tmp_path: Path) -> None:
-    pytest.importorskip(OnnxRuntime.package)
-    told = Told()
-    shown: Any = {"precision": "int8", "calibration": [*images(2, 64, 64).split(1)]}
-    cs.export(adaptive(), images(1, 64, 64), tmp_path / "net.onnx", **shown, step=told)
-    texts = list(dict.fromkeys(text.partition(",")[0] for text in told.texts()))
-    assert texts == [
-        *("tracing", "translating to ONNX", "writing", "comparing"),
-        *("measuring means", "calibrating", "quantising", "comparing in 8 bits"),
-    ]
-    steps = ("measuring means, image", "calibrating, image", "comparing in 8 bits")
-    assert all(told.counts(step) == [(0, 2), (1, 2)] for step in steps)

@@ -23,7 +23,6 @@ from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.masks import labelled
 from cadsurgery.methods.resampling.sample_sides import WHOLE
 from cadsurgery.resampling import boundaries, sample, target_locations
-from recipes.resampling_mobilenetv2.recipe import Knowing, evaluate, table_of_macs
 
 # -- training ------------------------------------------------------------------------------------------
 
@@ -66,35 +65,6 @@ def test_training_changes_the_one_and_leaves_the_other(objective: str, tmp_path:
     again: Any = cs.load(outcome.network, Segmenter())
     image = torch.rand(1, 3, 48, 64)
     assert torch.equal(again(image), net(image))
-
-
-def test_the_oracle_is_validated_on_its_labels(tmp_path: Path) -> None:
-    outcome = fit(
-        with_sampler("labels"),
-        Scenes(),
-        Settings(**QUICK),
-        output=tmp_path,
-        validation=Scenes(2),
-        device="cpu",
-    )
-    assert 0 <= outcome.after["miou"] <= 1
-
-
-@pytest.mark.slow
-def test_a_network_that_cannot_be_trained_so_is_refused(tmp_path: Path) -> None:
-    inputs, _ = batch()
-    for name in ("locations", "sampled"):
-        with pytest.raises(cs.InvalidInput, match="is not sampled"):
-            make_objective(name, Segmenter(), {})
-        with pytest.raises(cs.InvalidInput, match="no labels to learn from"):
-            make_objective(name, with_sampler(), {})(inputs, None, DRAW)
-    with pytest.raises(cs.InvalidInput, match="learns nothing"):
-        make_objective("locations", with_sampler("edges"), {})
-    with pytest.raises(cs.InvalidInput, match="optimised"):
-        fit(with_sampler().optimize(), Scenes(), Settings(**QUICK), output=tmp_path, device="cpu")
-    one = Settings(**{**QUICK, "batch": 1}, objective="locations")
-    with pytest.raises(cs.InvalidInput, match="batch to 2 or more"):
-        fit(with_sampler(), Scenes(1), one, output=tmp_path / "one", device="cpu")
 
 
 # -- on data -------------------------------------------------------------------------------------------
@@ -164,25 +134,6 @@ def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path
     assert refused.code == 1 and "whose input is sampled" in refused.err
     refused = command_line("finetune", "net.safetensors", *training, "--mask", "edges", "--json")
     assert refused.code == 1 and "no masks" in refused.json["what"]
-
-
-@pytest.mark.slow
-def test_the_recipe_has_the_published_cost() -> None:
-    table = table_of_macs()
-    assert "| sampler | 17,600,064 | 18,341,376 |" in table
-    for size, published, true in ((128, "161,547,264", "162,791,424"), (224, "494,569,536", "498,379,776")):
-        assert f"| network, {size} | {published} | {true} |" in table
-
-
-@pytest.mark.parametrize("sampler", ["uniform", "labels"])
-def test_what_knows_the_labels_misses_what_sampling_leaves_out(sampler: str) -> None:
-    data = cs.open_data("scene:2,height=40,width=52", "test")
-    whole = (40, 52)
-    shares = [
-        evaluate(cs.resample(Knowing().eval(), sampler, size, targets=TARGETS), data)["miou"]
-        for size in (whole, (20, 26))
-    ]
-    assert shares[1] < shares[0] <= 1 and (sampler != "uniform" or shares[0] == 1)
 
 
 @pytest.mark.parametrize("name", ["locations", "network"])

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Run, covering, printed, some
+from conftest import Run, covering
 from networks import ResidualSegmenter
 from PIL import Image
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from training import DATA, ONE_STEP_BY_COMMAND, Scenes, batch, with_exits, with_gates, with_sampler
+from training import DATA, ONE_STEP_BY_COMMAND, Scenes, batch, with_gates
 from training import QUICK as ONE_STEP
 
 import cadsurgery as cs
@@ -94,15 +92,6 @@ def test_a_step_of_adamw_moves_no_gate_by_more_than_its_bias(optimizer: str) -> 
     lengths = [parameter.numel() if optimizer == "adamw" else 1 for _, parameter in parts]
     assert [factor for factor, _ in parts] == [1 / length for length in lengths]
     assert len({group.name for group in groups}) == len(groups)
-
-
-def test_what_has_no_gates_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(cs.InvalidInput, match="has no gates"):
-        make_objective("sparse", ResidualSegmenter(), {})
-    with pytest.raises(cs.InvalidInput, match="network with gates"):
-        fit(ResidualSegmenter(), Scenes(), Settings(**QUICK, train="gates"), output=tmp_path)
-    with pytest.raises(cs.InvalidInput, match="optimised"):
-        fit(with_gates().optimize(), Scenes(), Settings(**QUICK), output=tmp_path)
 
 
 @pytest.mark.parametrize(("train", "data"), covering(["gates", "all"], [Scenes, Unlabelled]))
@@ -221,29 +210,6 @@ def test_bench_measures_gates_between_all_closed_and_all_open(command_line: Run,
     file = str(tmp_path / "net.safetensors")
     with pytest.raises(cs.CadError):  # it was not built by name
         bench(file, **told)
-
-
-@pytest.mark.parametrize(
-    "make_other", some([with_exits, lambda: with_exits((0.9, 0.8)), lambda: with_sampler("uniform")], every=3)
-)
-def test_bench_measures_what_other_methods_made(make_other: Any) -> None:
-    report = bench(make_other(), size=(33, 45), rounds=1, threads=1)
-    assert isinstance(report, MethodBench) and len(report.rows) == 2
-    first, last = report.rows
-    assert first.macs >= last.macs > 0 and all(row.milliseconds for row in report.rows)
-    assert first.side in printed(report) and last.side in printed(report)
-
-
-@pytest.mark.thorough
-def test_bench_measures_a_detector_whole() -> None:
-    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
-    model = FasterRCNN(backbone, 3, min_size=64, max_size=96, rpn_post_nms_top_n_test=20)
-    net = cs.sample(model.eval())
-    report = bench(net, fractions=(0.5,), size=(64, 96), rounds=1, threads=1)
-    assert isinstance(report, MethodBench) and report.part == "backbone"
-    dense, own, closed, half, whole = report.rows
-    assert closed.macs < half.macs < whole.macs == own.macs and whole.macs > dense.macs
-    assert net.score_override is None and "of the backbone" in printed(report)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
