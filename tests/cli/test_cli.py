@@ -291,12 +291,9 @@ def test_a_command_that_there_was_is_refused_with_what_replaces_it(run: Run, com
     ("texts", "error", "hint"),
     [
         (["cropp=64"], "UnknownName", "did you mean crop"),
-        (["crop"], "InvalidInput", "crop=VALUE"),
         (["crop=wide"], "InvalidInput", "number"),
-        (["flip=perhaps"], "InvalidInput", "this form"),
         (["scale=2,x"], "InvalidInput", "this form"),
         (["batch=0"], "InvalidInput", "above 0"),
-        (["optimizer=sgdd"], "UnknownName", "sgd"),
         (["objective_options=3"], "InvalidInput", "objective_options.NAME"),
         (["crop.side=3"], "InvalidInput", "crop=3"),
     ],
@@ -361,16 +358,9 @@ def test_options_that_a_converted_file_cannot_be_given_are_refused(
     assert done.code == 1 and "output_stride, patch cannot be changed" in done.json["what"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "code"),
-    [
-        pytest.param((), 0, id="as it is"),
-        pytest.param(("-P",), 1, id="-P"),  # nothing but what is installed
-    ],
-)
 @pytest.mark.slow
 def test_modules_of_the_current_folder_are_found_as_the_installed_command_starts(
-    tmp_path: Path, flags: tuple[str, ...], code: int
+    tmp_path: Path,
 ) -> None:
     """Python itself looks beside the script that it runs, which is not where the user is."""
     script = tmp_path / "bin" / "start.py"
@@ -378,9 +368,9 @@ def test_modules_of_the_current_folder_are_found_as_the_installed_command_starts
     script.write_text("from cadsurgery.cli import main\nmain()\n")
     (tmp_path / "usernets.py").write_text(NETWORKS)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *flags, str(script), "plan", "--model", "usernets:segmenter"]
+    command = [sys.executable, str(script), "plan", "--model", "usernets:segmenter"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -388,18 +378,11 @@ def test_modules_of_the_current_folder_are_found_as_the_installed_command_starts
     [
         ["cut"],
         ["plan"],
-        ["convert"],
         ["run", "net.safetensors"],
         ["plan", "--model", "resnet18", "--colour", "red"],
-        ["plan", "--model", "resnet18", "--output-stride", "eight"],
         ["plan", "--model", "resnet18", "--output-stride", "8,16,32"],
-        ["mask", "--size", "96x"],
         ["mask", "--size", "96xwide"],
-        ["convert", "--model", "resnet18", "--rounds", "-1"],
-        ["bench"],
-        ["bench", "--model", "resnet18", "--fractions", "half"],
         ["bench", "--model", "resnet18", "--rounds", "0"],
-        ["export"],
     ],
     ids=" ".join,
 )
@@ -412,33 +395,16 @@ def test_wrong_usage_exits_with_2_and_says_how(run: Run, arguments: list[str]) -
 REFUSED = [
     (["plan", "--model", "resnt18"], "UnknownName", "resnet18"),
     (["plan", "--model", "usernets:segmenter", "--output-stride", "3,5"], "InvalidInput", "(8, 32)"),
-    (["plan", "--model", "missing.safetensors"], "FileError", "check the path"),
-    (["convert", "--model", "missing.safetensors"], "FileError", "check the path"),
     (["convert", "--model", "net.safetensors"], "FileError", "cadsurgery run net.safetensors"),
-    (["bench", "--model", "missing.safetensors"], "FileError", "check the path"),
-    (["mask", "--mask", "edgs"], "UnknownName", "edges"),
-    (["mask", "missing.png"], "FileError", "-m"),
     (["mask", "--mask", "edges", "--mask", "gradient"], "InvalidInput", "--compare"),
     (["mask", "--mask", "confidence | budget"], "InvalidInput", "--model"),
-    (["mask", "--labels", "missing.png"], "FileError", "one class per pixel"),
     (["mask", "--image", "images/first.png", "--mask", "trimap"], "InvalidInput", "--labels"),
     (["mask", "--size", "0x128"], "InvalidInput", "positive"),
-    (["mask", "--size", "96x128", "--output", "no/mask.png"], "FileError", "create it"),
-    (["macs", "--model", "usernets:segmenter", "--size=-5x10"], "InvalidInput", "positive"),
-    (["run", "net.safetensors", "missing"], "FileError", "path"),
     (["run", "net.safetensors", "missing.png", "absent"], "FileError", "path"),
-    (["run", "net.safetensors", "images/first.png", "--size", "0x9"], "InvalidInput", "positive"),
     (["run", "net.safetensors", "images", "--device", "abacus"], "InvalidInput", "cpu"),
-    (["run", "net.safetensors", "images", "--device", "meta"], "InvalidInput", "cpu"),
-    (["run", "net.safetensors", "images", "--device", "hpu"], "InvalidInput", "cpu"),
     (["plan", "--model", "usernets:of_classes"], "InvalidInput", "default values"),
-    (["run", "net.safetensors", "images", "--output", "usernets.py", "--trust"], "FileError", "--output"),
-    (["convert", "--model", "usernets:segmenter", "--output", "no/net.safetensors"], "FileError", "--output"),
     (["convert", "--model", "usernets:segmenter", "--weights", "missing.pth"], "FileError", "path"),
-    (["export", "usernets:segmenter", "--mask", "edges"], "InvalidInput", "| budget:fraction=0.3"),
-    (["export", "usernets:segmenter", "--mask", "confidence | budget"], "InvalidInput", "level_map=True"),
     (["export", "usernets:segmenter", "--output", "no/net.pt2"], "FileError", "--output"),
-    (["export", "missing.safetensors"], "FileError", "path"),
     (["bench", "--model", "usernets:segmenter", "--fractions", ","], "InvalidInput", "0 to 1"),
     (["bench", "--model", "usernets:segmenter", "--picture", "no/b.png"], "FileError", "--picture"),
 ]
@@ -472,12 +438,6 @@ def test_list_finds_networks_by_pattern_and_says_whether_they_convert(run: Run) 
     row = next(row for row in rows if row["model"] == "resnet18")
     assert row["result"] == "converts" and row["output_stride"] == [8, 32] and row["dense"] == []
     assert "converts, 8 to 32" in next(line for line in lines if line.startswith("resnet18 "))
-
-
-def test_list_says_why_a_network_does_not_convert(run: Run) -> None:
-    (row,) = run("list", "swin_t", "--json").json
-    assert row["result"] == "refused" and row["where"] and row["next"]
-    assert "join all positions" in run("list", "swin_t").out
 
 
 def test_list_masks_tells_options_and_source(run: Run) -> None:
@@ -578,12 +538,8 @@ def test_labels_are_read_as_classes_and_cut_to_size(run: Run, folder: Path) -> N
     found = run("mask", *arguments, "--output-stride", "1,2", "--json").json
     assert found["active_fraction"] == 4 / 128  # the boundary's two columns and one on each side
     assert run("mask", *arguments, *options(size=(48, 64)), "--json").code == 0
-    told = run("mask", "--labels", folder / "labels.png", *options(size=(96, 64)), "--json")
-    assert told.code == 0  # both resized
     told = run("mask", *arguments[:1], folder / "second.jpg", *arguments[2:], "--json")
     assert told.code == 1 and "96x128" in told.json["what"] and "--size 65x129" in told.json["next"]
-    told = run("mask", *arguments[:3], folder / "first.png", "--json")
-    assert told.code == 1 and "mode RGB" in told.json["what"] and "one channel" in told.json["next"]
 
 
 # -- bench ---------------------------------------------------------------------------------------------
@@ -682,23 +638,6 @@ def test_a_network_is_an_argument_or_the_option_model(run: Run, command: str) ->
     both = run(command, name, "--model", name, *more)
     assert both.code == 2 and "two models" in both.err
     assert run(command).code == 2 and "missing argument" in run(command).err
-
-
-def test_mask_takes_the_image_as_its_argument_or_as_an_option(run: Run, folder: Path) -> None:
-    image = folder / "first.png"
-    drawn, as_option = run("mask", image, "--json"), run("mask", "--image", image, "--json")
-    assert drawn.code == 0 and drawn.json == as_option.json and drawn.json["fine_pixels"] == 12 * 16
-    both = run("mask", image, "--image", image)
-    assert both.code == 2 and "two images" in both.err
-    in_network = run("mask", image, "-m", "usernets:segmenter", "--mask", "all", "--json").json
-    assert in_network["elements"] == 12 * 16
-
-
-def test_plan_is_made_on_an_example_of_a_size(run: Run, file: Path) -> None:
-    made = run("plan", "usernets:segmenter", "--size", "256x320", "--json").json
-    assert made["example_shape"][2:] == [256, 320]
-    stored = run("plan", file, "--size", "256")
-    assert stored.code == 1 and "cannot be changed" in stored.err
 
 
 def test_a_dear_conversion_says_so_first_and_what_costs_less(run: Run) -> None:
