@@ -35,11 +35,10 @@ from cadsurgery.support.timing import Timing
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.tasks import bench, commands
 from cadsurgery.tasks import task_options as options_of_tasks
-from cadsurgery.tasks.bench_report import BenchReport, BenchSetting
 from cadsurgery.tasks.evaluation import evaluate
 from cadsurgery.tasks.keypoints import extract
 from cadsurgery.tasks.recommend import recommend
-from cadsurgery.tasks.task_options import PUBLISHED, Settings
+from cadsurgery.tasks.task_options import Settings
 
 SIZE = (96, 128)
 COMMANDS = (
@@ -496,26 +495,6 @@ def test_mask_draws_image_levels_and_lattice_side_by_side(run: Run, tmp_path: Pa
         assert len(set(picture.convert("RGB").resize((64, 32)).getdata())) > 50
 
 
-COMPARED = ("--mask", "none", "--mask", "edges | budget:fraction=0.25", "--mask", "all", "--compare")
-
-
-def test_compared_masks_stand_side_by_side_with_what_they_cost(run: Run, tmp_path: Path) -> None:
-    result = run("mask", *options(*COMPARED), "--json")
-    rows = result.json["masks"]
-    assert [row["mask"].partition(":")[0] for row in rows] == ["none", "edges", "all"]
-    assert [row["active_fraction"] for row in rows] == [0, 0.25, 1]
-    assert rows[2]["share_of_elements"] == 1 and "macs" not in rows[0]
-    assert all(row["share_of_elements"] == row["elements"] / row["fine_pixels"] for row in rows)
-    with Image.open(tmp_path / "mask.png") as picture:
-        assert picture.width > 600 and len(set(picture.convert("RGB").resize((64, 32)).getdata())) > 50
-        rim = picture.convert("L").crop((0, 0, picture.width, 2))
-        assert rim.getextrema() == (255, 255)  # titles of two lines, none cut off
-    table = run("mask", *options(*COMPARED)).out
-    assert (
-        "edges | budget:fraction=0.25" in table and "active fraction" in table and "wrote mask.png" in table
-    )
-
-
 def test_a_comparison_chooses_masks_to_compare_and_labels_bring_the_oracle(run: Run, folder: Path) -> None:
     def compared(*arguments: object) -> list[str]:
         rows = run("mask", "--compare", *arguments, "--json").json["masks"]
@@ -564,50 +543,6 @@ def test_bench_prints_and_writes_its_figures_and_exits_with_0_whatever_the_law_s
     assert told.code == 0 and "MISSED" in told.out and "slower than dense high" in told.out
 
 
-def test_bench_takes_every_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-
-    def measured(**named: Any) -> BenchReport:
-        seen.update(named)
-        return BenchReport(BenchSetting("edges", (1, 3, 8, 8), "float32", "CPU", 1, 1, {}, "", "today"), ())
-
-    monkeypatch.setattr(bench, "bench", measured)
-    wanted = {
-        "networks": ["a", "b"],
-        "mask": "random",
-        "fractions": [1.0, 0.25],
-        "size": (64, 32),
-        "batch": 3,
-        "output_stride": (8, 16),
-        "region": ["layer3", "layer4"],
-        "fill": ["linear", "nearest"],
-        "patch": "block",
-        "dtype": "bfloat16",
-        "device": "cuda",
-        "threads": 2,
-        "rounds": 4,
-        "processor_time": True,
-        "against": "openvino",
-        "smaller": 0.7,
-        "memory": "1GiB",
-        "calibration": "photos",
-        "images": "drive.mp4,every=5",
-        "picture": Path("b.png"),
-        "output": Path("rows.jsonl"),
-    }
-    given = "-m a -m b --fractions 1,0.25 --size 64x32 --output-stride 8,16 --dtype bfloat16 --fill linear --json "
-    given += "--fill nearest --device cuda --threads 2 --rounds 4 --against openvino --picture b.png "
-    given += "--images drive.mp4,every=5 "
-    for setting in ("mask=random", "batch=3", "region=layer3,layer4", "patch=block", "processor_time=true"):
-        given += f"--set {setting} "
-    given += "--set smaller=0.7 --set calibration=photos --set memory=1GiB --set output=rows.jsonl"
-    assert run("bench", *given.split()).code == 0
-    assert {name: seen[name] for name in wanted} == wanted
-    run("bench", "-m", "a", "--json")
-    assert seen["threads"] == 0 and seen["size"] == (512, 1024) and seen["fill"] == ["nearest"]
-    assert tuple(seen["fractions"]) == bench.FRACTIONS
-
-
 # -- convert and run -----------------------------------------------------------------------------------
 
 
@@ -638,6 +573,13 @@ def test_a_network_is_an_argument_or_the_option_model(run: Run, command: str) ->
     both = run(command, name, "--model", name, *more)
     assert both.code == 2 and "two models" in both.err
     assert run(command).code == 2 and "missing argument" in run(command).err
+
+
+def test_plan_is_made_on_an_example_of_a_size(run: Run, file: Path) -> None:
+    made = run("plan", "usernets:segmenter", "--size", "256x320", "--json").json
+    assert made["example_shape"][2:] == [256, 320]
+    stored = run("plan", file, "--size", "256")
+    assert stored.code == 1 and "cannot be changed" in stored.err
 
 
 def test_a_dear_conversion_says_so_first_and_what_costs_less(run: Run) -> None:
@@ -679,47 +621,6 @@ def test_convert_says_which_networks_a_copy_is_slower_than(run: Run, monkeypatch
     assert told[0] in run(*arguments).out
     of_copy = 6.0
     assert "slower" not in run(*arguments).out
-
-
-def test_convert_takes_every_option(run: Run, folder: Path, tmp_path: Path) -> None:
-    torch.save(cs.build_model("usernets:segmenter").state_dict(), tmp_path / "weights.pth")
-    given = {
-        "model": "usernets:segmenter",
-        "weights": "weights.pth",
-        "mask": "edges:threshold=0.9,dilation=3",
-        "output-stride": "4,16",
-        "region": "auto",
-        "fill": "nearest",
-        "image": folder / "first.png",
-        "device": "cpu",
-        "rounds": 0,
-        "output": "net.safetensors",
-    }
-    pairs = [text for name, value in given.items() for text in (f"--{name}", value)]
-    report = run("convert", *pairs, "--published", "--set", "outputs=native", "--json").json
-    assert report["checks"] and report["image"] == [1, 3, 96, 128]
-    assert "weights.pth" in report["weights"] and report["random_weights"] is False
-    assert all(side["milliseconds"] is None for side in report["sides"])
-    net = cs.load(tmp_path / "net.safetensors", trust=True)
-    assert net.plan.output_stride == (4, 16) and net.mask.spec() == given["mask"]
-    assert net.geometry.fill == "nearest" and net.plan.returned == "native"
-    assert {name: getattr(net.geometry, name) for name in PUBLISHED} == PUBLISHED
-
-
-def test_run_does_the_readable_images_reports_the_others_and_exits_with_1(
-    run: Run, file: Path, folder: Path, tmp_path: Path
-) -> None:
-    result = run("run", file, "--trust", folder, "--output", "predictions", "--json")
-    assert [Path(row["image"]).name for row in result.json["images"]] == ["first.png", "second.jpg"]
-    for row in result.json["images"]:
-        assert row["milliseconds"] > 0 and 0 <= row["active_fraction"] <= 1
-    (failure,) = result.json["failed"]
-    assert failure["image"].endswith("broken.png") and failure["error"] == "FileError" and failure["next"]
-    written = sorted(path.name for path in (tmp_path / "predictions").iterdir())
-    assert written == ["first.png", "manifest.jsonl", "second.png"]
-    assert result.code == 1
-    told = run("run", file, "--trust", folder, "--output", "again")
-    assert "2 done, 1 failed" in told.out and "broken.png" in told.err and told.code == 1
 
 
 def test_run_does_the_images_that_are_there_and_reports_those_that_are_not(
@@ -767,6 +668,3 @@ def test_export_writes_a_program_that_gives_what_the_network_gives(run: Run, tmp
     assert "budget:fraction=0.3" in found["mask"]
     program = torch.export.load(tmp_path / "network.pt2").module()
     assert program(torch.zeros(1, 3, 96, 128)).shape[:2] == (1, 10)
-
-
-# -- costs are those of the network as given -----------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import covering
 from networks import unverified
 from PIL import Image
 
@@ -40,24 +41,15 @@ def _printed(stream: Any) -> str:
 
 COMMANDS = {
     "a plan": "plan network_of_consoles.py:network",
-    "masks": "list masks",
     "predictions": "run net.safetensors pictures -o out --trust",
     "a file that is not there": "plan \u4e00\u00b1.safetensors",
     "help": "recommend --help",
 }
 
 
-@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
 @pytest.mark.parametrize(
-    ("encoding", "errors"),
-    [
-        ("ascii", "strict"),
-        ("ascii", "surrogateescape"),
-        ("cp1252", "strict"),
-        ("cp437", "strict"),
-        ("utf-8", "strict"),
-        ("utf-8", "surrogateescape"),
-    ],
+    ("words", "encoding", "errors"),
+    covering([*COMMANDS.values()], ["ascii", "cp1252", "utf-8"], ["strict", "surrogateescape"]),
 )
 def test_a_console_replaces_what_it_cannot_show(
     words: str, encoding: str, errors: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

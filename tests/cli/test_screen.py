@@ -21,8 +21,6 @@ from cadsurgery.cli import screen
 from cadsurgery.support.errors import LeftOut
 from cadsurgery.support.folders import warn_of_left_out
 
-SHOW_CURSOR, ERASE_LINE = "\x1b[?25h", "\x1b[2K"
-
 
 class Clock:
     """Seconds that pass only when a test says so."""

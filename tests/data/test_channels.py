@@ -58,9 +58,10 @@ def tiff(path: Path, stored: np.ndarray[Any, Any], planar: bool = True, **option
 # -- files ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "uint32", "float32", "float64"])
-@pytest.mark.parametrize("planar", [True, False])
-@pytest.mark.parametrize("form", ["strips", "tiles", "deflate"])
+@pytest.mark.parametrize(
+    ("dtype", "planar", "form"),
+    covering(["uint8", "uint16", "int16", "float32"], [True, False], ["strips", "tiles", "deflate"]),
+)
 def test_bands_of_a_tiff_are_its_values_over_the_range_of_their_type(
     tmp_path: Path, dtype: str, planar: bool, form: str
 ) -> None:
@@ -74,8 +75,6 @@ def test_bands_of_a_tiff_are_its_values_over_the_range_of_their_type(
 # How several pictures come into one file, by what is told of their axis.
 STACKS: dict[str, dict[str, Any]] = {
     "an array": {},
-    "pages": {"metadata": None},
-    "depths": {"metadata": {"axes": "ZYX"}},
     "times, ImageJ": {"metadata": {"axes": "TYX"}, "imagej": True},
     "times, OME": {"metadata": {"axes": "TYX"}, "ome": True},
 }
@@ -114,11 +113,7 @@ def pages_of(layout: str, stored: np.ndarray[Any, Any], write: Any) -> None:
     stored = stored if stored.shape[-1] > 1 else stored[..., 0]
     half, mask = stored[::2, ::2], {"subfiletype": 4, "photometric": 4, "metadata": None}
     slide = "Aperio Image Library v11\n{} (64x64) JPEG|AppMag = 20"
-    if layout == "reduced copies":
-        write(stored, **kind)
-        write(half, **kind, subfiletype=1)
-        write(half[::2, ::2], **kind, subfiletype=1)
-    elif layout == "a copy before it":
+    if layout == "a copy before it":
         write(half, **kind, subfiletype=1)
         write(stored, **kind)
     elif layout == "copies and masks":
@@ -126,9 +121,6 @@ def pages_of(layout: str, stored: np.ndarray[Any, Any], write: Any) -> None:
         write(inside, **mask)
         write(half, **kind, subfiletype=1)
         write(inside[::2, ::2], **{**mask, "subfiletype": 5})
-    elif layout == "a copy of its size":
-        write(stored, **kind)
-        write(stored[::-1], **kind, subfiletype=1)
     elif layout == "SubIFDs":
         write(stored, **kind, subifds=2)
         write(half, **kind, subfiletype=1)
@@ -139,14 +131,9 @@ def pages_of(layout: str, stored: np.ndarray[Any, Any], write: Any) -> None:
         write(stored[::4, ::4], **kind, tile=(16, 16), description=slide.format("quarter"))
         write(stored[:10, :9], **kind, subfiletype=1, description="Aperio label 9x10")
         write(stored[:10, :14], **kind, subfiletype=9, description="Aperio macro 14x10")
-    else:
-        write(stored, **kind)
 
 
-LAYOUTS = (
-    *("reduced copies", "a copy before it", "copies and masks", "a copy of its size", "SubIFDs", "a slide"),
-    "alone",
-)
+LAYOUTS = ("a copy before it", "copies and masks", "SubIFDs", "a slide")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +157,7 @@ def test_the_full_picture_is_read_among_copies_masks_and_labels(
         torch.testing.assert_close(rows, expected, rtol=1e-6, atol=1e-7, equal_nan=True, msg=layout)
         if bands == 1 and dtype != "float32":
             assert np.array_equal(read_labels(path).numpy(), stored[..., 0]), layout
-    half = read_image(f"{tmp_path / 'reduced copies.tif'},page=1", channels=None)
+    half = read_image(f"{tmp_path / 'a copy before it.tif'},page=0", channels=None)
     assert half.shape == (bands, HEIGHT // 2, WIDTH // 2)
     inside = read_image(f"{tmp_path / 'copies and masks.tif'},page=1", channels=1)
     assert set(inside.unique().tolist()) <= {0, 1}
@@ -194,21 +181,6 @@ def test_a_page_is_named_wherever_a_picture_is(tmp_path: Path, command_line: Run
     assert read_image(named).shape == (3, 8, 8)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_tiff_of_bands_is_turned_as_pictures_are(tmp_path: Path, orientation: int) -> None:
-    stored = values(5, "uint8")
-    tags = [(274, "H", 1, orientation, True)]
-    deep = tiff(tmp_path / "tile.tif", stored, extratags=tags)
-    plain = Image.fromarray(stored[0])
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    plain.save(tmp_path / "plain.png", exif=exif)
-    expected = read_image(tmp_path / "plain.png", channels=1)
-    torch.testing.assert_close(read_image(deep, channels=1, bands=[1]), expected)
-    as_stored = read_image(deep, channels=None, upright=False)
-    torch.testing.assert_close(as_stored, scaled(stored))
-
-
 def test_what_needs_another_decoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiff(tmp_path / "tile.tif", values(6, "uint16"), compression="zlib")
     page = tifffile.TiffFile(path).pages.first
@@ -224,7 +196,7 @@ def test_what_needs_another_decoder_is_named(tmp_path: Path, monkeypatch: pytest
     assert "imagecodecs" in caught.value.next
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "LA", "P", "CMYK", "I;16"])
 def test_every_kind_of_picture_is_read_in_grey_and_in_colour(tmp_path: Path, mode: str) -> None:
     noise = Image.effect_noise((WIDTH, HEIGHT), 60)
     path = tmp_path / f"picture.{'tif' if mode == 'CMYK' else 'png'}"
@@ -248,7 +220,7 @@ def test_transparency_is_left_out_unless_a_band_or_as_many_channels_ask_for_it(t
 # -- rules ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stored", "channels"), [(6, 3), (3, 6), (2, 1), (4, 3), (1, 6), (6, 1)])
+@pytest.mark.parametrize(("stored", "channels"), [(6, 3), (3, 6), (2, 1)])
 def test_where_there_is_no_rule_both_numbers_and_the_remedy_are_named(
     tmp_path: Path, stored: int, channels: int
 ) -> None:
@@ -304,12 +276,9 @@ def test_pixels_without_data_are_refused_where_a_network_reads_them(tmp_path: Pa
 
 # Values for pixels without data as files state them, by type, and the value that is stored.
 NO_DATA = {
-    "uint8": {"0": 0, "255": 255, "0.0": 0, " 7\0": 7},
-    "uint16": {"0": 0, "65535": 65535},
-    "int16": {"-9999": -9999, "-32768": -32768},
-    "uint32": {"4294967295": 2**32 - 1},
-    "float32": {"-9999": -9999, "-3.4028234663852886e+38": np.finfo(np.float32).min, "nan": np.nan},
-    "float64": {"-1.7976931348623157e+308": -np.finfo(np.float64).max},
+    "uint8": {"0.0": 0, " 7\0": 7},
+    "int16": {"-32768": -32768},
+    "float32": {"-3.4028234663852886e+38": np.finfo(np.float32).min, "nan": np.nan},
 }
 STATED = [(kind, text) for kind, texts in NO_DATA.items() for text in texts]
 
@@ -375,7 +344,7 @@ def test_a_folder_of_grey_and_colour_pictures_is_read_in_the_channels_of_the_net
 # -- networks ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 6])
+@pytest.mark.parametrize("channels", [1, 6])
 def test_a_network_reads_as_many_channels_as_its_first_layer(channels: int) -> None:
     network = nn.Sequential(nn.Conv2d(channels, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
     before = {name: value.clone() for name, value in network.state_dict().items()}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, covering
 from networks import saved_segmenter
 from PIL import Image
 
@@ -48,13 +48,11 @@ def clip(tmp_path: Path) -> Path:
     return written(tmp_path / "drive.mp4")
 
 
-@pytest.mark.parametrize("ending", [".mp4", ".mkv"])
 @pytest.mark.parametrize(
-    ("options", "numbers"),
+    ("ending", "options", "numbers"),
     [
-        ("", range(0, FRAMES, RATE)),  # one a second
-        (",every=5", range(0, FRAMES, 5)),
-        (",every=1,start=9", range(9, FRAMES)),
+        (".mp4", "", range(0, FRAMES, RATE)),  # one a second
+        (".mkv", ",every=5,start=4", range(4, FRAMES, 5)),
     ],
 )
 def test_every_nth_frame_is_that_of_the_decoder_of_run(
@@ -82,9 +80,9 @@ TURNS = {  # by the matrix that shows a pixel (x, y) at (a x + c y, b x + d y)
 }
 
 
-@pytest.mark.parametrize("ending", [".mp4", ".mov"])
-@pytest.mark.parametrize("unit", [1 << 16, 1 << 15, 3 << 16], ids=["as it is", "halved", "enlarged"])
-@pytest.mark.parametrize("matrix", TURNS, ids=str)
+@pytest.mark.parametrize(
+    ("matrix", "unit", "ending"), covering([*TURNS], [1 << 16, 1 << 15, 3 << 16], [".mp4", ".mov"])
+)
 def test_frames_are_turned_and_mirrored_as_players_show_them(
     tmp_path: Path, ending: str, unit: int, matrix: tuple[int, int, int, int]
 ) -> None:
@@ -164,9 +162,7 @@ def test_labels_are_named_by_the_number_of_their_frame(clip: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (",every=0.5", "every=0.5 is not a number"),
         (",start=99", "has no images"),
-        (",labels=nowhere", "there is no folder nowhere"),
         (",labels=late,classes=4", f"has no frame {FRAMES}"),
         (",labels=labels,ignore=3", "classes=11"),
     ],
@@ -197,7 +193,7 @@ def test_a_clip_that_was_cut_short_says_so_before_any_work(tmp_path: Path, endin
 
 @pytest.mark.parametrize(
     "address",
-    ["rtsp://user:secret@10.0.0.5:554/live", "RTMP://a/b", "udp://@239.0.0.1:1234", "http://a/b.png"],
+    ["rtsp://user:secret@10.0.0.5:554/live", "HTTP://a/b.png"],
 )
 def test_streams_and_addresses_of_the_web_are_refused_by_name_in_every_place(
     address: str, command_line: Run, tmp_path: Path

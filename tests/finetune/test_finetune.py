@@ -17,17 +17,17 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, TESTS, Run, covering, some
+from conftest import ROOT, TESTS, Run, slow, some
 from networks import Segmenter
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from training import SIZE, Scenes, adaptive, flip
 
 import cadsurgery as cs
-from cadsurgery.finetune import Draw, Objective, Row, Settings, evaluate, fit, list_objectives, objective
+from cadsurgery.finetune import Draw, Objective, Row, Settings, evaluate, fit, list_objectives
 from cadsurgery.finetune.groups import make_groups, stem_of
 from cadsurgery.finetune.learning_rates import SampleOrder, learning_rate
-from cadsurgery.finetune.objectives import OBJECTIVES, AnyBudget, Mixed, cross_entropy, supervised
+from cadsurgery.finetune.objectives import AnyBudget, Mixed, cross_entropy, supervised
 from cadsurgery.masks import FineMapSpec, MaskProvider
 
 pytest.importorskip("accelerate")
@@ -152,32 +152,21 @@ def test_one_process_where_several_were_asked_for_is_refused(
         train(adaptive(), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        (
-            {"settings": replace(QUICK, steps=7, lr=0.1)},
-            ["settings.steps: 6, now 7", "settings.lr: 0.05, now 0.1"],
-        ),
-        ({"data": Scenes(4)}, ["data.samples: 5, now 4"]),
-        ({"net": "edges:threshold=0.3"}, ["network.mask", "0.3"]),
-        ({"augment": None}, ["data.augment"]),
-    ],
-)
-def test_another_run_is_not_resumed(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
-    train(adaptive(), tmp_path, replace(QUICK, steps=6))
-    before = (tmp_path / "checkpoint.safetensors").read_bytes()
-    net = adaptive(changes.pop("net")) if "net" in changes else adaptive()
-    with pytest.raises(cs.InvalidInput, match="holds another run") as refusal:
-        train(net, tmp_path, **changes)
-    assert all(word in str(refusal.value) for word in words)
-    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
-
-
-def test_a_folder_with_a_run_is_refused_if_nothing_is_to_be_resumed(tmp_path: Path) -> None:
+def test_another_run_is_not_resumed(tmp_path: Path) -> None:
     train(adaptive(), tmp_path)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    for mask, changes, words in (
+        ("edges", {"settings": replace(QUICK, steps=7)}, "settings.steps: 6, now 7"),
+        ("edges", {"data": Scenes(4)}, "data.samples: 5, now 4"),
+        ("edges:threshold=0.3", {}, "network.mask"),
+        ("edges", {"augment": None}, "data.augment"),
+    ):
+        with pytest.raises(cs.InvalidInput, match="holds another run") as refusal:
+            train(adaptive(mask), tmp_path, **changes)
+        assert words in str(refusal.value)
     with pytest.raises(cs.FileError, match="holds a run already"):
         train(adaptive(), tmp_path, resume=False)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
 
 
 # What moves, and what does not.
@@ -223,14 +212,13 @@ def test_the_average_of_the_weights_is_what_is_saved(tmp_path: Path) -> None:
     torch.testing.assert_close(net.classifier[1].weight, expected)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_frozen_batch_norm_keeps_its_statistics(tmp_path: Path, frozen: bool) -> None:
+def test_frozen_batch_norm_keeps_its_statistics(tmp_path: Path) -> None:
     net = adaptive()
     before = tensors(net)
-    train(net, tmp_path, replace(QUICK, batch_norm="frozen" if frozen else "train"))
+    train(net, tmp_path, replace(QUICK, batch_norm="frozen"))
     after = tensors(net)
     statistics = [name for name in before if "running" in name]
-    assert all(torch.equal(before[name], after[name]) == frozen for name in statistics)
+    assert all(torch.equal(before[name], after[name]) for name in statistics)
     assert not torch.equal(before["backbone.3.1.weight"], after["backbone.3.1.weight"])
 
 
@@ -266,21 +254,6 @@ class Gated(Objective):
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor, draw: Draw) -> dict[str, Tensor]:
         loss = supervised(self.net(*inputs), labels)
         return {"loss": loss + (self.net.mask.bias - 1).square().sum() + self.extra.square().sum()}
-
-
-def test_a_cell_of_a_notebook_that_is_run_twice_replaces_its_objective() -> None:
-    cell = "@objective('celled')\nclass Celled(Objective):\n    'Version {}.'"
-    scope = {"objective": objective, "Objective": Objective, "__name__": "__main__"}
-    try:
-        for version in (1, 2):
-            exec(cell.format(version), scope)
-        assert list_objectives()["celled"] == "Version 2."
-        with pytest.raises(ValueError, match=r"by __main__\.Celled"):
-            exec(cell.format(3), {**scope, "__name__": "another.module"})
-        with pytest.raises(ValueError, match=r"registered already, by cadsurgery\."):
-            objective("mixed")(scope["Celled"])
-    finally:
-        OBJECTIVES.pop("celled", None)
 
 
 def test_an_objective_of_a_users_own_is_trained_and_resumed_with_its_parameters(tmp_path: Path) -> None:
@@ -460,10 +433,8 @@ def test_the_teacher_is_the_dense_high_network(teacher: str) -> None:
     [
         ({"low": 0.7, "high": 0.2}, "low is at most high"),
         ({"fractions": [0.2, 1.5]}, "0..1"),
-        ({"temperature": 0}, "temperature"),
         ({"teacher": "other"}, "teacher"),
         ({"ranking": "edgse"}, "edges"),
-        ({"rankings": "edges"}, "ranking"),
     ],
 )
 def test_options_of_objectives_are_checked(tmp_path: Path, options: dict[str, Any], words: str) -> None:
@@ -492,11 +463,8 @@ def test_what_cannot_be_budgeted_is_refused() -> None:
         ({"optimizer": "adam"}, "adamw"),
         ({"steps": 0}, "above 0"),
         ({"steps": 2.5}, "an integer"),
-        ({"lr": float("nan")}, "above 0"),
         ({"ema": 1.0}, "1 excluded"),
-        ({"flip": 1}, "true or false"),
         ({"scale": [2.0, 0.5]}, "low <= high"),
-        ({"crop": -1}, "0 or above"),
         ({"objective": 3}, "a text"),
     ],
 )
@@ -539,7 +507,7 @@ def with_label(value: int) -> Callable[[Tensor, Tensor], Any]:
     return change
 
 
-@pytest.mark.parametrize(("value", "workers"), covering((6, -1, 254), (0, 1)))
+@pytest.mark.parametrize(("value", "workers"), [(6, 0), slow(-1, 1)])
 def test_a_label_without_an_output_is_refused_with_its_place(
     tmp_path: Path, value: int, workers: int
 ) -> None:
@@ -563,15 +531,6 @@ class Exploding(Mixed):
         return {**found, "loss": found["loss"] * (float("nan") if draw.step >= 4 else 1.0)}
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(cs.TrainingStopped, match="loss is nan at step 5") as refusal:
-        train(adaptive(), tmp_path, objective=Exploding)
-    assert all(word in str(refusal.value) for word in ("learning rate", "of step 3", "lower lr"))
-    assert [row["step"] for row in rows(tmp_path)] == list("1234")
-    kept = load_file(tmp_path / "checkpoint.safetensors")
-    assert all(value.isfinite().all() for value in kept.values() if value.is_floating_point())
-
-
 class Overflowing(Mixed):
     """A finite loss whose gradient is not."""
 
@@ -581,9 +540,18 @@ class Overflowing(Mixed):
         return found if zero is None else {**found, "loss": found["loss"] + zero.abs().sqrt()}
 
 
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(cs.TrainingStopped, match="not finite after step 6"):
-        train(adaptive(), tmp_path, objective=Overflowing)
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        (Exploding, r"loss is nan at step 5[\s\S]*learning rate[\s\S]*of step 3"),
+        (Overflowing, "not finite after step 6"),
+    ],
+)
+def test_what_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
+    tmp_path: Path, objective: type[Objective], words: str
+) -> None:
+    with pytest.raises(cs.TrainingStopped, match=words):
+        train(adaptive(), tmp_path, objective=objective)
     kept = load_file(tmp_path / "checkpoint.safetensors")
     assert all(value.isfinite().all() for value in kept.values() if value.is_floating_point())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,16 +93,6 @@ def test_of_dark_pictures_the_same_is_kept_if_their_statistics_are_stated(
     expected[1, 1] = True
     side = net.levels.shape[1] // 4
     assert torch.equal(net.levels[0, ::side, ::side] == 0, expected)
-
-
-def test_a_fitted_normalisation_leaves_thresholds_as_they_are_and_is_stored_so(tmp_path: Path) -> None:
-    picture, _ = dark(1.0)
-    raw = 40000 * picture.expand(-1, 3, -1, -1)
-    net = cs.adaptify(strided(3), "content", coarsest=CELL, example_input=raw, verify_laws=False)
-    cs.save(net, tmp_path / "net.safetensors")
-    loaded = cs.load(tmp_path / "net.safetensors", strided(3))
-    for normalisation in (net.normalisation, loaded.normalisation):
-        assert normalisation.is_fitted and normalisation.deviation == 1
 
 
 @pytest.mark.parametrize("mask", ["content", "edges:threshold=90", "content + edges:threshold=90"])

@@ -110,24 +110,16 @@ def test_what_is_not_finite_is_no_peak(value: float) -> None:
 IMAGE = torch.zeros(2, 3, 24, 40)
 
 
-@pytest.mark.parametrize("kind", [list, tuple])
 @pytest.mark.parametrize(
-    "part",
-    [
-        torch.tensor([[3.25, 7.0]]),
-        torch.tensor([[3.25, 7.0]], dtype=torch.float64),
-        np.array([[3.25, 7.0]], dtype=np.float32),
-        [[3.25, 7.0]],
-    ],
+    "part", [torch.tensor([[3.25, 7.0]]), np.array([[3.25, 7.0]], dtype=np.float32), [[3.25, 7.0]]]
 )
-def test_points_of_each_image_are_taken_as_they_are(part: Any, kind: type) -> None:
-    first, second = points_of(kind([part, torch.empty(0, 2)]), IMAGE, 5, "")
+def test_points_of_each_image_are_taken_as_they_are(part: Any) -> None:
+    first, second = points_of([part, torch.empty(0, 2)], IMAGE, 5, "")
     assert first.dtype == second.dtype == torch.float64
     assert first.tolist() == [[3.25, 7.0]] and second.shape == (0, 2)
 
 
-@pytest.mark.parametrize("channel", [False, True])
-@pytest.mark.parametrize("size", [(24, 40), (12, 20), (3, 5), (7, 9), (48, 80)])
+@pytest.mark.parametrize(("size", "channel"), [((12, 20), False), ((7, 9), True), ((48, 80), False)])
 def test_a_sample_of_a_score_map_stands_for_the_middle_of_its_pixels(
     size: tuple[int, int], channel: bool
 ) -> None:
@@ -140,9 +132,7 @@ def test_a_sample_of_a_score_map_stands_for_the_middle_of_its_pixels(
     assert found.tolist() == [pytest.approx([(x + 0.5) * step_x - 0.5, (y + 0.5) * step_y - 0.5])]
 
 
-@pytest.mark.parametrize(
-    ("x", "y"), [(-0.51, 0), (0, -0.51), (39.5, 0), (0, 23.5), (23, 39), (math.nan, 0), (0, INF), (-INF, 0)]
-)
+@pytest.mark.parametrize(("x", "y"), [(-0.51, 0), (0, 23.5), (math.nan, 0), (0, INF)])
 def test_a_point_outside_the_image_is_refused_with_its_bounds(x: float, y: float) -> None:
     with pytest.raises(cs.InvalidInput, match="not in the image") as caught:
         points_of([torch.empty(0, 2), torch.tensor([[3.0, 3.0], [x, y]])], IMAGE, 5, "mask m")
@@ -155,14 +145,9 @@ def test_a_point_outside_the_image_is_refused_with_its_bounds(x: float, y: float
     ("found", "what"),
     [
         (None, "NoneType"),
-        ("abc", "str 'abc'"),
         (torch.zeros(2, 8, 8).long(), r"int64 tensor of shape \(2, 8, 8\)"),
-        (torch.zeros(2, 2, 8, 8), r"\(2, 2, 8, 8\)"),
         (torch.zeros(1, 8, 8), r"\(1, 8, 8\)"),
-        (torch.zeros(8, 2), r"\(8, 2\)"),
-        (torch.zeros(2, 0, 8), r"\(2, 0, 8\)"),
         ([torch.zeros(1, 2)], "a list of 1 for a batch of 2"),
-        ((torch.zeros(1, 2),) * 3, "a tuple of 3 for a batch of 2"),
         ({0: torch.zeros(1, 2), 1: torch.zeros(1, 2)}, "dict"),
     ],
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import build
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
-from cadsurgery.masks import Budget, ConfidenceMask, DetailMask, FineMapSpec, LearnedMask
+from cadsurgery.masks import ConfidenceMask, DetailMask, FineMapSpec, LearnedMask
 from cadsurgery.masks.scored import interpolation_error
 from cadsurgery.network.macs import MASK_LAYERS
 
@@ -101,18 +100,6 @@ def test_what_a_graph_cannot_hold_is_refused_with_the_reason(mask: str, tmp_path
     reason = "a first pass of the network" if mask.startswith("conf") else "weights that the first call"
     with pytest.raises(cs.InvalidInput, match=reason):
         cs.export(net, x, tmp_path / "net.pt2")
-
-
-@pytest.mark.parametrize(("mask", "dtype"), covering(MASKS, [torch.bfloat16, torch.float64]))
-@torch.no_grad()
-def test_they_work_in_other_precisions(mask: str, dtype: torch.dtype) -> None:
-    net, x = converted(mask).to(dtype), images(2, *SIZE).to(dtype)
-    found = net(x)
-    assert found.dtype == dtype and found.isfinite().all()
-    if dtype == torch.float64:
-        again = converted(mask)
-        again(x.float())
-        assert (net.levels == again.levels).float().mean() > 0.99
 
 
 # -- work ----------------------------------------------------------------------------------------------
@@ -218,54 +205,6 @@ def test_confidence_is_that_of_the_network_with_everything_low(measure: str, wra
     assert len(net.levels.unique()) == 3
 
 
-def test_the_stem_runs_once_and_the_rest_twice() -> None:
-    net, x, calls = converted("confidence"), images(2, *SIZE), Counter[str]()
-    names = {module: name for name, module in net.named_modules()}
-    hook = register_module_forward_hook(
-        lambda module, *_: calls.update([names.get(module, "")])
-    )  # of all modules
-    try:
-        with torch.no_grad():
-            net(x)
-            assert calls["stem.0"] == 1
-            twice = calls["body.7"]
-            net(x, mask="edges")
-    finally:
-        hook.remove()
-    assert twice == 2 * (calls["body.7"] - twice) > 0
-
-
-class InPlace(nn.Module):
-    """What enters the region is read, then changed in place, then read again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.last = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 4, 1)
-        self.first, self.second = nn.Conv2d(6, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, 2, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        x = self.stem(image)
-        before = self.first(x)
-        return self.last(before + self.second(F.silu(x, inplace=True)))
-
-
-def test_a_region_that_works_in_place_leaves_what_enters_it() -> None:
-    """The mask and the second pass see what the first one saw."""
-    entered: list[Tensor] = []
-
-    class Seeing(ConfidenceMask):
-        def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-            entered.append(features.clone())
-            return super().scores(image, features, grid)
-
-    model = InPlace().eval().to(memory_format=torch.channels_last)
-    x = images(2, 33, 50).contiguous(memory_format=torch.channels_last)
-    net = cs.adaptify(model, Budget(Seeing(), 0.4), output_stride=(2, 4), verify_laws=False)
-    with torch.no_grad():
-        assert_same(net(x), net(x, mask=net.levels.long()), 1e-6)
-        assert_same(entered[0], model.stem(x), 1e-6)
-
-
 @pytest.mark.parametrize(
     ("build_net", "message"),
     [
@@ -317,40 +256,6 @@ def test_noise_is_drawn_from_torchs_generator() -> None:
     logits = mask.logits(features, grid)
     samples = [mask.sample(logits, grid, generator.manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
-
-
-def test_samples_are_gumbel_softmax() -> None:
-    """One-hot; a level as often as its probability; the gradient that of the softmax of the noisy scores."""
-    mask, grid = LearnedMask(temperature=0.7), grid_of((400, 400), 1)
-    logits = torch.tensor([0.5, -1.0, 1.2]).view(1, 3, 1, 1).expand(1, 3, 100, 100).clone().requires_grad_()
-    sample = mask.sample(logits, grid, torch.Generator().manual_seed(0))
-    assert sample.shape == (1, 3, 400, 400) and torch.allclose(sample.sum(1), torch.ones(1))
-    assert torch.equal(sample.detach().round(), sample.detach().round().clamp(0, 1))
-    assert torch.allclose(sample.mean((0, 2, 3)), logits.softmax(1)[0, :, 0, 0], atol=0.02)
-    again = torch.Generator().manual_seed(0)
-    uniform = torch.rand(logits.shape, generator=again)
-    soft = ((logits - (-uniform.log()).log()) / 0.7).softmax(1)
-    weights = torch.randn(1, 3, 400, 400)
-    expected = torch.autograd.grad((F.interpolate(soft, scale_factor=4.0) * weights).sum(), logits)[0]
-    assert_same(torch.autograd.grad((sample * weights).sum(), logits)[0], expected, 1e-3)
-
-
-@pytest.mark.parametrize("low", [1, 2])
-def test_the_share_kept_is_that_of_a_two_level_map_with_as_many_elements(low: int) -> None:
-    mask, grid = LearnedMask(), grid_of((32, 48), low=low)
-    logits = torch.randn(
-        2, low + 1, 32 // grid.side, 48 // grid.side, dtype=torch.float64, requires_grad=True
-    )
-    kept = mask.kept(logits, grid)
-    levels = logits.argmax(1)
-    if low == 1:
-        assert kept.item() == pytest.approx((levels == 0).double().mean().item())
-    elements = (4.0 ** -levels.double()).mean().item()  # per sample of the fine map
-    assert kept.item() + (1 - kept.item()) / grid.side**2 == pytest.approx(elements)
-    kept.backward()
-    assert logits.grad is not None and logits.grad[:, 0].max() > 0 and logits.grad[:, -1].max() <= 0
-    noisy = [mask.kept(logits, grid, torch.Generator().manual_seed(seed)).item() for seed in (0, 0, 1)]
-    assert noisy[0] == noisy[1] != noisy[2]
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])

@@ -8,12 +8,8 @@ sample.
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import cv2
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,17 +47,6 @@ def net(mask: object = "none", **options: Any) -> cs.AdaptiveModel:
 
 def tensors(points: list[list[Point]]) -> list[Tensor]:
     return [torch.tensor(part, dtype=torch.float32).reshape(-1, 2) for part in points]
-
-
-def scenes(batch: int, size: Size, seed: int = 0) -> Tensor:
-    """Normalised images of a few bright rectangles: corners and blobs here and there."""
-    generator = torch.Generator().manual_seed(seed)
-    scene = torch.zeros(batch, 3, *size)
-    for image in scene:
-        for _ in range(6):
-            y, x = (int(torch.randint(0, side - 12, (), generator=generator)) for side in size)
-            image[:, y : y + 9, x : x + 7] = torch.randn(3, 1, 1, generator=generator)
-    return scene
 
 
 # -- the published rule --------------------------------------------------------------------------------
@@ -119,12 +104,9 @@ def test_the_legal_level_map_is_that_of_the_published_rule(
     ("dilations", "levels"),
     [
         ("0/0/0", {3}),
-        ("0/0/5", {2, 3}),
         ("0/19/35", {1, 2, 3}),
-        ("19/41/41", {0, 1, 2, 3}),
         ("25/51/51", {0, 1, 3}),
         ("inf/inf/inf", {0}),
-        ("0/0/inf", {2}),
         ("1", {0, 1, 2, 3}),
     ],
 )
@@ -136,8 +118,7 @@ def test_one_keypoint_gives_the_levels_of_its_dilations(dilations: str, levels: 
     assert set(model.levels.unique().tolist()) == levels
 
 
-@pytest.mark.parametrize("size", [(37, 50), (33, 41), (39, 47)])
-@pytest.mark.parametrize("high", [1, 2, 4])
+@pytest.mark.parametrize(("size", "high"), [((37, 50), 1), ((33, 41), 2), ((39, 47), 4)])
 def test_a_network_that_loses_its_border_has_the_published_map_without_it(size: Size, high: int) -> None:
     """Pools drop what is no whole window: the fine map is smaller than the subsampled one."""
     points = [[(size[1] - 1, size[0] - 1), (3, 30)], [(20, 11)]]
@@ -164,31 +145,6 @@ def test_without_points_it_is_said_how_to_give_them() -> None:
         keypoints_at([torch.zeros(1, 2)]),
     ):
         model(torch.zeros(2, 3, 32, 32))
-
-
-# -- sift ----------------------------------------------------------------------------------------------
-
-
-def by_opencv(image: Tensor, count: int) -> set[Point]:
-    """SIFT's pixels in a normalised image (3, H, W), its grey stretched to 0..255."""
-    red, green, blue = image.double()
-    grey = 0.299 * red + 0.587 * green + 0.114 * blue
-    shown = (255 * (grey - grey.min()) / (grey.max() - grey.min())).round().to(torch.uint8).numpy()
-    found: list[Point] = []
-    for point in sorted(cv2.SIFT_create().detect(shown, None), key=lambda one: -one.response):
-        pixel = (round(point.pt[0]), round(point.pt[1]))
-        if pixel not in found:
-            found.append(pixel)
-    return set(found[:count])
-
-
-@pytest.mark.parametrize("count", [3, 512])
-def test_sift_is_that_of_the_grey_image(count: int) -> None:
-    image, mask = scenes(2, (97, 129)), KeypointMask(count=count)
-    for points, one in zip(mask.points(image, grid_of((97, 129))), image, strict=True):
-        wanted = by_opencv(one, count)
-        assert {(int(x), int(y)) for x, y in points.tolist()} == wanted and wanted
-        assert len(points) == len(wanted) <= count
 
 
 # -- the network's own ---------------------------------------------------------------------------------
@@ -269,61 +225,6 @@ def test_a_network_without_one_score_map_has_no_keypoints_of_its_own(channels: i
 # -- functions -----------------------------------------------------------------------------------------
 
 CORNERS = [[(4, 4), (30, 9)], []]
-
-
-def corners(image: Tensor) -> list[Tensor]:
-    return tensors(CORNERS)[: image.shape[0]]
-
-
-def score_map(image: Tensor) -> Tensor:
-    """One sample per four pixels, two peaks in the first image."""
-    scores = torch.zeros(image.shape[0], image.shape[2] // 4, image.shape[3] // 4)
-    scores[0, 2, 3], scores[0, 6, 8] = 2.0, 1.0
-    return scores.masked_fill(scores == 0, -INF)
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module of a user."""
-    module = ModuleType("userpoints")
-    module.corners, module.score_map, module.number = corners, score_map, 3  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "userpoints", module)
-
-
-@pytest.mark.parametrize("channel", [False, True])
-@pytest.mark.parametrize(("count", "middles"), [(1, [(13.5, 9.5)]), (9, [(13.5, 9.5), (33.5, 25.5)])])
-def test_a_function_may_return_a_score_map(
-    count: int, middles: list[tuple[float, float]], channel: bool
-) -> None:
-    """Its peaks, the largest first, each in the middle of its sample."""
-    image = torch.zeros(2, 3, 32, 40)
-
-    def scores(image: Tensor) -> Tensor:
-        return score_map(image).unsqueeze(1) if channel else score_map(image)
-
-    found = KeypointMask(scores, count=count).points(image, grid_of((32, 40)))
-    assert found[0].tolist() == [list(middle) for middle in middles]
-    assert found[1].shape == (0, 2)
-
-
-@pytest.mark.parametrize("name", ["corners", "score_map"])
-def test_a_function_that_can_be_imported_works_by_name_and_in_files(
-    module: None, name: str, tmp_path: Path
-) -> None:
-    text = f"keypoints:detector=userpoints:{name},count=9,dilations=5/11"
-    model, image = net(text), torch.randn(2, 3, 32, 40)
-    assert model.mask.spec() == text and model.mask.storable
-    expected = model(image)
-    assert 0 < model.active_fraction < 1
-    cs.save(model, tmp_path / "net.safetensors")
-    again = cs.load(tmp_path / "net.safetensors", net()._original[0], trust=True)
-    assert again.mask.spec() == text and torch.equal(again(image), expected)
-
-
-# -- the string form -----------------------------------------------------------------------------------
-
-
-# -- what is refused -----------------------------------------------------------------------------------
 
 
 # -- ranks and budgets ---------------------------------------------------------------------------------

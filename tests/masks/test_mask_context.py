@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -72,26 +72,6 @@ def test_tasks_take_turns_and_keep_what_is_theirs(name: str) -> None:
         return await asyncio.gather(work(1), work(2))
 
     assert asyncio.run(both()) == [1, 2] and seen() == WITHOUT
-
-
-def givers_of_masks() -> Iterator[tuple[str, Callable[[], AbstractContextManager[None]]]]:
-    labels = torch.zeros(1, 96, 128, dtype=torch.long)
-    labels[:, 40:, 60:] = 1
-    yield "trimap:width=9", lambda: labelled(labels)
-    yield "keypoints:detector=given,dilations=9", lambda: keypoints_at([torch.tensor([[60.0, 40.0]])])
-
-
-@pytest.mark.parametrize(("mask", "given"), givers_of_masks())
-@pytest.mark.parametrize(
-    "form", ["{} | dilate", "none + {}", "({} | smooth) + {}", "{} | budget:fraction=0.2"]
-)
-def test_a_mask_inside_others_sees_what_is_given(
-    mask: str, given: Callable[[], AbstractContextManager[None]], form: str
-) -> None:
-    net, image = adapted_strided("none"), torch.randn(1, 3, 96, 128)
-    with given():
-        net(image, mask=form.replace("{}", mask))
-    assert 0 < net.active_fraction < 1
 
 
 def test_another_mask_for_a_while_is_that_networks_alone() -> None:

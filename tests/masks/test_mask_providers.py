@@ -153,22 +153,6 @@ def test_a_trimap_keeps_what_has_a_boundary_within_its_window(
     assert torch.equal(found.long(), levels_near([boundary] * len(widths), widths, grid))
 
 
-@pytest.mark.parametrize("stride", [1, 4, 8])
-def test_the_scores_of_a_trimap_are_minus_the_distance_in_samples(stride: int) -> None:
-    size = (33, 50)
-    labels, grid, image = blocks(size), grid_of(size, stride=stride), torch.zeros(2, 3, *size)
-    labels[1] = 4  # an image without a boundary
-    with labelled(labels):
-        scores = TrimapMask().scores(image, image, grid)
-    wanted = torch.full_like(scores, -max(grid.size))
-    places = on_boundary(labels, 255)[0].nonzero()
-    for y in range(grid.size[0]):
-        for x in range(grid.size[1]):
-            apart = (places - torch.tensor([y * stride, x * stride])).abs().amax(1).min()
-            wanted[0, y, x] = -(int(apart) // stride)
-    assert torch.equal(scores, wanted)
-
-
 def test_a_trimap_without_labels_says_how_to_give_them() -> None:
     model = cs.adaptify(strided(), "trimap", verify_laws=False)
     with pytest.raises(cs.InvalidInput) as caught:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,6 @@ from cadsurgery.masks import (
     FunctionMask,
     GradientMask,
     KeypointMask,
-    LearnedMask,
     MaskProvider,
     RandomMask,
     Smooth,
@@ -165,32 +163,6 @@ def test_smooth_never_drops_a_sample_before_hold_frames_and_then_does(seed: int,
         assert (found <= window).all()
         assert (found == window).any(0).all()
         assert torch.equal(ranked.scores(NOTHING, NOTHING, grid), (2 - window).float().amax(0))
-
-
-def fading(frames: int = 4) -> tuple[Smooth, list[Tensor]]:
-    """A network's mask that holds, and frames whose edges vanish after the first."""
-    return Smooth("edges:dilation=3", hold=2), [
-        torch.randn(2, 3, 97, 129),
-        *[torch.zeros(2, 3, 97, 129)] * frames,
-    ]
-
-
-@pytest.mark.parametrize("optimised", [False, True])
-def test_each_thread_is_a_video(optimised: bool) -> None:
-    """Two cameras with a thread each, whose frames take turns: one shows edges at first, the other never."""
-    mask, frames = fading()
-    model = net(mask).optimize() if optimised else net(mask)
-    kept: dict[str, list[bool]] = {"first": [], "other": []}
-    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as other:
-        for frame in frames:
-            for name, camera, shown in (("first", first, frame), ("other", other, frames[-1])):
-
-                def call(shown: Tensor = shown) -> bool:
-                    model(shown)
-                    return model.active_fraction > 0
-
-                kept[name].append(camera.submit(call).result())
-    assert kept == {"first": [True, True, True, False, False], "other": [False] * 5}
 
 
 # -- budgets of several levels -------------------------------------------------------------------------
@@ -349,16 +321,3 @@ def test_a_function_is_not_stored_and_load_asks_for_a_mask(mask: MaskProvider, t
     cs.save(net(mask), tmp_path / "net.safetensors")
     with pytest.raises(cs.FileError, match="function or provider of your own"):
         cs.load(tmp_path / "net.safetensors", strided())
-
-
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ("gradient | budget:fraction=0.2", GradientMask),
-        ("learned | dilate:size=3", LearnedMask),
-        ("edges + learned", LearnedMask),
-    ],
-)
-def test_a_mask_is_found_inside_others(text: str, kind: type[GradientMask] | type[LearnedMask]) -> None:
-    mask = resolve_mask(text)
-    assert isinstance(mask.find(kind), kind) and resolve_mask("edges").find(kind) is None

@@ -17,7 +17,7 @@ from networks import strided
 from torch import Tensor
 
 import cadsurgery as cs
-from cadsurgery.masks import Budget, EdgeMask, FineMapSpec, MaskProvider, resolve_mask
+from cadsurgery.masks import Budget, FineMapSpec, MaskProvider, resolve_mask
 from cadsurgery.masks.filters import near
 from cadsurgery.masks.provider import PROVIDERS
 
@@ -112,29 +112,6 @@ def test_graded_edges_give_each_level_to_its_own_threshold(size: tuple[int, int]
     wanted = wanted_levels(image, thresholds, sides, stride // 2, 2)
     assert set(wanted.unique().tolist()) == {0, 1, 2}
     assert torch.equal(model.levels.long(), split_as_needed(wanted, 2))
-
-
-@QUICK
-@given(
-    seed=st.integers(0, 99),
-    threshold=st.floats(0.05, 2),
-    side=st.sampled_from([1, 3, 7, 11, 33]),
-    stride=st.sampled_from([1, 4, 8, 16]),
-    size=st.tuples(st.integers(9, 60), st.integers(9, 60)),
-)
-def test_the_edge_provider_follows_the_recipe_for_any_size_and_option(
-    seed: int, threshold: float, side: int, stride: int, size: tuple[int, int]
-) -> None:
-    image = scenes(2, size, seed).double()
-    fine = (-(-size[0] // stride), -(-size[1] // stride))
-    found = EdgeMask(threshold, side)(image, image, FineMapSpec(2, fine, stride, 2, 4, 4))
-    assert torch.equal(found.long(), wanted_levels(image, [threshold], [side], stride, 2))
-
-
-# -- invariants (C8 of the specification) --------------------------------------------------------------
-
-
-# -- the string form -----------------------------------------------------------------------------------
 
 
 # -- the other masks -----------------------------------------------------------------------------------
@@ -277,19 +254,6 @@ def test_a_budget_keeps_the_patches_of_the_highest_mean_inside_the_map(
         assert sorted(best) == [tuple(place) for place in keep.nonzero().tolist()]
 
 
-@pytest.mark.parametrize("patch", ["quadtree", "block"])
-@pytest.mark.parametrize(("stride", "side", "low"), [((8, 32), 4, 2), ((8, 16), 4, 1), ((16, 32), 2, 1)])
-def test_a_network_keeps_exactly_the_budget(patch: str, stride: tuple[int, int], side: int, low: int) -> None:
-    model = net("edges | budget:fraction=0.25", output_stride=stride, patch=patch)
-    counts = set()
-    for seed in range(3):
-        model(scenes(2, (96, 128), seed))
-        counts.add(len(model.lattice))
-        assert model.active_fraction == 0.25
-        assert kept_patches(model.levels.long(), side, low).flatten(1).float().mean(1).tolist() == [0.25] * 2
-    assert len(counts) == 1
-
-
 @pytest.mark.parametrize(
     ("scores", "what", "next_step"),
     [
@@ -338,17 +302,6 @@ def test_a_region_as_a_picture_shows_it_is_refused_and_the_advice_keeps_that_reg
     assert inside != 255 or "clamp" not in caught.value.next
     model(image, mask=region > 0)
     assert model.active_fraction == 16 / (12 * 16)
-
-
-@pytest.mark.parametrize("shape", [(13, 17), (1, 13, 17)])
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
-def test_one_map_serves_every_image_of_the_batch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    model, image = net(), torch.randn(3, 3, 97, 129)
-    one = torch.randint(0, 2, shape).to(dtype)
-    output = model(image, mask=one)
-    levels = model.levels.clone()
-    assert torch.equal(output, model(image, mask=one.expand(3, 13, 17)))
-    assert torch.equal(levels, model.levels)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import assert_same, covering, some
 from networks import made_once, strided
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -18,7 +17,6 @@ from cadsurgery.data.images import street_scene
 from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD, source_of, stated_statistics
 from cadsurgery.masks import FineMapSpec, MaskProvider, Normalisation
 from cadsurgery.masks.unit import estimate, read_normalisation
-from cadsurgery.network.storage import encode_with_checksum, read_metadata
 
 IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 CONVENTIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -100,18 +98,6 @@ def test_the_same_picture_has_the_same_level_map_on_every_network(mask: str, nam
     assert torch.equal(levels(other, shown(scenes(), name)), expected)
     with torch.no_grad():
         assert_same(other(shown(scenes(), name)), first(shown(scenes(), "imagenet")), 1e-9)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", OTHERS)
-def test_in_other_types_the_unit_is_as_near_as_they_round(name: str, dtype: torch.dtype) -> None:
-    image = shown(scenes(), name).to(dtype)
-    seen = Normalisation(*CONVENTIONS[name]).in_unit(image)
-    assert seen.dtype == dtype
-    # The input is rounded, 0..255 and the unit alike; then what the mask sees.
-    steps = image.abs().max() * max(CONVENTIONS[name][1]) / min(IMAGENET_STD) + seen.abs().max()
-    wrong = (seen.double() - shown(scenes(), "imagenet")).abs().max()
-    assert wrong <= torch.finfo(dtype).eps * steps
 
 
 # -- what masks see ------------------------------------------------------------------------------------
@@ -223,22 +209,6 @@ def test_the_first_picture_settles_it_and_no_other() -> None:
     assert torch.equal(first, expected)
 
 
-@pytest.mark.slow
-def test_a_network_compiled_before_it_saw_a_picture_says_so_and_is_compiled_again() -> None:
-    torch._dynamo.reset()
-    net = adapted("-1..1", "edges | budget:fraction=0.3")
-    image = shown(scenes(), "-1..1")
-    compiled: Any = torch.compile(net, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        with pytest.warns(cs.CadWarning, match="before it has seen a picture"):
-            compiled(image)
-        assert torch.equal(net.levels, levels(adapted("-1..1", net.mask, normalisation="raw"), image))
-        expected = levels(net, image)
-        compiled(image)
-    assert torch.equal(net.levels, expected)
-    assert torch.equal(expected, levels(adapted("-1..1", net.mask, normalisation=(0.5, 0.5)), image))
-
-
 # -- files ---------------------------------------------------------------------------------------------
 
 
@@ -252,21 +222,6 @@ def test_a_file_keeps_what_is_known(tmp_path: Path, given: Any) -> None:
     assert torch.equal(levels(loaded, image), levels(net, image))
     cs.save(net, tmp_path / "seen.safetensors")  # an estimate, too
     assert cs.load(tmp_path / "seen.safetensors", Folded(*IMAGENET)).normalisation == net.normalisation
-
-
-def test_a_file_with_an_impossible_normalisation_is_damaged(tmp_path: Path) -> None:
-    path = tmp_path / "net.safetensors"
-    cs.save(adapted("-1..1", normalisation=(0.5, 0.5)), path)
-    metadata, tensors = read_metadata(path), load_file(path)
-    for wrong in (
-        {"mean": [0.5], "std": [0.0]},
-        {"mean": [0.5], "std": []},
-        {"mean": ["a"], "std": [1.0]},
-        3,
-    ):
-        save_file(tensors, path, {"cadsurgery": encode_with_checksum({**metadata, "normalisation": wrong})})
-        with pytest.raises(cs.FileError, match="damaged"):
-            cs.load(path, Folded(*CONVENTIONS["-1..1"]))
 
 
 # -- refusals ------------------------------------------------------------------------------------------
@@ -305,6 +260,3 @@ def test_names_stand_for_mean_and_deviation() -> None:
     assert "imagenet" in str(refusal.value)
     with pytest.raises(cs.InvalidInput, match="taken from pictures"):
         adapted("0..1", normalisation="bands")
-
-
-# -- the command line ----------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Run, assert_same, images, pointwise_rule
-from decisions import decide, half_open
-from networks import Chain, randomise, seeded, segmenter
+from decisions import half_open
+from networks import Chain, randomise, segmenter
 from torch import Tensor, nn
 from torchvision.io import write_png
 from torchvision.models.resnet import BasicBlock
@@ -204,23 +204,6 @@ def bend() -> Iterator[type[nn.Module]]:
     """A class with a rule of a user's own."""
     with pointwise_rule(Bend):
         yield Bend
-
-
-def test_a_pointwise_rule_of_a_users_own_is_pointwise_to_exits(bend: type[nn.Module]) -> None:
-    model: Any = seeded(Chain)
-    model.stage3[0].expand[2] = bend()
-    net = cs.anytime(model, threshold=0.9)
-    assert net.program.spatial["stage3_0_expand_2"].kind == "point"
-    x = images(2, 45, 70, torch.float64)
-    with torch.no_grad():
-        for layer in net.heads.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight)
-        decide(net, [*(head[-1] for head in net.heads), net.head[-1]])  # type: ignore[index,union-attr]
-        expected = list(net._logits(net._start((x,), {}, is_training=True), None))
-        assert 0 < net.undecided_mask(expected[0]).double().mean() < 1
-        for one, other in zip(net.logits(x), expected, strict=True):
-            assert_same(one, other)
 
 
 def test_a_pointwise_rule_of_a_users_own_is_done_at_open_positions(bend: type[nn.Module]) -> None:

@@ -33,8 +33,6 @@ from cadsurgery.resampling import (
 )
 
 TYPES = (torch.float32, torch.float64)
-SMOOTHNESS = (1.0, PUBLISHED_SMOOTHNESS)
-SIZES = ((61, 83), (48, 48), (97, 50))
 
 
 def scene(height: int, width: int, seed: int = 0, batch: int = 2) -> Tensor:
@@ -64,8 +62,7 @@ def locations(batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64,
 # -- boundaries ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("targets", [None, (11, 13), range(11, 19)], ids=str)
-@pytest.mark.parametrize("ignore", [None, 255])
+@pytest.mark.parametrize(("targets", "ignore"), [(None, None), ((11, 13), 255)])
 def test_a_boundary_pixel_has_a_neighbour_of_another_label(targets: Any, ignore: int | None) -> None:
     labels = scene(13, 17)
     found = boundaries(labels, targets, ignore)
@@ -102,7 +99,7 @@ def energy(found: Tensor, wanted: Tensor, smoothness: float) -> Tensor:
     return (found - wanted).square().sum() + smoothness * pairs
 
 
-@pytest.mark.parametrize(("smoothness", "grid"), covering([0.01, *SMOOTHNESS, 100.0], [3, 5, 8]))
+@pytest.mark.parametrize(("smoothness", "grid"), [(0.01, 3), (PUBLISHED_SMOOTHNESS, 8), (100.0, 5)])
 def test_the_gradient_of_the_energy_vanishes_on_what_is_free(smoothness: float, grid: int) -> None:
     """The energy is convex: with the sides where they are, these are the locations that minimise it."""
     boundary = boundaries(scene(61, 83)[1])
@@ -123,18 +120,6 @@ def test_images_smaller_than_the_grid_have_locations(size: tuple[int, int]) -> N
 
 
 # -- sampling ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", TYPES)
-def test_the_uniform_grid_at_the_size_of_the_image_is_the_image(
-    size: tuple[int, int], dtype: torch.dtype
-) -> None:
-    image = images(2, *size, dtype)
-    uniform = uniform_locations(8).expand(2, -1, -1, -1)
-    assert torch.equal(sample(image, uniform, size), image)
-    assert_same(sample(image, uniform.to(dtype), size, "bilinear"), image)
-    assert_same(interpolate_back(image, uniform, size), image, 1e-5)
 
 
 def test_gradients_go_through_sampling_to_the_image_and_the_locations() -> None:
@@ -163,23 +148,16 @@ def points_of(places: Tensor, samples: tuple[int, int], size: tuple[int, int]) -
     return upsample(places, samples) * torch.tensor([size[0] - 1, size[1] - 1])
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(
-    "samples", [(24, 24), slow((33, 40)), slow((15, 29)), (5, 6), slow((90, 110))], ids=str
-)
+@pytest.mark.parametrize(("samples", "dtype"), covering([(24, 24), (5, 6), (90, 110)], TYPES))
 def test_what_is_affine_in_the_image_comes_back(dtype: torch.dtype, samples: tuple[int, int]) -> None:
-    check_affine(locations(dtype=dtype), samples)
-
-
-def check_affine(places: Tensor, samples: tuple[int, int]) -> None:
-    size, dtype = (61, 83), places.dtype
+    size, places = (61, 83), locations(dtype=dtype)
     scores = affine(points_of(places, samples, size), size).unsqueeze(1).to(dtype)
     found = interpolate_back(scores, places, size)
     expected = affine(pixels(size), size).expand(2, 1, -1, -1)
     assert (found - expected).abs().max() < (1e-5 if dtype == torch.float32 else 1e-9)
 
 
-@pytest.mark.parametrize(("fold", "samples"), [(0.0, (33, 40)), (0.3, (15, 29)), (1.0, (15, 29))], ids=str)
+@pytest.mark.parametrize(("fold", "samples"), [(0.0, (33, 40)), (1.0, (15, 29))])
 def test_the_inverse_of_the_warp_is_its_inverse(fold: float, samples: tuple[int, int]) -> None:
     size = (61, 83)
     places = locations(3, fold=fold)
@@ -190,16 +168,9 @@ def test_the_inverse_of_the_warp_is_its_inverse(fold: float, samples: tuple[int,
     assert_same(there.permute(0, 2, 3, 1), pixels(size).expand(3, -1, -1, -1), 1e-9)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
-    ("fold", "samples", "size"),
-    [
-        (0.0, (33, 40), (61, 83)),
-        (0.4, (15, 29), (61, 83)),
-        (0.0, (24, 24), (30, 601)),
-        (0.2, (5, 6), (19, 23)),
-    ],
-    ids=str,
+    ("fold", "samples", "size", "dtype"),
+    [(0.4, (15, 29), (61, 83), torch.float64), (0.0, (24, 24), (30, 601), torch.float32)],
 )
 def test_compiled_code_inverts_as_torch_does(
     fold: float,
@@ -217,9 +188,6 @@ def test_compiled_code_inverts_as_torch_does(
     differs = ((compiled - by_torch).abs() > (2e-3 if dtype == torch.float32 else 1e-8)).any(-1)
     # Next to where a fold ends rounding decides what is found.
     assert differs.double().mean() <= (0.01 if fold else 0)
-
-
-# -- the learned sampler -------------------------------------------------------------------------------
 
 
 # -- the network ---------------------------------------------------------------------------------------
@@ -265,9 +233,7 @@ def test_the_network_sees_what_is_sampled_and_its_scores_come_back() -> None:
     assert (places - uniform_locations(8)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    "sampler", ["learned", "labels", slow("edges"), "detail", slow("edges:threshold=0.8/0.2,dilation=5")]
-)
+@pytest.mark.parametrize("sampler", ["learned", "labels", slow("edges")])
 def test_an_image_is_the_same_in_any_batch(sampler: str) -> None:
     net, x, labels = resampled(sampler, ignore=None, targets=None), images(2, 61, 83), scene(61, 83)
     with torch.no_grad(), labelled(labels):
@@ -361,47 +327,21 @@ IMAGE, PLACES, SCORES = (
     [
         (lambda: boundaries(torch.zeros(3)), cs.InvalidInput, "a class for every pixel"),
         (lambda: target_locations(torch.rand(3, 4)), cs.InvalidInput, "bool map"),  # type: ignore[arg-type]
-        (lambda: target_locations(torch.ones(1, 4, dtype=torch.bool)), cs.InvalidInput, "2 x 2"),
         (lambda: target_locations(torch.ones(3, 4, dtype=torch.bool), 1), cs.InvalidInput, "integer of 2 to"),
-        (lambda: target_locations(torch.ones(3, 4, dtype=torch.bool), 8, -1.0), cs.InvalidInput, "0 or more"),
-        (
-            lambda: target_locations(torch.ones(3, 4, dtype=torch.bool), 8, math.nan),
-            cs.InvalidInput,
-            "0 or more",
-        ),
         (lambda: sample(IMAGE[0], PLACES, 8), cs.InvalidInput, "give a batch"),
-        (lambda: sample(IMAGE[..., :1], PLACES, 8), cs.InvalidInput, "2 x 2 pixels"),
-        (lambda: sample(IMAGE, PLACES[:1], 8), cs.InvalidInput, "for each image"),
-        (lambda: sample(IMAGE, PLACES.long(), 8), cs.InvalidInput, "row and column in 0..1"),
         (lambda: sample(IMAGE, PLACES * math.nan, 8), cs.InvalidInput, "NaN"),
-        (lambda: sample(IMAGE, PLACES, 1), cs.InvalidInput, "size=1"),
         (lambda: sample(IMAGE, PLACES, (8, 8.5)), cs.InvalidInput, "size="),  # type: ignore[arg-type]
         (lambda: sample(IMAGE, PLACES, 8, "bicubic"), cs.UnknownName, "nearest"),  # type: ignore[arg-type]
         (lambda: sample(IMAGE.long(), PLACES, 8, "bilinear"), cs.InvalidInput, "integers"),
-        (lambda: interpolate_back(SCORES[0], PLACES, 8), cs.InvalidInput, "floating-point scores"),
         (lambda: interpolate_back(SCORES.long(), PLACES, 8), cs.InvalidInput, "floating-point scores"),
-        (lambda: interpolate_back(SCORES, PLACES, 1), cs.InvalidInput, "output_size=1"),
-        (lambda: interpolate_back(SCORES, PLACES[0], 9), cs.InvalidInput, "row and column in 0..1"),
-        (lambda: resampled(size=1), cs.InvalidInput, "size=1"),
-        (lambda: resampled(grid=1), cs.InvalidInput, "grid=1"),
-        (lambda: resampled(smoothness=-1), cs.InvalidInput, "smoothness"),
         (lambda: resampled(share=0.0), cs.InvalidInput, "share"),
-        (lambda: resampled(mode="cubic"), cs.UnknownName, "mode"),
         (lambda: resampled("leaned"), cs.UnknownName, "did you mean learned"),
-        (lambda: resampled("edges:treshold=1"), cs.UnknownName, "threshold"),
         (lambda: resampled(3), cs.InvalidInput, "is not a sampler"),
         (lambda: resampled(torch.ones(1, 4, 4, dtype=torch.bool)), cs.InvalidInput, "any size"),
         (lambda: resampled("confidence"), cs.InvalidInput, "before the network"),
         (lambda: resampled(model=Classifier), cs.CannotConvert, "returns no map"),
-        (
-            lambda: resampled(size=2, model=Chain, example_input=torch.rand(1, 5, 9, 9)),
-            cs.CannotConvert,
-            "does not run",
-        ),
         (lambda: cs.resample(resampled()), cs.InvalidInput, "sampled already"),
-        (lambda: cs.resample(3), cs.InvalidInput, "not a network"),  # type: ignore[arg-type]
         (lambda: resampled()(IMAGE[0]), cs.InvalidInput, "image batch"),
-        (lambda: resampled()(IMAGE * math.nan), cs.InvalidInput, "NaN"),
         (lambda: resampled("labels")(IMAGE), cs.InvalidInput, "no labels, which sampler"),
         (lambda: resampled().optimize().train(), cs.InvalidInput, "cannot be trained"),
         (lambda: resampled("learned").train()(IMAGE[:1]), cs.InvalidInput, "one image at a time"),

@@ -14,7 +14,7 @@ import torchvision
 from conftest import covering, images, slow
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
-from torchvision.ops import DeformConv2d, ps_roi_align, roi_align
+from torchvision.ops import DeformConv2d, roi_align
 
 import cadsurgery as cs
 from cadsurgery.network.macs import count_network, dense_macs
@@ -39,13 +39,7 @@ def by_torch(call: Callable[..., Any], *args: Any) -> int:
 # An operation on random arguments, and its multiply-accumulates by hand.
 BY_HAND: dict[str, tuple[Callable[[], Any], int]] = {
     "mv": (lambda: torch.mv(torch.rand(5, 7), torch.rand(7)), 35),
-    "dot": (lambda: torch.dot(torch.rand(7), torch.rand(7)), 7),
-    "vdot": (lambda: torch.vdot(torch.rand(7), torch.rand(7)), 7),
     "addmv": (lambda: torch.addmv(torch.rand(5), torch.rand(5, 7), torch.rand(7)), 35),
-    "addr": (lambda: torch.addr(torch.rand(5, 7), torch.rand(5), torch.rand(7)), 35),
-    "addmm in place": (lambda: torch.rand(5, 3).addmm_(torch.rand(5, 7), torch.rand(7, 3)), 105),
-    "addbmm": (lambda: torch.addbmm(torch.rand(5, 3), torch.rand(2, 5, 7), torch.rand(2, 7, 3)), 210),
-    "matrix of vectors": (lambda: torch.rand(2, 5, 7) @ torch.rand(7), 70),
     "einsum": (lambda: torch.einsum("bchw,bdhw->bcd", torch.rand(2, 3, 5, 7), torch.rand(2, 4, 5, 7)), 840),
     "bilinear": (lambda: F.bilinear(torch.rand(2, 3), torch.rand(2, 5), torch.rand(7, 3, 5)), 2 * 2 * 7 * 15),
     "conv_tbc": (lambda: torch.conv_tbc(torch.rand(9, 2, 3), torch.rand(3, 3, 4), torch.rand(4)), 7 * 2 * 36),
@@ -58,20 +52,12 @@ BY_HAND: dict[str, tuple[Callable[[], Any], int]] = {
         lambda: F.grid_sample(torch.rand(2, 3, 5, 7), torch.rand(2, 4, 6, 2), align_corners=False),
         4 * 2 * 3 * 4 * 6,
     ),
-    "nearest grid sampling": (
-        lambda: F.grid_sample(torch.rand(2, 3, 5, 7), torch.rand(2, 4, 6, 2), "nearest", align_corners=False),
-        0,
-    ),
     "grid sampling of a volume": (
         lambda: F.grid_sample(torch.rand(2, 3, 5, 7, 3), torch.rand(2, 4, 6, 2, 3), align_corners=False),
         8 * 2 * 3 * 4 * 6 * 2,
     ),
     "aligned regions": (
         lambda: roi_align(torch.rand(2, 3, 9, 9), torch.tensor([[0.0, 1, 1, 8, 7]]), 2, 1.0, 2),
-        3 * 2 * 2 * 4 * 4,
-    ),
-    "aligned regions by place": (
-        lambda: ps_roi_align(torch.rand(2, 12, 9, 9), torch.tensor([[0.0, 1, 1, 8, 7]]), 2, 1.0, 2),
         3 * 2 * 2 * 4 * 4,
     ),
 }
@@ -303,14 +289,3 @@ def test_values_and_gradients_are_torchs_while_it_counts() -> None:
     assert layer[0].weight.grad is not None
     with MacCounter():
         assert layer.to("meta")(x.to("meta")).requires_grad
-
-
-@pytest.mark.parametrize(
-    "call", [lambda x: F.batch_norm(x, *torch.empty(2, 5, device="meta")), lambda x: F.layer_norm(x, (6,))]
-)
-def test_parameters_that_do_not_fit_are_refused_as_by_torch(call: Callable[[Tensor], Tensor]) -> None:
-    x = torch.empty(2, 4, 5, 7, device="meta")
-    with torch.no_grad(), pytest.raises(RuntimeError):
-        call(x)
-    with torch.no_grad(), MacCounter(), pytest.raises(RuntimeError):
-        call(x)

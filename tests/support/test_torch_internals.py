@@ -74,6 +74,15 @@ def is_private(word: str) -> bool:
     return word.startswith("_") and not word.startswith("__")
 
 
+def dotted(node: ast.expr) -> str:
+    """`torch.nn.functional`; an empty text for attributes of anything but a name."""
+    names = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(names)]) if isinstance(node, ast.Name) else ""
+
+
 def private_places(tree: ast.Module) -> set[str]:
     """Private names of torch that a file imports, or names from `torch`, `nn`, `F` or `fx` on."""
     found = set()
@@ -83,7 +92,7 @@ def private_places(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("torch"):
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Attribute):
-            found.add(ast.unparse(node))
+            found.add(dotted(node))
     start = re.compile(r"(torch|nn|F|fx|_ATEN)\.[\w.]+$")
     return {name for name in found if start.match(name) and any(map(is_private, name.split(".")[1:]))}
 

@@ -128,17 +128,6 @@ def test_sizes_that_no_memory_holds_are_refused(use: str, size: tuple[int, int])
 # -- finding images ------------------------------------------------------------------------------------
 
 
-def test_many_images_of_one_name_are_found_in_as_many_steps(tmp_path: Path) -> None:
-    folders = [tmp_path / f"{number:04}" for number in range(500)]
-    for folder in folders:
-        folder.mkdir()
-        (folder / "a.jpg").touch()
-    places, vain = find_images([folder / "a.jpg" for folder in folders])
-    targets = list(map(str, places.values()))
-    assert targets[:3] == ["a.png", "a_jpg.png", "a_jpg3.png"] and targets[-1] == "a_jpg500.png"
-    assert len(set(targets)) == 500 and not vain
-
-
 @pytest.mark.filterwarnings("ignore:left out of")
 def test_folders_keep_their_order_and_endings_that_differ(tmp_path: Path) -> None:
     for name in ("b/c.png", "b.png", "a.b.JPG", "a.b.png", ".png", "text.txt", "b/c.jpg"):

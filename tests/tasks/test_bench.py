@@ -13,7 +13,7 @@ from typing import Any
 import drawn
 import pytest
 import torch
-from conftest import assert_same, covering, slow, thorough
+from conftest import assert_same, slow, thorough
 from networks import strided
 from PIL import Image
 from torch import Tensor, nn
@@ -290,29 +290,6 @@ def test_a_dense_twin_for_engines_is_written_as_anyone_would(level: int) -> None
     assert all(order == sorted(order) for order in orders)
     with torch.no_grad():
         assert_same(program.module()(image), net(image, mask="none" if level else "all"), 1e-5)
-
-
-@pytest.mark.parametrize(
-    ("mode", "size"),
-    covering([slow("bilinear"), "bicubic"], [slow({"size": (37, 61)}), {"scale_factor": 2.5}]),
-)
-def test_a_dense_twin_for_engines_resizes_as_anyone_would(mode: str, size: dict[str, Any]) -> None:
-    class Resized(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.trunk = trunk()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.interpolate(self.trunk(x), mode=mode, **size)
-
-    image = torch.randn(1, 3, *SIZE)
-    net = cs.adaptify(Resized().eval(), output_stride=(2, 4), verify_laws=False)
-    program = dense_program(net, 0, image)
-    used = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    resized = getattr(torch.ops.aten, f"upsample_{mode}2d")
-    assert resized.vec in used and resized.default not in used
-    with torch.no_grad():
-        assert_same(program.module()(image), net(image, mask="all"), 1e-5)
 
 
 def test_an_engine_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

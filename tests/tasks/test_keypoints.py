@@ -188,15 +188,7 @@ def test_a_network_with_its_own_score_map_detects_and_describes(command_line: Ru
 
 
 def test_the_networks_own_detector_names_the_mask_that_goes_with_it(command_line: Run, folder: Path) -> None:
-    arguments = (
-        "keypoints",
-        "extract",
-        "photos:Both",
-        folder / "first.png",
-        "--output-stride",
-        "1,4",
-        "--json",
-    )
+    arguments = (*EXTRACT[:2], "photos:Both", folder / "first.png", "--output-stride", "1,4", "--json")
     refused = command_line(*arguments, "--detector", "own")
     assert refused.code == 1 and "keypoints:detector=own" in refused.json["next"]
     taken = command_line(*arguments, "--detector", "own", "--mask", "keypoints:detector=own")
@@ -240,12 +232,8 @@ def test_two_photos_are_matched_by_what_extract_wrote(command_line: Run, tmp_pat
     ("arguments", "said"),
     [
         (("--detector", "surf"), "sift"),
-        (("--detector", "photos:none"), "photos"),
         (("--detector", "own", "--mask", "all"), "score map"),
         (("--form", "txt"), "npz"),
-        (("--set", "reach=far"), "receptive"),
-        (("--set", "align=left"), "corners"),
-        (("--mask", "keypoint"), "keypoints"),
         (("--set", "output_name=x"), "output"),
         (("--set", "multiple=500"), "multiple"),
     ],

@@ -704,36 +704,6 @@ def test_ctrl_c_ends_a_large_picture_behind_its_band_and_resume_goes_on_there(
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".page")]
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ("picture", r"file: \[\d+, \d+\], now \[\d+, \d+\]"),
-        slow("mask", 'by.mask: "the file\'s", now "all"'),
-    ],
-)
-def test_another_picture_or_mask_does_not_go_on_with_what_is_there(
-    file: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, told: str
-) -> None:
-    def killed(part: Any, *_: Any) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        write = large.WrittenRows.write
-        patch.setattr(large.WrittenRows, "write", lambda part, *rest: (write(part, *rest), killed(part)))
-        with pytest.raises(Killed):
-            predict(file, picture, tmp_path / "out")
-    begun = {path: path.read_bytes() for path in (tmp_path / "out").glob(".page.tif*")}
-    assert len(begun) == 2
-    if change == "picture":
-        picture.write_bytes(picture.read_bytes() + b"\0")
-    if change == "mask":
-        (tmp_path / "out" / "manifest.jsonl").unlink()  # which would refuse as well
-    options = {"mask": "all"} if change == "mask" else {}
-    with pytest.raises(cs.InvalidInput, match=told):
-        predict(file, picture, tmp_path / "out", resume=True, **options)
-    assert {path: path.read_bytes() for path in (tmp_path / "out").glob(".page.tif*")} == begun
-
-
 def test_what_cannot_be_read_in_rows_is_refused_in_words(file: Path, picture: Path, tmp_path: Path) -> None:
     grey = np.zeros((20, 30), np.uint8)
     cases = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import multiprocessing
@@ -325,32 +324,3 @@ def test_an_address_with_options_is_refused_without_repeating_them(
     with pytest.raises(cs.FileError, match="AWS_ENDPOINT_URL") as refusal:
         predict(file, images, output)
     assert "hidden" not in str(refusal.value)
-
-
-@pytest.mark.slow
-def test_a_table_of_pictures_becomes_a_table_of_predictions(
-    file: Path, different: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'cadsurgery[scale]'")
-    from pyarrow import parquet, table
-
-    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
-    names = ["0.png", "1.png", f"{DAMAGED}.png"]
-    files = [(different / name).read_bytes() for name in names]
-    parquet.write_table(table({"bytes": files, "name": names}), tmp_path / "photos.parquet")
-    run_again = functools.partial(predict, file, [tmp_path / "photos.parquet"], tmp_path / "out", ray="local")
-    try:
-        report = run_again(workers=1)
-        with pytest.raises(cs.InvalidInput, match="out is there already"):
-            run_again()
-    finally:
-        ray.shutdown()
-    assert report.counts == (2, 1)
-    rows = parquet.read_table(tmp_path / "out").to_pylist()
-    for row in rows:
-        assert row["prediction"] == expected.get(row["name"]) and (row["error"] is None) == (
-            row["name"] in expected
-        )
-    assert sorted(row["name"] for row in rows) == sorted(names)
-    with pytest.raises(cs.InvalidInput, match="--resume for Parquet"):
-        run_again(resume=True)

@@ -71,11 +71,6 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def broken(folder: Path) -> Path:
-    (folder / "1a.jpg").write_bytes(b"broken")
-    return folder
-
-
 # -- data ----------------------------------------------------------------------------------------------
 
 
@@ -206,16 +201,6 @@ def test_a_network_learns_from_itself(tmp_path: Path, photos: Path, source: str,
         name for name, value in net.state_dict().items() if not torch.equal(value, before[name].to(value))
     }
     assert "classifier.1.weight" in changed
-
-
-def test_validation_compares_with_the_network_as_it_was_whoever_is_the_teacher(tmp_path: Path) -> None:
-    """A network that changes as a whole does not become faithful to itself."""
-    settings = replace(QUICK, objective="divergence", objective_options={"teacher": "self"})
-    net = converted("none")
-    outcome = fit(net, Alone(), settings, output=tmp_path, validation=Alone(), device="cpu")
-    expected = evaluate(net, Alone(), converted())["divergence"]
-    assert outcome.after["divergence"] == pytest.approx(expected, rel=1e-4)
-    assert evaluate(net, Alone())["divergence"] != pytest.approx(expected, rel=1e-2)
 
 
 def test_maps_that_are_no_classes_are_trained_by_their_relative_error(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from training import Scenes
 import cadsurgery as cs
 from cadsurgery.kernels import isa
 from cadsurgery.methods.side import Side
-from cadsurgery.support import files
 from cadsurgery.tasks.judging import FOUND, Estimate, Judgement, estimate, time_error
 from cadsurgery.tasks.measuring import (
     AGREEMENT,
@@ -39,7 +38,6 @@ from cadsurgery.tasks.recommend.choice import choose, is_beaten
 from cadsurgery.tasks.recommend.currency import expected_loss
 from cadsurgery.tasks.recommend.report import Requirement, SettingRow
 from cadsurgery.tasks.recommend.settings import Setting, find_candidates, in_turn
-from cadsurgery.tasks.sides.engine_sides import scaled_size
 
 pytestmark = pytest.mark.usefixtures("not_compiled")
 
@@ -147,7 +145,6 @@ def test_without_labels_the_expected_loss_keeps_enough_together_with_its_error()
     ("request_", "rows", "words"),
     [
         (Requirement(keep=0.99), [row(ADAPTIVE, 70, -0.003, time_error=0.3)], r"0\.70 \(±0\.30\)"),
-        (Requirement(at_most=80), [row(ADAPTIVE, 70, -0.003, time_error=0.3)], r"0\.70 \(±0\.30\)"),
         (Requirement(keep=0.99), [row(ADAPTIVE, 110, -0.003, time_error=0.3)], r"1\.10 \(±0\.30\)"),
         (
             Requirement(keep=0.99),
@@ -225,12 +222,6 @@ def test_settings_are_said_as_typed_and_their_code_compiles() -> None:
             assert ("cs.export" in lines) == exports
             assert ("calibration=pictures" in lines) == (exports and precision == "int8")
             assert ("with_kernels" in lines) == (exports and runtime.endswith("-kernels"))
-
-
-def test_pictures_are_scaled_to_the_networks_grid() -> None:
-    assert scaled_size((97, 130), 1.0, 16) == (97, 130)
-    height, width = scaled_size((97, 130), 0.5, 16)
-    assert height % 16 == width % 16 == 0 and abs(height - 48) <= 8 and abs(width - 65) <= 8
 
 
 def test_finer_maps_and_larger_pictures_are_tried_with_labels_alone() -> None:
@@ -350,56 +341,12 @@ def test_an_interrupted_run_reports_and_goes_on(
         run(photos, tmp_path / "run")
 
 
-@pytest.mark.slow
-def test_the_network_that_is_passed_stays_as_it_is(photos: Path, tmp_path: Path) -> None:
-    model = seeded(Segmenter, torch.float32).train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    recommend(model, photos, options={"output_stride": (8, 16)}, output=tmp_path / "run", limit=1)
-    assert model.training and all(
-        torch.equal(value, before[name]) for name, value in model.state_dict().items()
-    )
-    assert all(value.is_contiguous() for value in model.parameters())
-
-
 def test_another_precision_is_advised_where_the_processor_has_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isa, "used", lambda: "amx")
     assert "--precision bfloat16" in "".join(running._on_precision("float32"))
     assert not running._on_precision("bfloat16")
     monkeypatch.setattr(isa, "used", lambda: "avx512bf16")
     assert not running._on_precision("float32")
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_an_error_and_a_broken_photo_is_left_out(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (photos / "1.png").write_bytes(b"no picture")
-    report = run(photos, tmp_path / "run")
-    assert report.images == 2 and len(report.failed) == 1 and "1.png" in report.failed[0]["image"]
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files.tempfile, "mkstemp", full)
-    with pytest.raises(cs.FileError, match="No space left"):
-        run(photos, tmp_path / "other")
-
-
-@pytest.mark.slow
-def test_a_label_beyond_the_classes_is_refused_before_settings_are_found_and_its_remedy_works(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    labels = tmp_path / "labels"
-    labels.mkdir()
-    for place, (_, known) in enumerate(Scenes(3, (96, 128)).items):
-        known[:2] = 99 if place == 1 else known[:2]  # not in the first picture
-        write_png(known.byte()[None], str(labels / f"{place}.png"))
-    with monkeypatch.context() as patch, pytest.raises(cs.InvalidInput, match="has label 99") as refusal:
-        patch.setattr(running, "find_candidates", None)
-        run(photos, tmp_path / "run", labels=labels)
-    option = f"folder:{labels},ignore=99"
-    assert f"--labels {option}" in refusal.value.next
-    assert run(photos, tmp_path / "run", labels=option, limit=2).images == 2
 
 
 def test_labels_of_more_classes_than_outputs_are_refused(photos: Path, tmp_path: Path) -> None:
@@ -427,7 +374,6 @@ def test_labels_of_0_and_255_alone_and_those_of_no_photo_are_said(photos: Path, 
     [
         ({"keep": 0.9, "at_most": 5.0}, "cannot be combined"),
         ({"keep": 1.5}, "keep=1.5"),
-        ({"minutes": 0}, "minutes=0"),
         ({"runtime": "gpu"}, "no runtime named"),
         ({"precision": "int4"}, "no precision named"),
         ({"runtime": "onnx", "precision": "bfloat16"}, "not exported in bfloat16"),
@@ -449,22 +395,13 @@ def test_the_command_recommends_and_refuses_an_empty_folder(
         "from networks import Segmenter, seeded\nimport torch\n"
         "def net():\n    return seeded(Segmenter, torch.float32)\n"
     )
-    words = (
-        "recommend",
-        "usernets:net",
-        "--set",
-        "output_stride=8,16",
-        "--set",
-        "limit=1",
-        "--size",
-        "64x96",
-    )
+    line = "recommend usernets:net --set output_stride=8,16 --set limit=1 --size 64x96"
+    words = line.split()
     done = command_line(*words, "--images", photos, "--json")
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert found["rows"][0]["setting"]["kind"] == "given" and found["python"]
-    printed = command_line(*words, "--images", photos)
-    assert "recommended" in printed.out and (tmp_path / "net-recommended" / "curve.png").is_file()
+    assert (tmp_path / "net-recommended" / "curve.png").is_file()
     (tmp_path / "empty").mkdir()
     none = command_line(*words, "--images", tmp_path / "empty")
     assert none.code == 1 and "no images" in none.err
@@ -476,17 +413,7 @@ def test_the_command_recommends_and_refuses_an_empty_folder(
 def test_a_converted_file_is_judged_as_the_network_before_the_conversion(
     command_line: Run, photos: Path, tmp_path: Path
 ) -> None:
-    words = (
-        "--set",
-        "output_stride=8,16",
-        "--set",
-        "limit=2",
-        "--size",
-        "64x96",
-        "--images",
-        photos,
-        "--json",
-    )
+    words = f"--set output_stride=8,16 --set limit=2 --size 64x96 --images {photos} --json".split()
     given = json.loads(command_line("recommend", "networks:segmenter", *words, "-o", "run").out)
     made = command_line("convert", "networks:segmenter", "-o", "net.safetensors", "--size", "64x96")
     assert made.code == 0, made.err
@@ -526,7 +453,7 @@ def test_minutes_bound_the_preparation_too(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names: dict[float, list[str]] = {}
-    for seconds, minutes in ((25, 1), (25, 1.5), (70, 1), (1, 10)):
+    for seconds, minutes in ((25, 1.5), (70, 1), (1, 10)):
         clock = Clock(seconds)
         monkeypatch.setattr(running, "time", clock)
         folder = tmp_path / str(seconds)
@@ -549,10 +476,6 @@ def test_minutes_bound_the_preparation_too(
     [
         (Setting("dense", 8, (4, 8)), "use it at output stride 8 everywhere. That takes 0.50 of the time"),
         (Setting("size", 8, scale=0.5), "use it on pictures 0.5 times as large. That takes 0.50"),
-        (
-            Setting("dense", 8, (4, 8), scale=1.5),
-            "output stride 8 everywhere and on pictures 1.5 times as large. ",
-        ),
     ],
 )
 def test_what_is_recommended_is_a_sentence(setting: Setting, words: str) -> None:

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Run, slow
+from conftest import ROOT, slow
 from networks import Segmenter
-from PIL import Image
 from torch import nn
-from training import DATA, DRAW, ONE_STEP_BY_COMMAND, QUICK, TARGETS, Scenes, batch, with_sampler
+from training import DATA, DRAW, QUICK, TARGETS, Scenes, batch, with_sampler
 
 import cadsurgery as cs
-from cadsurgery.data.images import normalise, write_picture
+from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
 from cadsurgery.finetune import Settings, fit
 from cadsurgery.finetune.objectives import make_objective
@@ -92,48 +91,6 @@ def test_a_sampled_input_is_evaluated_beside_equal_distances_and_the_whole_image
 
 
 # -- on the command line -------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path: Path) -> None:
-    model = ["--model", "networks:segmenter"]
-    sampling = ["--method", "resampling", "--set", "size=32x40", "--set", "grid=5", "--set", "targets=4,5"]
-    convert = ("--size", "48x64", "--rounds", "1", "-o", "net.safetensors", "--json")
-    made = command_line("convert", *model, *sampling, *convert)
-    assert made.code == 0, made.err
-    assert made.json["error"] < 1e-5 and len(made.json["sides"]) == 3
-    training = (
-        "--data",
-        DATA,
-        "--output",
-        "run",
-        "--set",
-        "objective=locations",
-        "--set",
-        "validation_split=",
-    )
-    training += ("--trust",)
-    trained = command_line("finetune", "net.safetensors", *training, *ONE_STEP_BY_COMMAND, "--json")
-    assert trained.code == 0, trained.err
-    told = command_line("eval", "run/net.safetensors", "--data", DATA, "--rounds", "0", "--trust", "--json")
-    assert told.code == 0, told.err
-    assert [row["sampler"] for row in told.json["rows"]] == ["learned", "uniform", WHOLE]
-    write_picture(Image.new("RGB", (64, 48)), tmp_path / "picture.png")
-    ran = command_line("run", "run/net.safetensors", str(tmp_path / "picture.png"), "--trust", "--json")
-    assert ran.code == 0, ran.err
-    assert ran.json["images"][0]["sampled"] == "32x40"
-    for options, words in (
-        (("--set", "targets=pole"), "list of whole numbers"),
-        (("--set", "sampler=leaned"), "learned"),
-    ):
-        refused = command_line("convert", *model, "--method", "resampling", *options)
-        assert refused.code == 1 and words in refused.err
-    refused = command_line(
-        "run", "run/net.safetensors", "picture.png", "--trust", "--set", "precision=bfloat16"
-    )
-    assert refused.code == 1 and "whose input is sampled" in refused.err
-    refused = command_line("finetune", "net.safetensors", *training, "--mask", "edges", "--json")
-    assert refused.code == 1 and "no masks" in refused.json["what"]
 
 
 @pytest.mark.parametrize("name", ["locations", "network"])

@@ -11,14 +11,11 @@ import torch
 import torch.nn.functional as F
 from conftest import Run, covering
 from networks import ResidualSegmenter
-from PIL import Image
-from training import DATA, ONE_STEP_BY_COMMAND, Scenes, batch, with_gates
+from training import DATA, Scenes, batch, with_gates
 from training import QUICK as ONE_STEP
 
 import cadsurgery as cs
-from cadsurgery.data.images import write_picture
 from cadsurgery.finetune import Settings, fit
-from cadsurgery.finetune.groups import make_groups
 from cadsurgery.finetune.learning_rates import Draw
 from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.methods.sampling.gates import Opened
@@ -83,17 +80,6 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], words: str) -
         make_objective("sparse", with_gates(), options)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_step_of_adamw_moves_no_gate_by_more_than_its_bias(optimizer: str) -> None:
-    net = with_gates()
-    groups = make_groups(net.own_parameters(), net, Settings(optimizer=optimizer, train="gates"))
-    parts = [(group.factor, parameter) for group in groups for parameter in group.parameters.values()]
-    assert {parameter for _, parameter in parts} == set(net.own_parameters().values())
-    lengths = [parameter.numel() if optimizer == "adamw" else 1 for _, parameter in parts]
-    assert [factor for factor, _ in parts] == [1 / length for length in lengths]
-    assert len({group.name for group in groups}) == len(groups)
-
-
 @pytest.mark.parametrize(("train", "data"), covering(["gates", "all"], [Scenes, Unlabelled]))
 def test_training_moves_what_it_should_and_writes_a_network(
     train: str, data: type[Scenes], tmp_path: Path
@@ -132,52 +118,6 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
         torch.equal(a, b)
         for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True)
     )
-
-
-@pytest.mark.slow
-def test_the_command_line_converts_trains_and_runs(command_line: Run, tmp_path: Path) -> None:
-    model = ("--model", "training:residual_segmenter")
-    told = ("--size", "48x64", "--rounds", "1", "--json", "--output", "net.safetensors")
-    made = command_line("convert", *model, "--method", "sampling", "--set", "grid=5", *told)
-    assert made.code == 0, made.err
-    assert made.json["is_verified"] and len(made.json["sides"]) == 5
-    named = command_line(
-        "convert", *model, "--method", "sampling", "--set", "where=backbone.1", "--rounds", "0"
-    )
-    assert named.code == 0 and "1 branches, 2 gates" in named.out and "bit for bit" in named.out
-    training = (
-        "--data",
-        DATA,
-        "--output",
-        "run",
-        "--set",
-        "train=gates",
-        "--set",
-        "validation_split=",
-        "--trust",
-    )
-    trained = command_line("finetune", "net.safetensors", *training, *ONE_STEP_BY_COMMAND, "--json")
-    assert trained.code == 0, trained.err
-    write_picture(Image.new("RGB", (64, 48)), tmp_path / "picture.png")
-    picture = str(tmp_path / "picture.png")
-    ran = command_line("run", "run/net.safetensors", picture, "--trust", "--json")
-    assert ran.code == 0, ran.err
-    assert 0 < ran.json["images"][0]["density"] <= 1
-    file, quickly = ("run/net.safetensors", "--trust"), ("--rounds", "1", "--json")
-    timed = command_line("bench", "--model", *file, "--size", "48x64", "--fractions", "0.5", *quickly)
-    assert timed.code == 0 and len(timed.json["rows"]) == 5, timed.err
-    judged = command_line("eval", *file, "--data", DATA, *quickly)
-    assert judged.code == 0 and [row["setting"] for row in judged.json["rows"]] == ["dense", "its gates"]
-    for refused, says in (
-        (("bench", "--model", "net.safetensors", "--trust", "--fractions", "2"), "0 to 1"),
-        (("bench", *model, "--model", "net.safetensors", "--trust"), "run of its own"),
-        (("eval", "net.safetensors", "--data", DATA, "--trust", "--mask", "edges"), "no masks"),
-        (("eval", "net.safetensors", "--data", "images:.", "--trust"), "labels"),
-        (("finetune", "net.safetensors", *training, "--mask", "edges"), "exits, with gates"),
-        (("convert", *model, "--method", "sampling", "--set", "where=nothing"), "nothing"),
-    ):
-        found = command_line(*refused)
-        assert found.code == 1 and says in found.err
 
 
 def some_closed() -> cs.SampledModel:

@@ -55,22 +55,6 @@ def miou_of(model: nn.Module) -> float:
     return float(metrics.compute()["miou"])
 
 
-class Counting:
-    """Metrics of one's own: how many pixels there were."""
-
-    def __init__(self) -> None:
-        self.pixels = 0
-
-    def update(self, output: Tensor, truth: Tensor, size: tuple[int, int]) -> None:
-        self.pixels += len(output) * size[0] * size[1]
-
-    def merge(self, other: Counting) -> None:
-        self.pixels += other.pixels
-
-    def compute(self) -> dict[str, Any]:
-        return {"miou": 0.25, "seen": self.pixels}
-
-
 @pytest.mark.smoke
 def test_a_side_of_ones_own_is_evaluated_and_timed_beside_the_others(tmp_path: Path) -> None:
     model, output, picture = street_segmenter(), tmp_path / "report.json", tmp_path / "curve.png"
