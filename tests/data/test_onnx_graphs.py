@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import covering, some
+from conftest import covering, slow, some
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -267,7 +267,7 @@ def test_sizes_that_depend_on_comparisons_are_computed(choice: str, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("kind", "dynamo"),
-    covering(["pad", "crop", "picked"], [False, True]),
+    [("pad", False), ("crop", False), slow("picked", False), slow("pad", True), slow("crop", True)],
 )
 def test_what_torch_writes_for_computed_places_is_read(kind: str, dynamo: bool, tmp_path: Path) -> None:
     """Paddings and cuts of computed widths, and indices."""

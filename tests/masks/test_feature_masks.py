@@ -9,6 +9,7 @@ import copy
 import math
 import pickle
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,12 @@ COUNTED = (
     "learned",
     "edges + (confidence | budget:fraction=0.2)",
 )
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
 
 
 class Dictionary(nn.Module):

@@ -314,7 +314,12 @@ def test_a_gate_reads_what_the_gate_before_has_filled() -> None:
 @pytest.mark.parametrize(
     ("make", "where", "kind", "says"),
     (
-        (lambda: build("vgg11", by=8), "auto", cs.CannotConvert, "no residual branches"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()),
+            "auto",
+            cs.CannotConvert,
+            "no residual branches",
+        ),
         (small, "layer9", cs.UnknownName, "layer"),
         (small, "fc", cs.InvalidInput, "neither a convolution"),
         (small, ["layer1", "layer1"], cs.InvalidInput, "twice"),

@@ -30,6 +30,11 @@ SETTINGS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def small_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explorer, "_SAMPLE_SIZE", (97, 161))
+
+
 @pytest.fixture(scope="module")
 def subject() -> Subject:
     return open_subject(NAME)
