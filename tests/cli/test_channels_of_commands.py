@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import ROOT, Run, some
+from conftest import Run, some
 from PIL import Image
 
 import cadsurgery as cs
@@ -24,7 +21,6 @@ from cadsurgery.data.images import normalise, read_image
 from cadsurgery.network.calibration import images_to_calibrate
 from cadsurgery.tasks.open import pictures_like
 
-PAGE = (ROOT / "docs" / "howto" / "channels.md").read_text()
 NETWORKS = """
 import torch
 from torch import nn
@@ -192,19 +188,3 @@ def test_a_network_of_six_bands_refuses_a_clip_with_both_numbers(
         assert "6 channels" in done.err + done.out, words
     with pytest.raises(cs.InvalidInput, match=r"3 bands[\s\S]*6 channels"):
         images_to_calibrate(cs.load(pictures / "net.safetensors", trust=True), clip)
-
-
-@pytest.mark.slow
-def test_the_page_runs_as_it_stands(
-    command_line: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Pictures and networks are made, every command is given, and the Python at the end is run."""
-    monkeypatch.delitem(sys.modules, "nets", raising=False)
-    for kind, code in re.findall(r"```(python|bash)\n(.*?)```", PAGE, re.DOTALL):
-        if kind == "python":
-            exec(compile(code, "channels.md", "exec"), {})
-            continue
-        for line in code.splitlines():
-            _, *words = shlex.split(line)
-            status, _, err = command_line(*words)
-            assert status == 0, f"{line}\n{err}"

@@ -265,25 +265,6 @@ def test_noise_is_drawn_from_torchs_generator() -> None:
     assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_whatever_made_it_its_parameters_learn(mode: Any) -> None:
-    """The first call may be in inference mode; the straight-through gradient reaches every parameter."""
-    net, x = converted("learned:channels=8/6/4"), images(2, *SIZE)
-    with mode():
-        net(x)
-    mask = net.mask
-    assert isinstance(mask, LearnedMask)
-    features = torch.randn(2, 6, 17, 25)
-    grid = grid_of((17, 25))
-    logits = mask.logits(features, grid)
-    loss = (mask.sample(logits, grid) * torch.randn(2, 3, 17, 25)).sum() + mask.kept(logits, grid)
-    loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in mask.parameters())
-    with torch.no_grad():
-        for parameter in mask.parameters():
-            parameter -= 0.1
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "mask",

@@ -222,11 +222,6 @@ def test_a_network_without_one_score_map_has_no_keypoints_of_its_own(channels: i
     assert "sift" in caught.value.next
 
 
-# -- functions -----------------------------------------------------------------------------------------
-
-CORNERS = [[(4, 4), (30, 9)], []]
-
-
 # -- ranks and budgets ---------------------------------------------------------------------------------
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from networks import adapted_strided
 from torch import Tensor, nn
 
-import cadsurgery as cs
 from cadsurgery.masks import keypoints_at, labelled
 from cadsurgery.masks.context import call_context, first_passes, masked
 
@@ -72,20 +69,3 @@ def test_tasks_take_turns_and_keep_what_is_theirs(name: str) -> None:
         return await asyncio.gather(work(1), work(2))
 
     assert asyncio.run(both()) == [1, 2] and seen() == WITHOUT
-
-
-def test_another_mask_for_a_while_is_that_networks_alone() -> None:
-    net, other, image = adapted_strided("none"), adapted_strided("none"), torch.randn(1, 3, 64, 64)
-
-    def kept(which: cs.AdaptiveModel) -> float:
-        which(image)
-        return which.active_fraction
-
-    with net.masked("all"):
-        assert [kept(which) for which in (net, other, copy.deepcopy(net))] == [1, 0, 0]
-        with other.masked("all"), net.masked(None):
-            assert [kept(which) for which in (net, other)] == [0, 1]
-        assert [kept(which) for which in (net, other)] == [1, 0]
-        net(image, mask="none")
-        assert net.active_fraction == 0
-    assert kept(net) == 0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,23 +272,6 @@ def test_the_sampled_image_goes_through_an_adaptive_network() -> None:
     assert_same(high, dense)
     assert not torch.allclose(low, dense) and high.shape == (2, 4, 97, 131)
     assert net.macs(x).network == adaptive.macs(sample(x, net.sampler(x), (64, 72))).mask
-
-
-def test_the_original_is_not_changed_and_its_state_dict_loads() -> None:
-    model = randomise(Chain()).eval()
-    before = copy.deepcopy(model.state_dict())
-    net = cs.resample(model, "learned", 32)
-    with torch.no_grad():
-        for parameter in net.network.parameters():
-            parameter.add_(1)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    net.load_state_dict(model.state_dict())
-    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
-    own = {name for name in net.state_dict() if name not in before}
-    assert own and all(name.startswith("location_sampler.") for name in own)
-    again = copy.deepcopy(net)
-    again.load_state_dict(net.state_dict())
-    assert pickle.loads(pickle.dumps(net)).plan == net.plan == again.plan
 
 
 @pytest.mark.parametrize("sampler", [slow("learned"), "edges"])

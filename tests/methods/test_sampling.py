@@ -111,21 +111,6 @@ def test_open_gates_leave_the_original_bit_for_bit(name: str) -> None:
         assert_same(net.optimize()(x), model(x))
 
 
-def test_the_argument_stays_as_it_is_and_its_weights_load() -> None:
-    model, other = small(), small()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    net = cs.sample(model)
-    assert model.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    own = set(net.state_dict()) - set(before)
-    assert own == {name for name in net.state_dict() if name.startswith("sampling_gates.")}
-    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
-    net.load_state_dict(other.state_dict())
-    x = images(1, 64, 64)
-    with torch.no_grad():
-        assert torch.equal(net(x), other(x))
-
-
 # -- the published formulas ------------------------------------------------------------------------------
 
 

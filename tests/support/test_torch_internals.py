@@ -138,29 +138,3 @@ def test_private_attributes_that_the_package_reads_are_its_own_or_listed() -> No
     listed = {name for names, _ in ATTRIBUTES.values() for name in names}
     read = {name for path in FILES for name in attributes_read(code_of(path))}
     assert read - own - listed == set()
-
-
-def test_every_row_is_used() -> None:
-    """By the package; what only the table still knows goes."""
-    words = {
-        word
-        for path in FILES
-        for node in ast.walk(code_of(path))
-        for word in (
-            getattr(node, "attr", ""),
-            getattr(node, "value", "") if isinstance(node, ast.Constant) else "",
-            *(
-                alias.name
-                for alias in getattr(node, "names", ())
-                if isinstance(node, ast.ImportFrom) and node.module == torch_internals.__name__
-            ),
-        )
-        if isinstance(word, str)
-    }
-    in_table = set(
-        re.findall(r"torch\.(?:compiler|_C|jit\._trace)\.\w+", TABLE.read_text().split("def ", 1)[1])
-    )
-    unused = {name for name, row in NAMES.items() if name not in words and row.place not in in_table}
-    assert unused == set()
-    texts = "\n".join(path.read_text() for path in FILES)
-    assert [name for names, _ in ATTRIBUTES.values() for name in names if name not in texts] == []
