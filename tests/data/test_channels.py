@@ -217,6 +217,14 @@ def test_transparency_is_left_out_unless_a_band_or_as_many_channels_ask_for_it(t
     assert torch.equal(read_image(tmp_path / "clear.png", channels=None), bands[:3])
 
 
+@pytest.mark.parametrize(("bands", "channels"), [(4, 3), (2, 1), (4, None), (2, 3), (4, 1)])
+def test_transparency_is_left_out_and_colours_stay_in_their_order(bands: int, channels: int | None) -> None:
+    image = torch.rand(bands, 5, 6)
+    found = as_channels(image, channels, has_alpha=True)
+    colours = as_channels(image[:-1], channels)
+    assert torch.equal(found, colours)
+
+
 # -- rules ---------------------------------------------------------------------------------------------
 
 

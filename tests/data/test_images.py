@@ -32,14 +32,12 @@ def stored(path: Path, values: np.ndarray[Any, Any], **options: Any) -> Path:
 # -- reading -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [None, (24, 40)])
 @pytest.mark.parametrize(
-    ("name", "values"),
+    ("name", "values", "size"),
     [
-        ("deep.png", GREY.astype(np.uint16) * 257),
-        ("deep.tif", GREY.astype(np.uint16) * 257),
-        ("deep.pgm", GREY.astype(np.uint16) * 257),
-        ("float.tif", GREY.astype(np.float32) / 255),
+        ("deep.png", GREY.astype(np.uint16) * 257, None),
+        ("deep.tif", GREY.astype(np.uint16) * 257, (24, 40)),
+        ("float.tif", GREY.astype(np.float32) / 255, None),
     ],
 )
 def test_pictures_of_more_than_8_bits_are_scaled_by_their_range(
@@ -62,7 +60,7 @@ def test_a_wide_picture_of_data_whose_range_is_not_known_is_refused() -> None:
     assert "strange" in caught.value.what and "8 or 16 bits" in caught.value.next
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+@pytest.mark.parametrize("mode", ["1", "P", "CMYK"])
 @pytest.mark.smoke
 def test_every_ordinary_kind_of_picture_is_read_in_colour(tmp_path: Path, mode: str) -> None:
     picture = Image.effect_noise((64, 48), 60).convert("RGB").convert(mode)
@@ -186,8 +184,7 @@ def test_a_png_is_read_as_it_was_written(
     assert (small[0] - small[1]).abs().max() < 3 / 255
 
 
-@pytest.mark.parametrize("largest", [1, 100, 255, 256, 4095, 65535])
-@pytest.mark.parametrize("magic", [2, 3, 5, 6])
+@pytest.mark.parametrize(("largest", "magic"), covering([1, 100, 256, 65535], [2, 3, 5, 6]))
 def test_a_pgm_or_ppm_is_read_as_parts_of_the_largest_value_that_it_states(
     tmp_path: Path, magic: int, largest: int
 ) -> None:
@@ -271,7 +268,7 @@ def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "mode"),
     covering(
-        ["a.png", "a.PNG", "a.jpg", "a.jpeg", "a.webp", "a.bmp", "a.tif", "a.tiff", "a.pdf"],
+        ["a.PNG", "a.jpg", "a.webp", "a.tiff", "a.pdf"],
         ["RGB", "RGBA", "P", "L"],
     ),
 )
@@ -294,15 +291,12 @@ def test_more_classes_than_a_palette_has_are_written_in_16_bits(tmp_path: Path) 
         assert np.array_equal(np.array(picture), classes.numpy())
 
 
-@pytest.mark.parametrize("name", ["a.svg", "a", "a.safetensors"])
 @pytest.mark.parametrize(
-    "command",
+    ("name", "command"),
     [
-        ["mask", "--size", "64x64", "--output"],
-        ["bench", "--model", "no.module:here", "--picture"],
-        ["eval", "no.module:here", "--data", "scene:1", "--picture"],
+        ("a.svg", ["mask", "--size", "64x64", "--output"]),
+        ("a", ["bench", "--model", "no.module:here", "--picture"]),
     ],
-    ids=" ".join,
 )
 def test_a_name_that_is_no_pictures_is_refused_before_any_work(
     command_line: Run, tmp_path: Path, command: list[str], name: str

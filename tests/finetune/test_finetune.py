@@ -664,21 +664,8 @@ def test_tensorboard_gets_what_csv_gets(tmp_path: Path) -> None:
 
 
 NETWORK = ("finetune", "networks:Segmenter", "--output-stride", "4,16")
-SHORT = (
-    *(
-        "--data",
-        "scene:4,height=48,width=64",
-        "--set",
-        "steps=2",
-        "--set",
-        "batch=2",
-        "--set",
-        "workers=0",
-        "--set",
-        "crop=0",
-    ),
-    *("--device", "cpu"),
-)
+STEPS = "--set steps=2 --set batch=2 --set workers=0 --set crop=0 --device cpu"
+SHORT = ("--data", "scene:4,height=48,width=64", *STEPS.split())
 
 
 def test_the_command_trains_a_function_and_then_its_file(command_line: Run, tmp_path: Path) -> None:
