@@ -46,9 +46,7 @@ def test_a_blank_page_keeps_nothing_and_sizes_may_be_odd() -> None:
     assert map_.shape == (2, 101, 75) and not map_.any()
 
 
-@pytest.mark.parametrize(
-    "options", [{"coarsest": 32}, {"output_stride": (1, 32)}, {"output_stride": (4, 32)}]
-)
+@pytest.mark.parametrize("options", [{"coarsest": 32}, {"output_stride": (4, 32)}])
 def test_cells_are_kept_where_the_map_has_the_image(options: dict[str, Any]) -> None:
     """A padding of 100 in front puts the image in the middle of the map, up to half a cell; what is around is low."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=100), nn.ReLU(), strided(5, inputs=4)).eval()
@@ -71,8 +69,7 @@ def dark(spread: float) -> tuple[Tensor, tuple[float, float]]:
     return picture, (float(picture.mean()), float(picture.std()))
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("spread", [1.0, 1 / 16, 1 / 200])
+@pytest.mark.parametrize(("spread", "channels"), [(1.0, 1), (1 / 200, 3)])
 def test_of_dark_pictures_the_same_is_kept_if_their_statistics_are_stated(
     spread: float, channels: int
 ) -> None:
@@ -95,7 +92,7 @@ def test_of_dark_pictures_the_same_is_kept_if_their_statistics_are_stated(
     assert torch.equal(net.levels[0, ::side, ::side] == 0, expected)
 
 
-@pytest.mark.parametrize("mask", ["content", "edges:threshold=90", "content + edges:threshold=90"])
+@pytest.mark.parametrize("mask", ["content", "content + edges:threshold=90"])
 def test_a_mask_that_keeps_nothing_of_the_example_says_contrast_and_threshold(mask: str) -> None:
     picture, _ = dark(1 / 16)
     example = picture.expand(-1, 3, -1, -1)
@@ -104,7 +101,7 @@ def test_a_mask_that_keeps_nothing_of_the_example_says_contrast_and_threshold(ma
         cs.adaptify(strided(3), mask, coarsest=CELL, example_input=example, verify_laws=False)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 3), (64, 64), (101, 75), (480, 641)])
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (101, 75)])
 def test_samples_on_a_grid_have_the_median_of_each_picture(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     values = torch.rand(2, *size) * torch.tensor([1.0, 5.0]).view(2, 1, 1)

@@ -80,8 +80,7 @@ def in_window(values: Tensor, side: int, best: Callable[[Tensor], Tensor]) -> Te
 # -- dilate --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", MAPS)
-@pytest.mark.parametrize("side", [1, 3, 7])
+@pytest.mark.parametrize(("size", "side"), covering(MAPS, [1, 3, 7]))
 def test_dilate_gives_each_sample_the_finest_level_of_its_window(size: tuple[int, int], side: int) -> None:
     given = torch.where(torch.rand(2, *size) < 0.9, 2, levels(size))
     found = Dilate(Given(given), side)(NOTHING, NOTHING, grid_of(size))
@@ -98,8 +97,7 @@ def test_the_scores_of_dilate_are_the_highest_of_the_window(dtype: torch.dtype) 
 # -- threshold -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("at", [(0.3,), (0.8, 0.2), (1.0, -1.0)])
+@pytest.mark.parametrize(("at", "dtype"), covering([(0.3,), (0.8, 0.2), (1.0, -1.0)], DTYPES))
 def test_threshold_cuts_scores_into_levels(at: tuple[float, ...], dtype: torch.dtype) -> None:
     scores, grid = torch.randn(2, 13, 17).to(dtype), grid_of((13, 17))
     mask = Threshold(Given(scores), at)

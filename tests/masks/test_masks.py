@@ -102,8 +102,7 @@ def test_edges_are_exactly_the_published_ones(
     assert torch.equal(model.levels.long(), in_patches(wanted, patch, low))
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize(("size", "stride"), covering(SIZES, [8, 16]))
 def test_graded_edges_give_each_level_to_its_own_threshold(size: tuple[int, int], stride: int) -> None:
     thresholds, sides = [0.95, 0.1], [5, 15]
     image = scenes(2, size, seed=3)
@@ -126,8 +125,7 @@ def test_all_keeps_everything_high_and_none_nothing(mask: str, level: int) -> No
     assert model.active_fraction == float(level == 0)
 
 
-@pytest.mark.parametrize("patch", ["block", "quadtree"])
-@pytest.mark.parametrize(("fraction", "kept"), [(0, 0.0), (1, 1.0)])
+@pytest.mark.parametrize(("fraction", "kept", "patch"), [(0, 0.0, "block"), (1, 1.0, "quadtree")])
 def test_random_keeps_nothing_at_fraction_0_and_everything_at_1(
     fraction: int, kept: float, patch: str
 ) -> None:
@@ -286,9 +284,10 @@ def test_zeros_and_ones_in_uint8_are_refused_and_both_meanings_named(high: int) 
     assert torch.equal(model.levels.long(), split_as_needed(region.long(), 2))
 
 
-@pytest.mark.parametrize("strides", [(8, 16), (8, 32)])
-@pytest.mark.parametrize("inside", [100, 127, 255])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+@pytest.mark.parametrize(
+    ("dtype", "inside", "strides"),
+    covering([torch.uint8, torch.int16, torch.int64], [100, 127, 255], [(8, 16), (8, 32)]),
+)
 def test_a_region_as_a_picture_shows_it_is_refused_and_the_advice_keeps_that_region(
     dtype: torch.dtype, inside: int, strides: tuple[int, int]
 ) -> None:

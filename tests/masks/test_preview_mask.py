@@ -58,8 +58,7 @@ def kept(net: Any) -> Tensor:
     return kept
 
 
-@pytest.mark.parametrize("answer", ["map", "dictionary"])
-@pytest.mark.parametrize(("height", "width"), [(256, 320), (230, 301)])
+@pytest.mark.parametrize(("answer", "height", "width"), [("map", 256, 320), ("dictionary", 230, 301)])
 def test_cells_with_a_response_are_kept(answer: str, height: int, width: int) -> None:
     net = converted(answer, "preview:threshold=0.6,margin=0,scale=0.5")
     expected = torch.zeros(-(-height // 32), -(-width // 32), dtype=torch.bool)

@@ -168,8 +168,7 @@ def test_a_pretrained_cfg_is_known_and_what_is_given_goes_before() -> None:
 # -- estimated -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CONVENTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("name", "dtype"), covering([*CONVENTIONS], [torch.float32, torch.float64]))
 def test_a_picture_tells_what_a_network_takes(name: str, dtype: torch.dtype) -> None:
     for seed in range(3):
         image = shown(street_scene(96, 150, seed).to(dtype)[None], name)
@@ -233,13 +232,8 @@ def test_a_file_keeps_what_is_known(tmp_path: Path, given: Any) -> None:
         (((0.5, 0.5), (0.5, 0.5)), "2 channels, the images have 3"),
         (((0.5,) * 3, (0.5,) * 2), "no normalisation"),
         ((0.5, 0.0), "above 0"),
-        ((0.5, -1.0), "above 0"),
-        ((float("nan"), 1.0), "no normalisation"),
         ((0.5, (1.0, 1.0, float("inf"))), "no normalisation"),
-        (((), ()), "no normalisation"),
         (0.5, "no normalisation"),
-        ((0.5, "ab"), "no normalisation"),
-        ((1, 2, 3), "no normalisation"),
     ],
 )
 def test_what_is_no_normalisation_is_refused(given: Any, what: str) -> None:

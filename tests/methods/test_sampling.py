@@ -181,6 +181,17 @@ def test_a_batch_is_its_images_one_by_one() -> None:
 # -- gates -----------------------------------------------------------------------------------------------
 
 
+def test_a_gate_opens_as_often_as_its_probability_says() -> None:
+    score = torch.full((1, 200, 200), 0.7, dtype=torch.float64)
+    noise = gating.uniform((0, 1, 2), score)
+    share = gating.shares(score, 0.03, noise, 0)
+    rate = float((share >= 0.5).double().mean())
+    assert rate == pytest.approx(float(torch.sigmoid(score[0, 0, 0])), abs=4 * 0.5 / 200)
+    assert gating.hard_shares(torch.tensor([0.4999, 0.5, 0.7])).tolist() == [0.0, 0.5, pytest.approx(0.7)]
+    cold = gating.shares(torch.full_like(score, 5.0), 1e-4, None, 0)
+    assert torch.equal(cold, torch.ones_like(cold))
+
+
 def test_noise_is_that_of_seed_and_step_and_evaluation_has_none_unless_asked() -> None:
     net, x = half_open(cs.sample(small())), images(1, 65, 97)
     with torch.no_grad():

@@ -152,3 +152,15 @@ def test_values_out_of_range_and_other_sizes_are_refused() -> None:
     with pytest.raises(cs.InvalidInput, match="same arguments"):
         metrics.merge(SegmentationMetrics(CLASSES, trimap=3))
     assert metrics.compute()["pixels"] == 0
+
+
+def test_counts_have_a_row_for_each_label_and_areas_end_with_those_of_labels() -> None:
+    prediction, labels = maps(3, False)
+    prediction[labels == 1] = 0  # not symmetric
+    metrics = SegmentationMetrics(CLASSES)
+    metrics.update(prediction, labels)
+    for label in range(CLASSES):
+        for predicted in range(CLASSES):
+            both = (labels == label) & (prediction == predicted)
+            assert metrics.counts()["all"][label, predicted] == both.sum()
+    assert torch.equal(metrics.areas()[2], torch.bincount(labels.flatten(), minlength=CLASSES))

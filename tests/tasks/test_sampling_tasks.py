@@ -68,9 +68,7 @@ def test_without_labels_it_learns_from_the_dense_network() -> None:
     ("options", "words"),
     [
         ({"weight": -1.0}, "at least 0"),
-        ({"divergence": -1.0}, "at least 0"),
         ({"temperature": 0.0}, "above 0"),
-        ({"decay": 0.0}, "decay in 0..1"),
         ({"decay": 1.5}, "decay in 0..1"),
         ({"start": 0.0}, "start above 0"),
     ],
