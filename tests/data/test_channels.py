@@ -12,6 +12,7 @@ import torch
 from conftest import Run, covering
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as torchvision_functional
 
 import cadsurgery as cs
 from cadsurgery.data import open_pictures
@@ -19,13 +20,14 @@ from cadsurgery.data.images import (
     as_channels,
     check_values,
     find_images,
+    normalise,
     read_image,
     read_labels,
     read_picture_for,
     shown,
     statistics_of,
 )
-from cadsurgery.data.networks import Source, channels_of, source_of
+from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD, Source, channels_of, source_of
 from cadsurgery.data.tiff import TiffRows
 
 RANDOM = np.random.default_rng(0)
@@ -181,6 +183,28 @@ def test_a_page_is_named_wherever_a_picture_is(tmp_path: Path, command_line: Run
     assert read_image(named).shape == (3, 8, 8)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_bands_whose_0_is_white_are_read_as_viewers_show_them(tmp_path: Path, dtype: str) -> None:
+    stored = values(2, dtype)
+    path = tiff(tmp_path / "tile.tif", stored, photometric="miniswhite")
+    torch.testing.assert_close(read_image(path, channels=2), 1 - scaled(stored))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_of_bands_is_turned_as_pictures_are(tmp_path: Path, orientation: int) -> None:
+    stored = values(5, "uint8")
+    tags = [(274, "H", 1, orientation, True)]
+    deep = tiff(tmp_path / "tile.tif", stored, extratags=tags)
+    plain = Image.fromarray(stored[0])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    plain.save(tmp_path / "plain.png", exif=exif)
+    expected = read_image(tmp_path / "plain.png", channels=1)
+    torch.testing.assert_close(read_image(deep, channels=1, bands=[1]), expected)
+    as_stored = read_image(deep, channels=None, upright=False)
+    torch.testing.assert_close(as_stored, scaled(stored))
+
+
 def test_what_needs_another_decoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiff(tmp_path / "tile.tif", values(6, "uint16"), compression="zlib")
     page = tifffile.TiffFile(path).pages.first
@@ -228,6 +252,14 @@ def test_transparency_is_left_out_and_colours_stay_in_their_order(bands: int, ch
 # -- rules ---------------------------------------------------------------------------------------------
 
 
+def test_grey_is_torchvisions_luma_and_colour_is_grey_repeated() -> None:
+    image = torch.rand(2, 3, 5, 7, dtype=torch.float64)
+    expected = torchvision_functional.rgb_to_grayscale(image)
+    torch.testing.assert_close(as_channels(image, 1), expected)
+    grey = torch.rand(1, 5, 7)
+    assert torch.equal(as_channels(grey, 3), grey.expand(3, -1, -1))
+
+
 @pytest.mark.parametrize(("stored", "channels"), [(6, 3), (3, 6), (2, 1)])
 def test_where_there_is_no_rule_both_numbers_and_the_remedy_are_named(
     tmp_path: Path, stored: int, channels: int
@@ -247,6 +279,20 @@ def test_where_there_is_no_rule_both_numbers_and_the_remedy_are_named(
 def test_what_is_no_list_of_bands_is_refused(bands: Any) -> None:
     with pytest.raises(cs.InvalidInput, match="bands"):
         cs.open_data("scene:1", bands=bands)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
+def test_pictures_are_normalised_for_each_channel(channels: int) -> None:
+    image = torch.rand(channels, 8, 9)
+    mean = tuple(float(channel) for channel in torch.rand(channels))
+    std = tuple(float(channel) + 0.1 for channel in torch.rand(channels))
+    found = normalise(image, Source("mine", mean=mean, std=std, channels=channels))
+    expected = torchvision_functional.normalize(image, list(mean), list(std))
+    torch.testing.assert_close(found, expected)
+    usual = normalise(image, Source("mine", channels=channels))
+    if channels != 3:
+        averages = [[sum(part) / 3] * channels for part in (IMAGENET_MEAN, IMAGENET_STD)]
+        torch.testing.assert_close(usual, torchvision_functional.normalize(image, *averages))
 
 
 def test_mean_and_deviation_of_bands_are_those_of_all_pixels() -> None:

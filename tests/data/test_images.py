@@ -112,6 +112,13 @@ def test_large_pictures_are_read_up_to_a_stated_size_and_pils_limit_stays(
         read_image(path, channels=None)
 
 
+def test_a_picture_that_is_made_smaller_is_averaged(tmp_path: Path) -> None:
+    stripes = np.zeros((64, 64), np.uint8)
+    stripes[:, ::2] = 255
+    small = read_image(stored(tmp_path / "stripes.png", stripes), (8, 8))
+    assert (small - 0.5).abs().max() < 0.05
+
+
 def test_links_that_lead_nowhere_are_named_with_what_they_point_at(tmp_path: Path) -> None:
     stored(tmp_path / "a.png", GREY)
     (tmp_path / "gone.png").symlink_to("moved.png")

@@ -40,6 +40,12 @@ def test_writing_is_kept_whatever_the_paper_and_the_light(noise: float, slope: f
     assert torch.equal(kept(page(noise, slope)), expected)
 
 
+def test_a_margin_keeps_the_cells_around() -> None:
+    expected = torch.zeros(4, 5, dtype=torch.bool)
+    expected[:3, :3] = True
+    assert torch.equal(kept(page(0.05), "content"), expected)
+
+
 def test_a_blank_page_keeps_nothing_and_sizes_may_be_odd() -> None:
     blank = torch.full((2, 3, 101, 75), 0.5)
     map_ = resolve_mask("content")(blank, blank, grid((101, 75), 2))

@@ -187,6 +187,16 @@ def test_detail_is_levels_of_the_relative_error(size: tuple[int, int], threshold
 # -- confidence ----------------------------------------------------------------------------------------
 
 
+def test_detail_is_smoothed_and_a_flat_map_has_none() -> None:
+    features, grid = torch.zeros(1, 2, 21, 33), grid_of((21, 33), 1)
+    assert (DetailMask()(NOTHING, features, grid) == 2).all()
+    features[:, :, 9, 15] = 1  # no second sample: all of it is missed
+    sharp, smooth = (DetailMask(sigma=sigma).scores(NOTHING, features, grid) for sigma in (0.0, 2.0))
+    assert sharp.argmax() == smooth.argmax() == 9 * 33 + 15
+    assert sharp.max() > 10 * smooth.max() and (sharp > 0).sum() < (smooth > 0).sum()
+    assert torch.allclose(sharp.mean(), torch.tensor(1.0)), "relative to the mean over the image"
+
+
 def doubt(logits: Tensor, measure: str) -> Tensor:
     """(B, H, W) of class scores, by hand."""
     shares = logits.double().exp() / logits.double().exp().sum(1, keepdim=True)

@@ -29,6 +29,7 @@ from cadsurgery.masks import (
     Threshold,
     TrimapMask,
     labelled,
+    resolve_mask,
 )
 from cadsurgery.masks.provider import PROVIDERS
 
@@ -126,6 +127,33 @@ def test_the_gradient_is_the_length_of_the_central_differences(size: tuple[int, 
 # -- trimap --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("sigma", [0.5, 2.0, 30.0])
+def test_smoothing_keeps_slopes_and_weakens_noise(sigma: float) -> None:
+    """A ramp has the same slope after any symmetric filter; noise has less."""
+    ramp = torch.arange(401, dtype=torch.float64).expand(1, 3, 5, 401)
+    middle = GradientMask(sigma=sigma).strength(ramp)[..., 200]
+    assert torch.allclose(middle, GradientMask().strength(ramp)[..., 200])
+    noise = torch.randn(1, 3, 40, 40, dtype=torch.float64)
+    assert GradientMask(sigma=sigma).strength(noise).mean() < GradientMask().strength(noise).mean()
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "dtype"),
+    covering(
+        ["gradient:sigma=1", "edges", "gradient:threshold=2,dilation=1"],
+        [(65, 97), (9, 70)],
+        [torch.float32, torch.float64, torch.bfloat16],
+    ),
+)
+def test_scores_reach_the_threshold_where_the_level_is_zero(
+    text: str, size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    image, grid, mask = torch.randn(2, 3, *size).to(dtype), grid_of(size), resolve_mask(text)
+    scores = mask.scores(image, image, grid)
+    assert scores.dtype == dtype and scores.shape == (2, *grid.size)
+    assert torch.equal(scores >= mask.threshold[0], mask(image, image, grid) == 0)
+
+
 def on_boundary(labels: Tensor, ignore: int) -> Tensor:
     """Bool (B, H, W): another label among the four neighbours, pixel by pixel."""
     found = torch.zeros_like(labels, dtype=torch.bool)
@@ -151,6 +179,22 @@ def test_a_trimap_keeps_what_has_a_boundary_within_its_window(
         found = TrimapMask(tuple(widths), ignore)(image, image, grid)
     boundary = on_boundary(labels, ignore)
     assert torch.equal(found.long(), levels_near([boundary] * len(widths), widths, grid))
+
+
+@pytest.mark.parametrize("stride", [1, 4, 8])
+def test_the_scores_of_a_trimap_are_minus_the_distance_in_samples(stride: int) -> None:
+    size = (33, 50)
+    labels, grid, image = blocks(size), grid_of(size, stride=stride), torch.zeros(2, 3, *size)
+    labels[1] = 4  # an image without a boundary
+    with labelled(labels):
+        scores = TrimapMask().scores(image, image, grid)
+    wanted = torch.full_like(scores, -max(grid.size))
+    places = on_boundary(labels, 255)[0].nonzero()
+    for y in range(grid.size[0]):
+        for x in range(grid.size[1]):
+            apart = (places - torch.tensor([y * stride, x * stride])).abs().amax(1).min()
+            wanted[0, y, x] = -(int(apart) // stride)
+    assert torch.equal(scores, wanted)
 
 
 def test_a_trimap_without_labels_says_how_to_give_them() -> None:

@@ -70,6 +70,20 @@ def test_cells_with_a_response_are_kept(answer: str, height: int, width: int) ->
     assert torch.equal(kept(net), expected)
 
 
+def test_a_margin_keeps_the_cells_around() -> None:
+    net = converted(mask="preview:threshold=0.6,scale=0.5")
+    net(spotted(256, 256, (4, 4)))
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[3:6, 3:6] = True
+    assert torch.equal(kept(net), expected)
+
+
+def test_what_is_less_than_the_least_is_no_response() -> None:
+    net = converted(mask="preview:least=1e6")
+    net(spotted(256, 256, (4, 4)))
+    assert net.active_fraction == 0
+
+
 def test_optimised_copies_look_at_the_network_as_given() -> None:
     """What lies between the samples of the floor, 32 pixels apart, shows only on the network's own grid."""
     net, image = converted(mask="preview:scale=1,threshold=0.5,margin=0"), torch.zeros(1, 3, 128, 128)

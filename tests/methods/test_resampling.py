@@ -208,6 +208,13 @@ def resampled(sampler: object = "uniform", size: Any = 32, model: type[Chain] = 
     return net.eval()
 
 
+def test_an_untrained_sampler_gives_the_uniform_grid() -> None:
+    net = cs.resample(Chain().eval(), "learned", 32)
+    randomise(net.sampler.net.features)
+    found = net.sampler(images(2, 61, 83))
+    assert (found - uniform_locations(8)).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize(("dtype", "size"), covering(TYPES, [(61, 83), (48, 64)]))
 def test_the_uniform_grid_at_the_size_of_the_image_is_the_original(
     dtype: torch.dtype, size: tuple[int, int]

@@ -100,6 +100,13 @@ def test_a_map_of_another_size_is_resized_and_pooled_outputs_are_one_pixel() -> 
     assert divergence(torch.ones(2, 5, 8, 8), torch.ones(2, 5, 4, 4), "values").abs().max() == 0
 
 
+@pytest.mark.parametrize("kind", ["classes", "values"])
+def test_gradients_reach_the_lower_output_alone(kind: Any) -> None:
+    high, low = (values.requires_grad_() for values in pair())
+    divergence(high, low, kind).mean().backward()
+    assert high.grad is None and low.grad is not None and bool(low.grad.abs().sum() > 0)
+
+
 @pytest.mark.parametrize(
     ("high", "low", "kind", "error"),
     [
