@@ -258,7 +258,8 @@ def test_one_score_per_level_and_cell(low: int, size: tuple[int, int]) -> None:
             assert torch.equal(levels[:, y, x], logits[:, :, y // side, x // side].argmax(1))
     assert torch.equal(levels, mask(NOTHING, features, grid)), "without noise it is the same every time"
     scores = mask.scores(NOTHING, features, grid)
-    assert scores.shape == (2, *size) and scores.min() >= 0 and scores.max() <= low
+    expected = torch.einsum("blhw,l->bhw", logits.softmax(1), torch.arange(low, -1, -1).float())
+    assert scores.shape == (2, *size) and torch.allclose(scores[:, ::side, ::side], expected, atol=1e-6)
 
 
 def test_noise_is_drawn_from_torchs_generator() -> None:
@@ -273,6 +274,24 @@ def test_noise_is_drawn_from_torchs_generator() -> None:
     logits = mask.logits(features, grid)
     samples = [mask.sample(logits, grid, generator.manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+
+
+@pytest.mark.parametrize("low", [1, 2])
+def test_the_share_kept_is_that_of_a_two_level_map_with_as_many_elements(low: int) -> None:
+    mask, grid = LearnedMask(), grid_of((32, 48), low=low)
+    logits = torch.randn(
+        2, low + 1, 32 // grid.side, 48 // grid.side, dtype=torch.float64, requires_grad=True
+    )
+    kept = mask.kept(logits, grid)
+    levels = logits.argmax(1)
+    if low == 1:
+        assert kept.item() == pytest.approx((levels == 0).double().mean().item())
+    elements = (4.0 ** -levels.double()).mean().item()  # per sample of the fine map
+    assert kept.item() + (1 - kept.item()) / grid.side**2 == pytest.approx(elements)
+    kept.backward()
+    assert logits.grad is not None and logits.grad[:, 0].max() > 0 and logits.grad[:, -1].max() <= 0
+    noisy = [mask.kept(logits, grid, torch.Generator().manual_seed(seed)).item() for seed in (0, 0, 1)]
+    assert noisy[0] == noisy[1] != noisy[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

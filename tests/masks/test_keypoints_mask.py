@@ -135,6 +135,19 @@ def test_a_network_that_loses_its_border_has_the_published_map_without_it(size: 
 # -- given ---------------------------------------------------------------------------------------------
 
 
+@QUICK
+@given(x=st.floats(-0.5, 39.49), y=st.floats(-0.5, 29.49), side=st.sampled_from([1, 3, 7]))
+def test_a_point_between_pixels_is_that_of_its_pixel(x: float, y: float, side: int) -> None:
+    """Pixel n goes from n - 1/2 to n + 1/2."""
+    pixel = (math.floor(x + 0.5), math.floor(y + 0.5))
+    image, mask, grid = torch.zeros(1, 3, 30, 40), KeypointMask("given", dilations=side), grid_of((30, 40), 1)
+    with keypoints_at([torch.tensor([[x, y]], dtype=torch.float64)]):
+        between = mask(image, image, grid)
+    with keypoints_at(tensors([[pixel]])):
+        assert torch.equal(between, mask(image, image, grid))
+    assert between[0, min(pixel[1], 29), min(pixel[0], 39)] == 0
+
+
 def test_without_points_it_is_said_how_to_give_them() -> None:
     model = net("keypoints:detector=given")
     with pytest.raises(cs.InvalidInput, match="there are no keypoints") as caught:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -164,6 +167,45 @@ def test_smooth_never_drops_a_sample_before_hold_frames_and_then_does(seed: int,
 
 
 # -- budgets of several levels -------------------------------------------------------------------------
+
+
+def fading(frames: int = 4) -> tuple[Smooth, list[Tensor]]:
+    """A network's mask that holds, and frames whose edges vanish after the first."""
+    return Smooth("edges:dilation=3", hold=2), [
+        torch.randn(2, 3, 97, 129),
+        *[torch.zeros(2, 3, 97, 129)] * frames,
+    ]
+
+
+@pytest.mark.parametrize("how", ["reset", "batch", "size", "copy", "pickle"])
+def test_smooth_starts_anew_for_another_video(how: str) -> None:
+    mask, frames = fading()
+    model = net(mask)
+    model(frames[0])
+    if how == "reset":
+        mask.reset()
+    if how in ("copy", "pickle"):
+        model = copy.deepcopy(model) if how == "copy" else pickle.loads(pickle.dumps(model))
+    model({"batch": frames[1][:1], "size": frames[1][:, :, :64]}.get(how, frames[1]))
+    assert model.active_fraction == 0
+
+
+@pytest.mark.parametrize("optimised", [False, True])
+def test_each_thread_is_a_video(optimised: bool) -> None:
+    """Two cameras with a thread each, whose frames take turns: one shows edges at first, the other never."""
+    mask, frames = fading()
+    model = net(mask).optimize() if optimised else net(mask)
+    kept: dict[str, list[bool]] = {"first": [], "other": []}
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as other:
+        for frame in frames:
+            for name, camera, shown in (("first", first, frame), ("other", other, frames[-1])):
+
+                def call(shown: Tensor = shown) -> bool:
+                    model(shown)
+                    return model.active_fraction > 0
+
+                kept[name].append(camera.submit(call).result())
+    assert kept == {"first": [True, True, True, False, False], "other": [False] * 5}
 
 
 @pytest.mark.parametrize(
