@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from cadsurgery.support.divergence import class_scores, divergence
+from cadsurgery.support.divergence import class_scores, divergence, kind_of
 from cadsurgery.support.errors import CadError, InvalidInput, UnknownName
 
 SHAPE = (2, 5, 7, 4)
@@ -38,7 +38,7 @@ def unit(values: Tensor) -> Tensor:
 KINDS: dict[str, tuple[Any, str]] = {
     "scores": (torch.randn(SHAPE), "classes"),
     "scores of images": (torch.randn(2, 5), "classes"),
-    "rectified scores of images": (torch.rand(2, 5), "classes"),
+    "rectified scores of images": (4 * torch.rand(2, 5), "classes"),
     "probabilities": (torch.randn(SHAPE).softmax(1), "classes"),
     "scores beside auxiliary ones": ({"out": torch.randn(SHAPE), "aux": torch.randn(SHAPE)}, "classes"),
     "depth": (torch.randn(2, 1, 7, 4), "values"),
@@ -51,7 +51,8 @@ KINDS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_an_output_is_no_way_apart_from_itself_and_some_way_from_another(name: str) -> None:
-    output, _ = KINDS[name]
+    output, kind = KINDS[name]
+    assert kind_of(output) == kind
     other = torch.utils._pytree.tree_map(lambda values: values.flip(0), output)
     assert divergence(output, output).abs().max() < 1e-6
     assert divergence(output, other).mean() > 1e-2
