@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import ROOT, Run, some
+from conftest import Run, some
 from PIL import Image
 
 import cadsurgery as cs
@@ -24,7 +21,6 @@ from cadsurgery.data.images import normalise, read_image
 from cadsurgery.network.calibration import images_to_calibrate
 from cadsurgery.tasks.open import pictures_like
 
-PAGE = (ROOT / "docs" / "howto" / "channels.md").read_text()
 NETWORKS = """
 import torch
 from torch import nn
@@ -93,17 +89,6 @@ def test_a_converted_file_reads_pictures_as_it_was_said(command_line: Run, pictu
     with torch.inference_mode():
         expected = net.optimize()(prepared[None])[0].argmax(0)
     assert np.array_equal(np.array(Image.open(drawn)), expected.numpy())
-
-
-def test_a_picture_of_other_bands_is_refused_with_both_numbers(command_line: Run, pictures: Path) -> None:
-    for words in (
-        ("convert", "usernets:colour", "--image", "tile.tif"),
-        ("mask", "tile.tif", "--model", "usernets:colour", "--output-stride", "2,8"),
-        ("recommend", "usernets:colour", "--images", "tile.tif"),
-        ("eval", "usernets:colour", "--data", "images:tile.tif"),
-    ):
-        code, _, err = command_line(*words)
-        assert code == 1 and "6 bands" in err and "3 channels" in err and "--bands 1,2,3" in err, words
 
 
 def test_run_reads_other_bands_and_another_normalisation_where_it_is_said(
@@ -185,16 +170,6 @@ def test_a_grey_network_gets_the_grey_of_every_frame_of_a_clip(
     assert done.code == 0 and done.json["images"] == 3, done.err
 
 
-@pytest.mark.slow
-def test_8_bits_of_a_grey_network_are_calibrated_by_a_clip(
-    command_line: Run, pictures: Path, grey_file: str, clip: str
-) -> None:
-    pytest.importorskip("onnxruntime")
-    words = ("export", grey_file, "--trust", "--size", "32x48", "--precision", "int8", "--calibration")
-    code, _, err = command_line(*words, f"{clip},every=1", "--output", "grey.onnx")
-    assert code == 0 and (pictures / "grey.onnx").is_file(), err
-
-
 def test_a_network_of_six_bands_refuses_a_clip_with_both_numbers(
     command_line: Run, pictures: Path, clip: str
 ) -> None:
@@ -213,19 +188,3 @@ def test_a_network_of_six_bands_refuses_a_clip_with_both_numbers(
         assert "6 channels" in done.err + done.out, words
     with pytest.raises(cs.InvalidInput, match=r"3 bands[\s\S]*6 channels"):
         images_to_calibrate(cs.load(pictures / "net.safetensors", trust=True), clip)
-
-
-@pytest.mark.slow
-def test_the_page_runs_as_it_stands(
-    command_line: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Pictures and networks are made, every command is given, and the Python at the end is run."""
-    monkeypatch.delitem(sys.modules, "nets", raising=False)
-    for kind, code in re.findall(r"```(python|bash)\n(.*?)```", PAGE, re.DOTALL):
-        if kind == "python":
-            exec(compile(code, "channels.md", "exec"), {})
-            continue
-        for line in code.splitlines():
-            _, *words = shlex.split(line)
-            status, _, err = command_line(*words)
-            assert status == 0, f"{line}\n{err}"

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import covering
 from networks import unverified
 from PIL import Image
 
@@ -22,8 +18,6 @@ from cadsurgery.cli import screen
 from cadsurgery.cli.main import main
 from cadsurgery.finetune.objectives import OBJECTIVES, list_objectives
 from cadsurgery.masks.provider import PROVIDERS, list_masks
-from cadsurgery.support.fields import documented
-from cadsurgery.support.plain import docstring_of
 from cadsurgery.surgery.treatment import _RULES, first_line
 
 NETWORK = """
@@ -47,24 +41,15 @@ def _printed(stream: Any) -> str:
 
 COMMANDS = {
     "a plan": "plan network_of_consoles.py:network",
-    "masks": "list masks",
     "predictions": "run net.safetensors pictures -o out --trust",
     "a file that is not there": "plan \u4e00\u00b1.safetensors",
     "help": "recommend --help",
 }
 
 
-@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
 @pytest.mark.parametrize(
-    ("encoding", "errors"),
-    [
-        ("ascii", "strict"),
-        ("ascii", "surrogateescape"),
-        ("cp1252", "strict"),
-        ("cp437", "strict"),
-        ("utf-8", "strict"),
-        ("utf-8", "surrogateescape"),
-    ],
+    ("words", "encoding", "errors"),
+    covering([*COMMANDS.values()], ["ascii", "cp1252", "utf-8"], ["strict", "surrogateescape"]),
 )
 def test_a_console_replaces_what_it_cannot_show(
     words: str, encoding: str, errors: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -117,43 +102,3 @@ def test_texts_for_users_are_there_without_docstrings(monkeypatch: pytest.Monkey
     for documented_one in (*rules, *PROVIDERS.values(), *OBJECTIVES.values()):
         monkeypatch.setattr(documented_one, "__doc__", None)
     assert texts() == before and all(before[0])
-
-
-def test_a_dataclass_of_options_is_described_without_its_docstring() -> None:
-    @dataclass
-    class Kind:
-        """Says what it is."""
-
-    Kind.__doc__ = None
-    assert (documented(Kind).__doc__ or "").startswith("Says what it is.")
-
-
-@pytest.mark.parametrize("value", [len, eval("lambda: 0"), type("Made", (), {})])
-def test_what_has_no_source_has_no_docstring(value: Callable[..., Any]) -> None:
-    assert isinstance(docstring_of(value), str)
-
-
-SEVERAL = """
-import sys
-from cadsurgery.cli.main import main
-for words in ("--help", "convert --help", "keypoints extract --help", "list objectives"):
-    sys.argv = ["cadsurgery", *words.split()]
-    try:
-        main()
-    except SystemExit as end:
-        if end.code:
-            raise
-"""
-
-
-@pytest.mark.slow
-def test_help_is_the_same_without_docstrings() -> None:
-    command = [sys.executable, "-c", SEVERAL]
-    texts = [
-        subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "PYTHONOPTIMIZE": level}, cwd=ROOT
-        )
-        for level in ("0", "2")
-    ]
-    assert texts[0].stdout == texts[1].stdout and texts[0].stdout.count("Usage: ") == 3
-    assert not texts[0].returncode and not texts[1].returncode

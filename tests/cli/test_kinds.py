@@ -139,17 +139,6 @@ def test_the_kind_of_a_file_is_told_by_its_content_or_else_its_ending(tmp_path: 
     assert kind is not None and kind.words == KINDS[name]
 
 
-def test_a_file_of_no_known_kind_has_none(tmp_path: Path) -> None:
-    for name, content in {
-        "notes.txt": b"text",
-        "empty": b"",
-        "damaged.safetensors": b"\x08" + bytes(7) + b"{",
-    }.items():
-        (tmp_path / name).write_bytes(content)
-        assert kind_of_file(tmp_path / name) is None
-    assert kind_of_file(tmp_path / "missing.png") is None
-
-
 def refused(result: Any) -> dict[str, str]:
     """The refusal of a command, or of the only thing that it was given to work on."""
     return result.json if "error" in result.json else result.json["failed"][0]

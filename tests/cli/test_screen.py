@@ -12,20 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import typer
 from conftest import ROOT, Run, slow
 from rich.console import Console
 
 import cadsurgery as cs
 from cadsurgery.cli import screen
-from cadsurgery.finetune.command import training_steps
 from cadsurgery.support.errors import LeftOut
 from cadsurgery.support.folders import warn_of_left_out
-from cadsurgery.support.progress import counted, silent, time_in_words, within
-from cadsurgery.support.timing import interleaved
-
-SHOW_CURSOR, ERASE_LINE = "\x1b[?25h", "\x1b[2K"
 
 
 class Clock:
@@ -75,37 +69,6 @@ def test_a_pipe_gets_a_line_each_half_minute(monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
-def test_a_pipe_gets_the_name_of_a_long_step_and_nothing_of_a_short_command(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    stream, clock = shown_in(monkeypatch, terminal=False), Clock()
-    now = screen.Current(clock)
-    now("[compiling]")
-    screen.print_lines("export", now, passing(clock, 30, 100 + 65, lambda passed: None))
-    assert stream.getvalue() == "export: [compiling]\n" * 2
-    with screen.steps("export") as step:
-        step("tracing")
-        step("image 1 of 2", 0, 2)
-    assert stream.getvalue() == "export: [compiling]\n" * 2
-
-
-def test_lines_come_from_the_command_itself_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    printed, stream = screen.Event(), shown_in(monkeypatch, terminal=False)
-    write = stream.write
-
-    def told(text: str) -> int:
-        printed.set()
-        return write(text)
-
-    monkeypatch.setattr(stream, "write", told)
-    with screen.steps("run", every=0.001) as step:
-        step("image 1 of 2 (a.png)", 0, 2)
-        assert printed.wait(60)
-    whole = stream.getvalue()
-    assert whole.startswith("run: ") and whole.endswith("\n")
-    assert {line for line in whole.splitlines()} <= {"run: starting", "run: image 1 of 2 (a.png)"}
-
-
 def test_further_processes_of_a_launcher_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = shown_in(monkeypatch, terminal=True)
     monkeypatch.setenv("RANK", "1")
@@ -138,20 +101,6 @@ def test_a_terminal_gets_a_bar_where_items_are_counted_and_a_spinner_elsewhere(
     clock.now += 60
     assert "about 2 min left" in drawn()  # it runs on between the steps
     assert max(map(len, screen.Text.from_ansi(drawn()).plain.splitlines())) <= 100
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, cs.InvalidInput])
-def test_the_bar_vanishes_at_the_end_and_when_it_is_interrupted(
-    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
-) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    stream = shown_in(monkeypatch, terminal=True)
-    with pytest.raises(error), screen.steps("eval") as step:
-        step("image 1 of 2", 0, 2)
-        raise error("stopped")
-    whole = stream.getvalue()
-    assert "\x1b[?25l" in whole and whole.rindex(SHOW_CURSOR) > whole.rindex("\x1b[?25l")
-    assert whole.endswith(ERASE_LINE)
 
 
 def test_results_stay_on_standard_output_while_a_terminal_shows_progress(
@@ -196,55 +145,6 @@ def test_the_time_left_is_that_of_the_items_that_are_counted_now() -> None:
     assert now.words == "writing" and now.share is None
     now("nothing", 0, 0)
     assert now.words == "nothing" and now.share is None
-
-
-def test_durations_in_words() -> None:
-    assert [time_in_words(seconds) for seconds in (1, 89, 90, 200, 5399, 5400, 36000)] == [
-        *("1 s", "89 s", "2 min", "3 min", "90 min", "1.5 h", "10.0 h")
-    ]
-
-
-def test_rows_of_a_training_log_are_steps_with_images_per_second() -> None:
-    clock = Clock()
-    now = screen.Current(clock)
-    on_step = training_steps(now, 100, 8)
-    on_step({"step": 41.0, "loss": 0.5, "miou": None})
-    assert now.words == "step 41 of 100, loss 0.5"
-    clock.now += 4
-    on_step({"step": 43.0, "loss": 0.25, "miou": 0.5})
-    assert now.words == "step 43 of 100, loss 0.25, miou 0.5, 4.0 images/s, about 2 min left"
-
-
-def test_work_counts_its_items() -> None:
-    told: list[tuple[object, ...]] = []
-
-    def note(*step: object) -> None:
-        told.append(step)
-
-    batches = [torch.zeros(2, 1), torch.zeros(3, 1)]
-    assert len(list(counted(batches, note, "calibrating, image", "quantising", size=len))) == 2
-    assert told == [
-        *(("calibrating, image 2 of 5", 0, 5), ("calibrating, image 5 of 5", 2, 5), ("quantising",))
-    ]
-    told.clear()
-    interleaved({"a": int, "b": int}, 2, step=within(note, "measuring"))
-    texts = [f"measuring, {turn}" for turn in ("warming up", "round 1 of 2", "round 2 of 2")]
-    assert [step[:3] for step in told] == [
-        (f"{text} ({name})", 2 * turn + place, 6)
-        for turn, text in enumerate(texts)
-        for place, name in enumerate("ab")
-    ]
-    silent("nothing", 1, 2, 3)
-
-
-def test_a_warning_that_is_given_twice_is_printed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by each conversion of a network for several pairs of output strides; other ones are printed all the same."""
-    stream = shown_in(monkeypatch, terminal=False)
-    for _ in range(2):  # each command on its own
-        with screen.warnings_as_lines():
-            for text in ("no effect", "no effect", "slow", "no effect"):
-                warnings.warn(text, cs.CadWarning, stacklevel=1)
-    assert stream.getvalue().splitlines() == ["warning: no effect", "warning: slow"] * 2
 
 
 @pytest.mark.parametrize(("end", "lines"), [(None, 2), (typer.Exit(1), 2), (cs.FileError("no"), 1)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
 import sys
 import types
@@ -19,7 +18,7 @@ from torch import Tensor
 
 import cadsurgery as cs
 from cadsurgery.data import IGNORED, Augment, SegmentationData, open_pictures
-from cadsurgery.data.images import SCENE_CLASSES, from_picture, normalise
+from cadsurgery.data.images import SCENE_CLASSES, normalise
 from cadsurgery.data.networks import IMAGENET_MEAN, Source
 from cadsurgery.data.sources import KINDS
 from cadsurgery.support.errors import LeftOut
@@ -86,7 +85,7 @@ def test_a_path_may_hold_commas(folder: Path, tmp_path: Path) -> None:
     assert cs.open_data(spec(place), "all").classes == ("class 0", "class 1", "class 2")
 
 
-@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
 def test_labels_have_the_name_of_their_image_in_either_form_of_unicode(
     tmp_path: Path, forms: tuple[Literal["NFC", "NFD"], Literal["NFC", "NFD"]]
 ) -> None:
@@ -95,12 +94,6 @@ def test_labels_have_the_name_of_their_image_in_either_form_of_unicode(
     write(tmp_path / "labels" / f"{labels}.png", some_labels(3))
     data = cs.open_data(spec(tmp_path), "all")
     assert torch.equal(data[0][1], torch.from_numpy(some_labels(3).astype(np.int64)))
-
-
-def test_classes_can_be_named_and_several_values_ignored(folder: Path) -> None:
-    data = cs.open_data(spec(folder, "classes=road/sky,ignore=2/3"))
-    assert data.classes == ("road", "sky")
-    assert set(data[0][1].unique().tolist()) == {0, 1, IGNORED}
 
 
 def test_a_folder_without_splits_is_split_all(folder: Path) -> None:
@@ -125,16 +118,6 @@ def test_labels_may_be_palette_or_wide_pictures(folder: Path, wide: bool) -> Non
         stored.putpalette(list(range(256)) * 3)
     stored.save(folder / "train" / "labels" / "a.png")
     assert torch.equal(cs.open_data(spec(folder))[0][1], before)
-
-
-def test_data_can_be_sent_to_workers_and_cut_short(folder: Path) -> None:
-    data = pickle.loads(pickle.dumps(cs.open_data(spec(folder))))
-    loader = torch.utils.data.DataLoader(data, batch_size=2, num_workers=1)
-    (batch,) = list(loader)
-    assert batch[0].shape == (2, 3, *SIZE) and batch[1].shape == (2, *SIZE)
-    assert len(data.first(1)) == 1 and len(data.first(None)) == 2
-    with pytest.raises(IndexError):
-        data[2]
 
 
 # -- torchvision ---------------------------------------------------------------------------------------
@@ -236,18 +219,12 @@ def test_scenes_are_the_same_every_time_and_differ_between_splits() -> None:
     ("given", "split", "error", "said"),
     [
         ("foldr:x", "train", cs.UnknownName, "folder"),
-        ("folder:", "train", cs.InvalidInput, "names no place"),
         ("folder:x", "train", cs.InvalidInput, "classes="),
         ("folder:x,clases=3", "train", cs.UnknownName, "classes"),
-        ("folder:x,classes=", "train", cs.InvalidInput, "VALUE"),
-        ("folder:.,classes=0", "all", cs.FileError, "images"),
         ("voc:x,year=1999", "train", cs.UnknownName, "2012"),
-        ("voc:x", "tran", cs.UnknownName, "train"),
-        (f"{MORE}:pets:x", "val", cs.UnknownName, "trainval"),
         ("nowhere:pets:x", "val", cs.UnknownName, "nowhere"),
         (f"{MORE}:dogs:x", "val", cs.UnknownName, "pets"),
         (f"{MORE}:VOC_CLASSES:x", "val", cs.UnknownName, "kind of data"),
-        ("scene:many", "train", cs.InvalidInput, "not a number"),
         ("scene:2,height=2", "train", cs.InvalidInput, "too small"),
         ("scene:0", "train", cs.FileError, "no images"),
     ],
@@ -257,22 +234,10 @@ def test_wrong_specs_are_refused(given: str, split: str, error: type[cs.CadError
         cs.open_data(given, split)
 
 
-@pytest.mark.parametrize("options", ["classes=0", "classes=256", "classes=3,ignore=void"])
+@pytest.mark.parametrize("options", ["classes=256", "classes=3,ignore=void"])
 def test_wrong_numbers_are_refused(folder: Path, options: str) -> None:
     with pytest.raises(cs.InvalidInput, match=r"(classes|ignore)="):
         cs.open_data(spec(folder, options))
-
-
-def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    for name in ("images", "labels"):
-        (tmp_path / "train" / name).mkdir(parents=True)
-    with pytest.raises(cs.FileError, match="no images in split 'train'"):
-        cs.open_data(spec(tmp_path))
-
-
-def test_an_unknown_split_of_a_folder_names_the_others(folder: Path) -> None:
-    with pytest.raises(cs.FileError, match="splits test, train"):
-        cs.open_data(spec(folder), "val")
 
 
 def test_images_without_labels_are_named_and_counted(folder: Path) -> None:
@@ -321,14 +286,6 @@ def test_labels_of_0_and_255_alone_are_said_when_opened_and_read_as_two_classes(
     assert torch.equal(data[0][1], torch.from_numpy(some_labels(2).astype(np.int64)))
 
 
-def test_labels_of_other_values_are_opened_without_a_word(folder: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for values in ((0, 1, 255), (0,), (255,)):
-            binary(folder, *values)
-            cs.open_data(spec(folder, "classes=2"))
-
-
 def test_classes_are_stored_as_the_values_that_are_named(folder: Path) -> None:
     binary(folder, 7, 70, 9)
     labels = cs.open_data(spec(folder, "classes=sky/road,values=70/7,ignore=9"))[0][1]
@@ -338,9 +295,7 @@ def test_classes_are_stored_as_the_values_that_are_named(folder: Path) -> None:
     assert "labels 70, 7" in refusal.value.why
 
 
-@pytest.mark.parametrize(
-    "options", ["classes=2,values=0", "classes=2,values=0/0", "classes=2,values=0/3,ignore=3"]
-)
+@pytest.mark.parametrize("options", ["classes=2,values=0", "classes=2,values=0/3,ignore=3"])
 def test_values_that_do_not_name_the_classes_are_refused(folder: Path, options: str) -> None:
     with pytest.raises(cs.InvalidInput, match="one stored value for each of 2 classes"):
         cs.open_data(spec(folder, options))
@@ -357,31 +312,11 @@ def test_what_a_labelled_folder_holds_besides_is_named(folder: Path) -> None:
     ]
 
 
-def test_what_lies_beside_the_splits_of_photos_is_named(folder: Path) -> None:
-    write(folder / "c.png", some_image())
-    with pytest.warns(LeftOut, match=r"not in train or test: c\.png\.$"):
-        assert len(cs.open_data(f"images:{folder}", "all")) == 4
-
-
-def test_colour_labels_are_refused(folder: Path) -> None:
-    write(folder / "train" / "labels" / "a.png", some_image())
-    with pytest.raises(cs.FileError, match=r"a\.png is a picture of mode RGB, not labels"):
-        cs.open_data(spec(folder))[0]
-
-
 def test_a_label_out_of_range_names_file_value_and_what_to_do(folder: Path) -> None:
     with pytest.raises(cs.InvalidInput) as refusal:
         cs.open_data(spec(folder, "classes=3"))[0]
     for part in ("a.png", "label 3", "3 classes", "ignore=3"):
         assert part in str(refusal.value)
-
-
-@pytest.mark.parametrize("which", ["images", "labels"])
-def test_a_corrupt_file_is_refused_by_name(folder: Path, which: str) -> None:
-    path = folder / "train" / which / "a.png"
-    path.write_bytes(path.read_bytes()[:-60])
-    with pytest.raises(cs.FileError, match=r"a\.png"):
-        cs.open_data(spec(folder))[0]
 
 
 # -- augmentation --------------------------------------------------------------------------------------
@@ -426,20 +361,6 @@ def test_image_and_labels_are_moved_together(seed: int) -> None:
     assert padding.numel() and torch.allclose(padding, torch.tensor(IMAGENET_MEAN)[:, None])
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4, 6, 13])
-@pytest.mark.parametrize("crop", [16, (50, 20), None])
-def test_pictures_of_any_number_of_bands_are_augmented(
-    channels: int, crop: int | tuple[int, int] | None
-) -> None:
-    image, labels = torch.rand(channels, 30, 41), torch.randint(5, (30, 41))
-    augment = Augment(crop, scale=(0.5, 2.0))
-    changed, on = augment(image, labels, 3)
-    assert len(changed) == channels and changed.shape[1:] == on.shape
-    assert changed.min() >= 0 and changed.max() <= 1
-    assert torch.equal(changed, augment(image, labels, 3)[0])
-    assert not torch.equal(augment(image, labels, 4)[0], changed)
-
-
 @pytest.mark.parametrize("channels", [1, 4, 6])
 def test_other_bands_are_padded_by_their_mean_and_jitter_keeps_their_order(channels: int) -> None:
     image, labels = torch.rand(channels, 30, 41), torch.randint(5, (30, 41))
@@ -454,14 +375,6 @@ def test_other_bands_are_padded_by_their_mean_and_jitter_keeps_their_order(chann
 def test_a_colour_of_padding_has_a_value_for_each_channel() -> None:
     with pytest.raises(cs.InvalidInput, match="3 values, and the picture has 6 channels"):
         Augment(40, fill=(0.1, 0.2, 0.3))(torch.rand(6, 8, 8), torch.zeros(8, 8, dtype=torch.int64), 0)
-
-
-def test_without_randomness_nothing_changes() -> None:
-    image, labels = pair()
-    changed = Augment(None, flip=0, jitter=0)(image, labels, 0)
-    assert torch.equal(changed[0], image) and torch.equal(changed[1], labels)
-    mirrored = Augment(None, flip=1, jitter=0)(image, labels, 0)
-    assert torch.equal(mirrored[0], image.flip(2)) and torch.equal(mirrored[1], labels.flip(1))
 
 
 def test_scaling_makes_up_no_labels() -> None:
@@ -491,11 +404,6 @@ def test_impossible_augmentation_is_refused(options: dict) -> None:
         Augment(**options)
 
 
-def test_a_batch_is_normalised_as_its_images() -> None:
-    batch, source = torch.rand(2, 3, 5, 7), Source("x", mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3))
-    assert torch.equal(normalise(batch, source), torch.stack([normalise(image, source) for image in batch]))
-
-
 NOT_SCALED: dict[str, Any] = {
     "bytes": torch.full((3, 5, 7), 200, dtype=torch.uint8),
     "a batch of bytes": torch.full((2, 3, 5, 7), 200, dtype=torch.uint8),
@@ -519,12 +427,3 @@ def test_what_is_no_image_in_0_to_1_is_not_normalised(image: Any, source: Source
         normalise(image, source)
     if getattr(image, "dtype", None) in (torch.uint8, np.uint8):
         assert "/ 255" in caught.value.next
-
-
-def test_the_advice_about_a_frame_gives_its_picture() -> None:
-    frame = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    with pytest.raises(cs.InvalidInput) as caught:
-        normalise(frame, None)
-    steps = caught.value.next.removeprefix("give ").partition(",  ")[0].partition(", colours")[0]
-    image = eval(steps, {"torch": torch, "image": frame})
-    assert torch.equal(image, from_picture(Image.fromarray(frame)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,12 @@ def stored(path: Path, values: np.ndarray[Any, Any], **options: Any) -> Path:
 # -- reading -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [None, (24, 40)])
 @pytest.mark.parametrize(
-    ("name", "values"),
+    ("name", "values", "size"),
     [
-        ("deep.png", GREY.astype(np.uint16) * 257),
-        ("deep.tif", GREY.astype(np.uint16) * 257),
-        ("deep.pgm", GREY.astype(np.uint16) * 257),
-        ("float.tif", GREY.astype(np.float32) / 255),
+        ("deep.png", GREY.astype(np.uint16) * 257, None),
+        ("deep.tif", GREY.astype(np.uint16) * 257, (24, 40)),
+        ("float.tif", GREY.astype(np.float32) / 255, None),
     ],
 )
 def test_pictures_of_more_than_8_bits_are_scaled_by_their_range(
@@ -55,54 +52,6 @@ def test_pictures_of_more_than_8_bits_are_scaled_by_their_range(
     )  # 8 bits are rounded twice
 
 
-def grey_tiff(path: Path, values: np.ndarray[Any, Any], photometric: int) -> Path:
-    """Write a grey TIFF of one strip, little-endian, with values of 8, 16 or 32 (float) bits, or 4 packed in pairs."""
-    bits, (height, width) = {"u1": 8, "u2": 16, "f4": 32}[values.dtype.str[1:]], values.shape
-    if values.dtype == np.uint8 and values.max() < 16:
-        bits, values = 4, values[:, ::2] << 4 | values[:, 1::2]
-    data = values.tobytes()
-    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height}
-    tags |= {279: len(data), 339: 3 if bits == 32 else 1}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    head = struct.pack("<2sHI", b"II", 42, 8 + len(data))
-    path.write_bytes(head + data + struct.pack("<H", len(tags)) + entries + bytes(4))
-    return path
-
-
-OF_BITS = {
-    4: GREY // 16,
-    8: GREY,
-    16: GREY.astype("<u2") * 257,
-    32: GREY.astype("<f4") / np.float32(255),
-}
-
-
-@pytest.mark.parametrize("bits", OF_BITS)
-def test_a_tiff_whose_0_is_white_is_read_as_viewers_show_it(tmp_path: Path, bits: int) -> None:
-    values = OF_BITS[bits]
-    largest = 1 if bits == 32 else 2**bits - 1
-    plain = read_image(grey_tiff(tmp_path / "black.tif", values, 1))
-    found = read_image(grey_tiff(tmp_path / "white.tif", (largest - values).astype(values.dtype), 0))
-    torch.testing.assert_close(plain[0].numpy(), (values / largest).astype(np.float32), rtol=0, atol=1e-6)
-    torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize("photometric", [0, 1])
-def test_classes_of_a_tiff_are_the_numbers_that_it_stores(
-    tmp_path: Path, bits: int, photometric: int
-) -> None:
-    path = grey_tiff(tmp_path / "labels.tif", OF_BITS[bits], photometric)
-    assert np.array_equal(read_labels(path).numpy(), OF_BITS[bits])
-
-
-def test_a_wide_picture_of_data_is_read_as_its_file_is(tmp_path: Path) -> None:
-    """Data sets of other libraries give pictures of PIL; its conversion clips all above 255 to white."""
-    path = grey_tiff(tmp_path / "white.tif", OF_BITS[16], 0)
-    data = SegmentationData("mine", "all", (), ("a",), lambda place: (Image.open(path), None), ((255, 255),))
-    torch.testing.assert_close(data[0][0], read_image(path))
-
-
 def test_a_wide_picture_of_data_whose_range_is_not_known_is_refused() -> None:
     picture = Image.fromarray(GREY.astype(np.int32) * 1000)
     data = SegmentationData("mine", "all", (), ("strange",), lambda place: (picture, None), ((255, 255),))
@@ -111,7 +60,7 @@ def test_a_wide_picture_of_data_whose_range_is_not_known_is_refused() -> None:
     assert "strange" in caught.value.what and "8 or 16 bits" in caught.value.next
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+@pytest.mark.parametrize("mode", ["1", "P", "CMYK"])
 @pytest.mark.smoke
 def test_every_ordinary_kind_of_picture_is_read_in_colour(tmp_path: Path, mode: str) -> None:
     picture = Image.effect_noise((64, 48), 60).convert("RGB").convert(mode)
@@ -143,12 +92,6 @@ def test_a_file_of_several_pictures_is_refused(tmp_path: Path, name: str) -> Non
     with pytest.raises(cs.FileError, match="2 pictures") as caught:
         read_image(tmp_path / name)
     assert "file of its own" in caught.value.next
-
-
-def test_of_a_gif_the_first_picture_is_read(tmp_path: Path) -> None:
-    frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
-    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert torch.equal(read_image(tmp_path / "moving.gif"), read_image(stored(tmp_path / "a.png", GREY)))
 
 
 @pytest.mark.parametrize("name", ["large.png", "large.tif", "bands.tif"])
@@ -183,21 +126,6 @@ def test_links_that_lead_nowhere_are_named_with_what_they_point_at(tmp_path: Pat
         read_image(tmp_path / "gone.png")
     with pytest.warns(LeftOut, match=r"links to what does not exist: gone\.png"):
         assert len(find_images([tmp_path])[0]) == 1
-
-
-@pytest.mark.parametrize("size", [(0, 5), (5, -1)])
-def test_a_size_without_pixels_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
-    with pytest.raises(cs.InvalidInput, match="no pixels"):
-        read_image(stored(tmp_path / "plain.png", GREY), size)
-
-
-def test_labelled_data_reads_pictures_as_everything_else_does(tmp_path: Path) -> None:
-    for folder in ("images", "labels"):
-        (tmp_path / folder).mkdir()
-    stored(tmp_path / "images" / "deep.png", GREY.astype(np.uint16) * 257)
-    stored(tmp_path / "labels" / "deep.png", GREY % 3)
-    image, _ = cs.open_data(f"folder:{tmp_path},classes=3", "all")[0]
-    torch.testing.assert_close(image, torch.from_numpy(GREY).float().expand(3, -1, -1) / 255)
 
 
 # -- every mode and depth ------------------------------------------------------------------------------
@@ -263,8 +191,7 @@ def test_a_png_is_read_as_it_was_written(
     assert (small[0] - small[1]).abs().max() < 3 / 255
 
 
-@pytest.mark.parametrize("largest", [1, 100, 255, 256, 4095, 65535])
-@pytest.mark.parametrize("magic", [2, 3, 5, 6])
+@pytest.mark.parametrize(("largest", "magic"), covering([1, 100, 256, 65535], [2, 3, 5, 6]))
 def test_a_pgm_or_ppm_is_read_as_parts_of_the_largest_value_that_it_states(
     tmp_path: Path, magic: int, largest: int
 ) -> None:
@@ -287,14 +214,6 @@ def test_a_value_beyond_the_largest_that_a_pgm_states_is_refused(tmp_path: Path)
     (tmp_path / "a.pgm").write_bytes(b"P5 2 1 100\n" + bytes([7, 101]))
     with pytest.raises(cs.FileError, match="holds the value 101"):
         read_image(tmp_path / "a.pgm")
-
-
-def test_data_read_pictures_of_16_bits_of_other_libraries_in_all_their_bits(tmp_path: Path) -> None:
-    """Data sets give pictures as Pillow opens them."""
-    values = random_values(3, "uint16")
-    path = png(tmp_path / "a.png", values, 2)
-    data = SegmentationData("mine", "all", (), ("a",), lambda place: (Image.open(path), None), ((255, 255),))
-    torch.testing.assert_close(data[0][0], fractions(values), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["a.jp2", "a.avif", "cmyk.tif"])
@@ -324,22 +243,6 @@ def test_colour_that_would_be_rounded_is_refused(tmp_path: Path, name: str, deep
 # -- finding -------------------------------------------------------------------------------------------
 
 
-def test_what_was_given_in_vain_does_not_keep_the_others_from_being_found(tmp_path: Path) -> None:
-    good, empty, missing = stored(tmp_path / "good.png", GREY), tmp_path / "empty", tmp_path / "missing.png"
-    empty.mkdir()
-    found, failed = find_images([missing, good, empty])
-    assert list(found) == [good]
-    assert [(row["image"], row["error"]) for row in failed] == [
-        (str(missing), "FileError"),
-        (str(empty), "FileError"),
-    ]
-    with pytest.raises(cs.FileError, match="no file or folder") as caught:
-        find_images([missing, empty])
-    assert "empty" in caught.value.why
-    with pytest.raises(cs.FileError, match="no images were given"):
-        find_images([])
-
-
 def test_hidden_files_are_left_out_and_whatever_else_is_no_picture_is_named(tmp_path: Path) -> None:
     for name in ("a.png", "more/b.gif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -359,14 +262,6 @@ def test_hidden_files_are_left_out_and_whatever_else_is_no_picture_is_named(tmp_
     )
 
 
-def test_a_folder_of_pictures_alone_is_read_without_a_word(tmp_path: Path) -> None:
-    stored(tmp_path / "a.png", GREY)
-    (tmp_path / ".DS_Store").touch()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert list(find_images([tmp_path])[0]) == [tmp_path / "a.png"]
-
-
 def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "clip.mp4").touch()
     with pytest.raises(cs.FileError, match="no images") as caught:
@@ -380,7 +275,7 @@ def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "mode"),
     covering(
-        ["a.png", "a.PNG", "a.jpg", "a.jpeg", "a.webp", "a.bmp", "a.tif", "a.tiff", "a.pdf"],
+        ["a.PNG", "a.jpg", "a.webp", "a.tiff", "a.pdf"],
         ["RGB", "RGBA", "P", "L"],
     ),
 )
@@ -403,15 +298,12 @@ def test_more_classes_than_a_palette_has_are_written_in_16_bits(tmp_path: Path) 
         assert np.array_equal(np.array(picture), classes.numpy())
 
 
-@pytest.mark.parametrize("name", ["a.svg", "a", "a.safetensors"])
 @pytest.mark.parametrize(
-    "command",
+    ("name", "command"),
     [
-        ["mask", "--size", "64x64", "--output"],
-        ["bench", "--model", "no.module:here", "--picture"],
-        ["eval", "no.module:here", "--data", "scene:1", "--picture"],
+        ("a.svg", ["mask", "--size", "64x64", "--output"]),
+        ("a", ["bench", "--model", "no.module:here", "--picture"]),
     ],
-    ids=" ".join,
 )
 def test_a_name_that_is_no_pictures_is_refused_before_any_work(
     command_line: Run, tmp_path: Path, command: list[str], name: str
@@ -420,16 +312,3 @@ def test_a_name_that_is_no_pictures_is_refused_before_any_work(
     assert result.code == 1 and result.json["error"] == "FileError"
     assert name in result.json["what"] and ".png" in result.json["next"]
     assert not (tmp_path / name).exists()
-
-
-@pytest.mark.parametrize(
-    "command",
-    [["mask", "--size", "64x64"], ["convert", "--model", "no.module:here"], ["export", "no.module:here"]],
-    ids=" ".join,
-)
-def test_a_folder_in_place_of_a_file_to_write_is_refused_before_any_work(
-    command_line: Run, tmp_path: Path, command: list[str]
-) -> None:
-    (tmp_path / "folder").mkdir()
-    result = command_line(*command, "--output", "folder", "--json")
-    assert result.code == 1 and "is a folder" in result.json["what"]

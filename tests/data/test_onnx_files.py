@@ -16,7 +16,6 @@ from networks import build
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.data.networks import Source, build_again
 from cadsurgery.support.kinds import HOW_TO_OPEN, KERNELS_KEY
 
 onnx = pytest.importorskip("onnx")
@@ -132,26 +131,6 @@ def test_a_size_that_the_graph_holds_is_kept_and_others_are_refused(exporter: st
         read(torch.randn(1, 3, 96, 64))
 
 
-def test_the_plan_is_that_of_the_network_it_was_written_from(written: Path) -> None:
-    read, original = cs.plan(cs.build_model(str(written))), cs.plan(network(Segmenter))
-    assert (read.output_stride, read.share("adapt", "keep")) == (
-        original.output_stride,
-        original.share("adapt", "keep"),
-    )
-    assert sum(decision.action == "adapt" for decision in read.decisions) == 2
-
-
-def test_weights_in_constant_nodes_are_read(tmp_path: Path) -> None:
-    weight = torch.randn(4, 3, 3, 3)
-    nodes = [
-        onnx.helper.make_node("Constant", [], ["weight"], value=tensor("weight", weight)),
-        onnx.helper.make_node("Conv", ["image", "weight"], ["output"], strides=[2, 2], pads=[1, 1, 1, 1]),
-    ]
-    read, image = cs.build_model(str(graph_of(tmp_path / "net.onnx", nodes))), torch.randn(2, 3, 33, 20)
-    torch.testing.assert_close(read(image), F.conv2d(image, weight, None, 2, 1))
-    assert any(isinstance(module, nn.Conv2d) for module in read.modules())
-
-
 def test_sizes_are_followed_through_arithmetic(tmp_path: Path) -> None:
     """A crop to half the height, rounded up, computed with tensors as exporters write it."""
     make = onnx.helper.make_node
@@ -199,25 +178,6 @@ def test_a_network_that_computes_something_else_is_refused_with_the_figure(tmp_p
         cs.build_model(str(path))
 
 
-def test_rounding_of_a_sigmoid_near_zero_is_no_difference(tmp_path: Path) -> None:
-    """A detector that finds nothing returns values of 1e-6, which ONNX Runtime rounds by 1e-7."""
-    make = onnx.helper.make_node
-    nodes = [make("Sub", ["image", "far"], ["scores"]), make("Sigmoid", ["scores"], ["output"])]
-    path = graph_of(tmp_path / "net.onnx", nodes, weights=[tensor("far", 16.0)])
-    assert cs.build_model(str(path))(torch.zeros(1, 3, 4, 4)).max() < 1e-6
-
-
-def test_numbers_of_classes_are_compared(tmp_path: Path) -> None:
-    path = graph_of(
-        tmp_path / "net.onnx", [onnx.helper.make_node("ArgMax", ["image"], ["output"], axis=1, keepdims=0)]
-    )
-    model = onnx.load(path)
-    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
-    onnx.save(model, path)
-    read, image = cs.build_model(str(path)), torch.randn(2, 3, 8, 9)
-    torch.testing.assert_close(read(image), image.argmax(1))
-
-
 def test_a_quantised_file_is_refused(written: Path, tmp_path: Path) -> None:
     from onnxruntime.quantization import quantize_dynamic
 
@@ -245,7 +205,6 @@ def test_an_operator_that_cannot_be_read_is_named_with_its_opset(tmp_path: Path)
 @pytest.mark.parametrize(
     ("shape", "kind", "message"),
     [
-        (["n", "h", "w", 3], onnx.TensorProto.FLOAT, r"FLOAT of shape \(n, h, w, 3\)"),
         (["n", 224, 224, 3], onnx.TensorProto.FLOAT, r"(?s)channels last.*channels first"),
         (["n", 3, "h", "w"], onnx.TensorProto.UINT8, "UINT8"),
         ([1, 10], onnx.TensorProto.FLOAT, r"\(1, 10\)"),
@@ -284,15 +243,14 @@ def test_what_is_refused_is_said_with_a_way_that_helps(exporter: str, tmp_path: 
     assert "opset" not in refusal.value.next
 
 
-@pytest.mark.parametrize("fixed", [(48, None), (None, 96), (64, 320), (None, None)])
-@pytest.mark.parametrize("images", [1, None])
+@pytest.mark.parametrize(
+    ("fixed", "images"), [((48, None), None), ((None, 96), 1), ((64, 320), None), ((None, None), 1)]
+)
 def test_sizes_that_the_graph_alone_fixes_are_found(
     fixed: tuple[int | None, int | None], images: int | None, tmp_path: Path
 ) -> None:
     """A Reshape to the size of the example, in a file that says that any size will do, and any number of images."""
     make, (height, width) = onnx.helper.make_node, fixed
-    if (height, width) == (None, None) and images is None:
-        pytest.skip("nothing is fixed")
     shape = tensor("shape", [images or 0, 3, height or 0, width or 0], torch.int64)
     weights = [shape, tensor("w", torch.randn(4, 3, 3, 3))]
     nodes = [
@@ -349,11 +307,6 @@ def test_a_damaged_file_is_said_to_be_damaged(content: bytes | None, written: Pa
         cs.build_model(str(tmp_path / "net.onnx"))
 
 
-def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
-    with pytest.raises(cs.FileError, match="there is no file"):
-        cs.build_model(str(tmp_path / "net.onnx"))
-
-
 def test_arguments_that_an_onnx_file_does_not_take_are_refused(written: Path) -> None:
     with pytest.raises(cs.InvalidInput, match="takes no argument num_classes"):
         cs.build_model(str(written), num_classes=3)
@@ -392,17 +345,6 @@ def test_another_onnx_file_of_the_same_name_is_refused(converted: Path) -> None:
         cs.load(converted)
 
 
-def test_a_file_cannot_name_an_onnx_file_in_another_folder(written: Path, tmp_path: Path) -> None:
-    source = Source(f"onnx:{written}", untrusted="net.safetensors", folder=str(tmp_path))
-    with pytest.raises(cs.FileError, match=r"net\.onnx is not here"):
-        build_again(source, {})
-
-
-def test_a_source_reveals_no_folder(written: Path) -> None:
-    record = cs.build_model(str(written)).cad_source.to_dict()
-    assert record["name"] == "onnx:net.onnx" and str(written.parent) not in str(record)
-
-
 def test_commands_take_the_file_as_they_take_a_name(
     written: Path, command_line: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,16 +357,6 @@ def test_commands_take_the_file_as_they_take_a_name(
     assert command_line("macs", "nets/net-edges.safetensors", "--size", "64x96").code == 0
 
 
-def test_a_fixed_size_is_that_of_the_commands_example(
-    command_line: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    export(network(Segmenter), Path("net.onnx"), "script", dynamic=False)
-    done = command_line("convert", "net.onnx", "--rounds", "0", "--json").json
-    assert done["image"] == [1, 3, 64, 96]
-    assert cs.load("net-edges.safetensors").source.size == (64, 96)
-
-
 def test_laws_hold_and_the_optimised_copy_computes_the_same(written: Path) -> None:
     """`adaptify` verifies the laws."""
     net = cs.adaptify(cs.build_model(str(written)), "edges").eval()
@@ -434,18 +366,12 @@ def test_laws_hold_and_the_optimised_copy_computes_the_same(written: Path) -> No
 
 
 @pytest.mark.slow
-def test_it_is_exported_again(written: Path, tmp_path: Path) -> None:
-    net = cs.adaptify(cs.build_model(str(written)), "edges", verify_laws=False).eval()
-    exported = cs.export(net, torch.rand(1, 3, 64, 96), tmp_path / "converted.onnx", dynamic=True)
-    assert exported.difference < 1e-4 and len(exported.compared) > 2
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dynamic", "exporter"),
     [
-        *(("resnet18", True, "dynamo"), thorough("mobilenet_v3_small", False, "dynamo")),
-        *(thorough("deeplabv3_mobilenet_v3_large", True, "script"), ("mobilenet_v3_small", False, "script")),
+        ("resnet18", True, "dynamo"),
+        ("mobilenet_v3_small", False, "script"),
+        thorough("deeplabv3_mobilenet_v3_large", True, "script"),
     ],
 )
 def test_networks_of_torchvision_convert_from_their_files(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import slow, thorough
+from conftest import thorough
 
 import cadsurgery as cs
 
@@ -33,76 +33,25 @@ def per_channel(*shape: int) -> np.ndarray:
     return np.linspace(0.1, 0.5, CHANNELS, dtype="f").reshape(shape)
 
 
+POINTWISE = """
+Abs Exp Sin Atan Cosh Asinh Erf Floor Relu Sigmoid Elu Selu Celu HardSigmoid HardSwish LeakyRelu Softplus Gelu Mish
+ThresholdedRelu Shrink Dropout Reciprocal Round Softmax LogSoftmax MeanVarianceNormalization GlobalMaxPool GlobalLpPool
+"""
 # A row: the operator, and what it is given by the names of ONNX's own definitions, as attributes or as inputs, as the
 # opset has them. `of` lists the maps that it reads.
 Row = tuple[str, dict[str, Any]]
 OPERATORS: dict[str, Row] = {
-    **{
-        kind: (kind, {})
-        for kind in (
-            *(
-                "Abs",
-                "Neg",
-                "Exp",
-                "Sign",
-                "Sin",
-                "Cos",
-                "Atan",
-                "Sinh",
-                "Cosh",
-                "Asinh",
-                "Tanh",
-                "Erf",
-                "Floor",
-                "Ceil",
-            ),
-            *(
-                "Relu",
-                "Sigmoid",
-                "Elu",
-                "Selu",
-                "Celu",
-                "HardSigmoid",
-                "HardSwish",
-                "LeakyRelu",
-                "Softplus",
-                "Softsign",
-            ),
-            *(
-                "Gelu",
-                "Mish",
-                "ThresholdedRelu",
-                "Shrink",
-                "Identity",
-                "Dropout",
-                "Reciprocal",
-                "Round",
-                "Softmax",
-            ),
-            *(
-                "LogSoftmax",
-                "MeanVarianceNormalization",
-                "GlobalMaxPool",
-                "GlobalAveragePool",
-                "GlobalLpPool",
-            ),
-        )
-    },
+    **{kind: (kind, {}) for kind in POINTWISE.split()},
     "Gelu tanh": ("Gelu", {"approximate": "tanh"}),
     "Softmax of channels": ("Softmax", {"axis": 1}),
-    "Softmax of columns": ("Softmax", {"axis": 3}),
     "Clip": ("Clip", {"min": np.float32(-0.3), "max": np.float32(0.4)}),
     "Clip from below": ("Clip", {"min": np.float32(-0.3)}),
-    "Clip from above": ("Clip", {"max": np.float32(0.4)}),
-    "Clip to 6": ("Clip", {"min": np.float32(0), "max": np.float32(6)}),
     "PRelu of channels": ("PRelu", {"slope": per_channel(CHANNELS, 1, 1)}),
-    "PRelu of a value": ("PRelu", {"slope": np.array([0.3], dtype="f")}),
     "PRelu of a batch": ("PRelu", {"slope": per_channel(1, CHANNELS, 1, 1)}),
     **{
         f"{kind} of {name}": (kind, {"of": of, **more})
         for kind in ("Sum", "Max", "Min", "Mean")
         for name, of, more in (
-            ("two", [MAP, OTHER], {}),
             ("three", [MAP, OTHER, "third"], {}),
             ("one", [MAP], {}),
             ("a constant", [MAP], {"constant": np.array([0.2], dtype="f")}),
@@ -114,10 +63,8 @@ OPERATORS: dict[str, Row] = {
         f"{kind} over {name}": (kind, {"axes": axes, **more})
         for kind in (
             "ReduceMax",
-            "ReduceMin",
             "ReduceMean",
             "ReduceSum",
-            "ReduceL1",
             "ReduceL2",
             "ReduceSumSquare",
         )
@@ -128,28 +75,20 @@ OPERATORS: dict[str, Row] = {
         )
     },
     "ReduceLogSumExp": ("ReduceLogSumExp", {"axes": [1]}),
-    "ReduceProd": ("ReduceProd", {"axes": [1]}),
-    "ReduceMean over all": ("ReduceMean", {}),
     "DepthToSpace DCR": ("DepthToSpace", {"blocksize": 2}),
     "DepthToSpace CRD": ("DepthToSpace", {"blocksize": 2, "mode": "CRD"}),
     "SpaceToDepth": ("SpaceToDepth", {"blocksize": 2}),
     "MaxPool": ("MaxPool", WINDOW | {"strides": [2, 2], "pads": [1] * 4}),
     "MaxPool dilated": ("MaxPool", WINDOW | {"dilations": [2, 2], "pads": [2] * 4}),
     "MaxPool on one side": ("MaxPool", WINDOW | {"strides": [2, 2], "pads": [0, 0, 1, 1]}),
-    "MaxPool to the end": ("MaxPool", WINDOW | {"strides": [2, 2], "ceil_mode": 1}),
-    "MaxPool same": ("MaxPool", WINDOW | {"strides": [2, 2], "auto_pad": "SAME_UPPER"}),
     "AveragePool": ("AveragePool", WINDOW | {"pads": [1] * 4}),
-    "AveragePool with padding": ("AveragePool", WINDOW | {"pads": [1] * 4, "count_include_pad": 1}),
     "AveragePool on one side": (
         "AveragePool",
         {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [0, 0, 1, 1]},
     ),
     "AveragePool on the other side": ("AveragePool", WINDOW | {"strides": [2, 2], "pads": [1, 0, 0, 0]}),
-    "AveragePool wide": ("AveragePool", WINDOW | {"pads": [2] * 4, "count_include_pad": 1}),
-    "LpPool": ("LpPool", {"kernel_shape": [2, 2], "strides": [2, 2], "p": 2}),
     "LpPool padded": ("LpPool", WINDOW | {"pads": [1] * 4, "p": 3}),
     "LpNormalization": ("LpNormalization", {"axis": 1, "p": 2}),
-    "LpNormalization of sums": ("LpNormalization", {"axis": 1, "p": 1}),
     "LRN": ("LRN", {"size": 3}),
     "GroupNormalization": ("GroupNormalization", {"num_groups": 2, "scale": SCALE, "bias": SHIFT}),
     "InstanceNormalization": ("InstanceNormalization", {"scale": SCALE, "B": SHIFT}),
@@ -159,7 +98,6 @@ OPERATORS: dict[str, Row] = {
     ),
     "Slice": ("Slice", {"starts": [1, 0], "ends": [-1, 2**31 - 1], "axes": [2, 1], "steps": [2, 1]}),
     "Slice backwards": ("Slice", {"starts": [-1], "ends": [-9999], "axes": [1], "steps": [-1]}),
-    "Slice of columns backwards": ("Slice", {"starts": [-1], "ends": [-(2**31)], "axes": [3], "steps": [-2]}),
     "Pad": ("Pad", {"pads": [0, 0, 1, 2, 0, 0, 2, 1]}),
     "Pad with a value": (
         "Pad",
@@ -167,19 +105,14 @@ OPERATORS: dict[str, Row] = {
     ),
     "Pad by mirrors": ("Pad", {"pads": [0, 0, 1, 2, 0, 0, 2, 1], "mode": "reflect"}),
     "Pad by the edge": ("Pad", {"pads": [0, 0, 1, 2, 0, 0, 2, 1], "mode": "edge"}),
-    "Pad channels": ("Pad", {"pads": [0, 1, 0, 0, 0, 2, 0, 0]}),
     "Split": ("Split", {"axis": 1, "split": [3, 5]}),
     "Squeeze and Unsqueeze": ("Unsqueeze", {"axes": [0, -1]}),
     "Reshape": ("Reshape", {"shape": [0, 2, -1]}),
-    "Transpose": ("Transpose", {"perm": [0, 2, 3, 1]}),
     "Flatten": ("Flatten", {"axis": 2}),
-    "Tile": ("Tile", {"repeats": [1, 1, 2, 1]}),
     "Expand": ("Expand", {"shape": [2, 1, 1, 1, 1]}),
     "Concat": ("Concat", {"axis": 1, "of": [MAP, OTHER]}),
-    "Cast": ("Cast", {"to": 1}),
     "ArgMax": ("ArgMax", {"axis": 1}),
     "Gather a channel": ("Gather", {"axis": 1, "indices": np.int64(-2)}),
-    "Gather channels": ("Gather", {"axis": 1, "indices": [3, 0, -1]}),
     "Gather rows of channels": ("Gather", {"axis": -3, "indices": np.array([[0, 1], [2, 3]])}),
     "CumSum": ("CumSum", {"axis": np.int64(1)}),
     "CumSum backwards": ("CumSum", {"axis": np.int64(-3), "reverse": 1, "exclusive": 1}),
@@ -213,12 +146,10 @@ OPERATORS: dict[str, Row] = {
         )
         for mode, places, rounding in (
             ("nearest", "half_pixel", "round_prefer_floor"),
-            ("nearest", "asymmetric", "floor"),
             ("nearest", "asymmetric", "round_prefer_floor"),
             ("linear", "half_pixel", "round_prefer_floor"),
             ("linear", "asymmetric", "round_prefer_floor"),
             ("linear", "align_corners", "round_prefer_floor"),
-            ("linear", "pytorch_half_pixel", "round_prefer_floor"),
             ("cubic", "half_pixel", "round_prefer_floor"),
         )
         for factor in (2.0, 3.0)
@@ -291,15 +222,9 @@ def write(path: Path, kind: str, given: dict[str, Any], opset: int) -> Path:
     return path
 
 
-# The newest form of each: every other one by default, since their families are read alike.
+# The newest form of each: one of four by default, since their families are read alike.
 CASES = [
-    (
-        thorough(name, opset, few=3)
-        if opset != max(versions(kind))
-        else slow(name, opset)
-        if at % 2
-        else (name, opset)
-    )
+    ((name, opset) if opset == max(versions(kind)) and not at % 4 else thorough(name, opset, few=3))
     for at, (name, (kind, given)) in enumerate(OPERATORS.items())
     for opset in versions(kind)
     if not (opset < 10 and "steps" in given) and not (opset == 10 and given.get("mode") == "cubic")

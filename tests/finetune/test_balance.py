@@ -8,7 +8,7 @@ from conftest import images
 from torch import nn
 
 import cadsurgery as cs
-from cadsurgery.finetune.balance import RARE, class_weights, pixel_weights
+from cadsurgery.finetune.balance import RARE, class_weights
 from cadsurgery.finetune.learning_rates import Draw
 from cadsurgery.finetune.objectives import AnyBudget, Divergence, miss
 from cadsurgery.support.divergence import divergence
@@ -27,19 +27,6 @@ def test_the_mean_weight_is_one_and_the_power_sets_how_much_rare_classes_count(p
     ratio = weights[3] / weights[0]
     assert float(ratio) == pytest.approx(((0.7 + RARE) / (0.002 + RARE)) ** power)
     assert float(weights.max() / weights.min()) <= ((1 + RARE) / RARE) ** power + 1e-9
-
-
-def test_pixels_have_the_weight_of_the_class_that_is_predicted() -> None:
-    classes = torch.tensor([[[0, 0, 1], [0, 0, 2]], [[0, 0, 0], [1, 1, 1]]])
-    target = scores(classes, 4)
-    shares = torch.tensor([7 / 12, 4 / 12, 1 / 12, 0])
-    weights = class_weights(shares).tolist()
-    found = pixel_weights({"out": target}, weights)
-    assert torch.equal(found, torch.tensor(weights, dtype=torch.float64)[classes])
-    # A wrong pixel counts by the size of its class, up to the bound: so each class counts the same.
-    for name in range(3):
-        total = float(found[classes == name].sum())
-        assert total == pytest.approx(float(found.sum()) / 3, rel=0.12)
 
 
 def test_the_divergence_is_weighted_only_if_asked_for() -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import thorough
 from networks import strided
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD
-from cadsurgery.masks import FineMapSpec, Normalisation, resolve_mask
+from cadsurgery.masks import FineMapSpec, resolve_mask
 from cadsurgery.masks.content import median, samples_of
 
 CELL = 32
@@ -56,9 +52,7 @@ def test_a_blank_page_keeps_nothing_and_sizes_may_be_odd() -> None:
     assert map_.shape == (2, 101, 75) and not map_.any()
 
 
-@pytest.mark.parametrize(
-    "options", [{"coarsest": 32}, {"output_stride": (1, 32)}, {"output_stride": (4, 32)}]
-)
+@pytest.mark.parametrize("options", [{"coarsest": 32}, {"output_stride": (4, 32)}])
 def test_cells_are_kept_where_the_map_has_the_image(options: dict[str, Any]) -> None:
     """A padding of 100 in front puts the image in the middle of the map, up to half a cell; what is around is low."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=100), nn.ReLU(), strided(5, inputs=4)).eval()
@@ -81,8 +75,7 @@ def dark(spread: float) -> tuple[Tensor, tuple[float, float]]:
     return picture, (float(picture.mean()), float(picture.std()))
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("spread", [1.0, 1 / 16, 1 / 200])
+@pytest.mark.parametrize(("spread", "channels"), [(1.0, 1), (1 / 200, 3)])
 def test_of_dark_pictures_the_same_is_kept_if_their_statistics_are_stated(
     spread: float, channels: int
 ) -> None:
@@ -105,35 +98,7 @@ def test_of_dark_pictures_the_same_is_kept_if_their_statistics_are_stated(
     assert torch.equal(net.levels[0, ::side, ::side] == 0, expected)
 
 
-@pytest.mark.parametrize(
-    ("stated", "deviation"),
-    [
-        ((IMAGENET_MEAN, IMAGENET_STD), 1),
-        (((0.5,) * 3, (0.5,) * 3), 1),
-        (((0.0,), (1.0,)), 1),
-        (((0.0,), (1 / 255,)), 1),
-        ((IMAGENET_MEAN, (1 / 255,) * 3), 1),
-        (((0.1307,), (0.3081,)), 1),
-        (((0.02,), (0.0226,)), 0.1),
-        (((), ()), 1),
-    ],
-    ids=["imagenet", "-1..1", "0..1", "0..255", "0..255 minus a mean", "digits", "dark", "raw"],
-)
-def test_usual_normalisations_leave_thresholds_as_they_are(stated: Any, deviation: float) -> None:
-    assert Normalisation(*stated).deviation == pytest.approx(deviation, rel=0.01)
-
-
-def test_a_fitted_normalisation_leaves_thresholds_as_they_are_and_is_stored_so(tmp_path: Path) -> None:
-    picture, _ = dark(1.0)
-    raw = 40000 * picture.expand(-1, 3, -1, -1)
-    net = cs.adaptify(strided(3), "content", coarsest=CELL, example_input=raw, verify_laws=False)
-    cs.save(net, tmp_path / "net.safetensors")
-    loaded = cs.load(tmp_path / "net.safetensors", strided(3))
-    for normalisation in (net.normalisation, loaded.normalisation):
-        assert normalisation.is_fitted and normalisation.deviation == 1
-
-
-@pytest.mark.parametrize("mask", ["content", "edges:threshold=90", "content + edges:threshold=90"])
+@pytest.mark.parametrize("mask", ["content", "content + edges:threshold=90"])
 def test_a_mask_that_keeps_nothing_of_the_example_says_contrast_and_threshold(mask: str) -> None:
     picture, _ = dark(1 / 16)
     example = picture.expand(-1, 3, -1, -1)
@@ -142,38 +107,9 @@ def test_a_mask_that_keeps_nothing_of_the_example_says_contrast_and_threshold(ma
         cs.adaptify(strided(3), mask, coarsest=CELL, example_input=example, verify_laws=False)
 
 
-@pytest.mark.parametrize("mask", ["content", "none", "edges"])
-def test_nothing_is_said_where_something_is_kept_or_nothing_is_wanted(mask: str) -> None:
-    cs.adaptify(strided(3), mask, coarsest=CELL, example_input=page(0.05), verify_laws=False)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (5, 3), (64, 64), (101, 75), (480, 641)])
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (101, 75)])
 def test_samples_on_a_grid_have_the_median_of_each_picture(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     values = torch.rand(2, *size) * torch.tensor([1.0, 5.0]).view(2, 1, 1)
     expected = values.flatten(1).quantile(0.5, 1)
     assert ((median(samples_of(values)) - expected).abs() < expected * max(0.05, 2 / min(size))).all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [thorough(False), True])
-def test_it_is_written_for_engines_at_one_size_and_at_any(dynamic: bool, tmp_path: Path) -> None:
-    """The level map, too, is that of torch, at sizes that the example did not have."""
-    pytest.importorskip("onnxruntime")
-    from cadsurgery.network.export.engines import ENGINES
-
-    net = cs.adaptify(strided(3, outputs=2), "content:margin=0", coarsest=CELL, verify_laws=False)
-    cs.export(net, page(0.05), tmp_path / "net.onnx", dynamic=dynamic)
-    pictures = [
-        page(0.05).flip(3),
-        page(0.2)[..., :101, :75].repeat(2, 1, 1, 1),
-        page(0.1).repeat(1, 1, 2, 3),
-    ]
-    for engine in ("onnx", "openvino") if importlib.util.find_spec("openvino") else ("onnx",):
-        run = ENGINES[engine](tmp_path / "net.onnx")
-        for picture in pictures if dynamic else pictures[:1]:
-            with torch.no_grad():
-                expected = net(picture)
-            output, levels = run(picture)
-            assert torch.equal(levels, net.levels) and 0 < net.active_fraction < 1
-            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)

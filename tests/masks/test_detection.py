@@ -52,22 +52,6 @@ def test_sift_is_opencvs_rounded_and_without_doubles() -> None:
     assert all(given[pixel] == pytest.approx(strongest[pixel]) for pixel in given)
 
 
-@pytest.mark.parametrize("count", [1, 7, 60])
-def test_fewer_keypoints_are_the_first_of_more(count: int) -> None:
-    few, many = sift(picture(), count), sift(picture(), 512)
-    assert len(few[0]) == count
-    for part, whole in zip(few, many, strict=True):
-        assert (part == whole[:count]).all()
-
-
-@pytest.mark.parametrize("value", [0, 128, 255])
-@pytest.mark.parametrize("size", [(1, 1), (3, 40), (120, 161)])
-def test_a_blank_picture_has_no_keypoints(size: tuple[int, int], value: int) -> None:
-    points, responses = sift(np.full(size, value, dtype=np.uint8), 512)
-    assert points.shape == (0, 2) and responses.shape == (0,)
-    assert points.dtype == responses.dtype == np.float32
-
-
 def test_without_opencv_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(cs.CadError, match="OpenCV") as caught:
@@ -121,56 +105,21 @@ def test_what_is_not_finite_is_no_peak(value: float) -> None:
     assert points.tolist() == [[2, 2]] and strengths.tolist() == [1.0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_peaks_of_any_type_are_those_of_float32(dtype: torch.dtype) -> None:
-    scores = torch.randn(2, 13, 17).bfloat16()
-    for found, wanted in zip(peaks(scores.to(dtype), 9), peaks(scores.float(), 9), strict=True):
-        assert torch.equal(found[0], wanted[0]) and found[1].dtype == dtype
-        assert torch.equal(found[1].float(), wanted[1])
-
-
 # -- what is taken as points ---------------------------------------------------------------------------
 
 IMAGE = torch.zeros(2, 3, 24, 40)
 
 
-@pytest.mark.parametrize("kind", [list, tuple])
 @pytest.mark.parametrize(
-    "part",
-    [
-        torch.tensor([[3.25, 7.0]]),
-        torch.tensor([[3.25, 7.0]], dtype=torch.float64),
-        np.array([[3.25, 7.0]], dtype=np.float32),
-        [[3.25, 7.0]],
-    ],
+    "part", [torch.tensor([[3.25, 7.0]]), np.array([[3.25, 7.0]], dtype=np.float32), [[3.25, 7.0]]]
 )
-def test_points_of_each_image_are_taken_as_they_are(part: Any, kind: type) -> None:
-    first, second = points_of(kind([part, torch.empty(0, 2)]), IMAGE, 5, "")
+def test_points_of_each_image_are_taken_as_they_are(part: Any) -> None:
+    first, second = points_of([part, torch.empty(0, 2)], IMAGE, 5, "")
     assert first.dtype == second.dtype == torch.float64
     assert first.tolist() == [[3.25, 7.0]] and second.shape == (0, 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int16, torch.float16])
-def test_points_of_any_type_are_taken(dtype: torch.dtype) -> None:
-    (found, _) = points_of([torch.tensor([[39, 23]], dtype=dtype), torch.zeros(1, 2)], IMAGE, 5, "")
-    assert found.dtype == torch.float64 and found.tolist() == [[39.0, 23.0]]
-
-
-def test_points_have_no_gradient() -> None:
-    points = torch.tensor([[3.0, 7.0]], requires_grad=True)
-    assert not points_of([points, points], IMAGE, 5, "")[0].requires_grad
-    assert not points_of(torch.rand(2, 6, 10, requires_grad=True), IMAGE, 5, "")[0].requires_grad
-
-
-def test_of_one_score_per_pixel_the_pixel_is_the_point() -> None:
-    scores = torch.full((2, 24, 40), -INF)
-    scores[0, 5, 33] = scores[1, 0, 0] = 1.0
-    first, second = points_of(scores, IMAGE, 5, "")
-    assert first.tolist() == [[33.0, 5.0]] and second.tolist() == [[0.0, 0.0]]
-
-
-@pytest.mark.parametrize("channel", [False, True])
-@pytest.mark.parametrize("size", [(24, 40), (12, 20), (3, 5), (7, 9), (48, 80)])
+@pytest.mark.parametrize(("size", "channel"), [((12, 20), False), ((7, 9), True), ((48, 80), False)])
 def test_a_sample_of_a_score_map_stands_for_the_middle_of_its_pixels(
     size: tuple[int, int], channel: bool
 ) -> None:
@@ -183,23 +132,7 @@ def test_a_sample_of_a_score_map_stands_for_the_middle_of_its_pixels(
     assert found.tolist() == [pytest.approx([(x + 0.5) * step_x - 0.5, (y + 0.5) * step_y - 0.5])]
 
 
-def test_a_score_map_gives_the_best_so_many() -> None:
-    scores = torch.rand(2, 24, 40)
-    for count in (1, 4):
-        for points, (wanted, _) in zip(
-            points_of(scores, IMAGE, count, ""), peaks(scores, count), strict=True
-        ):
-            assert torch.equal(points, wanted.double()) and len(points) == count
-
-
-@pytest.mark.parametrize(("x", "y"), [(-0.5, 0.0), (0.0, -0.5), (39.49, 23.49), (39.0, 23.0)])
-def test_the_outermost_pixels_belong_to_the_image(x: float, y: float) -> None:
-    assert points_of([[[x, y]], torch.empty(0, 2)], IMAGE, 5, "")[0].shape == (1, 2)
-
-
-@pytest.mark.parametrize(
-    ("x", "y"), [(-0.51, 0), (0, -0.51), (39.5, 0), (0, 23.5), (23, 39), (math.nan, 0), (0, INF), (-INF, 0)]
-)
+@pytest.mark.parametrize(("x", "y"), [(-0.51, 0), (0, 23.5), (math.nan, 0), (0, INF)])
 def test_a_point_outside_the_image_is_refused_with_its_bounds(x: float, y: float) -> None:
     with pytest.raises(cs.InvalidInput, match="not in the image") as caught:
         points_of([torch.empty(0, 2), torch.tensor([[3.0, 3.0], [x, y]])], IMAGE, 5, "mask m")
@@ -212,14 +145,9 @@ def test_a_point_outside_the_image_is_refused_with_its_bounds(x: float, y: float
     ("found", "what"),
     [
         (None, "NoneType"),
-        ("abc", "str 'abc'"),
         (torch.zeros(2, 8, 8).long(), r"int64 tensor of shape \(2, 8, 8\)"),
-        (torch.zeros(2, 2, 8, 8), r"\(2, 2, 8, 8\)"),
         (torch.zeros(1, 8, 8), r"\(1, 8, 8\)"),
-        (torch.zeros(8, 2), r"\(8, 2\)"),
-        (torch.zeros(2, 0, 8), r"\(2, 0, 8\)"),
         ([torch.zeros(1, 2)], "a list of 1 for a batch of 2"),
-        ((torch.zeros(1, 2),) * 3, "a tuple of 3 for a batch of 2"),
         ({0: torch.zeros(1, 2), 1: torch.zeros(1, 2)}, "dict"),
     ],
 )
@@ -228,16 +156,3 @@ def test_what_is_neither_points_nor_scores_is_refused(found: Any, what: str) -> 
         points_of(found, IMAGE, 5, "mask m")
     assert "(n, 2)" in caught.value.next and "(B, h, w)" in caught.value.next
     assert caught.value.where == "mask m"
-
-
-@pytest.mark.parametrize(
-    "part",
-    [
-        *(torch.zeros(2), torch.zeros(3, 3), torch.zeros(1, 2, 2), torch.zeros(1, 2, dtype=torch.complex64)),
-        *(5.0, "b", None),
-    ],
-)
-def test_points_of_another_shape_are_refused(part: Any) -> None:
-    with pytest.raises(cs.InvalidInput) as caught:
-        points_of([torch.zeros(1, 2), part], IMAGE, 5, "")
-    assert caught.value.where == "image 1" and "(n, 2)" in caught.value.next

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import covering
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-import cadsurgery as cs
 from cadsurgery.data.images import normalise, street_scene
-from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD, Source
+from cadsurgery.data.networks import Source
 from cadsurgery.masks import resolve_mask
-from cadsurgery.masks.filters import grey_of
 from cadsurgery.masks.provider import FineMapSpec
 
 CHANNELS = (1, 2, 4, 6)
@@ -23,7 +19,6 @@ ON_PICTURES = (
     "gradient:threshold=0.3,dilation=5,sigma=1",
     "content",
 )
-ON_FEATURES = ("detail | budget:fraction=0.3", "random:seed=3", "all", "none")
 
 
 def network(channels: int) -> nn.Module:
@@ -48,26 +43,3 @@ def test_a_mask_on_pictures_sees_the_mean_of_their_channels(mask: str, channels:
     found = provider(image, features, grid)
     assert torch.equal(found, provider(image.mean(1, keepdim=True), features, grid))
     assert torch.equal(found, provider(image.flip(1), features, grid))  # the order of bands does not count
-
-
-@pytest.mark.parametrize(("mask", "channels"), covering([*ON_PICTURES, *ON_FEATURES], [*CHANNELS]))
-def test_values_of_a_network_are_those_of_its_level_map(mask: str, channels: int) -> None:
-    model, image = network(channels), batch(channels)
-    statistics = tuple(sum(part) / 3 for part in (IMAGENET_MEAN, IMAGENET_STD))
-    net = cs.adaptify(model, mask, output_stride=(2, 8), normalisation=statistics, verify_laws=False)
-    with torch.no_grad():
-        found = net(image)
-        levels = net.levels
-        torch.testing.assert_close(found, net(image, mask=levels), rtol=0, atol=1e-6)
-        torch.testing.assert_close(net.optimize()(image), found, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(net(image, mask="none"), model(image), rtol=1e-4, atol=1e-5)
-    assert levels.shape == (2, 32, 48)
-    if mask in ON_PICTURES[:3]:
-        assert 0 < (levels == 0).double().mean() < 1
-
-
-def test_grey_is_the_same_in_one_channel_and_in_three() -> None:
-    grey = torch.rand(2, 1, 9, 11, dtype=torch.float64)
-    torch.testing.assert_close(grey_of(grey.expand(-1, 3, -1, -1)), grey_of(grey))
-    colour = torch.rand(2, 3, 9, 11)
-    torch.testing.assert_close(grey_of(colour), rgb_to_grayscale(colour)[:, 0], rtol=0, atol=2e-4)

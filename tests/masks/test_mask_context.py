@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
-from itertools import permutations
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
-from networks import adapted_strided
 from torch import Tensor, nn
 
-import cadsurgery as cs
 from cadsurgery.masks import keypoints_at, labelled
 from cadsurgery.masks.context import call_context, first_passes, masked
 
@@ -52,16 +47,6 @@ def test_what_is_given_is_nested_and_given_back_even_after_an_error(name: str) -
     assert seen() == WITHOUT
 
 
-@pytest.mark.parametrize(("first", "second"), permutations(GIVERS, 2))
-def test_one_kind_stays_when_another_one_given_before_it_ends(first: str, second: str) -> None:
-    with ExitStack() as inner:
-        with GIVERS[first](1):
-            inner.enter_context(GIVERS[second](2))
-            assert seen() == {**WITHOUT, first: 1, second: 2}
-        assert seen() == {**WITHOUT, second: 2}
-    assert seen() == WITHOUT
-
-
 @pytest.mark.parametrize("name", GIVERS)
 def test_a_thread_has_what_was_given_in_it(name: str) -> None:
     in_thread: list[dict[str, int | None]] = []
@@ -84,63 +69,3 @@ def test_tasks_take_turns_and_keep_what_is_theirs(name: str) -> None:
         return await asyncio.gather(work(1), work(2))
 
     assert asyncio.run(both()) == [1, 2] and seen() == WITHOUT
-
-
-def givers_of_masks() -> Iterator[tuple[str, Callable[[], AbstractContextManager[None]]]]:
-    labels = torch.zeros(1, 96, 128, dtype=torch.long)
-    labels[:, 40:, 60:] = 1
-    yield "trimap:width=9", lambda: labelled(labels)
-    yield "keypoints:detector=given,dilations=9", lambda: keypoints_at([torch.tensor([[60.0, 40.0]])])
-
-
-@pytest.mark.parametrize(("mask", "given"), givers_of_masks())
-@pytest.mark.parametrize(
-    "form", ["{} | dilate", "none + {}", "({} | smooth) + {}", "{} | budget:fraction=0.2"]
-)
-def test_a_mask_inside_others_sees_what_is_given(
-    mask: str, given: Callable[[], AbstractContextManager[None]], form: str
-) -> None:
-    net, image = adapted_strided("none"), torch.randn(1, 3, 96, 128)
-    with given():
-        net(image, mask=form.replace("{}", mask))
-    assert 0 < net.active_fraction < 1
-
-
-@pytest.mark.parametrize(("mask", "given"), givers_of_masks())
-def test_what_is_given_is_not_in_the_graph_of_a_compiled_network(
-    mask: str, given: Callable[[], AbstractContextManager[None]], tmp_path: Path
-) -> None:
-    torch._dynamo.reset()
-    net, image = adapted_strided(f"{mask} | budget"), torch.randn(1, 3, 96, 128)
-    compiled, kept = torch.compile(net, backend="eager"), []
-    with torch.no_grad():
-        for context in (given(), ExitStack()):
-            with labelled(torch.ones(1, 96, 128).long()), keypoints_at([torch.tensor([[3.0, 9.0]])]), context:
-                assert torch.allclose(compiled(image), net(image), atol=1e-5)
-                kept.append(net.levels.clone())
-    assert not torch.equal(*kept)
-    with pytest.raises(cs.InvalidInput, match=r"depends on (labels|keypoints)"), given():
-        cs.export(net, image, tmp_path / "net.pt2")
-
-
-def test_a_mask_inside_others_sees_the_first_pass() -> None:
-    net, image = adapted_strided("none"), torch.randn(1, 3, 96, 128)
-    net(image, mask="confidence | budget:fraction=0.25")
-    assert 0 < net.active_fraction < 1
-
-
-def test_another_mask_for_a_while_is_that_networks_alone() -> None:
-    net, other, image = adapted_strided("none"), adapted_strided("none"), torch.randn(1, 3, 64, 64)
-
-    def kept(which: cs.AdaptiveModel) -> float:
-        which(image)
-        return which.active_fraction
-
-    with net.masked("all"):
-        assert [kept(which) for which in (net, other, copy.deepcopy(net))] == [1, 0, 0]
-        with other.masked("all"), net.masked(None):
-            assert [kept(which) for which in (net, other)] == [0, 1]
-        assert [kept(which) for which in (net, other)] == [1, 0]
-        net(image, mask="none")
-        assert net.active_fraction == 0
-    assert kept(net) == 0

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering
+from conftest import covering
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import strided
@@ -22,7 +22,6 @@ from torch import Tensor
 
 import cadsurgery as cs
 from cadsurgery.masks import (
-    EdgeMask,
     FineMapSpec,
     FunctionMask,
     GradientMask,
@@ -32,12 +31,9 @@ from cadsurgery.masks import (
     labelled,
     resolve_mask,
 )
-from cadsurgery.masks.filters import GREY, grey_of
 from cadsurgery.masks.provider import PROVIDERS
 
 QUICK = settings(max_examples=20, deadline=None, derandomize=True)
-DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-SIZES = [(64, 96), (65, 97), (33, 50), (9, 70)]
 
 
 def grid_of(size: tuple[int, int], batch: int = 2, stride: int = 8, low: int = 2) -> FineMapSpec:
@@ -128,16 +124,7 @@ def test_the_gradient_is_the_length_of_the_central_differences(size: tuple[int, 
     assert torch.equal(found.long(), wanted) and len(wanted.unique()) == 3
 
 
-@QUICK
-@given(seed=st.integers(0, 99), value=st.floats(-3, 3), sigma=st.sampled_from([0.0, 0.7, 3.0]))
-def test_a_gradient_does_not_know_dark_from_bright(seed: int, value: float, sigma: float) -> None:
-    torch.manual_seed(seed)
-    image, mask = torch.randn(1, 3, 17, 30, dtype=torch.float64), GradientMask(sigma=sigma)
-    strength = mask.strength(image)
-    assert torch.allclose(mask.strength(-image), strength)
-    assert torch.allclose(mask.strength(image + value), strength)
-    assert torch.allclose(mask.strength(image.flip(3)), strength.flip(2))
-    assert torch.allclose(mask.strength(image.transpose(2, 3)), strength.transpose(1, 2))
+# -- trimap --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sigma", [0.5, 2.0, 30.0])
@@ -150,17 +137,13 @@ def test_smoothing_keeps_slopes_and_weakens_noise(sigma: float) -> None:
     assert GradientMask(sigma=sigma).strength(noise).mean() < GradientMask().strength(noise).mean()
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4])
-def test_other_numbers_of_channels_are_averaged(channels: int) -> None:
-    image = torch.randn(2, channels, 33, 50)
-    mean = image.mean(1, keepdim=True)
-    for mask in (EdgeMask(), GradientMask()):
-        assert torch.allclose(mask.strength(image), mask.strength(mean))
-
-
 @pytest.mark.parametrize(
     ("text", "size", "dtype"),
-    covering(["gradient:sigma=1", "edges", "gradient:threshold=2,dilation=1"], SIZES, DTYPES),
+    covering(
+        ["gradient:sigma=1", "edges", "gradient:threshold=2,dilation=1"],
+        [(65, 97), (9, 70)],
+        [torch.float32, torch.float64, torch.bfloat16],
+    ),
 )
 def test_scores_reach_the_threshold_where_the_level_is_zero(
     text: str, size: tuple[int, int], dtype: torch.dtype
@@ -169,9 +152,6 @@ def test_scores_reach_the_threshold_where_the_level_is_zero(
     scores = mask.scores(image, image, grid)
     assert scores.dtype == dtype and scores.shape == (2, *grid.size)
     assert torch.equal(scores >= mask.threshold[0], mask(image, image, grid) == 0)
-
-
-# -- trimap --------------------------------------------------------------------------------------------
 
 
 def on_boundary(labels: Tensor, ignore: int) -> Tensor:
@@ -217,32 +197,6 @@ def test_the_scores_of_a_trimap_are_minus_the_distance_in_samples(stride: int) -
     assert torch.equal(scores, wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
-@pytest.mark.parametrize("of_image", DTYPES)
-def test_labels_and_images_of_any_type_give_the_same_trimap(
-    dtype: torch.dtype, of_image: torch.dtype
-) -> None:
-    size = (65, 97)
-    labels, grid, image = blocks(size), grid_of(size), torch.zeros(2, 3, *size)
-    with labelled(labels):
-        expected = TrimapMask(9)(image, image, grid)
-    with labelled(labels.to(dtype)):
-        other = image.to(of_image)
-        assert torch.equal(TrimapMask(9)(other, other, grid), expected)
-    assert (expected == 0).any() and (expected == 2).any()
-
-
-def test_a_network_takes_labels_and_a_wider_trimap_keeps_more() -> None:
-    model, image = cs.adaptify(strided(), "trimap:width=9", verify_laws=False), torch.randn(2, 3, 97, 129)
-    fractions = []
-    with labelled(blocks((97, 129))):
-        for mask in ("trimap:width=1", None, "trimap:width=33", "trimap:width=55"):
-            model(image, mask=mask)
-            fractions.append(model.active_fraction)
-        assert model.macs(image).active_fraction == fractions[1]
-    assert fractions == sorted(fractions) and fractions[0] < fractions[-1]
-
-
 def test_a_trimap_without_labels_says_how_to_give_them() -> None:
     model = cs.adaptify(strided(), "trimap", verify_laws=False)
     with pytest.raises(cs.InvalidInput) as caught:
@@ -268,18 +222,6 @@ def test_labels_that_are_none_are_refused(labels: object) -> None:
 # -- functions of the user -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channel", [False, True])
-def test_scores_of_the_fine_size_are_taken_as_they_are(dtype: torch.dtype, channel: bool) -> None:
-    grid = grid_of((65, 97))
-    scores = torch.rand(2, *grid.size, dtype=dtype)
-    mask = FunctionMask(lambda image: scores.unsqueeze(1) if channel else scores)
-    image = torch.zeros(2, 3, 65, 97)
-    assert torch.equal(mask.scores(image, image, grid).to(dtype), scores)
-    wanted = torch.where(scores.float() >= 0.8, 0, torch.where(scores.float() >= 0.2, 1, 2))
-    assert torch.equal(Threshold(mask, (0.8, 0.2))(image, image, grid).long(), wanted)
-
-
 @QUICK
 @given(size=st.tuples(st.integers(1, 90), st.integers(1, 90)), value=st.floats(-5, 5, width=32))
 def test_scores_of_any_size_are_resized_to_the_fine_map(size: tuple[int, int], value: float) -> None:
@@ -287,21 +229,6 @@ def test_scores_of_any_size_are_resized_to_the_fine_map(size: tuple[int, int], v
     scores = FunctionMask(lambda image: torch.full((2, *size), value)).scores(image, image, grid)
     assert scores.shape == (2, *grid.size)
     assert torch.allclose(scores, torch.full_like(scores, value), atol=1e-5)
-
-
-def test_many_scores_are_averaged_and_not_sampled() -> None:
-    grid, image = FineMapSpec(1, (8, 8), 8, 2, 4, 4), torch.zeros(1, 3, 64, 64)
-    fine = (torch.arange(64)[:, None] + torch.arange(64)) % 2
-    scores = FunctionMask(lambda image: fine.float().unsqueeze(0)).scores(image, image, grid)
-    assert torch.allclose(scores, torch.full_like(scores, 0.5), atol=0.05)
-
-
-def test_a_map_of_levels_is_ranked_by_its_levels() -> None:
-    grid, image = grid_of((65, 97)), torch.zeros(2, 3, 65, 97)
-    levels = torch.randint(0, 3, (2, *grid.size))
-    assert torch.equal(FunctionMask(lambda image: levels).scores(image, image, grid).long(), 2 - levels)
-    with pytest.raises(cs.InvalidInput, match="NoneType"):
-        FunctionMask(lambda image: None).scores(image, image, grid)  # type: ignore[arg-type, return-value]
 
 
 @pytest.fixture
@@ -330,15 +257,6 @@ def test_a_function_that_can_be_imported_works_by_name_and_in_files(
         cs.load(tmp_path / "net.safetensors", strided())
     again = cs.load(tmp_path / "net.safetensors", strided(), trust=True)
     assert again.mask.spec() == text and torch.equal(again(image), expected)
-
-
-def test_a_function_by_name_may_return_a_map_and_stand_in_a_union(module: ModuleType) -> None:
-    model, image = cs.adaptify(strided(), "usermasks:left", verify_laws=False), torch.randn(2, 3, 96, 128)
-    model(image)
-    assert torch.equal(model.levels, model.geometry.lattice(module.left(image).expand(2, -1, -1)).levels)
-    union = resolve_mask("edges + (usermasks:left | dilate:size=3)")
-    assert "usermasks:left | dilate:size=3" in union.spec() and union.storable
-    assert not FunctionMask(module.left).storable
 
 
 @pytest.mark.parametrize(
@@ -416,31 +334,3 @@ def test_a_new_mask_is_one_file(tmp_path: Path) -> None:
     assert again.mask.spec() == "dark:below=-1.0" and torch.equal(again(image), expected)
     net(image, mask="dark + edges | budget:fraction=0.25")
     assert net.active_fraction == 0.25
-
-
-@pytest.mark.usefixtures("dark")
-def test_a_file_with_a_mask_that_is_not_registered_says_so(tmp_path: Path) -> None:
-    cs.save(cs.adaptify(strided(), "dark", verify_laws=False), tmp_path / "net.safetensors")
-    provider = PROVIDERS.pop("dark")
-    with pytest.raises(cs.FileError) as caught:
-        cs.load(tmp_path / "net.safetensors", strided())
-    assert "register it first" in caught.value.next
-    PROVIDERS["dark"] = provider
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [(2, 13, 17), (1, 1, 1), (1, 31, 8)])
-def test_the_grey_image_does_not_depend_on_the_layout(dtype: torch.dtype, size: tuple[int, ...]) -> None:
-    """Channels outside, side by side as pictures come, and a part of such a map."""
-    batch, height, width = size
-    whole = torch.randn(batch, height + 2, width + 3, 3).to(dtype).permute(0, 3, 1, 2)
-    weights = torch.tensor(GREY, dtype=dtype)
-    for image in (whole, whole.contiguous(), whole[:, :, 1:-1, :width], whole[:1]):
-        exact = torch.einsum("bchw,c->bhw", image.double(), weights.double())
-        found = grey_of(image)
-        assert found.dtype == dtype and found.shape == exact.shape
-        assert_same(found.double(), exact, 2 * torch.finfo(dtype).eps)
-
-
-def test_providers_of_users_may_call_the_fine_map_by_its_older_name() -> None:
-    assert cs.masks.Grid is cs.masks.FineMapSpec

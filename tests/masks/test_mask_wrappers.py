@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import covering, slow
+from conftest import covering
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import adapted_strided as net
@@ -25,11 +25,9 @@ from cadsurgery.masks import (
     Dilate,
     EdgeMask,
     FineMapSpec,
-    FixedMask,
     FunctionMask,
     GradientMask,
     KeypointMask,
-    LearnedMask,
     MaskProvider,
     RandomMask,
     Smooth,
@@ -85,8 +83,7 @@ def in_window(values: Tensor, side: int, best: Callable[[Tensor], Tensor]) -> Te
 # -- dilate --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", MAPS)
-@pytest.mark.parametrize("side", [1, 3, 7])
+@pytest.mark.parametrize(("size", "side"), covering(MAPS, [1, 3, 7]))
 def test_dilate_gives_each_sample_the_finest_level_of_its_window(size: tuple[int, int], side: int) -> None:
     given = torch.where(torch.rand(2, *size) < 0.9, 2, levels(size))
     found = Dilate(Given(given), side)(NOTHING, NOTHING, grid_of(size))
@@ -103,8 +100,7 @@ def test_the_scores_of_dilate_are_the_highest_of_the_window(dtype: torch.dtype) 
 # -- threshold -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("at", [(0.3,), (0.8, 0.2), (1.0, -1.0)])
+@pytest.mark.parametrize(("at", "dtype"), covering([(0.3,), (0.8, 0.2), (1.0, -1.0)], DTYPES))
 def test_threshold_cuts_scores_into_levels(at: tuple[float, ...], dtype: torch.dtype) -> None:
     scores, grid = torch.randn(2, 13, 17).to(dtype), grid_of((13, 17))
     mask = Threshold(Given(scores), at)
@@ -113,12 +109,6 @@ def test_threshold_cuts_scores_into_levels(at: tuple[float, ...], dtype: torch.d
         wanted[scores >= at[level]] = level
     assert torch.equal(mask(NOTHING, NOTHING, grid).long(), wanted)
     assert torch.equal(mask.scores(NOTHING, NOTHING, grid), scores)
-
-
-def test_edges_of_one_window_are_thresholds_on_their_scores() -> None:
-    image, grid = torch.randn(2, 3, 97, 129), grid_of((13, 17))
-    graded = EdgeMask((2.0, 1.0), 3)(image, image, grid)
-    assert torch.equal(Threshold("edges:dilation=3", (2.0, 1.0))(image, image, grid), graded)
 
 
 # -- union ---------------------------------------------------------------------------------------------
@@ -133,12 +123,6 @@ def test_a_union_is_the_finest_level_of_its_masks(seed: int, count: int) -> None
     assert torch.equal(found, torch.stack(given).amin(0))
     assert torch.equal(found, Union(*map(Given, reversed(given)))(NOTHING, NOTHING, grid))
     assert torch.equal(given[0], Union(*map(Given, [given[0]] * 2))(NOTHING, NOTHING, grid))
-
-
-def test_a_union_takes_bool_maps_and_levels() -> None:
-    keep, given = torch.rand(2, 13, 17) < 0.5, levels((13, 17))
-    found = Union(Given(keep), given, "none")(NOTHING, torch.zeros(2, 1, 1, 1), grid_of((13, 17)))
-    assert torch.equal(found, torch.where(keep, 0, given))
 
 
 @QUICK
@@ -156,17 +140,6 @@ def test_the_scores_of_a_union_follow_its_levels_and_then_the_rank_in_either_mas
         ]
         wanted = torch.maximum(*rank) / (13 * 17) + (2 - kept[image]).flatten()
         assert torch.allclose(found[image].flatten().float(), wanted, atol=1e-6)
-
-
-def test_a_budget_of_a_union_fills_up_with_the_best_of_both() -> None:
-    """Two masks on scales a thousand apart: each gets its own strongest patches in."""
-    one, other = torch.rand(1, 16, 16), 1000 * torch.rand(1, 16, 16)
-    one[:, :4, :4] += 9
-    other[:, 8:12, 8:12] += 9000
-    grid = grid_of((16, 16), 1)
-    union = Union(Threshold(Given(one), 10.5), Threshold(Given(other), 10500.0))
-    found = Budget(union, 2 / 16)(NOTHING, NOTHING, grid)[0, ::4, ::4]
-    assert (found == 0).nonzero().tolist() == [[0, 0], [2, 2]]
 
 
 @pytest.mark.parametrize("masks", [(), ("edges",)])
@@ -193,23 +166,15 @@ def test_smooth_never_drops_a_sample_before_hold_frames_and_then_does(seed: int,
         assert torch.equal(ranked.scores(NOTHING, NOTHING, grid), (2 - window).float().amax(0))
 
 
+# -- budgets of several levels -------------------------------------------------------------------------
+
+
 def fading(frames: int = 4) -> tuple[Smooth, list[Tensor]]:
     """A network's mask that holds, and frames whose edges vanish after the first."""
     return Smooth("edges:dilation=3", hold=2), [
         torch.randn(2, 3, 97, 129),
         *[torch.zeros(2, 3, 97, 129)] * frames,
     ]
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_network_holds_what_a_frame_asked_for(compiled: bool) -> None:
-    mask, frames = fading()
-    model, active = net(mask), []
-    run = torch.compile(model, backend="eager") if compiled else model
-    for frame in frames:
-        run(frame)
-        active.append(model.active_fraction > 0)
-    assert active == [True, True, True, False, False]
 
 
 @pytest.mark.parametrize("how", ["reset", "batch", "size", "copy", "pickle"])
@@ -243,46 +208,6 @@ def test_each_thread_is_a_video(optimised: bool) -> None:
     assert kept == {"first": [True, True, True, False, False], "other": [False] * 5}
 
 
-def test_each_position_of_the_batch_is_a_video_and_objects_do_not_share() -> None:
-    frames = [levels((5, 6)) for _ in range(3)]
-    together, apart = (
-        Smooth(Given(*frames), 2),
-        [Smooth(Given(*(f[i : i + 1] for f in frames)), 2) for i in (0, 1)],
-    )
-    for _ in frames:
-        found = together(NOTHING, NOTHING, grid_of((5, 6)))
-        for position, mask in enumerate(apart):
-            assert torch.equal(mask(NOTHING, NOTHING, grid_of((5, 6), 1))[0], found[position])
-
-
-def test_what_smooth_remembers_is_in_no_state_dict_and_no_file(tmp_path: Path) -> None:
-    mask, frames = fading()
-    model = net(mask)
-    before = model.state_dict().keys()
-    model(frames[0])
-    assert mask.state_dict() == {} and model.state_dict().keys() == before
-    cs.save(model, tmp_path / "net.safetensors")
-    again = cs.load(tmp_path / "net.safetensors", strided())
-    assert again.mask.spec() == mask.spec()
-    again(frames[1])
-    assert again.active_fraction == 0
-
-
-@pytest.mark.parametrize(
-    "text", ["edges | smooth", "edges | smooth | budget", "(edges | smooth) + random | budget"]
-)
-def test_smooth_is_not_static_and_says_so(text: str, tmp_path: Path) -> None:
-    model, image = net(text), torch.randn(1, 3, 64, 64)
-    assert not model.mask.static and model.mask.dependence == "earlier images"
-    with pytest.raises(cs.InvalidInput, match="depends on earlier images") as caught:
-        cs.export(model, image, tmp_path / "net.pt2")
-    assert "level_map=True" in caught.value.next and "ONNX" in caught.value.next
-    assert not list(tmp_path.iterdir())
-
-
-# -- budgets of several levels -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("size", "fractions", "per_batch"),
     covering(MAPS, [(0.1, 0.3), (0.0, 0.5), (0.25, 0.25), (0.34, 1.0), (1.0, 1.0)], [False, True]),
@@ -299,23 +224,6 @@ def test_a_budget_of_fractions_keeps_nested_shares(
         assert torch.equal(found <= level, alone == 0)
     counts = tuple(int((found[:, ::4, ::4] <= level).sum()) for level in range(2))
     assert counts == Budget("random", fractions, per_batch).kept_patches(grid)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("size", "patch"), covering([slow((96, 128)), (97, 129)], [slow("block"), "quadtree"])
-)
-def test_a_compiled_network_with_a_budget_of_levels_equals_itself(size: tuple[int, int], patch: str) -> None:
-    model = cs.adaptify(strided(), "edges | budget:fraction=0.2/0.6", patch=patch, verify_laws=False)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for seed in range(2):
-        torch.manual_seed(seed)
-        image = torch.randn(2, 3, *size)
-        expected = model(image)
-        kept = model.levels.clone()
-        assert torch.allclose(compiled(image), expected, atol=1e-5)
-        assert torch.equal(model.levels, kept)
-    assert set(kept.unique().tolist()) == ({0, 1, 2} if patch == "quadtree" else {0, 2})
 
 
 # -- budgets and batches of all ------------------------------------------------------------------------
@@ -359,23 +267,6 @@ def test_a_budget_behind_any_wrapper_keeps_its_share(text: str, size: tuple[int,
         model(torch.randn(2, 3, *size))
     kept = (model.levels[:, ::4, ::4] == 0).flatten(1).sum(1)
     assert kept.tolist() == [round(0.25 * (model.levels[0, ::4, ::4].numel()))] * 2
-
-
-@pytest.mark.parametrize("text", ["threshold", "dilate", "smooth", "budget"])
-def test_scores_that_are_none_are_refused_by_the_wrapper_that_ranks(text: str) -> None:
-    for scores, what in (
-        (torch.full((2, 13, 17), torch.nan), "NaN"),
-        (torch.zeros(2, 13, 16), r"\(2, 13, 16\)"),
-    ):
-        mask = resolve_mask(f"edges | {text}")
-        mask.mask = Given(scores)  # type: ignore[assignment]
-        with pytest.raises(cs.InvalidInput, match=what) as caught:
-            mask.scores(NOTHING, NOTHING, grid_of((13, 17))) if text != "budget" else mask(
-                NOTHING, NOTHING, grid_of((13, 17))
-            )
-        assert f"mask {text}" in caught.value.where and caught.value.next
-        with pytest.raises(cs.InvalidInput, match=what):
-            Union(Given(scores), Given(scores)).scores(NOTHING, NOTHING, grid_of((13, 17)))
 
 
 # -- the string form -----------------------------------------------------------------------------------
@@ -452,16 +343,6 @@ def test_a_spec_reads_back_as_the_same_mask(mask: MaskProvider) -> None:
     assert mask.storable
 
 
-def test_tensors_in_unions_and_wrappers_come_back_from_a_file(tmp_path: Path) -> None:
-    one, other = levels((12, 16)), levels((1, 1)).expand(2, 12, 16).clone()
-    mask = Budget(Union(Dilate(one, 3), "edges", FixedMask(other)), (0.2, 0.5))
-    model, image = net(mask), torch.randn(2, 3, 96, 128)
-    cs.save(model, tmp_path / "net.safetensors")
-    again = cs.load(tmp_path / "net.safetensors", strided())
-    assert torch.equal(again(image), model(image)) and torch.equal(again.levels, model.levels)
-    assert again.mask.spec() == mask.spec()
-
-
 def bright(image: Tensor) -> Tensor:
     return image[:, 0, ::8, ::8]
 
@@ -480,16 +361,3 @@ def test_a_function_is_not_stored_and_load_asks_for_a_mask(mask: MaskProvider, t
     cs.save(net(mask), tmp_path / "net.safetensors")
     with pytest.raises(cs.FileError, match="function or provider of your own"):
         cs.load(tmp_path / "net.safetensors", strided())
-
-
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ("gradient | budget:fraction=0.2", GradientMask),
-        ("learned | dilate:size=3", LearnedMask),
-        ("edges + learned", LearnedMask),
-    ],
-)
-def test_a_mask_is_found_inside_others(text: str, kind: type[GradientMask] | type[LearnedMask]) -> None:
-    mask = resolve_mask(text)
-    assert isinstance(mask.find(kind), kind) and resolve_mask("edges").find(kind) is None

@@ -17,7 +17,7 @@ from networks import strided
 from torch import Tensor
 
 import cadsurgery as cs
-from cadsurgery.masks import Budget, EdgeMask, FineMapSpec, MaskProvider, RandomMask, resolve_mask
+from cadsurgery.masks import Budget, FineMapSpec, MaskProvider, resolve_mask
 from cadsurgery.masks.filters import near
 from cadsurgery.masks.provider import PROVIDERS
 
@@ -102,15 +102,7 @@ def test_edges_are_exactly_the_published_ones(
     assert torch.equal(model.levels.long(), in_patches(wanted, patch, low))
 
 
-@pytest.mark.smoke
-def test_the_reference_scenes_have_both_levels_in_every_image() -> None:
-    """Else the comparison above would say little."""
-    wanted = wanted_levels(scenes(3, SIZES[0]), [0.35], [11], 8, 2)
-    assert all(set(image.unique().tolist()) == {0, 2} for image in in_patches(wanted, 4, 2))
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize(("size", "stride"), covering(SIZES, [8, 16]))
 def test_graded_edges_give_each_level_to_its_own_threshold(size: tuple[int, int], stride: int) -> None:
     thresholds, sides = [0.95, 0.1], [5, 15]
     image = scenes(2, size, seed=3)
@@ -119,77 +111,6 @@ def test_graded_edges_give_each_level_to_its_own_threshold(size: tuple[int, int]
     wanted = wanted_levels(image, thresholds, sides, stride // 2, 2)
     assert set(wanted.unique().tolist()) == {0, 1, 2}
     assert torch.equal(model.levels.long(), split_as_needed(wanted, 2))
-
-
-@QUICK
-@given(
-    seed=st.integers(0, 99),
-    threshold=st.floats(0.05, 2),
-    side=st.sampled_from([1, 3, 7, 11, 33]),
-    stride=st.sampled_from([1, 4, 8, 16]),
-    size=st.tuples(st.integers(9, 60), st.integers(9, 60)),
-)
-def test_the_edge_provider_follows_the_recipe_for_any_size_and_option(
-    seed: int, threshold: float, side: int, stride: int, size: tuple[int, int]
-) -> None:
-    image = scenes(2, size, seed).double()
-    fine = (-(-size[0] // stride), -(-size[1] // stride))
-    found = EdgeMask(threshold, side)(image, image, FineMapSpec(2, fine, stride, 2, 4, 4))
-    assert torch.equal(found.long(), wanted_levels(image, [threshold], [side], stride, 2))
-
-
-# -- invariants (C8 of the specification) --------------------------------------------------------------
-
-
-def edge_pixels(grey: Tensor, threshold: float = 0.5, side: int = 1) -> Tensor:
-    """Bool (H, W): what the provider keeps high at one fine pixel per image pixel."""
-    image = grey.expand(1, 3, *grey.shape)
-    return EdgeMask(threshold, side)(image, image, FineMapSpec(1, tuple(grey.shape), 1, 1, 2, 2))[0] == 0
-
-
-def test_a_constant_image_has_edges_only_where_it_meets_the_zero_outside() -> None:
-    edges = edge_pixels(torch.ones(9, 12))
-    assert edges[:, 0].all() and edges[0].all()
-    assert not edges[1:, 1:].any()
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["to the right", "downwards"])
-def test_a_step_from_dark_to_bright_marks_its_two_lines_and_one_back_is_no_edge(transposed: bool) -> None:
-    grey = torch.zeros(16, 20)
-    grey[:, 7:13] = 1.0
-    edges = edge_pixels(grey.T) if transposed else edge_pixels(grey)
-    edges = edges.T if transposed else edges
-    assert edges[1:-1].nonzero()[:, 1].unique().tolist() == [6, 7]
-    assert edges[1:-1, 6:8].all()
-
-
-def test_an_edge_of_exactly_the_threshold_counts() -> None:
-    grey = torch.zeros(5, 5)
-    grey[:, 2:] = 1.0
-    step = float(torch.einsum("c,c->", torch.tensor([0.299, 0.587, 0.114]), torch.ones(3)))
-    assert edge_pixels(grey, threshold=step)[2].any()
-    assert not edge_pixels(grey, threshold=step + 1e-3)[2, 1:].any()
-
-
-# -- the string form -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "options"),
-    [
-        ("edges", {"threshold": (0.35,), "dilation": (11,)}),
-        ("edges:", {"threshold": (0.35,), "dilation": (11,)}),
-        ("edges:threshold=0.15,dilation=7", {"threshold": (0.15,), "dilation": (7,)}),
-        (" edges : dilation = 7 , threshold = 1e-1 ", {"threshold": (0.1,), "dilation": (7,)}),
-        ("edges:threshold=0.95/0.1,dilation=5/15", {"threshold": (0.95, 0.1), "dilation": (5, 15)}),
-        ("edges:threshold=0.95/0.1", {"threshold": (0.95, 0.1), "dilation": (11,)}),
-        ("random:fraction=0.5,block=2,seed=7", {"fraction": 0.5, "block": 2, "seed": 7}),
-        ("all", {}),
-        ("none", {}),
-    ],
-)
-def test_the_string_form_sets_options(text: str, options: dict[str, object]) -> None:
-    assert resolve_mask(text).options() == options
 
 
 # -- the other masks -----------------------------------------------------------------------------------
@@ -204,27 +125,13 @@ def test_all_keeps_everything_high_and_none_nothing(mask: str, level: int) -> No
     assert model.active_fraction == float(level == 0)
 
 
-def test_none_stops_at_the_low_output_stride_asked_for() -> None:
-    model = net("none", output_stride=(8, 16))
-    model(torch.randn(1, 3, 64, 64))
-    assert (model.levels == 1).all()
-
-
-@pytest.mark.parametrize("patch", ["block", "quadtree"])
-@pytest.mark.parametrize(("fraction", "kept"), [(0, 0.0), (1, 1.0)])
+@pytest.mark.parametrize(("fraction", "kept", "patch"), [(0, 0.0, "block"), (1, 1.0, "quadtree")])
 def test_random_keeps_nothing_at_fraction_0_and_everything_at_1(
     fraction: int, kept: float, patch: str
 ) -> None:
     model = net(f"random:fraction={fraction}", patch=patch)
     model(torch.randn(2, 3, 97, 129))
     assert model.active_fraction == kept
-
-
-def test_random_keeps_about_the_fraction_asked_for_in_whole_blocks() -> None:
-    found = RandomMask(0.3, 4, seed=0)(torch.empty(0), torch.empty(0), FineMapSpec(4, (80, 160), 8, 2, 4, 4))
-    assert found.double().mean().item() == pytest.approx(0.3, abs=4 * (0.21 / (4 * 20 * 40)) ** 0.5)
-    blocks = found.unflatten(1, (20, 4)).unflatten(3, (40, 4))
-    assert torch.equal(blocks.amax((2, 4)), blocks.to(torch.uint8).amin((2, 4)).bool())
 
 
 @pytest.mark.parametrize("seed", [0, 3])
@@ -237,20 +144,6 @@ def test_a_seeded_random_mask_repeats_and_differs_between_images_and_seeds(seed:
     assert not torch.equal(first[0], first[1])
     model(image, mask="random:fraction=0.5,seed=4")
     assert not torch.equal(model.levels, first)
-
-
-def test_an_unseeded_random_mask_follows_torchs_generator() -> None:
-    model, image = net("random:fraction=0.5"), torch.randn(1, 3, 256, 256)
-    model(image)
-    first = model.levels.clone()
-    model(image)
-    assert not torch.equal(model.levels, first)
-    torch.manual_seed(5)
-    model(image)
-    seeded = model.levels.clone()
-    torch.manual_seed(5)
-    model(image)
-    assert torch.equal(model.levels, seeded)
 
 
 def test_a_tensor_is_the_mask_of_every_call() -> None:
@@ -359,70 +252,6 @@ def test_a_budget_keeps_the_patches_of_the_highest_mean_inside_the_map(
         assert sorted(best) == [tuple(place) for place in keep.nonzero().tolist()]
 
 
-@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -7.7, 1e30])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equal_patches_are_kept_in_raster_order_whatever_their_size(value: float, dtype: torch.dtype) -> None:
-    found = budget(torch.full((2, 13, 18), value, dtype=dtype), 0.5)  # border patches are cut on two sides
-    order = found.flatten(1).long()
-    assert torch.equal(order, order.sort(dim=1, descending=True).values) and order.sum() == 20
-    whole = budget(torch.full((2, 13, 18), value, dtype=dtype), 0.5, per_batch=True)
-    assert whole[0].all() and not whole[1].any()
-
-
-def test_the_scores_of_a_random_mask_follow_its_seed_and_its_choice() -> None:
-    grid, nothing, mask = FineMapSpec(2, (13, 17), 8, 2, 4, 4), torch.empty(0), RandomMask(0.3, 4, seed=5)
-    scores = mask.scores(nothing, nothing, grid)
-    assert torch.equal(scores, mask.scores(nothing, nothing, grid))
-    kept = mask(nothing, nothing, grid)
-    assert scores[kept].min() > scores[~kept].max()
-    first, again = (Budget(mask, 0.5)(nothing, nothing, grid) for _ in range(2))
-    assert torch.equal(first, again) and not torch.equal(first[0], first[1])
-    assert not torch.equal(first, Budget("random:seed=6", 0.5)(nothing, nothing, grid))
-
-
-def test_masks_without_scores_of_their_own_are_ranked_by_their_levels() -> None:
-    levels = torch.full((8, 12), 2)
-    levels[:4, :4], levels[4:, 8:] = 1, 0
-    model = net(Budget(levels, 1 / 6))
-    model(torch.randn(2, 3, 64, 96))
-    assert kept_patches(model.levels.long(), 4, 2)[0].nonzero().tolist() == [[1, 2]]
-    model(torch.randn(2, 3, 64, 96), mask=Budget(levels, 1 / 3))
-    assert kept_patches(model.levels.long(), 4, 2)[1].nonzero().tolist() == [[0, 0], [1, 2]]
-
-
-@pytest.mark.parametrize("patch", ["quadtree", "block"])
-@pytest.mark.parametrize(("stride", "side", "low"), [((8, 32), 4, 2), ((8, 16), 4, 1), ((16, 32), 2, 1)])
-def test_a_network_keeps_exactly_the_budget(patch: str, stride: tuple[int, int], side: int, low: int) -> None:
-    model = net("edges | budget:fraction=0.25", output_stride=stride, patch=patch)
-    counts = set()
-    for seed in range(3):
-        model(scenes(2, (96, 128), seed))
-        counts.add(len(model.lattice))
-        assert model.active_fraction == 0.25
-        assert kept_patches(model.levels.long(), side, low).flatten(1).float().mean(1).tolist() == [0.25] * 2
-    assert len(counts) == 1
-
-
-def test_a_budget_is_one_graph_for_compilers() -> None:
-    image, grid, mask = scenes(2, (97, 129)), FineMapSpec(2, (13, 17), 8, 2, 4, 4), Budget("edges", 0.3)
-    compiled = torch.compile(lambda image: mask(image, image, grid), fullgraph=True, backend="eager")
-    assert torch.equal(compiled(image), mask(image, image, grid))
-
-
-@pytest.mark.parametrize(
-    ("text", "options"),
-    [
-        ("edges|budget", "fraction=0.3,per_batch=False"),
-        (" edges | budget : fraction = 0.5 , per_batch = true ", "fraction=0.5,per_batch=True"),
-        ("none | budget:fraction=0.5 | budget:fraction=0.25", "fraction=0.25,per_batch=False"),
-    ],
-)
-def test_a_wrapper_is_written_behind_its_mask_and_a_pipe(text: str, options: str) -> None:
-    mask = resolve_mask(text)
-    assert isinstance(mask, Budget) and mask.spec().endswith(f" | budget:{options}")
-    assert resolve_mask(mask.spec()).spec() == mask.spec()
-
-
 @pytest.mark.parametrize(
     ("scores", "what", "next_step"),
     [
@@ -440,17 +269,6 @@ def test_scores_that_are_none_are_refused(scores: Tensor, what: str, next_step: 
 
 # -- maps per call -------------------------------------------------------------------------------------
 
-INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
-
-
-@pytest.mark.parametrize("dtype", INTEGERS)
-def test_levels_of_any_integer_type_are_the_same_map(dtype: torch.dtype) -> None:
-    model, image = net(), torch.randn(2, 3, 97, 129)
-    levels = split_as_needed(torch.randint(0, 3, (2, 13, 17)), 2)
-    output = model(image, mask=levels.to(dtype))
-    assert torch.equal(model.levels.long(), levels)
-    assert torch.equal(output, model(image, mask=levels))
-
 
 @pytest.mark.parametrize("high", [0, 1])
 def test_zeros_and_ones_in_uint8_are_refused_and_both_meanings_named(high: int) -> None:
@@ -466,19 +284,10 @@ def test_zeros_and_ones_in_uint8_are_refused_and_both_meanings_named(high: int) 
     assert torch.equal(model.levels.long(), split_as_needed(region.long(), 2))
 
 
-def test_zeros_and_ones_in_uint8_are_levels_where_there_are_two() -> None:
-    model, image = (
-        cs.adaptify(strided(), output_stride=(8, 16), verify_laws=False),
-        torch.randn(1, 3, 96, 128),
-    )
-    levels = split_as_needed(torch.randint(0, 2, (1, 12, 16)), 1)
-    model(image, mask=levels.to(torch.uint8))
-    assert torch.equal(model.levels.long(), levels)
-
-
-@pytest.mark.parametrize("strides", [(8, 16), (8, 32)])
-@pytest.mark.parametrize("inside", [100, 127, 255])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+@pytest.mark.parametrize(
+    ("dtype", "inside", "strides"),
+    covering([torch.uint8, torch.int16, torch.int64], [100, 127, 255], [(8, 16), (8, 32)]),
+)
 def test_a_region_as_a_picture_shows_it_is_refused_and_the_advice_keeps_that_region(
     dtype: torch.dtype, inside: int, strides: tuple[int, int]
 ) -> None:
@@ -494,24 +303,6 @@ def test_a_region_as_a_picture_shows_it_is_refused_and_the_advice_keeps_that_reg
     assert model.active_fraction == 16 / (12 * 16)
 
 
-def test_true_keeps_high_and_false_goes_to_the_lowest_level() -> None:
-    model, image = net(), torch.randn(2, 3, 96, 128)
-    keep = torch.rand(2, 12, 16) < 0.1
-    model(image, mask=keep)
-    assert torch.equal(model.levels.long(), split_as_needed(torch.where(keep, 0, 2), 2))
-
-
-@pytest.mark.parametrize("shape", [(13, 17), (1, 13, 17)])
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
-def test_one_map_serves_every_image_of_the_batch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    model, image = net(), torch.randn(3, 3, 97, 129)
-    one = torch.randint(0, 2, shape).to(dtype)
-    output = model(image, mask=one)
-    levels = model.levels.clone()
-    assert torch.equal(output, model(image, mask=one.expand(3, 13, 17)))
-    assert torch.equal(levels, model.levels)
-
-
 @pytest.mark.parametrize(
     "other", ["all", torch.zeros(13, 17, dtype=torch.long), lambda image: torch.ones(13, 17).bool()]
 )
@@ -522,20 +313,6 @@ def test_a_mask_given_to_a_call_holds_for_that_call_only(other: object) -> None:
     assert model.active_fraction == 1.0
     assert torch.equal(model(image), before)
     assert model.active_fraction == 0.0 and model.mask.spec() == "none"
-
-
-def test_the_mask_of_a_network_can_be_exchanged() -> None:
-    model = net("none")
-    model.mask = "edges:threshold=0.9,dilation=3"
-    assert model.mask.spec() == "edges:threshold=0.9,dilation=3"
-    with pytest.raises(cs.UnknownName):
-        model.mask = "edgs"
-    assert model.mask.spec() == "edges:threshold=0.9,dilation=3"
-
-
-@pytest.mark.parametrize("mask", ["edges", "random:seed=1", "none", torch.zeros(13, 17, dtype=torch.long)])
-def test_a_mask_adds_nothing_to_the_state_dict(mask: object) -> None:
-    assert net(mask).state_dict().keys() == strided().state_dict().keys()
 
 
 # -- the registry --------------------------------------------------------------------------------------
@@ -556,15 +333,6 @@ def test_masks_are_listed_by_name_with_their_options_form_and_source() -> None:
         all(infos[name].form == f"MASK | {name}" for name in wrappers)
         and infos["union"].form == "MASK + MASK"
     )
-
-
-def test_a_mask_name_is_registered_once() -> None:
-    class Other(MaskProvider):
-        """Another class."""
-
-    with pytest.raises(ValueError, match=r"registered already, by cadsurgery\.masks"):
-        cs.mask_provider("edges")(Other)
-    assert PROVIDERS["edges"] is EdgeMask
 
 
 CELL = """
@@ -591,15 +359,3 @@ def test_a_cell_of_a_notebook_that_is_run_twice_replaces_its_mask() -> None:
             exec(CELL.format(version=3), elsewhere)
     finally:
         PROVIDERS.pop("celled", None)
-
-
-def test_a_provider_without_a_docstring_can_be_listed() -> None:
-    try:
-
-        @cs.mask_provider("silent")
-        class Silent(MaskProvider):
-            pass
-
-        assert next(info.summary for info in cs.list_masks() if info.name == "silent") == ""
-    finally:
-        PROVIDERS.pop("silent", None)

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.data.images import street_scene
-from cadsurgery.masks.mask_options import options_of
-from cadsurgery.masks.provider import PROVIDERS
 
 
 def network() -> nn.Module:
@@ -103,22 +101,3 @@ def test_an_option_that_is_set_is_that_of_the_constructor(mask: str, option: str
     for one in (net, fast):
         one(image)
         assert torch.equal(one.levels, stated.levels) and one.mask.spec() == stated.mask.spec()
-
-
-@pytest.mark.parametrize("name", sorted(PROVIDERS))
-def test_an_option_that_the_constructor_refuses_cannot_be_set(name: str) -> None:
-    kind = PROVIDERS[name]
-    if not kind.__module__.startswith("cadsurgery."):
-        pytest.skip("a mask of another test")
-    parts = {"none": (), "one": (cs.masks.resolve_mask("edges"),)}.get(kind.takes)
-    for option, default in options_of(kind).items() if parts is not None else ():
-        for wrong in (-5, "x", float("nan")) if not isinstance(default, (str, bool)) else ():
-            try:
-                kind(*parts, **{option: wrong})
-            except cs.CadError:
-                mask = kind(*parts)
-                with pytest.raises(cs.CadError):
-                    setattr(mask, option, wrong)
-                assert mask.options()[option] == kind(*parts).options()[option], default
-            except TypeError as error:
-                pytest.fail(f"{option}={wrong!r}: {error}")

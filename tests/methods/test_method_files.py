@@ -66,22 +66,31 @@ def test_macs_and_plans_of_files_of_all_methods(made: tuple[Any, Path, str], com
     ("command", "words"),
     [
         (("macs", "--trust", "--mask", "edges"), "without masks"),
-        (("macs", "--trust", "--set", "output_stride=8,32"), "converted already"),
         (("macs", "--set", "dense=true"), "leave --set dense out"),
-        (("macs",), "--trust"),
         (("plan", "--set", "region=backbone"), "converted already"),
+        (("export", "--trust"), "cadsurgery run"),
     ],
 )
 def test_what_other_networks_have_is_refused(
     command: tuple[str, ...], words: str, made: tuple[Any, Path, str], command_line: Run
 ) -> None:
-    refused = command_line(*command, "--model", str(made[1]))
+    file = ("--model", str(made[1])) if command[0] != "export" else (str(made[1]),)
+    refused = command_line(command[0], *file, *command[1:])
     assert refused.code == 1 and words in refused.err
 
 
-def test_export_says_what_to_do_instead(made: tuple[Any, Path, str], command_line: Run) -> None:
-    refused = command_line("export", str(made[1]), "--trust")
-    assert refused.code == 1 and "cadsurgery run" in refused.err
+def test_the_original_is_left_as_it_is_and_its_state_dict_loads(made: tuple[Any, Path, str]) -> None:
+    name, convert, _ = next(row for row in MADE.values() if row[2] == made[2])
+    model, other = (cs.build_model(name, "none").eval() for _ in range(2))
+    before = copy.deepcopy(model.state_dict())
+    net = convert(model)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(1)
+    assert model.state_dict().keys() == before.keys() <= net.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    net.load_state_dict(other.state_dict())
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in other.state_dict().items())
 
 
 # -- files and copies ----------------------------------------------------------------------------------
@@ -103,10 +112,6 @@ def sampled(sampler: object, inside: Callable[[nn.Module], nn.Module] = copy.cop
     return net.eval()
 
 
-def adaptive(model: nn.Module) -> nn.Module:
-    return cs.adaptify(model, "detail", verify_laws=False)
-
-
 def test_a_file_that_triangulates_is_refused_and_says_what_to_do(tmp_path: Path) -> None:
     net, file = sampled("uniform"), tmp_path / "net.safetensors"
     cs.save(net, file)
@@ -120,8 +125,6 @@ NETWORKS: dict[str, Callable[[], Any]] = {
     "gates": with_gates,
     "sampled around edges": lambda: sampled("edges:threshold=0.2", share=0.1),
     "sampled as learned": lambda: sampled("learned", grid=5, smoothness=0.5, targets=(1, 2)),
-    "sampled at labels": lambda: sampled("labels", targets=None, ignore=None, mode="bilinear"),
-    "sampled before masks": lambda: sampled("uniform", adaptive),
     "sampled before exits": lambda: sampled("uniform", lambda model: cs.anytime(model, ["backbone.1"])),
 }
 QUICK = ("exits", "gates", "sampled around edges")
@@ -153,15 +156,3 @@ def test_files_and_copies_give_the_network_again_and_share_nothing(name: str, tm
             assert all(torch.equal(*pair) for pair in zip(tree_leaves(again(x)), expected, strict=True))
         for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
             assert all(torch.equal(*pair) for pair in zip(tree_leaves(again(x)), of_fast, strict=True))
-
-
-@pytest.mark.slow
-def test_networks_by_name_are_built_again_from_their_files(tmp_path: Path) -> None:
-    x = images(1, 64, 96)
-    model = cs.build_model("lraspp_mobilenet_v3_large", "none", num_classes=4)
-    for net in (cs.anytime(model, threshold=0.3), cs.resample(model, "detail", 64).eval()):
-        cs.save(net, tmp_path / "net.safetensors")
-        again = cs.load(tmp_path / "net.safetensors")
-        with torch.no_grad():
-            pairs = zip(tree_leaves(again(x)), tree_leaves(net(x)), strict=True)
-            assert all(torch.equal(*pair) for pair in pairs)

@@ -14,15 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Run, assert_same, images, pointwise_rule
-from decisions import decide, half_open
-from networks import Chain, randomise, seeded, segmenter
+from decisions import half_open
+from networks import Chain, randomise, segmenter
 from torch import Tensor, nn
 from torchvision.io import write_png
 from torchvision.models.resnet import BasicBlock
 
 import cadsurgery as cs
 from cadsurgery.data.networks import source_of
-from cadsurgery.elements.axes import as_column, as_map, as_rows
 from cadsurgery.methods.anytime import AnytimePlan
 from cadsurgery.methods.converted import METHODS, GraphModel, register
 from cadsurgery.methods.method_files import read_plan
@@ -189,15 +188,6 @@ def test_a_method_that_is_not_registered_is_named(made: tuple[Any, Path]) -> Non
         register(ThinnedModel)
 
 
-def test_rows_are_the_map_they_were_made_of() -> None:
-    x = torch.randn(2, 3, 5, 7)
-    assert torch.equal(as_map(as_rows(x), 2, (5, 7)), x)
-    last = x.permute(0, 2, 3, 1)
-    assert torch.equal(as_rows(last, channels_last=True), as_rows(x))
-    assert torch.equal(as_map(as_rows(x), 2, (5, 7), channels_last=True), last)
-    assert torch.equal(as_rows(as_column(as_rows(x))), as_rows(x))
-
-
 # -- rules of users ------------------------------------------------------------------------------------
 
 
@@ -214,23 +204,6 @@ def bend() -> Iterator[type[nn.Module]]:
     """A class with a rule of a user's own."""
     with pointwise_rule(Bend):
         yield Bend
-
-
-def test_a_pointwise_rule_of_a_users_own_is_pointwise_to_exits(bend: type[nn.Module]) -> None:
-    model: Any = seeded(Chain)
-    model.stage3[0].expand[2] = bend()
-    net = cs.anytime(model, threshold=0.9)
-    assert net.program.spatial["stage3_0_expand_2"].kind == "point"
-    x = images(2, 45, 70, torch.float64)
-    with torch.no_grad():
-        for layer in net.heads.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight)
-        decide(net, [*(head[-1] for head in net.heads), net.head[-1]])  # type: ignore[index,union-attr]
-        expected = list(net._logits(net._start((x,), {}, is_training=True), None))
-        assert 0 < net.undecided_mask(expected[0]).double().mean() < 1
-        for one, other in zip(net.logits(x), expected, strict=True):
-            assert_same(one, other)
 
 
 def test_a_pointwise_rule_of_a_users_own_is_done_at_open_positions(bend: type[nn.Module]) -> None:
@@ -273,21 +246,3 @@ def test_plans_of_files_written_before_are_read(kind: type[MethodPlan]) -> None:
     ):
         with pytest.raises((ValueError, TypeError)):
             kind.from_json(damaged)
-
-
-class Last(nn.Module):
-    """Residual blocks on maps that have their channels last."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.one, self.two = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """A map."""
-        y = self.stem(x).permute(0, 2, 3, 1)
-        return (y + self.two(F.gelu(self.one(y)))).permute(0, 3, 1, 2)
-
-
-def test_a_gate_reads_no_map_that_has_its_channels_last() -> None:
-    with pytest.raises(cs.CannotConvert, match="no residual branches"):
-        cs.sample(Last().eval())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -16,12 +15,8 @@ from decisions import half_open
 from networks import build, randomise, thin
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-from torchvision.ops import MultiScaleRoIAlign
 
 import cadsurgery as cs
 from cadsurgery.methods.sampling import gates as gating
@@ -36,19 +31,14 @@ def convnext() -> nn.Module:
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    **{
-        name: (lambda name=name: build(name, by=4))
-        for name in ("resnet18", "resnet50", "resnext50_32x4d", "regnet_x_400mf", "regnet_y_400mf")
-    },
-    **{name: (lambda name=name: build(name)) for name in ("mobilenet_v2", "mobilenet_v3_small")},
-    "efficientnet_b0": lambda: build("efficientnet_b0"),
+    **{name: (lambda name=name: build(name, by=4)) for name in ("resnet18", "resnet50", "regnet_y_400mf")},
+    "mobilenet_v3_small": lambda: build("mobilenet_v3_small"),
     "convnext": convnext,
     "timm resnetv2": lambda: timm.create_model("resnetv2_50", channels=(32, 64, 96, 128), stem_chs=16),
-    "timm convnext": lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(16, 24, 32, 40)),
     "timm efficientnet (padded as TensorFlow)": lambda: timm.create_model("tf_efficientnet_b0"),
 }
 
-QUICK = ("resnet18", "convnext", "timm resnetv2")
+QUICK = ("resnet18", "convnext")
 
 
 def small(kind: type = Bottleneck, dtype: torch.dtype = torch.float32) -> ResNet:
@@ -121,59 +111,6 @@ def test_open_gates_leave_the_original_bit_for_bit(name: str) -> None:
         assert_same(net.optimize()(x), model(x))
 
 
-@pytest.mark.parametrize("kind", (BasicBlock, Bottleneck))
-def test_open_gates_leave_the_original_in_double_and_while_training_bit_for_bit(kind: type) -> None:
-    model = small(kind, torch.float64)
-    net, x = cs.sample(model), images(2, 65, 97, torch.float64)
-    assert torch.equal(net(x), model(x))
-    assert torch.equal(net.dense(x), model(x))
-    half_open(net)
-    assert torch.equal(net.dense(x), model(x))
-    assert not torch.equal(net(x), model(x))
-
-
-@pytest.mark.slow
-def test_a_detector_with_open_gates_is_the_original_bit_for_bit() -> None:
-    backbone = IntermediateLayerGetter(build("resnet18", by=8), {"layer4": "0"})
-    backbone.out_channels = 64
-    kept: dict[str, Any] = {"rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 30}
-    kept["rpn_anchor_generator"] = AnchorGenerator(((32, 64),), ((1.0,),))
-    kept["box_roi_pool"] = MultiScaleRoIAlign(["0"], 5, 2)
-    model = FasterRCNN(backbone, 3, min_size=64, max_size=96, box_score_thresh=0.0, **kept).eval()
-    net, pictures = cs.sample(model), [torch.rand(3, 70, 90), torch.rand(3, 50, 80)]
-    assert net.plan.part == "backbone"
-    with torch.no_grad():
-        for found, expected in zip(net(pictures), model(pictures), strict=True):
-            assert found.keys() == expected.keys()
-            assert all(torch.equal(found[key], expected[key]) for key in expected)
-        report = net.macs(pictures)
-        half_open(net)
-        assert net.macs(pictures).total < report.total
-        net.optimize()(pictures)
-    net.grid = 4
-    assert net.part.grid == 4
-    clone = copy.deepcopy(net)
-    clone.seed = 9
-    assert (net.seed, clone.part.seed) == (0, 9)
-    named = cs.sample(model, ["backbone.layer4"])
-    assert [branch.name for branch in named.plan.branches] == [f"layer4.{n}" for n in range(2)]
-
-
-def test_the_argument_stays_as_it_is_and_its_weights_load() -> None:
-    model, other = small(), small()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    net = cs.sample(model)
-    assert model.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    own = set(net.state_dict()) - set(before)
-    assert own == {name for name in net.state_dict() if name.startswith("sampling_gates.")}
-    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
-    net.load_state_dict(other.state_dict())
-    x = images(1, 64, 64)
-    with torch.no_grad():
-        assert torch.equal(net(x), other(x))
-
-
 # -- the published formulas ------------------------------------------------------------------------------
 
 
@@ -190,7 +127,7 @@ def test_evaluation_is_what_is_published(kind: type, noise: bool, dtype: torch.d
     assert_same(net(x), expected, TIGHT[dtype])  # with gradients, which other code computes
 
 
-@pytest.mark.parametrize(("kind", "dtype"), covering([*(BasicBlock, Bottleneck)], [*TYPES]))
+@pytest.mark.parametrize(("kind", "dtype"), [(BasicBlock, torch.float64), slow(Bottleneck, torch.float32)])
 def test_training_is_what_is_published(kind: type, dtype: torch.dtype) -> None:
     model = small(kind, dtype)
     net, x = half_open(cs.sample(model, grid=5)), images(2, 67, 99, dtype)
@@ -218,19 +155,9 @@ def test_chosen_positions_give_what_whole_maps_give(name: str) -> None:
     assert_same(fast, expected, 1e-9)
 
 
-@pytest.mark.parametrize("whole_from", (0.0, 2.0))
-def test_whole_maps_and_chosen_positions_give_the_same_wherever_the_choice_lies(whole_from: float) -> None:
-    net, x = half_open(cs.sample(small(Bottleneck, torch.float64))), images(2, 67, 99, torch.float64)
-    with torch.no_grad():
-        expected = net(x)
-        with mock.patch("cadsurgery.methods.sampling.sampled_calls.WHOLE_FROM", whole_from):
-            assert_same(net(x), expected, 1e-9)
-            assert_same(net.optimize()(x), expected, 1e-9)
-
-
 def test_with_everything_closed_only_the_grid_is_computed_and_without_it_nothing() -> None:
     model, x = small(Bottleneck, torch.float64), images(2, 67, 99, torch.float64)
-    for grid in (0, 2, 11):
+    for grid in (0, 2):
         net = cs.sample(model, grid=grid)
         with torch.no_grad():
             for gate in net.gates:
@@ -244,35 +171,14 @@ def test_with_everything_closed_only_the_grid_is_computed_and_without_it_nothing
             assert torch.equal(share, computed)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-def test_a_batch_is_its_images_one_by_one(dtype: torch.dtype) -> None:
-    net, x = half_open(cs.sample(small(Bottleneck, dtype))), images(3, 65, 97, dtype)
+def test_a_batch_is_its_images_one_by_one() -> None:
+    net, x = half_open(cs.sample(small())), images(3, 65, 97)
     with torch.no_grad():
         for fast in (net, net.optimize()):
-            assert_same(fast(x), torch.cat([fast(one[None]) for one in x]), TIGHT[dtype])
+            assert_same(fast(x), torch.cat([fast(one[None]) for one in x]), TIGHT[torch.float32])
 
 
 # -- gates -----------------------------------------------------------------------------------------------
-
-
-def test_gates_are_open_at_first_and_the_sparse_loss_says_so() -> None:
-    net, x = cs.sample(small()).train(), images(2, 64, 96)
-    net(x)
-    assert float(net.sparse_loss().detach()) == pytest.approx(0.952574, abs=1e-6)
-    for gate in net.gates:
-        assert not gate.weight.any()
-        assert gate.bias.item() == 3
-        assert gate.width.item() == 3
-
-
-def test_the_temperature_falls_in_training_alone() -> None:
-    net, x = cs.sample(small()).double().train(), images(2, 64, 96, torch.float64)
-    for _ in range(3):
-        net(x)
-    net.eval()(x)
-    assert all(float(gate.temperature) == pytest.approx(0.99998**3, rel=1e-12) for gate in net.gates)
-    assert net.step == 3
-    assert all(name in net.state_dict() for name in ("sampling_gates.0.temperature",))
 
 
 def test_a_gate_opens_as_often_as_its_probability_says() -> None:
@@ -284,17 +190,6 @@ def test_a_gate_opens_as_often_as_its_probability_says() -> None:
     assert gating.hard_shares(torch.tensor([0.4999, 0.5, 0.7])).tolist() == [0.0, 0.5, pytest.approx(0.7)]
     cold = gating.shares(torch.full_like(score, 5.0), 1e-4, None, 0)
     assert torch.equal(cold, torch.ones_like(cold))
-
-
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
-def test_scores_are_convolutions(layout: torch.memory_format, dtype: torch.dtype) -> None:
-    some = [gating.Gate(6, torch.zeros(1, dtype=dtype)) for _ in range(3)]
-    for gate in some:
-        nn.init.normal_(gate.weight)
-    x = torch.randn(2, 6, 9, 14, dtype=dtype).to(memory_format=layout)
-    for gate, stride, score in zip(some, (1, 2, 4), gating.scores(x, some, (1, 2, 4)), strict=True):
-        assert_same(score, F.conv2d(x, gate.weight, gate.bias, stride, 1)[:, 0])
 
 
 def test_noise_is_that_of_seed_and_step_and_evaluation_has_none_unless_asked() -> None:
@@ -344,19 +239,6 @@ def test_gradients_reach_gates_widths_and_weights_and_equal_differences() -> Non
         )
 
 
-def test_gradients_in_evaluation_are_those_of_whole_maps() -> None:
-    net, x = half_open(cs.sample(small(Bottleneck, torch.float64))), images(2, 49, 65, torch.float64)
-    x.requires_grad_()
-    gradients = []
-    for settled in (True, False):
-        with mock.patch.object(SampledRun, "_is_settled", lambda run, number, settled=settled: settled):
-            loss = net(x).square().sum()
-        weights = [p for name, p in net.named_parameters() if "sampling_gates" not in name]
-        gradients.append(torch.autograd.grad(loss, [x, *weights]))
-    for found, expected in zip(*gradients, strict=True):
-        assert_same(found, expected, 1e-8)
-
-
 # -- what it costs ---------------------------------------------------------------------------------------
 
 
@@ -382,18 +264,6 @@ def test_macs_are_what_runs() -> None:
     assert str(len(report.gates)) and "MACs on 2x3x65x97" in str(report)
 
 
-def test_macs_are_the_formula() -> None:
-    net, x = half_open(cs.sample(small())), images(1, 64, 96)
-    report = net.macs(x)
-    first, second = report.gates[:2]
-    pixels, planes = 16 * 24, 8
-    assert first.dense == pixels * planes * planes
-    assert second.dense == pixels * planes * (9 * planes + 4 * planes)
-    for gate in (first, second):
-        assert gate.gate == 9 * planes * pixels
-        assert gate.macs == round(gate.dense * gate.density)
-
-
 # -- where -----------------------------------------------------------------------------------------------
 
 
@@ -411,19 +281,6 @@ def test_names_choose_branches_or_single_convolutions() -> None:
             fast = net.optimize()(x)
             assert_same(fast, net(x))
             assert not torch.equal(net(x), model(x))
-
-
-def test_convolutions_in_no_residual_branch_are_gated_by_what_they_read() -> None:
-    model = build("squeezenet1_0").double()
-    names = [f"features.{n}.expand{kernel}" for n in (3, 5) for kernel in ("1x1", "3x3")]
-    net, x = cs.sample(model, names), images(2, 67, 99, torch.float64)
-    with torch.no_grad():
-        assert torch.equal(net(x), model(x))
-        half_open(net)
-        found = net(x)
-        with mock.patch.object(SampledRun, "_is_settled", lambda run, number: False):
-            assert_same(found, net(x), 1e-9)
-        assert_same(net.optimize()(x), found, 1e-9)
 
 
 class Chain(nn.Module):
@@ -453,13 +310,15 @@ def test_a_gate_reads_what_the_gate_before_has_filled() -> None:
 @pytest.mark.parametrize(
     ("make", "where", "kind", "says"),
     (
-        (lambda: build("vgg11", by=8), "auto", cs.CannotConvert, "no residual branches"),
-        (lambda: build("squeezenet1_1"), "auto", cs.CannotConvert, "where=\\[...\\]"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()),
+            "auto",
+            cs.CannotConvert,
+            "no residual branches",
+        ),
         (small, "layer9", cs.UnknownName, "layer"),
         (small, "fc", cs.InvalidInput, "neither a convolution"),
-        (small, [], cs.InvalidInput, "names nothing"),
         (small, ["layer1", "layer1"], cs.InvalidInput, "twice"),
-        (lambda: build("squeezenet1_0"), "features.0", cs.InvalidInput, "does not keep the size"),
         (lambda: cs.sample(small()), "auto", cs.InvalidInput, "gates already"),
     ),
 )
@@ -469,7 +328,7 @@ def test_what_cannot_be_sampled_is_refused(make: Any, where: Any, kind: type, sa
     assert "Next:" in str(refusal.value)
 
 
-@pytest.mark.parametrize("options", ({"grid": -1}, {"grid": 1.5}, {"grid": True}, {"temperature": 0.0}))
+@pytest.mark.parametrize("options", ({"grid": 1.5}, {"temperature": 0.0}))
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(cs.InvalidInput, match=next(iter(options))):
         cs.sample(small(), **options)
@@ -483,6 +342,3 @@ def test_calls_that_make_no_sense_are_refused() -> None:
         net(torch.zeros(3, 64, 64))
     with pytest.raises(cs.InvalidInput, match="optimised"):
         net.optimize().train()
-
-
-# -- copies and files ------------------------------------------------------------------------------------

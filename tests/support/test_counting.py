@@ -11,10 +11,10 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import Run, covering, images, slow
+from conftest import covering, images, slow
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
-from torchvision.ops import DeformConv2d, ps_roi_align, roi_align
+from torchvision.ops import DeformConv2d, roi_align
 
 import cadsurgery as cs
 from cadsurgery.network.macs import count_network, dense_macs
@@ -39,13 +39,7 @@ def by_torch(call: Callable[..., Any], *args: Any) -> int:
 # An operation on random arguments, and its multiply-accumulates by hand.
 BY_HAND: dict[str, tuple[Callable[[], Any], int]] = {
     "mv": (lambda: torch.mv(torch.rand(5, 7), torch.rand(7)), 35),
-    "dot": (lambda: torch.dot(torch.rand(7), torch.rand(7)), 7),
-    "vdot": (lambda: torch.vdot(torch.rand(7), torch.rand(7)), 7),
     "addmv": (lambda: torch.addmv(torch.rand(5), torch.rand(5, 7), torch.rand(7)), 35),
-    "addr": (lambda: torch.addr(torch.rand(5, 7), torch.rand(5), torch.rand(7)), 35),
-    "addmm in place": (lambda: torch.rand(5, 3).addmm_(torch.rand(5, 7), torch.rand(7, 3)), 105),
-    "addbmm": (lambda: torch.addbmm(torch.rand(5, 3), torch.rand(2, 5, 7), torch.rand(2, 7, 3)), 210),
-    "matrix of vectors": (lambda: torch.rand(2, 5, 7) @ torch.rand(7), 70),
     "einsum": (lambda: torch.einsum("bchw,bdhw->bcd", torch.rand(2, 3, 5, 7), torch.rand(2, 4, 5, 7)), 840),
     "bilinear": (lambda: F.bilinear(torch.rand(2, 3), torch.rand(2, 5), torch.rand(7, 3, 5)), 2 * 2 * 7 * 15),
     "conv_tbc": (lambda: torch.conv_tbc(torch.rand(9, 2, 3), torch.rand(3, 3, 4), torch.rand(4)), 7 * 2 * 36),
@@ -58,20 +52,12 @@ BY_HAND: dict[str, tuple[Callable[[], Any], int]] = {
         lambda: F.grid_sample(torch.rand(2, 3, 5, 7), torch.rand(2, 4, 6, 2), align_corners=False),
         4 * 2 * 3 * 4 * 6,
     ),
-    "nearest grid sampling": (
-        lambda: F.grid_sample(torch.rand(2, 3, 5, 7), torch.rand(2, 4, 6, 2), "nearest", align_corners=False),
-        0,
-    ),
     "grid sampling of a volume": (
         lambda: F.grid_sample(torch.rand(2, 3, 5, 7, 3), torch.rand(2, 4, 6, 2, 3), align_corners=False),
         8 * 2 * 3 * 4 * 6 * 2,
     ),
     "aligned regions": (
         lambda: roi_align(torch.rand(2, 3, 9, 9), torch.tensor([[0.0, 1, 1, 8, 7]]), 2, 1.0, 2),
-        3 * 2 * 2 * 4 * 4,
-    ),
-    "aligned regions by place": (
-        lambda: ps_roi_align(torch.rand(2, 12, 9, 9), torch.tensor([[0.0, 1, 1, 8, 7]]), 2, 1.0, 2),
         3 * 2 * 2 * 4 * 4,
     ),
 }
@@ -224,39 +210,10 @@ def test_reports_of_macs_name_what_they_leave_out() -> None:
     assert count_network(Spectral().eval(), image).not_counted == report.not_counted
 
 
-def test_the_command_line_names_what_counts_leave_out(command_line: Run) -> None:
-    name, size = ("--model", f"{__name__}:Spectral"), ("--size", "64x96")
-    for more in (
-        (),
-        (
-            "--set",
-            "dense=true",
-        ),
-    ):
-        assert LEFT_OUT in " ".join(command_line("macs", *name, *size, *more).out.split())
-        values = command_line("macs", *name, *size, *more, "--json").json
-        assert values["not_counted"] == ["aten._fft_c2r", "aten._fft_r2c"]
-    told = command_line("convert", *name, *size, "--rounds", 0, "--json").json
-    assert LEFT_OUT in told["notes"]
-    assert "not counted" in command_line("plan", *name).out
-
-
 def test_a_plan_names_what_it_does_not_count_and_is_read_back() -> None:
     plan = cs.plan(Spectral().eval())
     assert LEFT_OUT in plan.summary()
     assert type(plan).from_json(plan.to_json()).not_counted == plan.not_counted
-
-
-def test_a_network_with_a_rule_for_everything_has_nothing_to_name() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, 2, 1)).eval()
-    report = cs.adaptify(model, "edges", verify_laws=False).macs(images(1, 33, 65))
-    assert not report.not_counted and "not counted" not in str(report)
-
-
-def test_plans_that_differ_in_their_counts_alone_are_equal() -> None:
-    plan = cs.plan(Spectral().eval())
-    text = plan.to_json().replace('"macs": ', '"macs": 1')
-    assert text != plan.to_json() and type(plan).from_json(text) == plan
 
 
 # -- against torch's counter ---------------------------------------------------------------------------
@@ -322,16 +279,6 @@ def test_shapes_that_are_answered_at_once_are_those_that_torch_gives(name: str, 
     assert (found.shape, found.dtype, found.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 
-def test_what_is_remembered_of_a_type_is_not_that_of_another_default() -> None:
-    x, types = torch.ones(2, dtype=torch.int64, device="meta"), []
-    for default in (torch.float32, torch.float64):
-        torch.set_default_dtype(default)
-        with MacCounter():
-            types.append(torch.sigmoid(x).dtype)
-    torch.set_default_dtype(torch.float32)
-    assert types == [torch.float32, torch.float64]
-
-
 def test_values_and_gradients_are_torchs_while_it_counts() -> None:
     x, layer = torch.rand(2, 3, 5, 5), nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval()
     expected = layer(x)
@@ -342,21 +289,3 @@ def test_values_and_gradients_are_torchs_while_it_counts() -> None:
     assert layer[0].weight.grad is not None
     with MacCounter():
         assert layer.to("meta")(x.to("meta")).requires_grad
-
-
-@pytest.mark.parametrize(
-    "call", [lambda x: F.batch_norm(x, *torch.empty(2, 5, device="meta")), lambda x: F.layer_norm(x, (6,))]
-)
-def test_parameters_that_do_not_fit_are_refused_as_by_torch(call: Callable[[Tensor], Tensor]) -> None:
-    x = torch.empty(2, 4, 5, 7, device="meta")
-    with torch.no_grad(), pytest.raises(RuntimeError):
-        call(x)
-    with torch.no_grad(), MacCounter(), pytest.raises(RuntimeError):
-        call(x)
-
-
-def test_training_norms_follow_their_statistics_while_it_counts() -> None:
-    layer, x = nn.BatchNorm2d(3), torch.rand(2, 3, 5, 5)
-    with torch.no_grad(), MacCounter():
-        layer(x)
-    assert layer.num_batches_tracked == 1 and not torch.equal(layer.running_mean, torch.zeros(3))

@@ -38,7 +38,7 @@ def unit(values: Tensor) -> Tensor:
 KINDS: dict[str, tuple[Any, str]] = {
     "scores": (torch.randn(SHAPE), "classes"),
     "scores of images": (torch.randn(2, 5), "classes"),
-    "rectified scores of images": (torch.rand(2, 5), "classes"),
+    "rectified scores of images": (4 * torch.rand(2, 5), "classes"),
     "probabilities": (torch.randn(SHAPE).softmax(1), "classes"),
     "scores beside auxiliary ones": ({"out": torch.randn(SHAPE), "aux": torch.randn(SHAPE)}, "classes"),
     "depth": (torch.randn(2, 1, 7, 4), "values"),
@@ -50,14 +50,9 @@ KINDS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_kind_of_an_output_is_what_it_is(name: str) -> None:
+def test_an_output_is_no_way_apart_from_itself_and_some_way_from_another(name: str) -> None:
     output, kind = KINDS[name]
     assert kind_of(output) == kind
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_an_output_is_no_way_apart_from_itself_and_some_way_from_another(name: str) -> None:
-    output, _ = KINDS[name]
     other = torch.utils._pytree.tree_map(lambda values: values.flip(0), output)
     assert divergence(output, output).abs().max() < 1e-6
     assert divergence(output, other).mean() > 1e-2
@@ -81,13 +76,6 @@ def test_of_values_zeros_are_one_apart_on_average_and_the_unit_of_measure_is_not
     assert_close(divergence(high, 0 * low, "values").mean((1, 2)), torch.ones(2))
     assert_close(divergence(40 * high, 40 * low, "values"), divergence(high, low, "values"))
     assert_close(divergence(0 * high, 0 * high, "values"), torch.zeros(2, 7, 4))
-
-
-@pytest.mark.parametrize("kind", ["classes", "values"])
-def test_a_batch_is_its_images_one_by_one(kind: Any) -> None:
-    high, low = pair()
-    alone = [divergence(high[i : i + 1], low[i : i + 1], kind) for i in range(2)]
-    assert_close(divergence(high, low, kind), torch.cat(alone))
 
 
 @pytest.mark.parametrize("kind", ["classes", "values"])
@@ -118,12 +106,6 @@ def test_gradients_reach_the_lower_output_alone(kind: Any) -> None:
     high, low = (values.requires_grad_() for values in pair())
     divergence(high, low, kind).mean().backward()
     assert high.grad is None and low.grad is not None and bool(low.grad.abs().sum() > 0)
-
-
-def test_half_precision_is_compared_in_single() -> None:
-    high, low = (values.bfloat16() for values in pair())
-    assert divergence(high, low).dtype == torch.float32
-    assert divergence(high.double(), low.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize(

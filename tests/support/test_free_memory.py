@@ -37,11 +37,6 @@ def group_of_version_1(most: object, taken: int, files: int = 0) -> dict[str, ob
     return dict(zip(names, (most, taken, stated), strict=True))
 
 
-def test_without_groups_the_machine_tells(tmp_path: Path) -> None:
-    assert free_memory(system(tmp_path, "0::/")) == MACHINE
-    assert free_memory(tmp_path / "elsewhere") is None
-
-
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("path", ["/", "/job/step", "/of/the/host"])
 def test_the_least_of_machine_and_groups_is_free(tmp_path: Path, version: int, path: str) -> None:

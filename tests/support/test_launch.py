@@ -7,11 +7,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
 
 import cadsurgery as cs
-from cadsurgery.support import launcher, processes
+from cadsurgery.support import launcher
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks import run
 from cadsurgery.tasks.commands import RunOptions
@@ -30,11 +29,6 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def test_one_process_of_several_is_refused_with_the_launcher_that_starts_all(alone: None) -> None:
-    with pytest.raises(cs.InvalidInput, match="torchrun --nproc_per_node N"):
-        launcher.world()
-
-
 @pytest.mark.parametrize("given", [{}, {"WORLD_SIZE": "2"}, {"ACCELERATE_USE_CPU": "False"}], ids=str)
 def test_nothing_is_refused_in_any_other_case(
     monkeypatch: pytest.MonkeyPatch, alone: None, given: dict[str, str]
@@ -44,12 +38,6 @@ def test_nothing_is_refused_in_any_other_case(
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert launcher.world().size == int(given.get("WORLD_SIZE", 1))
-
-
-def test_the_mean_over_one_process_is_the_value() -> None:
-    value = torch.tensor(3.0, requires_grad=True)
-    found = processes.mean_everywhere(value)
-    assert float(found) == 3.0 and not found.requires_grad
 
 
 COMMANDS: dict[str, Callable[[Path], object]] = {

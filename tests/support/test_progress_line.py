@@ -55,20 +55,6 @@ def test_a_short_call_and_one_on_a_screen_of_its_own_show_nothing(terminal: Term
     assert terminal.getvalue() == ""
 
 
-def test_steps_of_the_caller_are_called_instead(terminal: Terminal) -> None:
-    noted: list[str] = []
-
-    def note(
-        text: str, done: float | None = None, of: float | None = None, limit: float | None = None
-    ) -> None:
-        noted.append(text)
-
-    with progress.waiting(note) as step:
-        step("tracing")
-        time.sleep(0.1)
-    assert noted == ["tracing"] and terminal.getvalue() == ""
-
-
 def test_a_conversion_and_an_optimised_copy_say_what_they_do(
     terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,6 @@ from cadsurgery.support.torch_operations import (
     is_kind,
     may_make_nan,
     operation_of,
-    operations,
     spellings,
 )
 from cadsurgery.surgery.flow import is_filled
@@ -125,15 +124,6 @@ def test_modules_of_pointwise_operations() -> None:
         torch.testing.assert_close(module(x[order]), module(x)[order])
 
 
-def test_sums_and_products_are_such() -> None:
-    stated = {spelling: operation_of(spelling) for spelling in operations()}
-    assert stated[torch.add].adds and stated[torch.mul].multiplies
-    for spelling, known in stated.items():
-        if known.adds or known.multiplies:
-            a, b = torch.randn(2, 5)
-            torch.testing.assert_close(run(spelling, a.clone(), b), a + b if known.adds else a * b)
-
-
 def every_function() -> Iterator[tuple[Any, tuple[Tensor, ...]]]:
     """Functions that take one tensor or two and give floating-point values.
 
@@ -189,14 +179,6 @@ def assert_moves(spelling: Any, name: str) -> None:
     for one in tensors(value):
         rounded = one.float() if one.dtype not in (torch.float16, torch.bfloat16) else None
         assert rounded is None or not Counter(rounded.flatten().tolist()) - known
-
-
-@every_operation("drops", "drops channels")
-def test_dropout_keeps_values_in_evaluation(spelled: list[Any]) -> None:
-    for spelling in spelled:
-        x = torch.randn(2, 3, 4, *((4,) if operation_of(spelling).name != "dropout1d" else ()))
-        value = run(spelling, x.clone(), 0.5, False)
-        assert operation_of(spelling).keeps_values and torch.equal(value, x)
 
 
 @every_operation("value", "values", "copies", "converts", "reshapes", "permutes", "splits", "selects")
@@ -328,14 +310,6 @@ def test_a_rule_of_a_user_says_pointwise_as_ours_do(squash_rule: None) -> None:
     spatial = Spatial(facts)
     found = {node.name for node in facts.graph.nodes if spatial.kind(node).kind == "point"}
     assert found == {"squash", "norm", "relu", "sin", "add", "cat", "getitem", "softmax"}
-
-
-def test_nan_of_a_rule_of_a_user_is_foreseen(squash_rule: None) -> None:
-    """Our rules know what an operation does to values; a user's says where it does it."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), Squash(), nn.SiLU()).eval()
-    fuser = Fuser(trace(model, lambda module: isinstance(module, Squash)), model, True)
-    by_name = {node.name: fuser.may_make_nan(node) for node in fuser.graph.nodes}
-    assert by_name == {"input_1": False, "_0": False, "_1": True, "_2": False, "output": False}
 
 
 def test_a_division_of_sizes_makes_no_nan() -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.data.images import _target, find_images, read_image
+from cadsurgery.data.images import find_images, read_image
 from cadsurgery.data.sources import open_data
-from cadsurgery.methods.resampling.locations import check_grid, check_size
+from cadsurgery.methods.resampling.locations import check_size
 from cadsurgery.support.files import append_lines, check_folder, make_folder, write_together, write_whole
 from cadsurgery.support.provenance import find_function
 from cadsurgery.tasks.open import example_image, is_file, original
@@ -110,14 +110,6 @@ def test_paths_that_no_file_can_have_are_refused(
     assert not is_file(str(tmp_path / name))
 
 
-@pytest.mark.smoke
-def test_a_name_of_255_characters_is_written(tmp_path: Path) -> None:
-    path = tmp_path / ("n" * 255)
-    write(path)
-    write_beside(path)
-    assert path.read_text(encoding="utf-8") == "new"
-
-
 SIZES: dict[str, Callable[[tuple[int, int]], object]] = {
     "scene": lambda size: example_image(None, size),
     "read": lambda size: read_image(Path("nosuch.png"), size),
@@ -133,40 +125,7 @@ def test_sizes_that_no_memory_holds_are_refused(use: str, size: tuple[int, int])
         SIZES[use](size)
 
 
-def test_a_grid_that_no_memory_holds_is_refused() -> None:
-    with pytest.raises(cs.InvalidInput, match="1024"):
-        check_grid(10**9)
-
-
 # -- finding images ------------------------------------------------------------------------------------
-
-
-def test_many_images_of_one_name_are_found_in_as_many_steps(tmp_path: Path) -> None:
-    folders = [tmp_path / f"{number:04}" for number in range(500)]
-    for folder in folders:
-        folder.mkdir()
-        (folder / "a.jpg").touch()
-    places, vain = find_images([folder / "a.jpg" for folder in folders])
-    targets = list(map(str, places.values()))
-    assert targets[:3] == ["a.png", "a_jpg.png", "a_jpg3.png"] and targets[-1] == "a_jpg500.png"
-    assert len(set(targets)) == 500 and not vain
-
-
-def test_looking_for_images_asks_a_few_questions_for_each_name() -> None:
-    """Whether a place is taken: once where names differ, three times at most where all have one name."""
-    asked = [0]
-
-    class Counted(dict[str, int]):
-        def __contains__(self, name: object) -> bool:
-            asked[0] += 1
-            return super().__contains__(name)
-
-    count, used = 20_000, Counted()
-    places = [_target(f"{number // 100}/{number}.jpg", used) for number in range(count)]
-    assert asked[0] == count == len(set(places)) and places[701] == "7/701.png"
-    asked[0], used = 0, Counted()
-    places = [_target("same.jpg", used) for _ in range(count)]
-    assert asked[0] <= 3 * count and len(set(places)) == count
 
 
 @pytest.mark.filterwarnings("ignore:left out of")
@@ -245,11 +204,3 @@ def test_a_negative_threshold_of_exits_is_refused(threshold: float | tuple[float
     model = strided(nn.Conv2d(3, 3, 3, 2, 1), nn.ReLU())
     with pytest.raises(cs.InvalidInput, match="negative"):
         cs.anytime(model, classes=2, threshold=threshold)
-
-
-def test_a_file_of_a_network_of_no_name_says_the_way_of_the_command_line(tmp_path: Path) -> None:
-    cs.save(cs.adaptify(strided(), "none", verify_laws=False), tmp_path / "net.safetensors")
-    with pytest.raises(
-        cs.FileError, match=r"cs\.load\(path, model=(.|\n)*convert module:function(.|\n)*--trust"
-    ):
-        cs.load(tmp_path / "net.safetensors")

@@ -161,34 +161,18 @@ def test_a_deadline_gives_the_best_prediction_within_it(monkeypatch: pytest.Monk
 # -- on the command line -------------------------------------------------------------------------------
 
 
+EXITS = "--method anytime --set exits=backbone.1,backbone.2 --set hidden=4 --set threshold=0.2 --set fill=interpolated"
+OF_EXITS = "--set train=exits --set validation_split= --trust"
+
+
 def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path: Path) -> None:
     model = ["--model", "networks:segmenter"]
-    exits = [
-        "--method",
-        "anytime",
-        "--set",
-        "exits=backbone.1,backbone.2",
-        "--set",
-        "hidden=4",
-        "--set",
-        "threshold=0.2",
-    ]
-    exits += ["--set", "fill=interpolated"]
+    exits = EXITS.split()
     convert = ("--size", "48x64", "--rounds", "1", "-o", "net.safetensors", "--json")
     made = command_line("convert", *model, *exits, *convert)
     assert made.code == 0, made.err
     assert made.json["error"] < 1e-5 and len(made.json["sides"]) == 3
-    training = (
-        "--data",
-        DATA,
-        "--output",
-        "run",
-        "--set",
-        "train=exits",
-        "--set",
-        "validation_split=",
-        "--trust",
-    )
+    training = ("--data", DATA, "--output", "run", *OF_EXITS.split())
     trained = command_line("finetune", "net.safetensors", *training, *ONE_STEP_BY_COMMAND, "--json")
     assert trained.code == 0, trained.err
     measured = ("--data", DATA, "--threshold", "0.2,0.19", "--rounds", "0", "--trust", "--json")

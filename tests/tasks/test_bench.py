@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -14,24 +13,20 @@ from typing import Any
 import drawn
 import pytest
 import torch
-from conftest import assert_same, covering, printed, slow, some, thorough
+from conftest import assert_same, slow, thorough
 from networks import strided
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.utils import save_image
 
 import cadsurgery as cs
-from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.kernels import isa
 from cadsurgery.methods import side
-from cadsurgery.network.export.engine import Engine
 from cadsurgery.support import provenance
-from cadsurgery.support.files import append_lines
 from cadsurgery.support.rows import Row
-from cadsurgery.support.timing import Timing, interleaved
+from cadsurgery.support.timing import Timing
 from cadsurgery.tasks.bench import BAND, GROUPED, LINEAR, band, bench, law
 from cadsurgery.tasks.bench_report import BenchReport, BenchSetting, NetworkBench
-from cadsurgery.tasks.sides.dense_file import dense_program, write_dense
+from cadsurgery.tasks.sides.dense_file import dense_program
 from cadsurgery.tasks.sides.engine_sides import InTorch
 
 SIZE, FRACTIONS = (64, 96), (1.0, 0.5, 0.0)
@@ -80,17 +75,6 @@ def report(folder: Path) -> BenchReport:
 # -- the figures ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_macs_and_active_fractions_are_those_of_the_network_under_a_budget(report: BenchReport) -> None:
-    model = cs.build_model("resnet18", "none")
-    scenes = [normalise(street_scene(*SIZE, seed), model.cad_source) for seed in range(2)]
-    net = cs.adaptify(model, verify_laws=False)
-    for row in report.networks[0].rows:
-        counted = net.macs(torch.stack(scenes), mask=cs.Budget("edges:threshold=0.2", row.fraction))
-        assert (row.macs, row.active_fraction) == (counted.mask, counted.active_fraction)
-        assert (report.networks[0].high.macs, report.networks[0].low.macs) == (counted.high, counted.low)
-
-
 def test_ratios_follow_from_times_and_macs(report: BenchReport) -> None:
     for network in report.networks:
         high, low = network.high, network.low
@@ -109,13 +93,6 @@ def test_ratios_follow_from_times_and_macs(report: BenchReport) -> None:
             own = (row.macs - dense.macs) / (high.macs - low.macs) * (high.milliseconds - low.milliseconds)
             assert 0 <= row.macs - dense.macs < 1e-3 * high.macs
             assert row.law_milliseconds == pytest.approx(dense.milliseconds + own)
-
-
-def test_both_fills_are_measured_against_the_same_twins(report: BenchReport) -> None:
-    nearest, linear = report.networks
-    assert (nearest.fill, linear.fill) == ("nearest", "linear")
-    assert nearest.high is linear.high and nearest.low is linear.low
-    assert nearest.band == BAND and linear.band == BAND + LINEAR
 
 
 def test_each_side_is_run_once_a_round_and_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,13 +175,6 @@ def test_a_verdict_says_whether_the_law_holds_and_where_it_is_worst() -> None:
     assert network({0.5: 1.029}, high=30.0).slower == ()
 
 
-def test_timing_tells_the_best_and_the_median_round() -> None:
-    calls: list[str] = []
-    found = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
-    assert calls == ["a", "b"] * 4
-    assert found.keys() == {"a", "b"} and all(0 <= time.best <= time.median for time in found.values())
-
-
 # -- the report ----------------------------------------------------------------------------------------
 
 
@@ -234,14 +204,6 @@ def test_the_commit_is_told_only_in_a_checkout(monkeypatch: pytest.MonkeyPatch, 
     assert provenance.commit() == ""
 
 
-def test_the_table_shows_every_side_and_the_verdict(report: BenchReport) -> None:
-    text = printed(report)
-    sides = ("dense high", "dense low", "budget 0.5", "faster than high", "2 images of 64x96")
-    assert all(words in text for words in (*sides, "of law", "realised"))
-    verdicts = re.findall(r"time (?:follows work|does not follow work \(MISSED\)):", text)
-    assert len(verdicts) == 2 and "of high" not in text
-
-
 def test_the_picture_has_a_panel_for_each_entry(report: BenchReport, folder: Path) -> None:
     with Image.open(folder / "bench.png") as picture:
         assert picture.format == "PNG" and picture.width > 1.5 * picture.height
@@ -251,34 +213,6 @@ def test_the_picture_has_a_panel_for_each_entry(report: BenchReport, folder: Pat
     titles = [axis.get_title().partition(":")[0] for axis in panels]
     assert titles == [f"resnet18, {fill}" for fill in ("nearest", "linear")]
     assert all(axis.get_legend().texts[0].get_text().startswith("law: 1.00 to 1.") for axis in panels)
-
-
-def test_panels_without_a_network_are_hidden(report: BenchReport) -> None:
-    four = replace(report, networks=report.networks * 2)
-    assert drawn.faults_of(four.figure()) == []
-    assert [axis.get_visible() for axis in four.figure().axes] == [True] * 4 + [False] * 2
-
-
-def test_rows_are_appended_as_lines_that_stand_alone(report: BenchReport, folder: Path) -> None:
-    lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 * len(FRACTIONS)
-    for line in lines:
-        assert line.keys() >= {"model", "fill", "date", "versions", "dense_high", "fraction", "band"}
-    assert [line["law_ratio"] for line in lines] == [r.law_ratio for n in report.networks for r in n.rows]
-
-
-def test_lines_are_appended_whole(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    append_lines(path, ["one"])
-    append_lines(path, ["two", "three"])
-    assert path.read_text() == "one\ntwo\nthree\n"
-    path.write_text("cut off")
-    append_lines(path, ["four"])
-    assert path.read_text() == "cut off\nfour\n"
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(cs.FileError, match="cannot be read") as caught:
-        append_lines(path, ["five"])
-    assert caught.value.next and path.read_bytes() == b"\xff\xfe"
 
 
 def test_what_is_done_is_kept_when_a_later_network_fails(
@@ -343,32 +277,6 @@ def test_dense_high_is_measured_on_smaller_pictures_too(options: dict[str, Any])
         assert side.to_dict() in found.to_dict()["networks"][0]["sides"]
 
 
-@pytest.mark.slow
-def test_8_bits_are_measured_in_an_engine_with_kernels_and_calibrated_by_a_folder(tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
-    for seed in range(2):
-        save_image(street_scene(40, 56, seed), tmp_path / f"{seed}.png")
-    found = bench(
-        trunk(), fractions=[0.5], size=SIZE, rounds=1, dtype="int8", calibration=str(tmp_path), threads=1
-    )
-    assert found.setting.runtime == "onnx-kernels" and "onnxruntime" in found.setting.versions
-    (network,) = found.networks
-    assert all(side.milliseconds > 0 for side in (network.high, network.low, *network.rows))
-
-
-@pytest.mark.slow
-def test_the_dense_networks_are_timed_in_other_engines_too() -> None:
-    pytest.importorskip("onnxruntime")
-    found = bench(trunk(), fractions=[0.5], size=SIZE, rounds=1, against="onnxruntime")
-    (network,), (entry,) = found.networks, found.to_dict()["networks"]
-    named = [(side["engine"], side["dtype"], side["dense"]) for side in entry["sides"]]
-    twins = ("dense high", "dense low")
-    assert named == [("ONNX Runtime", dtype, twin) for dtype in ("float32", "int8") for twin in twins]
-    assert all(side.milliseconds > 0 for side in network.sides)
-    assert [side.macs for side in network.sides] == [network.high.macs, network.low.macs] * 2
-    assert "dense low, ONNX Runtime, int8" in printed(found)
-
-
 @pytest.mark.parametrize("level", [slow(0), 2])
 def test_a_dense_twin_for_engines_is_written_as_anyone_would(level: int) -> None:
     model, image = Gated().eval(), torch.randn(1, 3, *SIZE)
@@ -382,46 +290,6 @@ def test_a_dense_twin_for_engines_is_written_as_anyone_would(level: int) -> None
     assert all(order == sorted(order) for order in orders)
     with torch.no_grad():
         assert_same(program.module()(image), net(image, mask="none" if level else "all"), 1e-5)
-
-
-@pytest.mark.parametrize(
-    ("mode", "size"),
-    covering([slow("bilinear"), "bicubic"], [slow({"size": (37, 61)}), {"scale_factor": 2.5}]),
-)
-def test_a_dense_twin_for_engines_resizes_as_anyone_would(mode: str, size: dict[str, Any]) -> None:
-    class Resized(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.trunk = trunk()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.interpolate(self.trunk(x), mode=mode, **size)
-
-    image = torch.randn(1, 3, *SIZE)
-    net = cs.adaptify(Resized().eval(), output_stride=(2, 4), verify_laws=False)
-    program = dense_program(net, 0, image)
-    used = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    resized = getattr(torch.ops.aten, f"upsample_{mode}2d")
-    assert resized.vec in used and resized.default not in used
-    with torch.no_grad():
-        assert_same(program.module()(image), net(image, mask="all"), 1e-5)
-
-
-@pytest.mark.slow
-def test_a_file_that_differs_is_not_measured(tmp_path: Path) -> None:
-    class Wrong(Engine):
-        package = "onnxruntime"
-        format = "onnx"
-
-        def __init__(self, path: Path, threads: int = 0) -> None: ...
-
-        def __call__(self, *inputs: Tensor) -> list[Tensor]:
-            return [torch.zeros(1, 4, 8, 12)]
-
-    pytest.importorskip("onnxscript")
-    image, net = torch.randn(1, 3, *SIZE), cs.adaptify(trunk(), verify_laws=False)
-    with pytest.raises(cs.CannotConvert, match="differs from the network"):
-        write_dense(net, 0, image, tmp_path / "net.onnx", Wrong)
 
 
 def test_an_engine_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,68 +313,22 @@ def test_a_network_of_ones_own_is_measured_as_it_is_and_left_alone() -> None:
     assert torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize("mask", some(["edges", "random:seed=1", torch.zeros(8, 12, dtype=torch.long)]))
-def test_bfloat16_any_batch_stride_and_patch(mask: object) -> None:
-    report = bench(
-        trunk(),
-        mask,
-        [0.5],
-        size=SIZE,
-        batch=3,
-        output_stride=(8, 16),
-        patch="block",
-        fill=["linear"],
-        dtype="bfloat16",
-        rounds=1,
-    )
-    assert report.setting.dtype == "bfloat16" and report.setting.image == (3, 3, *SIZE)
-    assert report.setting.mask.startswith(
-        str(mask).partition(":")[0] if isinstance(mask, str) else "a tensor | "
-    )
-    assert report.networks[0].output_stride == (8, 16) and report.networks[0].rows[0].active_fraction == 0.5
-
-
-def test_a_setting_names_what_a_table_was_made_with() -> None:
-    told = provenance.setting(torch.device("cpu"))
-    assert told.startswith(provenance.device_in_words(torch.device("cpu")))
-    assert f"{torch.get_num_threads()} threads" in told and "\n" not in told
-    assert all(f"{name} {number}" in told for name, number in provenance.versions().items())
-    assert f"commit {provenance.commit()[:7]}" in told or not provenance.commit()
-
-
 # -- refusals ------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[dict[str, Any], type[cs.CadError], str, str]] = [
     ({"networks": []}, cs.InvalidInput, "no network", "resnet50"),
-    ({"fill": []}, cs.InvalidInput, "no fill", "nearest"),
-    ({"fill": ["cubic"]}, cs.InvalidInput, "cubic", "linear"),
-    ({"fractions": []}, cs.InvalidInput, "none", "0 to 1"),
     ({"fractions": [0.5, 1.5]}, cs.InvalidInput, "1.5", "0 to 1"),
-    ({"fractions": [float("nan")]}, cs.InvalidInput, "nan", "0 to 1"),
     ({"dtype": "float23"}, cs.UnknownName, "float23", "float32"),
-    ({"runtime": "tflite"}, cs.UnknownName, "tflite", "openvino"),
     ({"runtime": "onnx", "dtype": "bfloat16"}, cs.InvalidInput, "dtype=bfloat16", "in torch"),
     ({"processor_time": True, "threads": 2}, cs.InvalidInput, "2 threads", "threads=1"),
-    ({"against": "tensorrt"}, cs.UnknownName, "tensorrt", "openvino"),
     ({"calibration": "photos"}, cs.InvalidInput, "calibrate", "int8"),
     ({"runtime": "openvino", "mask": "edges | smooth"}, cs.InvalidInput, "smooth", "level_map"),
     ({"smaller": 1.5}, cs.InvalidInput, "smaller=1.5", "0.7"),
-    ({"memory": "much"}, cs.InvalidInput, "no amount of memory", "GiB"),
     ({"memory": "1GiB", "runtime": "openvino"}, cs.InvalidInput, "memory=1GiB", "leave it out"),
-    ({"memory": "1KiB"}, cs.InvalidInput, "too little", "at least"),
-    ({"device": "abacus"}, cs.InvalidInput, "abacus", "cpu"),
-    ({"mask": "edgs"}, cs.UnknownName, "edgs", "edges"),
-    ({"networks": "resnt18"}, cs.UnknownName, "resnt18", "resnet18"),
     ({"networks": ["resnet18", "resnt18"]}, cs.UnknownName, "resnt18", "resnet18"),
-    ({"networks": nn.Conv2d(3, 4, 3)}, cs.CannotConvert, "Conv2d", ""),
     ({"size": (0, 96)}, cs.InvalidInput, "size=0x96", "at least 1"),
-    ({"batch": 0}, cs.InvalidInput, "batch=0", "at least 1"),
-    ({"rounds": 0}, cs.InvalidInput, "rounds=0", "at least 1"),
-    ({"threads": -1}, cs.InvalidInput, "threads=-1", "at least 1"),
     ({"size": (1, 1)}, cs.InvalidInput, "same work", "larger size"),
-    ({"output_stride": (3, 5)}, cs.InvalidInput, "5", "(8, 32)"),
     ({"picture": Path("no/bench.png")}, cs.FileError, "no folder", "--picture"),
-    ({"output": Path("no/rows.jsonl")}, cs.FileError, "no folder", "--output"),
 ]
 
 

@@ -10,25 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import drawn
 import pytest
 import torch
 from conftest import TESTS, Run, images, printed, random_levels, slow
-from networks import Undecided, street_segmenter
+from networks import street_segmenter
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.convnext import CNBlock
 
 import cadsurgery as cs
 from cadsurgery.data import SegmentationData
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source, source_of
-from cadsurgery.masks import resolve_mask
 from cadsurgery.network.macs import layer_work
 from cadsurgery.tasks import measuring
 from cadsurgery.tasks.evaluation import EvaluationReport
-from cadsurgery.tasks.open import weights_in_words
 
 DATA = "scene:5,height=48,width=80"
 EDGES, GRADED = "edges:threshold=0.15,dilation=3", "edges:threshold=0.95/0.1,dilation=3/9"
@@ -81,7 +77,7 @@ def test_every_mask_stands_at_every_pair_between_its_dense_networks(report: Eval
     assert report.images == 5 and report.processes == 1 and report.model == "StreetSegmenter"
 
 
-@pytest.mark.parametrize("mask", [slow("all"), slow(EDGES), GRADED, slow("none")])
+@pytest.mark.parametrize("mask", [slow(EDGES), GRADED])
 def test_figures_are_those_of_the_network_run_image_by_image(report: EvaluationReport, mask: str) -> None:
     model, data = street_segmenter(), cs.open_data(DATA, "test")
     net = cs.adaptify(model, mask, output_stride=(8, 32))
@@ -108,27 +104,6 @@ def test_figures_are_those_of_the_network_run_image_by_image(report: EvaluationR
     assert row.macs == counted / 5 and row.macs_of_high == counted / high
     assert row.region_of_high == region / region_high
     assert row.active_fraction == pytest.approx(sum(active) / 5)
-
-
-@pytest.mark.slow
-def test_batches_and_dictionaries_change_nothing(report: EvaluationReport) -> None:
-    options: dict[str, Any] = {"output_stride": [(8, 32), (4, 32)], "rounds": 0}
-    together = cs.evaluate(street_segmenter(as_dictionary=True), DATA, [EDGES, GRADED], batch=2, **options)
-    for one, other in zip(report.rows, together.rows, strict=True):
-        assert one.miou == pytest.approx(other.miou, abs=2e-3)
-        assert (one.macs, one.macs_of_high, one.region_of_high) == (
-            other.macs,
-            other.macs_of_high,
-            other.region_of_high,
-        )
-        assert one.active_fraction == other.active_fraction and other.milliseconds is None
-
-
-def test_limit_takes_the_first_images_and_data_can_be_given_open() -> None:
-    data = cs.open_data("scene:2,height=48,width=80", "test")
-    options: dict[str, Any] = {"output_stride": [(8, 32)], "rounds": 0}
-    limited = cs.evaluate(street_segmenter(), DATA, [EDGES], limit=2, **options)
-    assert figures(limited) == figures(cs.evaluate(street_segmenter(), data, [EDGES], **options))
 
 
 def test_a_converted_network_brings_its_mask_and_strides_and_is_left_as_it_was() -> None:
@@ -193,25 +168,6 @@ def test_work_by_elements_gives_the_macs_of_any_mask(name: str) -> None:
         assert {layer.layer: layer.mask for layer in counted.layers} == {n: c for n, c in found.items() if c}
 
 
-def test_weights_that_may_have_been_trained_are_not_said_to_be_as_they_were_made() -> None:
-    """How a network was built by name says nothing of its weights any more once a user has had it."""
-    model = cs.build_model("resnet18", "none")
-    assert weights_in_words(model, model.cad_source) == "weights as they were given"
-    assert weights_in_words("resnet18", model.cad_source) == "weights are random (asked for)"
-    assert weights_in_words("a.safetensors", model.cad_source) == (
-        "weights in a.safetensors, at first random (asked for)"
-    )
-
-
-def test_a_network_converted_in_part_is_evaluated_too() -> None:
-    report = cs.evaluate(
-        Undecided(street_segmenter()), DATA, [EDGES], output_stride=[(8, 32)], limit=2, rounds=0
-    )
-    whole = cs.evaluate(street_segmenter(), DATA, [EDGES], output_stride=[(8, 32)], limit=2, rounds=0)
-    assert [row.macs for row in report.rows] == [row.macs for row in whole.rows]
-    assert report.rows[1].active_fraction > 0
-
-
 # -- refusals ------------------------------------------------------------------------------------------
 
 
@@ -226,13 +182,6 @@ def test_impossible_numbers_are_refused(options: dict[str, int]) -> None:
         cs.evaluate(street_segmenter(), DATA, **options)
 
 
-def test_errors_come_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(cs.UnknownName, match="edges"):
-        cs.evaluate("no such network", DATA, ["edgs"])
-    with pytest.raises(cs.FileError, match="--picture"):
-        cs.evaluate("no such network", DATA, picture=tmp_path / "no" / "plot.png")
-
-
 def test_a_pair_of_output_strides_is_a_list_of_one() -> None:
     alone = cs.evaluate(street_segmenter(), DATA, [EDGES], output_stride=(8, 16), limit=1, rounds=0)
     listed = cs.evaluate(street_segmenter(), DATA, [EDGES], output_stride=[(8, 16)], limit=1, rounds=0)
@@ -241,7 +190,7 @@ def test_a_pair_of_output_strides_is_a_list_of_one() -> None:
     ]
 
 
-@pytest.mark.parametrize("strides", [(4, 8, 16), ["8,16"], [(8, 16, 32)]])
+@pytest.mark.parametrize("strides", [(4, 8, 16), ["8,16"]])
 def test_what_is_no_pair_of_output_strides_is_refused(strides: Any) -> None:
     with pytest.raises(cs.InvalidInput, match="neither a pair"):
         cs.evaluate(street_segmenter(), DATA, [EDGES], output_stride=strides)
@@ -262,11 +211,6 @@ def test_unreadable_images_are_reported_and_the_others_done(folder: Path) -> Non
     assert failure["image"].endswith("b.png") and failure["error"] == "FileError" and failure["next"]
 
 
-def test_when_no_image_can_be_used_the_first_error_is_raised(folder: Path) -> None:
-    with pytest.raises(cs.InvalidInput, match=r"a\.png has label"):
-        cs.evaluate(street_segmenter(), f"folder:{folder},classes=2", rounds=0)
-
-
 # -- statistics of images ------------------------------------------------------------------------------
 
 
@@ -285,19 +229,11 @@ def test_a_network_of_ones_own_says_what_images_it_expects(
 # -- command line and several processes ----------------------------------------------------------------
 
 
+EVAL = ("eval", "networks:street_segmenter", "--data", DATA, "--mask", EDGES)
+
+
 def test_the_command_prints_and_writes(command_line: Run, tmp_path: Path) -> None:
-    arguments = [
-        "eval",
-        "networks:street_segmenter",
-        "--data",
-        DATA,
-        "--mask",
-        EDGES,
-        "--mask",
-        "all",
-        "--limit",
-        2,
-    ]
+    arguments = [*EVAL, "--mask", "all", "--limit", 2]
     pairs = ["--output-stride", "8,32", "--output-stride", "4,32"]
     done = command_line(
         *arguments, *pairs, "--rounds", 1, "--output", "results.json", "--picture", "plot.png", "--json"
@@ -317,46 +253,10 @@ def test_the_command_prints_and_writes(command_line: Run, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_converted_file_is_evaluated_as_it_is_or_at_other_strides(
-    command_line: Run, folder: Path, tmp_path: Path
-) -> None:
-    """And a broken image gives exit code 1."""
-    net = cs.adaptify(
-        cs.build_model("networks:street_segmenter"),
-        EDGES,
-        output_stride=(8, 32),
-        fill="nearest",
-        verify_laws=False,
-    )
-    cs.save(net, tmp_path / "net.safetensors")
-    data = ["--data", f"folder:{folder},classes=6", "--rounds", 0, "--json"]
-    done = command_line("eval", "net.safetensors", "--trust", *data)
-    found = json.loads(done.out)
-    assert done.code == 1 and found["images"] == 2 and len(found["failed"]) == 1
-    assert [row["mask"] for row in found["rows"]] == ["all", EDGES, "none"]
-    # Whatever they were when it was converted, that may be long ago.
-    assert found["weights"] == "weights in net.safetensors, at first as the function made them"
-    other = json.loads(
-        command_line("eval", "net.safetensors", "--trust", *data, "--output-stride", "8,32").out
-    )
-    assert other["rows"] == found["rows"]
-
-
-@pytest.mark.slow
 def test_two_processes_find_what_one_finds(command_line: Run, tmp_path: Path) -> None:
     """Evaluation over scenes; one process prints."""
     shutil.copy(TESTS / "networks.py", tmp_path)
-    arguments = [
-        "eval",
-        "networks:street_segmenter",
-        "--data",
-        DATA,
-        "--mask",
-        EDGES,
-        "--rounds",
-        0,
-        "--json",
-    ]
+    arguments = [*EVAL, "--rounds", 0, "--json"]
     alone = command_line(*arguments)
     together = command_line(*arguments, "--output", "two.json", "--workers", 2)
     assert together.code == 0, together.err
@@ -372,18 +272,6 @@ def test_two_processes_find_what_one_finds(command_line: Run, tmp_path: Path) ->
 # -- report --------------------------------------------------------------------------------------------
 
 
-def test_the_plot_joins_the_dense_networks_and_names_every_point(report: EvaluationReport) -> None:
-    figure = report.figure()
-    assert drawn.faults_of(figure) == []
-    axes = figure.axes[0]
-    line = axes.lines[0]
-    xs = list(line.get_xdata())
-    anchors = {(row.macs, 100 * row.miou) for row in report.rows if row.anchor}
-    assert xs == sorted(xs) and set(zip(xs, line.get_ydata(), strict=True)) <= anchors
-    named = {text.get_text() for text in axes.texts}
-    assert {"dense OS 4", "dense OS 8", "dense OS 32", f"{EDGES} 4->32"} <= named
-
-
 def test_the_report_is_json_and_says_when_weights_are_random(report: EvaluationReport) -> None:
     assert json.loads(json.dumps(report.to_dict()))["rows"][0]["iou"].keys() == set(report.rows[0].iou)
 
@@ -393,56 +281,6 @@ def test_the_report_is_json_and_says_when_weights_are_random(report: EvaluationR
 
 
 # -- labels and costs ----------------------------------------------------------------------------------
-
-
-def test_masks_are_labelled_as_typed_in_table_and_picture() -> None:
-    typed = ["edges", "detail | budget:fraction=0.2"]
-    report = cs.evaluate(street_segmenter(), "scene:1,height=48,width=80", typed, limit=1, rounds=1)
-    assert [row.typed for row in report.rows] == ["all", *typed, "none"]
-    assert report.rows[1].mask == resolve_mask("edges").spec() != "edges"  # the JSON has all options
-    table = printed(report)
-    assert "edges " in table and "threshold=" not in table and "none (as given)" in table
-    assert drawn.faults_of(report.figure()) == []
-    named = {text.get_text() for axis in report.figure().axes for text in axis.texts}
-    assert {f"{mask} 8->32" for mask in typed} <= named and not any("threshold" in name for name in named)
-
-
-@pytest.mark.parametrize(
-    ("stride", "fill", "label"),
-    [(8, "guided", "none 8->16, guided"), (8, "linear", "none 8->16, linear"), (16, "linear", "dense OS 16")],
-)
-def test_everything_low_is_called_dense_only_where_it_is(stride: int, fill: str, label: str) -> None:
-    """A head that reads the filled map is not the dense network's at the low output stride."""
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            layers = [nn.Conv2d(3 if at == 0 else 8, 8, 3, 2, 1) for at in range(3)]
-            layers.append(nn.Conv2d(8, 8, 3, stride // 8, 1))
-            dilation = 16 // stride
-            self.trunk = nn.Sequential(*layers, nn.Conv2d(8, 8, 3, 1, dilation, dilation))
-            self.head = nn.Conv2d(8, 6, 3, 1, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            scores = self.head(self.trunk(x))
-            return nn.functional.interpolate(scores, size=x.shape[2:], mode="bilinear", align_corners=False)
-
-    net = cs.adaptify(Net().eval(), output_stride=(8, 16), fill=fill, verify_laws=False)
-    report = cs.evaluate(net, "scene:1,height=48,width=80", ["edges"], limit=1, rounds=0)
-    assert report.rows[-1].label == label and report.rows[0].label == "dense OS 8"
-    assert report.rows[-1].is_given is (stride == 16) and report.rows[0].is_given is (stride == 8)
-
-
-@pytest.mark.slow
-def test_costs_of_an_evaluation_are_relative_to_the_network_given() -> None:
-    """Counted by torch; also where the network as given is none of the rows."""
-    model, data = street_segmenter(), cs.open_data("scene:2,height=48,width=80", "test")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(data[0][0][None])
-    given = counter.get_total_flops() // 2
-    report = cs.evaluate(model, data, ["edges"], output_stride=[(8, 32), (8, 16)], rounds=0)
-    assert [row.macs_of_given for row in report.rows] == [row.macs / given for row in report.rows]
-    assert [row.is_given for row in report.rows] == [False, False, True, False, False, False]
 
 
 class Lost:

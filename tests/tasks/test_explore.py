@@ -180,22 +180,6 @@ def test_networks_of_other_methods_are_refused(tmp_path: Path) -> None:
         open_subject(str(tmp_path / "exits.safetensors"), trust=True)
 
 
-class Host(nn.Module):
-    """It depends on values, and gives its backbone a larger image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = classifier()[:8]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.backbone(torch.cat([x, x], 3)) if x.isfinite().all() else x
-
-
-def test_networks_that_are_adaptive_in_part_are_refused() -> None:
-    with pytest.raises(cs.InvalidInput, match="only the part backbone is adaptive"):
-        open_subject("test_explore:Host")
-
-
 def test_without_gradio_the_command_that_installs_it_is_named(
     monkeypatch: pytest.MonkeyPatch, command_line: Any
 ) -> None:

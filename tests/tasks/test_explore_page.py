@@ -15,11 +15,7 @@ import pytest
 from PIL import Image
 
 from cadsurgery.data.images import street_scene
-from cadsurgery.support.errors import CadError
-from cadsurgery.support.progress import silent
-from cadsurgery.tasks import explore_page
-from cadsurgery.tasks.commands import ExploreOptions
-from cadsurgery.tasks.explore_page import HOST, launch, make_page, serve
+from cadsurgery.tasks.explore_page import HOST, launch, make_page
 from cadsurgery.tasks.explorer import open_subject
 
 pytestmark = pytest.mark.skipif(
@@ -63,32 +59,6 @@ def test_the_page_is_served_to_this_machine_alone(address: str) -> None:
     assert httpx.get(address, headers={"host": "example.org"}).status_code == 400
 
 
-def test_a_machine_without_a_free_port_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch(page: object) -> None:
-        raise OSError("Cannot find empty port in range: 7860-7959.")
-
-    monkeypatch.setattr(explore_page, "launch", launch)
-    with pytest.raises(CadError, match=r"(?s)7860-7959.*free a port"):
-        serve("networks:segmenter", ExploreOptions(weights="none"), silent)
-
-
-def test_one_computation_runs_at_a_time() -> None:
-    page = make_page(open_subject("networks:segmenter"))
-    (show,) = (one for one in page.fns.values() if one.api_name == "show")
-    assert show.concurrency_limit == 1
-
-
-def test_the_page_shows_what_was_found(address: str, photo: Path) -> None:
-    from gradio_client import handle_file
-
-    found = client(address).predict(handle_file(photo), *SHOW[1:], api_name="/show")
-    _, level_map, lattice, words, table, python, command = found
-    assert "active fraction" in words and "read_image(Path('a photo.png'))" in python
-    assert command.startswith("cadsurgery convert") and "edges:threshold=0.2" in command
-    assert [row[0] for row in table["data"]] == ["as given", "everything high", "edges:threshold=0.2"]
-    assert Image.open(level_map).size == Image.open(lattice).size == (101, 61)
-
-
 @pytest.mark.parametrize(
     ("name", "hint"), [("photo.png", "cannot be read as an image"), ("photo.txt", "Invalid file")]
 )
@@ -100,25 +70,6 @@ def test_what_is_no_image_is_refused_in_plain_words(
     (tmp_path / name).write_text("no image")
     with pytest.raises(Exception, match=hint):
         client(address).predict(handle_file(tmp_path / name), *SHOW[1:], api_name="/show")
-
-
-def test_an_error_of_the_user_has_no_traceback(
-    address: str, photo: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    from gradio_client import handle_file
-
-    for mask in ("edgs", "os:system"):
-        with pytest.raises(Exception, match=r"edgs|no mask named .*os"):
-            client(address).predict(handle_file(photo), "street 1", mask, *SHOW[3:], api_name="/show")
-    assert "Traceback" not in capfd.readouterr().err
-
-
-def test_a_large_upload_is_refused(address: str, tmp_path: Path) -> None:
-    from gradio_client import handle_file
-
-    (tmp_path / "large.png").write_bytes(bytes(33 * 2**20))
-    with pytest.raises(Exception, match=r"(?i)size"):
-        client(address).predict(handle_file(tmp_path / "large.png"), *SHOW[1:], api_name="/show")
 
 
 @pytest.mark.slow

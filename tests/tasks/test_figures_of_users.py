@@ -63,9 +63,3 @@ def test_what_is_no_picture_of_the_call_is_refused(wrong: Any, net: Any) -> None
         mask_figure(wrong, net.lattice, 4)
     with pytest.raises(cs.InvalidInput, match="image"):
         comparison_figure(wrong, [net.lattice], [""], 4)
-
-
-def test_a_level_has_the_same_colour_in_every_figure(net: Any) -> None:
-    shown = mask_figure(PICTURE, net.lattice, 4).axes[1].images[0].cmap.colors
-    legend = comparison_figure(PICTURE, [net.lattice], [""], 4).legends[0]
-    assert [*shown] == [patch.get_facecolor() for patch in legend.get_patches()] or len(shown) == 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TESTS, Run
+from conftest import Run
 from photos import Both, describer, save_some, scene
 from PIL import Image
 from torch import Tensor
@@ -95,23 +94,6 @@ def test_an_interrupted_extraction_goes_on_and_keeps_what_is_there(
         found, expected = read_features(Path(row["output"])), read_features(Path(other["output"]))
         assert torch.equal(found.descriptors, expected.descriptors)
         assert torch.equal(found.keypoints, expected.keypoints)
-
-
-@pytest.mark.slow
-def test_two_processes_extract_what_one_does(command_line: Run, folder: Path) -> None:
-    shutil.copy(TESTS / "photos.py", "photos.py")
-    found = {}
-    for processes, output in ((1, "one"), (2, "two")):
-        result = command_line(*EXTRACT, folder, "--output", output, "--json", "--workers", processes)
-        assert result.code != 0 and len(result.json["failed"]) == 1, result.err
-        found[output] = [
-            (row["image"], row["keypoints"], read_features(Path(row["output"])).descriptors)
-            for row in result.json["images"]
-        ]
-    assert len(found["one"]) == 3
-    for (image, count, descriptors), other in zip(found["one"], found["two"], strict=True):
-        assert (image, count) == other[:2]
-        torch.testing.assert_close(descriptors, other[2])
 
 
 def test_a_folder_of_features_made_otherwise_is_refused(
@@ -206,15 +188,7 @@ def test_a_network_with_its_own_score_map_detects_and_describes(command_line: Ru
 
 
 def test_the_networks_own_detector_names_the_mask_that_goes_with_it(command_line: Run, folder: Path) -> None:
-    arguments = (
-        "keypoints",
-        "extract",
-        "photos:Both",
-        folder / "first.png",
-        "--output-stride",
-        "1,4",
-        "--json",
-    )
+    arguments = (*EXTRACT[:2], "photos:Both", folder / "first.png", "--output-stride", "1,4", "--json")
     refused = command_line(*arguments, "--detector", "own")
     assert refused.code == 1 and "keypoints:detector=own" in refused.json["next"]
     taken = command_line(*arguments, "--detector", "own", "--mask", "keypoints:detector=own")
@@ -258,12 +232,8 @@ def test_two_photos_are_matched_by_what_extract_wrote(command_line: Run, tmp_pat
     ("arguments", "said"),
     [
         (("--detector", "surf"), "sift"),
-        (("--detector", "photos:none"), "photos"),
         (("--detector", "own", "--mask", "all"), "score map"),
         (("--form", "txt"), "npz"),
-        (("--set", "reach=far"), "receptive"),
-        (("--set", "align=left"), "corners"),
-        (("--mask", "keypoint"), "keypoints"),
         (("--set", "output_name=x"), "output"),
         (("--set", "multiple=500"), "multiple"),
     ],

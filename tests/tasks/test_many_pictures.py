@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import multiprocessing
@@ -184,17 +183,6 @@ def test_standard_input_without_pictures_is_refused(
             predict(file, ["-"], tmp_path / told)
 
 
-def test_predictions_within_the_folder_of_pictures_are_no_pictures(
-    file: Path, different: Path, tmp_path: Path
-) -> None:
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    os.link(different / "0.png", photos / "0.png")
-    for _ in range(2):
-        assert predict(file, [photos], photos / "out", resume=True).failed == ()
-    assert [path.name for path in (photos / "out").glob("**/*.png")] == ["0.png"]
-
-
 # -- workers -------------------------------------------------------------------------------------------
 
 
@@ -222,19 +210,6 @@ def test_a_picture_that_ends_its_process_is_a_failure_and_its_neighbours_are_don
     answers = dict(share(items, Fatal(str(file), trust=True).predicting, 1, predictor.lost, size=16))
     assert {at for at, row in answers.items() if "output" not in row} == {2}
     assert "ended at this image" in answers[2]["what"] and len(answers) == 8
-
-
-@pytest.mark.slow
-def test_workers_that_cannot_open_the_network_end_the_run(tmp_path: Path) -> None:
-    with pytest.raises(cs.FileError, match=r"no file .*missing\.safetensors"):
-        list(
-            share(
-                iter([Item(0, "a.png")]),
-                PredictionSettings(str(tmp_path / "missing.safetensors")).predicting,
-                1,
-                predictor.lost,
-            )
-        )
 
 
 @pytest.mark.parametrize(("options", "told"), [({"mask": "edges | smooth"}, "a mask with smooth")])
@@ -349,32 +324,3 @@ def test_an_address_with_options_is_refused_without_repeating_them(
     with pytest.raises(cs.FileError, match="AWS_ENDPOINT_URL") as refusal:
         predict(file, images, output)
     assert "hidden" not in str(refusal.value)
-
-
-@pytest.mark.slow
-def test_a_table_of_pictures_becomes_a_table_of_predictions(
-    file: Path, different: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'cadsurgery[scale]'")
-    from pyarrow import parquet, table
-
-    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
-    names = ["0.png", "1.png", f"{DAMAGED}.png"]
-    files = [(different / name).read_bytes() for name in names]
-    parquet.write_table(table({"bytes": files, "name": names}), tmp_path / "photos.parquet")
-    run_again = functools.partial(predict, file, [tmp_path / "photos.parquet"], tmp_path / "out", ray="local")
-    try:
-        report = run_again(workers=1)
-        with pytest.raises(cs.InvalidInput, match="out is there already"):
-            run_again()
-    finally:
-        ray.shutdown()
-    assert report.counts == (2, 1)
-    rows = parquet.read_table(tmp_path / "out").to_pylist()
-    for row in rows:
-        assert row["prediction"] == expected.get(row["name"]) and (row["error"] is None) == (
-            row["name"] in expected
-        )
-    assert sorted(row["name"] for row in rows) == sorted(names)
-    with pytest.raises(cs.InvalidInput, match="--resume for Parquet"):
-        run_again(resume=True)

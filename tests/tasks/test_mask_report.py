@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from conftest import printed, slow, some
+from conftest import printed, slow
 from networks import Segmenter, segmenter
 from torch import Tensor, nn
 
@@ -22,7 +21,6 @@ from cadsurgery.network.model import pictures_for
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks import mask_report
 from cadsurgery.tasks.commands import MaskOptions
-from cadsurgery.tasks.figures import draw_lattice
 from cadsurgery.tasks.mask_report import MaskReport, draw_masks
 from cadsurgery.tasks.measuring import Quality
 from cadsurgery.tasks.open import example_image
@@ -132,20 +130,3 @@ def test_random_weights_are_said_to_tell_nothing(tmp_path: Path, monkeypatch: py
     assert any(
         "weights are random" in note for note in drawn(tmp_path, "none", model="networks:segmenter").notes
     )
-
-
-def test_one_mask_alone_is_drawn_without_running_all_of_this(tmp_path: Path) -> None:
-    report = drawn(tmp_path, "edges", model="networks:segmenter", compare=False)
-    assert "macs" not in report.rows[0].values and "notes" not in report.to_dict()
-
-
-@pytest.mark.parametrize("grey", some([0.0, 0.2, 0.49, 0.51, 0.7, 1.0]))
-def test_cells_are_seen_on_dark_and_on_bright_images(grey: float) -> None:
-    net = cs.adaptify(segmenter().eval(), "random:fraction=0.4,seed=0", verify_laws=False)
-    net(torch.rand(1, 3, 65, 97))
-    pixels = np.full((65, 97, 3), grey)
-    drawn = draw_lattice(pixels, net.lattice, net.plan.output_stride[0])
-    lines = (drawn != pixels).any(2)
-    assert lines[0].all() and lines[:, 0].all() and not lines.all()
-    contrast = abs(drawn[lines].mean(1) - grey)
-    assert contrast.min() > 0.1 and abs(drawn[lines] - grey).max(1).min() > 0.25

@@ -12,7 +12,7 @@ import torch
 from conftest import Run
 from networks import street_segmenter
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import cadsurgery as cs
 from cadsurgery.finetune.validation import evaluate as validate
@@ -123,20 +123,3 @@ def test_a_picture_that_the_first_side_refuses_is_an_error_and_the_others_are_me
     other = [Side("one", lambda x: x), Side("another", refuse)]
     with pytest.raises(RuntimeError, match="must match"):
         list(measure(other, batches, lambda: [Quality()]))
-
-
-def test_validation_of_several_predictions_keeps_the_share_of_the_network() -> None:
-    """As of a network with an auxiliary head: the last one is its own, the others are named as exits."""
-
-    class WithAuxiliary(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.head = street_segmenter(), nn.Conv2d(6, 6, 1)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            y = self.net(x)
-            return self.head(y), y
-
-    net = cs.adaptify(WithAuxiliary().eval(), "all", verify_laws=False)
-    found = validate(net, cs.open_data("scene:2,height=48,width=80", "test"))
-    assert found["active_fraction"] == 1 and 0 <= found["miou_exit_1"] <= 1 and found["miou_error"] >= 0

@@ -10,20 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, assert_same, some
+from conftest import Run, some
 from networks import Segmenter, made_once
 from PIL import Image
 from torch import Tensor, nn
-from training import SIZE, Scenes, adaptive
+from training import SIZE, adaptive
 
 import cadsurgery as cs
 from cadsurgery.data import IGNORED, SegmentationData
 from cadsurgery.data.datasets import identity_table
 from cadsurgery.data.images import street_scene
-from cadsurgery.finetune import Settings, calibrate, evaluate, fit
-from cadsurgery.finetune.objectives import copy_dense
+from cadsurgery.finetune import Settings, evaluate, fit
 from cadsurgery.tasks.measuring import Quality
-from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 
 MASK = "edges:threshold=0.2,dilation=3"
 STRIDES: dict[str, Any] = {"output_stride": [(4, 16)], "rounds": 0}
@@ -73,11 +71,6 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def broken(folder: Path) -> Path:
-    (folder / "1a.jpg").write_bytes(b"broken")
-    return folder
-
-
 # -- data ----------------------------------------------------------------------------------------------
 
 
@@ -87,13 +80,6 @@ def test_a_folder_of_photos_has_no_classes_and_ignores_every_pixel(photos: Path)
     image, labels = data[1]
     assert image.shape == (3, 37, 70) and labels.shape == (37, 70) and (labels == IGNORED).all()
     assert labels.dtype == torch.int64 and 0 <= image.min() < image.max() <= 1
-
-
-def test_photos_for_validation_are_none_of_those_for_training(photos: Path) -> None:
-    for number in range(20):
-        Image.new("RGB", (8, 8)).save(photos / f"more{number:02}.png")
-    parts = [set(cs.open_data(f"images:{photos}", split).names) for split in ("train", "val", "all")]
-    assert not parts[0] & parts[1] and parts[0] | parts[1] == parts[2] and len(parts[1]) == 3
 
 
 def test_folders_named_as_splits_are_splits_and_labels_beside_images_are_left_alone(tmp_path: Path) -> None:
@@ -140,15 +126,6 @@ def test_fidelity_is_accuracy_where_the_dense_prediction_stands_for_labels(photo
     assert 0 < mask.divergence < low.divergence and mask.pixel_accuracy < 1
 
 
-@pytest.mark.slow
-def test_each_pair_of_strides_is_compared_with_its_own_dense_network(photos: Path) -> None:
-    data = cs.open_data(f"images:{photos}", "test").first(2)
-    both = cs.evaluate(segmenter(), data, [], output_stride=[(8, 16), (4, 16)], rounds=0).rows
-    alone = cs.evaluate(segmenter(), data, [], batch=2, **STRIDES).rows
-    assert [row.divergence for row in both[3:]] == pytest.approx([row.divergence for row in alone], abs=1e-6)
-    assert both[2].divergence != pytest.approx(both[5].divergence, rel=0.05)
-
-
 def test_maps_that_are_no_classes_have_a_relative_error(photos: Path) -> None:
     report = cs.evaluate(segmenter(Describer), f"images:{photos}", [MASK], **STRIDES)
     assert report.fidelity == "values"
@@ -179,64 +156,12 @@ def test_an_image_that_the_network_does_not_take_costs_itself(photos: Path) -> N
         cs.evaluate(segmenter(Particular), f"images:{photos}", [MASK], **STRIDES)
 
 
-def test_pooled_outputs_agree_or_not_for_each_image(photos: Path) -> None:
-    model = nn.Sequential(segmenter().backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 400))
-    report = cs.evaluate(model.eval(), f"images:{photos}", [MASK], **STRIDES)
-    assert report.rows[0].pixel_accuracy == 1 and report.rows[0].miou is None
-    assert {3 * row.pixel_accuracy % 1 for row in report.rows} == {0} and report.rows[2].divergence > 0
-
-
-@pytest.mark.parametrize("kind", ["classes", "values"])
-def test_parts_merge_to_the_whole_in_any_order(kind: Any) -> None:
-    outputs, targets = torch.randn(2, 5, 3, 20, 30).unbind()
-    whole = Quality(kind)
-    whole.update(outputs, targets, (20, 30))
-    merged = Quality()
-    for place in (3, 0, 4, 1, 2):
-        part = Quality(kind)
-        part.update(outputs[place : place + 1], targets[place : place + 1], (20, 30))
-        merged.merge(part)
-    merged.merge(Quality())
-    assert merged.compute() == whole.compute() and len(merged.pictures) == 5
-
-
-def test_class_255_is_a_class_like_the_others() -> None:
-    scores = torch.zeros(1, 300, 4, 4)
-    scores[:, 255] = 1.0
-    metrics = Quality("classes")
-    metrics.update(scores, scores, (8, 8))
-    assert metrics.compute()["miou"] == 1 and isinstance(metrics.classes, SegmentationMetrics)
-
-
 def test_kinds_do_not_mix() -> None:
     one, other = Quality("classes"), Quality("values")
     for metrics in (one, other):
         metrics.update(torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4), (4, 4))
     with pytest.raises(cs.InvalidInput, match="kind=values"):
         one.merge(other)
-
-
-def test_a_mask_that_asks_for_labels_is_refused(photos: Path) -> None:
-    with pytest.raises(cs.CadError, match="labels"):
-        cs.evaluate(segmenter(), f"images:{photos}", ["trimap:width=9"], **STRIDES)
-    with pytest.raises(cs.UnknownName, match="classes"):
-        cs.evaluate(segmenter(), f"images:{photos}", kind="clases")
-
-
-@pytest.mark.slow
-def test_the_command_judges_masks_on_photos(
-    photos: Path, tmp_path: Path, command_line: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of any size; a broken one costs itself and the exit code."""
-    told = ["eval", "networks:Segmenter", "--data", f"images:{photos}", "--output-stride", "4,16"]
-    done = command_line(*told, "--mask", MASK, "--rounds", 1, "--picture", "plot.png")
-    assert done.code == 0, done.err
-    assert "agreement" in done.out and "dense network" in done.out and (tmp_path / "plot.png").is_file()
-    broken(photos)
-    done = command_line(*told, "--rounds", 0, "--json", "--set", "kind=values")
-    found = json.loads(done.out)
-    assert done.code == 1 and found["images"] == 3 and len(found["failed"]) == 1
-    assert found["fidelity"] == "values" and found["rows"][2]["relative_error"] > 0
 
 
 # -- training ------------------------------------------------------------------------------------------
@@ -278,55 +203,11 @@ def test_a_network_learns_from_itself(tmp_path: Path, photos: Path, source: str,
     assert "classifier.1.weight" in changed
 
 
-@pytest.mark.slow
-def test_training_brings_the_network_nearer_to_what_it_was(tmp_path: Path) -> None:
-    settings = replace(QUICK, steps=40, lr=0.02)
-    outcome = fit(converted("none"), Alone(), settings, output=tmp_path, validation=Alone(), device="cpu")
-    assert outcome.after["divergence"] < 0.7 * outcome.before["divergence"]
-
-
-def test_validation_compares_with_the_network_as_it_was_whoever_is_the_teacher(tmp_path: Path) -> None:
-    """A network that changes as a whole does not become faithful to itself."""
-    settings = replace(QUICK, objective="divergence", objective_options={"teacher": "self"})
-    net = converted("none")
-    outcome = fit(net, Alone(), settings, output=tmp_path, validation=Alone(), device="cpu")
-    expected = evaluate(net, Alone(), converted())["divergence"]
-    assert outcome.after["divergence"] == pytest.approx(expected, rel=1e-4)
-    assert evaluate(net, Alone())["divergence"] != pytest.approx(expected, rel=1e-2)
-
-
-def test_a_copy_of_the_network_as_it_was_is_the_teacher_and_the_reference(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copies = []
-
-    def note(net: nn.Module) -> Any:
-        copies.append(copy_dense(net))
-        return copies[-1]
-
-    monkeypatch.setattr("cadsurgery.finetune.objectives.copy_dense", note)
-    monkeypatch.setattr("cadsurgery.finetune.loop.copy_dense", note)
-    image, net = street_scene(*SIZE)[None], converted("none")
-    before = net(image, mask="all")
-    options: dict[str, Any] = {"validation": Alone(), "device": "cpu"}
-    outcome = fit(net, Alone(), replace(QUICK, steps=20), output=tmp_path, **options)
-    assert outcome.after["divergence"] < outcome.before["divergence"]
-    assert not torch.equal(net(image, mask="all"), before)
-    (copy,) = copies
-    assert_same(copy.eval()(image, mask="all"), before)
-
-
 def test_maps_that_are_no_classes_are_trained_by_their_relative_error(tmp_path: Path) -> None:
     net, settings = converted("none", Describer), replace(QUICK, steps=20, lr=0.01)
     outcome = fit(net, Alone(), settings, output=tmp_path, validation=Alone(), device="cpu")
     assert outcome.after["relative_error"] < outcome.before["relative_error"]
     assert outcome.best is not None and outcome.best <= outcome.after["relative_error"]
-
-
-def test_labels_and_the_dense_network_can_both_be_learned_from(tmp_path: Path) -> None:
-    settings = replace(QUICK, steps=2, objective="divergence", objective_options={"supervision": 1.0})
-    fit(adaptive(), Scenes(), settings, output=tmp_path, device="cpu")
-    assert "entropy,divergence" in (tmp_path / "log.csv").read_text()
 
 
 @pytest.mark.parametrize(
@@ -349,11 +230,6 @@ def test_what_cannot_be_learned_without_labels_is_refused(
 def test_a_dense_network_cannot_be_measured_without_labels() -> None:
     with pytest.raises(cs.InvalidInput, match="without labels"):
         evaluate(segmenter(), Alone())
-
-
-def test_a_learned_mask_is_calibrated_by_photos() -> None:
-    net = adaptive("learned:fraction=0.3")
-    assert calibrate(net, Alone()) == pytest.approx(0.3, abs=0.1)
 
 
 def test_the_command_trains_on_a_folder_of_photos(

@@ -13,19 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run, assert_same, covering
-from networks import DilatedWithHead, Segmenter, seeded, segmenter
+from conftest import Run
+from networks import Segmenter, seeded
 from torch import Tensor, nn
 from torchvision.io import write_png
 from training import Scenes
 
 import cadsurgery as cs
-from cadsurgery.data import open_pictures
-from cadsurgery.data.networks import source_of
 from cadsurgery.kernels import isa
 from cadsurgery.methods.side import Side
-from cadsurgery.support import files
-from cadsurgery.tasks import measuring
 from cadsurgery.tasks.judging import FOUND, Estimate, Judgement, estimate, time_error
 from cadsurgery.tasks.measuring import (
     AGREEMENT,
@@ -38,15 +34,12 @@ from cadsurgery.tasks.measuring import (
 )
 from cadsurgery.tasks.recommend import Recommendation, recommend
 from cadsurgery.tasks.recommend import search as running
-from cadsurgery.tasks.recommend.calls import Calls
 from cadsurgery.tasks.recommend.choice import choose, is_beaten
 from cadsurgery.tasks.recommend.currency import expected_loss
-from cadsurgery.tasks.recommend.report import Requirement, SettingRow, _expected, change_in_words
+from cadsurgery.tasks.recommend.report import Requirement, SettingRow
 from cadsurgery.tasks.recommend.settings import Setting, find_candidates, in_turn
-from cadsurgery.tasks.sides.engine_sides import scaled_size
 
 pytestmark = pytest.mark.usefixtures("not_compiled")
-COMPILED = Calls._compiled  # before the fixture replaces it
 
 
 def scores(labels: Tensor, classes: int) -> Tensor:
@@ -152,7 +145,6 @@ def test_without_labels_the_expected_loss_keeps_enough_together_with_its_error()
     ("request_", "rows", "words"),
     [
         (Requirement(keep=0.99), [row(ADAPTIVE, 70, -0.003, time_error=0.3)], r"0\.70 \(±0\.30\)"),
-        (Requirement(at_most=80), [row(ADAPTIVE, 70, -0.003, time_error=0.3)], r"0\.70 \(±0\.30\)"),
         (Requirement(keep=0.99), [row(ADAPTIVE, 110, -0.003, time_error=0.3)], r"1\.10 \(±0\.30\)"),
         (
             Requirement(keep=0.99),
@@ -170,36 +162,6 @@ def test_times_that_err_or_contradict_the_work_do_not_decide(
     assert choice.reasons[0] == told and not choice.is_decided
     assert re.search(words, choice.reasons[1]) and choice.row.setting == GIVEN
     assert any("Stop other programs" in reason and "--output" in reason for reason in choice.reasons)
-
-
-@pytest.mark.parametrize(
-    ("other", "expected"),
-    [
-        (row(ADAPTIVE, 70, -0.003, time_error=0.01), ADAPTIVE),
-        (row(ADAPTIVE, 99, -0.003, time_error=0.02), GIVEN),  # as fast, whatever the error
-        (row(ADAPTIVE, 70, -0.2, time_error=0.9), GIVEN),  # its quality decides, not its time
-    ],
-)
-def test_times_decide_where_their_error_does_not_matter(other: SettingRow, expected: Setting) -> None:
-    choice = choose([row(GIVEN, 100, 0.0, 0.0), other], Requirement(keep=0.99), MIOU)
-    assert choice.is_decided and choice.row.setting == expected
-
-
-@pytest.mark.slow
-def test_an_undecided_report_recommends_nothing(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ticks = iter(range(10**6))
-
-    def busy(clock: object) -> float:  # the later a call, the slower the machine, and by much
-        return 1.3 ** (next(ticks) % 37)
-
-    monkeypatch.setattr(measuring, "now", busy)
-    report = run(photos, tmp_path / "run")
-    assert not report.is_decided and not report.to_dict()["is_decided"] and report.command == ""
-    told = ("The machine is too busy to decide.", "The times of these pictures do not decide.")
-    assert report.reasons[0] in told  # which one, follows from the number of calls
-    assert not any(report._mark(one) == "recommended" for one in report.rows)
 
 
 def test_the_error_of_times_is_that_of_pairs() -> None:
@@ -262,12 +224,6 @@ def test_settings_are_said_as_typed_and_their_code_compiles() -> None:
             assert ("with_kernels" in lines) == (exports and runtime.endswith("-kernels"))
 
 
-def test_pictures_are_scaled_to_the_networks_grid() -> None:
-    assert scaled_size((97, 130), 1.0, 16) == (97, 130)
-    height, width = scaled_size((97, 130), 0.5, 16)
-    assert height % 16 == width % 16 == 0 and abs(height - 48) <= 8 and abs(width - 65) <= 8
-
-
 def test_finer_maps_and_larger_pictures_are_tried_with_labels_alone() -> None:
     model, image = seeded(Segmenter, torch.float32), torch.rand(1, 3, 128, 160)
     without, with_labels = (
@@ -293,20 +249,6 @@ def test_floors_are_tried_on_the_networks_own_grid_unless_a_pair_is_asked_for() 
         assert not any(one.coarsest for one in settings)
 
 
-@pytest.mark.parametrize(("few", "options"), covering([False, True], [{}, {"output_stride": (2, 4)}]))
-def test_where_no_stride_can_be_removed_floors_are_tried(few: bool, options: dict[str, Any]) -> None:
-    model = torch.nn.Sequential(*(torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))).eval()
-    found = find_candidates(model, torch.rand(1, 3, 128, 160), options, has_labels=False, few=few)
-    assert found.refusal is None and any(one.coarsest == 32 for one in found.settings)
-
-
-def test_heads_are_not_tried_unless_they_are_asked_for() -> None:
-    """Less work, and less quality than a mask that keeps less high for the same."""
-    model, image = DilatedWithHead().eval(), torch.rand(1, 3, 96, 128)
-    settings = find_candidates(model, image, {}, has_labels=False).settings
-    assert not any("heads" in setting.command("net.py:build") for setting in settings)
-
-
 # -- a run ---------------------------------------------------------------------------------------------
 
 
@@ -325,100 +267,6 @@ def run(photos: Path | str, folder: Path, network: nn.Module | None = None, **op
         photos,
         **{"output": folder, **options, "options": {"output_stride": (8, 16), **options.get("options", {})}},
     )
-
-
-class Boxes(nn.Module):
-    """Rows (B, 6, N): boxes, in pixels, and classes of all positions of two grids."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
-        self.heads = nn.ModuleList([nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 1)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps = [y := self.one(x).relu(), self.two(y).relu()]
-        rows = [head(each).flatten(2) for head, each in zip(self.heads, maps, strict=True)]
-        return torch.cat([rows[0] * 2, rows[1] * 4], 2)
-
-
-def test_smaller_pictures_are_not_judged_by_rows_of_boxes(photos: Path, tmp_path: Path) -> None:
-    report = recommend(Boxes(), photos, limit=2, output=tmp_path / "run", minutes=0.2)
-    assert not [row for row in report.rows if row.setting.scale != 1]
-    assert any("is rows" in why for name, why in report.refused.items() if "times as large" in name)
-
-
-@pytest.mark.slow
-def test_on_pages_that_are_mostly_empty_floors_do_less_work(tmp_path: Path) -> None:
-    folder, page = tmp_path / "pages", torch.full((3, 128, 160), 230, dtype=torch.uint8)
-    folder.mkdir()
-    page[:, 40:56:4, 40:60] = 20
-    for place in range(3):
-        write_png(page.roll(8 * place, 2), str(folder / f"{place}.png"))
-    network = seeded(Segmenter, torch.float32)
-    report = recommend(network, folder, output=tmp_path / "run")
-    row = next(one for one in report.rows if one.setting.name == "content, coarsest 32")
-    assert row.macs is not None and report.rows[0].macs is not None and row.macs < 0.8 * report.rows[0].macs
-    x = torch.rand(1, 3, 128, 160)
-    scope = {"model": network, "x": x}
-    exec("\n".join(row.setting.lines()), scope)
-    assert scope["y"].shape == network(x).shape
-
-
-@pytest.mark.slow
-def test_few_pictures_are_timed_several_times_and_the_best_time_counts(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three pictures are timed four times each, here by a clock that makes every call longer than the one before."""
-    ticks, asked = iter(1.01**at for at in range(10**6)), []
-
-    def clock(_: object) -> float:
-        asked.append(next(ticks))
-        return asked[-1]
-
-    monkeypatch.setattr(measuring, "now", clock)
-    report = run(photos, tmp_path / "run")
-    rows = (tmp_path / "run" / "manifest.jsonl").read_text().splitlines()
-    first = next(row["judged"] for row in map(json.loads, rows) if "judged" in row)
-    assert len(asked) == 2 * 4 * 3 * len(report.rows)
-    assert first[report.rows[0].name]["milliseconds"] == pytest.approx(1e3 * (asked[1] - asked[0]))
-
-
-@pytest.mark.slow
-def test_the_users_normalisation_is_that_of_the_pictures(tmp_path: Path) -> None:
-    folder, page = tmp_path / "pages", torch.full((3, 128, 160), 255, dtype=torch.uint8)
-    folder.mkdir()
-    page[:, 40:64, 40:64] = 0
-    write_png(page, str(folder / "page.png"))
-    seen: list[Tensor] = []
-    network = seeded(Segmenter, torch.float32)
-    network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
-    half = ((0.5,) * 3, (0.5,) * 3)
-    for options, least, most in (({"normalisation": half}, -1, 1), ({"normalisation": "raw"}, -2.2, 2.7)):
-        seen.clear()
-        options |= {"output_stride": (8, 16)}
-        recommend(network, folder, options=options, output=tmp_path / str(least))
-        assert seen[0].min() == pytest.approx(least, abs=0.1) and seen[0].max() == pytest.approx(
-            most, abs=0.1
-        )
-
-
-@pytest.mark.slow
-def test_the_network_by_torch_compile_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Uncompiled(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            raise NotImplementedError("nothing of this kind")
-
-    network = seeded(Segmenter, torch.float32)
-    calls = Calls(network, torch.rand(1, 3, 96, 128), {}, 32, "torch", "float32", [], tmp_path)
-    setting = Setting("compiled")
-    monkeypatch.setattr(Calls, "_compiled", COMPILED)
-    assert_same(calls.make(setting)(calls.image), network(calls.image), 1e-4)
-    with pytest.raises(cs.CannotConvert, match=r"torch\.compile: .*nothing of this kind"):
-        Calls(Uncompiled(), calls.image, {}, 32, "torch", "float32", [], tmp_path).make(setting)
-    x = torch.rand(1, 3, 96, 128)
-    scope: dict[str, Any] = {"model": network, "x": x}
-    exec("import torch\n" + "\n".join(setting.lines()), scope)
-    assert_same(scope["y"], network(x), 1e-4)
 
 
 def finder_of_dark() -> nn.Sequential:
@@ -465,42 +313,6 @@ def test_a_loss_of_fidelity_under_floors_is_expected_to_be_one_of_miou() -> None
         assert (choice.row is fast) == keeps_enough
 
 
-def test_three_photos_give_a_report_and_say_what_they_cannot_tell(photos: Path, tmp_path: Path) -> None:
-    report = run(photos, tmp_path / "run")
-    given = report.rows[0]
-    assert given.setting.kind == "given" and given.quality.value == 1 and report.images == 3
-    assert report.measure == FIDELITY and any(one.is_on_front for one in report.rows)
-    assert any("3 pictures: differences" in reason for reason in report.reasons)
-    # The work is that of the whole network as it was passed, not of a dense network that nobody has.
-    assert given.macs == cs.macs.dense_macs(seeded(Segmenter, torch.float32), torch.zeros(1, 3, 96, 128))
-    written = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert written["chosen"] == report.chosen.name and len(written["rows"]) == len(report.rows)
-    assert (tmp_path / "run" / "curve.png").is_file()
-
-
-@pytest.mark.slow
-def test_data_with_named_splits_is_its_val_part_unless_another_is_named(tmp_path: Path) -> None:
-    spec: Any = "scene:2,height=64,width=96"
-    for split, named in (("all", "scene 1000000"), ("test", "scene 2000000")):
-        data = open_pictures(spec, split)
-        assert data.names[0] == named and data.is_labelled
-    report = run(spec, tmp_path / "run", limit=1)
-    assert report.measure == MIOU and report.data.startswith("scene:2")
-
-
-class Clipped(Segmenter):
-    """Class scores without a negative value, as after a ReLU or softmax."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).relu()
-
-
-@pytest.mark.slow
-def test_labels_are_compared_with_classes_whatever_the_sign_of_the_scores(tmp_path: Path) -> None:
-    report = run("scene:2,height=64,width=96", tmp_path / "run", seeded(Clipped, torch.float32), limit=1)
-    assert report.measure == MIOU and all(row.balanced_fidelity is not None for row in report.rows)
-
-
 @pytest.mark.slow
 def test_an_interrupted_run_reports_and_goes_on(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -529,91 +341,12 @@ def test_an_interrupted_run_reports_and_goes_on(
         run(photos, tmp_path / "run")
 
 
-@pytest.mark.slow
-def test_a_run_that_is_interrupted_before_it_goes_on_reports_what_it_had(
-    photos: Path, tmp_path: Path
-) -> None:
-    def interrupt(text: str, *count: object) -> None:
-        if text.startswith("preparing"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):  # there is nothing to report yet
-        run(photos, tmp_path / "run", step=interrupt)
-    whole = run(photos, tmp_path / "run", limit=2)
-    again = run(photos, tmp_path / "run", limit=2, step=interrupt)
-    assert again.end == "interrupted" and [one.macs for one in again.rows] == [one.macs for one in whole.rows]
-
-
-@pytest.mark.slow
-def test_the_network_that_is_passed_stays_as_it_is(photos: Path, tmp_path: Path) -> None:
-    model = seeded(Segmenter, torch.float32).train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    recommend(model, photos, options={"output_stride": (8, 16)}, output=tmp_path / "run", limit=1)
-    assert model.training and all(
-        torch.equal(value, before[name]) for name, value in model.state_dict().items()
-    )
-    assert all(value.is_contiguous() for value in model.parameters())
-
-
 def test_another_precision_is_advised_where_the_processor_has_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isa, "used", lambda: "amx")
     assert "--precision bfloat16" in "".join(running._on_precision("float32"))
     assert not running._on_precision("bfloat16")
     monkeypatch.setattr(isa, "used", lambda: "avx512bf16")
     assert not running._on_precision("float32")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{"runtime": "onnx"}, {"precision": "int8"}, {"precision": "bfloat16"}])
-def test_settings_are_measured_in_an_engine_and_in_other_precisions(
-    options: dict[str, Any], photos: Path, tmp_path: Path
-) -> None:
-    report = run(photos, tmp_path / "run", limit=1, **options)
-    assert {"given", "size", "dense", "adaptive"} <= {one.setting.kind for one in report.rows}, report.refused
-    assert report.rows[0].macs > 0 and not report.refused
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_an_error_and_a_broken_photo_is_left_out(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (photos / "1.png").write_bytes(b"no picture")
-    report = run(photos, tmp_path / "run")
-    assert report.images == 2 and len(report.failed) == 1 and "1.png" in report.failed[0]["image"]
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files.tempfile, "mkstemp", full)
-    with pytest.raises(cs.FileError, match="No space left"):
-        run(photos, tmp_path / "other")
-
-
-@pytest.mark.slow
-def test_labels_in_a_folder_are_read_and_checked(photos: Path, tmp_path: Path) -> None:
-    labels = tmp_path / "labels"
-    labels.mkdir()
-    for place, (_, known) in enumerate(Scenes(3, (96, 128)).items):
-        write_png(known.byte()[None], str(labels / f"{place}.png"))
-    report = run(photos, tmp_path / "run", labels=labels, limit=1)
-    assert report.measure == MIOU and 0 <= report.rows[0].quality.value <= 1
-
-
-@pytest.mark.slow
-def test_a_label_beyond_the_classes_is_refused_before_settings_are_found_and_its_remedy_works(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    labels = tmp_path / "labels"
-    labels.mkdir()
-    for place, (_, known) in enumerate(Scenes(3, (96, 128)).items):
-        known[:2] = 99 if place == 1 else known[:2]  # not in the first picture
-        write_png(known.byte()[None], str(labels / f"{place}.png"))
-    with monkeypatch.context() as patch, pytest.raises(cs.InvalidInput, match="has label 99") as refusal:
-        patch.setattr(running, "find_candidates", None)
-        run(photos, tmp_path / "run", labels=labels)
-    option = f"folder:{labels},ignore=99"
-    assert f"--labels {option}" in refusal.value.next
-    assert run(photos, tmp_path / "run", labels=option, limit=2).images == 2
 
 
 def test_labels_of_more_classes_than_outputs_are_refused(photos: Path, tmp_path: Path) -> None:
@@ -641,7 +374,6 @@ def test_labels_of_0_and_255_alone_and_those_of_no_photo_are_said(photos: Path, 
     [
         ({"keep": 0.9, "at_most": 5.0}, "cannot be combined"),
         ({"keep": 1.5}, "keep=1.5"),
-        ({"minutes": 0}, "minutes=0"),
         ({"runtime": "gpu"}, "no runtime named"),
         ({"precision": "int4"}, "no precision named"),
         ({"runtime": "onnx", "precision": "bfloat16"}, "not exported in bfloat16"),
@@ -663,22 +395,13 @@ def test_the_command_recommends_and_refuses_an_empty_folder(
         "from networks import Segmenter, seeded\nimport torch\n"
         "def net():\n    return seeded(Segmenter, torch.float32)\n"
     )
-    words = (
-        "recommend",
-        "usernets:net",
-        "--set",
-        "output_stride=8,16",
-        "--set",
-        "limit=1",
-        "--size",
-        "64x96",
-    )
+    line = "recommend usernets:net --set output_stride=8,16 --set limit=1 --size 64x96"
+    words = line.split()
     done = command_line(*words, "--images", photos, "--json")
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert found["rows"][0]["setting"]["kind"] == "given" and found["python"]
-    printed = command_line(*words, "--images", photos)
-    assert "recommended" in printed.out and (tmp_path / "net-recommended" / "curve.png").is_file()
+    assert (tmp_path / "net-recommended" / "curve.png").is_file()
     (tmp_path / "empty").mkdir()
     none = command_line(*words, "--images", tmp_path / "empty")
     assert none.code == 1 and "no images" in none.err
@@ -690,17 +413,7 @@ def test_the_command_recommends_and_refuses_an_empty_folder(
 def test_a_converted_file_is_judged_as_the_network_before_the_conversion(
     command_line: Run, photos: Path, tmp_path: Path
 ) -> None:
-    words = (
-        "--set",
-        "output_stride=8,16",
-        "--set",
-        "limit=2",
-        "--size",
-        "64x96",
-        "--images",
-        photos,
-        "--json",
-    )
+    words = f"--set output_stride=8,16 --set limit=2 --size 64x96 --images {photos} --json".split()
     given = json.loads(command_line("recommend", "networks:segmenter", *words, "-o", "run").out)
     made = command_line("convert", "networks:segmenter", "-o", "net.safetensors", "--size", "64x96")
     assert made.code == 0, made.err
@@ -716,19 +429,6 @@ def test_a_converted_file_is_judged_as_the_network_before_the_conversion(
         "convert", "networks:segmenter", "--weights", "net.safetensors", "-o", "again.safetensors"
     )
     assert again.code == 0, again.err
-
-
-@pytest.mark.slow
-def test_adapters_of_a_converted_network_are_left_out_with_a_warning(photos: Path, tmp_path: Path) -> None:
-    model = segmenter()
-    net = cs.adaptify(model, "edges", output_stride=(8, 16), example_input=torch.rand(1, 3, 64, 96))
-    with pytest.raises(cs.InvalidInput, match="without a name"):
-        run(photos, tmp_path / "run", network=net)
-    net.cad_source = replace(source_of(model), name="networks:segmenter")
-    net.add_refinement()
-    with pytest.warns(cs.CadWarning, match="adapters"):
-        found = run(photos, tmp_path / "run", network=net, limit=1)
-    assert found.rows[0].setting.kind == "given"
 
 
 # -- time ----------------------------------------------------------------------------------------------
@@ -753,7 +453,7 @@ def test_minutes_bound_the_preparation_too(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names: dict[float, list[str]] = {}
-    for seconds, minutes in ((25, 1), (25, 1.5), (70, 1), (1, 10)):
+    for seconds, minutes in ((25, 1.5), (70, 1), (1, 10)):
         clock = Clock(seconds)
         monkeypatch.setattr(running, "time", clock)
         folder = tmp_path / str(seconds)
@@ -776,22 +476,8 @@ def test_minutes_bound_the_preparation_too(
     [
         (Setting("dense", 8, (4, 8)), "use it at output stride 8 everywhere. That takes 0.50 of the time"),
         (Setting("size", 8, scale=0.5), "use it on pictures 0.5 times as large. That takes 0.50"),
-        (
-            Setting("dense", 8, (4, 8), scale=1.5),
-            "output stride 8 everywhere and on pictures 1.5 times as large. ",
-        ),
     ],
 )
 def test_what_is_recommended_is_a_sentence(setting: Setting, words: str) -> None:
     rows = [row(GIVEN, 100, 0.0, 0.0), row(setting, 50, 0.0)]
     assert words in choose(rows, Requirement(keep=0.99), MIOU).reasons[0]
-
-
-def test_changes_that_round_to_zero_have_no_sign_of_their_own(photos: Path, tmp_path: Path) -> None:
-    given, other = row(GIVEN, 100, 0.0, 0.0), row(SMALL, 50, -1e-9, loss=(1e-9, 0.0))
-    for words in (
-        change_in_words(other, FIDELITY),
-        _expected(other),
-        *choose([given, other], Requirement(0.9), FIDELITY).reasons,
-    ):
-        assert "-0.0" not in words

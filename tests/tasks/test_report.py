@@ -8,8 +8,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
@@ -20,7 +18,7 @@ from rich.text import Text
 import cadsurgery as cs
 from cadsurgery.support.rows import Plain, number, ratio
 from cadsurgery.support.tables import Column, table
-from cadsurgery.tasks.report import FilesReport, Report, canvas, check_outputs
+from cadsurgery.tasks.report import Report, canvas, check_outputs
 
 
 @dataclass(frozen=True)
@@ -117,31 +115,3 @@ def test_a_new_report_is_plain_values_in_a_file_and_a_picture(tmp_path: Path) ->
 def test_files_that_cannot_be_written_are_refused_first(paths: dict[str, Path | None], words: str) -> None:
     with pytest.raises(cs.FileError, match=words):
         check_outputs(**paths)
-
-
-def test_a_ratio_needs_both_numbers() -> None:
-    assert [ratio(1, 2), ratio(None, 2), ratio(1, None), ratio(1, 0)] == ["0.50", "-", "-", "-"]
-
-
-def test_a_failure_of_a_file_is_printed_with_its_reason_and_next_step() -> None:
-    """Brackets in them are no markup of the terminal."""
-    failure = cs.FileError("it cannot be read.", why="it is [cut].", next="pip install 'cadsurgery[video]'")
-    (line,) = FilesReport((), "", ({"image": "[a].mp4", **failure.to_dict()},)).apart()
-    told = "[a].mp4: it cannot be read. it is [cut]. pip install 'cadsurgery[video]'"
-    assert Text.from_markup(line).plain == told
-
-
-@pytest.mark.parametrize("value", [-1e-9, -0.0, 0.0, 1e-9])
-@pytest.mark.parametrize("form", [".4f", ".2f", ".0f"])
-def test_what_rounds_to_zero_has_no_sign(value: float, form: str) -> None:
-    shown = Column[Any]("divergence", "divergence", form=form).cell(SimpleNamespace(divergence=value))
-    assert shown == format(0.0, form)
-
-
-def test_whole_numbers_and_texts_keep_their_form() -> None:
-    row = SimpleNamespace(count=12, name="edges", share=-0.25)
-    cells = [
-        Column[Any](name, name, form=form).cell(row)
-        for name, form in (("count", ""), ("name", ""), ("share", ".1f"))
-    ]
-    assert cells == ["12", "edges", "-0.2"]

@@ -9,21 +9,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Run, slow
+from conftest import ROOT, slow
 from networks import Segmenter
-from PIL import Image
 from torch import nn
-from training import DATA, DRAW, ONE_STEP_BY_COMMAND, QUICK, TARGETS, Scenes, batch, with_sampler
+from training import DATA, DRAW, QUICK, TARGETS, Scenes, batch, with_sampler
 
 import cadsurgery as cs
-from cadsurgery.data.images import normalise, write_picture
+from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
 from cadsurgery.finetune import Settings, fit
 from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.masks import labelled
 from cadsurgery.methods.resampling.sample_sides import WHOLE
 from cadsurgery.resampling import boundaries, sample, target_locations
-from recipes.resampling_mobilenetv2.recipe import Knowing, evaluate, table_of_macs
 
 # -- training ------------------------------------------------------------------------------------------
 
@@ -68,35 +66,6 @@ def test_training_changes_the_one_and_leaves_the_other(objective: str, tmp_path:
     assert torch.equal(again(image), net(image))
 
 
-def test_the_oracle_is_validated_on_its_labels(tmp_path: Path) -> None:
-    outcome = fit(
-        with_sampler("labels"),
-        Scenes(),
-        Settings(**QUICK),
-        output=tmp_path,
-        validation=Scenes(2),
-        device="cpu",
-    )
-    assert 0 <= outcome.after["miou"] <= 1
-
-
-@pytest.mark.slow
-def test_a_network_that_cannot_be_trained_so_is_refused(tmp_path: Path) -> None:
-    inputs, _ = batch()
-    for name in ("locations", "sampled"):
-        with pytest.raises(cs.InvalidInput, match="is not sampled"):
-            make_objective(name, Segmenter(), {})
-        with pytest.raises(cs.InvalidInput, match="no labels to learn from"):
-            make_objective(name, with_sampler(), {})(inputs, None, DRAW)
-    with pytest.raises(cs.InvalidInput, match="learns nothing"):
-        make_objective("locations", with_sampler("edges"), {})
-    with pytest.raises(cs.InvalidInput, match="optimised"):
-        fit(with_sampler().optimize(), Scenes(), Settings(**QUICK), output=tmp_path, device="cpu")
-    one = Settings(**{**QUICK, "batch": 1}, objective="locations")
-    with pytest.raises(cs.InvalidInput, match="batch to 2 or more"):
-        fit(with_sampler(), Scenes(1), one, output=tmp_path / "one", device="cpu")
-
-
 # -- on data -------------------------------------------------------------------------------------------
 
 
@@ -122,67 +91,6 @@ def test_a_sampled_input_is_evaluated_beside_equal_distances_and_the_whole_image
 
 
 # -- on the command line -------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path: Path) -> None:
-    model = ["--model", "networks:segmenter"]
-    sampling = ["--method", "resampling", "--set", "size=32x40", "--set", "grid=5", "--set", "targets=4,5"]
-    convert = ("--size", "48x64", "--rounds", "1", "-o", "net.safetensors", "--json")
-    made = command_line("convert", *model, *sampling, *convert)
-    assert made.code == 0, made.err
-    assert made.json["error"] < 1e-5 and len(made.json["sides"]) == 3
-    training = (
-        "--data",
-        DATA,
-        "--output",
-        "run",
-        "--set",
-        "objective=locations",
-        "--set",
-        "validation_split=",
-    )
-    training += ("--trust",)
-    trained = command_line("finetune", "net.safetensors", *training, *ONE_STEP_BY_COMMAND, "--json")
-    assert trained.code == 0, trained.err
-    told = command_line("eval", "run/net.safetensors", "--data", DATA, "--rounds", "0", "--trust", "--json")
-    assert told.code == 0, told.err
-    assert [row["sampler"] for row in told.json["rows"]] == ["learned", "uniform", WHOLE]
-    write_picture(Image.new("RGB", (64, 48)), tmp_path / "picture.png")
-    ran = command_line("run", "run/net.safetensors", str(tmp_path / "picture.png"), "--trust", "--json")
-    assert ran.code == 0, ran.err
-    assert ran.json["images"][0]["sampled"] == "32x40"
-    for options, words in (
-        (("--set", "targets=pole"), "list of whole numbers"),
-        (("--set", "sampler=leaned"), "learned"),
-    ):
-        refused = command_line("convert", *model, "--method", "resampling", *options)
-        assert refused.code == 1 and words in refused.err
-    refused = command_line(
-        "run", "run/net.safetensors", "picture.png", "--trust", "--set", "precision=bfloat16"
-    )
-    assert refused.code == 1 and "whose input is sampled" in refused.err
-    refused = command_line("finetune", "net.safetensors", *training, "--mask", "edges", "--json")
-    assert refused.code == 1 and "no masks" in refused.json["what"]
-
-
-@pytest.mark.slow
-def test_the_recipe_has_the_published_cost() -> None:
-    table = table_of_macs()
-    assert "| sampler | 17,600,064 | 18,341,376 |" in table
-    for size, published, true in ((128, "161,547,264", "162,791,424"), (224, "494,569,536", "498,379,776")):
-        assert f"| network, {size} | {published} | {true} |" in table
-
-
-@pytest.mark.parametrize("sampler", ["uniform", "labels"])
-def test_what_knows_the_labels_misses_what_sampling_leaves_out(sampler: str) -> None:
-    data = cs.open_data("scene:2,height=40,width=52", "test")
-    whole = (40, 52)
-    shares = [
-        evaluate(cs.resample(Knowing().eval(), sampler, size, targets=TARGETS), data)["miou"]
-        for size in (whole, (20, 26))
-    ]
-    assert shares[1] < shares[0] <= 1 and (sampler != "uniform" or shares[0] == 1)
 
 
 @pytest.mark.parametrize("name", ["locations", "network"])

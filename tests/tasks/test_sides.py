@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,22 +55,6 @@ def miou_of(model: nn.Module) -> float:
     return float(metrics.compute()["miou"])
 
 
-class Counting:
-    """Metrics of one's own: how many pixels there were."""
-
-    def __init__(self) -> None:
-        self.pixels = 0
-
-    def update(self, output: Tensor, truth: Tensor, size: tuple[int, int]) -> None:
-        self.pixels += len(output) * size[0] * size[1]
-
-    def merge(self, other: Counting) -> None:
-        self.pixels += other.pixels
-
-    def compute(self) -> dict[str, Any]:
-        return {"miou": 0.25, "seen": self.pixels}
-
-
 @pytest.mark.smoke
 def test_a_side_of_ones_own_is_evaluated_and_timed_beside_the_others(tmp_path: Path) -> None:
     model, output, picture = street_segmenter(), tmp_path / "report.json", tmp_path / "curve.png"
@@ -101,17 +83,6 @@ def test_a_side_of_ones_own_is_evaluated_and_timed_beside_the_others(tmp_path: P
         assert min(shown.size) > 300
 
 
-@pytest.mark.slow
-def test_a_report_keeps_no_network_in_memory() -> None:
-    model = street_segmenter()
-    side = at_scale(model, 1.0)
-    kept = [weakref.ref(model), weakref.ref(side)]
-    report = cs.evaluate(model, DATA, sides=[side], output_stride=[(8, 32)], limit=1, rounds=1)
-    del model, side
-    gc.collect()
-    assert [one() for one in kept] == [None, None] and len(report.rows) == 4
-
-
 @pytest.mark.parametrize("make", some([with_exits, with_gates, with_sampler], every=3))
 def test_sides_stand_beside_those_of_every_method(make: Callable[[], nn.Module]) -> None:
     own = at_scale(street_segmenter(), 0.5)
@@ -119,12 +90,6 @@ def test_sides_stand_beside_those_of_every_method(make: Callable[[], nn.Module])
     name = {"exits": "setting", "gates": "setting", "sampled": "sampler"}
     assert report.rows[-1].get(report.compared.key) == own.name and report.compared.key in name.values()
     assert own.name in printed(report) and own.name in texts_of(report.figure())
-
-
-def test_metrics_of_ones_own_are_in_the_row() -> None:
-    side = Side("counted", lambda images: images, macs=7, metrics=Counting)
-    report = cs.evaluate(street_segmenter(), DATA, sides=[side], output_stride=[(8, 32)], batch=2, rounds=0)
-    assert report.rows[-1].seen == 3 * 48 * 80 and report.rows[-1].macs == 14 / 3  # two calls, three images
 
 
 @pytest.mark.parametrize("make", some([with_exits, with_gates, lambda: with_sampler("labels")], every=3))
@@ -150,19 +115,6 @@ def test_a_side_of_ones_own_is_in_a_bench(tmp_path: Path) -> None:
     assert own[0].name in {text.get_text() for text in axes.get_legend().texts}
     made = bench(with_gates(), sides=own, **told)
     assert made.rows[-1].side == own[0].name and own[0].name in printed(made)
-
-
-def test_a_row_says_what_it_lacks() -> None:
-    row = Side("one", lambda images: images, about={"mask": "edges"}).row({"macs": 3})
-    assert (row.mask, row.macs, row.get("miou")) == ("edges", 3, None)
-    assert row.to_dict().keys() >= {"side", "mask", "macs", "milliseconds"}
-    with pytest.raises(AttributeError, match="no miou"):
-        _ = row.miou
-
-
-def test_every_method_has_sides_of_its_own() -> None:
-    assert {kind.method for kind in KINDS} == {"anytime", "sampling", "resampling"}
-    assert all(kind.words and issubclass(kind.network, nn.Module) for kind in KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.method)
