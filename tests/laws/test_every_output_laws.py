@@ -252,38 +252,6 @@ class Faint(nn.Module):
         return fine + self.share * deep
 
 
-class Unpooled(nn.Module):
-    """A decoder that unpools overlapping windows: it writes some values twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(before, 8, 3, 1, 1) for before in (3, 8, 8))
-        self.pool = nn.MaxPool2d(3, 2, 1, return_indices=True)
-        self.unpool, self.last = nn.MaxUnpool2d(3, 2, 1), nn.Conv2d(8, 4, 3, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        first = F.relu(self.convs[0](x))
-        pooled, at_first = self.pool(first)
-        second = F.relu(self.convs[1](pooled))
-        pooled, at_second = self.pool(second)
-        y = self.unpool(F.relu(self.convs[2](pooled)), at_second, output_size=second.shape[2:])
-        return self.last(self.unpool(F.relu(self.convs[1](y)), at_first, output_size=first.shape[2:]))
-
-
-@pytest.mark.slow
-def test_values_that_are_written_twice_do_not_depend_on_threads() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for seed in range(2):
-            torch.manual_seed(seed)
-            with pytest.warns(cs.CadWarning, match="no mask can improve what this network returns"):
-                net = cs.adaptify(Unpooled().eval(), "none", example_input=images(1, 96, 128))
-            assert net.plan.effect == 0 and torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
-
-
 def effect(net: cs.AdaptiveModel, x: Tensor) -> float:
     """Of a mask, on other images than it was measured on."""
     with torch.no_grad():

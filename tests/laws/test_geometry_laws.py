@@ -32,7 +32,6 @@ from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 from cadsurgery.kernels.load import library
-from cadsurgery.support.errors import CadError
 
 EXACT = 1e-9
 QUICK = settings(
@@ -190,22 +189,6 @@ def test_block_patches_are_wholly_high_or_wholly_at_the_lowest_level(data: st.Da
                 expected = geometry.max_level if bool((block == geometry.max_level).all()) else 0
                 assert bool((legal[b, y : y + side, x : x + side] == expected).all())
     assert torch.equal(geometry.lattice(legal.long()).levels, legal), "legalising is idempotent"
-
-
-def test_bool_masks_mean_keep_high() -> None:
-    """True is level 0, False the lowest level."""
-    keep = torch.zeros(1, 8, 8, dtype=torch.bool)
-    keep[0, 5, 2] = True
-    levels = Geometry((2, 2)).lattice(keep).levels[0]
-    assert levels[5, 2] == 0 and levels[4, 2] == 0, "the pixel and those its smallest block cannot keep whole"
-    assert levels[7, 3] == 1 and levels[0, 0] == 2 and levels[5, 6] == 2
-
-
-@pytest.mark.parametrize("bad", [-1, 3])
-def test_levels_outside_the_range_are_refused(bad: int) -> None:
-    """A level below zero or above the lowest resolution allowed is an error, never clamped in silence."""
-    with pytest.raises(CadError, match="level"):
-        Geometry((2, 2)).lattice(torch.full((1, 4, 4), bad))
 
 
 @QUICK
@@ -496,18 +479,6 @@ def test_max_pooling_is_the_emulation(data: st.DataObject, pool: str) -> None:
         functional.max_pool2d(x, w, step.target),
         world.emulation.max_pool(feature, w.kernel, stage=step.target, **common),
     )
-
-
-@QUICK
-@given(worlds(anchor="center", pool="drop"))
-def test_published_max_pooling_takes_the_maximum_of_each_box_that_drops_a_level(world: World) -> None:
-    """pool="drop", any anchor: boxes of level >= k become their maximum, all other cells stay."""
-    for stage, stride in enumerate(world.geometry.strides):
-        if stride == 2:
-            x, feature = world.features(3, stage)
-            spacing = world.geometry.sides[stage]
-            found = functional.max_pool2d(x, Window((2, 2), 2, spacing=spacing), stage + 1)
-            world.check(found, world.emulation.drop_pool(feature, stage=stage + 1, spacing=spacing))
 
 
 @QUICK

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,7 +24,6 @@ from conftest import (
     assert_same,
     covering,
     images,
-    pointwise_rule,
     random_levels,
     relative_error,
     slow,
@@ -33,7 +31,7 @@ from conftest import (
     thorough,
 )
 from emulation import Emulation
-from networks import randomise, thin, unverified
+from networks import thin, unverified
 from planned_emulation import StridedEmulator, emulate
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -135,18 +133,6 @@ def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 # -- 1: identity ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "output_stride"),
-    covering(RESNETS, (torch.float32, torch.float64), [(8, 32), (4, 32), *map(slow, ((16, 32), (2, 32)))]),
-)
-def test_all_low_strided_network_is_the_original(name: str, dtype: torch.dtype, output_stride: Size) -> None:
-    """Law 1, strided: mask="none" gives the original's logits, and its map at the native positions."""
-    model, x = with_features(build(name, dtype)), images(2, *SMALL, dtype)
-    net = convert(model, "none", output_stride=output_stride)
-    assert_same(every(run(net, x), output_stride[1] // output_stride[0]), run(model, x))
-    assert net.active_fraction == 0
 
 
 @pytest.mark.parametrize(
@@ -284,53 +270,6 @@ def test_any_level_map_on_vgg_is_the_emulation(name: str, high: int, fill: str) 
     assert_same(run(net, x, mask=levels), expected)
 
 
-PLAIN: dict[str, list[nn.Module]] = {
-    "grouped, depthwise and 5 x 3": [
-        *(nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.Conv2d(8, 16, 1), nn.ReLU()),
-        *(nn.Conv2d(16, 16, (5, 3), 2, (2, 1), groups=4), nn.BatchNorm2d(16)),
-        nn.Conv2d(16, 8, 3, 1, 1, groups=2),
-    ],
-    "a stage of stride 4": [
-        *(nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, 1, 1), nn.Conv2d(8, 8, 4, 4), nn.ReLU()),
-        nn.Conv2d(8, 8, 3, 1, 1),
-    ],
-}
-
-
-@pytest.mark.parametrize(("kind", "size", "fill"), covering([*PLAIN], [(45, 71), (48, 64)], TWO))
-def test_plain_cnns_keep_laws_1_and_3(kind: str, size: Size, fill: str) -> None:
-    """What random networks do not have, strided kernels that are no squares and a stage of stride 4: identity when all
-    low, emulation on any map."""
-    model = randomise(nn.Sequential(*copy.deepcopy(PLAIN[kind]))).double()
-    x, high = images(2, *size, double), 2
-    strides = (4,) if kind == "a stage of stride 4" else (2, 2)
-    net = convert(model, size=size, output_stride=(2, 8), fill=fill)
-    assert_same(every(run(net, x, mask="none"), 4), run(model, x))
-    fine = run(model[: 2 if isinstance(model[1], nn.MaxPool2d) else 1], x).shape[2:]
-    levels = random_levels(2, (fine[0], fine[1]), strides)
-    expected = emulate(model, x, Emulation(levels, strides, fill), high)
-    assert_same(run(net, x, mask=levels), expected)
-
-
-FAMILIES = (
-    *(slow("googlenet"), "mobilenet_v3_small"),
-    *map(slow, ("densenet121", "efficientnet_b0")),
-    *map(thorough, ("mnasnet0_5", "mobilenet_v2", "regnet_y_400mf")),
-)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_other_families_keep_laws_1_and_3(name: str) -> None:
-    """Depthwise convolutions, squeeze-excite, dense and parallel branches: identity, and any map's emulation."""
-    options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
-    model, x = build(name, double, **options), images(2, *SMALL, double)
-    net = convert(model)
-    assert net.plan.output_stride == (8, 32)
-    assert_same(run(net, x, mask="none"), run(model, x))
-    levels = random_levels(2, (net.levels.shape[1], net.levels.shape[2]), (2, 2))
-    assert_same(run(net, x, mask=levels), emulate(model, x, Emulation(levels, (2, 2)), 8))
-
-
 @ALL_FILLS
 def test_what_follows_a_smaller_region_sees_the_native_size(fill: str) -> None:
     """Law 3 with region=["layer3"]: its map leaves at multiples of R_1, and layer4 runs dense on it."""
@@ -374,40 +313,7 @@ def test_any_level_map_on_a_dilated_network_is_the_emulation_of_the_strided_one(
     assert_same(run(net, x, mask=levels)["out"], expected)
 
 
-@pytest.mark.parametrize(
-    ("output_stride", "fill"),
-    covering([(8, 16), slow((8, 32)), slow((4, 32))], ["linear", slow("guided"), slow("nearest")]),
-)
-def test_other_strides_of_a_dilated_network_are_the_emulation(output_stride: Size, fill: str) -> None:
-    """Law 3 on DeepLab's backbone for other pairs of strides, finer than its own included."""
-    model, x = build("deeplabv3_resnet50", double, aux_loss=False), images(2, *SMALL, double)
-    levels = levels_for(SMALL, output_stride)
-    emulation = Emulation(levels, stages(output_stride), fill)
-    net = convert(model.backbone, output_stride=output_stride, fill=fill)
-    expected = emulate(strided_backbone(model), x, emulation, output_stride[0], guide_of(net, fill))
-    assert_same(dict(run(net, x, mask=levels)), expected)
-
-
 # -- 5: batches, sizes, precision, layout --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [*map(slow, RESNETS[::2]), "seresnet18", slow("deeplabv3_resnet50")])
-def test_a_batch_is_its_images_one_by_one(name: str) -> None:
-    """Law 5: two images with different level maps, one of them uniform in the second call."""
-    size = (97, 129)
-    model = build(f"timm/{name}" if name.startswith("se") else name)
-    net, x = convert(model.double(), size=size), images(2, *size, double)
-    mixed = levels_for(size, (8, 32))
-    half_uniform = mixed.clone()
-    half_uniform[0] = 2
-    for levels in (mixed, half_uniform):
-        together = run(net, x, mask=levels)
-        for image in range(2):
-            alone = run(net, x[image : image + 1], mask=levels[image : image + 1])
-            if isinstance(together, dict):
-                assert_same(together["out"][image : image + 1], alone["out"])
-            else:
-                assert_same(together[image : image + 1], alone)
 
 
 def test_autocast_trains_in_lower_precision() -> None:
@@ -467,40 +373,6 @@ def test_state_dict_keys_and_values_stay_and_the_argument_is_not_touched() -> No
     run(net.eval(), x)
 
 
-class Remembering(nn.Module):
-    """Adds a bias that it computes once from its weights in evaluation, and drops in `train`, as attention of timm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bias, self.known = nn.Parameter(torch.randn(())), list[Tensor]()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training or not self.known:
-            self.known = [self.bias.square()]
-        return x + self.known[0]
-
-    def train(self, mode: bool = True) -> Remembering:
-        self.known = []
-        return super().train(mode)
-
-
-@pytest.mark.parametrize("form", [lambda net: net, cs.AdaptiveModel.optimize], ids=["converted", "optimised"])
-def test_other_weights_count_whatever_modules_remember_of_the_former(
-    form: Callable[[cs.AdaptiveModel], nn.Module],
-) -> None:
-    """The verification has run the network on the weights of the conversion; what is loaded later counts alone."""
-
-    def make() -> nn.Module:
-        return nn.Sequential(networks.strided(outputs=4), Remembering(), nn.Conv2d(4, 3, 1)).eval()
-
-    model, other = (networks.seeded(make, seed=seed) for seed in (0, 1))
-    with pointwise_rule(Remembering):  # its memory cannot be followed
-        net, x = cs.adaptify(model, "none", outputs="native"), images(2, *SMALL).double()
-    net(x)
-    net.load_state_dict(other.state_dict())
-    assert_same(form(net)(x), other(x))
-
-
 @pytest.mark.parametrize("training", [False, True])
 @SAMPLE
 def test_adaptify_keeps_the_mode(name: str, training: bool) -> None:
@@ -511,17 +383,6 @@ def test_adaptify_keeps_the_mode(name: str, training: bool) -> None:
     net = convert(model)
     assert {module.training for module in net.modules()} <= {training, net.mask.training}
     assert net.training == training and net.layer4[0].bn1.training == training
-
-
-@pytest.mark.parametrize("name", some(RESNETS))
-def test_gradients_of_an_all_low_network_are_the_originals(name: str) -> None:
-    """Law 6: of a loss on the logits, for every parameter and the image."""
-    model = build(name, double)
-    net, x = convert(model, "none"), images(2, *SMALL, double).requires_grad_()
-    target = torch.randn(2, 1000, dtype=double)
-    expected = torch.autograd.grad(F.mse_loss(model(x), target), [x, *model.parameters()])
-    found = torch.autograd.grad(F.mse_loss(net(x), target), [x, *net.parameters()])
-    assert_same(found, expected, 1e-8)
 
 
 @pytest.mark.parametrize(

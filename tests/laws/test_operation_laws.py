@@ -27,7 +27,7 @@ from cadsurgery.elements.functional import to_dense
 from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.elements.mean_shift import MeanShift
-from cadsurgery.elements.operations import Operation, operation_of, operations
+from cadsurgery.elements.operations import Operation, operations
 from cadsurgery.elements.windows import drops
 from cadsurgery.surgery.treatment import Treatment
 
@@ -280,13 +280,6 @@ def test_what_reads_between_cells_reads_those_of_its_image(name: str) -> None:
         assert rows and {image_of(x, row) for row in rows} == {place(number)[0]}  # type: ignore[index]
 
 
-def test_what_reads_nothing_is_the_same_for_other_values() -> None:
-    op = next(op for op in OWN if name_of(op) == "native_shape")
-    assert op.reads == "nothing"
-    x = elements()
-    assert called(op, x) == called(op, Elements(torch.full_like(x.rows, torch.nan), x.lattice))
-
-
 @pytest.mark.parametrize("op", BORDERED, ids=name_of)
 def test_what_is_beyond_the_border_is_what_an_operation_says(op: Operation) -> None:
     x, example = elements(), EXAMPLES[name_of(op)]
@@ -339,11 +332,6 @@ def test_what_only_trains_gives_back_what_it_reads() -> None:
     assert not torch.equal(functional.drop_channels(x, "dropout2d", 0.9, True).rows, x.rows)
 
 
-def test_what_takes_a_place_at_the_exit_gives_a_dense_map() -> None:
-    pairs = [(op, operation_of(op.at_exit)) for op in OWN if op.at_exit is not None]
-    assert pairs and all(other is not None and other.gives == "dense" for _, other in pairs)
-
-
 # -- operations of a user's own ---------------------------------------------------------------------------
 
 
@@ -361,59 +349,3 @@ def test_a_treatment_calls_what_is_declared() -> None:
     with pytest.raises(cs.UnknownName, match="max_pool2d"):
         Treatment("window", call="max_pool")
     assert Treatment("window", call="max_pool2d").call is cs.functional.max_pool2d
-
-
-class CumulativeScale(nn.Module):
-    """Each value divided by the largest of its image: an operation of a user's own, which joins all positions."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x / x.abs().amax((2, 3), keepdim=True)
-
-
-@pytest.fixture
-def own_operation() -> Any:
-    """A rule with a function of its own, in one place; gone afterwards."""
-    from cadsurgery.elements import operations as table
-    from cadsurgery.surgery import treatment
-
-    @cs.operation(reads="image")
-    def over_largest(x: Elements) -> Elements:
-        largest = cs.functional.global_max(Elements(x.rows.abs(), x.lattice))
-        return Elements(x.rows / cs.functional.rows_on(largest, x.lattice), x.lattice)
-
-    @cs.rule(CumulativeScale)
-    def scaled(node: Any, facts: Any) -> cs.Treatment:
-        """By the largest value of its image, wherever that is."""
-        return cs.Treatment("pointwise", call=over_largest)
-
-    yield over_largest
-    del treatment._RULES[CumulativeScale], table._OPERATIONS[over_largest]
-
-
-def test_an_operation_of_a_users_own_has_the_standing_of_ours(own_operation: Any) -> None:
-    """It is planned, counted, verified, fused around, and run in the cone of some points."""
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1),
-        *(
-            nn.Conv2d(8, 8, 3, 2, 1),
-            CumulativeScale(),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, 2, 1),
-            nn.Conv2d(8, 4, 3, 1, 1),
-        ),
-    ).eval()
-    image = torch.randn(2, 3, 50, 66)
-    adapted = cs.adaptify(net, "random", example_input=image)
-    decision = next(d for d in adapted.plan.decisions if d.operation == "CumulativeScale")
-    assert (
-        decision.action == "keep"
-        and decision.reason == "By the largest value of its image, wherever that is."
-    )
-    assert adapted.plan.matters
-    with torch.no_grad():
-        assert_same(adapted(image, mask="none")[:, :, ::4, ::4], net(image))
-        torch.manual_seed(1)
-        levels = adapted.program.masking(adapted.mask)(image, torch.empty(2, 8, 25, 33)).levels
-        assert_same(adapted.optimize()(image, mask=levels), adapted(image, mask=levels))
-    assert adapted.macs(image, mask="all").mask == adapted.macs(image).high

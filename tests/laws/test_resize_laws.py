@@ -175,18 +175,6 @@ def test_on_a_mixed_map_an_element_of_a_shuffle_takes_the_channels_of_its_phase(
         assert torch.equal(found.rows[row], values[:, own[0] % 2 * 2 + own[1] % 2])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [(67, 101), thorough((128, 192)), thorough((135, 201))])
-def test_every_pair_of_strides_converts_where_branches_round_differently(size: tuple[int, int]) -> None:
-    """At 67 x 101 the quarter has 16 x 25 pixels and leads to 8 x 13 samples; the other branch has 9 x 13."""
-    torch.manual_seed(0)
-    model, x = subject("light:ContextNetLike", CHECKOUT).build().eval(), torch.rand(1, 3, *size)
-    pairs = cs.plan(model, example_input=x).possible
-    converted = [cs.adaptify(model, "none", output_stride=pair, example_input=x) for pair in pairs]
-    assert len(converted) > 8
-    assert all(check.passed for net in converted for check in net.checks)
-
-
 def test_a_network_of_two_scales_takes_every_size_that_it_took() -> None:
     torch.manual_seed(0)
     model = subject("light:ContextNetLike", CHECKOUT).build().eval()

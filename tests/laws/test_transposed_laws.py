@@ -7,13 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels, some, thorough
+from conftest import assert_same, covering, images, random_levels, some
 from networks import unverified
 from random_laws import compare
 from random_networks import Case, Draw, settled
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
@@ -23,7 +21,6 @@ from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.network.macs import dense_macs, layer_work
 
-# See `test_a_decoder_back_to_the_high_stride_is_the_network_whatever_the_mask`.
 pytestmark = pytest.mark.filterwarnings("ignore:no mask can improve")
 
 EXACT = 1e-9
@@ -133,19 +130,6 @@ def called(net: cs.AdaptiveModel) -> list[nn.Module]:
     return [net.get_submodule(str(n.target)) for n in net.graph.nodes if n.op == "call_module"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [thorough("2/2"), "3/2"])
-def test_it_compiles_to_one_graph(name: str) -> None:
-    torch.manual_seed(0)
-    stem = [nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)]
-    model, x = nn.Sequential(*stem, *UNJOINED[name]()[:1]).eval(), images(2, 45, 62)
-    net = unverified(model, cs.Budget("edges", 0.4), output_stride=(2, 8), example_input=x)
-    seen = CompileCounterWithBackend("eager")
-    with torch.no_grad():
-        assert_same(torch.compile(net, backend=seen, fullgraph=True)(x), net(x))
-    assert seen.frame_count == 1
-
-
 @pytest.mark.parametrize("name", ["2/2", "3/2"])
 def test_macs_of_a_network_are_those_that_run_and_those_of_torch(name: str) -> None:
     torch.manual_seed(0)
@@ -179,36 +163,3 @@ def test_what_has_no_phases_or_grows_ends_the_region_with_a_reason(reason: str) 
     assert reason in net.plan["up_0"].reason and net.plan["up_0"].action == "barrier"
     with torch.no_grad():
         assert_same(net(x), model(x))
-
-
-class Computed(Unjoined):
-    """With a weight that is computed in the call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(8, 8, 2, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight / self.weight.norm(dim=(2, 3), keepdim=True)
-        return self.up(F.conv_transpose2d(self.down(x), weight, stride=2))
-
-
-def test_the_function_is_the_module() -> None:
-    torch.manual_seed(0)
-    model = settled(Computed().double(), images(2, 48, 64, double), Draw(0))
-    net = compare(Case(model, images(2, 53, 58, double), images(1, 40, 40, double), True), Draw(1))
-    assert net.plan["conv_transpose2d"].action == "keep"
-
-
-class Up(nn.ConvTranspose2d):
-    """A class of a user's that adds nothing."""
-
-
-def test_an_activation_behind_a_dense_one_of_a_class_that_acts_alike_stays_in_the_inference_copy() -> None:
-    torch.manual_seed(0)
-    trunk = [layer for inner in (3, 8, 8) for layer in (nn.Conv2d(inner, 8, 3, 2, 1), nn.ReLU())]
-    dense = [nn.Softmax(2), Up(8, 8, 2, 2), nn.ReLU(), nn.Conv2d(8, 2, 1)]
-    net = unverified(nn.Sequential(*trunk, *dense).eval(), "none", example_input=images(1, 32, 48))
-    x = images(2, 40, 56)
-    with torch.no_grad():
-        assert_same(net.optimize()(x), net(x))
