@@ -143,17 +143,6 @@ def test_commands_name_no_method(room: str) -> None:
     assert not found
 
 
-def test_imports_in_functions_and_for_types_count(tmp_path: Path) -> None:
-    path = tmp_path / "module.py"
-    path.write_text("if TYPE_CHECKING:\n    from a import b\ndef f():\n    import c\n")
-    assert imports(str(path)) == {"a.b", "c"}
-
-
-def test_the_search_for_circles_finds_them() -> None:
-    found = find_circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()})
-    assert found == {frozenset("abc")}
-
-
 def test_the_package_itself_imports_nothing_on_its_own() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     eager = [
@@ -173,14 +162,6 @@ def test_every_public_name_can_be_had() -> None:
         _ = cs.adaptfy
 
 
-def test_public_names_stand_once() -> None:
-    """In the stub, for people, type checkers and the interpreter; none is listed in the package a second time."""
-    import cadsurgery as cs
-
-    said_in_code = said(source_of("cadsurgery/__init__.py"))
-    assert said_in_code.isdisjoint(cs.__all__) and len(set(cs.__all__)) == len(cs.__all__)
-
-
 def classes_of(folder: Path) -> dict[str, list[str]]:
     """The places of each class of a package's modules; `_Name` and `Name` are one name."""
     found: dict[str, list[str]] = {}
@@ -196,12 +177,6 @@ def classes_of(folder: Path) -> dict[str, list[str]]:
 def test_no_two_classes_have_one_name() -> None:
     twice = {name: places for name, places in classes_of(PACKAGE).items() if len(places) > 1}
     assert not twice
-
-
-def test_the_search_for_classes_of_one_name_finds_them(tmp_path: Path) -> None:
-    (tmp_path / "first.py").write_text("class Row: ...\nclass Other: ...\n")
-    (tmp_path / "second.py").write_text("class _Row: ...\n")
-    assert classes_of(tmp_path) == {"Row": ["first.py:1", "second.py:1"], "Other": ["first.py:2"]}
 
 
 ALIASES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem[0] != "_")
@@ -264,13 +239,6 @@ def said(tree: ast.Module) -> set[str]:
 def test_core_code_names_no_family_of_networks(paths: list[str]) -> None:
     words = [(path, word) for path in paths for word in said(source_of(path))]
     assert [pair for pair in words if FAMILIES.search(pair[1])] == []
-
-
-def test_the_search_for_families_finds_them() -> None:
-    tree = ast.parse(
-        'def f(model):\n    "A ResNet."\n    return "resnet18" in name or model.is_vgg(fcn_head)'
-    )
-    assert {word for word in said(tree) if FAMILIES.search(word)} == {"resnet18", "is_vgg", "fcn_head"}
 
 
 TESTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py"))

@@ -35,14 +35,19 @@ Calls = dict[str, Callable[[Tensor], Tensor]]
 
 # Spellings that were not read as torch reads them.
 MISREAD: Calls = {
+    "padding by negative widths": lambda y: F.max_pool2d(
+        F.pad(F.pad(y, (2, 2, 2, 2)), (0, -1, 0, -2)), 3, 1, 1
+    ),
     "avg_pool2d of the whole map by a divisor": lambda y: F.avg_pool2d(y, y.shape[-2:], divisor_override=7),
     "avg_pool2d of a window larger than the map": lambda y: F.avg_pool2d(y, 64, ceil_mode=True),
     "avg_pool2d of the whole map, and what there is": lambda y: F.avg_pool2d(y, y.shape[2:], ceil_mode=True),
     "avg_pool2d of a window wider than the map": lambda y: F.avg_pool2d(y, (3, 12), (3, 12), ceil_mode=True),
+    "padding that crops one border": lambda y: F.conv2d(F.pad(y, (1, -1, 1, -1)), WEIGHT, padding=1),
     "max_pool2d of a window larger than the map": lambda y: F.max_pool2d(y, 64, ceil_mode=True),
     "var: the third is unbiased": lambda y: torch.var(y, BOTH, False),
     "var: the fourth is keepdim": lambda y: torch.var(y, 1, False, True),
     "var as a method": lambda y: y.var(BOTH, False),
+    "conv_transpose2d of a weight that is computed": lambda y: F.conv_transpose2d(y, WEIGHT.to(y), padding=1),
     "var of everything": lambda y: y.var(False).reshape(1, 1),
     "std": lambda y: torch.std(y, BOTH, False),
     "std: the fourth is keepdim": lambda y: y.std(BOTH, False, True),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import assert_same, images, random_levels, slow
@@ -13,12 +10,7 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from recipes.alike import recipe
-from recipes.alike.network import CHANNELS, REGION, STRIDES, Alike, Read, build, padded
-
-DATA = os.environ.get("CADSURGERY_DATA", "")  # a folder with the data and weights the recipes name
-NEEDS_DATA = pytest.mark.skipif(
-    not DATA, reason="CADSURGERY_DATA names no folder with weights and image pairs"
-)
+from recipes.alike.network import CHANNELS, REGION, STRIDES, Alike, padded
 
 
 def network(strides: tuple[int, ...] = (), seed: int = 0) -> Alike:
@@ -141,50 +133,4 @@ def test_keypoints_are_the_best_of_the_image_without_border_and_padding() -> Non
     assert torch.equal(found.descriptors, found.points.flip(1).float())
 
 
-def test_matches_are_right_within_three_pixels() -> None:
-    points = torch.tensor([[10, 10], [20, 10], [30, 10], [40, 10]])
-    moved = recipe.Features(points + torch.tensor([[3, 0], [0, 4], [0, 0], [2, 2]]), torch.eye(4))
-    expected = {"accuracy": 0.75, "matches": 4}
-    assert recipe.matched(recipe.Features(points, torch.eye(4)), moved, torch.eye(3)) == expected
-
-
-def test_a_table_has_a_line_for_every_row() -> None:
-    plain = {"network": "as published", "setting": "", "accuracy": 0.743, "matches": 492, "right": 383.0}
-    shares = {"active_fraction": 0.28, "part_of_high": 0.336, "whole_of_high": 0.557, "ms": 500.4}
-    lines = recipe.table([plain, {**plain, "network": "head", "setting": "sift", **shares}]).splitlines()
-    assert lines[2:] == [
-        "| as published |  | 0.7430 | 492 | 383 |  | 1.000 |  |  |",
-        "| head | sift | 0.7430 | 492 | 383 | 0.280 | 0.557 | 0.336 | 500 |",
-    ]
-
-
-def test_work_of_pools_is_relative_to_the_network_as_published() -> None:
-    """Everything low, whose strides it has; its own work is not everything high."""
-    row = {"network": "pools 2-32", "accuracy": 0.743, "matches": 492, "right": 383.0, "active_fraction": 0.0}
-    mixed = {**row, "setting": "sift", "part_of_high": 0.4, "whole_of_high": 0.6}
-    low = {**row, "setting": "everything low", "part_of_high": 0.02, "whole_of_high": 0.25}
-    lines = recipe.table([mixed, low]).splitlines()
-    assert "| 2.400 | 0.400 |" in lines[2] and "| 1.000 | 0.020 |" in lines[3]
-
-
 # -- with the weights ----------------------------------------------------------------------------------
-
-
-@NEEDS_DATA
-@pytest.mark.parametrize(("name", "accuracy", "matches"), [("alike-n", 0.893, 606), ("alike-t", 0.826, 528)])
-def test_everything_high_matches_as_the_authors_code(name: str, accuracy: float, matches: int) -> None:
-    net = recipe.adapted(Path(DATA), name, recipe.GROUPS["head 1-4"])
-    shown = {
-        key: value
-        for key, value in recipe.pictures(Path(DATA)).items()
-        if key in ("churchill-1", "churchill-2")
-    }
-    pair = recipe.matching(Path(DATA), shown, net, mask="all")["pairs"]["churchill-2"]
-    assert pair["accuracy"] == pytest.approx(accuracy, abs=0.005)
-    assert pair["matches"] == pytest.approx(matches, abs=3)
-
-
-@NEEDS_DATA
-def test_the_files_hold_what_the_network_needs() -> None:
-    net = build(Path(DATA))
-    assert not net.training and isinstance(net.read, Read) and len(net.coarsen) == 0

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, images
-from feature_cases import NOTHING, SIZE, converted, grid_of, missed, trunk
+from feature_cases import SIZE, converted, grid_of, missed, trunk
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -86,12 +85,6 @@ def test_a_gain_mask_sees_mean_and_detail_of_every_channel() -> None:
         assert_same(described[:, 3 + channel].square(), blocks(missed(features[:, channel : channel + 1])))
 
 
-def test_until_it_is_fitted_it_ranks_by_detail() -> None:
-    features, grid = torch.randn(2, 3, 17, 25), grid_of((17, 25))
-    scores = GainMask(sigma=0).scores(NOTHING, features, grid)[:, ::PATCH, ::PATCH]
-    assert_same(scores, blocks(missed(features)), 1e-5)
-
-
 def test_losses_are_smoothed_without_adding_any() -> None:
     """Of a patch alone each keeps what its neighbours do not get; at the border nothing is added on average."""
     losses, grid = torch.zeros(1, 2, 5, 7), grid_of((20, 28), 1)
@@ -147,22 +140,6 @@ def test_it_finds_more_of_what_is_lost_than_detail(fitted: tuple[cs.AdaptiveMode
     assert fit.to_dict()["captured"] == fit.captured
 
 
-@pytest.mark.slow
-@torch.no_grad()
-def test_a_tolerance_keeps_about_the_share_it_is_told_for(fitted: tuple[cs.AdaptiveModel, GainFit]) -> None:
-    net, fit = fitted
-    tolerances = list(fit.tolerances.values())
-    assert tolerances == sorted(tolerances, reverse=True)
-    mask, shares = copy.deepcopy(net.mask.parts[0]), list[float]()
-    assert isinstance(mask, GainMask)
-    mask.tolerance = fit.tolerances["0.3"]
-    torch.manual_seed(0)
-    for image in Photos():
-        net(normalise(image, None)[None], mask=mask)
-        shares.append(net.active_fraction)
-    assert 0.25 < sum(shares) / len(shares) < 0.35 and min(shares) < max(shares)
-
-
 @torch.no_grad()
 def test_what_it_expects_is_about_what_is_lost(fitted: tuple[cs.AdaptiveModel, GainFit]) -> None:
     """At each level, by correlation of logarithms, on images it has not seen."""
@@ -202,27 +179,6 @@ def test_the_network_stays_and_the_same_seed_gives_the_same(monkeypatch: pytest.
     one, same, other = fits
     assert all(torch.equal(value, same[name]) for name, value in one.items())
     assert any(not torch.equal(value, other[name]) for name, value in one.items())
-
-
-@torch.no_grad()
-def test_rare_classes_count_more_if_balanced() -> None:
-    """Without, losses are the oracle's; with it, a class of half the pixels counts twice as much, the mean weight 1."""
-    net = converted("gain").optimize()
-    mask = net.mask
-    assert isinstance(mask, GainMask)
-    seen = [fitting._measure(net, mask, [images(1, *SIZE)]) for _ in range(2)]
-    for one, plain in zip(seen, fitting._balance(seen, 0), strict=True):
-        assert_same(one.by_class.sum(0)[None], one.losses, 1e-4)
-        assert_same(plain.losses, one.losses, 1e-4)
-    part = torch.rand(2, 1, 3, 4)
-    two = [replace(seen[0], by_class=part, shares=torch.tensor([2 / 3, 1 / 3]))]
-    (balanced,) = fitting._balance(two, 1)
-    assert_same(balanced.losses[0], 0.75 * part[0] + 1.5 * part[1], 0.03)
-
-
-def test_a_fit_stops_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "STEPS", 5)
-    assert fit_gain(converted("gain:channels=4/4/4"), Photos(6), minutes=1e-9).images == 2
 
 
 @pytest.mark.parametrize(

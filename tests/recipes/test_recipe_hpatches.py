@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -69,17 +68,6 @@ def test_sequences_are_found_and_those_of_the_protocol_left_out(sequences: Path)
     every, nothing = find_sequences(sequences, everything=True)
     assert len(every) == 3 and not nothing
     assert [one.name for one in find_sequences(sequences / "v_wall")[0]] == ["v_wall"]
-
-
-def test_what_is_no_sequence_is_named(sequences: Path) -> None:
-    (sequences / "notes").mkdir()
-    for name in ("v_wall/9.png", "v_wall/._1.png", ".DS_Store", "v_talent/notes.txt"):
-        (sequences / name).touch()
-    with pytest.warns(cs.CadWarning) as warned:
-        find_sequences(sequences)
-    assert [str(warning.message) for warning in warned] == [
-        f"left out of {sequences}: neither sequences nor their files: notes, v_wall/9.png."
-    ]
 
 
 def test_sequences_that_are_none_are_refused_with_the_layout(sequences: Path, tmp_path: Path) -> None:
@@ -164,16 +152,6 @@ def test_photos_are_matched_with_views_of_themselves(run: Run, folder: Path) -> 
         assert len(row["pairs"]) == 9 and 0 < row["mma"][2] <= row["mma"][9] <= 1
     with pytest.raises(cs.FileError, match="no file or folder"):
         evaluate_matching(describer(), "images:nowhere")
-
-
-def test_both_reaches_match_the_same(run: Run, sequences: Path) -> None:
-    def rows(reach: str) -> Any:
-        settings = Extraction(reach=reach, mask="keypoints:detector=given,dilations=9/21", count=60)  # type: ignore[arg-type]
-        report = evaluate_matching(describer(), sequences, [], settings, output_stride=[(1, 4)], rounds=0)
-        return report.rows[0]
-
-    every, needed = rows("all"), rows("receptive")
-    assert needed.pairs == every.pairs and needed.macs < every.macs
 
 
 def test_evaluation_refuses_what_cannot_be(run: Run, sequences: Path) -> None:

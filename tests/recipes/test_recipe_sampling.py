@@ -3,7 +3,6 @@ their data."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,11 +21,6 @@ def net() -> cs.SampledModel:
     return recipe.backbone("resnet50")
 
 
-@pytest.fixture(scope="module")
-def deep() -> cs.SampledModel:
-    return recipe.backbone("resnet101")
-
-
 @pytest.mark.parametrize(
     ("resolution", "dense"), [(500, 70.03), (600, 100.20), (800, 184.06), (1000, 289.47)]
 )
@@ -37,21 +31,6 @@ def test_dense_cost_is_the_published_one(resolution: int, dense: float) -> None:
 @pytest.mark.parametrize(("density", "total"), [(1.0, 294.511), (0.5, 162.342), (0.3, 106.836)])
 def test_cost_at_uniform_densities(density: float, total: float) -> None:
     assert round(recipe.gflops("resnet101", 1000, density), 3) == total
-
-
-def test_cost_falls_with_the_density() -> None:
-    totals = [recipe.gflops("resnet101", 1000, tenth / 10) for tenth in range(11)]
-    assert totals == sorted(totals)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet101", "resnet50"])
-def test_cost_is_that_of_the_network(name: str, net: cs.SampledModel, deep: cs.SampledModel) -> None:
-    net = net if name == "resnet50" else deep
-    x = torch.empty(1, 3, 512 // 32 * 32, int(5 * 512 / 3) // 32 * 32, device="meta")
-    assert net.macs(x).dense / recipe.UNIT == pytest.approx(
-        recipe.gflops(name, 512, offsets=False), rel=1e-12
-    )
 
 
 def test_names_are_those_of_the_published_file(net: cs.SampledModel) -> None:
@@ -68,15 +47,6 @@ def test_names_are_those_of_the_published_file(net: cs.SampledModel) -> None:
         "layer3.0.downsample.1.running_var": (1024,),
     }
     assert {name: tuple(theirs[name].shape) for name in shapes} == shapes
-
-
-@pytest.mark.slow
-def test_a_resnet101_has_as_many_names_as_published_and_they_load(deep: cs.SampledModel) -> None:
-    names = recipe.published_names(deep)
-    assert len(names) == len(deep.state_dict()) == 888
-    state = {names[ours]: value + 1 for ours, value in deep.state_dict().items()}
-    loaded = recipe.load_published(deep, state).state_dict()
-    assert all(torch.equal(loaded[ours], state[theirs]) for ours, theirs in names.items())
 
 
 @pytest.mark.slow
@@ -161,24 +131,6 @@ def test_gates_of_a_classifier_are_trained_alone_and_run_with_noise(
 
 
 @pytest.mark.slow
-def test_at_random_as_many_positions_are_open_but_others(small: torch.nn.Module) -> None:
-    net = cs.sample(small, noise=True, grid=0)
-    for number, gate in enumerate(net.gates):
-        gate.bias.data.fill_(number / 5 - 2)  # from .12 to .86 of the positions
-    batch = images(10, 97, 129)
-    with torch.no_grad():
-        net(batch)
-        shares = net.shares
-        chance = classifiers.at_random(net, batch)
-        chance.seed = 1
-        chance(batch)
-    for name, share in chance.shares.items():
-        found, wanted = float((share > 0).double().mean()), float((shares[name] > 0).double().mean())
-        assert abs(found - wanted) < 5 * (0.5 / share.numel()) ** 0.5
-        assert not torch.equal(share, shares[name])
-
-
-@pytest.mark.slow
 def test_rows_stand_beside_the_dense_network(
     small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -201,11 +153,3 @@ def test_rows_stand_beside_the_dense_network(
     known = [row["setting"] for row in found if row is not gated]
     (again,) = classifiers.rows("mobilenet_v2", tmp_path, tmp_path, [8.0], 2, known)
     assert all(again[name] == gated[name] for name in ("setting", "top1", "macs", "trained"))
-
-
-def test_without_data_it_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["recipe.py", str(tmp_path)])
-    classifiers.main()
-    assert "skipped" in capsys.readouterr().out
