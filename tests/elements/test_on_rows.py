@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from conftest import images, random_levels
 from networks import ManyOperations, unverified
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-import cadsurgery as cs
-from cadsurgery.elements.elements import Elements, small_map, to_dense
+from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.elements.on_rows import OnRows, keep
 from cadsurgery.network.program import runnable
@@ -52,39 +51,6 @@ def test_rows_are_changed_as_maps_are(name: str) -> None:
     found = on_rows(x, *others)
     assert found.lattice is x.lattice
     torch.testing.assert_close(to_dense(found, 2), of_map(to_dense(x, 2)))
-
-
-def test_a_module_is_passed_first() -> None:
-    x, layer = elements(1), nn.LayerNorm(6)
-    assert torch.equal(OnRows(None)(layer, x).rows, layer(x.rows))
-
-
-def test_operands_of_earlier_stages_are_read_where_the_result_is() -> None:
-    """In a list, too; and a dense map by its samples."""
-    fine, coarse = elements(1, 1), elements(2, 2)
-    found = OnRows(torch.cat, "bchw", (4, "a join"))([fine, coarse], 1, stage=2)
-    kept = OnRows(keep)(fine, stage=2)
-    assert found.lattice.stage == 2 and len(kept.rows) < len(fine.rows)
-    assert torch.equal(found.rows, torch.cat([kept.rows, coarse.rows], 1))
-    samples = torch.randn(2, 6, *coarse.lattice.samples(4))
-    joined = OnRows(torch.add, "bchw")(coarse, small_map(samples, 4))
-    expected = coarse.rows + small_map(samples, 4).rows_on(coarse.lattice)
-    assert torch.equal(joined.rows, expected)
-
-
-def test_maps_of_other_sizes_are_not_joined() -> None:
-    x = elements(1)
-    larger = Geometry(STRIDES).uniform(1, 2, (17, 10)).at(1)
-    other = Elements(torch.zeros(larger.count, 6), larger)
-    with pytest.raises(cs.InvalidInput, match="an addition joins maps of"):
-        OnRows(torch.add, "bchw", (2, "an addition"))(x, other, stage=1)
-
-
-def test_gradients_pass() -> None:
-    x = elements(1)
-    rows = x.rows.requires_grad_()
-    OnRows(torch.sigmoid)(Elements(rows, x.lattice)).rows.sum().backward()
-    assert rows.grad is not None and bool((rows.grad > 0).all())
 
 
 @pytest.mark.parametrize(
