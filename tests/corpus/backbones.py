@@ -13,52 +13,6 @@ from torch import nn
 from benchmarks.zoo.corpus import network
 
 
-class Inverted(nn.Module):
-    """An inverted residual block."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, expand: int = 3) -> None:
-        super().__init__()
-        inner = inputs * expand
-        self.use_res_connect = stride == 1 and inputs == outputs
-        self.conv = nn.Sequential(
-            conv(inputs, inner, 1), nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False),
-            nn.BatchNorm2d(inner), nn.ReLU6(True), nn.Conv2d(inner, outputs, 1, bias=False), nn.BatchNorm2d(outputs),
-        )  # fmt: skip
-
-    def forward(self, x):
-        if self.use_res_connect:
-            return x + self.conv(x)
-        return self.conv(x)
-
-
-def mobile_features() -> nn.Sequential:
-    """Eight layers, at strides 2, 4, 4, 8, 8, 16, 16, 32."""
-    shapes = ((8, 8, 2), (8, 8, 1), (8, 16, 2), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 48, 2))
-    return nn.Sequential(conv(3, 8, 3, 2), *[Inverted(*shape) for shape in shapes])
-
-
-@network("modules", "resizing")
-class IndexedFeatures(nn.Module):
-    """Every layer of a Sequential in turn; those of some numbers are kept for a decoder of depthwise convolutions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features, self.selected = mobile_features(), [2, 4, 6]
-        self.decoder = nn.ModuleList([conv(48 + 32, 32), conv(32 + 16, 16), conv(16 + 8, 8)])
-        self.out = nn.Conv2d(8, 3, 1)
-
-    def forward(self, x):
-        size, kept = x.shape[-2:], []
-        for i, layer in enumerate(self.features):
-            x = layer(x)
-            if i in self.selected:
-                kept.append(x)
-        for step, skip in zip(self.decoder, kept[::-1]):
-            x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=True)
-            x = step(torch.cat([x, skip], dim=1))
-        return F.interpolate(self.out(x), size=size, mode="bilinear", align_corners=True)
-
-
 class Saved:
     """Keeps what a module gave (as fastai's hooks)."""
 
@@ -218,26 +172,6 @@ class RatioPyramid(nn.Module):
         for up, lateral, skip in zip(self.up, self.lateral, (c3, c2)):
             y = up(F.interpolate(y, skip.shape[2:], mode="bilinear") + lateral(skip))
         return F.interpolate(self.out(y), x.shape[2:], mode="bilinear")
-
-
-@network("resizing", "sizes", "gates")
-class InjectedImage(nn.Module):
-    """The image itself, averaged to a feature's size, gates it at every scale."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (3, 8, 16, 32)
-        self.steps = nn.ModuleList([conv(a, b, 3, 2) for a, b in zip(widths, widths[1:])])
-        self.inject = nn.ModuleList([nn.Conv2d(3, b, 1) for b in widths[1:]])
-        self.blocks, self.out = nn.ModuleList([Residual(b, b) for b in widths[1:]]), nn.Conv2d(32, 3, 1)
-
-    def forward(self, image):
-        x = image
-        for step, inject, block in zip(self.steps, self.inject, self.blocks):
-            x = step(x)
-            small = F.interpolate(image, size=(x.size(2), x.size(3)), mode="bilinear", align_corners=False)
-            x = block(x * torch.sigmoid(inject(small)))
-        return self.out(x)
 
 
 class LambdaLayer(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, namedtuple
+from collections import namedtuple
 from dataclasses import dataclass
 
 import torch
@@ -74,64 +74,6 @@ class StackedHourglass(nn.Module):
         return torch.stack(combined_hm_preds, 1)
 
 
-@network("outputs", "pads", "modules")
-class DepthDisparities(nn.Module):
-    """Monocular depth: nearest upsampling, reflected borders, sigmoids of four scales in a dictionary."""
-
-    def __init__(self, scales=range(3)) -> None:
-        super().__init__()
-        self.encoder, self.scales = Encoder(), scales
-        self.convs = OrderedDict()
-        widths = Encoder.widths
-        for i in range(3, 0, -1):
-            self.convs[("upconv", i, 0)] = self.block(64 if i == 3 else widths[i], widths[i - 1])
-            self.convs[("upconv", i, 1)] = self.block(2 * widths[i - 1], widths[i - 1])
-        for s in self.scales:
-            self.convs[("dispconv", s)] = nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(widths[s], 1, 3))
-        self.decoder = nn.ModuleList(list(self.convs.values()))
-
-    @staticmethod
-    def block(a: int, b: int) -> nn.Sequential:
-        """3x3 on a reflected border."""
-        return nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(a, b, 3), nn.ELU(inplace=True))
-
-    def forward(self, input_image):
-        self.outputs = {}
-        features = self.encoder((input_image - 0.45) / 0.225)
-        x = features[-1]
-        for i in range(3, 0, -1):
-            x = self.convs[("upconv", i, 0)](x)
-            skip = features[i - 1]
-            x = [F.interpolate(x, scale_factor=2, mode="nearest")[:, :, : skip.shape[2], : skip.shape[3]]]
-            x += [skip]
-            x = self.convs[("upconv", i, 1)](torch.cat(x, 1))
-            if i - 1 in self.scales:
-                self.outputs[("disp", i - 1)] = torch.sigmoid(self.convs[("dispconv", i - 1)](x))
-        return self.outputs
-
-
-@network("resizing", "data", "arguments")
-class DepthBins(nn.Module):
-    """Bilinear up-projections; depth as the expectation over bins that are a buffer; `scale` with a default."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder, self.register = Encoder(), None
-        self.up3, self.up2, self.up1 = conv(96, 32), conv(48, 16), conv(24, 8)
-        self.prob = nn.Conv2d(8, 8, 3, padding=1)
-        self.register_buffer("centers", torch.linspace(0.1, 10, 8).view(1, 8, 1, 1))
-
-    def join(self, step, x, skip):
-        up = F.interpolate(x, size=[skip.size(2), skip.size(3)], mode="bilinear", align_corners=True)
-        return step(torch.cat([up, skip.detach()], dim=1))
-
-    def forward(self, image, scale: float = 2.0):
-        c1, c2, c3, c4 = self.encoder(image)
-        y = self.join(self.up1, self.join(self.up2, self.join(self.up3, c4, c3), c2), c1)
-        depth = torch.sum(torch.softmax(self.prob(y), dim=1) * self.centers, dim=1, keepdim=True)
-        return F.interpolate(depth, scale_factor=scale, mode="bilinear", align_corners=False)
-
-
 Prediction = namedtuple("Prediction", ["shrink", "threshold", "binary"])
 
 
@@ -193,34 +135,6 @@ class DenseDetector(nn.Module):
         towers = [self.tower(p) for p in levels]
         boxes = [F.relu(self.reg(t) * s) for t, s in zip(towers, self.scales)]
         return Detections(boxes=boxes, scores=[self.cls(t) for t in towers])
-
-
-@network("resizing", "shapes", "outputs")
-class OneStage(nn.Module):
-    """Focus slices, cross-stage halves, pools of 5 in a row, nearest doubling, three flat heads (as YOLO)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.focus, self.down1, self.down2 = conv(12, 8), conv(8, 12, 3, 2), conv(12, 16, 3, 2)
-        self.down3, self.pool = conv(16, 24, 3, 2), nn.MaxPool2d(5, 1, 2)
-        self.spp, self.neck = conv(96, 16, 1), conv(32, 16)
-        self.upsample = nn.Upsample(None, 2, "nearest")
-        self.heads = nn.ModuleList([nn.Conv2d(16, 3 * 7, 1), nn.Conv2d(16, 3 * 7, 1)])
-
-    def forward(self, x):
-        x = torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1)
-        c2 = self.down2(self.down1(self.focus(x)))
-        c3 = self.down3(c2)
-        y1 = self.pool(c3)
-        y2 = self.pool(y1)
-        c3 = self.spp(torch.cat((c3, y1, y2, self.pool(y2)), 1))
-        maps = [self.neck(torch.cat([self.upsample(c3)[..., : c2.shape[2], : c2.shape[3]], c2], 1)), c3]
-        z = []
-        for head, m in zip(self.heads, maps):
-            y = head(m)
-            bs, _, ny, nx = y.shape
-            z.append(y.view(bs, 3, 7, ny, nx).permute(0, 1, 3, 4, 2).contiguous())
-        return z
 
 
 @network("indices", "inputs", call=lambda x: (x, x[:, :1].sigmoid()))

@@ -44,60 +44,6 @@ class PSPNetLike(nn.Module):
         return F.interpolate(x, size=(h, w), mode="bilinear", align_corners=True)
 
 
-class ASPP(nn.Module):
-    """Dilations 3, 6, 9 and the mean over the image, side by side."""
-
-    def __init__(self, inputs: int, outputs: int, rates=(3, 6, 9)) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(
-            [conv(inputs, outputs, 1), *[conv(inputs, outputs, 3, 1, r) for r in rates]]
-        )
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)), *conv(inputs, outputs, 1))
-        self.project = nn.Sequential(conv(outputs * (len(rates) + 2), outputs, 1), nn.Dropout(0.5))
-
-    def forward(self, x):
-        res = [step(x) for step in self.convs]
-        res.append(F.interpolate(self.pool(x), size=x.shape[-2:], mode="bilinear", align_corners=False))
-        return self.project(torch.cat(res, dim=1))
-
-
-@network("dilation", "arguments", "decisions")
-class DeepLabPlusAtrous(nn.Module):
-    """ASPP at output stride 16, and a low-level map; `forward(x, return_features=False, size=None)`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone, self.aspp = Encoder(output_stride=16), ASPP(64, 32, (2, 4, 6))
-        self.low, self.last = conv(8, 8, 1), nn.Sequential(conv(40, 16), conv(16, 16), nn.Conv2d(16, 4, 1))
-
-    def forward(self, x, return_features: bool = False, size=None):
-        low, *_, high = self.backbone(x)
-        high = self.aspp(high)
-        low = self.low(low)
-        if high.size()[2:] != low.size()[2:]:
-            high = F.interpolate(high, low.size()[2:], mode="bilinear", align_corners=True)
-        y = self.last(torch.cat((high, low), 1))
-        y = F.interpolate(y, size=x.size()[2:] if size is None else size, mode="bilinear", align_corners=True)
-        return (y, high) if return_features else y
-
-
-@network("dilation")
-class HybridDilated(nn.Module):
-    """Dilations 1, 2, 5 and 5, 9, 17 that share no factor; nothing of them was a stride."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(conv(3, 8, 3, 2), nn.MaxPool2d(3, 2, 1))
-        self.layer1, self.layer2 = Residual(8, 8), Residual(8, 16, 2)
-        self.layer3 = nn.Sequential(*[Residual(16, 16, dilation=d) for d in (1, 2, 5)])
-        self.layer4 = nn.Sequential(*[Residual(16, 16, dilation=d) for d in (5, 9, 17)])
-        self.out = nn.Conv2d(16, 4, 1)
-
-    def forward(self, x):
-        y = self.out(self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x))))))
-        return F.interpolate(y, x.shape[2:], mode="bilinear", align_corners=False)
-
-
 @network("resizing", "modules")
 class FeaturePyramid(nn.Module):
     """Top-down sums by nearest upsampling, each level brought to stride 4 and added."""
@@ -159,29 +105,6 @@ class FCN8s(nn.Module):
         return h[:, :, 31 : 31 + x.size()[2], 31 : 31 + x.size()[3]].contiguous()
 
 
-@network("transposed")
-class FCNSums(nn.Module):
-    """Scores added where they have the same size: transposed 3/2 with output padding at sizes that fit."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pools = nn.ModuleList(vgg(8, 16, 32, 64))
-        self.deconv1 = nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1, dilation=1, output_padding=1)
-        self.deconv2 = nn.ConvTranspose2d(32, 16, 3, stride=2, padding=1, dilation=1, output_padding=1)
-        self.bn1, self.bn2 = nn.BatchNorm2d(32), nn.BatchNorm2d(16)
-        self.deconv3 = nn.ConvTranspose2d(16, 8, 3, stride=2, padding=1, output_padding=1)
-        self.deconv4, self.classifier = nn.ConvTranspose2d(8, 8, 4, 2, 1), nn.Conv2d(8, 4, 1)
-
-    def forward(self, x):
-        output = {}
-        for idx in range(len(self.pools)):
-            x = self.pools[idx](x)
-            output["x%d" % (idx + 1)] = x
-        score = self.bn1(F.relu(self.deconv1(output["x4"]))) + output["x3"]
-        score = self.bn2(F.relu(self.deconv2(score))) + output["x2"]
-        return self.classifier(F.relu(self.deconv4(F.relu(self.deconv3(score)))))
-
-
 class Exchange(nn.Module):
     """Three resolutions, each the sum of all."""
 
@@ -239,17 +162,3 @@ class HRNetLike(nn.Module):
         x1 = F.interpolate(x[1], size=(x0_h, x0_w), mode="bilinear", align_corners=True)
         x2 = F.interpolate(x[2], size=(x0_h, x0_w), mode="bilinear", align_corners=True)
         return self.last(torch.cat([x[0], x1, x2], 1))
-
-
-@network("resizing", "dilation")
-class DenseUpsampling(nn.Module):
-    """Channels become positions: PixelShuffle(8) at the end, dilated before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = Encoder(output_stride=8)
-        self.duc = nn.Sequential(conv(64, 16), nn.Conv2d(16, 2 * 64, 1), nn.PixelShuffle(8))
-
-    def forward(self, x):
-        y = self.duc(self.encoder(x)[-1])
-        return y[:, :, : x.shape[2], : x.shape[3]]
