@@ -152,6 +152,17 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[cs.CadError], list[str]]] =
         cs.InvalidInput,
         ["3x3", "too small"],
     ),
+    "a reflected border longer than the map": (
+        lambda: cs.functional.conv2d(
+            to_elements(torch.zeros(2, 4, 6, 6), Geometry((2,)).uniform(1, 2, (6, 6))),
+            torch.zeros(4, 4, 3, 3),
+            None,
+            Window((3, 3), 1, (3, 3), (3, 3, 3, 3), "reflect", spacing=2),
+            1,
+        ),
+        cs.InvalidInput,
+        ["a border of 3 samples is reflected in a map of 3"],
+    ),
     "a region without a backbone": (
         lambda: adapted(region="backbone"),
         cs.CannotConvert,

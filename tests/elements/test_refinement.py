@@ -182,6 +182,14 @@ def test_fitting_brings_it_nearer_to_full_resolution_and_is_the_same_twice() -> 
     assert cs.finetune.RefinementFit(**one.to_dict()) == one
 
 
+def test_what_does_not_become_better_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cadsurgery.finetune.refinement_training._RATE", 50.0)
+    net, image = convert("fine"), images(1, 64, 80)
+    before = net(image, mask="none")
+    assert not fit_refinement(net, Photos(), steps=5).is_better
+    assert torch.equal(net(image, mask="none"), before)
+
+
 def test_what_cannot_be_refined_is_refused() -> None:
     net = unverified(Vector(), "edges", example_input=images(1, 64, 96))
     with pytest.raises(InvalidInput, match="has no map that could be refined"):

@@ -284,6 +284,13 @@ def test_channels_that_are_written_or_chosen_stay_in_the_region(change: str) -> 
         (lambda own, y, z: y.flip(2, 3), "flip joins positions along the height and the width"),
         (lambda own, y, z: y.sort(dim=0)[0], "sort joins positions along the batch"),
         (lambda own, y, z: y[:, :, 2:], "takes parts of the height"),
+        (lambda own, y, z: y[:, :, ::2], "stride (2, 1) differs between the axes"),
+        (lambda own, y, z: y * torch.einsum("bchw->bcw", y).unsqueeze(2).sigmoid(), "over the height"),
+        (lambda own, y, z: torch.einsum("bchw,hw->bchw", y, y.new_ones(y.shape[2:])), "weighs places"),
+        (
+            lambda own, y, z: y + torch.einsum("bcn,bcm->bnm", y.flatten(2), y.flatten(2)).mean(),
+            "different places of two maps",
+        ),
     ],
 )
 def test_what_joins_positions_says_along_which_axes(change: Any, words: str) -> None:

@@ -20,7 +20,7 @@ import cadsurgery as cs
 _random = torch.Generator().manual_seed(0)
 WEIGHT, OF_GROUPS = (torch.randn(8, 8, 3, 3, generator=_random), torch.randn(8, 2, 3, 3, generator=_random))
 BIAS, SCALE = torch.randn(8, generator=_random), torch.rand(8, generator=_random) + 0.5
-BOTH = (2, 3)
+BOTH, PLACES = (2, 3), torch.randn(1, 8, 5, 7, generator=_random)
 
 
 def last(y: Tensor) -> Tensor:
@@ -33,21 +33,29 @@ def first(y: Tensor) -> Tensor:
 
 Calls = dict[str, Callable[[Tensor], Tensor]]
 
-# Spellings that were not read as torch reads them.
-MISREAD: Calls = {
+# Each has rules of its own, and no other test.
+ALONE: Calls = {
     "padding by negative widths": lambda y: F.max_pool2d(
         F.pad(F.pad(y, (2, 2, 2, 2)), (0, -1, 0, -2)), 3, 1, 1
     ),
+    "padding that crops one border": lambda y: F.conv2d(F.pad(y, (1, -1, 1, -1)), WEIGHT, padding=1),
+    "conv_transpose2d of a weight that is computed": lambda y: F.conv_transpose2d(y, WEIGHT.to(y), padding=1),
+    "every second sample": lambda y: F.interpolate(y, scale_factor=0.5),
+    "the middle of four samples": lambda y: F.interpolate(y, scale_factor=0.5, mode="bilinear"),
+    "the middle of sixteen": lambda y: F.interpolate(y, scale_factor=0.25, mode="bilinear"),
+    "a value of every place": lambda y: y + F.interpolate(PLACES, size=y.shape[-2:], mode="bilinear"),
+}
+
+# Spellings that were not read as torch reads them.
+MISREAD: Calls = {
     "avg_pool2d of the whole map by a divisor": lambda y: F.avg_pool2d(y, y.shape[-2:], divisor_override=7),
     "avg_pool2d of a window larger than the map": lambda y: F.avg_pool2d(y, 64, ceil_mode=True),
     "avg_pool2d of the whole map, and what there is": lambda y: F.avg_pool2d(y, y.shape[2:], ceil_mode=True),
     "avg_pool2d of a window wider than the map": lambda y: F.avg_pool2d(y, (3, 12), (3, 12), ceil_mode=True),
-    "padding that crops one border": lambda y: F.conv2d(F.pad(y, (1, -1, 1, -1)), WEIGHT, padding=1),
     "max_pool2d of a window larger than the map": lambda y: F.max_pool2d(y, 64, ceil_mode=True),
     "var: the third is unbiased": lambda y: torch.var(y, BOTH, False),
     "var: the fourth is keepdim": lambda y: torch.var(y, 1, False, True),
     "var as a method": lambda y: y.var(BOTH, False),
-    "conv_transpose2d of a weight that is computed": lambda y: F.conv_transpose2d(y, WEIGHT.to(y), padding=1),
     "var of everything": lambda y: y.var(False).reshape(1, 1),
     "std": lambda y: torch.std(y, BOTH, False),
     "std: the fourth is keepdim": lambda y: y.std(BOTH, False, True),
@@ -143,20 +151,6 @@ def check(call: Callable[[Tensor], Tensor]) -> None:
             assert relative_error(found, expected) < 1e-4
 
 
-@pytest.mark.parametrize("name", some([*MISREAD, *map(slow, SPELLINGS)], every=4))
+@pytest.mark.parametrize("name", [*ALONE, *some([*MISREAD, *map(slow, SPELLINGS)], every=4)])
 def test_calls_are_computed_as_torch_does_however_they_are_spelled(name: str) -> None:
-    check((MISREAD | SPELLINGS)[name])
-
-
-def test_a_window_that_covered_the_map_is_refused_where_it_no_longer_does() -> None:
-    model = Encoded(lambda own, image, y: F.avg_pool2d(y, 9, ceil_mode=True)).eval()
-    net = converted_quietly(model, example_input=torch.rand(2, 3, 64, 64))
-    with pytest.raises(cs.InvalidInput, match="takes another path"):
-        net(torch.rand(2, 3, 88, 64))
-
-
-def test_a_window_of_the_maps_own_size_stays_in_the_region() -> None:
-    """Whether a last partial window counts or not, there is none."""
-    model = Encoded(lambda own, image, y: y * F.avg_pool2d(y, y.shape[2:], ceil_mode=True)).eval()
-    net = converted_quietly(model, example_input=torch.rand(2, 3, 64, 64))
-    assert not net.plan.chosen("barrier")
+    check((ALONE | MISREAD | SPELLINGS)[name])

@@ -115,19 +115,6 @@ def test_slices_with_steps_are_adaptive_stages(kind: type[nn.Module]) -> None:
     torch.testing.assert_close(net(image, mask="none"), model(image))
 
 
-def test_steps_that_differ_between_the_axes_are_no_stride() -> None:
-    class Wide(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Sequential(*(nn.Conv2d(3, 3, 3, 2, 1) for _ in range(2)))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a(x)[:, :, ::2]
-
-    plan = cs.plan(made(Wide), coarsest=16)
-    assert "stride (2, 1) differs between the axes" in str(plan)
-
-
 # -- beginnings that stay dense --------------------------------------------------------------------------------------
 
 
@@ -155,10 +142,6 @@ class Mixing(nn.Module):
         return self.body(torch.cumsum(self.a(x).relu(), 2) / 10)
 
 
-class MixingBehindAStride(Mixing):
-    stride = 2
-
-
 class SkipAround(Rectangular):
     """The picture itself, finer than the map behind the beginning, is joined at the end."""
 
@@ -171,7 +154,7 @@ class SkipAround(Rectangular):
         return self.last(torch.cat([x, up], 1))
 
 
-BEGINNINGS = {Rectangular: 2, Mixing: 1, MixingBehindAStride: 2, SkipAround: 2}
+BEGINNINGS = {Rectangular: 2, Mixing: 1, SkipAround: 2}
 
 
 @pytest.mark.parametrize(
@@ -186,18 +169,3 @@ def test_floors_begin_behind_a_dense_beginning(
     assert net.plan.share("adapt", "keep") > 0.5
     low, own = (net.macs(image, mask=mask).mask for mask in ("none", "all"))
     assert low < 0.6 * own
-
-
-def test_a_beginning_is_kept_dense_only_for_much() -> None:
-    """A barrier behind most of the network ends the region there, as before."""
-
-    class Late(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.a, self.last = Body(3), nn.Conv2d(3, 3, 3, (2, 1), 1), nn.Conv2d(3, 3, 3, 2, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.a(self.body(x)).relu())
-
-    plan = cs.plan(made(Late), coarsest=16)
-    assert plan.output_stride == (1, 16) and "stride (2, 1)" in plan.region_end[0].reason

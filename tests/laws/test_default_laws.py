@@ -83,17 +83,3 @@ def test_what_a_script_has_set_changes_neither_conversion_nor_call(
     for one, other in zip(ours[:3], expected[:3], strict=True):
         assert_same(one, other, 1e-6)
     assert ours[3:] == expected[3:]
-
-
-def test_a_converted_network_is_called_under_another_default() -> None:
-    torch.manual_seed(0)
-    net, image = cs.adaptify(Net().eval(), "edges"), street_scene(65, 90)[None]
-    with torch.no_grad():
-        expected = net(image), net(image, mask="all")
-        for name in SET:
-            smaller = image[..., :60].contiguous()
-            other = net(smaller)
-            with SET[name]():
-                assert_same(net(image), expected[0], 1e-6)
-                assert_same(net(image, mask="all"), expected[1], 1e-6)
-                assert_same(net(smaller), other, 1e-6)

@@ -248,42 +248,6 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:
         cs.adaptify(network("unet", torch.float32), "none", **options)
 
 
-class HandsOn(nn.Module):
-    """Pads a map, hands it on, and reads it by a window."""
-
-    def __init__(self, pad: nn.Module, on: Callable[[Tensor], Tensor] | nn.Module) -> None:
-        super().__init__()
-        self.first, self.pad, self.on = nn.Conv2d(3, 8, 3, 2, 1), pad, on
-        self.pool, self.second, self.last = nn.MaxPool2d(3, 2), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.second(self.pool(self.on(self.pad(self.first(x)))).relu()))
-
-
-@pytest.mark.parametrize(
-    ("pad", "on"),
-    covering(
-        [nn.ConstantPad2d(1, 0.0), nn.ConstantPad2d(1, 2.0), nn.ReflectionPad2d(1)],
-        [
-            nn.Identity(),
-            nn.Sequential(nn.Identity(), nn.Identity()),
-            lambda x: x.contiguous(),
-            lambda x: x.clone(),
-        ],
-    ),
-)
-def test_padding_that_is_handed_on_as_it_is_belongs_to_the_window_that_reads_it(
-    pad: nn.Module, on: Any
-) -> None:
-    torch.manual_seed(0)
-    model, image = HandsOn(pad, on).eval(), torch.rand(2, 3, 67, 98)
-    net = cs.adaptify(model, "edges", coarsest=16, example_input=torch.rand(1, 3, 64, 96))
-    assert any(check.law.startswith("floors side by side") for check in net.checks)
-    with torch.no_grad():
-        assert_same(net(image, mask="all"), model(image), 1e-5)
-        assert not torch.equal(net(image, mask="none"), model(image))
-
-
 def by_constants(x: Tensor, step: int) -> Tensor:
     return F.pad(F.pad(x, (0, 1)), (0, 0, 0, 1))
 
@@ -430,43 +394,3 @@ def test_peaks_of_a_map_are_found_dense(how: str) -> None:
     x, levels = torch.rand(2, 3, 64, 96).double(), mixed(2, (64, 96), 16, net.plan.max_level)
     assert_same(net(x, mask="all"), model(x))
     assert_same(net(x, mask=levels)[1:], net(x[1:], mask=levels[1:]))
-
-
-class Reduced(nn.Module):
-    """One number of a map over the image."""
-
-    def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.a, self.b, self.c = (nn.Conv2d(3, 3, 3, step, 1) for step in (2, 2, 1))
-        self.reduce = reduce
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.reduce(self.c(self.b(self.a(x))))
-
-
-@pytest.mark.parametrize(
-    "reduce",
-    some(
-        [
-            lambda x: x.amin((2, 3)),
-            lambda x: x.amax((2, 3)),
-            lambda x: torch.linalg.vector_norm(x, 2, (2, 3)),
-            lambda x: x.norm(1, (2, 3)),
-            lambda x: x.sum((2, 3)),
-        ]
-    ),
-    ids=["amin", "amax", "vector_norm", "norm", "sum"],
-)
-def test_a_reduction_under_floors_is_verified_and_weighs_cells_by_what_they_cover(
-    reduce: Callable[[Tensor], Tensor],
-) -> None:
-    torch.manual_seed(0)
-    model = Reduced(reduce).eval().double()
-    cs.adaptify(model, "none", coarsest=8, example_input=torch.rand(1, 3, 64, 64, dtype=torch.float64))
-    nn.init.zeros_(model.c.weight)  # a map that is the same everywhere
-    x = torch.rand(2, 3, 72, 56, dtype=torch.float64)
-    net = unverified(model, "none", coarsest=8, example_input=x[:1])
-    levels = mixed(2, (72, 56), 8, net.plan.max_level)
-    with torch.no_grad():
-        assert (net(x) - model(x)).abs().max() < 1e-12 * model(x).abs().max()
-        assert (net(x, mask=levels) - model(x)).abs().max() < 1e-12 * model(x).abs().max()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, relative_error, thorough
+from conftest import covering, relative_error, thorough
 from networks import unverified
 from torch import Tensor, nn
 
@@ -167,22 +167,3 @@ def test_a_batch_that_is_not_made_of_images_is_refused_with_its_line() -> None:
             Doubled().eval(), mask=MASK, output_stride=(4, 16), example_input=torch.rand(1, 3, 64, 96)
         )
     assert "test_joined_images_laws.py" in caught.value.where and "join the images" in caught.value.next
-
-
-class OfList(Pair):
-    """A pair that comes as a list, which is joined as a whole."""
-
-    def forward(self, images: list[Tensor]) -> Tensor:  # type: ignore[override]
-        of_first, of_second = self.encode(torch.cat(images)).chunk(2)
-        return self.head(of_first - of_second)
-
-
-def test_a_list_that_is_joined_as_a_whole_is_a_pair_of_images() -> None:
-    model, pair = OfList().eval(), [half(1, False), half(1, True)]
-    net = cs.adaptify(model, mask=MASK, output_stride=(2, 8), outputs="native", example_input=(pair,))
-    other = [0.5 * image.flip(3) for image in pair]
-    assert_same(net(other, mask="none"), model(other))
-    net(other)
-    assert net.levels.shape[0] == 2 and (net.levels[0] != net.levels[1]).any()
-    longer = [*other, *pair]
-    assert_same(net(longer, mask="none"), model(longer))

@@ -128,17 +128,6 @@ def test_what_is_kept_is_as_if_all_were_kept(
     assert any(decision.action == "adapt" for decision in net.plan.decisions)
 
 
-@pytest.mark.parametrize("way", [flipped, *map(slow, (rolled, turned, transposed, padded))])
-@torch.no_grad()
-def test_copies_of_later_maps_are_none_of_the_masks_either(way: Callable[[Run, Tensor], Tensor]) -> None:
-    """A map of the stem is moved, before the maps that the mask decides about."""
-    model, x = seeded(lambda: Twice(way, behind=True)).eval(), images(1, SIDE, SIDE, torch.float64)
-    net = unverified(model, "content", example_input=x, output_stride=(2, 8))
-    levels, part = kept("left")
-    assert_same(net(x, mask=levels[:1, ::2, ::2])[..., *part], net(x, mask="all")[..., *part], EXACT)
-    assert_same(net(x, mask="none"), model(x), EXACT)
-
-
 class Joined(Twice):
     """The copy is one more image of the batch: the mask looks at it, too."""
 

@@ -10,7 +10,6 @@ method.
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -37,7 +36,6 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import cadsurgery as cs
-from cadsurgery.support.errors import InvalidInput
 
 Size = tuple[int, int]
 SMALL: Size = (65, 97)
@@ -46,7 +44,6 @@ RESNETS = ("resnet18", slow("resnet50"), "resnext50_32x4d")
 PAIRS = [(4, 32), (8, 32), (8, 16), (16, 32)]
 TWO = ("linear", "nearest")
 THREE = (*TWO, "guided")  # guided: what leaves at the fine size
-ALL_FILLS = pytest.mark.parametrize("fill", THREE)
 double = torch.float64
 # The networks of this file have one of so many channels: laws are of geometry, which a quarter of the channels shows
 # at a sixteenth of the work.
@@ -270,18 +267,6 @@ def test_any_level_map_on_vgg_is_the_emulation(name: str, high: int, fill: str) 
     assert_same(run(net, x, mask=levels), expected)
 
 
-@ALL_FILLS
-def test_what_follows_a_smaller_region_sees_the_native_size(fill: str) -> None:
-    """Law 3 with region=["layer3"]: its map leaves at multiples of R_1, and layer4 runs dense on it."""
-    model = build("resnet18", double)
-    x, levels = images(2, *SMALL, double), random_levels(2, ceil_div(SMALL, 8), (2,))
-    net = convert(model, region=["layer3"], output_stride=(8, 16), fill=fill)
-    trunk = nn.Sequential(OrderedDict(list(model.named_children())[:7]))
-    native = run(lambda: emulate(trunk, x, Emulation(levels, (2,), fill), 8))[:, :, ::2, ::2]
-    expected = run(lambda: model.fc(model.avgpool(model.layer4(native)).flatten(1)))
-    assert_same(run(net, x, mask=levels), expected)
-
-
 @pytest.mark.parametrize(
     ("name", "region", "fill"),
     covering(["deeplabv3_resnet50", "fcn_resnet50"], ["auto", "backbone"], some(THREE)),
@@ -373,18 +358,6 @@ def test_state_dict_keys_and_values_stay_and_the_argument_is_not_touched() -> No
     run(net.eval(), x)
 
 
-@pytest.mark.parametrize("training", [False, True])
-@SAMPLE
-def test_adaptify_keeps_the_mode(name: str, training: bool) -> None:
-    """A model in training mode yields a network in training mode, down to every module."""
-    model = build(name).train(training)
-    extractor = create_feature_extractor(model, ["layer4"]).train(training)
-    assert {module.training for module in convert(extractor).layer4.modules()} == {training}
-    net = convert(model)
-    assert {module.training for module in net.modules()} <= {training, net.mask.training}
-    assert net.training == training and net.layer4[0].bn1.training == training
-
-
 @pytest.mark.parametrize(
     ("name", "fill"), covering(["resnet18", slow("resnext50_32x4d")], ["guided", "linear", slow("nearest")])
 )
@@ -450,19 +423,3 @@ def test_published_options_are_the_published_vgg(high: int, anchor: str) -> None
     )
     expected = emulate(model, x, Emulation(levels, strides, "nearest", anchor, "drop"), high)
     assert_same(run(net, x, mask=levels), expected)
-
-
-def test_a_reflected_border_that_torch_refuses_is_refused() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, 2, 1),
-        nn.Conv2d(4, 4, 3, 2, 1),
-        nn.Conv2d(4, 4, 3, 1, 3, 3, padding_mode="reflect"),
-        nn.Conv2d(4, 2, 1),
-    ).eval()
-    net = cs.adaptify(model, "none", example_input=torch.randn(1, 3, 32, 32), output_stride=(2, 4))
-    assert net(torch.randn(1, 3, 13, 13), mask="all").shape[2:] == (7, 7)
-    with pytest.raises(RuntimeError, match="Padding size"):
-        model(torch.randn(1, 3, 12, 12))
-    for mask in ("all", "none"):
-        with pytest.raises(InvalidInput, match="a border of 3 samples is reflected in a map of 3"):
-            net(torch.randn(1, 3, 12, 12), mask=mask)

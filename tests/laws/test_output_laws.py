@@ -140,25 +140,6 @@ def test_another_word_for_the_outputs_is_refused() -> None:
         cs.plan(settled(Features()), outputs="coarse")  # type: ignore[arg-type]
 
 
-class TwoStrides(nn.Module):
-    """Returns maps of output strides 8 and 16, both from within the region."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Sequential(block(3, 4, 2), block(4, 4, 2), nn.Conv2d(4, 4, 3, 2, 1))
-        self.second = nn.Sequential(block(4, 64, 2), nn.Conv2d(64, 64, 3, 1, 1))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        first = self.first(x)
-        return first, self.second(first)
-
-
-def test_the_finest_stride_that_matters_is_that_of_the_finest_map_that_leaves() -> None:
-    plan = cs.plan(settled(TwoStrides()), (2, 16), outputs="native")
-    assert [stride for _, stride in plan.outputs] == [8, 16] and plan.finest == 8
-    assert "output_stride=(8, 16) does without" in plan.summary()
-
-
 class Dilated(nn.Module):
     """Output stride 16 with the last stride removed, and a 3x3 head: taps 16 pixels apart."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +13,6 @@ from random_networks import Case, Draw, settled
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import cadsurgery as cs
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window
@@ -23,7 +21,6 @@ from cadsurgery.network.macs import dense_macs, layer_work
 
 pytestmark = pytest.mark.filterwarnings("ignore:no mask can improve")
 
-EXACT = 1e-9
 double = torch.float64
 
 
@@ -54,15 +51,6 @@ def double_conv(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
         nn.Conv2d(outputs, outputs, 3, padding=1),
         nn.ReLU(inplace=True),
     )
-
-
-def test_a_decoder_back_to_the_high_stride_is_the_network_whatever_the_mask() -> None:
-    """What it returns lies on the network's own grid throughout, whose samples read own samples: the plan says so."""
-    model, x = (value.double() for value in unjoined("3/2"))
-    with pytest.warns(cs.CadWarning, match=r"(?s)no mask can improve.*one whose decoder interpolates"):
-        net = cs.adaptify(model, "none", output_stride=(2, 8), example_input=x, outputs="native")
-    with torch.no_grad():
-        assert_same(net(x, mask=random_levels(2, (24, 32), (2, 2))), model(x), EXACT)
 
 
 class Unjoined(nn.Module):
@@ -98,36 +86,6 @@ def test_its_sizes_are_the_networks_at_any_size_of_the_image(name: str, size: tu
     model = settled(Unjoined(*UNJOINED[name]()).double(), images(2, 48, 64, double), Draw(0))
     net = compare(Case(model, images(2, *size, double), images(1, 40, 40, double), True), Draw(1), {})
     assert {d.action for d in net.plan.decisions if d.operation.startswith("ConvTranspose")} == {"keep"}
-
-
-def test_what_follows_is_part_of_it_in_the_inference_copy() -> None:
-    """Batch norm and, in the region, ReLU."""
-    model, x = unjoined("2/2")
-    net = unverified(model, "random", output_stride=(2, 8), example_input=x)
-    fast = net.optimize()
-    targets = [node.target for node in fast.graph.nodes]
-    assert functional.batch_norm not in targets and functional.conv2d not in targets
-    left = [type(module) for module in called(fast) if isinstance(module, nn.BatchNorm2d | nn.ReLU)]
-    assert left == []
-    with torch.no_grad():
-        levels = random_levels(2, (24, 32), (2, 2))
-        assert_same(fast(x, mask=levels), net(x, mask=levels))
-        assert_same(net.optimize(fuse=False)(x, mask=levels), net(x, mask=levels))
-        half = copy.deepcopy(net).bfloat16()
-        exact = net(x, mask=levels)
-        plain = (half(x.bfloat16(), mask=levels).float() - exact).norm()
-        rounded = (half.optimize()(x.bfloat16(), mask=levels).float() - exact).norm()
-        assert rounded <= 1.5 * plain
-
-
-def unjoined(name: str) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    x = images(2, 48, 64)
-    return settled(Unjoined(*UNJOINED[name]()), x, Draw(0)), x
-
-
-def called(net: cs.AdaptiveModel) -> list[nn.Module]:
-    return [net.get_submodule(str(n.target)) for n in net.graph.nodes if n.op == "call_module"]
 
 
 @pytest.mark.parametrize("name", ["2/2", "3/2"])
