@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint as cp
@@ -63,58 +61,6 @@ class Checkpointed(nn.Module):
             else:
                 y = block(y)
         return F.interpolate(self.head(y), size=x.shape[2:], mode="nearest")
-
-
-class SamePadding(nn.Conv2d):
-    """TensorFlow's "same" for any size, computed in the call (as EfficientNet's)."""
-
-    def forward(self, x):
-        ih, iw = x.size()[-2:]
-        kh, kw = self.weight.size()[-2:]
-        sh, sw = self.stride
-        oh, ow = math.ceil(ih / sh), math.ceil(iw / sw)
-        pad_h = max((oh - 1) * self.stride[0] + (kh - 1) * self.dilation[0] + 1 - ih, 0)
-        pad_w = max((ow - 1) * self.stride[1] + (kw - 1) * self.dilation[1] + 1 - iw, 0)
-        if pad_h > 0 or pad_w > 0:
-            x = F.pad(x, [pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2])
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-
-class Swish(torch.autograd.Function):
-    """x sigmoid(x) that keeps its input only."""
-
-    @staticmethod
-    def forward(ctx, i):
-        ctx.save_for_backward(i)
-        return i * torch.sigmoid(i)
-
-    @staticmethod
-    def backward(ctx, grad):
-        i = ctx.saved_tensors[0]
-        sigmoid = torch.sigmoid(i)
-        return grad * (sigmoid * (1 + i * (1 - sigmoid)))
-
-
-@network("pads", "decisions", "wrapped")
-class SamePaddedMobile(nn.Module):
-    """Same padding that depends on the size, squeeze and excitation, an activation as an autograd function."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = SamePadding(3, 8, 3, 2, bias=False)
-        self.depth1, self.depth2 = SamePadding(8, 8, 5, 2, groups=8), SamePadding(16, 16, 3, 2, groups=16)
-        self.point1, self.point2 = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 32, 1)
-        self.reduce, self.expand = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
-        self.head = nn.Sequential(SamePadding(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 3, 1))
-
-    def forward(self, x):
-        y = Swish.apply(self.stem(x))
-        y = self.point1(Swish.apply(self.depth1(y)))
-        y = Swish.apply(self.depth2(y))
-        squeezed = F.adaptive_avg_pool2d(y, 1)
-        squeezed = self.expand(Swish.apply(self.reduce(squeezed)))
-        y = self.point2(torch.sigmoid(squeezed) * y)
-        return F.interpolate(self.head(y), size=x.shape[2:], mode="bilinear")
 
 
 @torch.jit.script

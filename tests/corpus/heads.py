@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -104,37 +103,6 @@ class TextSpotter(nn.Module):
         y = torch.cat([p2, *(F.interpolate(p, size=(h, w), mode="nearest") for p in (p3, p4, c5))], dim=1)
         shrink, threshold = self.binarize(y), self.thresh(y)
         return Prediction(shrink, threshold, torch.reciprocal(1 + torch.exp(-50 * (shrink - threshold))))
-
-
-@dataclass
-class Detections:
-    """What a detector returns."""
-
-    boxes: list
-    scores: list
-
-
-@network("outputs", "modules", "norms")
-class DenseDetector(nn.Module):
-    """Heads shared by the levels of a pyramid, group norms, a learned scale each; a dataclass of lists."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = Encoder()
-        self.lateral = nn.ModuleList([nn.Conv2d(c, 16, 1) for c in Encoder.widths[1:]])
-        self.p6 = nn.Conv2d(16, 16, 3, 2, 1)
-        self.tower = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU())
-        self.cls, self.reg = nn.Conv2d(16, 3, 3, padding=1), nn.Conv2d(16, 4, 3, padding=1)
-        self.scales = nn.ParameterList([nn.Parameter(torch.tensor(1.0)) for _ in range(4)])
-
-    def forward(self, x):
-        c3, c4, c5 = (lateral(f) for lateral, f in zip(self.lateral, self.encoder(x)[1:]))
-        p4 = c4 + F.interpolate(c5, size=c4.shape[-2:])
-        p3 = c3 + F.interpolate(p4, size=c3.shape[-2:])
-        levels = [p3, p4, c5, self.p6(F.relu(c5))]
-        towers = [self.tower(p) for p in levels]
-        boxes = [F.relu(self.reg(t) * s) for t, s in zip(towers, self.scales)]
-        return Detections(boxes=boxes, scores=[self.cls(t) for t in towers])
 
 
 @network("indices", "inputs", call=lambda x: (x, x[:, :1].sigmoid()))

@@ -20,7 +20,7 @@ from cadsurgery.elements.backends.choose import CHOICES, choose, compute
 from cadsurgery.elements.backends.reference import Torch
 from cadsurgery.elements.backends.triton_backend import Triton
 from cadsurgery.elements.backends.weights import Activation, FusedConv
-from cadsurgery.elements.backends.works import Convolution, Mixing, Pooling, WindowRead, extend, mix
+from cadsurgery.elements.backends.works import Convolution, Pooling, WindowRead, extend
 from cadsurgery.elements.functional import Elements, batch_norm, to_dense
 from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Bounds, CellSearch, Geometry, Lattice
@@ -127,17 +127,6 @@ def test_bias_residual_and_activation_follow_the_sum(activation: Activation | No
         close(found, reference(rows, weight, table, **given, activation=activation))
 
 
-def test_half_types_are_finished_in_float32_and_not_numbers_stay() -> None:
-    rows, weight, table = operands(COUNT, 16, 40, 9, torch.bfloat16)
-    residual = random(COUNT, 40, dtype=torch.bfloat16)
-    rows[7] = torch.nan
-    table[0, 3] = 7
-    found = gpu.gather_conv(rows, weight, table, residual=residual, activation=ACTIVATIONS["relu6"])
-    assert bool(found[0].isnan().all())
-    expected = reference(rows, weight, table, residual=residual, activation=ACTIVATIONS["relu6"])
-    assert_close(found, expected, rtol=3e-2, atol=3e-2, equal_nan=True)
-
-
 @pytest.mark.parametrize("dtype", gpu.DTYPES)
 @pytest.mark.parametrize("taps", [9, pytest.param(49, marks=pytest.mark.slow)])
 def test_depthwise(taps: int, dtype: torch.dtype) -> None:
@@ -145,29 +134,6 @@ def test_depthwise(taps: int, dtype: torch.dtype) -> None:
     given = {"bias": random(37, dtype=dtype), "residual": random(COUNT, 37, dtype=dtype)}
     found = gpu.gather_conv(rows, weight, table, **given, activation=ACTIVATIONS["silu"], groups=37)
     close(found, reference(rows, weight, table, **given, activation=ACTIVATIONS["silu"], groups=37))
-
-
-@pytest.mark.parametrize(
-    "dtype", [*gpu.DTYPES[:1], *(pytest.param(x, marks=pytest.mark.slow) for x in gpu.DTYPES[1:])]
-)
-@pytest.mark.parametrize(("channels", "outputs", "groups"), [(36, 36, 9), (10, 30, 5), (6, 6, 2), (5, 15, 5)])
-def test_channel_groups(channels: int, outputs: int, groups: int, dtype: torch.dtype) -> None:
-    rows, weight, table = operands(COUNT, channels, outputs, 9, dtype, groups)
-    given = {"bias": random(outputs, dtype=dtype), "residual": random(COUNT, outputs, dtype=dtype)}
-    more: Any = {**given, "activation": ACTIVATIONS["relu"], "groups": groups}
-    close(gpu.gather_conv(rows, weight, table, **more), reference(rows, weight, table, **more))
-
-
-@pytest.mark.parametrize("dtype", gpu.DTYPES)
-def test_without_a_table_each_output_reads_its_own_row(dtype: torch.dtype) -> None:
-    rows, weight, residual = (
-        random(COUNT, 37, dtype=dtype),
-        random(21, 37, dtype=dtype),
-        random(COUNT, 21, dtype=dtype),
-    )
-    table = torch.arange(COUNT, device=DEVICE, dtype=torch.int32).unsqueeze(1)
-    more: Any = {"residual": residual, "activation": ACTIVATIONS["relu6"]}
-    close(gpu.gather_conv(rows, weight, None, **more), reference(rows, weight, table, **more))
 
 
 def with_halo(rows: Tensor, halo: gpu.Halo, outside: int, table: Tensor, **more: Any) -> Tensor:
@@ -215,39 +181,6 @@ def test_blended_rows_are_weighted_sums_and_the_unused_are_not_computed(dtype: t
     close(gpu.blend(rows, sources, shares), expected)
     used = torch.tensor(COUNT // 2, device=DEVICE)
     close(gpu.blend(rows, sources, shares, used)[: COUNT // 2], expected[: COUNT // 2])
-
-
-def test_blended_rows_have_gradients() -> None:
-    """Of a table that is read twice; row 9 is read by none, row 0 by many."""
-    rows, shares = random(50, 300), torch.rand(COUNT, 4).to(DEVICE)
-    sources = (torch.randint(50, (COUNT, 4), device=DEVICE, dtype=torch.int32) - 10).clamp(min=0)
-    sources[sources == 9] = 8
-
-    def run(mixing: Any) -> Tensor:
-        leaf = rows.clone().requires_grad_()
-        first = mixing(leaf, sources, shares)
-        return torch.autograd.grad(
-            (first * first.detach().sin()).sum() + mixing(leaf, sources, shares).sum(), leaf
-        )[0]
-
-    def plain(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
-        return (rows[sources.long()] * shares.unsqueeze(2)).sum(1)
-
-    assert Triton().applies(Mixing(rows, sources, shares))
-    found = run(mix)
-    close(found, run(plain))
-    assert not found[9].any() and torch.equal(found, run(mix))
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
-def test_finishing_rows_in_place(activation: Activation | None) -> None:
-    sums, bias, residual = random(COUNT, 21), random(21), random(COUNT, 21)
-    out = sums.double() + bias + residual
-    expected = (activation.apply_(out) if activation is not None else out).float()
-    given = sums.clone()
-    found = gpu.finish(given, bias, residual, activation)
-    assert found.data_ptr() == given.data_ptr()
-    close(found, expected)
 
 
 @pytest.mark.skipif(triton_kernels.INTERPRETED, reason="the interpreter has one precision")
@@ -362,14 +295,6 @@ def test_kernel_maps_read_what_those_of_torch_read(
     CHOICES.clear()
     for one, other in zip(found, read(), strict=True):
         assert_close(one, other, rtol=1e-6, atol=1e-6)
-
-
-def test_weighted_sums_of_rows() -> None:
-    rows, shares = random(3 * COUNT, 40, dtype=torch.bfloat16), torch.rand(2, 3 * COUNT).to(DEVICE)
-    shares[:, 5] = 0
-    rows[5] = torch.nan  # padding, which does not count
-    expected = shares.double() @ rows.double().nan_to_num()
-    assert_close(gpu.weigh(shares, rows).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def mixed_lattice(padded: bool) -> Lattice:

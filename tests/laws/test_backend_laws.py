@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
-import cadsurgery as cs
 from cadsurgery.elements import BACKENDS, functional
 from cadsurgery.elements.backends.choose import Backend, Work
 from cadsurgery.elements.backends.weights import Activation, FusedConv
@@ -167,23 +166,6 @@ def test_a_convolution_is_that_of_the_reference(name: str, case: Case) -> None:
     assert found.dtype == case.dtype and found.is_contiguous()
     tolerance = TOLERANCE[case.dtype] * max(1.0, float(expected.abs().max()))
     assert_close(found.double(), expected, atol=tolerance, rtol=0)
-
-
-@pytest.mark.parametrize("name", ["native", "products", "torch"])
-@torch.no_grad()
-def test_a_part_of_a_lattice_is_that_of_the_reference(name: str) -> None:
-    """Rows of the cells that are there, of a target that reads nothing else."""
-    source = lattice("part")
-    work = work_of(Case("ragged", 1, (6, 70), (1, 1), 1, torch.float32, "swish"), packed=True)
-    work = replace(
-        work,
-        rows=work.rows[: len(source)],
-        reads=WindowRead(source, source, Window((1, 1))),
-        residual=work.residual[: len(source)],
-    )
-    assert named(name).applies(work)
-    found = named(name).convolve(work)  # type: ignore[attr-defined]
-    assert_close(found.double(), named("torch").convolve(exactly(work)), atol=1e-4, rtol=1e-4)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -341,18 +323,6 @@ def test_every_other_task_is_that_of_the_reference(name: str, task: str, dtype: 
         expected = computed(named("torch"), replace(work, **changes))
         found = computed(named(name), work)
         assert_close(found.double(), expected, atol=TOLERANCE[dtype] * 10, rtol=TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@torch.no_grad()
-def test_pixels_have_the_bits_of_rows_that_are_picked(dtype: torch.dtype) -> None:
-    """So that values read at points are those of the map."""
-    native = named("native")
-    for work in other_works("read_pixels", dtype):
-        if not native.applies(work):
-            pytest.skip("needs compiled kernels")
-        assert isinstance(work, PixelReading)
-        assert torch.equal(computed(native, work), computed(native, work.picking).view(work.shape))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -529,16 +499,3 @@ def a_convolution(groups: int, gradient: bool = False) -> tuple[Tensor, list[str
 def test_a_backend_that_is_added_is_chosen_used_and_shown(sevens: None) -> None:
     out, shown = a_convolution(6)
     assert bool((out == 7).all()) and shown == ["convolve (sevens)"]
-
-
-def test_a_converted_network_runs_on_a_backend_that_is_added(sevens: None) -> None:
-    network = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1, groups=8)
-    )
-    image = values(1, 3, 64, 96, seed=0, dtype=torch.float32)
-    net = cs.adaptify(
-        network.eval(), "random:seed=1", output_stride=(2, 4), example_input=image, verify_laws=False
-    )
-    with torch.no_grad():
-        assert bool((net(image) == 7).all())
-        assert bool((net.optimize()(image) == 7).all())

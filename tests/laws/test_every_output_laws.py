@@ -211,30 +211,6 @@ def test_every_output_at_every_level_is_the_network_dilated_by_hand(seed: int) -
             assert_same(ours[:, :, ::here, ::here], theirs.data[:, :, ::there, ::there], 1e-9)
 
 
-class Opaque(nn.Module):
-    """An operation without a rule between two parts of a region."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.down = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 2, 1)
-        self.pool, self.last = nn.LPPool2d(2, 3, 2), nn.Conv2d(8, 8, 3, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        fine = self.stem(x)
-        return self.last(self.down(fine) + self.pool(F.pad(fine, (1, 1, 1, 1))))
-
-
-@torch.no_grad()
-def test_what_stays_dense_between_two_parts_of_a_region_is_said() -> None:
-    model = Opaque().double().eval()
-    net = cs.adaptify(model, "none", output_stride=(4, 8))
-    (between,) = net.plan.between
-    assert between.node == "pool" and between.again == "add" and between.action == "dense" and between.reason
-    assert "dense between two parts of the region: pool" in net.plan.summary()
-    assert any("with pool as it was" in check.law for check in net.checks)
-    assert cs.Plan.from_json(net.plan.to_json()) == net.plan
-
-
 # -- whether a mask has an effect ------------------------------------------------------------------------
 
 

@@ -202,33 +202,7 @@ def vgg_trunk(name: str, low: int = 8) -> nn.Sequential:
     return nn.Sequential(*layers[: pools[low.bit_length() - 1]]).eval()
 
 
-def dilated_vgg(model: nn.Sequential, high: int) -> nn.Sequential:
-    """Max-pools after `high` with stride 1 on -inf padding, and what follows dilated (D2-Net's rule)."""
-    layers: list[nn.Module] = []
-    stride, rate = 1, 1
-    for layer in copy.deepcopy(model):
-        if isinstance(layer, nn.MaxPool2d):
-            stride *= 2
-            if stride > high:
-                layers.append(nn.ConstantPad2d((0, rate, 0, rate), -torch.inf))
-                layer = nn.MaxPool2d(2, 1, 0, rate)
-                rate *= 2
-        elif isinstance(layer, nn.Conv2d):
-            layer.dilation = layer.padding = (rate, rate)
-        layers.append(layer)
-    return nn.Sequential(*layers)
-
-
 VGGS = ("vgg11", "vgg16_bn", slow("vgg19_bn"))
-
-
-@pytest.mark.parametrize(("name", "high"), covering(VGGS, [1, 2, 4]))
-def test_vgg_extremes_are_its_dense_twins(name: str, high: int) -> None:
-    """Laws 1 and 2 where max-pools are the stages, as for keypoints."""
-    model, x = vgg_trunk(name), images(2, 24, 40, double)
-    net = convert(model, output_stride=(high, 8), size=(24, 40))
-    assert_same(every(run(net, x, mask="none"), 8 // high), run(model, x))
-    assert_same(run(net, x, mask="all"), run(dilated_vgg(model, high), x))
 
 
 # -- 3: any level map ----------------------------------------------------------------------------------
@@ -404,22 +378,3 @@ def test_published_options_are_the_published_resnet(split: float) -> None:
     corner = emulate(model, x, replace(published, anchor="corner"), 8)
     assert relative_error(found["out"], corner["out"]) > 0.01, "the anchor matters"
     assert_same(run(net.float(), x.float(), mask=levels)["out"], found["out"].float(), 1e-4)
-
-
-@pytest.mark.parametrize(("high", "anchor"), covering([1, 2, 4], ["center", "corner"]))
-def test_published_options_are_the_published_vgg(high: int, anchor: str) -> None:
-    """Law 8 on VGG-16 as D2-Net uses it: max-pools take the maximum of boxes that drop a level."""
-    model, x = vgg_trunk("vgg16"), images(2, 24, 40, double)
-    strides = stages((high, 8), 8)
-    levels = random_levels(2, (24 // high, 40 // high), strides)
-    net = convert(
-        model,
-        size=(24, 40),
-        output_stride=(high, 8),
-        anchor=anchor,
-        pool="drop",
-        patch="quadtree",
-        fill="nearest",
-    )
-    expected = emulate(model, x, Emulation(levels, strides, "nearest", anchor, "drop"), high)
-    assert_same(run(net, x, mask=levels), expected)

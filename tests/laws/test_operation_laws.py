@@ -268,18 +268,6 @@ def test_what_reads_an_image_or_batch_reads_beyond_its_place_and_no_further(op: 
     assert (other_images > 0) == (op.reads == "batch")
 
 
-@pytest.mark.parametrize("name", ["resize", "pixel_shuffle", "resize_to_dense", "to_dense"])
-def test_what_reads_between_cells_reads_those_of_its_image(name: str) -> None:
-    op = next(op for op in OWN if name_of(op) == name)
-    x = entering(op)
-    value = called(op, x)
-    _, place = parts(value)
-    read = influences(op, x, value)
-    assert any(len(rows) > 1 for _, rows in read)
-    for number, rows in read:
-        assert rows and {image_of(x, row) for row in rows} == {place(number)[0]}  # type: ignore[index]
-
-
 @pytest.mark.parametrize("op", BORDERED, ids=name_of)
 def test_what_is_beyond_the_border_is_what_an_operation_says(op: Operation) -> None:
     x, example = elements(), EXAMPLES[name_of(op)]
@@ -321,15 +309,6 @@ def test_the_count_of_macs_is_what_runs(op: Operation) -> None:
     mixing = 2 * 3 * 6 * C * 9 if name_of(op) == "conv2d_per_image" else 0  # of the experts' weights
     assert op.macs is not None
     assert op.macs(value, x, *example.arguments, **example.options) == counter.get_total_flops() // 2 - mixing
-
-
-def test_what_only_trains_gives_back_what_it_reads() -> None:
-    assert {name_of(op) for op in OWN if op.trains_only} == {"drop_per_image", "drop_channels"}
-    x = elements()
-    assert torch.equal(functional.drop_per_image(x, DropPath(0.5).eval()).rows, x.rows)
-    assert not torch.equal(functional.drop_per_image(x, DropPath(0.9).train()).rows, x.rows)
-    assert torch.equal(functional.drop_channels(x, "dropout2d", 0.5, False).rows, x.rows)
-    assert not torch.equal(functional.drop_channels(x, "dropout2d", 0.9, True).rows, x.rows)
 
 
 # -- operations of a user's own ---------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import assert_same, images, random_levels, slow
 from networks import made_once, randomise
-from torch import Tensor, nn
+from torch import Tensor
 
 import cadsurgery as cs
 from recipes.alike import recipe
@@ -57,16 +57,6 @@ def test_outputs_are_scores_and_unit_descriptors_of_every_pixel() -> None:
     assert_same(found["descriptors"].norm(dim=1), torch.ones(2, 64, 96, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (31, 33), (64, 96), (65, 32)])
-def test_padding_adds_zeros_on_the_right_and_at_the_bottom(size: tuple[int, int]) -> None:
-    given = torch.rand(3, *size) + 1
-    found = padded(given)
-    assert found.shape[1] % 32 == found.shape[2] % 32 == 0
-    assert max(have - want for have, want in zip(found.shape[1:], size, strict=True)) < 32
-    assert torch.equal(found[:, : size[0], : size[1]], given)
-    assert found.count_nonzero() == given.numel()
-
-
 # -- converted: the last convolution -------------------------------------------------------------------
 
 
@@ -108,29 +98,6 @@ def test_only_the_last_convolution_is_counted_as_adaptive() -> None:
 
 
 # -- measuring -----------------------------------------------------------------------------------------
-
-
-class Known(nn.Module):
-    """Scores that are given, descriptors that name the pixel."""
-
-    def __init__(self, peaks: list[tuple[int, int]]) -> None:
-        super().__init__()
-        self.peaks = peaks
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        height, width = x.shape[2:]
-        scores = torch.rand(1, 1, height, width) / 100
-        for rank, (y, across) in enumerate(self.peaks):
-            scores[..., y, across] = 1 - rank / 100
-        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        return {"scores": scores, "descriptors": torch.stack((rows, columns))[None].float()}
-
-
-def test_keypoints_are_the_best_of_the_image_without_border_and_padding() -> None:
-    kept = [(20, 30), (5, 34), (34, 5)]
-    found = recipe.features(Known([(2, 20), (39, 30), (45, 30), *kept]), torch.rand(3, 40, 50))
-    assert found.points[:3].tolist() == [[x, y] for y, x in kept]
-    assert torch.equal(found.descriptors, found.points.flip(1).float())
 
 
 # -- with the weights ----------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.data.images import normalise, street_scene
+from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
 from cadsurgery.masks import keypoints_at
 from recipes.d2net_vgg import heads, recipe
@@ -294,19 +294,6 @@ def test_the_published_grey_swaps_red_and_blue_and_cuts_off() -> None:
     assert recipe.grey(image).tolist() == [[29, 149, 76, 0]] * 2  # 255 times .114, .587, .299
 
 
-@torch.no_grad()
-def test_the_published_detector_is_a_detector_of_the_mask() -> None:
-    """As `keypoints extract --detector` and masks name it."""
-    net = adapted(4)
-    net.normalisation = "raw"
-    shown = normalise(street_scene(48, 64), source_of(cs.build_model(BUILDER, "none"))).unsqueeze(0)
-    net(shown, mask="keypoints:detector=recipes.d2net_vgg.recipe:detect,dilations=5")
-    levels = net.levels
-    with keypoints_at(recipe.detect(shown)):
-        net(shown, mask="keypoints:detector=given,dilations=5")
-    assert torch.equal(levels, net.levels) and 0 < net.active_fraction < 1
-
-
 # -- tables --------------------------------------------------------------------------------------------
 
 
@@ -372,27 +359,6 @@ def test_a_blob_is_found_once_in_its_channel() -> None:
     assert detected(flat, blob, flat) == [[1, 4, 7]]
     both = torch.maximum(blob, hill((8, 2), (3, 3, 0)))
     assert detected(flat, both) == [[1, 4, 7], [1, 8, 2]]
-
-
-@pytest.mark.parametrize(
-    ("ratio", "across", "sheared"), covering([1.0, 4.9, 5.1, 100.0], [False, True], [False, True])
-)
-def test_an_edge_is_not_found(ratio: float, across: bool, sheared: bool) -> None:
-    """The ratio of the larger to the smaller curvature is at most five, in whatever direction."""
-    curved: tuple[float, float, float] = (1.0, ratio, 0.0) if across else (ratio, 1.0, 0.0)
-    if sheared:  # turned by 45 degrees, or by 135
-        curved = ((1 + ratio) / 2, (1 + ratio) / 2, (ratio - 1) / 2 * (1 if across else -1))
-    assert detected(hill((5, 6), curved)) == ([[0, 5, 6]] if ratio < 5 else [])
-
-
-def test_the_strongest_channel_decides() -> None:
-    """A place where another channel is larger is no detection of this one."""
-    blob = hill((5, 6), (1, 1, 0))
-    other = torch.zeros_like(blob)
-    other[5, 6] = 100.5
-    assert [0, 5, 6] not in detected(blob, other)
-    other[5, 6] = 99.5
-    assert [0, 5, 6] in detected(blob, other)
 
 
 @QUICK

@@ -85,17 +85,6 @@ def test_a_gain_mask_sees_mean_and_detail_of_every_channel() -> None:
         assert_same(described[:, 3 + channel].square(), blocks(missed(features[:, channel : channel + 1])))
 
 
-def test_losses_are_smoothed_without_adding_any() -> None:
-    """Of a patch alone each keeps what its neighbours do not get; at the border nothing is added on average."""
-    losses, grid = torch.zeros(1, 2, 5, 7), grid_of((20, 28), 1)
-    losses[0, 0, 2, 3] = losses[0, 1, 0, 0] = 1
-    smoothed = OracleMask(sigma=2).smooth(losses, grid)
-    assert_same(smoothed[0, 0].sum(), torch.ones(()), 1e-5)
-    assert smoothed[0, 0, 2, 3] < 1 and smoothed[0, 0, 2, 2] == pytest.approx(float(smoothed[0, 0, 2, 4]))
-    assert smoothed[0, 0].argmax() == 2 * 7 + 3 and smoothed[0, 1].argmax() == 0
-    assert OracleMask(sigma=0).smooth(losses, grid) is losses
-
-
 class Photos:
     """Images alone, of several sizes; how rough each colour is changes from place to place."""
 

@@ -19,7 +19,7 @@ import cadsurgery as cs
 from cadsurgery.tasks.keypoints import Extraction
 from recipes.hpatches.evaluation import evaluate_matching
 from recipes.hpatches.matching import warped
-from recipes.hpatches.sequences import Photo, find_sequences
+from recipes.hpatches.sequences import find_sequences
 
 HOMOGRAPHY = torch.tensor([[0.98, -0.06, 6.0], [0.05, 1.01, -4.0], [1e-4, 5e-5, 1.0]], dtype=torch.float64)
 
@@ -124,23 +124,6 @@ def test_an_unreadable_image_costs_its_pair_and_the_exit_code(run: Run, sequence
     assert result.code == 1 and result.json["sequences"] == 1
     (sequences / "v_wall" / "1.png").write_bytes(b"no image")
     assert run(*EVAL, "--data", sequences, "--json").json["error"] == "FileError"
-
-
-def test_views_of_a_photo_show_what_their_homographies_say(folder: Path) -> None:
-    """And nothing from outside of it; the same views each time."""
-    photo, again = (Photo(str(folder / "first.png"), 3) for _ in range(2))
-    image = photo.read(0)
-    assert len(photo.homographies) == len(photo.numbers) == 3
-    for place, homography in enumerate(photo.homographies, 1):
-        view = photo.read(place)
-        assert torch.equal(view, again.read(place)) and view.shape == image.shape
-        torch.testing.assert_close(
-            view, moved(image, homography), atol=0.03, rtol=0
-        )  # OpenCV rounds to 1/32 pixel
-        corners = torch.tensor([[0, 0], [127, 0], [0, 95], [127, 95]])
-        source = warped(corners, torch.linalg.inv(homography))
-        assert (source >= -1e-3).all() and (source <= torch.tensor([127, 95]) + 1e-3).all()
-        assert (source - corners).abs().max() > 3
 
 
 def test_photos_are_matched_with_views_of_themselves(run: Run, folder: Path) -> None:

@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -91,18 +90,6 @@ def test_descriptors_of_different_networks_are_refused(
 # -- accuracy (K4) -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 2, 100])
-def test_an_image_matched_with_itself_is_right_everywhere(count: int) -> None:
-    """K4: identical features, identity homography."""
-    features, points = F.normalize(torch.randn(count, 64)), spread(count)
-    matches = mutual_matches(features, features)
-    assert torch.equal(matches, each(count))
-    errors = match_errors(points, points, matches, IDENTITY)
-    assert errors.dtype == torch.float64 and (errors == 0).all()
-    assert matching_accuracy(errors, THRESHOLDS) == [1.0] * 15
-    assert matching_accuracy(errors, [0.0]) == [1.0]
-
-
 def test_no_matches_are_an_accuracy_of_zero() -> None:
     """K4."""
     none = torch.empty(0, 2, dtype=torch.long)
@@ -166,9 +153,3 @@ def test_the_error_is_how_far_the_corners_are_off(x: float, y: float) -> None:
     points = spread(40)
     found = corner_error(points, points, each(40), moved(x, y), (200, 300))
     assert found == pytest.approx(math.hypot(x, y), abs=1e-3)
-
-
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_too_few_matches_give_no_homography(count: int) -> None:
-    points = spread(10)
-    assert corner_error(points, points, each(count), IDENTITY, (200, 300)) == INF

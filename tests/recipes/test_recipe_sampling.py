@@ -128,28 +128,3 @@ def test_gates_of_a_classifier_are_trained_alone_and_run_with_noise(
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in small.state_dict().items())
     assert all(float(gate.bias.detach()) != 3 for gate in net.gates)
     assert all(float(gate.temperature) == pytest.approx(classifiers.FINAL) for gate in net.gates)
-
-
-@pytest.mark.slow
-def test_rows_stand_beside_the_dense_network(
-    small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    pictures = images(16, 33, 33)
-    monkeypatch.setattr(classifiers, "build", lambda name, data: small)
-    monkeypatch.setattr(classifiers, "load_images", lambda name, data: pictures)
-    monkeypatch.setattr(classifiers, "TIMED", 1)
-    monkeypatch.setitem(
-        classifiers.NETWORKS, "mobilenet_v2", classifiers.NETWORKS["mobilenet_v2"]._replace(smaller=(31,))
-    )
-    found = list(classifiers.rows("mobilenet_v2", tmp_path, tmp_path, [8.0], 2))
-    assert [row["setting"] for row in found] == [
-        *("dense", "gates, 8.0", "dense, 31 pixels"),
-        *(f"adaptify {mask}, 16 to 32, 31 pixels" for mask in classifiers.MASKS),
-    ]
-    dense, gated, smaller, *adaptive = found
-    assert dense["of_dense"] == 1 and 0 < gated["of_dense"] < 1.02 and "at_random" in gated
-    assert smaller["of_dense"] < 1 and all(row["macs"] >= smaller["macs"] for row in adaptive)
-    assert all(0 <= row["top1"] <= 100 and row["ms"] > 0 for row in found)
-    known = [row["setting"] for row in found if row is not gated]
-    (again,) = classifiers.rows("mobilenet_v2", tmp_path, tmp_path, [8.0], 2, known)
-    assert all(again[name] == gated[name] for name in ("setting", "top1", "macs", "trained"))
