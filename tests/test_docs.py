@@ -310,6 +310,7 @@ def _drawn_figures() -> dict[str, Callable[[], Figure]]:
 FIGURES = _drawn_figures()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_texts_of_a_figure_can_be_read(name: str) -> None:
     with matplotlib.rc_context({"font.size": 10}):

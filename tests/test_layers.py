@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -162,23 +160,6 @@ def test_every_public_name_can_be_had() -> None:
         _ = cs.adaptfy
 
 
-def classes_of(folder: Path) -> dict[str, list[str]]:
-    """The places of each class of a package's modules; `_Name` and `Name` are one name."""
-    found: dict[str, list[str]] = {}
-    for path in sorted(folder.rglob("*.py")):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef):
-                found.setdefault(node.name.lstrip("_"), []).append(
-                    f"{path.relative_to(folder)}:{node.lineno}"
-                )
-    return found
-
-
-def test_no_two_classes_have_one_name() -> None:
-    twice = {name: places for name, places in classes_of(PACKAGE).items() if len(places) > 1}
-    assert not twice
-
-
 ALIASES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem[0] != "_")
 
 
@@ -279,9 +260,6 @@ def test_no_test_imports_another() -> None:
     assert len(TESTS) > 90 and not any(found.values()), found
 
 
-PAGES = Path(os.environ.get("CADSURGERY_DATA", "none")) / "text_detection"
-
-
 def snippets(path: str) -> list[str]:
     """Return the Python code of a page."""
     return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
@@ -324,16 +302,3 @@ def test_without_the_extra_a_page_ends_in_the_line_that_installs_it(tmp_path: Pa
     last = told[told.rfind(".NotInstalled: ") :]
     lines = [f"pip install 'cadsurgery[{extra}]'" for extra in NEEDED["pages"][path]]
     assert code == 1 and any(line in last for line in lines), told[-2000:]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not PAGES.is_dir(), reason="CADSURGERY_DATA names no folder with text_detection")
-def test_the_tutorial_on_pages_runs_on_a_trained_detector(tmp_path: Path) -> None:
-    """Without the stand-in; most of the page is left out, and the text is the same."""
-    shutil.copy(PAGES / "ch_PP-OCRv4_det_infer.onnx", tmp_path / "det.onnx")
-    shutil.copy(PAGES / "pages" / "ferns_4.jpg", tmp_path / "page.png")
-    code = snippets("docs/tutorials/empty-pages.md")[1:]
-    code += ["assert (levels == 0).mean() < 0.3 and both.sum() / either.sum() > 0.94"]
-    (tmp_path / "snippets.py").write_text("\n".join(code))
-    status, told = run_alone(tmp_path / "snippets.py", tmp_path)
-    assert status == 0, told[-2000:]

@@ -35,44 +35,6 @@ class PoseBaseline(nn.Module):
         return self.final_layer(F.relu(self.bn3(self.up2(x))))
 
 
-class Hourglass(nn.Module):
-    """Recursive: down, the same one smaller, up by nearest, plus what stayed."""
-
-    def __init__(self, depth: int, width: int) -> None:
-        super().__init__()
-        self.up1, self.pool1, self.low1 = Residual(width, width), nn.MaxPool2d(2, 2), Residual(width, width)
-        self.low2 = Hourglass(depth - 1, width) if depth > 1 else Residual(width, width)
-        self.low3 = Residual(width, width)
-
-    def forward(self, x):
-        up1 = self.up1(x)
-        low = self.low3(self.low2(self.low1(self.pool1(x))))
-        return up1 + F.interpolate(low, size=up1.shape[2:])
-
-
-@network("modules", "outputs", "resizing")
-class StackedHourglass(nn.Module):
-    """Two hourglasses with heatmaps after each, stacked in one tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pre = nn.Sequential(conv(3, 8, 7, 2), nn.MaxPool2d(2, 2), Residual(8, 16))
-        self.hgs = nn.ModuleList([Hourglass(3, 16) for _ in range(2)])
-        self.outs = nn.ModuleList([nn.Conv2d(16, 5, 1) for _ in range(2)])
-        self.merge_features, self.merge_preds = nn.Conv2d(16, 16, 1), nn.Conv2d(5, 16, 1)
-
-    def forward(self, imgs):
-        x = self.pre(imgs)
-        combined_hm_preds = []
-        for i, (hg, out) in enumerate(zip(self.hgs, self.outs)):
-            feature = hg(x)
-            preds = out(feature)
-            combined_hm_preds.append(preds)
-            if i < len(self.hgs) - 1:
-                x = x + self.merge_preds(preds) + self.merge_features(feature)
-        return torch.stack(combined_hm_preds, 1)
-
-
 Prediction = namedtuple("Prediction", ["shrink", "threshold", "binary"])
 
 

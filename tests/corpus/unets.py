@@ -211,30 +211,3 @@ class NestedSalience(nn.Module):
         d3 = upsample_like(self.side3(hx3d), d1)
         d0 = self.outconv(torch.cat((d1, d2, d3), 1))
         return torch.sigmoid(d0), torch.sigmoid(d1), torch.sigmoid(d2), torch.sigmoid(d3)
-
-
-@network("dropout", "transposed", "gates")
-class DropoutUNet(nn.Module):
-    """Functional dropouts of channels; squeeze and excitation of the skips; sums for joins."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = Steps()
-        self.fc1, self.fc2 = nn.Linear(32, 4), nn.Linear(4, 32)
-        self.up3, self.up2, self.up1 = (
-            nn.ConvTranspose2d(a, b, 2, 2) for a, b in ((64, 32), (32, 16), (16, 8))
-        )
-        self.dec3, self.dec2, self.dec1 = conv(32, 32), conv(16, 16), conv(8, 8)
-        self.out = nn.Conv2d(8, 2, 1)
-
-    def excite(self, x):
-        b, c, _, _ = x.size()
-        weight = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3)))))).view(b, c, 1, 1)
-        return x * weight.expand_as(x)
-
-    def forward(self, x):
-        x1, x2, x3, x4 = self.encoder(x)
-        x4 = F.dropout2d(x4, 0.3, training=self.training)
-        y = self.dec3(self.up3(x4) + self.excite(x3))
-        y = F.dropout(self.dec2(self.up2(y) + x2), p=0.1, training=self.training)
-        return self.out(F.dropout2d(self.dec1(self.up1(y) + x1), training=self.training))

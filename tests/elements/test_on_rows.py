@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from conftest import images, random_levels
 from networks import ManyOperations, unverified
-from torch import Tensor, fx
+from torch import Tensor
 
 from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.lattice import Geometry
-from cadsurgery.elements.on_rows import OnRows, keep
-from cadsurgery.network.program import runnable
+from cadsurgery.elements.on_rows import OnRows
 
 STRIDES = (2, 2)
 
@@ -51,28 +49,6 @@ def test_rows_are_changed_as_maps_are(name: str) -> None:
     found = on_rows(x, *others)
     assert found.lattice is x.lattice
     torch.testing.assert_close(to_dense(found, 2), of_map(to_dense(x, 2)))
-
-
-@pytest.mark.parametrize(
-    "operation", [operator.add, torch.add, F.relu, "add", keep], ids=lambda one: getattr(one, "__name__", one)
-)
-def test_generated_code_and_pickles_hold_it(operation: Any) -> None:
-    on_rows = OnRows(operation, "bchw", (2, "a join"))
-    assert pickle.loads(pickle.dumps(on_rows)) == on_rows
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    graph.output(
-        graph.call_function(on_rows, (x, *((x,) if operation in (operator.add, torch.add, "add") else ())))
-    )
-    value = elements(1)
-    assert torch.equal(runnable(graph)(None, value).rows, graph_free(operation, value.rows))
-
-
-def graph_free(operation: Any, rows: Tensor) -> Tensor:
-    """What an operation of the test above gives."""
-    if operation in (operator.add, torch.add, "add"):
-        return rows + rows
-    return rows.relu() if operation is F.relu else rows
 
 
 @torch.no_grad()

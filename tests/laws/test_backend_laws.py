@@ -30,12 +30,11 @@ from cadsurgery.elements.backends.works import (
     PixelReading,
     Pooling,
     WindowRead,
-    extend,
 )
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.gaps import resolution
-from cadsurgery.elements.kernel_map import Reading, TapSearch, Window, kernel_map
-from cadsurgery.elements.lattice import CellSearch, Geometry, Lattice
+from cadsurgery.elements.kernel_map import Reading, Window, kernel_map
+from cadsurgery.elements.lattice import Geometry, Lattice
 
 NAMES = [
     *("uniform", "without overlap", "portable", "graph", "triton samples", "triton", "native"),
@@ -350,30 +349,6 @@ def test_behind_the_last_cells_values_stay_equal_to_the_bit(kind: str, dtype: to
 
 
 # -- level maps, dense maps and sums ---------------------------------------------------------------------
-
-STEPS = (([0], [0]), ([-2, 0, 2], [-4, 0, 4]), ([0, 1], [-1, 0, 1, 2]))
-
-
-@pytest.mark.parametrize("fill", ["linear", "nearest"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_cells_and_taps_are_the_same_by_compiled_code(kind: str, fill: str) -> None:
-    source, native = lattice(kind, fill).whole, named("native")
-    cells = CellSearch(source.levels, source)
-    if not native.applies(cells):
-        pytest.skip("needs compiled kernels")
-    for found, expected in zip(native.find_cells(cells), named("torch").find_cells(cells), strict=True):
-        assert torch.equal(found, expected)
-    rows = values(len(source), 3, seed=5, dtype=torch.float64)
-    works = [
-        TapSearch(source.levels, source, source.at(2), steps=steps, has_outside=steps != STEPS[0])
-        for steps in STEPS
-    ]
-    works.append(TapSearch(source.levels, source, points=torch.randint(0, source.levels.numel(), (4, 5))))
-    for work in works:
-        read = [by.find_taps(work) for by in (native, named("torch"))]
-        assert read[0].table.shape == read[1].table.shape
-        found, expected = (extend(rows, one, 0.0)[one.table.long()] for one in read)
-        assert_close(found, expected)
 
 
 @pytest.mark.parametrize("with_residual", [False, True])

@@ -23,6 +23,7 @@ from conftest import (
     assert_same,
     covering,
     images,
+    pointwise_rule,
     random_levels,
     relative_error,
     slow,
@@ -332,6 +333,38 @@ def test_state_dict_keys_and_values_stay_and_the_argument_is_not_touched() -> No
     run(net.eval(), x)
 
 
+class Remembering(nn.Module):
+    """Adds a bias that it computes once from its weights in evaluation, and drops in `train`, as attention of timm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.known = nn.Parameter(torch.randn(())), list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or not self.known:
+            self.known = [self.bias.square()]
+        return x + self.known[0]
+
+    def train(self, mode: bool = True) -> Remembering:
+        self.known = []
+        return super().train(mode)
+
+
+def test_other_weights_count_whatever_modules_remember_of_the_former() -> None:
+    """The verification has run the network on the weights of the conversion; what is loaded later counts alone."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(networks.strided(outputs=4), Remembering(), nn.Conv2d(4, 3, 1)).eval()
+
+    model, other = (networks.seeded(make, seed=seed) for seed in (0, 1))
+    with pointwise_rule(Remembering):  # its memory cannot be followed
+        net, x = cs.adaptify(model, "none", outputs="native"), images(2, *SMALL).double()
+    net(x)
+    net.load_state_dict(other.state_dict())
+    for form in (net, net.optimize()):
+        assert_same(form(x), other(x))
+
+
 @pytest.mark.parametrize(
     ("name", "fill"), covering(["resnet18", slow("resnext50_32x4d")], ["guided", "linear", slow("nearest")])
 )
@@ -378,3 +411,22 @@ def test_published_options_are_the_published_resnet(split: float) -> None:
     corner = emulate(model, x, replace(published, anchor="corner"), 8)
     assert relative_error(found["out"], corner["out"]) > 0.01, "the anchor matters"
     assert_same(run(net.float(), x.float(), mask=levels)["out"], found["out"].float(), 1e-4)
+
+
+@pytest.mark.parametrize(("high", "anchor"), covering([1, 2, 4], ["center", "corner"]))
+def test_published_options_are_the_published_vgg(high: int, anchor: str) -> None:
+    """Law 8 on VGG-16 as D2-Net uses it: max-pools take the maximum of boxes that drop a level."""
+    model, x = vgg_trunk("vgg16"), images(2, 24, 40, double)
+    strides = stages((high, 8), 8)
+    levels = random_levels(2, (24 // high, 40 // high), strides)
+    net = convert(
+        model,
+        size=(24, 40),
+        output_stride=(high, 8),
+        anchor=anchor,
+        pool="drop",
+        patch="quadtree",
+        fill="nearest",
+    )
+    expected = emulate(model, x, Emulation(levels, strides, "nearest", anchor, "drop"), high)
+    assert_same(run(net, x, mask=levels), expected)

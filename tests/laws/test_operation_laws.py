@@ -16,7 +16,6 @@ import torch
 from conftest import assert_same, random_levels
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
 from cadsurgery.elements import functional
@@ -215,7 +214,6 @@ def test_an_operation_gives_what_it_says(op: Operation) -> None:
 ELEMENTWISE = [op for op in OWN if op.reads == "element" and op.gives == "elements"]
 WINDOWS = [op for op in OWN if "window" in EXAMPLES[name_of(op)].options]
 BORDERED = [op for op in WINDOWS if name_of(op) != "pixel_unshuffle"]
-COUNTED = [op for op in WINDOWS if "conv2d" in name_of(op)]
 RESIZES = ("resize", "resize_to_dense", "small_map")
 WHOLE = [op for op in OWN if op.mixes and name_of(op) not in RESIZES]
 
@@ -280,35 +278,6 @@ def test_what_is_beyond_the_border_is_what_an_operation_says(op: Operation) -> N
 
     assert_same(padded(op.outside), padded(None))
     assert not torch.equal(padded(100.0), padded(None))
-
-
-@pytest.mark.parametrize("op", WINDOWS, ids=name_of)
-def test_kept_cells_pass_where_an_operation_says_that_it_drops(op: Operation) -> None:
-    """Pools as published pass them as they are; convolutions look around them all the same."""
-    if name_of(op) in ("fused_conv2d", "pixel_unshuffle"):
-        pytest.skip(
-            "the first is `conv2d` without gradients, the second has no single value of a cell to pass"
-        )
-    x = elements(pool="drop")
-    value = called(op, x)
-    _, place = parts(value)
-    here = {tuple(map(int, at)): row for row, at in enumerate(zip(*x.lattice.coordinates, strict=True))}
-    kept = {at for at, row in here.items() if int(value.lattice.levels[at]) <= 1}
-    seen = [(place(number), rows) for number, rows in influences(op, x, value) if place(number) in kept]
-    assert seen
-    assert all(rows == {here[at]} for at, rows in seen) == op.drops  # type: ignore[index]
-
-
-@pytest.mark.parametrize("op", COUNTED, ids=name_of)
-def test_the_count_of_macs_is_what_runs(op: Operation) -> None:
-    x = elements()
-    x = Elements(x.rows.detach(), x.lattice)
-    example = EXAMPLES[name_of(op)]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        value = called(op, x)
-    mixing = 2 * 3 * 6 * C * 9 if name_of(op) == "conv2d_per_image" else 0  # of the experts' weights
-    assert op.macs is not None
-    assert op.macs(value, x, *example.arguments, **example.options) == counter.get_total_flops() // 2 - mixing
 
 
 # -- operations of a user's own ---------------------------------------------------------------------------

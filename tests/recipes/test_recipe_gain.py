@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +16,6 @@ import cadsurgery as cs
 from cadsurgery.data.images import normalise
 from cadsurgery.masks.context import first_passes
 from cadsurgery.support.divergence import divergence
-from recipes.voc_deeplab import fit_gain as fitting
 from recipes.voc_deeplab.fit_gain import GainFit, fit_gain
 from recipes.voc_deeplab.gain import GainMask, OracleMask
 
@@ -59,19 +57,6 @@ def test_the_oracle_is_the_divergence_of_uniform_passes() -> None:
     best = (net.levels == 0)[:, ::PATCH, ::PATCH]
     for image in range(2):
         assert losses[1][image][best[image]].min() >= losses[1][image][~best[image]].max()
-
-
-def test_all_its_passes_are_counted() -> None:
-    net, x = converted(output_stride=(4, 16)), images(1, *SIZE)
-    report = net.macs(x, mask="oracle:sigma=0 | budget:fraction=0.2")
-    passes = {level: net.macs(x, mask=torch.full((1, 17, 25), level)).layers for level in range(3)}
-    inside = {decision.node for decision in net.plan.decisions if decision.action != "dense"}
-    ahead = sum(layer.mask for layers in passes.values() for layer in layers if layer.layer in inside)
-    assert report.of_mask == ahead > report.high / 2
-    low = net.macs(x, mask="confidence:sigma=0 | budget:fraction=0.2").of_mask
-    assert low == sum(layer.mask for layer in passes[2] if layer.layer in inside)
-    both = net.macs(x, mask="oracle:sigma=0 + confidence:sigma=0 | budget:fraction=0.2").of_mask
-    assert both == ahead, "a pass that two masks look at is one"
 
 
 # -- gain ----------------------------------------------------------------------------------------------
@@ -151,23 +136,6 @@ def test_what_it_expects_is_about_what_is_lost(fitted: tuple[cs.AdaptiveModel, G
     )
     for ours, true in zip(expected, measured, strict=True):
         assert torch.corrcoef(torch.stack([ours, true]).clamp(min=1e-5).log())[0, 1] > 0.5
-
-
-def test_the_network_stays_and_the_same_seed_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "STEPS", 20)
-    net = converted("edges + gain:channels=16/16/8")
-    before = copy.deepcopy(net.state_dict())
-    photos = Photos(6)
-    fits = []
-    for seed in (1, 1, 2):
-        fit_gain(net, photos, seed=seed)
-        fits.append(copy.deepcopy(net.mask.state_dict()))
-    assert net.state_dict().keys() == before.keys() == trunk().state_dict().keys()
-    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
-    assert not net.training
-    one, same, other = fits
-    assert all(torch.equal(value, same[name]) for name, value in one.items())
-    assert any(not torch.equal(value, other[name]) for name, value in one.items())
 
 
 @pytest.mark.parametrize(
