@@ -105,17 +105,6 @@ def test_a_package_runs_without_python(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = net(image.flip(3))["out"]
     assert_same(torch.from_numpy(np.load(tmp_path / "output_out.npy")), expected, 1e-4)
-    np.save(tmp_path / "double.npy", image.double().numpy())
-    np.save(tmp_path / "more.npy", torch.cat((image, image)).numpy())
-    (tmp_path / "short.npy").write_bytes((tmp_path / "image.npy").read_bytes()[:-1])
-    for file, said in (
-        ("double.npy", "float32"),
-        ("more.npy", "takes 2x3x72x104, not 4x3x72x104"),
-        ("short.npy", "ends early"),
-        ("net.pt2", "no .npy file"),
-    ):
-        refused = run("compiled.pt2", file, "output")
-        assert refused.returncode == 1 and said in refused.stderr
     assert run().returncode == 2
 
 

@@ -7,11 +7,9 @@ from functools import cache
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import covering, slow
 from torch import Tensor, nn
 
-import cadsurgery as cs
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.lattice import Geometry, Lattice
@@ -87,26 +85,3 @@ def test_products_of_rows_are_those_of_einsum_with_gradients(count: int, shape: 
         strict=True,
     ):
         torch.testing.assert_close(found, wanted)
-
-
-class Functional(nn.Module):
-    """A batch norm as a function, behind the region."""
-
-    def __init__(self, is_of_batch: bool) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1))
-        self.is_of_batch, self.head = is_of_batch, nn.Conv2d(4, 2, 1)
-        self.register_buffer("mean", torch.zeros(4))
-        self.register_buffer("variance", torch.ones(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.interpolate(self.body(x), scale_factor=4, mode="bicubic")
-        return self.head(F.batch_norm(y, self.mean, self.variance, training=self.is_of_batch))
-
-
-@pytest.mark.parametrize("is_of_batch", [False, True])
-def test_only_norms_of_the_batch_get_another_layout(is_of_batch: bool) -> None:
-    net = cs.adaptify(
-        Functional(is_of_batch).eval(), "none", verify_laws=False, example_input=torch.rand(1, 3, 32, 32)
-    )
-    assert any(node.target is functional.exact_layout for node in net.graph.nodes) == is_of_batch

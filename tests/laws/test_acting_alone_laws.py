@@ -50,12 +50,10 @@ UNUSABLE = (
     *("rand", "normal", "bernoulli", "poisson", "exponential", "geometric", "cauchy"),
     *("log_normal", "uniform", "multinomial", "dropout", "alpha_dropout", "feature_", "gumbel"),
     *("rrelu", "binomial", "empty", "new", "native_", "save", "load", "set_", "share", "resize"),
-    *("apply_", "map_", "register", "backward", "record", "data_ptr", "storage", "untyped"),
-    *("quantize", "dequantize", "sparse", "to_sparse", "to_mkldnn", "numpy", "tolist", "names"),
-    *("rename", "align", "refine", "has_names", "compile", "fork", "import", "seed"),
+    *("quantize", "dequantize", "sparse", "compile", "fork", "import", "seed", "use_deterministic"),
     *("manual_seed", "cuda", "xpu", "mps", "ipu", "hpu", "mtia", "vulkan", "dlpack", "jit"),
-    *("typename", "is_", "from_", "tensor", "as_tensor", "asarray", "_", "module_load", "sym_"),
-    *("get_", "hash_tensor", "resolve", "fbgemm", "put_", "retain", "unique", "copy_"),
+    *("typename", "is_", "from_", "tensor", "as_tensor", "asarray", "_", "sym_", "get_", "hash_tensor"),
+    *("resolve", "fbgemm", "unique"),
 )
 # Act alone with these arguments, and are left out on purpose.
 LEFT_OUT = {

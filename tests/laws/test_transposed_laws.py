@@ -88,6 +88,20 @@ def test_its_sizes_are_the_networks_at_any_size_of_the_image(name: str, size: tu
     assert {d.action for d in net.plan.decisions if d.operation.startswith("ConvTranspose")} == {"keep"}
 
 
+def test_what_follows_is_part_of_it_in_the_inference_copy() -> None:
+    """Batch norm and, in the region, ReLU."""
+    torch.manual_seed(0)
+    x = images(2, 48, 64)
+    model = settled(Unjoined(*UNJOINED["2/2"]()), x, Draw(0))
+    net = unverified(model, "random", output_stride=(2, 8), example_input=x)
+    fast, levels = net.optimize(), random_levels(2, (24, 32), (2, 2))
+    called = [fast.get_submodule(str(node.target)) for node in fast.graph.nodes if node.op == "call_module"]
+    assert not [module for module in called if isinstance(module, nn.BatchNorm2d | nn.ReLU)]
+    with torch.no_grad():
+        assert_same(fast(x, mask=levels), net(x, mask=levels))
+        assert_same(net.optimize(fuse=False)(x, mask=levels), net(x, mask=levels))
+
+
 @pytest.mark.parametrize("name", ["2/2", "3/2"])
 def test_macs_of_a_network_are_those_that_run_and_those_of_torch(name: str) -> None:
     torch.manual_seed(0)

@@ -3,8 +3,6 @@ their data."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import images, slow
@@ -12,7 +10,6 @@ from networks import randomise
 
 import cadsurgery as cs
 from recipes.sampling_faster_rcnn import recipe
-from recipes.sampling_imagenet import recipe as classifiers
 
 
 @pytest.fixture(scope="module")
@@ -110,21 +107,3 @@ def test_the_learning_rate_is_that_published() -> None:
 
 
 # -- two classifiers -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def small() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return cs.build_model("mobilenet_v2", "none").eval()
-
-
-@pytest.mark.slow
-def test_gates_of_a_classifier_are_trained_alone_and_run_with_noise(
-    small: torch.nn.Module, tmp_path: Path
-) -> None:
-    classifiers.train("mobilenet_v2", small, images(12, 49, 65), 4.0, 2, tmp_path)
-    net = cs.load(tmp_path / "net.safetensors", small)
-    assert isinstance(net, cs.SampledModel) and net.noise
-    assert all(torch.equal(value, net.state_dict()[name]) for name, value in small.state_dict().items())
-    assert all(float(gate.bias.detach()) != 3 for gate in net.gates)
-    assert all(float(gate.temperature) == pytest.approx(classifiers.FINAL) for gate in net.gates)

@@ -16,7 +16,7 @@ from benchmarks.zoo.corpus import subject
 from benchmarks.zoo.network_check import check_network
 from cadsurgery.tasks.zoo_record import read_rows, recorded
 
-# Networks whose structure no toy network has; their operations one by one: `laws/test_rule_laws.py`. All of them are
+# Networks whose structure no toy network has; their operations one by one: `laws/test_rule_table.py`. All of them are
 # in the recorded run.
 SAMPLE = {
     "convnextv2_atto": "channels-last blocks, global response norm",
