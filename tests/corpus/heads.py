@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
-
 import torch
 import torch.nn.functional as F
-from corpus_blocks import Encoder, Residual, conv, twice
+from corpus_blocks import Residual, conv, twice
 from torch import nn
 
 from benchmarks.zoo.corpus import network
@@ -33,38 +31,6 @@ class PoseBaseline(nn.Module):
         x = self.layer3(self.layer2(self.layer1(x)))
         x = F.relu(self.bn2(self.up1(x)))
         return self.final_layer(F.relu(self.bn3(self.up2(x))))
-
-
-Prediction = namedtuple("Prediction", ["shrink", "threshold", "binary"])
-
-
-@network("outputs", "transposed", "resizing")
-class TextSpotter(nn.Module):
-    """Text (as DB): a pyramid concatenated at stride 4; two transposed 2/2; a named tuple."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = Encoder()
-        self.reduce = nn.ModuleList([conv(c, 12, 1) for c in Encoder.widths])
-        self.binarize, self.thresh = self.head(), self.head()
-
-    @staticmethod
-    def head() -> nn.Sequential:
-        """To the image's resolution."""
-        return nn.Sequential(
-            conv(48, 12), nn.ConvTranspose2d(12, 12, 2, 2), nn.BatchNorm2d(12), nn.ReLU(),
-            nn.ConvTranspose2d(12, 1, 2, 2), nn.Sigmoid(),
-        )  # fmt: skip
-
-    def forward(self, x):
-        c2, c3, c4, c5 = (r(f) for r, f in zip(self.reduce, self.encoder(x)))
-        p4 = F.interpolate(c5, size=c4.size()[2:], mode="nearest") + c4
-        p3 = F.interpolate(p4, size=c3.size()[2:], mode="nearest") + c3
-        p2 = F.interpolate(p3, size=c2.size()[2:], mode="nearest") + c2
-        h, w = p2.size()[2:]
-        y = torch.cat([p2, *(F.interpolate(p, size=(h, w), mode="nearest") for p in (p3, p4, c5))], dim=1)
-        shrink, threshold = self.binarize(y), self.thresh(y)
-        return Prediction(shrink, threshold, torch.reciprocal(1 + torch.exp(-50 * (shrink - threshold))))
 
 
 @network("indices", "inputs", call=lambda x: (x, x[:, :1].sigmoid()))

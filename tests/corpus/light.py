@@ -1,4 +1,4 @@
-"""More networks for real time: pre-activation on joined maps, parallel strips, pyramids in a block, fire modules."""
+"""One more network for real time."""
 
 from __future__ import annotations
 
@@ -7,17 +7,6 @@ from corpus_blocks import conv
 from torch import Tensor, nn
 
 from benchmarks.zoo.corpus import network
-
-
-def strips(width: int, k: int, d: int = 1) -> list[nn.Module]:
-    """Two strips of k samples, dilated."""
-    pad = d * (k // 2)
-    return [
-        nn.Conv2d(width, width, (k, 1), padding=(pad, 0), dilation=(d, 1)),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(width, width, (1, k), padding=(0, pad), dilation=(1, d)),
-        nn.BatchNorm2d(width),
-    ]
 
 
 class Separable(nn.Module):

@@ -108,26 +108,6 @@ CHANNELS, TAPS = (3, 5, 33, 64, 96, 320, 2048), (1, 4, 9, 25)
 
 
 @pytest.mark.thorough(few=3)
-@pytest.mark.parametrize("channels", CHANNELS)
-def test_the_tile_that_the_rule_chooses_fits(channels: int) -> None:
-    """Each shape on one GPU after the other, in one type after the other."""
-    for at, (taps, outputs) in enumerate(product(TAPS, (21, channels))):
-        capability, kind = tuple(SHARED)[at % len(SHARED)], KINDS[(at + channels) % len(KINDS)]
-        tile = gpu_tiles.product_tile(
-            12544,
-            outputs,
-            1,
-            channels,
-            taps,
-            kind.size,
-            gpu_tiles.tile_kind(kind.is_full, False),
-            device_of(capability),
-        )
-        compiled = compile_product(tile, kind, capability, channels, outputs, taps, halo=taps > 1)
-        check(compiled, capability, (channels, outputs, taps, tile, kind), has_product=not kind.is_full)
-
-
-@pytest.mark.thorough(few=3)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_gradients_of_weights_fit(capability: int) -> None:
     shapes = [(256, 256), (33, 21)] if capability not in QUICK else [(256, 256)]

@@ -20,7 +20,6 @@ SIZES = {
     "realtime:LinkNet": (96, 128),
     "scenes:FCN8s": (64, 96),
     "heads:PoseBaseline": (96, 128),
-    "heads:TextSpotter": (96, 128),
     "scenes:FeaturePyramid": (96, 128),
     "unets:unet_transposed": (96, 128),
     "pictures:ShuffledRestoration": (96, 128),

@@ -112,16 +112,6 @@ def test_the_plan_names_the_heads_and_how_to_reach_them() -> None:
     assert heads.share("adapt", "keep") > auto.share("adapt", "keep")
 
 
-def test_a_file_brings_the_region_back(tmp_path: Any) -> None:
-    x = torch.rand(1, 3, *SIZE)
-    net = converted(network(torch.float32), x)
-    cs.save(net, tmp_path / "net.safetensors")
-    loaded = cs.load(tmp_path / "net.safetensors", model=network(torch.float32))
-    assert loaded.plan == net.plan and loaded.plan.reads_inside_cells
-    with torch.no_grad():
-        assert torch.equal(loaded(x), net(x))
-
-
 def test_a_finer_grid_than_the_networks_own_is_refused() -> None:
     with pytest.raises(cs.InvalidInput, match=r"give output_stride=\(4, 8\)"):
         cs.adaptify(network(), region="heads", output_stride=(2, 8))

@@ -128,25 +128,6 @@ def test_what_is_kept_is_as_if_all_were_kept(
     assert any(decision.action == "adapt" for decision in net.plan.decisions)
 
 
-class Joined(Twice):
-    """The copy is one more image of the batch: the mask looks at it, too."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, second = self.whole(torch.cat([x, x.flip(3)])).chunk(2)
-        return first + second.flip(3)
-
-
-@torch.no_grad()
-def test_copies_in_the_batch_have_masks_of_their_own() -> None:
-    model, x = seeded(lambda: Joined(flipped)).eval(), images(1, SIDE, SIDE, torch.float64)
-    net = cs.adaptify(model, "content", example_input=x, coarsest=32)
-    assert "copy of the picture" not in net.plan.summary()
-    assert net.plan.share("adapt", "keep") > 0.5
-    x[..., 128:] = 0.5
-    net(x)
-    assert torch.equal(net.levels[0], net.levels[1].flip(1))
-
-
 class Cropped(Twice):
     """Whatever the network reads is cropped: the crop is the picture."""
 

@@ -78,7 +78,7 @@ SPELLINGS: dict[str, Callable[..., int]] = {
     "by outputs": by_outputs,
 }
 EXAMPLES = ((64, 96), (67, 101))
-SIZES = ((64, 96), (80, 112), (67, 101), (70, 102), (62, 94), (65, 96))
+SIZES = ((64, 96), (67, 101), (70, 102), (65, 96))
 OPTIONS: dict[str, dict[str, Any]] = {
     "finer": {"output_stride": (4, 16), "outputs": "native"},
     "floors": {"coarsest": 32},
@@ -151,7 +151,7 @@ def test_a_patch_that_later_strides_drop_at_some_sizes_is_not_forgotten(
     if options == "floors" and patch == 7:  # cells of floors are multiples of the strides
         given = {"coarsest": 28}
     net = cs.adaptify(model, example_input=images(1, *example, torch.float64), **given)
-    for size in ((128, 192), (131, 197), (64, 96), (119, 125), (112, 140)):
+    for size in ((128, 192), (131, 197), (119, 125)):
         x = images(2, *size, torch.float64)
         assert_same(net(x, mask=own_level(net)) - model.head.bias, model(x) - model.head.bias, EXACT)
 
