@@ -141,16 +141,6 @@ def test_commands_name_no_method(room: str) -> None:
     assert not found
 
 
-def test_the_package_itself_imports_nothing_on_its_own() -> None:
-    tree = ast.parse((PACKAGE / "__init__.py").read_text())
-    eager = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom) and "cadsurgery" in ast.unparse(node)
-    ]
-    assert eager == []
-
-
 def test_every_public_name_can_be_had() -> None:
     import cadsurgery as cs
 

@@ -107,17 +107,6 @@ def test_a_reversed_map_lists_every_reader_of_a_row_once(drawn: tuple[torch.Tens
     assert found == expected
 
 
-def test_what_it_refuses() -> None:
-    rows, table = torch.zeros(4, 6), torch.zeros(5, 9, dtype=torch.int32)
-    weight = torch.zeros(8, 54)
-    with pytest.raises(ValueError, match="6 and 8 channels are not 4 groups"):
-        gpu.gather_conv(rows, weight, table, groups=4)
-    with pytest.raises(ValueError, match=r"weight is \(8, 54\) where \(8, 48\)"):
-        gpu.gather_conv(rows, weight, table[:, :8])
-    with pytest.raises(ValueError, match=r"residual is \(4, 8\) where \(5, 8\)"):
-        gpu.gather_conv(rows, weight, table, residual=torch.zeros(4, 8))
-
-
 class _Launched:
     """Stands in for a kernel: it is launched, and does nothing."""
 

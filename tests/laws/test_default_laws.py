@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, slow
+from conftest import assert_same, covering
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -52,15 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "guided": {"fill": "guided"},
     "floors": {"coarsest": 4},
 }
-MASKS = (
-    "edges",
-    slow("gradient"),
-    "detail",
-    slow("content"),
-    "random:seed=3",
-    "edges | budget:fraction=0.3",
-    "keypoints:count=9",
-)
+MASKS = ("edges", "detail", "random:seed=3", "edges | budget:fraction=0.3", "keypoints:count=9")
 
 
 @pytest.mark.filterwarnings("ignore::cadsurgery.CadWarning")

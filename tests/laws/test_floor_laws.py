@@ -357,8 +357,6 @@ def test_a_picture_enlarged_beside_the_network_is_no_map_of_it(
 PEAKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "equal": lambda heat, largest: heat * (largest == heat),
     "as large": lambda heat, largest: torch.where(heat >= largest, heat, 0.0),
-    "none is larger": lambda heat, largest: heat * (1 - (largest > heat).to(heat.dtype)),
-    "close": lambda heat, largest: heat * torch.isclose(heat, largest),
 }
 
 

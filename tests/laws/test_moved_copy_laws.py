@@ -60,14 +60,7 @@ def warped(run: Run, x: Tensor) -> Tensor:
     return F.grid_sample(run(F.grid_sample(x, grid, align_corners=False)), grid, align_corners=False)
 
 
-def larger(run: Run, x: Tensor) -> Tensor:
-    size = x.shape[2:]
-    return F.interpolate(
-        run(F.interpolate(x, scale_factor=1.25, mode="bilinear")), size=size, mode="bilinear"
-    )
-
-
-WAYS = (flipped, rolled, turned, transposed, from_the_end, chunked, padded, slow(warped), slow(larger))
+WAYS = (flipped, rolled, turned, transposed, from_the_end, chunked, padded, slow(warped))
 
 
 class Twice(nn.Module):

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images
-from feature_cases import SIZE, converted, grid_of, missed, trunk
+from conftest import images
+from feature_cases import SIZE, converted, grid_of, trunk
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -60,14 +60,6 @@ def test_the_oracle_is_the_divergence_of_uniform_passes() -> None:
 
 
 # -- gain ----------------------------------------------------------------------------------------------
-
-
-def test_a_gain_mask_sees_mean_and_detail_of_every_channel() -> None:
-    features = torch.randn(2, 3, 13, 10, dtype=torch.float64)
-    described = GainMask().describe(features, PATCH)
-    for channel in range(3):
-        assert_same(described[:, channel], blocks(features[:, channel]))
-        assert_same(described[:, 3 + channel].square(), blocks(missed(features[:, channel : channel + 1])))
 
 
 class Photos:

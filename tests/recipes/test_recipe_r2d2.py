@@ -182,11 +182,4 @@ def test_the_command_measures_an_adapted_file_too(
     assert len({line.count(" | ") for line in lines[2:]}) == 1
 
 
-def test_what_a_coarser_network_loses_is_told_by_place_and_description(tmp_path: Path) -> None:
-    (sequence,) = recipe.sequences(data(tmp_path), ["boat"])
-    net = cs.adaptify(network().float(), "all", output_stride=(1, 8), verify_laws=False)
-    labels = [label for label, shares in recipe.what_is_lost(net, [sequence]) if len(shares) == 2]
-    assert len(labels) == len({*labels}) == 4 * len(recipe.STEPS)
-
-
 # -- with the weights ----------------------------------------------------------------------------------
