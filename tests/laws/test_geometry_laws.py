@@ -21,7 +21,9 @@ from conftest import assert_same, random_levels
 from emulation import Emulation, Feature, pixels
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from timm.layers import DropPath
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from cadsurgery.elements import BACKENDS, functional
 from cadsurgery.elements.backends import choose
@@ -634,3 +636,23 @@ def test_gradients_are_those_of_the_emulation(data: st.DataObject) -> None:
     scale = max(float(grad.abs().max()) for grad in expected_grads)
     for one, other in zip(found_grads, expected_grads, strict=True):
         assert float((one - other).abs().max()) < EXACT * scale
+
+
+@pytest.mark.parametrize(
+    "dropout",
+    [nn.Dropout2d(0.5), DropPath(0.5), StochasticDepth(0.5, "batch")],
+    ids=lambda dropout: repr(dropout),
+)
+def test_dropout_per_image_scales_elements_as_the_module_scales_the_map(dropout: nn.Module) -> None:
+    """One factor per image and channel, so dropping commutes with any lattice; nothing happens in evaluation."""
+    dense, lattice = (
+        torch.rand(4, 6, 8, 12).double() + 1,
+        Geometry((2, 2), fill="nearest").uniform(1, 4, (8, 12)),
+    )
+    x = functional.to_elements(dense, lattice)
+    coarse = Elements(functional.rows_on(x, lattice.at(2)), lattice.at(2))
+    torch.manual_seed(3)
+    dropped = functional.to_dense(functional.drop_per_image(coarse, dropout.train()))
+    torch.manual_seed(3)
+    assert_same(dropped, dropout(functional.to_dense(coarse)), EXACT)
+    assert functional.drop_per_image(coarse, dropout.eval()) is coarse

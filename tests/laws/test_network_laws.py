@@ -376,6 +376,13 @@ def test_gradients_of_any_level_map_are_the_emulations(name: str, fill: str) -> 
     assert_same(found_grads, expected_grads, 1e-8)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_adaptify_keeps_the_mode(training: bool) -> None:
+    net = convert(build("resnet18").train(training))
+    assert {module.training for module in net.modules()} <= {training, net.mask.training}
+    assert net.training == training and net.layer4[0].bn1.training == training
+
+
 @SAMPLE
 def test_training_mode_of_an_all_low_network_is_the_originals(name: str) -> None:
     """Law 1 in training: batch statistics, running statistics and outputs are the original's."""
