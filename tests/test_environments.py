@@ -82,6 +82,7 @@ for argv in json.load(open("commands.json")):
 """
 
 
+@pytest.mark.slow
 def test_every_module_is_imported_with_the_base_packages_alone(tmp_path: Path) -> None:
     """And no name of torch is looked up in a module that `import torch` has not loaded."""
     (tmp_path / "program.py").write_text(IMPORT_ALL)

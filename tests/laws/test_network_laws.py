@@ -244,7 +244,7 @@ def test_any_level_map_on_vgg_is_the_emulation(name: str, high: int, fill: str) 
 
 @pytest.mark.parametrize(
     ("name", "region", "fill"),
-    covering(["deeplabv3_resnet50", "fcn_resnet50"], ["auto", "backbone"], some(THREE)),
+    covering(["deeplabv3_resnet50", slow("fcn_resnet50")], ["auto", slow("backbone")], some(THREE, every=3)),
 )
 def test_any_level_map_on_a_dilated_network_is_the_emulation_of_the_strided_one(
     name: str, region: str, fill: str

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, slow, some
-from networks import seeded
+from networks import seeded, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -98,7 +98,7 @@ def test_same_padding_is_followed_at_every_size(
     spelling: str, asks: bool, kernel: int, options: str, example: tuple[int, int]
 ) -> None:
     model = seeded(partial(Padded, SPELLINGS[spelling], asks, kernel)).eval()
-    net = cs.adaptify(model, example_input=images(1, *example, torch.float64), **OPTIONS[options])
+    net = unverified(model, example_input=images(1, *example, torch.float64), **OPTIONS[options])
     for size in SIZES:
         x = images(2, *size, torch.float64)
         assert_same(net(x, mask=own_level(net)), model(x), EXACT)
@@ -150,7 +150,7 @@ def test_a_patch_that_later_strides_drop_at_some_sizes_is_not_forgotten(
     given = {"output_stride": (patch, 4 * patch)} if options == "finer" else OPTIONS[options]
     if options == "floors" and patch == 7:  # cells of floors are multiples of the strides
         given = {"coarsest": 28}
-    net = cs.adaptify(model, example_input=images(1, *example, torch.float64), **given)
+    net = unverified(model, example_input=images(1, *example, torch.float64), **given)
     for size in ((128, 192), (131, 197), (119, 125)):
         x = images(2, *size, torch.float64)
         assert_same(net(x, mask=own_level(net)) - model.head.bias, model(x) - model.head.bias, EXACT)
