@@ -38,7 +38,8 @@ ALONE: Calls = {
     "padding by negative widths": lambda y: F.max_pool2d(
         F.pad(F.pad(y, (2, 2, 2, 2)), (0, -1, 0, -2)), 3, 1, 1
     ),
-    "padding that crops one border": lambda y: F.conv2d(F.pad(y, (1, -1, 1, -1)), WEIGHT, padding=1),
+    "padding that crops one border": lambda y: F.conv2d(F.pad(y, (0, -1, 0, 1)), WEIGHT, padding=1),
+    "two paddings of other values": lambda y: F.conv2d(F.pad(y, (1, 1, 1, 1), "reflect"), WEIGHT, padding=1),
     "conv_transpose2d of a weight that is computed": lambda y: F.conv_transpose2d(y, WEIGHT.to(y), padding=1),
     "every second sample": lambda y: F.interpolate(y, scale_factor=0.5),
     "the middle of four samples": lambda y: F.interpolate(y, scale_factor=0.5, mode="bilinear"),

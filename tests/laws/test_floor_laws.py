@@ -304,6 +304,19 @@ def test_differences_of_neighbours_are_exact(size: tuple[int, int]) -> None:
     assert_same(net(x, mask="all"), model(x), 1e-5)
 
 
+def test_an_identity_whose_hooks_are_asked_for_keeps_its_place_behind_padding() -> None:
+    seen: list[Tensor] = []
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, 2, 1), nn.ConstantPad2d(1, 0.0), nn.Identity(), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 2, 1)),
+    ).eval()
+    model[2].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    net = unverified(model, "edges", output_stride=(4, 8), example_input=torch.rand(1, 3, 64, 96))
+    seen.clear()
+    net(torch.rand(1, 3, 64, 96))
+    assert seen
+
+
 class SuperResolving(nn.Module):
     """A body at the picture's size and pixel shuffles, with the picture enlarged beside it (compact Real-ESRGAN)."""
 

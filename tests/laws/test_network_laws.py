@@ -378,7 +378,10 @@ def test_gradients_of_any_level_map_are_the_emulations(name: str, fill: str) -> 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_adaptify_keeps_the_mode(training: bool) -> None:
-    net = convert(build("resnet18").train(training))
+    model = build("resnet18").train(training)
+    extractor = create_feature_extractor(model, ["layer4"]).train(training)
+    assert {module.training for module in convert(extractor).layer4.modules()} == {training}
+    net = convert(model)
     assert {module.training for module in net.modules()} <= {training, net.mask.training}
     assert net.training == training and net.layer4[0].bn1.training == training
 

@@ -104,6 +104,37 @@ def test_same_padding_is_followed_at_every_size(
         assert_same(net(x, mask=own_level(net)), model(x), EXACT)
 
 
+class Scored(nn.Module):
+    """Points in pixels and scores in 0..1 in one tensor; it pads above and on the left of maps of odd size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, 2)
+        self.three, self.four = nn.Conv2d(6, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, 2, 1)
+        self.score = nn.Conv2d(6, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.one(x))
+        above, before = (0 if length % 2 == 0 else 1 for length in x.shape[2:])
+        x = F.pad(x, (before, 1, above, 1))
+        x = F.relu(self.four(F.relu(self.three(F.relu(self.two(x))))))
+        score = self.score(x).sigmoid()
+        b, _, h, w = score.shape
+        ys, xs = (torch.arange(n, device=score.device).to(score) for n in (h, w))
+        points = torch.stack((xs.expand(h, w), ys.view(h, 1).expand(h, w))).expand(b, 2, h, w)
+        return torch.cat([16.0 * points, score], 1)
+
+
+@torch.no_grad()
+def test_large_values_beside_small_ones_hide_no_decision() -> None:
+    """Nor do they in the check of the conversion: the scores are right at the scale of the scores."""
+    model = seeded(Scored).eval()
+    net = cs.adaptify(model, example_input=images(1, *EXAMPLES[0], torch.float64), **OPTIONS["finer"])
+    for size in SIZES:
+        x = images(2, *size, torch.float64)
+        assert_same(net(x, mask="none")[:, 2], model(x)[:, 2], EXACT)
+
+
 @torch.no_grad()
 def test_a_graph_of_the_example_serves_the_example() -> None:
     """Whatever other size it was traced on: a call like the example is never read anew."""
