@@ -30,12 +30,6 @@ def test_boxes_agree_where_they_overlap_by_half() -> None:
     assert recipe.f1([recipe.agreement([], right)[:3]]) == 0
 
 
-@pytest.mark.parametrize("side", [1280, 1400, 3008])
-def test_windows_give_every_pixel_once(side: int) -> None:
-    page = torch.rand(1, 3, side, side)
-    assert torch.equal(recipe.windows(lambda part: part[:, :1] * 2, page), page[:, :1] * 2)
-
-
 def test_an_error_holds_its_figure() -> None:
     values = [1.0, 2.0, 4.0, 8.0]
     mean, low, high = recipe.with_error(lambda at: float(np.mean([values[i] for i in at])), len(values))

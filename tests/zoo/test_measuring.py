@@ -43,13 +43,3 @@ def test_the_memory_of_each_side_is_in_the_report(command_line: Run, tmp_path: P
     high, low, (row,) = network["dense_high"], network["dense_low"], network["rows"]
     assert high["memory_mib"] > low["memory_mib"] > 0
     assert row["memory_ratio"] == pytest.approx(row["memory_mib"] / high["memory_mib"])
-
-
-@pytest.mark.slow
-def test_each_instruction_set_is_in_force_in_a_process_of_its_own(command_line: Run, tmp_path: Path) -> None:
-    caps, options = isa.here()[:2], ("--fractions", "0.5", "--size", "64x96", "--rounds", 1)
-    script, file = "benchmarks.instruction_sets", "report.json"
-    command_line(",".join(caps), file, "-m", "resnet18", "--set", "mask=none", *options, module=script)
-    report = json.loads((tmp_path / file).read_text())
-    assert [network["isa"] for network in report["networks"]] == list(caps)
-    assert [report["caps"][cap]["kernels"] for cap in caps] == list(caps)
