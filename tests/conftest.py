@@ -50,18 +50,6 @@ LONGEST = ("test_examples.py", "test_layers.py", "test_docs.py", "test_every_fil
 MEMORY = {"not slow": 4 << 30, "slow": 8 << 30}  # bytes that a worker and what it starts take at most
 
 
-def _set_determinism(mode: bool, *, warn_only: bool = False) -> None:
-    """torch's own function notes a tensor as Inductor's setting, then refuses it: what compiles later in the process
-    fails. Tests that call every function with tensors call this one."""
-    if not isinstance(mode, bool):
-        raise TypeError(f"use_deterministic_algorithms takes a bool, not {type(mode).__name__}")
-    _TORCH_SETS_DETERMINISM(mode, warn_only=warn_only)
-
-
-_TORCH_SETS_DETERMINISM = torch.use_deterministic_algorithms
-torch.use_deterministic_algorithms = _set_determinism
-
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """`-n auto`: a worker for each core, as far as memory goes."""

@@ -13,8 +13,8 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from conftest import assert_same, covering, rewritten, slow, some
-from networks import build, made_once, strided
+from conftest import assert_same, rewritten
+from networks import made_once, strided
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -77,10 +77,6 @@ def test_an_unknown_name_lists_the_closest_and_the_known() -> None:
     ]
 
 
-def test_an_unknown_name_has_a_next_step_even_if_nothing_is_close() -> None:
-    assert cs.UnknownName("fruit", "zzz", [f"name{i}" for i in range(100)]).next
-
-
 # -- names ---------------------------------------------------------------------------------------------
 
 
@@ -88,16 +84,10 @@ def test_an_unknown_name_has_a_next_step_even_if_nothing_is_close() -> None:
     ("name", "words"),
     [
         ("resnt18", ["resnt18", "resnet18"]),
-        ("deeplabv3_resnet11", ["deeplabv3_resnet"]),
         ("torchvision:resnet19", ["torchvision", "resnet18"]),
-        ("timm:mobilenetv9_100", ["mobilenetv"]),
         ("zzzzqqqq", ["zzzzqqqq", "cadsurgery list"]),
-        ("torchvision:zzzzqqqq", ["zzzzqqqq"]),
-        ("timm:zzzzqqqq", ["zzzzqqqq"]),
-        ("", []),
         ("no_such_module:build", ["no_such_module", "imported"]),
         ("math:squirt", ["squirt", "sqrt"]),
-        ("math:zzzzqqqq", ["zzzzqqqq", "math"]),
     ],
 )
 def test_an_unknown_network_is_refused_with_the_closest_names(name: str, words: list[str]) -> None:
@@ -105,7 +95,7 @@ def test_an_unknown_network_is_refused_with_the_closest_names(name: str, words: 
         cs.build_model(name, "none")
 
 
-@pytest.mark.parametrize("mask", [None, 3.0, ["edges"], b"edges"])
+@pytest.mark.parametrize("mask", [None, ["edges"]])
 def test_what_is_no_mask_at_all_is_refused(mask: object) -> None:
     with refused(cs.InvalidInput, "not a mask", "edges", "tensor", "function"):
         resolve_mask(mask)
@@ -126,6 +116,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[cs.CadError], list[str]]] =
         cs.FileError,
         ["no file", "nothing.pth"],
     ),
+    "a missing converted file": (lambda: cs.load("nothing.safetensors"), cs.FileError, ["no file"]),
     "an unknown node of a plan": (lambda: adapted().plan["outpt"], cs.UnknownName, ["outpt", "output"]),
     "levels before a call": (lambda: adapted().levels, cs.InvalidInput, ["not run yet", "net(x)"]),
     "the kept share before a call": (lambda: adapted().active_fraction, cs.InvalidInput, ["not run yet"]),
@@ -160,6 +151,17 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[cs.CadError], list[str]]] =
         lambda: Window((3, 3), 1, (1, 1), (0, 0, 0, 0)).output_size((2, 8)),
         cs.InvalidInput,
         ["3x3", "too small"],
+    ),
+    "a reflected border longer than the map": (
+        lambda: cs.functional.conv2d(
+            to_elements(torch.zeros(2, 4, 6, 6), Geometry((2,)).uniform(1, 2, (6, 6))),
+            torch.zeros(4, 4, 3, 3),
+            None,
+            Window((3, 3), 1, (3, 3), (3, 3, 3, 3), "reflect", spacing=2),
+            1,
+        ),
+        cs.InvalidInput,
+        ["a border of 3 samples is reflected in a map of 3"],
     ),
     "a region without a backbone": (
         lambda: adapted(region="backbone"),
@@ -197,6 +199,29 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[cs.CadError], list[str]]] =
         cs.CannotConvert,
         ["does not run", "4 channels", "example_input"],
     ),
+    "a lattice of no integers": (
+        lambda: Geometry((2, 2)).lattice(torch.zeros(1, 4, 4)),
+        cs.InvalidInput,
+        ["level map", "integer"],
+    ),
+    "the published anchor without the published fill": (
+        lambda: adapted(anchor="center"),
+        cs.InvalidInput,
+        ['anchor="center"', 'fill="nearest"'],
+    ),
+    "a region of no module": (
+        lambda: cs.plan(Interrupted(), region=["body", "zzzzqqqq"]),
+        cs.UnknownName,
+        ["zzzzqqqq"],
+    ),
+    "an unknown region": (lambda: cs.plan(trunk(), region="backbon"), cs.UnknownName, ["backbon"]),
+    "a region that is no word": (lambda: cs.plan(Interrupted(), region=3), cs.InvalidInput, ["3"]),
+    "no network to convert": (lambda: cs.plan("resnet18"), cs.InvalidInput, []),  # type: ignore[arg-type]
+    "no network to save": (
+        lambda: cs.save(trunk(), "net.safetensors"),  # type: ignore[arg-type]
+        cs.InvalidInput,
+        ["Sequential is not a converted network", "state_dict"],
+    ),
     "an exported program": (
         lambda: cs.adaptify(torch.export.export(trunk(), (IMAGE,))),  # type: ignore[arg-type]
         cs.InvalidInput,
@@ -217,34 +242,19 @@ def test_a_call_that_cannot_be_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    covering(
-        [(12, 17), (17, 13), (3, 13, 17), (97, 129), (1, 1, 13, 17), (), (0, 17)], [torch.bool, torch.int64]
-    ),
+    [((12, 17), torch.bool), ((3, 13, 17), torch.int64), ((1, 1, 13, 17), torch.bool), ((), torch.int64)],
 )
 def test_a_mask_of_wrong_size_is_refused_with_the_right_one(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    if (shape, dtype) == (IMAGE.shape[2:], torch.bool):
-        shape = (96, 129)  # of the picture's size it is a region in pixels
     with refused(cs.InvalidInput, str(shape), "13 x 17", "(2, 13, 17)"):
         adapted()(IMAGE, mask=torch.zeros(shape).to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 def test_a_mask_of_wrong_dtype_is_refused(dtype: torch.dtype) -> None:
     with refused(cs.InvalidInput, str(dtype).removeprefix("torch."), "threshold"):
         adapted()(IMAGE, mask=torch.zeros(13, 17, dtype=dtype))
-
-
-@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
-def test_a_mask_of_wide_unsigned_levels_is_read_or_refused(dtype: torch.dtype) -> None:
-    net, levels = adapted(), torch.zeros(13, 17, dtype=dtype)
-    try:
-        net(IMAGE, mask=levels)
-    except cs.InvalidInput as error:
-        assert error.next
-    else:
-        assert (net.levels == 0).all()
 
 
 @pytest.mark.parametrize("level", [-1, 3, 300])
@@ -255,27 +265,10 @@ def test_levels_below_0_or_beyond_the_lowest_are_refused(level: int) -> None:
         adapted()(IMAGE, mask=levels)
 
 
-@pytest.mark.parametrize("found", [None, "high", 1, [[0]]])
+@pytest.mark.parametrize("found", [None, [[0]]])
 def test_a_function_that_gives_no_tensor_is_refused(found: object) -> None:
     with refused(cs.InvalidInput, "mask", "(2, 13, 17)"):
         adapted(lambda image: found)(IMAGE)
-
-
-@pytest.mark.parametrize(
-    "levels", [torch.zeros(4, 4).long(), torch.zeros(1, 4, 4), torch.zeros(0, 4, 4).long()]
-)
-def test_a_lattice_is_made_of_integer_level_maps_only(levels: Tensor) -> None:
-    with refused(cs.InvalidInput, "level map", "integer"):
-        Geometry((2, 2)).lattice(levels)
-
-
-def test_a_map_that_does_not_divide_is_not_put_into_channels() -> None:
-    model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3, 2, 1), torch.nn.PixelUnshuffle(2), torch.nn.Conv2d(16, 4, 1)
-    )
-    net = cs.adaptify(model.eval(), "none", example_input=torch.rand(1, 3, 32, 32))
-    with refused(cs.InvalidInput, "map of 17x16 samples", "multiples of 2"):
-        net(torch.rand(1, 3, 33, 32))
 
 
 # -- images --------------------------------------------------------------------------------------------
@@ -292,7 +285,7 @@ def test_an_image_with_nan_or_infinite_values_is_refused(value: float) -> None:
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        *((None, []), ("cat.png", []), (3, []), ([IMAGE], []), (IMAGE[None], []), (torch.tensor(0.0), [])),
+        *((None, []), (IMAGE[None], [])),
         ([IMAGE[0], IMAGE[0]], ["torch.stack"]),
         (IMAGE[0], ["unsqueeze(0)"]),
         (IMAGE.numpy(), ["float32 ndarray of shape (2, 3, 97, 129)", "read_image"]),
@@ -306,47 +299,32 @@ def test_what_is_no_image_batch_is_refused_with_how_one_is_made(image: object, w
 
 MISFITS: list[tuple[Callable[[Tensor], Tensor], list[str]]] = [
     (lambda x: (x * 255).to(torch.uint8), ["uint8", "float32", "normalise"]),
-    (lambda x: x.long(), ["int64", "float32"]),
-    (lambda x: x > 0.5, ["bool", "float32"]),
     (lambda x: x.double(), ["float64", "float32", "image.to(torch.float32)"]),
     (lambda x: x.half(), ["float16", "net.to(torch.float16)"]),
-    (lambda x: x.bfloat16(), ["bfloat16"]),
-    (lambda x: x.to(torch.complex64), ["complex64"]),
     (lambda x: x.to("meta"), ["on meta", "on cpu", 'image.to("cpu")']),
     (lambda x: x[:, :1], ["1 channel,", "takes 3", "expand"]),
     (lambda x: torch.cat((x, x[:, :1]), 1), ["4 channels", "takes 3", "image[:, :3]"]),
     (lambda x: x.permute(0, 2, 3, 1), ["takes 3", "permute(0, 3, 1, 2)"]),
-    (lambda x: x.repeat(1, 2, 1, 1), ["6 channels", "takes 3"]),
     (lambda x: x.to_sparse(), ["sparse", "to_dense()"]),
     (lambda x: x[:, :, :0], ["size zero", "(2, 3, 0, 129)"]),
-    (lambda x: x[..., :0], ["size zero", "(2, 3, 97, 0)"]),
-    (lambda x: x[:0], ["size zero", "(0, 3, 97, 129)"]),
-    (lambda x: x[:, :0], ["size zero", "(2, 0, 97, 129)"]),
 ]
 
 
-@pytest.mark.parametrize(
-    ("misfit", "network"),
-    covering(range(len(MISFITS)), [((8, 32), False), ((1, 4), True), ((8, 32), True), ((1, 4), False)]),
-)
+@pytest.mark.parametrize(("change", "words"), MISFITS)
 def test_an_image_of_another_type_device_or_depth_than_the_networks_is_refused(
-    misfit: int, network: tuple[tuple[int, int], bool]
+    change: Callable[[Tensor], Tensor], words: list[str]
 ) -> None:
     """Behind a stem and from the image on. Optimised kernels would convert their weights to any type, and answer in
     it."""
-    (change, words), (pair, optimised) = MISFITS[misfit], network
-    net = adapted("edges", output_stride=pair)
-    with refused(cs.InvalidInput, *words):
-        (net.optimize() if optimised else net)(change(IMAGE))
+    for net in (adapted("edges", output_stride=(8, 32)), adapted("edges", output_stride=(1, 4)).optimize()):
+        with refused(cs.InvalidInput, *words):
+            net(change(IMAGE))
 
 
 @pytest.mark.parametrize(
     "change",
-    [
-        *(lambda x: (x * 255).to(torch.uint8), lambda x: x.double(), lambda x: x[:, :1], lambda x: x[0]),
-        *(lambda x: x[:, :, :0], lambda x: x * float("nan")),
-    ],
-    ids=["uint8", "float64", "grey", "no batch", "size zero", "NaN"],
+    [lambda x: x.double(), lambda x: x[0], lambda x: x * float("nan")],
+    ids=["float64", "no batch", "NaN"],
 )
 def test_what_a_call_refuses_is_refused_by_everything_that_runs_the_network(
     change: Callable[[Tensor], Tensor],
@@ -373,7 +351,7 @@ class TakesPictures(nn.Module):
         return self.trunk(x.float() / 255)
 
 
-@pytest.mark.parametrize("mask", some(["all", "edges", "gradient", "detail"]))
+@pytest.mark.parametrize("mask", ["all", "edges"])
 def test_a_network_that_scales_pictures_itself_takes_them(mask: str) -> None:
     """Masks then see the same numbers as floats: differences of unsigned ones would wrap around."""
     net = cs.adaptify(TakesPictures(), mask, verify_laws=False)
@@ -401,25 +379,6 @@ def test_what_a_network_says_of_pictures_that_it_changes_first_is_told() -> None
     net = cs.adaptify(OfOneHeight(), "all", verify_laws=False)
     with refused(cs.InvalidInput, "does not run", "uint8", "must match the size", "float32 on cpu"):
         net(torch.zeros(2, 3, 65, 129, dtype=torch.uint8))
-
-
-@pytest.mark.parametrize("optimised", [False, True])
-def test_autocast_and_networks_of_other_types_are_not_in_the_way(optimised: bool) -> None:
-    net = adapted("edges")
-    half = copy.deepcopy(net).to(torch.bfloat16)
-    if optimised:
-        net, half = net.optimize(), half.optimize()
-    assert half(IMAGE.bfloat16()).dtype == torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16):
-        assert net(IMAGE).shape == net(IMAGE.bfloat16()).shape
-    with refused(cs.InvalidInput, "float32", "bfloat16"):
-        half(IMAGE)
-
-
-@pytest.mark.parametrize("arguments", [(), ("cat.png",)])
-def test_macs_without_an_image_is_refused(arguments: tuple[object, ...]) -> None:
-    with pytest.raises((cs.InvalidInput, TypeError)):
-        adapted().macs(*arguments)
 
 
 # -- conversion ----------------------------------------------------------------------------------------
@@ -457,23 +416,9 @@ class Interrupted(nn.Module):
     ],
     ids=["no convolution", "no stride", "behind an unknown operation", "unknown pooling"],
 )
-@pytest.mark.parametrize("convert", [cs.adaptify, cs.plan])
-def test_a_network_with_nothing_to_adapt_is_refused(
-    convert: Callable[..., object], model: nn.Module, words: list[str]
-) -> None:
+def test_a_network_with_nothing_to_adapt_is_refused(model: nn.Module, words: list[str]) -> None:
     with refused(cs.CannotConvert, *words):
-        convert(model)
-
-
-@pytest.mark.parametrize("names", [["layer4"], slow(["layer3", "layer4"]), slow(["layer3.0", "layer3.1"])])
-def test_a_region_by_names_has_the_networks_own_strides_and_nothing_else(names: list[str]) -> None:
-    model = build("resnet18")
-    found, whole = cs.plan(model, region=names), cs.plan(model)
-    assert set(found.possible) <= set(whole.possible)
-    assert all(d.path.startswith(tuple(names)) for d in found.chosen("adapt") if d.window)
-    for pair in found.possible:
-        adapting = cs.plan(model, pair, names).chosen("adapt", "keep")
-        assert all(d.path.startswith(tuple(names)) for d in adapting if d.path)
+        cs.adaptify(model)
 
 
 def test_a_refused_network_is_left_as_it_was() -> None:
@@ -495,14 +440,6 @@ def quantised(prepare_only: bool = False) -> nn.Module:
     return prepared if prepare_only else quantization.convert(prepared)
 
 
-def prepared_for_training() -> nn.Module:
-    from torch.ao import quantization
-
-    model = trunk().train()
-    model.qconfig = quantization.get_default_qat_qconfig("x86")
-    return quantization.prepare_qat(model)
-
-
 def on_meta() -> nn.Module:
     with torch.device("meta"):
         return trunk()
@@ -510,10 +447,8 @@ def on_meta() -> nn.Module:
 
 UNSUITABLE: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "data parallel": (lambda: nn.DataParallel(trunk()), ["DataParallel wraps", "pass model.module"]),
-    "averaged": (lambda: torch.optim.swa_utils.AveragedModel(trunk()), ["AveragedModel", "model.module"]),
     "compiled": (lambda: torch.compile(trunk()), ["OptimizedModule wraps", "pass model._orig_mod"]),
     "scripted": (lambda: torch.jit.script(trunk()), ["TorchScript", "scripted or traced from"]),
-    "traced": (lambda: torch.jit.trace(trunk(), IMAGE), ["TorchScript", "scripted or traced from"]),
     "exported": (
         lambda: torch.export.export(trunk(), (IMAGE,)).module(),
         ["exported program", "the network that was exported"],
@@ -522,10 +457,6 @@ UNSUITABLE: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "to be quantised": (
         lambda: quantised(prepare_only=True),
         ["Observer prepares a network to be quantised", "as it was before quantisation"],
-    ),
-    "to be trained for 8 bits": (
-        prepared_for_training,
-        ["prepares a network to be quantised", "as it was before quantisation"],
     ),
     "converted": (adapted, ["AdaptiveModel is converted already", "the original"]),
     "optimised": (lambda: adapted().optimize(), ["OptimizedModel is converted already", "the original"]),
@@ -544,37 +475,16 @@ def test_a_network_that_is_not_itself_is_refused_with_what_to_pass_instead(
     make: Callable[[], nn.Module], words: list[str], tmp_path: Path
 ) -> None:
     model = make()
-    for convert in (cs.adaptify, cs.plan):
-        with refused(cs.CannotConvert, *words):
-            convert(model)
+    with refused(cs.CannotConvert, *words):
+        cs.adaptify(model)
     cs.save(adapted(), tmp_path / "net.safetensors")
     with refused(cs.CannotConvert, *words):
         cs.load(tmp_path / "net.safetensors", model)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_head_that_is_quantised_dynamically_stays_in_floats_and_converts() -> None:
-    model = nn.Sequential(trunk(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2))
-    assert cs.adaptify(torch.ao.quantization.quantize_dynamic(model), "edges").checks
-
-
-def test_only_a_converted_network_is_saved(tmp_path: Path) -> None:
-    with refused(cs.InvalidInput, "Sequential is not a converted network", "state_dict"):
-        cs.save(trunk(), tmp_path / "net.safetensors")  # type: ignore[arg-type]
-    with refused(cs.InvalidInput, "'resnet18' is not a network"):
-        cs.load(tmp_path / "net.safetensors", "resnet18")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("model", ["resnet18", None, trunk])
-@pytest.mark.parametrize("convert", [cs.adaptify, cs.plan])
-def test_what_is_no_network_is_refused(convert: Callable[..., object], model: object) -> None:
-    with refused(cs.InvalidInput):
-        convert(model)
-
-
 @pytest.mark.parametrize(
     ("pair", "convert"),
-    covering([(3, 5), (32, 8), (8, 8), (8, 64), (8, 16, 32), 8, "8,32"], [cs.adaptify, cs.plan]),
+    [((3, 5), cs.adaptify), ((32, 8), cs.plan), ((8, 16, 32), cs.plan), (8, cs.plan), ("8,32", cs.plan)],
 )
 def test_an_impossible_output_stride_is_refused_with_the_possible_ones(
     pair: object, convert: Callable[..., object]
@@ -597,20 +507,6 @@ def test_an_unknown_choice_is_refused_with_the_choices(option: str) -> None:
         adapted(**{option: "cubic"})
 
 
-def test_the_published_anchor_needs_the_published_fill() -> None:
-    with refused(cs.InvalidInput, 'anchor="center"', 'fill="nearest"'):
-        adapted(anchor="center")
-    assert adapted(anchor="center", fill="nearest").geometry.anchor == "center"
-
-
-@pytest.mark.parametrize("region", ["backbon", "everything", ["bod"], ["body", "zzzzqqqq"], 3])
-def test_an_unknown_region_is_refused(region: object) -> None:
-    kind = cs.InvalidInput if region == 3 else cs.UnknownName
-    named = region[-1] if isinstance(region, list) else str(region)
-    with refused(kind, named):
-        cs.plan(Interrupted(), region=region)
-
-
 def test_strict_refuses_a_region_that_ends_early_and_says_where() -> None:
     with refused(cs.CannotConvert, "fft_fft2", "no rule", "strict=False") as found:
         cs.adaptify(Interrupted(), "none", strict=True)
@@ -627,13 +523,6 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "net.safetensors"
 
 
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with refused(cs.FileError, "no file", "nothing.safetensors"):
-        cs.load(tmp_path / "nothing.safetensors")
-    with refused(cs.FileError, str(tmp_path)):
-        cs.load(tmp_path)
-
-
 @pytest.mark.parametrize("kept", [0, 4, 100, -1])
 def test_a_truncated_file_is_refused(saved: Path, kept: int) -> None:
     saved.write_bytes(saved.read_bytes()[:kept])
@@ -645,23 +534,11 @@ def test_a_truncated_file_is_refused(saved: Path, kept: int) -> None:
     ("change", "words"),
     [
         (lambda metadata: metadata.pop("plan"), []),
-        (lambda metadata: metadata.pop("format"), []),
-        (lambda metadata: metadata.update(plan="{}"), []),
         (lambda metadata: metadata.update(plan="not JSON"), []),
         (lambda metadata: metadata["options"].update(surprise=1), []),
         (lambda metadata: metadata.update(format=99), ["format 99", "update"]),
         (lambda metadata: metadata.update(format=2), ["format 2", "convert the network again"]),
         (lambda metadata: metadata.update(mask="telepathy"), ["telepathy", 'mask="edges"']),
-    ],
-    ids=[
-        "no plan",
-        "no format",
-        "empty plan",
-        "plan no JSON",
-        "unknown option",
-        "newer",
-        "older",
-        "unknown mask",
     ],
 )
 def test_a_file_with_metadata_that_cannot_be_used_is_refused(
@@ -688,12 +565,10 @@ def test_a_file_without_source_needs_the_model(saved: Path) -> None:
     "model",
     [
         trunk(classes=3),
-        trunk(channels=5),
-        nn.Sequential(*list(trunk())[:-1]),
         nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 2, 1)),
         nn.Sequential(nn.Linear(3, 3)),
     ],
-    ids=["more classes", "more channels", "no head", "other strides", "no convolution"],
+    ids=["more classes", "other strides", "no convolution"],
 )
 def test_a_model_the_file_was_not_made_from_is_refused(saved: Path, model: nn.Module) -> None:
     with refused(cs.FileError, saved.name):
@@ -780,7 +655,7 @@ def test_unknown_weights_are_refused_with_the_known(name: str, weights: str, clo
 
 
 @pytest.mark.parametrize(
-    ("suffix", "content"), covering([".pth", ".pt", ".bin", ".safetensors"], [b"", b"no weights at all" * 10])
+    ("suffix", "content"), [(".pth", b""), (".bin", b"no weights at all" * 10), (".safetensors", b"")]
 )
 def test_a_corrupt_weights_file_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"weights{suffix}"
@@ -797,7 +672,7 @@ def test_a_weights_file_of_another_network_is_refused(tmp_path: Path, suffix: st
         cs.build_model("resnet18", str(path))
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, "text"])
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}])
 def test_a_checkpoint_without_a_state_dict_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "weights.pth")
     with refused(cs.FileError, "state dict", "state_dict()"):
@@ -811,15 +686,6 @@ def test_a_checkpoint_without_a_state_dict_is_refused(tmp_path: Path, content: o
 def test_a_corrupt_image_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "cat.png").write_bytes(content)
     with refused(cs.FileError, "cat.png", "PNG or JPEG"):
-        read_image(tmp_path / "cat.png")
-
-
-def test_a_truncated_image_file_is_refused(tmp_path: Path) -> None:
-    from PIL import Image
-
-    Image.effect_noise((64, 64), 50).save(tmp_path / "cat.png")
-    (tmp_path / "cat.png").write_bytes((tmp_path / "cat.png").read_bytes()[:-500])
-    with refused(cs.FileError, "cat.png"):
         read_image(tmp_path / "cat.png")
 
 

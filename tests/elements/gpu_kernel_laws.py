@@ -18,10 +18,10 @@ import cadsurgery as cs
 from cadsurgery.elements.backends import gpu, gpu_maps, gpu_norm, triton_kernels
 from cadsurgery.elements.backends.choose import CHOICES, choose, compute
 from cadsurgery.elements.backends.reference import Torch
-from cadsurgery.elements.backends.triton_backend import Triton, sample_map
+from cadsurgery.elements.backends.triton_backend import Triton
 from cadsurgery.elements.backends.weights import Activation, FusedConv
-from cadsurgery.elements.backends.works import Convolution, Mixing, Picking, Pooling, WindowRead, extend, mix
-from cadsurgery.elements.functional import Elements, batch_norm, conv2d, fused_conv2d, to_dense
+from cadsurgery.elements.backends.works import Convolution, Pooling, WindowRead, extend
+from cadsurgery.elements.functional import Elements, batch_norm, to_dense
 from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Bounds, CellSearch, Geometry, Lattice
 
@@ -100,9 +100,6 @@ def reference(
     return out.to(rows.dtype)
 
 
-ACTED = [None, Activation("hardtanh", (0.0, 3.0)), pytest.param(Activation("relu"), marks=pytest.mark.slow)]
-
-
 def close(found: Tensor, expected: Tensor) -> None:
     tolerance = TOLERANCE[expected.dtype]
     assert_close(found, expected, rtol=tolerance, atol=tolerance)
@@ -120,16 +117,6 @@ def test_it_is_gathering_and_multiplying(shape: tuple[int, int, int], taps: int,
     close(gpu.gather_conv(rows, weight, table), reference(rows, weight, table))
 
 
-def test_on_the_table_of_an_image_it_is_a_dense_convolution() -> None:
-    image, kernel, bias = random(2, 6, 5, 7), random(4, 6, 3, 3), random(4)
-    pixels = torch.arange(2 * 5 * 7, device=DEVICE).view(2, 1, 5, 7) + 1.0
-    table = (F.unfold(pixels, 3, padding=1) - 1).transpose(1, 2).flatten(0, 1).to(torch.int32)
-    rows = image.permute(0, 2, 3, 1).flatten(0, 2)
-    out = gpu.gather_conv(rows, kernel.permute(0, 2, 3, 1).flatten(1), table, bias)
-    expected = F.conv2d(image.double(), kernel.double(), bias.double(), padding=1).float()
-    close(out.view(2, 5, 7, 4).permute(0, 3, 1, 2), expected)
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
 def test_bias_residual_and_activation_follow_the_sum(activation: Activation | None) -> None:
     rows, weight, table = operands(20, 6, 9, 2, torch.float32)
@@ -140,17 +127,6 @@ def test_bias_residual_and_activation_follow_the_sum(activation: Activation | No
         close(found, reference(rows, weight, table, **given, activation=activation))
 
 
-def test_half_types_are_finished_in_float32_and_not_numbers_stay() -> None:
-    rows, weight, table = operands(COUNT, 16, 40, 9, torch.bfloat16)
-    residual = random(COUNT, 40, dtype=torch.bfloat16)
-    rows[7] = torch.nan
-    table[0, 3] = 7
-    found = gpu.gather_conv(rows, weight, table, residual=residual, activation=ACTIVATIONS["relu6"])
-    assert bool(found[0].isnan().all())
-    expected = reference(rows, weight, table, residual=residual, activation=ACTIVATIONS["relu6"])
-    assert_close(found, expected, rtol=3e-2, atol=3e-2, equal_nan=True)
-
-
 @pytest.mark.parametrize("dtype", gpu.DTYPES)
 @pytest.mark.parametrize("taps", [9, pytest.param(49, marks=pytest.mark.slow)])
 def test_depthwise(taps: int, dtype: torch.dtype) -> None:
@@ -158,29 +134,6 @@ def test_depthwise(taps: int, dtype: torch.dtype) -> None:
     given = {"bias": random(37, dtype=dtype), "residual": random(COUNT, 37, dtype=dtype)}
     found = gpu.gather_conv(rows, weight, table, **given, activation=ACTIVATIONS["silu"], groups=37)
     close(found, reference(rows, weight, table, **given, activation=ACTIVATIONS["silu"], groups=37))
-
-
-@pytest.mark.parametrize(
-    "dtype", [*gpu.DTYPES[:1], *(pytest.param(x, marks=pytest.mark.slow) for x in gpu.DTYPES[1:])]
-)
-@pytest.mark.parametrize(("channels", "outputs", "groups"), [(36, 36, 9), (10, 30, 5), (6, 6, 2), (5, 15, 5)])
-def test_channel_groups(channels: int, outputs: int, groups: int, dtype: torch.dtype) -> None:
-    rows, weight, table = operands(COUNT, channels, outputs, 9, dtype, groups)
-    given = {"bias": random(outputs, dtype=dtype), "residual": random(COUNT, outputs, dtype=dtype)}
-    more: Any = {**given, "activation": ACTIVATIONS["relu"], "groups": groups}
-    close(gpu.gather_conv(rows, weight, table, **more), reference(rows, weight, table, **more))
-
-
-@pytest.mark.parametrize("dtype", gpu.DTYPES)
-def test_without_a_table_each_output_reads_its_own_row(dtype: torch.dtype) -> None:
-    rows, weight, residual = (
-        random(COUNT, 37, dtype=dtype),
-        random(21, 37, dtype=dtype),
-        random(COUNT, 21, dtype=dtype),
-    )
-    table = torch.arange(COUNT, device=DEVICE, dtype=torch.int32).unsqueeze(1)
-    more: Any = {"residual": residual, "activation": ACTIVATIONS["relu6"]}
-    close(gpu.gather_conv(rows, weight, None, **more), reference(rows, weight, table, **more))
 
 
 def with_halo(rows: Tensor, halo: gpu.Halo, outside: int, table: Tensor, **more: Any) -> Tensor:
@@ -230,39 +183,6 @@ def test_blended_rows_are_weighted_sums_and_the_unused_are_not_computed(dtype: t
     close(gpu.blend(rows, sources, shares, used)[: COUNT // 2], expected[: COUNT // 2])
 
 
-def test_blended_rows_have_gradients() -> None:
-    """Of a table that is read twice; row 9 is read by none, row 0 by many."""
-    rows, shares = random(50, 300), torch.rand(COUNT, 4).to(DEVICE)
-    sources = (torch.randint(50, (COUNT, 4), device=DEVICE, dtype=torch.int32) - 10).clamp(min=0)
-    sources[sources == 9] = 8
-
-    def run(mixing: Any) -> Tensor:
-        leaf = rows.clone().requires_grad_()
-        first = mixing(leaf, sources, shares)
-        return torch.autograd.grad(
-            (first * first.detach().sin()).sum() + mixing(leaf, sources, shares).sum(), leaf
-        )[0]
-
-    def plain(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
-        return (rows[sources.long()] * shares.unsqueeze(2)).sum(1)
-
-    assert Triton().applies(Mixing(rows, sources, shares))
-    found = run(mix)
-    close(found, run(plain))
-    assert not found[9].any() and torch.equal(found, run(mix))
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
-def test_finishing_rows_in_place(activation: Activation | None) -> None:
-    sums, bias, residual = random(COUNT, 21), random(21), random(COUNT, 21)
-    out = sums.double() + bias + residual
-    expected = (activation.apply_(out) if activation is not None else out).float()
-    given = sums.clone()
-    found = gpu.finish(given, bias, residual, activation)
-    assert found.data_ptr() == given.data_ptr()
-    close(found, expected)
-
-
 @pytest.mark.skipif(triton_kernels.INTERPRETED, reason="the interpreter has one precision")
 @pytest.mark.parametrize(("allowed", "tolerance"), [(False, 1e-4), (True, 1e-2)])
 def test_float32_is_multiplied_as_torch_may(
@@ -300,12 +220,6 @@ def test_no_outputs() -> None:
         assert [float(gradient.abs().sum()) for gradient in gradients] == [0, 0]
 
 
-def test_operands_need_not_be_contiguous() -> None:
-    rows, weight, table = operands(10, 8, 6, 3, torch.float32)
-    found = gpu.gather_conv(rows.T.contiguous().T, weight.T.contiguous().T, table.T.contiguous().T)
-    assert torch.equal(found, gpu.gather_conv(rows, weight, table))
-
-
 def gradients(convolution: Any, parts: dict[str, Tensor], table: Tensor, **options: Any) -> dict[str, Tensor]:
     leaves = {key: part.clone().requires_grad_() for key, part in parts.items()}
     out = convolution(table=table, **leaves, **options)
@@ -340,69 +254,6 @@ def test_gradients_are_those_of_the_reference_and_the_same_every_time(activation
         assert_close(found[key], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()), msg=key)
     again = gradients(gpu.gather_conv, parts, table, **options)
     assert all(torch.equal(found[key], again[key]) for key in parts)
-
-
-@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.slow), 16])
-def test_gradients_in_bfloat16_over_many_outputs(groups: int) -> None:
-    """So many that the weight's gradient is summed in several shares."""
-    rows, weight, table = operands(max(600, COUNT), 16, 16, 2, torch.bfloat16, groups)
-    parts = {"rows": rows, "weight": weight}
-    found = gradients(gpu.gather_conv, parts, table, groups=groups)
-    expected = gradients(reference, parts, table, groups=groups)
-    for key, value in expected.items():
-        assert found[key].dtype == torch.bfloat16
-        assert float((found[key] - value).norm() / value.norm()) < 1e-2
-
-
-def test_the_caller_keeps_the_reversed_map() -> None:
-    rows, weight, table = operands(10, 8, 6, 3, torch.float32)
-    calls = []
-
-    def reverse() -> gpu.ReversedMap:
-        calls.append(1)
-        return gpu.reverse_map(table, len(rows))
-
-    out = gpu.gather_conv(rows.requires_grad_(), weight, table, reverse=reverse)
-    assert not calls
-    (found,) = torch.autograd.grad(out.sum(), rows)
-    assert len(calls) == 1
-    (expected,) = torch.autograd.grad(reference(rows, weight, table).sum(), rows)
-    close(found, expected)
-
-
-@pytest.mark.parametrize("fill", [pytest.param("nearest", marks=pytest.mark.slow), "linear"])
-@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.slow), 8])
-def test_convolutions_on_elements_use_it(fill: Any, groups: int) -> None:
-    """A stage and a plain convolution on a mixed lattice, with gradients, against float64 without the kernel."""
-    geometry = Geometry((2, 2), fill=fill)
-    lattice = geometry.lattice(torch.randint(0, 3, (2, 9, 11)).to(DEVICE)).at(0)
-    window = Window((3, 3), 2, (1, 1), (1, 1, 1, 1))
-    rows, weight = random(len(lattice), 8), random(8, 8 // groups, 3, 3)
-    assert gpu.supports(rows, weight)
-
-    def run(dtype: torch.dtype) -> list[Tensor]:
-        leaves = [value.to(dtype).requires_grad_() for value in (rows, weight)]
-        x = conv2d(Elements(leaves[0], lattice), leaves[1], None, window, 1, groups)
-        out = conv2d(x, leaves[1], None, window._replace(stride=1, spacing=2), 1, groups).rows
-        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
-
-    for found, expected in zip(run(torch.float32), run(torch.float64), strict=True):
-        assert (found - expected).norm().item() < 1e-4 * expected.norm().item()
-
-
-@pytest.mark.parametrize("activation", ACTED)
-def test_fused_convolutions_use_it(activation: Activation | None) -> None:
-    """Residual and activation, those that the kernel has not too."""
-    lattice = Geometry((2,)).lattice(torch.randint(0, 2, (1, 8, 12)).to(DEVICE))
-    rows, weight, more = random(len(lattice), 6), random(5, 6, 3, 3), random(len(lattice), 5)
-    window = Window((3, 3), 1, (1, 1), (1, 1, 1, 1), spacing=2)
-
-    def run(dtype: torch.dtype) -> Tensor:
-        weights = FusedConv(weight.to(dtype), None, 1, activation)
-        residual = Elements(more.to(dtype), lattice)
-        return fused_conv2d(Elements(rows.to(dtype), lattice), weights, residual, window=window, stage=1).rows
-
-    close(run(torch.float32), run(torch.float64).float())
 
 
 def bounded(levels: Tensor, geometry: Geometry) -> Lattice:
@@ -444,14 +295,6 @@ def test_kernel_maps_read_what_those_of_torch_read(
     CHOICES.clear()
     for one, other in zip(found, read(), strict=True):
         assert_close(one, other, rtol=1e-6, atol=1e-6)
-
-
-def test_weighted_sums_of_rows() -> None:
-    rows, shares = random(3 * COUNT, 40, dtype=torch.bfloat16), torch.rand(2, 3 * COUNT).to(DEVICE)
-    shares[:, 5] = 0
-    rows[5] = torch.nan  # padding, which does not count
-    expected = shares.double() @ rows.double().nan_to_num()
-    assert_close(gpu.weigh(shares, rows).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def mixed_lattice(padded: bool) -> Lattice:
@@ -515,47 +358,6 @@ def test_weighted_batch_norm_is_that_of_the_reference_and_the_same_every_time(
         # Statistics and gradients of parameters are sums in float32 of what is in the rows.
         assert error <= (tolerance if key in ("out", "rows") else 2e-5), key
         assert torch.equal(found[key][same], again[key][same]), key
-
-
-def test_norms_without_all_gradients_and_of_channels_without_spread() -> None:
-    """A channel of one value has no variance, and frozen parts get no gradient."""
-    lattice, norm = mixed_lattice(False), norm_of(6, torch.float32)
-    rows = random(len(lattice), 6)
-    rows[:, 2] = 1e4
-    out = batch_norm(Elements(rows, lattice), norm).rows
-    close(out[:, 2], norm.bias[2].expand(len(rows)))
-    out.square().sum().backward()
-    assert norm.weight.grad is not None and norm.bias.grad is not None
-    norm.requires_grad_(False)
-    (found,) = torch.autograd.grad(
-        batch_norm(Elements(rows.requires_grad_(), lattice), norm).rows.square().sum(), rows
-    )
-    assert found.isfinite().all()
-
-
-def test_picked_rows_have_gradients_in_a_fixed_order() -> None:
-    """Pixels between anchors too; without gradients torch picks."""
-    lattice = mixed_lattice(False)
-    rows, grad = random(len(lattice), 21), random(2, 21, 13, 18)
-    assert not Triton().applies(Picking(rows, kernel_map(lattice, lattice, Window((1, 1)))))
-
-    def run(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        leaf = rows.to(dtype).requires_grad_()
-        dense = to_dense(Elements(leaf, lattice))
-        return dense, *torch.autograd.grad(dense, leaf, grad.to(dtype))
-
-    for found, again, expected in zip(*map(run, (torch.float32, torch.float32, torch.float64)), strict=True):
-        close(found, expected.float())
-        assert torch.equal(found, again)
-
-
-def test_weights_of_sums_that_have_gradients_are_left_to_torch() -> None:
-    rows, sources = random(9, 6), torch.zeros(4, 4, dtype=torch.int32, device=DEVICE)
-    shares = torch.rand(4, 4).to(DEVICE)
-    for needs in (False, True):  # the choice of one is not that of the other
-        leaves = [rows.clone().requires_grad_(), shares.clone().requires_grad_(needs)]
-        found = torch.autograd.grad(mix(leaves[0], sources, leaves[1]).sum(), leaves[: 1 + needs])
-        assert [part.any().item() for part in found] == [True] * (1 + needs)
 
 
 def test_a_step_of_training_is_that_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -713,30 +515,6 @@ def test_under_floors_pooling_is_that_of_the_reference(
     tolerance = TOLERANCE[dtype]
     found = compute(work)[: len(expected)].cpu()
     assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("levels", LEVELS)
-def test_a_map_of_samples_reads_what_the_kernel_map_reads(levels: str) -> None:
-    """Entry by entry; and a halo row is mixed for a sample, not for a pixel, and only if it is read."""
-    window, (source, target, *_) = floor_lattices(LEVELS[levels], WINDOWS["3x3 on a coarser grid"])
-    found, reading = sample_map(source, target, window), kernel_map(source, target, window)
-    real = int(target.counts.sum())
-    tap = torch.arange(9, device=DEVICE)
-    places = found.places.long().unsqueeze(1) + tap // 3 * found.down + tap % 3 * found.across
-    rows = torch.randn(len(source), 2, device=DEVICE)
-    taps = []
-    for entries, sources, shares, used in (
-        (found.samples[places], found.sources, found.mix, found.used),
-        (reading.table, reading.sources, reading.mix, reading.used),
-    ):
-        count = int(used) if used is not None else len(sources)
-        mixed = (rows[sources[:count].long()] * shares[:count].unsqueeze(2)).sum(1)
-        taps.append(torch.cat([rows, 0 * rows[:1], mixed])[entries[:real].long()])
-    assert_close(*taps)
-    if found.used is not None and reading.used is not None:
-        assert int(found.used) == int(reading.used)
-        assert len(found.sources) <= 2 * 10 * 13 and len(reading.sources) > len(found.sources)
 
 
 def test_what_lies_between_samples_or_needs_a_gradient_is_read_by_a_table() -> None:

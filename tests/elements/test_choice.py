@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends import choose, dense
+from cadsurgery.elements.backends import choose
 from cadsurgery.elements.backends.choose import Backend
 from cadsurgery.elements.backends.native import Native
 from cadsurgery.elements.backends.reference import Torch
@@ -59,37 +59,6 @@ def test_rows_are_mixed_alike_wherever_they_are_read() -> None:
     mixed = choose.compute(Mixing(rows, sources, shares))
     picked = choose.compute(Picking(rows, Reading(places, sources, shares, False)))
     assert torch.equal(mixed, picked)
-
-
-AMX = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
-
-
-@pytest.mark.parametrize(
-    ("dtype", "group", "taps", "available", "expected"),
-    [
-        (torch.float32, 1, 25, AMX[:2], 0),
-        (torch.float32, 1, 25, AMX, 1),
-        (torch.float32, 1, 9, AMX, 0),
-        (torch.float32, 4, 9, AMX, 0),
-        (torch.float32, 8, 9, AMX[:2], dense._ALWAYS),
-        (torch.float32, 32, 9, AMX, dense._ALWAYS),
-        (torch.bfloat16, 8, 9, AMX, dense._ALWAYS),
-        (torch.bfloat16, 8, 9, AMX[:4], 0),
-        (torch.bfloat16, 8, 25, AMX, dense._ALWAYS),
-        (torch.float32, 32, 9, ("scalar", "neon"), 0),
-    ],
-)
-def test_the_first_row_that_fits_counts(
-    dtype: torch.dtype,
-    group: int,
-    taps: int,
-    available: tuple[str, ...],
-    expected: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Depthwise convolutions are a kind of their own: a row of these is none of groups of more channels."""
-    monkeypatch.setattr(dense.isa, "allowed", lambda: available)
-    assert dense.largest_dense_dilation(dtype, group, taps) == expected
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ multiplied on the tensor cores is.
 
 from __future__ import annotations
 
-from itertools import cycle, product
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,38 +108,6 @@ CHANNELS, TAPS = (3, 5, 33, 64, 96, 320, 2048), (1, 4, 9, 25)
 
 
 @pytest.mark.thorough(few=3)
-@pytest.mark.parametrize("channels", CHANNELS)
-def test_the_tile_that_the_rule_chooses_fits(channels: int) -> None:
-    """Each shape on one GPU after the other, in one type after the other."""
-    for at, (taps, outputs) in enumerate(product(TAPS, (21, channels))):
-        capability, kind = tuple(SHARED)[at % len(SHARED)], KINDS[(at + channels) % len(KINDS)]
-        tile = gpu_tiles.product_tile(
-            12544,
-            outputs,
-            1,
-            channels,
-            taps,
-            kind.size,
-            gpu_tiles.tile_kind(kind.is_full, False),
-            device_of(capability),
-        )
-        compiled = compile_product(tile, kind, capability, channels, outputs, taps, halo=taps > 1)
-        check(compiled, capability, (channels, outputs, taps, tile, kind), has_product=not kind.is_full)
-
-
-@pytest.mark.thorough(few=3)
-@pytest.mark.parametrize(
-    ("channels", "outputs", "groups"), [(128, 256, 32), (36, 36, 9), (30, 90, 3), (8, 16, 8)]
-)
-def test_channel_groups_fit(channels: int, outputs: int, groups: int) -> None:
-    for capability, kind in zip(SHARED, cycle(KINDS[:3])):
-        width, depth = outputs // groups, channels // groups
-        tile = gpu_tiles.product_tile(12544, width, groups, depth, 9, kind.size, "", device_of(capability))
-        compiled = compile_product(tile, kind, capability, channels, outputs, groups=groups)
-        check(compiled, capability, (channels, outputs, groups, tile), has_product=True)
-
-
-@pytest.mark.thorough(few=3)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_gradients_of_weights_fit(capability: int) -> None:
     shapes = [(256, 256), (33, 21)] if capability not in QUICK else [(256, 256)]
@@ -206,13 +174,3 @@ def test_every_kernel_is_compiled_here() -> None:
         name for name, value in vars(triton_kernels).items() if hasattr(value, "arg_names") and name[0] != "_"
     }
     assert jitted == compiled
-
-
-def test_a_small_gpu_gets_tiles_that_fit_it() -> None:
-    """And where nothing fits, the smallest."""
-    for shared, capability in ((99 << 10, 86), (48 << 10, 80), (1, 80)):
-        device = Device(shared, 80, capability)
-        tile = gpu_tiles.product_tile(4096, 512, 1, 512, 9, 2, "", device)
-        smallest = gpu_tiles.PRODUCTS[-1]
-        assert tile.shared(2) <= shared or tile[:3] == smallest[:3]
-        assert tile.needs <= capability

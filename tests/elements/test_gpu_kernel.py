@@ -6,7 +6,6 @@ Triton decides at import whether it interprets, so the laws run in a process of 
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -75,42 +74,6 @@ def test_the_laws_hold(interpreted: str, which: str) -> None:
     print(done.stdout)
 
 
-@needs_triton
-@pytest.mark.thorough
-def test_the_benchmark_runs_whole_without_a_gpu(tmp_path: Path) -> None:
-    """In the interpreter, with a tiny network: what it prints then means nothing, but a minute of a GPU is dear."""
-    (tmp_path / "tiny.py").write_text(
-        "from torch import nn\n\n\ndef net():\n"
-        "    layers = [(nn.Conv2d(3 if at == 0 else 8, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()) for at in range(5)]\n"
-        "    return nn.Sequential(*(part for layer in layers for part in layer))\n\n\ndef up():\n"
-        "    grow = [nn.ConvTranspose2d(8, 8, 2, 2) for _ in range(5)]\n"
-        "    return nn.Sequential(net(), *grow, nn.Conv2d(8, 4, 3, 1, 1))\n"
-    )
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    sizes = "--channels 8 --count 40 --batches 1 --training-batches 1 2 --size 64 64 --rounds 1 --no-compile"
-    sizes += " --floor-models tiny:up --floor-sizes 64 --floor-shares 0 0.5"
-    command = [sys.executable, "benchmarks/gpu_speed.py", "--device", "cpu", "--model", "tiny:net"]
-    lines = tmp_path / "lines.jsonl"
-    command += [*sizes.split(), "--dtypes", "bfloat16", "--fractions", "0.34", "--json", str(lines)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert {line.get("part") for line in found} == {
-        None,
-        "kernels",
-        "maps",
-        "networks",
-        "floors",
-        "training",
-        "profile",
-        "roofline",
-        "tiles",
-    }
-    assert not any("failed" in line for line in found)
-    assert all(line["error"] < 0.05 for line in found if "beside tables" in line.get("side", ""))
-
-
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
     rows, taps, count = draw(st.integers(1, 6)), draw(st.integers(1, 4)), draw(st.integers(0, 9))
@@ -142,41 +105,6 @@ def test_a_reversed_map_lists_every_reader_of_a_row_once(drawn: tuple[torch.Tens
         if row >= 0
     )
     assert found == expected
-
-
-def test_what_it_refuses() -> None:
-    rows, table = torch.zeros(4, 6), torch.zeros(5, 9, dtype=torch.int32)
-    weight = torch.zeros(8, 54)
-    with pytest.raises(ValueError, match="6 and 8 channels are not 4 groups"):
-        gpu.gather_conv(rows, weight, table, groups=4)
-    with pytest.raises(ValueError, match=r"weight is \(8, 54\) where \(8, 48\)"):
-        gpu.gather_conv(rows, weight, table[:, :8])
-    with pytest.raises(ValueError, match=r"residual is \(4, 8\) where \(5, 8\)"):
-        gpu.gather_conv(rows, weight, table, residual=torch.zeros(4, 8))
-
-
-def test_what_it_supports(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "available", lambda device: True)
-    rows, weight = torch.zeros(4, 6), torch.zeros(6, 9)
-    assert gpu.supports(rows, weight)
-    assert gpu.supports(rows.bfloat16(), weight.bfloat16()) and gpu.supports(rows.half(), weight.half())
-    assert not gpu.supports(rows.double(), weight.double())
-    assert not gpu.supports(rows, weight.half())
-
-
-@pytest.mark.slow
-def test_without_triton_it_imports_and_is_not_available() -> None:
-    code = (
-        "import sys, torch\n"
-        "sys.modules['triton'] = None\n"
-        "from cadsurgery.elements.backends import gpu\n"
-        "print([gpu.available(torch.device(name)) for name in ('cpu', 'cuda')])"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    printed = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    assert printed == "[False, False]\n"
 
 
 class _Launched:

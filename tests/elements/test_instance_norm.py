@@ -4,9 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import covering
-from networks import unverified
 from torch import Tensor, nn
-from torch.autograd import gradcheck
 
 import cadsurgery as cs
 
@@ -64,27 +62,3 @@ def test_gradients_are_those_of_the_original(norm, training, shape, dtype):
         torch.testing.assert_close(
             given, expected, rtol=0, atol=scale * (1e-9 if dtype == torch.float64 else 1e-3)
         )
-
-
-@pytest.mark.parametrize(("norm", "mask"), covering([*NORMS], ["all", "none", "random:seed=0"]))
-def test_gradients_are_finite_differences(norm, mask):
-    example = torch.randn(1, 3, 65, 97, dtype=torch.float64)
-    net = unverified(network(norm).eval(), mask, example_input=example)
-    given = torch.randn(1, 3, 19, 13, dtype=torch.float64).requires_grad_()
-    assert gradcheck(net, (given,), fast_mode=True)
-
-
-def test_a_part_that_is_called_as_a_whole_has_the_gradients_of_the_original():
-    model = network("function").eval()
-    model.append(
-        nn.Sequential(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4), nn.Conv2d(4, 3, 3), nn.InstanceNorm2d(3))
-    )
-    model.append(nn.Conv2d(3, 2, 1)).double()
-    model[-2].register_forward_hook(lambda *_: None)  # so that tracing does not look into it
-    net = unverified(model, "none", example_input=torch.randn(1, 3, 97, 129, dtype=torch.float64))
-    found = []
-    for run in (model, net):
-        given = torch.randn(1, 3, 129, 99, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        run(given.requires_grad_()).square().sum().backward()
-        found.append(given.grad)
-    torch.testing.assert_close(found[1], found[0])

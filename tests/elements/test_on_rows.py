@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +11,11 @@ import torch
 import torch.nn.functional as F
 from conftest import images, random_levels
 from networks import ManyOperations, unverified
-from torch import Tensor, fx, nn
+from torch import Tensor
 
-import cadsurgery as cs
-from cadsurgery.elements.elements import Elements, small_map, to_dense
+from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.lattice import Geometry
-from cadsurgery.elements.on_rows import OnRows, keep
-from cadsurgery.network.program import runnable
+from cadsurgery.elements.on_rows import OnRows
 
 STRIDES = (2, 2)
 
@@ -52,61 +49,6 @@ def test_rows_are_changed_as_maps_are(name: str) -> None:
     found = on_rows(x, *others)
     assert found.lattice is x.lattice
     torch.testing.assert_close(to_dense(found, 2), of_map(to_dense(x, 2)))
-
-
-def test_a_module_is_passed_first() -> None:
-    x, layer = elements(1), nn.LayerNorm(6)
-    assert torch.equal(OnRows(None)(layer, x).rows, layer(x.rows))
-
-
-def test_operands_of_earlier_stages_are_read_where_the_result_is() -> None:
-    """In a list, too; and a dense map by its samples."""
-    fine, coarse = elements(1, 1), elements(2, 2)
-    found = OnRows(torch.cat, "bchw", (4, "a join"))([fine, coarse], 1, stage=2)
-    kept = OnRows(keep)(fine, stage=2)
-    assert found.lattice.stage == 2 and len(kept.rows) < len(fine.rows)
-    assert torch.equal(found.rows, torch.cat([kept.rows, coarse.rows], 1))
-    samples = torch.randn(2, 6, *coarse.lattice.samples(4))
-    joined = OnRows(torch.add, "bchw")(coarse, small_map(samples, 4))
-    expected = coarse.rows + small_map(samples, 4).rows_on(coarse.lattice)
-    assert torch.equal(joined.rows, expected)
-
-
-def test_maps_of_other_sizes_are_not_joined() -> None:
-    x = elements(1)
-    larger = Geometry(STRIDES).uniform(1, 2, (17, 10)).at(1)
-    other = Elements(torch.zeros(larger.count, 6), larger)
-    with pytest.raises(cs.InvalidInput, match="an addition joins maps of"):
-        OnRows(torch.add, "bchw", (2, "an addition"))(x, other, stage=1)
-
-
-def test_gradients_pass() -> None:
-    x = elements(1)
-    rows = x.rows.requires_grad_()
-    OnRows(torch.sigmoid)(Elements(rows, x.lattice)).rows.sum().backward()
-    assert rows.grad is not None and bool((rows.grad > 0).all())
-
-
-@pytest.mark.parametrize(
-    "operation", [operator.add, torch.add, F.relu, "add", keep], ids=lambda one: getattr(one, "__name__", one)
-)
-def test_generated_code_and_pickles_hold_it(operation: Any) -> None:
-    on_rows = OnRows(operation, "bchw", (2, "a join"))
-    assert pickle.loads(pickle.dumps(on_rows)) == on_rows
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    graph.output(
-        graph.call_function(on_rows, (x, *((x,) if operation in (operator.add, torch.add, "add") else ())))
-    )
-    value = elements(1)
-    assert torch.equal(runnable(graph)(None, value).rows, graph_free(operation, value.rows))
-
-
-def graph_free(operation: Any, rows: Tensor) -> Tensor:
-    """What an operation of the test above gives."""
-    if operation in (operator.add, torch.add, "add"):
-        return rows + rows
-    return rows.relu() if operation is F.relu else rows
 
 
 @torch.no_grad()

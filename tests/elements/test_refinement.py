@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels, some, thorough
+from conftest import assert_same, covering, images, random_levels, some
 from networks import made_once, randomise, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.data.images import street_scene
-from cadsurgery.elements.lattice import Geometry
-from cadsurgery.elements.refinement import REACH, Refinement, places_of
+from cadsurgery.elements.refinement import REACH, Refinement
 from cadsurgery.finetune import fit_refinement
 from cadsurgery.network.macs import layer_work
 from cadsurgery.support.errors import InvalidInput
@@ -152,23 +151,6 @@ def test_its_work_counts_where_it_is_done() -> None:
         assert sum(layer.on(net.lattice) for layer in layers) == report.mask
 
 
-def test_gradients_reach_it_and_what_it_sees() -> None:
-    net = learn(convert("resized", torch.float64))
-    net(images(2, 64, 80, torch.float64), mask="none").square().mean().backward()
-    assert all(value.grad is not None for value in net.add_refinement().parameters())
-    assert net.get_parameter("stem.0.weight").grad is not None
-
-
-def test_places_say_how_far_anchors_are() -> None:
-    lattice = Geometry((2, 2)).lattice(torch.tensor([[[2] * 4] * 4 + [[1, 1, 0, 0]] * 2 + [[0] * 4] * 6]))
-    near, level, away = places_of(lattice.at(2))[0]
-    assert level[:, 0].tolist() == [1.0] * 4 + [0.5] * 2 + [0.0] * 6
-    assert (
-        away[0].tolist() == [0.0, 0.25, 0.5, 0.25] and away[2, 2] == 1 and away[4].tolist() == [0, 0.5, 0, 0]
-    )
-    assert near[:, 0].tolist() == [1.0] * 8 + [0.0] * 4 and near[:8].all()
-
-
 class Photos:
     """Street scenes of several sizes, without labels."""
 
@@ -216,13 +198,3 @@ def test_what_cannot_be_refined_is_refused() -> None:
         fit_refinement(convert("fine"), Photos(), steps=0)
     with pytest.raises(InvalidInput, match="has no refinement that could be fitted"):
         fit_refinement(nn.Identity(), Photos())  # type: ignore[arg-type]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [thorough(False), True])
-def test_it_is_exported(dynamic: bool, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
-    net = learn(convert("resized"))
-    net.mask = "edges" if dynamic else "detail | budget:fraction=0.3"
-    report = cs.export(net, images(1, 64, 96), tmp_path / "net.onnx", dynamic=dynamic)
-    assert report.difference < 1e-4

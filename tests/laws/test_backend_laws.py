@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
-import cadsurgery as cs
 from cadsurgery.elements import BACKENDS, functional
 from cadsurgery.elements.backends.choose import Backend, Work
 from cadsurgery.elements.backends.weights import Activation, FusedConv
@@ -31,12 +30,11 @@ from cadsurgery.elements.backends.works import (
     PixelReading,
     Pooling,
     WindowRead,
-    extend,
 )
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.gaps import resolution
-from cadsurgery.elements.kernel_map import Reading, TapSearch, Window, kernel_map
-from cadsurgery.elements.lattice import CellSearch, Geometry, Lattice
+from cadsurgery.elements.kernel_map import Reading, Window, kernel_map
+from cadsurgery.elements.lattice import Geometry, Lattice
 
 NAMES = [
     *("uniform", "without overlap", "portable", "graph", "triton samples", "triton", "native"),
@@ -167,23 +165,6 @@ def test_a_convolution_is_that_of_the_reference(name: str, case: Case) -> None:
     assert found.dtype == case.dtype and found.is_contiguous()
     tolerance = TOLERANCE[case.dtype] * max(1.0, float(expected.abs().max()))
     assert_close(found.double(), expected, atol=tolerance, rtol=0)
-
-
-@pytest.mark.parametrize("name", ["native", "products", "torch"])
-@torch.no_grad()
-def test_a_part_of_a_lattice_is_that_of_the_reference(name: str) -> None:
-    """Rows of the cells that are there, of a target that reads nothing else."""
-    source = lattice("part")
-    work = work_of(Case("ragged", 1, (6, 70), (1, 1), 1, torch.float32, "swish"), packed=True)
-    work = replace(
-        work,
-        rows=work.rows[: len(source)],
-        reads=WindowRead(source, source, Window((1, 1))),
-        residual=work.residual[: len(source)],
-    )
-    assert named(name).applies(work)
-    found = named(name).convolve(work)  # type: ignore[attr-defined]
-    assert_close(found.double(), named("torch").convolve(exactly(work)), atol=1e-4, rtol=1e-4)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -343,18 +324,6 @@ def test_every_other_task_is_that_of_the_reference(name: str, task: str, dtype: 
         assert_close(found.double(), expected, atol=TOLERANCE[dtype] * 10, rtol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@torch.no_grad()
-def test_pixels_have_the_bits_of_rows_that_are_picked(dtype: torch.dtype) -> None:
-    """So that values read at points are those of the map."""
-    native = named("native")
-    for work in other_works("read_pixels", dtype):
-        if not native.applies(work):
-            pytest.skip("needs compiled kernels")
-        assert isinstance(work, PixelReading)
-        assert torch.equal(computed(native, work), computed(native, work.picking).view(work.shape))
-
-
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kind", ["uniform", "ragged"])
 def test_behind_the_last_cells_values_stay_equal_to_the_bit(kind: str, dtype: torch.dtype) -> None:
@@ -380,30 +349,6 @@ def test_behind_the_last_cells_values_stay_equal_to_the_bit(kind: str, dtype: to
 
 
 # -- level maps, dense maps and sums ---------------------------------------------------------------------
-
-STEPS = (([0], [0]), ([-2, 0, 2], [-4, 0, 4]), ([0, 1], [-1, 0, 1, 2]))
-
-
-@pytest.mark.parametrize("fill", ["linear", "nearest"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_cells_and_taps_are_the_same_by_compiled_code(kind: str, fill: str) -> None:
-    source, native = lattice(kind, fill).whole, named("native")
-    cells = CellSearch(source.levels, source)
-    if not native.applies(cells):
-        pytest.skip("needs compiled kernels")
-    for found, expected in zip(native.find_cells(cells), named("torch").find_cells(cells), strict=True):
-        assert torch.equal(found, expected)
-    rows = values(len(source), 3, seed=5, dtype=torch.float64)
-    works = [
-        TapSearch(source.levels, source, source.at(2), steps=steps, has_outside=steps != STEPS[0])
-        for steps in STEPS
-    ]
-    works.append(TapSearch(source.levels, source, points=torch.randint(0, source.levels.numel(), (4, 5))))
-    for work in works:
-        read = [by.find_taps(work) for by in (native, named("torch"))]
-        assert read[0].table.shape == read[1].table.shape
-        found, expected = (extend(rows, one, 0.0)[one.table.long()] for one in read)
-        assert_close(found, expected)
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
@@ -529,25 +474,3 @@ def a_convolution(groups: int, gradient: bool = False) -> tuple[Tensor, list[str
 def test_a_backend_that_is_added_is_chosen_used_and_shown(sevens: None) -> None:
     out, shown = a_convolution(6)
     assert bool((out == 7).all()) and shown == ["convolve (sevens)"]
-
-
-@pytest.mark.parametrize(("groups", "gradient"), [(1, False), (6, True)])
-def test_a_backend_that_does_not_apply_changes_nothing(groups: int, gradient: bool, sevens: None) -> None:
-    out, shown = a_convolution(groups, gradient)
-    assert "convolve (sevens)" not in shown and len(shown) == 1
-    BACKENDS.insert(len(BACKENDS), BACKENDS.pop(0))  # behind torch it is never asked
-    expected, _ = a_convolution(groups, gradient)
-    assert torch.equal(out, expected)
-
-
-def test_a_converted_network_runs_on_a_backend_that_is_added(sevens: None) -> None:
-    network = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1, groups=8)
-    )
-    image = values(1, 3, 64, 96, seed=0, dtype=torch.float32)
-    net = cs.adaptify(
-        network.eval(), "random:seed=1", output_stride=(2, 4), example_input=image, verify_laws=False
-    )
-    with torch.no_grad():
-        assert bool((net(image) == 7).all())
-        assert bool((net.optimize()(image) == 7).all())

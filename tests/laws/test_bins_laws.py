@@ -93,40 +93,6 @@ def test_a_pooled_pyramid_is_its_emulation_and_stays_in_the_region(
     assert net.plan.matters
 
 
-class Positioned(nn.Module):
-    """A learned value of every place, resized to the map and added."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down = nn.Sequential(*(nn.Conv2d(a, 8, 3, 2, 1) for a in (3, 8, 8)))
-        self.places = nn.Parameter(torch.randn(1, 8, 5, 7))
-        self.last = nn.Conv2d(8, 4, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.down(x)
-        places = F.interpolate(self.places, size=x.shape[-2:], mode="bilinear", align_corners=False)
-        return self.last(x + places)
-
-
-def test_a_learned_value_of_every_place_is_read_by_the_elements() -> None:
-    torch.manual_seed(0)
-    model = settled(Positioned().double(), images(2, 48, 64, double), Draw(0))
-    net = compare(Case(model, images(2, 53, 58, double), images(1, 40, 48, double), True), Draw(1))
-    assert net.plan["add"].action == "keep"
-
-
-def test_gradients_are_those_of_the_network() -> None:
-    torch.manual_seed(0)
-    model = PooledPyramid((1, 3), HOW[0], False, True).double().eval()
-    x = images(2, 53, 58, double)
-    net = cs.adaptify(model, "none", example_input=x)
-    step = net.plan.strides[-1] // net.plan.strides[0]
-    net(x)[..., ::step, ::step].square().mean().backward()
-    model(x).square().mean().backward()
-    for one, two in zip(net.parameters(), model.parameters(), strict=True):
-        assert_same(one.grad, two.grad, 1e-8)
-
-
 @pytest.mark.parametrize(
     "pool", [nn.AdaptiveAvgPool2d((None, 3)), nn.AdaptiveMaxPool2d(2, return_indices=True)]
 )

@@ -211,30 +211,6 @@ def test_every_output_at_every_level_is_the_network_dilated_by_hand(seed: int) -
             assert_same(ours[:, :, ::here, ::here], theirs.data[:, :, ::there, ::there], 1e-9)
 
 
-class Opaque(nn.Module):
-    """An operation without a rule between two parts of a region."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.down = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 2, 1)
-        self.pool, self.last = nn.LPPool2d(2, 3, 2), nn.Conv2d(8, 8, 3, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        fine = self.stem(x)
-        return self.last(self.down(fine) + self.pool(F.pad(fine, (1, 1, 1, 1))))
-
-
-@torch.no_grad()
-def test_what_stays_dense_between_two_parts_of_a_region_is_said() -> None:
-    model = Opaque().double().eval()
-    net = cs.adaptify(model, "none", output_stride=(4, 8))
-    (between,) = net.plan.between
-    assert between.node == "pool" and between.again == "add" and between.action == "dense" and between.reason
-    assert "dense between two parts of the region: pool" in net.plan.summary()
-    assert any("with pool as it was" in check.law for check in net.checks)
-    assert cs.Plan.from_json(net.plan.to_json()) == net.plan
-
-
 # -- whether a mask has an effect ------------------------------------------------------------------------
 
 
@@ -250,38 +226,6 @@ class Faint(nn.Module):
         fine = self.stem(x)
         deep = F.interpolate(self.deep(self.down(fine)), size=fine.shape[2:], mode="bilinear")
         return fine + self.share * deep
-
-
-class Unpooled(nn.Module):
-    """A decoder that unpools overlapping windows: it writes some values twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(before, 8, 3, 1, 1) for before in (3, 8, 8))
-        self.pool = nn.MaxPool2d(3, 2, 1, return_indices=True)
-        self.unpool, self.last = nn.MaxUnpool2d(3, 2, 1), nn.Conv2d(8, 4, 3, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        first = F.relu(self.convs[0](x))
-        pooled, at_first = self.pool(first)
-        second = F.relu(self.convs[1](pooled))
-        pooled, at_second = self.pool(second)
-        y = self.unpool(F.relu(self.convs[2](pooled)), at_second, output_size=second.shape[2:])
-        return self.last(self.unpool(F.relu(self.convs[1](y)), at_first, output_size=first.shape[2:]))
-
-
-@pytest.mark.slow
-def test_values_that_are_written_twice_do_not_depend_on_threads() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for seed in range(2):
-            torch.manual_seed(seed)
-            with pytest.warns(cs.CadWarning, match="no mask can improve what this network returns"):
-                net = cs.adaptify(Unpooled().eval(), "none", example_input=images(1, 96, 128))
-            assert net.plan.effect == 0 and torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
 
 
 def effect(net: cs.AdaptiveModel, x: Tensor) -> float:

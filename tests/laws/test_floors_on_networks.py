@@ -17,15 +17,10 @@ from benchmarks.zoo.corpus import CHECKOUT, subject
 # 100 pixels, poses, several scales.
 SIZES = {
     "realtime:SegNet": (64, 96),
-    "light:FSSNetLike": (64, 96),
     "realtime:LinkNet": (96, 128),
-    "realtime:ESPNetLike": (96, 128),
     "scenes:FCN8s": (64, 96),
     "heads:PoseBaseline": (96, 128),
-    "heads:StackedHourglass": (128, 128),
-    "heads:TextSpotter": (96, 128),
     "scenes:FeaturePyramid": (96, 128),
-    "scenes:HRNetLike": (96, 128),
     "unets:unet_transposed": (96, 128),
     "pictures:ShuffledRestoration": (96, 128),
 }

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import covering, some, thorough
+from conftest import covering, some
 from emulation import fill_cells, read
 from networks import DilatedWithHead
 from torch import Tensor, fx, nn
@@ -80,13 +80,6 @@ def test_values_and_gradients_are_those_of_the_emulation(kind: int | str, fill: 
         assert (net.optimize()(x, mask=levels) - expected).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("fill", ["linear", "guided"])
-def test_everything_high_is_the_network(fill: Any) -> None:
-    model, x = network(), torch.rand(3, 3, *SIZE, dtype=torch.float64)
-    with torch.no_grad():
-        assert (converted(model, x, fill=fill)(x, mask="all") - model(x)).abs().max() < 1e-12
-
-
 @pytest.mark.parametrize(
     "options", some([{}, {"fill": "guided"}, {"anchor": "center", "fill": "nearest"}], every=3)
 )
@@ -117,33 +110,6 @@ def test_the_plan_names_the_heads_and_how_to_reach_them() -> None:
     assert inside == {"plain", "rate", "pool", "last"}
     assert 'region="heads" continues' in str(auto) and 'region="heads" continues' not in str(heads)
     assert heads.share("adapt", "keep") > auto.share("adapt", "keep")
-
-
-def test_without_such_heads_it_is_the_usual_region() -> None:
-    model = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 8, 8, 3, 2, 1) for i in range(4))).eval()
-    auto, heads = (cs.plan(model, region=region) for region in ("auto", "heads"))
-    assert replace(heads, region="auto") == auto
-
-
-def test_a_file_brings_the_region_back(tmp_path: Any) -> None:
-    x = torch.rand(1, 3, *SIZE)
-    net = converted(network(torch.float32), x)
-    cs.save(net, tmp_path / "net.safetensors")
-    loaded = cs.load(tmp_path / "net.safetensors", model=network(torch.float32))
-    assert loaded.plan == net.plan and loaded.plan.reads_inside_cells
-    with torch.no_grad():
-        assert torch.equal(loaded(x), net(x))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kernels", [thorough(False), True])
-def test_a_file_for_engines_gives_what_the_network_gives(kernels: bool, tmp_path: Any) -> None:
-    """An export compares its file with the network, at other sizes too."""
-    pytest.importorskip("onnxruntime")
-    x = torch.rand(1, 3, 64, 96)
-    net = converted(network(torch.float32), x)
-    report = cs.export(net, x, tmp_path / "net.onnx", dynamic=True, with_kernels=kernels)
-    assert report.difference < 1e-4 and len({shape[2:] for shape in report.compared}) > 1
 
 
 def test_a_finer_grid_than_the_networks_own_is_refused() -> None:

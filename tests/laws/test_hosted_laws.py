@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -180,29 +179,6 @@ def test_a_backbone_that_the_network_does_not_use_is_refused(form: str) -> None:
     assert "cs.adaptify(model.backbone)" in caught.value.next and "never called it" in caught.value.why
 
 
-class Resizing(Sometimes):
-    """A host that enlarges its images before its backbone gets them, as detectors with a fixed size do."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(nn.functional.interpolate(x, (96, 128), mode="bilinear"))
-
-
-def test_an_example_may_be_smaller_than_the_part_takes() -> None:
-    backbone = nn.Sequential(
-        *(nn.Sequential(nn.Conv2d(width, 8, 3, 2, 1), nn.ReLU()) for width in (3, 8, 8)),
-        nn.Conv2d(8, 4, 9, padding=2),
-    )
-    host, example = randomise(Resizing(backbone)), torch.rand(2, 3, 21, 33)
-    with pytest.raises(RuntimeError):
-        backbone(example)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", cs.CadWarning)  # masks change nothing here
-        net = cs.adaptify(host, mask="none", example_input=example)
-    assert net.plan.part == "backbone" and net.plan.example_shape == (2, 3, 96, 128)
-    with torch.no_grad():
-        assert_same(net(example), host(example))
-
-
 # -- networks that take few sizes ----------------------------------------------------------------------
 
 
@@ -233,18 +209,3 @@ def test_a_part_is_never_taken_without_a_word(number: int) -> None:
     with pytest.warns(cs.CadWarning, match=r"(?s)only its encoder becomes adaptive.*example_input"):
         assert cs.plan(model).part == "encoder"
     assert not cs.plan(model, example_input=torch.rand(1, 3, number, number)).part
-
-
-def test_a_network_without_parts_that_takes_no_example_asks_for_one() -> None:
-    class Layers(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            if x.shape[3] % 192:
-                raise ValueError("give multiples of 192")
-            return self.two(F.relu(self.one(x)))
-
-    with pytest.raises(cs.CannotConvert, match="example_input"):
-        cs.plan(Layers().eval())

@@ -8,14 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, relative_error, thorough
+from conftest import covering, relative_error, thorough
 from networks import unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.elements.backends.graph_sizes import recorded_conditions, require_equal
-from cadsurgery.network.export.conditions import require
-from cadsurgery.network.export.onnx import follow, translate
 
 MASK = "edges:threshold=0.3,dilation=3"
 
@@ -36,48 +33,6 @@ def half(batch: int, left: bool) -> Tensor:
 
 
 # -- maps of unequal sizes ------------------------------------------------------------------------------
-
-
-class TwoWays(nn.Module):
-    """A sum of two paths, whose roundings agree at multiples of 64 and differ elsewhere."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encode = encoder()
-        self.twice = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1))
-        self.once, self.head = nn.Conv2d(8, 8, 3, 4), nn.Conv2d(8, 4, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        map = self.encode(image)
-        return self.head(self.twice(map) + self.once(map))
-
-
-@pytest.mark.parametrize(
-    ("mask", "size", "optimised"),
-    covering(["none", "all", MASK], [(48, 64), (72, 72)], [False, True]),  # torch repeats a row, or refuses
-)
-@pytest.mark.filterwarnings("ignore::cadsurgery.CadWarning")
-def test_maps_of_unequal_sizes_are_not_joined(mask: str, size: tuple[int, int], optimised: bool) -> None:
-    options = {"output_stride": (8, 32), "example_input": torch.rand(1, 3, 64, 64), "outputs": "native"}
-    model = TwoWays().eval()
-    net = unverified(model, mask=mask, **options)
-    net = net.optimize() if optimised else net
-    with torch.no_grad():
-        if mask == "none":
-            fits = torch.rand(2, 3, 64, 128)
-            assert relative_error(net(fits), model(fits)) < 1e-4
-        with pytest.raises(cs.InvalidInput, match=r"add joins maps of \dx\d and \dx\d samples") as caught:
-            net(torch.rand(1, 3, *size))
-    assert ("refuses" if size == (72, 72) else "repeats") in caught.value.why and "pad" in caught.value.next
-
-
-@pytest.mark.filterwarnings("ignore::cadsurgery.CadWarning")
-def test_a_file_for_a_size_at_which_maps_do_not_fit_is_refused(tmp_path: object) -> None:
-    net = cs.adaptify(
-        TwoWays().eval(), mask="none", output_stride=(8, 32), example_input=torch.rand(1, 3, 64, 64)
-    )
-    with pytest.raises(cs.CadError, match="joins maps"):
-        cs.export(net, torch.rand(1, 3, 48, 64), f"{tmp_path}/net.onnx")
 
 
 class Rounded(nn.Module):
@@ -139,33 +94,6 @@ def test_every_join_refuses_what_torch_refuses(name: str, optimised: bool) -> No
             net(image)
 
 
-def test_a_condition_on_sizes_fails_in_an_engine(tmp_path: Path) -> None:
-    """Where the sizes differ; also where one of them is 1, which other operations would repeat."""
-    import onnxruntime
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail
-
-    class Halves(nn.Module):
-        def forward(self, levels: Tensor) -> Tensor:
-            length = levels.shape[2]
-            with recorded_conditions() as conditions:
-                require_equal(length // 2, (length + 1) // 2, "halves are equal")
-                require_equal(length + 1, 1 + length, "never written")
-            assert [condition.reason for condition in conditions] == ["halves are equal"]
-            return require(levels, conditions)
-
-    from cadsurgery.network.export.translate import TABLE
-
-    program, _ = follow(Halves(), (torch.zeros(1, 1, 4, 6, dtype=torch.int8),), dynamic=True)
-    names = {"input_names": ["levels"], "output_names": ["same"]}
-    translate(program, "", custom_translation_table=TABLE, optimize=False, **names).save(tmp_path / "x.onnx")
-    session = onnxruntime.InferenceSession(str(tmp_path / "x.onnx"))
-    levels = torch.randint(3, (2, 1, 8, 5), dtype=torch.int8)
-    assert torch.equal(torch.from_numpy(session.run(None, {"levels": levels.numpy()})[0]), levels)
-    for length, sizes in ((7, "4 and 3"), (3, "2 and 1")):
-        with pytest.raises(Fail, match=f"halves are equal.*{sizes}"):
-            session.run(None, {"levels": levels[:, :, :length].numpy()})
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["added", thorough("filled"), thorough("bins of the size of another map")])
 @pytest.mark.filterwarnings("ignore::cadsurgery.CadWarning")
@@ -201,18 +129,6 @@ class Pair(nn.Module):
         return self.head(of_first - of_second)
 
 
-class Flipped(nn.Module):
-    """The mean over an image and its mirror image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encode, self.head = encoder(), nn.Conv2d(8, 4, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        own, mirrored = self.head(self.encode(torch.cat([image, image.flip(3)]))).chunk(2)
-        return (own + mirrored.flip(3)) / 2
-
-
 class Doubled(nn.Module):
     """The batch grows where there are no images any more."""
 
@@ -245,42 +161,9 @@ def test_each_image_of_a_pair_gets_its_own_map(batch: int, optimised: bool) -> N
     assert optimised or 0 < net.macs(left, right).active_fraction < 1
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_a_mirror_image_gets_a_mirrored_map(batch: int) -> None:
-    image = half(batch, True)
-    net = unverified(Flipped().eval(), mask=MASK, output_stride=(2, 8), example_input=image)
-    with torch.no_grad():
-        net(image)
-    assert net.levels.shape[0] == 2 * batch
-    assert (net.levels[:batch] == 0).any() and (net.levels[batch:] == 0).any()
-    with torch.no_grad():
-        kept = net.levels[:batch].clone()
-        net(image.flip(3))
-    assert torch.equal(net.levels[batch:], kept)
-
-
 def test_a_batch_that_is_not_made_of_images_is_refused_with_its_line() -> None:
     with pytest.raises(cs.CannotConvert, match="2 maps enter the region for 1 image") as caught:
         cs.adaptify(
             Doubled().eval(), mask=MASK, output_stride=(4, 16), example_input=torch.rand(1, 3, 64, 96)
         )
     assert "test_joined_images_laws.py" in caught.value.where and "join the images" in caught.value.next
-
-
-class OfList(Pair):
-    """A pair that comes as a list, which is joined as a whole."""
-
-    def forward(self, images: list[Tensor]) -> Tensor:  # type: ignore[override]
-        of_first, of_second = self.encode(torch.cat(images)).chunk(2)
-        return self.head(of_first - of_second)
-
-
-def test_a_list_that_is_joined_as_a_whole_is_a_pair_of_images() -> None:
-    model, pair = OfList().eval(), [half(1, False), half(1, True)]
-    net = cs.adaptify(model, mask=MASK, output_stride=(2, 8), outputs="native", example_input=(pair,))
-    other = [0.5 * image.flip(3) for image in pair]
-    assert_same(net(other, mask="none"), model(other))
-    net(other)
-    assert net.levels.shape[0] == 2 and (net.levels[0] != net.levels[1]).any()
-    longer = [*other, *pair]
-    assert_same(net(longer, mask="none"), model(longer))

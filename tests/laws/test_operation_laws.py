@@ -16,7 +16,6 @@ import torch
 from conftest import assert_same, random_levels
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
 from cadsurgery.elements import functional
@@ -27,7 +26,7 @@ from cadsurgery.elements.functional import to_dense
 from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.elements.mean_shift import MeanShift
-from cadsurgery.elements.operations import Operation, operation_of, operations
+from cadsurgery.elements.operations import Operation, operations
 from cadsurgery.elements.windows import drops
 from cadsurgery.surgery.treatment import Treatment
 
@@ -215,7 +214,6 @@ def test_an_operation_gives_what_it_says(op: Operation) -> None:
 ELEMENTWISE = [op for op in OWN if op.reads == "element" and op.gives == "elements"]
 WINDOWS = [op for op in OWN if "window" in EXAMPLES[name_of(op)].options]
 BORDERED = [op for op in WINDOWS if name_of(op) != "pixel_unshuffle"]
-COUNTED = [op for op in WINDOWS if "conv2d" in name_of(op)]
 RESIZES = ("resize", "resize_to_dense", "small_map")
 WHOLE = [op for op in OWN if op.mixes and name_of(op) not in RESIZES]
 
@@ -268,25 +266,6 @@ def test_what_reads_an_image_or_batch_reads_beyond_its_place_and_no_further(op: 
     assert (other_images > 0) == (op.reads == "batch")
 
 
-@pytest.mark.parametrize("name", ["resize", "pixel_shuffle", "resize_to_dense", "to_dense"])
-def test_what_reads_between_cells_reads_those_of_its_image(name: str) -> None:
-    op = next(op for op in OWN if name_of(op) == name)
-    x = entering(op)
-    value = called(op, x)
-    _, place = parts(value)
-    read = influences(op, x, value)
-    assert any(len(rows) > 1 for _, rows in read)
-    for number, rows in read:
-        assert rows and {image_of(x, row) for row in rows} == {place(number)[0]}  # type: ignore[index]
-
-
-def test_what_reads_nothing_is_the_same_for_other_values() -> None:
-    op = next(op for op in OWN if name_of(op) == "native_shape")
-    assert op.reads == "nothing"
-    x = elements()
-    assert called(op, x) == called(op, Elements(torch.full_like(x.rows, torch.nan), x.lattice))
-
-
 @pytest.mark.parametrize("op", BORDERED, ids=name_of)
 def test_what_is_beyond_the_border_is_what_an_operation_says(op: Operation) -> None:
     x, example = elements(), EXAMPLES[name_of(op)]
@@ -299,49 +278,6 @@ def test_what_is_beyond_the_border_is_what_an_operation_says(op: Operation) -> N
 
     assert_same(padded(op.outside), padded(None))
     assert not torch.equal(padded(100.0), padded(None))
-
-
-@pytest.mark.parametrize("op", WINDOWS, ids=name_of)
-def test_kept_cells_pass_where_an_operation_says_that_it_drops(op: Operation) -> None:
-    """Pools as published pass them as they are; convolutions look around them all the same."""
-    if name_of(op) in ("fused_conv2d", "pixel_unshuffle"):
-        pytest.skip(
-            "the first is `conv2d` without gradients, the second has no single value of a cell to pass"
-        )
-    x = elements(pool="drop")
-    value = called(op, x)
-    _, place = parts(value)
-    here = {tuple(map(int, at)): row for row, at in enumerate(zip(*x.lattice.coordinates, strict=True))}
-    kept = {at for at, row in here.items() if int(value.lattice.levels[at]) <= 1}
-    seen = [(place(number), rows) for number, rows in influences(op, x, value) if place(number) in kept]
-    assert seen
-    assert all(rows == {here[at]} for at, rows in seen) == op.drops  # type: ignore[index]
-
-
-@pytest.mark.parametrize("op", COUNTED, ids=name_of)
-def test_the_count_of_macs_is_what_runs(op: Operation) -> None:
-    x = elements()
-    x = Elements(x.rows.detach(), x.lattice)
-    example = EXAMPLES[name_of(op)]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        value = called(op, x)
-    mixing = 2 * 3 * 6 * C * 9 if name_of(op) == "conv2d_per_image" else 0  # of the experts' weights
-    assert op.macs is not None
-    assert op.macs(value, x, *example.arguments, **example.options) == counter.get_total_flops() // 2 - mixing
-
-
-def test_what_only_trains_gives_back_what_it_reads() -> None:
-    assert {name_of(op) for op in OWN if op.trains_only} == {"drop_per_image", "drop_channels"}
-    x = elements()
-    assert torch.equal(functional.drop_per_image(x, DropPath(0.5).eval()).rows, x.rows)
-    assert not torch.equal(functional.drop_per_image(x, DropPath(0.9).train()).rows, x.rows)
-    assert torch.equal(functional.drop_channels(x, "dropout2d", 0.5, False).rows, x.rows)
-    assert not torch.equal(functional.drop_channels(x, "dropout2d", 0.9, True).rows, x.rows)
-
-
-def test_what_takes_a_place_at_the_exit_gives_a_dense_map() -> None:
-    pairs = [(op, operation_of(op.at_exit)) for op in OWN if op.at_exit is not None]
-    assert pairs and all(other is not None and other.gives == "dense" for _, other in pairs)
 
 
 # -- operations of a user's own ---------------------------------------------------------------------------
@@ -361,59 +297,3 @@ def test_a_treatment_calls_what_is_declared() -> None:
     with pytest.raises(cs.UnknownName, match="max_pool2d"):
         Treatment("window", call="max_pool")
     assert Treatment("window", call="max_pool2d").call is cs.functional.max_pool2d
-
-
-class CumulativeScale(nn.Module):
-    """Each value divided by the largest of its image: an operation of a user's own, which joins all positions."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x / x.abs().amax((2, 3), keepdim=True)
-
-
-@pytest.fixture
-def own_operation() -> Any:
-    """A rule with a function of its own, in one place; gone afterwards."""
-    from cadsurgery.elements import operations as table
-    from cadsurgery.surgery import treatment
-
-    @cs.operation(reads="image")
-    def over_largest(x: Elements) -> Elements:
-        largest = cs.functional.global_max(Elements(x.rows.abs(), x.lattice))
-        return Elements(x.rows / cs.functional.rows_on(largest, x.lattice), x.lattice)
-
-    @cs.rule(CumulativeScale)
-    def scaled(node: Any, facts: Any) -> cs.Treatment:
-        """By the largest value of its image, wherever that is."""
-        return cs.Treatment("pointwise", call=over_largest)
-
-    yield over_largest
-    del treatment._RULES[CumulativeScale], table._OPERATIONS[over_largest]
-
-
-def test_an_operation_of_a_users_own_has_the_standing_of_ours(own_operation: Any) -> None:
-    """It is planned, counted, verified, fused around, and run in the cone of some points."""
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1),
-        *(
-            nn.Conv2d(8, 8, 3, 2, 1),
-            CumulativeScale(),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, 2, 1),
-            nn.Conv2d(8, 4, 3, 1, 1),
-        ),
-    ).eval()
-    image = torch.randn(2, 3, 50, 66)
-    adapted = cs.adaptify(net, "random", example_input=image)
-    decision = next(d for d in adapted.plan.decisions if d.operation == "CumulativeScale")
-    assert (
-        decision.action == "keep"
-        and decision.reason == "By the largest value of its image, wherever that is."
-    )
-    assert adapted.plan.matters
-    with torch.no_grad():
-        assert_same(adapted(image, mask="none")[:, :, ::4, ::4], net(image))
-        torch.manual_seed(1)
-        levels = adapted.program.masking(adapted.mask)(image, torch.empty(2, 8, 25, 33)).levels
-        assert_same(adapted.optimize()(image, mask=levels), adapted(image, mask=levels))
-    assert adapted.macs(image, mask="all").mask == adapted.macs(image).high

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels, some
+from conftest import assert_same, covering, images, some
 from networks import conv_norm, randomise, unverified
 from random_laws import compare
 from random_networks import Case, Draw
@@ -21,7 +21,6 @@ import cadsurgery as cs
 
 EXACT = 1e-9
 SIZES = [(64, 96), (75, 101), (97, 130)]
-FILLS = ["linear", "nearest", "guided"]
 
 
 block = partial(conv_norm, bias=False, inplace=True)
@@ -78,15 +77,6 @@ class Shuffled(nn.Module):
         return self.head(self.norm(self.up(self.body(x))))
 
 
-class Decoder(Encoder):
-    """Doubles without asking for a size."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.interpolate(self.body(x), scale_factor=2, mode="bilinear", align_corners=False)
-        y = F.interpolate(self.body[6](y), scale_factor=2, mode="nearest")
-        return self.head(self.body[6](y))
-
-
 def settled(model: nn.Module) -> nn.Module:
     randomise(model)
     return model.double().eval()
@@ -99,15 +89,6 @@ def test_a_network_that_resizes_is_its_emulation(name: str, seed: int) -> None:
     compare(Case(model, images(2, *size).double(), images(1, 64, 96).double(), True), Draw(seed))
 
 
-def test_a_mask_matters_behind_a_resize_and_the_plan_says_so() -> None:
-    net = cs.adaptify(settled(Resized({"mode": "bilinear"}, "size")), "none")
-    x = images(2, 64, 96).double()
-    with torch.no_grad():
-        low, high = net(x), net(x, mask="all")
-    assert low.shape == high.shape and float((low - high).abs().max()) > 1e-3 * float(low.abs().max())
-    assert net.plan.matters and "gains nothing" not in net.plan.summary()
-
-
 @pytest.mark.parametrize(
     ("make", "output_stride"),
     [
@@ -115,7 +96,6 @@ def test_a_mask_matters_behind_a_resize_and_the_plan_says_so() -> None:
         pytest.param(partial(Shuffled, 2), (4, 16), id="2-(4, 16)", marks=pytest.mark.slow),
         pytest.param(partial(Shuffled, 4), (2, 16), id="4-(2, 16)", marks=pytest.mark.slow),
         pytest.param(partial(Shuffled, 4), (4, 16), id="4-(4, 16)"),
-        pytest.param(Decoder, (2, 32), id="decoder"),
     ],
 )
 def test_maps_that_end_beyond_the_image_are_as_large_as_the_networks(make: Any, output_stride: Any) -> None:
@@ -129,28 +109,6 @@ def test_maps_that_end_beyond_the_image_are_as_large_as_the_networks(make: Any, 
             together, levels = net(x, mask="random"), net.levels
             apart = [net(x[i : i + 1], mask=levels[i : i + 1]) for i in range(2)]
         assert_same(torch.cat(apart), together, EXACT)
-
-
-@pytest.mark.parametrize("fill", FILLS)
-def test_gradients_go_through_a_resize_that_leaves_the_region(fill: Any) -> None:
-    model = settled(Resized({"mode": "bilinear", "align_corners": False}, "size"))
-    net = unverified(model, "none", fill=fill)
-    x = images(1, 64, 64).double()
-    net(x)
-    levels = random_levels(1, tuple(net.levels.shape[1:]), net.geometry.strides)
-    weight, direction = net.head.weight, torch.randn_like(net.head.weight)
-    weights = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-
-    def loss() -> Tensor:
-        return (net(x, mask=levels) * weights).sum()
-
-    (gradient,) = torch.autograd.grad(loss(), weight)
-    with torch.no_grad():
-        weight += 1e-6 * direction
-        above = loss()
-        weight -= 2e-6 * direction
-        below = loss()
-    assert_same((gradient * direction).sum(), (above - below) / 2e-6, 1e-6)
 
 
 class Features(Encoder):
@@ -199,32 +157,3 @@ def test_the_finest_stride_that_matters_is_that_of_the_finest_map_that_leaves() 
     plan = cs.plan(settled(TwoStrides()), (2, 16), outputs="native")
     assert [stride for _, stride in plan.outputs] == [8, 16] and plan.finest == 8
     assert "output_stride=(8, 16) does without" in plan.summary()
-
-
-class Dilated(nn.Module):
-    """Output stride 16 with the last stride removed, and a 3x3 head: taps 16 pixels apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        strided = [block(3 if i == 0 else 6, 6, 2) for i in range(4)]
-        self.body = nn.Sequential(*strided, block(6, 6), block(6, 6, dilation=2))
-        self.head = nn.Conv2d(6, 3, 3, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(self.head(self.body(x)), x.shape[2:], mode="bilinear", align_corners=False)
-
-
-def test_cells_are_no_larger_than_the_lowest_output_stride_asked_for() -> None:
-    model = settled(Dilated())
-    whole = cs.plan(model, (8, 32))
-    assert "no multiple of the cells' 32 pixels" in whole["head"].reason
-    assert whole.finest == 16 and "output_stride=(16, 32) does without" in whole.summary()
-    net = cs.adaptify(model, "none", output_stride=(8, 16))
-    assert net.plan["head"].action in ("keep", "adapt") and net.plan.finest == 8
-    x = images(2, 75, 101).double()
-    with torch.no_grad():
-        assert_same(net(x), model(x), EXACT)
-        levels = net.levels * 0
-        levels[:, : levels.shape[1] // 2] = 1
-        mixed = net(x, mask=levels)
-        assert_same(mixed[:, :, :20], net(x, mask="none")[:, :, :20], EXACT)

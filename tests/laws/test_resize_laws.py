@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 import random
-from functools import partial
-from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, images, random_levels, slow, thorough
-from networks import conv_norm, randomise, unverified
-from torch import Tensor, nn
+from torch import Tensor
 
 import cadsurgery as cs
-from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.lattice import Geometry, Lattice
@@ -27,9 +23,6 @@ double = torch.float64
 MODES = pytest.mark.parametrize(
     ("mode", "align_corners"), [("nearest", False), ("bilinear", False), ("bilinear", True)]
 )
-
-
-block = partial(conv_norm, bias=False)
 
 
 def interpolate(x: Tensor, size: tuple[int, int], mode: str, align_corners: bool) -> Tensor:
@@ -66,32 +59,6 @@ def test_stretched_by_a_sample_it_is_interpolate(
     x = Elements(coarse.permute(0, 2, 3, 1).flatten(0, 2), lattice)
     found = functional.resize(x, 2, (4, 4), 1, size, mode, align_corners)
     assert_same(functional.to_dense(found, 4), interpolate(coarse, size, mode, align_corners), EXACT)
-
-
-class Halving(nn.Module):
-    """A map made smaller by a resize in the middle of a network."""
-
-    def __init__(self, mode: str, factor: float) -> None:
-        super().__init__()
-        self.stem, self.down, self.head = nn.Conv2d(3, 6, 3, 1, 1), block(6, 6, 2), nn.Conv2d(6, 4, 3, 1, 1)
-        self.options: dict[str, Any] = {"mode": mode, "scale_factor": factor}
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.down(F.interpolate(self.stem(x), **self.options)))
-
-
-@pytest.mark.parametrize(
-    ("mode", "factor"), [("nearest", 0.5), ("nearest", 0.25), ("bilinear", 0.5), ("bilinear", 0.25)]
-)
-def test_a_resize_to_a_whole_part_is_a_stride(mode: str, factor: float) -> None:
-    """Where torch reads samples, or the middle between two; a fourth, bilinear, is neither and stays dense."""
-    model = randomise(Halving(mode, factor)).double()
-    net = unverified(model, "none", outputs="native", example_input=images(2, 57, 70, double))
-    adapted = net.plan["interpolate"].action == "adapt"
-    assert adapted == ((mode, factor) != ("bilinear", 0.25))
-    for size in ((57, 70), (58, 71), (64, 95)):
-        x = images(2, *size, double)
-        assert_same(net(x), model(x), EXACT)
 
 
 def mixed(levels: Tensor) -> tuple[Lattice, Elements]:
@@ -154,47 +121,6 @@ def test_several_feature_maps_stand_where_the_plan_says(name: str) -> None:
         step = own // stride
         assert_same(ours[..., ::step, ::step], theirs, 1e-4)
     assert str(net.plan).count("(output stride ") == len(expected)
-
-
-@pytest.mark.parametrize("fill", ["linear", "nearest"])
-@pytest.mark.parametrize("size", [(16, 24), (13, 22), (9, 7)], ids=str)
-def test_on_a_mixed_map_an_element_of_a_shuffle_takes_the_channels_of_its_phase(
-    size: tuple[int, int], fill: Any
-) -> None:
-    """Of the filled map, at the network's own sample it is made of; beyond the image the outermost one."""
-    lattice = Geometry((2, 2), fill=fill).lattice(random_levels(2, size, (2, 2)))
-    x = Elements(torch.randn(len(lattice), 8, dtype=double), lattice)
-    found, fine = functional.pixel_shuffle(x, 1, (4, 2), 2), functional.to_dense(x)
-    assert found.lattice.size == found.lattice.holding([-(-length // 4) * 2 for length in size], 2)
-    for row, (image, y, x_) in enumerate(
-        zip(*(part.tolist() for part in found.lattice.coordinates), strict=True)
-    ):
-        own = y // 2, x_ // 2
-        place = [min(o // 2 * 4 + at % 2, n - 1) for o, at, n in zip(own, (y, x_), size, strict=True)]
-        values = fine[image, :, place[0], place[1]].view(2, 4)
-        assert torch.equal(found.rows[row], values[:, own[0] % 2 * 2 + own[1] % 2])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [(67, 101), thorough((128, 192)), thorough((135, 201))])
-def test_every_pair_of_strides_converts_where_branches_round_differently(size: tuple[int, int]) -> None:
-    """At 67 x 101 the quarter has 16 x 25 pixels and leads to 8 x 13 samples; the other branch has 9 x 13."""
-    torch.manual_seed(0)
-    model, x = subject("light:ContextNetLike", CHECKOUT).build().eval(), torch.rand(1, 3, *size)
-    pairs = cs.plan(model, example_input=x).possible
-    converted = [cs.adaptify(model, "none", output_stride=pair, example_input=x) for pair in pairs]
-    assert len(converted) > 8
-    assert all(check.passed for net in converted for check in net.checks)
-
-
-def test_a_network_of_two_scales_takes_every_size_that_it_took() -> None:
-    torch.manual_seed(0)
-    model = subject("light:ContextNetLike", CHECKOUT).build().eval()
-    net = unverified(model, "none", example_input=torch.rand(1, 3, 131, 197), outputs="native")
-    with torch.no_grad():
-        for size in ((131, 197), (96, 160), (126, 190)):
-            x = torch.rand(1, 3, *size)
-            torch.testing.assert_close(net(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, double], ids=str)

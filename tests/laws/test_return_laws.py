@@ -81,19 +81,6 @@ def test_what_comes_back_is_the_networks_at_its_own_level(name: str) -> None:
             assert_same(net.optimize()(x, mask=levels), both, EXACT)
 
 
-@pytest.mark.parametrize("name", some(FUNCTIONS))
-def test_gradients_go_through_what_comes_back(name: str) -> None:
-    model, x = network(name), images(2, *SIZE, torch.float64)
-    net = adapted(model, outputs="native")
-    for one in (model, net):
-        one(x).square().sum().backward()
-    pairs = zip(net.parameters(), model.parameters(), strict=True)
-    compared = [
-        assert_same(ours.grad, theirs.grad, EXACT) for ours, theirs in pairs if theirs.grad is not None
-    ]
-    assert len(compared) >= 8
-
-
 @pytest.mark.parametrize("fill", ["linear", "nearest"])
 def test_elements_read_a_map_of_the_networks_own_between_its_samples(fill: Any) -> None:
     own, spacing = torch.randn(2, 3, 6, 7, dtype=torch.float64), 4
@@ -112,20 +99,3 @@ def test_elements_read_a_map_of_the_networks_own_between_its_samples(fill: Any) 
                 expected += of_y * of_x * own[image, :, min(at_y, 5), min(at_x, 6)]
         expected = expected if fill == "linear" else own[image, :, y // spacing, x // spacing]
         assert_same(row, expected, EXACT)
-
-
-class Attending(Net):
-    """Attention joins all positions of the image; its sum with the map stays outside, as all that follows does."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda m, x, image: x + m.attend(x))
-
-    def attend(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(2).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(tokens, tokens, tokens)
-        return mixed.transpose(1, 2).reshape(x.shape)
-
-
-def test_what_attention_yields_does_not_come_back() -> None:
-    plan = cs.plan(Attending().eval(), example_input=images(2, *SIZE))
-    assert plan["add"].action == "barrier" and plan["second"].action == "dense"

@@ -11,15 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels, slow, some
+from conftest import assert_same, images, random_levels
 from networks import unverified
 from torch import Tensor, nn
-
-import cadsurgery as cs
-from cadsurgery.elements.axes import permute_axes, regroup_axes, row_dim
 
 Function = Callable[[Any, Tensor], Tensor]
 SIZE = (51, 67)
@@ -74,51 +70,6 @@ def assert_one_function(ours: Net, theirs: Net, fill: str = "linear") -> None:
 # -- spellings of pointwise operations, channel arithmetic, axes -----------------------------------------
 
 
-def _layer_norm(m: Any, x: Tensor) -> Tensor:
-    centred = x - x.mean(1, keepdim=True)
-    scaled = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
-    return scaled * m["norm"].weight.view(1, -1, 1, 1) + m["norm"].bias.view(1, -1, 1, 1)
-
-
-def _token_norm(m: Any, x: Tensor) -> Tensor:
-    b, c, h, w = x.shape
-    return m["norm"](x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(b, c, h, w)
-
-
-def _shuffle_by_parts(m: Any, x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=1)
-    return torch.stack([first, second], dim=2).flatten(1, 2)
-
-
-def _shuffle_by_index(m: Any, x: Tensor) -> Tensor:
-    order = [channel for pair in zip(range(C // 2), range(C // 2, C), strict=True) for channel in pair]
-    return torch.cat([x[:, channel : channel + 1] for channel in order], dim=1)
-
-
-def _selected(m: Any, x: Tensor) -> Tensor:
-    stacked = torch.stack([m["one"](x), m["two"](x)], dim=1)
-    attention = stacked.sum(1).mean((2, 3), keepdim=True)
-    attention = torch.softmax(torch.stack([attention, 2 * attention], dim=1), dim=1)
-    return (stacked * attention).sum(dim=1)
-
-
-def _selected_apart(m: Any, x: Tensor) -> Tensor:
-    one, two = m["one"](x), m["two"](x)
-    attention = (one + two).mean((2, 3), keepdim=True)
-    share = attention.exp() / (attention.exp() + (2 * attention).exp())
-    return one * share + two * (1 - share)
-
-
-def _efficient_channel_attention(m: Any, x: Tensor) -> Tensor:
-    y = F.adaptive_avg_pool2d(x, 1).squeeze(-1).transpose(-1, -2)
-    return x * m["mix"](y).transpose(-1, -2).unsqueeze(-1).sigmoid()
-
-
-def _efficient_channel_attention_by_view(m: Any, x: Tensor) -> Tensor:
-    y = m["mix"](x.mean((2, 3)).view(x.shape[0], 1, -1)).sigmoid().view(x.shape[0], -1, 1, 1)
-    return x * y.expand_as(x)
-
-
 def _pooled_by_attention(m: Any, x: Tensor) -> Tensor:
     b, c, h, w = x.shape
     attention = torch.softmax(m["one"](x)[:, :1].reshape(b, 1, h * w), dim=-1).unsqueeze(3)
@@ -144,49 +95,19 @@ def _channel_attention_by_pairs(m: Any, x: Tensor) -> Tensor:
     return x + torch.cat(mixed, dim=1)
 
 
-def _weighed_parts(m: Any, x: Tensor) -> Tensor:
-    first, second = torch.split(x, [3, 5], 1)
-    return torch.cat([first, second * 2], 1)
-
-
-def _swapped_halves(m: Any, x: Tensor) -> Tensor:
-    first, second = x.unflatten(1, (2, C // 2)).unbind(1)
-    return torch.cat([second, first], dim=1)
-
-
 POINT = {"one": nn.Conv2d(C, C, 1), "two": nn.Conv2d(C, C, 1)}
 SPELLINGS: dict[str, tuple[Function, Function, dict[str, nn.Module]]] = {
-    "layer norm, tokens": (_token_norm, _layer_norm, {"norm": nn.LayerNorm(C)}),
-    "channel shuffle by chunk and stack": (_shuffle_by_parts, _shuffle_by_index, {}),
-    "selective kernel": (_selected, _selected_apart, POINT),
-    "channel attention by a 1d convolution": (
-        _efficient_channel_attention,
-        _efficient_channel_attention_by_view,
-        {"mix": nn.Conv1d(1, 1, 3, padding=1)},
-    ),
     "pooling by attention": (_pooled_by_attention, _pooled_by_weights, POINT),
     "attention between channels": (_channel_attention, _channel_attention_by_pairs, {}),
-    "split of unequal parts": (_weighed_parts, lambda m, x: torch.cat([x[:, :3], 2 * x[:, 3:]], dim=1), {}),
-    "unbind": (_swapped_halves, lambda m, x: torch.cat([x[:, C // 2 :], x[:, : C // 2]], dim=1), {}),
     "padded channels": (
         lambda m, x: F.pad(x[:, 1:], (0, 0, 0, 0, 1, 0)),
         lambda m, x: torch.cat([0 * x[:, :1], x[:, 1:]], dim=1),
         {},
     ),
-    "zeros for new channels": (
-        lambda m, x: torch.cat([x[:, 1:], torch.zeros(x.size(0), 1, *x.shape[2:], dtype=x.dtype)], dim=1),
-        lambda m, x: torch.cat([x[:, 1:], 0 * x[:, :1]], dim=1),
-        {},
-    ),
-    "a map of one value": (
-        lambda m, x: x + x.new_full((x.size(0), C, x.size(2), x.size(3)), 0.5),
-        lambda m, x: torch.as_tensor(x) + 0.5,
-        {},
-    ),
 }
 
 
-@pytest.mark.parametrize("name", some(SPELLINGS))
+@pytest.mark.parametrize("name", SPELLINGS)
 def test_two_spellings_stay_one_function(name: str) -> None:
     ours, theirs, parts = SPELLINGS[name]
     assert_one_function(network(ours, **parts), network(theirs, **parts))
@@ -195,116 +116,4 @@ def test_two_spellings_stay_one_function(name: str) -> None:
 # -- windows: padding, other spellings of convolutions and pools -----------------------------------------
 
 
-def _weight(m: Any) -> Tensor:
-    return m["conv"].weight
-
-
-WINDOWS: dict[str, tuple[Function, Function]] = {
-    "uneven pad and crop": (
-        lambda m, x: F.conv2d(F.pad(x, (2, 0, 1, 1)), _weight(m)),
-        lambda m, x: F.conv2d(x, _shifted(_weight(m)), padding=(1, 2)),
-    ),
-    "transposed of stride one": (
-        lambda m, x: F.conv_transpose2d(x, _weight(m), padding=1),
-        lambda m, x: F.conv2d(x, _weight(m).transpose(0, 1).flip(2, 3), padding=1),
-    ),
-}
-
-
-def _shifted(weight: Tensor) -> Tensor:
-    """A 3 x 3 kernel on the left of a 3 x 5 window: what padding by (2, 0) reads."""
-    return F.pad(weight, (0, 2))
-
-
-@pytest.mark.parametrize(("name", "fill"), covering([*WINDOWS], ["linear", "nearest"]))
-def test_two_spellings_of_a_window_stay_one_function(name: str, fill: str) -> None:
-    ours, theirs = WINDOWS[name]
-    conv = nn.Conv2d(C, C, 3, bias=False)
-    assert_one_function(network(ours, conv=conv), network(theirs, conv=conv), fill=fill)
-
-
-class Unshuffled(nn.Module):
-    """Space to depth as a module, or as the strided convolution it is."""
-
-    def __init__(self, by_convolution: bool) -> None:
-        super().__init__()
-        self.stem, self.last = nn.Conv2d(3, 2, 3, 2, 1), nn.Conv2d(C, C, 3, padding=1)
-        self.unshuffle: nn.Module = nn.PixelUnshuffle(2)
-        if by_convolution:
-            self.unshuffle = nn.Conv2d(2, C, 2, 2, bias=False)
-            self.unshuffle.weight.data = torch.eye(C).view(C, 2, 2, 2)
-        for module in (self.stem, self.last):
-            torch.manual_seed(1)
-            nn.init.normal_(module.weight)
-            nn.init.zeros_(module.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.unshuffle(self.stem(x)).relu())
-
-
-def test_space_to_depth_is_a_convolution() -> None:
-    x, levels = images(2, 48, 64, torch.float64), random_levels(2, (24, 32), (2,))
-    models = [Unshuffled(by_convolution).double().eval() for by_convolution in (False, True)]
-    nets = [unverified(model, "none", output_stride=(2, 4), example_input=x) for model in models]
-    with torch.no_grad():
-        ours, theirs = (net(x, mask=levels) for net in nets)
-    assert_same(ours, theirs, EXACT)
-
-
-@pytest.mark.parametrize("name", ["tf_mobilenetv3_small_minimal_100", slow("tf_efficientnet_cc_b0_4e")])
-def test_a_batch_is_its_images_where_kernels_or_padding_depend_on_them(name: str) -> None:
-    """Law 5 for "same" padding and for kernels mixed per image."""
-    model = timm.create_model(name, exportable=False).eval()
-    x = images(3, 75, 91)
-    net = unverified(model, "none", example_input=x[:2])
-    levels = random_levels(3, tuple(cs_size(net, x)), (2, 2))
-    with torch.no_grad():
-        together = net(x, mask=levels)
-        for i in range(3):
-            assert_same(net(x[i : i + 1], mask=levels[i : i + 1]), together[i : i + 1], 1e-4)
-
-
-def cs_size(net: cs.AdaptiveModel, x: Tensor) -> tuple[int, int]:
-    """Height and width of the fine map."""
-    with torch.no_grad():
-        net(x, mask="none")
-    return net.levels.shape[1], net.levels.shape[2]
-
-
 # -- layouts ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("layout", "shape", "new", "expected"),
-    [
-        ("bchw", (2, 8, 5, 7), (2, 2, 4, 5, 7), "bcchw"),
-        ("bchw", (2, 8, 5, 7), (2, 8, 35), "bcp"),
-        ("bcp", (2, 8, 35), (2, 8, 5, 7), "bchw"),
-        ("bpc", (2, 35, 8), (2, 35, 2, 4), "bpcc"),
-        ("bchw", (2, 1, 5, 7), (2, 5, 7), "bhw"),
-        ("bhw", (2, 5, 7), (2, 1, 5, 7), "bchw"),
-        ("bcp", (2, 8, 35), (2, 8, 7, 5), None),  # another image
-        ("bchw", (2, 8, 5, 7), (16, 5, 7), None),  # batch and channels
-        ("bchw", (2, 8, 5, 7), (2, 40, 7), None),  # channels and height
-        ("bchw", (2, 8, 4, 6), (2, 8, 2, 2, 6), None),  # windows of the image
-    ],
-)
-def test_a_reshape_keeps_the_image_or_has_no_layout(
-    layout: str, shape: Any, new: Any, expected: str | None
-) -> None:
-    found, reason = regroup_axes(layout, shape, new, (5, 7))
-    assert found == expected
-    assert bool(reason) == (expected is None)
-
-
-def test_a_permutation_of_rows_is_that_of_the_dense_tensor() -> None:
-    """The channel axes of a row are ordered as in the dense tensor, whatever the image axes do."""
-    dense = torch.arange(2 * 3 * 4 * 5 * 7).view(2, 3, 4, 5, 7)
-    rows = dense.permute(0, 3, 4, 1, 2).flatten(0, 2)
-    for dims in ((0, 3, 4, 1, 2), (0, 2, 1, 3, 4), (0, 3, 2, 4, 1)):
-        layout, order = permute_axes("bcchw", dims)
-        there = dense.permute(dims)
-        image = [layout.index(axis) for axis in "bhw"]
-        channels = [dim for dim, axis in enumerate(layout) if axis == "c"]
-        assert torch.equal(rows.permute(order), there.permute(*image, *channels).flatten(0, 2))
-        assert [row_dim(layout, dim) for dim in channels] == [1, 2]

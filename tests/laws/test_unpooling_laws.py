@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels, some
+from conftest import assert_same, covering, images, some
 from networks import conv_norm
-from random_laws import compare
-from random_networks import Case, Draw, settled
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import cadsurgery as cs
 from cadsurgery.elements import functional
@@ -23,7 +19,6 @@ from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.surgery.verify import FirstOfEqual
 
-# See `test_a_decoder_back_to_the_high_stride_is_the_network_whatever_the_mask`.
 pytestmark = pytest.mark.filterwarnings("ignore:no mask can improve")
 
 EXACT = 1e-9
@@ -68,83 +63,6 @@ def test_indices_that_leave_the_region_are_torchs_numbers(pool: nn.MaxPool2d, si
 
 
 # -- networks ------------------------------------------------------------------------------------------------
-
-
-class Unpooled(nn.Module):
-    """Three poolings and their unpoolings.
-
-    Args:
-        function: functions instead of modules.
-        sized: whether unpoolings are given the size of the map that was pooled.
-        barrier: an operation within the decoder that ends the region.
-    """
-
-    def __init__(self, function: bool, sized: bool, barrier: bool = False) -> None:
-        super().__init__()
-        self.function, self.sized, self.barrier = function, sized, barrier
-        self.stem, widths = conv_norm(3, 4), (4, 6, 8, 10)
-        pairs = list(itertools.pairwise(widths))
-        self.down = nn.ModuleList([conv_norm(a, b) for a, b in pairs])
-        self.up = nn.ModuleList([conv_norm(b, a) for a, b in pairs[::-1]])
-        self.pool, self.unpool = nn.MaxPool2d(2, 2, return_indices=True), nn.MaxUnpool2d(2, 2)
-        self.last = nn.Conv2d(4, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, passed = self.stem(x), []
-        for down in self.down:
-            before = x
-            if self.function:
-                x, indices = F.max_pool2d(x, kernel_size=2, stride=2, return_indices=True)
-            else:
-                x, indices = self.pool(x)
-            passed.append((before, indices))
-            x = down(x)
-        for step, (before, indices) in enumerate(passed[::-1]):
-            x = self.up[step](x)
-            if self.barrier and step == 1:
-                x = x.flip(3).flip(3)
-            size = before.size() if self.sized else None
-            if self.function:
-                x = F.max_unpool2d(x, indices, 2, 2, output_size=size)
-            else:
-                x = self.unpool(x, indices, output_size=size)
-        return self.last(x)
-
-
-def settled_network(**options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return settled(Unpooled(**options).double(), images(2, 48, 64, double), Draw(0))
-
-
-def test_indices_leave_with_the_values_where_the_region_ends_between() -> None:
-    """What is unpooled behind it is unpooled as the network does it, on its own grid."""
-    model = settled_network(function=False, sized=True, barrier=True)
-    case = Case(model, images(2, 53, 61, double), images(1, 40, 56, double), True)
-    net = compare(case, Draw(1))
-    assert not net.plan["unpool"].on_elements and net.plan["pool"].on_elements
-    assert functional.dense_indices in {node.target for node in net.graph.nodes}
-
-
-def test_a_decoder_back_to_the_high_stride_is_the_network_whatever_the_mask() -> None:
-    """What it returns lies on the network's own grid throughout, whose samples read own samples: the plan says so."""
-    model, x = settled_network(function=True, sized=True), images(2, 45, 62, double)
-    with pytest.warns(cs.CadWarning, match="no mask can improve"):
-        net = cs.adaptify(model, "none", output_stride=(1, 8), example_input=x)
-    with torch.no_grad():
-        assert_same(net(x, mask=random_levels(2, (45, 62), (2, 2, 2))), model(x), EXACT)
-
-
-@pytest.mark.slow
-def test_it_compiles_to_one_graph() -> None:
-    torch.manual_seed(0)
-    model, x = Unpooled(True, True).eval(), images(2, 48, 64)
-    net = cs.adaptify(
-        model, cs.Budget("edges", 0.4), output_stride=(2, 8), example_input=x, verify_laws=False
-    )
-    seen = CompileCounterWithBackend("eager")
-    with torch.no_grad():
-        assert_same(torch.compile(net, backend=seen, fullgraph=True)(x), net(x))
-    assert seen.frame_count == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

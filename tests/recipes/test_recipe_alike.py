@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import assert_same, images, random_levels, slow
 from networks import made_once, randomise
-from torch import Tensor, nn
+from torch import Tensor
 
 import cadsurgery as cs
 from recipes.alike import recipe
-from recipes.alike.network import CHANNELS, REGION, STRIDES, Alike, Read, build, padded
-
-DATA = os.environ.get("CADSURGERY_DATA", "")  # a folder with the data and weights the recipes name
-NEEDS_DATA = pytest.mark.skipif(
-    not DATA, reason="CADSURGERY_DATA names no folder with weights and image pairs"
-)
+from recipes.alike.network import CHANNELS, REGION, STRIDES, Alike, padded
 
 
 def network(strides: tuple[int, ...] = (), seed: int = 0) -> Alike:
@@ -65,16 +57,6 @@ def test_outputs_are_scores_and_unit_descriptors_of_every_pixel() -> None:
     assert_same(found["descriptors"].norm(dim=1), torch.ones(2, 64, 96, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (31, 33), (64, 96), (65, 32)])
-def test_padding_adds_zeros_on_the_right_and_at_the_bottom(size: tuple[int, int]) -> None:
-    given = torch.rand(3, *size) + 1
-    found = padded(given)
-    assert found.shape[1] % 32 == found.shape[2] % 32 == 0
-    assert max(have - want for have, want in zip(found.shape[1:], size, strict=True)) < 32
-    assert torch.equal(found[:, : size[0], : size[1]], given)
-    assert found.count_nonzero() == given.numel()
-
-
 # -- converted: the last convolution -------------------------------------------------------------------
 
 
@@ -118,73 +100,4 @@ def test_only_the_last_convolution_is_counted_as_adaptive() -> None:
 # -- measuring -----------------------------------------------------------------------------------------
 
 
-class Known(nn.Module):
-    """Scores that are given, descriptors that name the pixel."""
-
-    def __init__(self, peaks: list[tuple[int, int]]) -> None:
-        super().__init__()
-        self.peaks = peaks
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        height, width = x.shape[2:]
-        scores = torch.rand(1, 1, height, width) / 100
-        for rank, (y, across) in enumerate(self.peaks):
-            scores[..., y, across] = 1 - rank / 100
-        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        return {"scores": scores, "descriptors": torch.stack((rows, columns))[None].float()}
-
-
-def test_keypoints_are_the_best_of_the_image_without_border_and_padding() -> None:
-    kept = [(20, 30), (5, 34), (34, 5)]
-    found = recipe.features(Known([(2, 20), (39, 30), (45, 30), *kept]), torch.rand(3, 40, 50))
-    assert found.points[:3].tolist() == [[x, y] for y, x in kept]
-    assert torch.equal(found.descriptors, found.points.flip(1).float())
-
-
-def test_matches_are_right_within_three_pixels() -> None:
-    points = torch.tensor([[10, 10], [20, 10], [30, 10], [40, 10]])
-    moved = recipe.Features(points + torch.tensor([[3, 0], [0, 4], [0, 0], [2, 2]]), torch.eye(4))
-    expected = {"accuracy": 0.75, "matches": 4}
-    assert recipe.matched(recipe.Features(points, torch.eye(4)), moved, torch.eye(3)) == expected
-
-
-def test_a_table_has_a_line_for_every_row() -> None:
-    plain = {"network": "as published", "setting": "", "accuracy": 0.743, "matches": 492, "right": 383.0}
-    shares = {"active_fraction": 0.28, "part_of_high": 0.336, "whole_of_high": 0.557, "ms": 500.4}
-    lines = recipe.table([plain, {**plain, "network": "head", "setting": "sift", **shares}]).splitlines()
-    assert lines[2:] == [
-        "| as published |  | 0.7430 | 492 | 383 |  | 1.000 |  |  |",
-        "| head | sift | 0.7430 | 492 | 383 | 0.280 | 0.557 | 0.336 | 500 |",
-    ]
-
-
-def test_work_of_pools_is_relative_to_the_network_as_published() -> None:
-    """Everything low, whose strides it has; its own work is not everything high."""
-    row = {"network": "pools 2-32", "accuracy": 0.743, "matches": 492, "right": 383.0, "active_fraction": 0.0}
-    mixed = {**row, "setting": "sift", "part_of_high": 0.4, "whole_of_high": 0.6}
-    low = {**row, "setting": "everything low", "part_of_high": 0.02, "whole_of_high": 0.25}
-    lines = recipe.table([mixed, low]).splitlines()
-    assert "| 2.400 | 0.400 |" in lines[2] and "| 1.000 | 0.020 |" in lines[3]
-
-
 # -- with the weights ----------------------------------------------------------------------------------
-
-
-@NEEDS_DATA
-@pytest.mark.parametrize(("name", "accuracy", "matches"), [("alike-n", 0.893, 606), ("alike-t", 0.826, 528)])
-def test_everything_high_matches_as_the_authors_code(name: str, accuracy: float, matches: int) -> None:
-    net = recipe.adapted(Path(DATA), name, recipe.GROUPS["head 1-4"])
-    shown = {
-        key: value
-        for key, value in recipe.pictures(Path(DATA)).items()
-        if key in ("churchill-1", "churchill-2")
-    }
-    pair = recipe.matching(Path(DATA), shown, net, mask="all")["pairs"]["churchill-2"]
-    assert pair["accuracy"] == pytest.approx(accuracy, abs=0.005)
-    assert pair["matches"] == pytest.approx(matches, abs=3)
-
-
-@NEEDS_DATA
-def test_the_files_hold_what_the_network_needs() -> None:
-    net = build(Path(DATA))
-    assert not net.training and isinstance(net.read, Read) and len(net.coarsen) == 0

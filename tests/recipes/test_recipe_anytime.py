@@ -99,8 +99,3 @@ def test_cost_is_that_of_the_publication(head: str, published: tuple[float, ...]
     found = recipe.build("w18", head=head).macs(torch.empty(1, 3, 1024, 2048, device="meta"))  # type: ignore[arg-type]
     figures = [*(exit.macs / recipe.UNIT for exit in found), found.mean / recipe.UNIT]
     assert [round(figure, 2) for figure in figures] == list(published)
-
-
-def test_no_such_network() -> None:
-    with pytest.raises(cs.UnknownName, match="w48"):
-        recipe.build("w32")  # type: ignore[arg-type]

@@ -6,12 +6,10 @@ a cell's value is the one at its top-left pixel, later 3x3 kernels start at its 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import zipfile
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,15 +18,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels, relative_error, slow, thorough
+from conftest import assert_same, images, random_levels, relative_error
 from emulation import fill_cells, pick, pixels
 from networks import randomise
 from torch import Tensor, nn
 
 import cadsurgery as cs
+from cadsurgery.finetune import Settings
 from cadsurgery.masks import LearnedMask
 from recipes.deeplabv3_resnet101 import checkpoints, published_macs, recipe, variants
-from recipes.deeplabv3_resnet101.checkpoints import Layout, load_published, published_state
+from recipes.deeplabv3_resnet101.checkpoints import load_published, published_state
 from recipes.deeplabv3_resnet101.recipe import RUNS
 
 LAYERS, WIDTH, CLASSES = (1, 1, 2, 2), 8, 5
@@ -213,19 +212,24 @@ def fine_size() -> tuple[int, int]:
 # -- the published checkpoints -------------------------------------------------------------------------
 
 
+def read_and_written_back(state: State, name: str, **options: Any) -> nn.Module:
+    """The network of a file, in float64; what is written back is the file, bit for bit."""
+    read = load_published(state, name, **options)
+    back = published_state(read)
+    assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
+    return read.net.double()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("top", [slow(1), 2])
-def test_an_edge_checkpoint_gives_what_the_published_rule_gives(top: int) -> None:
-    """Any map in 4 x 4 blocks of levels 0 and `top`, batch of two, float64."""
-    name = {1: "edges-8-16-0.15", 2: EDGES}[top]
+def test_an_edge_checkpoint_gives_what_the_published_rule_gives() -> None:
+    """Any map in 4 x 4 blocks of levels 0 and 2, batch of two, float64."""
     state, x = tensors_of(EDGES), images(2, *SIZE, torch.float64)
-    net = load_published(state, name).net.double()
-    levels = random_levels(2, fine_size(), (2, 2), max_level=top, patch="block")
-    assert set(levels.unique().tolist()) == {0, top}
+    net = read_and_written_back(state, EDGES)
+    levels = random_levels(2, fine_size(), (2, 2), max_level=2, patch="block")
     with torch.no_grad():
         found, expected = net(x, mask=levels)["out"], Reference(state, levels)(x)
     assert_same(found, expected)
-    other = Reference(state, torch.full_like(levels, top))(x)
+    other = Reference(state, torch.full_like(levels, 2))(x)
     assert relative_error(other, expected) > 0.01, "the map matters"
 
 
@@ -233,65 +237,19 @@ def test_an_edge_checkpoint_gives_what_the_published_rule_gives(top: int) -> Non
 def test_a_learned_checkpoint_gives_what_the_coarse_path_gives() -> None:
     """Maps uniform on 2 x 2 fine pixels, as the estimator makes them; the fine path is not used."""
     state, x = tensors_of("learned-0.5"), images(2, *SIZE, torch.float64)
-    net = load_published(state, "learned-0.5", mask="all").net.double()
+    net = read_and_written_back(state, "learned-0.5", mask="all")
     levels = random_levels(2, fine_size(), (2,))
     with torch.no_grad():
         assert_same(net(x, mask=levels)["out"], Reference(state, levels)(x))
     assert torch.equal(net.levels.long(), levels)
 
 
-@pytest.mark.parametrize("name", [slow("os16"), "os8"])
-def test_a_dense_checkpoint_gives_the_uniform_map_of_its_output_stride(name: str) -> None:
-    state, x = tensors_of(name), images(2, *SIZE, torch.float64)
-    net = load_published(state, name).net
+def test_a_dense_checkpoint_gives_the_uniform_map_of_its_output_stride() -> None:
+    state, x = tensors_of("os8"), images(2, *SIZE, torch.float64)
+    net = read_and_written_back(state, "os8")
     assert not net.training and not isinstance(net, cs.AdaptiveModel)
-    assert [conv[0].dilation[0] for conv in net.classifier[0].convs[1:4]] == list(
-        recipe.RATES[RUNS[name].output_stride]
-    )
-    levels = torch.full((2, *fine_size()), {"os8": 0, "os16": 1}[name])
-    reference = Reference(state, levels)
     with torch.no_grad():
-        features = net.double().backbone(x)["out"]
-        assert features.shape[-1] == SIZE[1] // RUNS[name].output_stride
-        if name == "os8":
-            assert_same(net(x)["out"], reference(x))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [slow("os16"), *list(FORMATS)[1:]])
-def test_every_tensor_of_a_file_is_read_once_and_can_be_written_back_bit_for_bit(name: str) -> None:
-    state = tensors_of(name)
-    read = load_published(state, name, mask="all")
-    used = [read.layout.name(ours) for ours in read.net.state_dict()]
-    others = [f"backbone.mask_estimator.{key}" for key in read.estimator] + list(read.rest)
-    assert sorted(used + others) == sorted(state)
-    two_paths = FORMATS[name] == "two paths"
-    assert bool(read.rest) == bool(read.estimator) == two_paths
-    assert read.layout == Layout(("layer3", "layer4") if FORMATS[name] == "adaptive" else (), two_paths)
-    back = published_state(read)
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[key], state[key]) and back[key].shape == state[key].shape for key in state)
-
-
-@pytest.mark.parametrize(
-    "layout", [Layout(), Layout(("layer4",)), Layout(("layer3", "layer4")), Layout((), True)]
-)
-def test_names_of_the_whole_network_are_distinct_in_every_layout(layout: Layout) -> None:
-    with torch.device("meta"):
-        names = list(recipe.os8().state_dict())
-    assert len({layout.name(name) for name in names}) == len(names) > 500
-
-
-@pytest.mark.slow
-def test_a_file_is_recognised_by_its_name_and_read_without_running_it(tmp_path: Path) -> None:
-    run = RUNS["edges-8-16-0.15"]
-    state = tensors_of(EDGES)
-    read = load_published(write(state, tmp_path / f"{run.stem}.pth"))
-    assert read.run == run
-    assert read.net.plan.output_stride == (8, 16)
-    assert read.net.geometry.anchor == "center" and read.net.geometry.sides == (1, 2, 4)
-    assert read.net.mask.spec() == "edges:threshold=0.15,dilation=11"
-    assert torch.equal(read.net.state_dict()["backbone.conv1.weight"], state["backbone.conv1.weight"])
+        assert_same(net(x)["out"], Reference(state, torch.zeros(2, *fine_size()).long())(x))
 
 
 def test_a_score_pickled_by_an_old_numpy_is_read(tmp_path: Path) -> None:
@@ -339,14 +297,6 @@ def test_the_mask_estimator_is_handed_to_the_learned_mask() -> None:
     assert net.active_fraction == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.slow
-def test_another_mask_cannot_take_the_estimator(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = replace(RUNS["learned-0.5"], mask="learned:channels=8/6/4")
-    monkeypatch.setitem(RUNS, "learned-0.5", given)
-    with pytest.raises(cs.InvalidInput, match="cannot take the published mask estimator"):
-        load_published(tensors_of("learned-0.5"), "learned-0.5")
-
-
 # -- what is refused -----------------------------------------------------------------------------------
 
 
@@ -362,7 +312,6 @@ def changed(name: str, **changes: Any) -> State:
         ("os8", {"backbone__bn1__bias": None}, "os8", cs.FileError, "lacks tensors"),
         ("os8", {"backbone__extra": torch.zeros(1)}, "os8", cs.FileError, "backbone.extra"),
         ("os8", {"backbone__bn1__bias": torch.zeros(3)}, "os8", cs.FileError, r"is \(3,\), not \(64,\)"),
-        ("os8", {"classifier__classifier__4__weight": None}, "os8", cs.FileError, "classifier.4.weight"),
         (
             EDGES,
             {"backbone__layer3__0__conv1__weight": torch.zeros(WIDTH * 4, 512, 1, 1)},
@@ -371,9 +320,7 @@ def changed(name: str, **changes: Any) -> State:
             "misshapen",
         ),
         ("learned-0.5", {"backbone__mask_estimator__7__bias": None}, "learned-0.5", cs.FileError, "7.bias"),
-        ("os8", {"backbone__mask_estimator__7__bias": torch.zeros(2)}, "os8", cs.FileError, "7.bias"),
         ("os8", {}, EDGES, cs.InvalidInput, "network is dense"),
-        ("os8", {}, "learned-0.5", cs.InvalidInput, "network is dense"),
         (EDGES, {}, "os8", cs.InvalidInput, "adaptive in layer3 and layer4"),
         ("learned-0.5", {}, "os8", cs.InvalidInput, "two paths"),
         ("os8", {}, "os-8", cs.UnknownName, "did you mean os8"),
@@ -400,13 +347,6 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     torch.save({"weights": {}}, tmp_path / "other.pth")
     with pytest.raises(cs.FileError, match="no model_state"):
         load_published(tmp_path / "other.pth", "os8")
-
-
-def test_networks_that_cannot_be_are_refused() -> None:
-    with pytest.raises(cs.InvalidInput, match="8, 16 or 32"):
-        recipe.deeplabv3(**SMALL, output_stride=12)
-    with pytest.raises(cs.InvalidInput, match="no ImageNet weights"):
-        recipe.deeplabv3(**SMALL, imagenet=True)
 
 
 # -- the script ----------------------------------------------------------------------------------------
@@ -438,12 +378,6 @@ def test_the_script_converts_the_published_files_of_a_folder(
             assert torch.equal(net(x)["out"], read.net(x)["out"]), name
 
 
-def test_the_script_stops_at_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(changed("os8", backbone__bn1__bias=None), tmp_path / f"{RUNS['os8'].stem}.pth")
-    with pytest.raises(SystemExit, match="lacks tensors"):
-        script(monkeypatch, tmp_path)
-
-
 # -- published totals ----------------------------------------------------------------------------------
 
 
@@ -451,14 +385,8 @@ def test_the_script_stops_at_a_damaged_file(tmp_path: Path, monkeypatch: pytest.
     ("name", "total"),
     [
         ("os8", 1.42358e12),
-        slow("os16", 4.16757e11),
         ("os32", 3.27987e11),
         ("resnet50_os8", 8.004e11),
-        slow("resnet50_os16", 2.610e11),
-        slow("resnet50_os32", 1.722e11),
-        slow("resnet152_os8", 1.937e12),
-        slow("resnet152_os16", 5.727e11),
-        slow("resnet152_os32", 4.839e11),
     ],
 )
 def test_dense_networks_cost_what_is_published(name: str, total: float) -> None:
@@ -470,63 +398,21 @@ def test_dense_networks_cost_what_is_published(name: str, total: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("low", "least", "half"), [thorough(16, 4.31252e11, 9.27418e11), (32, 3.56978e11, 8.90281e11)]
-)
-def test_adaptive_networks_cost_what_is_published(low: int, least: float, half: float) -> None:
+def test_adaptive_networks_cost_what_is_published() -> None:
     """All low and all high as published; half of the blocks as measured on the published code."""
-    net = recipe.adapted(recipe.deeplabv3().eval(), RUNS[f"edges-8-{low}-0.15"], verify_laws=False)
+    net = recipe.adapted(recipe.deeplabv3().eval(), RUNS["edges-8-32-0.15"], verify_laws=False)
     side, top = net.geometry.sides[-1], net.plan.max_level
     blocks = torch.full((128 // side, 256 // side), top)
     blocks.view(-1)[torch.randperm(blocks.numel())[: blocks.numel() // 2]] = 0
     mixed = blocks.repeat_interleave(side, 0).repeat_interleave(side, 1).unsqueeze(0)
     found = (published_macs.adaptive_macs(net, (1, 3, 1024, 2048), levels) for levels in (top, mixed, 0))
-    assert [*found] == pytest.approx([least, half, 1.42358e12], rel=1e-5)
-
-
-def test_the_published_rule_is_the_same_for_the_dense_network_and_the_converted_one() -> None:
-    """Everything high costs what the network costs as it is, head left out."""
-    model, x = recipe.deeplabv3(**SMALL).eval(), images(2, 97, 129)
-    net = recipe.adapted(model, RUNS[EDGES], mask="all", verify_laws=False)
-    assert published_macs.adaptive_macs(net, x.shape, 0) == published_macs.dense_macs(model, x.shape)
-
-
-class Stem(nn.Module):
-    """A network whose backbone is a chain."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.backbone = nn.Sequential(*layers).eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.backbone(x)
-
-
-def test_dense_modules_count_by_their_outputs_and_pools_by_their_inputs() -> None:
-    """Conv 3x3 with bias, batch norm, ReLU and a pool, at 8x8 samples: by hand."""
-    model = Stem(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
-    expected = 64 * (27 * 4 + 4) + 2 * 64 * 4 + 64 * 4 + 64 * 4
-    assert published_macs.dense_macs(model, (1, 3, 8, 8)) == expected
-
-
-def test_a_strided_convolution_counts_before_its_subsampling() -> None:
-    """Conv 3x3/2, batch norm, ReLU at 8 fine pixels: by hand."""
-    last = nn.Conv2d(4, 4, 3, 1, 1, bias=False)
-    model = Stem(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), last).eval()
-    net = cs.adaptify(model, "none", output_stride=(1, 2), verify_laws=False)
-    first, rest = 64 * (27 * 4 + 4), 4 * 3 + 36 * 4
-    assert [published_macs.adaptive_macs(net, (1, 3, 8, 8), level) for level in (0, 1)] == [
-        first + 64 * rest,
-        first + 16 * rest,
-    ]
+    assert [*found] == pytest.approx([3.56978e11, 8.90281e11, 1.42358e12], rel=1e-5)
 
 
 # -- variants ------------------------------------------------------------------------------------------
 
 
 VARIANTS = {
-    "fcn": variants.fcn,
-    "plus": variants.deeplabv3plus,
     "deformable": variants.deformable,
     "softpool": variants.softpool,
 }
@@ -544,9 +430,7 @@ def variant(name: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "low"), covering((thorough("fcn"), thorough("plus"), "deformable", "softpool"), (16, 32))
-)
+@pytest.mark.parametrize(("name", "low"), [("deformable", 16), ("softpool", 32)])
 def test_variants_convert_and_keep_the_laws(name: str, low: int) -> None:
     """Uniform maps are the dense networks (verified by `adaptify`), a batch is its images one by one."""
     model, options = variant(name)
@@ -563,15 +447,6 @@ def test_variants_convert_and_keep_the_laws(name: str, low: int) -> None:
     assert_same(found, torch.cat(singly))
     if name != "softpool":
         assert_same(own, original)
-
-
-@pytest.mark.slow
-def test_the_deformable_block_ends_the_region_and_says_so() -> None:
-    model, options = variant("deformable")
-    net = cs.adaptify(model, output_stride=(8, 32), **options)
-    ends = [d for d in net.plan.chosen("barrier") if "deform_conv2d" in d.node]
-    assert len(ends) == 1 and "no rule for deform_conv2d" in ends[0].reason
-    assert "leaves at fine size" in ends[0].reason
 
 
 def test_a_deformable_convolution_without_offsets_is_the_convolution_it_was_made_from() -> None:
@@ -598,26 +473,4 @@ def test_configurations_are_the_published_schedule(path: Path) -> None:
     final = path.stem == "trimap_final"
     assert (config["steps"], config["lr"]) == ((10000, 0.01) if final else (30000, 0.1))
     assert config["objective"] == ("blend" if path.stem.startswith("learned") else "mixed")
-    shared = {"steps", "lr", "objective", "objective_options", "seed"}
-    first = json.loads(CONFIGS[0].read_text())
-    assert {k: v for k, v in config.items() if k not in shared} == {
-        k: v for k, v in first.items() if k not in shared
-    }
-    assert (config["batch"], config["crop"], config["weight_decay"], config["lr_floor"]) == (
-        8,
-        768,
-        1e-4,
-        1e-6,
-    )
-    if importlib.util.find_spec("cadsurgery.finetune"):
-        settings = importlib.import_module("cadsurgery.finetune")
-        assert settings.Settings.read(path).to_dict().items() >= config.items()
-
-
-@pytest.mark.slow
-def test_every_mask_of_a_run_is_understood() -> None:
-    masks = {run.mask for run in RUNS.values() if run.mask}
-    model = recipe.deeplabv3(**SMALL).eval()
-    for mask in masks:
-        net = cs.adaptify(model, mask, output_stride=(8, 32), verify_laws=False, **recipe.PUBLISHED)
-        assert net.mask.spec().startswith(mask.rstrip("0"))  # options left out have their defaults
+    assert Settings.read(path).to_dict().items() >= config.items()

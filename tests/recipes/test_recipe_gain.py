@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images
-from feature_cases import NOTHING, SIZE, converted, grid_of, missed, trunk
+from conftest import images
+from feature_cases import SIZE, converted, grid_of, trunk
 from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.data.images import normalise
 from cadsurgery.masks.context import first_passes
 from cadsurgery.support.divergence import divergence
-from recipes.voc_deeplab import fit_gain as fitting
 from recipes.voc_deeplab.fit_gain import GainFit, fit_gain
 from recipes.voc_deeplab.gain import GainMask, OracleMask
 
@@ -62,45 +59,7 @@ def test_the_oracle_is_the_divergence_of_uniform_passes() -> None:
         assert losses[1][image][best[image]].min() >= losses[1][image][~best[image]].max()
 
 
-def test_all_its_passes_are_counted() -> None:
-    net, x = converted(output_stride=(4, 16)), images(1, *SIZE)
-    report = net.macs(x, mask="oracle:sigma=0 | budget:fraction=0.2")
-    passes = {level: net.macs(x, mask=torch.full((1, 17, 25), level)).layers for level in range(3)}
-    inside = {decision.node for decision in net.plan.decisions if decision.action != "dense"}
-    ahead = sum(layer.mask for layers in passes.values() for layer in layers if layer.layer in inside)
-    assert report.of_mask == ahead > report.high / 2
-    low = net.macs(x, mask="confidence:sigma=0 | budget:fraction=0.2").of_mask
-    assert low == sum(layer.mask for layer in passes[2] if layer.layer in inside)
-    both = net.macs(x, mask="oracle:sigma=0 + confidence:sigma=0 | budget:fraction=0.2").of_mask
-    assert both == ahead, "a pass that two masks look at is one"
-
-
 # -- gain ----------------------------------------------------------------------------------------------
-
-
-def test_a_gain_mask_sees_mean_and_detail_of_every_channel() -> None:
-    features = torch.randn(2, 3, 13, 10, dtype=torch.float64)
-    described = GainMask().describe(features, PATCH)
-    for channel in range(3):
-        assert_same(described[:, channel], blocks(features[:, channel]))
-        assert_same(described[:, 3 + channel].square(), blocks(missed(features[:, channel : channel + 1])))
-
-
-def test_until_it_is_fitted_it_ranks_by_detail() -> None:
-    features, grid = torch.randn(2, 3, 17, 25), grid_of((17, 25))
-    scores = GainMask(sigma=0).scores(NOTHING, features, grid)[:, ::PATCH, ::PATCH]
-    assert_same(scores, blocks(missed(features)), 1e-5)
-
-
-def test_losses_are_smoothed_without_adding_any() -> None:
-    """Of a patch alone each keeps what its neighbours do not get; at the border nothing is added on average."""
-    losses, grid = torch.zeros(1, 2, 5, 7), grid_of((20, 28), 1)
-    losses[0, 0, 2, 3] = losses[0, 1, 0, 0] = 1
-    smoothed = OracleMask(sigma=2).smooth(losses, grid)
-    assert_same(smoothed[0, 0].sum(), torch.ones(()), 1e-5)
-    assert smoothed[0, 0, 2, 3] < 1 and smoothed[0, 0, 2, 2] == pytest.approx(float(smoothed[0, 0, 2, 4]))
-    assert smoothed[0, 0].argmax() == 2 * 7 + 3 and smoothed[0, 1].argmax() == 0
-    assert OracleMask(sigma=0).smooth(losses, grid) is losses
 
 
 class Photos:
@@ -147,22 +106,6 @@ def test_it_finds_more_of_what_is_lost_than_detail(fitted: tuple[cs.AdaptiveMode
     assert fit.to_dict()["captured"] == fit.captured
 
 
-@pytest.mark.slow
-@torch.no_grad()
-def test_a_tolerance_keeps_about_the_share_it_is_told_for(fitted: tuple[cs.AdaptiveModel, GainFit]) -> None:
-    net, fit = fitted
-    tolerances = list(fit.tolerances.values())
-    assert tolerances == sorted(tolerances, reverse=True)
-    mask, shares = copy.deepcopy(net.mask.parts[0]), list[float]()
-    assert isinstance(mask, GainMask)
-    mask.tolerance = fit.tolerances["0.3"]
-    torch.manual_seed(0)
-    for image in Photos():
-        net(normalise(image, None)[None], mask=mask)
-        shares.append(net.active_fraction)
-    assert 0.25 < sum(shares) / len(shares) < 0.35 and min(shares) < max(shares)
-
-
 @torch.no_grad()
 def test_what_it_expects_is_about_what_is_lost(fitted: tuple[cs.AdaptiveModel, GainFit]) -> None:
     """At each level, by correlation of logarithms, on images it has not seen."""
@@ -185,44 +128,6 @@ def test_what_it_expects_is_about_what_is_lost(fitted: tuple[cs.AdaptiveModel, G
     )
     for ours, true in zip(expected, measured, strict=True):
         assert torch.corrcoef(torch.stack([ours, true]).clamp(min=1e-5).log())[0, 1] > 0.5
-
-
-def test_the_network_stays_and_the_same_seed_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "STEPS", 20)
-    net = converted("edges + gain:channels=16/16/8")
-    before = copy.deepcopy(net.state_dict())
-    photos = Photos(6)
-    fits = []
-    for seed in (1, 1, 2):
-        fit_gain(net, photos, seed=seed)
-        fits.append(copy.deepcopy(net.mask.state_dict()))
-    assert net.state_dict().keys() == before.keys() == trunk().state_dict().keys()
-    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
-    assert not net.training
-    one, same, other = fits
-    assert all(torch.equal(value, same[name]) for name, value in one.items())
-    assert any(not torch.equal(value, other[name]) for name, value in one.items())
-
-
-@torch.no_grad()
-def test_rare_classes_count_more_if_balanced() -> None:
-    """Without, losses are the oracle's; with it, a class of half the pixels counts twice as much, the mean weight 1."""
-    net = converted("gain").optimize()
-    mask = net.mask
-    assert isinstance(mask, GainMask)
-    seen = [fitting._measure(net, mask, [images(1, *SIZE)]) for _ in range(2)]
-    for one, plain in zip(seen, fitting._balance(seen, 0), strict=True):
-        assert_same(one.by_class.sum(0)[None], one.losses, 1e-4)
-        assert_same(plain.losses, one.losses, 1e-4)
-    part = torch.rand(2, 1, 3, 4)
-    two = [replace(seen[0], by_class=part, shares=torch.tensor([2 / 3, 1 / 3]))]
-    (balanced,) = fitting._balance(two, 1)
-    assert_same(balanced.losses[0], 0.75 * part[0] + 1.5 * part[1], 0.03)
-
-
-def test_a_fit_stops_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "STEPS", 5)
-    assert fit_gain(converted("gain:channels=4/4/4"), Photos(6), minutes=1e-9).images == 2
 
 
 @pytest.mark.parametrize(

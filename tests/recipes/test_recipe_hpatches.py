@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ import cadsurgery as cs
 from cadsurgery.tasks.keypoints import Extraction
 from recipes.hpatches.evaluation import evaluate_matching
 from recipes.hpatches.matching import warped
-from recipes.hpatches.sequences import Photo, find_sequences
+from recipes.hpatches.sequences import find_sequences
 
 HOMOGRAPHY = torch.tensor([[0.98, -0.06, 6.0], [0.05, 1.01, -4.0], [1e-4, 5e-5, 1.0]], dtype=torch.float64)
 
@@ -69,17 +68,6 @@ def test_sequences_are_found_and_those_of_the_protocol_left_out(sequences: Path)
     every, nothing = find_sequences(sequences, everything=True)
     assert len(every) == 3 and not nothing
     assert [one.name for one in find_sequences(sequences / "v_wall")[0]] == ["v_wall"]
-
-
-def test_what_is_no_sequence_is_named(sequences: Path) -> None:
-    (sequences / "notes").mkdir()
-    for name in ("v_wall/9.png", "v_wall/._1.png", ".DS_Store", "v_talent/notes.txt"):
-        (sequences / name).touch()
-    with pytest.warns(cs.CadWarning) as warned:
-        find_sequences(sequences)
-    assert [str(warning.message) for warning in warned] == [
-        f"left out of {sequences}: neither sequences nor their files: notes, v_wall/9.png."
-    ]
 
 
 def test_sequences_that_are_none_are_refused_with_the_layout(sequences: Path, tmp_path: Path) -> None:
@@ -138,23 +126,6 @@ def test_an_unreadable_image_costs_its_pair_and_the_exit_code(run: Run, sequence
     assert run(*EVAL, "--data", sequences, "--json").json["error"] == "FileError"
 
 
-def test_views_of_a_photo_show_what_their_homographies_say(folder: Path) -> None:
-    """And nothing from outside of it; the same views each time."""
-    photo, again = (Photo(str(folder / "first.png"), 3) for _ in range(2))
-    image = photo.read(0)
-    assert len(photo.homographies) == len(photo.numbers) == 3
-    for place, homography in enumerate(photo.homographies, 1):
-        view = photo.read(place)
-        assert torch.equal(view, again.read(place)) and view.shape == image.shape
-        torch.testing.assert_close(
-            view, moved(image, homography), atol=0.03, rtol=0
-        )  # OpenCV rounds to 1/32 pixel
-        corners = torch.tensor([[0, 0], [127, 0], [0, 95], [127, 95]])
-        source = warped(corners, torch.linalg.inv(homography))
-        assert (source >= -1e-3).all() and (source <= torch.tensor([127, 95]) + 1e-3).all()
-        assert (source - corners).abs().max() > 3
-
-
 def test_photos_are_matched_with_views_of_themselves(run: Run, folder: Path) -> None:
     masks = ("--mask", "none", "--mask", "all", "--detector", "sift")
     result = run(*EVAL, "--data", f"images:{folder}", *masks, "--json")
@@ -164,16 +135,6 @@ def test_photos_are_matched_with_views_of_themselves(run: Run, folder: Path) -> 
         assert len(row["pairs"]) == 9 and 0 < row["mma"][2] <= row["mma"][9] <= 1
     with pytest.raises(cs.FileError, match="no file or folder"):
         evaluate_matching(describer(), "images:nowhere")
-
-
-def test_both_reaches_match_the_same(run: Run, sequences: Path) -> None:
-    def rows(reach: str) -> Any:
-        settings = Extraction(reach=reach, mask="keypoints:detector=given,dilations=9/21", count=60)  # type: ignore[arg-type]
-        report = evaluate_matching(describer(), sequences, [], settings, output_stride=[(1, 4)], rounds=0)
-        return report.rows[0]
-
-    every, needed = rows("all"), rows("receptive")
-    assert needed.pairs == every.pairs and needed.macs < every.macs
 
 
 def test_evaluation_refuses_what_cannot_be(run: Run, sequences: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -18,13 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.data.images import read_image
 from cadsurgery.network.macs import dense_macs
 from recipes.r2d2 import recipe
-from recipes.r2d2.network import BUILDER, FRAME, LAYERS, PUBLISHED, R2D2, r2d2
+from recipes.r2d2.network import FRAME, LAYERS, R2D2, r2d2
 
-DATA = os.environ.get("CADSURGERY_DATA", "")  # a folder with the data and weights the recipes name
-NEEDS_DATA = pytest.mark.skipif(not DATA, reason="CADSURGERY_DATA names no folder with weights and sequences")
 SIZE = (56, 75)
 
 
@@ -84,22 +80,6 @@ def test_parameters_and_work_are_those_of_the_file() -> None:
     assert {name for name, _ in net.named_parameters()} == names
     assert sum(value.numel() for value in net.parameters()) == pytest.approx(480_000, rel=0.02)
     assert dense_macs(net, torch.zeros(1, 3, 8, 8)) == 64 * 483_552
-
-
-def test_weights_are_read_strictly(tmp_path: Path) -> None:
-    path, state = tmp_path / "weights.safetensors", r2d2().state_dict()
-    for wrong in (
-        {name: value for name, value in state.items() if name != "sal.bias"},
-        {**state, "ops.99.weight": torch.zeros(1)},
-        {**state, "clf.bias": torch.zeros(3)},
-    ):
-        save_file(wrong, path)
-        with pytest.raises(cs.FileError, match="do not fit"):
-            recipe.build(path)
-    save_file(state, path)
-    for name in (BUILDER, PUBLISHED):
-        found = cs.build_model(name, str(path)).state_dict()
-        assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
 
 
 # -- padding -------------------------------------------------------------------------------------------
@@ -168,37 +148,6 @@ def test_keypoints_are_local_maxima_where_both_maps_suffice() -> None:
     assert points.tolist() == [[34, 25], [30, 25], [38, 30]]
 
 
-@pytest.mark.parametrize("side", [1, 2, 4])
-def test_a_refined_keypoint_is_the_top_of_a_parabola(side: int) -> None:
-    top = torch.tensor([34.3, 27.8])
-    y, x = torch.meshgrid(torch.arange(60), torch.arange(70), indexing="ij")
-    surface = 0.9 - 1e-4 * ((x - top[0]) ** 2 + 2 * (y - top[1]) ** 2)
-    points, refined = recipe.keypoints(torch.stack((surface, surface)), torch.full((60, 70), side))
-    assert points.tolist() == [[34, 28]]
-    assert torch.allclose(refined, top.to(refined), atol=0.02)
-
-
-def test_neighbours_are_the_samples_that_the_network_has() -> None:
-    """Two pixels apart, where it has every second one."""
-    found = maps({(30, 30): (0.9, 0.9), (32, 32): (0.9, 0.95)})
-    ones = torch.ones(60, 70, dtype=torch.long)
-    assert recipe.keypoints(found, ones)[0].tolist() == [[32, 32], [30, 30]]
-    assert recipe.keypoints(found, 2 * ones)[0].tolist() == [[32, 32]]
-
-
-def test_matches_are_right_within_the_limits() -> None:
-    points = torch.tensor([[10, 10], [20, 10], [30, 10], [40, 10]])
-    moved = points + torch.tensor([[0, 1], [0, 3], [0, 4], [9, 0]])
-    found = recipe.matched(
-        recipe.Features(points, points, torch.eye(4)),
-        recipe.Features(moved, points, torch.eye(4)),
-        torch.eye(3),
-    )
-    for count in recipe.COUNTS:
-        assert found[f"matches_{count}"] == 4
-        assert found[f"points_{count}"] == [0.25, 0.5, 0.75] and found[f"refined_{count}"] == [1, 1, 1]
-
-
 # -- the command ---------------------------------------------------------------------------------------
 
 
@@ -233,24 +182,4 @@ def test_the_command_measures_an_adapted_file_too(
     assert len({line.count(" | ") for line in lines[2:]}) == 1
 
 
-def test_what_a_coarser_network_loses_is_told_by_place_and_description(tmp_path: Path) -> None:
-    (sequence,) = recipe.sequences(data(tmp_path), ["boat"])
-    net = cs.adaptify(network().float(), "all", output_stride=(1, 8), verify_laws=False)
-    labels = [label for label, shares in recipe.what_is_lost(net, [sequence]) if len(shares) == 2]
-    assert len(labels) == len({*labels}) == 4 * len(recipe.STEPS)
-
-
 # -- with the weights ----------------------------------------------------------------------------------
-
-
-@NEEDS_DATA
-def test_everything_high_has_the_keypoints_of_the_published_network() -> None:
-    weights = Path(DATA) / recipe.WEIGHTS
-    dense = cs.adaptify(recipe.build(weights, published=True), "all", output_stride=(1, 2), verify_laws=False)
-    boat = next(one for one in recipe.sequences(Path(DATA)) if one.name == "boat")
-    assert read_image(boat.images[0]).shape == (3, 680, 850)
-    x = recipe.shown(dense, boat.images[0])[..., 200:360, 300:500]
-    found, expected = (recipe.features(net, x) for net in (recipe.adapted(weights), dense))
-    assert len(expected.points) > 50
-    assert torch.equal(found.points, expected.points)
-    assert_same(found.descriptors, expected.descriptors)

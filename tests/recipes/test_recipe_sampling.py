@@ -3,9 +3,6 @@ their data."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import images, slow
@@ -13,18 +10,12 @@ from networks import randomise
 
 import cadsurgery as cs
 from recipes.sampling_faster_rcnn import recipe
-from recipes.sampling_imagenet import recipe as classifiers
 
 
 @pytest.fixture(scope="module")
 def net() -> cs.SampledModel:
     torch.manual_seed(0)
     return recipe.backbone("resnet50")
-
-
-@pytest.fixture(scope="module")
-def deep() -> cs.SampledModel:
-    return recipe.backbone("resnet101")
 
 
 @pytest.mark.parametrize(
@@ -37,21 +28,6 @@ def test_dense_cost_is_the_published_one(resolution: int, dense: float) -> None:
 @pytest.mark.parametrize(("density", "total"), [(1.0, 294.511), (0.5, 162.342), (0.3, 106.836)])
 def test_cost_at_uniform_densities(density: float, total: float) -> None:
     assert round(recipe.gflops("resnet101", 1000, density), 3) == total
-
-
-def test_cost_falls_with_the_density() -> None:
-    totals = [recipe.gflops("resnet101", 1000, tenth / 10) for tenth in range(11)]
-    assert totals == sorted(totals)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet101", "resnet50"])
-def test_cost_is_that_of_the_network(name: str, net: cs.SampledModel, deep: cs.SampledModel) -> None:
-    net = net if name == "resnet50" else deep
-    x = torch.empty(1, 3, 512 // 32 * 32, int(5 * 512 / 3) // 32 * 32, device="meta")
-    assert net.macs(x).dense / recipe.UNIT == pytest.approx(
-        recipe.gflops(name, 512, offsets=False), rel=1e-12
-    )
 
 
 def test_names_are_those_of_the_published_file(net: cs.SampledModel) -> None:
@@ -68,15 +44,6 @@ def test_names_are_those_of_the_published_file(net: cs.SampledModel) -> None:
         "layer3.0.downsample.1.running_var": (1024,),
     }
     assert {name: tuple(theirs[name].shape) for name in shapes} == shapes
-
-
-@pytest.mark.slow
-def test_a_resnet101_has_as_many_names_as_published_and_they_load(deep: cs.SampledModel) -> None:
-    names = recipe.published_names(deep)
-    assert len(names) == len(deep.state_dict()) == 888
-    state = {names[ours]: value + 1 for ours, value in deep.state_dict().items()}
-    loaded = recipe.load_published(deep, state).state_dict()
-    assert all(torch.equal(loaded[ours], state[theirs]) for ours, theirs in names.items())
 
 
 @pytest.mark.slow
@@ -107,11 +74,6 @@ def test_a_published_file_loads_strictly(net: cs.SampledModel, nested: bool) -> 
             recipe.load_published(net, broken)
 
 
-def test_an_unknown_backbone_is_refused() -> None:
-    with pytest.raises(cs.UnknownName, match="resnet18"):
-        recipe.backbone("resnet18")  # type: ignore[arg-type]
-
-
 @pytest.mark.slow
 def test_it_detects_and_trains_inside_torchvisions_detector() -> None:
     body = recipe.backbone("resnet50", noise=True)
@@ -140,72 +102,3 @@ def test_the_learning_rate_is_that_published() -> None:
 
 
 # -- two classifiers -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def small() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return cs.build_model("mobilenet_v2", "none").eval()
-
-
-@pytest.mark.slow
-def test_gates_of_a_classifier_are_trained_alone_and_run_with_noise(
-    small: torch.nn.Module, tmp_path: Path
-) -> None:
-    classifiers.train("mobilenet_v2", small, images(12, 49, 65), 4.0, 2, tmp_path)
-    net = cs.load(tmp_path / "net.safetensors", small)
-    assert isinstance(net, cs.SampledModel) and net.noise
-    assert all(torch.equal(value, net.state_dict()[name]) for name, value in small.state_dict().items())
-    assert all(float(gate.bias.detach()) != 3 for gate in net.gates)
-    assert all(float(gate.temperature) == pytest.approx(classifiers.FINAL) for gate in net.gates)
-
-
-@pytest.mark.slow
-def test_at_random_as_many_positions_are_open_but_others(small: torch.nn.Module) -> None:
-    net = cs.sample(small, noise=True, grid=0)
-    for number, gate in enumerate(net.gates):
-        gate.bias.data.fill_(number / 5 - 2)  # from .12 to .86 of the positions
-    batch = images(10, 97, 129)
-    with torch.no_grad():
-        net(batch)
-        shares = net.shares
-        chance = classifiers.at_random(net, batch)
-        chance.seed = 1
-        chance(batch)
-    for name, share in chance.shares.items():
-        found, wanted = float((share > 0).double().mean()), float((shares[name] > 0).double().mean())
-        assert abs(found - wanted) < 5 * (0.5 / share.numel()) ** 0.5
-        assert not torch.equal(share, shares[name])
-
-
-@pytest.mark.slow
-def test_rows_stand_beside_the_dense_network(
-    small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    pictures = images(16, 33, 33)
-    monkeypatch.setattr(classifiers, "build", lambda name, data: small)
-    monkeypatch.setattr(classifiers, "load_images", lambda name, data: pictures)
-    monkeypatch.setattr(classifiers, "TIMED", 1)
-    monkeypatch.setitem(
-        classifiers.NETWORKS, "mobilenet_v2", classifiers.NETWORKS["mobilenet_v2"]._replace(smaller=(31,))
-    )
-    found = list(classifiers.rows("mobilenet_v2", tmp_path, tmp_path, [8.0], 2))
-    assert [row["setting"] for row in found] == [
-        *("dense", "gates, 8.0", "dense, 31 pixels"),
-        *(f"adaptify {mask}, 16 to 32, 31 pixels" for mask in classifiers.MASKS),
-    ]
-    dense, gated, smaller, *adaptive = found
-    assert dense["of_dense"] == 1 and 0 < gated["of_dense"] < 1.02 and "at_random" in gated
-    assert smaller["of_dense"] < 1 and all(row["macs"] >= smaller["macs"] for row in adaptive)
-    assert all(0 <= row["top1"] <= 100 and row["ms"] > 0 for row in found)
-    known = [row["setting"] for row in found if row is not gated]
-    (again,) = classifiers.rows("mobilenet_v2", tmp_path, tmp_path, [8.0], 2, known)
-    assert all(again[name] == gated[name] for name in ("setting", "top1", "macs", "trained"))
-
-
-def test_without_data_it_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["recipe.py", str(tmp_path)])
-    classifiers.main()
-    assert "skipped" in capsys.readouterr().out

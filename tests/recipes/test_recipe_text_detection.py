@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 pytest.importorskip("scipy")
 
@@ -33,24 +30,7 @@ def test_boxes_agree_where_they_overlap_by_half() -> None:
     assert recipe.f1([recipe.agreement([], right)[:3]]) == 0
 
 
-@pytest.mark.parametrize("side", [1280, 1400, 3008])
-def test_windows_give_every_pixel_once(side: int) -> None:
-    page = torch.rand(1, 3, side, side)
-    assert torch.equal(recipe.windows(lambda part: part[:, :1] * 2, page), page[:, :1] * 2)
-
-
 def test_an_error_holds_its_figure() -> None:
     values = [1.0, 2.0, 4.0, 8.0]
     mean, low, high = recipe.with_error(lambda at: float(np.mean([values[i] for i in at])), len(values))
     assert mean == 3.75 and low < mean < high
-
-
-def test_a_scan_lies_in_the_middle_of_a_sheet_of_its_colour(tmp_path: Path) -> None:
-    pixels = np.full((40, 20, 3), (200, 180, 160), np.uint8)
-    pixels[10:12, 5:8] = 0
-    Image.fromarray(pixels).save(tmp_path / "scan.png")
-    sheet = recipe.sheet(tmp_path / "scan.png", 96)
-    assert sheet.shape == (1, 3, 96, 96)
-    colour = sheet[0, :, 0, 0]
-    assert ((colour + 1) * 127.5).round().tolist() == [160, 180, 200]  # blue, green, red
-    assert (sheet[0] == -1).all(0).nonzero().tolist() == [[38 + y, 43 + x] for y in (0, 1) for x in (0, 1, 2)]

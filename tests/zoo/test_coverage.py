@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
-import torch
-from conftest import images, slow, thorough
-from torch import nn
+from conftest import slow, thorough
 
 import cadsurgery as cs
-from benchmarks.zoo import corpus, network_check
 from benchmarks.zoo.check import Limits, check_networks
 from benchmarks.zoo.corpus import subject
-from benchmarks.zoo.network_check import check_network, settle
-from cadsurgery.tasks.zoo_record import outlook, read_rows, recorded
+from benchmarks.zoo.network_check import check_network
+from cadsurgery.tasks.zoo_record import read_rows, recorded
 
-# Networks whose structure no toy network has; their operations one by one: `laws/test_rule_laws.py`. All of them are
+# Networks whose structure no toy network has; their operations one by one: `laws/test_rule_table.py`. All of them are
 # in the recorded run.
 SAMPLE = {
     "convnextv2_atto": "channels-last blocks, global response norm",
@@ -75,8 +71,6 @@ def test_a_network_of_the_zoo_keeps_the_laws(name: str) -> None:
     ("name", "words"),
     [
         slow("vit_tiny_patch16_224", "join all positions"),
-        thorough("mixer_s32_224", "join all positions"),
-        thorough("swin_t", "join all positions"),
     ],
 )
 def test_what_does_not_convert_says_why(name: str, words: str) -> None:
@@ -90,8 +84,6 @@ def test_what_does_not_convert_says_why(name: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("name", "operation"),
     [
-        pytest.param("halonet26t", "reshape", marks=pytest.mark.slow),
-        pytest.param("caformer_s18", "scaled_dot_product_attention", marks=pytest.mark.slow),
         ("mobilevit_xxs", "MobileVitBlock"),
     ],
 )
@@ -103,16 +95,6 @@ def test_stages_before_attention_convert_with_it_as_a_barrier(name: str, operati
 
 
 # -- settled random networks -------------------------------------------------------------------------------
-
-
-def test_settling_leaves_no_dead_branch_and_keeps_values_moderate() -> None:
-    model = timm.create_model("resnet26d", zero_init_last=True).eval()
-    settle(model)
-    assert not any(bool((p == p.flatten()[0]).all()) for p in model.parameters() if p.numel() > 1)
-    with torch.no_grad():
-        assert model(images(2, 65, 97)).abs().max() < 1e3
-    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
-    assert norm.momentum == 0.1 and not norm.training
 
 
 # -- many networks, a process each ---------------------------------------------------------------------------
@@ -153,17 +135,6 @@ def test_rows_of_other_versions_are_not_mixed(tmp_path: Path) -> None:
         read_rows(path)
 
 
-def test_a_network_that_cannot_be_built_is_a_row() -> None:
-    row = check_network(subject("no_such_network"))
-    assert row["result"] == "not built" and "no_such_network" in row["why"]
-    assert outlook(row).startswith("not built: ")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_never_within_a_tolerance(value: float) -> None:
-    assert network_check._error(torch.tensor([1.0, value]), torch.tensor([1.0, 2.0])) == float("inf")
-
-
 # -- the recorded full run ---------------------------------------------------------------------------------
 
 
@@ -182,14 +153,6 @@ def test_no_network_of_the_recorded_run_breaks_a_law() -> None:
             ]
 
 
-def test_nearly_all_convolutional_networks_convert() -> None:
-    networks = rows("cnn")
-    assert len(networks) >= 650
-    converted = [row for row in networks if row["result"] == "converts"]
-    assert len(converted) >= 0.98 * len(networks)
-    assert statistics.median(row["share_after_first_stage"] for row in converted) >= 0.9
-
-
 def test_every_refusal_of_the_recorded_run_has_reason_place_and_next_step() -> None:
     for row in recorded().values():
         if row["result"] == "refused":
@@ -200,8 +163,3 @@ def test_every_refusal_of_the_recorded_run_has_reason_place_and_next_step() -> N
 
 def test_every_convolutional_network_converts() -> None:
     assert [row["model"] for row in rows("cnn") if row["result"] != "converts"] == []
-
-
-def test_the_checked_sizes_are_odd_and_not_square() -> None:
-    for size in (corpus.ZOO_SIZE, *network_check.ODD_SIZES):
-        assert size[0] != size[1] and all(length % 2 for length in size)

@@ -30,14 +30,6 @@ class Named(nn.Module):
         return OrderedDict(logits=self.head(self.stem(pixel_values)))
 
 
-class Shifted(Named):
-    """Another network for every call, as none may be."""
-
-    def forward(self, pixel_values: Tensor) -> OrderedDict[str, Tensor]:
-        self.calls = getattr(self, "calls", 0) + 1
-        return OrderedDict(logits=super().forward(pixel_values)["logits"] + torch.rand(()))
-
-
 SUBJECT = Subject("own:named", "own", Named)
 
 
@@ -59,23 +51,6 @@ def test_what_cannot_be_built_or_converted_has_a_row_with_the_reason() -> None:
     assert refused["result"] == "refused" and refused["what"] and refused["next"]
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_network_without_strides_is_compared_with_floors_alone() -> None:
-    def plain() -> nn.Module:
-        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 3, padding=1))
-
-    row = check_as_it_is(replace(SUBJECT, build=plain))
-    assert row["result"] == "converts" and row["floors_alone"] and row["floor_share"] < 0.5, row
-    assert isinstance(row["compared"]["high"], str) and row["compared"]["own"] < 1e-4
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_a_network_that_is_not_the_same_is_not_exact() -> None:
-    row = check_as_it_is(replace(SUBJECT, build=Shifted))
-    assert row["result"] in ("broken", "refused") and row["why"], row
-
-
 def test_a_library_that_is_not_installed_is_skipped_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> libraries.Declared:
         raise ImportError("No module named 'nothing'")
@@ -87,16 +62,6 @@ def test_a_library_that_is_not_installed_is_skipped_and_that_is_said(monkeypatch
     assert (
         missing == {"absent": "No module named 'nothing'"} and own.version == torch.__version__.split("+")[0]
     )
-
-
-def test_rows_of_a_result_are_forgotten(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(
-        '{"versions": {}}\n{"model": "a", "result": "refused"}\n{"model": "b", "result": "converts"}\n'
-    )
-    libraries.forget(path, ["refused"])
-    assert [row["model"] for row in read_rows(path)] == ["b"]
-    libraries.forget(tmp_path / "none.jsonl", ["refused"])
 
 
 ROWS = libraries_report.ROWS

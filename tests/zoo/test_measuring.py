@@ -10,17 +10,10 @@ import torch
 from conftest import Run
 
 from benchmarks import memory
-from benchmarks.instruction_sets import _LIBRARIES, environment_of, join
+from benchmarks.instruction_sets import _LIBRARIES, environment_of
 from cadsurgery.kernels import build, isa
 
 pytestmark = pytest.mark.skipif(not (memory.PROCESS / "status").exists(), reason="Linux tells peaks")
-
-
-@pytest.mark.slow
-def test_what_is_freed_is_not_in_the_peak() -> None:
-    """Only what is in use at once, however often memory was taken before."""
-    peak = float(memory.run_alone("import peaks; peaks.print_peak_among_holes(16)", ""))
-    assert peak == pytest.approx(3 * 16, abs=3)
 
 
 def test_a_peak_is_what_one_call_adds() -> None:
@@ -50,22 +43,3 @@ def test_the_memory_of_each_side_is_in_the_report(command_line: Run, tmp_path: P
     high, low, (row,) = network["dense_high"], network["dense_low"], network["rows"]
     assert high["memory_mib"] > low["memory_mib"] > 0
     assert row["memory_ratio"] == pytest.approx(row["memory_mib"] / high["memory_mib"])
-
-
-@pytest.mark.slow
-def test_each_instruction_set_is_in_force_in_a_process_of_its_own(command_line: Run, tmp_path: Path) -> None:
-    caps, options = isa.here()[:2], ("--fractions", "0.5", "--size", "64x96", "--rounds", 1)
-    script, file = "benchmarks.instruction_sets", "report.json"
-    command_line(",".join(caps), file, "-m", "resnet18", "--set", "mask=none", *options, module=script)
-    report = json.loads((tmp_path / file).read_text())
-    assert [network["isa"] for network in report["networks"]] == list(caps)
-    assert [report["caps"][cap]["kernels"] for cap in caps] == list(caps)
-
-
-def test_networks_of_all_instruction_sets_are_in_the_report() -> None:
-    def report(cap: str) -> dict[str, object]:
-        network = {"model": "resnet18"}
-        return {"date": "today", "instruction_sets": {"kernels": cap}, "networks": [network]}
-
-    joined = join({cap: report(cap) for cap in ("avx2", "avx512")})
-    assert joined["caps"]["avx2"] == {"kernels": "avx2"} and len(joined["networks"]) == 2

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TESTS, slow
+from conftest import slow
 from networks import NamedParts
 from torch import Tensor
 
 import cadsurgery as cs
-from benchmarks import slowest as module
-from benchmarks.slowest import Slowest, find_slowest, interpreted_by
+from benchmarks.slowest import find_slowest, interpreted_by
 from cadsurgery.elements.backends import choose
 from cadsurgery.elements.backends.reference import Torch
-from cadsurgery.kernels import isa
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import GraphInterpreter
 
@@ -74,22 +68,6 @@ def test_a_slow_mask_is_named(fast: AdaptiveModel) -> None:
     assert found.layer == "the mask and its lattice" and found.share > 0.5
 
 
-def test_compiled_kernels_are_named_with_their_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Event:
-        def __init__(self, name: str, taken: float) -> None:
-            self.name, self.cpu_time_total, self.self_cpu_time_total = name, taken, taken
-
-    monkeypatch.setattr(isa, "used", lambda: "avx2")
-    assert module._operation_of([Event("aten::mm", 9), Event("convolve (native)", 8)]) == (
-        "convolve (native, avx2)"
-    )
-    assert module._operation_of([Event("convolve (uniform)", 8)]) == "convolve (uniform)"
-    assert module._operation_of([Event("aten::mm", 9), Event("aten::add", 8)]) == "aten::mm"
-    assert module._operation_of([]) == "" and str(Slowest("a.b", "", 0.5)) == "50% of the time is in a.b"
-    monkeypatch.setattr(isa, "used", lambda: "")
-    assert module._operation_of([Event("pool (native)", 1)]) == "pool (native)"
-
-
 @pytest.mark.parametrize("mask", ["edges", "all", "none", "edges | budget:fraction=0.3"])
 def test_node_by_node_it_gives_the_same_and_is_left_as_it_was(fast: AdaptiveModel, mask: str) -> None:
     program, expected = fast.program, fast(IMAGE, mask=mask)
@@ -97,30 +75,3 @@ def test_node_by_node_it_gives_the_same_and_is_left_as_it_was(fast: AdaptiveMode
         assert fast.program is not program
         assert torch.equal(fast(IMAGE, mask=mask), expected)
     assert fast.program is program
-
-
-def test_a_mask_that_looks_ahead_is_run_node_by_node_too() -> None:
-    net = cs.adaptify(NamedParts().eval(), "confidence", output_stride=(4, 16), verify_laws=False).optimize()
-    assert net.mask.looks_ahead
-    expected = net(IMAGE)
-    with interpreted_by(net, GraphInterpreter):
-        assert torch.equal(net(IMAGE), expected)
-    assert find_slowest(net, partial(net, IMAGE)).layer
-
-
-SILENT = """
-from test_slowest import *
-net = cs.adaptify(NamedParts().eval(), "edges", output_stride=(4, 16), verify_laws=False).optimize()
-find_slowest(net, partial(net, IMAGE))
-assert "KINETO_LOG_LEVEL" not in os.environ
-"""
-
-
-@pytest.mark.slow
-def test_the_profiler_is_silent_and_leaves_the_environment() -> None:
-    """In a process of its own: torch reads how much its profiler writes when it is first used."""
-    environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (Path(__file__).parent, TESTS, ROOT)))
-    command = [sys.executable, "-W", "ignore", "-c", SILENT]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("", "")
