@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache
+from inspect import ismodule
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,8 @@ def test_modules_keep_the_names_that_users_know(name: str) -> None:
     module = importlib.import_module(f"cadsurgery.{name}")
     (statement,) = source_of(f"cadsurgery/{name}.py").body[1:]
     place = importlib.import_module(str(statement.module))  # type: ignore[attr-defined]
-    public = getattr(place, "__all__", [one for one in vars(place) if one[0] != "_"])
+    defined = (one for one, value in vars(place).items() if one[0] != "_" and not ismodule(value))
+    public = getattr(place, "__all__", list(defined))
     assert public and all(getattr(module, one) is getattr(place, one) for one in public)
     assert module is getattr(cs, name) and f"`{place.__name__}`" in str(module.__doc__)
 
