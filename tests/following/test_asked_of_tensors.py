@@ -278,6 +278,7 @@ def test_parts_of_channels_are_as_many_in_every_call(
     assert not net.plan.chosen("barrier")
 
 
+@pytest.mark.slow
 def test_a_deep_network_is_read_without_recursion() -> None:
     """What a number is computed from is followed through all layers before it."""
     graph = read(Attentive(40, 2, by_shape).eval(), {"x": torch.rand(1, 3, 32, 32)}).graph

@@ -121,6 +121,7 @@ def test_methods_of_the_original_name_what_to_call_instead(name: str, instead: s
         _ = net.nothing
 
 
+@pytest.mark.slow
 def test_files_take_named_arguments_as_calls_do(tmp_path: Any) -> None:
     """And so does the example: preprocessors give dictionaries of their own kind."""
     from collections import UserDict

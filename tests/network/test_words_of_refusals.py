@@ -59,11 +59,6 @@ def test_values_beyond_float16_are_named_with_their_layer(
     assert "report it" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
-def test_a_file_in_float16_whose_values_fit_is_written(tmp_path: Path) -> None:
-    net = unverified(network(1.0, "values"), MASK, normalisation="imagenet")
-    cs.export(net, images(1, 64, 96), tmp_path / "net.onnx", precision="float16")
-
-
 # -- amounts of memory ---------------------------------------------------------------------------------
 
 
