@@ -26,6 +26,9 @@ from cadsurgery.elements.functional import to_elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.masks import resolve_mask
+from cadsurgery.masks.keypoint_masks import KeypointMask
+from cadsurgery.methods.resampling.locations import check_locations, smooth
+from cadsurgery.support.provenance import find_device
 
 
 @contextmanager
@@ -118,6 +121,38 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[cs.CadError], list[str]]] =
     ),
     "a missing converted file": (lambda: cs.load("nothing.safetensors"), cs.FileError, ["no file"]),
     "an unknown node of a plan": (lambda: adapted().plan["outpt"], cs.UnknownName, ["outpt", "output"]),
+    "data without a place": (
+        lambda: cs.open_data("folder:"),
+        cs.InvalidInput,
+        ["names no place", "folder:PATH"],
+    ),
+    "data that are not there": (
+        lambda: cs.open_data("folder:nowhere,classes=2"),
+        cs.FileError,
+        ["no such data", "nowhere"],
+    ),
+    "a device without values": (lambda: find_device("meta"), cs.InvalidInput, ["shapes and no values"]),
+    "a device that is not here": (
+        lambda: find_device("xpu"),
+        cs.InvalidInput,
+        ["no device 'xpu'"],
+    ),
+    "a detector that is none": (
+        lambda: KeypointMask(3),
+        cs.InvalidInput,
+        ["not a detector"],
+    ),
+    "a smoothness below zero": (
+        lambda: smooth(torch.zeros(1, 8, 8, 2), -1.0),
+        cs.InvalidInput,
+        ["smoothness=-1.0", "0 or more"],
+    ),
+    "locations that are none": (
+        lambda: check_locations(torch.zeros(1, 8), 1),
+        cs.InvalidInput,
+        ["grid, grid, 2"],
+    ),
+    "an image of complex numbers": (lambda: adapted()(IMAGE.to(torch.complex64)), cs.InvalidInput, ["real"]),
     "levels before a call": (lambda: adapted().levels, cs.InvalidInput, ["not run yet", "net(x)"]),
     "the kept share before a call": (lambda: adapted().active_fraction, cs.InvalidInput, ["not run yet"]),
     "the lattice before a call": (lambda: adapted().lattice, cs.InvalidInput, ["not run yet"]),

@@ -10,6 +10,48 @@ from torch import nn
 from benchmarks.zoo.corpus import network
 
 
+class ReflectedResidual(nn.Module):
+    """Two convolutions on reflected borders with instance norms."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width), nn.ReLU(True),
+            nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return x + self.block(x)
+
+
+@network("transposed", "norms", "pads")
+class ResidualGenerator(nn.Module):
+    """Two strided convolutions, residual blocks, two transposed 3/2; reflected borders (as CycleGAN)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        model: list[nn.Module] = [
+            nn.ReflectionPad2d(3),
+            nn.Conv2d(3, 8, 7),
+            nn.InstanceNorm2d(8),
+            nn.ReLU(True),
+        ]
+        for a, b in ((8, 16), (16, 32)):
+            model += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.InstanceNorm2d(b), nn.ReLU(True)]
+        model += [ReflectedResidual(32) for _ in range(3)]
+        for a, b in ((32, 16), (16, 8)):
+            model += [
+                nn.ConvTranspose2d(a, b, 3, stride=2, padding=1, output_padding=1),
+                nn.InstanceNorm2d(b),
+                nn.ReLU(True),
+            ]
+        model += [nn.ReflectionPad2d(3), nn.Conv2d(8, 3, 7), nn.Tanh()]
+        self.model = nn.Sequential(*model)
+
+    def forward(self, input):
+        return self.model(input)
+
+
 @network("resizing", "shapes")
 class ShuffledRestoration(nn.Module):
     """Denoising at half the resolution: PixelUnshuffle, convolutions with a stride, PixelShuffle, plus the image."""
@@ -92,3 +134,23 @@ class ImageAndDepth(nn.Module):
             depth = other(depth)
             rgb = step(rgb) + depth
         return F.interpolate(self.out(rgb), size=size, mode="bilinear")
+
+
+@network("inputs", "arguments", "decisions", call=lambda x: {"pixel_values": x})
+class KeywordImage(nn.Module):
+    """The image as a keyword, others that are None, a dictionary or a tuple (as transformers has it)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = Encoder(), nn.Conv2d(64, 4, 1)
+
+    def forward(self, input_ids=None, pixel_values=None, labels=None, return_dict: bool = True):
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")
+        loss = None
+        logits = self.head(self.encoder(pixel_values)[-1])
+        if labels is not None:
+            loss = F.cross_entropy(logits, labels)
+        if not return_dict:
+            return (logits,) if loss is None else (loss, logits)
+        return {"loss": loss, "logits": logits}

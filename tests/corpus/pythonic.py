@@ -87,6 +87,70 @@ def sync_batch_norms() -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(net)
 
 
+class ActivatedNorm(nn.BatchNorm2d):
+    """A batch norm that ends in its activation."""
+
+    def __init__(self, width: int, slope: float = 0.01) -> None:
+        super().__init__(width)
+        self.slope = slope
+
+    def forward(self, input):
+        return F.leaky_relu(super().forward(input), self.slope)
+
+
+class FrozenNorm(nn.Module):
+    """A batch norm of buffers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((width,), value))
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        bias = self.bias - self.running_mean * scale
+        return x * scale.reshape(1, -1, 1, 1) + bias.reshape(1, -1, 1, 1)
+
+
+class ChannelNorm(nn.Module):
+    """A layer norm over the channels of each position."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x):
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@network("norms", "gates")
+class ManyNorms(nn.Module):
+    """A norm that activates, one of buffers, one of channels, a weight that is standardised, spectral norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 8, 3, 2, 1), ActivatedNorm(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 12, 3, 2, 1, bias=False), FrozenNorm(12)
+        self.conv3, self.norm3 = nn.Conv2d(12, 16, 3, 2, 1), ChannelNorm(16)
+        self.conv4 = nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3, padding=1))
+        self.conv5, self.norm5 = nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(4, 16)
+        self.out = nn.Conv2d(16, 4, 1)
+
+    def standardised(self, x):
+        weight = self.conv5.weight
+        weight = weight - weight.mean(dim=(1, 2, 3), keepdim=True)
+        return F.conv2d(
+            x, weight / (weight.flatten(1).std(dim=1).view(-1, 1, 1, 1) + 1e-5), self.conv5.bias, padding=1
+        )
+
+    def forward(self, x):
+        y = self.norm1(self.conv1(x))
+        y = F.relu(self.norm2(self.conv2(y)))
+        y = F.gelu(self.norm3(self.conv3(y)))
+        y = F.relu(self.norm5(self.standardised(F.relu(self.conv4(y)))))
+        return F.interpolate(self.out(y), x.shape[2:], mode="bilinear")
+
+
 class Locked(nn.Module):
     """Counts its calls, one thread at a time: a lock cannot be copied."""
 

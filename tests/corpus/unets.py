@@ -80,6 +80,33 @@ def unet_bilinear() -> nn.Module:
     return PaddedUNet(bilinear=True)
 
 
+@network("transposed", "pads", "modules")
+class UNetStrided(nn.Module):
+    """Strided convolutions down; ConvTranspose2d 3/2 with output padding up, cropped to the skip; loops over lists."""
+
+    def __init__(self, widths=(8, 16, 32, 64)) -> None:
+        super().__init__()
+        self.stem = conv(3, widths[0])
+        self.downs = nn.ModuleList([conv(a, b, 3, 2) for a, b in zip(widths, widths[1:])])
+        self.ups = nn.ModuleList()
+        self.joins = nn.ModuleList()
+        for a, b in zip(widths[::-1], widths[-2::-1]):
+            self.ups.append(nn.ConvTranspose2d(a, b, 3, stride=2, padding=1, output_padding=1))
+            self.joins.append(conv(2 * b, b))
+        self.head = nn.Conv2d(widths[0], 3, 1)
+
+    def forward(self, x):
+        features = [self.stem(x)]
+        for down in self.downs:
+            features.append(down(features[-1]))
+        y = features.pop()
+        for up, join in zip(self.ups, self.joins):
+            skip = features.pop()
+            y = F.relu(up(y))[..., : skip.shape[-2], : skip.shape[-1]]
+            y = join(torch.cat([y, skip], dim=1))
+        return self.head(y)
+
+
 def center_crop(layer: Tensor, target: list[int]) -> Tensor:
     """The middle of a map."""
     _, _, height, width = layer.size()
@@ -211,3 +238,67 @@ class NestedSalience(nn.Module):
         d3 = upsample_like(self.side3(hx3d), d1)
         d0 = self.outconv(torch.cat((d1, d2, d3), 1))
         return torch.sigmoid(d0), torch.sigmoid(d1), torch.sigmoid(d2), torch.sigmoid(d3)
+
+
+@network("norms", "transposed", "outputs", "modules")
+class InstanceNormUNet(nn.Module):
+    """Instance norms and leaky ReLU, strided, a list of outputs from the finest to the coarsest (as nnU-Net)."""
+
+    def __init__(self, widths=(8, 16, 32, 64)) -> None:
+        super().__init__()
+
+        def step(a, b, stride=1):
+            return nn.Sequential(
+                nn.Conv2d(a, b, 3, stride, 1),
+                nn.InstanceNorm2d(b, affine=True),
+                nn.LeakyReLU(0.01, inplace=True),
+            )
+
+        self.stages = nn.ModuleList([nn.Sequential(step(3, 8), step(8, 8))])
+        for a, b in zip(widths, widths[1:]):
+            self.stages.append(nn.Sequential(step(a, b, 2), step(b, b)))
+        pairs = list(zip(widths[::-1], widths[-2::-1]))
+        self.transpconvs = nn.ModuleList([nn.ConvTranspose2d(a, b, 2, 2, bias=False) for a, b in pairs])
+        self.decoder = nn.ModuleList([step(2 * b, b) for _, b in pairs])
+        self.seg_layers = nn.ModuleList([nn.Conv2d(b, 3, 1) for _, b in pairs])
+
+    def forward(self, x):
+        skips = []
+        for stage in self.stages:
+            x = stage(x)
+            skips.append(x)
+        outputs = []
+        lres = skips[-1]
+        for s in range(len(self.decoder)):
+            x = self.transpconvs[s](lres)
+            x = self.decoder[s](torch.cat((x, skips[-(s + 2)]), 1))
+            outputs.append(self.seg_layers[s](x))
+            lres = x
+        return outputs[::-1]
+
+
+@network("dropout", "transposed", "gates")
+class DropoutUNet(nn.Module):
+    """Functional dropouts of channels; squeeze and excitation of the skips; sums for joins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Steps()
+        self.fc1, self.fc2 = nn.Linear(32, 4), nn.Linear(4, 32)
+        self.up3, self.up2, self.up1 = (
+            nn.ConvTranspose2d(a, b, 2, 2) for a, b in ((64, 32), (32, 16), (16, 8))
+        )
+        self.dec3, self.dec2, self.dec1 = conv(32, 32), conv(16, 16), conv(8, 8)
+        self.out = nn.Conv2d(8, 2, 1)
+
+    def excite(self, x):
+        b, c, _, _ = x.size()
+        weight = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3)))))).view(b, c, 1, 1)
+        return x * weight.expand_as(x)
+
+    def forward(self, x):
+        x1, x2, x3, x4 = self.encoder(x)
+        x4 = F.dropout2d(x4, 0.3, training=self.training)
+        y = self.dec3(self.up3(x4) + self.excite(x3))
+        y = F.dropout(self.dec2(self.up2(y) + x2), p=0.1, training=self.training)
+        return self.out(F.dropout2d(self.dec1(self.up1(y) + x1), training=self.training))

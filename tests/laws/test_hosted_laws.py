@@ -88,6 +88,7 @@ def features(net: cs.AdaptiveModel, mask: object) -> Tensor:
         return net.get_submodule("backbone")(x, mask=mask)
 
 
+@pytest.mark.slow
 def test_uniform_maps_through_the_engine_are_the_graph_as_it_is() -> None:
     hosted = adaptive_detector()
     lowest = torch.full((2, 48, 64), hosted.plan.max_level)

@@ -140,6 +140,7 @@ def test_sizes_that_do_not_fit_are_refused(sizes: Any, words: str) -> None:
         converted(MASKS[0], "converted")(padded(pictures()), sizes=sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["edges | budget:fraction=0.3", slow("content")])
 def test_detectors_say_how_large_the_images_of_their_batches_are(mask: str) -> None:
     net = copy.deepcopy(adaptive_detector())

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, covering, some, thorough
+from conftest import assert_same, covering, slow, some, thorough
 from networks import ResidualSegmenter, Segmenter, build, seeded, strided, unverified
 from random_networks import random_case
 from timm.layers import CondConv2d
@@ -207,6 +207,18 @@ def test_in_bands_is_whole(name: str, mask: str, rows: int) -> None:
         output = banded(image)
     assert difference(whole(image), output) < 1e-9
     assert torch.equal(whole.levels, banded.levels)
+
+
+@pytest.mark.parametrize("rows", [8, slow(64)])
+@pytest.mark.parametrize("name", ["strided", "segmenter", "decoder", *(slow(one) for one in LIBRARY)])
+@torch.no_grad()
+def test_in_bands_is_whole_where_strides_are_removed(name: str, rows: int) -> None:
+    model, example = made(name), picture(64, 96)
+    net = unverified(model, MASK, example_input=example)
+    image = picture(131, 101)
+    with bands_of(rows):
+        output = net.optimize(memory=MUCH)(image)
+    assert difference(net.optimize()(image), output) < 1e-9
 
 
 class InPlace(nn.Module):

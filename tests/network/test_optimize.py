@@ -140,6 +140,7 @@ class Host(nn.Module):
         return self.backbone(x if x.sum() > 0 else -x)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_hosted_part_is_optimised() -> None:
     torch.manual_seed(0)
