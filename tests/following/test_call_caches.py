@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import covering, relative_error
+from conftest import covering, relative_error, some
 from networks import Encoded, converted_quietly, followed
 from torch import Tensor, fx, nn
 
@@ -174,7 +174,7 @@ def all_held(model: nn.Module) -> Any:
     return [walk(vars(module)) for module in model.modules()]
 
 
-@pytest.mark.parametrize(("way", "is_called"), covering([*WAYS], [False, True]))
+@pytest.mark.parametrize(("way", "is_called"), covering(some(WAYS), [False, True]))
 def test_the_network_given_is_what_it_was(way: str, is_called: bool) -> None:
     model = WAYS[way]().eval()
     if is_called:

@@ -52,7 +52,7 @@ def converted() -> tuple[nn.Module, cs.AdaptiveModel]:
 EVEN, ODD = (64, 96), (69, 84)
 
 
-@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("fuse", [slow(True), False])
 @torch.no_grad()
 def test_an_optimised_copy_follows_what_the_network_follows(fuse: bool) -> None:
     """Copies, pickles and other masks of it too; its weights are those of the moment it was made."""

@@ -596,7 +596,7 @@ def test_networks_of_the_corpus_in_boxes(way: str) -> None:
             values = net.in_region(
                 image,
                 boxes_of([boxes], image),
-                lambda region: region.read(net.answer, None),  # noqa: B023 (called at once)
+                lambda region: region.read(net.answer),  # noqa: B023 (called at once)
                 _by_rows,
                 levels,
             )
