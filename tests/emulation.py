@@ -608,7 +608,3 @@ def finish(emulation: Emulation, value: Any, guide: Tensor | None = None) -> Any
     if isinstance(value, dict):
         return {key: finish(emulation, entry, guide) for key, entry in value.items()}
     return emulation.read(value, guide) if isinstance(value, Feature) else value
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value[0], value[1]) if isinstance(value, tuple | list) else (value, value)

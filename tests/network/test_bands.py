@@ -3,10 +3,13 @@ layers are asked by every case."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import operator
 import os
+import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +26,7 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 import cadsurgery as cs
 from benchmarks.zoo.bands_check import MASK, MUCH, bands_of
+from cadsurgery.elements.backends import maps
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.network.bands.steps import rows_of_window
 from cadsurgery.network.bands.walk import SAME, SPARE, Bytes, RowsRead, Stream, Walk
@@ -301,6 +305,19 @@ def test_random_networks_in_bands_are_whole_or_refused() -> None:
     assert computed >= SEEDS // 5
 
 
+@pytest.mark.parametrize("seed", [192, slow(293), slow(435), slow(481)])
+@torch.no_grad()
+def test_a_fused_sum_reads_a_map_of_an_earlier_stage(seed: int) -> None:
+    """Random networks with strides removed whose convolution adds a map that has more elements."""
+    case = random_case(seed)
+    net = unverified(case.model, MASK, example_input=case.given)
+    expected = net.optimize()(case.image, *case.more)
+    for rows in (8, 64):
+        with bands_of(rows):
+            output = net.optimize(memory=MUCH)(case.image, *case.more)
+        assert difference(expected, output) < 1e-9
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @torch.no_grad()
 def test_a_batch_is_computed_picture_by_picture_in_any_memory_format(layout: torch.memory_format) -> None:
@@ -339,6 +356,14 @@ def test_threads_may_call_it_at_once() -> None:
     for thread in threads:
         thread.join()
     assert all(difference(one, outputs[number]) < 1e-9 for number, one in enumerate(expected))
+
+
+@torch.no_grad()
+def test_a_copy_of_the_copy_has_the_same_memory() -> None:
+    net = unverified(made("strided"), "all", example_input=picture(64, 96), coarsest=16)
+    banded, image = net.optimize(memory=MUCH), picture(80, 96)
+    for other in (copy.deepcopy(banded), pickle.loads(pickle.dumps(banded))):
+        assert difference(banded(image), other(image)) == 0 and other.plan_memory(image).peak
 
 
 # -- pictures and results that are larger than the memory ------------------------------------------------
@@ -461,6 +486,41 @@ def test_the_memory_grows_with_the_width_and_not_with_the_height() -> None:
     assert peaks[1] <= 1.1 * peaks[0] and peaks[2] > 1.8 * peaks[0]
 
 
+@pytest.mark.parametrize("name", ["segmenter", "residual segmenter"])
+@torch.no_grad()
+def test_rows_with_many_elements_and_with_few_follow_each_other(name: str) -> None:
+    """The memory of maps becomes larger and smaller, and their elements move."""
+    image = torch.zeros(1, 3, 611, 90, dtype=torch.float64)
+    for first, end in ((40, 120), (190, 200), (300, 480), (560, 611)):
+        image[:, :, first:end] = picture(end - first, 90)
+    net = unverified(made(name), "gradient | budget:fraction=0.5", example_input=picture(64, 96), coarsest=16)
+    assert difference(net.optimize()(image), net.optimize(memory=MUCH)(image)) < 1e-9
+
+
+@torch.no_grad()
+def test_layers_behind_each_other_share_kernel_maps_which_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_maps, alive = list[Any](), list[int]()
+    layers = [nn.Conv2d(3, 8, 3, 2, 1), *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(6))]
+    model = seeded(lambda: nn.Sequential(*layers))
+    net = unverified(model, MASK, example_input=picture(64, 96), coarsest=16)
+    image, find = picture(320, 64), maps.shift_taps
+
+    def counted(*args: Any) -> Any:
+        found = find(*args)
+        made_maps.append(weakref.ref(found[0]))
+        alive.append(sum(one() is not None for one in made_maps))
+        return found
+
+    monkeypatch.setattr(maps, "shift_taps", counted)
+    with bands_of(16):
+        net.optimize(memory=MUCH)(image)
+    rows = 320 // 16
+    assert (
+        rows <= len(made_maps) <= 3 * rows
+    )  # one for each row of the seven layers' two windows, and at the exit
+    assert max(alive) <= 8
+
+
 class Lopsided(nn.Module):
     """Windows that are not square, padded unlike at each side, a transposed convolution, and what tells rows from
     columns."""
@@ -508,6 +568,14 @@ def test_means_over_the_image_are_passes_that_keep_what_fits() -> None:
     assert bytes_of(least_of(refusal)) < kept.peak
 
 
+def test_amounts_of_memory() -> None:
+    assert bytes_of("1.5GiB") == bytes_of("1536 MiB") == bytes_of(3 * 2**29)
+    assert bytes_of("2GB") == 2 * 10**9 and bytes_of("512K") == 2**19
+    for wrong in ("much", "", 0, -1, True, "0MiB", "1.5XB"):
+        with pytest.raises(cs.InvalidInput, match="no amount of memory"):
+            bytes_of(wrong)
+
+
 # -- what is refused -----------------------------------------------------------------------------------
 
 
@@ -534,6 +602,16 @@ def test_masks_that_need_more_than_the_picture_are_refused() -> None:
     with pytest.raises(cs.InvalidInput, match="not computed in bands") as refusal:
         net.optimize(memory=MUCH)(picture(80, 96))
     assert "first pass" in refusal.value.why
+
+
+def test_only_a_new_copy_gets_a_memory() -> None:
+    net = unverified(made("strided"), "all", example_input=picture(64, 96), coarsest=16)
+    with pytest.raises(cs.InvalidInput, match="optimised network gets no other memory"):
+        net.optimize().optimize(memory=MUCH)
+    with pytest.raises(cs.InvalidInput, match="runs whole"):
+        net.optimize().plan_memory(picture(80, 96))
+    with pytest.raises(cs.InvalidInput, match="no amount of memory"):
+        net.optimize(memory="much")
 
 
 # -- the schedule ----------------------------------------------------------------------------------------

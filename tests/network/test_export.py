@@ -22,7 +22,8 @@ from torch import Tensor, nn
 import cadsurgery as cs
 from benchmarks import export_matrix
 from cadsurgery.network.export.compare import check_difference, difference, more_images
-from cadsurgery.network.export.engines import ENGINES, engine_for
+from cadsurgery.network.export.engines import ENGINES, OnnxRuntime, engine_for
+from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.onnx import _cut_awkwardly, _of_other_sizes
 
 onnx = pytest.importorskip("onnx")
@@ -84,6 +85,24 @@ def test_a_file_may_take_as_many_images_as_its_example_alone(
         [number] * len([*graph.input, *graph.output])
     )
     assert report.image[0] == number and {shape[0] for shape in report.compared} == {number}
+
+
+@pytest.mark.slow
+def test_a_file_says_what_it_was_made_of(dynamic: Any) -> None:
+    model, path, _ = dynamic
+    said = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
+    assert said["cadsurgery.mask"] == model.mask.spec()
+    assert cs.Plan.from_json(said["cadsurgery.plan"]) == model.plan
+    assert torch.__version__.startswith(json.loads(said["cadsurgery.versions"])["torch"])
+    assert json.loads(said["cadsurgery.options"]) == {"fill": "linear", "dynamic": True, "multiple": 1}
+
+
+@pytest.mark.slow
+def test_a_file_has_standard_operations_alone(dynamic: Any) -> None:
+    _, path, _ = dynamic
+    model = onnx.load(str(path))
+    assert {one.domain for one in model.opset_import} <= {"", "ai.onnx"} and not model.functions
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
 
 
 class Indexed(nn.Module):
@@ -244,6 +263,14 @@ def test_refusals_name_the_alternative_and_leave_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_engine_without_kernels_is_refused_files_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine of the user needs no twin with kernels."""
+    monkeypatch.setitem(ENGINES, "mine", OnnxRuntime)
+    assert engine_for("mine", with_kernels=False) is OnnxRuntime
+    with pytest.raises(cs.UnknownName, match="with kernels named 'mine'"):
+        engine_for("mine", with_kernels=True)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (4, 96), (96, 3)])
 def test_an_example_of_any_size_has_more_than_one_sample_along_a_side(
     size: tuple[int, int], tmp_path: Path
@@ -263,6 +290,18 @@ def test_a_difference_that_is_no_number_is_seen_in_any_output(broken: str) -> No
     assert math.isnan(difference({**expected, broken: expected[broken] * math.nan}, expected))
     with pytest.raises(cs.CannotConvert, match="nan"):
         check_difference([difference({**expected, broken: expected[broken] * torch.nan}, expected), 0.0])
+
+
+def test_outputs_are_named_by_their_structure() -> None:
+    one = torch.ones(1)
+    assert output_names(one) == ("output",)
+    assert output_names({"out": one, "aux": one}) == ("out", "aux")
+    assert output_names([one, (one, one)]) == ("0", "1_0", "1_1")
+
+
+def test_it_is_compared_on_images_that_it_was_not_made_of() -> None:
+    image = picture(1, 16, 16)
+    assert not any(torch.equal(image, other) for other in more_images(image, None))
 
 
 @pytest.mark.slow
@@ -346,6 +385,23 @@ def test_every_tensor_of_a_dictionary_is_an_input_by_its_name(
         assert_same(
             run(other["photo"], *[other[name] for name in given])["scores"], model(other)["scores"], 1e-4
         )
+
+
+@pytest.mark.filterwarnings("ignore:the outputs of the file in 8 bits differ")
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [thorough("images"), "dictionaries"])
+def test_a_file_in_8_bits_takes_every_tensor_of_a_dictionary(form: str, tmp_path: Path) -> None:
+    model, image = of_scaled(), picture(1, 64, 96)
+    batches: Any = [image, image.flip(3)]
+    if form == "dictionaries":
+        batches = [scaled(batch, 4.0) for batch in batches]
+    report = cs.export(
+        model, scaled(image, 2.0), tmp_path / "net.onnx", precision="int8", calibration=batches
+    )
+    run = File(tmp_path / "net.onnx")
+    assert report.inputs == ("photo", "scale")
+    outputs = [run(image, torch.full((1,), scale))["scores"] for scale in (2.0, 4.0)]
+    assert_same(2 * outputs[0], outputs[1], 0.05)
 
 
 class OfPlaces(OfDictionary):
@@ -441,6 +497,15 @@ def test_files_for_multiples_derive_each_lattice_once_and_refuse_other_sizes(
     rest = (torch.zeros(1, *net.levels.shape[1:]).long(),) if level_map else ()
     with pytest.raises(cs.CannotConvert, match="does not run the file"):
         run(image, *rest)
+
+
+@pytest.mark.slow
+def test_an_image_that_a_network_accepts_by_chance_has_a_file(tmp_path: Path) -> None:
+    """95 is halved to 48, 24 and 12: maps are joined, although 95 is no multiple of 8."""
+    image = picture(1, 95, 64)
+    net = unverified(Joined().eval(), "edges", coarsest=8, example_input=image)
+    report = cs.export(net, image, tmp_path / "net.onnx", dynamic=True)
+    assert report.multiple == 1 and report.compared[0] == (1, 3, 95, 64)
 
 
 class Dropped(nn.Module):
@@ -552,3 +617,13 @@ def test_a_file_of_a_large_example_is_compared_on_smaller_images_of_other_sizes(
         assert all(torch.equal(answer.output, model(answer.image)) for answer in answers)
     sizes = [tuple(answer.image.shape) for answer in answers]
     assert sizes == [(1, 3, 123, 253), (2, 3, 248, 64)]
+
+
+def test_an_example_smaller_than_a_cell_is_not_cut() -> None:
+    image = picture(1, 64, 96)
+    model = unverified(strided(6, 4), "edges", output_stride=(1, 64), example_input=image)
+    low = unverified(strided(6, 4), "edges", output_stride=(4, 64), example_input=image)
+    with torch.no_grad():
+        for one in (model, low):
+            height, width = _cut_awkwardly(one, image).image.shape[2:]
+            assert height == 64 and width > 64

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, rewritten, thorough
+from conftest import Run, images, rewritten, thorough
 from networks import made_once, randomise, strided, unverified
 from PIL import Image
 from safetensors import safe_open
@@ -27,7 +27,9 @@ from torch import Tensor, nn
 import cadsurgery as cs
 import cadsurgery.support.provenance
 from cadsurgery.data.networks import Source
+from cadsurgery.masks.spec import parse
 from cadsurgery.network.storage import checksum, encode_with_checksum, read_metadata
+from cadsurgery.surgery.plan import Plan
 
 
 def trunk() -> nn.Module:
@@ -124,6 +126,17 @@ def test_a_mask_that_a_file_names_is_not_imported(
     assert not imported
 
 
+def test_a_mask_that_is_gone_says_what_to_use_instead(saved: Path) -> None:
+    for mask in (
+        "saliency",
+        "edges + saliency:function=cadsurgery.masks.saliency:spectral_residual | budget",
+    ):
+        rewritten(saved, lambda metadata, mask=mask: metadata.update(mask=mask))
+        with pytest.raises(cs.FileError, match=r'(?s)saliency.*"detail"'):
+            cs.load(saved, trunk())
+        assert cs.load(saved, trunk(), mask="detail").mask.spec().startswith("detail")
+
+
 def test_a_mask_of_the_user_needs_no_trust(saved: Path) -> None:
     for mask in ("test_files:corners", "keypoints:detector=test_files:corner_points"):
         assert cs.load(saved, trunk(), mask=mask).mask.spec().startswith(mask)
@@ -183,6 +196,12 @@ def test_a_network_far_larger_than_the_file_is_not_made(
 ) -> None:
     with pytest.raises(cs.FileError, match="larger than the tensors it holds"):
         cs.load(sourced(saved, name=name, kwargs=kwargs))
+
+
+def test_the_limit_on_parameters_ends_with_the_call(saved: Path) -> None:
+    with pytest.raises(cs.FileError, match="larger"):
+        cs.load(sourced(saved, name="torchvision:vgg19"))
+    assert cs.build_model("torchvision:resnet50", "none") is not None
 
 
 @pytest.mark.parametrize(
@@ -296,6 +315,13 @@ def test_a_mask_that_cannot_be_made_is_refused(saved: Path, mask: str) -> None:
         cs.load(rewritten(saved, lambda metadata: metadata.update(mask=mask)), trunk())
 
 
+def test_masks_of_the_user_are_not_endless_either() -> None:
+    parse("edges" + " | dilate" * 60)
+    for mask in ("(" * 100_000, "edges" + " | dilate" * 2000):
+        with pytest.raises(cs.InvalidInput, match="at most 64"):
+            parse(mask)
+
+
 @pytest.mark.parametrize("mask", ["random:block={}", "edges:dilation={}", "none | dilate:size={}"])
 def test_a_mask_of_huge_windows_asks_for_no_memory(saved: Path, mask: str) -> None:
     """Nor another map than windows that just hold the image."""
@@ -309,6 +335,15 @@ def test_a_mask_of_huge_windows_asks_for_no_memory(saved: Path, mask: str) -> No
     assert torch.equal(*found)
     with pytest.raises(cs.FileError, match="sigma"):
         cs.load(rewritten(saved, lambda metadata: metadata.update(mask="confidence:sigma=1e9")), trunk())
+
+
+def test_tensors_of_a_mask_of_another_size_than_it_says_are_refused(tmp_path: Path) -> None:
+    net = adapted("learned:channels=8/6/4")
+    net(images(1, 32, 32))
+    cs.save(net, tmp_path / "net.safetensors")
+    spec = net.mask.spec().replace("8/6/4", "4096/4096/4096")
+    with pytest.raises(cs.FileError, match="do not fit"):
+        cs.load(rewritten(tmp_path / "net.safetensors", lambda metadata: metadata.update(mask=spec)), trunk())
 
 
 @pytest.mark.parametrize(
@@ -431,6 +466,31 @@ def test_a_plan_that_contradicts_itself_is_refused_before_it_is_printed(
     rewritten(tmp_path / "net.safetensors", change)
     found = command_line("plan", "-m", "net.safetensors")
     assert found.code == 1 and "FileError" in found.err and "stages" in found.err
+
+
+def test_a_plan_from_before_a_field_with_a_default_reads() -> None:
+    plan = adapted().plan
+    values = json.loads(plan.to_json())
+    del values["matters"], values["part"]
+    assert Plan.from_json(json.dumps(values)) == plan
+    del values["strides"]
+    with pytest.raises(TypeError):
+        Plan.from_json(json.dumps(values))
+
+
+def test_a_source_goes_through_plain_values() -> None:
+    source = Source("timm:resnet18", {"num_classes": 3, "out_indices": [1, 2]}, untrusted="net.safetensors")
+    again = Source.from_dict(json.loads(json.dumps(source.to_dict())))
+    assert again == source and not again.untrusted
+    for values in (
+        {"untrusted": ""},
+        {"std": [0.0, 1.0, 1.0]},
+        {"mean": [float("inf")]},
+        {"kwargs": []},
+        {"name": 3},
+    ):
+        with pytest.raises(ValueError):
+            Source.from_dict({**source.to_dict(), **values})
 
 
 # -- mutations -----------------------------------------------------------------------------------------

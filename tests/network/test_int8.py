@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TESTS, images, picture, slow, thorough
+from conftest import TESTS, assert_same, images, picture, slow, thorough
 from exported import File, net
 from torch import Tensor, nn
 from torchvision.utils import save_image
@@ -29,6 +30,7 @@ from cadsurgery.network.export.engine import Engine
 from cadsurgery.network.export.engines import OnnxRuntime, OpenVino
 from cadsurgery.network.export.int8 import quantise, to_8_bits
 from cadsurgery.network.export.rounding import round_weight
+from cadsurgery.network.fidelity_measure import measure
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -249,6 +251,31 @@ def test_weights_are_rounded_so_that_no_adjacent_channels_saturate(shape: tuple[
             assert torch.equal(whole, round_weight(weight)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(7, 1, 3, 3), (5, 33, 1, 1), (3, 700, 7, 7)])
+def test_weights_that_were_in_8_bits_stay_what_they_are(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of one scale for all outputs, too, most of which then do not reach 127."""
+    numbers = torch.randint(-90, 91, shape) // torch.arange(1, shape[0] + 1).view(-1, 1, 1, 1)
+    numbers[-1] = 0
+    weight = 0.0123 * numbers.to(dtype)
+    for limited in (None, "adjacent"):
+        whole, scale = round_weight(weight, limited)
+        assert whole.dtype == torch.int8 and scale.dtype == torch.float32
+        assert_same(whole * scale.view(-1, 1, 1, 1), weight.float(), 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 1, 3, 3), (16, 33, 3, 3)])
+def test_no_weight_is_rounded_more_than_by_a_scale_of_its_largest(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape)
+    whole, scale = (one.double() for one in round_weight(weight))
+    rows, largest = weight.double().flatten(1), weight.double().flatten(1).abs().amax(1, keepdim=True)
+    plain = (rows * 127 / largest).round() * largest / 127
+    error, of_plain = (
+        (found - rows).square().sum(1) for found in (whole.flatten(1) * scale.unsqueeze(1), plain)
+    )
+    assert (error <= of_plain * (1 + 1e-5)).all() and (error < of_plain).float().mean() > 0.5
+
+
 RUN = """
 import sys
 import numpy as np
@@ -338,6 +365,13 @@ def test_products_and_gathered_rows_are_in_8_bits_and_the_mask_is_not(files: tup
     assert len(integers & {node.input[0] for node in by_type["DequantizeLinear"]}) == 3
 
 
+def test_a_halo_has_the_range_of_the_rows_it_is_joined_to(files: tuple[Path, Path]) -> None:
+    """Its own may be narrower, or nothing: all zero on the images it was calibrated by."""
+    graph = onnx.load(files[1]).graph
+    ranges = {node.input[0]: node.input[1:] for node in graph.node if node.op_type == "QuantizeLinear"}
+    assert ranges["halo"] == ranges["joined"]
+
+
 # A value in floating point that is moved, and joined to one of a hundred times its range.
 JOINED = """
 <ir_version: 10, opset_import: ["": 20]>
@@ -390,6 +424,18 @@ def test_without_products_but_those_of_the_mask_there_is_nothing_to_quantise(tmp
         quantise(
             write(tmp_path / "float.onnx", text), tmp_path / "int8.onnx", calls(images(1, 8, 8)), OnnxRuntime
         )
+
+
+def test_fidelity_is_over_all_images_and_classes_are_those_of_pixels() -> None:
+    image, exact = torch.zeros(2, 3, 4, 6), torch.zeros(2, 5, 4, 6)
+    exact[:, 1] = 2.0
+    rounded = exact.clone()
+    rounded[0, 3, 0] = 3.0  # 6 of 48 pixels of another class
+    found = measure([(image, [rounded], [exact]), (image, [exact], [exact])])
+    assert found.agreement == 1 - 6 / 96 and found.images == 4
+    assert found.error == pytest.approx((6 * 9 / (96 * 4)) ** 0.5)
+    assert measure([(image, [torch.ones(2, 5, 2, 3)], [torch.ones(2, 5, 2, 3)])]).agreement is None
+    assert measure([(image, [torch.eye(2)], [torch.eye(2).flip(0)])]).agreement == 0
 
 
 def test_what_cannot_be_calibrated_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
@@ -460,6 +506,22 @@ def test_what_an_engine_refuses(engine: type[Engine], tmp_path: Path) -> None:
     path.write_bytes(b"no file")
     with pytest.raises(cs.CannotConvert, match=f"{engine.name} does not take the file"):
         engine(path)
+
+
+def test_signals_are_handled_after_files_were_open_in_openvino(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    path, image, came = write(tmp_path / "net.onnx"), images(1, 8, 8), []
+    open_files = [OpenVino(path), OpenVino(path)]
+    one, other = (open_file(image) for open_file in open_files)
+    assert all(map(torch.equal, one, other))
+    before = signal.signal(signal.SIGTERM, lambda *arguments: came.append(arguments))
+    try:
+        while open_files:
+            open_files.pop(0)  # the first first
+            signal.raise_signal(signal.SIGTERM)  # with the stack of one that went, the process ends here
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(came) == 2
 
 
 @pytest.mark.filterwarnings("ignore:the outputs of the file in 8 bits differ")

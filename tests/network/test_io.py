@@ -137,6 +137,16 @@ def test_a_new_classifier_comes_back_into_a_network_that_has_it(tmp_path: Path) 
         cs.load(path, Headed(19))
 
 
+def test_channels_changed_inside_come_back(tmp_path: Path) -> None:
+    path, image = tmp_path / "net.safetensors", images(1, 64, 96)
+    net = unverified(Headed(3).eval(), "edges", example_input=images(1, 64, 64))
+    model = Headed(3)
+    for wider in (net, model):
+        wider.body[0], wider.body[2] = nn.Conv2d(3, 7, 3, 2, 1), nn.Conv2d(7, 8, 3, 2, 1)
+    cs.save(net, path)
+    assert torch.equal(cs.load(path, model)(image), net(image))
+
+
 def test_saving_what_was_loaded_writes_the_same_file(tmp_path: Path) -> None:
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     cs.save(unverified(cs.build_model("test_io:segmenter", "none")), first)
@@ -176,6 +186,12 @@ def test_a_wrapped_mask_is_stored_with_what_it_wraps(tmp_path: Path, mask: objec
     assert again.mask.spec() == net.mask.spec() and isinstance(again.mask, Budget)
     assert torch.equal(again(image)["out"], net(image)["out"])
     assert torch.equal(again.levels, net.levels) and 0 < again.active_fraction < 1
+
+
+def test_a_wrapper_of_a_function_is_as_little_stored_as_the_function(tmp_path: Path) -> None:
+    cs.save(adapted(Budget(lambda image: image[:, 0, ::8, ::8] > 0, 0.4)), tmp_path / "net.safetensors")
+    with pytest.raises(cs.FileError, match="a function or provider of your own"):
+        cs.load(tmp_path / "net.safetensors", segmenter())
 
 
 @pytest.mark.parametrize(
@@ -280,3 +296,9 @@ def test_a_copy_is_the_same_network_and_shares_nothing(duplicate: Any, mask: obj
             parameter.zero_()
     twin.mask = "none"
     assert torch.equal(net(image)["out"], expected)
+
+
+def test_a_copy_keeps_its_training_mode() -> None:
+    for training in (True, False):
+        twin = copy.deepcopy(adapted().train(training))
+        assert all(module.training == training for module in twin.modules())

@@ -164,6 +164,29 @@ def test_a_file_with_kernels_is_the_network(written: Any, isa: str, cap_kernels:
     assert_same_in_engines(path, model, (2, 44, 52), (1, 37, 61), (3, 20, 24))
 
 
+@pytest.mark.slow
+def test_with_nearest_fill_taps_read_the_cell_that_they_lie_in(tmp_path: Path) -> None:
+    model, path = net(fill="nearest"), tmp_path / "net.onnx"
+    cs.export(model, picture(2, 44, 52), path, dynamic=True, with_kernels=True)
+    assert calls(path)["ReadNearTaps"] == 5 and not calls(path)["ReadTaps"]
+    assert_same_in_engines(path, model, (2, 44, 52), (1, 37, 61))
+
+
+@pytest.mark.slow
+def test_several_threads_give_the_same(written: Any) -> None:
+    _, path, _ = written
+    image, results = picture(2, 120, 160), []
+    for threads in (1, 3):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.register_custom_ops_library(cs.kernels_for())
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        results.append(session.run(["output"], {"image": image.numpy()})[0])
+    results += [InOpenVino(path, threads).run({"image": image.numpy()})[0] for threads in (1, 3)]
+    assert np.array_equal(*results[:2]) and np.array_equal(*results[2:])
+    assert_same(*map(torch.from_numpy, results[1:3]), 1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:the outputs of the file in 8 bits differ")
 @pytest.mark.slow
 def test_in_a_file_in_8_bits_all_convolutions_of_rows_are_kernels(tmp_path: Path) -> None:
@@ -387,6 +410,44 @@ def test_the_bias_corrects_the_mean_error_of_rounded_weights(kind: str, sums: st
     assert np.abs(expected - before["bias"]).max() > 1e-3
 
 
+PERMUTED = """
+<ir_version: 10, opset_import: ["": 20]>
+permuted (float[1, 4, 5, 3] rows) => (float[1, 2, 4, 5] out{more})
+<float[2, 3, 1, 1] weight = {{1, 2, 3, 4, 5, -6}}>
+{{
+    map = Transpose<perm = [0, 3, 1, 2]>(rows)
+    out = Conv(map, weight)
+}}
+"""
+
+
+@pytest.mark.parametrize("more", ["", ", float[1, 3, 4, 5] map"])
+def test_no_map_of_permuted_rows_is_quantised_again(more: str, tmp_path: Path) -> None:
+    """Bytes are permuted for ONNX Runtime, and floats for OpenVINO; the outputs are the same bit for bit."""
+    path, outputs = tmp_path / "exact.onnx", []
+    onnx.save(onnx.parser.parse_model(PERMUTED.format(more=more)), path)
+    feed = {"rows": np.random.default_rng(2).normal(size=(1, 4, 5, 3)).astype(np.float32)}
+    for for_onnxruntime in (True, False):
+        model = put_into_8_bits(path, tmp_path / "rounded.onnx", for_onnxruntime)
+        kinds = Counter(node.op_type for node in model.graph.node)
+        assert kinds["QuantizeLinear"] == 2  # of the rows and of the result
+        outputs.append(File(tmp_path / "rounded.onnx").session.run(None, feed))
+    assert all(map(np.array_equal, *outputs))
+
+
+def test_rows_that_are_their_own_residual_are_read_once(tmp_path: Path) -> None:
+    exact, path = tmp_path / "exact.onnx", tmp_path / "rounded.onnx"
+    feed = float_call(exact, Kind("Convolve", (3, 8, 8), 8, 8), residual="rows")
+    model = put_into_8_bits(exact, path)
+    assert sorted(node.op_type for node in model.graph.node) == [
+        "ConvolveIn8Bits",
+        "DequantizeLinear",
+        "QuantizeLinear",
+    ]
+    found, expected = (steps_of(WithKernels(file).session.run, feed) for file in (path, exact))
+    assert np.abs(found - expected).max() <= 4
+
+
 @pytest.mark.parametrize(("kind", "residual"), [("plain", "none"), ("depthwise", "more")])
 def test_what_kernels_cannot_compute_in_8_bits_stays_in_floating_point(
     kind: str, residual: str, tmp_path: Path
@@ -403,6 +464,32 @@ def test_what_kernels_cannot_compute_in_8_bits_stays_in_floating_point(
     assert calls(path) == {KINDS[kind].name: 1}
     found, expected = (steps_of(WithKernels(file).session.run, feed) for file in (path, exact))
     assert np.abs(found - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("scales", "scales of a weight"), ("residual", "take no residual"), ("scale", "not positive")],
+)
+def test_what_kernels_do_not_compute_in_8_bits_is_refused(change: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "rounded.onnx"
+    feed = float_call(tmp_path / "exact.onnx", KINDS["depthwise"])
+    model = put_into_8_bits(tmp_path / "exact.onnx", path)
+    (call,) = (node for node in model.graph.node if node.domain == DOMAIN)
+    constants = {value.name: value for value in model.graph.initializer}
+    if change == "scales":
+        constants[call.input[-1]].CopyFrom(
+            onnx.numpy_helper.from_array(np.ones(36, np.float32), call.input[-1])
+        )
+    elif change == "residual":
+        constants[call.input[-2]].CopyFrom(
+            onnx.numpy_helper.from_array(np.ones((17, 37), np.uint8), call.input[-2])
+        )
+    else:
+        (scale,) = (option for option in call.attribute if option.name == "scale")
+        scale.f = -0.03
+    onnx.save(model, str(path))
+    with pytest.raises(Exception, match=message):
+        WithKernels(path).session.run(None, feed)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import assert_same, covering, images, random_levels, slow, some, thorough
-from networks import unverified
+from networks import build, unverified
 from ptflops import get_model_complexity_info
 from random_networks import random_case
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from torchvision.models import get_model
 
 import cadsurgery as cs
 from benchmarks.zoo.corpus import CHECKOUT, subject
+from cadsurgery.network.macs import dense_macs
+from cadsurgery.surgery.plan import third_kept
 
 
 def convolutions(*layers: tuple[int, int, int], width: int = 8, **options: Any) -> nn.Sequential:
@@ -139,6 +142,31 @@ def test_macs_of_a_mixed_map_are_those_that_run(name: str, options: dict[str, An
     report = net.macs(image, mask=levels)
     assert report.mask == executed(net, image, mask=levels) == executed(net.optimize(), image, mask=levels)
     assert report.active_fraction == net.active_fraction
+
+
+@pytest.mark.parametrize("name", some(MODELS, every=3))
+def test_macs_of_the_extremes_are_those_that_run(name: str) -> None:
+    net, image = unverified(MODELS[name](), "all"), images(1, 97, 161)
+    report = net.macs(image)
+    assert report.mask == report.high == executed(net, image)
+    assert report.low == executed(net, image, mask="none") == net.macs(image, mask="none").mask
+    assert report.low < report.high
+
+
+@pytest.mark.parametrize("name", [*MODELS, *map(slow, ("resnet18", "mobilenet_v2", "fcn_resnet50"))])
+def test_macs_at_its_own_resolution_are_the_originals(name: str) -> None:
+    model, image = MODELS[name]() if name in MODELS else build(name, by=4), images(1, 97, 129)
+    net = unverified(model, "none")
+    identity = net.plan.identity_level
+    report = net.macs(image)
+    assert (report.low if identity else report.high) == executed(model, image) == dense_macs(model, image)
+
+
+def test_macs_are_counted_without_running() -> None:
+    net, image = unverified(convolutions(*STRIDED), "none"), images(1, 96, 128)
+    net.macs(image)
+    with pytest.raises(cs.InvalidInput, match="not run yet"):
+        _ = net.levels
 
 
 def test_a_report_lists_the_layers_that_add_up_to_it() -> None:
@@ -277,6 +305,48 @@ def test_a_plan_that_makes_maps_finer_says_by_how_much(name: str, size: tuple[in
     assert f"{share}; in the region {report.region_of_high:.2f} of everything high" in str(report)
 
 
+def test_a_plan_that_makes_no_map_finer_says_what_both_ends_cost() -> None:
+    model = MODELS["dilated"]()
+    plan = cs.plan(model, example_input=images(1, 96, 160))
+    low = executed(unverified(model, "none"), images(1, 96, 160))
+    share = low / executed(model, images(1, 96, 160))
+    assert plan.work is not None and not plan.work.is_finer and plan.work.shape == (1, 3, 96, 160)
+    assert f"everything high does 1.00 and everything low {share:.2f} times the work" in plan.summary()
+    assert "finer" not in plan.summary()
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("scenes:FeaturePyramid", None),
+        ("unets:unet_transposed", (97, 161)),
+        slow("unets:unet_transposed", None),
+        thorough("realtime:LinkNet", None),
+        slow("realtime:LinkNet", (96, 160)),
+    ],
+)
+def test_a_plan_says_what_floors_would_save(name: str, size: tuple[int, int] | None) -> None:
+    """The estimate is the MACs of the conversion with floors, in which only a part of LinkNet's decoder is dense."""
+    model = subject(name, CHECKOUT).build().eval()
+    example = {"example_input": images(1, *size)} if size else {}
+    plan, floors = cs.plan(model, **example), cs.plan(model, coarsest=32, **example)
+    assert floors.work is not None and floors.prospect is None and plan.prospect is not None
+    low = floors.work.low / floors.work.given
+    assert plan.prospect.coarsest == 32 and abs(plan.prospect.nothing_kept - low) < 0.005
+    words = f"{low + (1 - low) / 3:.2f} of the MACs of the network as given where a third is kept, {low:.2f} where"
+    assert "coarsest=32 takes about" in plan.summary() and words in plan.summary()
+    assert type(plan).from_json(plan.to_json()).prospect == plan.prospect
+
+
+def test_a_third_kept_takes_what_the_plan_says() -> None:
+    model, image = subject("scenes:FeaturePyramid", CHECKOUT).build().eval(), images(1, 192, 192)
+    net = unverified(model, "none", coarsest=32, example_input=image)
+    kept = torch.zeros(1, 192, 192, dtype=torch.bool)
+    kept[:, :64] = True
+    expected = third_kept(executed(net, image) / executed(model, image))
+    assert abs(executed(net, image, mask=kept) / executed(model, image) - expected) < 0.01
+
+
 @pytest.mark.parametrize("convert", [cs.plan, cs.adaptify])
 def test_what_cannot_be_made_finer_is_told_of_floors(convert: Any) -> None:
     convolutions = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 3, 3, 1, 1)).eval()
@@ -286,6 +356,21 @@ def test_what_cannot_be_made_finer_is_told_of_floors(convert: Any) -> None:
     with pytest.raises(cs.CannotConvert) as caught:
         convert(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()).eval())
     assert "coarsest" not in caught.value.next
+
+
+def test_a_conversion_without_effect_names_floors() -> None:
+    with pytest.warns(cs.CadWarning, match="coarsest=32 takes about"):
+        cs.adaptify(subject("heads:PoseBaseline", CHECKOUT).build().eval())
+
+
+def test_the_work_of_a_plan_is_stored_and_may_be_missing() -> None:
+    plan = cs.plan(MODELS["strided"]())
+    stored = type(plan).from_json(plan.to_json())
+    assert stored.work == plan.work
+    values = json.loads(plan.to_json())
+    del values["work"]  # as in files of earlier versions
+    older = type(plan).from_json(json.dumps(values))
+    assert older.work is None and older == plan and "times the work" not in older.summary()
 
 
 @pytest.mark.slow

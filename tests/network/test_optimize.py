@@ -79,6 +79,17 @@ def test_autocast_is_followed(small: cs.AdaptiveModel) -> None:
     assert_same(found.float(), fast(x), 5e-2)
 
 
+def test_the_network_stays_as_it_is() -> None:
+    """In training mode it is left training; its values and gradients are its own."""
+    net = unverified(build("resnet18", by=4).train(), MIXED)
+    before = copy.deepcopy(net.state_dict())
+    fast = net.optimize()
+    assert net.training and not fast.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert not fast(images(1, 65, 97).requires_grad_()).requires_grad
+
+
 class Boxes(cs.MaskProvider):
     """Keeps what lies left of a column, which may be set before each call."""
 
@@ -117,6 +128,28 @@ def test_state_set_on_a_mask_holds_for_optimised_copies(kind: type[Boxes], is_sh
     again(x)
     assert again.levels.eq(0).any() == is_shared
     assert all(module.training for module in net.modules())
+
+
+def test_threads_do_not_disturb_each_other(small: cs.AdaptiveModel) -> None:
+    """Different sizes and masks at once, weights packed while others run."""
+    fast = small.optimize()
+    tasks = [(images(1, 65 + 8 * i, 97), mask) for i in range(3) for mask in (MIXED, "all", "none")] * 2
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda task: fast(task[0], mask=task[1]), tasks))
+    with torch.no_grad():
+        for (x, mask), value in zip(tasks, found, strict=True):
+            assert_same(value, small(x, mask=mask), 1e-4)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loaded_weights_are_used(small: cs.AdaptiveModel, assign: bool) -> None:
+    """Also after a call has packed those before them."""
+    x, fast = images(1, 65, 97), small.optimize()
+    other = unverified(build("resnet18", by=4), MIXED).optimize()
+    expected, before = fast(x), other(x)
+    other.load_state_dict(copy.deepcopy(fast.state_dict()), assign=assign)
+    assert not torch.equal(before, expected)
+    assert_same(other(x), expected, 1e-5)
 
 
 def test_what_cannot_be_done_says_what_can(small: cs.AdaptiveModel, tmp_path: Any) -> None:
@@ -244,6 +277,19 @@ def test_what_is_constant_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert counted.calls == _Deep.rungs
     assert len(asked) < 3 * len(net.graph.nodes)
     assert_same(fast(x), net(x), 1e-4)
+
+
+@torch.no_grad()
+def test_a_convolution_with_hooks_is_left_alone() -> None:
+    """A hook may make its weight, as the older weight norm does."""
+    model = build("resnet18", by=4)
+
+    def make_weight(module: Any, args: Any) -> None:
+        module.weight.mul_(1.0)
+
+    model.conv1.register_forward_pre_hook(make_weight)
+    fast = unverified(model, MIXED).optimize()
+    assert [type(m) for m in modules_of(fast)].count(nn.Conv2d) == 1
 
 
 @pytest.mark.parametrize("fuse_all", [True, False])
@@ -463,6 +509,16 @@ def test_norms_that_hold_their_activation_are_folded(name: str) -> None:
         assert relative_error(fast(x, mask=mask), net(x, mask=mask)) < 1e-10
 
 
+def test_a_hooked_norm_is_not_taken_apart() -> None:
+    model, seen = timm.create_model("mobilenetv2_050").eval(), list[int]()
+    net = unverified(model, "all")
+    net.get_submodule("bn1").register_forward_hook(lambda *_: seen.append(1))
+    fast = net.optimize()
+    seen.clear()
+    fast(images(1, 64, 64))
+    assert seen == [1]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("optimised", [False, True])
 def test_levels_after_a_call_are_those_of_the_thread(optimised: bool) -> None:
@@ -485,6 +541,13 @@ def test_levels_after_a_call_are_those_of_the_thread(optimised: bool) -> None:
             )
     for pool in pools.values():
         pool.shutdown()
+
+
+def test_a_thread_without_a_call_reads_the_last_one() -> None:
+    net = unverified(strided())
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(net, images(1, 32, 48), mask="all").result()
+    assert net.active_fraction == 1
 
 
 # -- what relies on the memory layout of a map ---------------------------------------------------------
@@ -556,25 +619,3 @@ def test_a_map_can_be_viewed_as_that_of_the_network(
         output = net(x, mask=mask)
         assert output.view(-1).numel() == output.numel()
     assert_same(net(x, mask="all" if net.plan.floors else "none"), model(x))
-
-
-def test_threads_do_not_disturb_each_other(small: cs.AdaptiveModel) -> None:
-    """Different sizes and masks at once, weights packed while others run."""
-    fast = small.optimize()
-    tasks = [(images(1, 65 + 8 * i, 97), mask) for i in range(3) for mask in (MIXED, "all", "none")] * 2
-    with ThreadPoolExecutor(6) as pool:
-        found = list(pool.map(lambda task: fast(task[0], mask=task[1]), tasks))
-    with torch.no_grad():
-        for (x, mask), value in zip(tasks, found, strict=True):
-            assert_same(value, small(x, mask=mask), 1e-4)
-
-
-@pytest.mark.parametrize("assign", [False, True])
-def test_loaded_weights_are_used(small: cs.AdaptiveModel, assign: bool) -> None:
-    """Also after a call has packed those before them."""
-    x, fast = images(1, 65, 97), small.optimize()
-    other = unverified(build("resnet18", by=4), MIXED).optimize()
-    expected, before = fast(x), other(x)
-    other.load_state_dict(copy.deepcopy(fast.state_dict()), assign=assign)
-    assert not torch.equal(before, expected)
-    assert_same(other(x), expected, 1e-5)

@@ -19,6 +19,8 @@ from training import SIZE, Scenes, adaptive
 import cadsurgery as cs
 from cadsurgery.data.images import normalise
 from cadsurgery.finetune import Blend, Draw, Objective, Settings, calibrate, fit
+from cadsurgery.finetune.groups import freeze_unused, make_groups
+from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.masks import FineMapSpec, LearnedMask, MaskProvider, TrainableMask
 from cadsurgery.network.paths import blend
 
@@ -172,6 +174,15 @@ def test_the_loss_is_that_of_its_parts() -> None:
     torch.testing.assert_close(found["loss"], parts)
 
 
+def test_the_published_share_is_that_of_another_sample() -> None:
+    net, inputs = adaptive(LEARNED).eval(), labelled()[0]
+    net(*inputs)
+    sampled = [
+        gradients(Blend(net, share="published"), Draw(0, step, (step,) * 2))[0]["kept"] for step in (0, 1)
+    ]
+    assert sampled[0] != sampled[1]
+
+
 @pytest.mark.slow
 def test_balanced_scores_hold_the_share_while_they_are_trained_and_later() -> None:
     """Two levels of four: what is not at level 0 counts by its elements. The share moves in steps of one cell."""
@@ -281,6 +292,24 @@ def test_noise_belongs_to_an_image_whatever_batch_it_is_in() -> None:
     assert not torch.equal(both, same)
 
 
+def test_under_other_objectives_a_learned_mask_is_found_to_have_no_gradient() -> None:
+    from cadsurgery.finetune.batches import Batch
+
+    inputs, labels = labelled()
+    for name in ("mixed", "any-budget"):
+        net = adaptive(LEARNED).train()
+        net(*inputs)
+        objective = make_objective(name, net, {})
+        freeze_unused(objective, Batch(inputs, labels, (0, 1), (0, 1)), 0)
+        groups = {group.name: group for group in make_groups(objective.own_parameters(), net, Settings())}
+        assert "mask" not in groups
+        assert {name.partition(".")[2] for name in groups["fixed"].parameters} == {
+            f"_mask_provider.estimator.{layer}.{part}"
+            for layer in (0, 2, 5, 7)
+            for part in ("weight", "bias")
+        }
+
+
 @pytest.mark.parametrize(
     ("make", "options", "words"),
     [
@@ -302,6 +331,12 @@ def test_a_network_that_only_hosts_an_adaptive_part_is_refused() -> None:
     net = unverified(Undecided(strided()), "none", example_input=torch.rand(1, 3, 64, 96))
     with pytest.raises(cs.InvalidInput, match="adaptive as a whole"):
         Blend(net)
+
+
+def test_a_learned_mask_inside_wrappers_is_the_one_that_is_trained() -> None:
+    net = adaptive(f"{LEARNED} | dilate:size=3").train()
+    _, moved = gradients(Blend(net))
+    assert any("_mask_provider" in name for name in moved)
 
 
 @pytest.mark.slow

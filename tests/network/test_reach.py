@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels
+from conftest import assert_same, covering, images, random_levels, slow, some
 from networks import Undecided, randomise, unverified
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
@@ -27,7 +27,7 @@ from torchvision.models.mobilenetv3 import InvertedResidualConfig
 from torchvision.models.resnet import BasicBlock
 
 import cadsurgery as cs
-from cadsurgery.masks import resolve_mask
+from cadsurgery.masks import keypoints_at, resolve_mask
 from cadsurgery.network.invocations import find_lattice
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.network.points import readable
@@ -37,6 +37,7 @@ SIZE: Size = (65, 97)
 FILLS = ("linear", "nearest", "guided")
 SEEDS = range(3)  # of random sets of points for each network
 REACHES = pytest.mark.parametrize("reach", ["all", "receptive"])
+PUBLISHED = {"anchor": "center", "fill": "nearest", "pool": "drop", "patch": "block"}
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +187,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "decoding": Decoding,
     "spreading": TransposedConvolution,
 }
+FEW = ("squeezed", "same", "spreading")
 
 
 def size_of(name: str) -> Size:
@@ -276,6 +278,34 @@ def assert_rows(found: list[Tensor], expected: list[Tensor], tolerance: float = 
 # -- the dense output at points: of random networks in laws/test_form_laws.py, here what those have not -----
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "reach"),
+    covering(
+        ["residual", "pools", "depthwise"],
+        [PUBLISHED, {"anchor": "center", "fill": "nearest"}, {"pool": "drop"}],
+        ["receptive", "all"],
+    ),
+)
+@torch.no_grad()
+def test_rows_are_those_of_the_published_geometry_too(name: str, options: dict[str, Any], reach: Any) -> None:
+    net = converted(name, **options)
+    x, points = images(2, *SIZE), points_in(SIZE, 3, 7)
+    levels = levels_of(net, x)
+    expected = rows_of(net(x, mask=levels), points, 2)
+    assert_rows(cs.read_at(net, x, points, mask=levels, reach=reach), expected, limit(reach))
+
+
+@pytest.mark.parametrize("name", some(FEW, every=3))
+@torch.no_grad()
+def test_bfloat16_rows_are_those_of_the_dense_output(name: str) -> None:
+    net, size = converted(name, torch.bfloat16), size_of(name)
+    x, points = images(2, *size, torch.bfloat16), points_in(size, 5, 2)
+    levels = levels_of(net, x)
+    expected = rows_of(net(x, mask=levels), points, 2)
+    assert_rows(cs.read_at(net, x, points, mask=levels), expected)
+    assert_rows(cs.read_at(net, x, points, mask=levels, reach="receptive"), expected, 2e-2)
+
+
 @torch.no_grad()
 def test_points_in_any_form_are_read_in_the_order_given() -> None:
     """Of several types, as arrays, of all images in one tensor, and a point twice."""
@@ -289,6 +319,18 @@ def test_points_in_any_form_are_read_in_the_order_given() -> None:
     for reach in ("all", "receptive"):
         again = cs.read_at(net, x, twice, mask=levels, reach=reach)
         assert_rows(again, [torch.cat((rows.flip(0), rows)) for rows in expected], limit(reach))
+
+
+@torch.no_grad()
+def test_reading_leaves_image_and_network_as_they_were() -> None:
+    net, x, points = converted("residual").train(), images(2, *SIZE), points_in(SIZE, 4, 2)
+    net.eval()
+    state, before = copy.deepcopy(net.state_dict()), x.clone()
+    first = cs.read_at(net, x, points, mask="edges", reach="receptive")
+    cs.macs_at(net, x, points, mask="edges")
+    assert_rows(cs.read_at(net, x, points, mask="edges", reach="receptive"), first)
+    assert torch.equal(x, before)
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
 
 
 # -- only what is needed -------------------------------------------------------------------------------
@@ -386,6 +428,52 @@ def test_a_pool_that_drops_reads_nothing_but_what_it_passes_on(pool: str, rows: 
     assert_rows(cs.read_at(net, x, points, mask="all", reach="receptive"), rows_of(dense, points, 1), 1e-5)
 
 
+@pytest.mark.parametrize("name", ["residual", "same", slow("spreading")])
+def test_nothing_is_computed_twice_or_in_vain(name: str) -> None:
+    """Never more than everything; less for few points unless all of an image is looked at; more points, more work."""
+    net, size = converted(name), size_of(name)
+    x, points = images(2, *size), points_in(size, 12, 8)
+    levels = levels_of(net, x)
+    before = cs.macs_at(net, x, [part[:1] for part in points], mask=levels)
+    assert before.elements[1] < before.elements[0] and before.receptive < before.all
+    first = before
+    for count in (2, 5, 12):
+        found = cs.macs_at(net, x, [part[:count] for part in points], mask=levels)
+        assert found.all == before.all == net.macs(x, mask=levels).mask
+        assert before.receptive <= found.receptive <= found.all
+        assert before.elements[0] == found.elements[0]
+        assert before.elements[1] <= found.elements[1] <= found.elements[0]
+        before = found
+    assert first.receptive < before.receptive
+
+
+def test_all_pixels_need_everything() -> None:
+    net, x = converted("residual"), images(1, 32, 48)
+    levels = levels_of(net, x)
+    y, column = torch.meshgrid(torch.arange(32), torch.arange(48), indexing="ij")
+    found = cs.macs_at(net, x, [torch.stack((column.flatten(), y.flatten()), 1)], mask=levels)
+    assert found.receptive == found.all and found.elements[0] == found.elements[1]
+
+
+@pytest.mark.parametrize("at", some([0, 1, 2]))
+def test_squeeze_excite_needs_the_whole_image_and_nothing_behind_it_does(at: int) -> None:
+    """The later it stands, the more is needed; behind it only what the point depends on."""
+    model = randomise(squeezed(at))
+    net, x = convert(model), images(1, *SIZE)
+    levels, (point,) = levels_of(net, x), points_in(SIZE, 1)
+    found = cs.macs_at(net, x, [point], mask=levels)
+    shares = found.elements[1] / found.elements[0]
+    assert (shares < 0.6, shares > 0.3, shares > 0.6)[at]
+
+
+@pytest.mark.parametrize("mask", ["none", "confidence:threshold=0.9"])
+def test_work_is_that_of_the_mask_with_its_first_pass_too(mask: str) -> None:
+    net, x, (point,) = converted("decoding"), images(1, 64, 96), points_in((64, 96), 1)
+    work = net.macs(x, mask=mask)
+    assert cs.macs_at(net, x, [point], mask=mask).all == work.mask
+    assert (work.of_mask > 0) == (mask != "none")
+
+
 # -- gradients -----------------------------------------------------------------------------------------
 
 
@@ -469,6 +557,26 @@ def test_one_of_several_outputs_is_read_by_its_name_or_place(form: str) -> None:
         with pytest.raises(cs.UnknownName) as caught:
             cs.read_at(net, x, points, output=wrong)
         assert all(str(name) in caught.value.next for name in names)
+
+
+@torch.no_grad()
+def test_the_keypoints_mask_is_given_the_points_that_are_read() -> None:
+    net, x, points = converted("residual"), images(2, *SIZE), points_in(SIZE, 3, 0)
+    mask = "keypoints:detector=given,dilations=5/11"
+    with keypoints_at(points):
+        dense = net(x, mask=mask)
+    levels = net.levels.clone()
+    for reach in ("all", "receptive"):
+        rows = cs.read_at(net, x, points, mask=mask, reach=reach)
+        assert_rows(rows, rows_of(dense, points, 2), limit(reach))
+        assert torch.equal(net.levels, levels)
+    for part, map_ in zip(points, levels, strict=True):
+        for point in part:
+            assert map_[samples(point, 2, dense)] == 0
+    with keypoints_at(points):
+        assert cs.macs_at(net, x, points, mask=mask).all == net.macs(x, mask=mask).mask
+    with pytest.raises(cs.InvalidInput, match="no keypoints"):
+        net(x, mask=mask)
 
 
 @REACHES
@@ -592,6 +700,12 @@ def test_an_unknown_choice_is_refused_with_the_choices(
 
 
 @READ
+def test_a_mask_of_another_size_is_refused(read: Callable[..., Any]) -> None:
+    with pytest.raises(cs.InvalidInput, match=r"shape \(1, 3, 3\)"):
+        read(converted("residual"), images(1, *SIZE), points_in(SIZE, 1), mask=torch.zeros(1, 3, 3).long())
+
+
+@READ
 def test_an_output_that_is_made_behind_the_region_is_refused(read: Callable[..., Any]) -> None:
     model = nn.Sequential(residual(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
     net = convert(model)
@@ -621,3 +735,8 @@ def test_what_is_not_converted_is_refused(read: Callable[..., Any], net: Any) ->
     with pytest.raises(cs.InvalidInput, match="no network that is adaptive") as caught:
         read(net, images(1, *SIZE), points_in(SIZE, 1))
     assert "adaptify" in caught.value.next
+
+
+def test_work_of_a_network_in_training_is_refused() -> None:
+    with pytest.raises(cs.InvalidInput, match="training mode"):
+        cs.macs_at(converted("residual").train(), images(1, *SIZE), points_in(SIZE, 1))

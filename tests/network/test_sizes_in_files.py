@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +13,8 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
-from conftest import thorough
-from exported import File
+from conftest import slow, thorough
+from exported import File, onnx
 from networks import conv_norm, randomise, strided, unverified
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
@@ -23,6 +24,7 @@ from cadsurgery.elements.backends import dense, portable, reference
 from cadsurgery.network.export import compare
 from cadsurgery.network.export import onnx as onnx_files
 from cadsurgery.network.export.onnx import Exportable, follow
+from cadsurgery.network.export.quiet import quietly
 
 
 class Stages(nn.Module):
@@ -65,6 +67,13 @@ def test_sizes_do_not_grow_with_the_number_of_stages() -> None:
     assert longest_size(5) == longest_size(3)
 
 
+@pytest.mark.slow
+def test_nothing_that_names_sizes_anew_is_left_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    cs.export(converted(2), torch.rand(1, 3, 64, 96), path, dynamic=True)
+    assert {node.domain for node in onnx.load(path).graph.node} <= {"", "ai.onnx"}
+
+
 class Cancels(nn.Sequential):
     """Sums in which large numbers cancel, so that float32 rounds to some ten thousandths."""
 
@@ -95,6 +104,13 @@ def test_a_file_may_differ_by_what_its_network_rounds(
     with pytest.raises(cs.CannotConvert, match="whose own rounding, in float32 instead of float64, is"):
         cs.export(net, image, tmp_path / "other.onnx")
     assert not (tmp_path / "other.onnx").exists()
+
+
+def test_of_several_differences_the_largest_decides() -> None:
+    assert compare.check_difference([0.0, 1e-6, 1e-7]) == pytest.approx(1e-6)
+    for largest in (1.0, float("nan")):
+        with pytest.raises(cs.CannotConvert, match="the written file differs"):
+            compare.check_difference([0.0, largest, 1e-7])
 
 
 SHORT = "all"  # a mask that asks for no operations: for what raises whatever the file computes
@@ -150,6 +166,13 @@ def test_a_number_that_depends_on_values_is_refused_at_its_operation_and_nothing
     assert not list(tmp_path.iterdir()) and capfd.readouterr() == ("", "")
 
 
+def test_what_others_print_while_torch_is_silent_is_seen_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """Progress bars are drawn on stderr while a network is traced."""
+    with quietly():
+        print("tracing", file=sys.stderr)
+        assert capfd.readouterr().err == "tracing\n"
+
+
 # What raises while a file is written: the owner's module, and the function's name in it.
 PHASES = {
     ("net.onnx", "copy"): ("cadsurgery.network.export.onnx", "Exportable"),
@@ -194,6 +217,25 @@ def test_whatever_raises_is_refused_and_leaves_nothing(
     assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [(file, b"an older file")]
 
 
+class Bessel(nn.Module):
+    """An operation that ONNX does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j1(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [slow(False), True])
+def test_an_operation_without_onnx_is_named_with_its_module(dynamic: bool, tmp_path: Path) -> None:
+    model = nn.Sequential(strided(2, outputs=4), Bessel(), nn.Conv2d(4, 4, 1)).eval()
+    net = unverified(model, SHORT, example_input=torch.rand(1, 3, 64, 96))
+    with pytest.raises(cs.CannotConvert, match="No ONNX function found") as refusal:
+        cs.export(net, torch.rand(1, 3, 64, 96), tmp_path / "net.onnx", dynamic=dynamic)
+    assert refusal.value.where.startswith("special_bessel_j1 (test_sizes_in_files.py:")
+    assert refusal.value.where.endswith(", in the original 1")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_file_half_written_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = unverified(strided(2, outputs=4), SHORT, example_input=torch.randn(1, 3, 64, 96))
@@ -234,6 +276,24 @@ def test_a_path_that_cannot_be_written_is_refused_before_any_work(suffix: str, t
             path = tmp_path / f"{name}.{suffix}"
             cs.export(net, torch.rand(1, 3, 96, 128), path, step=lambda text, *more: steps.append(text))
     assert not steps and len(list(tmp_path.iterdir())) == 2
+
+
+class Pair(nn.Module):
+    """Adds the mean of another image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = strided()
+
+    def forward(self, image: Tensor, other: Tensor) -> Tensor:
+        return self.layers(image) + other.mean()
+
+
+def test_a_network_that_takes_more_than_an_image_is_refused(tmp_path: Path) -> None:
+    image = torch.randn(1, 3, 64, 96)
+    net = cs.adaptify(Pair().eval(), "edges", example_input=(image, image)).eval()
+    with pytest.raises(cs.InvalidInput, match="takes image, other, and only the image is given"):
+        cs.export(net, image, tmp_path / "net.onnx")
 
 
 class SeveralKinds(nn.Module):

@@ -28,9 +28,10 @@ import cadsurgery as cs
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window
-from cadsurgery.elements.lattice import Bounds, Geometry
+from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 from cadsurgery.masks import FineMapSpec
 from cadsurgery.masks.masking import Masking
+from cadsurgery.network.cuda_graphs import bucket
 
 BUDGET = "edges | budget:fraction=0.34"
 double = torch.float64
@@ -40,6 +41,16 @@ double = torch.float64
 def fresh_compiler() -> None:
     """No graph of another test counts against the compiler's limits."""
     torch._dynamo.reset()
+
+
+def patch_levels(batch: int, size: tuple[int, int], geometry: Geometry, kept: int) -> Tensor:
+    """Level 0 in exactly `kept` random patches of the batch, the lowest level elsewhere."""
+    side = geometry.sides[-1]
+    rows, columns = (-(-length // side) for length in size)
+    levels = torch.full((batch * rows * columns,), geometry.max_level)
+    levels[torch.randperm(len(levels))[:kept]] = 0
+    levels = levels.view(batch, rows, columns)
+    return levels.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, : size[0], : size[1]]
 
 
 def graphs(backend: str = "eager") -> CompileCounterWithBackend:
@@ -109,6 +120,16 @@ def test_a_budget_keeps_the_patches_it_promises(fraction: float, per_batch: bool
     bounds = Bounds.of_patches(geometry, 3, size, (kept,))
     assert all(bounds.least[s] <= len(lattice.at(s)) <= bounds.most[s] for s in range(3))
     assert bounds.level == lattice.uniform_level
+
+
+@pytest.mark.parametrize("per_octave", [1, 3, 4, 8])
+def test_buckets_are_a_partition_and_waste_little(per_octave: int) -> None:
+    previous = bucket(0, per_octave)
+    for count in range(1, 3000):
+        least, most = found = bucket(count, per_octave)
+        assert least <= count <= most <= count * 2 ** (1 / per_octave) + 1
+        assert found == previous or least == previous[1] + 1
+        previous = found
 
 
 # -- operations on elements ----------------------------------------------------------------------------
@@ -220,6 +241,21 @@ def test_padding_changes_nothing(name: str, size: tuple[int, int], fill: Any) ->
             assert_same(found, expected, 1e-5 if dtype == torch.float32 else 1e-12)
 
 
+def test_options_of_the_published_method_have_bounds_too() -> None:
+    """anchor="center" and pool="drop"."""
+    geometry = Geometry((2, 2), fill="nearest", anchor="center", pool="drop", patch="block")
+    levels = patch_levels(2, (16, 24), geometry, 10)
+    dense, weight = torch.randn(2, 4, 16, 24, dtype=double), torch.randn(4, 4, 3, 3, dtype=double)
+    bounds = Bounds((0, 0, 0), (768, 700, 700))
+
+    def done(lattice: Lattice) -> Tensor:
+        x = functional.conv2d(functional.to_elements(dense, lattice), weight, None, PAIR, 0)
+        x = functional.max_pool2d(x, Window((2, 2), 2), 1)
+        return functional.to_dense(functional.conv2d(x, weight, None, PAIR._replace(spacing=2), 1))
+
+    assert_same(done(geometry.lattice(levels, bounds)), done(geometry.lattice(levels)), 1e-12)
+
+
 # -- networks ------------------------------------------------------------------------------------------
 
 
@@ -255,6 +291,38 @@ def test_one_graph_serves_every_image_of_a_size() -> None:
 
 
 @pytest.mark.slow
+def test_another_size_is_another_graph_and_other_weights_are_the_same() -> None:
+    net, seen = converted(strided(outputs=4, kernel=3)), graphs()
+    fast = torch.compile(net, backend=seen, fullgraph=True)
+    with torch.no_grad():
+        for count, size in enumerate([(64, 96), (65, 97)], 1):
+            x = images(1, *size)
+            assert_same(fast(x), net(x), 1e-5)
+            assert seen.frame_count == count
+        net.load_state_dict(strided(outputs=4, kernel=3).state_dict())
+        assert_same(fast(x), net(x), 1e-5)
+        assert seen.frame_count == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["all", "none"])
+def test_uniform_masks_compile_to_the_dense_networks(mask: str) -> None:
+    net, seen, x = converted(normed_trunk(), mask), graphs(), images(1, 65, 97)
+    with torch.no_grad():
+        assert_same(torch.compile(net, backend=seen, fullgraph=True)(x), net(x), 1e-5)
+    names = [str(node.target) for graph in seen.graphs for node in graph.graph.nodes]
+    assert not any("product_by_table" in name for name in names)
+
+
+@pytest.mark.slow
+def test_a_mask_of_a_call_is_compiled_too() -> None:
+    net, x, mask = converted(normed_trunk(), "edges"), images(1, 64, 96), cs.Budget("edges", 0.5)
+    fast = torch.compile(lambda image: net(image, mask=mask), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert_same(fast(x), net(x, mask=mask), 1e-5)
+
+
+@pytest.mark.slow
 def test_compiled_training_is_eager_training() -> None:
     """Outputs, gradients and running statistics, on sizes with padding."""
     net = converted(normed_trunk().double()).train()
@@ -278,6 +346,20 @@ class Excited(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * getattr(x, self.how)(dim=(2, 3), keepdim=True).sigmoid()
+
+
+@pytest.mark.slow
+def test_operations_on_a_whole_image_are_compiled() -> None:
+    """fullgraph: no break. On sizes with padding, which no reduction may count."""
+    reductions = [Excited(how) for how in ("mean", "sum", "norm", "var", "std", "amax", "amin")]
+    norms = [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)]
+    net = converted(
+        nn.Sequential(*strided(outputs=4, kernel=3), *reductions, *norms, nn.Conv2d(4, 4, 3, 1, 1)).eval()
+    )
+    x, seen = images(2, 72, 104), graphs("aot_eager")
+    with torch.no_grad():
+        assert_same(torch.compile(net, backend=seen, fullgraph=True)(x), net(x), 1e-5)
+    assert seen.frame_count == 1
 
 
 @pytest.mark.slow
@@ -363,6 +445,25 @@ def test_an_exported_program_runs_without_the_package(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE, *paths], cwd=tmp_path, check=True)
     with torch.no_grad():
         assert_same(torch.load(tmp_path / "y.pt"), net(x), 1e-5)
+
+
+@pytest.mark.slow
+def test_strict_export_is_torch_operations_too() -> None:
+    net, x = converted(strided(outputs=4, kernel=3)), images(1, 64, 96)
+    program = torch.export.export(net, (images(1, 64, 96),), strict=True)
+    with torch.no_grad():
+        assert_same(program.module()(x), net(x), 1e-5)
+    assert not any("cadsurgery" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.slow
+def test_export_leaves_the_network_and_its_last_call_alone(tmp_path: Path) -> None:
+    net, x = converted(strided(outputs=4, kernel=3)), images(1, 64, 96)
+    with torch.no_grad():
+        before = net(x)
+        torch.export.export(net, (images(1, 64, 96),))
+        assert net.levels.shape == (1, 8, 12) and type(net.levels) is Tensor
+        assert torch.equal(net(x), before)
 
 
 @pytest.mark.slow

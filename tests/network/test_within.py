@@ -282,6 +282,24 @@ def test_what_is_changed_in_place_is_read_as_it_is_then() -> None:
     assert net.macs(image, within=[boxes]).of_whole < 1
 
 
+@torch.no_grad()
+def test_transposed_convolutions_with_norms_are_computed_in_boxes_and_bands() -> None:
+    """Their norms are folded in an inference copy, and their weights have another place there."""
+
+    def make() -> nn.Module:
+        up = [nn.ConvTranspose2d(8, 6, 4, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU()]
+        more = [nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)]
+        return nn.Sequential(*strided(3, 8), *up, *more, nn.Conv2d(6, 3, 1))
+
+    net = unverified(seeded(make), "all", coarsest=16, example_input=torch.randn(1, 3, 64, 64).double())
+    image, boxes = torch.randn(1, 3, 160, 128).double(), torch.tensor([[60, 70, 70, 90], [0, 0, 4, 4]])
+    whole = net.optimize()(image)
+    folded = net.optimize(False, memory="1GiB")
+    for copied in (net.optimize(), net.optimize(memory="1GiB"), folded):
+        assert_parts(whole, cs.read_within(copied, image, [boxes]), [boxes], (160, 128))
+        torch.testing.assert_close(copied(image), whole)
+
+
 DEPENDING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a factor of its size": lambda x, y: y / y.shape[3],
     "a value of its size": lambda x, y: y * torch.full((1,), float(y.shape[2]), dtype=y.dtype),
@@ -513,6 +531,16 @@ def test_gradients_flow_through_boxes() -> None:
     net(image)[:, :, 50:60, 50:60].sum().backward()
     for one, parameter in zip(found, net.parameters(), strict=True):
         assert one is not None and parameter.grad is not None and torch.allclose(one, parameter.grad)
+
+
+def test_a_copy_in_a_memory_is_computed_in_boxes_too() -> None:
+    net = made("unet", "floors", fast=False)
+    image = torch.randn(1, 3, 128, 96, dtype=torch.float64)
+    mask, boxes = mask_of(net, image, "floors"), torch.tensor([[30, 30, 60, 50]])
+    banded = net.optimize(memory="1GiB")
+    assert_parts(
+        banded(image, mask=mask), cs.read_within(banded, image, [boxes], mask=mask), [boxes], (128, 96)
+    )
 
 
 # -- random networks, and those of the corpus ------------------------------------------------------------
