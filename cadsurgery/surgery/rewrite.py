@@ -415,17 +415,17 @@ def acts_of(node: fx.Node, flow: Flow) -> Treatment:
         treatment = treat(node, replace(flow, pads={}))
     operands = {source: Operand(index) for index, source in enumerate(node.all_input_nodes)}
 
-    def placed(value: Any) -> Any:
+    def with_operands(value: Any) -> Any:
         if isinstance(value, Call):
-            return replace(value, args=placed(value.args), kwargs={})
+            return replace(value, args=with_operands(value.args), kwargs={})
         return fx.map_arg(value, lambda read: operands.get(read, Operand(-1)))
 
-    arguments = tuple((name, placed(value)) for name, value in treatment.arguments)
+    arguments = tuple((name, with_operands(value)) for name, value in treatment.arguments)
     return Treatment(
         *(treatment.kind, treatment.why, treatment.call, arguments, treatment.window, treatment.then),
         layout=flow.layout(node) or (NCHW if treatment.kind == "broadcast" and flow.is_map(node) else ""),
         scale=treatment.scale,
-        covers=placed(treatment.covers),
+        covers=with_operands(treatment.covers),
         or_more=treatment.or_more,
     )
 

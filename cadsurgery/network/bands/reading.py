@@ -204,7 +204,7 @@ class BandPlan:
             elif self._is_enlarged(node):
                 self._add(node, self._enlarged(node))
             else:
-                self.walk_of[node] = self._walk_of(node.all_input_nodes)
+                self.walk_of[node] = self._latest_walk(node.all_input_nodes)
         if not computes:
             self._read_what_is_changed()
         kept, returned = (
@@ -237,7 +237,7 @@ class BandPlan:
         read = (self.parts.get(source, [source]) for source in node.all_input_nodes if self._has_map(source))
         return list(dict.fromkeys(one for some in read for one in some))
 
-    def _walk_of(self, nodes: Iterable[fx.Node]) -> int:
+    def _latest_walk(self, nodes: Iterable[fx.Node]) -> int:
         return max((self.walk_of.get(node, 0) for node in nodes), default=0)
 
     def _read_node(self, node: fx.Node) -> None:
@@ -297,7 +297,7 @@ class BandPlan:
         made.copied = [self.maps[one] for one in made.copies if one in self.maps]
         if made.compute is not None:
             self.walk_of.setdefault(
-                node, self._walk_of((*node.all_input_nodes, *(one for one, _ in made.reads)))
+                node, self._latest_walk((*node.all_input_nodes, *(one for one, _ in made.reads)))
             )
         self.maps[node] = made
 
