@@ -121,8 +121,10 @@ def test_what_is_not_unpooled_on_elements_says_why_and_is_the_networks(reason: s
 
 @pytest.mark.parametrize("reason", some(ENDS, every=3), ids=lambda reason: reason or "returned")
 @torch.no_grad()
+@pytest.mark.usefixtures("one_thread")
 def test_what_is_not_unpooled_on_elements_is_the_networks_under_floors(reason: str) -> None:
-    """Its pooling runs dense: inside a cell there are no places of maxima."""
+    """Its pooling runs dense: inside a cell there are no places of maxima. Where windows overlap, several values are put
+    at one place, and which of them stays is for threads to race for."""
     torch.manual_seed(0)
     model = Once(*ENDS[reason]).eval().double()
     x = images(2, 48, 64, double)
