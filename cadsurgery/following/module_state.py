@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import is_
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -22,13 +23,26 @@ from cadsurgery.following.example_tracer import name_spaces
 
 _MISSING = object()
 # Values without contents of their own, or whose contents belong to others.
-_PLAIN = (Tensor, nn.Module, type, FunctionType, MethodType, ModuleType, str, bytes, int, float, type(None))
+_PLAIN = (
+    Tensor,
+    nn.Module,
+    type,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    str,
+    bytes,
+    int,
+    float,
+    type(None),
+    tuple,
+)
 _CONSTANT = re.compile(r"_\w+_constant\d+")
 _PARTS_OF_MODULE = ("_parameters", "_buffers")
 _CONTAINERS = (dict, list, set, deque)
-_PYTHON = {*sys.stdlib_module_names, "builtins", "torch"}
-# Modules of Python's library whose classes hold nothing but what others put into them.
-_HOLDERS = {"types", "argparse", "collections"}
+# Modules whose classes and functions hold nothing of a network: of Python's library all but those whose classes hold
+# only what others put into them.
+_PYTHON = {*sys.stdlib_module_names, "builtins", "torch"} - {"types", "argparse", "collections"}
 
 
 @dataclass(frozen=True)
@@ -192,12 +206,13 @@ def _containers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             inside = part if _is_container(part) else _attributes(part)
             if inside is not None:
                 waiting.append((place if _is_part_of_module(key) else _join(place, key), inside))
-    seen |= _containers_of_python()
+    found = dict[int, tuple[str, Any]]()
     for space in spaces.values():
         for name, value in list(space.items()):
             if _is_container(value) and id(value) not in seen and not name.startswith("__"):
-                seen.add(id(value))
-                yield name, value
+                found.setdefault(id(value), (name, value))
+    of_python = _held_by_python(found.keys())
+    yield from (named for number, named in found.items() if number not in of_python)
 
 
 def _enclosed(values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
@@ -233,7 +248,7 @@ def _is(value: Any, kinds: type | tuple[type, ...]) -> bool:
 
 def _is_of_python(kind: Any) -> bool:
     """True for classes and functions of Python and torch, whose attributes and globals belong to no network."""
-    return str(kind.__module__).partition(".")[0] in _PYTHON - _HOLDERS
+    return str(kind.__module__).partition(".")[0] in _PYTHON
 
 
 def _is_container(value: Any) -> bool:
@@ -242,7 +257,7 @@ def _is_container(value: Any) -> bool:
 
 def _attributes(value: Any) -> dict[str, Any] | None:
     """Return the attributes of an object of the network's own code; None for any other value."""
-    if _is(value, (*_PLAIN, tuple)) or _is_of_python(type(value)):
+    if _is(value, _PLAIN) or _is_of_python(type(value)):
         return None
     try:
         attributes = object.__getattribute__(value, "__dict__")
@@ -251,12 +266,12 @@ def _attributes(value: Any) -> dict[str, Any] | None:
     return attributes if type(attributes) is dict else None
 
 
-def _containers_of_python() -> set[int]:
-    """Return the ids of containers that are global in Python's library, such as `sys.modules`."""
+def _held_by_python(numbers: Set[int]) -> set[int]:
+    """Return which ids are of values that are global in Python's library, such as `sys.modules`."""
     names = [name for name in list(sys.modules) if name.partition(".")[0] in sys.stdlib_module_names]
     modules = [sys.modules.get(name) for name in names]
     spaces = [vars(module) for module in modules if type(module) is ModuleType]
-    return {id(value) for space in spaces for value in list(space.values()) if _is_container(value)}
+    return {number for space in spaces for number in numbers & set(map(id, list(space.values())))}
 
 
 # -- containers by the methods of their base class -------------------------------------------------------------
@@ -264,6 +279,8 @@ def _containers_of_python() -> set[int]:
 
 def _methods(held: Any) -> Any:
     """Return the class whose methods read and write a container: none of its own."""
+    if type(held) in _CONTAINERS:  # nearly always, and this is asked of all that a network holds
+        return type(held)
     return next(kind for kind in (OrderedDict, *_CONTAINERS) if _is(held, kind))
 
 
@@ -282,15 +299,15 @@ def _contents(held: Any) -> Any:
 
 
 def _differs(held: Any, contents: Any) -> bool:
-    now = _items(held) if _is(held, dict) else _values(held)
-    if len(now) != len(contents):
+    kind = _methods(held)
+    if kind.__len__(held) != len(contents):
         return True
-    if _is(held, set):
-        return {*map(id, now)} != {*map(id, contents)}
+    if kind is set:
+        return {*map(id, set.__iter__(held))} != {*map(id, contents)}
     if not _is(held, dict):
-        return any(a is not b for a, b in zip(now, contents, strict=True))
-    pairs = zip(now, contents.items(), strict=True)
-    return any(a is not b or value is not other for (a, value), (b, other) in pairs)
+        return not all(map(is_, kind.__iter__(held), contents))
+    keys, values = kind.keys(held), kind.values(held)
+    return not (all(map(is_, keys, contents)) and all(map(is_, values, contents.values())))
 
 
 def _put_back(held: Any, contents: Any) -> None:
