@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from cadsurgery.elements.axes import NCHW
 from cadsurgery.following.facts import MapFacts
+from cadsurgery.following.slices import parts_of_index
 from cadsurgery.support.torch_operations import asks, name_of
 
 # Shifts by no more samples than that are those of windows: paddings, and what transposed convolutions leave over.
@@ -182,14 +183,9 @@ def _crop(node: fx.Node, layout: str, source: fx.Node, facts: MapFacts, grid: in
     """Return the shift of a crop; parts of a map that another operation cut are taken for moved."""
     if source not in facts.shapes:  # one of several values
         return _part(node, source, facts)
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     if not layout:
         return None
-    parts = [part for part in index if part is not None]
-    if any(part is ... for part in parts):
-        dots = next(i for i, part in enumerate(parts) if part is ...)
-        fill = [slice(None)] * (len(layout) - len(parts) + 1)
-        parts = [*parts[:dots], *fill, *parts[dots + 1 :]]
+    parts = [part for part in parts_of_index(node.args[1], len(layout)) if part is not None]
     by = dict.fromkeys("hw", 0)
     for axis, part, length in zip(layout, parts, facts.shapes[source], strict=False):
         if axis not in by:

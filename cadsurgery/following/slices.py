@@ -38,22 +38,30 @@ def slices_of(node: Any, facts: Facts) -> Slices | None:
     """Return the slices that an index takes of a tensor, one for each axis; None for any other operation."""
     if not isinstance(node, fx.Node) or node.target is not operator.getitem:
         return None
-    source: Any = node.args[0]
-    asked: Any = node.args[1]
-    rank, parts = len(facts.shapes.get(source, ())), list(asked) if isinstance(asked, tuple) else [asked]
-    if any(part is ... for part in parts):
-        dots = next(i for i, part in enumerate(parts) if part is ...)
-        parts[dots : dots + 1] = [slice(None)] * (rank - len(parts) + 1)
+    rank = len(facts.shapes.get(node.args[0], ()))  # type: ignore[arg-type]
+    parts = parts_of_index(node.args[1], rank)
     parts += [slice(None)] * (rank - len(parts))
     return tuple(parts) if parts and all(isinstance(part, slice) for part in parts) else None
 
 
+def parts_of_index(asked: Any, axes: int) -> list[Any]:
+    """Return the parts of an index of a tensor of so many axes, with slices in place of an ellipsis."""
+    index: list[Any] = list(asked) if isinstance(asked, tuple) else [asked]
+    if any(part is Ellipsis for part in index):
+        at = next(i for i, part in enumerate(index) if part is Ellipsis)
+        used = sum(part is not None for part in index) - 1
+        index[at : at + 1] = [slice(None)] * (axes - used)
+    return index
+
+
+def is_whole(part: Any) -> bool:
+    """True for a slice that takes all of an axis."""
+    is_slice = isinstance(part, slice) and part.stop is None
+    return is_slice and part.start in (None, 0) and part.step in (None, 1)
+
+
 def _joined(inner: slice, outer: slice) -> slice | None:
     """Return the slice of an axis that two slices give one after the other; None if both take parts."""
-    if _is_whole(outer):
+    if is_whole(outer):
         return inner
-    return outer if _is_whole(inner) else None
-
-
-def _is_whole(part: slice) -> bool:
-    return part in (slice(None), slice(0, None), slice(None, None, 1), slice(0, None, 1))
+    return outer if is_whole(inner) else None

@@ -32,6 +32,7 @@ from cadsurgery.elements.axes import (
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.following.facts import MapFacts
 from cadsurgery.following.graphs import axes_order
+from cadsurgery.following.slices import is_whole, parts_of_index
 from cadsurgery.following.tracer import assign
 from cadsurgery.support.torch_operations import spellings
 from cadsurgery.surgery.rule_arguments import (
@@ -392,16 +393,6 @@ class _Index(NamedTuple):
     crops: dict[str, slice]
 
 
-def parts_of_index(asked: Any, axes: int) -> list[Any]:
-    """Return the parts of an index of a tensor of so many axes, with slices in place of an ellipsis."""
-    index: list[Any] = list(asked) if isinstance(asked, tuple) else [asked]
-    if any(part is Ellipsis for part in index):
-        at = next(i for i, part in enumerate(index) if part is Ellipsis)
-        used = sum(part is not None for part in index) - 1
-        index[at : at + 1] = [slice(None)] * (axes - used)
-    return index
-
-
 def _read_index(asked: Any, layout: str, facts: MapFacts) -> _Index | str:
     """Return what an index takes of a map, or the reason why elements cannot be indexed so."""
     index = parts_of_index(asked, len(layout))
@@ -416,7 +407,7 @@ def _read_index(asked: Any, layout: str, facts: MapFacts) -> _Index | str:
             crops[axis] = part
         elif axis == "c" and _takes_channels(part, rows, facts):
             rows.append(part)
-        elif not (isinstance(part, slice) and part in (slice(None), slice(0, None), slice(None, None, 1))):
+        elif not is_whole(part):
             return f"it takes parts of {axis_word(axis)}"
         after += axis if not isinstance(part, int) else ""
     return _Index(tuple(rows), after + layout[dim:], crops)

@@ -29,6 +29,7 @@ from cadsurgery.following.arguments import in_order
 from cadsurgery.following.equivalence import meta_copy
 from cadsurgery.following.graphs import module_of
 from cadsurgery.following.guards import is_whole
+from cadsurgery.following.slices import parts_of_index
 from cadsurgery.network.bands import element_steps, steps
 from cadsurgery.network.bands.element_steps import Cells, Grid
 from cadsurgery.network.bands.steps import WholeImage
@@ -38,7 +39,6 @@ from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import CannotConvert
 from cadsurgery.support.torch_internals import tree_map
 from cadsurgery.support.torch_operations import Kind, is_kind, name_of
-from cadsurgery.surgery.channel_rules import parts_of_index
 from cadsurgery.surgery.refusals import source_line
 from cadsurgery.surgery.rewrite import ACTS, Operand, ask_mask
 from cadsurgery.surgery.rule_arguments import arguments_of
