@@ -8,15 +8,15 @@ import itertools
 import operator
 import os
 import pickle
-import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from conftest import assert_same, covering, slow, some, thorough
-from networks import ResidualSegmenter, Segmenter, build, seeded, strided, unverified
+from networks import Encoded, ResidualSegmenter, Segmenter, build, seeded, strided, unverified
 from random_networks import random_case
 from timm.layers import CondConv2d
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
@@ -194,35 +194,32 @@ def made(name: str) -> nn.Module:
 
 
 # Bands of the fewest rows find most. (With a mask: the rows of `test_rows_are_those_of_the_call_from_any_start`.)
+# Bands of the fewest rows find most. (With a mask: the rows of `test_rows_are_those_of_the_call_from_any_start`.)
+FLOORS, SIZE = {"coarsest": 16}, (75, 101)
 WHOLE = [
-    (name, mask, rows) if name in SMALL and (mask, rows) == ("all", 1) else thorough(name, mask, rows, few=3)
+    (name, mask, rows, FLOORS, SIZE)
+    if name in SMALL and (mask, rows) == ("all", 1)
+    else thorough(name, mask, rows, FLOORS, SIZE, few=3)
     for name, mask, rows in itertools.product((*SMALL, "convnext", *LIBRARY), ("all", MASK), (1, 16, 1000))
 ]
+STRIDES = [(name, MASK, 8, {}, (131, 101)) for name in ("strided", "segmenter", "decoder")]
+STRIDES += [slow(name, MASK, 64, {}, (131, 101)) for name in ("strided", "segmenter", "decoder", *LIBRARY)]
+STRIDES += [slow(name, MASK, 8, {}, (131, 101)) for name in LIBRARY]
 
 
-@pytest.mark.parametrize(("name", "mask", "rows"), WHOLE)
+@pytest.mark.parametrize(("name", "mask", "rows", "options", "size"), [*WHOLE, *STRIDES])
 @torch.no_grad()
-def test_in_bands_is_whole(name: str, mask: str, rows: int) -> None:
-    """Floors; at odd sizes, for bands of the fewest rows and for one band. `all` is the network as given."""
-    net = unverified(made(name), mask, example_input=picture(64, 96), coarsest=16)
-    image = picture(75, 101)
+def test_in_bands_is_whole(
+    name: str, mask: str, rows: int, options: dict[str, Any], size: tuple[int, int]
+) -> None:
+    """Floors, where `all` is the network as given, and removed strides; at odd sizes, for bands of the fewest rows and
+    for one band."""
+    net, image = unverified(made(name), mask, example_input=picture(64, 96), **options), picture(*size)
     whole, banded = net.optimize(), net.optimize(memory=MUCH)
     with bands_of(rows):
         output = banded(image)
     assert difference(whole(image), output) < 1e-9
     assert torch.equal(whole.levels, banded.levels)
-
-
-@pytest.mark.parametrize("rows", [8, slow(64)])
-@pytest.mark.parametrize("name", ["strided", "segmenter", "decoder", *(slow(one) for one in LIBRARY)])
-@torch.no_grad()
-def test_in_bands_is_whole_where_strides_are_removed(name: str, rows: int) -> None:
-    model, example = made(name), picture(64, 96)
-    net = unverified(model, MASK, example_input=example)
-    image = picture(131, 101)
-    with bands_of(rows):
-        output = net.optimize(memory=MUCH)(image)
-    assert difference(net.optimize()(image), output) < 1e-9
 
 
 class InPlace(nn.Module):
@@ -268,16 +265,6 @@ def test_a_change_in_place_reaches_what_is_read_behind_it_alone(
     with bands_of(rows):
         output = net.optimize(memory=MUCH)(image)
     assert difference(expected, output) < 1e-9 and difference(expected, net.optimize()(image)) < 1e-9
-
-
-@torch.no_grad()
-def test_a_map_read_behind_a_change_of_a_view_of_it_is_refused_in_bands_alone() -> None:
-    model, image = seeded(lambda: InPlace(IN_PLACE["view"], skips=True)), picture(75, 101)
-    net = unverified(model, "all", example_input=picture(64, 96), coarsest=16)
-    assert difference(model(image), net.optimize()(image)) < 1e-9
-    with pytest.raises(cs.CannotConvert, match="cannot be computed in bands") as refusal:
-        net.optimize(memory=MUCH)(image)
-    assert refusal.value.why == "it changes in place what others read."
 
 
 @pytest.mark.slow
@@ -344,18 +331,12 @@ def test_other_types_agree_up_to_their_rounding(dtype: torch.dtype, error: float
 @torch.no_grad()
 def test_threads_may_call_it_at_once() -> None:
     net = unverified(made("strided"), MASK, example_input=picture(64, 96), coarsest=16)
-    banded, images = net.optimize(memory=MUCH), [picture(80, 96) for _ in range(4)]
-    expected, outputs = [net.optimize()(image) for image in images], dict[int, Any]()
-
-    def call(number: int) -> None:
-        outputs[number] = banded(images[number])
-
-    threads = [threading.Thread(target=call, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(difference(one, outputs[number]) < 1e-9 for number, one in enumerate(expected))
+    images = [picture(80, 96) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(torch.no_grad()(net.optimize(memory=MUCH)), images))
+    assert all(
+        difference(net.optimize()(one), found) < 1e-9 for one, found in zip(images, outputs, strict=True)
+    )
 
 
 @torch.no_grad()
@@ -421,39 +402,26 @@ def test_rows_can_be_computed_again_and_leave_gradients_to_the_caller(mask: str)
 
 
 def test_rows_of_what_has_no_such_rows_are_refused() -> None:
-    net = unverified(made("strided"), "all", example_input=picture(64, 96), coarsest=16)
-    with pytest.raises(cs.InvalidInput, match="is no row of the result"):
-        net.optimize(memory=MUCH).rows(picture(64, 96)[0], start=64)
-    with pytest.raises(cs.InvalidInput, match="runs whole"):
-        net.optimize().rows(picture(64, 96)[0])
-    vector = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    )
-    net = unverified(vector.double().eval(), "all", example_input=picture(64, 96), coarsest=4)
-    with pytest.raises(cs.InvalidInput, match="holds no map"):
-        net.optimize(memory=MUCH).rows(picture(64, 96)[0])
-    net = unverified(Boxes().double().eval(), MASK, example_input=picture(64, 96), coarsest=16)
-    with pytest.raises(cs.InvalidInput, match="holds no map") as refusal:  # while a call gives them
-        net.optimize(memory=MUCH).rows(picture(64, 96)[0])
-    assert "boxes" in refusal.value.why and "as a tensor" in refusal.value.next
+    vector = nn.Sequential(*strided(2, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     image = picture(64, 96)
+    for model, memory, start, words in (
+        (made("strided"), MUCH, 64, "is no row of the result"),
+        (made("strided"), None, 0, "runs whole"),
+        (vector.double(), MUCH, 0, "holds no map"),
+    ):
+        copied = unverified(model, "all", example_input=image, coarsest=4).optimize(memory=memory)
+        with pytest.raises(cs.InvalidInput, match=words):
+            copied.rows(image[0], start=start)
+    net = unverified(seeded(lambda: Encoded(boxes)), MASK, example_input=image, coarsest=16)
+    with pytest.raises(cs.InvalidInput, match="holds no map") as refusal:  # while a call gives them
+        net.optimize(memory=MUCH).rows(image[0])
+    assert "boxes" in refusal.value.why and "as a tensor" in refusal.value.next
     assert_same(net.optimize(memory=MUCH)(image), net(image), 1e-9)
 
 
-class Boxes(nn.Module):
+def boxes(net: Any, image: Tensor, y: Tensor) -> Tensor:
     """A detector that gives rows of boxes alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.head = (
-            nn.Conv2d(3, 8, 3, 2, 1),
-            nn.Conv2d(8, 8, 3, 2, 1),
-            nn.Conv2d(8, 8, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps = self.head(self.second(self.first(x).relu()).relu())
-        return maps.permute(0, 2, 3, 1).reshape(len(x), -1, 4).softmax(-1)
+    return net.head(y).permute(0, 2, 3, 1).reshape(len(y), -1, 4).softmax(-1)
 
 
 # -- the memory that is asked for ----------------------------------------------------------------------
@@ -465,7 +433,7 @@ def test_too_little_memory_names_the_least_that_works() -> None:
     image = torch.randn(1, 3, 1024, 1024)
     with pytest.raises(cs.InvalidInput, match="too little for this picture") as refusal:
         net.optimize(memory="1KiB")(image)
-    least = refusal.value.next.partition('memory="')[2].partition('"')[0]
+    least = least_of(refusal)
     banded = net.optimize(memory=least)
     plan = banded.plan_memory(image)
     assert plan.peak <= bytes_of(least) and plan.band < 1024
@@ -579,29 +547,49 @@ def test_amounts_of_memory() -> None:
 # -- what is refused -----------------------------------------------------------------------------------
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.body = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
-        self.turned = nn.Conv2d(8, 4, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.body(self.stem(x).relu())
-        return self.turned(x.flip(2))
+def growing(*more: nn.Module) -> nn.Module:
+    """A network that is dense behind a convolution whose padding makes its map larger."""
+    return nn.Sequential(*strided(2, 4), nn.Conv2d(4, 4, 3, 1, 2), *more)
 
 
-def test_what_needs_a_whole_map_is_refused_with_its_operation() -> None:
-    net = unverified(seeded(Attention), "all", example_input=picture(64, 96), coarsest=4)
-    with pytest.raises(cs.CannotConvert, match="cannot be computed in bands") as refusal:
-        net.optimize(memory=MUCH)(picture(80, 96))
-    assert "flip" in refusal.value.where and "memory" in refusal.value.next
+# A network, its mask, a picture that its copy in bands refuses, and words of the refusal; what it takes whole.
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, int], tuple[str, ...], bool]] = {
+    "a flip": (
+        lambda: Encoded(lambda net, x, y: net.head(y.flip(2))),
+        *("all", (80, 96), ("cannot be computed in bands", "flip", "memory")),
+        True,
+    ),
+    "a view that is changed": (
+        lambda: InPlace(IN_PLACE["view"], skips=True),
+        *("all", (75, 101), ("cannot be computed in bands", "it changes in place what others read.")),
+        True,
+    ),
+    "a window of the example's map": (
+        lambda: growing(nn.AvgPool2d(30, ceil_mode=True)),
+        *("all", (333, 90), ("its window was the whole map where the network was converted.",)),
+        False,
+    ),
+    "little of a large map": (lambda: Salient(), "all", (203, 131), ("bands",), True),
+    "a mask of a first pass": (
+        lambda: strided(3, outputs=4, kernel=3),
+        *("preview:scale=0.5", (80, 96), ("not computed in bands", "first pass")),
+        True,
+    ),
+}
 
 
-def test_masks_that_need_more_than_the_picture_are_refused() -> None:
-    net = unverified(made("strided"), "preview:scale=0.5", example_input=picture(64, 96), coarsest=16)
-    with pytest.raises(cs.InvalidInput, match="not computed in bands") as refusal:
-        net.optimize(memory=MUCH)(picture(80, 96))
-    assert "first pass" in refusal.value.why
+@pytest.mark.parametrize("name", REFUSED)
+@torch.no_grad()
+def test_what_needs_more_than_rows_is_refused_in_words_in_bands_alone(name: str) -> None:
+    make, mask, size, words, is_whole = REFUSED[name]
+    model, image = seeded(make), picture(*size)
+    net = unverified(model, mask, example_input=picture(64, 96), coarsest=16)
+    with pytest.raises((cs.CannotConvert, cs.InvalidInput)) as refusal:
+        net.optimize(memory=MUCH)(image)
+    assert all(word in str(refusal.value) for word in words) and refusal.value.next
+    small = image if is_whole else picture(72, 64)
+    copied = net.optimize() if is_whole else net.optimize(memory=MUCH)
+    assert difference(net(small), copied(small)) < 1e-9
 
 
 def test_only_a_new_copy_gets_a_memory() -> None:
@@ -746,14 +734,8 @@ class Experts(nn.Module):
 @torch.no_grad()
 def test_every_window_on_dense_maps_in_bands_is_whole(name: str) -> None:
     """Called on more rows than asked for, so that their own padding reaches none of these; at sizes with any rest."""
-    body = (
-        nn.Conv2d(3, 4, 3, 2, 1),
-        nn.ReLU(),
-        nn.Conv2d(4, 4, 3, 2, 1),
-        nn.Conv2d(4, 4, 3, 1, 2),
-    )  # grows: dense
     last = nn.Conv2d(1 if name == "depth to space" else 4, 2, 3, 2, 1)
-    model = seeded(lambda: nn.Sequential(*body, WINDOWS[name](), last))
+    model = seeded(lambda: growing(WINDOWS[name](), last))
     net = unverified(model, "all", example_input=picture(64, 96), coarsest=4)
     banded = net.optimize(memory=MUCH)
     for height in (75, 76, 77, 78, 79, 80):
@@ -761,18 +743,6 @@ def test_every_window_on_dense_maps_in_bands_is_whole(name: str) -> None:
         for rows in (1, 16):
             with bands_of(rows):
                 assert difference(model(image), banded(image)) < 1e-9
-
-
-@torch.no_grad()
-def test_a_pooling_that_covered_the_map_of_the_example_alone_is_refused() -> None:
-    model = seeded(
-        lambda: nn.Sequential(strided(2, 8), nn.Conv2d(8, 8, 3, 1, 2), nn.AvgPool2d(30, ceil_mode=True))
-    )
-    banded = unverified(model, "all", example_input=picture(64, 96), coarsest=4).optimize(memory=MUCH)
-    assert difference(model(picture(72, 64)), banded(picture(72, 64))) >= 0
-    with pytest.raises(cs.CannotConvert, match="cannot be computed in bands") as refusal:
-        banded(picture(333, 90))
-    assert refusal.value.why == "its window was the whole map where the network was converted."
 
 
 @pytest.mark.parametrize(("name", "size"), covering([*GROWING], [(96, 40), (101, 33), (70, 35)]))
@@ -822,9 +792,3 @@ def test_rows_of_a_detector_are_arranged_when_its_maps_are_complete(mask: str) -
     banded = net.optimize(memory=least_of(refusal))
     assert difference(banded(x), net.optimize()(x)) < 1e-12
     assert banded.plan_memory(x).band < 203
-
-
-def test_a_map_of_which_little_is_returned_is_not_kept_whole() -> None:
-    net = unverified(Salient().eval().double(), "all", coarsest=16, example_input=picture(64, 96))
-    with pytest.raises(cs.CannotConvert, match="bands"):
-        net.optimize(memory="1GiB")(picture(203, 131))
