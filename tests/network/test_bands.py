@@ -26,6 +26,7 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 import cadsurgery as cs
 from benchmarks.zoo.bands_check import MASK, MUCH, bands_of
+from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.elements.backends import maps
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.network.bands.steps import rows_of_window
@@ -82,22 +83,11 @@ class Pools(nn.Module):
         return self.head(self.more(x * self.gate(x)))
 
 
-class Pyramid(nn.Module):
-    """Means over the image and over bins, resized to the map and joined with it, and coordinates beside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = strided(2, 8), nn.Conv2d(34, 4, 3, padding=1)
-        self.bins = nn.ModuleList([nn.AdaptiveAvgPool2d(count) for count in (1, 2, 3)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.body(x)
-        size = x.shape[2:]
-        bins = [nn.functional.interpolate(pool(x), size, mode="bilinear") for pool in self.bins]
-        down = torch.linspace(-1, 1, size[0], dtype=x.dtype, device=x.device).view(1, 1, -1, 1)
-        across = torch.linspace(-1, 1, size[1], dtype=x.dtype, device=x.device).view(1, 1, 1, -1)
-        places = down.expand(len(x), 1, *size), across.expand(len(x), 1, *size)
-        return self.head(torch.cat([x + bins[0], *bins, *places], 1))
+def located(net: Any, image: Tensor, y: Tensor) -> Tensor:
+    """Coordinates beside a map."""
+    lines = [torch.linspace(-1, 1, side, dtype=y.dtype, device=y.device) for side in y.shape[2:]]
+    places = lines[0].view(1, 1, -1, 1), lines[1].view(1, 1, 1, -1)
+    return net.last(torch.cat([y, *(one.expand(len(y), 1, *y.shape[2:]) for one in places)], 1))
 
 
 class Borders(nn.Module):
@@ -117,27 +107,6 @@ class Borders(nn.Module):
         (top, left), (bottom, right) = (pad // 2 for pad in pads), (pad - pad // 2 for pad in pads)
         x = self.strided(nn.functional.pad(x, (left, right, top, bottom)))
         return self.head(nn.functional.pixel_shuffle(x, 2))[..., 1:-1, 1:-1]
-
-
-class Decoder(nn.Module):
-    """Comes back to each stage, whose sizes it cuts, stretches or pads its maps to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down = nn.ModuleList([nn.Conv2d(c, 8, 3, 2, 1) for c in (3, 8, 8, 8)])
-        self.up = nn.ConvTranspose2d(8, 8, 2, 2)
-        self.joined = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b, c, d = itertools.islice(
-            itertools.accumulate((x, *self.down), lambda y, down: down(y).relu()), 1, None
-        )
-        y = nn.functional.interpolate(d, c.shape[2:], mode="bilinear")
-        y = self.joined[0](y + c)
-        y = nn.functional.interpolate(y, scale_factor=2.0)[:, :, : b.shape[2], : b.shape[3]]
-        y = self.up(self.joined[1](y * b))
-        y = nn.functional.pad(y, (0, a.shape[3] - y.shape[3], 0, a.shape[2] - y.shape[2]))
-        return self.joined[2](y + a)
 
 
 class ChannelsLast(nn.Module):
@@ -179,9 +148,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "residual segmenter": ResidualSegmenter,
     "norms": Norms,
     "pools": Pools,
-    "pyramid": Pyramid,
+    "bins": lambda: subject("scenes:PSPNetLike", CHECKOUT).build(),
+    "coordinates": lambda: Encoded(located, last=nn.Conv2d(10, 4, 3, padding=1)),
     "borders": Borders,
-    "decoder": Decoder,
+    "decoder": lambda: subject("unets:unet_bilinear", CHECKOUT).build(),
     "channels last": ChannelsLast,
     "convnext": lambda: ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)], num_classes=5),
 }
