@@ -438,26 +438,6 @@ def test_fidelity_is_over_all_images_and_classes_are_those_of_pixels() -> None:
     assert measure([(image, [torch.eye(2)], [torch.eye(2).flip(0)])]).agreement == 0
 
 
-def test_what_cannot_be_calibrated_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    image, path = picture(1, 72, 104), tmp_path / "net.onnx"
-    model = net("edges | budget:fraction=0.3")
-    refused: list[tuple[dict[str, Any], str]] = [
-        ({"calibration": []}, "no images"),
-        ({"calibration": [image[0, 0]]}, "no images"),
-        ({"calibration": ["folder"]}, "no images"),
-        ({"calibration": [picture(1, 64, 104)]}, "dynamic=True"),
-        ({"calibration": [image], "to": "pt2"}, "cannot be int8"),
-        ({}, "int8 lacks images"),
-        ({"precision": "float16", "calibration": [image]}, "float16 takes no images"),
-        ({"precision": "float", "calibration": []}, "float takes no images"),
-        ({"precision": "bfloat16"}, "float, float16, int8"),
-    ]
-    for options, message in refused:
-        with pytest.raises(cs.CadError, match=message):
-            cs.export(model, image, path, **{"precision": "int8", **options})
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("broken", "message"),
     [("levels", "another level map"), ("out", "not finite"), ("file", "cannot be put into 8 bits")],

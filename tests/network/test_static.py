@@ -466,30 +466,6 @@ def test_export_leaves_the_network_and_its_last_call_alone(tmp_path: Path) -> No
         assert torch.equal(net(x), before)
 
 
-@pytest.mark.slow
-def test_export_refuses_with_a_next_step_and_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    net, x, path = converted(strided(outputs=4, kernel=3)), images(1, 64, 96), tmp_path / "net.pt2"
-    with pytest.raises(cs.InvalidInput, match=r"edges:.* \| budget:fraction=0.3"):
-        cs.export(converted(strided(outputs=4, kernel=3), "edges"), x, path)
-    with pytest.raises(cs.InvalidInput, match="eval"):
-        cs.export(copy.deepcopy(net).train(), x, path)
-    with pytest.raises(cs.FileError, match="folder"):
-        cs.export(net, x, tmp_path / "no" / "net.pt2")
-    with pytest.raises(cs.InvalidInput, match="image"):
-        cs.export(net, x[0], path)
-    with monkeypatch.context() as patched:
-        patched.setattr("cadsurgery.network.export.programs.difference", lambda *values: 0.5)
-        with pytest.raises(cs.CannotConvert, match="differs from the network by"):
-            cs.export(net, x, path)
-    with monkeypatch.context() as patched:
-        patched.setattr(torch.export, "export", lambda *given: 1 / 0)
-        with pytest.raises(cs.CannotConvert, match="ZeroDivisionError"):
-            cs.export(net, x, path)
-    assert list(tmp_path.iterdir()) == []
-
-
 # -- masks that are not static -------------------------------------------------------------------------
 
 
