@@ -467,26 +467,25 @@ def test_what_kernels_cannot_compute_in_8_bits_stays_in_floating_point(
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [("scales", "scales of a weight"), ("residual", "take no residual"), ("scale", "not positive")],
+    ("place", "value", "message"),
+    [
+        (-1, np.ones(36, np.float32), "scales of a weight"),
+        (-2, np.ones((17, 37), np.uint8), "take no residual"),
+        (None, -0.03, "not positive"),
+    ],
 )
-def test_what_kernels_do_not_compute_in_8_bits_is_refused(change: str, message: str, tmp_path: Path) -> None:
+def test_what_kernels_do_not_compute_in_8_bits_is_refused(
+    place: int | None, value: Any, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "rounded.onnx"
     feed = float_call(tmp_path / "exact.onnx", KINDS["depthwise"])
     model = put_into_8_bits(tmp_path / "exact.onnx", path)
     (call,) = (node for node in model.graph.node if node.domain == DOMAIN)
-    constants = {value.name: value for value in model.graph.initializer}
-    if change == "scales":
-        constants[call.input[-1]].CopyFrom(
-            onnx.numpy_helper.from_array(np.ones(36, np.float32), call.input[-1])
-        )
-    elif change == "residual":
-        constants[call.input[-2]].CopyFrom(
-            onnx.numpy_helper.from_array(np.ones((17, 37), np.uint8), call.input[-2])
-        )
+    if place is None:
+        next(option for option in call.attribute if option.name == "scale").f = value
     else:
-        (scale,) = (option for option in call.attribute if option.name == "scale")
-        scale.f = -0.03
+        given = next(one for one in model.graph.initializer if one.name == call.input[place])
+        given.CopyFrom(onnx.numpy_helper.from_array(value, given.name))
     onnx.save(model, str(path))
     with pytest.raises(Exception, match=message):
         WithKernels(path).session.run(None, feed)
@@ -654,58 +653,6 @@ def test_pixels_in_engines_are_those_of_the_reading(
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"levels": numbers([[[0, 3], [0, 0]]])[0]}, "without a side"),
-        ({"index": numbers([0, 1, 2, 4])[0]}, "do not fit their level map"),
-        ({"index": numbers([0, 1, -1, 2])[0]}, "do not fit their level map"),
-        ({"rows": np.zeros(4, np.float32)}, "do not fit their level map"),
-        ({"sizes": numbers([0])[0]}, "not one number"),
-        ({"sizes": numbers([1, 1])[0]}, "not one number"),
-    ],
-    ids=str,
-)
-def test_pixels_of_other_cells_are_refused(change: Any, message: str, tmp_path: Path) -> None:
-    rows = np.zeros((4, 3), np.float32)
-    good = numbers([[[0, 0], [0, 0]]], [1, 2, 4], range(4), [1])
-    given = dict(zip(("levels", "sides", "index", "sizes"), good, strict=True))
-    feed = {"rows": rows, **given, **change}
-    path = call_of(tmp_path / "pixels.onnx", "ReadPixels", feed, fits=False)
-    assert_refused(path, feed, message, in_both=feed["rows"].ndim == 2)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"levels": [[[0, 3], [0, 0]]]}, "without a side"),
-        ({"levels": [[[0, -1], [0, 0]]]}, "without a side"),
-        ({"sides": [1, 2, 0]}, "without a side"),
-        ({"targets": [0, 4]}, "outside its size"),
-        ({"index": [0, 1, 2, 4]}, "do not fit its level map"),
-        ({"anchors": [0, 1, 2, 4]}, "do not fit its level map"),
-        ({"index": [0, 1, 2]}, "do not fit its level map"),
-        ({"size": [2, 2, 1]}, "not height and width"),
-        ({"down": np.zeros(0, np.int32)}, "no taps"),
-        ({"levels": [[0, 1], [0, 0]]}, "no such dimensions"),
-        ({"across": [[0]]}, "no vector"),
-    ],
-    ids=str,
-)
-def test_cells_and_taps_of_other_maps_are_refused(change: Any, message: str, tmp_path: Path) -> None:
-    names = "levels", "sides", "anchors", "index", "targets", "size", "down", "across"
-    good = numbers(np.zeros((1, 2, 2)), [1, 2, 4], range(4), range(4), range(4), (2, 2), [0], [0])
-    feed = {
-        **dict(zip(names, good, strict=True)),
-        **dict(zip(change, numbers(*change.values()), strict=True)),
-    }
-    for name, given in (("ReadTaps", feed), ("FindCells", dict(list(feed.items())[:2]))):
-        if given.keys().isdisjoint(change):
-            continue
-        path = call_of(tmp_path / "taps.onnx", name, given, fits=False)
-        assert_refused(path, given, message, in_both=all(value.size for value in given.values()))
-
-
-@pytest.mark.parametrize(
     ("sizes", "corners", "isa"),
     covering(
         [
@@ -749,28 +696,66 @@ def test_the_error_of_interpolation_is_that_of_the_mask(
         )
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("ResizeLinear", {"sizes": [1, 3, 8, 8]}, "only height and width"),
-        ("ResizeLinear", {"sizes": [2, 3, 8, 0]}, "empty or too large"),
-        ("ResizeLinearAligned", {"sizes": [2, 3, 8]}, "no four dimensions|another number of sizes"),
-        ("ResizeLinear", {"maps": np.zeros((2, 3, 4), np.float32)}, "no four dimensions"),
-        ("InterpolationError", {"sizes": [2, 3, 4]}, "another number of rows"),
-        ("InterpolationError", {"maps": np.zeros((2, 3, 4), np.float32)}, "are no rows"),
-    ],
-)
-def test_maps_that_cannot_be_resized_are_refused(
+def named(names: str, *values: Any) -> dict[str, Any]:
+    return dict(zip(names.split(), numbers(*values), strict=True))
+
+
+FOUR, SIDES = np.zeros((1, 2, 2)), [1, 2, 4]
+RESIZE = {"maps": np.zeros((2, 3, 4, 5), np.float32), **named("sizes", [2, 3, 8, 8])}
+TAPS = "levels sides anchors index targets size down across"
+# Inputs of each kernel that it computes, and changes of them that it refuses.
+GOOD: dict[str, dict[str, Any]] = {
+    "FindCells": named("levels sides", FOUR, SIDES),
+    "ReadTaps": named(TAPS, FOUR, SIDES, *[range(4)] * 3, (2, 2), [0], [0]),
+    "ReadPixels": {
+        "rows": np.zeros((4, 3), np.float32),
+        **named("levels sides index sizes", FOUR, SIDES, range(4), [1]),
+    },
+    "ResizeLinear": RESIZE,
+    "ResizeLinearAligned": RESIZE,
+    "InterpolationError": {"maps": np.zeros((6, 4), np.float32), **named("sizes", [1, 2, 3])},
+}
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    *(
+        (name, change, message)
+        for name in ("ReadTaps", "FindCells")
+        for change, message in (
+            ({"levels": [[[0, 3], [0, 0]]]}, "without a side"),
+            ({"levels": [[[0, -1], [0, 0]]]}, "without a side"),
+            ({"sides": [1, 2, 0]}, "without a side"),
+            ({"levels": [[0, 1], [0, 0]]}, "no such dimensions"),
+        )
+    ),
+    ("ReadTaps", {"targets": [0, 4]}, "outside its size"),
+    ("ReadTaps", {"index": [0, 1, 2, 4]}, "do not fit its level map"),
+    ("ReadTaps", {"anchors": [0, 1, 2, 4]}, "do not fit its level map"),
+    ("ReadTaps", {"index": [0, 1, 2]}, "do not fit its level map"),
+    ("ReadTaps", {"size": [2, 2, 1]}, "not height and width"),
+    ("ReadTaps", {"down": []}, "no taps"),
+    ("ReadTaps", {"across": [[0]]}, "no vector"),
+    ("ReadPixels", {"levels": [[[0, 3], [0, 0]]]}, "without a side"),
+    ("ReadPixels", {"index": [0, 1, 2, 4]}, "do not fit their level map"),
+    ("ReadPixels", {"index": [0, 1, -1, 2]}, "do not fit their level map"),
+    ("ReadPixels", {"rows": [0, 0, 0, 0]}, "do not fit their level map"),
+    ("ReadPixels", {"sizes": [0]}, "not one number"),
+    ("ReadPixels", {"sizes": [1, 1]}, "not one number"),
+    ("ResizeLinear", {"sizes": [1, 3, 8, 8]}, "only height and width"),
+    ("ResizeLinear", {"sizes": [2, 3, 8, 0]}, "empty or too large"),
+    ("ResizeLinearAligned", {"sizes": [2, 3, 8]}, "no four dimensions|another number of sizes"),
+    ("ResizeLinear", {"maps": np.zeros((2, 3, 4))}, "no four dimensions"),
+    ("InterpolationError", {"sizes": [2, 3, 4]}, "another number of rows"),
+    ("InterpolationError", {"maps": np.zeros((2, 3, 4))}, "are no rows"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), REFUSED, ids=str)
+def test_what_a_kernel_of_maps_cannot_compute_is_refused(
     name: str, change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    is_resize = name != "InterpolationError"
-    feed: dict[str, Any] = {
-        "maps": np.zeros((2, 3, 4, 5) if is_resize else (6, 4), np.float32),
-        "sizes": np.array([2, 3, 8, 8] if is_resize else [1, 2, 3], np.int32),
-    }
-    feed.update({one: np.asarray(value, feed[one].dtype) for one, value in change.items()})
-    path = call_of(tmp_path / "maps.onnx", name, feed, fits=False)
-    assert_refused(path, feed, message)
+    feed = {one: np.asarray(change.get(one, value), value.dtype) for one, value in GOOD[name].items()}
+    path = call_of(tmp_path / "call.onnx", name, feed, fits=False)
+    in_both = all(value.size for value in feed.values()) and "rows" not in change
+    assert_refused(path, feed, message, in_both=in_both)
 
 
 class Decodes(Kinds):
