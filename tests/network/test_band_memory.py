@@ -5,9 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from conftest import covering, some
+from networks import strided, unverified
+from PIL import Image
+from torch import nn
+
+import cadsurgery as cs
+from cadsurgery.data import images
 
 # Bytes a pixel of the picture beside the memory: level maps, and what masks that judge the whole picture make of it.
 NEEDS = {
@@ -76,3 +86,85 @@ def test_bands_take_the_memory_that_was_asked_for(mask: str, kind: str, how: str
     told = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     row_of_results, picture = 24, 1600 * 4000
     assert float(told.stdout) <= 1.1 * memory + row_of_results + NEEDS[mask] * picture / 2**20
+
+
+# -- what the mask takes ---------------------------------------------------------------------------
+
+
+LOCAL = ["edges", "content", "edges | dilate:size=5", "edges | budget:fraction=0.3", "content + edges"]
+WHOLE = ["random:seed=1", "detail", "detail | budget:fraction=0.3", "edges | smooth"]
+SIZE = (512, 640)
+
+
+def network(mask: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.Upsample(scale_factor=4)]
+    example = torch.rand(1, 3, 64, 64)
+    options = {"normalisation": "imagenet", **options}
+    return cs.adaptify(nn.Sequential(*layers).eval(), mask, coarsest=16, example_input=example, **options)
+
+
+@pytest.mark.parametrize("mask", some(WHOLE))
+def test_a_mask_that_sees_all_at_once_needs_memory_for_it(mask: str) -> None:
+    net, image = network(mask), torch.rand(1, 3, *SIZE)
+    for call in (
+        lambda fast: fast(image),
+        lambda fast: fast.plan_memory(image),
+        lambda fast: fast.rows(image[0]),
+    ):
+        with pytest.raises(cs.InvalidInput, match=r"are too little for this picture") as refusal:
+            call(net.optimize(memory="256KiB"))
+        assert "mask" in refusal.value.why and "edges or content" in refusal.value.next
+    least = refusal.value.next.split('"')[1]
+    walks = net.optimize(memory=least).plan_memory(image)
+    assert walks.mask > 0 and "the mask takes" in str(walks)
+
+
+@pytest.mark.parametrize("mask", some(LOCAL))
+def test_a_mask_in_bands_takes_level_maps_only(mask: str) -> None:
+    net, image = network(mask), torch.rand(1, 3, *SIZE)
+    walks = net.optimize(memory="4MiB").plan_memory(image)
+    assert walks.mask <= 3 * SIZE[0] * SIZE[1]
+
+
+def test_a_uniform_mask_takes_none() -> None:
+    walks = network("all").optimize(memory="4MiB").plan_memory(torch.rand(1, 3, *SIZE))
+    assert walks.mask == 0 and "mask" not in str(walks)
+
+
+# -- where memory ends -----------------------------------------------------------------------------
+
+
+ENDS = [
+    MemoryError("Unable to allocate 732. MiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 478560960 bytes."),
+]
+
+
+@pytest.mark.parametrize("error", ENDS, ids=["Python", "torch"])
+def test_a_call_without_memory_names_bands(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = unverified(strided(3, outputs=2).eval(), "none")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(type(net), "answer", fail)
+    with pytest.raises(cs.InvalidInput, match="not enough memory for an image of 64 x 96") as refusal:
+        net(torch.rand(1, 3, 64, 96))
+    assert "optimize(memory=" in refusal.value.next
+
+
+@pytest.mark.parametrize("error", ENDS, ids=["Python", "torch"])
+def test_a_picture_that_is_read_without_memory_names_rows(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "large.png"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(images.Image, "open", fail)
+    with pytest.raises(cs.FileError, match="not enough memory to read") as refusal:
+        images.read_image(path)
+    assert "--memory" in refusal.value.next

@@ -15,8 +15,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, relative_error, some
-from networks import build, randomise, strided, unverified
+from conftest import assert_same, covering, images, relative_error, slow, some
+from encoder_heads import HEADS
+from encoder_heads import network as behind_an_encoder
+from networks import Undecided, build, made_once, randomise, strided, unverified
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -33,7 +35,7 @@ from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.kernels import isa
 from cadsurgery.network import fuse
-from cadsurgery.network.model import OptimizedModel
+from cadsurgery.network.model import AdaptiveModel, OptimizedModel
 
 MIXED = "random:fraction=0.4,seed=3,block=3"
 CONVOLUTIONS = {"resnet18": 18 + 2, "mobilenet_v2": 52, "vgg11_bn": 8, "mobilenet_v3_small": 52}
@@ -619,3 +621,68 @@ def test_a_map_can_be_viewed_as_that_of_the_network(
         output = net(x, mask=mask)
         assert output.view(-1).numel() == output.numel()
     assert_same(net(x, mask="all" if net.plan.floors else "none"), model(x))
+
+
+# -- heads behind an encoder -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", [slow(head) if at % 3 else head for at, head in enumerate(HEADS)])
+def test_no_norm_is_left_in_an_optimised_copy(head: str) -> None:
+    """Norms are folded into convolutions, or are one factor and shift per channel with the activation behind them."""
+    net = unverified(behind_an_encoder(head), example_input=torch.rand(1, 3, 64, 64))
+    fast, image = net.optimize(), torch.rand(2, 3, 80, 72)
+    assert relative_error(fast(image), net(image)) < 1e-5
+    targets = [node.target for node in fast.program.graph.nodes]
+    assert functional.batch_norm not in targets
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in modules_of(fast))
+
+
+# -- precisions ------------------------------------------------------------------------------------
+
+
+@made_once
+def network(name: str) -> AdaptiveModel:
+    torch.manual_seed(0)
+    model = Undecided(strided()).eval() if name == "a host" else build(name, by=4)
+    return unverified(model, MIXED, example_input=images(1, 64, 96))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "a host"])
+@torch.no_grad()
+def test_a_copy_in_bfloat16_is_the_optimised_one_cast(name: str) -> None:
+    net, x = network(name), images(2, 65, 97)
+    asked, cast = net.optimize(precision="bfloat16"), net.optimize().to(torch.bfloat16)
+    found = asked(x.bfloat16())
+    assert found.dtype == torch.bfloat16 and torch.equal(found, cast(x.bfloat16()))
+    assert net(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "is_optimised", "options"),
+    covering(
+        ["resnet18", "a host"],
+        [False, True],
+        [
+            {"precision": "int8"},
+            {"precision": "int8", "calibration": [images(1, 65, 97)]},
+            {"precision": "float", "calibration": "photos"},
+            {"calibration": []},
+        ],
+    ),
+)
+def test_8_bits_are_refused_with_what_writes_a_file(
+    name: str, is_optimised: bool, options: dict[str, Any]
+) -> None:
+    net = network(name)
+    with pytest.raises(cs.InvalidInput) as refusal:
+        (net.optimize() if is_optimised else net).optimize(**options)
+    assert 'cs.export(net, image, "net.onnx", precision="int8", calibration=images' in refusal.value.next
+    assert "--precision int8 --calibration FOLDER" in refusal.value.next
+
+
+def test_other_precisions_are_refused_with_those_that_there_are() -> None:
+    net = network("resnet18")
+    with pytest.raises(cs.UnknownName, match="bfloat16, float"):
+        net.optimize(precision="int7")
+    with pytest.raises(cs.InvalidInput, match="made from"):
+        net.optimize().optimize(precision="bfloat16")
