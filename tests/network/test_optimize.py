@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from conftest import assert_same, covering, images, relative_error, slow, some
 from encoder_heads import HEADS
 from encoder_heads import network as behind_an_encoder
-from networks import Undecided, build, made_once, randomise, strided, unverified
+from networks import Composed, Undecided, build, made_once, randomise, strided, unverified
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -65,20 +65,14 @@ def test_every_batch_norm_and_activation_is_part_of_a_convolution(name: str) -> 
 
 @torch.no_grad()
 @pytest.mark.smoke
-def test_another_type_and_float64(small: cs.AdaptiveModel) -> None:
+def test_other_types_and_autocast(small: cs.AdaptiveModel) -> None:
     """Its packed weights follow `to`."""
     x, fast = images(1, 65, 97), small.optimize()
     expected = fast(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(fast(x).float(), expected, 5e-2)
     assert_same(fast.double()(x.double()), expected.double(), 1e-4)
     assert_same(fast.float()(x), expected, 1e-4)
-
-
-@torch.no_grad()
-def test_autocast_is_followed(small: cs.AdaptiveModel) -> None:
-    x, fast = images(1, 65, 97), small.optimize()
-    with torch.autocast("cpu", torch.bfloat16):
-        found = fast(x)
-    assert_same(found.float(), fast(x), 5e-2)
 
 
 def test_the_network_stays_as_it_is() -> None:
@@ -164,96 +158,63 @@ def test_what_cannot_be_done_says_what_can(small: cs.AdaptiveModel, tmp_path: An
     assert not list(tmp_path.iterdir())
 
 
-class Host(nn.Module):
-    """Decides by values, as a detector does, so that only its backbone converts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = strided(norm=True, outputs=4, kernel=3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.backbone(x if x.sum() > 0 else -x)  # type: ignore[no-any-return]
-
-
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_hosted_part_is_optimised() -> None:
     torch.manual_seed(0)
-    net = unverified(Host().eval(), MIXED)
-    fast = net.optimize()
-    assert isinstance(fast, type(net)) and isinstance(fast.part, OptimizedModel)  # type: ignore[attr-defined]
+    net: Any = unverified(Undecided(strided(norm=True, outputs=4, kernel=3)).eval(), MIXED)
+    fast: Any = net.optimize()
+    assert isinstance(fast, type(net)) and isinstance(fast.part, OptimizedModel)
     x = images(1, 96, 128)
-    levels = torch.zeros(1, *small_map(net, x), dtype=torch.bool)
-    levels[:, ::3] = True
-    with net.part.masked(levels), fast.part.masked(levels):  # type: ignore[attr-defined]
-        assert_same(fast.backbone(x), net.backbone(x), 1e-4)
-
-
-def small_map(net: Any, x: Tensor) -> tuple[int, int]:
     net.part(x, mask="all")
-    return tuple(net.part.levels.shape[1:])  # type: ignore[return-value]
+    levels = torch.zeros(net.part.levels.shape, dtype=torch.bool)
+    levels[:, ::3] = True
+    with net.part.masked(levels), fast.part.masked(levels):
+        assert_same(fast.backbone(x), net.backbone(x), 1e-4)
 
 
 # -- patterns the networks above do not have -----------------------------------------------------------
 
 
-class _Odd(nn.Module):
+def odd(net: Any, x: Tensor) -> Tensor:
     """A value read before its activation, a residual that is smaller, a convolved mean that is added to a map, a
     product that is no factor, shared weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
-        self.down = nn.Conv2d(8, 8, 3, 2, 1)
-        self.shrink = nn.Conv2d(8, 8, 3)
-        self.same = nn.Conv2d(8, 8, 1)
-        self.of_mean = nn.Conv2d(8, 8, 1)
-        self.norm = nn.BatchNorm2d(8)
-        self.free = nn.BatchNorm2d(8, affine=False)
-        self.scale = nn.Parameter(torch.randn(8, 1, 1))
-        self.last = nn.Conv2d(8, 4, 3, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = self.down(torch.relu(x) + x)
-        y = self.norm(self.same(x)) * self.scale
-        y = self.free(y + torch.sigmoid(y))
-        y += x
-        y = y + self.of_mean(x.mean((2, 3), keepdim=True))
-        y = nn.functional.leaky_relu(self.same(y) * y, 0.2)
-        return self.last(self.shrink(y) + 1.0)
+    x = net.stem(x)
+    x = net.down(torch.relu(x) + x)
+    y = net.norm(net.same(x)) * net.scale
+    y = net.free(y + torch.sigmoid(y))
+    y += x
+    y = y + net.of_mean(x.mean((2, 3), keepdim=True))
+    y = nn.functional.leaky_relu(net.same(y) * y, 0.2)
+    return net.last(net.shrink(y) + 1.0)
 
 
 @pytest.mark.parametrize("fill", ["nearest", "linear"])
 @torch.no_grad()
 def test_what_only_looks_like_a_pattern_is_left(fill: Any) -> None:
-    model = _Odd().eval()
-    randomise(nn.ModuleList([model.norm]))
-    model.free.running_var.uniform_(0.5, 1.5)
-    net, x = unverified(model, MIXED, fill=fill), images(2, 65, 97)
+    norm, free = randomise(nn.BatchNorm2d(8)), nn.BatchNorm2d(8, affine=False)
+    free.running_var.uniform_(0.5, 1.5)
+    parts = {"shrink": nn.Conv2d(8, 8, 3), "same": nn.Conv2d(8, 8, 1), "of_mean": nn.Conv2d(8, 8, 1)}
+    parts |= {"stem": nn.Conv2d(3, 8, 3, 2, 1), "down": nn.Conv2d(8, 8, 3, 2, 1)}
+    scale, last = nn.Parameter(torch.randn(8, 1, 1)), nn.Conv2d(8, 4, 3, 2, 1)
+    model = Composed(odd, norm=norm, free=free, scale=scale, last=last, **parts)
+    net, x = unverified(model.eval(), MIXED, fill=fill), images(2, 65, 97)
     for fast in (net.optimize(), net.optimize(fuse=False)):
         for mask in (None, "all", "none"):
             assert_same(fast(x, mask=mask), net(x, mask=mask), 1e-4)
 
 
-class _Deep(nn.Module):
+RUNGS = 12
+
+
+def deep(net: Any, x: Tensor) -> Tensor:
     """A weight and a map that are each made by a ladder: two ways to every rung."""
-
-    rungs = 12
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.down = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 2, 1)
-        self.same, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 3, 2, 1)
-        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, weight = self.down(self.stem(x)), self.weight
-        for _ in range(self.rungs):
-            weight = torch.tanh(weight) - torch.exp(weight)
-            x = torch.sigmoid(x) - torch.tanh(x)
-        x = self.same(x) * x
-        return self.last(nn.functional.conv2d(x, weight, None, 1, 1))
+    x, weight = net.down(net.stem(x)), net.weight
+    for _ in range(RUNGS):
+        weight = torch.tanh(weight) - torch.exp(weight)
+        x = torch.sigmoid(x) - torch.tanh(x)
+    x = net.same(x) * x
+    return net.last(nn.functional.conv2d(x, weight, None, 1, 1))
 
 
 class _Counted(TorchFunctionMode):
@@ -271,12 +232,15 @@ class _Counted(TorchFunctionMode):
 @torch.no_grad()
 def test_what_is_constant_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """And found without walking every way to it, of which there may be exponentially many."""
-    net, x = unverified(_Deep().eval(), MIXED), images(2, 65, 97)
+    stem, down, last = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 4, 3, 2, 1)
+    same, weight = nn.Conv2d(8, 8, 1), nn.Parameter(torch.randn(8, 8, 3, 3))
+    model = Composed(deep, stem=stem, down=down, same=same, last=last, weight=weight)
+    net, x = unverified(model.eval(), MIXED), images(2, 65, 97)
     asked, get = [], fuse.Constants.get
     monkeypatch.setattr(fuse.Constants, "get", lambda self, node: asked.append(node) or get(self, node))
     with _Counted(torch.exp) as counted:
         fast = net.optimize()
-    assert counted.calls == _Deep.rungs
+    assert counted.calls == RUNGS
     assert len(asked) < 3 * len(net.graph.nodes)
     assert_same(fast(x), net(x), 1e-4)
 
@@ -322,20 +286,11 @@ def test_a_residual_smaller_than_the_product() -> None:
     assert_same(found.rows, (functional.rows_on(whole, less) + residual.rows).relu(), 1e-4)
 
 
-class _Broadcast(nn.Module):
+def broadcast(net: Any, x: Tensor) -> Tensor:
     """The sum of a map with one of a single channel, either of them the product."""
-
-    def __init__(self, side: int, outputs: int, groups: int) -> None:
-        super().__init__()
-        self.stem, self.down = nn.Conv2d(3, 64, 3, 4, 1), nn.Conv2d(64, 64, 3, 2, 1)
-        self.one = nn.Conv2d(64, 1, 3, 1, 1)
-        self.conv = nn.Conv2d(64, outputs, side, 1, side // 2, groups=groups)
-        self.last = nn.Conv2d(64, 4, 3, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.down(self.stem(x))
-        more = self.one(x).sigmoid() if self.conv.out_channels > 1 else x
-        return self.last(torch.relu(self.conv(x) + more))
+    x = net.down(net.stem(x))
+    more = net.one(x).sigmoid() if net.conv.out_channels > 1 else x
+    return net.last(torch.relu(net.conv(x) + more))
 
 
 @pytest.mark.parametrize(
@@ -345,7 +300,10 @@ class _Broadcast(nn.Module):
 @torch.no_grad()
 def test_a_residual_of_other_channels_is_broadcast(side: int, outputs: int, groups: int) -> None:
     """Never read as if it had the product's: its memory is smaller."""
-    net = unverified(_Broadcast(side, outputs, groups).eval(), MIXED)
+    stem, down, last = nn.Conv2d(3, 64, 3, 4, 1), nn.Conv2d(64, 64, 3, 2, 1), nn.Conv2d(64, 4, 3, 2, 1)
+    conv, one = nn.Conv2d(64, outputs, side, 1, side // 2, groups=groups), nn.Conv2d(64, 1, 3, 1, 1)
+    model = Composed(broadcast, stem=stem, down=down, one=one, conv=conv, last=last)
+    net = unverified(model.eval(), MIXED)
     fast, x = net.optimize(), images(2, 65, 97)
     for mask in (None, "all", "none"):
         assert_same(fast(x, mask=mask), net(x, mask=mask), 1e-4)
@@ -422,16 +380,16 @@ def test_grouped_convolutions_of_dense_maps_compute_what_torch_does(
         assert_same(conv(x, residual).double(), expected, tolerance)
 
 
+AVX2 = ("scalar", "sse4", "avx2")
+
+
 @pytest.mark.parametrize(
     ("dtype", "available", "group", "padding", "expected"),
     [
-        (torch.float32, ("scalar", "sse4", "avx2", "avx512"), 1, 6, True),
-        (torch.float32, ("scalar", "sse4", "avx2", "avx512"), 1, 7, False),
-        (torch.float32, ("scalar", "sse4", "avx2"), 1, 5, False),
-        (torch.float32, ("scalar", "sse4", "avx2", "avx512"), 4, 0, True),
-        (torch.float32, ("scalar", "sse4", "avx2"), 4, 0, False),
-        (torch.bfloat16, ("scalar", "sse4", "avx2"), 1, 1, False),
-        (torch.float64, ("scalar", "sse4", "avx2", "avx512"), 1, 1, False),
+        *((torch.float32, (*AVX2, "avx512"), *case) for case in ((1, 6, True), (1, 7, False), (4, 0, True))),
+        *((torch.float32, AVX2, *case) for case in ((1, 5, False), (4, 0, False))),
+        (torch.bfloat16, AVX2, 1, 1, False),
+        (torch.float64, (*AVX2, "avx512"), 1, 1, False),
         (torch.float32, ("scalar", "neon"), 1, 36, True),
         (torch.float32, (), 1, 36, True),
     ],
@@ -462,18 +420,9 @@ def test_a_dilated_depthwise_layer_of_a_dense_head_is_a_kernels() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("size", [(5, 6), (1, 1)])
 @pytest.mark.parametrize(
-    ("groups", "channels", "outputs", "size"),
-    [
-        (1, 8, 8, (5, 6)),
-        (1, 8, 8, (1, 1)),
-        (1, 1, 8, (5, 6)),
-        (1, 8, 1, (5, 6)),
-        (1, 8, 1, (1, 1)),
-        (2, 8, 8, (5, 6)),
-        (8, 8, 8, (5, 6)),
-        (8, 8, 8, (1, 1)),
-    ],
+    ("groups", "channels", "outputs"), [(1, 8, 8), (1, 1, 8), (1, 8, 1), (2, 8, 8), (8, 8, 8)]
 )
 @torch.no_grad()
 def test_a_residual_and_relu_in_bfloat16(
@@ -581,7 +530,7 @@ def test_maps_are_put_in_order(shape: tuple[int, ...], dtype: torch.dtype) -> No
 def test_a_resize_that_is_returned_gives_contiguous_memory(is_module: bool) -> None:
     """So that no larger map is copied for its layout."""
     torch.manual_seed(0)
-    model: nn.Module = Viewed("summed" if is_module else "resized")
+    model = viewed("summed" if is_module else "resized")
     model = nn.Sequential(model, nn.Upsample(scale_factor=8.0, mode="bilinear")) if is_module else model
     fast = cs.adaptify(model.eval(), "none", example_input=images(1, 48, 64)).optimize()
     (output,) = fast.program.graph.find_nodes(op="output")
@@ -591,17 +540,9 @@ def test_a_resize_that_is_returned_gives_contiguous_memory(is_module: bool) -> N
     assert found.is_contiguous() and (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-class Viewed(nn.Module):
+def viewed(how: str) -> nn.Module:
     """A head that flattens a map by `view`, which takes its memory as the network has it."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how = how
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
-        self.last = nn.Conv2d(8, 8, 3, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return VIEWS[self.how](self.last(self.body(x)))
+    return Composed(lambda net, x: VIEWS[how](net.body(x)), body=nn.Sequential(*strided(3, 8)[:-1])).eval()
 
 
 @pytest.mark.parametrize(
@@ -614,7 +555,7 @@ def test_a_map_can_be_viewed_as_that_of_the_network(
 ) -> None:
     """Within the network and behind it; of channels_last pictures the layout is theirs."""
     torch.manual_seed(0)
-    model, x = Viewed(how).eval(), images(2, 48, 64)
+    model, x = viewed(how), images(2, 48, 64)
     net = cs.adaptify(model, "none", example_input=x, **options)
     net = net.optimize() if optimised else net
     for mask in ("all", "none"):
