@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_same, covering, slow, some, thorough
-from networks import Encoded, ResidualSegmenter, Segmenter, build, seeded, strided, unverified
+from networks import Composed, Encoded, ResidualSegmenter, Segmenter, build, seeded, strided, unverified
 from random_networks import random_case
 from timm.layers import CondConv2d
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
@@ -49,38 +49,16 @@ def picture(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(1, 3, *size, dtype=dtype)
 
 
-class Norms(nn.Module):
+def norms(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Norms over the image, pooling to bins, and a resize, as decoders have them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.GroupNorm(2, 8), nn.ReLU())
-        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.InstanceNorm2d(8, affine=True), nn.ReLU())
-        self.bins = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Conv2d(8, 8, 1))
-        self.up = nn.ConvTranspose2d(8, 8, 2, 2)
-        self.head = nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.body(self.stem(x))
-        return nn.functional.interpolate(self.head(self.up(x)), scale_factor=2.0), self.bins(x)
+    x = net.body(net.stem(x))
+    return nn.functional.interpolate(net.head(net.up(x)), scale_factor=2.0), net.bins(x)
 
 
-class Pools(nn.Module):
+def pools(net: Any, x: Tensor) -> Tensor:
     """Poolings with padding, reflected and repeated borders, and gates of the whole image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 7, 2, 3, padding_mode="reflect")
-        self.pool = nn.AvgPool2d(3, 2, 1)
-        self.body = nn.Conv2d(8, 8, 3, padding=2, dilation=2, padding_mode="replicate")
-        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Sigmoid())
-        self.more = nn.MaxPool2d(2, 2, ceil_mode=True)
-        self.head = nn.Conv2d(8, 3, 5, padding=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(self.stem(x))
-        x = self.body(x).relu()
-        return self.head(self.more(x * self.gate(x)))
+    x = net.body(net.pool(net.stem(x))).relu()
+    return net.head(net.more(x * net.gate(x)))
 
 
 def located(net: Any, image: Tensor, y: Tensor) -> Tensor:
@@ -90,72 +68,84 @@ def located(net: Any, image: Tensor, y: Tensor) -> Tensor:
     return net.last(torch.cat([y, *(one.expand(len(y), 1, *y.shape[2:]) for one in places)], 1))
 
 
-class Borders(nn.Module):
+def borders(net: Any, x: Tensor) -> Tensor:
     """Padded maps that two windows read, padding that a stride asks for, depth to space, a map that grows and is cut
     on all sides."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(3, 8, 7, 2))
-        self.body, self.pool = nn.Conv2d(8, 8, 3), nn.MaxPool2d(3)
-        self.strided, self.head = nn.Conv2d(8, 16, 3, 2), nn.ConvTranspose2d(4, 3, 4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.pad(self.stem(x), (2, 0, 2, 0))
-        x = self.body(x) + nn.functional.max_pool2d(x, 3, 1)
-        pads = [max((-(-n // 2) - 1) * 2 + 3 - n, 0) for n in x.shape[2:]]
-        (top, left), (bottom, right) = (pad // 2 for pad in pads), (pad - pad // 2 for pad in pads)
-        x = self.strided(nn.functional.pad(x, (left, right, top, bottom)))
-        return self.head(nn.functional.pixel_shuffle(x, 2))[..., 1:-1, 1:-1]
+    x = nn.functional.pad(net.stem(x), (2, 0, 2, 0))
+    x = net.body(x) + nn.functional.max_pool2d(x, 3, 1)
+    pads = [max((-(-n // 2) - 1) * 2 + 3 - n, 0) for n in x.shape[2:]]
+    (top, left), (bottom, right) = (pad // 2 for pad in pads), (pad - pad // 2 for pad in pads)
+    x = net.strided(nn.functional.pad(x, (left, right, top, bottom)))
+    return net.up(nn.functional.pixel_shuffle(x, 2))[..., 1:-1, 1:-1]
 
 
-class ChannelsLast(nn.Module):
+def channels_last(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Blocks with the channels last and what is added to them; returns such a map, and its means."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.down = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 2, 2)
-        self.one, self.two = nn.Linear(8, 12), nn.Linear(12, 8)
-        self.norm = nn.LayerNorm(8)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.stem(x).permute(0, 2, 3, 1)
-        x = x + self.two(self.one(self.norm(x)).relu())
-        x = self.down(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x, self.norm(x).mean((1, 2))
+    x = net.stem(x).permute(0, 2, 3, 1)
+    x = x + net.blocks(x)
+    x = net.down(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return x, net.norm(x).mean((1, 2))
 
 
-class OwnResidual(nn.Module):
+def own_residual(net: Any, x: Tensor) -> Tensor:
     """Windows whose result is added to the map that they read."""
+    x = net.two(net.one(x).relu()).relu()
+    x = x + net.across(x)
+    x = net.down((x + net.square(x)).relu())
+    return x + net.last(x)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 2, 1)
-        self.across, self.square = nn.Conv2d(8, 8, (1, 7), padding=(0, 3)), nn.Conv2d(8, 8, 3, 1, 1)
-        self.down, self.last = nn.Conv2d(8, 8, 5, 2, 2), nn.Conv2d(8, 8, 5, 1, 2, groups=8)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.two(self.one(x).relu()).relu()
-        x = x + self.across(x)
-        x = self.down((x + self.square(x)).relu())
-        return x + self.last(x)
+def conv(
+    inputs: int, outputs: int, side: int = 3, stride: int = 1, groups: int = 1, **more: Any
+) -> nn.Conv2d:
+    """A convolution whose padding keeps the size, but for the stride."""
+    return nn.Conv2d(inputs, outputs, side, stride, side // 2, groups=groups, **more)
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "own residual": OwnResidual,
+    "own residual": lambda: Composed(
+        own_residual,
+        **{"one": conv(3, 8), "two": conv(8, 8, stride=2), "square": conv(8, 8), "down": conv(8, 8, 5, 2)},
+        **{"across": nn.Conv2d(8, 8, (1, 7), padding=(0, 3)), "last": conv(8, 8, 5, groups=8)},
+    ),
     "strided": lambda: strided(3, outputs=4, kernel=3),
     "segmenter": Segmenter,
     "residual segmenter": ResidualSegmenter,
-    "norms": Norms,
-    "pools": Pools,
+    "norms": lambda: Composed(
+        norms,
+        stem=nn.Sequential(conv(3, 8, stride=2), nn.GroupNorm(2, 8), nn.ReLU()),
+        body=nn.Sequential(conv(8, 8, stride=2), nn.InstanceNorm2d(8, affine=True), nn.ReLU()),
+        bins=nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Conv2d(8, 8, 1)),
+        **{"up": nn.ConvTranspose2d(8, 8, 2, 2), "head": nn.Conv2d(8, 4, 1)},
+    ),
+    "pools": lambda: Composed(
+        pools,
+        stem=conv(3, 8, 7, 2, padding_mode="reflect"),
+        body=nn.Conv2d(8, 8, 3, padding=2, dilation=2, padding_mode="replicate"),
+        gate=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Sigmoid()),
+        **{"pool": nn.AvgPool2d(3, 2, 1), "more": nn.MaxPool2d(2, 2, ceil_mode=True), "head": conv(8, 3, 5)},
+    ),
     "bins": lambda: subject("scenes:PSPNetLike", CHECKOUT).build(),
-    "coordinates": lambda: Encoded(located, last=nn.Conv2d(10, 4, 3, padding=1)),
-    "borders": Borders,
+    "coordinates": lambda: Encoded(located, last=conv(10, 4)),
+    "borders": lambda: Composed(
+        borders,
+        stem=nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(3, 8, 7, 2)),
+        **{
+            "body": nn.Conv2d(8, 8, 3),
+            "strided": nn.Conv2d(8, 16, 3, 2),
+            "up": nn.ConvTranspose2d(4, 3, 4, 2),
+        },
+    ),
     "decoder": lambda: subject("unets:unet_bilinear", CHECKOUT).build(),
-    "channels last": ChannelsLast,
+    "channels last": lambda: Composed(
+        channels_last,
+        blocks=nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)),
+        **{"stem": nn.Conv2d(3, 8, 4, 4), "down": nn.Conv2d(8, 8, 2, 2), "norm": nn.LayerNorm(8)},
+    ),
     "convnext": lambda: ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)], num_classes=5),
+    "lopsided": lambda: make_lopsided(),
 }
-SMALL = tuple(name for name in NETWORKS if name != "convnext")
+SMALL = tuple(name for name in NETWORKS if name not in ("convnext", "lopsided"))
 LIBRARY = ("densenet121", "mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5", "vgg11")
 
 
@@ -459,21 +449,19 @@ def test_layers_behind_each_other_share_kernel_maps_which_are_freed(monkeypatch:
     assert max(alive) <= 8
 
 
-class Lopsided(nn.Module):
+def lopsided(net: Any, x: Tensor) -> Tensor:
     """Windows that are not square, padded unlike at each side, a transposed convolution, and what tells rows from
     columns."""
+    x = net.up(net.down(net.body(x)).relu())
+    return x * torch.linspace(0, 1, x.shape[2], dtype=x.dtype, device=x.device).view(-1, 1)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, (3, 5), 2, (1, 2))
-        self.wide = nn.Conv2d(8, 8, (1, 7), padding=(0, 3), dilation=1)
-        self.pool = nn.AvgPool2d((3, 1), 1, (1, 0))
-        self.down, self.up = nn.Conv2d(8, 8, (2, 3), 2, (0, 1)), nn.ConvTranspose2d(8, 8, (2, 2), 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.wide(self.stem(x)).relu()
-        x = self.up(self.down(self.pool(x)).relu())
-        return x * torch.linspace(0, 1, x.shape[2], dtype=x.dtype, device=x.device).view(-1, 1)
+def make_lopsided() -> nn.Module:
+    stem, wide = nn.Conv2d(3, 8, (3, 5), 2, (1, 2)), nn.Conv2d(8, 8, (1, 7), padding=(0, 3))
+    body = nn.Sequential(stem, wide, nn.ReLU(), nn.AvgPool2d((3, 1), 1, (1, 0)))
+    return Composed(
+        lopsided, body=body, down=nn.Conv2d(8, 8, (2, 3), 2, (0, 1)), up=nn.ConvTranspose2d(8, 8, 2, 2)
+    )
 
 
 def least_of(refusal: pytest.ExceptionInfo[cs.InvalidInput]) -> str:
@@ -485,8 +473,7 @@ def least_of(refusal: pytest.ExceptionInfo[cs.InvalidInput]) -> str:
 )
 @torch.no_grad()
 def test_wide_pictures_are_refused_with_what_rows_take_and_computed_in_it(name: str, mask: str) -> None:
-    model = seeded(Lopsided) if name == "lopsided" else made(name)
-    net = unverified(model, mask, example_input=picture(64, 96), coarsest=16)
+    net = unverified(made(name), mask, example_input=picture(64, 96), coarsest=16)
     image = torch.cat([picture(76, 1601), picture(76, 1601)])
     with pytest.raises(cs.InvalidInput, match="too little for this picture") as refusal:
         net.optimize(memory="1KiB")(image)
@@ -539,7 +526,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, int], tuple[st
         *("all", (333, 90), ("its window was the whole map where the network was converted.",)),
         False,
     ),
-    "little of a large map": (lambda: Salient(), "all", (203, 131), ("bands",), True),
+    "little of a large map": (lambda: detector(salient), "all", (203, 131), ("bands",), True),
     "a mask of a first pass": (
         lambda: strided(3, outputs=4, kernel=3),
         *("preview:scale=0.5", (80, 96), ("not computed in bands", "first pass")),
@@ -646,24 +633,25 @@ GROWING: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class Resize(nn.Module):
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.options = options
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.interpolate(x, **self.options)
+def resize(**options: Any) -> nn.Module:
+    return Composed(lambda net, x: nn.functional.interpolate(x, **options))
 
 
-class UpTo(nn.Module):
+def up_to(more: int) -> nn.Module:
     """A transposed convolution to the size that is asked for."""
+    return Composed(
+        lambda net, x: net.up(x, output_size=[2 * n - 1 + more for n in x.shape[2:]]),
+        up=nn.ConvTranspose2d(4, 4, 3, 2, 1),
+    )
 
-    def __init__(self, more: int) -> None:
-        super().__init__()
-        self.up, self.more = nn.ConvTranspose2d(4, 4, 3, 2, 1), more
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(x, output_size=[2 * n - 1 + self.more for n in x.shape[2:]])
+def experts() -> nn.Module:
+    """A convolution whose kernel is mixed by the whole image."""
+    return Composed(
+        lambda net, x: net.mixed(x, torch.sigmoid(net.route(x.mean((2, 3))))),
+        mixed=CondConv2d(4, 4, 3, 2, padding="same", num_experts=3),
+        route=nn.Linear(4, 3),
+    )
 
 
 WINDOWS: dict[str, Callable[[], nn.Module]] = {
@@ -674,30 +662,19 @@ WINDOWS: dict[str, Callable[[], nn.Module]] = {
     "largest of dilated taps": lambda: nn.MaxPool2d(3, 2, 1, 2, ceil_mode=True),
     "space to depth": lambda: nn.Sequential(nn.PixelShuffle(2), nn.PixelUnshuffle(2)),
     "depth to space": lambda: nn.PixelShuffle(2),
-    "every third": lambda: Resize(scale_factor=1 / 3),
-    "every fourth": lambda: Resize(scale_factor=0.25),
-    "half": lambda: Resize(scale_factor=0.5, mode="bilinear"),
+    "every third": lambda: resize(scale_factor=1 / 3),
+    "every fourth": lambda: resize(scale_factor=0.25),
+    "half": lambda: resize(scale_factor=0.5, mode="bilinear"),
     "reflected": lambda: nn.Conv2d(4, 4, 5, 2, 2, padding_mode="reflect"),
     "repeated": lambda: nn.Conv2d(4, 4, 5, 1, 4, 2, padding_mode="replicate"),
     "transposed": lambda: nn.ConvTranspose2d(4, 4, 4, 2, 1),
     "transposed with more rows": lambda: nn.ConvTranspose2d(4, 4, 3, 2, 1, output_padding=1),
     "transposed by three": lambda: nn.ConvTranspose2d(4, 4, 5, 3, 2, groups=2, bias=False),
     "transposed that grows": lambda: nn.ConvTranspose2d(4, 4, 7, 2),
-    "transposed to a size": lambda: UpTo(0),
-    "transposed to a size and one": lambda: UpTo(1),
-    "kernels of experts": lambda: Experts(),
+    "transposed to a size": lambda: up_to(0),
+    "transposed to a size and one": lambda: up_to(1),
+    "kernels of experts": experts,
 }
-
-
-class Experts(nn.Module):
-    """A convolution whose kernel is mixed by the whole image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.route = CondConv2d(4, 4, 3, 2, padding="same", num_experts=3), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x, torch.sigmoid(self.route(x.mean((2, 3)))))
 
 
 @pytest.mark.parametrize("name", some(WINDOWS, every=3))
@@ -726,36 +703,33 @@ def test_maps_that_grow_by_padding_are_computed_in_bands(name: str, size: tuple[
         assert difference(net.optimize(memory=MUCH)(x, mask="all"), model(x)) < 1e-12
 
 
-class AnchorHead(nn.Module):
+def anchors(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """A detector that flattens the scores of its maps to rows at the very end, as YOLOv5 does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = (nn.Conv2d(one, 8, 3, 2, 1) for one in (3, 8, 8))
-        self.heads = nn.ModuleList(nn.Conv2d(8, 3 * 7, 1) for _ in range(2))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        b = self.b(self.a(x).relu()).relu()
-        rows = []
-        for head, found in zip(self.heads, (b, self.c(b).relu()), strict=True):
-            y = head(found)
-            y = y.view(len(y), 3, 7, *y.shape[2:]).permute(0, 1, 3, 4, 2).contiguous().sigmoid()
-            rows.append(y.view(len(x), -1, 7))
-        return torch.cat(rows, 1), b
+    b = net.b(net.a(x).relu()).relu()
+    rows = []
+    for head, found in zip(net.heads, (b, net.c(b).relu()), strict=True):
+        y = head(found)
+        y = y.view(len(y), 3, 7, *y.shape[2:]).permute(0, 1, 3, 4, 2).contiguous().sigmoid()
+        rows.append(y.view(len(x), -1, 7))
+    return torch.cat(rows, 1), b
 
 
-class Salient(AnchorHead):
+def salient(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Returns little of a large map."""
+    found = net.a(x).relu()
+    return found.view(len(x), 2, 4, -1).cumsum(3).amax(3), net.c(found)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.a(x).relu()
-        return found.view(len(x), 2, 4, -1).cumsum(3).amax(3), self.c(found)
+
+def detector(then: Callable[[Any, Tensor], Any]) -> nn.Module:
+    """Three strided convolutions, and two heads of anchors."""
+    a, b, c = (conv(channels, 8, stride=2) for channels in (3, 8, 8))
+    return Composed(then, a=a, b=b, c=c, heads=nn.ModuleList(nn.Conv2d(8, 3 * 7, 1) for _ in range(2)))
 
 
 @pytest.mark.parametrize("mask", some(["all", "none", MASK], every=3))
 def test_rows_of_a_detector_are_arranged_when_its_maps_are_complete(mask: str) -> None:
     torch.manual_seed(0)
-    net = unverified(AnchorHead().eval().double(), mask, coarsest=16, example_input=picture(64, 96))
+    net = unverified(detector(anchors).eval().double(), mask, coarsest=16, example_input=picture(64, 96))
     x = torch.cat([picture(203, 131), picture(203, 131)])
     with pytest.raises(cs.InvalidInput) as refusal:
         net.optimize(memory="1KiB")(x)

@@ -566,7 +566,7 @@ def test_networks_of_the_corpus_in_boxes(way: str) -> None:
     assert computed >= 20
 
 
-# Networks of timm and torchvision whose last map depends on a part of the picture.
+# Of families of timm and torchvision whose last map depends on a part of the picture, a network each.
 FAMILIES = [
     "alexnet",
     "cs3darknet_focus_s",
@@ -574,27 +574,22 @@ FAMILIES = [
     "googlenet",
     "inception_resnet_v2",
     "inception_v3",
-    "inception_v4",
     "mnasnet0_5",
-    "mobilenet_edgetpu_v2_xs",
     "mobilenet_v2",
     "mobilenetv1_100",
     "nf_resnet26",
-    "nf_resnet50",
     "regnet_x_400mf",
     "resnetblur50",
     "shufflenet_v2_x0_5",
     "squeezenet1_1",
     "tf_efficientnet_lite0",
     "vovnet39a",
-    "xception41p",
     "convnext_atto",
     "cspdarknet53",
     "cspresnet50",
     "darknet17",
     "densenet121",
     "dla34",
-    "dla46_c",
     "dpn48b",
     "fasternet_t0",
     "fastvit_t8",
@@ -603,20 +598,16 @@ FAMILIES = [
     "hgnetv2_b0",
     "hrnet_w18_small",
     "inception_next_atto",
-    "mnasnet_050",
     "mobilenetv4_conv_small_035",
     "mobileone_s0",
-    "regnetx_002",
     "repvgg_a0",
     "res2net50_14w_8s",
     "resnet18",
     "resnetv2_18d",
     "resnext26ts",
     "selecsls42",
-    "spnasnet_100",
     "starnet_s050",
     "vgg11",
-    "vgg11_bn",
     "xception41",
 ]
 
