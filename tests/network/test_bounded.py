@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Run, images, random_levels, slow
-from networks import made_once, randomise
-from torch import Tensor, nn
+from networks import ManyOperations, adapted_strided, made_once, randomise
+from torch import Tensor
 
 import cadsurgery as cs
 from benchmarks import soak
@@ -27,26 +27,10 @@ from cadsurgery.kernels.load import library
 from cadsurgery.network import points
 
 
-class Network(nn.Module):
-    """Dense, grouped and pointwise convolutions, pooling, a norm, a residual and a gate: output stride 16."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU())
-        self.down = nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1, groups=16), nn.BatchNorm2d(16), nn.SiLU())
-        self.point, self.pool = nn.Conv2d(16, 16, 1), nn.MaxPool2d(3, 2, 1)
-        self.last = nn.Conv2d(16, 5, 3, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.down(self.stem(x))
-        x = self.pool(x + self.point(x))
-        return self.last(x * x.mean((2, 3), keepdim=True).sigmoid())
-
-
 @made_once
 def adapted(mask: object = "edges") -> cs.AdaptiveModel:
     example = images(1, 64, 96)
-    return cs.adaptify(randomise(Network()), mask, example_input=example, verify_laws=False)
+    return cs.adaptify(randomise(ManyOperations()), mask, example_input=example, verify_laws=False)
 
 
 def sizes(count: int) -> list[tuple[int, int, int]]:
@@ -118,7 +102,7 @@ def heap_in_use() -> ctypes._CFuncPtr:  # type: ignore[name-defined]
 
 @torch.no_grad()
 def test_points_are_read_at_any_number_of_sizes() -> None:
-    net = adapted()
+    net = adapted_strided()
     for batch, height, width in sizes(points.MOST_SIZES + 4):
         x, wanted = images(batch, height, width), [torch.tensor([[3.0, 5.0]])] * batch
         found = cs.read_at(net, x, wanted, reach="receptive")

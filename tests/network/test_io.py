@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import images, some
-from networks import PooledSegmenter, adapted, randomise, unverified
+from networks import Composed, PooledSegmenter, adapted, randomise, unverified
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -100,44 +100,36 @@ def test_a_file_given_as_weights_is_remembered_by_its_name_and_not_where_it_lay(
     assert str(tmp_path).encode() not in (tmp_path / "net.safetensors").read_bytes()
 
 
-class Headed(nn.Module):
+def headed(classes: int, middle: int = 6) -> nn.Module:
     """A network whose classifier is a module of its own."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU())
-        self.head = nn.Conv2d(8, classes, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        output: Tensor = self.head(self.body(image))
-        return output
+    body = nn.Conv2d(3, middle, 3, 2, 1), nn.ReLU(), nn.Conv2d(middle, 8, 3, 2, 1), nn.ReLU()
+    head = nn.Conv2d(8, classes, 1)
+    return Composed(lambda net, x: net.head(net.body(x)), body=nn.Sequential(*body), head=head).eval()
 
 
 def test_a_new_classifier_comes_back_into_a_network_that_has_it(tmp_path: Path) -> None:
     path, image = tmp_path / "net.safetensors", images(1, 64, 96)
-    net = cs.adaptify(Headed(19).eval(), "edges", example_input=images(1, 64, 64))
+    net = cs.adaptify(headed(19), "edges", example_input=images(1, 64, 64))
     net.source = Source("package:headed")
     net.head = nn.Conv2d(8, 5, 1)
     cs.save(net, path)
-    again = cs.load(path, Headed(5))
+    again = cs.load(path, headed(5))
     assert torch.equal(again(image), net(image))
-    expected = unverified(Headed(5).eval(), "edges", example_input=images(1, 64, 64)).plan
+    expected = unverified(headed(5), "edges", example_input=images(1, 64, 64)).plan
     assert again.plan == expected
     assert (
         read_metadata(path)["source"] is None
     )  # the function would build the classifier that was there at first
     with pytest.raises(cs.FileError, match="another plan"):
-        cs.load(path, Headed(19))
+        cs.load(path, headed(19))
 
 
 def test_channels_changed_inside_come_back(tmp_path: Path) -> None:
     path, image = tmp_path / "net.safetensors", images(1, 64, 96)
-    net = unverified(Headed(3).eval(), "edges", example_input=images(1, 64, 64))
-    model = Headed(3)
-    for wider in (net, model):
-        wider.body[0], wider.body[2] = nn.Conv2d(3, 7, 3, 2, 1), nn.Conv2d(7, 8, 3, 2, 1)
+    net = unverified(headed(3), "edges", example_input=images(1, 64, 64))
+    net.body[0], net.body[2] = nn.Conv2d(3, 7, 3, 2, 1), nn.Conv2d(7, 8, 3, 2, 1)
     cs.save(net, path)
-    assert torch.equal(cs.load(path, model)(image), net(image))
+    assert torch.equal(cs.load(path, headed(3, middle=7))(image), net(image))
 
 
 def test_saving_what_was_loaded_writes_the_same_file(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import some
-from networks import made_once, strided, unverified
+from networks import Undecided, made_once, strided, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -142,18 +142,6 @@ class Backbone(nn.Module):
         return {"half": half, "eighth": self.body(half)}
 
 
-class Host(nn.Module):
-    """Decides by values, which torch.fx cannot follow."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = Backbone()
-
-    def forward(self, x: Tensor) -> Tensor:
-        found = self.backbone(2 * x)
-        return found["eighth"] if bool(x.sum() > 0) else found["eighth"].clone()
-
-
 @made_once
 def adapted(model: nn.Module | None = None) -> cs.AdaptiveModel:
     torch.manual_seed(0)
@@ -163,7 +151,7 @@ def adapted(model: nn.Module | None = None) -> cs.AdaptiveModel:
 
 
 def test_a_host_answers_for_its_part() -> None:
-    net, x = adapted(Host()), torch.rand(2, 3, 64, 96)
+    net, x = adapted(Undecided(Backbone())), torch.rand(2, 3, 64, 96)
     part = net.adaptive_part
     assert net.hosts_part and not part.hosts_part and part.adaptive_part is part
     assert net.program is part.program and (net.plan, net.geometry) == (part.plan, part.geometry)
@@ -179,7 +167,7 @@ def test_a_host_answers_for_its_part() -> None:
 
 
 def test_only_a_network_that_is_adaptive_as_a_whole_has_a_program_of_its_own() -> None:
-    net, host = adapted(), adapted(Host())
+    net, host = adapted(), adapted(Undecided(Backbone()))
     fast = net.optimize()
     assert whole_program(net, "is none") is net.program and whole_program(fast, "is none") is fast.program
     assert not net.program.is_fused and fast.program.is_fused and host.optimize().program.is_fused

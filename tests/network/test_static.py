@@ -17,7 +17,7 @@ import pytest
 import timm
 import torch
 from conftest import assert_same, covering, images, random_levels, relative_error
-from networks import build, randomise, strided, unverified
+from networks import Composed, build, randomise, strided, unverified
 from timm.models._efficientnet_blocks import CondConvResidual
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -319,20 +319,14 @@ def test_compiled_training_is_eager_training() -> None:
         assert torch.allclose(one, two, atol=1e-12), name
 
 
-class Excited(nn.Module):
+def excited(how: str) -> nn.Module:
     """Channels weighed by a reduction of the whole image, as squeeze-and-excitation does."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how = how
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * getattr(x, self.how)(dim=(2, 3), keepdim=True).sigmoid()
+    return Composed(lambda net, x: x * getattr(x, how)(dim=(2, 3), keepdim=True).sigmoid())
 
 
 def with_reductions() -> nn.Module:
     """Operations on a whole image."""
-    reductions = [Excited(how) for how in ("mean", "sum", "norm", "var", "std", "amax", "amin")]
+    reductions = [excited(how) for how in ("mean", "sum", "norm", "var", "std", "amax", "amin")]
     norms = [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)]
     return nn.Sequential(*strided(outputs=4, kernel=3), *reductions, *norms, nn.Conv2d(4, 4, 3, 1, 1)).eval()
 
@@ -350,7 +344,7 @@ def with_blocks() -> nn.Module:
 
 def with_means() -> nn.Module:
     """Dense, depthwise and pointwise convolutions, pooling, reductions of an image and a global mean."""
-    more = [nn.Conv2d(4, 4, 3, 1, 1, groups=4), nn.MaxPool2d(3, 1, 1), Excited("norm"), nn.GroupNorm(2, 4)]
+    more = [nn.Conv2d(4, 4, 3, 1, 1, groups=4), nn.MaxPool2d(3, 1, 1), excited("norm"), nn.GroupNorm(2, 4)]
     last = nn.AdaptiveAvgPool2d(1), nn.Flatten()
     return nn.Sequential(strided(outputs=4, kernel=3), *more, *last).eval()
 
