@@ -28,7 +28,7 @@ import cadsurgery as cs
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window
-from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
+from cadsurgery.elements.lattice import Bounds, Geometry
 from cadsurgery.masks import FineMapSpec
 from cadsurgery.masks.masking import Masking
 from cadsurgery.network.cuda_graphs import bucket
@@ -41,16 +41,6 @@ double = torch.float64
 def fresh_compiler() -> None:
     """No graph of another test counts against the compiler's limits."""
     torch._dynamo.reset()
-
-
-def patch_levels(batch: int, size: tuple[int, int], geometry: Geometry, kept: int) -> Tensor:
-    """Level 0 in exactly `kept` random patches of the batch, the lowest level elsewhere."""
-    side = geometry.sides[-1]
-    rows, columns = (-(-length // side) for length in size)
-    levels = torch.full((batch * rows * columns,), geometry.max_level)
-    levels[torch.randperm(len(levels))[:kept]] = 0
-    levels = levels.view(batch, rows, columns)
-    return levels.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, : size[0], : size[1]]
 
 
 def graphs(backend: str = "eager") -> CompileCounterWithBackend:
@@ -214,17 +204,24 @@ def values_of(found: Any) -> list[Tensor]:
     return [found.rows[: int(found.lattice.counts.sum())]]
 
 
+PUBLISHED = {"fill": "nearest", "anchor": "center", "pool": "drop", "patch": "block"}
+
+
 @pytest.mark.parametrize(
-    ("name", "size", "fill"), covering([*OPERATIONS], [(13, 18), (16, 24)], ["linear", "nearest", "guided"])
+    ("name", "size", "options"),
+    covering(
+        [*OPERATIONS],
+        [(13, 18), (16, 24)],
+        [*({"fill": fill} for fill in ("linear", "nearest", "guided")), PUBLISHED],
+    ),
 )
-def test_padding_changes_nothing(name: str, size: tuple[int, int], fill: Any) -> None:
+def test_padding_changes_nothing(name: str, size: tuple[int, int], options: dict[str, Any]) -> None:
     """Every operation on a lattice with loose bounds, its padding full of NaN, is that on the exact one."""
-    geometry = Geometry((2, 2), fill=fill)
-    size = (
-        (12, 20) if name == "space to depth" and size[0] % 2 else size
-    )  # torch refuses sides that do not divide
+    geometry = Geometry((2, 2), **options)
+    if name == "space to depth" and size[0] % 2:  # torch refuses sides that do not divide
+        size = (12, 20)
     for batch, dtype in ((1, torch.float32), (2, double)):
-        levels = random_levels(batch, size, (2, 2))
+        levels = random_levels(batch, size, (2, 2), patch=geometry.patch)
         pixels = batch * size[0] * size[1]
         exact = geometry.lattice(levels).at(1)
         most = tuple(min(len(exact.at(stage)) + 7, pixels) for stage in range(3))
@@ -239,21 +236,6 @@ def test_padding_changes_nothing(name: str, size: tuple[int, int], fill: Any) ->
         for found, expected in zip(results[1], results[0], strict=True):
             assert found.isfinite().all()
             assert_same(found, expected, 1e-5 if dtype == torch.float32 else 1e-12)
-
-
-def test_options_of_the_published_method_have_bounds_too() -> None:
-    """anchor="center" and pool="drop"."""
-    geometry = Geometry((2, 2), fill="nearest", anchor="center", pool="drop", patch="block")
-    levels = patch_levels(2, (16, 24), geometry, 10)
-    dense, weight = torch.randn(2, 4, 16, 24, dtype=double), torch.randn(4, 4, 3, 3, dtype=double)
-    bounds = Bounds((0, 0, 0), (768, 700, 700))
-
-    def done(lattice: Lattice) -> Tensor:
-        x = functional.conv2d(functional.to_elements(dense, lattice), weight, None, PAIR, 0)
-        x = functional.max_pool2d(x, Window((2, 2), 2), 1)
-        return functional.to_dense(functional.conv2d(x, weight, None, PAIR._replace(spacing=2), 1))
-
-    assert_same(done(geometry.lattice(levels, bounds)), done(geometry.lattice(levels)), 1e-12)
 
 
 # -- networks ------------------------------------------------------------------------------------------
