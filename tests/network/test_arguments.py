@@ -215,8 +215,7 @@ class Rounded(Base):
     """Its values are rounded to steps, as in training for 8 bits."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        steps = torch.fake_quantize_per_tensor_affine(self.body(self.stem(x)), 0.1, 3, 0, 255)
-        return self.head(steps)
+        return self.head(torch.fake_quantize_per_tensor_affine(self.body(self.stem(x)), 0.1, 3, 0, 255))
 
 
 def test_values_rounded_to_steps_stay_in_the_region() -> None:
@@ -231,12 +230,9 @@ def test_values_rounded_to_steps_stay_in_the_region() -> None:
 class Halved(Base):
     """Its sums need sizes that are multiples of 8, which torch says in its own words."""
 
-    def run(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.body(self.stem(x))
         return self.head(y.view(*y.shape[:2], y.shape[2] // 2, 2, -1, 2).mean((3, 5)))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.run(x)
 
 
 @pytest.mark.parametrize("is_optimized", [False, True])

@@ -182,20 +182,17 @@ def test_in_bands_is_whole(
     assert torch.equal(whole.levels, banded.levels)
 
 
-class InPlace(nn.Module):
+def in_place(change: Callable[[Tensor], Tensor], skips: bool = False) -> nn.Module:
     """Halves a map in place, which a convolution before it reads, too, and, if `skips`, one behind it."""
 
-    def __init__(self, change: Callable[[Tensor], Tensor], skips: bool = False) -> None:
-        super().__init__()
-        self.stem, self.body = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
-        self.before, self.deep = nn.Conv2d(8, 8, 5, padding=2), nn.Conv2d(8, 8, 3, padding=1)
-        self.change, self.skips = change, skips
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = net.body(net.stem(x).sigmoid())
+        y = net.before(x)
+        z = net.deep(change(x))
+        return y + z + x if skips else y + z
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.body(self.stem(x).sigmoid())
-        y = self.before(x)
-        z = self.deep(self.change(x))
-        return y + z + x if self.skips else y + z
+    stem, body = conv(3, 8, stride=2), conv(8, 8, stride=2)
+    return Composed(forward, stem=stem, body=body, before=conv(8, 8, 5), deep=conv(8, 8))
 
 
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -219,7 +216,7 @@ def test_a_change_in_place_reaches_what_is_read_behind_it_alone(
 ) -> None:
     """Neither fused layers nor bands read the map at another time than the network."""
     change, skips = changed
-    model, image = seeded(lambda: InPlace(IN_PLACE[change], skips)), picture(75, 101)
+    model, image = seeded(lambda: in_place(IN_PLACE[change], skips)), picture(75, 101)
     net = unverified(model, mask, example_input=picture(64, 96), coarsest=16)
     expected = model(image) if mask == "all" else net(image)
     with bands_of(rows):
@@ -517,7 +514,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, int], tuple[st
         True,
     ),
     "a view that is changed": (
-        lambda: InPlace(IN_PLACE["view"], skips=True),
+        lambda: in_place(IN_PLACE["view"], skips=True),
         *("all", (75, 101), ("cannot be computed in bands", "it changes in place what others read.")),
         True,
     ),

@@ -605,28 +605,18 @@ def test_an_example_smaller_than_a_cell_is_not_cut() -> None:
 # -- sizes in programs for any size stay short: each stage starts from symbols of its own ----------
 
 
-class Stages(nn.Module):
+def stages(count: int) -> nn.Module:
     """Stages whose sizes are rounded down (pools) and up (convolutions)."""
-
-    def __init__(self, stages: int) -> None:
-        super().__init__()
-        widths = [6 + 2 * stage for stage in range(stages + 1)]
-        self.first = conv_norm(3, widths[0])
-        self.down = nn.ModuleList(
-            conv_norm(a, b, 1 + place % 2) for place, (a, b) in enumerate(pairwise(widths))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for place, down in enumerate(self.down):
-            x = down(x if place % 2 else F.max_pool2d(x, 2, 2))
-        return x
+    layers, widths = [conv_norm(3, 6)], [6 + 2 * stage for stage in range(count + 1)]
+    for place, (a, b) in enumerate(pairwise(widths)):
+        layers.append(conv_norm(a, b, 2) if place % 2 else nn.Sequential(nn.MaxPool2d(2, 2), conv_norm(a, b)))
+    return randomise(nn.Sequential(*layers))
 
 
-def of_stages(stages: int, mask: object = "edges") -> cs.AdaptiveModel:
+def of_stages(count: int, mask: object = "edges") -> cs.AdaptiveModel:
     torch.manual_seed(0)
     example = torch.rand(1, 3, 96, 128)
-    return unverified(randomise(Stages(stages)), mask, example_input=example).eval()
+    return unverified(stages(count), mask, example_input=example).eval()
 
 
 def followed(net: cs.AdaptiveModel, image: Tensor) -> Any:
@@ -713,11 +703,9 @@ def test_what_torch_raises_names_the_operation_and_another_file(
     assert not list(tmp_path.iterdir())
 
 
-class Chosen(nn.Module):
+def chosen() -> nn.Module:
     """How many parts there are depends on the values."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.masked_select(x, x > x.mean()).split(7)[0].mean()
+    return Composed(lambda _, x: x + torch.masked_select(x, x > x.mean()).split(7)[0].mean())
 
 
 def test_what_others_print_while_torch_is_silent_is_seen_at_once(capfd: pytest.CaptureFixture[str]) -> None:
@@ -775,18 +763,16 @@ def test_whatever_raises_is_refused_and_leaves_nothing(
     assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [(file, b"an older file")]
 
 
-class Bessel(nn.Module):
+def bessel() -> nn.Module:
     """An operation that ONNX does not have."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.special.bessel_j1(x)
+    return Composed(lambda _, x: torch.special.bessel_j1(x))
 
 
 # A module between a strided network and its last layer; the file; words of the refusal, and its place.
 AT_AN_OPERATION: list[Any] = [
-    *((Chosen, *file, "data-dependent", "split (test_export.py:") for file in FILES),
+    *((chosen, *file, "data-dependent", "split (test_export.py:") for file in FILES),
     *(
-        (Bessel, *file, "No ONNX function found", "special_bessel_j1 (test_export.py:")
+        (bessel, *file, "No ONNX function found", "special_bessel_j1 (test_export.py:")
         for file in (("net.onnx", {}), FILES[0])
     ),
 ]
@@ -810,7 +796,7 @@ def test_what_no_file_can_hold_is_refused_at_its_operation_and_nothing_is_printe
     with pytest.raises(cs.CannotConvert, match=words) as refusal:
         cs.export(net, torch.rand(1, 3, 64, 96), tmp_path / file, **options)
     assert refusal.value.where.startswith(where) and refusal.value.next
-    assert kind is Chosen or refusal.value.where.endswith(", in the original 1")
+    assert kind is chosen or refusal.value.where.endswith(", in the original 1")
     assert not list(tmp_path.iterdir()) and capfd.readouterr() == ("", "")
 
 
@@ -842,22 +828,14 @@ def test_a_path_that_cannot_be_written_is_refused_before_any_work(suffix: str, t
     assert not steps and len(list(tmp_path.iterdir())) == 2
 
 
-class ResidualBlocks(nn.Module):
+def residual_blocks(count: int) -> nn.Module:
     """Residual blocks of factorised and dilated convolutions behind two strides."""
 
-    def __init__(self, blocks: int) -> None:
-        super().__init__()
-        self.first = nn.Sequential(conv_norm(3, 8, 2), conv_norm(8, 8, 2))
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(8, 8, (3, 1), padding=(2, 0), dilation=(2, 1)), conv_norm(8, 8))
-            for _ in range(blocks)
-        )
+    def block() -> nn.Module:
+        wide = nn.Conv2d(8, 8, (3, 1), padding=(2, 0), dilation=(2, 1))
+        return Composed(lambda net, x: F.relu(x + net.body(x)), body=nn.Sequential(wide, conv_norm(8, 8)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for block in self.blocks:
-            x = F.relu(x + block(x))
-        return x
+    return randomise(nn.Sequential(conv_norm(3, 8, 2), conv_norm(8, 8, 2), *(block() for _ in range(count))))
 
 
 def work_for(blocks: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -871,7 +849,7 @@ def work_for(blocks: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     monkeypatch.setattr(ShapeEnv, "_evaluate_expr", count)
     image = torch.rand(1, 3, 61, 93)
-    net = unverified(randomise(ResidualBlocks(blocks)), "edges", example_input=image).eval()
+    net = unverified(residual_blocks(blocks), "edges", example_input=image).eval()
     program = followed(net, image)
     monkeypatch.undo()
     values = [node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), Tensor)]

@@ -715,40 +715,30 @@ def test_nothing_but_convolutions_and_one_pass_between_them_is_left(name: str) -
         )  # three convolutions; before the depthwise one, padding is zero: a shift stays
 
 
-class SpaceToDepth(nn.Module):
-    """Space to depth by numbers that are computed from the image's size, as TResNet's stem."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.then = nn.Conv2d(12, 8, 3, 2, 1), nn.Conv2d(8, 6, 3, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        parts = x.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 3, 5, 1, 2, 4)
-        channels = channels * 5 - 1
-        return self.then(self.first(parts.reshape(batch, channels - 2, height // 2, width // 2)).relu())
+def space_to_depth(net: Any, x: Tensor) -> Tensor:
+    """By numbers that are computed from the image's size, as TResNet's stem."""
+    batch, channels, height, width = x.shape
+    parts = x.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 3, 5, 1, 2, 4)
+    channels = channels * 5 - 1
+    return net.body(parts.reshape(batch, channels - 2, height // 2, width // 2))
 
 
-class Tokens(nn.Module):
+def tokens(net: Any, x: Tensor) -> Tensor:
     """Attention over positions, behind a gate of one factor and one shift for all channels, as StarReLU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.then = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 6, 3, 2, 1)
-        self.scale, self.shift = nn.Parameter(torch.tensor([1.5])), nn.Parameter(torch.tensor([-0.25]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.then(self.first(x).relu()).flatten(2).transpose(1, 2)
-        rows = (rows @ rows.transpose(1, 2)).softmax(-1) @ rows
-        rows = self.scale * rows.relu() ** 2 + self.shift
-        batch, count, channels = rows.shape
-        return rows.reshape(batch, count, 2, channels // 2)
+    rows = net.body(x).flatten(2).transpose(1, 2)
+    rows = (rows @ rows.transpose(1, 2)).softmax(-1) @ rows
+    rows = net.scale * rows.relu() ** 2 + net.shift
+    batch, count, channels = rows.shape
+    return rows.reshape(batch, count, 2, channels // 2)
 
 
-@pytest.mark.parametrize("kind", [SpaceToDepth, Tokens])
-def test_numbers_and_tokens_stay_what_they_are(kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize(("then", "inputs"), [(space_to_depth, 12), (tokens, 3)])
+def test_numbers_and_tokens_stay_what_they_are(then: Any, inputs: int) -> None:
     torch.manual_seed(0)
-    net = unverified(kind().double().eval(), "edges", example_input=torch.rand(1, 3, 64, 96).double())
+    scale, shift = nn.Parameter(torch.tensor([1.5])), nn.Parameter(torch.tensor([-0.25]))
+    body = nn.Sequential(nn.Conv2d(inputs, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 6, 3, 2, 1))
+    model = Composed(then, body=body, scale=scale, shift=shift).double().eval()
+    net = unverified(model, "edges", example_input=torch.rand(1, 3, 64, 96).double())
     fast, image = net.optimize(), torch.rand(2, 3, 48, 80, dtype=torch.float64)
     with torch.no_grad():
         expected = net(image)

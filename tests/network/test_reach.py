@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, random_levels, slow, some
-from networks import Undecided, randomise, unverified
+from networks import Composed, Undecided, randomise, strided, unverified
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.mobilenetv3 import InvertedResidual as SqueezedResidual
@@ -103,51 +103,37 @@ def squeezed(at: int = 1) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), block(0, 2), block(1, 1), block(2, 2))
 
 
-class Inception(nn.Module):
+def inception(channels: int, stride: int) -> nn.Module:
     """Pools of both kinds beside a convolution, joined."""
-
-    def __init__(self, channels: int, stride: int) -> None:
-        super().__init__()
-        beside = nn.Conv2d(channels, 16, (1, 3), stride, (0, 1)), nn.BatchNorm2d(16), nn.ReLU()
-        pools = nn.MaxPool2d(3, stride, 1), nn.AvgPool2d(3, stride, 1, count_include_pad=False)
-        self.branches = nn.ModuleList([*pools, nn.Sequential(*beside)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([branch(x) for branch in self.branches], 1)
+    beside = nn.Conv2d(channels, 16, (1, 3), stride, (0, 1)), nn.BatchNorm2d(16), nn.ReLU()
+    pools = nn.MaxPool2d(3, stride, 1), nn.AvgPool2d(3, stride, 1, count_include_pad=False)
+    branches = nn.ModuleList([*pools, nn.Sequential(*beside)])
+    return Composed(lambda net, x: torch.cat([one(x) for one in net.branches], 1), branches=branches)
 
 
 def pools() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, 2, 1), Inception(16, 2), nn.Conv2d(48, 16, 1), nn.ReLU(), Inception(16, 2)
+        nn.Conv2d(3, 16, 3, 2, 1), inception(16, 2), nn.Conv2d(48, 16, 1), nn.ReLU(), inception(16, 2)
     )
 
 
-class Same(nn.Module):
+def same(net: Any, x: Tensor) -> Tensor:
     """Pads in front of each stride by what the size of the map asks for, as networks ported from TensorFlow do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Conv2d(16 if place else 3, 16, 3, 2) for place in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            rows, columns = (max((-(-n // 2) - 1) * 2 + 3 - n, 0) for n in x.shape[2:])
-            x = F.relu(layer(F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))))
-        return x
+    for layer in net.layers:
+        rows, columns = (max((-(-n // 2) - 1) * 2 + 3 - n, 0) for n in x.shape[2:])
+        x = F.relu(layer(F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))))
+    return x
 
 
-class Decoding(nn.Module):
+def decoding(up: nn.Module) -> nn.Module:
     """Down to stride 8 and up again by a resize or a transposed convolution, joined with what was skipped."""
 
-    def __init__(self, up: nn.Module) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 2, 1)
-        self.third, self.last = nn.Conv2d(16, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 1, 1)
-        self.up = up
+    def decode(net: Any, image: Tensor) -> Tensor:
+        skipped = net.down(image)
+        return net.last(net.up(F.relu(net.third(skipped))) + skipped)
 
-    def forward(self, image: Tensor) -> Tensor:
-        skipped = F.relu(self.second(F.relu(self.first(image))))
-        return self.last(self.up(F.relu(self.third(skipped))) + skipped)
+    third, last = nn.Conv2d(16, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 1, 1)
+    return Composed(decode, down=strided(2, 16), third=third, last=last, up=up)
 
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
@@ -157,9 +143,9 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "depthwise": depthwise,
     "squeezed": squeezed,
     "pools": pools,
-    "same": Same,
-    "decoding": lambda: Decoding(nn.Upsample(scale_factor=2.0, mode="bilinear")),
-    "spreading": lambda: Decoding(nn.Sequential(nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.ReLU())),
+    "same": lambda: Composed(same, layers=nn.ModuleList(nn.Conv2d(c, 16, 3, 2) for c in (3, 16, 16))),
+    "decoding": lambda: decoding(nn.Upsample(scale_factor=2.0, mode="bilinear")),
+    "spreading": lambda: decoding(nn.Sequential(nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.ReLU())),
 }
 FEW = ("squeezed", "same", "spreading")
 
@@ -493,29 +479,26 @@ def test_a_network_in_training_is_read_whole() -> None:
 # -- masks and outputs ---------------------------------------------------------------------------------
 
 
-class Describing(nn.Module):
-    """A score map, descriptors, and a vector for the image."""
+def describing(form: type) -> nn.Module:
+    """A score map, descriptors, and a vector for the image, in a dictionary or a tuple."""
 
-    def __init__(self, form: str) -> None:
-        super().__init__()
-        self.form, self.body = form, nn.Sequential(*list(plain())[:5])
-        self.score, self.features = nn.Conv2d(16, 1, 1), nn.Conv2d(16, 16, 3, 1, 1)
-        self.image = nn.Linear(16, 2)
+    def describe(net: Any, image: Tensor) -> Any:
+        found = net.body(image)
+        several = {"scores": net.score(found), "descriptors": net.features(found)}
+        several["image"] = net.image(found.mean((2, 3)))
+        return several if form is dict else tuple(several.values())
 
-    def forward(self, image: Tensor) -> Any:
-        found = self.body(image)
-        several = {"scores": self.score(found), "descriptors": self.features(found)}
-        several["image"] = self.image(found.mean((2, 3)))
-        return several if self.form == "dictionary" else tuple(several.values())
+    score, features, image = nn.Conv2d(16, 1, 1), nn.Conv2d(16, 16, 3, 1, 1), nn.Linear(16, 2)
+    return Composed(describe, body=plain()[:5], score=score, features=features, image=image)
 
 
-@pytest.mark.parametrize("form", ["dictionary", "tuple"])
+@pytest.mark.parametrize("form", [dict, tuple])
 @torch.no_grad()
-def test_one_of_several_outputs_is_read_by_its_name_or_place(form: str) -> None:
+def test_one_of_several_outputs_is_read_by_its_name_or_place(form: type) -> None:
     torch.manual_seed(0)
-    net = convert(Describing(form), output_stride=(2, 4))
+    net = convert(describing(form), output_stride=(2, 4))
     x, points = images(2, *SIZE), points_in(SIZE, 4, 2)
-    names: list[Any] = ["scores", "descriptors", "image"] if form == "dictionary" else [0, 1, 2]
+    names: list[Any] = ["scores", "descriptors", "image"] if form is dict else [0, 1, 2]
     dense = net(x, mask="edges:threshold=1")
     for name in names[:2]:
         assert readable(net, name)
@@ -556,7 +539,7 @@ def test_the_keypoints_mask_is_given_the_points_that_are_read() -> None:
 @torch.no_grad()
 def test_a_mask_that_looks_ahead_is_asked_once_and_right(reach: Any) -> None:
     torch.manual_seed(0)
-    net = convert(Describing("dictionary"), output_stride=(2, 4))
+    net = convert(describing(dict), output_stride=(2, 4))
     x, points = images(2, *SIZE), points_in(SIZE, 4, 2)
     mask = "keypoints:detector=own,count=5,dilations=9"
     dense = net(x, mask=mask)["descriptors"]
@@ -579,16 +562,10 @@ def test_a_network_uses_its_own_mask_unless_another_is_given() -> None:
     assert_rows(cs.read_at(net, x, points), other)
 
 
-class Flattened(nn.Module):
+def flattened(net: Any, image: Tensor) -> tuple[Tensor, Tensor]:
     """What follows its map needs the size it was made for, so the map leaves at that."""
-
-    def __init__(self, body: nn.Module, features: int) -> None:
-        super().__init__()
-        self.body, self.last = body, nn.Linear(features, 2)
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.body(image)
-        return found, self.last(found.flatten(1))
+    found = net.body(image)
+    return found, net.last(found.flatten(1))
 
 
 # Of `cut` the level map has more samples.
@@ -601,7 +578,9 @@ def test_a_map_that_leaves_at_its_own_size_is_read_at_that(
     """Every pixel, with everything and with what is needed only."""
     torch.manual_seed(0)
     example, x = torch.zeros(1, 3, *size), images(1, *size)
-    net = convert(Flattened(body(), 16 * own[0] * own[1]), example_input=example)
+    net = convert(
+        Composed(flattened, body=body(), last=nn.Linear(16 * own[0] * own[1], 2)), example_input=example
+    )
     y, column = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
     every = torch.stack((column.flatten(), y.flatten()), 1)
     dense = net(x, mask="all")[0]
