@@ -107,7 +107,6 @@ def half_written(_: Any, x: Tensor) -> Tensor:
 
 
 def bins() -> nn.Module:
-    """Means of four bins, resized to the map."""
     return Composed(
         lambda net, x: net.last(torch.cat([x, as_large(F.adaptive_avg_pool2d(x, 2), x)], 1)),
         last=nn.Conv2d(2 * C, C, 1),

@@ -27,8 +27,6 @@ class Base(nn.Module):
 
 
 class Two(Base):
-    """Two images, joined as channels."""
-
     def __init__(self) -> None:
         super().__init__(6)
 
@@ -37,8 +35,6 @@ class Two(Base):
 
 
 class Conditioned(Base):
-    """A vector for each image comes first."""
-
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Linear(5, 8)

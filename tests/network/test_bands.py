@@ -37,7 +37,6 @@ SEEDS = int(os.environ.get("CADSURGERY_SEEDS", 500))
 
 
 def difference(one: Any, other: Any) -> float:
-    """The largest difference of two outputs relative to the largest value of each tensor."""
     pairs = list(zip(tree_leaves(one), tree_leaves(other), strict=True))
     assert all(type(a) is type(b) for a, b in pairs)
     found = [(a, b) for a, b in pairs if isinstance(a, Tensor)]
@@ -62,7 +61,6 @@ def pools(net: Any, x: Tensor) -> Tensor:
 
 
 def located(net: Any, image: Tensor, y: Tensor) -> Tensor:
-    """Coordinates beside a map."""
     lines = [torch.linspace(-1, 1, side, dtype=y.dtype, device=y.device) for side in y.shape[2:]]
     places = lines[0].view(1, 1, -1, 1), lines[1].view(1, 1, 1, -1)
     return net.last(torch.cat([y, *(one.expand(len(y), 1, *y.shape[2:]) for one in places)], 1))
@@ -377,7 +375,6 @@ def test_rows_of_what_has_no_such_rows_are_refused() -> None:
 
 
 def boxes(net: Any, image: Tensor, y: Tensor) -> Tensor:
-    """A detector that gives rows of boxes alone."""
     return net.head(y).permute(0, 2, 3, 1).reshape(len(y), -1, 4).softmax(-1)
 
 
@@ -635,7 +632,6 @@ def resize(**options: Any) -> nn.Module:
 
 
 def up_to(more: int) -> nn.Module:
-    """A transposed convolution to the size that is asked for."""
     return Composed(
         lambda net, x: net.up(x, output_size=[2 * n - 1 + more for n in x.shape[2:]]),
         up=nn.ConvTranspose2d(4, 4, 3, 2, 1),
@@ -712,7 +708,6 @@ def anchors(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def salient(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns little of a large map."""
     found = net.a(x).relu()
     return found.view(len(x), 2, 4, -1).cumsum(3).amax(3), net.c(found)
 

@@ -34,7 +34,6 @@ def adapted(mask: object = "edges") -> cs.AdaptiveModel:
 
 
 def sizes(count: int) -> list[tuple[int, int, int]]:
-    """Batch, height and width, all different."""
     return [(1 + place % 3, 48 + 7 * place, 80 + 5 * (place % 7)) for place in range(count)]
 
 

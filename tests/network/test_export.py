@@ -264,12 +264,10 @@ def test_the_command_writes_a_file(tmp_path: Path, command_line: Run) -> None:
 
 
 def of_dictionary(net: Any, data: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Takes its image in a dictionary."""
     return {"scores": net.body(data["photo"])}
 
 
 def of_dictionaries(net: Any, data: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Takes more than its image from the dictionary."""
     return {"scores": net.body(data["photo"]) * data["scale"].view(-1, 1, 1, 1)}
 
 
@@ -334,7 +332,6 @@ def test_a_file_in_8_bits_takes_every_tensor_of_a_dictionary(form: str, tmp_path
 
 
 def of_pair() -> cs.AdaptiveModel:
-    """A network that adds the mean of another image."""
     example = {"image": picture(1, 64, 96), "other": picture(1, 64, 96)}
     return unverified(Pair().eval(), "edges", example_input=example)
 
@@ -620,7 +617,6 @@ def of_stages(count: int, mask: object = "edges") -> cs.AdaptiveModel:
 
 
 def followed(net: cs.AdaptiveModel, image: Tensor) -> Any:
-    """The program of a network for images of any size."""
     with torch.no_grad():
         program, free = follow(Exportable(net, float16=False), (image,), dynamic=True)
     assert free == {0, 2, 3}
@@ -628,7 +624,6 @@ def followed(net: cs.AdaptiveModel, image: Tensor) -> Any:
 
 
 def longest_size(stages: int) -> int:
-    """Count the operations in the longest size of a map in a program for any size."""
     program = followed(of_stages(stages), torch.rand(1, 3, 125, 155))
     values = (node.meta.get("val") for node in program.graph.nodes)
     lengths = (length for value in values if isinstance(value, Tensor) for length in value.shape)
@@ -704,7 +699,6 @@ def test_what_torch_raises_names_the_operation_and_another_file(
 
 
 def chosen() -> nn.Module:
-    """How many parts there are depends on the values."""
     return Composed(lambda _, x: x + torch.masked_select(x, x > x.mean()).split(7)[0].mean())
 
 
@@ -764,7 +758,6 @@ def test_whatever_raises_is_refused_and_leaves_nothing(
 
 
 def bessel() -> nn.Module:
-    """An operation that ONNX does not have."""
     return Composed(lambda _, x: torch.special.bessel_j1(x))
 
 

@@ -34,7 +34,6 @@ from cadsurgery.surgery.plan import Plan
 
 
 def trunk() -> nn.Module:
-    """A network that converts in milliseconds."""
     parts = [nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1)]
     return randomise(nn.Sequential(*parts, nn.Conv2d(4, 2, 1)))
 
@@ -332,8 +331,6 @@ def test_signed_metadata_that_contradict_the_file_are_refused(
 
 
 class Two(nn.Module):
-    """Takes an image and a second tensor."""
-
     def __init__(self) -> None:
         super().__init__()
         self.trunk = trunk()
@@ -391,7 +388,6 @@ def test_heads_wider_than_all_tensors_of_the_file_are_not_made(tmp_path: Path, o
 
 
 def deep_trunk() -> nn.Module:
-    """A trunk with enough steps for exits."""
     return randomise(strided(4, norm=True, outputs=2))
 
 

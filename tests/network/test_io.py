@@ -101,7 +101,6 @@ def test_a_file_given_as_weights_is_remembered_by_its_name_and_not_where_it_lay(
 
 
 def headed(classes: int, middle: int = 6) -> nn.Module:
-    """A network whose classifier is a module of its own."""
     body = nn.Conv2d(3, middle, 3, 2, 1), nn.ReLU(), nn.Conv2d(middle, 8, 3, 2, 1), nn.ReLU()
     head = nn.Conv2d(8, classes, 1)
     return Composed(lambda net, x: net.head(net.body(x)), body=nn.Sequential(*body), head=head).eval()

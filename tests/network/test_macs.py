@@ -41,24 +41,19 @@ STRIDED = [(3, 2, 1), (3, 2, 1), (3, 2, 1), (3, 2, 1), (3, 1, 1), (1, 1, 1), (3,
 DILATED = [(3, 2, 1), (3, 2, 1), (3, 2, 1), (3, 1, 1), (3, 1, 2), (1, 1, 1), (3, 1, 2), (3, 1, 4)]
 
 
-class Mixed(nn.Module):
+def mixed() -> nn.Module:
     """Grouped, depthwise, pointwise and biased convolutions, pooling, a residual connection, norms."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
-        )
-        self.grouped = nn.Conv2d(8, 16, 3, 2, 1, groups=4)
-        self.depthwise = nn.Conv2d(16, 16, 5, 1, 2, groups=16, bias=False)
-        self.shortcut = nn.Conv2d(8, 16, 1, 2)
-        self.pool = nn.AvgPool2d(2)
-        self.head = nn.Conv2d(16, 5, 1)
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        x = net.depthwise(net.grouped(x)) + net.shortcut(x)
+        return net.head(net.pool(torch.relu(x)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = self.depthwise(self.grouped(x)) + self.shortcut(x)
-        return self.head(self.pool(torch.relu(x)))
+    stem = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+    grouped, shortcut = nn.Conv2d(8, 16, 3, 2, 1, groups=4), nn.Conv2d(8, 16, 1, 2)
+    parts = {"stem": nn.Sequential(*stem), "grouped": grouped, "shortcut": shortcut, "pool": nn.AvgPool2d(2)}
+    deep, head = nn.Conv2d(16, 16, 5, 1, 2, groups=16, bias=False), nn.Conv2d(16, 5, 1)
+    return Composed(forward, depthwise=deep, head=head, **parts).eval()
 
 
 def executed(model: nn.Module, *args: object, **kwargs: object) -> int:
@@ -87,7 +82,7 @@ def _without_means(first: Sequence[int], second: Sequence[int], *_: object, **__
 MODELS = {
     "strided": lambda: convolutions(*STRIDED),
     "dilated": lambda: convolutions(*DILATED),
-    "mixed": lambda: Mixed().eval(),
+    "mixed": mixed,
 }
 
 
@@ -150,7 +145,7 @@ def test_macs_at_its_own_resolution_are_the_originals(name: str) -> None:
 
 
 def test_a_report_lists_the_layers_that_add_up_to_it_and_runs_nothing() -> None:
-    net, image = unverified(Mixed().eval(), "none"), images(1, 96, 128)
+    net, image = unverified(mixed(), "none"), images(1, 96, 128)
     report = net.macs(image)
     with pytest.raises(cs.InvalidInput, match="not run yet"):
         _ = net.levels

@@ -34,7 +34,6 @@ def pooled(net: Any, image: Tensor, x: Tensor) -> Tensor:
 
 
 def linear(net: Any, image: Tensor, x: Tensor) -> Tensor:
-    """A block that weighs its channels by a linear layer on a mean over the image."""
     return net.after(x * net.weigh(x.mean((2, 3))).sigmoid()[:, :, None, None])
 
 

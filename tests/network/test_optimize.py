@@ -89,8 +89,6 @@ def test_the_network_stays_as_it_is() -> None:
 
 
 class Boxes(cs.MaskProvider):
-    """Keeps what lies left of a column, which may be set before each call."""
-
     column = 0
 
     def forward(self, image: Tensor, features: Tensor, grid: cs.masks.FineMapSpec) -> Tensor:
@@ -220,8 +218,6 @@ def deep(net: Any, x: Tensor) -> Tensor:
 
 
 class _Counted(TorchFunctionMode):
-    """How often a function of torch is called."""
-
     def __init__(self, function: Any) -> None:
         super().__init__()
         self.function, self.calls = function, 0
@@ -637,20 +633,18 @@ def test_other_precisions_are_refused_with_those_that_there_are() -> None:
 Step = Callable[[Tensor], Tensor]
 
 
-class Between(nn.Module):
+def between(step: Step) -> nn.Module:
     """A strided, a depthwise and a 1x1 convolution, with the same operation after each."""
 
-    def __init__(self, step: Step, *modules: nn.Module) -> None:
-        super().__init__()
-        self.first, self.depthwise = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1, groups=8)
-        self.norm, self.point = nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1)
-        self.modules_of_step, self.step = nn.ModuleList(modules), step
-        self.register_buffer("by_channel", torch.rand(1, 8, 1, 1) + 0.5)
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = step(net.norm(net.deep(step(net.first(x)))) * net.by_channel)
+        return net.point(x).relu()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.step(self.first(x))
-        x = self.step(self.norm(self.depthwise(x)) * self.by_channel)
-        return self.point(x).relu()
+    first, deep = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1, groups=8)
+    norm, scale = nn.BatchNorm2d(8), nn.Parameter(torch.rand(1, 8, 1, 1) + 0.5, requires_grad=False)
+    norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+    point = nn.Conv2d(8, 6, 1)
+    return Composed(forward, first=first, deep=deep, norm=norm, by_channel=scale, point=point).double().eval()
 
 
 def hard_swish(x: Tensor) -> Tensor:
@@ -682,8 +676,7 @@ OTHERS: dict[str, Step] = {
 
 def optimised(step: Step) -> tuple[cs.AdaptiveModel, cs.AdaptiveModel, Tensor, Tensor]:
     torch.manual_seed(0)
-    model, image = Between(step).double().eval(), torch.rand(2, 3, 36, 50, dtype=torch.float64)
-    model.norm.running_mean.normal_(), model.norm.running_var.uniform_(0.5, 2)
+    model, image = between(step), torch.rand(2, 3, 36, 50, dtype=torch.float64)
     levels = torch.randint(0, 3, (2, 9, 13)).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, :36, :50]
     net = unverified(model, "none", coarsest=4, example_input=image)
     return net, net.optimize(), image, levels

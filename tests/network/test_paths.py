@@ -138,7 +138,6 @@ DRAW = Draw(0, 3, (4, 5))
 
 
 def gradients(objective: Objective, draw: Draw = DRAW) -> tuple[dict[str, Tensor], set[str]]:
-    """Scalars, and the names of the parameters that got a gradient that is not zero."""
     objective.zero_grad()
     found = objective(*labelled(), draw)
     found["loss"].backward()

@@ -64,7 +64,6 @@ def plain() -> nn.Module:
 
 
 def cut() -> nn.Module:
-    """Without padding: each convolution loses a border."""
     first = nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2)
     return nn.Sequential(*first, nn.ReLU(), nn.Conv2d(16, 16, 3, 2))
 
@@ -85,7 +84,6 @@ def residual() -> nn.Module:
 
 
 def depthwise() -> nn.Module:
-    """As MobileNetV2."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, 2, 1),
         *(InvertedResidual(16, 16, 2, 3), InvertedResidual(16, 16, 1, 3), InvertedResidual(16, 16, 2, 3)),
@@ -178,13 +176,11 @@ def _converted(name: str, dtype: torch.dtype, options: tuple[tuple[str, Any], ..
 
 
 def points_in(size: Size, *counts: int) -> list[Tensor]:
-    """Random points of each image, x and y, up to the outer border of its pixels."""
     room = torch.tensor([size[1], size[0]], dtype=torch.float64)
     return [torch.rand(count, 2, dtype=torch.float64) * room - 0.5 for count in counts]
 
 
 def levels_of(net: cs.AdaptiveModel, x: Tensor) -> Tensor:
-    """A random legal level map for images."""
     with torch.no_grad():
         fine = find_lattice(
             net.program, net.program.masking(resolve_mask("none")), net.program.bind(x)

@@ -196,7 +196,6 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def values_of(found: Any) -> list[Tensor]:
-    """Tensors, and of elements the real rows."""
     if isinstance(found, list):
         return [value for part in found for value in values_of(part)]
     if isinstance(found, Tensor):
@@ -307,7 +306,6 @@ def excited(how: str) -> nn.Module:
 
 
 def with_reductions() -> nn.Module:
-    """Operations on a whole image."""
     reductions = [excited(how) for how in ("mean", "sum", "norm", "var", "std", "amax", "amin")]
     norms = [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)]
     return nn.Sequential(*strided(outputs=4, kernel=3), *reductions, *norms, nn.Conv2d(4, 4, 3, 1, 1)).eval()
@@ -443,22 +441,20 @@ def test_other_masks_break_the_graph_or_are_refused_in_words() -> None:
             torch.export.export(net, (x,), strict=False)
 
 
-class Host(nn.Module):
+def host() -> nn.Module:
     """Takes and returns lists as a detector does, and decides by values, so that only its backbone converts."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = strided(outputs=4, kernel=3)
-
-    def forward(self, pictures: list[Tensor]) -> list[dict[str, Tensor]]:
+    def forward(net: Any, pictures: list[Tensor]) -> list[dict[str, Tensor]]:
         x = torch.stack(pictures)
-        scores = self.backbone(x if x.sum() > x.numel() else 2 * x)
+        scores = net.backbone(x if x.sum() > x.numel() else 2 * x)
         return [{"scores": one.flatten()} for one in scores]
+
+    return Composed(forward, backbone=strided(outputs=4, kernel=3)).eval()
 
 
 @pytest.mark.slow
 def test_a_detector_runs_uncompiled_and_its_part_compiled() -> None:
-    net = unverified(Host().eval(), BUDGET)
+    net = unverified(host(), BUDGET)
     x, seen = [images(1, 64, 96)[0]], graphs()
     with torch.no_grad():
         expected = net(x)[0]

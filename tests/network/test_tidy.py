@@ -56,7 +56,6 @@ def run(model: Any) -> Any:
 
 
 def reads_of_rows(model: Any) -> list[str]:
-    """The operations that read rows of floats."""
     graph = onnx.shape_inference.infer_shapes(model).graph
     values = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
     floats = {name for name, kind in values.items() if kind == onnx.TensorProto.FLOAT}

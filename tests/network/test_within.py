@@ -41,7 +41,6 @@ def several(net: Any, x: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def gated(net: Any, x: Tensor, y: Tensor) -> Tensor:
-    """A gate of the whole picture between two convolutions."""
     gate = net.more(F.adaptive_avg_pool2d(y, 1)).sigmoid()
     return F.interpolate(net.head(y * gate), scale_factor=8.0, mode="bilinear")
 
@@ -128,7 +127,6 @@ def converted(then: Then, mask: str = "all") -> cs.AdaptiveModel:
 
 
 def some_levels(net: cs.AdaptiveModel, images: Tensor) -> Tensor:
-    """Random cells of all levels."""
     net(images)
     geometry, (_, height, width) = net.geometry, net.levels.shape
     most = geometry.max_level
@@ -280,7 +278,6 @@ def test_what_depends_on_size_or_place_is_exact_or_refused_with_its_line(what: s
 
 
 def reached(area: Tensor, size: tuple[int, int]) -> Tensor:
-    """The positions of a map of a size that an area reaches, by its definition."""
     found = torch.zeros(size, dtype=torch.bool)
     for row in range(size[0]):
         for column in range(size[1]):
