@@ -222,37 +222,41 @@ def test_no_sum_of_two_products_exceeds_16_bits(
         assert is_depthwise(node, whole) or not can_saturate(whole)
 
 
+def awkward(random: Any, shape: tuple[int, ...]) -> list[Any]:
+    """Weights of which a few are much larger than the others, halves between two whole numbers in many scales, weights
+    of one sign, and equal ones."""
+    spread, ties = random.standard_t(2, shape), random.integers(-255, 256, shape) / 255
+    return [spread, ties, np.abs(spread), -np.abs(spread), np.zeros(shape), np.ones(shape)]
+
+
+def rounded(values: Any, limited: str) -> tuple[Tensor, Tensor]:
+    """Weights as whole numbers, and how many steps each was off, by outputs."""
+    weight = torch.from_numpy(values).float()
+    whole, scale = round_weight(weight, limited)
+    error = (weight - whole * scale.view(-1, *[1] * (weight.dim() - 1))).abs().flatten(1).amax(1)
+    assert (error <= 0.501 * scale).all()
+    return whole, error / scale
+
+
 @pytest.mark.parametrize("shape", [(64, 1), (64, 2), (64, 9), (64, 64), (8, 3, 5, 5)])
 def test_weights_are_rounded_so_that_no_pair_saturates(shape: tuple[int, ...]) -> None:
-    random = np.random.default_rng(2)
-    spread = random.standard_t(2, shape)  # a few weights are much larger than the others
-    ties = random.integers(-255, 256, shape) / 255  # halves between two whole numbers in many scales
-    one_sign, none = np.abs(spread), np.zeros(shape)
-    for values in (spread, ties, one_sign, -one_sign, none):
-        weight = torch.from_numpy(values).float()
-        whole, scale = round_weight(weight, "any")
+    for values in awkward(np.random.default_rng(2), shape):
+        whole, _ = rounded(values, "any")
         rows = whole.flatten(1).numpy().astype(np.int64)
         assert not can_saturate(rows)
-        assert np.abs(rows).max() <= 127 and ((np.abs(rows).max(1) >= 64) | (values is none)).all()
-        error = (weight - whole * scale.view(-1, *[1] * (len(shape) - 1))).abs()
-        assert (error.flatten(1).amax(1) <= 0.501 * scale).all()
+        assert np.abs(rows).max() <= 127 and ((np.abs(rows).max(1) >= 64) | (not values.any())).all()
 
 
 @pytest.mark.parametrize("shape", [(64, 1, 3, 3), (64, 2), (64, 9), (16, 65, 9), (8, 3, 2, 1), (8, 3, 5, 5)])
 def test_weights_are_rounded_so_that_no_adjacent_channels_saturate(shape: tuple[int, ...]) -> None:
-    random = np.random.default_rng(2)
-    spread, ties = random.standard_normal(shape), random.integers(-255, 256, shape) / 255
-    for values in (spread, ties, np.abs(spread), -np.abs(spread), np.ones(shape), np.zeros(shape)):
-        weight = torch.from_numpy(values).float()
-        whole, scale = round_weight(weight, "adjacent")
+    for values in awkward(np.random.default_rng(2), shape):
+        whole, error = rounded(values, "adjacent")
         rows = whole.int()[:, : shape[1] // 2 * 2].unflatten(1, (-1, 2))
-        error = (weight - whole * scale.view(-1, *[1] * (len(shape) - 1))).abs().flatten(1).amax(1) / scale
-        assert (error <= 0.501).all()
         for sign in (1, -1):
             exceeds = (sign * rows).clamp_min(0).sum(2).flatten(1).gt(128).any(1)
             assert (error[exceeds] < 1e-3).all()  # whole numbers before: they are kept
         if shape[1] == 1:  # no channel has a neighbour
-            assert torch.equal(whole, round_weight(weight)[0])
+            assert torch.equal(whole, round_weight(torch.from_numpy(values).float())[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -635,32 +639,27 @@ def test_every_form_gives_the_same_images(form: str, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.cat(batches), expected(), rtol=0, atol=0.02)  # PNGs have 8 bits
 
 
-@pytest.mark.parametrize(
-    ("images", "words"),
-    [
-        ([], "empty"),
-        (3, "int 3"),
-        ([torch.zeros(48, 64)], r"list of a float32 tensor of shape \(48, 64\)"),
-        ([{"image": torch.zeros(3, 48, 64)}], "list of dict"),
-        ((torch.zeros(1, 3, 48, 64), torch.zeros(1, 48, 64).long()), "tuple of a int64 tensor"),
-    ],
-)
-def test_other_forms_are_refused_with_those_that_are_taken(images: Any, words: str) -> None:
-    with pytest.raises(cs.InvalidInput, match=words) as refusal:
-        images_to_calibrate(adapted(), images)
-    assert "(B, C, H, W)" in refusal.value.next
-    assert "folder" in refusal.value.next
+TAKEN, RAW = ("(B, C, H, W)", "folder"), ('net.normalisation = "raw"',)
+PIXELS = torch.stack([image for image, _ in SCENES])
 
 
 @pytest.mark.parametrize(
-    ("images", "words"),
+    ("images", "words", "instead"),
     [
-        (torch.stack([image for image, _ in SCENES]), r"look like 0\.\.1, not normalised"),
-        (torch.stack([255 * image for image, _ in SCENES]), r"look like 0\.\.255"),
+        ([], "empty", TAKEN),
+        (3, "int 3", TAKEN),
+        ([torch.zeros(48, 64)], r"list of a float32 tensor of shape \(48, 64\)", TAKEN),
+        ([{"image": torch.zeros(3, 48, 64)}], "list of dict", TAKEN),
+        ((torch.zeros(1, 3, 48, 64), torch.zeros(1, 48, 64).long()), "tuple of a int64 tensor", TAKEN),
+        (PIXELS, r"look like 0\.\.1, not normalised", RAW),
+        (255 * PIXELS, r"look like 0\.\.255", RAW),
     ],
 )
-def test_images_that_are_not_normalised_for_the_network_are_refused(images: Tensor, words: str) -> None:
+def test_what_is_no_images_of_the_network_is_refused_with_what_is(
+    images: Any, words: str, instead: tuple[str, ...]
+) -> None:
     with pytest.raises(cs.InvalidInput, match=words) as refusal:
         images_to_calibrate(adapted(), images)
-    assert 'net.normalisation = "raw"' in refusal.value.next
-    assert torch.equal(images_to_calibrate(adapted(normalisation="raw"), images)[0], images)
+    assert all(word in refusal.value.next for word in instead)
+    if instead is RAW:
+        assert torch.equal(images_to_calibrate(adapted(normalisation="raw"), images)[0], images)
