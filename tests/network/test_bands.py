@@ -11,6 +11,7 @@ import pickle
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -670,12 +671,17 @@ WINDOWS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", some(WINDOWS, every=3))
+WHERE = [*(("dense", name) for name in WINDOWS), *(("region", name) for name in GROWING)]
+
+
+@pytest.mark.parametrize(("where", "name"), some(WHERE, every=3, rows=True))
 @torch.no_grad()
-def test_every_window_on_dense_maps_in_bands_is_whole(name: str) -> None:
-    """Called on more rows than asked for, so that their own padding reaches none of these; at sizes with any rest."""
-    last = nn.Conv2d(1 if name == "depth to space" else 4, 2, 3, 2, 1)
-    model = seeded(lambda: growing(WINDOWS[name](), last))
+def test_every_window_on_dense_maps_in_bands_is_whole(where: str, name: str) -> None:
+    """Called on more rows than asked for, so that their own padding reaches none of these; at sizes with any rest. And
+    windows of the region whose padding makes the map grow."""
+    layers = (WINDOWS | GROWING)[name], lambda: nn.Conv2d(1 if name == "depth to space" else 4, 2, 3, 2, 1)
+    first = growing if where == "dense" else partial(nn.Sequential, *strided(2, 4), nn.Conv2d(4, 4, 1))
+    model = seeded(lambda: first(*(make() for make in layers)))
     net = unverified(model, "all", example_input=picture(64, 96), coarsest=4)
     banded = net.optimize(memory=MUCH)
     for height in (75, 76, 77, 78, 79, 80):
@@ -683,17 +689,6 @@ def test_every_window_on_dense_maps_in_bands_is_whole(name: str) -> None:
         for rows in (1, 16):
             with bands_of(rows):
                 assert difference(model(image), banded(image)) < 1e-9
-
-
-@pytest.mark.parametrize(("name", "size"), covering([*GROWING], [(96, 40), (101, 33), (70, 35)]))
-@torch.no_grad()
-def test_maps_that_grow_by_padding_are_computed_in_bands(name: str, size: tuple[int, int]) -> None:
-    torch.manual_seed(0)
-    region = nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)
-    model = nn.Sequential(*region, GROWING[name](), nn.Conv2d(4, 2, 3, 1, 1)).double().eval()
-    net, x = unverified(model, "all", coarsest=8, example_input=picture(64, 64)), picture(*size)
-    with bands_of(8):
-        assert difference(net.optimize(memory=MUCH)(x, mask="all"), model(x)) < 1e-12
 
 
 def anchors(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,18 +72,16 @@ CONVERSIONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 @pytest.mark.parametrize("name", some(CONVERSIONS))
 def test_a_converted_network_shows_the_arguments_of_the_original(name: str) -> None:
+    """With their defaults and annotations."""
     make, expected = CONVERSIONS[name]
     signature = inspect.signature(make().forward)
     assert f"({', '.join(signature.parameters)})" == expected
     signature.bind(pixels=EXAMPLE) if "pixels" in expected else signature.bind(EXAMPLE)
-
-
-def test_defaults_and_annotations_are_shown() -> None:
-    shown = inspect.signature(unverified(Scaled().eval(), "edges", example_input=EXAMPLE).forward).parameters
     given = inspect.signature(Scaled.forward).parameters
-    assert [shown[name] for name in ("pixels", "scale", "others")] == [
-        given[name] for name in ("pixels", "scale", "others")
-    ]
+    if "scale" in expected:
+        assert [signature.parameters[one] for one in ("pixels", "scale", "others")] == [
+            given[one] for one in ("pixels", "scale", "others")
+        ]
 
 
 class Library(Scaled):
