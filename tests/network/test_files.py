@@ -143,56 +143,36 @@ def test_a_mask_of_the_user_needs_no_trust(saved: Path) -> None:
         assert cs.load(saved, trunk(), mask="edges").mask.spec().startswith("edges")
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"weights_backbone": "DEFAULT"},
-        {"weights": "DEFAULT"},
-        {"pretrained": True},
-        {"checkpoint_path": "/tmp/evil.pth"},
-        {"pretrained_cfg": {"url": "http://localhost/evil.pth"}},
-        {"pretrained_cfg_overlay": {"file": "/tmp/evil.pth"}},
-        {"cache_dir": "/tmp"},
-        {"num_classes": 10**9},
-        {"norm_layer": {"a": 1}},
-        {"out_indices": [[1]]},
-        {"progress": True},
-    ],
-    ids=lambda kwargs: next(iter(kwargs)),
-)
-@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
-def test_arguments_that_do_not_only_choose_a_shape_are_refused(
-    saved: Path, name: str, kwargs: dict[str, Any]
-) -> None:
-    with pytest.raises(cs.FileError, match=next(iter(kwargs))):
-        cs.load(sourced(saved, name=name, kwargs=kwargs))
+NOT_OF_A_SHAPE: list[dict[str, Any]] = [
+    *({name: "DEFAULT"} for name in ("weights_backbone", "weights")),
+    *({"pretrained": True}, {"progress": True}, {"cache_dir": "/tmp"}, {"checkpoint_path": "/tmp/evil.pth"}),
+    {"pretrained_cfg": {"url": "http://localhost/evil.pth"}},
+    {"pretrained_cfg_overlay": {"file": "/tmp/evil.pth"}},
+    *({"num_classes": 10**9}, {"norm_layer": {"a": 1}}, {"out_indices": [[1]]}),
+]
+LARGE = ("torchvision:regnet_y_128gf", "torchvision:vgg19", "timm:convnextv2_huge")
+NOT_HERE = ("timm:nosuch", "torchvision:nosuch", "nosuch", "", ":", "timm:", "x" * 10**5)
+SOURCES: list[tuple[str, dict[str, Any], str | None]] = [
+    *(
+        (f"{of}:resnet18", given, next(iter(given)))
+        for of in ("torchvision", "timm")
+        for given in NOT_OF_A_SHAPE
+    ),
+    *((name, {}, "larger than the tensors it holds") for name in LARGE),
+    ("torchvision:mobilenet_v2", {"width_mult": 100.0}, "larger than the tensors it holds"),
+    ("torchvision:resnet50", {"width_per_group": 4096}, "larger than the tensors it holds"),
+    *((name, {}, None) for name in NOT_HERE),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "kwargs"),
-    [
-        ("torchvision:regnet_y_128gf", {}),
-        ("torchvision:vgg19", {}),
-        ("timm:convnextv2_huge", {}),
-        ("torchvision:mobilenet_v2", {"width_mult": 100.0}),
-        ("torchvision:resnet50", {"width_per_group": 4096}),
-    ],
-)
-def test_a_network_far_larger_than_the_file_is_not_made(
-    saved: Path, name: str, kwargs: dict[str, Any]
+@pytest.mark.parametrize(("name", "kwargs", "words"), SOURCES)
+def test_a_source_of_more_than_a_shape_of_the_files_size_is_refused(
+    saved: Path, name: str, kwargs: dict[str, Any], words: str | None
 ) -> None:
-    with pytest.raises(cs.FileError, match="larger than the tensors it holds"):
+    with pytest.raises(cs.FileError, match=words):
         cs.load(sourced(saved, name=name, kwargs=kwargs))
     if name == "torchvision:vgg19":  # the limit ends with the call
         assert cs.build_model("torchvision:resnet50", "none") is not None
-
-
-@pytest.mark.parametrize(
-    "name", ["timm:nosuch", "torchvision:nosuch", "nosuch", "", ":", "timm:", "x" * 10**5]
-)
-def test_a_network_that_is_not_here_is_refused(saved: Path, name: str) -> None:
-    with pytest.raises(cs.FileError):
-        cs.load(sourced(saved, name=name))
 
 
 @pytest.mark.slow
