@@ -249,6 +249,19 @@ class Encoded(nn.Module):
         return self.then(self, image, self.encode(image))
 
 
+class Composed(nn.Module):
+    """What a function makes of parts by name, which it reads from the network, and of an image."""
+
+    def __init__(self, then: Callable[[Any, Any], Any], **parts: Any) -> None:
+        super().__init__()
+        self.then = then
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Any) -> Any:
+        return self.then(self, x)
+
+
 # Converted without the comparison of laws, which takes most of the time of a conversion.
 unverified = partial(cs.adaptify, verify_laws=False)
 

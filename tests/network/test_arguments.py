@@ -1,18 +1,26 @@
-"""Networks that take more than an image: several tensors, a list, a dictionary, the image by name."""
+"""Networks that take more than an image, pictures of other channels and layouts, and what is made in inference mode."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import covering, relative_error, slow, some
-from networks import build, conv_norm, randomise, unverified
-from torch import nn
+from conftest import covering, images, relative_error, slow, some
+from networks import Encoded, Segmenter, build, conv_norm, randomise, seeded, unverified
+from torch import Tensor, nn
 
 import cadsurgery as cs
+from cadsurgery.data.images import street_scene
+from cadsurgery.elements.backends.choose import Misfit
+from cadsurgery.elements.elements import Elements
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.windows import conv2d
 
 
 class Base(nn.Module):
@@ -27,8 +35,6 @@ class Base(nn.Module):
 
 
 class Two(Base):
-    """Two images, joined as channels."""
-
     def __init__(self) -> None:
         super().__init__(6)
 
@@ -37,8 +43,6 @@ class Two(Base):
 
 
 class Conditioned(Base):
-    """A vector for each image comes first."""
-
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Linear(5, 8)
@@ -215,8 +219,7 @@ class Rounded(Base):
     """Its values are rounded to steps, as in training for 8 bits."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        steps = torch.fake_quantize_per_tensor_affine(self.body(self.stem(x)), 0.1, 3, 0, 255)
-        return self.head(steps)
+        return self.head(torch.fake_quantize_per_tensor_affine(self.body(self.stem(x)), 0.1, 3, 0, 255))
 
 
 def test_values_rounded_to_steps_stay_in_the_region() -> None:
@@ -231,12 +234,9 @@ def test_values_rounded_to_steps_stay_in_the_region() -> None:
 class Halved(Base):
     """Its sums need sizes that are multiples of 8, which torch says in its own words."""
 
-    def run(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.body(self.stem(x))
         return self.head(y.view(*y.shape[:2], y.shape[2] // 2, 2, -1, 2).mean((3, 5)))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.run(x)
 
 
 @pytest.mark.parametrize("is_optimized", [False, True])
@@ -251,3 +251,196 @@ def test_sizes_that_the_original_refuses_are_refused_with_its_error(is_optimized
     with pytest.raises(cs.InvalidInput, match="does not run on an image of 66 x 98") as caught:
         net(other)
     assert str(original.value) in caught.value.why
+
+
+# -- pictures of other channels, sizes or layouts: computed as the network as given does, or refused
+
+
+SIZE = (64, 96)
+
+
+def plain(channels: int = 3) -> nn.Sequential:
+    layers = [nn.Conv2d(channels, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.ConvTranspose2d(16, 8, 2, 2), nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+
+FIRST: dict[str, Callable[[], nn.Sequential]] = {
+    "a convolution": plain,
+    "a depthwise convolution": lambda: nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, groups=3), *plain()),
+    "a 1x1 convolution": lambda: nn.Sequential(nn.Conv2d(3, 5, 1), *plain(5)),
+    "a norm": lambda: nn.Sequential(nn.BatchNorm2d(3), *plain()),
+    "a strided 1x1 convolution": lambda: nn.Sequential(nn.Conv2d(3, 5, 1, 2), *plain(5)),
+    "a depthwise strided convolution": lambda: nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1, groups=3), *plain(6)),
+    "a grey convolution": partial(plain, 1),
+}
+CONVERSIONS: dict[str, dict[str, Any]] = {
+    "floors": {"mask": "content", "coarsest": 8},
+    "edges": {"mask": "edges"},
+    "a stride": {"mask": "edges", "output_stride": (2, 4)},
+}
+
+
+def network(first: str) -> nn.Module:
+    torch.manual_seed(0)
+    return FIRST[first]().eval()
+
+
+def example(first: str) -> Tensor:
+    image = street_scene(*SIZE)[None]
+    return image[:, :1] if first == "a grey convolution" else image
+
+
+@cache
+def copies(first: str, conversion: str) -> dict[str, Any]:
+    image, options = example(first), CONVERSIONS[conversion]
+    net = cs.adaptify(network(first), example_input=image, verify_laws=False, **options)
+    return {"converted": net, "optimised": net.optimize()}
+
+
+PAIRS = covering([*FIRST], [*CONVERSIONS], ["converted", "optimised"])
+
+
+@pytest.mark.parametrize(("first", "conversion", "copy"), some(PAIRS, rows=True))
+@pytest.mark.filterwarnings("ignore::cadsurgery.CadWarning")
+def test_other_channels_are_refused_with_a_map_of_ones_own_too(
+    first: str, conversion: str, copy: str
+) -> None:
+    net, image = copies(first, conversion)[copy], example(first)
+    for channels in {1, 2, 3, 4, 7} - {image.shape[1]}:
+        picture = image[:, :1].expand(-1, channels, -1, -1).contiguous()
+        for options in ({}, {"mask": "random"}, {"mask": "all"}, {"mask": "none"}):
+            with torch.no_grad(), pytest.raises(cs.InvalidInput, match="channel"):
+                net(picture, **options)
+    kept = torch.zeros(1, *SIZE, dtype=torch.bool)
+    kept[:, 16:48, 32:64] = True
+    options = {"mask": kept} if conversion == "floors" else {}
+    with torch.no_grad(), pytest.raises(cs.InvalidInput, match="channel"):
+        net(torch.cat([image] * 4, 1)[:, :4], **options)
+
+
+STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels last": lambda image: image.contiguous(memory_format=torch.channels_last),
+    "turned": lambda image: image.transpose(2, 3).contiguous().transpose(2, 3),
+    "a part": lambda image: nn.functional.pad(image, (3, 4, 5, 6))[..., 5:-6, 3:-4],
+    "every second": lambda image: image.repeat_interleave(2, 3)[..., ::2],
+    "expanded": lambda image: image.expand(3, -1, -1, -1),
+    "other size": lambda image: image[..., :37, :51],
+    "one pixel": lambda image: image[..., :1, :1],
+}
+
+
+@pytest.mark.parametrize(("copy", "strides"), covering(["converted", "optimised"], [*STRIDES]))
+@pytest.mark.filterwarnings("ignore::cadsurgery.CadWarning")
+def test_the_layout_of_an_image_does_not_matter(copy: str, strides: str) -> None:
+    net, image = copies("a convolution", "edges")[copy], STRIDES[strides](example("a convolution"))
+    with torch.no_grad():
+        expected = net(image.contiguous(), mask="all")
+        assert relative_error(net(image, mask="all"), expected) < 1e-5
+
+
+@pytest.mark.parametrize("copy", ["converted", "optimised"])
+@pytest.mark.parametrize("axis", range(4))
+@pytest.mark.filterwarnings("ignore::cadsurgery.CadWarning")
+def test_empty_batches_are_refused(copy: str, axis: int) -> None:
+    image = example("a convolution")
+    with torch.no_grad(), pytest.raises(cs.InvalidInput):
+        copies("a convolution", "edges")[copy](image.narrow(axis, 0, 0))
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_rows_that_are_not_those_of_their_lattice_are_refused(groups: int) -> None:
+    geometry = copies("a convolution", "edges")["optimised"].geometry
+    lattice = geometry.lattice(torch.zeros(1, 8, 12, dtype=torch.int8))
+    window, weight = Window((3, 3), padding=(1, 1, 1, 1)), torch.rand(8, 8 // groups, 3, 3)
+    with torch.no_grad():
+        assert len(conv2d(Elements(torch.rand(96, 8), lattice), weight, None, window, 0, groups).rows) == 96
+        for shape, words in (((89, 8), "lattice"), ((97, 8), "lattice"), ((96, 7), "channels")):
+            with pytest.raises(Misfit, match=words):
+                conv2d(Elements(torch.rand(shape), lattice), weight, None, window, 0, groups)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_program_computes_contiguous_images_whatever_the_layout_of_the_example(tmp_path: Path) -> None:
+    image = example("a convolution")
+    net = cs.adaptify(
+        network("a convolution"), "edges | budget:fraction=0.3", example_input=image, verify_laws=False
+    )
+    last = image.contiguous(memory_format=torch.channels_last)
+    cs.export(net, last, tmp_path / "net.pt2")
+    program = torch.export.load(tmp_path / "net.pt2")
+    (taken,) = (
+        node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs
+    )
+    assert taken.stride() == torch.empty(image.shape).stride()  # which compilers of programs do not check
+    run = program.module()
+    with torch.no_grad():
+        expected = net(image)
+        for layout in (image, last):
+            assert relative_error(run(layout), expected) < 1e-5
+    with pytest.raises((RuntimeError, AssertionError)):
+        run(image[:, :2])
+
+
+# -- what is made in inference mode is trained afterwards, or says so in words about that mode -----
+
+
+def _saved(model: nn.Module, x: Any, folder: Path) -> nn.Module:
+    cs.save(cs.adaptify(model, "edges", verify_laws=False), folder / "net.safetensors")
+    return cs.load(folder / "net.safetensors", seeded(Segmenter, torch.float32))
+
+
+def _refined(model: nn.Module, x: Any, folder: Path) -> nn.Module:
+    net = unverified(model, "edges", example_input=x)
+    net.add_refinement()
+    return net
+
+
+MADE: dict[str, Callable[[nn.Module, Any, Path], nn.Module]] = {
+    "strides": lambda model, x, folder: unverified(model, "edges"),
+    "an example of that mode": lambda model, x, folder: unverified(model, "edges", example_input=x),
+    "arguments of that mode": lambda model, x, folder: unverified(model, "edges", example_input={"x": x}),
+    "floors": lambda model, x, folder: unverified(model, "edges", coarsest=32, example_input=x),
+    "a learned mask": lambda model, x, folder: unverified(model, "learned", example_input=x),
+    "a refinement": _refined,
+    "a file": _saved,
+    "a sampled input": lambda model, x, folder: cs.resample(model, size=(32, 48)),
+}
+
+
+@pytest.mark.parametrize(("make", "is_called"), covering([*MADE], [False, True]))
+def test_what_is_made_in_inference_mode_is_trained(make: str, is_called: bool, tmp_path: Path) -> None:
+    model = seeded(Segmenter, torch.float32)
+    with torch.inference_mode():
+        net = MADE[make](model, images(1, 64, 96), tmp_path)
+        if is_called:
+            net(images(1, 64, 96))
+    assert not any(value.is_inference() for value in (*net.parameters(), *net.buffers()))
+    net.train()
+    output = net(images(2, 64, 96))
+    (output["out"] if isinstance(output, dict) else output).square().sum().backward()
+    gradients = [value.grad for value in net.parameters()]
+    assert sum(gradient is not None for gradient in gradients) >= 14
+
+
+def test_a_path_that_is_read_in_inference_mode_is_trained() -> None:
+    def branch(own: Any, image: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return own.head(y) + torch.ones(1) * y.shape[3] if y.shape[2] > 20 else own.head(2 * y)
+
+    net = cs.adaptify(Encoded(branch).eval(), "edges", verify_laws=False, example_input=images(1, 48, 64))
+    with torch.inference_mode():
+        net(images(1, 96, 128))
+    net(images(1, 96, 128)).sum().backward()
+    assert net.head.weight.grad is not None
+
+
+@pytest.mark.parametrize("size", [(64, 96), (97, 129)])
+def test_an_image_of_inference_mode_is_refused_in_training_in_words(size: tuple[int, int]) -> None:
+    net = unverified(seeded(Segmenter, torch.float32), "edges", example_input=images(1, 64, 96))
+    with torch.inference_mode():
+        x = images(1, *size)
+    with pytest.raises(cs.InvalidInput, match="inference_mode") as caught:
+        net(x)
+    assert "resize" not in str(caught.value)
+    with torch.no_grad():
+        net(x)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
@@ -303,21 +303,13 @@ def test_copies_start_without_recordings(graphs: Graphs) -> None:
 def test_threads_take_turns(graphs: Graphs) -> None:
     net, fast = converted()
     pictures = [images(1, 64, 96) for _ in range(4)]
-    expected = [net(x) for x in pictures]
     [fast(pictures[0]) for _ in range(2)]
-    found: dict[int, list[Tensor]] = {}
-
-    def run(at: int) -> None:
-        found[at] = [fast(pictures[at]) for _ in range(5)]
-
-    threads = [threading.Thread(target=run, args=(at,)) for at in range(4)]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
-    for at in range(4):
-        for result in found[at]:
-            assert_same(result, expected[at], 1e-4)
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda x: [fast(x) for _ in range(5)], pictures)
+    for x, results in zip(pictures, found, strict=True):
+        expected = net(x)
+        for result in results:
+            assert_same(result, expected, 1e-4)
 
 
 def test_calls_on_the_cpu_are_not_recorded() -> None:

@@ -68,20 +68,20 @@ class Given:
     more: tuple[Tensor, ...] = ()
 
 
-def of_library(name: str, mask: str) -> Given:
-    image = torch.rand(1, 3, 96, 128)
+def of_model(make: Callable[[], nn.Module], size: tuple[int, int], mask: str) -> Given:
+    model, image = make(), torch.rand(1, 3, *size)
+    return Given(unverified(model, mask, example_input=image), image)
+
+
+def of_library(name: str) -> nn.Module:
     model = build(name, by=8)
-    if any(parameter.is_meta for parameter in model.parameters()):  # it has layers that are not made thin
-        model = build(name)
-    net = unverified(model, mask, example_input=image)
-    return Given(net, image)
+    # It may have layers that are not made thin.
+    return build(name) if any(parameter.is_meta for parameter in model.parameters()) else model
 
 
-def of_zoo(name: str, mask: str) -> Given:
-    model, image = subject(name).build().eval(), torch.rand(1, 3, 128, 160)
-    network_check.settle(model)
-    net = unverified(model, mask, example_input=image)
-    return Given(net, image)
+def of_zoo(name: str) -> nn.Module:
+    network_check.settle(model := subject(name).build().eval())
+    return model
 
 
 def of_call(net: cs.AdaptiveModel, arguments: Any) -> Given:
@@ -106,12 +106,6 @@ def of_corpus(name: str, mask: str) -> Given:
         return of_call(net, entry.arguments(torch.rand(1, 3, *sizes[0])))
     images = (torch.rand(1, channels, *size) for size in sizes for channels in (3, first))
     return Given(net, next(image for image in images if accepts(net, image)))
-
-
-def of_head(name: str, mask: str) -> Given:
-    image = torch.rand(1, 3, 64, 64)
-    net = unverified(behind_an_encoder(name), mask, example_input=image)
-    return Given(net, image)
 
 
 def of_seed(seed: int, mask: str) -> Given:
@@ -207,8 +201,8 @@ AT_A_JUMP = LATER + 46
 _SEEDS = (at // 2 + LATER * (at % 2) for at in range(SEEDS + 1))
 RANDOM = [seed for seed in _SEEDS if seed != AT_A_JUMP]
 SAMPLED: dict[str, Callable[[str], Given]] = {
-    **{name: partial(of_library, name) for name in LIBRARY},
-    **{name: partial(of_zoo, name) for name in ZOO},
+    **{name: partial(of_model, partial(of_library, name), (96, 128)) for name in LIBRARY},
+    **{name: partial(of_model, partial(of_zoo, name), (128, 160)) for name in ZOO},
     **{name: partial(of_corpus, name) for name in CORPUS},
     **{f"seed {seed}": partial(of_seed, seed) for seed in RANDOM},
 }
@@ -221,7 +215,8 @@ STAND_INS = {
     **{"LinkNet": "realtime:LinkNet", "SegNet": "realtime:SegNet", "U-Net": "unets:unet_bilinear"},
 }
 ALWAYS = (f"seed {LATER}", "seed 1")
-CASES = {head: partial(of_head, head) for head in [*HEADS][:: min(EVERY, 6)]}
+OF_HEADS = {head: partial(of_model, partial(behind_an_encoder, head), (64, 64)) for head in HEADS}
+CASES = {head: OF_HEADS[head] for head in [*HEADS][:: min(EVERY, 6)]}
 CASES |= {name: SAMPLED[name] for name in dict.fromkeys([*[*SAMPLED][::EVERY], STAND_INS["CGNet"], *ALWAYS])}
 
 
@@ -254,7 +249,7 @@ NOT_FOLLOWED = ("pythonic:ChangesInPlace",)
 @torch.no_grad()
 def test_some_are_written_for_openvino_and_as_programs(name: str, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    given = (SAMPLED.get(name) or partial(of_head, name))(STATIC)
+    given = (SAMPLED | OF_HEADS)[name](STATIC)
     check_files(given, tmp_path, "openvino")
     image = given.image.flip(3)
     inputs = (given.image, *given.more) if given.more else given.image

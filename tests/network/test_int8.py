@@ -20,17 +20,21 @@ import pytest
 import torch
 from conftest import TESTS, assert_same, images, picture, slow, thorough
 from exported import File, net
+from networks import Segmenter, made_once, seeded, unverified
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 
 import cadsurgery as cs
 import cadsurgery.network.export.int8 as in_8_bits
 from cadsurgery.kernels import isa
+from cadsurgery.network.calibration import images_to_calibrate
 from cadsurgery.network.export.engine import Engine
 from cadsurgery.network.export.engines import OnnxRuntime, OpenVino
 from cadsurgery.network.export.int8 import quantise, to_8_bits
 from cadsurgery.network.export.rounding import round_weight
 from cadsurgery.network.fidelity_measure import measure
+from cadsurgery.network.model import AdaptiveModel
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -218,37 +222,41 @@ def test_no_sum_of_two_products_exceeds_16_bits(
         assert is_depthwise(node, whole) or not can_saturate(whole)
 
 
+def awkward(random: Any, shape: tuple[int, ...]) -> list[Any]:
+    """Weights of which a few are much larger than the others, halves between two whole numbers in many scales, weights
+    of one sign, and equal ones."""
+    spread, ties = random.standard_t(2, shape), random.integers(-255, 256, shape) / 255
+    return [spread, ties, np.abs(spread), -np.abs(spread), np.zeros(shape), np.ones(shape)]
+
+
+def rounded(values: Any, limited: str) -> tuple[Tensor, Tensor]:
+    """Weights as whole numbers, and how many steps each was off, by outputs."""
+    weight = torch.from_numpy(values).float()
+    whole, scale = round_weight(weight, limited)
+    error = (weight - whole * scale.view(-1, *[1] * (weight.dim() - 1))).abs().flatten(1).amax(1)
+    assert (error <= 0.501 * scale).all()
+    return whole, error / scale
+
+
 @pytest.mark.parametrize("shape", [(64, 1), (64, 2), (64, 9), (64, 64), (8, 3, 5, 5)])
 def test_weights_are_rounded_so_that_no_pair_saturates(shape: tuple[int, ...]) -> None:
-    random = np.random.default_rng(2)
-    spread = random.standard_t(2, shape)  # a few weights are much larger than the others
-    ties = random.integers(-255, 256, shape) / 255  # halves between two whole numbers in many scales
-    one_sign, none = np.abs(spread), np.zeros(shape)
-    for values in (spread, ties, one_sign, -one_sign, none):
-        weight = torch.from_numpy(values).float()
-        whole, scale = round_weight(weight, "any")
+    for values in awkward(np.random.default_rng(2), shape):
+        whole, _ = rounded(values, "any")
         rows = whole.flatten(1).numpy().astype(np.int64)
         assert not can_saturate(rows)
-        assert np.abs(rows).max() <= 127 and ((np.abs(rows).max(1) >= 64) | (values is none)).all()
-        error = (weight - whole * scale.view(-1, *[1] * (len(shape) - 1))).abs()
-        assert (error.flatten(1).amax(1) <= 0.501 * scale).all()
+        assert np.abs(rows).max() <= 127 and ((np.abs(rows).max(1) >= 64) | (not values.any())).all()
 
 
 @pytest.mark.parametrize("shape", [(64, 1, 3, 3), (64, 2), (64, 9), (16, 65, 9), (8, 3, 2, 1), (8, 3, 5, 5)])
 def test_weights_are_rounded_so_that_no_adjacent_channels_saturate(shape: tuple[int, ...]) -> None:
-    random = np.random.default_rng(2)
-    spread, ties = random.standard_normal(shape), random.integers(-255, 256, shape) / 255
-    for values in (spread, ties, np.abs(spread), -np.abs(spread), np.ones(shape), np.zeros(shape)):
-        weight = torch.from_numpy(values).float()
-        whole, scale = round_weight(weight, "adjacent")
+    for values in awkward(np.random.default_rng(2), shape):
+        whole, error = rounded(values, "adjacent")
         rows = whole.int()[:, : shape[1] // 2 * 2].unflatten(1, (-1, 2))
-        error = (weight - whole * scale.view(-1, *[1] * (len(shape) - 1))).abs().flatten(1).amax(1) / scale
-        assert (error <= 0.501).all()
         for sign in (1, -1):
             exceeds = (sign * rows).clamp_min(0).sum(2).flatten(1).gt(128).any(1)
             assert (error[exceeds] < 1e-3).all()  # whole numbers before: they are kept
         if shape[1] == 1:  # no channel has a neighbour
-            assert torch.equal(whole, round_weight(weight)[0])
+            assert torch.equal(whole, round_weight(torch.from_numpy(values).float())[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -438,26 +446,6 @@ def test_fidelity_is_over_all_images_and_classes_are_those_of_pixels() -> None:
     assert measure([(image, [torch.eye(2)], [torch.eye(2).flip(0)])]).agreement == 0
 
 
-def test_what_cannot_be_calibrated_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    image, path = picture(1, 72, 104), tmp_path / "net.onnx"
-    model = net("edges | budget:fraction=0.3")
-    refused: list[tuple[dict[str, Any], str]] = [
-        ({"calibration": []}, "no images"),
-        ({"calibration": [image[0, 0]]}, "no images"),
-        ({"calibration": ["folder"]}, "no images"),
-        ({"calibration": [picture(1, 64, 104)]}, "dynamic=True"),
-        ({"calibration": [image], "to": "pt2"}, "cannot be int8"),
-        ({}, "int8 lacks images"),
-        ({"precision": "float16", "calibration": [image]}, "float16 takes no images"),
-        ({"precision": "float", "calibration": []}, "float takes no images"),
-        ({"precision": "bfloat16"}, "float, float16, int8"),
-    ]
-    for options, message in refused:
-        with pytest.raises(cs.CadError, match=message):
-            cs.export(model, image, path, **{"precision": "int8", **options})
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("broken", "message"),
     [("levels", "another level map"), ("out", "not finite"), ("file", "cannot be put into 8 bits")],
@@ -608,3 +596,70 @@ def test_the_mean_error_of_rounded_weights_is_corrected(
     whole, scale = round_weight(weight, "any")
     uncorrected = torch.conv2d(given, weight - whole * scale.view(-1, 1, 1, 1)).mean((0, 2, 3)).abs()
     assert float(error.max()) < 0.1 * float(uncorrected.max())
+
+
+# -- images that 8 bits are calibrated by ----------------------------------------------------------
+
+
+SCENES = cs.open_data("scene:4,height=48,width=64")
+
+
+@made_once
+def adapted(**options: Any) -> AdaptiveModel:
+    options = {"normalisation": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), **options}
+    return unverified(seeded(Segmenter, torch.float32), "edges", **options)
+
+
+def expected() -> Tensor:
+    return torch.cat([cs.images.normalise(image, None)[None] for image, _ in SCENES])
+
+
+def folder(path: Path) -> Path:
+    for place, (image, _) in enumerate(SCENES):
+        save_image(image, path / f"{place}.png")
+    return path
+
+
+FORMS: dict[str, Any] = {
+    "a batch": lambda path: expected(),
+    "batches": lambda path: list(expected().split(2)),
+    "images": lambda path: list(expected()),
+    "pairs": lambda path: [(image, SCENES[at][1]) for at, image in enumerate(expected())],
+    "a loader of pairs": lambda path: DataLoader(FORMS["pairs"](path), 2),  # type: ignore[arg-type]
+    "a folder": folder,
+    "the name of a folder": lambda path: str(folder(path)),
+    "data": lambda path: SCENES,
+    "a spec of data": lambda path: f"images:{folder(path)}",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_images(form: str, tmp_path: Path) -> None:
+    batches = images_to_calibrate(adapted(), FORMS[form](tmp_path))
+    torch.testing.assert_close(torch.cat(batches), expected(), rtol=0, atol=0.02)  # PNGs have 8 bits
+
+
+TAKEN, RAW = ("(B, C, H, W)", "folder"), ('net.normalisation = "raw"',)
+PIXELS = torch.stack([image for image, _ in SCENES])
+
+
+@pytest.mark.parametrize(
+    ("images", "words", "instead"),
+    [
+        ([], "empty", TAKEN),
+        (3, "int 3", TAKEN),
+        ([torch.zeros(48, 64)], r"list of a float32 tensor of shape \(48, 64\)", TAKEN),
+        ([{"image": torch.zeros(3, 48, 64)}], "list of dict", TAKEN),
+        ((torch.zeros(1, 3, 48, 64), torch.zeros(1, 48, 64).long()), "tuple of a int64 tensor", TAKEN),
+        (PIXELS, r"look like 0\.\.1, not normalised", RAW),
+        (255 * PIXELS, r"look like 0\.\.255", RAW),
+    ],
+)
+def test_what_is_no_images_of_the_network_is_refused_with_what_is(
+    images: Any, words: str, instead: tuple[str, ...]
+) -> None:
+    with pytest.raises(cs.InvalidInput, match=words) as refusal:
+        images_to_calibrate(adapted(), images)
+    assert all(word in refusal.value.next for word in instead)
+    if instead is RAW:
+        assert torch.equal(images_to_calibrate(adapted(normalisation="raw"), images)[0], images)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -14,12 +15,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import assert_same, covering, images, random_levels, slow, some, thorough
-from networks import build, unverified
+from networks import Composed, build, unverified
 from ptflops import get_model_complexity_info
 from random_networks import random_case
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import get_model
 
 import cadsurgery as cs
 from benchmarks.zoo.corpus import CHECKOUT, subject
@@ -41,24 +41,19 @@ STRIDED = [(3, 2, 1), (3, 2, 1), (3, 2, 1), (3, 2, 1), (3, 1, 1), (1, 1, 1), (3,
 DILATED = [(3, 2, 1), (3, 2, 1), (3, 2, 1), (3, 1, 1), (3, 1, 2), (1, 1, 1), (3, 1, 2), (3, 1, 4)]
 
 
-class Mixed(nn.Module):
+def mixed() -> nn.Module:
     """Grouped, depthwise, pointwise and biased convolutions, pooling, a residual connection, norms."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
-        )
-        self.grouped = nn.Conv2d(8, 16, 3, 2, 1, groups=4)
-        self.depthwise = nn.Conv2d(16, 16, 5, 1, 2, groups=16, bias=False)
-        self.shortcut = nn.Conv2d(8, 16, 1, 2)
-        self.pool = nn.AvgPool2d(2)
-        self.head = nn.Conv2d(16, 5, 1)
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        x = net.depthwise(net.grouped(x)) + net.shortcut(x)
+        return net.head(net.pool(torch.relu(x)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = self.depthwise(self.grouped(x)) + self.shortcut(x)
-        return self.head(self.pool(torch.relu(x)))
+    stem = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+    grouped, shortcut = nn.Conv2d(8, 16, 3, 2, 1, groups=4), nn.Conv2d(8, 16, 1, 2)
+    parts = {"stem": nn.Sequential(*stem), "grouped": grouped, "shortcut": shortcut, "pool": nn.AvgPool2d(2)}
+    deep, head = nn.Conv2d(16, 16, 5, 1, 2, groups=16, bias=False), nn.Conv2d(16, 5, 1)
+    return Composed(forward, depthwise=deep, head=head, **parts).eval()
 
 
 def executed(model: nn.Module, *args: object, **kwargs: object) -> int:
@@ -78,18 +73,6 @@ def of_zeros(make: Callable[[], nn.Module]) -> nn.Module:
     return model.eval()
 
 
-def by_ptflops(model: nn.Module, size: tuple[int, int]) -> int:
-    found = get_model_complexity_info(
-        model,
-        (3, *size),
-        as_strings=False,
-        print_per_layer_stat=False,
-        ignore_modules=[nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d],
-        backend_specific_config={"count_functional": False},
-    )
-    return int(found[0])
-
-
 def _without_means(first: Sequence[int], second: Sequence[int], *_: object, **__: object) -> int:
     """Count a product, but nothing for a mean over the image, which is one of a row per image with all rows."""
     rows, inner = first
@@ -99,7 +82,7 @@ def _without_means(first: Sequence[int], second: Sequence[int], *_: object, **__
 MODELS = {
     "strided": lambda: convolutions(*STRIDED),
     "dilated": lambda: convolutions(*DILATED),
-    "mixed": lambda: Mixed().eval(),
+    "mixed": mixed,
 }
 
 
@@ -133,24 +116,23 @@ def test_the_count_of_a_random_network_is_what_runs_but_for_means(seed: int) -> 
         [*MODELS], [{}, {"fill": "nearest"}, {"fill": "nearest", "anchor": "center"}, {"patch": "block"}]
     ),
 )
-def test_macs_of_a_mixed_map_are_those_that_run(name: str, options: dict[str, Any]) -> None:
+def test_macs_are_those_that_run_and_fall_with_each_raised_level(name: str, options: dict[str, Any]) -> None:
+    """Of a mixed map, in the optimised copy too, of both extremes, and of maps between them. They are affine in the
+    share of blocks that are kept."""
     net, image = unverified(MODELS[name](), **options), images(2, 97, 161)
     net(image, mask="none")
-    size = tuple(net.levels.shape[1:])
+    size, most = tuple(net.levels.shape[1:]), net.plan.max_level
     levels = random_levels(2, size, net.plan.stage_strides, patch=options.get("patch", "quadtree"))
-    assert len(levels.unique()) > 1
     report = net.macs(image, mask=levels)
     assert report.mask == executed(net, image, mask=levels) == executed(net.optimize(), image, mask=levels)
-    assert report.active_fraction == net.active_fraction
-
-
-@pytest.mark.parametrize("name", some(MODELS, every=3))
-def test_macs_of_the_extremes_are_those_that_run(name: str) -> None:
-    net, image = unverified(MODELS[name](), "all"), images(1, 97, 161)
-    report = net.macs(image)
-    assert report.mask == report.high == executed(net, image)
-    assert report.low == executed(net, image, mask="none") == net.macs(image, mask="none").mask
-    assert report.low < report.high
+    assert report.active_fraction == net.active_fraction and len(levels.unique()) > 1
+    for mask, expected in (("all", report.high), ("none", report.low)):
+        assert net.macs(image, mask=mask).mask == expected == executed(net, image, mask=mask)
+    levels, counts = torch.zeros(2, *size).long(), [report.high]
+    for step in torch.randperm(levels.numel()).split(-(-levels.numel() // 6)):
+        levels.view(-1)[step] = most
+        counts.append(net.macs(image, mask=levels).mask)
+    assert counts == sorted(counts, reverse=True) and counts[-1] == report.low < report.high
 
 
 @pytest.mark.parametrize("name", [*MODELS, *map(slow, ("resnet18", "mobilenet_v2", "fcn_resnet50"))])
@@ -162,16 +144,11 @@ def test_macs_at_its_own_resolution_are_the_originals(name: str) -> None:
     assert (report.low if identity else report.high) == executed(model, image) == dense_macs(model, image)
 
 
-def test_macs_are_counted_without_running() -> None:
-    net, image = unverified(convolutions(*STRIDED), "none"), images(1, 96, 128)
-    net.macs(image)
+def test_a_report_lists_the_layers_that_add_up_to_it_and_runs_nothing() -> None:
+    net, image = unverified(mixed(), "none"), images(1, 96, 128)
+    report = net.macs(image)
     with pytest.raises(cs.InvalidInput, match="not run yet"):
         _ = net.levels
-
-
-def test_a_report_lists_the_layers_that_add_up_to_it() -> None:
-    net, image = unverified(Mixed().eval(), "none"), images(1, 96, 128)
-    report = net.macs(image)
     values = report.to_dict()
     of = {"mask": report.mask, "high": report.high, "low": report.low, "given": report.given}
     assert values["macs"] == of
@@ -190,68 +167,33 @@ def test_the_dense_twins_cost_what_ptflops_counts(size: tuple[int, int]) -> None
     # the same network at output stride 8: strides of the last two stages as dilations 2 and 4
     twin = convolutions(*STRIDED[:3], (3, 1, 1), (3, 1, 2), (1, 1, 1), (3, 1, 2), (3, 1, 4), bias=False)
     report = unverified(strided, output_stride=(8, 32)).macs(images(1, *size))
-    assert report.low == by_ptflops(strided, size)
-    assert report.high == by_ptflops(twin, size)
+    functional = {"backend_specific_config": {"count_functional": False}}
+    assert report.low == by_ptflops(strided, size, **functional)
+    assert report.high == by_ptflops(twin, size, **functional)
 
 
 # -- how they grow -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", some(MODELS, every=3))
-def test_raising_the_level_anywhere_never_costs_more(name: str) -> None:
-    net, image = unverified(MODELS[name](), "none"), images(1, 96, 128)
-    net(image)
-    levels = torch.zeros_like(net.levels).long()
-    order = torch.randperm(levels.numel())
-    counts = [net.macs(image, mask=levels).mask]
-    for step in order.split(-(-len(order) // 6)):
-        levels.view(-1)[step] = net.plan.max_level
-        counts.append(net.macs(image, mask=levels).mask)
-    report = net.macs(image)
-    assert counts == sorted(counts, reverse=True)
-    assert counts[0] == report.high and counts[-1] == report.low < report.high
-
-
-def blocks(count: int, size: tuple[int, int], side: int = 4) -> Tensor:
-    """A bool map (1, h, w) with `count` random blocks kept high."""
-    grid = (size[0] // side, size[1] // side)
-    keep = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
-    keep[torch.randperm(len(keep))[:count]] = True
-    return keep.view(1, *grid).repeat_interleave(side, 1).repeat_interleave(side, 2)
 
 
 @pytest.mark.parametrize(("name", "count"), covering([*MODELS], [1, 5, 11]))
 def test_macs_are_affine_in_the_share_of_active_blocks(name: str, count: int) -> None:
     net, image = unverified(MODELS[name](), patch="block"), images(1, 96, 128)
     net(image, mask="none")
-    size = tuple(net.levels.shape[1:])
     side = net.geometry.sides[-1]
-    mask, whole = blocks(count, size, side), size[0] * size[1] // side**2
-    report = net.macs(image, mask=mask)
+    rows, columns = (length // side for length in net.levels.shape[1:])
+    kept = (torch.randperm(whole := rows * columns) < count).view(1, rows, columns)
+    report = net.macs(image, mask=kept.repeat_interleave(side, 1).repeat_interleave(side, 2))
     assert report.active_fraction == count / whole
     assert report.mask * whole == count * report.high + (whole - count) * report.low
 
 
 # -- ResNet-101 at 1024x2048 -----------------------------------------------------
 
-LARGE = torch.zeros(1, 3, 1024, 2048)
-
-
-@cache
-def deeplab(output_stride: tuple[int, int]) -> cs.AdaptiveModel:
-    return unverified(
-        of_zeros(partial(get_model, "deeplabv3_resnet101", weights=None, weights_backbone=None)),
-        region="backbone",
-        example_input=images(1, 64, 64),
-        patch="block",
-        output_stride=output_stride,
-    )
-
 
 @pytest.mark.slow
 def test_resnet101_costs_what_is_published_for_its_convolutions() -> None:
     trunk = nn.Sequential(*list(of_zeros(torchvision.models.resnet101).children())[:-2]).eval()
-    report = unverified(trunk, "all", example_input=images(1, 64, 64)).macs(LARGE)
+    report = unverified(trunk, "all", example_input=images(1, 64, 64)).macs(torch.zeros(1, 3, 1024, 2048))
     assert report.mask == report.high
     assert report.high == pytest.approx(1.4180e12, rel=5e-5)
     assert report.low == pytest.approx(3.2598e11, rel=5e-5)
@@ -305,14 +247,17 @@ def test_a_plan_that_makes_maps_finer_says_by_how_much(name: str, size: tuple[in
     assert f"{share}; in the region {report.region_of_high:.2f} of everything high" in str(report)
 
 
-def test_a_plan_that_makes_no_map_finer_says_what_both_ends_cost() -> None:
-    model = MODELS["dilated"]()
-    plan = cs.plan(model, example_input=images(1, 96, 160))
-    low = executed(unverified(model, "none"), images(1, 96, 160))
-    share = low / executed(model, images(1, 96, 160))
+def test_a_plan_that_makes_no_map_finer_says_what_both_ends_cost_and_is_stored() -> None:
+    model, image = MODELS["dilated"](), images(1, 96, 160)
+    plan = cs.plan(model, example_input=image)
+    share = executed(unverified(model, "none"), image) / executed(model, image)
     assert plan.work is not None and not plan.work.is_finer and plan.work.shape == (1, 3, 96, 160)
     assert f"everything high does 1.00 and everything low {share:.2f} times the work" in plan.summary()
-    assert "finer" not in plan.summary()
+    assert "finer" not in plan.summary() and type(plan).from_json(plan.to_json()).work == plan.work
+    values = json.loads(plan.to_json())
+    del values["work"]  # as in files of earlier versions
+    older = type(plan).from_json(json.dumps(values))
+    assert older.work is None and older == plan and "times the work" not in older.summary()
 
 
 @pytest.mark.parametrize(
@@ -363,16 +308,6 @@ def test_a_conversion_without_effect_names_floors() -> None:
         cs.adaptify(subject("heads:PoseBaseline", CHECKOUT).build().eval())
 
 
-def test_the_work_of_a_plan_is_stored_and_may_be_missing() -> None:
-    plan = cs.plan(MODELS["strided"]())
-    stored = type(plan).from_json(plan.to_json())
-    assert stored.work == plan.work
-    values = json.loads(plan.to_json())
-    del values["work"]  # as in files of earlier versions
-    older = type(plan).from_json(json.dumps(values))
-    assert older.work is None and older == plan and "times the work" not in older.summary()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "options"), covering(["nearest", "bilinear", "transposed"], [{}, {"coarsest": 16}], few=0)
@@ -420,32 +355,90 @@ HELD: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
-class HoldsSizes(nn.Module):
+def holding(held: Callable[[Tensor, Tensor], Any]) -> nn.Module:
     """A U-Net that computes how much its skip is cropped, in tensors."""
 
-    def __init__(self, held: Callable[[Tensor, Tensor], Any]) -> None:
-        super().__init__()
-        self.held, self.down, self.up = held, nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
-        self.a, self.b, self.end = (
-            nn.Conv2d(3, 6, 3, 1, 1),
-            nn.Conv2d(6, 6, 3, 1, 1),
-            nn.Conv2d(12, 2, 3, 1, 1),
-        )
+    def forward(net: Any, x: Tensor) -> Tensor:
+        skip = net.a(x).relu()
+        y = net.up(net.b(net.down(skip)).relu())
+        down, across = (by % 2 for by in held(skip, y))
+        return net.end(torch.cat((F.pad(skip, (0, -across, 0, -down)), y), 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        skip = self.a(x).relu()
-        y = self.up(self.b(self.down(skip)).relu())
-        down, across = self.held(skip, y)
-        down, across = (by % 2 for by in (down, across))
-        return self.end(torch.cat((F.pad(skip, (0, -across, 0, -down)), y), 1))
+    a, b, end = (nn.Conv2d(*channels, 3, 1, 1) for channels in ((3, 6), (6, 6), (12, 2)))
+    return Composed(forward, a=a, b=b, end=end, down=nn.MaxPool2d(2), up=nn.Upsample(scale_factor=2)).eval()
 
 
 @pytest.mark.parametrize("held", some(HELD, every=3))
 @torch.no_grad()
 def test_sizes_held_in_tensors_have_values_on_shapes_alone(held: str) -> None:
     torch.manual_seed(0)
-    model = HoldsSizes(HELD[held]).eval()
+    model = holding(HELD[held])
     net, x = cs.adaptify(model, "none", coarsest=16), torch.rand(1, 3, 256, 64)
     report = net.macs(x, mask="all")
     assert report.given == report.mask > 0
     assert_same(net.optimize(memory="2MiB")(x, mask="all"), model(x))
+
+
+# -- counters of others: they count by hooks, layer by layer, and so each layer's rows -------------
+
+
+class Counted(nn.Module):
+    """Convolutions without bias, and norms: ptflops counts biases and activations, too. The stem is no part of the
+    region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 3, 4, 1, bias=False)
+        self.body = nn.Sequential(*(nn.Conv2d(8, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)) * 2)
+        self.head = nn.Conv2d(8, 5, 1, bias=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(self.body(self.stem(pixels)))
+
+
+def by_ptflops(model: nn.Module, size: tuple[int, int], **options: Any) -> float | None:
+    """What ptflops counts of convolutions without bias; None where a call fails."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return get_model_complexity_info(
+            model,
+            (3, *size),
+            as_strings=False,
+            print_per_layer_stat=False,
+            ignore_modules=[nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d],
+            **options,
+        )[0]
+
+
+def counted(net: nn.Module, x: Tensor) -> float | None:
+    return by_ptflops(net, (65, 97), backend="pytorch", input_constructor=lambda size: {"pixels": x})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask", ["all", "none", "mixed"])
+def test_ptflops_counts_what_macs_counts(mask: str) -> None:
+    net, x = unverified(Counted().eval(), "edges", example_input=images(1, 65, 97)), images(1, 65, 97)
+    net(x, mask="all")
+    half = torch.zeros(net.levels.shape, dtype=torch.bool)
+    half[:, :, : half.shape[2] // 2] = True
+    chosen: Any = half if mask == "mixed" else mask
+    before = net(x, mask=chosen)
+    with net.masked(chosen):
+        assert counted(net, x) == net.macs(x, mask=chosen).mask
+    assert torch.equal(net(x, mask=chosen), before)
+
+
+@torch.no_grad()
+def test_after_a_counter_failed_the_network_works_as_before_and_refuses_other_hooks() -> None:
+    """Its hooks stay, and calls still give what they gave."""
+    net, x = unverified(Counted().eval(), "edges", example_input=images(1, 65, 97)), images(1, 65, 97)
+    before = net(x)
+    with pytest.raises(cs.InvalidInput):
+        net(torch.full_like(x, float("nan")))
+    assert counted(net, x[:, :2]) is None
+    assert torch.equal(net(x), before)
+    handle = net.body[0].register_forward_hook(lambda module, inputs, output: None)
+    with pytest.raises(cs.InvalidInput, match="cannot call as it is meant"):
+        net(x)
+    handle.remove()
+    assert torch.equal(net(x), before)

@@ -7,12 +7,12 @@ import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import TOLERANCE, assert_same, covering, images, random_levels, rewritten, without_kernels
-from networks import randomise
+from networks import Encoded, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,64 +27,37 @@ from cadsurgery.elements.lattice import Geometry
 from cadsurgery.elements.mean_shift import MeanShift
 
 
-class Pooled(nn.Module):
+def pooled(net: Any, image: Tensor, x: Tensor) -> Tensor:
     """A block that weighs its channels by a mean over the image, and a head that adds one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.down = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 16, 3, 2, 1)
-        self.excite, self.after, self.pooling = (
-            SqueezeExcitation(16, 4),
-            nn.Conv2d(16, 6, 1),
-            nn.Conv2d(16, 6, 1),
-        )
-
-    def forward(self, image: Tensor) -> Tensor:
-        x = self.excite(F.relu(self.down(self.stem(image))))
-        return self.after(x) + self.pooling(x.mean((2, 3), keepdim=True))
+    x = net.excite(x)
+    return net.after(x) + net.pooling(x.mean((2, 3), keepdim=True))
 
 
-class Linear(nn.Module):
-    """A block that weighs its channels by a linear layer on a mean over the image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.down = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 16, 3, 2, 1)
-        self.weigh, self.after = nn.Linear(16, 16), nn.Conv2d(16, 5, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        x = self.down(self.stem(image)).relu()
-        return self.after(x * self.weigh(x.mean((2, 3))).sigmoid()[:, :, None, None])
+def linear(net: Any, image: Tensor, x: Tensor) -> Tensor:
+    return net.after(x * net.weigh(x.mean((2, 3))).sigmoid()[:, :, None, None])
 
 
-class Branch(nn.Module):
+def branch(net: Any, image: Tensor, x: Tensor) -> Tensor:
     """The branch of a segmentation head that pools over the image, with a norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.down = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 16, 3, 2, 1)
-        self.pooling, self.after = ASPPPooling(16, 16), nn.Conv2d(16, 5, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        x = self.down(self.stem(image)).relu()
-        return self.after(x + self.pooling(x))
+    return net.after(x + net.pooling(x))
 
 
-class Plain(nn.Module):
-    """No mean over the image."""
+def without_means(net: Any, image: Tensor, x: Tensor) -> Tensor:
+    return net.head(x)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.down = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 16, 3, 2, 1)
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.down(self.stem(image).relu())
+def point(outputs: int = 5) -> nn.Conv2d:
+    return nn.Conv2d(16, outputs, 1)
+
+
+def make_pooled() -> nn.Module:
+    return Encoded(pooled, 16, excite=SqueezeExcitation(16, 4), after=point(6), pooling=point(6))
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "pooled": (Pooled, 2),
-    "linear": (Linear, 1),
-    "branch": (Branch, 1),
+    "pooled": (make_pooled, 2),
+    "linear": (lambda: Encoded(linear, 16, weigh=nn.Linear(16, 16), after=point()), 1),
+    "branch": (lambda: Encoded(branch, 16, pooling=ASPPPooling(16, 16), after=point()), 1),
 }
 TYPES = (torch.float32, torch.float64)
 
@@ -170,7 +143,7 @@ def test_every_copy_gives_the_same_at_every_level(
 
 @torch.no_grad()
 def test_calibrated_means_are_on_average_those_of_full_resolution() -> None:
-    net = convert(Pooled)
+    net = convert(make_pooled)
     stripes = (torch.arange(96) // 4 % 2).expand(
         3, 64, 96
     )  # of which every second sample sees one kind alone
@@ -190,31 +163,31 @@ def test_calibrated_means_are_on_average_those_of_full_resolution() -> None:
 
 
 def test_a_network_without_means_is_left_as_it_is_or_refused() -> None:
-    net = convert(Plain)
+    net = convert(lambda: Encoded(without_means))
     assert cs.finetune.calibrate_means(net, [torch.rand(3, 64, 96) for _ in range(2)]) == 0
     assert net.adapters is None
     with pytest.raises(cs.InvalidInput, match="no layer that reads a mean"):
         net.add_mean_shifts()
     with pytest.raises(cs.InvalidInput, match="no layer that reads a mean"):
-        convert(Pooled).optimize().add_mean_shifts()
+        convert(make_pooled).optimize().add_mean_shifts()
 
 
 # -- files ---------------------------------------------------------------------------------------------
 
 
 def test_a_file_that_lacks_a_shift_is_refused(tmp_path: Path) -> None:
-    net = shifted(convert(Pooled))
+    net = shifted(convert(make_pooled))
     assert net.adapters is not None
     del net.adapters["mean__pooling"]
     cs.save(net, tmp_path / "part.safetensors")
     with pytest.raises(cs.FileError, match=r"the adapters in .* do not fit"):
-        cs.load(tmp_path / "part.safetensors", Pooled())
+        cs.load(tmp_path / "part.safetensors", make_pooled())
 
 
 @pytest.mark.parametrize("beside", [{}, {"mean__pooling.shift": torch.zeros(1, 6)}])
 def test_a_file_with_level_adapters_is_refused_in_words(tmp_path: Path, beside: dict[str, Tensor]) -> None:
     path = tmp_path / "net.safetensors"
-    cs.save(convert(Pooled), path)
+    cs.save(convert(make_pooled), path)
     of_levels = {"down.scale": torch.zeros(1, 16), "down.shift": torch.zeros(1, 16), **beside}
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -222,7 +195,7 @@ def test_a_file_with_level_adapters_is_refused_in_words(tmp_path: Path, beside: 
     save_file(load_file(path) | more, path, metadata)
     rewritten(path, lambda metadata: None)
     with pytest.raises(cs.FileError, match="has level adapters, which there are no longer") as refusal:
-        cs.load(path, Pooled())
+        cs.load(path, make_pooled())
     assert "2 tensors, first down.scale" in refusal.value.where
     assert "calibrate_means" in refusal.value.why
     assert "the version that wrote it (cadsurgery " in refusal.value.next
@@ -233,6 +206,6 @@ def test_a_file_with_level_adapters_is_refused_in_words(tmp_path: Path, beside: 
 @torch.no_grad()
 def test_shifts_are_in_what_is_exported(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    net = shifted(convert(Pooled))
+    net = shifted(convert(make_pooled))
     report = cs.export(net, images(1, 64, 96), tmp_path / "net.onnx", dynamic=True)
     assert report.difference < 1e-4

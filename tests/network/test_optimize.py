@@ -6,6 +6,7 @@ That it gives what the network gives is a law on random networks: `tests/laws/te
 from __future__ import annotations
 
 import copy
+import operator
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, relative_error, some
-from networks import build, randomise, strided, unverified
+from conftest import assert_same, covering, images, relative_error, slow, some
+from encoder_heads import HEADS
+from encoder_heads import network as behind_an_encoder
+from networks import Composed, Undecided, build, made_once, randomise, strided, unverified
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -33,7 +36,8 @@ from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.kernels import isa
 from cadsurgery.network import fuse
-from cadsurgery.network.model import OptimizedModel
+from cadsurgery.network.model import AdaptiveModel, OptimizedModel
+from cadsurgery.network.optimized import KERNELS
 
 MIXED = "random:fraction=0.4,seed=3,block=3"
 CONVOLUTIONS = {"resnet18": 18 + 2, "mobilenet_v2": 52, "vgg11_bn": 8, "mobilenet_v3_small": 52}
@@ -63,20 +67,14 @@ def test_every_batch_norm_and_activation_is_part_of_a_convolution(name: str) -> 
 
 @torch.no_grad()
 @pytest.mark.smoke
-def test_another_type_and_float64(small: cs.AdaptiveModel) -> None:
+def test_other_types_and_autocast(small: cs.AdaptiveModel) -> None:
     """Its packed weights follow `to`."""
     x, fast = images(1, 65, 97), small.optimize()
     expected = fast(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(fast(x).float(), expected, 5e-2)
     assert_same(fast.double()(x.double()), expected.double(), 1e-4)
     assert_same(fast.float()(x), expected, 1e-4)
-
-
-@torch.no_grad()
-def test_autocast_is_followed(small: cs.AdaptiveModel) -> None:
-    x, fast = images(1, 65, 97), small.optimize()
-    with torch.autocast("cpu", torch.bfloat16):
-        found = fast(x)
-    assert_same(found.float(), fast(x), 5e-2)
 
 
 def test_the_network_stays_as_it_is() -> None:
@@ -91,8 +89,6 @@ def test_the_network_stays_as_it_is() -> None:
 
 
 class Boxes(cs.MaskProvider):
-    """Keeps what lies left of a column, which may be set before each call."""
-
     column = 0
 
     def forward(self, image: Tensor, features: Tensor, grid: cs.masks.FineMapSpec) -> Tensor:
@@ -162,101 +158,66 @@ def test_what_cannot_be_done_says_what_can(small: cs.AdaptiveModel, tmp_path: An
     assert not list(tmp_path.iterdir())
 
 
-class Host(nn.Module):
-    """Decides by values, as a detector does, so that only its backbone converts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = strided(norm=True, outputs=4, kernel=3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.backbone(x if x.sum() > 0 else -x)  # type: ignore[no-any-return]
-
-
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_hosted_part_is_optimised() -> None:
     torch.manual_seed(0)
-    net = unverified(Host().eval(), MIXED)
-    fast = net.optimize()
-    assert isinstance(fast, type(net)) and isinstance(fast.part, OptimizedModel)  # type: ignore[attr-defined]
+    net: Any = unverified(Undecided(strided(norm=True, outputs=4, kernel=3)).eval(), MIXED)
+    fast: Any = net.optimize()
+    assert isinstance(fast, type(net)) and isinstance(fast.part, OptimizedModel)
     x = images(1, 96, 128)
-    levels = torch.zeros(1, *small_map(net, x), dtype=torch.bool)
-    levels[:, ::3] = True
-    with net.part.masked(levels), fast.part.masked(levels):  # type: ignore[attr-defined]
-        assert_same(fast.backbone(x), net.backbone(x), 1e-4)
-
-
-def small_map(net: Any, x: Tensor) -> tuple[int, int]:
     net.part(x, mask="all")
-    return tuple(net.part.levels.shape[1:])  # type: ignore[return-value]
+    levels = torch.zeros(net.part.levels.shape, dtype=torch.bool)
+    levels[:, ::3] = True
+    with net.part.masked(levels), fast.part.masked(levels):
+        assert_same(fast.backbone(x), net.backbone(x), 1e-4)
 
 
 # -- patterns the networks above do not have -----------------------------------------------------------
 
 
-class _Odd(nn.Module):
+def odd(net: Any, x: Tensor) -> Tensor:
     """A value read before its activation, a residual that is smaller, a convolved mean that is added to a map, a
     product that is no factor, shared weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
-        self.down = nn.Conv2d(8, 8, 3, 2, 1)
-        self.shrink = nn.Conv2d(8, 8, 3)
-        self.same = nn.Conv2d(8, 8, 1)
-        self.of_mean = nn.Conv2d(8, 8, 1)
-        self.norm = nn.BatchNorm2d(8)
-        self.free = nn.BatchNorm2d(8, affine=False)
-        self.scale = nn.Parameter(torch.randn(8, 1, 1))
-        self.last = nn.Conv2d(8, 4, 3, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = self.down(torch.relu(x) + x)
-        y = self.norm(self.same(x)) * self.scale
-        y = self.free(y + torch.sigmoid(y))
-        y += x
-        y = y + self.of_mean(x.mean((2, 3), keepdim=True))
-        y = nn.functional.leaky_relu(self.same(y) * y, 0.2)
-        return self.last(self.shrink(y) + 1.0)
+    x = net.stem(x)
+    x = net.down(torch.relu(x) + x)
+    y = net.norm(net.same(x)) * net.scale
+    y = net.free(y + torch.sigmoid(y))
+    y += x
+    y = y + net.of_mean(x.mean((2, 3), keepdim=True))
+    y = nn.functional.leaky_relu(net.same(y) * y, 0.2)
+    return net.last(net.shrink(y) + 1.0)
 
 
 @pytest.mark.parametrize("fill", ["nearest", "linear"])
 @torch.no_grad()
 def test_what_only_looks_like_a_pattern_is_left(fill: Any) -> None:
-    model = _Odd().eval()
-    randomise(nn.ModuleList([model.norm]))
-    model.free.running_var.uniform_(0.5, 1.5)
-    net, x = unverified(model, MIXED, fill=fill), images(2, 65, 97)
+    norm, free = randomise(nn.BatchNorm2d(8)), nn.BatchNorm2d(8, affine=False)
+    free.running_var.uniform_(0.5, 1.5)
+    parts = {"shrink": nn.Conv2d(8, 8, 3), "same": nn.Conv2d(8, 8, 1), "of_mean": nn.Conv2d(8, 8, 1)}
+    parts |= {"stem": nn.Conv2d(3, 8, 3, 2, 1), "down": nn.Conv2d(8, 8, 3, 2, 1)}
+    scale, last = nn.Parameter(torch.randn(8, 1, 1)), nn.Conv2d(8, 4, 3, 2, 1)
+    model = Composed(odd, norm=norm, free=free, scale=scale, last=last, **parts)
+    net, x = unverified(model.eval(), MIXED, fill=fill), images(2, 65, 97)
     for fast in (net.optimize(), net.optimize(fuse=False)):
         for mask in (None, "all", "none"):
             assert_same(fast(x, mask=mask), net(x, mask=mask), 1e-4)
 
 
-class _Deep(nn.Module):
+RUNGS = 12
+
+
+def deep(net: Any, x: Tensor) -> Tensor:
     """A weight and a map that are each made by a ladder: two ways to every rung."""
-
-    rungs = 12
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.down = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 2, 1)
-        self.same, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 3, 2, 1)
-        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, weight = self.down(self.stem(x)), self.weight
-        for _ in range(self.rungs):
-            weight = torch.tanh(weight) - torch.exp(weight)
-            x = torch.sigmoid(x) - torch.tanh(x)
-        x = self.same(x) * x
-        return self.last(nn.functional.conv2d(x, weight, None, 1, 1))
+    x, weight = net.down(net.stem(x)), net.weight
+    for _ in range(RUNGS):
+        weight = torch.tanh(weight) - torch.exp(weight)
+        x = torch.sigmoid(x) - torch.tanh(x)
+    x = net.same(x) * x
+    return net.last(nn.functional.conv2d(x, weight, None, 1, 1))
 
 
 class _Counted(TorchFunctionMode):
-    """How often a function of torch is called."""
-
     def __init__(self, function: Any) -> None:
         super().__init__()
         self.function, self.calls = function, 0
@@ -269,12 +230,15 @@ class _Counted(TorchFunctionMode):
 @torch.no_grad()
 def test_what_is_constant_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """And found without walking every way to it, of which there may be exponentially many."""
-    net, x = unverified(_Deep().eval(), MIXED), images(2, 65, 97)
+    stem, down, last = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 4, 3, 2, 1)
+    same, weight = nn.Conv2d(8, 8, 1), nn.Parameter(torch.randn(8, 8, 3, 3))
+    model = Composed(deep, stem=stem, down=down, same=same, last=last, weight=weight)
+    net, x = unverified(model.eval(), MIXED), images(2, 65, 97)
     asked, get = [], fuse.Constants.get
     monkeypatch.setattr(fuse.Constants, "get", lambda self, node: asked.append(node) or get(self, node))
     with _Counted(torch.exp) as counted:
         fast = net.optimize()
-    assert counted.calls == _Deep.rungs
+    assert counted.calls == RUNGS
     assert len(asked) < 3 * len(net.graph.nodes)
     assert_same(fast(x), net(x), 1e-4)
 
@@ -320,20 +284,11 @@ def test_a_residual_smaller_than_the_product() -> None:
     assert_same(found.rows, (functional.rows_on(whole, less) + residual.rows).relu(), 1e-4)
 
 
-class _Broadcast(nn.Module):
+def broadcast(net: Any, x: Tensor) -> Tensor:
     """The sum of a map with one of a single channel, either of them the product."""
-
-    def __init__(self, side: int, outputs: int, groups: int) -> None:
-        super().__init__()
-        self.stem, self.down = nn.Conv2d(3, 64, 3, 4, 1), nn.Conv2d(64, 64, 3, 2, 1)
-        self.one = nn.Conv2d(64, 1, 3, 1, 1)
-        self.conv = nn.Conv2d(64, outputs, side, 1, side // 2, groups=groups)
-        self.last = nn.Conv2d(64, 4, 3, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.down(self.stem(x))
-        more = self.one(x).sigmoid() if self.conv.out_channels > 1 else x
-        return self.last(torch.relu(self.conv(x) + more))
+    x = net.down(net.stem(x))
+    more = net.one(x).sigmoid() if net.conv.out_channels > 1 else x
+    return net.last(torch.relu(net.conv(x) + more))
 
 
 @pytest.mark.parametrize(
@@ -343,7 +298,10 @@ class _Broadcast(nn.Module):
 @torch.no_grad()
 def test_a_residual_of_other_channels_is_broadcast(side: int, outputs: int, groups: int) -> None:
     """Never read as if it had the product's: its memory is smaller."""
-    net = unverified(_Broadcast(side, outputs, groups).eval(), MIXED)
+    stem, down, last = nn.Conv2d(3, 64, 3, 4, 1), nn.Conv2d(64, 64, 3, 2, 1), nn.Conv2d(64, 4, 3, 2, 1)
+    conv, one = nn.Conv2d(64, outputs, side, 1, side // 2, groups=groups), nn.Conv2d(64, 1, 3, 1, 1)
+    model = Composed(broadcast, stem=stem, down=down, one=one, conv=conv, last=last)
+    net = unverified(model.eval(), MIXED)
     fast, x = net.optimize(), images(2, 65, 97)
     for mask in (None, "all", "none"):
         assert_same(fast(x, mask=mask), net(x, mask=mask), 1e-4)
@@ -420,16 +378,16 @@ def test_grouped_convolutions_of_dense_maps_compute_what_torch_does(
         assert_same(conv(x, residual).double(), expected, tolerance)
 
 
+AVX2 = ("scalar", "sse4", "avx2")
+
+
 @pytest.mark.parametrize(
     ("dtype", "available", "group", "padding", "expected"),
     [
-        (torch.float32, ("scalar", "sse4", "avx2", "avx512"), 1, 6, True),
-        (torch.float32, ("scalar", "sse4", "avx2", "avx512"), 1, 7, False),
-        (torch.float32, ("scalar", "sse4", "avx2"), 1, 5, False),
-        (torch.float32, ("scalar", "sse4", "avx2", "avx512"), 4, 0, True),
-        (torch.float32, ("scalar", "sse4", "avx2"), 4, 0, False),
-        (torch.bfloat16, ("scalar", "sse4", "avx2"), 1, 1, False),
-        (torch.float64, ("scalar", "sse4", "avx2", "avx512"), 1, 1, False),
+        *((torch.float32, (*AVX2, "avx512"), *case) for case in ((1, 6, True), (1, 7, False), (4, 0, True))),
+        *((torch.float32, AVX2, *case) for case in ((1, 5, False), (4, 0, False))),
+        (torch.bfloat16, AVX2, 1, 1, False),
+        (torch.float64, (*AVX2, "avx512"), 1, 1, False),
         (torch.float32, ("scalar", "neon"), 1, 36, True),
         (torch.float32, (), 1, 36, True),
     ],
@@ -460,18 +418,9 @@ def test_a_dilated_depthwise_layer_of_a_dense_head_is_a_kernels() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("size", [(5, 6), (1, 1)])
 @pytest.mark.parametrize(
-    ("groups", "channels", "outputs", "size"),
-    [
-        (1, 8, 8, (5, 6)),
-        (1, 8, 8, (1, 1)),
-        (1, 1, 8, (5, 6)),
-        (1, 8, 1, (5, 6)),
-        (1, 8, 1, (1, 1)),
-        (2, 8, 8, (5, 6)),
-        (8, 8, 8, (5, 6)),
-        (8, 8, 8, (1, 1)),
-    ],
+    ("groups", "channels", "outputs"), [(1, 8, 8), (1, 1, 8), (1, 8, 1), (2, 8, 8), (8, 8, 8)]
 )
 @torch.no_grad()
 def test_a_residual_and_relu_in_bfloat16(
@@ -579,7 +528,7 @@ def test_maps_are_put_in_order(shape: tuple[int, ...], dtype: torch.dtype) -> No
 def test_a_resize_that_is_returned_gives_contiguous_memory(is_module: bool) -> None:
     """So that no larger map is copied for its layout."""
     torch.manual_seed(0)
-    model: nn.Module = Viewed("summed" if is_module else "resized")
+    model = viewed("summed" if is_module else "resized")
     model = nn.Sequential(model, nn.Upsample(scale_factor=8.0, mode="bilinear")) if is_module else model
     fast = cs.adaptify(model.eval(), "none", example_input=images(1, 48, 64)).optimize()
     (output,) = fast.program.graph.find_nodes(op="output")
@@ -589,17 +538,9 @@ def test_a_resize_that_is_returned_gives_contiguous_memory(is_module: bool) -> N
     assert found.is_contiguous() and (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-class Viewed(nn.Module):
+def viewed(how: str) -> nn.Module:
     """A head that flattens a map by `view`, which takes its memory as the network has it."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how = how
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
-        self.last = nn.Conv2d(8, 8, 3, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return VIEWS[self.how](self.last(self.body(x)))
+    return Composed(lambda net, x: VIEWS[how](net.body(x)), body=nn.Sequential(*strided(3, 8)[:-1])).eval()
 
 
 @pytest.mark.parametrize(
@@ -612,10 +553,186 @@ def test_a_map_can_be_viewed_as_that_of_the_network(
 ) -> None:
     """Within the network and behind it; of channels_last pictures the layout is theirs."""
     torch.manual_seed(0)
-    model, x = Viewed(how).eval(), images(2, 48, 64)
+    model, x = viewed(how), images(2, 48, 64)
     net = cs.adaptify(model, "none", example_input=x, **options)
     net = net.optimize() if optimised else net
     for mask in ("all", "none"):
         output = net(x, mask=mask)
         assert output.view(-1).numel() == output.numel()
     assert_same(net(x, mask="all" if net.plan.floors else "none"), model(x))
+
+
+# -- heads behind an encoder -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", [slow(head) if at % 3 else head for at, head in enumerate(HEADS)])
+def test_no_norm_is_left_in_an_optimised_copy(head: str) -> None:
+    """Norms are folded into convolutions, or are one factor and shift per channel with the activation behind them."""
+    net = unverified(behind_an_encoder(head), example_input=torch.rand(1, 3, 64, 64))
+    fast, image = net.optimize(), torch.rand(2, 3, 80, 72)
+    assert relative_error(fast(image), net(image)) < 1e-5
+    targets = [node.target for node in fast.program.graph.nodes]
+    assert functional.batch_norm not in targets
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in modules_of(fast))
+
+
+# -- precisions ------------------------------------------------------------------------------------
+
+
+@made_once
+def network(name: str) -> AdaptiveModel:
+    torch.manual_seed(0)
+    model = Undecided(strided()).eval() if name == "a host" else build(name, by=4)
+    return unverified(model, MIXED, example_input=images(1, 64, 96))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "a host"])
+@torch.no_grad()
+def test_a_copy_in_bfloat16_is_the_optimised_one_cast(name: str) -> None:
+    net, x = network(name), images(2, 65, 97)
+    asked, cast = net.optimize(precision="bfloat16"), net.optimize().to(torch.bfloat16)
+    found = asked(x.bfloat16())
+    assert found.dtype == torch.bfloat16 and torch.equal(found, cast(x.bfloat16()))
+    assert net(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "is_optimised", "options"),
+    covering(
+        ["resnet18", "a host"],
+        [False, True],
+        [
+            {"precision": "int8"},
+            {"precision": "int8", "calibration": [images(1, 65, 97)]},
+            {"precision": "float", "calibration": "photos"},
+            {"calibration": []},
+        ],
+    ),
+)
+def test_8_bits_are_refused_with_what_writes_a_file(
+    name: str, is_optimised: bool, options: dict[str, Any]
+) -> None:
+    net = network(name)
+    with pytest.raises(cs.InvalidInput) as refusal:
+        (net.optimize() if is_optimised else net).optimize(**options)
+    assert 'cs.export(net, image, "net.onnx", precision="int8", calibration=images' in refusal.value.next
+    assert "--precision int8 --calibration FOLDER" in refusal.value.next
+
+
+def test_other_precisions_are_refused_with_those_that_there_are() -> None:
+    net = network("resnet18")
+    with pytest.raises(cs.UnknownName, match="bfloat16, float"):
+        net.optimize(precision="int7")
+    with pytest.raises(cs.InvalidInput, match="made from"):
+        net.optimize().optimize(precision="bfloat16")
+
+
+# -- factors, shifts and activations that are written out: fused, values stay the same -------------
+
+
+Step = Callable[[Tensor], Tensor]
+
+
+def between(step: Step) -> nn.Module:
+    """A strided, a depthwise and a 1x1 convolution, with the same operation after each."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = step(net.norm(net.deep(step(net.first(x)))) * net.by_channel)
+        return net.point(x).relu()
+
+    first, deep = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1, groups=8)
+    norm, scale = nn.BatchNorm2d(8), nn.Parameter(torch.rand(1, 8, 1, 1) + 0.5, requires_grad=False)
+    norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+    point = nn.Conv2d(8, 6, 1)
+    return Composed(forward, first=first, deep=deep, norm=norm, by_channel=scale, point=point).double().eval()
+
+
+def hard_swish(x: Tensor) -> Tensor:
+    return x * F.relu6(x + 3) / 6
+
+
+FUSED: dict[str, Step] = {
+    "factor and shift": lambda x: (2 * x - 0.5) / 4 + 1,
+    "reversed difference": lambda x: 1.5 - x,
+    "factors around an activation": lambda x: 0.7 * F.relu(0.3 * x + 0.1) - 0.2,
+    "hard swish": hard_swish,
+    "hard swish, share first": lambda x: x * (F.relu6(3 + x) * (1 / 6)),
+    "hard swish, other order": lambda x: (x + 3).clamp(0, 6) / 6 * x,
+    "hard swish, in place clamp": lambda x: x.mul(F.hardtanh(x + 3, 0, 6, inplace=True)).div(6),
+    "hard swish of a factor": lambda x: 0.5 * hard_swish(2 * x + 1) - 0.1,
+    "hard swish by hard sigmoid": lambda x: x * F.hardsigmoid(x),
+    "swish": lambda x: x * torch.sigmoid(x),
+}
+OTHERS: dict[str, Step] = {
+    "another share": lambda x: x * F.relu6(x + 3) / 5,
+    "another shift": lambda x: x * F.relu6(x + 2) / 6,
+    "other bounds": lambda x: x * (x + 3).clamp(0, 5) / 6,
+    "another value": lambda x: x * F.relu6(x.relu() + 3) / 6,
+    "sum in place": lambda x: x * F.relu6(x.add_(3)) / 6,
+    "read twice": lambda x: (0.5 * x) * F.relu(x + 1),
+    "infinite": lambda x: (x * 1e30 * 1e30).clamp(-1, 1),
+}
+
+
+def optimised(step: Step) -> tuple[cs.AdaptiveModel, cs.AdaptiveModel, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model, image = between(step), torch.rand(2, 3, 36, 50, dtype=torch.float64)
+    levels = torch.randint(0, 3, (2, 9, 13)).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, :36, :50]
+    net = unverified(model, "none", coarsest=4, example_input=image)
+    return net, net.optimize(), image, levels
+
+
+@pytest.mark.parametrize("name", some([*FUSED, *OTHERS]))
+def test_values_stay_the_same(name: str) -> None:
+    net, fast, image, levels = optimised((FUSED | OTHERS)[name])
+    with torch.no_grad():
+        for mask in (levels, "all", "none"):
+            expected = net(image, mask=mask)
+            assert torch.allclose(
+                fast(image, mask=mask), expected, rtol=0, atol=1e-12 * float(expected.abs().max())
+            )
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_nothing_but_convolutions_and_one_pass_between_them_is_left(name: str) -> None:
+    _, fast, _, _ = optimised(FUSED[name])
+    for graph in (fast.graph, fast.program.unchanged):
+        assert graph is not None
+        left = [
+            node for node in graph.nodes if getattr(node.target, "__module__", "") in ("_operator", "torch")
+        ]
+        assert [node for node in left if node.target is not operator.getitem] == []
+        kernels = [node for node in graph.nodes if str(node.target).startswith(KERNELS)]
+        assert (
+            len(kernels) <= 4
+        )  # three convolutions; before the depthwise one, padding is zero: a shift stays
+
+
+def space_to_depth(net: Any, x: Tensor) -> Tensor:
+    """By numbers that are computed from the image's size, as TResNet's stem."""
+    batch, channels, height, width = x.shape
+    parts = x.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 3, 5, 1, 2, 4)
+    channels = channels * 5 - 1
+    return net.body(parts.reshape(batch, channels - 2, height // 2, width // 2))
+
+
+def tokens(net: Any, x: Tensor) -> Tensor:
+    """Attention over positions, behind a gate of one factor and one shift for all channels, as StarReLU."""
+    rows = net.body(x).flatten(2).transpose(1, 2)
+    rows = (rows @ rows.transpose(1, 2)).softmax(-1) @ rows
+    rows = net.scale * rows.relu() ** 2 + net.shift
+    batch, count, channels = rows.shape
+    return rows.reshape(batch, count, 2, channels // 2)
+
+
+@pytest.mark.parametrize(("then", "inputs"), [(space_to_depth, 12), (tokens, 3)])
+def test_numbers_and_tokens_stay_what_they_are(then: Any, inputs: int) -> None:
+    torch.manual_seed(0)
+    scale, shift = nn.Parameter(torch.tensor([1.5])), nn.Parameter(torch.tensor([-0.25]))
+    body = nn.Sequential(nn.Conv2d(inputs, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 6, 3, 2, 1))
+    model = Composed(then, body=body, scale=scale, shift=shift).double().eval()
+    net = unverified(model, "edges", example_input=torch.rand(1, 3, 64, 96).double())
+    fast, image = net.optimize(), torch.rand(2, 3, 48, 80, dtype=torch.float64)
+    with torch.no_grad():
+        expected = net(image)
+        assert torch.allclose(fast(image), expected, rtol=0, atol=1e-12 * float(expected.abs().max()))

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import images, relative_error, thorough
-from networks import Segmenter, Undecided, randomise, strided, unverified
+from networks import Composed, Segmenter, Undecided, randomise, strided, unverified
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from training import SIZE, Scenes, adaptive
@@ -31,30 +31,29 @@ def convert(model: nn.Module, x: Tensor, mask: object = "none", **options: Any) 
     return unverified(model, mask, example_input=x[:1], **options)
 
 
-class Branches(nn.Module):
+def branches(net: Any, x: Tensor) -> dict[str, Tensor]:
     """Two exits at the native size, and a vector of each image that meets a dense map."""
+    low = net.two(net.one(net.stem(x)))
+    dense = net.head(torch.cumsum(low, 3)) + net.pooled(low)[:, :4]  # cumsum has no rule
+    return {"dense": dense, "low": low}
 
-    def __init__(self, inplace: bool = True) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6))
-        self.one = nn.Sequential(
-            nn.ReLU(inplace), nn.Conv2d(6, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.SiLU(inplace)
-        )
-        self.two = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Hardswish(inplace))
-        self.pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
-        self.head = nn.Conv2d(8, 4, 3, padding=1)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        low = self.two(self.one(self.stem(x)))
-        dense = self.head(torch.cumsum(low, 3)) + self.pooled(low)[:, :4]  # cumsum has no rule
-        return {"dense": dense, "low": low}
+def branched(inplace: bool = True) -> nn.Module:
+    one = nn.ReLU(inplace), nn.Conv2d(6, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.SiLU(inplace)
+    two = nn.Conv2d(8, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Hardswish(inplace)
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()
+    stem, head = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6)), nn.Conv2d(8, 4, 3, padding=1)
+    parts = {
+        name: nn.Sequential(*layers) for name, layers in (("one", one), ("two", two), ("pooled", pooled))
+    }
+    return randomise(Composed(branches, stem=stem, head=head, **parts))
 
 
 @pytest.mark.parametrize("spacing", [1, 4])
 def test_a_sample_is_that_of_the_level_that_has_its_weight(spacing: int) -> None:
     """At the fine size and at the native one, where a sample is that of the fine pixel it stands for."""
     x = images(2, 67, 95, double)
-    model = Branches() if spacing == 4 else nn.Sequential(*(nn.Conv2d(3, 3, 3, 2, 1) for _ in range(3)))
+    model = branched() if spacing == 4 else nn.Sequential(*(nn.Conv2d(3, 3, 3, 2, 1) for _ in range(3)))
     net = convert(randomise(model).double(), x, output_stride=(2, 8))
 
     def output(value: Any) -> Tensor:
@@ -72,7 +71,7 @@ def test_a_sample_is_that_of_the_level_that_has_its_weight(spacing: int) -> None
 
 def test_vectors_of_images_meet_a_map_with_the_mean_weights() -> None:
     x = images(2, 65, 97, double)
-    model = randomise(Branches()).double()
+    model = branched().double()
     net = convert(model, x, output_stride=(2, 8))
 
     def vector(found: dict[str, Tensor]) -> Tensor:
@@ -91,7 +90,7 @@ def test_vectors_of_images_meet_a_map_with_the_mean_weights() -> None:
 @pytest.mark.slow
 def test_the_gradient_of_the_weights_is_that_of_finite_differences() -> None:
     x = images(1, 9, 17, double)
-    net = convert(randomise(Branches(inplace=False)).double(), x, output_stride=(2, 8)).requires_grad_(False)
+    net = convert(branched(inplace=False).double(), x, output_stride=(2, 8)).requires_grad_(False)
     net(x)
     weights = torch.rand(1, 3, *net.levels.shape[1:], dtype=double, requires_grad=True)
 
@@ -111,7 +110,7 @@ def test_weights_of_another_shape_are_refused() -> None:
 def test_running_statistics_are_of_the_low_path_or_of_all(separate: bool) -> None:
     """Norms of the region and those of vectors behind it; the stem's see the batch once."""
     x = images(3, 65, 97, double)
-    net = convert(randomise(Branches()).double(), x, output_stride=(2, 8)).train()
+    net = convert(branched().double(), x, output_stride=(2, 8)).train()
     net(x)
     size, other = net.levels.shape, copy.deepcopy(net)
     blend(net, (x,), lambda features, grid: torch.full((3, 3, *grid.size), 1 / 3), separate=separate)
@@ -139,7 +138,6 @@ DRAW = Draw(0, 3, (4, 5))
 
 
 def gradients(objective: Objective, draw: Draw = DRAW) -> tuple[dict[str, Tensor], set[str]]:
-    """Scalars, and the names of the parameters that got a gradient that is not zero."""
     objective.zero_grad()
     found = objective(*labelled(), draw)
     found["loss"].backward()
@@ -315,6 +313,7 @@ def test_under_other_objectives_a_learned_mask_is_found_to_have_no_gradient() ->
     [
         (lambda: adaptive("edges"), {}, "learned"),
         (Segmenter, {}, "learned"),
+        (lambda: unverified(Undecided(strided()), "none"), {}, "adaptive as a whole"),
         (lambda: adaptive(LEARNED), {"statistics": "own"}, "separate"),
         (lambda: adaptive(LEARNED), {"share": "all"}, "balanced"),
         (lambda: adaptive(LEARNED), {"network": "dense"}, "fixed"),
@@ -325,12 +324,6 @@ def test_what_cannot_be_blended_is_refused(
 ) -> None:
     with pytest.raises(cs.CadError, match=words):
         Blend(make(), **options)
-
-
-def test_a_network_that_only_hosts_an_adaptive_part_is_refused() -> None:
-    net = unverified(Undecided(strided()), "none", example_input=torch.rand(1, 3, 64, 96))
-    with pytest.raises(cs.InvalidInput, match="adaptive as a whole"):
-        Blend(net)
 
 
 def test_a_learned_mask_inside_wrappers_is_the_one_that_is_trained() -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, random_levels, slow, some
-from networks import Undecided, randomise, unverified
+from networks import Composed, Undecided, randomise, strided, unverified
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.mobilenetv3 import InvertedResidual as SqueezedResidual
@@ -36,7 +36,6 @@ Size = tuple[int, int]
 SIZE: Size = (65, 97)
 FILLS = ("linear", "nearest", "guided")
 SEEDS = range(3)  # of random sets of points for each network
-REACHES = pytest.mark.parametrize("reach", ["all", "receptive"])
 PUBLISHED = {"anchor": "center", "fill": "nearest", "pool": "drop", "patch": "block"}
 
 
@@ -57,23 +56,16 @@ def one_thread() -> Iterator[None]:
 
 def plain() -> nn.Module:
     """Even kernels, all kinds of padding."""
+    even = (nn.Conv2d(3, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 4, 2, 1), nn.Conv2d(16, 16, 2), nn.GELU())
+    reflected = nn.Conv2d(16, 16, 3, 2, 1, padding_mode="reflect")
     return nn.Sequential(
-        nn.Conv2d(3, 16, 4, 2, 1),
-        nn.ReLU(),
-        nn.Conv2d(16, 16, 4, 2, 1),
-        nn.Conv2d(16, 16, 2),
-        nn.GELU(),
-        nn.Conv2d(16, 16, 3, 2, 1, padding_mode="reflect"),
-        nn.Hardswish(),
-        nn.Conv2d(16, 16, 3, 1, 1, padding_mode="replicate"),
+        *even, reflected, nn.Hardswish(), nn.Conv2d(16, 16, 3, 1, 1, padding_mode="replicate")
     )
 
 
 def cut() -> nn.Module:
-    """Without padding: each convolution loses a border."""
-    return nn.Sequential(
-        *(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2))
-    )
+    first = nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2)
+    return nn.Sequential(*first, nn.ReLU(), nn.Conv2d(16, 16, 3, 2))
 
 
 def halved(channels: int, wider: int) -> BasicBlock:
@@ -92,7 +84,6 @@ def residual() -> nn.Module:
 
 
 def depthwise() -> nn.Module:
-    """As MobileNetV2."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, 2, 1),
         *(InvertedResidual(16, 16, 2, 3), InvertedResidual(16, 16, 1, 3), InvertedResidual(16, 16, 2, 3)),
@@ -110,70 +101,37 @@ def squeezed(at: int = 1) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), block(0, 2), block(1, 1), block(2, 2))
 
 
-class Inception(nn.Module):
+def inception(channels: int, stride: int) -> nn.Module:
     """Pools of both kinds beside a convolution, joined."""
-
-    def __init__(self, channels: int, stride: int) -> None:
-        super().__init__()
-        beside = nn.Conv2d(channels, 16, (1, 3), stride, (0, 1))
-        self.branches = nn.ModuleList(
-            [
-                nn.MaxPool2d(3, stride, 1),
-                nn.AvgPool2d(3, stride, 1, count_include_pad=False),
-                nn.Sequential(beside, nn.BatchNorm2d(16), nn.ReLU()),
-            ]
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([branch(x) for branch in self.branches], 1)
+    beside = nn.Conv2d(channels, 16, (1, 3), stride, (0, 1)), nn.BatchNorm2d(16), nn.ReLU()
+    pools = nn.MaxPool2d(3, stride, 1), nn.AvgPool2d(3, stride, 1, count_include_pad=False)
+    branches = nn.ModuleList([*pools, nn.Sequential(*beside)])
+    return Composed(lambda net, x: torch.cat([one(x) for one in net.branches], 1), branches=branches)
 
 
 def pools() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, 2, 1), Inception(16, 2), nn.Conv2d(48, 16, 1), nn.ReLU(), Inception(16, 2)
+        nn.Conv2d(3, 16, 3, 2, 1), inception(16, 2), nn.Conv2d(48, 16, 1), nn.ReLU(), inception(16, 2)
     )
 
 
-class Same(nn.Module):
+def same(net: Any, x: Tensor) -> Tensor:
     """Pads in front of each stride by what the size of the map asks for, as networks ported from TensorFlow do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Conv2d(16 if place else 3, 16, 3, 2) for place in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            rows, columns = (max((-(-n // 2) - 1) * 2 + 3 - n, 0) for n in x.shape[2:])
-            x = F.relu(layer(F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))))
-        return x
+    for layer in net.layers:
+        rows, columns = (max((-(-n // 2) - 1) * 2 + 3 - n, 0) for n in x.shape[2:])
+        x = F.relu(layer(F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))))
+    return x
 
 
-class Decoding(nn.Module):
-    """Down to stride 8 and up again, joined with what was skipped."""
+def decoding(up: nn.Module) -> nn.Module:
+    """Down to stride 8 and up again by a resize or a transposed convolution, joined with what was skipped."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 2, 1)
-        self.third, self.last = nn.Conv2d(16, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 1, 1)
+    def decode(net: Any, image: Tensor) -> Tensor:
+        skipped = net.down(image)
+        return net.last(net.up(F.relu(net.third(skipped))) + skipped)
 
-    def forward(self, image: Tensor) -> Tensor:
-        skipped = F.relu(self.second(F.relu(self.first(image))))
-        low = F.relu(self.third(skipped))
-        raised = F.interpolate(low, scale_factor=2.0, mode="bilinear", align_corners=False)
-        return self.last(raised + skipped)
-
-
-class TransposedConvolution(Decoding):
-    """The same by a transposed convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.ConvTranspose2d(16, 16, 4, 2, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        skipped = F.relu(self.second(F.relu(self.first(image))))
-        raised = self.up(F.relu(self.third(skipped)))
-        return self.last(F.relu(raised) + skipped)
+    third, last = nn.Conv2d(16, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 1, 1)
+    return Composed(decode, down=strided(2, 16), third=third, last=last, up=up)
 
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
@@ -183,9 +141,9 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "depthwise": depthwise,
     "squeezed": squeezed,
     "pools": pools,
-    "same": Same,
-    "decoding": Decoding,
-    "spreading": TransposedConvolution,
+    "same": lambda: Composed(same, layers=nn.ModuleList(nn.Conv2d(c, 16, 3, 2) for c in (3, 16, 16))),
+    "decoding": lambda: decoding(nn.Upsample(scale_factor=2.0, mode="bilinear")),
+    "spreading": lambda: decoding(nn.Sequential(nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.ReLU())),
 }
 FEW = ("squeezed", "same", "spreading")
 
@@ -218,13 +176,11 @@ def _converted(name: str, dtype: torch.dtype, options: tuple[tuple[str, Any], ..
 
 
 def points_in(size: Size, *counts: int) -> list[Tensor]:
-    """Random points of each image, x and y, up to the outer border of its pixels."""
     room = torch.tensor([size[1], size[0]], dtype=torch.float64)
     return [torch.rand(count, 2, dtype=torch.float64) * room - 0.5 for count in counts]
 
 
 def levels_of(net: cs.AdaptiveModel, x: Tensor) -> Tensor:
-    """A random legal level map for images."""
     with torch.no_grad():
         fine = find_lattice(
             net.program, net.program.masking(resolve_mask("none")), net.program.bind(x)
@@ -323,8 +279,7 @@ def test_points_in_any_form_are_read_in_the_order_given() -> None:
 
 @torch.no_grad()
 def test_reading_leaves_image_and_network_as_they_were() -> None:
-    net, x, points = converted("residual").train(), images(2, *SIZE), points_in(SIZE, 4, 2)
-    net.eval()
+    net, x, points = converted("residual"), images(2, *SIZE), points_in(SIZE, 4, 2)
     state, before = copy.deepcopy(net.state_dict()), x.clone()
     first = cs.read_at(net, x, points, mask="edges", reach="receptive")
     cs.macs_at(net, x, points, mask="edges")
@@ -520,29 +475,26 @@ def test_a_network_in_training_is_read_whole() -> None:
 # -- masks and outputs ---------------------------------------------------------------------------------
 
 
-class Describing(nn.Module):
-    """A score map, descriptors, and a vector for the image."""
+def describing(form: type) -> nn.Module:
+    """A score map, descriptors, and a vector for the image, in a dictionary or a tuple."""
 
-    def __init__(self, form: str) -> None:
-        super().__init__()
-        self.form, self.body = form, nn.Sequential(*list(plain())[:5])
-        self.score, self.features = nn.Conv2d(16, 1, 1), nn.Conv2d(16, 16, 3, 1, 1)
-        self.image = nn.Linear(16, 2)
+    def describe(net: Any, image: Tensor) -> Any:
+        found = net.body(image)
+        several = {"scores": net.score(found), "descriptors": net.features(found)}
+        several["image"] = net.image(found.mean((2, 3)))
+        return several if form is dict else tuple(several.values())
 
-    def forward(self, image: Tensor) -> Any:
-        found = self.body(image)
-        several = {"scores": self.score(found), "descriptors": self.features(found)}
-        several["image"] = self.image(found.mean((2, 3)))
-        return several if self.form == "dictionary" else tuple(several.values())
+    score, features, image = nn.Conv2d(16, 1, 1), nn.Conv2d(16, 16, 3, 1, 1), nn.Linear(16, 2)
+    return Composed(describe, body=plain()[:5], score=score, features=features, image=image)
 
 
-@pytest.mark.parametrize("form", ["dictionary", "tuple"])
+@pytest.mark.parametrize("form", [dict, tuple])
 @torch.no_grad()
-def test_one_of_several_outputs_is_read_by_its_name_or_place(form: str) -> None:
+def test_one_of_several_outputs_is_read_by_its_name_or_place(form: type) -> None:
     torch.manual_seed(0)
-    net = convert(Describing(form), output_stride=(2, 4))
+    net = convert(describing(form), output_stride=(2, 4))
     x, points = images(2, *SIZE), points_in(SIZE, 4, 2)
-    names: list[Any] = ["scores", "descriptors", "image"] if form == "dictionary" else [0, 1, 2]
+    names: list[Any] = ["scores", "descriptors", "image"] if form is dict else [0, 1, 2]
     dense = net(x, mask="edges:threshold=1")
     for name in names[:2]:
         assert readable(net, name)
@@ -579,11 +531,11 @@ def test_the_keypoints_mask_is_given_the_points_that_are_read() -> None:
         net(x, mask=mask)
 
 
-@REACHES
+@pytest.mark.parametrize("reach", ["all", "receptive"])
 @torch.no_grad()
 def test_a_mask_that_looks_ahead_is_asked_once_and_right(reach: Any) -> None:
     torch.manual_seed(0)
-    net = convert(Describing("dictionary"), output_stride=(2, 4))
+    net = convert(describing(dict), output_stride=(2, 4))
     x, points = images(2, *SIZE), points_in(SIZE, 4, 2)
     mask = "keypoints:detector=own,count=5,dilations=9"
     dense = net(x, mask=mask)["descriptors"]
@@ -606,25 +558,14 @@ def test_a_network_uses_its_own_mask_unless_another_is_given() -> None:
     assert_rows(cs.read_at(net, x, points), other)
 
 
-class Flattened(nn.Module):
+def flattened(net: Any, image: Tensor) -> tuple[Tensor, Tensor]:
     """What follows its map needs the size it was made for, so the map leaves at that."""
-
-    def __init__(self, body: nn.Module, features: int) -> None:
-        super().__init__()
-        self.body, self.last = body, nn.Linear(features, 2)
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.body(image)
-        return found, self.last(found.flatten(1))
+    found = net.body(image)
+    return found, net.last(found.flatten(1))
 
 
-@pytest.mark.parametrize(
-    ("body", "size", "own"),
-    [
-        (residual, (64, 96), (8, 12)),
-        pytest.param(cut, SIZE, (7, 11)),  # the level map has more samples
-    ],
-)
+# Of `cut` the level map has more samples.
+@pytest.mark.parametrize(("body", "size", "own"), [(residual, (64, 96), (8, 12)), (cut, SIZE, (7, 11))])
 @pytest.mark.parametrize("align", ["cell", "corners"])
 @torch.no_grad()
 def test_a_map_that_leaves_at_its_own_size_is_read_at_that(
@@ -633,7 +574,9 @@ def test_a_map_that_leaves_at_its_own_size_is_read_at_that(
     """Every pixel, with everything and with what is needed only."""
     torch.manual_seed(0)
     example, x = torch.zeros(1, 3, *size), images(1, *size)
-    net = convert(Flattened(body(), 16 * own[0] * own[1]), example_input=example)
+    net = convert(
+        Composed(flattened, body=body(), last=nn.Linear(16 * own[0] * own[1], 2)), example_input=example
+    )
     y, column = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
     every = torch.stack((column.flatten(), y.flatten()), 1)
     dense = net(x, mask="all")[0]
@@ -652,91 +595,56 @@ def test_a_map_that_leaves_at_its_own_size_is_read_at_that(
 
 # -- what is refused -----------------------------------------------------------------------------------
 
-READ = pytest.mark.parametrize("read", [cs.read_at, cs.macs_at])
+
+def ended() -> cs.AdaptiveModel:
+    return convert(nn.Sequential(residual(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)))
 
 
-@READ
+def hosted() -> Any:
+    model = Undecided(residual()).eval()
+    return unverified(model, "none", output_stride=(2, 8), example_input=images(1, *SIZE))
+
+
+ONE = torch.zeros(1, 2)
+BEYOND = ((97.0, 3.0), (3.0, 65.0), (-1.0, 3.0), (math.nan, 3.0))
+# What is given in place of a network, points of two images and the defaults; the error, and words of it.
+REFUSED: list[tuple[dict[str, Any], type[cs.CadError], tuple[str, ...]]] = [
+    *(({"points": [ONE] * n}, cs.InvalidInput, (f"a list of {n} for a batch of 2",)) for n in (0, 1, 3)),
+    ({"points": None}, cs.InvalidInput, ("NoneType",)),
+    ({"points": torch.zeros(4, 2)}, cs.InvalidInput, ("(4, 2)",)),
+    ({"points": [ONE, torch.zeros(1, 3)]}, cs.InvalidInput, ("(1, 3)",)),
+    *(({"points": [ONE, torch.tensor([at])]}, cs.InvalidInput, ("not in the image",)) for at in BEYOND),
+    ({"align": "corner"}, cs.UnknownName, ("did you mean corners",)),
+    ({"align": "centre"}, cs.UnknownName, ("cell, corners",)),
+    *(({"output": name}, cs.UnknownName, ("leave output out",)) for name in ("map", 1)),
+    ({"mask": "edgs"}, cs.UnknownName, ("edges",)),
+    ({"mask": torch.zeros(1, 3, 3).long()}, cs.InvalidInput, ("shape (1, 3, 3)",)),
+    *(({"net": net}, cs.InvalidInput, ("no network that is adaptive", "adaptify")) for net in (None, plain)),
+    ({"net": ended}, cs.InvalidInput, ("region: 3 makes it", "leaves the region unchanged")),
+    ({"net": hosted}, cs.InvalidInput, ("HostedModel cannot be read at points",)),
+]
+OF_READING = ({"reach": "some"}, cs.UnknownName, ("all, receptive",))
+OF_WORK = ({"net": lambda: converted("residual").train()}, cs.InvalidInput, ("training mode",))
+
+
 @pytest.mark.parametrize(
-    ("points", "what"),
+    ("read", "given", "error", "words"),
     [
-        ([torch.zeros(1, 2)], "a list of 1 for a batch of 2"),
-        ([torch.zeros(1, 2)] * 3, "a list of 3 for a batch of 2"),
-        ([], "a list of 0 for a batch of 2"),
-        (None, "NoneType"),
-        (torch.zeros(4, 2), r"\(4, 2\)"),
-        ([torch.zeros(1, 2), torch.zeros(1, 3)], r"\(1, 3\)"),
-        ([torch.zeros(1, 2), torch.tensor([[97.0, 3.0]])], "not in the image"),
-        ([torch.zeros(1, 2), torch.tensor([[3.0, 65.0]])], "not in the image"),
-        ([torch.zeros(1, 2), torch.tensor([[-1.0, 3.0]])], "not in the image"),
-        ([torch.zeros(1, 2), torch.tensor([[math.nan, 3.0]])], "not in the image"),
+        *((read, *row) for read in (cs.read_at, cs.macs_at) for row in REFUSED),
+        *((cs.read_at, *OF_READING), (cs.macs_at, *OF_WORK)),
     ],
 )
-def test_points_that_are_none_are_refused(read: Callable[..., Any], points: Any, what: str) -> None:
-    net, x = converted("residual"), images(2, *SIZE)
-    with pytest.raises(cs.InvalidInput, match=what) as caught:
-        read(net, x, points)
-    assert caught.value.next
-
-
-@READ
-@pytest.mark.parametrize(
-    ("option", "value", "word"),
-    [
-        ("align", "corner", "did you mean corners"),
-        ("align", "centre", "cell, corners"),
-        ("output", "map", "leave output out"),
-        ("output", 1, "leave output out"),
-        ("mask", "edgs", "edges"),
-        ("reach", "some", "all, receptive"),
-    ],
-)
-def test_an_unknown_choice_is_refused_with_the_choices(
-    read: Callable[..., Any], option: str, value: Any, word: str
+def test_what_is_not_read_at_points_is_refused(
+    read: Callable[..., Any], given: dict[str, Any], error: type[cs.CadError], words: tuple[str, ...]
 ) -> None:
-    read = cs.read_at if option == "reach" else read
-    with pytest.raises(cs.UnknownName) as caught:
-        read(converted("residual"), images(1, *SIZE), points_in(SIZE, 1), **{option: value})
-    assert word in caught.value.next
+    given = {"net": lambda: converted("residual"), "points": points_in(SIZE, 1, 1), **given}
+    make = given.pop("net")
+    with pytest.raises(error) as caught:
+        read(make and make(), images(2, *SIZE), **given)
+    assert caught.value.next and all(word in str(caught.value) for word in words)
 
 
-@READ
-def test_a_mask_of_another_size_is_refused(read: Callable[..., Any]) -> None:
-    with pytest.raises(cs.InvalidInput, match=r"shape \(1, 3, 3\)"):
-        read(converted("residual"), images(1, *SIZE), points_in(SIZE, 1), mask=torch.zeros(1, 3, 3).long())
-
-
-@READ
-def test_an_output_that_is_made_behind_the_region_is_refused(read: Callable[..., Any]) -> None:
-    model = nn.Sequential(residual(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
-    net = convert(model)
-    assert not readable(net)
-    with pytest.raises(cs.InvalidInput, match="not read from the adaptive region: 3 makes it") as caught:
-        read(net, images(1, *SIZE), points_in(SIZE, 1))
-    assert "leaves the region unchanged" in caught.value.why
-
-
-@READ
-def test_a_network_that_hosts_an_adaptive_part_is_refused_and_its_part_is_read(
-    read: Callable[..., Any],
-) -> None:
-    net: Any = unverified(
-        Undecided(residual()).eval(), "none", output_stride=(2, 8), example_input=images(1, *SIZE)
-    )
-    x, points = images(1, *SIZE), points_in(SIZE, 2)
-    with pytest.raises(cs.InvalidInput, match="HostedModel cannot be read at points"):
-        read(net, x, points)
-    assert not readable(net) and readable(net.part)
-    assert read(net.part, x, points)
-
-
-@READ
-@pytest.mark.parametrize("net", [None, nn.Conv2d(3, 4, 3)])
-def test_what_is_not_converted_is_refused(read: Callable[..., Any], net: Any) -> None:
-    with pytest.raises(cs.InvalidInput, match="no network that is adaptive") as caught:
-        read(net, images(1, *SIZE), points_in(SIZE, 1))
-    assert "adaptify" in caught.value.next
-
-
-def test_work_of_a_network_in_training_is_refused() -> None:
-    with pytest.raises(cs.InvalidInput, match="training mode"):
-        cs.macs_at(converted("residual").train(), images(1, *SIZE), points_in(SIZE, 1))
+def test_the_part_of_a_host_and_no_output_behind_the_region_is_readable() -> None:
+    net, x, points = hosted(), images(1, *SIZE), points_in(SIZE, 2)
+    assert not readable(net) and not readable(ended()) and readable(net.part)
+    assert cs.read_at(net.part, x, points) and cs.macs_at(net.part, x, points)

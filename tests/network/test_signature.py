@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, some
-from networks import Encoded, strided, unverified
+from conftest import some
+from networks import Undecided, made_once, strided, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
+from cadsurgery.network.model import whole_program
 
 
 class Scaled(nn.Module):
@@ -70,26 +72,16 @@ CONVERSIONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 @pytest.mark.parametrize("name", some(CONVERSIONS))
 def test_a_converted_network_shows_the_arguments_of_the_original(name: str) -> None:
+    """With their defaults and annotations."""
     make, expected = CONVERSIONS[name]
     signature = inspect.signature(make().forward)
     assert f"({', '.join(signature.parameters)})" == expected
     signature.bind(pixels=EXAMPLE) if "pixels" in expected else signature.bind(EXAMPLE)
-
-
-def test_defaults_and_annotations_are_shown() -> None:
-    shown = inspect.signature(unverified(Scaled().eval(), "edges", example_input=EXAMPLE).forward).parameters
     given = inspect.signature(Scaled.forward).parameters
-    assert [shown[name] for name in ("pixels", "scale", "others")] == [
-        given[name] for name in ("pixels", "scale", "others")
-    ]
-
-
-@torch.no_grad()
-def test_exporters_take_it() -> None:
-    """They read the signature and the place of its code."""
-    net = unverified(Encoded(lambda net, image, z: net.head(z)).eval(), "none", example_input=EXAMPLE)
-    program = torch.export.export(net, (EXAMPLE,))
-    assert_same(program.module()(EXAMPLE), net(EXAMPLE), 1e-5)
+    if "scale" in expected:
+        assert [signature.parameters[one] for one in ("pixels", "scale", "others")] == [
+            given[one] for one in ("pixels", "scale", "others")
+        ]
 
 
 class Library(Scaled):
@@ -130,3 +122,53 @@ def test_files_take_named_arguments_as_calls_do(tmp_path: Any) -> None:
     net = unverified(Scaled().eval(), "edges", example_input=call)
     written = cs.export(net, call, tmp_path / "net.onnx")
     assert written.inputs == ("pixels",)
+
+
+# -- programs: the same for a network, its copies and a part that is hosted ------------------------
+
+
+class Backbone(nn.Module):
+    """Two maps in a dictionary, at half and an eighth of the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        half = self.stem(x).relu()
+        return {"half": half, "eighth": self.body(half)}
+
+
+@made_once
+def adapted(model: nn.Module | None = None) -> cs.AdaptiveModel:
+    torch.manual_seed(0)
+    return cs.adaptify(
+        (model or Backbone()).eval(), "edges", example_input=torch.randn(1, 3, 64, 64), verify_laws=False
+    )
+
+
+def test_a_host_answers_for_its_part() -> None:
+    net, x = adapted(Undecided(Backbone())), torch.rand(2, 3, 64, 96)
+    part = net.adaptive_part
+    assert net.hosts_part and not part.hosts_part and part.adaptive_part is part
+    assert net.program is part.program and (net.plan, net.geometry) == (part.plan, part.geometry)
+    net.mask = "all"
+    assert part.mask is net.mask and part.mask.spec() == "all"
+    with net.masked("none"):
+        net(x)
+    assert net.active_fraction == part.active_fraction == 0
+    net(x)
+    assert net.active_fraction == 1
+    clone = copy.deepcopy(net)
+    assert clone.adaptive_part is clone.get_submodule("backbone") is clone.program.net is not part
+
+
+def test_only_a_network_that_is_adaptive_as_a_whole_has_a_program_of_its_own() -> None:
+    net, host = adapted(), adapted(Undecided(Backbone()))
+    fast = net.optimize()
+    assert whole_program(net, "is none") is net.program and whole_program(fast, "is none") is fast.program
+    assert not net.program.is_fused and fast.program.is_fused and host.optimize().program.is_fused
+    for other in (host, Backbone(), "net"):
+        with pytest.raises(cs.InvalidInput, match=f"{type(other).__name__} is none"):
+            whole_program(other, "is none")

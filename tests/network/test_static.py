@@ -17,7 +17,7 @@ import pytest
 import timm
 import torch
 from conftest import assert_same, covering, images, random_levels, relative_error
-from networks import build, randomise, strided, unverified
+from networks import Composed, build, randomise, strided, unverified
 from timm.models._efficientnet_blocks import CondConvResidual
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -28,7 +28,7 @@ import cadsurgery as cs
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window
-from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
+from cadsurgery.elements.lattice import Bounds, Geometry
 from cadsurgery.masks import FineMapSpec
 from cadsurgery.masks.masking import Masking
 from cadsurgery.network.cuda_graphs import bucket
@@ -41,16 +41,6 @@ double = torch.float64
 def fresh_compiler() -> None:
     """No graph of another test counts against the compiler's limits."""
     torch._dynamo.reset()
-
-
-def patch_levels(batch: int, size: tuple[int, int], geometry: Geometry, kept: int) -> Tensor:
-    """Level 0 in exactly `kept` random patches of the batch, the lowest level elsewhere."""
-    side = geometry.sides[-1]
-    rows, columns = (-(-length // side) for length in size)
-    levels = torch.full((batch * rows * columns,), geometry.max_level)
-    levels[torch.randperm(len(levels))[:kept]] = 0
-    levels = levels.view(batch, rows, columns)
-    return levels.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, : size[0], : size[1]]
 
 
 def graphs(backend: str = "eager") -> CompileCounterWithBackend:
@@ -206,7 +196,6 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def values_of(found: Any) -> list[Tensor]:
-    """Tensors, and of elements the real rows."""
     if isinstance(found, list):
         return [value for part in found for value in values_of(part)]
     if isinstance(found, Tensor):
@@ -214,17 +203,24 @@ def values_of(found: Any) -> list[Tensor]:
     return [found.rows[: int(found.lattice.counts.sum())]]
 
 
+PUBLISHED = {"fill": "nearest", "anchor": "center", "pool": "drop", "patch": "block"}
+
+
 @pytest.mark.parametrize(
-    ("name", "size", "fill"), covering([*OPERATIONS], [(13, 18), (16, 24)], ["linear", "nearest", "guided"])
+    ("name", "size", "options"),
+    covering(
+        [*OPERATIONS],
+        [(13, 18), (16, 24)],
+        [*({"fill": fill} for fill in ("linear", "nearest", "guided")), PUBLISHED],
+    ),
 )
-def test_padding_changes_nothing(name: str, size: tuple[int, int], fill: Any) -> None:
+def test_padding_changes_nothing(name: str, size: tuple[int, int], options: dict[str, Any]) -> None:
     """Every operation on a lattice with loose bounds, its padding full of NaN, is that on the exact one."""
-    geometry = Geometry((2, 2), fill=fill)
-    size = (
-        (12, 20) if name == "space to depth" and size[0] % 2 else size
-    )  # torch refuses sides that do not divide
+    geometry = Geometry((2, 2), **options)
+    if name == "space to depth" and size[0] % 2:  # torch refuses sides that do not divide
+        size = (12, 20)
     for batch, dtype in ((1, torch.float32), (2, double)):
-        levels = random_levels(batch, size, (2, 2))
+        levels = random_levels(batch, size, (2, 2), patch=geometry.patch)
         pixels = batch * size[0] * size[1]
         exact = geometry.lattice(levels).at(1)
         most = tuple(min(len(exact.at(stage)) + 7, pixels) for stage in range(3))
@@ -239,21 +235,6 @@ def test_padding_changes_nothing(name: str, size: tuple[int, int], fill: Any) ->
         for found, expected in zip(results[1], results[0], strict=True):
             assert found.isfinite().all()
             assert_same(found, expected, 1e-5 if dtype == torch.float32 else 1e-12)
-
-
-def test_options_of_the_published_method_have_bounds_too() -> None:
-    """anchor="center" and pool="drop"."""
-    geometry = Geometry((2, 2), fill="nearest", anchor="center", pool="drop", patch="block")
-    levels = patch_levels(2, (16, 24), geometry, 10)
-    dense, weight = torch.randn(2, 4, 16, 24, dtype=double), torch.randn(4, 4, 3, 3, dtype=double)
-    bounds = Bounds((0, 0, 0), (768, 700, 700))
-
-    def done(lattice: Lattice) -> Tensor:
-        x = functional.conv2d(functional.to_elements(dense, lattice), weight, None, PAIR, 0)
-        x = functional.max_pool2d(x, Window((2, 2), 2), 1)
-        return functional.to_dense(functional.conv2d(x, weight, None, PAIR._replace(spacing=2), 1))
-
-    assert_same(done(geometry.lattice(levels, bounds)), done(geometry.lattice(levels)), 1e-12)
 
 
 # -- networks ------------------------------------------------------------------------------------------
@@ -305,24 +286,6 @@ def test_another_size_is_another_graph_and_other_weights_are_the_same() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", ["all", "none"])
-def test_uniform_masks_compile_to_the_dense_networks(mask: str) -> None:
-    net, seen, x = converted(normed_trunk(), mask), graphs(), images(1, 65, 97)
-    with torch.no_grad():
-        assert_same(torch.compile(net, backend=seen, fullgraph=True)(x), net(x), 1e-5)
-    names = [str(node.target) for graph in seen.graphs for node in graph.graph.nodes]
-    assert not any("product_by_table" in name for name in names)
-
-
-@pytest.mark.slow
-def test_a_mask_of_a_call_is_compiled_too() -> None:
-    net, x, mask = converted(normed_trunk(), "edges"), images(1, 64, 96), cs.Budget("edges", 0.5)
-    fast = torch.compile(lambda image: net(image, mask=mask), backend="eager", fullgraph=True)
-    with torch.no_grad():
-        assert_same(fast(x), net(x, mask=mask), 1e-5)
-
-
-@pytest.mark.slow
 def test_compiled_training_is_eager_training() -> None:
     """Outputs, gradients and running statistics, on sizes with padding."""
     net = converted(normed_trunk().double()).train()
@@ -337,60 +300,59 @@ def test_compiled_training_is_eager_training() -> None:
         assert torch.allclose(one, two, atol=1e-12), name
 
 
-class Excited(nn.Module):
+def excited(how: str) -> nn.Module:
     """Channels weighed by a reduction of the whole image, as squeeze-and-excitation does."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how = how
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * getattr(x, self.how)(dim=(2, 3), keepdim=True).sigmoid()
+    return Composed(lambda net, x: x * getattr(x, how)(dim=(2, 3), keepdim=True).sigmoid())
 
 
-@pytest.mark.slow
-def test_operations_on_a_whole_image_are_compiled() -> None:
-    """fullgraph: no break. On sizes with padding, which no reduction may count."""
-    reductions = [Excited(how) for how in ("mean", "sum", "norm", "var", "std", "amax", "amin")]
+def with_reductions() -> nn.Module:
+    reductions = [excited(how) for how in ("mean", "sum", "norm", "var", "std", "amax", "amin")]
     norms = [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)]
-    net = converted(
-        nn.Sequential(*strided(outputs=4, kernel=3), *reductions, *norms, nn.Conv2d(4, 4, 3, 1, 1)).eval()
-    )
-    x, seen = images(2, 72, 104), graphs("aot_eager")
-    with torch.no_grad():
-        assert_same(torch.compile(net, backend=seen, fullgraph=True)(x), net(x), 1e-5)
-    assert seen.frame_count == 1
+    return nn.Sequential(*strided(outputs=4, kernel=3), *reductions, *norms, nn.Conv2d(4, 4, 3, 1, 1)).eval()
 
 
-@pytest.mark.slow
-def test_blocks_of_libraries_are_compiled() -> None:
-    """What the network above lacks, in one graph: kernels mixed per image, attention over the image, split attention,
-    norms of groups by their deviation. On sizes with padding; on elements each operation is in `OPERATIONS`."""
+def with_blocks() -> nn.Module:
+    """Kernels mixed per image, attention over the image, split attention, norms of groups by their deviation."""
     blocks = (
         CondConvResidual(4, 4, 3, num_experts=3),
         timm.layers.GlobalContext(4, rd_channels=2),
         timm.layers.SplitAttn(4, rd_channels=4),
         timm.layers.EvoNorm2dS0(4, groups=2),
     )
-    layers = (strided(outputs=4, kernel=3), *blocks, nn.Conv2d(4, 4, 3, 1, 1))
-    net = converted(randomise(nn.Sequential(*layers)))
-    x, seen = images(2, 72, 104), graphs("aot_eager")
-    with torch.no_grad():
-        found, expected = torch.compile(net, backend=seen, fullgraph=True)(x), net(x)
-    assert seen.frame_count == 1
-    assert_same(found, expected, 1e-5)
+    return randomise(nn.Sequential(strided(outputs=4, kernel=3), *blocks, nn.Conv2d(4, 4, 3, 1, 1)))
+
+
+def with_means() -> nn.Module:
+    """Dense, depthwise and pointwise convolutions, pooling, reductions of an image and a global mean."""
+    more = [nn.Conv2d(4, 4, 3, 1, 1, groups=4), nn.MaxPool2d(3, 1, 1), excited("norm"), nn.GroupNorm(2, 4)]
+    last = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(strided(outputs=4, kernel=3), *more, *last).eval()
+
+
+# A network, its mask, that of the call, and the compiler's backend; on elements each operation is in `OPERATIONS`.
+COMPILED: dict[str, tuple[Callable[[], nn.Module], str, Any, str]] = {
+    "everything high": (normed_trunk, "all", None, "eager"),
+    "nothing high": (normed_trunk, "none", None, "eager"),
+    "a mask of a call": (normed_trunk, "edges", cs.Budget("edges", 0.5), "eager"),
+    "reductions": (with_reductions, BUDGET, None, "aot_eager"),
+    "blocks of libraries": (with_blocks, BUDGET, None, "aot_eager"),
+    "inductor": (with_means, BUDGET, None, "inductor"),
+}
 
 
 @pytest.mark.slow
-def test_inductor_gives_what_eager_gives() -> None:
-    """Dense, depthwise and pointwise convolutions, pooling, reductions of an image and a global mean, as compiled
-    code."""
-    more = [nn.Conv2d(4, 4, 3, 1, 1, groups=4), nn.MaxPool2d(3, 1, 1), Excited("norm"), nn.GroupNorm(2, 4)]
-    more += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    model = nn.Sequential(strided(outputs=4, kernel=3), *more).eval()
-    net, x = converted(model, output_stride=(16, 32)), images(1, 72, 104)
-    with torch.no_grad():
-        assert_same(torch.compile(net, fullgraph=True)(x), net(x), 1e-5)
+@pytest.mark.parametrize("name", COMPILED)
+@torch.no_grad()
+def test_a_compiled_network_is_one_graph_that_gives_what_it_gives(name: str) -> None:
+    """fullgraph: no break. On sizes with padding, which no reduction may count; uniform masks are dense networks."""
+    make, mask, given, backend = COMPILED[name]
+    options = {"output_stride": (16, 32)} if backend == "inductor" else {}  # of few stages, which takes long
+    net, x, seen = converted(make(), mask, **options), images(2, 72, 104), graphs(backend)
+    fast = torch.compile(lambda image: net(image, mask=given), backend=seen, fullgraph=True)
+    assert_same(fast(x), net(x, mask=given), 1e-5)
+    assert seen.frame_count == 1
+    targets = [str(node.target) for graph in seen.graphs for node in graph.graph.nodes]
+    assert mask not in ("all", "none") or not any("product_by_table" in target for target in targets)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -448,46 +410,16 @@ def test_an_exported_program_runs_without_the_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_strict_export_is_torch_operations_too() -> None:
-    net, x = converted(strided(outputs=4, kernel=3)), images(1, 64, 96)
-    program = torch.export.export(net, (images(1, 64, 96),), strict=True)
-    with torch.no_grad():
-        assert_same(program.module()(x), net(x), 1e-5)
-    assert not any("cadsurgery" in str(node.target) for node in program.graph.nodes)
-
-
-@pytest.mark.slow
-def test_export_leaves_the_network_and_its_last_call_alone(tmp_path: Path) -> None:
+def test_strict_export_is_torch_operations_too_and_leaves_the_last_call_alone() -> None:
     net, x = converted(strided(outputs=4, kernel=3)), images(1, 64, 96)
     with torch.no_grad():
         before = net(x)
-        torch.export.export(net, (images(1, 64, 96),))
-        assert net.levels.shape == (1, 8, 12) and type(net.levels) is Tensor
-        assert torch.equal(net(x), before)
-
-
-@pytest.mark.slow
-def test_export_refuses_with_a_next_step_and_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    net, x, path = converted(strided(outputs=4, kernel=3)), images(1, 64, 96), tmp_path / "net.pt2"
-    with pytest.raises(cs.InvalidInput, match=r"edges:.* \| budget:fraction=0.3"):
-        cs.export(converted(strided(outputs=4, kernel=3), "edges"), x, path)
-    with pytest.raises(cs.InvalidInput, match="eval"):
-        cs.export(copy.deepcopy(net).train(), x, path)
-    with pytest.raises(cs.FileError, match="folder"):
-        cs.export(net, x, tmp_path / "no" / "net.pt2")
-    with pytest.raises(cs.InvalidInput, match="image"):
-        cs.export(net, x[0], path)
-    with monkeypatch.context() as patched:
-        patched.setattr("cadsurgery.network.export.programs.difference", lambda *values: 0.5)
-        with pytest.raises(cs.CannotConvert, match="differs from the network by"):
-            cs.export(net, x, path)
-    with monkeypatch.context() as patched:
-        patched.setattr(torch.export, "export", lambda *given: 1 / 0)
-        with pytest.raises(cs.CannotConvert, match="ZeroDivisionError"):
-            cs.export(net, x, path)
-    assert list(tmp_path.iterdir()) == []
+        for strict in (False, True):
+            program = torch.export.export(net, (images(1, 64, 96),), strict=strict)
+            assert net.levels.shape == (1, 8, 12) and type(net.levels) is Tensor
+            assert_same(program.module()(x), before, 1e-5)
+            assert torch.equal(net(x), before)
+            assert not any("cadsurgery" in str(node.target) for node in program.graph.nodes)
 
 
 # -- masks that are not static -------------------------------------------------------------------------
@@ -509,22 +441,20 @@ def test_other_masks_break_the_graph_or_are_refused_in_words() -> None:
             torch.export.export(net, (x,), strict=False)
 
 
-class Host(nn.Module):
+def host() -> nn.Module:
     """Takes and returns lists as a detector does, and decides by values, so that only its backbone converts."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = strided(outputs=4, kernel=3)
-
-    def forward(self, pictures: list[Tensor]) -> list[dict[str, Tensor]]:
+    def forward(net: Any, pictures: list[Tensor]) -> list[dict[str, Tensor]]:
         x = torch.stack(pictures)
-        scores = self.backbone(x if x.sum() > x.numel() else 2 * x)
+        scores = net.backbone(x if x.sum() > x.numel() else 2 * x)
         return [{"scores": one.flatten()} for one in scores]
+
+    return Composed(forward, backbone=strided(outputs=4, kernel=3)).eval()
 
 
 @pytest.mark.slow
 def test_a_detector_runs_uncompiled_and_its_part_compiled() -> None:
-    net = unverified(Host().eval(), BUDGET)
+    net = unverified(host(), BUDGET)
     x, seen = [images(1, 64, 96)[0]], graphs()
     with torch.no_grad():
         expected = net(x)[0]

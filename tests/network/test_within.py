@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import covering, random_levels
-from networks import ResidualSegmenter, Segmenter, seeded, strided, unverified
+from networks import Encoded, ResidualSegmenter, Segmenter, seeded, strided, unverified
 from random_networks import random_case
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
-from benchmarks.zoo.corpus import CHECKOUT, read_corpus
+from benchmarks.zoo.corpus import CHECKOUT, read_corpus, subject
 from cadsurgery.network.boxes import Box, boxes_of
 from cadsurgery.network.regions import PicturePart, PictureReads, joined
 from cadsurgery.network.within import _by_rows
@@ -31,84 +31,36 @@ SEEDS = int(os.environ.get("CADSURGERY_SEEDS", 300))
 ERROR = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
-class Block(nn.Sequential):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(
-            nn.Conv2d(inputs, outputs, 3, padding=1),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, padding=1),
-            nn.ReLU(),
-        )
+Then = Callable[[Any, Tensor, Tensor], Any]
 
 
-class UNet(nn.Module):
-    """Three halvings, and the way back with the maps of each."""
-
-    def __init__(self, channels: int = 4) -> None:
-        super().__init__()
-        sides = [channels * 2**place for place in range(4)]
-        self.down = nn.ModuleList([Block(*pair) for pair in zip([3, *sides[:2]], sides[:3], strict=True)])
-        self.bottom = Block(sides[2], sides[3])
-        pairs = list(zip(sides[:0:-1], sides[-2::-1], strict=True))
-        self.up = nn.ModuleList([nn.ConvTranspose2d(*pair, 2, 2) for pair in pairs])
-        self.merge = nn.ModuleList([Block(*pair) for pair in pairs])
-        self.head = nn.Conv2d(channels, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        kept = []
-        for block in self.down:
-            x = block(x)
-            kept.append(x)
-            x = F.max_pool2d(x, 2)
-        x = self.bottom(x)
-        for up, merge in zip(self.up, self.merge, strict=True):
-            x = merge(torch.cat([kept.pop(), up(x)], 1))
-        return self.head(x)
-
-
-class Several(nn.Module):
+def several(net: Any, x: Tensor, y: Tensor) -> dict[str, Any]:
     """Maps of several sizes in a dictionary, one of classes, and one of the whole picture's mean."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = strided(2, 8), nn.Conv2d(8, 4, 3, padding=1)
-
-    def forward(self, x: Tensor) -> dict[str, Any]:
-        y = self.body(x)
-        out = F.interpolate(self.head(y), scale_factor=4, mode="bilinear")
-        return {"out": out, "maps": [y, self.head(y)], "classes": out.argmax(1), "mean": y.mean((2, 3))}
+    out = F.interpolate(net.head(y), scale_factor=4, mode="bilinear")
+    return {"out": out, "maps": [y, net.head(y)], "classes": out.argmax(1), "mean": y.mean((2, 3))}
 
 
-class Gated(nn.Module):
-    """A gate of the whole picture between two convolutions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.head = strided(2, 8), nn.Conv2d(8, 4, 3, padding=1)
-        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Sigmoid())
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return F.interpolate(self.head(x * self.gate(x)), scale_factor=4.0, mode="bilinear")
+def gated(net: Any, x: Tensor, y: Tensor) -> Tensor:
+    gate = net.more(F.adaptive_avg_pool2d(y, 1)).sigmoid()
+    return F.interpolate(net.head(y * gate), scale_factor=8.0, mode="bilinear")
 
 
-class Then(nn.Module):
-    """Two strided convolutions, what a function makes of the picture and their map, and a head."""
+def changed(net: Any, x: Tensor, y: Tensor) -> Tensor:
+    """A map that is changed in place where something else has read it, and is read again."""
+    z = net.more(y)
+    y += F.avg_pool2d(z, 9, 1, 4)
+    return net.head(y + z)
 
-    def __init__(self, then: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.body, self.then, self.head = strided(2, 6), then, nn.Conv2d(6, 3, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.then(x, self.body(x)))
+def encoded(then: Then) -> nn.Module:
+    return Encoded(then, more=nn.Conv2d(8, 8, 5, padding=2))
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "unet": UNet,
+    "unet": lambda: subject("unets:unet_transposed", CHECKOUT).build(),
     "segmenter": Segmenter,
     "residual segmenter": ResidualSegmenter,
-    "gated": Gated,
+    "gated": lambda: encoded(gated),
 }
 WAYS: dict[str, tuple[dict[str, Any], Any]] = {
     "as given": ({}, "none"),
@@ -168,8 +120,13 @@ def made(name: str, way: str, dtype: torch.dtype = torch.float64, fast: bool = T
     return net.optimize() if fast else net
 
 
+def converted(then: Then, mask: str = "all") -> cs.AdaptiveModel:
+    """A network that ends with a function, with floors."""
+    model, example = seeded(lambda: encoded(then)), torch.randn(1, 3, 64, 64).double()
+    return unverified(model, mask, coarsest=16, example_input=example)
+
+
 def some_levels(net: cs.AdaptiveModel, images: Tensor) -> Tensor:
-    """Random cells of all levels."""
     net(images)
     geometry, (_, height, width) = net.geometry, net.levels.shape
     most = geometry.max_level
@@ -222,12 +179,14 @@ def test_the_reach_is_that_of_the_largest_cells_of_the_part(name: str, way: str)
 
 
 @pytest.mark.parametrize(
-    ("fast", "dtype", "way"), covering([False, True], [*ERROR], ["as given, floors", "floors", "as given"])
+    ("copy_of", "dtype", "way"),
+    covering(["itself", "fast", "in a memory"], [*ERROR], ["as given, floors", "floors", "as given"]),
 )
 @torch.no_grad()
-def test_batches_and_types(fast: bool, dtype: torch.dtype, way: str) -> None:
+def test_batches_types_and_copies(copy_of: str, dtype: torch.dtype, way: str) -> None:
     """Each picture of a batch has boxes of its own."""
-    net, images = made("unet", way, dtype, fast), torch.randn(3, 3, 96, 128, dtype=dtype)
+    net, images = made("unet", way, dtype, copy_of == "fast"), torch.randn(3, 3, 96, 128, dtype=dtype)
+    net = net.optimize(memory="1GiB") if copy_of == "in a memory" else net
     mask = mask_of(net, images, way)
     boxes = [torch.tensor([[0, 0, 9, 9], [90, 60, 128, 96]]), torch.zeros(0, 4), torch.tensor([[0, 0, 9, 9]])]
     assert_parts(net(images, mask=mask), cs.read_within(net, images, boxes, mask=mask), boxes, (96, 128))
@@ -245,8 +204,7 @@ def test_sizes_that_do_not_divide_go_by_rows_or_parts_and_stay_exact() -> None:
 
 @torch.no_grad()
 def test_outputs_keep_their_structure() -> None:
-    model = seeded(Several)
-    net = unverified(model, "none", coarsest=16, example_input=torch.randn(1, 3, 64, 64).double()).optimize()
+    net = converted(several, "none").optimize()
     image, boxes = torch.randn(2, 3, 96, 64).double(), [torch.tensor([[8, 12, 30, 50]]), torch.zeros(0, 4)]
     whole = net(image)
     for output in ("out", "maps", "classes"):
@@ -259,25 +217,10 @@ def test_outputs_keep_their_structure() -> None:
         cs.read_within(net, image, boxes)
 
 
-class Changed(nn.Module):
-    """A map that is changed in place where something else has read it, and is read again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.more = strided(2, 6), nn.Conv2d(6, 6, 5, padding=2)
-        self.head = nn.Conv2d(6, 3, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.body(x)
-        y = self.more(x)
-        x += F.avg_pool2d(y, 9, 1, 4)
-        return self.head(x + y)
-
-
 @torch.no_grad()
 def test_what_is_changed_in_place_is_read_as_it_is_then() -> None:
-    net = unverified(seeded(Changed), "all", coarsest=16, example_input=torch.randn(1, 3, 64, 64).double())
-    image, boxes = torch.randn(1, 3, 160, 128).double(), torch.tensor([[60, 70, 70, 90], [0, 0, 4, 4]])
+    net, image = converted(changed), torch.randn(1, 3, 160, 128).double()
+    boxes = torch.tensor([[60, 70, 70, 90], [0, 0, 4, 4]])
     assert_parts(net(image), cs.read_within(net, image, [boxes]), [boxes], (160, 128))
     assert net.macs(image, within=[boxes]).of_whole < 1
 
@@ -300,28 +243,27 @@ def test_transposed_convolutions_with_norms_are_computed_in_boxes_and_bands() ->
         torch.testing.assert_close(copied(image), whole)
 
 
-DEPENDING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "a factor of its size": lambda x, y: y / y.shape[3],
-    "a value of its size": lambda x, y: y * torch.full((1,), float(y.shape[2]), dtype=y.dtype),
-    "coordinates": lambda x, y: y + torch.arange(y.shape[2], dtype=y.dtype).view(1, 1, -1, 1),
-    "columns": lambda x, y: y * torch.linspace(0, 1, y.shape[3], dtype=y.dtype).view(1, 1, 1, -1),
-    "aligned corners": lambda x, y: F.interpolate(y, scale_factor=2.0, mode="bilinear", align_corners=True),
-    "an odd factor": lambda x, y: F.interpolate(y, size=(41, 57), mode="bilinear"),
-    "a mean": lambda x, y: y - y.mean((2, 3), keepdim=True),
-    "a largest value": lambda x, y: y / y.amax((2, 3), keepdim=True).clamp(min=1),
-    "bins": lambda x, y: F.interpolate(F.adaptive_avg_pool2d(y, 2), y.shape[2:], mode="bilinear"),
-    "a norm": lambda x, y: F.instance_norm(y),
-    "circular padding": lambda x, y: F.pad(y, (1, 1, 1, 1), mode="circular"),
-    "flipped": lambda x, y: y + y.flip(2),
-    "sorted": lambda x, y: y.flatten(2).sort(2).values.view(y.shape),
+DEPENDING: dict[str, Then] = {
+    "a factor of its size": lambda net, x, y: y / y.shape[3],
+    "a value of its size": lambda net, x, y: y * torch.full((1,), float(y.shape[2]), dtype=y.dtype),
+    "coordinates": lambda net, x, y: y + torch.arange(y.shape[2], dtype=y.dtype).view(1, 1, -1, 1),
+    "columns": lambda net, x, y: y * torch.linspace(0, 1, y.shape[3], dtype=y.dtype).view(1, 1, 1, -1),
+    "aligned corners": lambda net, x, y: F.interpolate(y, (48, 32), mode="bilinear", align_corners=True),
+    "an odd factor": lambda net, x, y: F.interpolate(y, size=(41, 57), mode="bilinear"),
+    "a mean": lambda net, x, y: y - y.mean((2, 3), keepdim=True),
+    "a largest value": lambda net, x, y: y / y.amax((2, 3), keepdim=True).clamp(min=1),
+    "bins": lambda net, x, y: F.interpolate(F.adaptive_avg_pool2d(y, 2), y.shape[2:], mode="bilinear"),
+    "a norm": lambda net, x, y: F.instance_norm(y),
+    "circular padding": lambda net, x, y: F.pad(y, (1, 1, 1, 1), mode="circular"),
+    "flipped": lambda net, x, y: y + y.flip(2),
+    "sorted": lambda net, x, y: y.flatten(2).sort(2).values.view(y.shape),
 }
 
 
 @pytest.mark.parametrize("what", DEPENDING)
 @torch.no_grad()
 def test_what_depends_on_size_or_place_is_exact_or_refused_with_its_line(what: str) -> None:
-    model = seeded(lambda: Then(DEPENDING[what]))
-    net = unverified(model, "all", coarsest=16, example_input=torch.randn(1, 3, 64, 64).double())
+    net = converted(lambda net, x, y: net.head(DEPENDING[what](net, x, y)))
     image = torch.randn(1, 3, 128, 96, dtype=torch.float64)
     boxes = torch.tensor([[20, 30, 40, 50], [0, 0, 4, 4], [90, 120, 96, 128]])
     try:
@@ -336,7 +278,6 @@ def test_what_depends_on_size_or_place_is_exact_or_refused_with_its_line(what: s
 
 
 def reached(area: Tensor, size: tuple[int, int]) -> Tensor:
-    """The positions of a map of a size that an area reaches, by its definition."""
     found = torch.zeros(size, dtype=torch.bool)
     for row in range(size[0]):
         for column in range(size[1]):
@@ -379,7 +320,7 @@ def test_polygons_are_areas() -> None:
 
 @torch.no_grad()
 def test_an_area_keeps_the_structure_of_outputs_and_classes_need_a_value() -> None:
-    net = unverified(seeded(Several), "none", coarsest=16, example_input=torch.randn(1, 3, 64, 64).double())
+    net = converted(several, "none")
     image, area = torch.randn(1, 3, 64, 64).double(), torch.zeros(4, 4, dtype=torch.bool)
     area[1, 2] = True
     for output in ("maps", "classes"):
@@ -435,15 +376,15 @@ def probed(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", ["unet", "segmenter", "residual segmenter"])
 def test_the_part_holds_what_gradients_reach_and_little_more(name: str) -> None:
-    model, size = probed(seeded(NETWORKS[name])), 512
+    model, size = probed(seeded(NETWORKS[name])), 256
     net = unverified(model, "all", coarsest=16, example_input=torch.rand(1, 3, 64, 64).double())
     image = torch.rand(1, 3, size, size).double()
-    box = Box(255, 256, 255, 256)
+    box = Box(127, 128, 127, 128)
     reads = net.in_region(image, [[box]], lambda region: region.reads, lambda *_: None)
     assert isinstance(reads, PictureReads)
     found = reads.part_for(box)
     height, width = net(image).shape[2:]
-    reach = gradient_reach(model, image, (255 * height // size, 255 * width // size))
+    reach = gradient_reach(model, image, (127 * height // size, 127 * width // size))
     assert found.top <= reach[0] and found.bottom >= reach[1]
     assert found.left <= reach[2] and found.right >= reach[3]
     step = max(one.step for one in reads.axes)
@@ -467,44 +408,31 @@ def test_parts_are_joined_where_that_is_no_more_work() -> None:
 
 # -- refusals --------------------------------------------------------------------------------------------
 
-WRONG: dict[str, tuple[Any, str]] = {
-    "another number": ([torch.zeros(0, 4)] * 2, "boxes are given for 2 images"),
-    "no list": ("box", "boxes are"),
-    "three numbers": ([torch.zeros(2, 3)], "they are"),
-    "strings": ([["a"]], "they are"),
-    "not finite": ([torch.tensor([[0, 0, float("nan"), 4]])], "NaN or infinite"),
-    "turned": ([torch.tensor([[9, 0, 4, 4]])], "ends before it begins"),
-    "outside": ([torch.tensor([[0, 0, 65, 4]])], "reaches beyond the image"),
-    "before": ([torch.tensor([[-1, 0, 5, 4]])], "reaches beyond the image"),
+
+NOTHING, SQUARE = [torch.zeros(0, 4)], torch.ones(2, 2, dtype=torch.bool)
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "another number": ({"boxes": NOTHING * 2}, "boxes are given for 2 images"),
+    "no list": ({"boxes": "box"}, "boxes are"),
+    "three numbers": ({"boxes": [torch.zeros(2, 3)]}, "they are"),
+    "strings": ({"boxes": [["a"]]}, "they are"),
+    "not finite": ({"boxes": [torch.tensor([[0, 0, float("nan"), 4]])]}, "NaN or infinite"),
+    "turned": ({"boxes": [torch.tensor([[9, 0, 4, 4]])]}, "ends before it begins"),
+    "outside": ({"boxes": [torch.tensor([[0, 0, 65, 4]])]}, "reaches beyond the image"),
+    "before": ({"boxes": [torch.tensor([[-1, 0, 5, 4]])]}, "reaches beyond the image"),
+    "nothing": ({}, "neither boxes nor an area"),
+    "both": ({"area": SQUARE, "boxes": NOTHING}, "both given"),
+    "outside of boxes": ({"boxes": NOTHING, "outside": 0}, "outside= is for an area"),
+    "no booleans": ({"area": torch.ones(2, 2)}, "the area is"),
+    "areas of two": ({"area": SQUARE.expand(2, 2, 2)}, "given for 2 images"),
+    "two corners": ({"area": [torch.zeros(2, 2)]}, "a polygon is"),
+    "a corner": ({"area": [torch.full((3, 2), float("inf"))]}, "NaN or infinite"),
+    "another shape": ({"area": SQUARE, "outside": torch.zeros(1, 1)}, "has the shapes"),
 }
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_wrong_boxes_are_refused_in_words(what: str) -> None:
-    net, (boxes, words) = made("unet", "as given, floors"), WRONG[what]
-    with pytest.raises(cs.InvalidInput, match=words) as caught:
-        cs.read_within(net, torch.rand(1, 3, 64, 64).double(), boxes)
-    assert caught.value.next
-
-
-WRONG_AREAS: dict[str, tuple[dict[str, Any], str]] = {
-    "nothing": ({}, "neither boxes nor an area"),
-    "both": ({"area": torch.ones(2, 2, dtype=torch.bool), "boxes": [torch.zeros(0, 4)]}, "both given"),
-    "outside of boxes": ({"boxes": [torch.zeros(0, 4)], "outside": 0}, "outside= is for an area"),
-    "no booleans": ({"area": torch.ones(2, 2)}, "the area is"),
-    "another number": ({"area": torch.ones(2, 2, 2, dtype=torch.bool)}, "given for 2 images"),
-    "two corners": ({"area": [torch.zeros(2, 2)]}, "a polygon is"),
-    "a corner": ({"area": [torch.full((3, 2), float("inf"))]}, "NaN or infinite"),
-    "another shape": (
-        {"area": torch.ones(2, 2, dtype=torch.bool), "outside": torch.zeros(1, 1)},
-        "has the shapes",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", WRONG_AREAS)
-def test_wrong_areas_are_refused_in_words(what: str) -> None:
-    net, (options, words) = made("unet", "as given, floors"), WRONG_AREAS[what]
+def test_wrong_boxes_and_areas_are_refused_in_words(what: str) -> None:
+    net, (options, words) = made("unet", "as given, floors"), WRONG[what]
     with pytest.raises(cs.InvalidInput, match=words) as caught:
         cs.read_within(net, torch.rand(1, 3, 64, 64).double(), **options)
     assert caught.value.next
@@ -531,16 +459,6 @@ def test_gradients_flow_through_boxes() -> None:
     net(image)[:, :, 50:60, 50:60].sum().backward()
     for one, parameter in zip(found, net.parameters(), strict=True):
         assert one is not None and parameter.grad is not None and torch.allclose(one, parameter.grad)
-
-
-def test_a_copy_in_a_memory_is_computed_in_boxes_too() -> None:
-    net = made("unet", "floors", fast=False)
-    image = torch.randn(1, 3, 128, 96, dtype=torch.float64)
-    mask, boxes = mask_of(net, image, "floors"), torch.tensor([[30, 30, 60, 50]])
-    banded = net.optimize(memory="1GiB")
-    assert_parts(
-        banded(image, mask=mask), cs.read_within(banded, image, [boxes], mask=mask), [boxes], (128, 96)
-    )
 
 
 # -- random networks, and those of the corpus ------------------------------------------------------------
@@ -608,7 +526,7 @@ def test_networks_of_the_corpus_in_boxes(way: str) -> None:
         torch.tensor([[20, 30, 44, 50], [0, 0, 3, 3], [210, 150, 224, 160]]),
     )
     options, mask = WAYS[way]
-    for one in (subject for subject in read_corpus(CHECKOUT) if subject.call is None):
+    for one in (one for one in read_corpus(CHECKOUT) if one.call is None):
         torch.manual_seed(0)
         image, example = torch.rand(1, 3, *size).double(), torch.rand(1, 3, *(one.size or (96, 128))).double()
         try:
@@ -645,7 +563,7 @@ def test_networks_of_the_corpus_in_boxes(way: str) -> None:
     assert computed >= 20
 
 
-# Networks of timm and torchvision whose last map depends on a part of the picture.
+# Of families of timm and torchvision whose last map depends on a part of the picture, a network each.
 FAMILIES = [
     "alexnet",
     "cs3darknet_focus_s",
@@ -653,27 +571,22 @@ FAMILIES = [
     "googlenet",
     "inception_resnet_v2",
     "inception_v3",
-    "inception_v4",
     "mnasnet0_5",
-    "mobilenet_edgetpu_v2_xs",
     "mobilenet_v2",
     "mobilenetv1_100",
     "nf_resnet26",
-    "nf_resnet50",
     "regnet_x_400mf",
     "resnetblur50",
     "shufflenet_v2_x0_5",
     "squeezenet1_1",
     "tf_efficientnet_lite0",
     "vovnet39a",
-    "xception41p",
     "convnext_atto",
     "cspdarknet53",
     "cspresnet50",
     "darknet17",
     "densenet121",
     "dla34",
-    "dla46_c",
     "dpn48b",
     "fasternet_t0",
     "fastvit_t8",
@@ -682,20 +595,16 @@ FAMILIES = [
     "hgnetv2_b0",
     "hrnet_w18_small",
     "inception_next_atto",
-    "mnasnet_050",
     "mobilenetv4_conv_small_035",
     "mobileone_s0",
-    "regnetx_002",
     "repvgg_a0",
     "res2net50_14w_8s",
     "resnet18",
     "resnetv2_18d",
     "resnext26ts",
     "selecsls42",
-    "spnasnet_100",
     "starnet_s050",
     "vgg11",
-    "vgg11_bn",
     "xception41",
 ]
 

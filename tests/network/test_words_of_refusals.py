@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import images, slow, some
-from networks import unverified
+from conftest import images, slow
+from networks import Composed, unverified
 from torch import Tensor, fx, nn
 
 import cadsurgery as cs
@@ -72,37 +72,13 @@ def test_two_amounts_are_told_apart_and_read_back_as_no_less(scale: int, more: i
         assert bytes_of(text.replace(" ", "")) >= amount
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("share", some([0.001, 0.5, 0.9, 0.999, 0.99999]))
-def test_too_little_memory_does_not_contradict_itself(share: float) -> None:
-    net = unverified(network(1.0, "values"), "none", normalisation="imagenet")
-    image = images(1, 160, 200)
-    with pytest.raises(cs.InvalidInput) as caught:
-        net.optimize(memory=1)(image)
-    least = bytes_of(caught.value.next.partition('"')[2].partition('"')[0])
-    with pytest.raises(cs.InvalidInput) as caught:
-        net.optimize(memory=int(share * (least - 1100)))(image)  # it was rounded up to KiB
-    asked, needed = (
-        caught.value.what.partition(" are")[0],
-        caught.value.next.partition('"')[2].partition('"')[0],
-    )
-    assert asked.replace(" ", "") != needed
-    net.optimize(memory=needed)(image)
-
-
 # -- words of torch.fx -----------------------------------------------------------------------------------
 
 
-class Refuses(nn.Module):
+def refusing(error: str) -> nn.Module:
     """Refuses sizes in the middle, with a message or without."""
-
-    def __init__(self, error: str) -> None:
-        super().__init__()
-        self.one, self.two, self.error = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 4, 3, 2, 1), error
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.one(x)
-        return self.two(refuse(y, self.error))
+    one, two = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 4, 3, 2, 1)
+    return Composed(lambda net, x: net.two(refuse(net.one(x), error)), one=one, two=two).eval()
 
 
 ERRORS: dict[str, Callable[[], Exception]] = {
@@ -136,12 +112,12 @@ def _messages(error: BaseException | None) -> str:
         lambda net, x: net(x),
         lambda net, x: net.macs(x),
         lambda net, x: net(x, mask="none"),
-        lambda net, x: cs.adaptify(Refuses("in words").eval(), example_input=x),
+        lambda net, x: cs.adaptify(refusing("in words"), example_input=x),
     ],
     ids=["call", "macs", "given", "conversion"],
 )
 def test_torch_fx_does_not_speak_behind_errors(call: Callable[[Any, Any], Any], error: str) -> None:
-    net = unverified(Refuses(error).eval(), "edges", example_input=images(1, 64, 96))
+    net = unverified(refusing(error), "edges", example_input=images(1, 64, 96))
     with pytest.raises(Exception) as caught:
         call(net, images(1, 128, 96))
     assert "While executing" not in _messages(caught.value) and "tlparse" not in _messages(caught.value)
