@@ -6,12 +6,9 @@ from __future__ import annotations
 import copy
 import os
 import sys
-import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -280,37 +277,6 @@ def test_an_object_that_is_held_at_several_depths_is_compared_as_a_whole_at_each
     assert_same(net(x), model(x))
 
 
-def _counted(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A decorator whose functions enclose each other."""
-    calls: list[Any] = []
-
-    def wrapper(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append(again)
-        return forward(*args, **kwargs)
-
-    def again() -> Any:
-        return wrapper
-
-    return wrapper
-
-
-class Counted(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 2, 3, 2, 1)
-
-    @_counted
-    def forward(self, x: Tensor) -> Tensor:
-        return self.two(self.one(x)) * GAIN
-
-
-def test_functions_that_enclose_each_other_are_read_once() -> None:
-    """And so the reading ends."""
-    model, x = Counted().eval(), images(1, 32, 48)
-    net = cs.adaptify(model, "all", coarsest=8, example_input=x)
-    assert_same(net(x), model(x), 1e-5)
-
-
 class Flags:
     """A class as a namespace, and objects of it that are asked by methods."""
 
@@ -448,27 +414,32 @@ def test_a_global_value_that_only_shares_a_name_may_change(
 
 
 def _counting(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A decorator that counts and keeps in what it encloses."""
-    count, kept = 0, dict[Any, int]()
+    """A decorator that counts and keeps in what it encloses, with functions that enclose each other."""
+    count, kept = 0, dict[Any, Any]()
 
     def wrapper(*args: Any) -> Tensor:
         nonlocal count
         count += 1
-        kept[count] = count
+        kept[count] = again
         return forward(*args)
+
+    def again() -> Any:
+        return wrapper
 
     return wrapper
 
 
-class CountedAlone(Encoder):
+class Counted(Encoder):
     @_counting
     def forward(self, x: Tensor) -> Tensor:
-        return self.encode(x)
+        return self.encode(x) * GAIN
 
 
-def test_what_calls_count_in_a_closure_is_no_setting() -> None:
-    model, x = randomise(CountedAlone()).eval(), images(1, 64, 96)
-    net = convert(model, {"output_stride": (1, 4)})
+@OPTIONS
+def test_what_calls_count_in_a_closure_is_no_setting(options: Any) -> None:
+    """And the reading of functions that enclose each other ends."""
+    model, x = randomise(Counted()).eval(), images(1, 64, 96)
+    net = convert(model, options)
     fast = net.optimize()
     for _ in range(3):
         assert_same(net(x), model(x))
@@ -496,21 +467,3 @@ def test_what_lies_beside_a_global_value_is_not_looked_at_for_a_copy() -> None:
     copy.deepcopy(net)
     net.optimize()
     assert not Beside.asked
-
-
-class InSlots:
-    __slots__ = ("lock",)
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-
-
-@pytest.mark.parametrize(
-    "held",
-    [InSlots(), partial(print, threading.Lock()), deque([threading.Lock()]), threading.Lock()],
-    ids=["slots", "an argument", "an item", "itself"],
-)
-def test_what_cannot_be_copied_is_shared_wherever_an_object_holds_it(held: Any) -> None:
-    model = Reads().eval()
-    model.held = held
-    cs.adaptify(model, "none", example_input=torch.rand(1, 3, 64, 64), verify_laws=False)
