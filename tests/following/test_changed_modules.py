@@ -68,6 +68,14 @@ CHANGES: dict[str, Callable[[nn.Module], None]] = {
     "epsilon of a batch norm": sets("block.1", "eps", 0.5),
     "a new slope": exchanges("leaky", lambda: nn.LeakyReLU(0.9)),
     "factor of a resize": sets("larger", "scale_factor", 4.0),
+    "an adapter": lambda net: setattr(net, "dilated", nn.Sequential(net.dilated, nn.Identity())),
+    "one module more": lambda net: net.block.append(nn.ReLU6()),
+    "one module less": lambda net: net.block.__delitem__(1),
+    "another forward": lambda net: setattr(net.dilated, "forward", lambda x: 2 * x),
+    "another forward of a container": lambda net: setattr(
+        net.block, "forward", lambda x: 2 * x[:, :, ::2, ::2]
+    ),
+    "another class": lambda net: setattr(net.block[1], "__class__", nn.SyncBatchNorm),
     "a block of other modules": exchanges(
         "block", lambda: nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
     ),

@@ -11,12 +11,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import covering, slow, some
+from conftest import covering, slow
 from networks import unverified
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
-from torchvision.ops import FrozenBatchNorm2d
 
 import cadsurgery as cs
 from cadsurgery.support.errors import CannotConvert, InvalidInput
@@ -293,28 +292,6 @@ def test_hooks_that_belong_to_the_network_are_part_of_its_forward():
 # -- exchanged modules ---------------------------------------------------------------------------------
 
 
-EXCHANGES: dict[str, How] = {
-    "settings": lambda net: net.blocks[2].register_module(
-        "conv", nn.Conv2d(16, 16, 3, 2, 1, dilation=2).double()
-    ),
-    "an adapter": lambda net: setattr(net.blocks[2], "conv", nn.Sequential(net.blocks[2].conv)),
-    "children": lambda net: net.blocks.append(nn.ReLU()),
-    "gone": lambda net: net.blocks.__delitem__(3),
-    "forward": lambda net: setattr(net.blocks[2].conv, "forward", lambda x: x),
-    "forward of a container": lambda net: setattr(net.blocks[2], "forward", lambda x: x),
-    "class": lambda net: setattr(net.blocks[2].norm, "__class__", nn.SyncBatchNorm),
-}
-
-
-@pytest.mark.parametrize("change", some(EXCHANGES))
-def test_a_module_with_another_forward_is_refused(change):
-    net = cs.adaptify(network(), "none")
-    net(x())
-    EXCHANGES[change](net)
-    with pytest.raises(InvalidInput, match=r"(?s)is not the module that was converted: .*cs\.adaptify"):
-        net(x())
-
-
 def test_a_forward_exchanged_before_the_conversion_ends_the_region():
     model = network()
     conv = model.blocks[3].conv
@@ -322,44 +299,3 @@ def test_a_forward_exchanged_before_the_conversion_ends_the_region():
     net = unverified(model, "none")
     assert any("its forward was exchanged" in decision.reason for decision in net.plan.chosen("barrier"))
     torch.testing.assert_close(net(x()), model(x()))
-
-
-# -- buffers that a network computes with ------------------------------------------------------------------
-
-
-class Scaled(nn.Module):
-    """A buffer of the network's own, which multiplies what it is given."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.rand(channels, 1, 1, dtype=torch.float64) + 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale.sqrt()
-
-
-def frozen(seed: int, norm: Callable[[int], nn.Module]) -> nn.Module:
-    """A network whose norms have frozen statistics, which are buffers and no modules that a rule knows."""
-    torch.manual_seed(seed)
-    net = Net().double()
-    for block in net.blocks:
-        block.norm = norm(block.norm.num_features).double()
-        for buffer in block.norm.buffers():
-            nn.init.uniform_(buffer, 0.5, 1.5)
-    return net.eval()
-
-
-@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, Scaled])
-@torch.no_grad()
-def test_buffers_are_read_in_every_call(norm: Callable[[int], nn.Module]) -> None:
-    """After a checkpoint is loaded, in the inference copy and in a copy of another type; they are counted on shapes."""
-    net, other = frozen(0, norm), frozen(1, norm)
-    x = torch.randn(2, 3, 65, 97, dtype=torch.float64)
-    adapted = unverified(net, "random", outputs="native", example_input=x)
-    torch.testing.assert_close(adapted(x, mask="none"), net(x))
-    adapted.load_state_dict(other.state_dict())
-    torch.testing.assert_close(adapted(x, mask="none"), other(x))
-    torch.testing.assert_close(adapted.optimize()(x, mask="none"), other(x))
-    assert adapted.macs(x).low == adapted.macs(x, mask="none").mask
-    single = copy.deepcopy(adapted).float()
-    torch.testing.assert_close(single(x.float(), mask="none"), other.float()(x.float()), atol=1e-4, rtol=1e-4)
