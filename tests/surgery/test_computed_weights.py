@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import covering, slow
-from networks import unverified
+from networks import conv_norm, unverified
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
@@ -50,30 +50,20 @@ SOME = pytest.mark.parametrize(
 )
 
 
-class Block(nn.Module):
-    def __init__(self, channels: int, outputs: int, groups: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, outputs, 3, 2, 1, groups=groups)
-        self.norm = nn.BatchNorm2d(outputs)
-        self.act = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)))
-
-
 class Net(nn.Module):
     """Output stride 16; the fine map is at 4, so that the last two blocks and the head are in the region."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(Block(3, 8), Block(8, 16), Block(16, 16), Block(16, 16, groups=16))
+        widths = ((3, 8, 1), (8, 16, 1), (16, 16, 1), (16, 16, 16))
+        self.blocks = nn.Sequential(*(conv_norm(a, b, 2, groups=groups) for a, b, groups in widths))
         self.head = nn.Conv2d(16, 5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(x))
 
 
-PLACES = ("blocks.1.conv", "blocks.2.conv", "blocks.3.conv", "head")
+PLACES = ("blocks.1.0", "blocks.2.0", "blocks.3.0", "head")
 
 
 def network(how: str = "", seed: int = 0) -> Net:
@@ -154,7 +144,7 @@ def test_a_pruned_norm_and_linear_layer_of_the_region_are_those_of_the_call():
     def pruned() -> nn.Module:
         model = network()
         model.head = nn.Sequential(nn.Conv2d(16, 8, 1), Rows()).double()
-        for part in (model.blocks[2].norm, model.head[1].linear):
+        for part in (model.blocks[2][1], model.head[1].linear):
             prune.random_unstructured(part, "weight", 0.5)
         return model
 
@@ -188,7 +178,7 @@ class Noted:
         self.shapes.append(tuple(output.shape))
 
 
-@pytest.mark.parametrize("place", ["blocks.3", "blocks.3.conv", "blocks.3.norm", "blocks.3.act"])
+@pytest.mark.parametrize("place", ["blocks.3", "blocks.3.0", "blocks.3.1", "blocks.3.2"])
 def test_a_hook_there_before_the_conversion_ends_the_region_and_may_change_values(place):
     """It is called with maps."""
     model, noted = network(), Noted()
@@ -221,7 +211,7 @@ def test_a_hook_where_nothing_may_be_dense_is_refused(place, options, words):
 @pytest.mark.parametrize(
     ("place", "register"),
     covering(
-        ["blocks", "blocks.3", "blocks.3.conv", "blocks.2.norm", "blocks.3.act", "blocks.0"],
+        ["blocks", "blocks.3", "blocks.3.0", "blocks.2.1", "blocks.3.2", "blocks.0"],
         ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"],
     ),
 )
@@ -246,7 +236,7 @@ def test_hooks_on_dense_operations_and_the_network_itself_are_called(before):
     net = unverified(model, "none")
     if not before:
         net.register_forward_hook(noted.note)
-    net.blocks[0].act.register_forward_hook(inside.note)
+    net.blocks[0][2].register_forward_hook(inside.note)
     noted.shapes.clear()
     net(x())
     assert inside.shapes == [(2, 8, 33, 49)]
@@ -294,7 +284,7 @@ def test_hooks_that_belong_to_the_network_are_part_of_its_forward():
 
 def test_a_forward_exchanged_before_the_conversion_ends_the_region():
     model = network()
-    conv = model.blocks[3].conv
+    conv = model.blocks[3][0]
     conv.forward = lambda x: 3 * nn.Conv2d.forward(conv, x)
     net = unverified(model, "none")
     assert any("its forward was exchanged" in decision.reason for decision in net.plan.chosen("barrier"))
