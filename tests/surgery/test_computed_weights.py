@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import covering, slow
+from conftest import covering, some
 from networks import conv_norm, unverified
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
@@ -42,12 +42,8 @@ PARAMETRIZATIONS: dict[str, How] = {
 }
 WAYS = (*HOOKS, *PARAMETRIZATIONS)
 SOME = pytest.mark.parametrize(
-    "how",
-    [
-        how if how in ("weight_norm", "prune twice", "parametrizations.orthogonal") else slow(how)
-        for how in WAYS
-    ],
-)
+    "how", some(WAYS, every=3)
+)  # weight_norm, prune twice, parametrizations.orthogonal
 
 
 class Net(nn.Module):
