@@ -94,16 +94,6 @@ class Deeper(Large):
         return self.rest(x)
 
 
-class ByValues(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.rest = conv_norm(3, 6, 2), conv_norm(6, 6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return self.rest(x) if float(x.mean()) > 0 else x
-
-
 def test_what_moves_a_map_ends_the_region_or_is_refused() -> None:
     class Moved(Decoder):
         def enlarge(self, x: Tensor, skip: Tensor) -> Tensor:
@@ -157,15 +147,6 @@ def test_a_networks_own_mask_is_the_networks() -> None:
         one.mask = "all"
         report = one.macs(x, mask=hole)
         assert report.mask == report.high > report.low
-
-
-def test_decisions_by_values_within_a_dictionary_are_refused_too() -> None:
-    class Within(ByValues):
-        def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-            return super().forward(inputs["image"])
-
-    with pytest.raises(cs.CannotConvert, match="values of the image"):
-        unverified(Within().eval(), example_input=({"image": images(1, 40, 56)},))
 
 
 def test_a_conversion_leaves_torch_as_it_was() -> None:

@@ -167,12 +167,29 @@ def test_an_attribute_that_changes_is_read_anew(change: Callable[[Any], object],
     assert_same(copy.deepcopy(net)(x), model(x))
 
 
-def test_what_no_code_reads_may_change() -> None:
+class Beside:
+    """A global object that no network reads; notes whether it was asked how it is copied: it may be all that a program
+    holds."""
+
+    asked = False
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        type(self).asked = True
+        return super().__reduce_ex__(protocol)
+
+
+BESIDE = Beside()
+
+
+def test_what_no_code_reads_may_change_and_is_not_looked_at() -> None:
     model, x = randomise(Reads()).eval(), images(1, 64, 96)
     net = convert(model, {"output_stride": (1, 4)})
     net.inner.settings.unread, net.unread = 7, 8
     assert_same(net(x), model(x))
     assert not net._paths
+    for one in (copy.deepcopy(net), net.optimize()):
+        assert_same(one(x), model(x))
+    assert not Beside.asked
 
 
 def test_an_attribute_is_not_set_on_an_inference_copy() -> None:
@@ -445,25 +462,3 @@ def test_what_calls_count_in_a_closure_is_no_setting(options: Any) -> None:
         assert_same(net(x), model(x))
         assert_same(fast(x), model(x))
     assert not net._paths
-
-
-class Beside:
-    """A global object that no network reads; notes whether it was asked how it is copied."""
-
-    asked = False
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        type(self).asked = True
-        return super().__reduce_ex__(protocol)
-
-
-BESIDE = Beside()
-
-
-def test_what_lies_beside_a_global_value_is_not_looked_at_for_a_copy() -> None:
-    """It may be all that a program holds."""
-    net = cs.adaptify(Reads().eval(), "none", example_input=torch.rand(1, 3, 64, 64), verify_laws=False)
-    net(torch.rand(1, 3, 64, 64))
-    copy.deepcopy(net)
-    net.optimize()
-    assert not Beside.asked
