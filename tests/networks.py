@@ -311,6 +311,27 @@ class Classifier(Chain):
 # -- segmentation networks -----------------------------------------------------------------------------
 
 
+class SmallUNet(nn.Module):
+    """Pooling, strides, a transposed convolution and a bilinear resize, with skips."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1), nn.BatchNorm2d(width), nn.ReLU())
+        self.two = nn.Conv2d(width, 2 * width, 5, 1, 2, groups=2)
+        self.four = nn.Conv2d(2 * width, 3 * width, 3, 2, 1)
+        self.up = nn.ConvTranspose2d(3 * width, 2 * width, 2, 2)
+        self.join = nn.Conv2d(4 * width, width, 3, padding=2, dilation=2)
+        self.last = nn.Conv2d(2 * width, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = self.one(x)
+        two = self.two(F.max_pool2d(one, 2)).relu()
+        deep = self.up(self.four(two).relu())
+        joined = self.join(torch.cat([deep, two], 1))
+        up = F.interpolate(joined, scale_factor=2, mode="bilinear", align_corners=False)
+        return self.last(torch.cat([up, one], 1))
+
+
 class DilatedWithHead(nn.Module):
     """Output stride 4 with two strides removed, and a head of a plain 3x3, a rate that fits no cell, a pooling, a mean
     over the image, and a last 3x3."""

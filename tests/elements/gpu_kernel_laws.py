@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import SmallUNet
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -115,6 +116,13 @@ def close(found: Tensor, expected: Tensor) -> None:
 def test_it_is_gathering_and_multiplying(shape: tuple[int, int, int], taps: int, dtype: torch.dtype) -> None:
     rows, weight, table = operands(*shape, taps, dtype)
     close(gpu.gather_conv(rows, weight, table), reference(rows, weight, table))
+    if taps == 9 and shape[0] == COUNT:  # depthwise, too, and with more taps
+        for more in (taps, 49):
+            rows, weight, table = operands(COUNT, 37, 37, more, dtype, groups=37)
+            given: Any = {"bias": random(37, dtype=dtype), "residual": random(COUNT, 37, dtype=dtype)}
+            given |= {"activation": ACTIVATIONS["silu"], "groups": 37}
+            found = gpu.gather_conv(rows, weight, table, **given)
+            close(found, reference(rows, weight, table, **given))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
@@ -125,15 +133,6 @@ def test_bias_residual_and_activation_follow_the_sum(activation: Activation | No
         given: Any = {key: part for (key, part), here in zip(parts.items(), present, strict=True) if here}
         found = gpu.gather_conv(rows, weight, table, **given, activation=activation)
         close(found, reference(rows, weight, table, **given, activation=activation))
-
-
-@pytest.mark.parametrize("dtype", gpu.DTYPES)
-@pytest.mark.parametrize("taps", [9, pytest.param(49, marks=pytest.mark.slow)])
-def test_depthwise(taps: int, dtype: torch.dtype) -> None:
-    rows, weight, table = operands(COUNT, 37, 37, taps, dtype, groups=37)
-    given = {"bias": random(37, dtype=dtype), "residual": random(COUNT, 37, dtype=dtype)}
-    found = gpu.gather_conv(rows, weight, table, **given, activation=ACTIVATIONS["silu"], groups=37)
-    close(found, reference(rows, weight, table, **given, activation=ACTIVATIONS["silu"], groups=37))
 
 
 def with_halo(rows: Tensor, halo: gpu.Halo, outside: int, table: Tensor, **more: Any) -> Tensor:
@@ -528,22 +527,6 @@ def test_what_lies_between_samples_or_needs_a_gradient_is_read_by_a_table() -> N
     assert name(rows, window) == "triton samples"
     assert name(rows, window._replace(spacing=1)) == name(rows, window._replace(mode="replicate")) == "triton"
     assert name(rows.clone().requires_grad_(), window) == "triton"
-
-
-class SmallUNet(nn.Module):
-    """Every operation of U-Nets: windows, pooling, transposed convolutions, skips, a resize."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Conv2d(3, 6, 3, 1, 1), nn.Conv2d(6, 10, 3, 1, 1)
-        self.four = nn.Conv2d(10, 12, 3, 2, 1)
-        self.up, self.last = nn.ConvTranspose2d(12, 10, 2, 2), nn.Conv2d(26, 2, 3, padding=2, dilation=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        one = self.one(x).relu()
-        two = self.two(F.max_pool2d(one, 2)).relu()
-        joined = torch.cat([self.up(self.four(two).relu()), two], 1)
-        return self.last(torch.cat([F.interpolate(joined, scale_factor=2, mode="bilinear"), one], 1))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, pytest.param(1.0, marks=pytest.mark.slow)])

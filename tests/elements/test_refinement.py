@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, random_levels, some
-from networks import made_once, randomise, unverified
+from networks import made_once, randomise, strided, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -47,17 +47,6 @@ class TwoHeads(Scores):
     def forward(self, image: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         x = self.body(self.stem(image))
         return {"out": self.last(x), "features": x}
-
-
-class Vector(nn.Module):
-    """No map."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.down = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 12, 3, 2, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return F.relu(self.down(F.relu(self.stem(image)))).mean((2, 3))
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -191,9 +180,9 @@ def test_what_does_not_become_better_adds_nothing(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_cannot_be_refined_is_refused() -> None:
-    net = unverified(Vector(), "edges", example_input=images(1, 64, 96))
+    vector = nn.Sequential(*strided(2), nn.AdaptiveAvgPool2d(1), nn.Flatten())  # no map
     with pytest.raises(InvalidInput, match="has no map that could be refined"):
-        net.add_refinement()
+        unverified(vector, "edges", example_input=images(1, 64, 96)).add_refinement()
     with pytest.raises(InvalidInput, match="nothing to fit"):
         fit_refinement(convert("fine"), Photos(), steps=0)
     with pytest.raises(InvalidInput, match="has no refinement that could be fitted"):

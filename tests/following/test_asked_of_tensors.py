@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,8 @@ def check(model: nn.Module) -> None:
             assert relative_error(one(other), expected) < 1e-4
 
 
+Then = Callable[[Any, Tensor, Tensor], Tensor]
+
 # Of others `test_all_that_a_tensor_says_without_its_pixels_is_answered` asks.
 FACTS: dict[str, Callable[[Tensor], bool]] = {
     "torch.is_floating_point": lambda y: torch.is_floating_point(y),
@@ -34,13 +37,83 @@ FACTS: dict[str, Callable[[Tensor], bool]] = {
     "device": lambda y: y.device.type == "cpu",
     "tracing": lambda y: torch.jit.is_tracing(),
     "not tracing": lambda y: not torch.jit.is_tracing(),
+    "an instance": lambda y: isinstance(y, torch.Tensor),
+    "the name of its type": lambda y: y.type() == "torch.FloatTensor",
+}
+FILLED: dict[str, Callable[[Tensor], Tensor]] = {
+    "new_zeros of one": lambda y: y.new_zeros(1),
+    "new_ones of channels": lambda y: y.new_ones(8, 1, 1),
+    "new_full of one": lambda y: y.new_full((1,), 0.3),
+    "full of channels": lambda y: torch.full((8, 1, 1), 0.3),
+    "zeros of channels": lambda y: torch.zeros(8, 1, 1),
+    "a number": lambda y: torch.tensor(0.3),
+    "torch.Tensor": lambda y: torch.Tensor(y.shape[0], 1, y.shape[2], y.shape[3]).fill_(0.5).to(y),
+    "torch.Tensor of a size": lambda y: torch.Tensor(torch.Size((y.shape[2], y.shape[3]))).fill_(0.5).to(y),
+    "torch.FloatTensor": lambda y: torch.FloatTensor(y.size(2), 1).zero_().to(y),
 }
 
 
-@pytest.mark.parametrize("name", some(FACTS))
-def test_facts_that_no_pixel_decides_are_answered(name: str) -> None:
-    fact = FACTS[name]
-    check(Encoded(lambda own, image, y: own.head(2 * y) if fact(y) else own.head(y)))
+def checked(own: Any, image: Tensor, y: Tensor) -> Tensor:
+    torch._check(y.shape[2] * y.shape[3] >= 16, lambda: f"too small: {y.shape}")
+    return y
+
+
+def whole(x: Any) -> Any:
+    return x.to(torch.int64) if torch.jit.is_tracing() and isinstance(x, Tensor) else int(x)
+
+
+def asks_whether_jit_traces(own: Any, image: Tensor, y: Tensor) -> Tensor:
+    high, wide = y.shape[2:]
+    if torch.jit.is_tracing():
+        high, wide = whole(torch.ceil(high / 2)), whole(torch.ceil(wide / 2))
+    else:
+        high, wide = math.ceil(high / 2), math.ceil(wide / 2)
+    return y + F.interpolate(F.adaptive_avg_pool2d(y, (high, wide)), size=y.shape[2:])
+
+
+def branching(own: Any, image: Tensor, y: Tensor) -> Tensor:
+    if y.requires_grad:
+        return own.head(y * 2)
+    return own.head(y * 2)
+
+
+def of_fact(fact: Callable[[Tensor], bool]) -> Then:
+    return lambda own, image, y: own.head(2 * y) if fact(y) else own.head(y)
+
+
+def of_filled(fill: Callable[[Tensor], Tensor]) -> Then:
+    return lambda own, image, y: own.head((y + fill(y)) * (fill(y) + 2))
+
+
+def of_layout(fact: Callable[[Tensor], bool]) -> Then:
+    def branch(own: Any, image: Tensor, y: Tensor) -> Tensor:
+        if fact(y):
+            return own.head(y)
+        return own.head(y.contiguous() * 2) / 2 + own.head.bias.view(1, -1, 1, 1) / 2
+
+    return branch
+
+
+LAYOUTS: dict[str, Callable[[Tensor], bool]] = {
+    "is_contiguous": lambda y: y.is_contiguous(),
+    "channels last": lambda y: not y.is_contiguous(memory_format=torch.channels_last),
+    "stride": lambda y: y.stride()[1] != 1,
+    "stride of an axis": lambda y: y.stride(1) > y.stride(3),
+}
+# Facts that no pixel decides, tensors of fewer axes, branches that compute the same on both ways.
+USES: dict[str, Then] = {
+    **{name: of_fact(fact) for name, fact in FACTS.items()},
+    **{name: of_filled(fill) for name, fill in FILLED.items()},
+    **{f"{name} of the same": of_layout(fact) for name, fact in LAYOUTS.items()},
+    "gradients of the same": branching,
+    "a check of sizes": checked,
+    "whether jit traces": asks_whether_jit_traces,
+}
+
+
+@pytest.mark.parametrize("name", some(USES))
+def test_what_code_asks_of_tensors_and_makes_of_them_is_followed(name: str) -> None:
+    check(Encoded(USES[name]))
 
 
 # What a tensor says of its memory or its history: other tensors of equal values say something else.
@@ -86,22 +159,6 @@ def problem_with(name: str) -> str:
     except (cs.CadError, AssertionError) as error:
         return str(error)
     return ""
-
-
-FILLED: dict[str, Callable[[Tensor], Tensor]] = {
-    "new_zeros of one": lambda y: y.new_zeros(1),
-    "new_ones of channels": lambda y: y.new_ones(8, 1, 1),
-    "new_full of one": lambda y: y.new_full((1,), 0.3),
-    "full of channels": lambda y: torch.full((8, 1, 1), 0.3),
-    "zeros of channels": lambda y: torch.zeros(8, 1, 1),
-    "a number": lambda y: torch.tensor(0.3),
-}
-
-
-@pytest.mark.parametrize("name", some(FILLED))
-def test_filled_tensors_of_fewer_axes_are_added_and_multiplied(name: str) -> None:
-    fill = FILLED[name]
-    check(Encoded(lambda own, image, y: own.head((y + fill(y)) * (fill(y) + 2))))
 
 
 def _places(y: Tensor) -> Tensor:
@@ -161,58 +218,20 @@ def test_a_buffer_that_the_next_call_depends_on_is_refused() -> None:
         followed(Encoded(scaled, count=nn.Buffer(torch.ones(()))))
 
 
-@pytest.mark.parametrize("of", ["image", "map"])
-def test_a_branch_on_gradients_is_refused_where_both_ways_differ(of: str) -> None:
-    def branch(own: Any, image: Tensor, y: Tensor) -> Tensor:
-        needs = (image if of == "image" else y).requires_grad
-        return own.head(y) if needs else own.head(2 * y)
-
-    with pytest.raises(cs.CannotConvert, match=r"where gradients are needed, at test_asked_of_tensors\.py"):
-        followed(Encoded(branch))
+REFUSED = {"gradients": (lambda y: y.requires_grad, "where gradients are needed")} | {
+    name: (fact, "another memory layout") for name, fact in LAYOUTS.items()
+}
 
 
-def test_a_branch_on_gradients_that_computes_the_same_is_followed() -> None:
-    def branch(own: Any, image: Tensor, y: Tensor) -> Tensor:
-        if y.requires_grad:
-            return own.head(y * 2)
-        return own.head(y * 2)
-
-    check(Encoded(branch))
-
-
-def _asks_layout(name: str) -> Callable[[Tensor], bool]:
-    return {
-        "is_contiguous": lambda y: y.is_contiguous(),
-        "channels last": lambda y: not y.is_contiguous(memory_format=torch.channels_last),
-        "stride": lambda y: y.stride()[1] != 1,
-        "stride of an axis": lambda y: y.stride(1) > y.stride(3),
-    }[name]
-
-
-LAYOUTS = ("is_contiguous", "channels last", "stride", "stride of an axis")
-
-
-@pytest.mark.parametrize(("name", "of"), covering([*LAYOUTS], ["image", "map"]))
-def test_a_branch_on_memory_layouts_is_refused_where_both_ways_differ(name: str, of: str) -> None:
-    fact = _asks_layout(name)
+@pytest.mark.parametrize(("name", "of"), covering([*REFUSED], ["image", "map"]))
+def test_a_branch_on_what_no_call_promises_is_refused_where_both_ways_differ(name: str, of: str) -> None:
+    fact, words = REFUSED[name]
 
     def branch(own: Any, image: Tensor, y: Tensor) -> Tensor:
         return own.head(y) if fact(image if of == "image" else y) else own.head(2 * y)
 
-    with pytest.raises(cs.CannotConvert, match=r"another memory layout, at test_asked_of_tensors\.py"):
+    with pytest.raises(cs.CannotConvert, match=rf"{words}, at test_asked_of_tensors\.py"):
         followed(Encoded(branch))
-
-
-@pytest.mark.parametrize("name", some(LAYOUTS))
-def test_a_branch_on_memory_layouts_that_computes_the_same_is_followed(name: str) -> None:
-    fact = _asks_layout(name)
-
-    def branch(own: Any, image: Tensor, y: Tensor) -> Tensor:
-        if fact(y):
-            return own.head(y)
-        return own.head(y.contiguous() * 2) / 2 + own.head.bias.view(1, -1, 1, 1) / 2
-
-    check(Encoded(branch))
 
 
 # -- how many parts ------------------------------------------------------------------------------------
@@ -231,49 +250,31 @@ def by_chunk(x: Tensor, radix: int) -> Any:
     return torch.chunk(x, radix, 1)
 
 
-class SplitAttention(nn.Module):
+def attending(split: Callable[[Tensor, int], Any], radix: int, times: int = 1) -> nn.Module:
     """Parts of the channels are added by Python's `sum`, and weighed by what their mean says (ResNeSt)."""
 
-    def __init__(self, radix: int, split: Callable[[Tensor, int], Any]) -> None:
-        super().__init__()
-        self.radix, self.split = radix, split
-        self.conv, self.norm = nn.Conv2d(4, 4 * radix, 3, 1, 1), nn.BatchNorm2d(4 * radix)
-        self.one, self.two = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4 * radix, 1)
+    def then(own: Any, image: Tensor, y: Tensor) -> Tensor:
+        for _ in range(times):
+            parts = split(y, radix)
+            gap = own.head(F.adaptive_avg_pool2d(torch.cat([sum(parts)] * radix, 1), 1))
+            shares = F.softmax(gap.view(y.size(0), 1, radix, -1).transpose(1, 2), dim=1)
+            weights = split(shares.reshape(y.size(0), -1, 1, 1), radix)
+            y = own.head(torch.cat([share * part for share, part in zip(weights, parts, strict=True)], 1))
+        return y.contiguous()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.conv(x)))
-        parts = self.split(x, self.radix)
-        gap = self.two(F.relu(self.one(F.adaptive_avg_pool2d(sum(parts), 1))))
-        shares = F.softmax(gap.view(x.size(0), 1, self.radix, -1).transpose(1, 2), dim=1)
-        weights = self.split(shares.reshape(x.size(0), -1, 1, 1), self.radix)
-        return sum([share * part for share, part in zip(weights, parts, strict=True)]).contiguous()
-
-
-class Attentive(nn.Module):
-    def __init__(self, count: int, radix: int, split: Callable[[Tensor, int], Any]) -> None:
-        super().__init__()
-        self.stem, self.down = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1)
-        self.blocks = nn.ModuleList(SplitAttention(radix, split) for _ in range(count))
-        self.head = nn.Conv2d(4, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.down(F.relu(self.stem(x)))
-        for block in self.blocks:
-            y = (y + block(y)) / 2
-        return F.interpolate(self.head(y), x.shape[2:], mode="bilinear")
+    return Encoded(then).eval().double()
 
 
 @pytest.mark.parametrize(
     ("split", "radix", "options"),
-    covering([by_shape, by_size, by_chunk], [2, 3], [{"coarsest": 16}, {"output_stride": (2, 4)}]),
+    covering([by_shape, by_size, by_chunk], [2, 4], [{"coarsest": 16}, {"output_stride": (2, 8)}]),
 )
 @torch.no_grad()
 def test_parts_of_channels_are_as_many_in_every_call(
     split: Callable[[Tensor, int], Any], radix: int, options: dict[str, Any]
 ) -> None:
-    torch.manual_seed(0)
-    model = Attentive(2, radix, split).eval().double()
-    net, x = unverified(model, "none", **options), torch.rand(2, 3, 50, 70).double()
+    model = attending(split, radix)
+    net, x = unverified(model, "none", outputs="native", **options), torch.rand(2, 3, 50, 70).double()
     assert_same(net(x, mask="all" if net.plan.floors else "none"), model(x))
     assert not net.plan.chosen("barrier")
 
@@ -281,7 +282,7 @@ def test_parts_of_channels_are_as_many_in_every_call(
 @pytest.mark.slow
 def test_a_deep_network_is_read_without_recursion() -> None:
     """What a number is computed from is followed through all layers before it."""
-    graph = read(Attentive(40, 2, by_shape).eval(), {"x": torch.rand(1, 3, 32, 32)}).graph
+    graph = read(attending(by_shape, 2, 40), {"image": torch.rand(1, 3, 32, 32).double()}).graph
     assert len(graph.nodes) > 1000
 
 
@@ -308,19 +309,7 @@ OF_SIZES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
 def test_a_plain_tensor_takes_sizes_of_the_image(name: str) -> None:
     """It is an attribute of the network, and neither a parameter nor a buffer."""
 
-    class Coded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1)
-            self.head, self.code = nn.Conv2d(4, 2, 3, 1, 1), torch.rand(1, 4, 1, 1)
+    def coded(own: Any, image: Tensor, y: Tensor) -> Tensor:
+        return own.head(y * OF_SIZES[name](own.table, image.shape[0], image.shape[3]))
 
-        def forward(self, x: Tensor) -> Tensor:
-            code = OF_SIZES[name](self.code, x.shape[0], x.shape[3])
-            return self.head(F.relu(self.two(F.relu(self.one(x)))) * code)
-
-    torch.manual_seed(0)
-    model, x = Coded().eval(), torch.rand(2, 3, 64, 96)
-    net = unverified(model, "none", output_stride=(2, 4), outputs="native", example_input=x)
-    with torch.no_grad():
-        for image in (x, torch.rand(1, 3, 48, 72)):
-            assert_same(net(image), model(image))
+    check(Encoded(coded, 4, table=torch.rand(1, 4, 1, 1)))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import covering, relative_error, some
+from conftest import covering, relative_error
 from networks import Encoded, converted_quietly, followed
 from torch import Tensor, fx, nn
 
@@ -115,6 +115,12 @@ def under_text(own: Any, y: Tensor) -> Tensor:
     return OF_CODE[f"{y.shape[2]}x{y.shape[3]}"]
 
 
+def _of_type(own: Any, y: Tensor) -> Tensor:
+    own.mean = own.mean.type_as(y)
+    axes = torch.arange(y.shape[2])[:, None] + torch.arange(y.shape[3])
+    return axes.to(y) - own.mean
+
+
 @functools.cache
 def made_once(height: int, width: int) -> Tensor:
     return torch.arange(height)[:, None] * 0.1 + torch.arange(width) * 0.2
@@ -136,6 +142,7 @@ WAYS: dict[str, Callable[[], nn.Module]] = {
     "under shape": lambda: with_grid(under_shape, grids={}),
     "under text": lambda: with_grid(under_text),
     "by function": lambda: with_grid(by_function),
+    "in the type of the map": lambda: with_grid(_of_type, mean=torch.full((1, 1, 1, 1), 0.5)),
 }
 
 
@@ -145,19 +152,6 @@ def check(net: nn.Module, model: nn.Module, dtype: torch.dtype = torch.float32) 
     with torch.no_grad():
         for image in (EXAMPLE, other, EXAMPLE):
             assert relative_error(net(image.to(dtype)).float(), model(image)) < limit
-
-
-@pytest.mark.parametrize(("way", "is_called"), covering([*WAYS], [False, True]))
-def test_what_is_kept_is_computed_in_each_call(way: str, is_called: bool, tmp_path: Path) -> None:
-    model = WAYS[way]().eval()
-    if is_called:
-        model(EXAMPLE)
-    original, net = copy.deepcopy(model), converted_quietly(model)
-    cs.save(net, tmp_path / "net.safetensors")
-    for same in (net, copy.deepcopy(net), net.optimize(), cs.load(tmp_path / "net.safetensors", WAYS[way]())):
-        check(same, original)
-    check(copy.deepcopy(net).half(), original, torch.float16)
-    check(copy.deepcopy(net).double(), original, torch.float64)
 
 
 def walk(value: Any) -> Any:
@@ -174,16 +168,21 @@ def all_held(model: nn.Module) -> Any:
     return [walk(vars(module)) for module in model.modules()]
 
 
-@pytest.mark.parametrize(("way", "is_called"), covering(some(WAYS), [False, True]))
-def test_the_network_given_is_what_it_was(way: str, is_called: bool) -> None:
+@pytest.mark.parametrize(("way", "is_called"), covering([*WAYS], [False, True]))
+def test_what_is_kept_is_computed_in_each_call(way: str, is_called: bool, tmp_path: Path) -> None:
     model = WAYS[way]().eval()
     if is_called:
         model(EXAMPLE)
-    held = all_held(model)
-    converted_quietly(model)
+    original, held = copy.deepcopy(model), all_held(model)
+    net = converted_quietly(model)
     cs.plan(model, example_input=EXAMPLE)
-    assert all_held(model) == held
+    assert all_held(model) == held, "the network given is what it was"
     assert not [part for pair in OF_CODE.items() for part in pair if isinstance(part, fx.Proxy)]
+    cs.save(net, tmp_path / "net.safetensors")
+    for same in (net, copy.deepcopy(net), net.optimize(), cs.load(tmp_path / "net.safetensors", WAYS[way]())):
+        check(same, original)
+    check(copy.deepcopy(net).half(), original, torch.float16)
+    check(copy.deepcopy(net).double(), original, torch.float64)
 
 
 def _keep_and_raise(own: Any, y: Tensor) -> Tensor:
@@ -223,30 +222,17 @@ DEPENDING = {
 
 
 @pytest.mark.parametrize("name", DEPENDING)
-def test_what_depends_on_pixels_of_earlier_calls_is_refused_with_its_line(name: str) -> None:
+def test_what_depends_on_pixels_of_earlier_calls_is_refused_with_its_line_and_kept_around_a_part(
+    name: str,
+) -> None:
     build, words = DEPENDING[name]
     with pytest.raises(cs.CannotConvert, match=words):
         followed(build())
-
-
-@pytest.mark.parametrize("name", DEPENDING)
-def test_a_network_that_depends_on_earlier_calls_keeps_what_it_kept_around_its_part(name: str) -> None:
-    model = DEPENDING[name][0]().eval()
+    model = build().eval()
     net = converted_quietly(copy.deepcopy(model))
     assert net.plan.part == "encode"
     for image in torch.rand(3, 1, 3, 64, 64):
         assert torch.equal(net(image), model(image))
-
-
-def _of_type(own: Any, y: Tensor) -> Tensor:
-    own.mean = own.mean.type_as(y)
-    axes = torch.arange(y.shape[2])[:, None] + torch.arange(y.shape[3])
-    return axes.to(y) - own.mean
-
-
-def test_a_constant_that_is_assigned_in_the_type_of_the_map_is_followed() -> None:
-    model = with_grid(_of_type, mean=torch.full((1, 1, 1, 1), 0.5)).eval()
-    check(converted_quietly(model), model)
 
 
 def test_values_of_an_earlier_trace_are_refused_with_module_and_operation() -> None:

@@ -84,18 +84,14 @@ def test_many_threads_make_a_way_once() -> None:
         assert_same(one, model(x), EXACT)
 
 
+def native(model: nn.Module, dtype: torch.dtype = torch.float32) -> cs.AdaptiveModel:
+    return cs.adaptify(model, "none", outputs="native", example_input=images(1, *EVEN, dtype))
+
+
 BFLOAT16: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "converted in it": lambda model: cs.adaptify(
-        model.bfloat16(), "none", outputs="native", example_input=images(1, *EVEN).bfloat16()
-    ).optimize(),
-    "moved before": lambda model: (
-        cs.adaptify(model, "none", outputs="native", example_input=images(1, *EVEN)).bfloat16().optimize()
-    ),
-    "moved after": lambda model: (
-        cs.adaptify(model, "none", outputs="native", example_input=images(1, *EVEN))
-        .optimize()
-        .to(torch.bfloat16)
-    ),
+    "converted in it": lambda model: native(model.bfloat16(), torch.bfloat16).optimize(),
+    "moved before": lambda model: native(model).bfloat16().optimize(),
+    "moved after": lambda model: native(model).optimize().to(torch.bfloat16),
 }
 
 

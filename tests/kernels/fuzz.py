@@ -122,23 +122,50 @@ class Kernels:
         found.restype = ctypes.c_long
         return found
 
-    # -- what every reading has
+    # -- what every reading and every structure has
+
+    def by_reading(
+        self, buffers: list[int | bytes], numbers: dict[str, int], call: Any, groups: int = 1
+    ) -> Case:
+        """A case whose first buffers and numbers are a reading's; `call` passes the others. Channels are counted by
+        group."""
+
+        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
+            parts = [values[name] for name in ("count", "n", "taps", "channels", "stride")]
+            parts[3] //= groups
+            reading = Reading(*at[:OWN], *parts, ctypes.addressof(held))
+            return int(call(ctypes.byref(reading), [ctypes.c_void_p(one) for one in at[OWN:]], values))
+
+        return Case(buffers, numbers, run)
 
     def reading(
-        self, form: str, channels: int, taps: int, own: list[int], numbers: dict[str, int], call: Any
+        self,
+        form: str,
+        channels: int,
+        taps: int,
+        own: Callable[[int, int], list[int]],
+        numbers: dict[str, int],
+        call: Any,
+        groups: int = 1,
     ) -> Case:
-        """A case of a function of a reading, whose own buffers and numbers are given; `call` passes the latter."""
+        """A case of a function of a reading; `own` tells the lengths of its own buffers by outputs and halo."""
         size, _ = SIZES[form]
         count, n, halo = self.number(9), self.number(40), self.draw.randint(0, 3)
         table = [self.draw.randint(0, count + halo) for _ in range(n * taps)]
         buffers: list[int | bytes] = [count * channels * size, halo * channels * size, channels * size]
-        buffers += [whole(table, ctypes.c_int32), *own]
+        buffers += [whole(table, ctypes.c_int32), *own(n, halo)]
         numbers = {"n": n, "count": count, "taps": taps, "stride": channels, "channels": channels, **numbers}
+        return self.by_reading(buffers, numbers, call, groups)
+
+    def by_structure(
+        self, name: str, buffers: list[int | bytes], numbers: dict[str, int], *more: Any
+    ) -> Case:
+        """A case of a function of one structure, and of `more`; some return a count."""
+        kernel, kind = self.function(name), structure(len(buffers), tuple(numbers))
 
         def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
-            parts = [values[name] for name in ("count", "n", "taps", "channels", "stride")]
-            reading = Reading(*at[:4], *parts, ctypes.addressof(held))
-            return int(call(ctypes.byref(reading), at[OWN:], values))
+            made = kind(*at, *values.values(), ctypes.addressof(held))
+            return min(int(kernel(ctypes.byref(made), *more)), FITS)
 
         return Case(buffers, numbers, run)
 
@@ -189,26 +216,20 @@ class Kernels:
         found = self.packed(name, form, groups, outputs, channels, taps, 1)
         if found is None:
             return None
-        size, of_sum = SIZES[form]
-        case = self.reading(
-            form, wide, taps, [], {f"number {i}": value for i, value in enumerate(more)}, None
-        )
-        n, every = case.numbers["n"], groups * outputs
+        (size, of_sum), every = SIZES[form], groups * outputs
         kernel, is_product, is_grouped = self.function(name), len(more) == 2, len(more) == 1
         has_factors, has_more = self.draw.random() < 0.5, self.draw.random() < 0.5
         factors = [every * of_sum * has_factors] * 2 if is_grouped else []
-        own = [*found, *factors, n * every * size * has_more, n * every * size]
 
-        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
-            given = values["channels"] // groups if is_product else values["channels"]
-            parts = [values["count"], values["n"], values["taps"], given, values["stride"]]
-            reading = Reading(*at[:4], *parts, ctypes.addressof(held))
-            pointers = [ctypes.c_void_p(one) for one in at[OWN:]]
+        def own(n: int, halo: int) -> list[int]:
+            return [*found, *factors, n * every * size * has_more, n * every * size]
+
+        def call(reading: Any, at: list[Any], values: dict[str, int]) -> int:
             numbers = [ctypes.c_long(values[f"number {i}"]) for i in range(len(more))]
-            ends = (ctypes.c_double(-1e30), ctypes.c_double(1e30))
-            return int(kernel(ctypes.byref(reading), *pointers, *numbers, *ends))
+            return int(kernel(reading, *at, *numbers, ctypes.c_double(-1e30), ctypes.c_double(1e30)))
 
-        return Case([*case.buffers, *own], case.numbers, run)
+        named = {f"number {i}": value for i, value in enumerate(more)}
+        return self.reading(form, wide, taps, own, named, call, groups if is_product else 1)
 
     def in_8_bits(
         self, name: str, groups: int, outputs: int, channels: int, taps: int, wide: int, more: bool
@@ -217,23 +238,19 @@ class Kernels:
         if found is None:
             return None
         every, has_groups = groups * outputs, wide != groups or channels > 1
-        case = self.reading("uint8", wide, taps, [], {"outputs": every, "groups": groups}, None)
-        n, (weights, array) = case.numbers["n"], found
-        own = [weights, array, array, array, n * every * more, n * every]
-        kernel = self.function(name)
+        (weights, array), kernel = found, self.function(name)
 
-        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
-            given = values["channels"] // groups if has_groups else values["channels"]
-            parts = [values["count"], values["n"], values["taps"], given, values["stride"]]
-            reading = Reading(*at[:4], *parts, ctypes.addressof(held))
-            weight, *constants, residual, out = at[OWN:]
+        def own(n: int, halo: int) -> list[int]:
+            return [weights, array, array, array, n * every * more, n * every]
+
+        def call(reading: Any, at: list[Any], values: dict[str, int]) -> int:
+            weight, *constants, residual, out = at
             result = Result(*constants, residual, out, values["outputs"], 1, 0, 255)
             groups_in_c = (ctypes.c_long(values["groups"]),) if has_groups else ()
-            return int(
-                kernel(ctypes.byref(reading), ctypes.byref(result), ctypes.c_void_p(weight), *groups_in_c)
-            )
+            return int(kernel(reading, ctypes.byref(result), weight, *groups_in_c))
 
-        return Case([*case.buffers, *own], case.numbers, run)
+        numbers = {"outputs": every, "groups": groups}
+        return self.reading("uint8", wide, taps, own, numbers, call, groups if has_groups else 1)
 
     def convolve(self, name: str, form: str) -> Case | None:
         groups, channels = self.number(3), 1 + self.number(20)
@@ -252,27 +269,20 @@ class Kernels:
         return self.in_8_bits(name, groups, 1, 1, self.number(30), groups, False)
 
     def simple(
-        self,
-        name: str,
-        form: str,
-        taps: int,
-        own: Callable[[int, int], list[int]],
-        numbers: tuple[int, ...] = (),
+        self, name: str, form: str, taps: int, own: Callable[[int, int], list[int]], *numbers: int
     ) -> Case:
         """A case of a function that takes its own buffers, then numbers; `own` tells the buffers' lengths."""
         channels, kernel = self.number(40), self.function(name)
         named = {f"number {i}": value for i, value in enumerate(numbers)}
 
-        def call(reading: Any, at: list[int | None], values: dict[str, int]) -> int:
-            pointers = [ctypes.c_void_p(one) for one in at]
-            return int(kernel(reading, *pointers, *(ctypes.c_long(values[key]) for key in named)))
+        def call(reading: Any, at: list[Any], values: dict[str, int]) -> int:
+            return int(kernel(reading, *at, *(ctypes.c_long(values[key]) for key in named)))
 
-        case = self.reading(form, channels, taps, [], named, call)
-        return case._replace(buffers=[*case.buffers, *own(case.numbers["n"], channels)])
+        return self.reading(form, channels, taps, lambda n, halo: own(n, channels), named, call)
 
     def pool(self, name: str, form: str) -> Case:
         size = SIZES[form][0]
-        return self.simple(name, form, self.number(9), lambda n, channels: [n * channels * size], (1,))
+        return self.simple(name, form, self.number(9), lambda n, channels: [n * channels * size], 1)
 
     def mix(self, name: str, form: str) -> Case:
         (size, of_sum), taps = SIZES[form], self.number(9)
@@ -282,42 +292,25 @@ class Kernels:
         (size, of_sum), many, kernel = SIZES[form], self.number(5), self.function(name)
         channels = self.number(40)
 
-        def call(reading: Any, at: list[int | None], values: dict[str, int]) -> int:
-            sources, shares, out = (ctypes.c_void_p(one) for one in at)
-            return int(kernel(reading, sources, shares, ctypes.c_long(values["many"]), out))
+        def own(n: int, halo: int) -> list[int]:
+            return [halo * many * 4, halo * many * of_sum, n * channels * size]
 
-        case = self.reading(form, channels, 1, [], {"many": many}, call)
-        assert isinstance(case.buffers[HALO], int)
-        halo = case.buffers[HALO] // (channels * size)
-        own = [halo * many * 4, halo * many * of_sum, case.numbers["n"] * channels * size]
-        return case._replace(buffers=[*case.buffers, *own], numbers={**case.numbers})
+        def call(reading: Any, at: list[Any], values: dict[str, int]) -> int:
+            return int(kernel(reading, *at[:2], ctypes.c_long(values["many"]), at[2]))
+
+        return self.reading(form, channels, 1, own, {"many": many}, call)
 
     def mix_lines(self, name: str, form: str) -> Case:
-        (size, of_sum), lines, channels, kernel = (
-            SIZES[form],
-            self.number(4),
-            self.number(40),
-            self.function(name),
-        )
-        count, n = self.number(9), self.number(9)
+        (size, of_sum), kernel = SIZES[form], self.function(name)
+        lines, channels, count, n = self.number(4), self.number(40), self.number(9), self.number(9)
         table = whole([self.draw.randrange(count) for _ in range(2 * n)], ctypes.c_int32)
         buffers = [lines * count * channels * size, 0, 0, table, 2 * n * of_sum, lines * n * channels * size]
-        numbers = {
-            "n": n,
-            "count": count,
-            "taps": 2,
-            "channels": channels,
-            "stride": channels,
-            "lines": lines,
-        }
+        numbers = {"n": n, "count": count, "taps": 2, "channels": channels, "stride": channels}
 
-        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
-            parts = [values[key] for key in ("count", "n", "taps", "channels", "stride")]
-            reading = Reading(*at[:4], *parts, ctypes.addressof(held))
-            mix, out = (ctypes.c_void_p(one) for one in at[OWN:])
-            return int(kernel(ctypes.byref(reading), mix, ctypes.c_long(values["lines"]), out))
+        def call(reading: Any, at: list[Any], values: dict[str, int]) -> int:
+            return int(kernel(reading, at[0], ctypes.c_long(values["lines"]), at[1]))
 
-        return Case(buffers, numbers, run)
+        return self.by_reading(buffers, {**numbers, "lines": lines}, call)
 
     def fill(self, name: str, form: str) -> Case:
         (size, of_sum), channels, kernel = SIZES[form], self.number(40), self.function(name)
@@ -335,91 +328,43 @@ class Kernels:
         numbers = {"n": n, "count": pixels, "taps": 1, "channels": channels, "stride": channels}
         numbers |= {"side": side, "height": height, "width": width}
 
-        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
-            parts = [values[key] for key in ("count", "n", "taps", "channels", "stride")]
-            reading = Reading(*at[:4], *parts, ctypes.addressof(held))
-            there, index, shares, weight, floor, more, out = (ctypes.c_void_p(one) for one in at[OWN:])
+        def call(reading: Any, at: list[Any], values: dict[str, int]) -> int:
+            there, index, shares, weight, floor, more, out = at
             numbers = (ctypes.c_long(values[key]) for key in ("side", "height", "width"))
             least, ends = ctypes.c_double(0.1), (ctypes.c_double(-1e30), ctypes.c_double(1e30))
             arguments = (there, index, shares, weight, *numbers, least, floor, more, out, *ends)
-            return int(kernel(ctypes.byref(reading), *arguments))
+            return int(kernel(reading, *arguments))
 
-        return Case(buffers, numbers, run)
+        return self.by_reading(buffers, numbers, call)
 
     def find_cells(self, name: str, form: str) -> Case:
-        batch, height, width, kernel = self.number(2), self.number(9), self.number(9), self.function(name)
+        batch, height, width = self.number(2), self.number(9), self.number(9)
         pixels = batch * height * width
-        sides = whole([1, 2], ctypes.c_int64)
-        levels = bytes(self.draw.choice([0, 1]) for _ in range(1)) * pixels
-        buffers: list[int | bytes] = [levels, sides, 8 * pixels, 4 * pixels, 8 * batch]
-        names = ("batch", "height", "width")
-        kind = structure(len(buffers), names)
-
-        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
-            made = kind(*at, *values.values(), ctypes.addressof(held))
-            return min(kernel(ctypes.byref(made)), FITS)
-
-        return Case(buffers, dict(zip(names, (batch, height, width), strict=True)), run)
+        levels = bytes([self.draw.choice([0, 1])]) * pixels
+        buffers = [levels, whole([1, 2], ctypes.c_int64), 8 * pixels, 4 * pixels, 8 * batch]
+        return self.by_structure(name, buffers, {"batch": batch, "height": height, "width": width})
 
     def shift_taps(self, name: str, form: str) -> Case:
         """With cells of one pixel."""
-        batch, height, width, kernel = self.number(2), self.number(9), self.number(9), self.function(name)
-        pixels, down, across, has_halo = (
-            batch * height * width,
-            self.number(3),
-            self.number(3),
-            self.draw.randrange(2),
-        )
-        own = whole([*range(pixels)], ctypes.c_int64)
+        batch, height, width = self.number(2), self.number(9), self.number(9)
+        pixels, down, across = batch * height * width, self.number(3), self.number(3)
+        own, in_rows = (whole([*range(pixels)], kind) for kind in (ctypes.c_int64, ctypes.c_int32))
         steps = [
             whole([self.draw.randint(-2, 2) for _ in range(many)], ctypes.c_int64) for many in (down, across)
         ]
-        halo = 0
-        buffers: list[int | bytes] = [
-            whole([*range(pixels)], ctypes.c_int32),
-            own,
-            bytes(pixels),
-            whole([1], ctypes.c_int64),
-        ]
-        buffers += [own, *steps, pixels * down * across * 4, pixels * 4, batch * height * 4, halo, halo]
-        names = (
-            "pixels",
-            "count",
-            "n",
-            "height",
-            "width",
-            "target_height",
-            "target_width",
-            "vertical",
-            "horizontal",
-            "has_halo",
-        )
-        numbers = (pixels, pixels, pixels, height, width, height, width, down, across, has_halo)
-        kind = structure(len(buffers), names)
-
-        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
-            made = kind(*at, *values.values(), ctypes.addressof(held))
-            return min(kernel(ctypes.byref(made)), FITS)
-
-        return Case(buffers, dict(zip(names, numbers, strict=True)), run)
+        buffers = [in_rows, own, bytes(pixels), whole([1], ctypes.c_int64), own, *steps]
+        buffers += [pixels * down * across * 4, pixels * 4, batch * height * 4, 0, 0]
+        numbers = {"pixels": pixels, "count": pixels, "n": pixels, "height": height, "width": width}
+        numbers |= {"target_height": height, "target_width": width, "vertical": down, "horizontal": across}
+        return self.by_structure(name, buffers, {**numbers, "has_halo": self.draw.randrange(2)})
 
     def invert(self, name: str, form: str) -> Case:
-        size, kernel = SIZES[form][0], self.function(name)
+        size = SIZES[form][0]
         batch, n, m, h, w, height, width = (1 + self.number(most) for most in (1, 4, 4, 4, 4, 9, 9))
-        buffers: list[int | bytes] = [
-            batch * n * m * 2 * size,
-            batch * h * w * 2 * size,
-            batch * (n - 1) * (m - 1) * 16,
-        ]
+        buffers = [batch * n * m * 2 * size, batch * h * w * 2 * size, batch * (n - 1) * (m - 1) * 16]
         buffers += [h - 1, w - 1, 2 * batch * height * width * size]
-        names = ("batch", "n", "m", "h", "w", "height", "width")
-        kind = structure(len(buffers), names)
-
-        def run(at: list[int | None], values: dict[str, int], held: Any) -> int:
-            made = kind(*at, *values.values(), ctypes.addressof(held))
-            return int(kernel(ctypes.byref(made), ctypes.c_double(0.5)))
-
-        return Case(buffers, dict(zip(names, (batch, n, m, h, w, height, width), strict=True)), run)
+        numbers = {"batch": batch, "n": n, "m": m, "h": h, "w": w, "height": height, "width": width}
+        return self.by_structure(name, buffers, numbers, ctypes.c_double(0.5))
 
     def pack(self, name: str, form: str) -> Case | None:
         groups, outputs, channels, taps = self.number(3), self.number(9), self.number(9), self.number(9)

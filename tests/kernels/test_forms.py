@@ -32,10 +32,10 @@ LAWS = (
     "tests/laws/test_backend_laws.py::test_every_other_task_is_that_of_the_reference",
     "tests/laws/test_integer_laws.py",
     "tests/laws/test_geometry_laws.py::test_compiled_cells_and_kernel_maps_are_those_of_torch",
-    "tests/elements/test_choice.py::test_rows_are_mixed_alike_wherever_they_are_read",
+    "tests/laws/test_backend_laws.py::test_rows_are_mixed_alike_wherever_they_are_read",
     "tests/methods/test_resampling.py::test_compiled_code_inverts_as_torch_does",
 )
-OF_KERNELS = "(native or not test_backend_laws)"
+OF_KERNELS = "(native or mixed_alike or not test_backend_laws)"
 # The suite itself runs the laws of 8 bits for each form; here they run for the form that is chosen.
 CHOSEN = " and ".join((OF_KERNELS, *(f"not {name}]" for name in isa.ISAS)))
 

@@ -108,16 +108,14 @@ def test_the_first_buffer_that_holds_too_little_is_named(make: Callable[[], Any]
     assert checked >= 4
 
 
-def test_the_buffers_of_an_array_are_compared_too() -> None:
+def test_the_buffers_of_an_array_and_their_place_are_compared_too() -> None:
     form = f"product_float32_{dispatch.isa_of('product', 'float32')}"
     weight, bias = torch.rand(6, 5, 3, 3), torch.rand(6)
     assert len(pack(form, weight, 1, bias)) == 2
     with pytest.raises(CadError, match=f"pack_{form} is given numbers that cannot be"):
         pack(form, weight, 1, bias[:-1])
-
-
-def test_a_tensor_that_is_not_in_main_memory_is_refused() -> None:
     name, values, arguments = mixing()
-    kernel = dispatch.function(name, "float32")
     with pytest.raises(CadError, match="a tensor on meta"):
-        dispatch.call(kernel, values, *arguments[:-1], torch.empty(5, 7, device="meta"))
+        dispatch.call(
+            dispatch.function(name, "float32"), values, *arguments[:-1], torch.empty(5, 7, device="meta")
+        )

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from cadsurgery.elements import BACKENDS, functional
-from cadsurgery.elements.backends.choose import Backend, Work
+from cadsurgery.elements.backends.choose import Backend, Work, choose, compute
 from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.backends.works import (
     Convolution,
@@ -474,3 +474,25 @@ def a_convolution(groups: int, gradient: bool = False) -> tuple[Tensor, list[str
 def test_a_backend_that_is_added_is_chosen_used_and_shown(sevens: None) -> None:
     out, shown = a_convolution(6)
     assert bool((out == 7).all()) and shown == ["convolve (sevens)"]
+
+
+@torch.no_grad()
+def test_rows_are_mixed_alike_wherever_they_are_read() -> None:
+    """Interpolated into a halo or read one by one: another backend for one of both would round them differently."""
+    rows = torch.randn(40, 20).bfloat16()
+    sources, shares = torch.randint(0, 40, (30, 4), dtype=torch.int32), torch.rand(30, 4)
+    places = 41 + torch.arange(30, dtype=torch.int32).view(-1, 1, 1)
+    mixed = compute(Mixing(rows, sources, shares))
+    assert torch.equal(mixed, compute(Picking(rows, Reading(places, sources, shares, False))))
+
+
+@torch.no_grad()
+def test_kernels_serve_grouped_convolutions_of_uniform_maps_that_are_dilated() -> None:
+    """Dense ones take up to eight times as long."""
+    source = Geometry((2,)).uniform(0, 1, (13, 10)).at(1)
+    far = work_of(Case("uniform", 20, (20, 20), (5, 5), 1, torch.float32, "plain"), packed=True)
+    reads = WindowRead(source, source, far.reads.window)
+    far = replace(far, rows=values(len(source), 20, seed=4, dtype=torch.float32), reads=reads)
+    if not named("native").applies(far):
+        pytest.skip("needs compiled kernels")
+    assert choose(far).backend.name == "native"

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels, some
-from random_laws import compare
-from random_networks import Case, Draw, settled
+from conftest import assert_same, covering, images, random_levels
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -42,55 +38,6 @@ def test_one_bin_is_the_mean_of_the_image() -> None:
         x = entering(levels)
         assert_same(functional.pool_to_bins(x, (1, 1), False, 4), functional.global_mean(x), EXACT)
         assert_same(functional.pool_to_bins(x, (1, 1), True, 4), functional.global_max(x), EXACT)
-
-
-HOW = [("bilinear", False), ("bilinear", True), ("nearest", None)]
-
-
-class PooledPyramid(nn.Module):
-    """As PSPNet: bins, each mixed, resized to the map and joined with it."""
-
-    def __init__(self, bins: tuple[int, ...], how: tuple[str, Any], largest: bool, by_module: bool) -> None:
-        super().__init__()
-        self.down = nn.Sequential(*(nn.Sequential(nn.Conv2d(a, 8, 3, 2, 1), nn.ReLU()) for a in (3, 8, 8, 8)))
-        pool = nn.AdaptiveMaxPool2d if largest else nn.AdaptiveAvgPool2d
-        self.pools = nn.ModuleList([pool(count) for count in bins])
-        self.mix = nn.ModuleList(
-            [nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4), nn.ReLU()) for _ in bins]
-        )
-        self.last = nn.Conv2d(8 + 4 * len(bins), 5, 3, padding=1)
-        self.how: dict[str, Any] = dict(zip(("mode", "align_corners"), how, strict=True))
-        self.by_module, self.largest, self.bins = by_module, largest, bins
-
-    def pool(self, x: Tensor, i: int) -> Tensor:
-        if self.by_module:
-            return self.pools[i](x)
-        return (F.adaptive_max_pool2d if self.largest else F.adaptive_avg_pool2d)(x, self.bins[i])
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.down(x)
-        parts = [
-            F.interpolate(mix(self.pool(x, i)), size=x.shape[2:], **self.how)
-            for i, mix in enumerate(self.mix)
-        ]
-        return self.last(torch.cat([x, *parts], dim=1))
-
-
-@pytest.mark.parametrize(
-    ("bins", "how", "largest", "by_module"),
-    covering([(1, 2, 3, 6), (5, 4)], some(HOW), [False, True], [True, False]),
-    ids=str,
-)
-def test_a_pooled_pyramid_is_its_emulation_and_stays_in_the_region(
-    bins: tuple[int, ...], how: tuple[str, Any], largest: bool, by_module: bool
-) -> None:
-    torch.manual_seed(0)
-    model = PooledPyramid(bins, how, largest, by_module).double()
-    x = images(2, 83, 61, double)
-    settled(model, x, Draw(0))
-    net = compare(Case(model, x, images(2, 64, 80, double), True), Draw(len(bins)))
-    assert not net.plan.chosen("barrier") and net.plan["last"].action == "keep"
-    assert net.plan.matters
 
 
 @pytest.mark.parametrize(

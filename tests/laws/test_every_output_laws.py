@@ -38,52 +38,36 @@ class ByHand:
         self.most = most
 
     def window(self, x: Map, layer: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> Map:
-        (kernel, stride, padding) = (
+        (kernel, (stride, _), padding) = (
             value if isinstance(value, tuple) else (value, value)
             for value in (layer.kernel_size, layer.stride, layer.padding)
         )
-        mode = getattr(layer, "padding_mode", "zeros")
         dilation = layer.dilation if isinstance(layer, nn.Conv2d) else (1, 1)
-        apart, own = x.own // x.at, x.own * stride[0]
+        apart, own = x.own // x.at, x.own * stride
         at = min(own, max(x.at, self.most))
         # Samples of the network itself are every `apart` here; each of the grids in between is padded as they are.
-        taps, inside = [], []
-        data, height, width = x.data, *x.data.shape[2:]
-        rows, columns = (torch.arange(0, n, at // x.at) for n in (height, width))
-        ends = [
-            ((-(-n // apart) + 2 * p - d * (k - 1) - 1) // s + 1) * (own // at)
-            for n, k, s, p, d in zip((height, width), kernel, stride, padding, dilation, strict=True)
-        ]
-        rows, columns = rows[: ends[0]], columns[: ends[1]]
+        data, inside, ends = x.data, torch.ones_like(x.data[:1, :1]), []
         least = -torch.inf if isinstance(layer, nn.MaxPool2d) else 0.0
-        for i in range(kernel[0]):
-            for j in range(kernel[1]):
-                y, inside_y = self._places(rows, (i * dilation[0] - padding[0]) * apart, height, apart, mode)
-                z, inside_z = self._places(
-                    columns, (j * dilation[1] - padding[1]) * apart, width, apart, mode
-                )
-                tap = data[:, :, y][:, :, :, z]
-                inside.append(inside_y[:, None] & inside_z)
-                taps.append(torch.where(inside[-1], tap, torch.full_like(tap, least)))
-        stacked = torch.stack(taps, 2)  # (B, C, taps, H, W)
+        for axis, n, k, p, d in zip((2, 3), data.shape[2:], kernel, padding, dilation, strict=True):
+            place = torch.arange(-p * apart, n + (p + stride) * apart)
+            if getattr(layer, "padding_mode", "zeros") == "replicate":
+                phase = place % apart
+                last = phase + (n - 1 - phase) // apart * apart
+                place = torch.minimum(torch.maximum(place, phase), last)
+            there = ((place >= 0) & (place < n)).view(-1, *(1,) * (3 - axis))
+            data = torch.where(there, data.index_select(axis, place.clamp(0, n - 1)), least)
+            inside = inside.index_select(axis, place.clamp(0, n - 1)) * there
+            count = (-(-n // apart) + 2 * p - d * (k - 1) - 1) // stride + 1
+            ends.append(min(count * (own // at), -(-n * x.at // at)))
+        options = {"stride": at // x.at, "dilation": [d * apart for d in dilation]}
         if isinstance(layer, nn.MaxPool2d):
-            out = stacked.amax(2)
-        elif isinstance(layer, nn.AvgPool2d):
-            out = stacked.sum(2) / torch.stack(inside).sum(0)  # a mean of what there is
+            out = F.max_pool2d(data, kernel, **options)
+        elif isinstance(layer, nn.AvgPool2d):  # a mean of what there is
+            ones = torch.ones_like(data[0, :, :1, :1]).unsqueeze(1).expand(-1, -1, *kernel)
+            out = F.conv2d(data, ones, groups=len(ones), **options) / F.conv2d(inside, ones[:1], **options)
         else:
-            weight = layer.weight.flatten(2)
-            out = torch.einsum("bcthw,oct->bohw", stacked, weight)
-            out = out if layer.bias is None else out + layer.bias[:, None, None]
-        return Map(out, own, at)
-
-    @staticmethod
-    def _places(at: Tensor, step: int, length: int, apart: int, mode: str) -> tuple[Tensor, Tensor]:
-        place = at + step
-        if mode == "replicate":
-            phase = place % apart
-            last = phase + (length - 1 - phase) // apart * apart
-            place = torch.minimum(torch.maximum(place, phase), last)
-        return place.clamp(0, length - 1), (place >= 0) & (place < length)
+            out = F.conv2d(data, layer.weight, layer.bias, **options)
+        return Map(out[:, :, : ends[0], : ends[1]], own, at)
 
     def like(self, x: Map, like: Map) -> Map:
         """Resized to the nearest sample, to the network's grid of another map; what is there at full resolution is

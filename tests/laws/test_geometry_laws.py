@@ -360,18 +360,6 @@ def test_a_guide_that_does_not_vary_leaves_the_linear_fill(
     assert_same(functional.to_dense(x, guide=noise * flat.detach()), expected, 1e-3)
 
 
-def test_the_gradients_of_guided_reading_are_finite_differences() -> None:
-    """Law 6, for the rows and the guide."""
-    world = small_world("guided")
-    x, _ = world.features(2, 2)
-    guide = torch.randn(world.lattice.batch, 2, *world.size, dtype=torch.float64, requires_grad=True)
-
-    def run(rows: Tensor, guide: Tensor) -> Tensor:
-        return functional.to_dense(Elements(rows, x.lattice), guide=guide)
-
-    assert torch.autograd.gradcheck(run, (x.rows.detach().requires_grad_(), guide))
-
-
 @QUICK
 @given(worlds(), st.integers(0, 3), st.integers(0, 3))
 def test_rows_on_a_later_stage_are_those_at_the_remaining_anchors(
@@ -388,34 +376,45 @@ def test_rows_on_a_later_stage_are_those_at_the_remaining_anchors(
     assert_same(functional.to_dense(spread), vector.expand(-1, -1, *world.size), EXACT)
 
 
+@pytest.mark.parametrize("fill", ["linear", "nearest"])
+def test_elements_read_a_map_of_the_networks_own_between_its_samples(fill: Any) -> None:
+    own, spacing = torch.randn(2, 3, 6, 7, dtype=torch.float64), 4
+    torch.manual_seed(0)
+    lattice = Geometry((2, 2), fill=fill).lattice(random_levels(2, (24, 26), (2, 2)))
+    rows = functional.rows_on(functional.small_map(own, spacing), lattice)
+    for row, image, y, x in zip(rows, *(part.tolist() for part in lattice.coordinates), strict=True):
+        expected = torch.zeros(3, dtype=torch.float64)
+        for at_y, of_y in (
+            (y // spacing, 1 - y % spacing / spacing),
+            (y // spacing + 1, y % spacing / spacing),
+        ):
+            for at_x, of_x in (
+                (x // spacing, 1 - x % spacing / spacing),
+                (x // spacing + 1, x % spacing / spacing),
+            ):
+                expected += of_y * of_x * own[image, :, min(at_y, 5), min(at_x, 6)]
+        expected = expected if fill == "linear" else own[image, :, y // spacing, x // spacing]
+        assert_same(row, expected, EXACT)
+
+
 # -- operations ----------------------------------------------------------------------------------------
 
 
-@QUICK
+@settings(QUICK, max_examples=50)
 @given(st.data())
 def test_convolution_is_the_emulation(data: st.DataObject) -> None:
-    """Any kernel (even too), dilation, asymmetric padding, groups, stage and fill."""
-    world = data.draw(worlds())
-    step = data.draw(steps(world))
+    """Any kernel (even too), dilation, asymmetric padding, groups, stage and fill. With anchor="center", as published,
+    y(p) = sum W[u, v] x(a(p) + s (u, v)), a = corner + side // 2; corners are kept."""
+    is_published = data.draw(st.booleans())
+    world = data.draw(worlds(anchor="center" if is_published else "corner"))
+    step = data.draw(steps(world, same=is_published))
+    assume(not is_published or step.window.spacing == world.geometry.sides[step.source])
     groups = data.draw(st.sampled_from([1, 2, 4]))
     x, feature = world.features(4, step.source)
     weight = torch.randn(8, 4 // groups, *step.window.kernel, dtype=torch.float64)
     bias = torch.randn(8, dtype=torch.float64) if data.draw(st.booleans()) else None
     found = functional.conv2d(x, weight, bias, step.window, step.target, groups)
     world.check(found, emulate_conv(world, feature, weight, bias, step, groups=groups))
-
-
-@QUICK
-@given(st.data())
-def test_published_convolution_starts_at_the_middle_of_a_cell(data: st.DataObject) -> None:
-    """anchor="center": y(p) = sum W[u, v] x(a(p) + s (u, v)), a = corner + side // 2; corners are kept."""
-    world = data.draw(worlds(anchor="center"))
-    step = data.draw(steps(world, same=True))
-    assume(step.window.spacing == world.geometry.sides[step.source])
-    x, feature = world.features(4, step.source)
-    weight = torch.randn(4, 2, *step.window.kernel, dtype=torch.float64)
-    found = functional.conv2d(x, weight, None, step.window, step.target, 2)
-    world.check(found, emulate_conv(world, feature, weight, None, step, groups=2))
 
 
 @QUICK
@@ -467,36 +466,24 @@ def pools(draw: st.DrawFn, world: World) -> Step:
 
 
 @QUICK
-@given(st.data(), st.sampled_from(["atrous", "drop"]))
-def test_max_pooling_is_the_emulation(data: st.DataObject, pool: str) -> None:
-    """Outside is minus infinity; "drop" passes on cells that the stage does not downsample."""
+@given(st.data(), st.sampled_from(["atrous", "drop"]), st.booleans(), st.sampled_from([None, None, 3]))
+def test_pooling_is_the_emulation(
+    data: st.DataObject, pool: str, include_pad: bool, divisor: int | None
+) -> None:
+    """For maxima what is outside is minus infinity, and "drop" passes on cells that the stage does not downsample. The
+    divisor of means counts taps in the padded map or in the map, as torch does at the border."""
     world = data.draw(worlds(pool=pool))
     step = data.draw(pools(world))
     x, feature = world.features(3, step.source)
     w = step.window
     common = {"stride": w.stride, "padding": w.padding, "spacing": w.spacing, "ceil_mode": w.ceil_mode}
-    world.check(
-        functional.max_pool2d(x, w, step.target),
-        world.emulation.max_pool(feature, w.kernel, stage=step.target, **common),
-    )
-
-
-@QUICK
-@given(st.data(), st.booleans(), st.sampled_from([None, None, 3]))
-def test_average_pooling_is_the_emulation(
-    data: st.DataObject, include_pad: bool, divisor: int | None
-) -> None:
-    """The divisor counts taps in the padded map or in the map, as torch does at the border."""
-    world = data.draw(worlds())
-    step = data.draw(pools(world))
-    x, feature = world.features(3, step.source)
-    w = step.window
-    common = {"stride": w.stride, "padding": w.padding, "spacing": w.spacing, "ceil_mode": w.ceil_mode}
-    common |= {"count_include_pad": include_pad, "divisor": divisor}
-    world.check(
-        functional.avg_pool2d(x, w, step.target, include_pad, divisor),
-        world.emulation.avg_pool(feature, w.kernel, stage=step.target, **common),
-    )
+    common["stage"] = step.target
+    largest = world.emulation.max_pool(feature, w.kernel, **common)
+    world.check(functional.max_pool2d(x, w, step.target), largest)
+    if pool == "atrous":
+        common |= {"count_include_pad": include_pad, "divisor": divisor}
+        means = world.emulation.avg_pool(feature, w.kernel, **common)
+        world.check(functional.avg_pool2d(x, w, step.target, include_pad, divisor), means)
 
 
 @QUICK
@@ -578,32 +565,32 @@ def small_world(fill: str) -> World:
     return World(geometry.lattice(levels), Emulation(levels, (2, 2), fill), 3)
 
 
-FILLS = pytest.mark.parametrize("fill", ["linear", "nearest"])
-
-
-@FILLS
+@pytest.mark.parametrize("fill", ["linear", "nearest"])
 @pytest.mark.parametrize(
-    "operation", ["max_pool2d", "avg_pool2d", "to_dense", "batch_norm", "global_mean", "rows_on"]
+    "operation", ["max_pool2d", "avg_pool2d", "to_dense", "guided", "batch_norm", "global_mean", "rows_on"]
 )
 def test_other_gradients_are_finite_differences(fill: str, operation: str) -> None:
-    """Law 6 for the operations without weights, and batch norm in training, weighted and not."""
-    world = small_world(fill)
+    """Law 6 for the operations without weights, guided reading, and batch norm in training, weighted and not."""
+    world = small_world("guided" if operation == "guided" else fill)
     x, _ = world.features(2, 1)
     norm = nn.BatchNorm2d(2).double().train()
     window = Window((3, 3), 2, padding=(1, 1, 1, 1), spacing=2)
+    guide = torch.randn(world.lattice.batch, 2, *world.size, dtype=torch.float64, requires_grad=True)
 
-    def run(rows: Tensor) -> Any:
+    def run(rows: Tensor, guide: Tensor) -> Any:
         value = Elements(rows, x.lattice)
         if operation == "batch_norm":
             both = [functional.batch_norm(value, norm, weighted=weighted).rows for weighted in (True, False)]
             return torch.cat(both)
         if operation == "rows_on":
             return functional.rows_on(value, x.lattice.at(2))
+        if operation == "guided":
+            return functional.to_dense(value, guide=guide)
         if operation in ("to_dense", "global_mean"):
             return getattr(functional, operation)(value)
         return getattr(functional, operation)(value, window, 2).rows
 
-    assert torch.autograd.gradcheck(run, (x.rows.detach().requires_grad_(),))
+    assert torch.autograd.gradcheck(run, (x.rows.detach().requires_grad_(), guide))
 
 
 @QUICK

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import covering, relative_error, thorough
-from networks import unverified
+from networks import strided, unverified
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -19,10 +19,7 @@ MASK = "edges:threshold=0.3,dilation=3"
 
 def encoder() -> nn.Sequential:
     torch.manual_seed(0)
-    strided = [nn.Conv2d(channels, 8, 3, 2, 1) for channels in (3, 8, 8)]
-    return nn.Sequential(
-        strided[0], nn.ReLU(), strided[1], nn.ReLU(), strided[2], nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1)
-    )
+    return strided(3, 8, outputs=8, kernel=3)
 
 
 def half(batch: int, left: bool) -> Tensor:

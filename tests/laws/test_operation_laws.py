@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, random_levels
+from conftest import assert_same, images, random_levels
+from networks import ManyOperations, unverified
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from cadsurgery.elements.functional import to_dense
 from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.elements.mean_shift import MeanShift
+from cadsurgery.elements.on_rows import OnRows
 from cadsurgery.elements.operations import Operation, operations
 from cadsurgery.elements.windows import drops
 from cadsurgery.surgery.treatment import Treatment
@@ -297,3 +299,16 @@ def test_a_treatment_calls_what_is_declared() -> None:
     with pytest.raises(cs.UnknownName, match="max_pool2d"):
         Treatment("window", call="max_pool")
     assert Treatment("window", call="max_pool2d").call is cs.functional.max_pool2d
+
+
+# -- one node for each ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_each_operation_of_the_region_is_one_node() -> None:
+    net = unverified(ManyOperations().eval(), "edges", example_input=images(1, 97, 129))
+    made = [node for node in net.graph.nodes if isinstance(node.target, OnRows)]
+    names = {decision.node for decision in net.plan.chosen("keep")}
+    origins = [node.meta["origin"] for node in made if "origin" in node.meta]
+    assert made and len(set(origins)) == len(origins) and set(origins) <= names
+    assert not any(node.target is getattr and node.args[1] == "lattice" for node in net.graph.nodes)

@@ -9,10 +9,9 @@ from functools import partial
 from typing import Any
 
 import pytest
-import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images, some
-from networks import conv_norm, randomise, unverified
+from networks import conv_norm, randomise
 from random_laws import compare
 from random_networks import Case, Draw
 from torch import Tensor, nn
@@ -64,19 +63,6 @@ RESIZED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-class Shuffled(nn.Module):
-    """A decoder of pixel shuffles behind an encoder; further windows see the map beyond the image's border."""
-
-    def __init__(self, factor: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(block(3, 6, 2), block(6, 8, 2), block(8, 8, 2), block(8, 8, 2))
-        self.up = nn.Sequential(nn.Conv2d(8, 6 * factor**2, 1), nn.PixelShuffle(factor), block(6, 6))
-        self.norm, self.head = nn.GroupNorm(2, 6), nn.Conv2d(6, 3, 3, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.up(self.body(x))))
-
-
 def settled(model: nn.Module) -> nn.Module:
     randomise(model)
     return model.double().eval()
@@ -87,28 +73,6 @@ def test_a_network_that_resizes_is_its_emulation(name: str, seed: int) -> None:
     """On a random level map, image by image, optimised; and on the network's own grid the network."""
     model, size = settled(Resized(*RESIZED[name])), SIZES[seed]
     compare(Case(model, images(2, *size).double(), images(1, 64, 96).double(), True), Draw(seed))
-
-
-@pytest.mark.parametrize(
-    ("make", "output_stride"),
-    [
-        pytest.param(partial(Shuffled, 2), (2, 16), id="2-(2, 16)"),
-        pytest.param(partial(Shuffled, 2), (4, 16), id="2-(4, 16)", marks=pytest.mark.slow),
-        pytest.param(partial(Shuffled, 4), (2, 16), id="4-(2, 16)", marks=pytest.mark.slow),
-        pytest.param(partial(Shuffled, 4), (4, 16), id="4-(4, 16)"),
-    ],
-)
-def test_maps_that_end_beyond_the_image_are_as_large_as_the_networks(make: Any, output_stride: Any) -> None:
-    """Sizes that no stride divides: the map a shuffle makes has more samples than the image has at that stride."""
-    model = settled(make())
-    net = unverified(model, "none", output_stride=output_stride, outputs="native")
-    for size in SIZES:
-        x = images(2, *size).double()
-        with torch.no_grad():
-            assert_same(net(x), model(x), EXACT)
-            together, levels = net(x, mask="random"), net.levels
-            apart = [net(x[i : i + 1], mask=levels[i : i + 1]) for i in range(2)]
-        assert_same(torch.cat(apart), together, EXACT)
 
 
 class Features(Encoder):

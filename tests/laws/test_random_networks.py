@@ -119,20 +119,6 @@ def keeps_law_1(model: nn.Module, **options: Any) -> cs.AdaptiveModel:
     return net
 
 
-def test_batch_norm_without_running_statistics_joins_the_batch_and_is_exact() -> None:
-    norm = nn.BatchNorm2d(8, track_running_stats=False)
-    stem = nn.Conv2d(3, 8, 3, 2, 1)
-    net = keeps_law_1(nn.Sequential(stem, conv(2), norm, nn.ReLU(), conv(2), conv()))
-    assert net.plan["_2"].action == "keep" and net.plan.matters
-    x = torch.randn(2, 3, 48, 64, dtype=torch.float64)
-    levels = torch.full((2, 24, 32), 2)
-    levels[1, :8, :8] = 0
-    alone = net(x[:1], mask=levels[:1])
-    assert float((net(x, mask=levels)[:1] - alone).detach().abs().max()) > 1e-3, (
-        "the norm's statistics are of both"
-    )
-
-
 class Halves(nn.Module):
     """Half of the channels pass, half are convolved, at a place where dilations allow a coarser map."""
 

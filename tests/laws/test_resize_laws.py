@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 import timm
@@ -29,36 +30,28 @@ def interpolate(x: Tensor, size: tuple[int, int], mode: str, align_corners: bool
     return F.interpolate(x, size, mode=mode, align_corners=align_corners if mode == "bilinear" else None)
 
 
+# Sizes that do not divide, too: the output has the size another map of the network has. And stretched by a sample, as
+# decoders do whose maps were rounded; a map that has its size already is left as it is.
+RESIZED = [
+    *((stages, size, None) for stages in ((2, 1), (2, 0), (1, 0)) for size in ((16, 24), (13, 22), (9, 7))),
+    *(((2, 2), (23, 28), size) for size in ((6, 8), (5, 7), (5, 8), (6, 7))),
+]
+
+
 @MODES
-@pytest.mark.parametrize("stages", [(2, 1), (2, 0), (1, 0)], ids=str)
-@pytest.mark.parametrize("size", [(16, 24), (13, 22), (9, 7)], ids=str)
+@pytest.mark.parametrize(("stages", "size", "to"), RESIZED, ids=str)
 def test_on_the_networks_own_grid_it_is_interpolate(
-    stages: tuple[int, int], size: tuple[int, int], mode: str, align_corners: bool
+    stages: tuple[int, int], size: tuple[int, int], to: Any, mode: str, align_corners: bool
 ) -> None:
-    """Law 1, also where sizes do not divide: the output has the size another map of the network has."""
+    """Law 1."""
     before, after = stages
-    lattice = Geometry((2, 2)).uniform(2, 2, size)
+    lattice = Geometry((2, 2)).uniform(2, 2, size if to is None else (23, 30)).at(before, size)
     spacings = (2**before, 2**after)
     grids = [tuple(-(-length // spacing) for length in size) for spacing in spacings]
     coarse = torch.randn(2, 3, *grids[0], dtype=double)
-    x = Elements(coarse.permute(0, 2, 3, 1).flatten(0, 2), lattice.at(before))
-    found = functional.resize(x, after, spacings, 2 ** (before - after), grids[1], mode, align_corners)
-    assert_same(
-        functional.to_dense(found, spacings[1]), interpolate(coarse, grids[1], mode, align_corners), EXACT
-    )
-
-
-@MODES
-@pytest.mark.parametrize("size", [(6, 8), (5, 7), (5, 8), (6, 7)], ids=str)
-def test_stretched_by_a_sample_it_is_interpolate(
-    size: tuple[int, int], mode: str, align_corners: bool
-) -> None:
-    """As decoders do whose maps were rounded; a map that has its size already is left as it is."""
-    lattice = Geometry((2, 2)).uniform(2, 2, (23, 30)).at(2, (23, 28))
-    coarse = torch.randn(2, 3, 6, 7, dtype=double)
-    x = Elements(coarse.permute(0, 2, 3, 1).flatten(0, 2), lattice)
-    found = functional.resize(x, 2, (4, 4), 1, size, mode, align_corners)
-    assert_same(functional.to_dense(found, 4), interpolate(coarse, size, mode, align_corners), EXACT)
+    x, to = Elements(coarse.permute(0, 2, 3, 1).flatten(0, 2), lattice), to or grids[1]
+    found = functional.resize(x, after, spacings, 2 ** (before - after), to, mode, align_corners)
+    assert_same(functional.to_dense(found, spacings[1]), interpolate(coarse, to, mode, align_corners), EXACT)
 
 
 def mixed(levels: Tensor) -> tuple[Lattice, Elements]:

@@ -95,10 +95,24 @@ def _channel_attention_by_pairs(m: Any, x: Tensor) -> Tensor:
     return x + torch.cat(mixed, dim=1)
 
 
+def _gated(m: Any, x: Tensor) -> Tensor:
+    return m["one"](x)[:, :1].sigmoid() * x
+
+
+EXPANSIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "expand": lambda gate, x: gate.expand(-1, C, -1, -1),
+    "expand to sizes": lambda gate, x: gate.expand(x.size(0), C, x.size(2), x.size(3)),
+    "expand_as": lambda gate, x: gate.expand_as(x),
+    "repeat": lambda gate, x: gate.repeat(1, C, 1, 1),
+}
 POINT = {"one": nn.Conv2d(C, C, 1), "two": nn.Conv2d(C, C, 1)}
 SPELLINGS: dict[str, tuple[Function, Function, dict[str, nn.Module]]] = {
     "pooling by attention": (_pooled_by_attention, _pooled_by_weights, POINT),
     "attention between channels": (_channel_attention, _channel_attention_by_pairs, {}),
+    **{
+        f"a gate, {name}": (lambda m, x, use=use: use(m["one"](x)[:, :1].sigmoid(), x) * x, _gated, POINT)
+        for name, use in EXPANSIONS.items()
+    },
     "padded channels": (
         lambda m, x: F.pad(x[:, 1:], (0, 0, 0, 0, 1, 0)),
         lambda m, x: torch.cat([0 * x[:, :1], x[:, 1:]], dim=1),
@@ -111,9 +125,3 @@ SPELLINGS: dict[str, tuple[Function, Function, dict[str, nn.Module]]] = {
 def test_two_spellings_stay_one_function(name: str) -> None:
     ours, theirs, parts = SPELLINGS[name]
     assert_one_function(network(ours, **parts), network(theirs, **parts))
-
-
-# -- windows: padding, other spellings of convolutions and pools -----------------------------------------
-
-
-# -- layouts ---------------------------------------------------------------------------------------------

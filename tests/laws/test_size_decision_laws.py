@@ -185,6 +185,3 @@ def test_a_patch_that_later_strides_drop_at_some_sizes_is_not_forgotten(
     for size in ((128, 192), (131, 197), (119, 125)):
         x = images(2, *size, torch.float64)
         assert_same(net(x, mask=own_level(net)) - model.head.bias, model(x) - model.head.bias, EXACT)
-
-
-# -- padding by negative widths ------------------------------------------------------------------------

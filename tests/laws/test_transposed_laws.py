@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import assert_same, covering, images, random_levels, some
-from networks import unverified
+from networks import conv_norm, unverified
 from random_laws import compare
 from random_networks import Case, Draw, settled
 from torch import Tensor, nn
@@ -43,22 +43,12 @@ def test_gradients_are_finite_differences(kernel: int, uniform: bool) -> None:
 # -- networks ------------------------------------------------------------------------------------------------
 
 
-def double_conv(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(outputs, outputs, 3, padding=1),
-        nn.ReLU(inplace=True),
-    )
-
-
 class Unjoined(nn.Module):
     """An encoder and back, at any size."""
 
     def __init__(self, *ups: nn.Module) -> None:
         super().__init__()
-        self.down = nn.Sequential(*(double_conv(a, b, 2) for a, b in ((3, 8), (8, 8), (8, 8))))
+        self.down = nn.Sequential(*(nn.Sequential(conv_norm(a, 8, 2), conv_norm(8, 8)) for a in (3, 8, 8)))
         self.up = nn.Sequential(*ups, nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:

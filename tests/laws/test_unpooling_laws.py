@@ -107,6 +107,7 @@ ENDS: dict[str, tuple[nn.Module, Callable[[Tensor, Tensor], Any]]] = {
 
 
 @pytest.mark.parametrize("reason", some(ENDS, every=3), ids=lambda reason: reason or "returned")
+@pytest.mark.usefixtures("one_thread")  # where windows overlap, threads race for which value stays at a place
 def test_what_is_not_unpooled_on_elements_says_why_and_is_the_networks(reason: str) -> None:
     torch.manual_seed(0)
     model = Once(*ENDS[reason]).eval().double()
@@ -117,20 +118,11 @@ def test_what_is_not_unpooled_on_elements_says_why_and_is_the_networks(reason: s
     with torch.no_grad():
         for image in (x, images(1, 53, 58, double)) if not reason else (x,):
             assert_same(net(image), model(image), EXACT)
-
-
-@pytest.mark.parametrize("reason", some(ENDS, every=3), ids=lambda reason: reason or "returned")
-@torch.no_grad()
-@pytest.mark.usefixtures("one_thread")
-def test_what_is_not_unpooled_on_elements_is_the_networks_under_floors(reason: str) -> None:
-    """Its pooling runs dense: inside a cell there are no places of maxima. Where windows overlap, several values are put
-    at one place, and which of them stays is for threads to race for."""
-    torch.manual_seed(0)
-    model = Once(*ENDS[reason]).eval().double()
-    x = images(2, 48, 64, double)
+    # Under floors its pooling runs dense: inside a cell there are no places of maxima.
     net = cs.adaptify(model, "none", coarsest=16, example_input=x)
     assert not net.plan["pool"].on_elements
-    assert_same(net(x, mask="all"), model(x), EXACT)
     levels = (torch.rand(2, 48, 64) < 0.5).int() * net.plan.max_level
-    ours, last = net(x, mask=levels), net(x[1:], mask=levels[1:])
+    with torch.no_grad(), FirstOfEqual():  # of values that are equal but for rounding
+        assert_same(net(x, mask="all"), model(x), EXACT)
+        ours, last = net(x, mask=levels), net(x[1:], mask=levels[1:])
     assert_same(ours[0][1:] if not reason else ours[1:], last[0] if not reason else last, EXACT)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import deque
+from functools import partial
 
 import pytest
 import torch
@@ -68,56 +70,43 @@ KINDS = {
     "Upsample": (nn.Upsample, (None, 2)),
     "GroupNorm": (nn.GroupNorm, (2, 8)),
     "Dropout2d": (nn.Dropout2d, (0.5,)),
+    "MaxOut": (nn.AdaptiveAvgPool2d, ((16, 24),)),
+    "Average": (nn.AdaptiveMaxPool2d, ((16, 24),)),
 }
 
 
 @pytest.mark.parametrize("name", some(KINDS))
 def test_a_subclass_that_does_the_same_is_treated_as_its_parent(name):
     kind, arguments = KINDS[name]
-    named = type("Renamed", (Mixin, kind), {})
+    named = type(name if "Adaptive" in kind.__name__ else "Renamed", (Mixin, kind), {})
     x = torch.randn(2, 3, 65, 98)
     plan, ours = (cs.plan(network(k(*arguments)), example_input=x) for k in (kind, named))
     assert [d.action for d in ours.decisions] == [d.action for d in plan.decisions]
     assert [d.reason for d in ours.decisions] == [d.reason for d in plan.decisions]
     model = network(named(*arguments))
     net = unverified(model, mask="none", example_input=x)
-    spacing = net.plan.outputs[0][1] // net.plan.strides[0]
+    spacing = net.plan.outputs[0][1] // net.plan.strides[0] if net.plan.outputs else 1
     with torch.no_grad():
         for run in (net, net.optimize()):
             torch.testing.assert_close(run(x)[..., ::spacing, ::spacing], model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_which_of_two_poolings_a_subclass_is_does_not_depend_on_its_name():
-    class Largest(nn.AdaptiveMaxPool2d):
-        pass
+class Halved(nn.Conv2d):
+    """A property in place of a parameter."""
 
-    class MaxOut(nn.AdaptiveAvgPool2d):
-        pass
-
-    x = torch.randn(2, 3, 65, 98)
-    for kind in (Largest, MaxOut):
-        model = nn.Sequential(*network(nn.Conv2d(8, 8, 3, 2, 1)), kind(1)).eval()
-        with torch.no_grad():
-            torch.testing.assert_close(unverified(model, mask="none", example_input=x)(x), model(x))
+    @property
+    def weight(self):
+        return self.full / 2
 
 
 @pytest.mark.parametrize("kind", [Shifted, Scaled])
 def test_a_subclass_that_does_something_else_has_no_rule_of_its_parents(kind):
-    assert act_alike(kind) == (kind,)
+    assert act_alike(kind) == (kind,) and act_alike(Halved) == (Halved,)
     model = network(kind(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1))
     x = torch.randn(2, 3, 66, 97)
     net = unverified(model, mask="none", example_input=x, outputs="native")
     with torch.no_grad():
         torch.testing.assert_close(net(x), model(x), rtol=1e-4, atol=1e-5)
-
-
-def test_a_property_in_place_of_a_parameter_is_something_else():
-    class Halved(nn.Conv2d):
-        @property
-        def weight(self):
-            return self.full / 2
-
-    assert act_alike(Halved) == (Halved,)
 
 
 @pytest.mark.parametrize("kind", [Quiet, nn.SyncBatchNorm])
@@ -172,28 +161,22 @@ def dropping(drop) -> nn.Module:
     return Encoded(lambda own, image, y: own.head(drop(y, p=0.4, training=own.training))).eval()
 
 
-@pytest.mark.parametrize("drop", [F.dropout2d, F.dropout3d, F.feature_alpha_dropout])
+@pytest.mark.parametrize("drop", [F.dropout2d, F.dropout3d, F.feature_alpha_dropout, F.alpha_dropout])
 @pytest.mark.filterwarnings("ignore:dropout2d")
-def test_functional_dropout_of_channels_is_torchs(drop):
-    """Where everything is low and the random numbers are the same, so is what is dropped."""
+def test_functional_dropout_is_torchs(drop):
+    """Where everything is low and the random numbers are the same, so is what is dropped of channels."""
     torch.manual_seed(0)
     model, x = dropping(drop), torch.randn(2, 3, 65, 90)
     net = unverified(model, mask="none", example_input=x, outputs="native")
     assert net.plan["head"].action == "keep"
     torch.testing.assert_close(net(x), model(x))
-    assert not any("drop" in node.name for node in net.optimize().graph.nodes)
     torch.manual_seed(1)
     dropped = net.train()(x)
     torch.manual_seed(1)
-    torch.testing.assert_close(dropped, model.train()(x), rtol=1e-4, atol=1e-4)
+    if drop is not F.alpha_dropout:
+        assert not any("drop" in node.name for node in net.optimize().graph.nodes)
+        torch.testing.assert_close(dropped, model.train()(x), rtol=1e-4, atol=1e-4)
     assert (dropped - net.eval()(x)).abs().max() > 0.01
-
-
-def test_alpha_dropout_changes_values_in_training_alone():
-    model, x = dropping(F.alpha_dropout), torch.randn(1, 3, 64, 96)
-    net = unverified(model, mask="none", example_input=x, outputs="native")
-    torch.testing.assert_close(net(x), model(x))
-    assert (net.train()(x) - model(x)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -217,6 +200,13 @@ def holding(value: object) -> nn.Module:
     return model
 
 
+class InSlots:
+    __slots__ = ("lock",)
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
 def test_what_cannot_be_copied_is_shared(tmp_path):
     lock, text = threading.Lock(), (tmp_path / "log").open("w")
     held = {
@@ -225,6 +215,7 @@ def test_what_cannot_be_copied_is_shared(tmp_path):
         "module": F,
         "log": [text],
         "images": (i for i in range(3)),
+        "others": (InSlots(), partial(print, lock), deque([lock])),
     }
     x = torch.randn(1, 3, 64, 96)
     net = unverified(holding(held), mask="none", example_input=x)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, slow
+from conftest import assert_same, images, slow, some
 from networks import randomise
 from torch import Tensor, nn
 
@@ -62,15 +62,7 @@ PARTS: dict[str, Use] = {
 }
 
 
-def few_of(cases: dict[str, Any], few: Sequence[str]) -> list[Any]:
-    """Cases by name as parameters; all but a few are slow."""
-    return [
-        pytest.param(case, id=name, marks=[] if name in few else pytest.mark.slow)
-        for name, case in cases.items()
-    ]
-
-
-@pytest.mark.parametrize("use", few_of(PARTS, ("iteration", "two axes", "channels")))
+@pytest.mark.parametrize("use", some(PARTS.values(), every=4), ids=PARTS)
 def test_there_are_as_many_parts_as_the_call_has(use: Use) -> None:
     model = randomise(Asks(use)).eval()
     net = cs.adaptify(model, "none", example_input=images(1, 64, 96), outputs="native")
@@ -119,23 +111,10 @@ ASKED: dict[str, tuple[Use, Sequence[Any]]] = {
 }
 
 
-FEW_ASKED = (
-    "text of a number",
-    "named attribute",
-    "hash",
-    "class",
-    "axes",
-    "pairs",
-    "order",
-    "truth",
-    "none",
-)
-
-
 @pytest.mark.parametrize(
     "options", [{"output_stride": (1, 4)}, slow({"coarsest": 16})], ids=["strides", "floors"]
 )
-@pytest.mark.parametrize("asked", few_of(ASKED, FEW_ASKED))
+@pytest.mark.parametrize("asked", some(ASKED.values()), ids=ASKED)
 def test_what_python_asks_of_an_argument_is_asked_of_the_calls_own(
     asked: tuple[Use, Sequence[Any]], options: Any
 ) -> None:

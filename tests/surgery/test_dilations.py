@@ -155,15 +155,10 @@ class TwoBranches(nn.Module):
 
     def forward(self, x):
         fine = self.stem(x)
-        coarse = self.coarse(fine)
-        total = coarse
+        total = coarse = self.coarse(fine)
         for pool, mix in zip(self.pools, self.mixes, strict=True):
-            total = total + F.interpolate(
-                mix(pool(coarse)), size=coarse.shape[2:], mode="bilinear", align_corners=False
-            )
-        return self.fine(fine) + F.interpolate(
-            total, size=fine.shape[2:], mode="bilinear", align_corners=False
-        )
+            total = total + F.interpolate(mix(pool(coarse)), coarse.shape[2:], mode="bilinear")
+        return self.fine(fine) + F.interpolate(total, fine.shape[2:], mode="bilinear")
 
 
 def test_a_branch_that_keeps_its_resolution_is_in_the_region_with_one_that_is_pooled():

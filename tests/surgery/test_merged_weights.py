@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_same, covering, images
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import cadsurgery as cs
 
@@ -97,6 +98,25 @@ class Rounded(nn.Conv2d):
         return super().forward(x)
 
 
+class Scaled(nn.Module):
+    """A buffer of the network's own, which multiplies what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.rand(6, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.sqrt()
+
+
+def frozen() -> nn.Module:
+    """A norm whose statistics are buffers, and no module that a rule knows."""
+    norm = FrozenBatchNorm2d(6)
+    for buffer in norm.buffers():
+        nn.init.uniform_(buffer, 0.5, 1.5)
+    return norm
+
+
 class Fused(nn.Module):
     """Branches with norms, and a chain of convolutions that becomes one, which are merged in forward."""
 
@@ -147,6 +167,8 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "rounded": lambda: Rounded(6, 6, 3, 1, 1),
     "fused": Fused,
     "statistics": FrozenNorm,
+    "a buffer": Scaled,
+    "a frozen norm": frozen,
 }
 
 
@@ -155,10 +177,10 @@ def loaded(net: nn.Module, model: nn.Module) -> None:
 
 
 def changed_in_place(net: nn.Module, model: nn.Module) -> None:
-    values = dict(model.named_parameters())
+    values = model.state_dict()
     with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            parameter.copy_(values[name])
+        for name, value in net.state_dict().items():
+            value.copy_(values[name])
 
 
 @pytest.mark.parametrize(

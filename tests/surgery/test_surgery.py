@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.following.trace import trace
+from cadsurgery.surgery.treatment import _RULES
 
 
 class Awkward(nn.Module):
@@ -61,14 +62,6 @@ def test_awkward_python_is_followed_exactly() -> None:
     assert net.state_dict().keys() == model.state_dict().keys()
 
 
-def test_arguments_go_through_by_position_and_by_name() -> None:
-    model, x = awkward(), images(1, 32, 48)
-    net = cs.adaptify(model, "all", output_stride=(2, 4))
-    assert_same(net(x, 3.0)[0], net(x=x, gain=3.0)[0], 1e-6)
-    with pytest.raises(TypeError):
-        net(x, wrong=1)
-
-
 @pytest.mark.smoke
 def test_an_ordered_dict_stays_one() -> None:
     """torch.fx turns it into a plain dictionary; the network's users may rely on it."""
@@ -101,23 +94,17 @@ def test_functional_dropout_follows_the_mode_of_the_network(by_name: bool) -> No
     assert (net(x) == 0).float().mean() > 0.3
 
 
-def test_every_end_of_the_region_has_reason_and_cost() -> None:
-    """What runs dense because of a barrier is counted, and print(plan) shows it."""
-    plan = cs.plan(build("fcn_resnet50", by=4))
-    end = plan["classifier_0"]
-    assert end.action == "barrier"
+def test_every_end_of_the_region_has_reason_place_and_cost() -> None:
+    """What runs dense because of a barrier is counted, and print(plan) shows it; `strict` refuses it by its line."""
+    plan, line = cs.plan(build("fcn_resnet50", by=4)), r"classifier\.0 \(Conv2d 3x3, _utils\.py:\d+\)"
+    (end,) = plan.chosen("barrier")
+    assert end.node == "classifier_0" and re.fullmatch(line, end.place)
     assert "no multiple of the cells'" in end.reason
     dense = sum(d.macs for d in plan.decisions if d.node.startswith("classifier"))
     assert end.cost == dense > 0
     assert plan.dense_after == pytest.approx(dense / sum(d.macs for d in plan.decisions))
     assert f"{plan.dense_after:.0%} of the MACs run dense" in str(plan)
-
-
-def test_the_end_of_a_region_names_module_operation_and_source_line() -> None:
-    """Both in the plan and where `strict` refuses it."""
-    (end,) = cs.plan(build("fcn_resnet50", by=4)).chosen("barrier")
-    assert re.fullmatch(r"classifier\.0 \(Conv2d 3x3, _utils\.py:\d+\)", end.place)
-    with pytest.raises(cs.CannotConvert, match=r"classifier\.0 \(Conv2d 3x3, _utils\.py:\d+\)"):
+    with pytest.raises(cs.CannotConvert, match=line):
         cs.adaptify(build("fcn_resnet50", by=4), strict=True)
 
 
@@ -187,38 +174,6 @@ def test_data_of_the_original_can_be_read_but_its_methods_would_run_it_as_it_was
         net.no_such_thing  # noqa: B018
 
 
-def test_what_the_graph_leaves_out_is_noticed() -> None:
-    """Python that runs while tracing changes something the graph does not show."""
-
-    class Sly(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.last, self.calls = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, padding=1), 0
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            return self.last(self.conv(x)) * self.calls
-
-    with pytest.raises(cs.CannotConvert, match=r"self\.calls \+= 1\n.*assigns calls, on which"):
-        cs.adaptify(Sly().eval())
-
-
-def test_a_functions_own_rule_makes_it_one_operation() -> None:
-    """Tracing does not look into a function that has a rule."""
-    from cadsurgery.surgery.treatment import _RULES
-
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), Calling(), nn.Conv2d(4, 4, 3, padding=1)).eval()
-    with pytest.raises(cs.CannotConvert):
-        cs.adaptify(model)
-    try:
-        cs.rule(data_dependent)(lambda node, facts: cs.Treatment("pointwise", "acts on each value alone"))
-        net, x = cs.adaptify(model, "none"), images(2, 17, 23)
-        assert "data_dependent" in [d.operation for d in net.plan.chosen("keep")]
-        assert_same(net(x)[..., ::2, ::2], model(x), 1e-4)
-    finally:
-        _RULES.pop(data_dependent, None)
-
-
 def data_dependent(x: Tensor) -> Tensor:
     return x.relu() if x.numel() > 0 and float(x.detach().sum()) > -1e9 else x
 
@@ -228,47 +183,38 @@ class Calling(nn.Module):
         return data_dependent(x)
 
 
-def test_an_operation_has_one_rule() -> None:
-    with pytest.raises(ValueError, match="already has the rule"):
-        cs.rule(nn.ReLU)(lambda node, facts: cs.Treatment("barrier", "no"))
-
-
-def test_a_cell_of_a_notebook_that_is_run_twice_replaces_its_rule() -> None:
-    from cadsurgery.surgery.treatment import _RULES
-
+def test_an_operation_has_one_rule_and_a_cell_of_a_notebook_that_is_run_twice_replaces_it() -> None:
     cell = "@cs.rule(Calling)\ndef calling(node, facts):\n    return cs.Treatment('barrier', 'version {}')"
     scope = {"cs": cs, "Calling": Calling, "__name__": "__main__"}
     try:
         for version in (1, 2):
             exec(cell.format(version), scope)
         assert _RULES[Calling] is scope["calling"]
-        with pytest.raises(ValueError, match="already has the rule calling"):
-            cs.rule(Calling)(lambda node, facts: cs.Treatment("barrier", "another"))
+        for kind, name in ((Calling, " calling"), (nn.ReLU, "")):
+            with pytest.raises(ValueError, match=f"already has the rule{name}"):
+                cs.rule(kind)(lambda node, facts: cs.Treatment("barrier", "another"))
     finally:
         _RULES.pop(Calling, None)
 
 
-def test_a_module_with_an_own_rule_is_one_operation() -> None:
-    """A user teaches an operation without touching the package."""
-    from cadsurgery.surgery.treatment import _RULES, Treatment
+class Gate(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.multigammaln(x + 9, 1)  # no rule knows this function
 
-    class Gate(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.special.multigammaln(x + 9, 1)  # no rule knows this function
 
-    def network() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), Gate(), nn.Conv2d(4, 4, 3, padding=1)).eval()
-
+@pytest.mark.parametrize(("kind", "taught"), [(Gate, Gate), (Calling, data_dependent)])
+def test_what_has_a_rule_of_a_users_is_one_operation(kind: type[nn.Module], taught: Any) -> None:
+    """A user teaches a module or a function without touching the package; tracing does not look into it."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), kind(), nn.Conv2d(4, 4, 3, padding=1)).eval()
     with pytest.raises(cs.CannotConvert):
-        cs.adaptify(network())
+        cs.adaptify(model)
     try:
-        cs.rule(Gate)(lambda node, facts: Treatment("pointwise", "acts on each value alone"))
-        net, x = cs.adaptify(network(), "none"), images(2, 17, 23)
-        assert [d.node for d in net.plan.chosen("keep")] == ["_1", "_2"]
-        assert_same(net(x)[..., ::2, ::2], network()(x), 1e-4)
+        cs.rule(taught)(lambda node, facts: cs.Treatment("pointwise", "acts on each value alone"))
+        net, x = cs.adaptify(model, "none"), images(2, 17, 23)
+        assert next(d.operation for d in net.plan.chosen("keep")) == taught.__name__
+        assert_same(net(x)[..., ::2, ::2], model(x), 1e-4)
     finally:
-        _RULES.pop(Gate, None)
+        _RULES.pop(taught, None)
 
 
 class CallsMeanwhile(nn.Module):
