@@ -203,15 +203,17 @@ def test_the_scores_of_a_trimap_are_minus_the_distance_in_samples(stride: int) -
 @pytest.mark.parametrize(
     ("labels", "what", "next_step"),
     [
-        (None, "", r"labelled\(labels\).*--labels"),
+        (None, None, r"labelled\(labels\).*--labels"),
         (torch.zeros(2, 64, 32).long(), r"\(2, 64, 32\)", r"\(2, 64, 64\)"),
         *(
-            (bad, "", r"integer tensor \(batch, height, width\)")
+            (bad, None, r"integer tensor \(batch, height, width\)")
             for bad in (torch.zeros(1, 2, 8, 8), torch.zeros(8, 8).long(), torch.zeros(0, 8, 8).long(), "a")
         ),
     ],
 )
-def test_labels_that_are_none_or_do_not_fit_are_refused(labels: Any, what: str, next_step: str) -> None:
+def test_labels_that_are_none_or_do_not_fit_are_refused(
+    labels: Any, what: str | None, next_step: str
+) -> None:
     model = cs.adaptify(strided(), "trimap", verify_laws=False)
     with (
         pytest.raises(cs.InvalidInput, match=what) as caught,
