@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.segmentation import deeplabv3_resnet101, fcn_resnet50
+from torchvision.models.segmentation import fcn_resnet50
 
 import cadsurgery as cs
-from benchmarks import networks
-from benchmarks.large_pictures import Returned
+from benchmarks import large_pictures, networks
 from cadsurgery.support.provenance import setting
 from cadsurgery.timing import interleaved
 
@@ -31,11 +30,11 @@ SHARES = (0.01, 0.05, 0.1, 0.25)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the side of the picture
     "unet_16": (partial(networks.UNet, 16), 1024),
     "unet_64": (partial(networks.UNet, 64), 2048),
-    "fcn_resnet50": (lambda: Returned(fcn_resnet50(weights=None, weights_backbone=None), "out"), 2048),
-    "deeplabv3_resnet101": (
-        lambda: Returned(deeplabv3_resnet101(weights=None, weights_backbone=None), "out"),
+    "fcn_resnet50": (
+        lambda: large_pictures.Returned(fcn_resnet50(weights=None, weights_backbone=None), "out"),
         2048,
     ),
+    "deeplabv3_resnet101": (large_pictures.NETWORKS["deeplabv3_resnet101"], 2048),
 }
 
 
