@@ -24,13 +24,13 @@ from cadsurgery.images import read_image
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
 
-TILE, MARGIN, TEXT = 256, 64, 0.3
+TILE, MARGIN, TEXT, LONGEST = 256, 64, 0.3, 1280
 
 
-def page(path: Path, longest: int) -> Tensor:
+def page(path: Path) -> Tensor:
     """Read a page as the detector takes it, (1, 3, H, W) in -1..1, with sides of whole cells of 32 pixels."""
     picture = read_image(path)[None].flip(1)  # BGR
-    scale = longest / max(picture.shape[2:])
+    scale = LONGEST / max(picture.shape[2:])
     size = [max(32, round(length * scale / 32) * 32) for length in picture.shape[2:]]
     resized = F.interpolate(picture, size, mode="bilinear", antialias=True, align_corners=False)
     return (resized * 2 - 1).contiguous(memory_format=torch.channels_last)
@@ -84,7 +84,6 @@ def main() -> None:
     parser.add_argument("detector", type=Path)
     parser.add_argument("pages", type=Path)
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--longest", type=int, default=1280)
     parser.add_argument("--coarsest", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -99,7 +98,7 @@ def main() -> None:
         for path in sorted(options.pages.glob("*.jpg")):
             if options.only and path.stem not in options.only:
                 continue
-            image = page(path, options.longest)
+            image = page(path)
             given = model(image)
             text = kept_text(given, options.coarsest)
             runs = {

@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 ROWS, DOCS = ROOT / "docs" / "bench" / "exports.jsonl", ROOT / "docs" / "data" / "deploy.md"
 SIZE, OTHER = (128, 160), 1  # size of the example, and seed of the comparison
-LEAST_EFFECT = 1e-2
+LEAST_EFFECT, SECONDS = 1e-2, 3600.0  # the time of a cell
 
 NETWORKS = {
     "deeplabv3_resnet50": {},
@@ -135,12 +135,12 @@ def settle(net: Any, image: Any) -> None:
     net.eval()
 
 
-def run(cell: Cell, seconds: float) -> dict[str, Any]:
+def run(cell: Cell) -> dict[str, Any]:
     """Export a cell in a separate process and return its row."""
     start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     command = [sys.executable, __file__, "--cell", json.dumps(cell)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, cwd=ROOT)
         line = done.stdout.strip().splitlines()[-1:] or [""]
         row = (
             json.loads(line[0])
@@ -148,7 +148,7 @@ def run(cell: Cell, seconds: float) -> dict[str, Any]:
             else {"result": "broken", "why": done.stderr[-500:]}
         )
     except subprocess.TimeoutExpired:
-        row = {"result": "not finished", "why": f"more than {seconds:.0f} s"}
+        row = {"result": "not finished", "why": f"more than {SECONDS:.0f} s"}
     spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - used
     made = {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(spent, 1)}
     return dict(zip(("network", "mask", "fill", "format"), cell, strict=True)) | row | made
@@ -214,7 +214,6 @@ def main() -> None:
         help="only cells with all of these: mask, fill, format, or part of a network's name",
     )
     parser.add_argument("--cells", type=int, default=None, help="stop after this number of cells")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="time limit per cell")
     parser.add_argument("--report", action="store_true", help="put the table into docs/data/deploy.md")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -248,7 +247,7 @@ def main() -> None:
         and there.get(cell, {}).get("result") != "agrees"
     ]
     for cell in selected[: options.cells]:
-        row = run(cell, options.seconds) | {"commit": commit()}
+        row = run(cell) | {"commit": commit()}
         with ROWS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(_name(row), row["result"], row.get("difference", row.get("why")), row["seconds"], flush=True)

@@ -1,21 +1,19 @@
 """Say where the time of an export goes: CPU seconds of each step, and the largest memory of the process.
 
-    python -m benchmarks.export_time NETWORK HEIGHTxWIDTH FORM [--mask MASK] [--images N] [--keep FILE] [--profile FILE]
-        [--twice]
+    python -m benchmarks.export_time NETWORK HEIGHTxWIDTH FORM [--mask MASK] [--twice]
 
 NETWORK is a name that `cadsurgery convert` takes, with random weights. FORM is static, dynamic, level_map or int8 (a
-static file, calibrated by `--images` random pictures). Seconds are CPU time of this process (`time.process_time`), so
+static file, calibrated by 8 random pictures). Seconds are CPU time of this process (`time.process_time`), so
 that other programs on the machine disturb them little, in one thread of torch; a step does not contain the steps below
 it that have a line of their own. `benchmarks.networks` has networks of the kinds that took longest, and the same with
 twice the blocks: context_guided, factorised and unet, each also with _twice.
 `--twice` exports the network of that name with _twice, too, and prints how many times as long that takes; twice the
-blocks should take at most 2.3 times the time. `--profile` writes a profile for pstats.
+blocks should take at most 2.3 times the time.
 """
 
 from __future__ import annotations
 
 import argparse
-import cProfile
 import functools
 import importlib
 import resource
@@ -124,9 +122,6 @@ def main() -> None:
     parser.add_argument("size")
     parser.add_argument("form", choices=FORMS)
     parser.add_argument("--mask", default="detail | budget:fraction=0.3")
-    parser.add_argument("--images", type=int, default=8)
-    parser.add_argument("--keep", type=Path)
-    parser.add_argument("--profile", type=Path)
     parser.add_argument("--twice", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)  # waiting threads would count
@@ -144,17 +139,11 @@ def export_and_report(name: str, options: argparse.Namespace) -> float:
     image = example_batch(net.source, None, (height, width), 0)
     shown: dict[str, Any] = {}
     if options.form == "int8":
-        shown = {"precision": "int8", "calibration": [torch.rand_like(image) for _ in range(options.images)]}
-    profile, clock = cProfile.Profile(), Clock()
+        shown = {"precision": "int8", "calibration": [torch.rand_like(image) for _ in range(8)]}
+    clock = Clock()
     with tempfile.TemporaryDirectory() as folder, watched(clock):
-        path = options.keep or Path(folder) / "net.onnx"
-        if options.profile:
-            profile.enable()
-        report = cs.export(net, image, path, **shown, **FORMS[options.form])
-        profile.disable()
+        report = cs.export(net, image, Path(folder) / "net.onnx", **shown, **FORMS[options.form])
         clock.turn()
-    if options.profile:
-        profile.dump_stats(options.profile)
     for step, seconds in clock.seconds.most_common():
         print(f"{step:28} {clock.calls[step]:4} calls {seconds:8.1f} s CPU {clock.wall[step]:8.1f} s wall")
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

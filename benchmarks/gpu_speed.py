@@ -3,9 +3,8 @@
     python benchmarks/gpu_speed.py --json gpu.jsonl
     python benchmarks/gpu_speed.py --parts kernels maps --channels 64 2048
 
-`--device cpu` with TRITON_INTERPRET=1 in the environment and small sizes runs every line of it without a GPU
-(`tests/elements/test_gpu_kernel.py` does), and its times mean nothing then. Weights are random, which times do not
-depend on.
+`--device cpu` with TRITON_INTERPRET=1 in the environment and small sizes runs it without a GPU, and its times mean
+nothing then. Weights are random, which times do not depend on.
 
 Parts, in the order in which few minutes serve best:
     networks: the adaptive network under budgets, called layer by layer and recorded, against the network as
@@ -56,10 +55,13 @@ from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.invocations import find_lattice
 from cadsurgery.support.provenance import describe_run
-from cadsurgery.support.timing import interleaved
+from cadsurgery.support.timing import Timing, interleaved
 
 BLOCK = 4  # side of a patch in fine pixels: R_K of the stages 8 -> 16 -> 32
 FRACTIONS = (0.1, 0.34, 1.0)  # 1.0 is an ordinary convolution
+KEPT = 0.34  # of the patches, where a part measures one fraction
+FLOOR_MODELS = ("networks:unet", "networks:resnet50_pyramid")
+FLOOR_SHARES = (0.0, 0.1, 0.3, 0.6, 1.0)
 REPEATS = 20  # calls of a kernel in one graph, so that launch time does not count
 Line = dict[str, Any]
 
@@ -70,8 +72,8 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def captured(run: Callable[[], object], repeats: int = 1) -> Callable[[], object] | None:
-    """Capture calls as a CUDA graph; None if capture fails."""
+def recorded(run: Callable[[], object], repeats: int = 1) -> Callable[[], object]:
+    """Capture calls as a CUDA graph; if capture fails, return one call."""
     if not torch.cuda.is_available():
         return lambda: [run() for _ in range(repeats)]
     stream = torch.cuda.Stream()
@@ -87,8 +89,27 @@ def captured(run: Callable[[], object], repeats: int = 1) -> Callable[[], object
     except RuntimeError as error:
         torch.cuda.synchronize()
         print(f"no CUDA graph: {str(error).splitlines()[0]}", file=sys.stderr)
-        return None
+        return run
     return graph.replay
+
+
+Runs = dict[str, Callable[[], object]]
+
+
+def measured(runs: Runs, rounds: int) -> tuple[dict[str, Timing], dict[str, float]]:
+    """Time runs in turns, and return their peak memory in MiB too."""
+    memory = {}
+    for name, run in runs.items():
+        for _ in range(3):  # recorded calls are recorded in the second one
+            run()
+        memory[name] = peak_of(run)
+    return interleaved(runs, rounds), memory
+
+
+def runs_of_given(given: nn.Module, x: Tensor, compiles: bool) -> Runs:
+    """Return the calls of the network as given that the others are compared with."""
+    runs: Runs = {"as given": partial(given, x), "as given, CUDA graph": recorded(partial(given, x))}
+    return runs | ({"as given, compiled": compiled(given, x)} if compiles else {})
 
 
 def peak_of(run: Callable[[], object]) -> float:
@@ -135,8 +156,8 @@ def measure_kernels(options: argparse.Namespace) -> Iterator[Line]:
                 with torch.inference_mode():
                     ours = partial(on_elements, x, layer, 4)
                     sides = {
-                        "ours": captured(ours, REPEATS) or ours,
-                        "cuDNN": captured(partial(layer, image), REPEATS) or partial(layer, image),
+                        "ours": recorded(ours, REPEATS),
+                        "cuDNN": recorded(partial(layer, image), REPEATS),
                     }
                 best = {
                     name: timing.best / REPEATS for name, timing in interleaved(sides, options.rounds).items()
@@ -173,7 +194,7 @@ def adaptive(options: argparse.Namespace) -> Any:
     """Convert the network in float32 on the CPU."""
     height, width = options.size
     example = torch.randn(1, 3, min(height, 128), min(width, 128))
-    mask = budget(options.fraction)
+    mask = budget(KEPT)
     return cs.adaptify(as_given(options), mask, example_input=example, verify_laws=False)
 
 
@@ -211,11 +232,11 @@ def measure_maps(options: argparse.Namespace) -> Iterator[Line]:
     """Yield one line: time of a call with a new mask, and the number of device synchronisations."""
     dtype = torch.bfloat16
     net = on_device(adaptive(options), options, dtype)
-    fast, recorded, x = unrecorded(net), net.optimize(), pictures(options, 1, dtype)
+    fast, replayed, x = unrecorded(net), net.optimize(), pictures(options, 1, dtype)
     with torch.inference_mode():
         fast(x)
         for _ in range(2):
-            recorded(x)
+            replayed(x)
         waits = None
         if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("warn")
@@ -229,7 +250,7 @@ def measure_maps(options: argparse.Namespace) -> Iterator[Line]:
         sides = {
             "mask, lattice, stem": lambda: find_lattice(program, program.masking(fast.mask), program.bind(x)),
             "whole call": lambda: fast(x),
-            "recorded call": lambda: recorded(x),
+            "recorded call": lambda: replayed(x),
             "lattice kept": lambda: program(lambda *_: lattice, program.bind(x)),
         }
         best = interleaved(sides, options.rounds)
@@ -250,25 +271,15 @@ def measure_networks(options: argparse.Namespace) -> Iterator[Line]:
         x = pictures(options, batch, dtype)
         with torch.inference_mode():
             low = dense_twin(net, net.geometry.max_level, x)
-            runs: dict[str, Callable[[], object]] = {
-                "as given": partial(given, x),
-                "as given, CUDA graph": captured(partial(given, x)) or partial(given, x),
-                "low, CUDA graph": captured(partial(low, x)) or partial(low, x),
-                "adaptive": partial(layered, x),
-            }
-            if options.compile and batch == options.batches[0]:
-                runs["as given, compiled"] = compiled(given, x)
+            runs = runs_of_given(given, x, batch == options.batches[0])
+            runs["low, CUDA graph"] = recorded(partial(low, x))
+            runs["adaptive"] = partial(layered, x)
             for fraction in options.fractions:
                 name, call = f"adaptive {fraction}", partial(layered, x, mask=budget(fraction))
-                runs[f"{name}, CUDA graph"] = captured(call) or call
+                runs[f"{name}, CUDA graph"] = recorded(call)
                 runs[f"{name}, recorded"] = partial(fast, x, mask=budget(fraction))
             runs["edges, recorded"] = partial(fast, x, mask="edges")
-            memory = {}
-            for name, run in runs.items():
-                for _ in range(3):  # recorded calls are recorded in the second one
-                    run()
-                memory[name] = peak_of(run)
-            best = interleaved(runs, options.rounds)
+            best, memory = measured(runs, options.rounds)
             expected = first_tensor(dense_twin(net, 0, x)(x)).float()
             error = first_tensor(fast(x, mask="all")).float() - expected
             largest = float(expected.abs().max())
@@ -310,11 +321,11 @@ def without_backends(*kinds: type[Backend]) -> Iterator[None]:
 def measure_floors(options: argparse.Namespace) -> Iterator[Line]:
     """Yield a line per network, size of the picture, batch size and side."""
     dtype = torch.bfloat16
-    for model, size, batch in product(options.floor_models, options.floor_sizes, options.batches):
+    for model, size, batch in product(FLOOR_MODELS, options.floor_sizes, options.batches):
         network = cs.build_model(model, weights="none").eval()
         example = torch.randn(1, 3, 64, 64)
         net = cs.adaptify(network, "none", coarsest=32, example_input=example, verify_laws=False)
-        masks = {share: f"gpu_speed:clusters | budget:fraction={share}" for share in options.floor_shares}
+        masks = {share: f"gpu_speed:clusters | budget:fraction={share}" for share in FLOOR_SHARES}
         small = torch.randn(1, 3, min(size, 256), min(size, 256))
         work = {share: net.macs(small, mask=mask).of_given for share, mask in masks.items()}
         given, net = on_device(network, options, dtype), on_device(net, options, dtype)
@@ -322,23 +333,14 @@ def measure_floors(options: argparse.Namespace) -> Iterator[Line]:
         x = x.to(memory_format=torch.channels_last)
         with torch.inference_mode():
             layered, fast = unrecorded(net), net.optimize()
-            runs: dict[str, Callable[[], object]] = {"as given": partial(given, x)}
-            runs["as given, CUDA graph"] = captured(partial(given, x)) or partial(given, x)
-            if options.compile and batch == options.batches[0]:
-                runs["as given, compiled"] = compiled(given, x)
+            runs = runs_of_given(given, x, batch == options.batches[0])
             for share, mask in masks.items():
                 call = partial(layered, x, mask=mask)
-                runs[f"floors {share}, CUDA graph"] = captured(call) or call
-                without = partial(_by_tables, call)
-                runs[f"floors {share}, by tables, CUDA graph"] = captured(without) or without
+                runs[f"floors {share}, CUDA graph"] = recorded(call)
+                runs[f"floors {share}, by tables, CUDA graph"] = recorded(partial(_by_tables, call))
                 runs[f"floors {share}, recorded"] = partial(fast, x, mask=mask)
             runs["everything high, recorded"] = partial(fast, x, mask="all")
-            memory = {}
-            for name, run in runs.items():
-                for _ in range(3):  # recorded calls are recorded in the second one
-                    run()
-                memory[name] = peak_of(run)
-            best = interleaved(runs, options.rounds)
+            best, memory = measured(runs, options.rounds)
             line: Line = {"part": "floors", "model": model, "size": size, "batch": batch}
             fastest = min(timing.best for name, timing in best.items() if name.startswith("as given"))
             ends = best.get("floors 0.0, CUDA graph")
@@ -401,7 +403,7 @@ def torch_only(norms_alone: bool) -> Iterator[None]:
         yield
 
 
-def training_steps(options: argparse.Namespace, batch: int) -> dict[str, Callable[[], None]]:
+def training_steps(options: argparse.Namespace, batch: int) -> Runs:
     """Return a step of training (forward, loss, backward, in bfloat16 by autocast) of the network as given and of the
     adaptive one: at three masks, and with torch's operations in place of kernels."""
     given = on_device(as_given(options), options, torch.float32).train()
@@ -506,7 +508,7 @@ def measure_roofline(options: argparse.Namespace) -> Iterator[Line]:
         (256, 2, options.count),
         (512, 2, options.count),
     ):
-        yield from measure_halo(lattice_of(options.fraction, count, torch.device("cpu"), stage), channels)
+        yield from measure_halo(lattice_of(KEPT, count, torch.device("cpu"), stage), channels)
 
 
 def measure_halo(lattice: Lattice, channels: int) -> Iterator[Line]:
@@ -569,7 +571,7 @@ def measure_tiles(options: argparse.Namespace) -> Iterator[Line]:
                 continue
             with torch.inference_mode(), gpu_tiles.only(tile):
                 run = partial(gpu.gather_conv, rows, weight, table, None, residual)
-                sides = {"tile": captured(run, REPEATS) or run}
+                sides = {"tile": recorded(run, REPEATS)}
                 best = interleaved(sides, options.rounds)["tile"].best / REPEATS
             macs = count * channels * outputs * taps
             shape = {"outputs": count, "channels": channels, "out": outputs, "taps": taps}
@@ -608,17 +610,13 @@ def main() -> None:
     parser.add_argument("--model", default="deeplabv3_resnet101")
     parser.add_argument("--channels", type=int, nargs="+", default=(64, 128, 256, 512, 1024, 2048))
     parser.add_argument("--count", type=int, default=32768, help="approximate number of outputs of a kernel")
+    parser.add_argument("--floor-sizes", type=int, nargs="+", default=(1024, 2048))
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 4))
     parser.add_argument("--training-batches", type=int, nargs="+", default=(2, 8))
     parser.add_argument("--size", type=int, nargs=2, default=(1024, 2048))
-    parser.add_argument("--fraction", type=float, default=0.34)
     parser.add_argument("--fractions", type=float, nargs="+", default=(0.1, 0.34, 1.0))
-    parser.add_argument("--floor-models", nargs="+", default=("networks:unet", "networks:resnet50_pyramid"))
-    parser.add_argument("--floor-sizes", type=int, nargs="+", default=(1024, 2048))
-    parser.add_argument("--floor-shares", type=float, nargs="+", default=(0.0, 0.1, 0.3, 0.6, 1.0))
     parser.add_argument("--dtypes", nargs="+", default=("bfloat16", "float16", "float32"))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, help="file to append lines to")
     options = parser.parse_args()

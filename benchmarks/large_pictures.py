@@ -46,6 +46,7 @@ from cadsurgery.support.provenance import setting
 WINDOW, OVERLAP, MEMORY = 1024, 0.125, "512MiB"
 _ROWS = 128
 _SMALL = 10  # megapixels; pictures of fewer are computed several times
+_MOST = 25  # megapixels up to which a picture is computed whole
 _CALLS = 3  # so often in each process
 MEMORIES = ("256MiB", "512MiB", "1GiB", "2GiB")
 GIVEN, LOW = "as given", "nothing kept, whole"
@@ -238,9 +239,6 @@ def main() -> None:
     parser.add_argument("--heights", type=int, nargs="+", default=[1536, 5024, 20096])
     parser.add_argument("--memory", default=MEMORY)
     parser.add_argument("--rounds", type=int, default=2, help="of pictures below 10 megapixels")
-    parser.add_argument(
-        "--most", type=float, default=25, help="megapixels up to which a picture is computed whole"
-    )
     parser.add_argument("--plans", action="store_true")
     parser.add_argument("--models", nargs="*", default=[], help="further networks of --plans, as in commands")
     parser.add_argument(
@@ -261,7 +259,7 @@ def main() -> None:
         megapixels = size[0] * size[1] / 1e6
         sides = [GIVEN, WHOLE, BANDS, WINDOWS] if megapixels < _SMALL else [WHOLE, BANDS, WINDOWS]
         rounds = options.rounds if megapixels < _SMALL else 1
-        if megapixels > options.most:  # the memory alone
+        if megapixels > _MOST:  # the memory alone
             sides, rounds = [BANDS], 0
         for kept in options.masks or [None]:
             mask = "all" if kept is None else f"content | budget:fraction={kept}"

@@ -1,7 +1,6 @@
 """The time of an optimised network by kind of layer, against the fastest matrix product on this machine.
 
-    python -m benchmarks.layer_profile [--model resnet50 ...] [--size 256x512] [--fraction 0.34] [--precision bfloat16]
-        [--threads 1] [--layers 12]
+    python -m benchmarks.layer_profile [--model resnet50 ...] [--size 256x512] [--precision bfloat16] [--threads 1]
 
 The rate of a kind is the MACs on the mask's elements divided by the time of its layers, which includes the norm,
 activation and residual of a layer. The fastest product is torch.mm of 1024 x 1024 matrices.
@@ -22,6 +21,7 @@ from benchmarks.slowest import layer_times
 from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.support.provenance import describe_run
 
+FRACTION = 0.34  # of the patches that are kept
 MODELS = ("resnet50", "deeplabv3_resnet101", "mobilenet_v2", "convnext_tiny")
 
 
@@ -49,11 +49,11 @@ def kind_of(module: nn.Module | None, layer: str) -> str:
 
 
 @torch.inference_mode()
-def profile(name: str, size: tuple[int, int], fraction: float, precision: str, slowest: int) -> None:
-    """Print the table of one network by kind of layer, and its slowest layers."""
+def profile(name: str, size: tuple[int, int], precision: str) -> None:
+    """Print the table of one network by kind of layer."""
     model = cs.build_model(name, "none")
     image = normalise(street_scene(*size), model.cad_source)[None]
-    mask = f"edges:threshold=0.35,dilation=11 | budget:fraction={fraction}"
+    mask = f"edges:threshold=0.35,dilation=11 | budget:fraction={FRACTION}"
     net = cs.adaptify(model, mask, output_stride=(8, 32), verify_laws=False)
     dtype = getattr(torch, precision)
     fast, image = net.to(dtype).optimize(), image.to(dtype)
@@ -72,13 +72,11 @@ def profile(name: str, size: tuple[int, int], fraction: float, precision: str, s
         kind = kind_of(modules.get(layer), layer)
         seconds[kind] += taken
         work[kind] += macs.get(layer, 0)
-    print(f"\n{name} in {precision}, {size[0]}x{size[1]}, fraction {fraction}: {total * 1e3:.1f} ms")
+    print(f"\n{name} in {precision}, {size[0]}x{size[1]}, fraction {FRACTION}: {total * 1e3:.1f} ms")
     print("| kind of layer | ms | of all | GMAC/s |\n|---|---|---|---|")
     for kind, taken in sorted(seconds.items(), key=lambda pair: -pair[1]):
         rate = f"{work[kind] / taken / 1e9:.1f}" if work[kind] else ""
         print(f"| {kind} | {taken * 1e3:.1f} | {taken / total:.0%} | {rate} |")
-    for layer, taken in sorted(layers.items(), key=lambda pair: -pair[1])[:slowest]:
-        print(f"{layer}: {kind_of(modules.get(layer), layer)}, {taken * 1e3:.2f} ms")
 
 
 def main() -> None:
@@ -86,9 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append")
     parser.add_argument("--size", default="256x512")
-    parser.add_argument("--fraction", type=float, default=0.34)
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--layers", type=int, default=0, help="number of slowest layers to list")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -97,7 +93,7 @@ def main() -> None:
     print(describe_run(torch.device("cpu")))
     print(f"fastest product of matrices: {fastest_product():.1f} GMAC/s with {args.threads} thread(s)")
     for name in args.model or MODELS:
-        profile(name, (height, width), args.fraction, args.precision, args.layers)
+        profile(name, (height, width), args.precision)
 
 
 if __name__ == "__main__":

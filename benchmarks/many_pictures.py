@@ -1,6 +1,6 @@
 """Pictures per second of `cadsurgery run` by one worker, two workers and Ray, and memory from 1,000 to 10,000 pictures.
 
-    python -m benchmarks.many_pictures [--network lraspp_mobilenet_v3_large] [--size 256 256] [--output many.json]
+    python -m benchmarks.many_pictures [--rounds 3] [--count 10000] [--output many.json]
 
 Every run is a command of its own, and its time is that of a run of many pictures minus that of a tenth of them, so that
 starting processes and opening the network do not count. The sides take turns. Random weights, float32, on the CPU.
@@ -38,17 +38,18 @@ SIDES = {
     "Ray, two processes": ("--ray", "local", "--workers", "2"),
     "one worker, batches of 4": ("--workers", "1", "--batch", "4"),
 }
+NETWORK, MASK, SIZE = "lraspp_mobilenet_v3_large", "edges | budget:fraction=0.3", (256, 256)
 DIFFERENT = 50  # pictures; the others are links to them
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux
 
 
-def write_pictures(folder: Path, count: int, size: tuple[int, int]) -> Path:
+def write_pictures(folder: Path, count: int) -> Path:
     """Write `count` pictures into a folder."""
     folder.mkdir()
     for number in range(count):
         path = folder / f"{number:06}.jpg"
         if number < DIFFERENT:
-            pixels = 255 * street_scene(*size, number).permute(1, 2, 0)
+            pixels = 255 * street_scene(*SIZE, number).permute(1, 2, 0)
             Image.fromarray(pixels.round().byte().numpy()).save(path, quality=90)
         else:
             os.link(folder / f"{number % DIFFERENT:06}.jpg", path)
@@ -75,9 +76,9 @@ def run(file: Path, pictures: Path, output: Path, options: tuple[str, ...]) -> t
     return seconds, usage.ru_maxrss / 1024
 
 
-def measure(file: Path, folder: Path, count: int, size: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
+def measure(file: Path, folder: Path, count: int, rounds: int) -> list[dict[str, Any]]:
     """Return a row for each side."""
-    few, many = (write_pictures(folder / str(number), number, size) for number in (count // 10, count))
+    few, many = (write_pictures(folder / str(number), number) for number in (count // 10, count))
     taken: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in SIDES}
     for turn in range(rounds):
         for name, options in SIDES.items():
@@ -99,9 +100,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--network", default="lraspp_mobilenet_v3_large")
-    parser.add_argument("--mask", default="edges | budget:fraction=0.3")
-    parser.add_argument("--size", type=int, nargs=2, default=(256, 256))
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("many_pictures.json"))
@@ -110,8 +108,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "net.safetensors"
         torch.manual_seed(0)
-        cs.save(cs.adaptify(cs.build_model(options.network, "none"), options.mask, verify_laws=False), file)
-        rows = measure(file, Path(name), options.count, tuple(options.size), options.rounds)
+        cs.save(cs.adaptify(cs.build_model(NETWORK, "none"), MASK, verify_laws=False), file)
+        rows = measure(file, Path(name), options.count, options.rounds)
     alone = rows[0]["pictures_per_second"]
     for row in rows:
         few, many = row["resident_mib"]
@@ -120,7 +118,7 @@ def main() -> None:
             f"{row['side']:26} {speed:7.1f} pictures/s, {speed / alone:.2f} of one worker; "
             f"resident {few:.0f} MiB at {options.count // 10} pictures, {many:.0f} at {options.count}"
         )
-    made = {"network": options.network, "mask": options.mask, "size": options.size, "count": options.count}
+    made = {"network": NETWORK, "mask": MASK, "size": SIZE, "count": options.count}
     options.output.write_text(
         json.dumps({**made, "setting": setting(torch.device("cpu")), "rows": rows}) + "\n"
     )

@@ -31,18 +31,17 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
 import cadsurgery as cs
-from benchmarks.glossary_pictures import GREY, PHOTOS, WORDS
+from benchmarks.glossary_pictures import GREY, PHOTOS, WORDS, draw_cells
 from benchmarks.mask_pictures import empty, masks
 from cadsurgery.data.images import normalise, read_image
 from cadsurgery.data.networks import source_of
-from cadsurgery.elements.lattice import Lattice
+from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.support.files import write_whole
 from cadsurgery.support.provenance import describe_run
@@ -256,7 +255,9 @@ def concept() -> Figure:
     }
     figure = Figure(figsize=(WIDTH, WIDTH / 3 + 0.75), layout="constrained")
     for axis, (title, (level, kernels)) in zip(figure.subplots(1, 3), maps.items(), strict=True):
-        elements = _draw_cells(axis, level)
+        lattice = Geometry((2,)).lattice(level[None])
+        draw_cells(axis, lattice)
+        elements = {divmod(pixel, _SIDE) for pixel in lattice.anchors.tolist()}
         for (row, column), colour in zip(kernels, (COLOURS[0], COLOURS[1]), strict=False):
             for down, across in itertools.product(_REACH, _REACH):
                 place = (row + down, column + across)
@@ -282,21 +283,6 @@ def concept() -> Figure:
     handles = [Line2D([], [], linestyle="none", label=label, **mark) for label, mark in marks.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
-
-
-def _draw_cells(axis: Axes, level: Tensor) -> set[tuple[int, int]]:
-    """Draw the cells of a level map with their anchors, and return these."""
-    anchors = set()
-    for row, column in itertools.product(range(_SIDE), range(_SIDE)):
-        side = 2 ** int(level[row, column])
-        if row % side == 0 and column % side == 0:
-            anchors.add((row, column))
-            face = "none" if side == 1 else f"{GREY}30"
-            axis.add_patch(
-                Rectangle((column, row), side, side, facecolor=face, edgecolor=GREY, linewidth=0.8)
-            )
-            axis.plot(column + 0.5, row + 0.5, ".", color=GREY, markersize=5)
-    return anchors
 
 
 # -- the hero ------------------------------------------------------------------------------------------

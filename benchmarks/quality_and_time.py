@@ -24,15 +24,16 @@ from benchmarks.instruction_sets import environment_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS, PAGE = DOCS / "quality.json", DOCS / "data" / "results.md"
-PRECISIONS = ("float32",)
+NETWORKS, PRECISIONS = ("camvid-8", "espnet-8", "voc-8", "voc-16"), ("float32",)
 
 
 def measure(data: Path, folder: Path, name: str, precision: str, pictures: int, minutes: float) -> None:
     """Run `recommend` for one network in this process."""
-    from benchmarks.trained import NETWORKS, spread
+    from benchmarks.trained import NETWORKS as TRAINED
+    from benchmarks.trained import spread
     from cadsurgery.tasks.recommend import recommend
 
-    model, pictures_of = NETWORKS[name](data)
+    model, pictures_of = TRAINED[name](data)
     recommend(
         model,
         spread(pictures_of, pictures),
@@ -150,8 +151,6 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=20)
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--isa", default="avx2,avx512vnni")
-    parser.add_argument("--networks", default="camvid-8,espnet-8,voc-8,voc-16")
-    parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--table", action="store_true", help="make the tables from docs/quality.json alone")
     parser.add_argument("--one", nargs=2, metavar=("NETWORK", "PRECISION"), help="one run in this process")
     options = parser.parse_args()
@@ -160,8 +159,8 @@ def main() -> None:
         return
     if not options.table:
         found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-        for name in options.networks.split(","):
-            for precision in options.precisions.split(","):
+        for name in NETWORKS:
+            for precision in PRECISIONS:
                 for cap in options.isa.split(","):
                     folder = options.folder / f"{name}-{cap}-{precision}"
                     asked = [str(options.data), str(folder), "--one", name, precision]

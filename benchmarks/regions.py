@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.segmentation import deeplabv3_resnet101, fcn_resnet50
+from torchvision.models.segmentation import fcn_resnet50
 
 import cadsurgery as cs
-from benchmarks import networks
-from benchmarks.large_pictures import Returned
+from benchmarks import large_pictures, networks
 from cadsurgery.support.provenance import setting
 from cadsurgery.timing import interleaved
 
@@ -31,11 +30,11 @@ SHARES = (0.01, 0.05, 0.1, 0.25)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the side of the picture
     "unet_16": (partial(networks.UNet, 16), 1024),
     "unet_64": (partial(networks.UNet, 64), 2048),
-    "fcn_resnet50": (lambda: Returned(fcn_resnet50(weights=None, weights_backbone=None), "out"), 2048),
-    "deeplabv3_resnet101": (
-        lambda: Returned(deeplabv3_resnet101(weights=None, weights_backbone=None), "out"),
+    "fcn_resnet50": (
+        lambda: large_pictures.Returned(fcn_resnet50(weights=None, weights_backbone=None), "out"),
         2048,
     ),
+    "deeplabv3_resnet101": (large_pictures.NETWORKS["deeplabv3_resnet101"], 2048),
 }
 
 
@@ -47,10 +46,9 @@ def box_in_the_middle(side: int, share: float) -> Tensor:
 
 
 @torch.no_grad()
-def measured(name: str, side: int | None, shares: Sequence[float], rounds: int) -> list[dict[str, Any]]:
+def measured(name: str, shares: Sequence[float], rounds: int) -> list[dict[str, Any]]:
     """Return the rows of a network: its boxes and the whole picture, timed in turns."""
-    make, own = NETWORKS[name]
-    side = side or own
+    make, side = NETWORKS[name]
     torch.manual_seed(0)
     model, image = make().eval(), torch.randn(1, 3, side, side)
     net = cs.adaptify(model, "all", coarsest=32, example_input=image[:, :, :256, :256], verify_laws=False)
@@ -87,16 +85,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES)
-    parser.add_argument("--side", type=int, help="of the picture; default: that of the network")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
     print(setting(torch.device("cpu")))
     rows = []
     for name in asked.networks:
-        for row in measured(name, asked.side, asked.shares, asked.rounds):
+        for row in measured(name, asked.shares, asked.rounds):
             rows.append(row)
             print(
                 f"{name:20} {row['side']:5} px, box of {row['share']:.0%}: {row['of_macs']:.3f} of the MACs, "

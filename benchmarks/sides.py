@@ -111,7 +111,7 @@ def compiled(options: Options) -> Iterator[tuple[str, Sides]]:
         net = cs.adaptify(backbone(), mask, output_stride=(8, 32), fill=fill, verify_laws=False)
         net.to(options.device)
         static = Masking(net.mask, net.geometry, net.plan.strides[0], static=True)
-        fast = torch.compile(net, mode=options.mode, fullgraph=True)
+        fast = torch.compile(net, fullgraph=True)
         yield (
             f"ResNet-50 backbone, fill {fill}, fraction {options.fractions[0]:g}",
             {"eager": partial(net, x), "static": partial(net.run, static, x), "compiled": partial(fast, x)},
@@ -197,7 +197,6 @@ def main() -> None:
     parser.add_argument("--fractions", type=float, nargs="+", default=(0.34,))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
-    parser.add_argument("--mode", default="default", help="mode of torch.compile")
     parser.add_argument("--device", default="cpu", help="of `compiled`")
     parser.add_argument("--json", action="store_true")
     make, defaults = BENCHMARKS[parser.parse_known_args()[0].benchmark]

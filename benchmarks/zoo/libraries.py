@@ -164,17 +164,8 @@ def _transformers() -> Declared:
             found[family + kind] = partial(
                 _from_config, tf, family + kind, config, {**options, **more, **labels}
             )
-    backbones = {
-        "ConvNext": ("ConvNextConfig", four),
-        "ResNet": ("ResNetConfig", {**four, "embedding_size": 16}),
-    }
-    for backbone, (config, options) in backbones.items():
-        found[f"UperNetForSemanticSegmentation-{backbone}"] = partial(
-            _upernet, tf, config, {**options, **stages}
-        )
-    found["RTDetrForObjectDetection"] = partial(_rt_detr, tf, four)
-    found["DetrForObjectDetection"] = partial(_detr, tf, four)
-    found["MaskFormerForInstanceSegmentation"] = partial(_mask_former, tf, four)
+    for name, how in _on_backbones(four).items():
+        found[name] = partial(_on_backbone, tf, name, *how)
     for name in ("resnet18", "mobilenetv3_small_050"):
         found[f"TimmWrapperForImageClassification-{name}"] = partial(
             _from_config,
@@ -198,17 +189,6 @@ def _from_config(tf: Any, name: str, config: str, options: dict[str, Any]) -> nn
     return network
 
 
-def _upernet(tf: Any, backbone: str, options: dict[str, Any]) -> nn.Module:
-    config = tf.UperNetConfig(
-        backbone_config=getattr(tf, backbone)(**options),
-        hidden_size=32,
-        auxiliary_in_channels=48,
-        num_labels=5,
-    )
-    network: nn.Module = tf.UperNetForSemanticSegmentation(config)
-    return network
-
-
 # The smallest encoder and decoder of networks like DETR.
 SMALL_DETR = {
     "d_model": 32,
@@ -222,42 +202,37 @@ SMALL_DETR = {
 }
 
 
-def _rt_detr(tf: Any, four: dict[str, Any]) -> nn.Module:
-    backbone = tf.RTDetrResNetConfig(
-        **four, embedding_size=16, layer_type="basic", out_features=["stage2", "stage3", "stage4"]
-    )
-    config = tf.RTDetrConfig(
-        **SMALL_DETR,
-        backbone_config=backbone,
-        encoder_hidden_dim=32,
-        encoder_in_channels=[32, 48, 64],
-        decoder_in_channels=[32, 32, 32],
-        num_labels=5,
-    )
-    network: nn.Module = tf.RTDetrForObjectDetection(config)
-    return network
+def _on_backbones(four: dict[str, Any]) -> dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]:
+    """Return networks around a backbone by name: their configuration, the backbone's, and the options of both."""
+    residual = {**four, "embedding_size": 16}
+    stages = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
+    upernet = {"hidden_size": 32, "auxiliary_in_channels": 48}
+    channels = {"encoder_in_channels": [32, 48, 64], "decoder_in_channels": [32, 32, 32]}
+    real_time = {**residual, "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"]}
+    masks = {"fpn_feature_size": 32, "mask_feature_size": 32}
+    return {
+        "UperNetForSemanticSegmentation-ConvNext": ("UperNet", "ConvNext", {**four, **stages}, upernet),
+        "UperNetForSemanticSegmentation-ResNet": ("UperNet", "ResNet", {**residual, **stages}, upernet),
+        "RTDetrForObjectDetection": (
+            *("RTDetr", "RTDetrResNet", real_time),
+            {**SMALL_DETR, **channels, "encoder_hidden_dim": 32},
+        ),
+        "DetrForObjectDetection": (
+            *("Detr", "ResNet", {**residual, "out_features": ["stage4"]}),
+            {**SMALL_DETR, "use_timm_backbone": False, "backbone": None},
+        ),
+        "MaskFormerForInstanceSegmentation": ("MaskFormer", "ResNet", {**residual, **stages}, masks),
+    }
 
 
-def _detr(tf: Any, four: dict[str, Any]) -> nn.Module:
-    backbone = tf.ResNetConfig(**four, embedding_size=16, out_features=["stage4"])
-    config = tf.DetrConfig(
-        **SMALL_DETR, backbone_config=backbone, use_timm_backbone=False, backbone=None, num_labels=5
-    )
-    network: nn.Module = tf.DetrForObjectDetection(config)
-    return network
-
-
-def _mask_former(tf: Any, four: dict[str, Any]) -> nn.Module:
-    stages = ["stage1", "stage2", "stage3", "stage4"]
-    config = tf.MaskFormerConfig(
-        backbone_config=tf.ResNetConfig(**four, embedding_size=16, out_features=stages),
-        decoder_config=tf.DetrConfig(**SMALL_DETR),
-        fpn_feature_size=32,
-        mask_feature_size=32,
-        num_labels=5,
-    )
-    network: nn.Module = tf.MaskFormerForInstanceSegmentation(config)
-    return network
+def _on_backbone(
+    tf: Any, name: str, config: str, backbone: str, own: dict[str, Any], options: dict[str, Any]
+) -> nn.Module:
+    """Build a network around a backbone of another family, each from its configuration."""
+    given = {"backbone_config": getattr(tf, f"{backbone}Config")(**own), "num_labels": 5, **options}
+    if config == "MaskFormer":
+        given["decoder_config"] = tf.DetrConfig(**SMALL_DETR)
+    return _from_config(tf, name.partition("-")[0], f"{config}Config", given)
 
 
 # -- ultralytics -----------------------------------------------------------------------------------------
@@ -330,24 +305,17 @@ def _doctr() -> Declared:
     importlib.import_module("doctr.models")
     detectors = ("db_mobilenet_v3_large", "linknet_resnet18", "fast_tiny")
     plain = {"pretrained": False, "pretrained_backbone": False}
-    found: Declared = {name: _built("doctr.models.detection", name, **plain) for name in detectors}
-    found |= {
-        f"{name} (exportable)": _built(
-            "doctr.models.detection",
-            name,
-            exportable=True,
-            **plain,
-        )
-        for name in ("db_mobilenet_v3_large", "linknet_resnet18", "fast_tiny")
-    }
+    found: Declared = {}
+    forms = {"": plain, " (exportable)": {**plain, "exportable": True}}
+    others = (("recognition", "crnn_mobilenet_v3_small"), ("table_structure", "tablecenternet"))
+    for module, name in (*(("detection", name) for name in detectors), *others):
+        for form, options in forms.items():
+            found[f"{name}{form}"] = _built(f"doctr.models.{module}", name, **options)
     classifiers = (
         *("mobilenet_v3_small", "mobilenet_v3_small_r", "resnet18", "resnet31", "textnet_tiny", "vgg16_bn_r"),
         *("starnet_s3",),
     )
     found |= {name: _built("doctr.models.classification", name, pretrained=False) for name in classifiers}
-    for module, name in (("recognition", "crnn_mobilenet_v3_small"), ("table_structure", "tablecenternet")):
-        found[name] = _built(f"doctr.models.{module}", name, **plain)
-        found[f"{name} (exportable)"] = _built(f"doctr.models.{module}", name, exportable=True, **plain)
     return found
 
 

@@ -33,17 +33,14 @@ def kept(image: Tensor, spec: str = "content:margin=0") -> Tensor:
     return resolve_mask(spec)(image, image, grid((128, 160)))[0, ::CELL, ::CELL]
 
 
-@pytest.mark.parametrize(("noise", "slope"), [(0.0, 0.0), (0.05, 0.0), (0.2, 0.0), (0.05, 4.0)])
-def test_writing_is_kept_whatever_the_paper_and_the_light(noise: float, slope: float) -> None:
+@pytest.mark.parametrize(
+    ("noise", "slope", "margin"),
+    [(0.0, 0.0, 0), (0.05, 0.0, 0), (0.2, 0.0, 0), (0.05, 4.0, 0), (0.05, 0.0, 1)],
+)
+def test_writing_is_kept_whatever_the_paper_and_the_light(noise: float, slope: float, margin: int) -> None:
     expected = torch.zeros(4, 5, dtype=torch.bool)
-    expected[1, 1] = True
-    assert torch.equal(kept(page(noise, slope)), expected)
-
-
-def test_a_margin_keeps_the_cells_around() -> None:
-    expected = torch.zeros(4, 5, dtype=torch.bool)
-    expected[:3, :3] = True
-    assert torch.equal(kept(page(0.05), "content"), expected)
+    expected[1 - margin : 2 + margin, 1 - margin : 2 + margin] = True
+    assert torch.equal(kept(page(noise, slope), "content" if margin else "content:margin=0"), expected)
 
 
 def test_a_blank_page_keeps_nothing_and_sizes_may_be_odd() -> None:

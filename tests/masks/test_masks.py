@@ -116,22 +116,18 @@ def test_graded_edges_give_each_level_to_its_own_threshold(size: tuple[int, int]
 # -- the other masks -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mask", "level"), [("all", 0), ("none", 2)])
-def test_all_keeps_everything_high_and_none_nothing(mask: str, level: int) -> None:
-    model = net(mask)
+@pytest.mark.parametrize(
+    ("mask", "patch", "level"),
+    [
+        *(("all", "quadtree", 0), ("none", "quadtree", 2)),
+        *(("random:fraction=0", "block", 2), ("random:fraction=1", "quadtree", 0)),
+    ],
+)
+def test_what_keeps_everything_or_nothing_does_so(mask: str, patch: str, level: int) -> None:
+    model = net(mask, patch=patch)
     model(torch.randn(2, 3, 97, 129))
-    assert model.levels.shape == (2, 13, 17)
-    assert (model.levels == level).all()
+    assert model.levels.shape == (2, 13, 17) and (model.levels == level).all()
     assert model.active_fraction == float(level == 0)
-
-
-@pytest.mark.parametrize(("fraction", "kept", "patch"), [(0, 0.0, "block"), (1, 1.0, "quadtree")])
-def test_random_keeps_nothing_at_fraction_0_and_everything_at_1(
-    fraction: int, kept: float, patch: str
-) -> None:
-    model = net(f"random:fraction={fraction}", patch=patch)
-    model(torch.randn(2, 3, 97, 129))
-    assert model.active_fraction == kept
 
 
 @pytest.mark.parametrize("seed", [0, 3])

@@ -58,30 +58,27 @@ def kept(net: Any) -> Tensor:
     return kept
 
 
-@pytest.mark.parametrize(("answer", "height", "width"), [("map", 256, 320), ("dictionary", 230, 301)])
-def test_cells_with_a_response_are_kept(answer: str, height: int, width: int) -> None:
-    net = converted(answer, "preview:threshold=0.6,margin=0,scale=0.5")
-    expected = torch.zeros(-(-height // 32), -(-width // 32), dtype=torch.bool)
-    expected[2, 3] = expected[5, 7] = True
-    with torch.no_grad():
-        net(spotted(height, width, (2, 3), (5, 7)))
-        assert torch.equal(kept(net), expected)
-        net.optimize()(spotted(height, width, (2, 3), (5, 7)))
-    assert torch.equal(kept(net), expected)
-
-
-def test_a_margin_keeps_the_cells_around() -> None:
-    net = converted(mask="preview:threshold=0.6,scale=0.5")
-    net(spotted(256, 256, (4, 4)))
-    expected = torch.zeros(8, 8, dtype=torch.bool)
-    expected[3:6, 3:6] = True
-    assert torch.equal(kept(net), expected)
-
-
-def test_what_is_less_than_the_least_is_no_response() -> None:
-    net = converted(mask="preview:least=1e6")
-    net(spotted(256, 256, (4, 4)))
-    assert net.active_fraction == 0
+@pytest.mark.parametrize(
+    ("answer", "size", "mask", "margin"),
+    [
+        ("map", (256, 320), "preview:threshold=0.6,margin=0,scale=0.5", 0),
+        ("dictionary", (230, 301), "preview:threshold=0.6,margin=0,scale=0.5", 0),
+        ("map", (256, 320), "preview:threshold=0.6,scale=0.5", 1),
+        ("map", (256, 320), "preview:least=1e6", None),
+    ],
+)
+def test_cells_with_a_response_are_kept_and_those_around(
+    answer: str, size: tuple[int, int], mask: str, margin: int | None
+) -> None:
+    """What is less than the least is no response."""
+    net, places = converted(answer, mask), ((2, 3), (5, 7))
+    expected = torch.zeros(-(-size[0] // 32), -(-size[1] // 32), dtype=torch.bool)
+    for row, column in places if margin is not None else ():
+        expected[row - margin : row + margin + 1, column - margin : column + margin + 1] = True
+    for form in (net, net.optimize()):
+        with torch.no_grad():
+            form(spotted(*size, *places))
+        assert torch.equal(kept(form), expected)
 
 
 def test_optimised_copies_look_at_the_network_as_given() -> None:

@@ -92,12 +92,3 @@ def test_only_the_last_convolution_is_counted_as_adaptive() -> None:
     assert costs[1]["part_of_high"] == 1 / 16 and costs[1]["active_fraction"] == 0
     looked = recipe.cost(net, {"": x[0]}, "keypoints:detector=own,count=4,dilations=1")
     assert looked["part_of_high"] > 2 / 16  # the pass that it looks at, and its own
-
-
-# -- converted: the pools ------------------------------------------------------------------------------
-
-
-# -- measuring -----------------------------------------------------------------------------------------
-
-
-# -- with the weights ----------------------------------------------------------------------------------

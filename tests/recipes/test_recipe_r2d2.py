@@ -180,6 +180,3 @@ def test_the_command_measures_an_adapted_file_too(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 1 + 2 * 2  # sequences that masks were chosen on are told apart
     assert len({line.count(" | ") for line in lines[2:]}) == 1
-
-
-# -- with the weights ----------------------------------------------------------------------------------

@@ -19,15 +19,16 @@ def net() -> cs.SampledModel:
 
 
 @pytest.mark.parametrize(
-    ("resolution", "dense"), [(500, 70.03), (600, 100.20), (800, 184.06), (1000, 289.47)]
+    ("resolution", "density", "digits", "total"),
+    [
+        *((500, None, 2, 70.03), (600, None, 2, 100.20), (800, None, 2, 184.06), (1000, None, 2, 289.47)),
+        *((1000, 1.0, 3, 294.511), (1000, 0.5, 3, 162.342), (1000, 0.3, 3, 106.836)),
+    ],
 )
-def test_dense_cost_is_the_published_one(resolution: int, dense: float) -> None:
-    assert round(recipe.gflops("resnet101", resolution), 2) == dense
-
-
-@pytest.mark.parametrize(("density", "total"), [(1.0, 294.511), (0.5, 162.342), (0.3, 106.836)])
-def test_cost_at_uniform_densities(density: float, total: float) -> None:
-    assert round(recipe.gflops("resnet101", 1000, density), 3) == total
+def test_cost_is_the_published_one(resolution: int, density: float | None, digits: int, total: float) -> None:
+    """Of the dense network, and at uniform densities."""
+    given = (resolution,) if density is None else (resolution, density)
+    assert round(recipe.gflops("resnet101", *given), digits) == total
 
 
 def test_names_are_those_of_the_published_file(net: cs.SampledModel) -> None:
@@ -99,6 +100,3 @@ def test_it_detects_and_trains_inside_torchvisions_detector() -> None:
 def test_the_learning_rate_is_that_published() -> None:
     rates = [recipe.learning_rate(step, 1000) for step in (0, 250, 500, 7999, 8000, 10_999, 11_000)]
     assert rates == pytest.approx([0.01 / 3, 0.01 * 2 / 3, 0.01, 0.01, 0.001, 0.001, 0.0001])
-
-
-# -- two classifiers -----------------------------------------------------------------------------------

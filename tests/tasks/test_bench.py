@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -290,13 +289,6 @@ def test_a_dense_twin_for_engines_is_written_as_anyone_would(level: int) -> None
     assert all(order == sorted(order) for order in orders)
     with torch.no_grad():
         assert_same(program.module()(image), net(image, mask="none" if level else "all"), 1e-5)
-
-
-def test_an_engine_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(cs.CadError, match="openvino") as caught:
-        bench(trunk(), size=SIZE, runtime="openvino")
-    assert "cadsurgery[export]" in caught.value.next
 
 
 # -- options -------------------------------------------------------------------------------------------

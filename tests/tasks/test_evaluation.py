@@ -171,15 +171,35 @@ def test_work_by_elements_gives_the_macs_of_any_mask(name: str) -> None:
 # -- refusals ------------------------------------------------------------------------------------------
 
 
-def test_another_number_of_classes_is_refused() -> None:
-    with pytest.raises(cs.InvalidInput, match=r"network has 4 classes and data scene:5.* has 6"):
-        cs.evaluate(street_segmenter(classes=4), DATA, rounds=0)
+class Lost:
+    """Data of the user whose disk is not there."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Any:
+        raise OSError("the disk is not mounted")
 
 
-@pytest.mark.parametrize("options", [{"limit": 0}, {"batch": 0}, {"rounds": -1}])
-def test_impossible_numbers_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(cs.InvalidInput, match="at least 1 image"):
-        cs.evaluate(street_segmenter(), DATA, **options)
+REFUSALS: list[tuple[Callable[[], Any], Any, dict[str, Any], str]] = [
+    (lambda: street_segmenter(classes=4), DATA, {}, r"network has 4 classes and data scene:5.* has 6"),
+    *(
+        (street_segmenter, DATA, {name: bad}, "at least 1 image")
+        for name, bad in (("limit", 0), ("batch", 0), ("rounds", -1))
+    ),
+    *((street_segmenter, DATA, {"output_stride": bad}, "neither a pair") for bad in ((4, 8, 16), ["8,16"])),
+    (lambda: cs.adaptify(street_segmenter(), EDGES), DATA, {"output_stride": [(8, 16)]}, "original network"),
+    (street_segmenter, Lost(), {}, "the disk is not mounted"),
+    (street_segmenter, [(torch.rand(3, 32, 48), torch.zeros(16, 16).long())], {}, "its labels have 16x16"),
+]
+
+
+@pytest.mark.parametrize(("network", "data", "options", "said"), REFUSALS)
+def test_what_cannot_be_evaluated_is_refused(
+    network: Callable[[], Any], data: Any, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(cs.CadError, match=said):
+        cs.evaluate(network(), data, **{"rounds": 0, **options})
 
 
 def test_a_pair_of_output_strides_is_a_list_of_one() -> None:
@@ -188,18 +208,6 @@ def test_a_pair_of_output_strides_is_a_list_of_one() -> None:
     assert [(row.label, row.macs, row.miou) for row in alone.rows] == [
         (row.label, row.macs, row.miou) for row in listed.rows
     ]
-
-
-@pytest.mark.parametrize("strides", [(4, 8, 16), ["8,16"]])
-def test_what_is_no_pair_of_output_strides_is_refused(strides: Any) -> None:
-    with pytest.raises(cs.InvalidInput, match="neither a pair"):
-        cs.evaluate(street_segmenter(), DATA, [EDGES], output_stride=strides)
-
-
-def test_other_strides_of_a_network_without_a_name_are_refused() -> None:
-    net = cs.adaptify(street_segmenter(), EDGES)
-    with pytest.raises(cs.InvalidInput, match="original network"):
-        cs.evaluate(net, DATA, output_stride=[(8, 16)])
 
 
 def test_unreadable_images_are_reported_and_the_others_done(folder: Path) -> None:
@@ -278,23 +286,3 @@ def test_the_report_is_json_and_says_when_weights_are_random(report: EvaluationR
     assert "random" not in printed(report)
     assert "random weights: unless they were trained since" in printed(replace(report, random=True))
     assert isinstance(cs.open_data(DATA), SegmentationData)
-
-
-# -- labels and costs ----------------------------------------------------------------------------------
-
-
-class Lost:
-    """Data of the user whose disk is not there."""
-
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, index: int) -> Any:
-        raise OSError("the disk is not mounted")
-
-
-def test_data_of_which_no_sample_can_be_used_says_why() -> None:
-    unequal = [(torch.rand(3, 32, 48), torch.zeros(16, 16, dtype=torch.int64))]
-    for data, said in ((Lost(), "the disk is not mounted"), (unequal, "its labels have 16x16")):
-        with pytest.raises(cs.CadError, match=said):
-            cs.evaluate(street_segmenter(), data, rounds=0)

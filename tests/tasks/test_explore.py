@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -178,14 +177,6 @@ def test_networks_of_other_methods_are_refused(tmp_path: Path) -> None:
     cs.save(net, tmp_path / "exits.safetensors")
     with pytest.raises(cs.InvalidInput, match="another method"):
         open_subject(str(tmp_path / "exits.safetensors"), trust=True)
-
-
-def test_without_gradio_the_command_that_installs_it_is_named(
-    monkeypatch: pytest.MonkeyPatch, command_line: Any
-) -> None:
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    done = command_line("explore", NAME)
-    assert done.code == 2 and "pip install 'cadsurgery[explore]'" in done.err
 
 
 def test_the_command_tells_the_address_and_ends_at_ctrl_c(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from conftest import covering, slow
 from networks import saved_segmenter, seeded, segmenter, unverified
 from PIL import Image
+from predicting import NORTH_UP, ZONE, save_convolutions
+from predicting import predict as predict_whole
 from torch import nn
 
 import cadsurgery as cs
@@ -23,24 +26,18 @@ from cadsurgery.data.rasters import RasterRows
 from cadsurgery.data.tiff import TiffRows
 from cadsurgery.network.model import pictures_for
 from cadsurgery.support import memory as amounts
-from cadsurgery.support.progress import silent
 from cadsurgery.tasks import large, run
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.recommend import fits
-from cadsurgery.tasks.report import FilesReport
 
 SIZE = (733, 301)  # odd; 2.5 MiB as float32
-LITTLE, MUCH = "2MiB", "1GiB"
+LITTLE = "2MiB"
+predict = partial(predict_whole, memory=LITTLE)
 
 
 @pytest.fixture(scope="session")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved_segmenter(tmp_path_factory.mktemp("large") / "net.safetensors")
-
-
-def predict(file: Path, picture: Path, output: Path, **options: Any) -> FilesReport:
-    options = {"output": str(output), "workers": 1, "trust": True, "memory": LITTLE, **options}
-    return run.predict(file, [picture], RunOptions(**options), step=silent)
 
 
 def written(path: Path, stored: np.ndarray, **options: Any) -> Path:
@@ -104,12 +101,8 @@ def test_a_large_picture_is_predicted_as_one_that_fits(
     assert predict(file, picture, tmp_path / "rows", mask=mask, resume=True).skipped == 1
 
 
-ZONE = (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 25832)  # UTM zone 32N
 PLACES: dict[str, list[Any]] = {
-    "north up": [
-        (33550, 12, 3, (0.2, 0.2, 0.0), True),
-        (33922, 12, 6, (0.0, 0.0, 0.0, 5e5, 5.2e6, 0.0), True),
-    ],
+    "north up": NORTH_UP,
     "turned": [(34264, 12, 16, tuple(float(value) for value in range(16)), True)],
     "control points": [(33922, 12, 18, tuple(float(value) for value in range(18)), True)],
     "polynomials": [(50844, 12, 92, tuple(float(value) for value in range(92)), True)],
@@ -169,20 +162,7 @@ def test_rasters_are_predicted_as_rasters_without_an_option(
 
 @pytest.fixture
 def convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Saves a network of two convolutions, whose output has a quarter of the picture's side unless it is enlarged."""
-
-    def save(channels: int = 5, larger: int = 1) -> Path:
-        monkeypatch.chdir(tmp_path)
-        Path("net.py").write_text(
-            "import torch\nfrom torch import nn\ndef network():\n    torch.manual_seed(0)\n"
-            f"    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, {channels}, 3, 2, 1),\n"
-            f"        nn.Upsample(scale_factor={larger})).eval()\n"
-        )
-        model, example = cs.build_model("net.py:network"), torch.rand(1, 3, 64, 64)
-        cs.save(unverified(model, "edges", coarsest=8, example_input=example), "net.safetensors")
-        return Path("net.safetensors")
-
-    return save
+    return lambda channels=5, larger=1: save_convolutions(tmp_path, monkeypatch, channels, larger)
 
 
 @pytest.mark.filterwarnings("ignore:Dataset has no geotransform")

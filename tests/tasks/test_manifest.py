@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, Run, thorough
 from PIL import Image
+from predicting import predict
 
 import cadsurgery as cs
 from cadsurgery.data.images import street_scene
@@ -21,7 +22,6 @@ from cadsurgery.support.pipeline import DEPTH
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks import predictor, run
 from cadsurgery.tasks.commands import RunOptions
-from cadsurgery.tasks.report import FilesReport
 
 COUNT = 6
 # Runs the command with a function of `cadsurgery.tasks.MODULE` that kills the process in its third call.
@@ -65,12 +65,6 @@ def draw(path: Path, number: int) -> None:
     path.parent.mkdir(exist_ok=True)
     pixels = 255 * street_scene(46, 61 + number % 2, number)
     Image.fromarray(pixels.permute(1, 2, 0).round().byte().numpy()).save(path)
-
-
-def predict(file: Path, photos: Path, output: Path, **options: Any) -> FilesReport:
-    step = options.pop("step", silent)
-    options = {"output": str(output), "workers": 1, "trust": True, **options}
-    return run.predict(file, [photos], RunOptions(**options), step=step)
 
 
 def predictions(folder: Path) -> dict[str, bytes]:

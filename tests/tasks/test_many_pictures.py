@@ -17,15 +17,13 @@ import pytest
 from conftest import ROOT, thorough
 from networks import saved_segmenter
 from PIL import Image
+from predicting import predict
 
 import cadsurgery as cs
 from cadsurgery.data import stores
 from cadsurgery.data.images import street_scene
-from cadsurgery.support.progress import silent
-from cadsurgery.tasks import predictor, run
-from cadsurgery.tasks.commands import RunOptions
+from cadsurgery.tasks import predictor
 from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor
-from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.workers import share
 
 SIZES = [(24, 32), (32, 24), (33, 41), (40, 40)]
@@ -64,12 +62,6 @@ def expected(file: Path, different: Path) -> dict[str, bytes]:
     report = predict(file, [different], different.parent / "expected")
     assert len(report.rows) == DIFFERENT - 1 and len(report.failed) == 1
     return {path.name: path.read_bytes() for path in (different.parent / "expected").glob("*.png")}
-
-
-def predict(file: Path, images: list[Any], output: Any, **options: Any) -> FilesReport:
-    step = options.pop("step", silent)
-    options = {"output": str(output), "workers": 1, "trust": True, **options}
-    return run.predict(file, images, RunOptions(**options), step=step)
 
 
 @pytest.fixture
@@ -254,14 +246,6 @@ def test_what_is_no_picture_of_a_column_is_an_error_of_its_row(file: Path) -> No
         predict_batch({"other": np.zeros(2)})
     with pytest.raises(cs.CadError, match="form of predictions"):
         cs.ray.Predict(str(file), prediction="jpg", trust=True)
-
-
-def test_without_ray_the_command_that_installs_it_is_named(
-    file: Path, different: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(cs.CadError, match=r"cadsurgery\[scale\]"):
-        predict(file, [different], tmp_path / "out", ray="local")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 from conftest import printed, slow
 from networks import Segmenter, segmenter
-from torch import Tensor, nn
+from torch import Tensor
 
 import cadsurgery as cs
 from cadsurgery.data.images import normalise
@@ -28,39 +27,22 @@ from cadsurgery.tasks.open import example_image
 SIZE = (75, 101)
 
 
-class Depth(nn.Module):
+class Depth(Segmenter):
     """One channel without a sign: no classes."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.net = Segmenter(1)
+        torch.manual_seed(0)
+        super().__init__(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x).abs()
+        return super().forward(x).abs()
 
 
-class Classes(nn.Module):
+class Classes(Segmenter):
     """Returns numbers of classes, which cannot be compared as maps."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = Segmenter()
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x).argmax(1)
-
-
-def seeded(kind: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return kind()
-
-
-def depth() -> nn.Module:
-    return seeded(Depth)
-
-
-def classes() -> nn.Module:
-    return seeded(Classes)
+        return super().forward(x).argmax(1)
 
 
 def drawn(
@@ -113,11 +95,11 @@ def test_quality_stands_beside_the_cost_of_the_network_as_given(tmp_path: Path) 
 
 
 def test_maps_that_are_no_classes_have_a_relative_error_and_others_no_quality(tmp_path: Path) -> None:
-    report = drawn(tmp_path, "all", "none", model=f"{__name__}:depth")
+    report = drawn(tmp_path, "all", "none", model=f"{__name__}:Depth")
     whole, low = report.rows
     assert whole.relative_error == 0 < low.relative_error and whole.pixel_accuracy is None
     assert "relative error" in printed(report)
-    report = drawn(tmp_path, "none", model=f"{__name__}:classes")
+    report = drawn(tmp_path, "none", model=f"{__name__}:Classes")
     assert report.rows[0].of_given == 1 and report.rows[0].pixel_accuracy is None
     assert any("quality is not compared" in note for note in report.notes)
 

@@ -134,15 +134,10 @@ def test_a_class_in_neither_map_is_none_and_left_out_of_the_mean() -> None:
     assert found["iou"] == [1, None, 1, None] and found["miou"] == 1 == found["boundary_iou"]
 
 
-@pytest.mark.parametrize(
-    "options", [{"classes": 0}, {"classes": 2, "boundary": 0.0}, {"classes": 2, "trimap": 0}]
-)
-def test_impossible_settings_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(cs.InvalidInput, match="SegmentationMetrics"):
-        SegmentationMetrics(**options)
-
-
-def test_values_out_of_range_and_other_sizes_are_refused() -> None:
+def test_impossible_settings_values_and_sizes_are_refused() -> None:
+    for classes, options in ((0, {}), (2, {"boundary": 0.0}), (2, {"trimap": 0})):
+        with pytest.raises(cs.InvalidInput, match="SegmentationMetrics"):
+            SegmentationMetrics(classes, **options)  # type: ignore[arg-type]
     metrics, labels = SegmentationMetrics(CLASSES), torch.zeros(1, 4, 4, dtype=torch.int64)
     for prediction, truth in ((labels + CLASSES, labels), (labels - 1, labels), (labels, labels + CLASSES)):
         with pytest.raises(cs.InvalidInput, match=r"0\.\.3"):

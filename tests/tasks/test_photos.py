@@ -28,15 +28,11 @@ STRIDES: dict[str, Any] = {"output_stride": [(4, 16)], "rounds": 0}
 QUICK = Settings(steps=6, batch=2, lr=0.02, workers=0, save_every=3, validate_every=2, batch_norm="frozen")
 
 
-class Describer(nn.Module):
+class Describer(Segmenter):
     """Two maps, descriptors of length 1 and a score: no classes."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Segmenter()
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        found = self.inner.backbone(x)
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        found = self.backbone(x)
         return {"descriptors": nn.functional.normalize(found, dim=1), "score": found.mean(1, keepdim=True)}
 
 
@@ -134,16 +130,12 @@ def test_maps_that_are_no_classes_have_a_relative_error(photos: Path) -> None:
     assert mask.relative_error == pytest.approx(mask.divergence**0.5) and mask.miou is None
 
 
-class Particular(nn.Module):
+class Particular(Segmenter):
     """Takes images of even height and width only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Segmenter()
 
     def forward(self, x: Tensor) -> Tensor:
         halves = nn.functional.avg_pool2d(x, 2).repeat_interleave(2, -1).repeat_interleave(2, -2)
-        return self.inner(x) + halves.mean(1, keepdim=True)
+        return super().forward(x) + halves.mean(1, keepdim=True)
 
 
 def test_an_image_that_the_network_does_not_take_costs_itself(photos: Path) -> None:
@@ -235,24 +227,9 @@ def test_a_dense_network_cannot_be_measured_without_labels() -> None:
 def test_the_command_trains_on_a_folder_of_photos(
     photos: Path, tmp_path: Path, command_line: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = command_line(
-        *("finetune", "networks:Segmenter", "--data", f"images:{photos}", "--output-stride", "4,16"),
-        *(
-            "--set",
-            "steps=2",
-            "--set",
-            "crop=32",
-            "--set",
-            "workers=0",
-            "--device",
-            "cpu",
-            "--set",
-            "batch=2",
-            "-o",
-            "run",
-            "--json",
-        ),
-    )
+    line = "finetune networks:Segmenter --output-stride 4,16 --device cpu -o run --json"
+    few = "--set steps=2 --set crop=32 --set workers=0 --set batch=2"
+    done = command_line(*line.split(), *few.split(), "--data", f"images:{photos}")
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert found["data"] == f"images:{photos} (2 images)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,17 +17,15 @@ import torch
 from conftest import covering
 from networks import saved_segmenter
 from PIL import Image
+from predicting import predict
 
 import cadsurgery as cs
 from cadsurgery.data.clips import Clip, open_clip, write_clip
 from cadsurgery.data.images import street_scene
 from cadsurgery.data.networks import Source, class_names
 from cadsurgery.support.errors import CadError
-from cadsurgery.support.progress import silent
 from cadsurgery.tasks import predictor, run
-from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import prediction_picture
-from cadsurgery.tasks.report import FilesReport
 
 SIZE = (46, 61)  # odd
 FRAMES = 5
@@ -66,12 +63,6 @@ def make_clip(folder: Path, path: Path) -> Path:
 def frames_of(path: Path) -> list[torch.Tensor]:
     with open_clip(path) as clip:
         return list(clip.frames)
-
-
-def predict(file: Path, images: list[Path], output: Path, **options: Any) -> FilesReport:
-    step = options.pop("step", silent)
-    options = {"output": str(output), "workers": 1, "trust": True, **options}
-    return run.predict(file, images, RunOptions(**options), step=step)
 
 
 @pytest.fixture
@@ -429,12 +420,3 @@ def test_a_clip_of_an_earlier_run_is_replaced_and_one_of_ones_own_is_not(
                 mine.mux(packet)
     with pytest.raises(cs.InvalidInput, match="would replace a file that no run has written"):
         predict(file, [folder], tmp_path / "mine.mov")
-
-
-def test_without_pyav_the_command_that_installs_it_is_named(
-    file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(cs.NotInstalled) as caught:
-        predict(file, [folder], tmp_path / "out.mp4")
-    assert caught.value.next == "pip install 'cadsurgery[video]'" and not (tmp_path / "out.mp4").exists()

@@ -6,6 +6,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 import tifffile
 import torch
 from conftest import covering, slow
-from networks import unverified
 from PIL import Image
+from predicting import NORTH_UP, ZONE, save_convolutions
+from predicting import predict as predict_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cadsurgery as cs
@@ -24,45 +26,19 @@ from cadsurgery.data.images import normalise, read_image, street_scene
 from cadsurgery.elements import lattice
 from cadsurgery.masks import masking
 from cadsurgery.network.model import pictures_for
-from cadsurgery.support.progress import silent
 from cadsurgery.support.torch_internals import tree_leaves
-from cadsurgery.tasks import large, run
-from cadsurgery.tasks.commands import RunOptions
-from cadsurgery.tasks.report import FilesReport
+from cadsurgery.tasks import large
 
 SIZE = (512, 768)
 CORNER = (5e5, 5.2e6, 0.2)  # east, north, metres a pixel
-ZONE = (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 25832)
-PLACE: list[Any] = [
-    (33550, 12, 3, (0.2, 0.2, 0.0), True),
-    (33922, 12, 6, (0.0, 0.0, 0.0, *CORNER[:2], 0.0), True),
-    (34735, 3, len(ZONE), ZONE, True),
-]
+PLACE = [*NORTH_UP, (34735, 3, len(ZONE), ZONE, True)]
+predict = partial(predict_mask, mask="all")
 MEMORIES = ["", "16MiB"]
 
 
 @pytest.fixture
 def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Saves a network whose output has the size of the picture."""
-
-    def save(channels: int = 5) -> Path:
-        monkeypatch.chdir(tmp_path)
-        Path("net.py").write_text(
-            "import torch\nfrom torch import nn\ndef network():\n    torch.manual_seed(0)\n"
-            f"    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, {channels}, 3, 2, 1),\n"
-            "        nn.Upsample(scale_factor=4)).eval()\n"
-        )
-        cs.save(
-            unverified(cs.build_model("net.py:network"), "edges", coarsest=8), f"net{channels}.safetensors"
-        )
-        return tmp_path / f"net{channels}.safetensors"
-
-    return save
-
-
-def predict(file: Path, picture: Path, output: Path, **options: Any) -> FilesReport:
-    options = {"output": str(output), "workers": 1, "trust": True, "mask": "all", **options}
-    return run.predict(file, [picture], RunOptions(**options), step=silent)
+    return lambda channels=5: save_convolutions(tmp_path, monkeypatch, channels, 4)
 
 
 @pytest.fixture
