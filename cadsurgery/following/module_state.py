@@ -201,8 +201,9 @@ def _containers(model: nn.Module) -> Iterator[tuple[str, Any]]:
         parts = _items(held) if _is(held, dict) else enumerate(_values(held))
         for key, part in list(parts):
             if type(part) in (FunctionType, MethodType) and not _is_of_python(part):
-                space = getattr(part, "__func__", part).__globals__
-                spaces[id(space)] = space
+                function = getattr(part, "__func__", part)
+                spaces[id(function.__globals__)] = function.__globals__
+                waiting += _enclosed([function])
             inside = part if _is_container(part) else _attributes(part)
             if inside is not None:
                 waiting.append((place if _is_part_of_module(key) else _join(place, key), inside))

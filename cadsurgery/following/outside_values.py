@@ -11,11 +11,12 @@
 A graph has such values as constants. Those that the code loads are noted with the network, and compared before a call:
 where one is another value now, the network is read anew. Tensors, parameters and modules are no constants of a graph.
 What the code loads is read from its instructions: `self.n` loads an attribute `n`, and no global value of that name.
+The code is that of the classes, of what their objects hold (functions, partial functions, methods of other objects, by
+themselves or in containers) and of all functions that it names.
 """
 
 from __future__ import annotations
 
-import builtins
 import dis
 import math
 import os
@@ -26,7 +27,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache, cached_property, partial, partialmethod
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any, NamedTuple
 
 import numpy
@@ -38,6 +47,7 @@ from cadsurgery.following.hooks import child
 
 _GONE = "nothing"  # stands for an attribute that is not there
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum)
+_PLAIN_TYPES = frozenset(kind for kind in _PLAIN if kind is not Enum)
 _PLAIN_OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 _CALLED = (FunctionType, BuiltinFunctionType, MethodType, type)
 _OPAQUE = "something"  # stands for what is not compared: tensors, modules, objects of other libraries
@@ -53,6 +63,8 @@ _ENVIRONMENT = ("os.environ",)  # stands for the variables of the environment
 _UNNAMED = frozenset(
     ("__call__", "__getattr__", "__getitem__", "__bool__", "__len__", "__iter__", "__contains__", "__eq__")
 )
+_MADE = frozenset(("__init__", "__new__", "__post_init__"))  # what runs where a class is called
+_HOLDING = (type, dict, list, tuple, set, frozenset, deque)  # what is no function and holds functions
 _MOST = 256  # items of a container; a longer one is a table or a cache and is not looked into
 
 
@@ -113,7 +125,8 @@ class Outside:
 
     Attributes:
         values: a copy of each value by its place, see `_copied`.
-        names: names in the network's code; attributes of objects of other names are not read.
+        names: names in the network's code; attributes of objects of other names are not read. Names of variables that
+            functions enclose are in angle brackets.
         with_tensors: true if the graph has constants that may have been computed from tensors among the attributes.
     """
 
@@ -152,12 +165,13 @@ class Outside:
             for place, (owner, value) in code.loaded.items()
             if (owner, place.name) not in written
         }
-        read = ((place, value) for place, value in values.items() if id(value) not in containers)
+        read = {place: value for place, value in values.items() if id(value) not in containers}
+        enclosed = {f"<{place.name}>" for place in read if isinstance(place.holder, Enclosed)}
+        kept = {f"<{place.name}>" for place in values if place not in read}
+        names = code.names | (enclosed - kept)
         copies = dict[tuple[int, int], Any]()
-        known = {place: _copied(value, code.names, with_tensors, copies) for place, value in read}
-        return cls(
-            {place: value for place, value in known.items() if value != _OPAQUE}, code.names, with_tensors
-        )
+        known = {place: _copied(value, names, with_tensors, copies) for place, value in read.items()}
+        return cls({place: value for place, value in known.items() if value != _OPAQUE}, names, with_tensors)
 
     def has(self, name: str) -> bool:
         """True if an attribute of the network itself is among the values."""
@@ -266,19 +280,19 @@ def _copied(
     copies: dict[tuple[int, int], Any],
     depth: int = 0,
 ) -> Any:
-    """Return what of a value is compared: plain values as they are, functions by name, arrays by their numbers,
-    containers and objects of the network's own code as tuples of their parts; `_OPAQUE` for any other.
+    """Return what of a value is compared: plain values as they are, functions by name and what they enclose, arrays by
+    their numbers, containers and objects of the network's own code as tuples of their parts; `_OPAQUE` for any other.
 
     Args:
         value: the value.
-        names: attributes of objects that are compared.
+        names: attributes of objects that are compared, and in angle brackets variables that functions enclose.
         with_tensors: compare small tensors by their numbers, too.
         copies: results by object and depth, for objects that many modules hold.
         depth: number of containers and objects around it.
     """
     if isinstance(value, (*_PLAIN, *_PLAIN_OF_TORCH)):
         return value
-    if isinstance(value, _CALLED):
+    if isinstance(value, _CALLED) and (depth == _DEEPEST or not _brings(value)):
         return _named(value)
     if isinstance(value, numpy.ndarray) or (with_tensors and isinstance(value, Tensor)):
         is_small = math.prod(value.shape) <= _MOST
@@ -292,23 +306,68 @@ def _copied(
     return copies[key]
 
 
+def _brings(value: Any) -> bool:
+    """True if what is called with a function are other values, too, which it brings along."""
+    if isinstance(value, MethodType):
+        return not isinstance(value.__self__, (type, nn.Module))
+    has_defaults = isinstance(value, FunctionType) and (value.__defaults__ or value.__kwdefaults__)
+    return bool(has_defaults) or (isinstance(value, FunctionType) and value.__closure__ is not None)
+
+
 def _parts_of(value: Any, names: Collection[str], copy: Callable[[Any], Any]) -> Any:
+    if isinstance(value, FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        enclosed = tuple(_content(cell) for name, cell in cells if f"<{name}>" in names)
+        brought = (enclosed, value.__defaults__ or (), tuple((value.__kwdefaults__ or {}).values()))
+        return _named(value), *(
+            part if _PLAIN_TYPES.issuperset(map(type, part)) else copy(part) for part in brought
+        )
+    if isinstance(value, MethodType):
+        return _named(value), copy(value.__self__)
     kind = _named(type(value))
+    if isinstance(value, partial):
+        return kind, *map(copy, (value.func, value.args, value.keywords))
     if isinstance(value, (list, tuple, set, frozenset, deque)) and len(value) <= _MOST:
         return kind, *map(copy, sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value)
     if isinstance(value, dict) and len(value) <= _MOST:
         return kind, *((str(key), copy(part)) for key, part in dict.items(value))
-    attributes = getattr(value, "__dict__", None)
-    if type(attributes) is not dict or _is_of_library(type(value)):
+    attributes = None if _is_of_library(type(value)) else _attributes_of(value)
+    if attributes is None:
         return _OPAQUE
     return kind, *((name, copy(part)) for name, part in attributes.items() if name in names)
 
 
+def _attributes_of(value: Any) -> dict[str, Any] | None:
+    """Return what an object holds as attributes or in slots; None if it has neither."""
+    slots = [slot for kind in type(value).__mro__ for slot in vars(kind).values()]
+    slots = [slot for slot in slots if isinstance(slot, MemberDescriptorType)]
+    attributes = getattr(value, "__dict__", None)
+    if type(attributes) is not dict:
+        return {slot.__name__: _in_slot(slot, value) for slot in slots} if slots else None
+    return attributes | {slot.__name__: _in_slot(slot, value) for slot in slots} if slots else attributes
+
+
+def _in_slot(slot: MemberDescriptorType, value: Any) -> Any:
+    try:
+        return slot.__get__(value)
+    except AttributeError:  # it is empty
+        return _GONE
+
+
 def _named(value: Any) -> str:
-    """Return the name of a class or function, with the line of its code: the same in every process."""
+    """Return the name of a class or function, with the place of its code: the same in every process."""
     code = getattr(value, "__code__", None)
-    line = f":{code.co_firstlineno}" if isinstance(code, CodeType) else ""
-    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value)}{line}"
+    place = ""
+    if isinstance(code, CodeType):
+        place = _place_of(code) if code.co_name == "<lambda>" else f":{code.co_firstlineno}"
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value)}{place}"
+
+
+@cache
+def _place_of(code: CodeType) -> str:
+    """Return where code begins and ends: several functions may be in one line."""
+    ends = [(line or 0, column or 0) for _, line, _, column in code.co_positions()]
+    return ":".join(map(str, (code.co_firstlineno, *max(ends, default=()))))
 
 
 def _is_of_library(kind: type) -> bool:
@@ -329,6 +388,7 @@ class _Loads:
         attributes: attributes of any object.
         texts: texts that may be names of attributes.
         written: global values and variables of other functions that the code itself sets: they are no settings.
+        imports: modules that it imports, each with the number of dots before its name.
     """
 
     paths: frozenset[tuple[str, ...]]
@@ -336,6 +396,7 @@ class _Loads:
     attributes: frozenset[str]
     texts: frozenset[str]
     written: frozenset[str]
+    imports: frozenset[tuple[int, str]]
 
     @cached_property
     def globals(self) -> frozenset[str]:
@@ -353,7 +414,9 @@ def _loads_of(code: CodeType) -> _Loads:
     """Read the instructions of a piece of code, without the functions in it."""
     paths = list[tuple[str, ...]]()
     enclosed, attributes, written = set[str](), set[str](), set[str]()
+    imports = set[tuple[int, str]]()
     is_path = False  # the last instruction loaded a global value, or an attribute of one
+    constants = deque[Any](maxlen=2)
     for one in dis.get_instructions(code):
         kind, name = one.opname, one.argval
         if kind == "EXTENDED_ARG":
@@ -363,6 +426,9 @@ def _loads_of(code: CodeType) -> _Loads:
             if is_path:
                 paths[-1] = (*paths[-1], name)
             continue
+        if kind == "IMPORT_NAME":
+            imports.add((constants[0], name))
+        constants.append(name)
         is_path = kind in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
         if is_path:
             paths.append((name,))
@@ -373,7 +439,14 @@ def _loads_of(code: CodeType) -> _Loads:
     texts = frozenset(text for text in code.co_consts if isinstance(text, str) and text.isidentifier())
     if any(path[0] == "globals" for path in paths):
         paths += [(text,) for text in texts]
-    return _Loads(frozenset(paths), frozenset(enclosed), frozenset(attributes), texts, frozenset(written))
+    return _Loads(
+        frozenset(paths),
+        frozenset(enclosed),
+        frozenset(attributes),
+        texts,
+        frozenset(written),
+        frozenset(imports),
+    )
 
 
 @dataclass(frozen=True)
@@ -397,21 +470,28 @@ class _Code:
     def of(cls, model: nn.Module) -> _Code:
         """Read the code of a network's classes."""
         found = dict.fromkeys(kind for module in model.modules() for kind in type(module).__mro__)
-        kinds = tuple(kind for kind in found if not _is_of_library(kind))
-        by_name, seen = dict[type, frozenset[str]](), set[CodeType | FunctionType]()
-        reached: list[tuple[FunctionType, _Loads]] = []
-        for kind in kinds:
-            own = [value for name, value in vars(kind).items() if name not in _NOT_CALLED]
-            for function, loads in _reached(own, seen):
-                reached.append((function, loads))
-                if _BY_NAME.intersection(loads.globals | loads.attributes):
-                    by_name[kind] = by_name.get(kind, frozenset()) | loads.texts
-        names = frozenset[str]().union(*(loads.named for _, loads in reached))
-        held = {id(value): value for module in model.modules() for value in vars(module).values()}
-        methods = [method for value in held.values() for method in _methods_of(value, names)]
-        reached += _reached(methods, seen)
-        names = names.union(*(loads.named for _, loads in reached))
-        return cls(kinds, names, by_name, _loaded(reached, names))
+        held: dict[type, list[Any]] = {kind: [] for kind in found if not _is_of_library(kind)}
+        for module in model.modules():
+            if type(module) in held:
+                own = vars(module).items()
+                held[type(module)] += [value for name, value in own if name not in _OF_MODULES]
+        reading = _Reading()
+        count = -1
+        while count < len(reading.seen):  # each name may be that of a method of what was met before
+            count = len(reading.seen)
+            for kind, values in held.items():
+                values += reading.read(kind, (*reading.called(kind), *values), _named_by)
+        for kind in (
+            held
+        ):  # methods of which nobody tells whether they are called, such as those of a library's mixins
+            values = [
+                value
+                for name, value in vars(kind).items()
+                if name not in _NOT_CALLED and not isinstance(value, _HOLDING) and not _own_kinds(value)
+            ]
+            while values := reading.read(kind, values, _functions_named_by):
+                pass
+        return cls(tuple(held), reading.names, reading.by_name, _loaded(reading.reached, reading.names))
 
     def attributes_of(self, module: nn.Module, with_tensors: bool) -> Iterator[str]:
         """Yield the attributes of a module that the code may read; also those of its class, or asked for by name, which
@@ -424,6 +504,49 @@ class _Code:
             is_read = asking or name in self.names
             if is_own and is_read and (with_tensors or not isinstance(vars(module).get(name), Tensor)):
                 yield name
+
+
+class _Reading:
+    """Reads functions of a network, each once.
+
+    Attributes:
+        seen: the functions that were read.
+        reached: what they load, each with the function that it belongs to.
+        names, by_name: see `_Code`.
+    """
+
+    def __init__(self) -> None:
+        self.seen = set[FunctionType]()
+        self.reached: list[tuple[FunctionType, _Loads]] = []
+        self.names = frozenset[str]()
+        self.by_name: dict[type, frozenset[str]] = {}
+
+    def called(self, kind: type) -> list[Any]:
+        """Return the methods of a class of modules that are called by the code that was read; all of them if it asks
+        for attributes by name."""
+        is_asked = any(issubclass(kind, other) or issubclass(other, kind) for other in self.by_name)
+        return [
+            value
+            for name, value in vars(kind).items()
+            if name not in _NOT_CALLED and (is_asked or name == "forward" or name in self.names | _UNNAMED)
+        ]
+
+    def read(
+        self, kind: type, values: Iterable[Any], named_by: Callable[[FunctionType, _Loads], list[Any]]
+    ) -> list[Any]:
+        """Read the functions in some values that modules of a class call, and return what these name in their turn."""
+        found = list[Any]()
+        for function in list(_functions_in(values, self.names)):
+            if function in self.seen or is_of_python(str(function.__globals__.get("__name__"))):
+                continue
+            self.seen.add(function)
+            for loads in _loads_within(function.__code__):
+                self.reached.append((function, loads))
+                self.names |= loads.named
+                found += named_by(function, loads)
+                if _BY_NAME.intersection(loads.globals | loads.attributes):
+                    self.by_name[kind] = self.by_name.get(kind, frozenset()) | loads.texts
+        return found
 
 
 def _loaded(
@@ -446,6 +569,11 @@ def _loaded(
                 found |= _along(space, path, names)
             if path[0] in space and _reads_environment(space[path[0]], path):
                 found |= {Place(_ENVIRONMENT, text): (0, os.environ.get(text, _GONE)) for text in loads.texts}
+        for module in _imported(function, loads):
+            read = loads.attributes & vars(module).keys()
+            found |= {
+                Place((module.__name__,), name): (id(vars(module)), vars(module)[name]) for name in read
+            }
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             if name in loads.enclosed and id(cell) not in cells:
                 found[Place(Enclosed(function), name)] = (id(cell), _content(cell))
@@ -498,41 +626,44 @@ def _own_kinds(value: Any) -> list[type]:
     return [kind for kind in type(value).__mro__ if not _is_of_library(kind)]
 
 
-def _methods_of(value: Any, names: frozenset[str]) -> Iterator[Any]:
-    """Yield the methods and properties of an object of the network's own code that code with these names may call."""
-    for kind in _own_kinds(value):
-        yield from (vars(kind)[name] for name in (names | _UNNAMED) & vars(kind).keys() - _NOT_CALLED)
+def _loads_within(code: CodeType) -> Iterator[_Loads]:
+    """Yield what a piece of code and the functions in it load."""
+    codes = [code]
+    while codes:
+        code = codes.pop()
+        yield _loads_of(code)
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
 
 
-def _reached(
-    values: Iterable[Any], seen: set[CodeType | FunctionType]
-) -> Iterator[tuple[FunctionType, _Loads]]:
-    """Yield what functions and those that they name load, each with the function that it belongs to; not what was seen
-    before. Functions of one code, as a decorator makes them, differ in what they enclose."""
-    waiting = [function for value in values for function in _functions_in(value)]
+def _named_by(function: FunctionType, loads: _Loads) -> list[Any]:
+    """Return what a function's code names or encloses; of Python modules what it reads from them."""
+    waiting: list[Any] = [function.__globals__.get(name) for name in loads.globals]
+    waiting += [*map(_content, function.__closure__ or ()), *_imported(function, loads)]
+    found, seen = list[Any](), set[str]()
     while waiting:
-        function = waiting.pop()
-        if function in seen or is_of_python(str(function.__globals__.get("__name__"))):
-            continue
-        seen.add(function)
-        codes = [function.__code__]
-        while codes:
-            code = codes.pop()
-            loads = _loads_of(code)
-            yield function, loads
-            if code in seen:
-                continue
-            seen.add(code)
-            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-            named = [function.__globals__.get(name, vars(builtins).get(name)) for name in loads.globals]
-            named += [method for value in named for method in _methods_of(value, loads.named)]
-            waiting += [other for value in named for other in _functions_in(value)]
-        cells = function.__closure__ or ()
-        contents = [_content(cell) for cell in cells]
-        contents += [
-            method for value in contents for method in _methods_of(value, _loads_of(function.__code__).named)
-        ]
-        waiting += [other for value in contents for other in _functions_in(value)]
+        value = waiting.pop()
+        if not isinstance(value, ModuleType):
+            found.append(value)
+        elif value.__name__ not in seen and not is_of_python(value.__name__):
+            seen.add(value.__name__)
+            waiting += [vars(value)[name] for name in loads.named & vars(value).keys()]
+    return found
+
+
+def _functions_named_by(function: FunctionType, loads: _Loads) -> list[Any]:
+    """Return the functions that a function's code names or encloses, and methods that it may call of objects."""
+    values = [value for value in _named_by(function, loads) if not isinstance(value, _HOLDING)]
+    return list(_functions_in(values, loads.named))
+
+
+def _imported(function: FunctionType, loads: _Loads) -> Iterator[ModuleType]:
+    """Yield the Python modules of the network's own code that a function imports itself."""
+    package = str(function.__globals__.get("__package__") or "")
+    for dots, name in loads.imports:
+        parents = package.split(".")[: len(package.split(".")) + 1 - dots] if dots else []
+        module = sys.modules.get(".".join((*parents, *([name] if name else []))))
+        if module is not None and not is_of_python(module.__name__):
+            yield module
 
 
 def _content(cell: Any) -> Any:
@@ -542,16 +673,48 @@ def _content(cell: Any) -> Any:
         return None
 
 
-def _functions_in(value: Any) -> Iterator[FunctionType]:
-    """Yield the Python functions of a method, property, decorated or partial function."""
+def _functions_in(values: Iterable[Any], names: frozenset[str]) -> Iterator[FunctionType]:
+    """Yield the Python functions that code with these names may call with values: methods, properties, decorated and
+    partial functions, also in containers, objects, classes and modules of the network's own code."""
+    waiting: list[tuple[Any, int]] = [(value, 0) for value in values]
+    seen = dict[int, Any]()
+    while waiting:
+        value, depth = waiting.pop()
+        if id(value) in seen or depth > 2 * _DEEPEST or isinstance(value, (*_PLAIN, Tensor, nn.Module)):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, FunctionType):
+            yield value
+        waiting += [(part, depth + 1) for part in _parts_called(value, names)]
+
+
+def _parts_called(value: Any, names: frozenset[str]) -> Iterator[Any]:
+    """Yield the parts of a value among which functions may be."""
     if isinstance(value, property):
-        value = value.fget
-    if isinstance(value, (staticmethod, classmethod, MethodType)):
-        value = value.__func__
-    if isinstance(value, (partial, partialmethod)):
-        value = value.func
-    if isinstance(value, FunctionType):
-        yield value
+        yield value.fget
+    elif isinstance(value, MethodType):
+        yield from (value.__func__, value.__self__)
+    elif isinstance(value, (staticmethod, classmethod)):
+        yield value.__func__
+    elif isinstance(value, (partial, partialmethod)):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, (list, tuple, set, frozenset, deque)) and len(value) <= _MOST:
+        yield from value
+    elif isinstance(value, dict) and len(value) <= _MOST:
+        yield from dict.values(value)
+    elif isinstance(value, ModuleType):
+        if not is_of_python(value.__name__):
+            yield from (vars(value)[name] for name in names & vars(value).keys())
+    elif isinstance(value, type):
+        called = names | (_UNNAMED if issubclass(value, nn.Module) else _UNNAMED | _MADE)
+        for kind in value.__mro__ if not _is_of_library(value) else ():
+            if not _is_of_library(kind):
+                yield from (vars(kind)[name] for name in called & vars(kind).keys())
+    else:
+        for kind in _own_kinds(value):
+            yield from (vars(kind)[name] for name in (names | _UNNAMED) & vars(kind).keys() - _NOT_CALLED)
+        attributes = (_attributes_of(value) if not _is_of_library(type(value)) else None) or {}
+        yield from (attributes[name] for name in names & attributes.keys())
     wrapped = (
         getattr(value, "__wrapped__", None) if isinstance(value, FunctionType) or callable(value) else None
     )

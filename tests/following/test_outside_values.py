@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial, wraps
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, images, slow, some
-from networks import randomise
+from networks import Encoded, randomise
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -165,6 +166,119 @@ def test_an_attribute_that_changes_is_read_anew(change: Callable[[Any], object],
     assert float((model(x) - before).abs().max()) > 0.01
     assert_same(net(x), model(x))
     assert_same(copy.deepcopy(net)(x), model(x))
+
+
+def reading(own: Any, image: Tensor, y: Tensor) -> Tensor:
+    """What a network holds and calls with itself; it reads a number, a list and a namespace of the network."""
+    return own.head(y) * own.gain + own.gains[0] + own.settings.shift
+
+
+def scaling(own: Any, image: Tensor, y: Tensor, gain: float = 2.0) -> Tensor:
+    return own.head(y) * gain
+
+
+class Beyond:
+    """An object whose methods get the network."""
+
+    def __init__(self) -> None:
+        self.scale, self.deeper = 2.0, SimpleNamespace(scale=3.0)
+
+    def combine(self, own: Any, image: Tensor, y: Tensor) -> Tensor:
+        return self.inner(own, y) * self.scale
+
+    def inner(self, own: Any, y: Tensor) -> Tensor:
+        return reading(own, y, y) * self.deeper.scale
+
+    def __call__(self, own: Any, image: Tensor, y: Tensor) -> Tensor:
+        return self.inner(own, y)
+
+    @staticmethod
+    def alone(own: Any, y: Tensor) -> Tensor:
+        return reading(own, y, y)
+
+
+def enclosed(gain: Any) -> Callable[..., Tensor]:
+    return lambda own, image, y: own.head(y) * (gain if isinstance(gain, float) else gain[0])
+
+
+@wraps(reading)
+def decorated(*given: Any) -> Tensor:
+    return reading(*given)
+
+
+def importing(own: Any, image: Tensor, y: Tensor) -> Tensor:
+    from userconfig import reading as imported  # type: ignore[import-not-found]
+
+    return imported(own, image, y)
+
+
+def keeping() -> Callable[..., Tensor]:
+    kept: dict[Any, Tensor] = {}
+
+    def reads(own: Any, image: Tensor, y: Tensor) -> Tensor:
+        if "ones" not in kept or kept["ones"].shape[2:] != y.shape[2:]:
+            kept["ones"] = torch.ones(1, 1, y.shape[2], y.shape[3])
+        return reading(own, image, y) * kept["ones"]
+
+    return reads
+
+
+userconfig.reading, userconfig.table = reading, {"a": [reading]}  # type: ignore[attr-defined]
+TWO = [lambda own, image, y: own.head(y) * 2, lambda own, image, y: own.head(y) * 3]
+# A function that a network calls with itself, and what changes; by default what `reading` reads.
+PASSED: dict[str, tuple[Any, Callable[[Any], object] | None]] = {
+    "a function": (reading, None),
+    "in a list": (lambda own, image, y: own.held["list"][0](own, image, y), None),
+    "in a namespace": (lambda own, image, y: own.held["space"].reading(own, image, y), None),
+    "partial": (partial(reading), None),
+    "an argument of partial": (partial(lambda other, *given: other(*given), reading), None),
+    "decorated": (decorated, None),
+    "a method": (Beyond().combine, None),
+    "an object": (Beyond(), None),
+    "a method of an object in a list": (lambda own, *given: own.held["list"][1].combine(own, *given), None),
+    "a static method": (lambda own, image, y: Beyond.alone(own, y), None),
+    "of a class": (lambda own, image, y: Beyond()(own, image, y), None),
+    "a function of a module": (lambda *given: userconfig.reading(*given), None),
+    "a table of a module": (lambda *given: userconfig.table["a"][0](*given), None),
+    "imported where it is called": (importing, None),
+    "keeps its results": (keeping(), None),
+    "a number of a method's object": (Beyond().combine, lambda own: setattr(own.then.__self__, "scale", 7.0)),
+    "a namespace of an object": (Beyond(), lambda own: setattr(own.then.deeper, "scale", 7.0)),
+    "another partial": (
+        partial(scaling, gain=3.0),
+        lambda own: setattr(own, "then", partial(scaling, gain=7.0)),
+    ),
+    "an argument": (partial(scaling, gain=3.0), lambda own: own.then.keywords.update(gain=7.0)),
+    "another closure": (enclosed(3.0), lambda own: setattr(own, "then", enclosed(7.0))),
+    "another list in a closure": (enclosed([3.0]), lambda own: setattr(own, "then", enclosed([7.0]))),
+    "another function of a line": (TWO[0], lambda own: setattr(own, "then", TWO[1])),
+}
+
+
+def change_what_is_read(own: Any) -> None:
+    own.gain, own.gains[0], own.settings.shift = 7.0, 5.0, 4.0
+
+
+@pytest.mark.parametrize("name", some(PASSED))
+def test_what_functions_read_that_get_the_network_is_read_anew(name: str) -> None:
+    then, change = PASSED[name]
+    held = {"list": [reading, Beyond()], "space": SimpleNamespace(reading=reading)}
+    model = Encoded(then, gain=3.0, gains=[2.0], settings=Settings(), held=held).eval()
+    net, x = convert(model, {"output_stride": (1, 4)}), images(1, 64, 96)
+    for each in (x, images(1, 32, 96)):
+        assert_same(net(each), model(each))
+    assert not net._paths  # nothing has changed
+    fast, before = net.optimize(), model(x)
+    for own in (model, original_of(net) if change else net):
+        (change or change_what_is_read)(own)
+    assert float((model(x) - before).abs().max()) > 0.01
+    assert_same(net(x), model(x))
+    assert_same(fast(x), before)
+
+
+def original_of(net: Any) -> Any:
+    """Return the copy of the network that a converted one holds, with the objects that its forward calls."""
+    return vars(net)["_original"][0]
 
 
 class Beside:
