@@ -514,18 +514,6 @@ def _checking(check: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _uninitialised(kind: type) -> Callable[..., Tensor]:
-    """Return the function that a legacy class of tensors is, called with sizes: it makes a tensor without values."""
-
-    def make(*sizes: Any) -> Tensor:
-        lengths = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-        is_default = kind is torch.Tensor
-        return torch.empty(lengths, dtype=torch.get_default_dtype() if is_default else kind.dtype)  # type: ignore[attr-defined]
-
-    make.__name__ = f"empty_{kind.__name__}"
-    return make
-
-
 def _dtype_of(kind: Any) -> Any:
     """Return the dtype of a legacy type, such as `torch.FloatTensor` or its name; anything else as it is."""
     if isinstance(kind, str):
@@ -600,7 +588,10 @@ class _LegacyType(_NumberType):
         symbol = _symbol_among(args)
         if symbol is None or isinstance(symbol.tracer.value(symbol), Tensor):
             return cls.number(*args, **kwargs)
-        return symbol.tracer.call(cls.of, *args)
+        sizes = args[0] if len(args) == 1 and _is_instance(args[0], (tuple, list)) else args
+        if cls.number is not torch.Tensor:
+            kwargs["dtype"] = cls.number.dtype
+        return torch.empty(sizes, **kwargs)  # which records itself, see `symbols_in_python`
 
     def __getattr__(cls, name: str) -> Any:
         return getattr(cls.number, name)
@@ -614,7 +605,7 @@ class _TorchOfNetwork(ModuleType):
         is_legacy = value is torch.Tensor or isinstance(value, type(torch.FloatTensor))
         if not is_legacy:
             return value
-        made = _LegacyType(f"_{name}", (), {"number": value, "of": staticmethod(_uninitialised(value))})
+        made = _LegacyType(f"_{name}", (), {"number": value})
         setattr(self, name, made)
         return made
 

@@ -27,6 +27,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache, cached_property, partial, partialmethod
+from pathlib import Path
 from types import (
     BuiltinFunctionType,
     CodeType,
@@ -65,6 +66,7 @@ _UNNAMED = frozenset(
 )
 _MADE = frozenset(("__init__", "__new__", "__post_init__"))  # what runs where a class is called
 _HOLDING = (type, dict, list, tuple, set, frozenset, deque)  # what is no function and holds functions
+_INSTALLED = frozenset(("site-packages", "dist-packages"))  # folders of libraries
 _MOST = 256  # items of a container; a longer one is a table or a cache and is not looked into
 
 
@@ -644,7 +646,7 @@ def _named_by(function: FunctionType, loads: _Loads) -> list[Any]:
         value = waiting.pop()
         if not isinstance(value, ModuleType):
             found.append(value)
-        elif value.__name__ not in seen and not is_of_python(value.__name__):
+        elif value.__name__ not in seen and _is_beside(value, function):
             seen.add(value.__name__)
             waiting += [vars(value)[name] for name in loads.named & vars(value).keys()]
     return found
@@ -662,8 +664,18 @@ def _imported(function: FunctionType, loads: _Loads) -> Iterator[ModuleType]:
     for dots, name in loads.imports:
         parents = package.split(".")[: len(package.split(".")) + 1 - dots] if dots else []
         module = sys.modules.get(".".join((*parents, *([name] if name else []))))
-        if module is not None and not is_of_python(module.__name__):
+        if module is not None and _is_beside(module, function):
             yield module
+
+
+def _is_beside(module: ModuleType, function: FunctionType) -> bool:
+    """True if a Python module is of the package of a function, or is not installed: a user's own file."""
+    name, own = (str(each).partition(".")[0] for each in (module.__name__, function.__module__))
+    return name == own or not (is_of_python(name) or _INSTALLED.intersection(_parts_of_file(module)))
+
+
+def _parts_of_file(module: ModuleType) -> tuple[str, ...]:
+    return Path(str(getattr(module, "__file__", None) or "")).parts
 
 
 def _content(cell: Any) -> Any:
@@ -703,7 +715,7 @@ def _parts_called(value: Any, names: frozenset[str]) -> Iterator[Any]:
     elif isinstance(value, dict) and len(value) <= _MOST:
         yield from dict.values(value)
     elif isinstance(value, ModuleType):
-        if not is_of_python(value.__name__):
+        if not is_of_python(value.__name__) and not _INSTALLED.intersection(_parts_of_file(value)):
             yield from (vars(value)[name] for name in names & vars(value).keys())
     elif isinstance(value, type):
         called = names | (_UNNAMED if issubclass(value, nn.Module) else _UNNAMED | _MADE)
