@@ -90,6 +90,27 @@ def called_modules(graph: fx.Graph) -> set[str]:
     return {str(node.target) for node in graph.nodes if node.op == "call_module"} | set(map(str, held))
 
 
+def parts_read(root: nn.Module, *graphs: fx.Graph) -> nn.Module:
+    """Return a module that holds what graphs call and read of a network alone, under the same names.
+
+    A `torch.fx.GraphModule` holds it, too, beside attributes of its own, such as `code`, `graph` and `meta`.
+    """
+    held = nn.Module()
+    named = (node for graph in graphs for node in graph.nodes if node.op in ("call_module", "get_attr"))
+    for path in dict.fromkeys(str(node.target) for node in named):
+        source, part = root, held
+        *holders, name = path.split(".")
+        for holder in holders:
+            if holder not in part._modules:
+                part.add_module(holder, nn.Module())
+            source, part = getattr(source, holder), getattr(part, holder)
+        value = getattr(source, name)
+        if source is not part:  # which is there as a whole
+            is_buffer = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+            part.register_buffer(name, value) if is_buffer else setattr(part, name, value)
+    return held
+
+
 def torch_target(node: fx.Node) -> Any:
     """Return what a node calls: for an operation on rows, the operation."""
     return node.target.operation if isinstance(node.target, OnRows) else node.target

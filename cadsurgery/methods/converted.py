@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.data.networks import Source, channels_of, license_of
 from cadsurgery.following.arguments import image_of
+from cadsurgery.following.graphs import parts_read
 from cadsurgery.following.hooks import copying, freeze_computed_weights
 from cadsurgery.masks.masking import check_image
 from cadsurgery.methods.program import CallWork, StepProgram, work_of
@@ -406,7 +407,7 @@ class GraphModel(ConvertedModel):
         graph, origins = split_norms(graph, source)
         graph, kernels = fuse(graph, source)
         source.add_module(KERNELS, kernels)
-        module = fx.GraphModule(source, graph)
+        module = parts_read(source, graph)
         for name in kept:
             module.add_module(name, source._modules[name])
         fused = Fused(module, graph, origins)

@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
+from cadsurgery.following.graphs import parts_read
 from cadsurgery.following.hooks import Watched, child, freeze_computed_weights
 from cadsurgery.network.fuse import KERNELS, fuse, split_norms
 from cadsurgery.network.program import Program, ProgramNetwork
@@ -16,7 +17,7 @@ from cadsurgery.support.errors import InvalidInput, check_name
 PRECISIONS = (FLOAT := "float", BFLOAT16 := "bfloat16")
 
 
-def fuse_network(source: ProgramNetwork, epilogues: bool) -> tuple[fx.GraphModule, Program]:
+def fuse_network(source: ProgramNetwork, epilogues: bool) -> tuple[nn.Module, Program]:
     """Fuse a network's graph, and its own one, which floors run where everything is high; return the modules that the
     fused graphs need, and the program.
 
@@ -41,25 +42,12 @@ def fuse_network(source: ProgramNetwork, epilogues: bool) -> tuple[fx.GraphModul
         own, _ = fuse(split_norms(own, root)[0], root, epilogues, kernels)
     graphs = [part for part in (graph, own) if part is not None]
     root.add_module(KERNELS, kernels)
-    fused = fx.GraphModule(root, _of_modules_read(graphs))  # it keeps only the modules that the graphs use
-    fused.graph = graph
+    fused = parts_read(root, *graphs)
     remaining = [module for module in source.program.watched if child(fused, module.path) is not None]
     watched = tuple(
         Watched.of(fused, module.path, module.is_called, module.settings is not None) for module in remaining
     )
     return fused, replace(source.program, graph=graph, unchanged=own, watched=watched, is_fused=True)
-
-
-def _of_modules_read(graphs: list[fx.Graph]) -> fx.Graph:
-    """Return a graph that only reads the modules and parameters that graphs read."""
-    found = fx.Graph()
-    for node in (node for graph in graphs for node in graph.nodes):
-        if node.op == "call_module":
-            found.call_module(str(node.target))
-        elif node.op == "get_attr":
-            found.get_attr(str(node.target))
-    found.output(None)
-    return found
 
 
 def check_precision(precision: str, calibration: Any = None) -> None:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from conftest import assert_same, covering, images, relative_error, slow, some
 from encoder_heads import HEADS
 from encoder_heads import network as behind_an_encoder
-from networks import Composed, Undecided, build, made_once, randomise, strided, unverified
-from torch import Tensor, nn
+from networks import Composed, Encoded, Undecided, build, made_once, randomise, strided, unverified
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 import cadsurgery as cs
@@ -736,3 +736,32 @@ def test_numbers_and_tokens_stay_what_they_are(then: Any, inputs: int) -> None:
     with torch.no_grad():
         expected = net(image)
         assert torch.allclose(fast(image), expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+
+
+NAMES = sorted({*vars(fx.GraphModule({}, fx.Graph())), *dir(fx.GraphModule)} - {*dir(nn.Module())})
+OF_KINDS: dict[str, Callable[[Any, str], object]] = {
+    "a plain tensor": lambda net, name: setattr(net, name, torch.rand(1, 8, 1, 1)),
+    "a buffer": lambda net, name: net.register_buffer(name, torch.rand(1, 8, 1, 1)),
+    "a parameter": lambda net, name: setattr(net, name, nn.Parameter(torch.rand(1, 8, 1, 1))),
+    "a module": lambda net, name: setattr(net, name, nn.GroupNorm(2, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", OF_KINDS)
+def test_names_of_the_network_may_be_those_of_torchs_graphs(kind: str) -> None:
+    """Such as `code`, `graph` and `meta`."""
+    names = [name for name in NAMES if not name.startswith("__")]
+
+    def by_names(own: Any, image: Tensor, y: Tensor) -> Tensor:
+        for part in [getattr(own, name) for name in names]:
+            y = part(y) if kind == "a module" else y + part.clamp(max=image.shape[3] / 100)
+        return own.head(y)
+
+    model, x = Encoded(by_names), images(2, 64, 96)
+    for name in names:
+        OF_KINDS[kind](model, name)
+    net = unverified(model.eval(), MIXED, outputs="native")
+    with torch.no_grad():
+        assert_same(net(x, mask="none"), model(x))
+        for fast in (net.optimize(), copy.deepcopy(net).optimize()):
+            assert_same(fast(x), net(x))
