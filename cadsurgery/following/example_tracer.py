@@ -589,8 +589,9 @@ class _LegacyType(_NumberType):
         if symbol is None or isinstance(symbol.tracer.value(symbol), Tensor):
             return cls.number(*args, **kwargs)
         sizes = args[0] if len(args) == 1 and _is_instance(args[0], (tuple, list)) else args
-        if cls.number is not torch.Tensor:
-            kwargs["dtype"] = cls.number.dtype
+        kind: Any = cls.number
+        if kind is not torch.Tensor:  # which has the default type of the call
+            kwargs["dtype"] = kind.dtype
         return torch.empty(sizes, **kwargs)  # which records itself, see `symbols_in_python`
 
     def __getattr__(cls, name: str) -> Any:

@@ -156,7 +156,7 @@ class Outside:
         values: dict[Place, Any] = {}
         containers = {holder for holder, _ in written}
         for path, module in model.named_modules():
-            if not _is_inside(path, whole) and not _is_of_library(type(module)):
+            if not _is_inside(path, whole):
                 for name in code.attributes_of(module, with_tensors):
                     if (id(vars(module)), name) not in written:
                         values[Place(path, name)] = vars(module).get(name, _GONE)
@@ -438,7 +438,8 @@ def _loads_of(code: CodeType) -> _Loads:
             enclosed.add(name)
         elif kind in ("STORE_GLOBAL", "STORE_DEREF"):
             written.add(name)
-    texts = frozenset(text for text in code.co_consts if isinstance(text, str) and text.isidentifier())
+    parts = [text.split(".") for text in code.co_consts if isinstance(text, str)]
+    texts = frozenset(part for path in parts if all(map(str.isidentifier, path)) for part in path)
     if any(path[0] == "globals" for path in paths):
         paths += [(text,) for text in texts]
     return _Loads(
@@ -473,10 +474,10 @@ class _Code:
         """Read the code of a network's classes."""
         found = dict.fromkeys(kind for module in model.modules() for kind in type(module).__mro__)
         held: dict[type, list[Any]] = {kind: [] for kind in found if not _is_of_library(kind)}
-        for module in model.modules():
-            if type(module) in held:
-                own = vars(module).items()
-                held[type(module)] += [value for name, value in own if name not in _OF_MODULES]
+        for module in model.modules() if held else ():
+            own = vars(module).items()
+            values = held.get(type(module), next(iter(held.values())))
+            values += [value for name, value in own if name not in _OF_MODULES]
         reading = _Reading()
         count = -1
         while count < len(reading.seen):  # each name may be that of a method of what was met before
@@ -498,11 +499,13 @@ class _Code:
     def attributes_of(self, module: nn.Module, with_tensors: bool) -> Iterator[str]:
         """Yield the attributes of a module that the code may read; also those of its class, or asked for by name, which
         it may get later."""
-        of_class = {name for kind in type(module).__mro__ if kind in self.kinds for name in vars(kind)}
+        kinds = type(module).__mro__
+        of_class = {name for kind in kinds if kind in self.kinds for name in vars(kind)}
+        of_library = _own_of_library(type(module))
         asking = [kind for kind in type(module).__mro__ if kind in self.by_name]
         asked = {text for kind in asking for text in self.by_name[kind]}
         for name in dict.fromkeys((*vars(module), *of_class, *asked)):
-            is_own = name not in _OF_MODULES and name not in _NOT_CALLED and not name.startswith("__")
+            is_own = name not in of_library and name not in _NOT_CALLED and not name.startswith("__")
             is_read = asking or name in self.names
             if is_own and is_read and (with_tensors or not isinstance(vars(module).get(name), Tensor)):
                 yield name
@@ -549,6 +552,19 @@ class _Reading:
                 if _BY_NAME.intersection(loads.globals | loads.attributes):
                     self.by_name[kind] = self.by_name.get(kind, frozenset()) | loads.texts
         return found
+
+
+def _own_of_library(kind: type) -> frozenset[str]:
+    """Return the attributes that torch sets in modules of a class. Those of its own classes, such as a stride, are
+    watched with the modules, see `hooks.Watch`."""
+    of_torch = [vars(base) for base in kind.__mro__] if _is_of_library(kind) else []
+    stated = [
+        name
+        for own in of_torch
+        for part in ("__constants__", "__annotations__")
+        for name in own.get(part, ())
+    ]
+    return _OF_MODULES.union(stated)
 
 
 def _loaded(
@@ -692,6 +708,8 @@ def _functions_in(values: Iterable[Any], names: frozenset[str]) -> Iterator[Func
     seen = dict[int, Any]()
     while waiting:
         value, depth = waiting.pop()
+        if isinstance(value, Enum):
+            value = value.value
         if id(value) in seen or depth > 2 * _DEEPEST or isinstance(value, (*_PLAIN, Tensor, nn.Module)):
             continue
         seen[id(value)] = value

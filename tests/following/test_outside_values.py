@@ -223,6 +223,10 @@ def keeping() -> Callable[..., Tensor]:
     return reads
 
 
+class Ways(Enum):
+    FIRST = partial(reading)
+
+
 userconfig.reading, userconfig.table = reading, {"a": [reading]}  # type: ignore[attr-defined]
 TWO = [lambda own, image, y: own.head(y) * 2, lambda own, image, y: own.head(y) * 3]
 # A function that a network calls with itself, and what changes; by default what `reading` reads.
@@ -241,7 +245,13 @@ PASSED: dict[str, tuple[Any, Callable[[Any], object] | None]] = {
     "a function of a module": (lambda *given: userconfig.reading(*given), None),
     "a table of a module": (lambda *given: userconfig.table["a"][0](*given), None),
     "imported where it is called": (importing, None),
+    "in a class of names": (lambda *given: Ways.FIRST.value(*given), None),
+    "of a container of modules": (lambda own, *given: own.encode.reading(own, *given), None),
     "keeps its results": (keeping(), None),
+    "a number of a container of modules": (
+        lambda own, image, y: own.head(y) * own.encode.gain,
+        lambda own: setattr(own.encode, "gain", 7.0),
+    ),
     "a number of a method's object": (Beyond().combine, lambda own: setattr(own.then.__self__, "scale", 7.0)),
     "a namespace of an object": (Beyond(), lambda own: setattr(own.then.deeper, "scale", 7.0)),
     "another partial": (
@@ -264,12 +274,13 @@ def test_what_functions_read_that_get_the_network_is_read_anew(name: str) -> Non
     then, change = PASSED[name]
     held = {"list": [reading, Beyond()], "space": SimpleNamespace(reading=reading)}
     model = Encoded(then, gain=3.0, gains=[2.0], settings=Settings(), held=held).eval()
+    model.encode.reading, model.encode.gain = reading, 3.0  # type: ignore[assignment]
     net, x = convert(model, {"output_stride": (1, 4)}), images(1, 64, 96)
     for each in (x, images(1, 32, 96)):
         assert_same(net(each), model(each))
     assert not net._paths  # nothing has changed
     fast, before = net.optimize(), model(x)
-    for own in (model, original_of(net) if change else net):
+    for own in (model, original_of(net) if change and "module" not in name else net):
         (change or change_what_is_read)(own)
     assert float((model(x) - before).abs().max()) > 0.01
     assert_same(net(x), model(x))
