@@ -31,7 +31,7 @@ from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.elements.backends import maps
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.network.bands.steps import rows_of_window
-from cadsurgery.network.bands.walk import SAME, SPARE, Bytes, RowsRead, Stream, Walk
+from cadsurgery.network.bands.walk import SAME, Bytes, RowsRead, Stream, Walk
 from cadsurgery.support.memory import bytes_of
 
 SEEDS = int(os.environ.get("CADSURGERY_SEEDS", 500))
@@ -324,7 +324,7 @@ def test_rows_are_those_of_the_call_from_any_start(name: str, mask: str) -> None
             first + sum(part.shape[1] for _, part in parts[:place]) for place in range(len(parts))
         ]
         assert difference(whole[0, :, first:], torch.cat([part for _, part in parts], 1)) < 1e-9
-        tasks.append(rows.walks.walks[-1].measured(SPARE).computed)
+        tasks.append(rows.walks.walks[-1].measured().computed)
         if mask == "all":
             assert int(rows.levels.sum()) == 0
     assert tasks[-1] < tasks[0]
@@ -578,7 +578,7 @@ class Noted(Bytes):
     """Notes the rows of each map that are there, and asks that rows are read where they are."""
 
     def __init__(self, walk: Walk) -> None:
-        super().__init__(walk, SPARE)
+        super().__init__(walk)
         self.held = dict.fromkeys(walk.streams, (0, 0)) | {one: (0, one.height) for one in walk.known}
 
     def compute(self, one: Stream, first: int, end: int) -> Any:
