@@ -616,6 +616,23 @@ def test_nothing_is_computed_twice_or_read_before_it_is_there() -> None:
         assert noted.peak <= sum(one.height * one.row for one in walk.streams)
 
 
+@pytest.mark.parametrize("names", ["a", "aa", "ab"])
+def test_kernel_maps_count_while_layers_behind_each_other_read_them(names: str) -> None:
+    """A layer's kernel map of a block is freed behind the block, unless a layer that shares it is still to come."""
+    window, of_block = RowsRead(lambda row: row - 4, lambda row: row + 4), 4 * 3
+
+    def bytes_of(taken: int) -> Bytes:
+        maps = [Stream(height=64)]
+        for name in names:
+            more = Stream(height=64, row=10, chunk=4, elements=range(0, 65 * 3, 3), table=(name, taken))
+            more.sources = [(maps[-1], window)]
+            maps.append(more)
+        return Walk(maps, maps[-1:], 4, maps[:1]).measured()
+
+    most = bytes_of(1000).peak - bytes_of(0).peak
+    assert most == 1000 * of_block * (2 if names == "aa" else 1)
+
+
 # -- windows whose padding makes the map grow ----------------------------------------------------------
 
 GROWING: dict[str, Callable[[], nn.Module]] = {

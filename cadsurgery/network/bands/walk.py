@@ -230,6 +230,9 @@ class Bytes:
         """Count rows that are computed and held, and what is copied meanwhile."""
         self._hold(one, first, end)
         self.computed += (end - first) * one.row
+        if one.table is not None and (key := (one.table[0], first, end)) not in self._tables:
+            self._tables[key] = one.count(first, end) * one.table[1]
+            self._total += self._tables[key]
         copies, top, bottom = 0.0, first, end
         for source, rows in one.sources:
             if rows is not SAME:  # the parts that they lie in are copied while it runs
