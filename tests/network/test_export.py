@@ -103,6 +103,7 @@ class Indexed(nn.Module):
         return x[rows], x[:, columns], x[rows, :, columns], x[:, rows, columns], x[x > 0.5]
 
 
+@pytest.mark.slow
 def test_indices_are_those_of_torch(tmp_path: Path) -> None:
     from cadsurgery.network.export.translate import TABLE
 
