@@ -1,8 +1,8 @@
 """Tiles of the Triton kernels: how many outputs and channels a program computes, chosen by rule.
 
 A tile follows from the shapes and the GPU alone, so that a call repeats its bits, and nothing is tuned when a network
-first runs. The rates are from a sweep over layers of DeepLabv3-ResNet101 on an H100, in bfloat16, which
-`benchmarks/gpu_speed.py --parts tiles` repeats; what does not fit into the shared memory of a smaller GPU is left out.
+first runs. The rates are from a sweep over layers of DeepLabv3-ResNet101 on an H100, in bfloat16
+(docs/bench/gpu_h100_tiles.jsonl); what does not fit into the shared memory of a smaller GPU is left out.
 """
 
 from __future__ import annotations
