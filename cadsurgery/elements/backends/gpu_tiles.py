@@ -7,8 +7,6 @@ first runs. The rates are from a sweep over layers of DeepLabv3-ResNet101 on an 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -105,22 +103,9 @@ def _properties(index: torch.device) -> Device:
     return Device(int(found.shared_memory_per_block_optin), int(found.multi_processor_count), capability)
 
 
-_ONLY: list[Tile] = []
-
-
-@contextmanager
-def only(tile: Tile) -> Iterator[None]:
-    """Use one tile for every product in the block, to measure it."""
-    _ONLY.append(tile)
-    try:
-        yield
-    finally:
-        _ONLY.pop()
-
-
 def tile_of(count: int, *rest: Any) -> Tile:
     """Return the tile of a product of `count` outputs; see `product_tile` for the other arguments."""
-    return _ONLY[-1] if _ONLY else product_tile(rounded(count), *rest)
+    return product_tile(rounded(count), *rest)
 
 
 @lru_cache(4096)
