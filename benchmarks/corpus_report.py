@@ -3,12 +3,11 @@
 python -m benchmarks.zoo.check --corpus --output tests/corpus/rows.jsonl       # continues an interrupted check
 pip install cadsurgery[corpus]
 python -m benchmarks.zoo.check packages --corpus --output tests/corpus/packages/rows.jsonl
-python -m benchmarks.corpus_report [--corpus tests/corpus] [--docs docs/data]
+python -m benchmarks.corpus_report
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import defaultdict
@@ -162,21 +161,17 @@ Of the packages, {len(packages) - len(plain)} networks with attention between po
 
 def main() -> None:
     """Write the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
     root = Path(__file__).parents[1]
-    parser.add_argument("--corpus", type=Path, default=root / "tests" / "corpus")
-    parser.add_argument("--docs", type=Path, default=root / "docs" / "data")
-    options = parser.parse_args()
-    own = options.corpus / "rows.jsonl"
-    packages = options.corpus / "packages" / "rows.jsonl"
-    order = {subject.name: place for place, subject in enumerate(read_corpus(options.corpus))}
+    corpus = root / "tests" / "corpus"
+    own = corpus / "rows.jsonl"
+    order = {subject.name: place for place, subject in enumerate(read_corpus(corpus))}
     rows = sorted(read_rows(own), key=lambda row: order[row["model"]])
-    foreign = sorted(read_rows(packages), key=lambda row: row["model"]) if packages.exists() else []
+    foreign = sorted(read_rows(corpus / "packages" / "rows.jsonl"), key=lambda row: row["model"])
     words = sys.modules["corpus_blocks"].IDIOMS
     setting = json.loads(own.read_text(encoding="utf-8").splitlines()[0])
-    (options.docs / "corpus.md").write_text(document(rows, foreign, words, setting), encoding="utf-8")
+    (root / "docs" / "data" / "corpus.md").write_text(
+        document(rows, foreign, words, setting), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A text detector on pages that are mostly blank: floors against smaller pictures and against skipping blank tiles.
 
-    python -m benchmarks.empty_pages DETECTOR.onnx PAGES/ --only ferns_4 dibco_pr6
+    python -m benchmarks.empty_pages DETECTOR.onnx PAGES/
 
 Quality is the intersection over union of the text map (above .3) with that of the network as given; nothing is
 labelled. Every side runs in torch, in channels_last memory, with batch norm folded where it can be; all are called in
@@ -24,7 +24,7 @@ from cadsurgery.images import read_image
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
 
-TILE, MARGIN, TEXT, LONGEST = 256, 64, 0.3, 1280
+TILE, MARGIN, TEXT, LONGEST, FLOOR = 256, 64, 0.3, 1280, 32
 
 
 def page(path: Path) -> Tensor:
@@ -83,24 +83,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("detector", type=Path)
     parser.add_argument("pages", type=Path)
-    parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--coarsest", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     model = cs.build_model(str(options.detector)).eval().to(memory_format=torch.channels_last)
     net = cs.adaptify(
-        model, "content", coarsest=options.coarsest, normalisation=((0.5,) * 3, (0.5,) * 3), verify_laws=False
+        model, "content", coarsest=FLOOR, normalisation=((0.5,) * 3, (0.5,) * 3), verify_laws=False
     )
     fast = net.optimize()
     compiled = torch.compile(model, dynamic=False)
     print(describe_run(torch.device("cpu")))
     with torch.inference_mode():
         for path in sorted(options.pages.glob("*.jpg")):
-            if options.only and path.stem not in options.only:
-                continue
             image = page(path)
             given = model(image)
-            text = kept_text(given, options.coarsest)
+            text = kept_text(given, FLOOR)
             runs = {
                 "as given": lambda image=image: model(image),
                 "compiled": lambda image=image: compiled(image),
@@ -112,7 +107,7 @@ def main() -> None:
                 "content": lambda image=image: fast(image, mask="content"),
                 "preview": lambda image=image: fast(image, mask="preview"),
             }
-            times = interleaved(runs, options.rounds)
+            times = interleaved(runs, 5)
             masks = {"text": text, "content": "content", "preview": "preview"}
             work = {name: net.macs(image, mask=mask) for name, mask in masks.items()}
             for name, run in runs.items():

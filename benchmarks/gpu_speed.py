@@ -1,7 +1,7 @@
-"""GPU measurements: convolutions on elements against cuDNN, lattices, whole networks, training, memory, a profile.
+"""GPU measurements: whole networks, lattices, floors, training, memory, a profile.
 
     python benchmarks/gpu_speed.py --json gpu.jsonl
-    python benchmarks/gpu_speed.py --parts kernels maps --channels 64 2048
+    python benchmarks/gpu_speed.py --parts networks maps --batches 1 4
 
 `--device cpu` with TRITON_INTERPRET=1 in the environment and small sizes runs it without a GPU, and its times mean
 nothing then. Weights are random, which times do not depend on.
@@ -11,15 +11,11 @@ Parts, in the order in which few minutes serve best:
         given, eagerly (channels_last, cuDNN's autotuner), as a CUDA graph, and by torch.compile with frozen weights;
         and against its twin at the lowest output stride. Peak memory of each.
     maps: a call that makes lattice and kernel maps, and how often it waits for the device.
-    kernels: a convolution of elements as users call it, with 1 and 9 taps, on lattices of several active fractions,
-        against cuDNN's dense one with as many outputs: rates of multiply-accumulates.
     floors: networks whose maps become coarser where the mask keeps nothing, at several shares in clusters, against the
         network as given; with taps found among samples of the network's own grid, and by a table. Needs timm.
     training: a step of both; of the adaptive network also with torch's operations in place of the kernels of batch
         norms, or of all kernels. Peak memory of each.
     profile: the operations of an adaptive call that take longest, in inference and in training.
-    roofline: bytes, multiply-accumulates, and the least time that they take on three GPUs; needs no GPU.
-    tiles: every tile that fits, for the shapes of one network: what `gpu_tiles.py` has its rates from.
 """
 
 from __future__ import annotations
@@ -45,24 +41,18 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.elements import BACKENDS
-from cadsurgery.elements.backends import gpu, gpu_tiles
+from cadsurgery.elements.backends import gpu
 from cadsurgery.elements.backends.choose import Backend
 from cadsurgery.elements.backends.reference import Torch
 from cadsurgery.elements.backends.triton_backend import Triton, TritonSamples
-from cadsurgery.elements.functional import Elements, conv2d
-from cadsurgery.elements.kernel_map import Window, kernel_map
-from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.invocations import find_lattice
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import Timing, interleaved
 
-BLOCK = 4  # side of a patch in fine pixels: R_K of the stages 8 -> 16 -> 32
-FRACTIONS = (0.1, 0.34, 1.0)  # 1.0 is an ordinary convolution
 KEPT = 0.34  # of the patches, where a part measures one fraction
 FLOOR_MODELS = ("networks:unet", "networks:resnet50_pyramid")
 FLOOR_SHARES = (0.0, 0.1, 0.3, 0.6, 1.0)
-REPEATS = 20  # calls of a kernel in one graph, so that launch time does not count
 Line = dict[str, Any]
 
 
@@ -72,10 +62,10 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def recorded(run: Callable[[], object], repeats: int = 1) -> Callable[[], object]:
-    """Capture calls as a CUDA graph; if capture fails, return one call."""
+def recorded(run: Callable[[], object]) -> Callable[[], object]:
+    """Capture a call as a CUDA graph; without a GPU, or if capture fails, return the call."""
     if not torch.cuda.is_available():
-        return lambda: [run() for _ in range(repeats)]
+        return run
     stream = torch.cuda.Stream()
     with torch.inference_mode(), torch.cuda.stream(stream):
         for _ in range(3):  # tuning and compilation must happen before capture
@@ -84,8 +74,7 @@ def recorded(run: Callable[[], object], repeats: int = 1) -> Callable[[], object
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.inference_mode(), torch.cuda.graph(graph):
-            for _ in range(repeats):
-                run()
+            run()
     except RuntimeError as error:
         torch.cuda.synchronize()
         print(f"no CUDA graph: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -123,66 +112,6 @@ def peak_of(run: Callable[[], object]) -> float:
     run()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def lattice_of(fraction: float, count: int, device: torch.device, stage: int = 2) -> Lattice:
-    """Build a lattice of random 4 x 4 blocks at level 0, the rest at level 2: about `count` elements after stage 2."""
-    rows = max(1, round((count / (1 + 15 * fraction)) ** 0.5))
-    generator = torch.Generator().manual_seed(0)
-    order = torch.rand(rows * rows, generator=generator).argsort()
-    levels = torch.where(order < round(fraction * rows * rows), 0, 2).view(1, rows, rows)
-    levels = levels.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
-    return Geometry((2, 2)).lattice(levels.to(device)).at(stage)
-
-
-def measure_kernels(options: argparse.Namespace) -> Iterator[Line]:
-    """Yield a line per number of channels, taps, dtype and fraction."""
-    device = torch.device(options.device)
-    for channels in options.channels:
-        for taps, dtype in product((9, 1), options.dtypes):
-            dtype = getattr(torch, dtype)
-            side = round(taps**0.5)
-            layer = nn.Conv2d(channels, channels, side, padding=side // 2, bias=False).to(device, dtype)
-            layer = layer.to(memory_format=torch.channels_last)
-            for fraction in FRACTIONS:
-                lattice = lattice_of(fraction, options.count, device)
-                rows = torch.randn(len(lattice), channels, device=device, dtype=dtype)
-                height = max(1, round(len(lattice) ** 0.5))
-                image = torch.randn(
-                    1, channels, height, -(-len(lattice) // height), device=device, dtype=dtype
-                )
-                image = image.contiguous(memory_format=torch.channels_last)
-                x = Elements(rows, lattice)
-                with torch.inference_mode():
-                    ours = partial(on_elements, x, layer, 4)
-                    sides = {
-                        "ours": recorded(ours, REPEATS),
-                        "cuDNN": recorded(partial(layer, image), REPEATS),
-                    }
-                best = {
-                    name: timing.best / REPEATS for name, timing in interleaved(sides, options.rounds).items()
-                }
-                macs = {
-                    "ours": len(rows) * taps * channels**2,
-                    "cuDNN": image[0, 0].numel() * taps * channels**2,
-                }
-                rates = {name: macs[name] / best[name] / 1e9 for name in best}
-                yield {
-                    **{"part": "kernels", "channels": channels, "taps": taps, "dtype": str(dtype)},
-                    **{
-                        "fraction": fraction,
-                        "outputs": len(rows),
-                        "ms": best["ours"],
-                        "cudnn_ms": best["cuDNN"],
-                    },
-                    **{"tera_macs": rates["ours"], "of_cudnn": rates["ours"] / rates["cuDNN"]},
-                }
-
-
-def on_elements(x: Elements, layer: nn.Conv2d, spacing: int) -> Elements:
-    """Apply a layer to elements; samples of its grid are `spacing` fine pixels apart."""
-    window = Window(layer.kernel_size, padding=(layer.padding[0],) * 4, spacing=spacing)  # type: ignore[arg-type]
-    return conv2d(x, layer.weight, layer.bias, window, x.lattice)
 
 
 def as_given(options: argparse.Namespace) -> nn.Module:
@@ -464,130 +393,12 @@ def measure_profile(options: argparse.Namespace) -> Iterator[Line]:
             yield line | {"ms": getattr(event, by) / 1e3}
 
 
-# Outputs, input and output channels, taps, and whether a residual is added: layers of DeepLabv3-ResNet101.
-SHAPES = (
-    *((16512, 1024, 256, 1, False), (16512, 256, 256, 9, False), (16512, 256, 1024, 1, True)),
-    *((12448, 2048, 512, 1, False), (12448, 512, 512, 9, False), (12448, 512, 2048, 1, True)),
-    *((12448, 2048, 256, 9, False), (131072, 64, 256, 1, True), (32768, 512, 512, 9, False)),
-)
-
-
-# Multiply-accumulates a second of dense bfloat16 products summed in float32, and bytes a second (vendors' data sheets).
-GPUS = {"A100": (156e12, 2.039e12), "RTX 4090": (82.6e12, 1.008e12), "H100": (494.7e12, 3.352e12)}
-
-
-def measure_roofline(options: argparse.Namespace) -> Iterator[Line]:
-    """Yield a line per kernel and shape: each value read and written once, in bfloat16."""
-    for count, channels, outputs, taps, has_residual in SHAPES:
-        values = count * channels + outputs * taps * channels + count * outputs * (2 if has_residual else 1)
-        work = {
-            "product": (2 * values + (4 * count * taps if taps > 1 else 0), count * channels * outputs * taps)
-        }
-        if taps > 1:
-            work["depthwise"] = (4 * count * channels + 4 * count * taps, count * channels * taps)
-            work["blend"] = (10 * count * channels, 4 * count * channels)
-            work["product_weight"] = (
-                2 * values + 4 * outputs * taps * channels,
-                count * channels * outputs * taps,
-            )
-        for kernel, (size, macs) in work.items():
-            least = {name: 1e3 * max(macs / rate, size / memory) for name, (rate, memory) in GPUS.items()}
-            shape = {"outputs": count, "channels": channels, "out": outputs, "taps": taps}
-            line: Line = {
-                "part": "roofline",
-                "kernel": kernel,
-                **shape,
-                "mb": size / 1e6,
-                "gmacs": macs / 1e9,
-            }
-            yield line | {f"ms on {name}": value for name, value in least.items()}
-    # Layers of the network, and the lattice of the part `kernels`.
-    for channels, stage, count in (
-        (256, 1, 12448),
-        (512, 2, 12448),
-        (256, 2, options.count),
-        (512, 2, options.count),
-    ):
-        yield from measure_halo(lattice_of(KEPT, count, torch.device("cpu"), stage), channels)
-
-
-def measure_halo(lattice: Lattice, channels: int) -> Iterator[Line]:
-    """Yield a line per way to the halo rows of a 3 x 3 convolution: the least bytes that these add to memory traffic,
-    the bytes that the convolution gathers through L2, and the least time of what comes before it, and with it.
-
-    separate: a kernel writes the halo rows, which the convolution reads; as it is done.
-    epilogue: the kernel before writes them, with the rows they are mixed of at hand.
-    shared: the convolution mixes each where it is read, and reads four rows for one; nothing is written.
-    """
-    reading = kernel_map(
-        lattice, lattice, Window((3, 3), padding=(1,) * 4, spacing=lattice.geometry.sides[lattice.stage])
-    )
-    count, halo, row = len(lattice), len(reading.sources), 2 * channels
-    sources = len(reading.sources[reading.mix != 0].unique())
-    entries, mixed = int((reading.table != count).sum()), int((reading.table > count).sum())
-    columns, tables = (
-        -(-channels // 256),
-        8 * 4 * halo,
-    )  # a tile has up to 256 output channels; int32 and float32
-    macs = 9 * channels * channels * count
-    whole = 2 * count * row + 2 * 9 * channels**2 + 4 * reading.table.numel()
-    ways = {
-        "separate": (halo * row + sources * row + tables, halo * row, entries),
-        "epilogue": (halo * row + tables, halo * row, entries),
-        "shared": (0, tables, entries + 3 * mixed),
-    }
-    for way, (before, within, gathered) in ways.items():
-        line: Line = {
-            "part": "roofline",
-            "kernel": f"halo, {way}",
-            "channels": channels,
-            "outputs": count,
-            "halo": halo,
-        }
-        line |= {"added_mb": (before + within) / 1e6, "l2_mb": gathered * row * columns / 1e6}
-        for name, (rate, memory) in GPUS.items():
-            product_time = max(macs / rate, (whole + within) / memory)
-            line |= {
-                f"ms added on {name}": 1e3 * before / memory,
-                f"ms on {name}": 1e3 * (before / memory + product_time),
-            }
-        yield line
-
-
-def measure_tiles(options: argparse.Namespace) -> Iterator[Line]:
-    """Yield a line per shape and tile."""
-    device, dtype = torch.device(options.device), torch.bfloat16
-    for count, channels, outputs, taps, has_residual in SHAPES:
-        widest = max(options.channels)
-        count, channels, outputs = min(count, options.count), min(channels, widest), min(outputs, widest)
-        rows = torch.randn(count, channels, device=device, dtype=dtype)
-        weight = torch.randn(outputs, taps * channels, device=device, dtype=dtype)
-        near = torch.arange(count, device=device).unsqueeze(1) + torch.arange(taps, device=device)
-        table = (near % count).int() if taps > 1 else None
-        residual = torch.randn(count, outputs, device=device, dtype=dtype) if has_residual else None
-        tiles = gpu_tiles.RESIDUAL_PRODUCTS if has_residual else gpu_tiles.PRODUCTS
-        for tile in tiles:
-            if tile.o > max(32, outputs) or tile.shared(2) > gpu_tiles.device_of(device).shared:
-                continue
-            with torch.inference_mode(), gpu_tiles.only(tile):
-                run = partial(gpu.gather_conv, rows, weight, table, None, residual)
-                sides = {"tile": recorded(run, REPEATS)}
-                best = interleaved(sides, options.rounds)["tile"].best / REPEATS
-            macs = count * channels * outputs * taps
-            shape = {"outputs": count, "channels": channels, "out": outputs, "taps": taps}
-            line: Line = {"part": "tiles", **shape, "residual": has_residual, "tile": str(tuple(tile[:5]))}
-            yield line | {"ms": best, "tera_macs": macs / best / 1e9}
-
-
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
     "networks": measure_networks,
     "maps": measure_maps,
-    "kernels": measure_kernels,
     "floors": measure_floors,
     "training": measure_training,
     "profile": measure_profile,
-    "roofline": measure_roofline,
-    "tiles": measure_tiles,
 }
 
 
@@ -608,14 +419,11 @@ def main() -> None:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--model", default="deeplabv3_resnet101")
-    parser.add_argument("--channels", type=int, nargs="+", default=(64, 128, 256, 512, 1024, 2048))
-    parser.add_argument("--count", type=int, default=32768, help="approximate number of outputs of a kernel")
     parser.add_argument("--floor-sizes", type=int, nargs="+", default=(1024, 2048))
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 4))
     parser.add_argument("--training-batches", type=int, nargs="+", default=(2, 8))
     parser.add_argument("--size", type=int, nargs=2, default=(1024, 2048))
     parser.add_argument("--fractions", type=float, nargs="+", default=(0.1, 0.34, 1.0))
-    parser.add_argument("--dtypes", nargs="+", default=("bfloat16", "float16", "float32"))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, help="file to append lines to")

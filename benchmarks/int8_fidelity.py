@@ -1,8 +1,8 @@
 """The cost of int8 on real images: the network of recipes/camvid_mobilenetv2, dense and adaptive, in ONNX Runtime.
 
-    python benchmarks/int8_fidelity.py --data DATA [--mask "edges | budget:fraction=0.34"] [--calibrate 32] [--every 4]
+    python benchmarks/int8_fidelity.py --data DATA
 
-DATA holds camvid and camvid_mobilenetv2_fcn. Files are calibrated on images of the training split. On every N-th
+DATA holds camvid and camvid_mobilenetv2_fcn. Files are calibrated on images of the training split. On every fourth
 image of the test split the int8 file is compared with the same file in floating point (relative error, share of
 pixels of the same class), and with the labels (mean IoU).
 """
@@ -31,23 +31,19 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes" / "camvid_mobilenetv2"))
 import network as recipe  # noqa: E402
 
+MASK = "edges | budget:fraction=0.34"
+
 
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--mask", default="edges | budget:fraction=0.34")
-    parser.add_argument("--calibrate", type=int, default=32, help="number of images of the training split")
-    parser.add_argument("--every", type=int, default=4, help="use every N-th image of the test split")
     options = parser.parse_args()
     model = recipe.build(options.data)
-    calibration = [image for image, _ in pairs(options.data, "train", 1)][: options.calibrate]
+    calibration = [image for image, _ in pairs(options.data, "train", 1)][:32]
     with tempfile.TemporaryDirectory() as name:
-        sessions = write(model, options.mask, calibration, Path(name))
-        rows = [
-            (kind, *compare(*files, pairs(options.data, "test", options.every)))
-            for kind, files in sessions.items()
-        ]
+        sessions = write(model, calibration, Path(name))
+        rows = [(kind, *compare(*files, pairs(options.data, "test", 4))) for kind, files in sessions.items()]
     print(
         f"{setting(torch.device('cpu'))}, onnxruntime {importlib.metadata.version('onnxruntime')}, "
         f"{rows[0][1].images} images, calibrated by {len(calibration)}\n"
@@ -68,7 +64,7 @@ def pairs(data: Path, split: str, every: int) -> Any:
 
 
 def write(
-    model: torch.nn.Module, mask: str, calibration: list[Tensor], folder: Path
+    model: torch.nn.Module, calibration: list[Tensor], folder: Path
 ) -> dict[str, tuple[OnnxRuntime, OnnxRuntime]]:
     """Write dense and adaptive files, these also with kernels, each in floating point and in int8."""
     image, dense = calibration[0], [folder / "dense.onnx", folder / "dense8.onnx"]
@@ -76,7 +72,7 @@ def write(
     shutil.copy(dense[0], dense[1])
     to_8_bits(dense[1], OnnxRuntime, [(one,) for one in calibration])
     # Masks see -1..1 unchanged, as when the figures were measured.
-    net = cs.adaptify(model, mask, normalisation="raw")
+    net = cs.adaptify(model, MASK, normalisation="raw")
     high, low = net.plan.output_stride
     found = {f"dense, output stride {high}": (OnnxRuntime(dense[0]), OnnxRuntime(dense[1]))}
     for engine, words in ((OnnxRuntime, ""), (OnnxRuntimeWithKernels, ", with kernels")):
@@ -85,7 +81,7 @@ def write(
         cs.export(
             net, image, files[1], precision="int8", calibration=calibration, with_kernels=engine.has_kernels
         )
-        found[f"{mask}, {high} to {low}{words}"] = (engine(files[0]), engine(files[1]))
+        found[f"{MASK}, {high} to {low}{words}"] = (engine(files[0]), engine(files[1]))
     return found
 
 

@@ -1,7 +1,7 @@
 """Write docs/data/libraries.md from the rows of a check of other libraries' networks.
 
 python -m benchmarks.zoo.libraries --out benchmarks/zoo/libraries.jsonl    # continues an interrupted check
-python -m benchmarks.libraries_report [--rows benchmarks/zoo/libraries.jsonl] [--docs docs/data]
+python -m benchmarks.libraries_report
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ to the network as given.
 
 def main() -> None:
     """Write the page."""
-    write_page(str(__doc__), ROWS, "libraries.md", document)
+    write_page(ROWS, "libraries.md", document)
 
 
 if __name__ == "__main__":

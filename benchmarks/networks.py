@@ -1,4 +1,4 @@
-"""Networks with random weights that the bench, the export matrix and the recipes refer to as `module:function`."""
+"""Networks with random weights that the bench, exports and the recipes refer to as `module:function`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import mobilenet_v2, resnet18, vgg16
+from torchvision.models import mobilenet_v2, vgg16
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.segmentation.fcn import FCNHead
 
@@ -35,45 +35,11 @@ def mobilenet_v2_fcn() -> nn.Module:
     return Segmentation(mobilenet_v2(weights=None).features, FCNHead(1280, 21))
 
 
-class ResNet18UNet(nn.Module):
-    """A U-Net on ResNet-18: bilinear upsampling, concatenated skip connections, two 3x3 convolutions per scale."""
-
-    def __init__(self, classes: int = 21) -> None:
-        super().__init__()
-        resnet = resnet18(weights=None)
-        self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu)
-        self.stages = nn.ModuleList(
-            [nn.Sequential(resnet.maxpool, resnet.layer1), resnet.layer2, resnet.layer3, resnet.layer4]
-        )
-        self.up = nn.ModuleList(
-            _double(deep + skip, out)
-            for deep, skip, out in ((512, 256, 256), (256, 128, 128), (128, 64, 64), (64, 64, 32))
-        )
-        self.head = nn.Conv2d(32, classes, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, 3, H, W) to (B, classes, H, W)."""
-        skips = [self.stem(x)]
-        for stage in self.stages:
-            skips.append(stage(skips[-1]))
-        deep = skips.pop()
-        for block in self.up:
-            skip = skips.pop()
-            deep = F.interpolate(deep, size=skip.shape[2:], mode="bilinear", align_corners=False)
-            deep = block(torch.cat((deep, skip), 1))
-        return F.interpolate(self.head(deep), size=x.shape[2:], mode="bilinear", align_corners=False)
-
-
 def _double(inputs: int, outputs: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for channels in (inputs, outputs):
         layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
     return nn.Sequential(*layers)
-
-
-def resnet18_unet() -> nn.Module:
-    """Build `ResNet18UNet` with 21 classes."""
-    return ResNet18UNet()
 
 
 class FactorisedBlock(nn.Module):

@@ -1,6 +1,6 @@
 """Check what `recommend` names without labels by labels that it did not see.
 
-    python -m benchmarks.recommend_check DATA FOLDER [--networks camvid-8,espnet-8,voc-16] [--photos 30] [--others 60]
+    python -m benchmarks.recommend_check DATA FOLDER [--photos 30] [--others 60]
 
 For each network `recommend` chooses a setting on photos without their labels; its time is that of a user. Then all
 settings are measured with labels on other pictures of the same data. Printed are what was named, the change of its
@@ -35,18 +35,14 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--networks", default="camvid-8,espnet-8,voc-16")
     parser.add_argument("--photos", type=int, default=30)
     parser.add_argument("--others", type=int, default=60)
-    parser.add_argument("--minutes", type=float, default=8.0)
     options = parser.parse_args()
-    for name in options.networks.split(","):
+    for name in ("camvid-8", "espnet-8", "voc-16"):
         model, data = NETWORKS[name](options.data)
         photos, others = divided(data, options.photos, options.others)
         begin = time.perf_counter()
-        chosen = recommend(
-            model, photos.unlabelled(), minutes=options.minutes, output=options.folder / f"{name}-photos"
-        )
+        chosen = recommend(model, photos.unlabelled(), minutes=8, output=options.folder / f"{name}-photos")
         taken = time.perf_counter() - begin
         seen = recommend(
             model,

@@ -1,7 +1,6 @@
 """Measure networks in boxes of the picture: the share of the work and of the time of the whole picture.
 
-    python -m benchmarks.regions --output regions.json
-    python -m benchmarks.regions --networks unet_16 --shares 0.01 0.05 --rounds 3
+    python -m benchmarks.regions --rounds 3
 
 Networks with random weights, as given (`mask="all"` under floors) and as inference copies; a box in the middle of the
 picture has so large a share of it. Calls in its boxes and of the whole picture are timed in turns. *Error* is the
@@ -11,10 +10,8 @@ largest difference in the box relative to the largest value of the whole call.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,13 +43,13 @@ def box_in_the_middle(side: int, share: float) -> Tensor:
 
 
 @torch.no_grad()
-def measured(name: str, shares: Sequence[float], rounds: int) -> list[dict[str, Any]]:
+def measured(name: str, rounds: int) -> list[dict[str, Any]]:
     """Return the rows of a network: its boxes and the whole picture, timed in turns."""
     make, side = NETWORKS[name]
     torch.manual_seed(0)
     model, image = make().eval(), torch.randn(1, 3, side, side)
     net = cs.adaptify(model, "all", coarsest=32, example_input=image[:, :, :256, :256], verify_laws=False)
-    fast, boxes = net.optimize(), {share: [box_in_the_middle(side, share)] for share in shares}
+    fast, boxes = net.optimize(), {share: [box_in_the_middle(side, share)] for share in SHARES}
     whole, errors = fast(image), {}
     for share, box in boxes.items():
         ((part,),) = cs.read_within(fast, image, box)
@@ -83,26 +80,17 @@ def measured(name: str, shares: Sequence[float], rounds: int) -> list[dict[str, 
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--shares", nargs="+", type=float, default=SHARES)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
     print(setting(torch.device("cpu")))
-    rows = []
-    for name in asked.networks:
-        for row in measured(name, asked.shares, asked.rounds):
-            rows.append(row)
+    for name in NETWORKS:
+        for row in measured(name, asked.rounds):
             print(
                 f"{name:20} {row['side']:5} px, box of {row['share']:.0%}: {row['of_macs']:.3f} of the MACs, "
                 f"{row['of_time']:.3f} of the time ({row['time_of_macs']:.2f} of the share of MACs), "
                 f"error {row['error']:.1e}",
                 flush=True,
             )
-    if asked.output:
-        asked.output.write_text(
-            json.dumps({"setting": setting(torch.device("cpu")), "rows": rows}, indent=1) + "\n"
-        )
 
 
 if __name__ == "__main__":

@@ -68,24 +68,6 @@ def find_slowest(net: AdaptiveModel, call: Callable[[], object]) -> Slowest:
     return Slowest(_layer_of(net, node), _operation_of(seen), taken[node] / total)
 
 
-def layer_times(
-    net: AdaptiveModel, call: Callable[[], object], rounds: int = _ROUNDS
-) -> tuple[float, dict[str, float]]:
-    """Return the seconds of a call, the best of several rounds, and of each layer, by path or name in the graph.
-
-    Args:
-        net: network whose graph is timed node by node.
-        call: runs the network once.
-        rounds: number of rounds.
-    """
-    total, taken = _node_times(net, call, rounds)
-    layers: dict[str, float] = {}
-    for node, seconds in taken.items():
-        layer = _layer_of(net, node)
-        layers[layer] = layers.get(layer, 0.0) + seconds
-    return total, layers
-
-
 def _node_times(
     net: AdaptiveModel, call: Callable[[], object], rounds: int
 ) -> tuple[float, dict[fx.Node, float]]:

@@ -1,12 +1,11 @@
 """Write docs/data/zoo.md from the rows of a full check of the zoo.
 
 python -m benchmarks.zoo.check --output cadsurgery/tasks/zoo.jsonl      # the full run; continues an interrupted run
-python benchmarks/zoo_report.py [--rows cadsurgery/tasks/zoo.jsonl] [--docs docs/data]
+python benchmarks/zoo_report.py
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections import Counter, defaultdict
@@ -19,6 +18,7 @@ from cadsurgery.data.networks import list_models
 from cadsurgery.tasks.zoo_record import RECORDED, read_rows
 
 Row = dict[str, Any]
+DOCS = Path(__file__).parents[1] / "docs" / "data"
 RESULTS = ("converts", "refused", "not checked", "not built", "broken")
 KINDS = {
     "cnn": "convolutional",
@@ -198,27 +198,22 @@ that convert. `cadsurgery list PATTERN` shows each network; `--json` with errors
 """
 
 
-def write_page(about: str, recorded: Path, page: str, document: Callable[[list[Row], Row], str]) -> None:
-    """Write a page from recorded rows; the command line may name other rows, and another folder for the page.
+def write_page(recorded: Path, page: str, document: Callable[[list[Row], Row], str]) -> None:
+    """Write a page of `docs/data` from recorded rows.
 
     Args:
-        about: what the command does, for its help.
         recorded: JSON Lines file of the rows; its first line contains versions and machine.
         page: the page's file name.
         document: makes the page of the rows, by name, and of the first line.
     """
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, default=recorded)
-    parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs" / "data")
-    options = parser.parse_args()
-    rows = sorted(read_rows(options.rows), key=lambda row: row["model"])
-    setting = json.loads(options.rows.read_text(encoding="utf-8").splitlines()[0])
-    (options.docs / page).write_text(document(rows, setting), encoding="utf-8")
+    rows = sorted(read_rows(recorded), key=lambda row: row["model"])
+    setting = json.loads(recorded.read_text(encoding="utf-8").splitlines()[0])
+    (DOCS / page).write_text(document(rows, setting), encoding="utf-8")
 
 
 def main() -> None:
     """Write the page."""
-    write_page(str(__doc__), RECORDED, "zoo.md", document)
+    write_page(RECORDED, "zoo.md", document)
 
 
 if __name__ == "__main__":

@@ -188,6 +188,7 @@ def wrong(folder: Path, extra: str, rows: list[dict[str, Any]]) -> list[str]:
     return [problem for row, end in zip(rows, done, strict=True) if (problem := check(row, *end, extra))]
 
 
+@pytest.mark.slow
 def test_commands_run_with_the_base_packages_alone_or_name_the_extra(tmp_path: Path) -> None:
     rows = [row for row in COMMANDS if row["extra"] or not row.get("slow")]
     assert wrong(tmp_path, "", rows) == []

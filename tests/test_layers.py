@@ -173,6 +173,7 @@ def test_geometry_knows_neither_graphs_nor_libraries_of_networks() -> None:
     assert [pair for pair in names for foreign in FOREIGN if f"{pair[1]}.".startswith(f"{foreign}.")] == []
 
 
+@pytest.mark.slow
 def test_geometry_loads_neither_libraries_of_networks_nor_surgery() -> None:
     code = (
         "import sys, cadsurgery.elements\n"

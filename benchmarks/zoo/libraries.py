@@ -4,7 +4,7 @@
 
 Every network has random weights and is small: fewer channels and blocks where its library lets one choose, its
 smallest size where not. A library that is not installed is skipped, and that is said. Networks that are in the file
-already are not checked again, unless `--again` names their result.
+already are not checked again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import importlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -648,14 +647,6 @@ def _known(subject: Subject) -> Row:
     }
 
 
-def forget(path: Path, results: Iterable[str]) -> None:
-    """Remove the rows with these results from a file, so that the networks are checked again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line).get("result") not in set(results)]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-
 def _in_turn(names: list[str]) -> list[str]:
     """Return the names with one of each library in turn, so that a run that is stopped has some of each."""
     of_each: dict[str, list[str]] = {}
@@ -672,7 +663,6 @@ def main() -> None:
     parser.add_argument("library", nargs="*", help=f"{', '.join(LIBRARIES)}; default all")
     parser.add_argument("--out", type=Path, default=ROWS)
     parser.add_argument("--pattern", default="*", help="of networks' names")
-    parser.add_argument("--again", action="append", default=[], help="check rows with this result again")
     parser.add_argument("--workers", type=int, default=1, help="number of networks at a time")
     parser.add_argument("--seconds", type=float, default=150.0, help="limit for a network")
     options = parser.parse_args()
@@ -681,7 +671,6 @@ def main() -> None:
     subjects, missing = find_subjects(options.library or LIBRARIES, options.pattern)
     for name, why in missing.items():
         print(f"{name} is skipped: {why}", flush=True)
-    forget(options.out, options.again)
     names = _in_turn([subject.name for subject in subjects])
     check = Check(
         partial(check_named, seconds=options.seconds * 0.6),

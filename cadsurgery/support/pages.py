@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -19,7 +16,6 @@ from torch import Tensor
 
 LARGE = 32 << 20  # bytes
 _PAGE = 2 << 20
-_HERE = threading.local()  # memory that this thread offers
 
 
 def new_memory(like: Tensor, *shape: int) -> Tensor:
@@ -33,30 +29,6 @@ def new_memory(like: Tensor, *shape: int) -> Tensor:
         if end > start:  # if the system refuses, the memory keeps its small pages
             advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
     return out
-
-
-@contextmanager
-def offering(memory: Tensor | None) -> Iterator[None]:
-    """Within, `new_result` may give the beginning of a memory (rows, C), once. What is not given is not touched."""
-    _HERE.memory = memory
-    try:
-        yield
-    finally:
-        _HERE.memory = None
-
-
-def new_result(like: Tensor, *shape: int) -> Tensor:
-    """Return memory for the result of a layer: what is offered, if it fits, or `new_memory`."""
-    offered: Tensor | None = getattr(_HERE, "memory", None)
-    if (
-        offered is None
-        or like.dtype != offered.dtype
-        or shape[1:] != offered.shape[1:]
-        or shape[0] > len(offered)
-    ):
-        return new_memory(like, *shape)
-    _HERE.memory = None
-    return offered[: shape[0]]
 
 
 @cache

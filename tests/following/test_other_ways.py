@@ -52,6 +52,7 @@ def converted() -> tuple[nn.Module, cs.AdaptiveModel]:
 EVEN, ODD = (64, 96), (69, 84)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fuse", [slow(True), False])
 @torch.no_grad()
 def test_an_optimised_copy_follows_what_the_network_follows(fuse: bool) -> None:
@@ -95,6 +96,7 @@ BFLOAT16: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", some(BFLOAT16, every=3))
 @torch.no_grad()
 def test_copies_in_bfloat16_follow_it_too(how: str) -> None:
@@ -106,6 +108,7 @@ def test_copies_in_bfloat16_follow_it_too(how: str) -> None:
         assert_same(fast(x).float(), model(x.float()), COARSE)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_work_is_counted_on_the_way_that_is_taken() -> None:
     """As a network counts it that was converted there with the same strides; by the copy as by the network."""

@@ -339,6 +339,7 @@ class DecidesByValues(nn.Module):
         return self.net(x) if float(self.small(x).mean()) > 0 else self.wrapped["trunk"](x)
 
 
+@pytest.mark.slow
 def test_the_largest_part_that_reads_the_image_is_converted_inside_a_network_that_decides_by_values() -> None:
     model, x = DecidesByValues().eval(), images(2, 65, 70)
     net = cs.adaptify(model, "none")

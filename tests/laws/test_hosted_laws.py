@@ -95,6 +95,7 @@ def test_uniform_maps_through_the_engine_are_the_graph_as_it_is() -> None:
     assert_same(features(hosted, lowest), features(hosted, "none"), 1e-4)
 
 
+@pytest.mark.slow
 def test_a_mask_for_one_call_and_what_the_call_tells() -> None:
     hosted, images = adaptive_detector(), pictures()
     run(hosted, images, mask="all")
@@ -141,6 +142,7 @@ class Sometimes(Untraceable):
         return self.backbone(x) if x.sum() > 0 else -x
 
 
+@pytest.mark.slow
 def test_a_part_that_is_not_called_has_no_macs() -> None:
     net = cs.adaptify(Sometimes(strided(2)).eval(), "none")
     assert net(-torch.ones(1, 3, 16, 16)).shape == (1, 3, 16, 16)

@@ -125,6 +125,7 @@ class Scored(nn.Module):
         return torch.cat([16.0 * points, score], 1)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_large_values_beside_small_ones_hide_no_decision() -> None:
     """Nor do they in the check of the conversion: the scores are right at the scale of the scores."""

@@ -31,7 +31,7 @@ from benchmarks.zoo.corpus import CHECKOUT, subject
 from cadsurgery.elements.backends import maps
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.network.bands.steps import rows_of_window
-from cadsurgery.network.bands.walk import SAME, SPARE, Bytes, RowsRead, Stream, Walk
+from cadsurgery.network.bands.walk import SAME, Bytes, RowsRead, Stream, Walk
 from cadsurgery.support.memory import bytes_of
 
 SEEDS = int(os.environ.get("CADSURGERY_SEEDS", 500))
@@ -324,7 +324,7 @@ def test_rows_are_those_of_the_call_from_any_start(name: str, mask: str) -> None
             first + sum(part.shape[1] for _, part in parts[:place]) for place in range(len(parts))
         ]
         assert difference(whole[0, :, first:], torch.cat([part for _, part in parts], 1)) < 1e-9
-        tasks.append(rows.walks.walks[-1].measured(SPARE).computed)
+        tasks.append(rows.walks.walks[-1].measured().computed)
         if mask == "all":
             assert int(rows.levels.sum()) == 0
     assert tasks[-1] < tasks[0]
@@ -578,7 +578,7 @@ class Noted(Bytes):
     """Notes the rows of each map that are there, and asks that rows are read where they are."""
 
     def __init__(self, walk: Walk) -> None:
-        super().__init__(walk, SPARE)
+        super().__init__(walk)
         self.held = dict.fromkeys(walk.streams, (0, 0)) | {one: (0, one.height) for one in walk.known}
 
     def compute(self, one: Stream, first: int, end: int) -> Any:
@@ -614,6 +614,23 @@ def test_nothing_is_computed_twice_or_read_before_it_is_there() -> None:
             pass
         assert all(noted.held[one][1] == one.height for one in walk.streams)
         assert noted.peak <= sum(one.height * one.row for one in walk.streams)
+
+
+@pytest.mark.parametrize("names", ["a", "aa", "ab"])
+def test_kernel_maps_count_while_layers_behind_each_other_read_them(names: str) -> None:
+    """A layer's kernel map of a block is freed behind the block, unless a layer that shares it is still to come."""
+    window, of_block = RowsRead(lambda row: row - 4, lambda row: row + 4), 4 * 3
+
+    def bytes_of(taken: int) -> Bytes:
+        maps = [Stream(height=64)]
+        for name in names:
+            more = Stream(height=64, row=10, chunk=4, elements=range(0, 65 * 3, 3), table=(name, taken))
+            more.sources = [(maps[-1], window)]
+            maps.append(more)
+        return Walk(maps, maps[-1:], 4, maps[:1]).measured()
+
+    most = bytes_of(1000).peak - bytes_of(0).peak
+    assert most == 1000 * of_block * (2 if names == "aa" else 1)
 
 
 # -- windows whose padding makes the map grow ----------------------------------------------------------

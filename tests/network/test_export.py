@@ -27,7 +27,6 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
-from benchmarks import export_matrix
 from cadsurgery.elements.backends import dense, portable, reference
 from cadsurgery.network.export import compare
 from cadsurgery.network.export import onnx as onnx_files
@@ -103,6 +102,7 @@ class Indexed(nn.Module):
         return x[rows], x[:, columns], x[rows, :, columns], x[:, rows, columns], x[x > 0.5]
 
 
+@pytest.mark.slow
 def test_indices_are_those_of_torch(tmp_path: Path) -> None:
     from cadsurgery.network.export.translate import TABLE
 
@@ -142,12 +142,16 @@ def fixed_levels() -> Tensor:
         thorough("detail", "nearest", True),
         ("edges | budget:fraction=0.1/0.3", "linear", True),
         (fixed_levels(), "linear", False),
+        ("learned", "linear", False),
     ],
-    ids=["guided", "nearest", "a budget", "a fixed map"],
+    ids=["guided", "nearest", "a budget", "a fixed map", "learned"],
 )
 def test_every_mask_and_fill_is_the_network(mask: Any, fill: str, dynamic: bool, tmp_path: Path) -> None:
-    model, path = net(mask, fill=fill), tmp_path / "net.onnx"
-    report = cs.export(model, picture(1, 72, 104), path, dynamic=dynamic)
+    model, path, image = net(mask, fill=fill), tmp_path / "net.onnx", picture(1, 72, 104)
+    with torch.no_grad():
+        model(image)  # creates the weights of a learned mask
+    assert 0 < model.active_fraction < 1
+    report = cs.export(model, image, path, dynamic=dynamic)
     assert report.image == ((None, 3, None, None) if dynamic else (None, 3, 72, 104))
     sizes = ((2, 93, 75), (1, 64, 160)) if dynamic else ((3, 72, 104),)
     assert_same_file(path, model, *(picture(*size).flip(2) * 0.7 for size in sizes))
@@ -190,15 +194,6 @@ def test_the_level_map_is_an_input(tmp_path: Path) -> None:
             torch.manual_seed(seed)
             levels = random_levels(2, tuple(model.levels.shape[1:]), model.geometry.strides)
             assert_same(run(image, levels.long())["out"], model(image, mask=levels)["out"], 1e-4)
-
-
-@pytest.mark.slow
-def test_a_cell_of_the_matrix_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "networks:segmenter"
-    monkeypatch.setitem(export_matrix.NETWORKS, name, {"output_stride": (8, 16)})
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # which would last
-    row = export_matrix.export((name, "learned", "linear", "static"))
-    assert row["result"] == "agrees" and row["difference"] < 1e-4 and 0 < row["active_fraction"] < 1
 
 
 def test_a_file_is_compared_on_other_images_in_both_memory_layouts() -> None:

@@ -226,6 +226,7 @@ def test_work_of_the_network_given_is_what_torch_counts_of_it(
     assert report.region_of_high == sum(layer.mask for layer in inside) / sum(layer.high for layer in inside)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), [("strided", None), ("unet", (97, 161))])
 def test_a_plan_that_makes_maps_finer_says_by_how_much(name: str, size: tuple[int, int] | None) -> None:
     """On the user's example; without one on an image of a photograph's size, since the default example is small."""

@@ -458,6 +458,7 @@ def test_norms_that_hold_their_activation_are_folded(name: str) -> None:
         assert relative_error(fast(x, mask=mask), net(x, mask=mask)) < 1e-10
 
 
+@pytest.mark.slow
 def test_a_hooked_norm_is_not_taken_apart() -> None:
     model, seen = timm.create_model("mobilenetv2_050").eval(), list[int]()
     net = unverified(model, "all")

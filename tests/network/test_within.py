@@ -374,6 +374,7 @@ def probed(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet", "segmenter", "residual segmenter"])
 def test_the_part_holds_what_gradients_reach_and_little_more(name: str) -> None:
     model, size = probed(seeded(NETWORKS[name])), 256

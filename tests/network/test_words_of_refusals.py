@@ -36,6 +36,7 @@ def network(factor: float, of: str) -> nn.Sequential:
     return nn.Sequential(*layers).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "how", "of", "factor"),
     [  # programs have the type of the network

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 
@@ -26,29 +24,3 @@ def test_without_large_pages_it_is_memory_all_the_same(monkeypatch: pytest.Monke
     monkeypatch.setattr(pages, "LARGE", 1)
     monkeypatch.setattr(pages, "_advise", lambda: None)
     assert pages.new_memory(torch.zeros(1), 7, 5).shape == (7, 5)
-
-
-def test_what_is_offered_is_given_once_to_a_result_that_fits() -> None:
-    like, memory = torch.zeros(2, 3), torch.zeros(10, 3)
-    with pages.offering(memory):
-        others = [
-            pages.new_result(like, 11, 3),  # too long
-            pages.new_result(like, 4, 2),
-            pages.new_result(like.double(), 4, 3),
-            pages.new_result(like, 2, 2, 3),
-        ]
-        first, second = pages.new_result(like, 4, 3), pages.new_result(like, 4, 3)
-    after = pages.new_result(like, 4, 3)
-    assert first.data_ptr() == memory.data_ptr() and first.shape == (4, 3)
-    for found in (*others, second, after):
-        assert found.untyped_storage().data_ptr() != memory.untyped_storage().data_ptr()
-
-
-def test_what_one_thread_is_offered_no_other_takes() -> None:
-    memory, found = torch.zeros(10, 3), list[torch.Tensor]()
-    with pages.offering(memory):
-        other = threading.Thread(target=lambda: found.append(pages.new_result(memory, 4, 3)))
-        other.start()
-        other.join()
-        own = pages.new_result(memory, 4, 3)
-    assert own.data_ptr() == memory.data_ptr() != found[0].data_ptr()

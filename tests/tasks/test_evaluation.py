@@ -115,6 +115,7 @@ def test_a_converted_network_brings_its_mask_and_strides_and_is_left_as_it_was()
     assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
 
 
+@pytest.mark.slow
 def test_masks_may_ask_for_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     known: list[Tensor] = []
 

@@ -69,6 +69,7 @@ def boundary_iou(prediction: Tensor, labels: Tensor, distance: int) -> float:
     return sum(shares) / len(shares)
 
 
+@pytest.mark.slow
 def test_iou_and_pixel_accuracy_are_those_of_torchmetrics() -> None:
     import torchmetrics  # with scipy, which takes seconds
 

@@ -1,14 +1,12 @@
 """Tiles of the Triton kernels: how many outputs and channels a program computes, chosen by rule.
 
 A tile follows from the shapes and the GPU alone, so that a call repeats its bits, and nothing is tuned when a network
-first runs. The rates are from a sweep over layers of DeepLabv3-ResNet101 on an H100, in bfloat16, which
-`benchmarks/gpu_speed.py --parts tiles` repeats; what does not fit into the shared memory of a smaller GPU is left out.
+first runs. The rates are from a sweep over layers of DeepLabv3-ResNet101 on an H100, in bfloat16
+(docs/bench/gpu_h100_tiles.jsonl); what does not fit into the shared memory of a smaller GPU is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -105,22 +103,9 @@ def _properties(index: torch.device) -> Device:
     return Device(int(found.shared_memory_per_block_optin), int(found.multi_processor_count), capability)
 
 
-_ONLY: list[Tile] = []
-
-
-@contextmanager
-def only(tile: Tile) -> Iterator[None]:
-    """Use one tile for every product in the block, to measure it."""
-    _ONLY.append(tile)
-    try:
-        yield
-    finally:
-        _ONLY.pop()
-
-
 def tile_of(count: int, *rest: Any) -> Tile:
     """Return the tile of a product of `count` outputs; see `product_tile` for the other arguments."""
-    return _ONLY[-1] if _ONLY else product_tile(rounded(count), *rest)
+    return product_tile(rounded(count), *rest)
 
 
 @lru_cache(4096)

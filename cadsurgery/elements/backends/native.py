@@ -34,7 +34,7 @@ from cadsurgery.elements.lattice import CellSearch, Lattice
 from cadsurgery.kernels import dispatch, isa
 from cadsurgery.kernels.dispatch import function, has_bf16_dot, isa_of
 from cadsurgery.kernels.packing import pack, takes
-from cadsurgery.support.pages import new_memory, new_result
+from cadsurgery.support.pages import new_memory
 from cadsurgery.support.running import running
 
 # The dtypes that kernels are compiled for.
@@ -203,12 +203,12 @@ class Native(Backend):
             weights, more = work.weights, work.residual
             if is_product:
                 rows, table = work.of_target, None
-                out = new_result(rows, *rows.shape[:-1], outputs)
+                out = new_memory(rows, *rows.shape[:-1], outputs)
                 source = RowSource(rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1]))
             else:
                 reading = work.reading
                 source, table = RowSource(work.rows, halo_of(work.rows, reading), work.outside), reading.table
-                out = new_result(work.rows, len(table), outputs)
+                out = new_memory(work.rows, len(table), outputs)
             memory = weights.form(form, lambda: packed(weights))
             act = weights.activation
             bounds = act.bounds if act is not None else None
@@ -248,7 +248,7 @@ class Native(Backend):
     def pool(self, work: Pooling) -> Tensor:
         """Compute rows (N, C)."""
         table = work.reading.table
-        out = new_result(work.rows, table.shape[0], work.rows.shape[1])
+        out = new_memory(work.rows, table.shape[0], work.rows.shape[1])
         call(kernel_for("pool", work.rows), RowSource.of(work), table, out, int(work.largest))
         return out
 

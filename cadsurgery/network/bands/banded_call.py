@@ -23,20 +23,11 @@ from cadsurgery.elements.lattice import Lattice, Pyramid
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.bands.element_steps import Cells, Grid
-from cadsurgery.network.bands.reading import BandPlan, Key, SeenGraph, copied, uniform
-from cadsurgery.network.bands.walk import (
-    SPARE,
-    TOO_MUCH,
-    Stream,
-    Walk,
-    has_too_much,
-    joined,
-    used_by,
-)
+from cadsurgery.network.bands.reading import BandPlan, Key, SeenGraph, uniform
+from cadsurgery.network.bands.walk import Stream, Walk, used_by
 from cadsurgery.network.program import Masked, Program
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.support.memory import in_mebibytes
-from cadsurgery.support.pages import offering
 from cadsurgery.support.torch_internals import tree_map
 from cadsurgery.surgery.rewrite import WORK, ask_mask
 
@@ -59,9 +50,7 @@ class _Shares:
 
 ReadRows = Callable[[int, int], Tensor]  # rows [first, end) of a picture, (1, C, end - first, W)
 _MOST_BANDS = 4096  # of one walk
-# Rows of cells at a time, and the spare memory of elements that lie together, the fastest first.
-_CELLS, _SPARES = (16, 8, 4, 2, 1), (3.0, 2.0)
-_MOST_COPIES = 16  # in which elements are moved within their memory
+_CELLS = (16, 8, 4, 2, 1)  # rows of cells at a time, the fastest first
 _MOST_KINDS = 4  # kinds of calls that are remembered
 _WHOLE = "run it whole: net.optimize() without memory=."
 
@@ -77,7 +66,6 @@ class Walks:
         largest: the maps that hold the most at that moment, and the bytes of each, by name.
         work: rows that are computed, each times its bytes, relative to computing each once.
         mask: bytes that the mask takes, before the maps, beside the picture.
-        spare: maps that are `joined` have so much more memory than their elements take.
     """
 
     walks: list[Walk]
@@ -85,16 +73,15 @@ class Walks:
     peak: int
     largest: dict[str, float]
     work: float
-    spare: float = SPARE
     mask: int = 0
 
     @classmethod
-    def of(cls, walks: list[Walk], once: int, spare: float = SPARE) -> Walks:
+    def of(cls, walks: list[Walk], once: int) -> Walks:
         """Measure walks, of which `once` are the bytes of all maps computed once."""
-        found = [one.measured(spare) for one in walks]
+        found = [one.measured() for one in walks]
         largest = max(found, key=lambda one: one.peak)
         work = sum(one.computed for one in found) / max(once, 1)
-        return cls(walks, walks[-1].band, int(largest.peak), largest.largest, work, spare)
+        return cls(walks, walks[-1].band, int(largest.peak), largest.largest, work)
 
     def __str__(self) -> str:
         walks = "1 walk" if len(self.walks) == 1 else f"{len(self.walks)} walks"
@@ -108,11 +95,6 @@ class Walks:
             f"picture; {work} each map once"
             + (f"; the mask takes {in_mebibytes(self.mask)} before" if self.mask else "")
         )
-
-    def with_spare(self, spare: float) -> Walks:
-        """Return the same walks with more memory for maps that are `joined`, whose elements then move less often."""
-        found = Walks.of(self.walks, 1, spare)
-        return replace(found, work=self.work)
 
 
 Rows = Mapping[fx.Node, tuple[int, int]]  # rows [first, end) of maps that are asked for; all of the others
@@ -178,9 +160,7 @@ def fit(
         for band in _bands(plan, many == cells[-1]):
             walks = plan_walks(plan, band, keeps, rows)
             if walks.peak <= memory:
-                spares = _SPARES if any(one.elements is not None for one in plan.maps.values()) else ()
-                roomier = (walks.with_spare(spare) for spare in spares)
-                return plan, next((one for one in roomier if one.peak <= memory), walks)
+                return plan, walks
             if least is None or walks.peak < least[1].peak:
                 least = plan, walks
     assert least is not None
@@ -233,79 +213,8 @@ class _Held:
             if begin < until:
                 is_all = (begin, until) == (at, stop) or self.lattice is not None
                 found.append(rows if is_all else rows.narrow(self.axis, begin - at, until - begin))
-        rows = found[0] if len(found) == 1 else self._together(found)
+        rows = found[0] if len(found) == 1 else torch.cat(found, self.axis)
         return rows if self.lattice is None else Elements(rows, self.lattice(first, end))
-
-    def _together(self, found: list[Tensor]) -> Tensor:
-        return torch.cat(found, self.axis)
-
-
-class _JoinedElements(_Held):
-    """Elements of which several rows of cells are read at once: they lie behind each other in one memory."""
-
-    def __init__(self, one: Stream, lattice: Callable[[int, int], Lattice], spare: float) -> None:
-        """Take the map, its lattices, and how many times the memory that the elements take is held."""
-        super().__init__(lattice=lattice)
-        self.map, self.spare = one, spare
-        self.memory: Tensor | None = None
-        self.used = 0  # elements of the memory, the dropped ones before the first part among them
-
-    def memory_for(self, first: int, end: int) -> Tensor | None:
-        """Return where the elements of rows [first, end) could be computed, which are added next."""
-        if self.memory is None:
-            return None
-        return self._behind(int(self.map.count(first, end)), self.memory)
-
-    def add(self, first: int, end: int, x: Elements) -> None:
-        rows = self._behind(len(x.rows), x.rows)[: len(x.rows)]
-        if rows.data_ptr() != x.rows.data_ptr():
-            rows.copy_(x.rows.clone() if _is_same_memory(rows, x.rows) else x.rows)
-        self.used += len(x.rows)
-        super().add(first, end, Elements(rows, x.lattice))
-
-    def drop(self, row: int) -> None:
-        super().drop(row)
-        if not self.parts:
-            self.memory, self.used = None, 0
-        elif self.memory is not None:
-            lengths = [len(rows) for *_, rows in self.parts]
-            if has_too_much(len(self.memory), lengths, self.spare):
-                self._move(max(lengths), self.memory)
-
-    def _behind(self, count: int, like: Tensor) -> Tensor:
-        """Return the memory behind the last element, with room for so many more."""
-        if self.memory is None or self.used + count > len(self.memory):
-            self._move(count, like)
-        assert self.memory is not None
-        return self.memory[self.used :]
-
-    def _move(self, count: int, like: Tensor) -> None:
-        """Move the elements to the beginning of the memory, or into another one of the right size."""
-        parts = [rows for *_, rows in self.parts]
-        live = sum(map(len, parts))
-        there, wanted, distance = self._together(parts) if parts else like[:0], live + count, self.used - live
-        if self.memory is None or not wanted <= len(self.memory) <= TOO_MUCH * self.spare * wanted:
-            self.memory = like.new_empty((int(wanted * self.spare), *like.shape[1:]))
-            distance = live
-        elif distance < live // _MOST_COPIES:
-            there, distance = there.clone(), live
-        for at in range(0, live, max(distance, 1)):  # what is read and what is written do not overlap
-            end = min(at + distance, live)
-            self.memory[at:end] = there[at:end]
-        self.used = live
-        moved = self.memory[:live].split(list(map(len, parts)))
-        self.parts = [(*part[:2], rows) for part, rows in zip(self.parts, moved, strict=True)]
-
-    def _together(self, found: list[Tensor]) -> Tensor:
-        first, last = found[0], found[-1]
-        length = last.storage_offset() - first.storage_offset()
-        return first.as_strided(
-            (length // max(first.stride(0), 1) + len(last), *first.shape[1:]), first.stride()
-        )
-
-
-def _is_same_memory(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 class BandedCall:
@@ -314,8 +223,7 @@ class BandedCall:
     def __init__(self, plan: BandPlan, walks: Walks) -> None:
         self.plan, self.walks = plan, walks
         self.nodes = {one: node for node, one in plan.maps.items()}
-        self.held = dict[Stream, Any]()  # `_Held` or `_JoinedElements`; for the picture, what reads it
-        self.joined = joined(list(plan.maps.values()))
+        self.held = dict[Stream, Any]()  # `_Held`; for the picture, what reads it
 
     def run(
         self, arguments: dict[str, Any], lattice: Lattice | None = None, rows_of: Rows | None = None
@@ -403,14 +311,9 @@ class BandedCall:
     def compute(self, one: Stream, first: int, end: int) -> Any:
         """Compute rows of a map, which are held from now on."""
         assert one.compute is not None
-        holder = self._held(one)
-        is_joined = isinstance(holder, _JoinedElements)
-        with offering(holder.memory_for(first, end) if is_joined else None):
-            read = [(node, *rows.within(first, end, self._height(node))) for node, rows in one.reads]
-            rows = one.compute([self._fetch(*part) for part in read], first, end, read[0][1])
-        if not is_joined:  # what others hold may be moved
-            rows = self._of_its_own(rows)
-        holder.add(first, end, rows)
+        read = [(node, *rows.within(first, end, self._height(node))) for node, rows in one.reads]
+        rows = one.compute([self._fetch(*part) for part in read], first, end, read[0][1])
+        self._held(one).add(first, end, rows)
         return rows
 
     def drop(self, one: Stream, row: int) -> None:
@@ -427,14 +330,6 @@ class BandedCall:
         """Free what is known of cells before a row."""
         if self.plan.cells is not None:
             self.plan.cells.drop(row)
-
-    def _of_its_own(self, rows: Any) -> Any:
-        """Return rows that are no view of a memory whose rows move."""
-        values = rows.rows if isinstance(rows, Elements) else rows
-        moved = (one.memory for one in self.held.values() if isinstance(one, _JoinedElements))
-        return (
-            copied(rows) if any(one is not None and _is_same_memory(values, one) for one in moved) else rows
-        )
 
     def _height(self, node: fx.Node) -> int:
         if node in self.plan.maps:
@@ -456,8 +351,6 @@ class BandedCall:
             grid = self.plan.seen.grids.get(node)
             if grid is None or cells is None:
                 self.held[one] = _Held(self.plan.axis[node])
-            elif one in self.joined:
-                self.held[one] = _JoinedElements(one, partial(cells.lattice, grid), self.walks.spare)
             else:
                 self.held[one] = _Held(lattice=partial(cells.lattice, grid))
         return self.held[one]

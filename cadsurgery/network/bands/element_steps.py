@@ -190,7 +190,7 @@ def _of_elements(
         return Elements(find(x, stage, begin).rows, cells.lattice(grid, first, end))
 
     both = RowsRead(lambda row: min(rows.first(row), row), lambda row: max(rows.last(row), row))
-    return Stream([(node, both)], compute, [node])
+    return Stream([(node, both)], compute)
 
 
 def window_of_elements(
@@ -232,7 +232,7 @@ def window_of_elements(
             rows[residual] = Elements(more, stage)
         return Elements(call(rows, **options).rows, cells.lattice(target, first, end))
 
-    step = Stream([(node, reads)], compute, [] if window.reads_one_sample else [node])
+    step = Stream([(node, reads)], compute)
     step.reads += [(residual, SAME)] if residual not in (None, node) else []
     if not window.is_pointwise:
         step.table = (*grids[:2], window), _TAP * window.taps + _HALO
@@ -319,9 +319,7 @@ def border_of_elements(
     if source == grids[1]:
         return Stream([(node, SAME)], lambda rows, *_: rows[0])
     own = RowsRead(lambda row: min(row // side * side, last), lambda row: row // side * side + side - 1)
-    step = _of_elements(cells, node, own, grids[1], lambda x, stage, _: onto_border(x, stage, spacing, value))
-    step.copies = []
-    return step
+    return _of_elements(cells, node, own, grids[1], lambda x, stage, _: onto_border(x, stage, spacing, value))
 
 
 def of_neighbours(cells: Cells, node: fx.Node, grids: tuple[Grid, Grid], call: Call) -> Stream:
@@ -334,7 +332,7 @@ def of_neighbours(cells: Cells, node: fx.Node, grids: tuple[Grid, Grid], call: C
         return Elements(found.rows.narrow(0, above[first] - above[begin], lattice.count), lattice)
 
     side = cells.side
-    return Stream([(node, cells.reached(grids[0], side, side, finer=side))], compute, [node])
+    return Stream([(node, cells.reached(grids[0], side, side, finer=side))], compute)
 
 
 def entering(cells: Cells, node: fx.Node, grid: Grid, layout: str) -> Stream:
@@ -355,7 +353,7 @@ def dense_map(cells: Cells, node: fx.Node, grid: Grid, spacing: int, call: Call,
 
     reached = cells.reached(grid, 0, 0)
     rows = RowsRead(lambda row: reached.first(row * spacing), lambda row: reached.last(row * spacing))
-    return Stream([(node, rows)], compute, [node])
+    return Stream([(node, rows)], compute)
 
 
 def resized_at_exit(
@@ -373,7 +371,7 @@ def resized_at_exit(
         return read_at(functional.to_dense(x, 1), [down, across])
 
     rows = RowsRead(lambda row: reached.first(low(row)), lambda row: reached.last(high(row)))
-    step = Stream([(node, rows)], compute, [node])
+    step = Stream([(node, rows)], compute)
     step.places = lambda first, end: places[first:end].double()
     return step
 

@@ -294,7 +294,6 @@ class BandPlan:
             self.axis[node], made.height = axis, shape[axis]
             made.row = math.prod(shape) // max(shape[axis], 1) * size if made.compute is not None else 0
         made.sources = [(self.maps[one], rows) for one, rows in made.reads if one in self.maps]
-        made.copied = [self.maps[one] for one in made.copies if one in self.maps]
         if made.compute is not None:
             self.walk_of.setdefault(
                 node, self._latest_walk((*node.all_input_nodes, *(one for one, _ in made.reads)))

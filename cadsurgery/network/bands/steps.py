@@ -87,7 +87,7 @@ def windowed(
         return apply(x, pad if is_left else 0, more)
 
     reads = [(node, rows_of_window(window, height))] + ([(residual, SAME)] if residual is not None else [])
-    return Stream(reads, compute, [node] if window.kernel[0] > 1 else [])
+    return Stream(reads, compute)
 
 
 def _padded(x: Tensor, pads: tuple[int, int, int, int], mode: str, value: float) -> Tensor:
@@ -137,7 +137,7 @@ def called(node: fx.Node, window: Window, height: int, call: Callable[..., Tenso
         start = first - begin * finer // stride
         return call({node: found[0]})[:, :, start : start + end - first]
 
-    return Stream([(node, RowsRead(first, last))], compute, [node])
+    return Stream([(node, RowsRead(first, last))], compute)
 
 
 def resized(node: fx.Node, size: tuple[int, int], scaling: Scaling, dtype: torch.dtype) -> Stream:
@@ -147,7 +147,7 @@ def resized(node: fx.Node, size: tuple[int, int], scaling: Scaling, dtype: torch
     def compute(rows: list[Tensor], first: int, end: int, begin: int) -> Tensor:
         return read_at(rows[0], [down[first:end] - begin, across])
 
-    step = Stream([(node, RowsRead(*entries(down, size[0])))], compute, [node])
+    step = Stream([(node, RowsRead(*entries(down, size[0])))], compute)
     step.places = lambda first, end: down[first:end].double()
     return step
 

@@ -61,7 +61,6 @@ class Stream:
         reads: the nodes whose maps, or values of the whole image, it reads, and which rows of them.
         compute: returns rows [first, end) of the map from the rows of each of these, given `first`, `end` and the
             number of the first row that is read of the first map.
-        copies: those of them whose rows are copied while it runs, unless they lie together; see `joined`.
         table: what its kernel map depends on, and the bytes of that for each element; None if it has none.
         forget_table: frees the kernel map of rows [first, end).
         places: where rows [first, end) of a resized map lie on the map that it reads, as its sizes say.
@@ -72,12 +71,10 @@ class Stream:
         elements: how many elements lie above each row, where rows have different numbers of them.
         lattice: bytes of lattices, for each row that is computed or read for it.
         sources: the streams among what it reads, and which rows of them.
-        copied: the streams of `copies`.
     """
 
     reads: list[tuple[fx.Node, RowsRead]] = field(default_factory=list)
     compute: Callable[[list[Any], int, int, int], Any] | None = None
-    copies: list[fx.Node] = field(default_factory=list)
     table: tuple[Any, int] | None = None
     forget_table: Callable[[int, int], None] | None = None
     places: Callable[[int, int], Tensor] | None = None
@@ -88,7 +85,6 @@ class Stream:
     elements: Sequence[float] | None = None
     lattice: int = 0
     sources: list[tuple[Stream, RowsRead]] = field(default_factory=list)
-    copied: list[Stream] = field(default_factory=list)
 
     def count(self, first: int, end: int) -> float:
         """Return the number of rows, or elements, in rows [first, end)."""
@@ -178,10 +174,9 @@ class Walk:
                 storage.forget_cells(min((row for one, row in cells.items() if row < one.height), default=0))
             done = need
 
-    def measured(self, spare: float) -> Bytes:
-        """Return what the walk takes, where maps that are `joined` have so much more memory than their elements
-        take."""
-        storage = Bytes(self, spare)
+    def measured(self) -> Bytes:
+        """Return what the walk takes."""
+        storage = Bytes(self)
         for _ in self.carry_out(storage):
             pass
         return storage
@@ -211,10 +206,6 @@ class Walk:
         return min((need[one], *read))
 
 
-SPARE = 4 / 3  # maps that are `joined` have at least so much more memory than their elements take
-TOO_MUCH = 1.125  # times that, before their memory is made smaller
-
-
 class Bytes:
     """Counts the bytes of the rows of a walk.
 
@@ -224,10 +215,10 @@ class Bytes:
         computed: rows that are computed, each times its bytes.
     """
 
-    def __init__(self, walk: Walk, spare: float) -> None:
-        """Take a walk, and how much more memory maps that are `joined` have than their elements take."""
+    def __init__(self, walk: Walk) -> None:
+        """Take a walk."""
         self.peak, self.largest, self.computed = 0.0, dict[str, float](), 0
-        self._spare, self._joined, self._total = spare, joined(walk.streams), 0.0
+        self._total = 0.0
         self._tables = dict[tuple[Any, int, int], float]()
         # End and bytes of what was computed at once, and the bytes that are held, by map.
         self._parts: dict[Stream, list[tuple[int, float]]] = defaultdict(list)
@@ -239,12 +230,14 @@ class Bytes:
         """Count rows that are computed and held, and what is copied meanwhile."""
         self._hold(one, first, end)
         self.computed += (end - first) * one.row
+        if one.table is not None and (key := (one.table[0], first, end)) not in self._tables:
+            self._tables[key] = one.count(first, end) * one.table[1]
+            self._total += self._tables[key]
         copies, top, bottom = 0.0, first, end
         for source, rows in one.sources:
-            if source in one.copied:
+            if rows is not SAME:  # the parts that they lie in are copied while it runs
                 begin, stop = rows.within(first, end, source.height)
-                if source not in self._joined:
-                    copies += source.count(min(begin, stop), stop) * source.row
+                copies += source.count(min(begin, stop), stop) * source.row
                 top, bottom = min(top, begin), max(bottom, stop)
         copies += one.lattice * (bottom - top)
         if self._total + copies > self.peak:
@@ -255,12 +248,8 @@ class Bytes:
 
     def drop(self, one: Stream, row: int) -> None:
         """Count rows that are freed. What was computed at once is freed as a whole."""
-        self._parts[one] = parts = [part for part in self._parts[one] if part[0] > row]
-        sizes = [taken for _, taken in parts]
-        if one not in self._joined or not parts:
-            self._set(one, sum(sizes))
-        elif has_too_much(self._bytes[one], sizes, self._spare):
-            self._set(one, self._spare * (sum(sizes) + max(sizes)))
+        self._parts[one] = [part for part in self._parts[one] if part[0] > row]
+        self._set(one, sum(taken for _, taken in self._parts[one]))
 
     def forget_table(self, one: Stream, first: int, end: int) -> None:
         """Count a kernel map that is freed."""
@@ -275,26 +264,11 @@ class Bytes:
     def _hold(self, one: Stream, first: int, end: int) -> None:
         taken = one.count(first, end) * one.row
         self._parts[one].append((end, taken))
-        if one not in self._joined:
-            self._set(one, self._bytes[one] + taken)
-        elif (live := sum(taken for _, taken in self._parts[one])) > self._bytes[one]:
-            self._set(one, self._spare * live)
+        self._set(one, self._bytes[one] + taken)
 
     def _set(self, one: Stream, size: float) -> None:
         self._total += size - self._bytes[one]
         self._bytes[one] = size
-
-
-def joined(streams: Sequence[Stream]) -> set[Stream]:
-    """Return the maps of elements of which every reader reads rows of cells together."""
-    apart = {source for one in streams for source, _ in one.sources if source not in one.copied}
-    return {source for one in streams for source in one.copied if source.elements is not None} - apart
-
-
-def has_too_much(memory: float, sizes: Sequence[float], spare: float) -> bool:
-    """True if the memory of a map that is `joined` shall become smaller: its parts take `sizes` of it, and one more as
-    large as the largest of them is to have room."""
-    return memory > TOO_MUCH * spare * (sum(sizes) + max(sizes))
 
 
 def _is_table_kept(one: Stream, row: int, done: Mapping[Stream, int]) -> bool:
