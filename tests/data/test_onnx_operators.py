@@ -146,6 +146,7 @@ OPERATORS: dict[str, Row] = {
         )
         for mode, places, rounding in (
             ("nearest", "half_pixel", "round_prefer_floor"),
+            ("nearest", "half_pixel", "round_prefer_ceil"),
             ("nearest", "asymmetric", "round_prefer_floor"),
             ("linear", "half_pixel", "round_prefer_floor"),
             ("linear", "asymmetric", "round_prefer_floor"),
