@@ -6,13 +6,10 @@ Each is written down again with loops or convolutions over every pixel.
 from __future__ import annotations
 
 import importlib
-import re
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -29,7 +26,6 @@ from cadsurgery.masks import (
     FunctionMask,
     GradientMask,
     MaskProvider,
-    Threshold,
     TrimapMask,
     labelled,
     resolve_mask,
@@ -200,29 +196,6 @@ def test_the_scores_of_a_trimap_are_minus_the_distance_in_samples(stride: int) -
     assert torch.equal(scores, wanted)
 
 
-@pytest.mark.parametrize(
-    ("labels", "what", "next_step"),
-    [
-        (None, None, r"labelled\(labels\).*--labels"),
-        (torch.zeros(2, 64, 32).long(), r"\(2, 64, 32\)", r"\(2, 64, 64\)"),
-        *(
-            (bad, None, r"integer tensor \(batch, height, width\)")
-            for bad in (torch.zeros(1, 2, 8, 8), torch.zeros(8, 8).long(), torch.zeros(0, 8, 8).long(), "a")
-        ),
-    ],
-)
-def test_labels_that_are_none_or_do_not_fit_are_refused(
-    labels: Any, what: str | None, next_step: str
-) -> None:
-    model = cs.adaptify(strided(), "trimap", verify_laws=False)
-    with (
-        pytest.raises(cs.InvalidInput, match=what) as caught,
-        nullcontext() if labels is None else labelled(labels),
-    ):
-        model(torch.randn(2, 3, 64, 64))
-    assert re.search(next_step, caught.value.next)
-
-
 # -- functions of the user -----------------------------------------------------------------------------
 
 
@@ -261,30 +234,6 @@ def test_a_function_that_can_be_imported_works_by_name_and_in_files(
         cs.load(tmp_path / "net.safetensors", strided())
     again = cs.load(tmp_path / "net.safetensors", strided(), trust=True)
     assert again.mask.spec() == text and torch.equal(again(image), expected)
-
-
-@pytest.mark.parametrize(
-    ("returned", "what"),
-    [
-        (None, "NoneType"),
-        (torch.zeros(2, 2, 8, 8), r"\(2, 2, 8, 8\)"),
-        (torch.zeros(1, 8, 8), r"\(1, 8, 8\)"),
-        (torch.zeros(8, 8), r"\(8, 8\)"),
-        (torch.zeros(2, 0, 8), r"\(2, 0, 8\)"),
-        (torch.full((2, 8, 8), torch.nan), "NaN"),
-    ],
-)
-def test_what_is_no_score_map_is_refused(returned: object, what: str) -> None:
-    mask, image = FunctionMask(lambda image: returned), torch.zeros(2, 3, 64, 64)  # type: ignore[arg-type, return-value]
-    with pytest.raises(cs.InvalidInput, match=what) as caught:
-        Threshold(mask)(image, image, grid_of((64, 64)))
-    assert caught.value.next
-
-
-def test_scores_without_a_threshold_are_refused_with_what_to_write(module: ModuleType) -> None:
-    image = torch.zeros(2, 3, 64, 64)
-    with pytest.raises(cs.InvalidInput, match=r"floating-point(?s:.)*threshold:at=0\.5"):
-        cs.adaptify(strided(), "usermasks:bright", verify_laws=False)(image)
 
 
 # -- all of them ---------------------------------------------------------------------------------------

@@ -83,18 +83,16 @@ def in_window(values: Tensor, side: int, best: Callable[[Tensor], Tensor]) -> Te
 # -- dilate --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "side"), covering(MAPS, [1, 3, 7]))
-def test_dilate_gives_each_sample_the_finest_level_of_its_window(size: tuple[int, int], side: int) -> None:
+@pytest.mark.parametrize(("size", "side", "dtype"), covering(MAPS, [1, 3, 7], DTYPES))
+def test_dilate_gives_each_sample_the_finest_level_and_the_highest_score_of_its_window(
+    size: tuple[int, int], side: int, dtype: torch.dtype
+) -> None:
     given = torch.where(torch.rand(2, *size) < 0.9, 2, levels(size))
     found = Dilate(Given(given), side)(NOTHING, NOTHING, grid_of(size))
     assert torch.equal(found.long(), in_window(given, side, torch.amin))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_scores_of_dilate_are_the_highest_of_the_window(dtype: torch.dtype) -> None:
-    scores = torch.randn(2, 13, 17).to(dtype)
-    found = Dilate(Given(scores), 3).scores(NOTHING, NOTHING, grid_of((13, 17)))
-    assert found.dtype == dtype and torch.equal(found, in_window(scores, 3, torch.amax))
+    scores = torch.randn(2, *size).to(dtype)
+    highest = Dilate(Given(scores), side).scores(NOTHING, NOTHING, grid_of(size))
+    assert highest.dtype == dtype and torch.equal(highest, in_window(scores, side, torch.amax))
 
 
 # -- threshold -----------------------------------------------------------------------------------------
@@ -140,13 +138,6 @@ def test_the_scores_of_a_union_follow_its_levels_and_then_the_rank_in_either_mas
         ]
         wanted = torch.maximum(*rank) / (13 * 17) + (2 - kept[image]).flatten()
         assert torch.allclose(found[image].flatten().float(), wanted, atol=1e-6)
-
-
-@pytest.mark.parametrize("masks", [(), ("edges",)])
-def test_a_union_of_fewer_than_two_is_refused(masks: tuple[str, ...]) -> None:
-    with pytest.raises(cs.InvalidInput, match=f"{len(masks)} masks") as caught:
-        Union(*masks)
-    assert "edges + gradient" in caught.value.next
 
 
 # -- smooth --------------------------------------------------------------------------------------------

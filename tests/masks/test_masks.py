@@ -150,20 +150,6 @@ def test_a_tensor_is_the_mask_of_every_call() -> None:
         assert torch.equal(model.levels.long(), levels)
 
 
-def test_a_callable_gets_the_image_and_gives_the_map() -> None:
-    seen: list[Tensor] = []
-
-    def upper_half(image: Tensor) -> Tensor:
-        seen.append(image)
-        height, width = (-(-side // 8) for side in image.shape[2:])
-        return (torch.arange(height)[:, None] < 4).expand(height, width)
-
-    model, image = net(upper_half), torch.randn(2, 3, 97, 129)
-    model(image)
-    assert seen[0] is image
-    assert (model.levels[:, :4] == 0).all() and (model.levels[:, 4:] == 2).all()
-
-
 # -- budgets -------------------------------------------------------------------------------------------
 
 
@@ -246,21 +232,6 @@ def test_a_budget_keeps_the_patches_of_the_highest_mean_inside_the_map(
         }
         best = sorted(means, key=means.__getitem__, reverse=True)[: int(keep.sum())]
         assert sorted(best) == [tuple(place) for place in keep.nonzero().tolist()]
-
-
-@pytest.mark.parametrize(
-    ("scores", "what", "next_step"),
-    [
-        (torch.zeros(2, 12, 17), "shape (2, 12, 17)", "(2, 13, 17)"),
-        (torch.zeros(2, 13, 17).long(), "int64", "floating-point"),
-        (torch.full((2, 13, 17), torch.nan), "NaN", "check the image"),
-        (torch.tensor([torch.inf, -torch.inf]).repeat(2, 13, 9)[..., :17], "infinities", "check the image"),
-    ],
-)
-def test_scores_that_are_none_are_refused(scores: Tensor, what: str, next_step: str) -> None:
-    with pytest.raises(cs.InvalidInput) as caught:
-        net(Budget(Scored(scores), 0.5))(torch.zeros(2, 3, 97, 129))
-    assert what in caught.value.what and next_step in caught.value.next
 
 
 # -- maps per call -------------------------------------------------------------------------------------

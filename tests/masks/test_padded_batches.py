@@ -127,19 +127,6 @@ def test_masks_of_the_whole_batch_keep_nothing_in_the_padding() -> None:
         assert (own[rows:] == net.plan.max_level).all() and (own[:, columns:] == net.plan.max_level).all()
 
 
-@pytest.mark.parametrize(
-    ("sizes", "words"),
-    [
-        ([(64, 96)], "do not fit a batch"),
-        ("all", "no sizes of images"),
-        ([64, 96, 33], "no sizes of images"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused(sizes: Any, words: str) -> None:
-    with pytest.raises(InvalidInput, match=words):
-        converted(MASKS[0], "converted")(padded(pictures()), sizes=sizes)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", ["edges | budget:fraction=0.3", slow("content")])
 def test_detectors_say_how_large_the_images_of_their_batches_are(mask: str) -> None:

@@ -13,9 +13,9 @@ from networks import made_once, strided
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.data.images import street_scene
-from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD, source_of, stated_statistics
-from cadsurgery.masks import FineMapSpec, MaskProvider, Normalisation
+from cadsurgery.data.images import normalise, street_scene
+from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD, Source, source_of, stated_statistics
+from cadsurgery.masks import FineMapSpec, MaskProvider, Normalisation, resolve_mask
 from cadsurgery.masks.unit import estimate, read_normalisation
 
 IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
@@ -226,24 +226,6 @@ def test_a_file_keeps_what_is_known(tmp_path: Path, given: Any) -> None:
 # -- refusals ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("given", "what"),
-    [
-        (((0.5, 0.5), (0.5, 0.5)), "2 channels, the images have 3"),
-        (((0.5,) * 3, (0.5,) * 2), "no normalisation"),
-        ((0.5, 0.0), "above 0"),
-        ((0.5, (1.0, 1.0, float("inf"))), "no normalisation"),
-        (0.5, "no normalisation"),
-    ],
-)
-def test_what_is_no_normalisation_is_refused(given: Any, what: str) -> None:
-    with pytest.raises(cs.InvalidInput, match=what) as refusal:
-        adapted("0..1", normalisation=given)
-    assert "raw" in refusal.value.next or "channels" in refusal.value.next
-    with pytest.raises(cs.InvalidInput, match=what):
-        adapted("0..1").normalisation = given
-
-
 def test_names_stand_for_mean_and_deviation() -> None:
     names = {"imagenet": IMAGENET, "none": ((0.0,), (1.0,)), "raw": ((), ())}
     for name, (mean, std) in names.items():
@@ -254,3 +236,28 @@ def test_names_stand_for_mean_and_deviation() -> None:
     assert "imagenet" in str(refusal.value)
     with pytest.raises(cs.InvalidInput, match="taken from pictures"):
         adapted("0..1", normalisation="bands")
+
+
+# -- pictures of any number of channels: masks see the grey one ----------------------------------------
+
+
+# Every registered mask by name that sees the picture, but keypoints, which need OpenCV.
+ON_PICTURES = (
+    "edges",
+    "edges:threshold=0.9/0.2,dilation=3/9",
+    "gradient:threshold=0.3,dilation=5,sigma=1",
+    "content",
+)
+
+
+@pytest.mark.parametrize("channels", (1, 2, 4, 6))
+@pytest.mark.parametrize("mask", ON_PICTURES)
+def test_a_mask_on_pictures_sees_the_mean_of_their_channels(mask: str, channels: int) -> None:
+    grid = FineMapSpec(2, (32, 48), 2, 2, 4, 4)
+    pictures = torch.stack([street_scene(64, 96, seed, channels) for seed in range(2)])
+    image = normalise(pictures, Source("mine", channels=channels))
+    features = torch.zeros(2, 8, 32, 48)
+    provider = resolve_mask(mask)
+    found = provider(image, features, grid)
+    assert torch.equal(found, provider(image.mean(1, keepdim=True), features, grid))
+    assert torch.equal(found, provider(image.flip(1), features, grid))  # the order of bands does not count
