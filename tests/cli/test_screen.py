@@ -202,16 +202,6 @@ def _names(folder: Path) -> dict[str, object]:
 # -- what a console cannot show is replaced, never raised ----------------------------------------------
 
 
-NETWORK = """
-from torch import nn
-
-
-def network():
-    layers = nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 5, 3, 2, 1), nn.Upsample(scale_factor=4)
-    return nn.Sequential(*layers).eval()
-"""
-
-
 def _console(encoding: str, errors: str) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors, newline="\n")
 
@@ -222,7 +212,7 @@ def _printed(stream: Any) -> str:
 
 
 COMMANDS = {
-    "a plan": "plan network_of_consoles.py:network",
+    "a plan": "plan networks:strided",
     "predictions": "run net.safetensors pictures -o out --trust",
     "a file that is not there": "plan \u4e00\u00b1.safetensors",
     "help": "recommend --help",
@@ -237,9 +227,7 @@ def test_a_console_replaces_what_it_cannot_show(
     words: str, encoding: str, errors: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("network_of_consoles.py").write_text(NETWORK)
-    model = cs.build_model("network_of_consoles.py:network")
-    cs.save(unverified(model, "edges", coarsest=8), "net.safetensors")
+    cs.save(unverified(cs.build_model("networks:strided"), "edges"), "net.safetensors")
     Path("pictures").mkdir()
     for name in ("\u00e9\u4e00", "plain"):
         noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
