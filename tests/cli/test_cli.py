@@ -359,11 +359,11 @@ OUTPUT = "net.safetensors is converted already; output_stride, patch cannot be c
 FIXED = ["--set", "output-stride=8,16", "--set", "patch=block"]
 REFUSED = [
     (["plan", "--model", "resnt18"], "UnknownName", "resnet18"),
-    (["plan", "net.safetensors", "--size", "256"], "InvalidInput", "convert the network again"),
+    (["plan", "net.safetensors", "--size", "256"], "InvalidInput", "leave --size out"),
     (
         ["macs", "--model", "net.safetensors", *FIXED],
         "InvalidInput",
-        "output_stride, patch cannot be changed",
+        OUTPUT,
     ),
     (["export", "net.safetensors", *FIXED], "InvalidInput", OUTPUT),
     ([*FINETUNE, "cropp=64"], "UnknownName", "did you mean crop"),
@@ -380,7 +380,7 @@ REFUSED = [
     (
         ["macs", "--trust", "--model", "net.safetensors", "--set", "dense=true"],
         "InvalidInput",
-        "converted network",
+        "leave --set dense out",
     ),
     (["plan", "--model", "usernets:segmenter", "--output-stride", "3,5"], "InvalidInput", "(8, 32)"),
     (["convert", "--model", "net.safetensors"], "FileError", "cadsurgery run net.safetensors"),

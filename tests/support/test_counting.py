@@ -150,20 +150,17 @@ WITHOUT_A_RULE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WITHOUT_A_RULE)
-def test_an_operation_without_a_rule_is_named(name: str) -> None:
-    call, operation = WITHOUT_A_RULE[name]
-    assert operation in counted(call, torch.rand(2, 3, 5, 7)).not_counted
-
-
-def test_a_rule_that_a_user_registers_counts() -> None:
-    x = torch.rand(3, 5)
-    assert counted(twice, x).not_counted == {"counting_tests.twice": 1}
+def test_an_operation_without_a_rule_is_named_and_one_with_a_users_counts(name: str) -> None:
+    (call, operation), x = WITHOUT_A_RULE[name], torch.rand(2, 3, 5, 7)
+    assert operation in counted(call, x).not_counted
+    if call is not twice:
+        return
     register_flop_formula(torch.ops.counting_tests.twice)(lambda shape, **_: 2 * math.prod(shape))
     try:
         found = counted(twice, x)
     finally:
         del flop_registry[torch.ops.counting_tests.twice]
-    assert found.macs == 15 and not found.not_counted
+    assert found.macs == x.numel() and not found.not_counted
 
 
 def test_what_multiplies_nothing_is_free_and_not_named() -> None:
@@ -208,9 +205,6 @@ def test_reports_of_macs_name_what_they_leave_out() -> None:
     assert report.to_dict()["not_counted"] == list(report.not_counted)
     assert "not counted" in render_macs(report).title  # type: ignore[union-attr, operator]
     assert count_network(Spectral().eval(), image).not_counted == report.not_counted
-
-
-def test_a_plan_names_what_it_does_not_count_and_is_read_back() -> None:
     plan = cs.plan(Spectral().eval())
     assert LEFT_OUT in plan.summary()
     assert type(plan).from_json(plan.to_json()).not_counted == plan.not_counted

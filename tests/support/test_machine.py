@@ -62,27 +62,30 @@ def test_the_least_of_machine_and_groups_is_free(tmp_path: Path, version: int, p
     assert free_memory(root) == 0
 
 
-@pytest.mark.parametrize("free", [1, 2**20, 2**29, 2**30, 2**34])
-def test_automatic_memory_leaves_a_margin(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("free", [1, 2**20, 2**29, 2**30, 2**34, None])
+def test_automatic_memory_leaves_a_margin_where_the_system_tells(
+    free: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda: free)
+    if free is None:
+        with pytest.raises(cs.InvalidInput, match=r"(?s)does not tell.*1\.5GiB"):
+            bytes_of("auto")
+        return
     amount = bytes_of("auto")
     assert free // 2 <= amount <= max(free * 3 // 4, 1) and amount > 0
-
-
-def test_automatic_memory_needs_a_system_that_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_memory", lambda: None)
-    with pytest.raises(cs.InvalidInput, match="does not tell") as refusal:
-        bytes_of("auto")
-    assert "1.5GiB" in refusal.value.next
 
 
 # -- memory of large results ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("large", [1, 1 << 40])
+@pytest.mark.parametrize("large", [1, 1 << 40, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_memory_is_a_tensor_as_any(large: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "LARGE", large)
+def test_memory_is_a_tensor_as_any_also_without_large_pages(
+    large: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "LARGE", large or 1)
+    if large is None:
+        monkeypatch.setattr(pages, "_advise", lambda: None)
     like = torch.zeros(2, 3, dtype=dtype)
     for shape in ((0,), (3, 5), (1025, 1027)):  # none, less than a page, and more than one
         found = pages.new_memory(like, *shape)
@@ -91,16 +94,13 @@ def test_memory_is_a_tensor_as_any(large: int, dtype: torch.dtype, monkeypatch: 
     assert pages.new_memory(like.to("meta"), 4, 4).is_meta
 
 
-def test_without_large_pages_it_is_memory_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "LARGE", 1)
-    monkeypatch.setattr(pages, "_advise", lambda: None)
-    assert pages.new_memory(torch.zeros(1), 7, 5).shape == (7, 5)
-
-
-def test_what_is_offered_is_given_once_to_a_result_that_fits() -> None:
-    like, memory = torch.zeros(2, 3), torch.zeros(10, 3)
+def test_what_is_offered_is_given_once_to_a_result_that_fits_in_its_thread() -> None:
+    like, memory, others = torch.zeros(2, 3), torch.zeros(10, 3), list[torch.Tensor]()
     with pages.offering(memory):
-        others = [
+        other = threading.Thread(target=lambda: others.append(pages.new_result(memory, 4, 3)))
+        other.start()
+        other.join()
+        others += [
             pages.new_result(like, 11, 3),  # too long
             pages.new_result(like, 4, 2),
             pages.new_result(like.double(), 4, 3),
@@ -111,16 +111,6 @@ def test_what_is_offered_is_given_once_to_a_result_that_fits() -> None:
     assert first.data_ptr() == memory.data_ptr() and first.shape == (4, 3)
     for found in (*others, second, after):
         assert found.untyped_storage().data_ptr() != memory.untyped_storage().data_ptr()
-
-
-def test_what_one_thread_is_offered_no_other_takes() -> None:
-    memory, found = torch.zeros(10, 3), list[torch.Tensor]()
-    with pages.offering(memory):
-        other = threading.Thread(target=lambda: found.append(pages.new_result(memory, 4, 3)))
-        other.start()
-        other.join()
-        own = pages.new_result(memory, 4, 3)
-    assert own.data_ptr() == memory.data_ptr() != found[0].data_ptr()
 
 
 # -- the processor and its instruction sets ------------------------------------------------------------

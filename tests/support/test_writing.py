@@ -241,24 +241,17 @@ def test_a_cache_that_cannot_be_written_is_none(
     assert cache_folder() is None
 
 
-@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
-def test_a_folder_that_others_can_write_to_is_not_used(home: Path, mode: int) -> None:
+@pytest.mark.parametrize("harm", [0o777, 0o770, 0o702, "somebody else's", "a link"])
+def test_a_folder_that_is_not_the_users_alone_is_not_used(
+    home: Path, monkeypatch: pytest.MonkeyPatch, harm: int | str
+) -> None:
     folder = cache_folder()
     assert folder is not None
-    folder.chmod(mode)
-    assert cache_folder() is None
-
-
-def test_a_folder_of_somebody_else_is_not_used(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = cache_folder()
-    assert folder is not None
-    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
-    assert cache_folder() is None
-
-
-def test_a_link_is_not_used(home: Path) -> None:
-    folder = cache_folder()
-    assert folder is not None
-    folder.rename(home / "elsewhere")
-    folder.symlink_to(home / "elsewhere")
+    if isinstance(harm, int):
+        folder.chmod(harm)
+    elif harm == "a link":
+        folder.rename(home / "elsewhere")
+        folder.symlink_to(home / "elsewhere")
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
     assert cache_folder() is None
