@@ -72,9 +72,6 @@ def levels_at(scores: Tensor, thresholds: tuple[float, ...], lowest: int) -> Ten
     return levels
 
 
-# -- what all keep -------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 @FEW_MASKS
 @torch.no_grad()
@@ -97,9 +94,6 @@ def test_a_batch_is_its_images_and_every_way_to_run_it_agrees(mask: str, tmp_pat
         fast = torch.compile(uncalled, backend="eager")
         for _ in range(2):
             assert_same(fast(x), uncalled(x), 1e-5)
-
-
-# -- work ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -145,9 +139,6 @@ def test_the_published_estimator_takes_the_published_work() -> None:
     assert macs + others == pytest.approx(2.206e10, rel=1e-3)
 
 
-# -- detail --------------------------------------------------------------------------------------------
-
-
 @QUICK
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9))
 def test_what_interpolation_misses_is_the_definition(
@@ -172,9 +163,6 @@ def test_detail_is_levels_of_the_relative_error(size: tuple[int, int], threshold
     assert torch.equal(found.long(), levels_at(relative, thresholds, 2))
     scaled = DetailMask(thresholds, sigma=0)(NOTHING, 32 * features, grid)
     assert torch.equal(scaled, found), "the threshold is relative"
-
-
-# -- confidence ----------------------------------------------------------------------------------------
 
 
 def test_detail_is_smoothed_and_a_flat_map_has_none() -> None:
@@ -210,9 +198,6 @@ def test_confidence_is_that_of_the_network_with_everything_low(measure: str, wra
     found = levels_at(expected, thresholds, 2)
     assert torch.equal(net.levels, net.geometry.lattice(found).levels)
     assert len(net.levels.unique()) == 3
-
-
-# -- learned -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("low", [1, 2])

@@ -49,9 +49,6 @@ def tensors(points: list[list[Point]]) -> list[Tensor]:
     return [torch.tensor(part, dtype=torch.float32).reshape(-1, 2) for part in points]
 
 
-# -- the published rule --------------------------------------------------------------------------------
-
-
 def published(
     points: list[Point], sides: list[float], size: Size, stride: int, low: int, fine: Size | None = None
 ) -> Tensor:
@@ -132,9 +129,6 @@ def test_a_network_that_loses_its_border_has_the_published_map_without_it(size: 
     assert torch.equal(model.levels, model.geometry.lattice(wanted).levels)
 
 
-# -- given ---------------------------------------------------------------------------------------------
-
-
 @QUICK
 @given(x=st.floats(-0.5, 39.49), y=st.floats(-0.5, 29.49), side=st.sampled_from([1, 3, 7]))
 def test_a_point_between_pixels_is_that_of_its_pixel(x: float, y: float, side: int) -> None:
@@ -146,9 +140,6 @@ def test_a_point_between_pixels_is_that_of_its_pixel(x: float, y: float, side: i
     with keypoints_at(tensors([[pixel]])):
         assert torch.equal(between, mask(image, image, grid))
     assert between[0, min(pixel[1], 29), min(pixel[0], 39)] == 0
-
-
-# -- the network's own ---------------------------------------------------------------------------------
 
 
 class Detecting(nn.Module):
@@ -200,9 +191,6 @@ def test_own_keypoints_are_the_peaks_of_a_first_pass_with_everything_downsampled
             expected = model(image, mask="keypoints:detector=given,dilations=5/11")
     assert torch.equal(model.levels, levels) and 0 < model.active_fraction < 1
     assert all(torch.equal(found[key], expected[key]) for key in expected)
-
-
-# -- ranks and budgets ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stride", [1, 4, 8])

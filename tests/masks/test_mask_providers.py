@@ -67,9 +67,6 @@ def levels_near(found: list[Tensor], sides: list[int], grid: FineMapSpec) -> Ten
     return levels
 
 
-# -- the grid ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("strides", "patch", "side", "size"),
     [
@@ -97,9 +94,6 @@ def test_a_provider_sees_the_entering_features_and_the_cells_of_the_lowest_level
     assert (model.lattice.side_map == side).all()
 
 
-# -- gradient ------------------------------------------------------------------------------------------
-
-
 def slope(image: Tensor) -> Tensor:
     """(B, H, W) float64: length of the central differences, each pixel and axis by itself."""
     grey = image.double()[:, 0] * 0.299 + image.double()[:, 1] * 0.587 + image.double()[:, 2] * 0.114
@@ -121,9 +115,6 @@ def test_the_gradient_is_the_length_of_the_central_differences(size: tuple[int, 
     found = GradientMask((2.5, 2.2), (3, 3))(image, image, grid)
     wanted = levels_near([strength >= 2.5, strength >= 2.2], [3, 3], grid)
     assert torch.equal(found.long(), wanted) and len(wanted.unique()) == 3
-
-
-# -- trimap --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sigma", [0.5, 2.0, 30.0])
@@ -196,9 +187,6 @@ def test_the_scores_of_a_trimap_are_minus_the_distance_in_samples(stride: int) -
     assert torch.equal(scores, wanted)
 
 
-# -- functions of the user -----------------------------------------------------------------------------
-
-
 @QUICK
 @given(size=st.tuples(st.integers(1, 90), st.integers(1, 90)), value=st.floats(-5, 5, width=32))
 def test_scores_of_any_size_are_resized_to_the_fine_map(size: tuple[int, int], value: float) -> None:
@@ -234,9 +222,6 @@ def test_a_function_that_can_be_imported_works_by_name_and_in_files(
         cs.load(tmp_path / "net.safetensors", strided())
     again = cs.load(tmp_path / "net.safetensors", strided(), trust=True)
     assert again.mask.spec() == text and torch.equal(again(image), expected)
-
-
-# -- all of them ---------------------------------------------------------------------------------------
 
 
 ONE_FILE = """

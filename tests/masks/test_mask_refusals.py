@@ -146,9 +146,6 @@ def test_only_classes_of_masks_get_a_name(registered: Any) -> None:
         resolve_mask("nameless")
 
 
-# -- what a call is given, and what a network gives ----------------------------------------------------
-
-
 class Scored(MaskProvider):
     """Given scores."""
 

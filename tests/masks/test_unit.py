@@ -85,9 +85,6 @@ def levels(net: cs.AdaptiveModel, image: Tensor, **options: Any) -> Tensor:
     return net.levels
 
 
-# -- the law -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("name", "mask"), covering([*OTHERS], [*OF_IMAGES]))
 def test_the_same_picture_has_the_same_level_map_on_every_network(mask: str, name: str) -> None:
     """In float64 rounding decides nothing here."""
@@ -98,9 +95,6 @@ def test_the_same_picture_has_the_same_level_map_on_every_network(mask: str, nam
     assert torch.equal(levels(other, shown(scenes(), name)), expected)
     with torch.no_grad():
         assert_same(other(shown(scenes(), name)), first(shown(scenes(), "imagenet")), 1e-9)
-
-
-# -- what masks see ------------------------------------------------------------------------------------
 
 
 class Spy(MaskProvider):
@@ -143,9 +137,6 @@ def test_bytes_are_pictures_of_0_to_255() -> None:
     assert (levels(net, picture) != expected).double().mean() < 0.01  # masks see them in single precision
 
 
-# -- what is known of a network ------------------------------------------------------------------------
-
-
 def test_what_a_library_states_is_known() -> None:
     for name in ("timm:resnet10t", "torchvision:resnet18"):
         model = cs.build_model(name, "none")
@@ -163,9 +154,6 @@ def test_a_pretrained_cfg_is_known_and_what_is_given_goes_before() -> None:
     net = cs.adaptify(model, verify_laws=False, normalisation=([0.4] * 3, [0.2] * 3))
     assert net.normalisation == Normalisation((0.4,) * 3, (0.2,) * 3, "given")
     assert source_of(net).mean == (0.4,) * 3  # and pictures are prepared so
-
-
-# -- estimated -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "dtype"), covering([*CONVENTIONS], [torch.float32, torch.float64]))
@@ -208,9 +196,6 @@ def test_the_first_picture_settles_it_and_no_other() -> None:
     assert torch.equal(first, expected)
 
 
-# -- files ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("given", some([None, "raw", (0.5, 0.5), CONVENTIONS["0..255"]]))
 def test_a_file_keeps_what_is_known(tmp_path: Path, given: Any) -> None:
     net = adapted("-1..1", normalisation=given)
@@ -223,9 +208,6 @@ def test_a_file_keeps_what_is_known(tmp_path: Path, given: Any) -> None:
     assert cs.load(tmp_path / "seen.safetensors", Folded(*IMAGENET)).normalisation == net.normalisation
 
 
-# -- refusals ------------------------------------------------------------------------------------------
-
-
 def test_names_stand_for_mean_and_deviation() -> None:
     names = {"imagenet": IMAGENET, "none": ((0.0,), (1.0,)), "raw": ((), ())}
     for name, (mean, std) in names.items():
@@ -236,9 +218,6 @@ def test_names_stand_for_mean_and_deviation() -> None:
     assert "imagenet" in str(refusal.value)
     with pytest.raises(cs.InvalidInput, match="taken from pictures"):
         adapted("0..1", normalisation="bands")
-
-
-# -- pictures of any number of channels: masks see the grey one ----------------------------------------
 
 
 # Every registered mask by name that sees the picture, but keypoints, which need OpenCV.

@@ -101,9 +101,6 @@ def test_an_option_that_is_set_is_that_of_the_constructor(mask: str, option: str
         assert torch.equal(one.levels, stated.levels) and one.mask.spec() == stated.mask.spec()
 
 
-# -- what a call gives: nested, of its own in each thread and task, and seen through wrappers ----------
-
-
 NET = nn.Identity()
 GIVERS: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
     "labels": lambda value: labelled(torch.full((1, 2, 2), value)),

@@ -57,9 +57,6 @@ def locations(batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64,
     return (found + fold * noise).to(dtype)
 
 
-# -- boundaries ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("targets", "ignore"), [(None, None), ((11, 13), 255)])
 def test_a_boundary_pixel_has_a_neighbour_of_another_label(targets: Any, ignore: int | None) -> None:
     labels = scene(13, 17)
@@ -74,9 +71,6 @@ def test_a_boundary_pixel_has_a_neighbour_of_another_label(targets: Any, ignore:
                 expected = around - {own} and own != ignore and (targets is None or own in targets)
                 assert mark == bool(expected)
     assert torch.equal(boundaries(labels[0], targets, ignore), found[0])
-
-
-# -- target locations ----------------------------------------------------------------------------------
 
 
 def nearest(boundary: Tensor, grid: int) -> Tensor:
@@ -117,17 +111,11 @@ def test_images_smaller_than_the_grid_have_locations(size: tuple[int, int]) -> N
     assert y.shape == (1, 2, *size) and y.isfinite().all()
 
 
-# -- sampling ------------------------------------------------------------------------------------------
-
-
 def test_gradients_go_through_sampling_to_the_image_and_the_locations() -> None:
     image = torch.rand(2, 2, 7, 9, dtype=torch.float64, requires_grad=True)
     places = locations()[:, ::2, ::2].clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: sample(x, places, (5, 6)), (image,))
     assert torch.autograd.gradcheck(lambda x, y: sample(x, y, (5, 6), "bilinear"), (image, places))
-
-
-# -- and back ------------------------------------------------------------------------------------------
 
 
 def affine(points: Tensor, size: tuple[int, int]) -> Tensor:
@@ -186,9 +174,6 @@ def test_compiled_code_inverts_as_torch_does(
     differs = ((compiled - by_torch).abs() > (2e-3 if dtype == torch.float32 else 1e-8)).any(-1)
     # Next to where a fold ends rounding decides what is found.
     assert differs.double().mean() <= (0.01 if fold else 0)
-
-
-# -- the network ---------------------------------------------------------------------------------------
 
 
 class Several(Chain):
@@ -291,17 +276,12 @@ def test_an_inference_copy_gives_the_same(sampler: str) -> None:
     assert fast.macs(x) == net.macs(x)
 
 
-# -- files ---------------------------------------------------------------------------------------------
-
-
 def test_what_no_file_can_hold_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "net.safetensors"
     with pytest.raises(cs.InvalidInput, match="cannot be stored"):
         cs.save(resampled(Spot()), file)
     assert not [*tmp_path.iterdir()]
 
-
-# -- what is refused -----------------------------------------------------------------------------------
 
 IMAGE, PLACES, SCORES = (
     torch.rand(2, 3, 9, 11),
