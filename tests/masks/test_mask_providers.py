@@ -5,9 +5,7 @@ Each is written down again with loops or convolutions over every pixel.
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -225,50 +223,42 @@ def test_a_function_that_can_be_imported_works_by_name_and_in_files(
 
 
 ONE_FILE = """
-import torch.nn.functional as F
-
-import cadsurgery as cs
-
-
 @cs.mask_provider("dark", source="our lab")
-class DarkMask(cs.MaskProvider):
-    \"\"\"Keep high what is dark.\"\"\"
+class DarkMask(MaskProvider):
+    'Keep high what is dark, {version}.'
 
     def __init__(self, below: float = 0.0) -> None:
         super().__init__()
         self.below = below
 
     def forward(self, image, features, grid):
-        return self.scores(image, features, grid) > -self.below
+        return self.scores(image, features, grid) > -self.below if {version} == 2 else None
 
     def scores(self, image, features, grid):
         return -F.adaptive_avg_pool2d(image.mean(1, keepdim=True), grid.size)[:, 0]
 """
 
 
-@pytest.fixture
-def dark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The file, imported for the length of a test."""
-    (tmp_path / "one_mask.py").write_text(ONE_FILE)
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.import_module("one_mask")
-    yield
-    del sys.modules["one_mask"], PROVIDERS["dark"]
-
-
-@pytest.mark.usefixtures("dark")
-def test_a_new_mask_is_one_file(tmp_path: Path) -> None:
+def test_a_new_mask_is_one_file_or_a_cell_of_a_notebook_that_is_run_twice(tmp_path: Path) -> None:
     """It is listed with its options, converts, works inside others, and is saved and loaded by name."""
-    (info,) = (info for info in cs.list_masks() if info.name == "dark")
-    assert info.summary == "Keep high what is dark."
-    assert (info.options, info.source, info.form) == ({"below": 0.0}, "our lab", "dark")
+    scope = {"cs": cs, "MaskProvider": MaskProvider, "F": F, "__name__": "__main__"}
     image = torch.randn(1, 3, 96, 128)
     image[..., 64:] -= 3
-    net = cs.adaptify(strided(), "dark:below=-1")
-    expected = net(image)
-    assert net.active_fraction == 0.5 and net.macs(image).active_fraction == 0.5
-    cs.save(net, tmp_path / "net.safetensors")
-    again = cs.load(tmp_path / "net.safetensors", strided())
-    assert again.mask.spec() == "dark:below=-1.0" and torch.equal(again(image), expected)
-    net(image, mask="dark + edges | budget:fraction=0.25")
-    assert net.active_fraction == 0.25
+    try:
+        for version in (1, 2):
+            exec(ONE_FILE.format(version=version), scope)
+        (info,) = (info for info in cs.list_masks() if info.name == "dark")
+        assert info.summary == "Keep high what is dark, 2."
+        assert (info.options, info.source, info.form) == ({"below": 0.0}, "our lab", "dark")
+        net = cs.adaptify(strided(), "dark:below=-1")
+        expected = net(image)
+        assert net.active_fraction == 0.5 == net.macs(image).active_fraction and net.mask.storable
+        cs.save(net, tmp_path / "net.safetensors")
+        again = cs.load(tmp_path / "net.safetensors", strided())
+        assert again.mask.spec() == "dark:below=-1.0" and torch.equal(again(image), expected)
+        net(image, mask="dark + edges | budget:fraction=0.25")
+        assert net.active_fraction == 0.25
+        with pytest.raises(ValueError, match=r"by __main__\.DarkMask"):
+            exec(ONE_FILE.format(version=3), {**scope, "__name__": "another.module"})
+    finally:
+        PROVIDERS.pop("dark", None)

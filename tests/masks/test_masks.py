@@ -19,7 +19,6 @@ from torch import Tensor
 import cadsurgery as cs
 from cadsurgery.masks import Budget, FineMapSpec, MaskProvider, resolve_mask
 from cadsurgery.masks.filters import near
-from cadsurgery.masks.provider import PROVIDERS
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
 SIZES = [(96, 128), (97, 129), (101, 67), (33, 200)]
@@ -300,29 +299,3 @@ def test_masks_are_listed_by_name_with_their_options_form_and_source() -> None:
         all(infos[name].form == f"MASK | {name}" for name in wrappers)
         and infos["union"].form == "MASK + MASK"
     )
-
-
-CELL = """
-@cs.mask_provider("celled")
-class Celled(MaskProvider):
-    'Version {version}.'
-
-    def forward(self, image, features, grid):
-        return torch.ones(grid.batch, *grid.size, dtype=torch.bool) if {version} == 2 else None
-"""
-
-
-def test_a_cell_of_a_notebook_that_is_run_twice_replaces_its_mask() -> None:
-    scope = {"cs": cs, "MaskProvider": MaskProvider, "torch": torch, "__name__": "__main__"}
-    try:
-        for version in (1, 2):
-            exec(CELL.format(version=version), scope)
-        assert next(info.summary for info in cs.list_masks() if info.name == "celled") == "Version 2."
-        model = net("celled")
-        model(torch.randn(1, 3, 64, 64))
-        assert model.active_fraction == 1 and model.mask.storable
-        elsewhere = {**scope, "__name__": "another.module"}
-        with pytest.raises(ValueError, match=r"by __main__\.Celled"):
-            exec(CELL.format(version=3), elsewhere)
-    finally:
-        PROVIDERS.pop("celled", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 import cadsurgery as cs
 from cadsurgery import resampling
 from cadsurgery.kernels.dispatch import function
-from cadsurgery.masks import MaskProvider, labelled
+from cadsurgery.masks import MaskProvider, keypoints_at, labelled
 from cadsurgery.methods.resampling import back
 from cadsurgery.methods.resampling.back import invert_warp
 from cadsurgery.methods.resampling.locations import upsample
@@ -290,6 +291,11 @@ IMAGE, PLACES, SCORES = (
 )
 
 
+def in_context(context: AbstractContextManager[None], sampler: str = "uniform") -> object:
+    with context:
+        return resampled(sampler)(IMAGE)
+
+
 @pytest.mark.parametrize(
     ("call", "kind", "words"),
     [
@@ -311,6 +317,12 @@ IMAGE, PLACES, SCORES = (
         (lambda: cs.resample(resampled()), cs.InvalidInput, "sampled already"),
         (lambda: resampled()(IMAGE[0]), cs.InvalidInput, "image batch"),
         (lambda: resampled("labels")(IMAGE), cs.InvalidInput, "no labels, which sampler"),
+        (
+            lambda: in_context(labelled(torch.zeros(2, 5, 5, dtype=torch.int64)), "labels"),
+            cs.InvalidInput,
+            r"(?s)labels have shape .*give labels of shape \(2, 9, 11\)",
+        ),
+        (lambda: in_context(keypoints_at([torch.zeros(0, 2)] * 2)), cs.InvalidInput, "keypoints"),
         (lambda: resampled().optimize().train(), cs.InvalidInput, "cannot be trained"),
         (lambda: resampled("learned").train()(IMAGE[:1]), cs.InvalidInput, "one image at a time"),
     ],
@@ -320,14 +332,3 @@ def test_what_cannot_be_is_refused_in_words(
 ) -> None:
     with pytest.raises(kind, match=words):
         call()
-
-
-def test_labels_and_keypoints_of_another_image_are_refused() -> None:
-    net = resampled("labels")
-    with (
-        labelled(torch.zeros(2, 5, 5, dtype=torch.int64)),
-        pytest.raises(cs.InvalidInput, match=r"(?s)labels have shape .*give labels of shape \(2, 9, 11\)"),
-    ):
-        net(IMAGE)
-    with cs.masks.keypoints_at([torch.zeros(0, 2)] * 2), pytest.raises(cs.InvalidInput, match="keypoints"):
-        resampled()(IMAGE)
