@@ -136,9 +136,6 @@ def by_name(mask: str = "edges") -> cs.AdaptiveModel:
     return cs.adaptify(cs.build_model("squeezenet1_1", "none"), mask, verify_laws=False)
 
 
-# -- there and back ------------------------------------------------------------------------------------
-
-
 def test_what_is_pushed_comes_back_bit_for_bit(hub: Hub, tmp_path: Path) -> None:
     net, image = adapted(), images(2, 97, 129)
     pushed = cs.push(net, NAME)
@@ -167,9 +164,6 @@ def put(hub: Hub, content: bytes | None) -> Repository:
     if content is not None:
         repository.write("main", {FILE: content})
     return repository
-
-
-# -- the card ------------------------------------------------------------------------------------------
 
 
 def written(hub: Hub) -> dict[str, bytes]:
@@ -239,9 +233,6 @@ def test_a_licence_without_a_name_on_the_hub_is_another(hub: Hub) -> None:
     cs.push(adapted(), NAME, license=address)
     about = ModelCard(written(hub)["README.md"].decode()).data.to_dict()
     assert about["license"] == "other" and about["license_link"] == address
-
-
-# -- reading that is refused ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["net", "", "someone/..", "someone/net@"])
@@ -322,9 +313,6 @@ def test_without_the_client_the_command_that_installs_it_is_named(monkeypatch: p
     for call in (lambda: cs.load(HOME), lambda: cs.push(adapted(), NAME)):
         with refused(cs.CadError, "pip install 'cadsurgery[hub]'"):
             call()
-
-
-# -- the command line ----------------------------------------------------------------------------------
 
 
 def test_tasks_open_an_address_as_they_open_a_file(hub: Hub) -> None:

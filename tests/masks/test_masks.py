@@ -141,12 +141,6 @@ def test_a_seeded_random_mask_repeats_and_differs_between_images_and_seeds(seed:
     assert not torch.equal(model.levels, first)
 
 
-def test_a_tensor_is_the_mask_of_every_call() -> None:
-    levels = split_as_needed(torch.randint(0, 3, (2, 13, 17)), 2)
-    model = net(levels)
-    for _ in range(2):
-        model(torch.randn(2, 3, 97, 129))
-        assert torch.equal(model.levels.long(), levels)
 
 
 # -- budgets -------------------------------------------------------------------------------------------

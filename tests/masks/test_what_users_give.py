@@ -65,6 +65,9 @@ def test_levels_are_taken_from_arrays_of_any_whole_numbers(kind: Any) -> None:
     image, levels = torch.rand(1, 3, 64, 96), np.arange(16 * 24).reshape(1, 16, 24) // 100 % 3
     expected = net(image, mask=torch.from_numpy(levels))
     torch.testing.assert_close(net(image, mask=levels.astype(kind)), expected)
+    own = cs.adaptify(network(), torch.from_numpy(levels), output_stride=(4, 16), verify_laws=False).eval()
+    for _ in range(2):  # a tensor is the mask of every call
+        assert torch.equal(own(image), expected) and torch.equal(own.levels, net.levels)
 
 
 # Options with another value than the default, which changes the mask.
