@@ -62,15 +62,6 @@ def segmenter():
     return nn.Sequential(*layers, nn.Conv2d(32, 10, 1))
 
 
-def grey():
-    return nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), *list(segmenter())[2:])
-
-
-def unfolded():
-    """What it returns leaves the region at its native size."""
-    return nn.Sequential(*segmenter(), nn.Unfold(2))
-
-
 def of_classes(count):
     return segmenter()
 '''

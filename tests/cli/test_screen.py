@@ -190,13 +190,12 @@ def test_a_warning_names_the_line_outside_the_package(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_of_left_out(tmp_path, {"no pictures": ["a.txt"]})
-        exec(compile("called(where, what)", "<a line of the user>", "exec"), _names(tmp_path))
+        exec(
+            compile("called(where, what)", "<a line of the user>", "exec"),
+            {"called": warn_of_left_out, "where": tmp_path, "what": {"no pictures": ["b.txt"]}},
+        )
     assert [Path(one.filename).name for one in caught] == [Path(__file__).name, "<a line of the user>"]
     assert all(one.category is LeftOut for one in caught)
-
-
-def _names(folder: Path) -> dict[str, object]:
-    return {"called": warn_of_left_out, "where": folder, "what": {"no pictures": ["b.txt"]}}
 
 
 # -- what a console cannot show is replaced, never raised ----------------------------------------------

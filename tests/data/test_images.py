@@ -40,17 +40,12 @@ def test_a_wide_picture_of_data_whose_range_is_not_known_is_refused() -> None:
     assert "strange" in caught.value.what and "8 or 16 bits" in caught.value.next
 
 
-def turned(path: Path, values: np.ndarray[Any, Any]) -> Path:
-    """A file whose orientation says that the camera was held on its side."""
-    orientation = Image.Exif()
-    orientation[0x0112] = 6
-    return stored(path, values, exif=orientation)
-
-
 def test_pictures_are_turned_as_viewers_show_them_unless_pixels_as_stored_are_asked_for(
     tmp_path: Path,
 ) -> None:
-    path = turned(tmp_path / "phone.png", GREY)
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # the camera was held on its side
+    path = stored(tmp_path / "phone.png", GREY, exif=orientation)
     assert read_image(path).shape == (3, 64, 48)
     assert torch.equal(read_image(path, upright=False), read_image(path).rot90(1, (1, 2)))
 

@@ -224,20 +224,16 @@ def test_weights_that_are_stored_under_one_of_their_names_are_whole(tmp_path: Pa
 # -- several files -----------------------------------------------------------------------------------------
 
 
-def in_parts(folder: Path, values: dict[str, Tensor]) -> Path:
-    places = {name: f"model-{index % 2}.safetensors" for index, name in enumerate(values)}
-    for place in {*places.values()}:
-        save_file({name: value for name, value in values.items() if places[name] == place}, folder / place)
-    path = folder / "model.safetensors.index.json"
-    path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
-    return path
-
-
 @pytest.mark.parametrize("harm", ["a part is gone", "a part lacks a name", "elsewhere", "no map"])
 def test_weights_in_several_files_are_read_by_their_index_if_they_are_whole(
     build: Any, tmp_path: Path, harm: str
 ) -> None:
-    path = in_parts(tmp_path, state())
+    values = state()
+    places = {name: f"model-{index % 2}.safetensors" for index, name in enumerate(values)}
+    for place in {*places.values()}:
+        save_file({name: value for name, value in values.items() if places[name] == place}, tmp_path / place)
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
     assert_same(cs.build_model("usersnet:net", path.name).state_dict(), state())
     index = json.loads(path.read_text())
     name, place = next(iter(index["weight_map"].items()))

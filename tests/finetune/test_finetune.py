@@ -18,7 +18,7 @@ import pytest
 import torch
 import torchvision
 from conftest import ROOT, TESTS, Run, images, slow, some
-from networks import Segmenter
+from networks import Segmenter, build
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from training import SIZE, Scenes, adaptive, flip
@@ -320,18 +320,12 @@ class Shared(nn.Module):
         self.scale = nn.Parameter(torch.ones(1))
 
 
-def named(name: str) -> nn.Module:
-    return torchvision.models.get_model(
-        name, weights=None, weights_backbone=None, aux_loss=True, num_classes=4
-    )
-
-
 @pytest.mark.parametrize(
     ("make", "head"),
     [
         (Segmenter, "classifier."),
         (adaptive, "classifier."),
-        (lambda: named("fcn_resnet50"), ("classifier.", "aux_classifier.")),
+        (lambda: build("fcn_resnet50", aux_loss=True, num_classes=4), ("classifier.", "aux_classifier.")),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.Dropout()), "1."),
         (Shared, "head.bias"),
         (lambda: adaptive(Scored()), "classifier."),
