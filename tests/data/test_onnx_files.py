@@ -284,7 +284,7 @@ def written(
 ) -> Path:
     """Write a graph of `image`, of floating-point numbers or another kind, and more inputs to `output`."""
     image = onnx.helper.make_tensor_value_info("image", kind, shape)
-    output = onnx.helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, None)
+    output = onnx.ValueInfoProto(name="output")  # of any type
     held = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()]
     graph = onnx.helper.make_graph(list(nodes), "graph", [image, *more], [output], initializer=held)
     opsets = [onnx.helper.make_opsetid("", opset)]

@@ -141,8 +141,6 @@ def test_a_seeded_random_mask_repeats_and_differs_between_images_and_seeds(seed:
     assert not torch.equal(model.levels, first)
 
 
-
-
 # -- budgets -------------------------------------------------------------------------------------------
 
 
