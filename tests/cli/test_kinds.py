@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import pytest
 import torch
@@ -139,11 +138,6 @@ def test_the_kind_of_a_file_is_told_by_its_content_or_else_its_ending(tmp_path: 
     assert kind is not None and kind.words == KINDS[name]
 
 
-def refused(result: Any) -> dict[str, str]:
-    """The refusal of a command, or of the only thing that it was given to work on."""
-    return result.json if "error" in result.json else result.json["failed"][0]
-
-
 @pytest.mark.parametrize("place", PLACES, ids=" ".join)
 def test_a_command_says_what_a_file_of_another_kind_is_and_where_it_belongs(
     run: Run, place: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
@@ -158,7 +152,12 @@ def test_a_command_says_what_a_file_of_another_kind_is_and_where_it_belongs(
             command, *arguments = (part.replace("FILE", name) for part in place)
             as_json = () if command == "explore" else ("--json",)
             result = run(*command.split(), *arguments, *as_json)
-            told = " ".join(refused(result).values() if as_json else result.err.split())
+            if as_json:  # of the command, or of the only thing that it was given to work on
+                told = " ".join(
+                    (result.json if "error" in result.json else result.json["failed"][0]).values()
+                )
+            else:
+                told = " ".join(result.err.split())
             if (
                 words == "a TorchScript program" and "--weights" in place
             ):  # which holds weights: how to take them out

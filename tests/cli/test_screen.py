@@ -7,19 +7,33 @@ import io
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import typer
-from conftest import ROOT, Run, slow
+from conftest import ROOT, Run, covering, slow
+from networks import unverified
+from PIL import Image
 from rich.console import Console
+from rich.status import Status
+from torch import nn
 
 import cadsurgery as cs
 from cadsurgery.cli import screen
+from cadsurgery.cli.main import main
+from cadsurgery.finetune.objectives import OBJECTIVES, list_objectives
+from cadsurgery.masks.provider import PROVIDERS, list_masks
+from cadsurgery.support import progress
 from cadsurgery.support.errors import LeftOut
 from cadsurgery.support.folders import warn_of_left_out
+from cadsurgery.surgery.treatment import _RULES, first_line
 
 
 class Clock:
@@ -176,10 +190,137 @@ def test_a_warning_names_the_line_outside_the_package(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_of_left_out(tmp_path, {"no pictures": ["a.txt"]})
-        exec(compile("called(where, what)", "<a line of the user>", "exec"), _names(tmp_path))
+        exec(
+            compile("called(where, what)", "<a line of the user>", "exec"),
+            {"called": warn_of_left_out, "where": tmp_path, "what": {"no pictures": ["b.txt"]}},
+        )
     assert [Path(one.filename).name for one in caught] == [Path(__file__).name, "<a line of the user>"]
     assert all(one.category is LeftOut for one in caught)
 
 
-def _names(folder: Path) -> dict[str, object]:
-    return {"called": warn_of_left_out, "where": folder, "what": {"no pictures": ["b.txt"]}}
+# -- what a console cannot show is replaced, never raised ----------------------------------------------
+
+
+def _console(encoding: str, errors: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors, newline="\n")
+
+
+def _printed(stream: Any) -> str:
+    stream.flush()
+    return bytes(stream.buffer.getvalue()).decode(stream.encoding)
+
+
+COMMANDS = {
+    "a plan": "plan networks:strided",
+    "predictions": "run net.safetensors pictures -o out --trust",
+    "a file that is not there": "plan \u4e00\u00b1.safetensors",
+    "help": "recommend --help",
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "encoding", "errors"),
+    covering([*COMMANDS.values()], ["ascii", "cp1252", "utf-8"], ["strict", "surrogateescape"]),
+)
+def test_a_console_replaces_what_it_cannot_show(
+    words: str, encoding: str, errors: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cs.save(unverified(cs.build_model("networks:strided"), "edges"), "net.safetensors")
+    Path("pictures").mkdir()
+    for name in ("\u00e9\u4e00", "plain"):
+        noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(f"pictures/{name}.png")
+    out, err = _console(encoding, errors), _console(encoding, "backslashreplace")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(sys, "argv", ["cadsurgery", *words.split()])
+    screen._show_what_it_can()
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == ("\u4e00" in words)
+    assert _printed(out) or _printed(err)
+    if encoding == "utf-8":
+        assert "?.png" not in _printed(out)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8", "utf-16"])
+def test_reports_are_tables_on_every_console(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.table import Table
+
+    table = Table("setting", "change \u00b1")
+    table.add_row("\u4e00", "-0.38 \u00b10.01")
+    stream = _console(encoding, "strict")
+    monkeypatch.setattr(sys, "stdout", stream)
+    screen._show_what_it_can()
+    screen.out.print(table)
+    assert "setting" in _printed(stream) and "0.38" in _printed(stream)
+
+
+def test_texts_for_users_are_there_without_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PYTHONOPTIMIZE=2 drops them: reasons of rules, summaries of masks and objectives."""
+    rules = list(dict.fromkeys(_RULES.values()))
+
+    def texts() -> list[Any]:
+        return [list(map(first_line, rules)), list_masks(), list_objectives()]
+
+    before = texts()
+    for documented_one in (*rules, *PROVIDERS.values(), *OBJECTIVES.values()):
+        monkeypatch.setattr(documented_one, "__doc__", None)
+    assert texts() == before and all(before[0])
+
+
+# -- long calls in Python show a line on a terminal ----------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    stream = Terminal()
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))  # pytest replaces sys.stderr itself
+    monkeypatch.setattr(progress, "_PATIENCE", 0.05)
+    monkeypatch.setenv("TERM", "xterm")
+    return stream
+
+
+def wait(stream: Terminal, text: str) -> None:
+    end = time.monotonic() + 10
+    while text not in stream.getvalue() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_a_long_call_shows_its_steps_on_a_line_that_disappears(terminal: Terminal) -> None:
+    with progress.waiting() as step:
+        step("tracing")
+        wait(terminal, "tracing")
+        step("verifying")
+    shown = terminal.getvalue()
+    assert "cadsurgery: tracing ..." in shown and "cadsurgery: verifying ..." in shown
+    assert shown.endswith("\x1b[2K")
+
+
+def test_a_short_call_and_one_on_a_screen_of_its_own_show_nothing(terminal: Terminal) -> None:
+    with progress.waiting() as step:
+        step("tracing")
+    with progress.elsewhere(), progress.waiting() as step:
+        step("tracing")
+        time.sleep(0.1)
+    time.sleep(0.1)
+    assert terminal.getvalue() == ""
+
+
+def test_a_conversion_and_an_optimised_copy_say_what_they_do(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts: list[str] = []
+    monkeypatch.setattr(Status, "update", lambda status, text: texts.append(text))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1)).eval()
+    image = torch.rand(1, 3, 64, 64)
+    net = cs.adaptify(model, "none", example_input=image)
+    assert any("verifying" in text for text in texts)
+    net.optimize()
+    assert any("optimising" in text for text in texts)

@@ -220,6 +220,7 @@ def test_what_needs_another_decoder_is_named(tmp_path: Path, monkeypatch: pytest
     assert "imagecodecs" in caught.value.next
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("mode", ["1", "LA", "P", "CMYK", "I;16"])
 def test_every_kind_of_picture_is_read_in_grey_and_in_colour(tmp_path: Path, mode: str) -> None:
     noise = Image.effect_noise((WIDTH, HEIGHT), 60)
@@ -370,12 +371,11 @@ def test_a_value_that_no_pixel_can_have_marks_none(tmp_path: Path, text: str) ->
     torch.testing.assert_close(read_picture_for(None, path), scaled(stored))
 
 
-def test_pictures_of_any_bands_are_drawn_in_colour() -> None:
-    for bands in (1, 2, 3, 4, 6):
-        drawn = shown(torch.rand(bands, 8, 9) * 2000 - 500)
-        assert drawn.shape == (3, 8, 9) and drawn.min() == 0 and drawn.max() == 1
-    photo = torch.rand(3, 8, 9)
-    assert torch.equal(shown(photo), photo)
+@pytest.mark.parametrize("bands", [1, 2, 3, 4, 6])
+def test_pictures_of_any_bands_are_drawn_in_colour(bands: int) -> None:
+    drawn = shown(torch.rand(bands, 8, 9) * 2000 - 500)
+    assert drawn.shape == (3, 8, 9) and drawn.min() == 0 and drawn.max() == 1
+    assert torch.equal(shown(drawn), drawn)
 
 
 # -- data ----------------------------------------------------------------------------------------------
@@ -406,7 +406,4 @@ def test_a_network_reads_as_many_channels_as_its_first_layer(channels: int) -> N
     assert network.training and all(
         torch.equal(before[name], value) for name, value in network.state_dict().items()
     )
-
-
-def test_a_network_that_rearranges_pixels_first_reads_colour() -> None:
     assert channels_of(nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 3, 2, 1))) == 3

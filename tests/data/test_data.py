@@ -1,11 +1,15 @@
-"""Labelled data: what each kind yields, what is refused and how, and augmentation as a function of its seed."""
+"""Labelled data: what each kind yields, what is refused and how, augmentation by its seed, and data of one's own."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import types
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 from unicodedata import normalize
@@ -13,15 +17,25 @@ from unicodedata import normalize
 import numpy as np
 import pytest
 import torch
+from conftest import some
+from networks import Segmenter, made_once, seeded
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import cadsurgery as cs
-from cadsurgery.data import IGNORED, Augment, SegmentationData, open_pictures
+from cadsurgery.data import IGNORED, Augment, SegmentationData, as_data, open_pictures, sample_of
 from cadsurgery.data.images import SCENE_CLASSES, normalise
 from cadsurgery.data.networks import IMAGENET_MEAN, Source
+from cadsurgery.data.samples import pictures_of
 from cadsurgery.data.sources import KINDS
+from cadsurgery.finetune import Settings, fit
+from cadsurgery.finetune.objectives import cross_entropy
+from cadsurgery.masks.context import labels_of
 from cadsurgery.support.errors import LeftOut
+from cadsurgery.tasks.measuring import MIOU
+from cadsurgery.tasks.recommend import recommend
+from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 
 SIZE = (13, 22)
 
@@ -96,18 +110,11 @@ def test_labels_have_the_name_of_their_image_in_either_form_of_unicode(
     assert torch.equal(data[0][1], torch.from_numpy(some_labels(3).astype(np.int64)))
 
 
-def test_a_folder_without_splits_is_split_all(folder: Path) -> None:
-    data = cs.open_data(spec(folder / "train"), "all")
-    assert len(data) == 2
-    with pytest.raises(cs.FileError, match='choose split "all"'):
-        cs.open_data(spec(folder / "train"), "test")
-
-
 def test_pictures_of_split_all_are_those_for_validation_where_there_are_splits(folder: Path) -> None:
+    assert len(cs.open_data(spec(folder / "train"), "all")) == len(open_pictures(spec(folder / "train"))) == 2
     shutil.copytree(folder / "train", folder / "val")
     found = open_pictures(spec(folder))
     assert found.split == "val" and len(found) == len(cs.open_data(spec(folder), "val"))
-    assert len(open_pictures(spec(folder / "train"))) == 2
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -215,12 +222,21 @@ def test_scenes_are_the_same_every_time_and_differ_between_splits() -> None:
 # -- refusals ------------------------------------------------------------------------------------------
 
 
+NAMED = "one stored value for each of 2 classes"
+
+
 @pytest.mark.parametrize(
     ("given", "split", "error", "said"),
     [
         ("foldr:x", "train", cs.UnknownName, "folder"),
         ("folder:x", "train", cs.InvalidInput, "classes="),
         ("folder:x,clases=3", "train", cs.UnknownName, "classes"),
+        ("folder:HERE,classes=256", "train", cs.InvalidInput, "classes="),
+        ("folder:HERE,classes=3,ignore=void", "train", cs.InvalidInput, "ignore="),
+        ("folder:HERE,classes=2,values=0", "train", cs.InvalidInput, NAMED),
+        ("folder:HERE,classes=2,values=0/3,ignore=3", "train", cs.InvalidInput, NAMED),
+        ("folder:HERE,classes=3", "train", cs.InvalidInput, "(?s)a.png.*label 3.*3 classes.*ignore=3"),
+        ("folder:HERE/train,classes=3,ignore=3", "test", cs.FileError, 'choose split "all"'),
         ("voc:x,year=1999", "train", cs.UnknownName, "2012"),
         ("nowhere:pets:x", "val", cs.UnknownName, "nowhere"),
         (f"{MORE}:dogs:x", "val", cs.UnknownName, "pets"),
@@ -229,27 +245,17 @@ def test_scenes_are_the_same_every_time_and_differ_between_splits() -> None:
         ("scene:0", "train", cs.FileError, "no images"),
     ],
 )
-def test_wrong_specs_are_refused(given: str, split: str, error: type[cs.CadError], said: str) -> None:
+def test_wrong_specs_are_refused(
+    folder: Path, given: str, split: str, error: type[cs.CadError], said: str
+) -> None:
     with pytest.raises(error, match=said):
-        cs.open_data(given, split)
-
-
-@pytest.mark.parametrize("options", ["classes=256", "classes=3,ignore=void"])
-def test_wrong_numbers_are_refused(folder: Path, options: str) -> None:
-    with pytest.raises(cs.InvalidInput, match=r"(classes|ignore)="):
-        cs.open_data(spec(folder, options))
+        cs.open_data(given.replace("HERE", str(folder)), split)[0]
 
 
 def test_images_without_labels_are_named_and_counted(folder: Path) -> None:
     (folder / "train" / "labels" / "b.png").unlink()
     with pytest.raises(cs.FileError, match=r"1 of 2 images have no labels, first .*b\.png"):
         cs.open_data(spec(folder))
-
-
-def test_labels_of_another_size_are_refused(folder: Path) -> None:
-    write(folder / "train" / "labels" / "a.png", some_labels(3, (13, 20)))
-    with pytest.raises(cs.InvalidInput, match="13x22 pixels and its labels have 13x20"):
-        cs.open_data(spec(folder))[0]
 
 
 def test_labels_are_turned_as_their_pictures_and_turned_ones_are_said_to_be(folder: Path) -> None:
@@ -295,12 +301,6 @@ def test_classes_are_stored_as_the_values_that_are_named(folder: Path) -> None:
     assert "labels 70, 7" in refusal.value.why
 
 
-@pytest.mark.parametrize("options", ["classes=2,values=0", "classes=2,values=0/3,ignore=3"])
-def test_values_that_do_not_name_the_classes_are_refused(folder: Path, options: str) -> None:
-    with pytest.raises(cs.InvalidInput, match="one stored value for each of 2 classes"):
-        cs.open_data(spec(folder, options))
-
-
 def test_what_a_labelled_folder_holds_besides_is_named(folder: Path) -> None:
     for name in ("images/._a.png", "images/notes.txt", "labels/._a.png", "labels/Thumbs.db"):
         (folder / "train" / name).touch()
@@ -310,13 +310,6 @@ def test_what_a_labelled_folder_holds_besides_is_named(folder: Path) -> None:
     assert [str(one.message) for one in warned] == [
         f"left out of {folder / 'train'}: no pictures: images/notes.txt; labels without an image: labels/c.png."
     ]
-
-
-def test_a_label_out_of_range_names_file_value_and_what_to_do(folder: Path) -> None:
-    with pytest.raises(cs.InvalidInput) as refusal:
-        cs.open_data(spec(folder, "classes=3"))[0]
-    for part in ("a.png", "label 3", "3 classes", "ignore=3"):
-        assert part in str(refusal.value)
 
 
 # -- augmentation --------------------------------------------------------------------------------------
@@ -372,11 +365,6 @@ def test_other_bands_are_padded_by_their_mean_and_jitter_keeps_their_order(chann
     assert rising.min() > -1e-6 and rising.max() > 0
 
 
-def test_a_colour_of_padding_has_a_value_for_each_channel() -> None:
-    with pytest.raises(cs.InvalidInput, match="3 values, and the picture has 6 channels"):
-        Augment(40, fill=(0.1, 0.2, 0.3))(torch.rand(6, 8, 8), torch.zeros(8, 8, dtype=torch.int64), 0)
-
-
 def test_scaling_makes_up_no_labels() -> None:
     image, labels = pair()
     sizes = set()
@@ -391,17 +379,15 @@ def test_scaling_makes_up_no_labels() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"crop": 0},
-        {"crop": (4, -1)},
-        {"flip": 1.5},
-        {"jitter": -0.1},
-        {"scale": (2.0, 0.5)},
-        {"scale": (0.0, 1.0)},
+        *({"crop": 0}, {"crop": (4, -1)}, {"flip": 1.5}, {"jitter": -0.1}),
+        *({"scale": (2.0, 0.5)}, {"scale": (0.0, 1.0)}),
     ],
 )
 def test_impossible_augmentation_is_refused(options: dict) -> None:
     with pytest.raises(cs.InvalidInput, match=r"e\.g\."):
         Augment(**options)
+    with pytest.raises(cs.InvalidInput, match="3 values, and the picture has 6 channels"):
+        Augment(40, fill=(0.1, 0.2, 0.3))(torch.rand(6, 8, 8), torch.zeros(8, 8, dtype=torch.int64), 0)
 
 
 NOT_SCALED: dict[str, Any] = {
@@ -427,3 +413,189 @@ def test_what_is_no_image_in_0_to_1_is_not_normalised(image: Any, source: Source
         normalise(image, source)
     if getattr(image, "dtype", None) in (torch.uint8, np.uint8):
         assert "/ 255" in caught.value.next
+
+
+# -- data of one's own: one protocol, and errors that name the sample ----------------------------------
+
+
+SCENES = cs.open_data("scene:10,height=48,width=64")
+QUICK = Settings(steps=1, batch=2, workers=0, crop=0)
+Change = Callable[[Tensor, Tensor], Any]
+
+
+class Mine:
+    """Anything with a length and items; those from the position `at` on are changed."""
+
+    def __init__(self, change: Change = lambda *pair: pair, at: int = 0, count: int = 4) -> None:
+        self.change, self.at, self.count = change, at, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        image, labels = SCENES[index]
+        return self.change(image, labels) if index >= self.at else (image, labels)
+
+
+@pytest.mark.parametrize(("most", "taken"), [(1, 1), (4, 4), (6, 6), (10, 10), (99, 10)])
+def test_pictures_are_spread_over_all_of_them_and_as_many_as_asked_for(most: int, taken: int) -> None:
+    shown = [*pictures_of(SCENES, most)(None)]
+    places = [next(at for at, (image, _) in enumerate(SCENES) if torch.equal(image, one)) for one in shown]
+    steps = {after - before for before, after in pairwise(places)}
+    assert len(places) == taken and places[0] == 0 and (not steps or max(steps) - min(steps) <= 1)
+
+
+@made_once
+def adapted() -> cs.AdaptiveModel:
+    return cs.adaptify(seeded(Segmenter, torch.float32), "edges", verify_laws=False)
+
+
+def of_fit(data: Any, folder: Path) -> Any:
+    return fit(adapted(), data, QUICK, output=folder, device="cpu")
+
+
+def of_evaluate(data: Any, folder: Path) -> Any:
+    return cs.evaluate(adapted(), data, rounds=0)
+
+
+def of_recommend(data: Any, folder: Path) -> Any:
+    return recommend(
+        seeded(Segmenter, torch.float32), data, limit=3, options={"output_stride": (4, 16)}, output=folder
+    )
+
+
+def normalised(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return cs.images.normalise(image, None), labels
+
+
+def in_bytes(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return 255 * image, labels
+
+
+TASKS = pytest.mark.parametrize("task", [of_fit, of_evaluate, of_recommend])
+
+
+@TASKS
+@pytest.mark.parametrize(
+    ("change", "words"), [(normalised, "looks normalised already"), (in_bytes, r"looks like 0\.\.255")]
+)
+def test_images_outside_0_to_1_are_refused_with_what_they_look_like(
+    task: Any, change: Change, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(cs.InvalidInput, match=words) as refusal:
+        task(Mine(change, count=10), tmp_path)
+    assert "sample " in refusal.value.where
+    assert "any_range = True" in refusal.value.next
+
+
+def test_images_that_are_meant_to_be_outside_0_to_1_are_read_as_they_are() -> None:
+    data = Mine(normalised)
+    data.any_range = True  # type: ignore[attr-defined]
+    expected, _ = normalised(*SCENES[1])
+    assert torch.equal(sample_of(data, 1)[0], expected)
+    assert torch.equal(as_data(data)[1][0], expected)
+
+
+def test_data_of_ones_own_are_evaluated_as_the_same_data_opened_by_name() -> None:
+    ours, theirs = (cs.evaluate(adapted(), data, rounds=0) for data in (Mine(), SCENES.first(4)))
+    assert [row.miou for row in ours.rows] == [row.miou for row in theirs.rows]
+    assert ours.rows[0].miou is not None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("not_compiled")
+def test_settings_are_recommended_on_data_of_ones_own(tmp_path: Path) -> None:
+    assert of_recommend(Mine(), tmp_path).measure == MIOU
+
+
+@TASKS
+def test_a_loader_is_refused_with_what_to_give(task: Any, tmp_path: Path) -> None:
+    with pytest.raises(cs.InvalidInput, match=r"loader\.dataset"):
+        task(DataLoader(Mine()), tmp_path)  # type: ignore[arg-type]
+
+
+def by_to_tensor(labels: Tensor) -> Tensor:
+    return labels.float() / 255
+
+
+LABELS_GO_TO: dict[str, Callable[[Tensor], Any]] = {
+    "a sample": lambda labels: sample_of([(SCENES[0][0], labels)], 0)[1],
+    "data": lambda labels: replace(SCENES, read=lambda place: (SCENES[0][0], labels.numpy()))[0][1],
+    "metrics": lambda labels: metrics_of(SCENES[0][1][None], labels[None]),
+    "predictions": lambda labels: metrics_of(labels[None], SCENES[0][1][None]),
+    "the labels of a mask": lambda labels: provided(labels[None]),
+    "boundaries": lambda labels: cs.resampling.boundaries(labels),
+    "the loss": lambda labels: cross_entropy(LOGITS, labels[None]),
+}
+LOGITS = torch.randn(1, 6, 24, 32, generator=torch.Generator().manual_seed(0))
+
+
+def metrics_of(prediction: Tensor, labels: Tensor) -> Tensor:
+    metrics = SegmentationMetrics(6)
+    metrics.update(prediction, labels)
+    return metrics.counts()["all"]
+
+
+def provided(labels: Tensor) -> Tensor:
+    with cs.masks.labelled(labels):
+        return labels_of(labels[:, None], "mask")
+
+
+@pytest.mark.parametrize("place", LABELS_GO_TO)
+def test_labels_that_are_no_whole_numbers_are_refused_and_whole_ones_are_classes(place: str) -> None:
+    """Truncated to class 0, everything would agree with everything."""
+    labels, take = SCENES[0][1], LABELS_GO_TO[place]
+    with pytest.raises(cs.InvalidInput, match=r"no class[\s\S]*ToTensor[\s\S]*PILToTensor"):
+        take(by_to_tensor(labels))
+    for strange in (torch.nan, torch.inf):
+        with pytest.raises(cs.InvalidInput, match=f"{strange}, which is no class"):
+            take(torch.full(labels.shape, strange))
+    expected = take(labels)
+    for dtype in (torch.float32, torch.float64, torch.uint8, torch.int16):
+        assert torch.equal(take(labels.to(dtype)), expected)
+
+
+def unreadable(image: Tensor, labels: Tensor) -> Any:
+    raise OSError("image file is truncated")
+
+
+def with_nan(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    image = image.clone()
+    image[1, 5, 7] = torch.nan
+    return image, labels
+
+
+BAD: dict[str, tuple[Change, str]] = {
+    "three parts": (lambda image, labels: (image, labels, "a.png"), "a sample is a tuple of 3"),
+    "none": (lambda image, labels: None, "a sample is NoneType None"),
+    "labels are none": (lambda image, labels: (image, None), "labels NoneType None"),
+    "transparency": (
+        lambda image, labels: (torch.cat((image, image[:1])), labels),
+        "an image has 4 bands, and the network reads 3 channels",
+    ),
+    "size of labels": (lambda image, labels: (image, labels[:-1]), "48x64 pixels and its labels have 47x64"),
+    "labels by ToTensor": (
+        lambda image, labels: (image, labels / 255),
+        "labels hold 0.00392157, which is no class",
+    ),
+    "bytes": (lambda image, labels: ((255 * image).byte(), labels), "a sample is a uint8 tensor"),
+    "unreadable": (unreadable, "cannot be read"),
+    "nan": (with_nan, "an image holds nan in channel 1, row 5, column 7"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_sample_that_cannot_be_trained_on_is_named(case: str, tmp_path: Path) -> None:
+    change, words = BAD[case]
+    data = Mine(change, at=2, count=3)
+    data.names = ["a.png", "b.png", "c.png"]  # type: ignore[attr-defined]
+    with pytest.raises(cs.CadError, match=words) as refusal:
+        fit(adapted(), data, Settings(steps=2, batch=3, workers=0, crop=0), output=tmp_path, device="cpu")
+    assert re.search(r"sample 2 of the data \(c\.png\)", str(refusal.value))
+
+
+@pytest.mark.parametrize("case", some(BAD, every=4))
+def test_a_sample_that_cannot_be_evaluated_is_reported_and_the_others_count(case: str) -> None:
+    report = cs.evaluate(adapted(), Mine(BAD[case][0], at=3), rounds=0)
+    assert report.images == 3
+    assert [row["image"] for row in report.failed] == ["sample 3"]

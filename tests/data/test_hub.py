@@ -136,9 +136,6 @@ def by_name(mask: str = "edges") -> cs.AdaptiveModel:
     return cs.adaptify(cs.build_model("squeezenet1_1", "none"), mask, verify_laws=False)
 
 
-# -- there and back ------------------------------------------------------------------------------------
-
-
 def test_what_is_pushed_comes_back_bit_for_bit(hub: Hub, tmp_path: Path) -> None:
     net, image = adapted(), images(2, 97, 129)
     pushed = cs.push(net, NAME)
@@ -161,25 +158,12 @@ def test_a_commit_or_branch_is_loaded_by_its_name(hub: Hub) -> None:
     assert list(specs.values()) == [first.mask.spec(), second.mask.spec(), "all"]
 
 
-def test_a_file_of_the_hub_is_trusted_no_more_than_another(hub: Hub, tmp_path: Path) -> None:
-    path = tmp_path / "net.safetensors"
-    cs.save(by_name(), path)
-    foreign = {"source": {"name": "os:getcwd", "kwargs": {}}}
-    rewritten(path, lambda told: told.update(foreign))
-    put(hub, path.read_bytes())
-    with refused(cs.FileError, HOME, "code of its own, which was not run", "trust=True"):
-        cs.load(HOME)
-
-
 def put(hub: Hub, content: bytes | None) -> Repository:
     """A repository that somebody else wrote."""
     repository = hub.repositories[NAME] = Repository()
     if content is not None:
         repository.write("main", {FILE: content})
     return repository
-
-
-# -- the card ------------------------------------------------------------------------------------------
 
 
 def written(hub: Hub) -> dict[str, bytes]:
@@ -251,7 +235,61 @@ def test_a_licence_without_a_name_on_the_hub_is_another(hub: Hub) -> None:
     assert about["license"] == "other" and about["license_link"] == address
 
 
-# -- writing that is refused ---------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["net", "", "someone/..", "someone/net@"])
+def test_what_is_no_address_is_refused_before_anything_is_asked(hub: Hub, name: str) -> None:
+    with refused(cs.InvalidInput, "no address on the Hub", "hf:owner/name"):
+        cs.load(f"hf:{name}")
+    with refused(cs.InvalidInput, "no address on the Hub"):
+        cs.push(adapted(), name)
+    assert not hub.asked
+
+
+def foreign(hub: Hub) -> None:
+    """A file that names code of its own."""
+    path = hub.folder / "net.safetensors"
+    cs.save(by_name(), path)
+    rewritten(path, lambda told: told.update(source={"name": "os:getcwd", "kwargs": {}}))
+    put(hub, path.read_bytes())
+
+
+OFFLINE, NOBODY = errors.OfflineModeIsEnabled("offline"), ConnectionError("nobody answers")
+NOT_FETCHED: dict[str, tuple[Callable[[Hub], object], str, tuple[str, ...]]] = {
+    "not there": (lambda hub: None, HOME, ("no such repository, or it is private", "HF_TOKEN")),
+    "no branch": (
+        lambda hub: put(hub, b""),
+        f"{HOME}@v2",
+        ("no branch, tag or commit 'v2'", "leave @v2 out"),
+    ),
+    "no file": (lambda hub: put(hub, None), HOME, (f"it holds no {FILE}", "cs.push")),
+    "gated": (
+        lambda hub: setattr(put(hub, b""), "gated", True),
+        HOME,
+        ("its owner decides", "ask for it on https://", NAME),
+    ),
+    "offline": (
+        lambda hub: setattr(hub, "broken", OFFLINE),
+        HOME,
+        ("is not reached", "not in the cache", "HF_HUB_OFFLINE"),
+    ),
+    "nobody": (
+        lambda hub: setattr(hub, "broken", NOBODY),
+        HOME,
+        ("nobody answers", "HF_ENDPOINT", constants.ENDPOINT),
+    ),
+    "foreign": (foreign, HOME, ("code of its own, which was not run", "trust=True")),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FETCHED)
+def test_what_cannot_be_fetched_says_why(hub: Hub, case: str) -> None:
+    make, address, words = NOT_FETCHED[case]
+    make(hub)
+    cannot = () if case == "foreign" else (f"{address} cannot be fetched",)
+    with refused(cs.FileError, HOME, *cannot, *words):
+        cs.load(address)
+    if hub.broken is not None:
+        with refused(cs.FileError, f"{HOME} cannot be written", words[-1]):
+            cs.push(adapted(), NAME)
 
 
 @pytest.mark.parametrize(
@@ -270,63 +308,11 @@ def test_who_may_not_write_is_told_so(
     assert not hub.repositories
 
 
-# -- reading that is refused ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["net", "", "someone/..", "someone/net@"])
-def test_what_is_no_address_is_refused_before_anything_is_asked(hub: Hub, name: str) -> None:
-    with refused(cs.InvalidInput, "no address on the Hub", "hf:owner/name"):
-        cs.load(f"hf:{name}")
-    with refused(cs.InvalidInput, "no address on the Hub"):
-        cs.push(adapted(), name)
-    assert not hub.asked
-
-
-@pytest.mark.parametrize(
-    ("make", "address", "words"),
-    [
-        (lambda hub: None, HOME, ("no such repository, or it is private", "HF_TOKEN")),
-        (lambda hub: put(hub, b""), f"{HOME}@v2", ("no branch, tag or commit 'v2'", "leave @v2 out")),
-        (lambda hub: put(hub, None), HOME, (f"it holds no {FILE}", "cs.push")),
-        (
-            lambda hub: setattr(put(hub, b""), "gated", True),
-            HOME,
-            ("its owner decides", "ask for it on https://", NAME),
-        ),
-    ],
-)
-def test_what_cannot_be_fetched_says_why(
-    hub: Hub, make: Callable[[Hub], object], address: str, words: tuple[str, ...]
-) -> None:
-    make(hub)
-    with refused(cs.FileError, f"{address} cannot be fetched", *words):
-        cs.load(address)
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (errors.OfflineModeIsEnabled("offline"), ("is not reached", "not in the cache", "HF_HUB_OFFLINE")),
-        (ConnectionError("nobody answers"), ("nobody answers", "HF_ENDPOINT", constants.ENDPOINT)),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_a_server_that_is_not_reached_is_named(hub: Hub, error: Exception, words: tuple[str, ...]) -> None:
-    hub.broken = error
-    with refused(cs.FileError, f"{HOME} cannot be fetched", *words):
-        cs.load(HOME)
-    with refused(cs.FileError, f"{HOME} cannot be written", words[-1]):
-        cs.push(adapted(), NAME)
-
-
 def test_without_the_client_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for call in (lambda: cs.load(HOME), lambda: cs.push(adapted(), NAME)):
         with refused(cs.CadError, "pip install 'cadsurgery[hub]'"):
             call()
-
-
-# -- the command line ----------------------------------------------------------------------------------
 
 
 def test_tasks_open_an_address_as_they_open_a_file(hub: Hub) -> None:

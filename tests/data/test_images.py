@@ -32,26 +32,6 @@ def stored(path: Path, values: np.ndarray[Any, Any], **options: Any) -> Path:
 # -- reading -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "values", "size"),
-    [
-        ("deep.png", GREY.astype(np.uint16) * 257, None),
-        ("deep.tif", GREY.astype(np.uint16) * 257, (24, 40)),
-        ("float.tif", GREY.astype(np.float32) / 255, None),
-    ],
-)
-def test_pictures_of_more_than_8_bits_are_scaled_by_their_range(
-    tmp_path: Path, name: str, values: np.ndarray[Any, Any], size: tuple[int, int] | None
-) -> None:
-    """PIL's own conversion clips all above 255 to white."""
-    plain = read_image(stored(tmp_path / "plain.png", GREY), size)
-    found = read_image(stored(tmp_path / name, values), size)
-    assert found.shape == plain.shape and found.dtype == torch.float32
-    torch.testing.assert_close(
-        found, plain, rtol=0, atol=1e-6 if size is None else 1.01 / 255
-    )  # 8 bits are rounded twice
-
-
 def test_a_wide_picture_of_data_whose_range_is_not_known_is_refused() -> None:
     picture = Image.fromarray(GREY.astype(np.int32) * 1000)
     data = SegmentationData("mine", "all", (), ("strange",), lambda place: (picture, None), ((255, 255),))
@@ -60,27 +40,12 @@ def test_a_wide_picture_of_data_whose_range_is_not_known_is_refused() -> None:
     assert "strange" in caught.value.what and "8 or 16 bits" in caught.value.next
 
 
-@pytest.mark.parametrize("mode", ["1", "P", "CMYK"])
-@pytest.mark.smoke
-def test_every_ordinary_kind_of_picture_is_read_in_colour(tmp_path: Path, mode: str) -> None:
-    picture = Image.effect_noise((64, 48), 60).convert("RGB").convert(mode)
-    path = tmp_path / f"picture.{'tif' if mode == 'CMYK' else 'png'}"
-    picture.save(path)
-    found = read_image(path)
-    assert found.shape == (3, 48, 64) and 0 <= found.min() < found.max() <= 1
-
-
-def turned(path: Path, values: np.ndarray[Any, Any]) -> Path:
-    """A file whose orientation says that the camera was held on its side."""
-    orientation = Image.Exif()
-    orientation[0x0112] = 6
-    return stored(path, values, exif=orientation)
-
-
 def test_pictures_are_turned_as_viewers_show_them_unless_pixels_as_stored_are_asked_for(
     tmp_path: Path,
 ) -> None:
-    path = turned(tmp_path / "phone.png", GREY)
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # the camera was held on its side
+    path = stored(tmp_path / "phone.png", GREY, exif=orientation)
     assert read_image(path).shape == (3, 64, 48)
     assert torch.equal(read_image(path, upright=False), read_image(path).rot90(1, (1, 2)))
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 import cadsurgery as cs
 from cadsurgery.data.networks import Source
 from cadsurgery.data.weight_files import load_weights
+from cadsurgery.support.provenance import find_function
 
 USERS = "from networks import Segmenter, seeded\n\ndef net(): return seeded(Segmenter)\n"
 
@@ -79,11 +82,8 @@ def test_of_several_that_fit_one_is_taken_and_the_reply_says_how_to_take_the_oth
     with pytest.warns(cs.CadWarning, match=r"entry model; model_ema .* net\.pth:model_ema"):
         assert_same(build(content)[0], state(1))
     assert_same(build(content, entry=":model_ema")[0], state(2))
-
-
-def test_an_entry_that_is_not_there_is_refused_with_those_that_are(build: Any) -> None:
     with pytest.raises(cs.UnknownName, match="model_ema"):
-        build({"model": state(1), "model_ema": state(2)}, entry=":ema")
+        build(content, entry=":ema")
 
 
 class Hyperparameters(dict[str, Any]):
@@ -224,24 +224,17 @@ def test_weights_that_are_stored_under_one_of_their_names_are_whole(tmp_path: Pa
 # -- several files -----------------------------------------------------------------------------------------
 
 
-def in_parts(folder: Path, values: dict[str, Tensor]) -> Path:
+@pytest.mark.parametrize("harm", ["a part is gone", "a part lacks a name", "elsewhere", "no map"])
+def test_weights_in_several_files_are_read_by_their_index_if_they_are_whole(
+    build: Any, tmp_path: Path, harm: str
+) -> None:
+    values = state()
     places = {name: f"model-{index % 2}.safetensors" for index, name in enumerate(values)}
     for place in {*places.values()}:
-        save_file({name: value for name, value in values.items() if places[name] == place}, folder / place)
-    path = folder / "model.safetensors.index.json"
+        save_file({name: value for name, value in values.items() if places[name] == place}, tmp_path / place)
+    path = tmp_path / "model.safetensors.index.json"
     path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
-    return path
-
-
-def test_weights_in_several_files_are_read_by_their_index(build: Any, tmp_path: Path) -> None:
-    in_parts(tmp_path, state())
-    loaded = cs.build_model("usersnet:net", "model.safetensors.index.json")
-    assert_same(loaded.state_dict(), state())
-
-
-@pytest.mark.parametrize("harm", ["a part is gone", "a part lacks a name", "elsewhere", "no map"])
-def test_an_index_whose_files_are_not_whole_is_refused(tmp_path: Path, harm: str) -> None:
-    path = in_parts(tmp_path, state())
+    assert_same(cs.build_model("usersnet:net", path.name).state_dict(), state())
     index = json.loads(path.read_text())
     name, place = next(iter(index["weight_map"].items()))
     if harm == "a part is gone":
@@ -250,8 +243,7 @@ def test_an_index_whose_files_are_not_whole_is_refused(tmp_path: Path, harm: str
         save_file({"other": torch.zeros(1)}, tmp_path / place)
     else:
         index["weight_map"][name] = f"../{tmp_path.name}/{place}"
-        text = {"elsewhere": json.dumps(index), "no map": "[]"}[harm]
-        path.write_text(text)
+        path.write_text({"elsewhere": json.dumps(index), "no map": "[]"}[harm])
     with pytest.raises(cs.FileError) as refusal:
         load_weights(seeded(Segmenter, torch.float32), path)
     assert refusal.value.next and (place if harm.startswith("a part") else path.name) in str(refusal.value)
@@ -284,3 +276,72 @@ def test_weights_that_cannot_be_fetched_are_random_or_refused_in_words(
     else:
         with pytest.raises(cs.FileError, match=str(error)):
             cs.build_model("timm:resnet18", weights)
+
+
+# -- networks that a Python file holds, by the path of the file ----------------------------------------
+
+
+NET_OF_A_FILE = """
+from torch import nn
+from {beside} import WIDTH
+
+def net():
+    print("built")
+    return nn.Sequential(nn.Conv2d(3, WIDTH, 3, 2, 1), nn.ReLU(), nn.Conv2d(WIDTH, 8, 3, 2, 1))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A file with a network, and one beside it that it imports, in a folder that is not the current one."""
+    known, path = {*sys.modules}, list(sys.path)
+    inside = tmp_path / "my networks"
+    inside.mkdir()
+    (inside / "width_beside.py").write_text("WIDTH = 6\n")
+    for name in ("network", "json"):  # a module of Python has the second name
+        (inside / f"{name}.py").write_text(NET_OF_A_FILE.format(beside="width_beside"))
+    yield inside
+    assert sys.path == path
+    for name in {*sys.modules} - known:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", ["network", "json"])
+def test_a_network_is_built_by_the_path_of_its_file(folder: Path, name: str) -> None:
+    import json
+
+    model = cs.build_model(f"{folder / name}.py:net")
+    assert model[0].out_channels == 6 and json is sys.modules["json"]
+    source = model.cad_source
+    assert isinstance(source, Source) and source.name == f"{name}.py:net"  # without the folder
+    assert find_function(str(folder / f"{name}.py"), "net") is find_function(
+        str(folder / f"{name}.py"), "net"
+    )
+
+
+def test_what_is_not_there_is_refused(folder: Path) -> None:
+    with pytest.raises(cs.UnknownName, match="there is no file"):
+        cs.build_model(f"{folder / 'none'}.py:net")
+    with pytest.raises(cs.UnknownName, match="did you mean net"):
+        cs.build_model(f"{folder / 'network'}.py:nett")
+    (folder / "broken.py").write_text("import nothing_of_this_name\n")
+    with pytest.raises(cs.UnknownName, match="nothing_of_this_name"):
+        cs.build_model(f"{folder / 'broken'}.py:net")
+    assert "broken" not in sys.modules
+
+
+def test_a_converted_file_that_names_one_runs_nothing_without_the_users_word(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = cs.adaptify(
+        cs.build_model(f"{folder / 'network'}.py:net"), "edges", example_input=torch.rand(1, 3, 64, 64)
+    )
+    cs.save(net, folder / "net.safetensors")
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    with pytest.raises(cs.FileError, match=r"network\.py:net"):
+        cs.load(folder / "net.safetensors")
+    assert "built" not in capsys.readouterr().out
+    loaded = cs.load(folder / "net.safetensors", trust=True)
+    image = torch.rand(2, 3, 65, 70)
+    assert torch.equal(loaded(image), net(image))

@@ -17,18 +17,20 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, TESTS, Run, slow, some
-from networks import Segmenter
+from conftest import ROOT, TESTS, Run, images, slow, some
+from networks import Segmenter, build
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from training import SIZE, Scenes, adaptive, flip
 
 import cadsurgery as cs
 from cadsurgery.finetune import Draw, Objective, Row, Settings, evaluate, fit, list_objectives
+from cadsurgery.finetune.balance import RARE, class_weights
 from cadsurgery.finetune.groups import make_groups, stem_of
 from cadsurgery.finetune.learning_rates import SampleOrder, learning_rate
-from cadsurgery.finetune.objectives import AnyBudget, Mixed, cross_entropy, supervised
+from cadsurgery.finetune.objectives import AnyBudget, Divergence, Mixed, cross_entropy, miss, supervised
 from cadsurgery.masks import FineMapSpec, MaskProvider
+from cadsurgery.support.divergence import divergence
 
 pytest.importorskip("accelerate")
 QUICK = Settings(steps=6, batch=2, lr=0.05, workers=0, save_every=3, validate_every=2)
@@ -139,17 +141,6 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
     ours, theirs = load_file(tmp_path / "no-dropout-one/net.safetensors"), load_file(two / "net.safetensors")
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
-
-
-def test_one_process_where_several_were_asked_for_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What `accelerate launch --cpu --num_processes 2` does without mpirun."""
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    with pytest.raises(cs.InvalidInput, match="torchrun"):
-        train(adaptive(), tmp_path)
 
 
 def test_another_run_is_not_resumed(tmp_path: Path) -> None:
@@ -329,18 +320,12 @@ class Shared(nn.Module):
         self.scale = nn.Parameter(torch.ones(1))
 
 
-def named(name: str) -> nn.Module:
-    return torchvision.models.get_model(
-        name, weights=None, weights_backbone=None, aux_loss=True, num_classes=4
-    )
-
-
 @pytest.mark.parametrize(
     ("make", "head"),
     [
         (Segmenter, "classifier."),
         (adaptive, "classifier."),
-        (lambda: named("fcn_resnet50"), ("classifier.", "aux_classifier.")),
+        (lambda: build("fcn_resnet50", aux_loss=True, num_classes=4), ("classifier.", "aux_classifier.")),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.Dropout()), "1."),
         (Shared, "head.bias"),
         (lambda: adaptive(Scored()), "classifier."),
@@ -428,60 +413,6 @@ def test_the_teacher_is_the_dense_high_network(teacher: str) -> None:
     assert not any(name.startswith("teacher") for name in objective.own_tensors())
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"low": 0.7, "high": 0.2}, "low is at most high"),
-        ({"fractions": [0.2, 1.5]}, "0..1"),
-        ({"teacher": "other"}, "teacher"),
-        ({"ranking": "edgse"}, "edges"),
-    ],
-)
-def test_options_of_objectives_are_checked(tmp_path: Path, options: dict[str, Any], words: str) -> None:
-    settings = replace(QUICK, objective="any-budget", objective_options=options)
-    with pytest.raises(cs.CadError, match=words):
-        train(adaptive(), tmp_path, settings)
-
-
-def test_what_cannot_be_budgeted_is_refused() -> None:
-    with pytest.raises(cs.InvalidInput, match="adaptify"):
-        AnyBudget(Segmenter())
-    with pytest.raises(cs.InvalidInput, match="ranks no patch"):
-        AnyBudget(adaptive("all"))
-    assert AnyBudget(adaptive("all"), ranking="random").rankings == ("random",)
-    assert set(list_objectives()) >= {"mixed", "any-budget"}
-    assert Mixed(Segmenter()).constants == ()
-
-
-# Settings.
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"stesp": 3}, "did you mean steps"),
-        ({"optimizer": "adam"}, "adamw"),
-        ({"steps": 0}, "above 0"),
-        ({"steps": 2.5}, "an integer"),
-        ({"ema": 1.0}, "1 excluded"),
-        ({"scale": [2.0, 0.5]}, "low <= high"),
-        ({"objective": 3}, "a text"),
-    ],
-)
-def test_wrong_settings_are_refused(values: dict[str, Any], words: str) -> None:
-    with pytest.raises(cs.CadError, match=words):
-        Settings.from_dict(values)
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", None])
-def test_a_file_that_holds_no_settings_is_refused(tmp_path: Path, text: str | None) -> None:
-    file = tmp_path / "settings.json"
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(cs.FileError, match=r"settings\.json"):
-        Settings.read(file)
-
-
 # Refusals.
 
 
@@ -517,27 +448,21 @@ def test_a_label_without_an_output_is_refused_with_its_place(
     assert "sample 3 of the data, row 11, column 13" in str(refusal.value)
 
 
-def test_data_with_more_classes_than_outputs_is_refused_at_once(tmp_path: Path) -> None:
-    data = Wrong(with_label(0), tuple("abcdefgh"))
-    with pytest.raises(cs.InvalidInput, match="8 classes, but the network has 6 outputs"):
-        train(adaptive(), tmp_path, data=data)
-
-
 class Exploding(Mixed):
-    """Not a number from a step on."""
+    """Not a number from a step on, or a finite loss whose gradient is not."""
+
+    in_the_loss = True
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor, draw: Draw) -> dict[str, Tensor]:
         found = super().forward(inputs, labels, draw)
-        return {**found, "loss": found["loss"] * (float("nan") if draw.step >= 4 else 1.0)}
+        if self.in_the_loss:
+            return {**found, "loss": found["loss"] * (float("nan") if draw.step >= 4 else 1.0)}
+        zero = self.net.classifier[1].bias.sum() * 0
+        return {**found, "loss": found["loss"] + zero.abs().sqrt()} if draw.step == 5 else found
 
 
-class Overflowing(Mixed):
-    """A finite loss whose gradient is not."""
-
-    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor, draw: Draw) -> dict[str, Tensor]:
-        found = super().forward(inputs, labels, draw)
-        zero = self.net.classifier[1].bias.sum() * 0 if draw.step == 5 else None
-        return found if zero is None else {**found, "loss": found["loss"] + zero.abs().sqrt()}
+class Overflowing(Exploding):
+    in_the_loss = False
 
 
 @pytest.mark.parametrize(
@@ -564,46 +489,109 @@ def test_a_broken_checkpoint_is_refused(tmp_path: Path) -> None:
         train(adaptive(), tmp_path)
 
 
+def pooled() -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Conv2d(3, 6, 1))
+
+
+def any_budget(**options: Any) -> dict[str, Any]:
+    return {"objective": "any-budget", "objective_options": options}
+
+
 @pytest.mark.parametrize(
     ("net", "settings", "options", "words"),
     [
-        (lambda: adaptive().optimize(), QUICK, {}, "optimised network"),
-        (Segmenter, replace(QUICK, freeze="stem"), {}, "needs an adaptive network"),
-        (adaptive, QUICK, {"device": "cdua"}, "cdua"),
-        (lambda: Segmenter().requires_grad_(False), QUICK, {}, "no parameter is left"),
-        (adaptive, replace(QUICK, objective="mixt"), {}, "did you mean mixed"),
-        (adaptive, QUICK, {"validation": lambda net: {"iou": 1.0}}, "neither 'miou'"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten()), QUICK, {}, "class scores"),
+        (lambda: adaptive().optimize(), {}, {}, "optimised network"),
+        (Segmenter, {"freeze": "stem"}, {}, "needs an adaptive network"),
+        (adaptive, {}, {"device": "cdua"}, "cdua"),
+        (lambda: Segmenter().requires_grad_(False), {}, {}, "no parameter is left"),
+        (adaptive, {"objective": "mixt"}, {}, "did you mean mixed"),
+        (adaptive, any_budget(low=0.7, high=0.2), {}, "low is at most high"),
+        (adaptive, any_budget(fractions=[0.2, 1.5]), {}, r"0\.\.1"),
+        (adaptive, any_budget(teacher="other"), {}, "teacher"),
+        (adaptive, any_budget(ranking="edgse"), {}, "edges"),
+        (adaptive, any_budget(class_weights=(1, -1, 1, 1, 1, 1)), {}, "at least 0"),
+        (adaptive, any_budget(class_weights=(1, 1, 1)), {}, r"3 class_weights for outputs of \(2, 6,"),
+        (adaptive, {}, {"validation": lambda net: {"iou": 1.0}}, "neither 'miou'"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten()), {}, {}, "class scores"),
+        (adaptive, {}, {"data": Wrong(with_label(0), tuple("abcdefgh"))}, "8 classes, but the network has 6"),
+        (pooled, {"batch": 1}, {}, "frozen"),
+        pytest.param(
+            *(adaptive, {"precision": "fp16"}, {}, "bf16"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can"),
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(
-    tmp_path: Path, net: Any, settings: Settings, options: dict[str, Any], words: str
+    tmp_path: Path, net: Any, settings: dict[str, Any], options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(cs.CadError, match=words):
-        train(net(), tmp_path, settings, **options)
-
-
-def test_batch_norm_of_single_values_is_refused(tmp_path: Path) -> None:
-    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Conv2d(3, 6, 1))
-    with pytest.raises(cs.InvalidInput, match="frozen"):
-        train(net, tmp_path, replace(QUICK, batch=1))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can")
-def test_half_precision_needs_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(cs.InvalidInput, match="bf16"):
-        train(adaptive(), tmp_path, replace(QUICK, precision="fp16"))
+        train(net(), tmp_path, replace(QUICK, **settings), **options)
 
 
 @pytest.mark.parametrize(
-    ("module", "log"), [("accelerate", "csv"), ("torch.utils.tensorboard", "tensorboard")]
+    ("gone", "log", "environment", "words"),
+    [
+        ("accelerate", "csv", {}, r"pip install 'cadsurgery\[train\]'"),
+        ("torch.utils.tensorboard", "tensorboard", {}, r"pip install 'cadsurgery\[train\]'"),
+        # What `accelerate launch --cpu --num_processes 2` does without mpirun.
+        ("", "csv", {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"}, "torchrun"),
+    ],
 )
-def test_a_missing_library_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, log: str
+def test_what_training_needs_and_is_not_there_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gone: str,
+    log: str,
+    environment: dict[str, str],
+    words: str,
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(cs.CadError, match=r"pip install 'cadsurgery\[train\]'"):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if gone:
+        monkeypatch.setitem(sys.modules, gone, None)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(cs.CadError, match=words):
         train(adaptive(), tmp_path, replace(QUICK, log=log))
+
+
+def held(folder: Path, text: str | None) -> Path:
+    if text is not None:
+        (folder / "settings.json").write_text(text)
+    return folder / "settings.json"
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda _: Settings.from_dict({"stesp": 3}), "did you mean steps"),
+        (lambda _: Settings.from_dict({"optimizer": "adam"}), "adamw"),
+        (lambda _: Settings.from_dict({"steps": 0}), "above 0"),
+        (lambda _: Settings.from_dict({"steps": 2.5}), "an integer"),
+        (lambda _: Settings.from_dict({"ema": 1.0}), "1 excluded"),
+        (lambda _: Settings.from_dict({"scale": [2.0, 0.5]}), "low <= high"),
+        (lambda _: Settings.from_dict({"objective": 3}), "a text"),
+        *(
+            (lambda to, text=text: Settings.read(held(to, text)), "settings.json")
+            for text in ("{", "[1]", None)
+        ),
+        (lambda _: AnyBudget(Segmenter()), "adaptify"),
+        (lambda _: AnyBudget(adaptive("all")), "ranks no patch"),
+    ],
+)
+def test_wrong_settings_and_objectives_are_refused(
+    call: Callable[[Path], object], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(cs.CadError, match=words):
+        call(tmp_path)
+
+
+def test_objectives_are_listed_and_weights_of_zero_count_for_nothing() -> None:
+    assert set(list_objectives()) >= {"mixed", "any-budget"} and Mixed(Segmenter()).constants == ()
+    assert AnyBudget(adaptive("all"), ranking="random").rankings == ("random",)
+    options = {"ranking": "random", "supervision": 0.0, "fractions": (0.3,)}
+    found = [AnyBudget(adaptive(), class_weights=weights, **options) for weights in ((0,) * 6, ())]
+    weighted, plain = (one((images(2, *SIZE),), None, draws(1)[0])["loss"].item() for one in found)
+    assert weighted == 0 < plain
 
 
 # Validation, logs.
@@ -711,3 +699,34 @@ def test_weights_for_another_number_of_classes_are_taken_where_they_fit(
         1,
         5,
     )
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_the_mean_weight_is_one_and_the_power_sets_how_much_rare_classes_count(power: float) -> None:
+    shares = torch.tensor([0.7, 0.25, 0.048, 0.002, 0.0], dtype=torch.float64)
+    weights = class_weights(shares, power)
+    assert float((weights * shares).sum()) == pytest.approx(1)
+    ratio = weights[3] / weights[0]
+    assert float(ratio) == pytest.approx(((0.7 + RARE) / (0.002 + RARE)) ** power)
+    assert float(weights.max() / weights.min()) <= ((1 + RARE) / RARE) ** power + 1e-9
+
+
+def test_the_divergence_is_weighted_only_if_asked_for() -> None:
+    classes = torch.randint(3, (2, 5, 7), generator=torch.Generator().manual_seed(0))
+    target = nn.functional.one_hot(classes, 3).movedim(-1, 1).double() * 2 - 1
+    output = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    apart = divergence(target, output, "classes")
+    plain, _ = miss(output, None, target, kind="classes")
+    same, _ = miss(output, None, target, kind="classes", class_weights=(1.0, 1.0, 1.0))
+    assert torch.equal(plain, apart.mean()) and torch.equal(plain, same)
+    only, _ = miss(output, None, target, kind="classes", class_weights=(0.0, 0.0, 2.0))
+    assert float(only) == pytest.approx(2 * float(apart[classes == 2].sum()) / classes.numel())
+
+
+@pytest.mark.parametrize("supervision", [0.0, 2.0])
+def test_both_parts_of_an_objective_count_as_asked_for(supervision: float) -> None:
+    objective = Divergence(adaptive("random"), weight=3.0, supervision=supervision)
+    labels = torch.randint(4, (2, *SIZE)) if supervision else None
+    found = objective((images(2, *SIZE),), labels, Draw(0, 0, (0, 1)))
+    expected = 3 * found["divergence"] + supervision * found.get("entropy", 0)
+    torch.testing.assert_close(found["loss"], expected)

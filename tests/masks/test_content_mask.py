@@ -1,4 +1,4 @@
-"""Mask `content`: keeps what differs from a smooth background by more than the picture's own noise."""
+"""Masks of cells: `content` keeps what differs from a smooth background by more than noise, `preview` what responds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import strided
 from torch import Tensor, nn
 
@@ -110,3 +111,106 @@ def test_samples_on_a_grid_have_the_median_of_each_picture(size: tuple[int, int]
     values = torch.rand(2, *size) * torch.tensor([1.0, 5.0]).view(2, 1, 1)
     expected = values.flatten(1).quantile(0.5, 1)
     assert ((median(samples_of(values)) - expected).abs() < expected * max(0.05, 2 / min(size))).all()
+
+
+# -- `preview`: the network on a smaller picture says where something is -------------------------------
+
+
+class Spots(nn.Module):
+    """Strided convolutions with positive weights, and a map of the picture's size, high where the picture is bright."""
+
+    def __init__(self, answer: str = "map") -> None:
+        super().__init__()
+        self.answer = answer
+        self.down = nn.ModuleList(nn.Conv2d(i, o, 3, 2, 1) for i, o in ((3, 4), (4, 4), (4, 4)))
+        for conv in self.down:
+            nn.init.constant_(conv.weight, 0.1)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, x: Tensor) -> Any:
+        y = x
+        for conv in self.down:
+            y = conv(y).relu()
+        if self.answer == "class":
+            return y.mean((2, 3))
+        y = F.interpolate(y, size=x.shape[2:], mode="bilinear", align_corners=False)
+        return {"out": y, "deep": y[:, :1]} if self.answer == "dictionary" else y
+
+
+def spotted(height: int, width: int, *places: tuple[int, int]) -> Tensor:
+    """Return a dark picture with a bright square in the middle of some cells of 32 pixels."""
+    image = torch.zeros(1, 3, height, width)
+    for row, column in places:
+        image[..., 32 * row + 8 : 32 * row + 24, 32 * column + 8 : 32 * column + 24] = 4
+    return image
+
+
+def previewing(answer: str = "map", mask: str = "preview") -> Any:
+    model = Spots(answer).eval()
+    return cs.adaptify(
+        model,
+        mask,
+        coarsest=32,
+        example_input=torch.rand(1, 3, 128, 128),
+        normalisation="raw",
+        verify_laws=False,
+    )
+
+
+def kept_of(net: Any) -> Tensor:
+    return net.levels[0, ::32, ::32] == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "size", "mask", "margin"),
+    [
+        ("map", (256, 320), "preview:threshold=0.6,margin=0,scale=0.5", 0),
+        ("dictionary", (230, 301), "preview:threshold=0.6,margin=0,scale=0.5", 0),
+        ("map", (256, 320), "preview:threshold=0.6,scale=0.5", 1),
+        ("map", (256, 320), "preview:least=1e6", None),
+    ],
+)
+def test_cells_with_a_response_are_kept_and_those_around(
+    answer: str, size: tuple[int, int], mask: str, margin: int | None
+) -> None:
+    """What is less than the least is no response."""
+    net, places = previewing(answer, mask), ((2, 3), (5, 7))
+    expected = torch.zeros(-(-size[0] // 32), -(-size[1] // 32), dtype=torch.bool)
+    for row, column in places if margin is not None else ():
+        expected[row - margin : row + margin + 1, column - margin : column + margin + 1] = True
+    for form in (net, net.optimize()):
+        with torch.no_grad():
+            form(spotted(*size, *places))
+        assert torch.equal(kept_of(form), expected)
+
+
+def test_optimised_copies_look_at_the_network_as_given() -> None:
+    """What lies between the samples of the floor, 32 pixels apart, shows only on the network's own grid."""
+    net, image = previewing(mask="preview:scale=1,threshold=0.5,margin=0"), torch.zeros(1, 3, 128, 128)
+    image[..., 70:78, 40:60] = 4
+    net(image)
+    expected = kept_of(net)
+    assert expected.sum() == 1
+    fast = net.optimize()
+    fast(image)
+    assert torch.equal(kept_of(fast), expected)
+
+
+def test_a_conversion_to_a_finer_stride_previews_the_network_as_given() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1)).eval()
+    net = cs.adaptify(
+        model,
+        "preview:threshold=0.5,margin=0,scale=0.5",
+        output_stride=(2, 8),
+        normalisation="raw",
+        verify_laws=False,
+    )
+    net(spotted(128, 128, (1, 2)))
+    assert 0 < net.active_fraction < 0.3
+
+
+def test_its_work_is_counted() -> None:
+    """Law 7: the preview takes the multiply-accumulates of the network as given on the smaller picture."""
+    net, image = previewing(mask="preview:scale=0.5"), spotted(256, 256, (4, 4))
+    layer = next(layer for layer in net.macs(image).layers if layer.layer == "(first pass)")
+    assert layer.mask == net.macs(torch.zeros(1, 3, 128, 128), mask="all").given

@@ -11,7 +11,6 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from conftest import assert_same, covering, images, slow
 from feature_cases import NOTHING, SIZE, converted, grid_of, missed, trunk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import build
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,13 +55,13 @@ def fresh_compiler() -> Iterator[None]:
 class Dictionary(nn.Module):
     """A network whose output is a dictionary, `out` first."""
 
-    def __init__(self, name: str = "out") -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.net, self.name = trunk(), name
+        self.net = trunk()
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         found = self.net(image)
-        return OrderedDict([(self.name, found), ("aux", -found)])
+        return OrderedDict(out=found, aux=-found)
 
 
 def levels_at(scores: Tensor, thresholds: tuple[float, ...], lowest: int) -> Tensor:
@@ -72,9 +70,6 @@ def levels_at(scores: Tensor, thresholds: tuple[float, ...], lowest: int) -> Ten
     for level in reversed(range(len(thresholds))):
         levels[scores >= thresholds[level]] = level
     return levels
-
-
-# -- what all keep -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -99,17 +94,6 @@ def test_a_batch_is_its_images_and_every_way_to_run_it_agrees(mask: str, tmp_pat
         fast = torch.compile(uncalled, backend="eager")
         for _ in range(2):
             assert_same(fast(x), uncalled(x), 1e-5)
-
-
-@pytest.mark.parametrize("mask", ["confidence | budget", "learned | budget"])
-def test_what_a_graph_cannot_hold_is_refused_with_the_reason(mask: str, tmp_path: Path) -> None:
-    net, x = converted(mask), images(1, *SIZE)
-    reason = "a first pass of the network" if mask.startswith("conf") else "weights that the first call"
-    with pytest.raises(cs.InvalidInput, match=reason):
-        cs.export(net, x, tmp_path / "net.pt2")
-
-
-# -- work ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -155,9 +139,6 @@ def test_the_published_estimator_takes_the_published_work() -> None:
     assert macs + others == pytest.approx(2.206e10, rel=1e-3)
 
 
-# -- detail --------------------------------------------------------------------------------------------
-
-
 @QUICK
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9))
 def test_what_interpolation_misses_is_the_definition(
@@ -182,9 +163,6 @@ def test_detail_is_levels_of_the_relative_error(size: tuple[int, int], threshold
     assert torch.equal(found.long(), levels_at(relative, thresholds, 2))
     scaled = DetailMask(thresholds, sigma=0)(NOTHING, 32 * features, grid)
     assert torch.equal(scaled, found), "the threshold is relative"
-
-
-# -- confidence ----------------------------------------------------------------------------------------
 
 
 def test_detail_is_smoothed_and_a_flat_map_has_none() -> None:
@@ -220,24 +198,6 @@ def test_confidence_is_that_of_the_network_with_everything_low(measure: str, wra
     found = levels_at(expected, thresholds, 2)
     assert torch.equal(net.levels, net.geometry.lattice(found).levels)
     assert len(net.levels.unique()) == 3
-
-
-@pytest.mark.parametrize(
-    ("build_net", "message"),
-    [
-        (lambda: build("resnet18"), r"tensor of shape \(2, 1000\)"),
-        (lambda: Dictionary("scores"), "a dictionary of scores, aux"),
-        (lambda: trunk(classes=1), r"tensor of shape \(2, 1, 65, 98\)"),
-    ],
-)
-def test_a_network_without_class_scores_is_refused(build_net: Any, message: str) -> None:
-    net = cs.adaptify(build_net(), "confidence", verify_laws=False)
-    with pytest.raises(cs.InvalidInput, match=message) as refused:
-        net(images(2, *SIZE))
-    assert "detail or edges" in str(refused.value)
-
-
-# -- learned -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("low", [1, 2])
@@ -334,14 +294,3 @@ def test_tensors_of_a_mask_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(cs.FileError, match="do not fit") as refused:
         cs.load(tmp_path / "net.safetensors", trunk())
     assert "offset" in str(refused.value) and 'mask="edges"' in str(refused.value)
-
-
-def test_another_network_needs_another_mask() -> None:
-    mask = LearnedMask()
-    mask.logits(torch.zeros(1, 6, 5, 5), grid_of((5, 5), 1))
-    for channels, low in ((7, 2), (6, 1)):
-        with pytest.raises(
-            cs.InvalidInput,
-            match=f"(?s)made for 6 channels and 3 levels.*{channels} channels.*{low + 1} levels",
-        ):
-            mask.logits(torch.zeros(1, channels, 5, 5), grid_of((5, 5), 1, low))

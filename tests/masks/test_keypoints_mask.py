@@ -49,9 +49,6 @@ def tensors(points: list[list[Point]]) -> list[Tensor]:
     return [torch.tensor(part, dtype=torch.float32).reshape(-1, 2) for part in points]
 
 
-# -- the published rule --------------------------------------------------------------------------------
-
-
 def published(
     points: list[Point], sides: list[float], size: Size, stride: int, low: int, fine: Size | None = None
 ) -> Tensor:
@@ -132,9 +129,6 @@ def test_a_network_that_loses_its_border_has_the_published_map_without_it(size: 
     assert torch.equal(model.levels, model.geometry.lattice(wanted).levels)
 
 
-# -- given ---------------------------------------------------------------------------------------------
-
-
 @QUICK
 @given(x=st.floats(-0.5, 39.49), y=st.floats(-0.5, 29.49), side=st.sampled_from([1, 3, 7]))
 def test_a_point_between_pixels_is_that_of_its_pixel(x: float, y: float, side: int) -> None:
@@ -146,21 +140,6 @@ def test_a_point_between_pixels_is_that_of_its_pixel(x: float, y: float, side: i
     with keypoints_at(tensors([[pixel]])):
         assert torch.equal(between, mask(image, image, grid))
     assert between[0, min(pixel[1], 29), min(pixel[0], 39)] == 0
-
-
-def test_without_points_it_is_said_how_to_give_them() -> None:
-    model = net("keypoints:detector=given")
-    with pytest.raises(cs.InvalidInput, match="there are no keypoints") as caught:
-        model(torch.zeros(2, 3, 32, 32))
-    assert "keypoints_at(points)" in caught.value.next and "read_at" in caught.value.next
-    with (
-        pytest.raises(cs.InvalidInput, match="a list of 1 for a batch of 2"),
-        keypoints_at([torch.zeros(1, 2)]),
-    ):
-        model(torch.zeros(2, 3, 32, 32))
-
-
-# -- the network's own ---------------------------------------------------------------------------------
 
 
 class Detecting(nn.Module):
@@ -212,30 +191,6 @@ def test_own_keypoints_are_the_peaks_of_a_first_pass_with_everything_downsampled
             expected = model(image, mask="keypoints:detector=given,dilations=5/11")
     assert torch.equal(model.levels, levels) and 0 < model.active_fraction < 1
     assert all(torch.equal(found[key], expected[key]) for key in expected)
-
-
-@pytest.mark.parametrize("channels", [0, 2])
-def test_a_network_without_one_score_map_has_no_keypoints_of_its_own(channels: int) -> None:
-    """None of one channel, or two."""
-    body = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 1, 3, 2, 1))
-
-    class Several(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = body
-
-        def forward(self, image: Tensor) -> Any:
-            found = self.body(image)
-            return (found, found * 2) if channels else torch.cat((found, found), 1)
-
-    options = {"example_input": torch.zeros(1, 3, 32, 32), "verify_laws": False}
-    model = cs.adaptify(Several().eval(), "keypoints:detector=own,dilations=5", **options)
-    with pytest.raises(cs.InvalidInput, match=f"{channels} maps of one channel") as caught:
-        model(torch.zeros(1, 3, 32, 32))
-    assert "sift" in caught.value.next
-
-
-# -- ranks and budgets ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stride", [1, 4, 8])

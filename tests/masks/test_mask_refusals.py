@@ -1,18 +1,34 @@
-"""Texts that no mask can be made of: each is refused with what is wrong, and a next step that helps."""
+"""Texts that no mask can be made of, and calls that none can be found in: each is refused with what helps."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import images
 from feature_cases import SIZE, converted
+from networks import Composed, adapted_strided, strided
+from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.masks import FineMapSpec, labelled, resolve_mask
+from cadsurgery.masks import (
+    Budget,
+    FineMapSpec,
+    FunctionMask,
+    LearnedMask,
+    MaskProvider,
+    Threshold,
+    Union,
+    keypoints_at,
+    labelled,
+    resolve_mask,
+)
 
 REFUSED: list[tuple[Any, ...]] = [  # a text, the error, words of it
     # Names and options nobody knows.
@@ -128,3 +144,145 @@ def test_only_classes_of_masks_get_a_name(registered: Any) -> None:
     assert "MaskProvider" in refusal.value.why
     with pytest.raises(cs.UnknownName):
         resolve_mask("nameless")
+
+
+class Scored(MaskProvider):
+    """Given scores."""
+
+    def __init__(self, scores: Tensor) -> None:
+        super().__init__()
+        self.given = scores
+
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
+        return self.given
+
+
+ONE, TWO = (torch.zeros(batch, 3, 64, 64) for batch in (1, 2))
+SHORT = torch.tensor([torch.inf, -torch.inf]).repeat(2, 8, 4)
+
+
+def net(mask: object) -> cs.AdaptiveModel:
+    return adapted_strided(mask)
+
+
+def of_labels(labels: Any) -> object:
+    with labelled(labels):
+        return net("trimap")(TWO)
+
+
+def of_points(count: int) -> object:
+    with keypoints_at([torch.zeros(1, 2)] * count):
+        return net("keypoints:detector=given")(TWO)
+
+
+def of_function(returned: Any) -> object:
+    grid = FineMapSpec(2, (8, 8), 8, 2, 4, 4)
+    return Threshold(FunctionMask(lambda image: returned))(TWO, TWO, grid)
+
+
+def after_strides(then: Any, mask: str, **options: Any) -> object:
+    """A call of a network that gives what a function makes of a map."""
+    model = Composed(lambda net, x: then(net.body(x)), body=strided(3, outputs=1)).eval()
+    return cs.adaptify(model, mask, example_input=ONE, verify_laws=False, **options)(TWO)
+
+
+class Added(nn.Sequential):
+    """Of two inputs."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return super().forward(x) + y
+
+
+def of_two_inputs(mask: str) -> object:
+    inputs = ONE, torch.zeros(1, 1, 1, 1)
+    model = Added(*strided(3, outputs=1)).eval()
+    return cs.adaptify(model, mask, coarsest=32, example_input=inputs, normalisation="raw")(*inputs)
+
+
+def another(channels: int, low: int) -> object:
+    mask = LearnedMask()
+    mask.logits(torch.zeros(1, 6, 5, 5), FineMapSpec(1, (5, 5), 4, 2, 4, 4))
+    return mask.logits(torch.zeros(1, channels, 5, 5), FineMapSpec(1, (5, 5), 4, low, 2**low, 2**low))
+
+
+def graph_of(mask: str, folder: Path) -> object:
+    return cs.export(converted(mask), images(1, *SIZE), folder / "net.pt2")
+
+
+def known_as(given: Any) -> None:
+    net("edges").normalisation = given
+
+
+OFF = (torch.zeros(1, 2, 8, 8), torch.zeros(8, 8).long(), torch.zeros(0, 8, 8).long(), "a")
+SHAPES = (torch.zeros(2, 2, 8, 8), torch.zeros(1, 8, 8), torch.zeros(8, 8), torch.zeros(2, 0, 8))
+REFUSED_CALLS: list[tuple[Callable[[Path], object], tuple[str, ...]]] = [
+    (lambda _: net(Budget(Scored(torch.zeros(2, 7, 8)), 0.5))(TWO), ("shape (2, 7, 8)", "(2, 8, 8)")),
+    (lambda _: net(Budget(Scored(torch.zeros(2, 8, 8).long()), 0.5))(TWO), ("int64", "floating-point")),
+    (lambda _: net(Budget(Scored(torch.full((2, 8, 8), torch.nan)), 0.5))(TWO), ("NaN", "check the image")),
+    (lambda _: net(Budget(Scored(SHORT), 0.5))(TWO), ("infinities", "check the image")),
+    (lambda _: net("trimap")(TWO), ("labelled(labels)", "--labels")),
+    (lambda _: of_labels(torch.zeros(2, 64, 32).long()), ("(2, 64, 32)", "(2, 64, 64)")),
+    *((lambda _, bad=bad: of_labels(bad), ("integer tensor (batch, height, width)",)) for bad in OFF),
+    (lambda _: of_function(None), ("NoneType",)),
+    (lambda _: of_function(torch.full((2, 8, 8), torch.nan)), ("NaN",)),
+    *((lambda _, bad=bad: of_function(bad), (str(tuple(bad.shape)),)) for bad in SHAPES),
+    (lambda _: net("usermasks:bright")(TWO), ("floating-point", "threshold:at=0.5")),
+    (lambda _: Union(), ("0 masks", "edges + gradient")),
+    (lambda _: Union("edges"), ("1 masks", "edges + gradient")),
+    (
+        lambda _: net("edges")(TWO, mask=torch.ones(2, 30, 40, dtype=torch.bool)),
+        ("(2, 30, 40)", "(2, 8, 8)", "image's size"),
+    ),
+    (lambda _: net("edges")(ONE, mask=np.array(["a"])), ("array",)),
+    (lambda _: net("edges")(TWO, sizes=[(64, 64)]), ("do not fit a batch",)),
+    *((lambda _, bad=bad: net("edges")(TWO, sizes=bad), ("no sizes of images",)) for bad in ("all", [64, 9])),
+    (lambda _: net("keypoints:detector=given")(TWO), ("there are no keypoints", "keypoints_at(points)")),
+    (lambda _: of_points(1), ("a list of 1 for a batch of 2",)),
+    *(
+        (lambda _, then=then: after_strides(then, "keypoints:detector=own,dilations=5"), (words, "sift"))
+        for then, words in (
+            (lambda y: torch.cat((y, y), 1), "0 maps of one channel"),
+            (lambda y: (y, y * 2), "2 maps of one channel"),
+        )
+    ),
+    *(
+        (lambda _, then=then: after_strides(then, "confidence"), (words, "detail or edges"))
+        for then, words in (
+            (lambda y: y.mean((2, 3)).expand(-1, 1000), "tensor of shape (2, 1000)"),
+            (lambda y: {"scores": y, "aux": -y}, "a dictionary of scores, aux"),
+            (lambda y: y, "tensor of shape (2, 1, 32, 32)"),
+        )
+    ),
+    (
+        lambda _: after_strides(lambda y: y.mean((2, 3)), "preview", coarsest=32, normalisation="raw"),
+        ("gives no map",),
+    ),
+    (lambda _: of_two_inputs("preview"), ("smaller picture",)),
+    (lambda folder: graph_of("preview", folder), ("level_map",)),
+    (lambda folder: graph_of("confidence | budget", folder), ("a first pass of the network",)),
+    (lambda folder: graph_of("learned | budget", folder), ("weights that the first call",)),
+    (lambda _: another(7, 2), ("made for 6 channels and 3 levels", "7 channels", "3 levels")),
+    (lambda _: another(6, 1), ("made for 6 channels and 3 levels", "6 channels", "2 levels")),
+    *(
+        (lambda _, way=way, given=given: way(given), words)
+        for given, words in (
+            (((0.5, 0.5), (0.5, 0.5)), ("2 channels, the images have 3", "channels")),
+            (((0.5,) * 3, (0.5,) * 2), ("no normalisation", "raw")),
+            ((0.5, 0.0), ("above 0", "raw")),
+            ((0.5, (1.0, 1.0, float("inf"))), ("no normalisation", "raw")),
+            (0.5, ("no normalisation", "raw")),
+        )
+        for way in (known_as, lambda given: adapted_strided(normalisation=given))
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"), REFUSED_CALLS, ids=lambda value: value[0] if isinstance(value, tuple) else ""
+)
+def test_what_no_mask_can_be_found_of_is_refused_with_what_helps(
+    call: Callable[[Path], object], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    with pytest.raises(cs.InvalidInput) as caught:
+        call(tmp_path)
+    assert caught.value.next and all(word in str(caught.value) for word in words), str(caught.value)

@@ -80,24 +80,16 @@ def in_window(values: Tensor, side: int, best: Callable[[Tensor], Tensor]) -> Te
     return found
 
 
-# -- dilate --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("size", "side"), covering(MAPS, [1, 3, 7]))
-def test_dilate_gives_each_sample_the_finest_level_of_its_window(size: tuple[int, int], side: int) -> None:
+@pytest.mark.parametrize(("size", "side", "dtype"), covering(MAPS, [1, 3, 7], DTYPES))
+def test_dilate_gives_each_sample_the_finest_level_and_the_highest_score_of_its_window(
+    size: tuple[int, int], side: int, dtype: torch.dtype
+) -> None:
     given = torch.where(torch.rand(2, *size) < 0.9, 2, levels(size))
     found = Dilate(Given(given), side)(NOTHING, NOTHING, grid_of(size))
     assert torch.equal(found.long(), in_window(given, side, torch.amin))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_scores_of_dilate_are_the_highest_of_the_window(dtype: torch.dtype) -> None:
-    scores = torch.randn(2, 13, 17).to(dtype)
-    found = Dilate(Given(scores), 3).scores(NOTHING, NOTHING, grid_of((13, 17)))
-    assert found.dtype == dtype and torch.equal(found, in_window(scores, 3, torch.amax))
-
-
-# -- threshold -----------------------------------------------------------------------------------------
+    scores = torch.randn(2, *size).to(dtype)
+    highest = Dilate(Given(scores), side).scores(NOTHING, NOTHING, grid_of(size))
+    assert highest.dtype == dtype and torch.equal(highest, in_window(scores, side, torch.amax))
 
 
 @pytest.mark.parametrize(("at", "dtype"), covering([(0.3,), (0.8, 0.2), (1.0, -1.0)], DTYPES))
@@ -109,9 +101,6 @@ def test_threshold_cuts_scores_into_levels(at: tuple[float, ...], dtype: torch.d
         wanted[scores >= at[level]] = level
     assert torch.equal(mask(NOTHING, NOTHING, grid).long(), wanted)
     assert torch.equal(mask.scores(NOTHING, NOTHING, grid), scores)
-
-
-# -- union ---------------------------------------------------------------------------------------------
 
 
 @QUICK
@@ -142,16 +131,6 @@ def test_the_scores_of_a_union_follow_its_levels_and_then_the_rank_in_either_mas
         assert torch.allclose(found[image].flatten().float(), wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize("masks", [(), ("edges",)])
-def test_a_union_of_fewer_than_two_is_refused(masks: tuple[str, ...]) -> None:
-    with pytest.raises(cs.InvalidInput, match=f"{len(masks)} masks") as caught:
-        Union(*masks)
-    assert "edges + gradient" in caught.value.next
-
-
-# -- smooth --------------------------------------------------------------------------------------------
-
-
 @QUICK
 @given(seed=st.integers(0, 99), hold=st.integers(0, 4))
 def test_smooth_never_drops_a_sample_before_hold_frames_and_then_does(seed: int, hold: int) -> None:
@@ -164,9 +143,6 @@ def test_smooth_never_drops_a_sample_before_hold_frames_and_then_does(seed: int,
         assert (found <= window).all()
         assert (found == window).any(0).all()
         assert torch.equal(ranked.scores(NOTHING, NOTHING, grid), (2 - window).float().amax(0))
-
-
-# -- budgets of several levels -------------------------------------------------------------------------
 
 
 def fading(frames: int = 4) -> tuple[Smooth, list[Tensor]]:
@@ -226,8 +202,6 @@ def test_a_budget_of_fractions_keeps_nested_shares(
     assert counts == Budget("random", fractions, per_batch).kept_patches(grid)
 
 
-# -- budgets and batches of all ------------------------------------------------------------------------
-
 TEXTS = [
     *(
         "gradient:threshold=2/1,dilation=3/9,sigma=0.8",
@@ -267,9 +241,6 @@ def test_a_budget_behind_any_wrapper_keeps_its_share(text: str, size: tuple[int,
         model(torch.randn(2, 3, *size))
     kept = (model.levels[:, ::4, ::4] == 0).flatten(1).sum(1)
     assert kept.tolist() == [round(0.25 * (model.levels[0, ::4, ::4].numel()))] * 2
-
-
-# -- the string form -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from torch import Tensor
 import cadsurgery as cs
 from cadsurgery.masks import Budget, FineMapSpec, MaskProvider, resolve_mask
 from cadsurgery.masks.filters import near
-from cadsurgery.masks.provider import PROVIDERS
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
 SIZES = [(96, 128), (97, 129), (101, 67), (33, 200)]
@@ -142,28 +141,6 @@ def test_a_seeded_random_mask_repeats_and_differs_between_images_and_seeds(seed:
     assert not torch.equal(model.levels, first)
 
 
-def test_a_tensor_is_the_mask_of_every_call() -> None:
-    levels = split_as_needed(torch.randint(0, 3, (2, 13, 17)), 2)
-    model = net(levels)
-    for _ in range(2):
-        model(torch.randn(2, 3, 97, 129))
-        assert torch.equal(model.levels.long(), levels)
-
-
-def test_a_callable_gets_the_image_and_gives_the_map() -> None:
-    seen: list[Tensor] = []
-
-    def upper_half(image: Tensor) -> Tensor:
-        seen.append(image)
-        height, width = (-(-side // 8) for side in image.shape[2:])
-        return (torch.arange(height)[:, None] < 4).expand(height, width)
-
-    model, image = net(upper_half), torch.randn(2, 3, 97, 129)
-    model(image)
-    assert seen[0] is image
-    assert (model.levels[:, :4] == 0).all() and (model.levels[:, 4:] == 2).all()
-
-
 # -- budgets -------------------------------------------------------------------------------------------
 
 
@@ -248,21 +225,6 @@ def test_a_budget_keeps_the_patches_of_the_highest_mean_inside_the_map(
         assert sorted(best) == [tuple(place) for place in keep.nonzero().tolist()]
 
 
-@pytest.mark.parametrize(
-    ("scores", "what", "next_step"),
-    [
-        (torch.zeros(2, 12, 17), "shape (2, 12, 17)", "(2, 13, 17)"),
-        (torch.zeros(2, 13, 17).long(), "int64", "floating-point"),
-        (torch.full((2, 13, 17), torch.nan), "NaN", "check the image"),
-        (torch.tensor([torch.inf, -torch.inf]).repeat(2, 13, 9)[..., :17], "infinities", "check the image"),
-    ],
-)
-def test_scores_that_are_none_are_refused(scores: Tensor, what: str, next_step: str) -> None:
-    with pytest.raises(cs.InvalidInput) as caught:
-        net(Budget(Scored(scores), 0.5))(torch.zeros(2, 3, 97, 129))
-    assert what in caught.value.what and next_step in caught.value.next
-
-
 # -- maps per call -------------------------------------------------------------------------------------
 
 
@@ -329,29 +291,3 @@ def test_masks_are_listed_by_name_with_their_options_form_and_source() -> None:
         all(infos[name].form == f"MASK | {name}" for name in wrappers)
         and infos["union"].form == "MASK + MASK"
     )
-
-
-CELL = """
-@cs.mask_provider("celled")
-class Celled(MaskProvider):
-    'Version {version}.'
-
-    def forward(self, image, features, grid):
-        return torch.ones(grid.batch, *grid.size, dtype=torch.bool) if {version} == 2 else None
-"""
-
-
-def test_a_cell_of_a_notebook_that_is_run_twice_replaces_its_mask() -> None:
-    scope = {"cs": cs, "MaskProvider": MaskProvider, "torch": torch, "__name__": "__main__"}
-    try:
-        for version in (1, 2):
-            exec(CELL.format(version=version), scope)
-        assert next(info.summary for info in cs.list_masks() if info.name == "celled") == "Version 2."
-        model = net("celled")
-        model(torch.randn(1, 3, 64, 64))
-        assert model.active_fraction == 1 and model.mask.storable
-        elsewhere = {**scope, "__name__": "another.module"}
-        with pytest.raises(ValueError, match=r"by __main__\.Celled"):
-            exec(CELL.format(version=3), elsewhere)
-    finally:
-        PROVIDERS.pop("celled", None)

@@ -13,9 +13,9 @@ from networks import made_once, strided
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.data.images import street_scene
-from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD, source_of, stated_statistics
-from cadsurgery.masks import FineMapSpec, MaskProvider, Normalisation
+from cadsurgery.data.images import normalise, street_scene
+from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD, Source, source_of, stated_statistics
+from cadsurgery.masks import FineMapSpec, MaskProvider, Normalisation, resolve_mask
 from cadsurgery.masks.unit import estimate, read_normalisation
 
 IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
@@ -85,9 +85,6 @@ def levels(net: cs.AdaptiveModel, image: Tensor, **options: Any) -> Tensor:
     return net.levels
 
 
-# -- the law -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("name", "mask"), covering([*OTHERS], [*OF_IMAGES]))
 def test_the_same_picture_has_the_same_level_map_on_every_network(mask: str, name: str) -> None:
     """In float64 rounding decides nothing here."""
@@ -98,9 +95,6 @@ def test_the_same_picture_has_the_same_level_map_on_every_network(mask: str, nam
     assert torch.equal(levels(other, shown(scenes(), name)), expected)
     with torch.no_grad():
         assert_same(other(shown(scenes(), name)), first(shown(scenes(), "imagenet")), 1e-9)
-
-
-# -- what masks see ------------------------------------------------------------------------------------
 
 
 class Spy(MaskProvider):
@@ -143,9 +137,6 @@ def test_bytes_are_pictures_of_0_to_255() -> None:
     assert (levels(net, picture) != expected).double().mean() < 0.01  # masks see them in single precision
 
 
-# -- what is known of a network ------------------------------------------------------------------------
-
-
 def test_what_a_library_states_is_known() -> None:
     for name in ("timm:resnet10t", "torchvision:resnet18"):
         model = cs.build_model(name, "none")
@@ -163,9 +154,6 @@ def test_a_pretrained_cfg_is_known_and_what_is_given_goes_before() -> None:
     net = cs.adaptify(model, verify_laws=False, normalisation=([0.4] * 3, [0.2] * 3))
     assert net.normalisation == Normalisation((0.4,) * 3, (0.2,) * 3, "given")
     assert source_of(net).mean == (0.4,) * 3  # and pictures are prepared so
-
-
-# -- estimated -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "dtype"), covering([*CONVENTIONS], [torch.float32, torch.float64]))
@@ -208,9 +196,6 @@ def test_the_first_picture_settles_it_and_no_other() -> None:
     assert torch.equal(first, expected)
 
 
-# -- files ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("given", some([None, "raw", (0.5, 0.5), CONVENTIONS["0..255"]]))
 def test_a_file_keeps_what_is_known(tmp_path: Path, given: Any) -> None:
     net = adapted("-1..1", normalisation=given)
@@ -223,27 +208,6 @@ def test_a_file_keeps_what_is_known(tmp_path: Path, given: Any) -> None:
     assert cs.load(tmp_path / "seen.safetensors", Folded(*IMAGENET)).normalisation == net.normalisation
 
 
-# -- refusals ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("given", "what"),
-    [
-        (((0.5, 0.5), (0.5, 0.5)), "2 channels, the images have 3"),
-        (((0.5,) * 3, (0.5,) * 2), "no normalisation"),
-        ((0.5, 0.0), "above 0"),
-        ((0.5, (1.0, 1.0, float("inf"))), "no normalisation"),
-        (0.5, "no normalisation"),
-    ],
-)
-def test_what_is_no_normalisation_is_refused(given: Any, what: str) -> None:
-    with pytest.raises(cs.InvalidInput, match=what) as refusal:
-        adapted("0..1", normalisation=given)
-    assert "raw" in refusal.value.next or "channels" in refusal.value.next
-    with pytest.raises(cs.InvalidInput, match=what):
-        adapted("0..1").normalisation = given
-
-
 def test_names_stand_for_mean_and_deviation() -> None:
     names = {"imagenet": IMAGENET, "none": ((0.0,), (1.0,)), "raw": ((), ())}
     for name, (mean, std) in names.items():
@@ -254,3 +218,25 @@ def test_names_stand_for_mean_and_deviation() -> None:
     assert "imagenet" in str(refusal.value)
     with pytest.raises(cs.InvalidInput, match="taken from pictures"):
         adapted("0..1", normalisation="bands")
+
+
+# Every registered mask by name that sees the picture, but keypoints, which need OpenCV.
+ON_PICTURES = (
+    "edges",
+    "edges:threshold=0.9/0.2,dilation=3/9",
+    "gradient:threshold=0.3,dilation=5,sigma=1",
+    "content",
+)
+
+
+@pytest.mark.parametrize("channels", (1, 2, 4, 6))
+@pytest.mark.parametrize("mask", ON_PICTURES)
+def test_a_mask_on_pictures_sees_the_mean_of_their_channels(mask: str, channels: int) -> None:
+    grid = FineMapSpec(2, (32, 48), 2, 2, 4, 4)
+    pictures = torch.stack([street_scene(64, 96, seed, channels) for seed in range(2)])
+    image = normalise(pictures, Source("mine", channels=channels))
+    features = torch.zeros(2, 8, 32, 48)
+    provider = resolve_mask(mask)
+    found = provider(image, features, grid)
+    assert torch.equal(found, provider(image.mean(1, keepdim=True), features, grid))
+    assert torch.equal(found, provider(image.flip(1), features, grid))  # the order of bands does not count

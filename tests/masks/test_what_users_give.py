@@ -1,7 +1,11 @@
-"""Maps that users give, as tensors and arrays, in samples and in pixels, and options that they set on a mask."""
+"""What users give: maps as tensors and arrays, in samples and pixels, options set on a mask, and what a call gives."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -9,16 +13,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import covering, some
+from networks import strided
 from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.data.images import street_scene
+from cadsurgery.masks import keypoints_at, labelled
+from cadsurgery.masks.context import call_context, first_passes, masked
 
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3 if i == 0 else 4, 4, 3, 2, 1) for i in range(4)]
-    return nn.Sequential(*layers, nn.Conv2d(4, 2, 1)).eval()
+    return strided(4, outputs=2)
 
 
 def region(height: int, width: int) -> Tensor:
@@ -59,14 +65,9 @@ def test_levels_are_taken_from_arrays_of_any_whole_numbers(kind: Any) -> None:
     image, levels = torch.rand(1, 3, 64, 96), np.arange(16 * 24).reshape(1, 16, 24) // 100 % 3
     expected = net(image, mask=torch.from_numpy(levels))
     torch.testing.assert_close(net(image, mask=levels.astype(kind)), expected)
-
-
-def test_a_map_of_another_size_is_refused_with_both_that_are_right() -> None:
-    net = cs.adaptify(network(), "edges", output_stride=(4, 16), verify_laws=False)
-    with pytest.raises(cs.InvalidInput, match=r"(?s)\(1, 30, 40\).*\(1, 16, 24\).*image's size"):
-        net(torch.rand(1, 3, 64, 96), mask=torch.ones(1, 30, 40, dtype=torch.bool))
-    with pytest.raises(cs.InvalidInput, match="array"):
-        net(torch.rand(1, 3, 64, 96), mask=np.array(["a"]))
+    own = cs.adaptify(network(), torch.from_numpy(levels), output_stride=(4, 16), verify_laws=False).eval()
+    for _ in range(2):  # a tensor is the mask of every call
+        assert torch.equal(own(image), expected) and torch.equal(own.levels, net.levels)
 
 
 # Options with another value than the default, which changes the mask.
@@ -101,3 +102,51 @@ def test_an_option_that_is_set_is_that_of_the_constructor(mask: str, option: str
     for one in (net, fast):
         one(image)
         assert torch.equal(one.levels, stated.levels) and one.mask.spec() == stated.mask.spec()
+
+
+NET = nn.Identity()
+GIVERS: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
+    "labels": lambda value: labelled(torch.full((1, 2, 2), value)),
+    "points": lambda value: keypoints_at([torch.full((1, 2), float(value))]),
+    "first_passes": lambda value: first_passes({1: torch.tensor(value)}),
+    "masks": lambda value: masked(NET, torch.tensor(value)),
+}
+WITHOUT = dict.fromkeys(GIVERS, None)
+
+
+def seen() -> dict[str, int | None]:
+    """The number that was given for each kind."""
+    context = call_context()
+    points = context.points[0] if context.points is not None else None
+    values = context.labels, points, context.first_passes.get(1), context.masks.get(NET)
+    return {
+        name: int(value.flatten()[0]) if isinstance(value, Tensor) else None
+        for name, value in zip(GIVERS, values, strict=True)
+    }
+
+
+@pytest.mark.parametrize("name", GIVERS)
+def test_what_is_given_is_nested_and_given_back_even_after_an_error(name: str) -> None:
+    with GIVERS[name](1):
+        assert seen() == {**WITHOUT, name: 1}
+        with pytest.raises(RuntimeError, match="stop"), GIVERS[name](2):
+            assert seen() == {**WITHOUT, name: 2}
+            raise RuntimeError("stop")
+        assert seen() == {**WITHOUT, name: 1}
+        with ThreadPoolExecutor(1) as thread:  # has what was given in it
+            assert thread.submit(seen).result() == WITHOUT
+    assert seen() == WITHOUT
+
+
+@pytest.mark.parametrize("name", GIVERS)
+def test_tasks_take_turns_and_keep_what_is_theirs(name: str) -> None:
+    async def work(value: int) -> int | None:
+        with GIVERS[name](value):
+            for _ in range(3):
+                await asyncio.sleep(0)
+            return seen()[name]
+
+    async def both() -> list[int | None]:
+        return await asyncio.gather(work(1), work(2))
+
+    assert asyncio.run(both()) == [1, 2] and seen() == WITHOUT

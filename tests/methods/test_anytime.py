@@ -184,9 +184,6 @@ def whole(net: cs.AnytimeModel, x: Tensor) -> list[Tensor]:
     return list(net._logits(net._start((x,), {}, is_training=True), None))
 
 
-# -- what is computed ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "size", "falls"), [("parallel", (45, 70), 0.2), slow("chain", (64, 64), 0.0)]
 )
@@ -295,9 +292,6 @@ def test_steps_compute_no_more_than_is_taken(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(next(steps), every[1]) and ran == [0, 1]
 
 
-# -- counting ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("name", "fill"), [("parallel", "interpolated"), slow("chain", "gaussian")])
 def test_macs_are_those_that_torch_sees_being_executed(name: str, fill: str) -> None:
     net, x = anytime(name, fill=fill), images(2, 61, 83, torch.float64)
@@ -307,9 +301,6 @@ def test_macs_are_those_that_torch_sees_being_executed(name: str, fill: str) -> 
     assert report[-1].macs == flops.get_total_flops() // 2 < report[-1].dense
     assert all(one.macs <= other.macs for one, other in pairwise(report))
     assert "up to each exit" in str(report)
-
-
-# -- training ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fill", ["gaussian", slow("interpolated")])
@@ -330,9 +321,6 @@ def test_gradients_are_those_of_whole_maps_and_reach_the_widths(fill: str) -> No
     assert net.training and any(p.grad is not None for p in net.own_parameters().values())
 
 
-# -- the network it was made from ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("name", "fill"), [("parallel", "interpolated"), slow("chain", "gaussian")])
 def test_an_optimised_copy_gives_the_same(name: str, fill: str) -> None:
     net, x = anytime(name, fill=fill), images(2, 61, 83, torch.float64)
@@ -345,9 +333,6 @@ def test_an_optimised_copy_gives_the_same(name: str, fill: str) -> None:
     assert fast.macs(x).exits == net.macs(x).exits
     with pytest.raises(cs.InvalidInput, match="cannot be trained"):
         fast.train()
-
-
-# -- what is refused -----------------------------------------------------------------------------------
 
 
 class Backbone(Chain):

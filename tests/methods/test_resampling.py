@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 import cadsurgery as cs
 from cadsurgery import resampling
 from cadsurgery.kernels.dispatch import function
-from cadsurgery.masks import MaskProvider, labelled
+from cadsurgery.masks import MaskProvider, keypoints_at, labelled
 from cadsurgery.methods.resampling import back
 from cadsurgery.methods.resampling.back import invert_warp
 from cadsurgery.methods.resampling.locations import upsample
@@ -57,9 +58,6 @@ def locations(batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64,
     return (found + fold * noise).to(dtype)
 
 
-# -- boundaries ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("targets", "ignore"), [(None, None), ((11, 13), 255)])
 def test_a_boundary_pixel_has_a_neighbour_of_another_label(targets: Any, ignore: int | None) -> None:
     labels = scene(13, 17)
@@ -74,9 +72,6 @@ def test_a_boundary_pixel_has_a_neighbour_of_another_label(targets: Any, ignore:
                 expected = around - {own} and own != ignore and (targets is None or own in targets)
                 assert mark == bool(expected)
     assert torch.equal(boundaries(labels[0], targets, ignore), found[0])
-
-
-# -- target locations ----------------------------------------------------------------------------------
 
 
 def nearest(boundary: Tensor, grid: int) -> Tensor:
@@ -117,17 +112,11 @@ def test_images_smaller_than_the_grid_have_locations(size: tuple[int, int]) -> N
     assert y.shape == (1, 2, *size) and y.isfinite().all()
 
 
-# -- sampling ------------------------------------------------------------------------------------------
-
-
 def test_gradients_go_through_sampling_to_the_image_and_the_locations() -> None:
     image = torch.rand(2, 2, 7, 9, dtype=torch.float64, requires_grad=True)
     places = locations()[:, ::2, ::2].clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: sample(x, places, (5, 6)), (image,))
     assert torch.autograd.gradcheck(lambda x, y: sample(x, y, (5, 6), "bilinear"), (image, places))
-
-
-# -- and back ------------------------------------------------------------------------------------------
 
 
 def affine(points: Tensor, size: tuple[int, int]) -> Tensor:
@@ -186,9 +175,6 @@ def test_compiled_code_inverts_as_torch_does(
     differs = ((compiled - by_torch).abs() > (2e-3 if dtype == torch.float32 else 1e-8)).any(-1)
     # Next to where a fold ends rounding decides what is found.
     assert differs.double().mean() <= (0.01 if fold else 0)
-
-
-# -- the network ---------------------------------------------------------------------------------------
 
 
 class Several(Chain):
@@ -291,9 +277,6 @@ def test_an_inference_copy_gives_the_same(sampler: str) -> None:
     assert fast.macs(x) == net.macs(x)
 
 
-# -- files ---------------------------------------------------------------------------------------------
-
-
 def test_what_no_file_can_hold_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "net.safetensors"
     with pytest.raises(cs.InvalidInput, match="cannot be stored"):
@@ -301,13 +284,16 @@ def test_what_no_file_can_hold_is_refused(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
-# -- what is refused -----------------------------------------------------------------------------------
-
 IMAGE, PLACES, SCORES = (
     torch.rand(2, 3, 9, 11),
     uniform_locations(8).expand(2, -1, -1, -1),
     torch.rand(2, 3, 9, 9),
 )
+
+
+def in_context(context: AbstractContextManager[None], sampler: str = "uniform") -> object:
+    with context:
+        return resampled(sampler)(IMAGE)
 
 
 @pytest.mark.parametrize(
@@ -331,6 +317,12 @@ IMAGE, PLACES, SCORES = (
         (lambda: cs.resample(resampled()), cs.InvalidInput, "sampled already"),
         (lambda: resampled()(IMAGE[0]), cs.InvalidInput, "image batch"),
         (lambda: resampled("labels")(IMAGE), cs.InvalidInput, "no labels, which sampler"),
+        (
+            lambda: in_context(labelled(torch.zeros(2, 5, 5, dtype=torch.int64)), "labels"),
+            cs.InvalidInput,
+            r"(?s)labels have shape .*give labels of shape \(2, 9, 11\)",
+        ),
+        (lambda: in_context(keypoints_at([torch.zeros(0, 2)] * 2)), cs.InvalidInput, "keypoints"),
         (lambda: resampled().optimize().train(), cs.InvalidInput, "cannot be trained"),
         (lambda: resampled("learned").train()(IMAGE[:1]), cs.InvalidInput, "one image at a time"),
     ],
@@ -340,14 +332,3 @@ def test_what_cannot_be_is_refused_in_words(
 ) -> None:
     with pytest.raises(kind, match=words):
         call()
-
-
-def test_labels_and_keypoints_of_another_image_are_refused() -> None:
-    net = resampled("labels")
-    with (
-        labelled(torch.zeros(2, 5, 5, dtype=torch.int64)),
-        pytest.raises(cs.InvalidInput, match=r"(?s)labels have shape .*give labels of shape \(2, 9, 11\)"),
-    ):
-        net(IMAGE)
-    with cs.masks.keypoints_at([torch.zeros(0, 2)] * 2), pytest.raises(cs.InvalidInput, match="keypoints"):
-        resampled()(IMAGE)

@@ -98,9 +98,6 @@ class Published:
         return m.fc(m.avgpool(x).flatten(1))
 
 
-# -- open gates: the original ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in NETWORKS])
 def test_open_gates_leave_the_original_bit_for_bit(name: str) -> None:
     model = randomise(NETWORKS[name]())
@@ -109,9 +106,6 @@ def test_open_gates_leave_the_original_bit_for_bit(name: str) -> None:
         assert torch.equal(net(x), model(x))
         assert all((share == 1).all() for share in net.shares.values())
         assert_same(net.optimize()(x), model(x))
-
-
-# -- the published formulas ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype", "noise", "kind"), covering(TYPES, (False, True), (BasicBlock, Bottleneck)))
@@ -178,9 +172,6 @@ def test_a_batch_is_its_images_one_by_one() -> None:
             assert_same(fast(x), torch.cat([fast(one[None]) for one in x]), TIGHT[torch.float32])
 
 
-# -- gates -----------------------------------------------------------------------------------------------
-
-
 def test_a_gate_opens_as_often_as_its_probability_says() -> None:
     score = torch.full((1, 200, 200), 0.7, dtype=torch.float64)
     noise = gating.uniform((0, 1, 2), score)
@@ -239,9 +230,6 @@ def test_gradients_reach_gates_widths_and_weights_and_equal_differences() -> Non
         )
 
 
-# -- what it costs ---------------------------------------------------------------------------------------
-
-
 def test_macs_are_what_runs() -> None:
     model = thin(lambda: ResNet(Bottleneck, [1, 2, 1, 1]), 2)
     net, x = half_open(cs.sample(model)), images(2, 65, 97)
@@ -262,9 +250,6 @@ def test_macs_are_what_runs() -> None:
     assert report.total < everything.total
     assert set(report.to_dict()) >= {"gates", "rest", "total", "dense", "density"}
     assert str(len(report.gates)) and "MACs on 2x3x65x97" in str(report)
-
-
-# -- where -----------------------------------------------------------------------------------------------
 
 
 def test_names_choose_branches_or_single_convolutions() -> None:

@@ -60,9 +60,6 @@ def images(batch: int = 2, size: tuple[int, int] = SIZE, dtype: torch.dtype = to
     return torch.randn(batch, 3, *size, dtype=dtype)
 
 
-# -- the trunk -----------------------------------------------------------------------------------------
-
-
 def written_down(net: Trunk, image: Tensor, output_stride: int) -> Tensor:
     """The published regular network: pools kept from the first, what follows a deleted one dilated."""
     kept = {8: 3, 4: 2, 2: 1, 1: 0}[output_stride]
@@ -110,9 +107,6 @@ def test_it_sees_pixels_less_caffes_means_blue_first() -> None:
     assert torch.allclose(seen[0][0, :, 0, 0], wanted.flip(0), atol=1e-4)
 
 
-# -- K1: uniform maps ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("high", "dtype"), some(covering([4, 2, 1], [torch.float32, DOUBLE]), rows=True))
 @torch.no_grad()
 def test_everything_high_is_the_regular_network_and_everything_low_the_original_repeated(
@@ -132,15 +126,9 @@ def test_everything_high_is_the_regular_network_and_everything_low_the_original_
     assert (net.levels == net.plan.max_level).all()
 
 
-# -- K5: cost ------------------------------------------------------------------------------------------
-
-
 def test_the_regular_networks_cost_what_is_published() -> None:
     """K5, exactly."""
     assert recipe.macs_per_pixel() == PIXEL_MACS
-
-
-# -- released weights ----------------------------------------------------------------------------------
 
 
 def released(seed: int = 1) -> dict[str, Tensor]:
@@ -221,9 +209,6 @@ def test_what_is_not_a_released_file_is_refused(change: Change, word: str) -> No
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-# -- published settings --------------------------------------------------------------------------------
-
-
 def test_the_settings_are_the_published_ones() -> None:
     """Their mean matching accuracy as in the specification, 2.5; they say so in their mask."""
     assert {name: run.mma3 for name, run in RUNS.items()} == {
@@ -278,17 +263,11 @@ def test_descriptors_are_normalised_unless_published() -> None:
     assert torch.allclose(ours.norm(dim=1), torch.ones(4))
 
 
-# -- keypoints as published ----------------------------------------------------------------------------
-
-
 def test_the_published_grey_swaps_red_and_blue_and_cuts_off() -> None:
     image = torch.zeros(3, 2, 4)
     for channel in range(3):
         image[channel, :, channel] = 1.0
     assert recipe.grey(image).tolist() == [[29, 149, 76, 0]] * 2  # 255 times .114, .587, .299
-
-
-# -- tables --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -320,9 +299,6 @@ def test_the_recipe_prints_and_writes_its_tables(
         assert not any(key.endswith("_ms") for key in row)
         (line,) = (line for line in table if line.startswith(f"| {name} |"))
         assert f"{row['macs_per_pixel']:,.0f}" in line and f"{RUNS[name].mma3:.4f}" in line
-
-
-# -- D2-Net's own heads --------------------------------------------------------------------------------
 
 
 def hill(

@@ -38,9 +38,6 @@ EDGES = "edges-8-32-0.35"
 State = dict[str, Tensor]
 
 
-# -- files in the published formats, from random weights -----------------------------------------------
-
-
 def tensors_of(name: str) -> State:
     """A state dict in the format of a run; random, batch norm statistics too; the same each time, and one's own."""
     return {key: value.clone() for key, value in _tensors_of(name).items()}
@@ -115,9 +112,6 @@ def write(state: Mapping[str, Any], path: Path) -> Path:
     training = {"cur_itrs": 30000, "optimizer_state": {"state": {}}, "scheduler_state": {"last_epoch": 3}}
     torch.save({**training, "model_state": dict(state), "best_score": np.float64(0.77)}, path)
     return path
-
-
-# -- the published rule on dense maps, on the tensors of a file ----------------------------------------
 
 
 class Reference:
@@ -209,9 +203,6 @@ def fine_size() -> tuple[int, int]:
     return SIZE[0] // 8, SIZE[1] // 8
 
 
-# -- the published checkpoints -------------------------------------------------------------------------
-
-
 def read_and_written_back(state: State, name: str, **options: Any) -> nn.Module:
     """The network of a file, in float64; what is written back is the file, bit for bit."""
     read = load_published(state, name, **options)
@@ -297,9 +288,6 @@ def test_the_mask_estimator_is_handed_to_the_learned_mask() -> None:
     assert net.active_fraction == pytest.approx(0.5, abs=0.1)
 
 
-# -- what is refused -----------------------------------------------------------------------------------
-
-
 def changed(name: str, **changes: Any) -> State:
     """A published state dict with tensors replaced, added, or (None) taken away; `__` stands for a dot."""
     state: dict[str, Any] = {**tensors_of(name), **{key.replace("__", "."): v for key, v in changes.items()}}
@@ -349,9 +337,6 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         load_published(tmp_path / "other.pth", "os8")
 
 
-# -- the script ----------------------------------------------------------------------------------------
-
-
 def script(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["recipe.py", *map(str, arguments)])
     checkpoints.main()
@@ -376,9 +361,6 @@ def test_the_script_converts_the_published_files_of_a_folder(
             net = cs.build_model(checkpoints.BUILDER, str(path), **SMALL)
         with torch.no_grad():
             assert torch.equal(net(x)["out"], read.net(x)["out"]), name
-
-
-# -- published totals ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -407,9 +389,6 @@ def test_adaptive_networks_cost_what_is_published() -> None:
     mixed = blocks.repeat_interleave(side, 0).repeat_interleave(side, 1).unsqueeze(0)
     found = (published_macs.adaptive_macs(net, (1, 3, 1024, 2048), levels) for levels in (top, mixed, 0))
     assert [*found] == pytest.approx([3.56978e11, 8.90281e11, 1.42358e12], rel=1e-5)
-
-
-# -- variants ------------------------------------------------------------------------------------------
 
 
 VARIANTS = {
@@ -461,8 +440,6 @@ def test_softpool_lies_between_mean_and_maximum_and_is_stable() -> None:
     assert (found >= F.avg_pool2d(x, 2) - 1e-5).all() and (found <= F.max_pool2d(x, 2) + 1e-5).all()
     assert_same(variants.SoftPool()(torch.full((1, 1, 4, 4), 1e4)), torch.full((1, 1, 2, 2), 1e4))
 
-
-# -- configuration -------------------------------------------------------------------------------------
 
 CONFIGS = sorted((Path(recipe.__file__).parent / "config").glob("*.json"))
 

@@ -1,4 +1,4 @@
-"""The R2D2 recipe: the network as released, padding that puts its strides back, keypoints as published."""
+"""The recipes of R2D2 and ALIKE: the networks as released, padding that puts strides back, keypoints as published."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images
-from networks import made_once
+from conftest import assert_same, images, random_levels, slow
+from networks import made_once, randomise
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.network.macs import dense_macs
+from recipes.alike import recipe as alike_recipe
+from recipes.alike.network import CHANNELS, REGION, STRIDES, Alike, padded
 from recipes.r2d2 import recipe
 from recipes.r2d2.network import FRAME, LAYERS, R2D2, r2d2
 
@@ -43,9 +45,6 @@ def image(batch: int = 2, size: tuple[int, int] = SIZE) -> Tensor:
 @made_once
 def converted(mask: str, **options: object) -> cs.AdaptiveModel:
     return cs.adaptify(network(), mask, example_input=image(1), **options)  # type: ignore[arg-type]
-
-
-# -- the network ---------------------------------------------------------------------------------------
 
 
 def test_it_is_the_network_that_was_written_down() -> None:
@@ -82,9 +81,6 @@ def test_parameters_and_work_are_those_of_the_file() -> None:
     assert dense_macs(net, torch.zeros(1, 3, 8, 8)) == 64 * 483_552
 
 
-# -- padding -------------------------------------------------------------------------------------------
-
-
 def test_aligned_padding_changes_nothing_but_a_frame() -> None:
     x = image(2, (61, 70))
     found, expected = network()(x), network(is_published=True)(x)
@@ -101,9 +97,6 @@ def test_only_aligned_padding_lets_all_strides_be_put_back() -> None:
         plan = cs.plan(network(is_published=is_published), example_input=image(1))
         assert plan.possible == possible and plan.output_stride == possible[-1]
     assert sum(layer != layer.published for layer in LAYERS) == 3
-
-
-# -- converted -----------------------------------------------------------------------------------------
 
 
 def test_a_strided_network_with_the_same_weights_is_everything_low() -> None:
@@ -126,9 +119,6 @@ def test_a_strided_network_with_the_same_weights_is_everything_low() -> None:
     assert_same(found[..., ::8, ::8], F.normalize(features))
 
 
-# -- keypoints -----------------------------------------------------------------------------------------
-
-
 def maps(values: dict[tuple[int, int], tuple[float, float]]) -> Tensor:
     """Reliability and repeatability of a few pixels (x, y)."""
     found = torch.zeros(2, 60, 70)
@@ -146,9 +136,6 @@ def test_keypoints_are_local_maxima_where_both_maps_suffice() -> None:
     )
     points, _ = recipe.keypoints(found, torch.ones(60, 70, dtype=torch.long))
     assert points.tolist() == [[34, 25], [30, 25], [38, 30]]
-
-
-# -- the command ---------------------------------------------------------------------------------------
 
 
 def data(folder: Path) -> Path:
@@ -180,3 +167,78 @@ def test_the_command_measures_an_adapted_file_too(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 1 + 2 * 2  # sequences that masks were chosen on are told apart
     assert len({line.count(" | ") for line in lines[2:]}) == 1
+
+
+def alike(strides: tuple[int, ...] = (), seed: int = 0) -> Alike:
+    """ALIKE-t with random weights; the same ones for every `strides`."""
+    torch.manual_seed(seed)
+    net = Alike(CHANNELS["alike-t"], strides)
+    randomise(net)
+    return net.double().eval()
+
+
+def alike_image(batch: int, height: int, width: int) -> Tensor:
+    return padded(images(batch, height, width, torch.float64))
+
+
+@made_once
+def converted_alike(mask: object = "all", **options: object) -> cs.AdaptiveModel:
+    return cs.adaptify(alike(STRIDES), mask, output_stride=(1, 4), region=REGION, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "thousands"), [("alike-t", 83), ("alike-n", 329)])
+def test_parameters_are_named_as_in_the_files(name: str, thousands: int) -> None:
+    net = Alike(CHANNELS[name], STRIDES)
+    expected = {f"block1.{part}.weight" for part in ("conv1", "bn1", "conv2", "bn2")}
+    expected |= {
+        f"block{block}.{part}.weight" for block in (2, 3, 4) for part in ("conv1", "bn1", "conv2", "bn2")
+    }
+    expected |= {f"block{block}.downsample.{kind}" for block in (2, 3, 4) for kind in ("weight", "bias")}
+    expected |= {f"block{block}.bn{bn}.bias" for block in (1, 2, 3, 4) for bn in (1, 2)}
+    expected |= {f"{part}.weight" for part in ("conv1", "conv2", "conv3", "conv4", "convhead2")}
+    assert {name for name, _ in net.named_parameters()} == expected
+    assert round(sum(value.numel() for value in net.parameters()) / 1000) == thousands
+
+
+def test_outputs_are_scores_and_unit_descriptors_of_every_pixel() -> None:
+    found = alike()(alike_image(2, 33, 70))
+    assert {name: tuple(value.shape) for name, value in found.items()} == {
+        "scores": (2, 1, 64, 96),
+        "descriptors": (2, 64, 64, 96),
+    }
+    assert found["scores"].min() > 0 and found["scores"].max() < 1
+    assert_same(found["descriptors"].norm(dim=1), torch.ones(2, 64, 96, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("fill", ["linear", slow("nearest"), slow("guided")])
+def test_everything_high_is_the_published_network(fill: str) -> None:
+    x = alike_image(2, 50, 90)
+    assert_same(converted_alike(fill=fill)(x), alike()(x))
+
+
+def test_everything_low_is_the_network_with_the_strides_at_its_samples() -> None:
+    x = alike_image(2, 50, 90)
+    found = converted_alike("none")(x)
+    assert_same({name: value[..., ::4, ::4] for name, value in found.items()}, alike(STRIDES)(x))
+
+
+def test_pixels_kept_high_and_first_pixels_of_cells_are_those_of_the_published_network() -> None:
+    x = alike_image(2, 50, 90)
+    net, expected = converted_alike(), alike()(x)
+    found = net(x, mask=random_levels(2, (64, 96), STRIDES))
+    y, across = torch.arange(64).view(-1, 1), torch.arange(96)
+    exact = torch.stack([(y % 2**level == 0) & (across % 2**level == 0) for level in range(3)])
+    exact = exact[net.levels.long(), y, across]
+    assert 0.1 < net.active_fraction < exact.double().mean() < 0.9
+    for name, value in found.items():
+        assert_same(value.movedim(1, -1)[exact], expected[name].movedim(1, -1)[exact])
+
+
+@pytest.mark.slow
+def test_only_the_last_convolution_is_counted_as_adaptive() -> None:
+    net, x = converted_alike(), alike_image(1, 64, 96)
+    costs = [alike_recipe.cost(net, {"": x[0]}, mask) for mask in ("all", "none")]
+    assert costs[0] == {"part_of_high": 1, "whole_of_high": 1, "active_fraction": 1}
+    assert costs[1]["part_of_high"] == 1 / 16 and costs[1]["active_fraction"] == 0
+    looked = alike_recipe.cost(net, {"": x[0]}, "keypoints:detector=own,count=4,dilations=1")
+    assert looked["part_of_high"] > 2 / 16  # the pass that it looks at, and its own

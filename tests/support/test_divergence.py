@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,12 +80,16 @@ def test_of_values_zeros_are_one_apart_on_average_and_the_unit_of_measure_is_not
 
 
 @pytest.mark.parametrize("kind", ["classes", "values"])
-def test_what_stands_beside_the_main_output_does_not_count(kind: Any) -> None:
-    high, low = pair()
+def test_what_stands_beside_the_main_output_does_not_count_and_gradients_reach_the_lower_alone(
+    kind: Any,
+) -> None:
+    high, low = (values.requires_grad_() for values in pair())
     expected = divergence(high, low, kind)
     assert_close(divergence({"out": high, "aux": low}, {"out": low}, kind), expected)
     assert_close(divergence(Prediction(high, low), Prediction(low), kind), expected)
     assert_close(divergence((high,), [low], kind), expected)
+    expected.mean().backward()
+    assert high.grad is None and low.grad is not None and bool(low.grad.abs().sum() > 0)
 
 
 def test_of_several_maps_it_is_the_mean_at_the_size_of_the_largest() -> None:
@@ -101,40 +106,34 @@ def test_a_map_of_another_size_is_resized_and_pooled_outputs_are_one_pixel() -> 
     assert divergence(torch.ones(2, 5, 8, 8), torch.ones(2, 5, 4, 4), "values").abs().max() == 0
 
 
-@pytest.mark.parametrize("kind", ["classes", "values"])
-def test_gradients_reach_the_lower_output_alone(kind: Any) -> None:
-    high, low = (values.requires_grad_() for values in pair())
-    divergence(high, low, kind).mean().backward()
-    assert high.grad is None and low.grad is not None and bool(low.grad.abs().sum() > 0)
+ONES, MORE = torch.ones(2, 5, 4, 4), torch.ones(2, 6, 4, 4)
+NO_MAP = "not a map of class scores"
 
 
 @pytest.mark.parametrize(
-    ("high", "low", "kind", "error"),
+    ("call", "error", "words"),
     [
-        (torch.ones(2, 5, 4, 4, dtype=torch.int64), torch.ones(2, 5, 4, 4), "values", InvalidInput),
-        ({"boxes": []}, {"boxes": []}, "auto", InvalidInput),
-        (torch.ones(2, 5, 4, 4), torch.ones(2, 6, 4, 4), "classes", InvalidInput),
-        ([torch.ones(2, 5, 4, 4)] * 2, [torch.ones(2, 5, 4, 4)], "values", InvalidInput),
-        (torch.ones(2, 5, 4, 4), torch.ones(2, 5, 4, 4), "clases", UnknownName),
+        (lambda: divergence(ONES.long(), ONES, "values"), InvalidInput, "Next"),
+        (lambda: divergence({"boxes": []}, {"boxes": []}, "auto"), InvalidInput, "Next"),
+        (lambda: divergence(ONES, MORE, "classes"), InvalidInput, "Next"),
+        (lambda: divergence([ONES] * 2, [ONES], "values"), InvalidInput, "Next"),
+        (lambda: divergence(ONES, ONES, "clases"), UnknownName, "Next"),
+        (lambda: class_scores(torch.zeros(2, 3)), InvalidInput, NO_MAP),
+        (lambda: class_scores({"scores": torch.zeros(1, 2, 3, 3)}), InvalidInput, NO_MAP),
+        (lambda: class_scores([torch.zeros(1)]), InvalidInput, NO_MAP),
+        (lambda: class_scores(None), InvalidInput, NO_MAP),
+        (lambda: class_scores(ONES, fewest=6), InvalidInput, r"tensor of shape \(2, 5, 4, 4\)"),
+        (lambda: class_scores(ONES, batch=1), InvalidInput, r"tensor of shape \(2, 5, 4, 4\)"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(high: Any, low: Any, kind: Any, error: type[CadError]) -> None:
-    with pytest.raises(error, match="Next"):
-        divergence(high, low, kind)
-
-
-@pytest.mark.parametrize(
-    "output", [torch.zeros(2, 3), {"scores": torch.zeros(1, 2, 3, 3)}, [torch.zeros(1)], None]
-)
-def test_an_output_without_a_map_of_scores_is_refused(output: Any) -> None:
-    with pytest.raises(InvalidInput, match="not a map of class scores"):
-        class_scores(output)
+def test_what_cannot_be_compared_is_refused(
+    call: Callable[[], Any], error: type[CadError], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        call()
 
 
 def test_class_scores_are_alone_or_one_of_several() -> None:
     scores = torch.zeros(2, 3, 4, 5)
     for output in (scores, {"aux": torch.zeros(1), "out": scores}, (torch.zeros(1), scores)):
         assert class_scores(output, fewest=3, batch=2) is scores
-    for options in ({"fewest": 4}, {"batch": 1}):
-        with pytest.raises(InvalidInput, match=r"tensor of shape \(2, 3, 4, 5\)"):
-            class_scores(scores, **options)

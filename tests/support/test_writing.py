@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,14 @@ import cadsurgery as cs
 from cadsurgery.data.images import find_images, read_image
 from cadsurgery.data.sources import open_data
 from cadsurgery.methods.resampling.locations import check_size
-from cadsurgery.support.files import append_lines, check_folder, make_folder, write_together, write_whole
+from cadsurgery.support.files import (
+    append_lines,
+    cache_folder,
+    check_folder,
+    make_folder,
+    write_together,
+    write_whole,
+)
 from cadsurgery.support.provenance import find_function
 from cadsurgery.tasks.open import example_image, is_file, original
 
@@ -204,3 +212,46 @@ def test_a_negative_threshold_of_exits_is_refused(threshold: float | tuple[float
     model = strided(nn.Conv2d(3, 3, 3, 2, 1), nn.ReLU())
     with pytest.raises(cs.InvalidInput, match="negative"):
         cs.anytime(model, classes=2, threshold=threshold)
+
+
+# -- the cache folder, which is whole and the user's own -----------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of the user."""
+    if sys.platform != "linux":
+        pytest.skip("permission bits are those of Linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_the_folder_is_the_users_alone(home: Path) -> None:
+    found = cache_folder()
+    assert found is not None and found.parent == home / "cache" / "cadsurgery"
+    assert found.stat().st_mode & 0o777 == 0o700 and found == cache_folder()
+
+
+@pytest.mark.parametrize("cache", ["file/below", "/proc/1/nothing"])
+def test_a_cache_that_cannot_be_written_is_none(
+    home: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    (home / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / cache))
+    assert cache_folder() is None
+
+
+@pytest.mark.parametrize("harm", [0o777, 0o770, 0o702, "somebody else's", "a link"])
+def test_a_folder_that_is_not_the_users_alone_is_not_used(
+    home: Path, monkeypatch: pytest.MonkeyPatch, harm: int | str
+) -> None:
+    folder = cache_folder()
+    assert folder is not None
+    if isinstance(harm, int):
+        folder.chmod(harm)
+    elif harm == "a link":
+        folder.rename(home / "elsewhere")
+        folder.symlink_to(home / "elsewhere")
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    assert cache_folder() is None
