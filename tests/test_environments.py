@@ -194,6 +194,7 @@ def test_commands_run_with_the_base_packages_alone_or_name_the_extra(tmp_path: P
     assert wrong(tmp_path, "", rows) == []
 
 
+@pytest.mark.slow
 def test_every_command_has_its_help_with_the_base_packages_alone(tmp_path: Path) -> None:
     done = run_commands(tmp_path, (), [[*words, "--help"] for words in WORDS])
     assert [end for end in done if end[0] != 0 or "Usage:" not in end[1]] == []

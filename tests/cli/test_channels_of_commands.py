@@ -139,6 +139,7 @@ def grey_file(command_line: Run, pictures: Path) -> str:
     return "grey.safetensors"
 
 
+@pytest.mark.slow
 def test_a_grey_network_gets_the_grey_of_every_frame_of_a_clip(
     command_line: Run, pictures: Path, grey_file: str, clip: str
 ) -> None:
@@ -170,6 +171,7 @@ def test_a_grey_network_gets_the_grey_of_every_frame_of_a_clip(
     assert done.code == 0 and done.json["images"] == 3, done.err
 
 
+@pytest.mark.slow
 def test_a_network_of_six_bands_refuses_a_clip_with_both_numbers(
     command_line: Run, pictures: Path, clip: str
 ) -> None:

@@ -473,6 +473,7 @@ def test_mask_draws_image_levels_and_lattice_side_by_side(run: Run, tmp_path: Pa
         assert len(set(picture.convert("RGB").resize((64, 32)).getdata())) > 50
 
 
+@pytest.mark.slow
 def test_a_comparison_chooses_masks_to_compare_and_labels_bring_the_oracle(run: Run, folder: Path) -> None:
     def compared(*arguments: object) -> list[str]:
         rows = run("mask", "--compare", *arguments, "--json").json["masks"]
@@ -502,6 +503,7 @@ def test_labels_are_read_as_classes_and_cut_to_size(run: Run, folder: Path) -> N
 # -- bench ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bench_prints_and_writes_its_figures_and_exits_with_0_whatever_the_law_says(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -553,6 +555,7 @@ def test_a_network_is_an_argument_or_the_option_model(run: Run, command: str) ->
     assert run(command).code == 2 and "missing argument" in run(command).err
 
 
+@pytest.mark.slow
 def test_a_dear_conversion_says_so_first_and_what_costs_less(run: Run) -> None:
     """The stated costs are those of the commands that are named."""
     words = ("convert", "usernets:segmenter", "--size", "256", "--rounds", 0, "--mask", "all")

@@ -56,6 +56,7 @@ CASES = [(name, TYPES[place % 2], 1 + place // 2 % 2) for place, name in enumera
 OTHERS = [(name, TYPES[1 - place % 2], 2 - place // 2 % 2) for place, name in enumerate(OPERATIONS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "levels"), [*CASES[::2], *(slow(*case) for case in (*CASES[1::2], *OTHERS))]
 )

@@ -166,6 +166,7 @@ class Pyramid(nn.Module):
         return F.interpolate(self.head(torch.cat(maps, 1)), size=size, mode="bilinear")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pool", "example"),
     [

@@ -45,6 +45,7 @@ def fuzz(library: Path, seed: int, calls: int, **environment: str) -> set[str]:
     return {line.split()[0] for line in done.stdout.splitlines()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, thorough(1)])
 def test_calls_that_do_not_fit_are_refused_or_stay_within_their_buffers(seed: int) -> None:
     called = fuzz(build.LIBRARY, seed, 1 if seed == 0 else 12)

@@ -70,6 +70,7 @@ UNJOINED: dict[str, Callable[[], list[nn.Module]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), covering(some(UNJOINED), [(53, 58), (48, 64)]))
 def test_its_sizes_are_the_networks_at_any_size_of_the_image(name: str, size: tuple[int, int]) -> None:
     torch.manual_seed(0)

@@ -6,7 +6,9 @@ import copy
 import os
 import random
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import is_dataclass
+from functools import cache
 from itertools import takewhile
 from typing import Any
 
@@ -112,6 +114,7 @@ def assert_parts(whole: Any, found: list[list[Any]], boxes: list[Tensor], size: 
                 assert not one.numel() or (one - other).abs().max() <= error * most
 
 
+@cache
 def made(name: str, way: str, dtype: torch.dtype = torch.float64, fast: bool = True) -> cs.AdaptiveModel:
     options, mask = WAYS[way]
     model = seeded(NETWORKS[name], dtype)
@@ -336,6 +339,7 @@ def test_an_area_keeps_the_structure_of_outputs_and_classes_need_a_value() -> No
 # -- work ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["as given, floors", "floors", "as given"])
 @torch.no_grad()
 def test_less_is_computed_and_macs_say_how_much(way: str) -> None:
@@ -443,7 +447,7 @@ def test_networks_that_are_not_computed_in_boxes_are_refused_in_words() -> None:
     image, boxes = torch.rand(1, 3, 64, 64), [torch.tensor([[0, 0, 4, 4]])]
     with pytest.raises(cs.InvalidInput, match="cannot be computed in boxes"):
         cs.read_within(nn.Conv2d(3, 3, 3), image, boxes)  # type: ignore[arg-type]
-    net = made("unet", "as given, floors", torch.float32, fast=False).train()
+    net = deepcopy(made("unet", "as given, floors", torch.float32, fast=False)).train()
     with pytest.raises(cs.InvalidInput, match="training mode"):
         cs.read_within(net, image, boxes)
     with pytest.raises(cs.InvalidInput, match="with an image only"):

@@ -16,6 +16,7 @@ from cadsurgery.finetune import Settings, fit
 from recipes.camvid_mobilenetv2.stem import CachedStem, body_of, stem_outputs
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_body_of_the_stems_outputs_is_the_network_under_any_mask() -> None:
     x = images(2, 65, 97)

@@ -31,6 +31,7 @@ def test_cost_is_the_published_one(resolution: int, density: float | None, digit
     assert round(recipe.gflops("resnet101", *given), digits) == total
 
 
+@pytest.mark.slow
 def test_names_are_those_of_the_published_file(net: cs.SampledModel) -> None:
     names = recipe.published_names(net)
     theirs = {name: net.state_dict()[ours] for ours, name in names.items()}

@@ -108,6 +108,7 @@ def test_it_finds_more_of_what_is_lost_than_detail(fitted: tuple[cs.AdaptiveMode
     assert fit.to_dict()["captured"] == fit.captured
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_it_expects_is_about_what_is_lost(fitted: tuple[cs.AdaptiveModel, GainFit]) -> None:
     """At each level, by correlation of logarithms, on images it has not seen."""

@@ -121,6 +121,7 @@ def own_names(tree: ast.Module) -> set[str]:
     return names
 
 
+@pytest.mark.slow
 def test_no_other_file_imports_or_names_private_things_of_torch() -> None:
     listed = {name for names, _ in ATTRIBUTES.values() for name in names}
     found = {path: private_places(code_of(path)) for path in FILES}
@@ -133,6 +134,7 @@ def test_no_other_file_imports_or_names_private_things_of_torch() -> None:
     assert other == set(), "put them into cadsurgery/support/torch_internals.py"
 
 
+@pytest.mark.slow
 def test_private_attributes_that_the_package_reads_are_its_own_or_listed() -> None:
     own = {name for path in FILES for name in own_names(code_of(path))} | OF_OTHERS
     listed = {name for names, _ in ATTRIBUTES.values() for name in names}

@@ -62,6 +62,7 @@ PARTS: dict[str, Use] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", some(PARTS.values(), every=4), ids=PARTS)
 def test_there_are_as_many_parts_as_the_call_has(use: Use) -> None:
     model = randomise(Asks(use)).eval()

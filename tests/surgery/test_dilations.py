@@ -161,6 +161,7 @@ class TwoBranches(nn.Module):
         return self.fine(fine) + F.interpolate(total, fine.shape[2:], mode="bilinear")
 
 
+@pytest.mark.slow
 def test_a_branch_that_keeps_its_resolution_is_in_the_region_with_one_that_is_pooled():
     model = TwoBranches().double().eval()
     net = cs.adaptify(model, mask="none", example_input=torch.randn(1, 3, 97, 129).double())

@@ -94,6 +94,7 @@ def test_functional_dropout_follows_the_mode_of_the_network(by_name: bool) -> No
     assert (net(x) == 0).float().mean() > 0.3
 
 
+@pytest.mark.slow
 def test_every_end_of_the_region_has_reason_place_and_cost() -> None:
     """What runs dense because of a barrier is counted, and print(plan) shows it; `strict` refuses it by its line."""
     plan, line = cs.plan(build("fcn_resnet50", by=4)), r"classifier\.0 \(Conv2d 3x3, _utils\.py:\d+\)"

@@ -329,6 +329,7 @@ def lacking_shape(name: str, size: tuple[int, int]) -> np.ndarray:
     return {**shapes, "spots": (x + 0.3) ** 2 + (y + 0.3) ** 2 > 0.02}[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask", "shape", "picture"),
     covering(

@@ -140,6 +140,7 @@ class Largest(TorchDispatchMode):
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask", "lacks"),
     [("edges:threshold=0.1", True), slow("edges:threshold=0.1", False), slow("content", True)],
@@ -209,6 +210,7 @@ def test_rows_and_columns_outside_of_an_area_are_not_computed(
     assert pixels[0] < 0.05 * size[0] * size[1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*written without its position")
 def test_what_is_drawn_upon_a_picture_is_inside_the_area(
     network: Callable[..., Path], picture: Path, tmp_path: Path

@@ -55,6 +55,7 @@ def miou_of(model: nn.Module) -> float:
     return float(metrics.compute()["miou"])
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 def test_a_side_of_ones_own_is_evaluated_and_timed_beside_the_others(tmp_path: Path) -> None:
     model, output, picture = street_segmenter(), tmp_path / "report.json", tmp_path / "curve.png"

@@ -71,6 +71,7 @@ def test_a_wrong_result_and_a_failure_are_findings(monkeypatch: pytest.MonkeyPat
         assert row["result"] == "broken" and words in row["why"], row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(CORPUS, every=3))
 def test_networks_as_users_write_them_in_bands_are_whole(name: str) -> None:
     """Pooled maps that are added to others, crops on all sides, coarse dense maps beside the region, other inputs."""

@@ -46,6 +46,7 @@ class Sleepy(Torch):
         return super().convolve(work)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("channels", "layer"), [slow((4, 8), "body.0"), ((8, 8), "body.3"), slow((8, 5), "head")]
 )
@@ -59,6 +60,7 @@ def test_the_slow_layer_is_named_with_its_operation(
     assert str(found) == f"{found.share:.0%} of the time is in {layer}, convolve (sleepy)"
 
 
+@pytest.mark.slow
 def test_a_slow_mask_is_named(fast: AdaptiveModel) -> None:
     def late(image: Tensor) -> Tensor:
         time.sleep(0.2)
