@@ -37,15 +37,6 @@ def spread(data: cs.SegmentationData, count: int) -> cs.SegmentationData:
     return data.at(places)
 
 
-def divided(
-    data: cs.SegmentationData, photos: int, others: int
-) -> tuple[cs.SegmentationData, cs.SegmentationData]:
-    """Return so many pictures of data, evenly spread, and so many of the rest, likewise."""
-    first = spread(data, photos)
-    rest = data.at([place for place, name in enumerate(data.names) if name not in first.names])
-    return first, spread(rest, others)
-
-
 # From the folder with data and weights; the number is the output stride.
 NETWORKS: dict[str, Callable[[Path], tuple[nn.Module, cs.SegmentationData]]] = {
     "camvid-8": lambda data: (camvid.build(data), camvid.images(data, "test")),
