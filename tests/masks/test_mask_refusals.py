@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import images
-from feature_cases import SIZE, converted
+from feature_cases import SIZE, Scored, converted
 from networks import Composed, adapted_strided, strided
 from torch import Tensor, nn
 
@@ -22,7 +22,6 @@ from cadsurgery.masks import (
     FineMapSpec,
     FunctionMask,
     LearnedMask,
-    MaskProvider,
     Threshold,
     Union,
     keypoints_at,
@@ -144,17 +143,6 @@ def test_only_classes_of_masks_get_a_name(registered: Any) -> None:
     assert "MaskProvider" in refusal.value.why
     with pytest.raises(cs.UnknownName):
         resolve_mask("nameless")
-
-
-class Scored(MaskProvider):
-    """Given scores."""
-
-    def __init__(self, scores: Tensor) -> None:
-        super().__init__()
-        self.given = scores
-
-    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        return self.given
 
 
 ONE, TWO = (torch.zeros(batch, 3, 64, 64) for batch in (1, 2))

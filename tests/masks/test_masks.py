@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import covering
+from feature_cases import Scored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import adapted_strided as net
@@ -17,7 +18,7 @@ from networks import strided
 from torch import Tensor
 
 import cadsurgery as cs
-from cadsurgery.masks import Budget, FineMapSpec, MaskProvider, resolve_mask
+from cadsurgery.masks import Budget, FineMapSpec, resolve_mask
 from cadsurgery.masks.filters import near
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
@@ -142,17 +143,6 @@ def test_a_seeded_random_mask_repeats_and_differs_between_images_and_seeds(seed:
 
 
 # -- budgets -------------------------------------------------------------------------------------------
-
-
-class Scored(MaskProvider):
-    """Given scores."""
-
-    def __init__(self, scores: Tensor) -> None:
-        super().__init__()
-        self.given = scores
-
-    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        return self.given
 
 
 def kept_patches(levels: Tensor, patch: int, low: int) -> Tensor:
