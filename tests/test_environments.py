@@ -100,9 +100,6 @@ def test_every_module_is_imported_with_the_base_packages_alone(tmp_path: Path) -
     assert asked_for and late.isdisjoint(asked_for)
 
 
-# -- commands ------------------------------------------------------------------------------------------
-
-
 def words_of_commands(group: Any, *before: str) -> Iterator[tuple[str, ...]]:
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
@@ -221,9 +218,6 @@ def test_long_commands_run_with_the_one_extra_that_they_name(tmp_path: Path, ext
     if missing := lacking(extra):
         pytest.skip(f"{', '.join(missing)} is not installed: {line_of(extra)}")
     assert wrong(tmp_path, extra, with_extra(extra, True)) == []
-
-
-# -- pages ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", NEEDED["pages"])

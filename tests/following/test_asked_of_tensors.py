@@ -234,9 +234,6 @@ def test_a_branch_on_what_no_call_promises_is_refused_where_both_ways_differ(nam
         followed(Encoded(branch))
 
 
-# -- how many parts ------------------------------------------------------------------------------------
-
-
 def by_shape(x: Tensor, radix: int) -> Any:
     _, channels = x.shape[:2]
     return torch.split(x, channels // radix, dim=1)

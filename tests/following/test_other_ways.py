@@ -133,9 +133,6 @@ def test_loaded_weights_leave_one_way() -> None:
     fast(images(1, *EVEN))
 
 
-# -- pyramids whose pooling follows from the size of the map ------------------------------------------
-
-
 def by_one_side(x: Tensor, bins: int) -> Tensor:
     """All of the map where it is a square, and else not."""
     return F.avg_pool2d(x, int(x.size(2) / bins), int(x.size(2) / bins))

@@ -586,9 +586,6 @@ def test_forwards_that_hand_on_their_arguments_are_followed(kind: type[Encoder],
         assert_same(net(*args, **kwargs), model(*args, **kwargs))
 
 
-# -- refusals ------------------------------------------------------------------------------------------
-
-
 class Aliased(Encoder):
     """Changes a value behind the back of another name of it."""
 

@@ -159,9 +159,6 @@ def test_amx_laws_hold_for_emulated_tiles(emulating: list[str], tmp_path: Path) 
     run_laws("amx", "-k", CHOSEN, "-p", "emulated_tiles", library=library)
 
 
-# -- the laws in C -----------------------------------------------------------------------------------------
-
-
 def run_all(commands: Sequence[Sequence[str]]) -> list[subprocess.CompletedProcess[str]]:
     """Run commands, two at a time."""
 

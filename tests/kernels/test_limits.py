@@ -71,9 +71,6 @@ def test_the_same_holds_for_what_the_functions_keep_on_their_stacks(tmp_path: Pa
     assert all(any(name.startswith(kind) for name in called) for kind in KINDS)
 
 
-# -- the same by the way in which Python calls them ----------------------------------------------------
-
-
 def ints(*numbers: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor(numbers, dtype=dtype)
 

@@ -31,9 +31,6 @@ class Body(nn.Module):
         return self.head(self.join(torch.cat([fine, up], 1)).relu())
 
 
-# -- slices with steps -----------------------------------------------------------------------------------------------
-
-
 class SpaceToDepth(nn.Module):
     """Every second pixel, four times, in channels."""
 
@@ -88,9 +85,6 @@ def test_slices_with_steps_are_adaptive_stages(kind: type[nn.Module]) -> None:
     sliced = [one for one in net.plan.decisions if one.operation.startswith("getitem 1x1")]
     assert sliced and all(one.action == "adapt" for one in sliced)
     torch.testing.assert_close(net(image, mask="none"), model(image))
-
-
-# -- beginnings that stay dense --------------------------------------------------------------------------------------
 
 
 class Rectangular(nn.Module):

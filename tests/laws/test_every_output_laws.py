@@ -195,9 +195,6 @@ def test_every_output_at_every_level_is_the_network_dilated_by_hand(seed: int) -
             assert_same(ours[:, :, ::here, ::here], theirs.data[:, :, ::there, ::there], 1e-9)
 
 
-# -- whether a mask has an effect ------------------------------------------------------------------------
-
-
 class Faint(nn.Module):
     """A resize brings finer values to the output, scaled to next to nothing beside what there is anyway."""
 

@@ -86,9 +86,6 @@ def subject(seed: int) -> Subject:
         return Subject(seed, case, net, levels, net(case.image.clone(), *case.more, mask=levels))
 
 
-# -- optimised copies ------------------------------------------------------------------------------------------
-
-
 def optimised(of: Subject) -> None:
     """In float64, with convolutions and norms fused or only the latter folded."""
     for fast in (of.fast, of.net.optimize(fuse=False)):
@@ -133,9 +130,6 @@ def without_a_compiler(of: Subject) -> None:
             same(run(*of.inputs, mask=of.levels), of.found, 1e-8)
 
 
-# -- copies and files ------------------------------------------------------------------------------------------
-
-
 def copied(of: Subject) -> None:
     for net in (of.net, of.fast):
         expected = net(*of.inputs, mask=of.levels)
@@ -149,9 +143,6 @@ def stored(of: Subject) -> None:
         cs.save(of.net, path)
         loaded = cs.load(path, model=random_case(of.seed).model)
     same(loaded(*of.inputs, mask=of.levels), of.found, 1e-15)
-
-
-# -- other ways to run -----------------------------------------------------------------------------------------
 
 
 def halves(of: Subject) -> None:
@@ -264,9 +255,6 @@ def dense_twins(of: Subject) -> None:
             same(twin(other.clone()), of.net(other.clone(), mask=mask), 1e-8)
             called = [str(node.target) for node in twin.graph.nodes if node.op == "call_function"]
             assert called and not any("cadsurgery" in name or "mkldnn" in name for name in called)
-
-
-# -- counting --------------------------------------------------------------------------------------------------
 
 
 def counted(of: Subject) -> None:

@@ -185,9 +185,6 @@ def test_without_a_backbone_that_converts_and_is_used_it_is_refused(
         cs.adaptify(kind(backbone))
 
 
-# -- networks that take few sizes ----------------------------------------------------------------------
-
-
 class OfMultiples(nn.Module):
     """An encoder and a decoder that take multiples of a number alone."""
 

@@ -29,9 +29,6 @@ def half(batch: int, left: bool) -> Tensor:
     return images
 
 
-# -- maps of unequal sizes ------------------------------------------------------------------------------
-
-
 class Rounded(nn.Module):
     """A map whose sizes are rounded up, and another whose sizes are rounded down, joined in any way."""
 
@@ -109,9 +106,6 @@ def test_a_file_of_any_size_refuses_what_the_network_refuses(name: str, tmp_path
     for size in ((66, 64), (64, 6)):
         with pytest.raises(Fail, match="sides of images are multiples of"):
             session.run(None, {"image": torch.rand(1, 3, *size).numpy()})
-
-
-# -- images joined along the batch ----------------------------------------------------------------------
 
 
 class Pair(nn.Module):

@@ -282,9 +282,6 @@ def test_what_is_beyond_the_border_is_what_an_operation_says(op: Operation) -> N
     assert not torch.equal(padded(100.0), padded(None))
 
 
-# -- operations of a user's own ---------------------------------------------------------------------------
-
-
 def test_an_operation_is_declared_in_the_words_of_the_table() -> None:
     with pytest.raises(cs.InvalidInput, match="cannot read or give 'neighbours'"):
         cs.operation(reads="neighbours")  # type: ignore[arg-type]
@@ -299,9 +296,6 @@ def test_a_treatment_calls_what_is_declared() -> None:
     with pytest.raises(cs.UnknownName, match="max_pool2d"):
         Treatment("window", call="max_pool")
     assert Treatment("window", call="max_pool2d").call is cs.functional.max_pool2d
-
-
-# -- one node for each ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

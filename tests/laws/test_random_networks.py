@@ -99,9 +99,6 @@ def test_a_random_network_under_floors_is_its_emulation(seeds: list[int]) -> Non
         assert net.checks and all(check.passed for check in net.checks), seed
 
 
-# -- what they found, made small -------------------------------------------------------------------------------
-
-
 def conv(stride: int = 1, dilation: int = 1, channels: int = 8, padding: int | None = None) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, 3, stride, dilation if padding is None else padding, dilation)
 

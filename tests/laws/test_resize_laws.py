@@ -93,9 +93,6 @@ def test_a_map_larger_than_its_outermost_cells_is_refused() -> None:
         functional.resize(x, 0, (2, 1), 2, (11, 11))
 
 
-# -- decoders and pyramids ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "name", ["resnet18", slow("mobilenetv2_050"), *map(thorough, ("convnext_atto", "hrnet_w18_small"))]
 )

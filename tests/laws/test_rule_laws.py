@@ -67,9 +67,6 @@ def assert_one_function(ours: Net, theirs: Net, fill: str = "linear") -> None:
     assert_same(outputs(ours, levels, x, fill=fill), outputs(theirs, levels, x, fill=fill), EXACT)
 
 
-# -- spellings of pointwise operations, channel arithmetic, axes -----------------------------------------
-
-
 def _pooled_by_attention(m: Any, x: Tensor) -> Tensor:
     b, c, h, w = x.shape
     attention = torch.softmax(m["one"](x)[:, :1].reshape(b, 1, h * w), dim=-1).unsqueeze(3)

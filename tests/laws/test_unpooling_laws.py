@@ -62,9 +62,6 @@ def test_indices_that_leave_the_region_are_torchs_numbers(pool: nn.MaxPool2d, si
     assert torch.equal(functional.dense_indices(indices, 2), expected)
 
 
-# -- networks ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_where_laws_are_checked_rounding_does_not_say_which_of_equal_values_is_the_largest(
     dtype: torch.dtype,

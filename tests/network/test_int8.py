@@ -598,9 +598,6 @@ def test_the_mean_error_of_rounded_weights_is_corrected(
     assert float(error.max()) < 0.1 * float(uncorrected.max())
 
 
-# -- images that 8 bits are calibrated by ----------------------------------------------------------
-
-
 SCENES = cs.open_data("scene:4,height=48,width=64")
 
 

@@ -86,9 +86,6 @@ MODELS = {
 }
 
 
-# -- what is counted is what runs ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("seed", [4, 6, slow(0), *map(thorough, (1, 3, 5))])
 def test_the_count_of_a_random_network_is_what_runs_but_for_means(seed: int) -> None:
     """Means over an image, also those of norms, are matrix products on elements; as in dense networks they count for
@@ -158,9 +155,6 @@ def test_a_report_lists_the_layers_that_add_up_to_it_and_runs_nothing() -> None:
     assert values["shape"] == [1, 3, 96, 128]
 
 
-# -- against another counter ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", [(96, 128), (97, 161)])
 def test_the_dense_twins_cost_what_ptflops_counts(size: tuple[int, int]) -> None:
     strided = convolutions(*STRIDED, bias=False)
@@ -170,9 +164,6 @@ def test_the_dense_twins_cost_what_ptflops_counts(size: tuple[int, int]) -> None
     functional = {"backend_specific_config": {"count_functional": False}}
     assert report.low == by_ptflops(strided, size, **functional)
     assert report.high == by_ptflops(twin, size, **functional)
-
-
-# -- how they grow -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "count"), covering([*MODELS], [1, 5, 11]))
@@ -187,9 +178,6 @@ def test_macs_are_affine_in_the_share_of_active_blocks(name: str, count: int) ->
     assert report.mask * whole == count * report.high + (whole - count) * report.low
 
 
-# -- ResNet-101 at 1024x2048 -----------------------------------------------------
-
-
 @pytest.mark.slow
 def test_resnet101_costs_what_is_published_for_its_convolutions() -> None:
     trunk = nn.Sequential(*list(of_zeros(torchvision.models.resnet101).children())[:-2]).eval()
@@ -197,9 +185,6 @@ def test_resnet101_costs_what_is_published_for_its_convolutions() -> None:
     assert report.mask == report.high
     assert report.high == pytest.approx(1.4180e12, rel=5e-5)
     assert report.low == pytest.approx(3.2598e11, rel=5e-5)
-
-
-# -- of the network as given ---------------------------------------------------------------------------
 
 
 NETWORKS = MODELS | {"unet": lambda: subject("unets:unet_bilinear", CHECKOUT).build().eval()}
@@ -378,9 +363,6 @@ def test_sizes_held_in_tensors_have_values_on_shapes_alone(held: str) -> None:
     report = net.macs(x, mask="all")
     assert report.given == report.mask > 0
     assert_same(net.optimize(memory="2MiB")(x, mask="all"), model(x))
-
-
-# -- counters of others: they count by hooks, layer by layer, and so each layer's rows -------------
 
 
 class Counted(nn.Module):

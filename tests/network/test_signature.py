@@ -124,9 +124,6 @@ def test_files_take_named_arguments_as_calls_do(tmp_path: Any) -> None:
     assert written.inputs == ("pixels",)
 
 
-# -- programs: the same for a network, its copies and a part that is hosted ------------------------
-
-
 class Backbone(nn.Module):
     """Two maps in a dictionary, at half and an eighth of the size."""
 

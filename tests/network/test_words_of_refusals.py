@@ -60,9 +60,6 @@ def test_values_beyond_float16_are_named_with_their_layer(
     assert "report it" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
-# -- amounts of memory ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("scale", [1, 700, 2**20, 3 * 2**20 + 12345, 2**33])
 @pytest.mark.parametrize("more", [1, 17, 2000, 2**20])
 def test_two_amounts_are_told_apart_and_read_back_as_no_less(scale: int, more: int) -> None:
@@ -71,9 +68,6 @@ def test_two_amounts_are_told_apart_and_read_back_as_no_less(scale: int, more: i
     assert in_mebibytes(scale, scale) == in_mebibytes(scale)
     for text, amount in ((low, scale), (high, scale + more)):
         assert bytes_of(text.replace(" ", "")) >= amount
-
-
-# -- words of torch.fx -----------------------------------------------------------------------------------
 
 
 def refusing(error: str) -> nn.Module:

@@ -74,9 +74,6 @@ def test_automatic_memory_leaves_a_margin_where_the_system_tells(
     assert free // 2 <= amount <= max(free * 3 // 4, 1) and amount > 0
 
 
-# -- memory of large results ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("large", [1, 1 << 40, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_memory_is_a_tensor_as_any_also_without_large_pages(
@@ -91,9 +88,6 @@ def test_memory_is_a_tensor_as_any_also_without_large_pages(
         assert found.shape == shape and found.dtype == dtype and found.is_contiguous()
         assert bool((found.fill_(1) == 1).all())
     assert pages.new_memory(like.to("meta"), 4, 4).is_meta
-
-
-# -- the processor and its instruction sets ------------------------------------------------------------
 
 
 CPU = torch.device("cpu")

@@ -161,9 +161,6 @@ class Rows(nn.Module):
         return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-# -- hooks ---------------------------------------------------------------------------------------------
-
-
 class Noted:
     """Notes the shapes of what a hook is shown."""
 
@@ -273,9 +270,6 @@ def test_hooks_that_belong_to_the_network_are_part_of_its_forward():
         step = -(-given.shape[-1] // expected.shape[-1])
         torch.testing.assert_close(given[..., ::step, ::step], expected)
     assert not any("hook" in decision.reason for decision in net.plan.chosen("barrier"))
-
-
-# -- exchanged modules ---------------------------------------------------------------------------------
 
 
 def test_a_forward_exchanged_before_the_conversion_ends_the_region():

@@ -58,9 +58,6 @@ def figures(report: EvaluationReport) -> list[dict[str, Any]]:
     ]
 
 
-# -- figures -------------------------------------------------------------------------------------------
-
-
 def test_every_mask_stands_at_every_pair_between_its_dense_networks(report: EvaluationReport) -> None:
     middle = [EDGES, GRADED]
     for pair in ((8, 32), (4, 32)):
@@ -136,9 +133,6 @@ def test_masks_may_ask_for_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.rows[1].mask == "oracle" and report.rows[1].active_fraction >= share > 0
 
 
-# -- work ----------------------------------------------------------------------------------------------
-
-
 def linear_on_rows() -> nn.Module:
     """Linear layers on the last axis of a map, as in torchvision's ConvNeXt."""
     strided = [nn.Conv2d(3, 8, 2, 2), nn.Conv2d(8, 8, 2, 2), nn.Conv2d(8, 8, 2, 2)]
@@ -167,9 +161,6 @@ def test_work_by_elements_gives_the_macs_of_any_mask(name: str) -> None:
         counted = net.macs(x, mask=levels)
         found = {layer.layer: layer.on(net.lattice) for layer in layers}
         assert {layer.layer: layer.mask for layer in counted.layers} == {n: c for n, c in found.items() if c}
-
-
-# -- refusals ------------------------------------------------------------------------------------------
 
 
 class Lost:
@@ -220,9 +211,6 @@ def test_unreadable_images_are_reported_and_the_others_done(folder: Path) -> Non
     assert failure["image"].endswith("b.png") and failure["error"] == "FileError" and failure["next"]
 
 
-# -- statistics of images ------------------------------------------------------------------------------
-
-
 def test_a_network_of_ones_own_says_what_images_it_expects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,9 +221,6 @@ def test_a_network_of_ones_own_says_what_images_it_expects(
     for network in (street_segmenter(), net, net.optimize(), cs.build_model("ownnets:street_segmenter")):
         assert source_of(network).mean == (0.5, 0.4, 0.3) and source_of(network).std == (0.2, 0.3, 0.4)
     assert source_of(nn.Conv2d(3, 3, 1)).mean == Source("").mean
-
-
-# -- command line and several processes ----------------------------------------------------------------
 
 
 EVAL = ("eval", "networks:street_segmenter", "--data", DATA, "--mask", EDGES)
@@ -276,9 +261,6 @@ def test_two_processes_find_what_one_finds(command_line: Run, tmp_path: Path) ->
         and two == json.loads((tmp_path / "two.json").read_text())
     )
     assert two["rows"] == one["rows"] and two["images"] == one["images"] == 5
-
-
-# -- report --------------------------------------------------------------------------------------------
 
 
 def test_the_report_is_json_and_says_when_weights_are_random(report: EvaluationReport) -> None:

@@ -760,9 +760,6 @@ def test_pictures_that_would_not_fit_are_computed_in_bands(
         assert Path(report.rows[0]["output"]).name == f"page.{kind}"
 
 
-# -- recommend ----------------------------------------------------------------------------------------
-
-
 def test_recommend_names_what_computes_pictures_whose_maps_do_not_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
