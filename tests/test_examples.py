@@ -185,6 +185,7 @@ def test_notebook_runs_and_shows_pictures(path: Path, tmp_path: Path) -> None:
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.parent.name)
 def test_recipe_without_its_data_says_so_and_stops(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

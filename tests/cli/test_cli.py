@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from importlib.metadata import version
@@ -220,15 +219,17 @@ def test_every_option_of_every_command_is_a_field_of_a_dataclass() -> None:
             assert is_shared or option.help.endswith(told), f"{name} {option.opts}"
 
 
-def all_commands() -> Iterator[tuple[str, Any]]:
+@cache
+def all_commands() -> list[tuple[str, Any]]:
     """Names and objects of all commands."""
-    groups = [("", get_command(make_app()))]
+    found, groups = list[tuple[str, Any]](), [("", get_command(make_app()))]
     for name, group in groups:
         for own, command in group.commands.items():
             if hasattr(command, "commands"):
                 groups.append((f"{name} {own}", command))
             else:
-                yield f"{name} {own}".strip(), command
+                found.append((f"{name} {own}".strip(), command))
+    return found
 
 
 def test_there_are_few_options() -> None:

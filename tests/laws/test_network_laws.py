@@ -133,6 +133,7 @@ def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 # -- 1: identity ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "region"), covering(some(["deeplabv3_resnet50", "fcn_resnet50"]), some(["auto", "backbone"]))
 )
@@ -346,6 +347,7 @@ def test_other_weights_count_whatever_modules_remember_of_the_former() -> None:
         assert_same(form(x), other(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "fill"), covering(["resnet18", slow("resnext50_32x4d")], ["guided", "linear", slow("nearest")])
 )

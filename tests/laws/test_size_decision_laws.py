@@ -89,6 +89,7 @@ def own_level(net: cs.AdaptiveModel) -> str:
     return "all" if net.plan.floors else "none"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spelling", "asks", "kernel", "options", "example"),
     covering(some(SPELLINGS), [False, True], [3, 5], OPTIONS, EXAMPLES),

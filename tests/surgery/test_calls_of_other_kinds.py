@@ -112,6 +112,7 @@ ASKED: dict[str, tuple[Use, Sequence[Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"output_stride": (1, 4)}, slow({"coarsest": 16})], ids=["strides", "floors"]
 )

@@ -206,6 +206,7 @@ def test_what_is_missing_or_new_is_predicted(file: Path, photos: Path, whole: Pa
     assert {**before, "new.png": (whole / "new.png").read_bytes()} == predictions(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["size", thorough("time"), "while it was predicted"])
 def test_a_picture_that_was_replaced_is_predicted_again(
     file: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
