@@ -177,7 +177,7 @@ def _find_uncopyable(*values: Any) -> Iterator[Any]:
     seen, pending = dict[int, Any](), list(values)
     while pending:
         value = pending.pop()
-        if type(value) in _COPIED or isinstance(value, _COPIED) or id(value) in seen:
+        if isinstance(value, _COPIED) or id(value) in seen:
             continue
         seen[id(value)] = value  # held, since the state of an object may be made for the occasion
         if isinstance(value, dict):

@@ -191,7 +191,8 @@ class Changed(Exception):
 
 
 class OutsideWatch:
-    """Compares the values that a network's code reads with those at the conversion; takes some microseconds."""
+    """Compares the values that a network's code reads with those at the conversion. That takes 10 microseconds to 2
+    milliseconds, by how many values and functions the code names."""
 
     def __init__(self, net: nn.Module, outside: Outside) -> None:
         """Take the network whose modules are looked at."""
@@ -309,11 +310,12 @@ def _copied(
 
 
 def _brings(value: Any) -> bool:
-    """True if what is called with a function are other values, too, which it brings along."""
+    """True if a function computes with values of its own: defaults, enclosed variables, or the object of a method."""
     if isinstance(value, MethodType):
         return not isinstance(value.__self__, (type, nn.Module))
-    has_defaults = isinstance(value, FunctionType) and (value.__defaults__ or value.__kwdefaults__)
-    return bool(has_defaults) or (isinstance(value, FunctionType) and value.__closure__ is not None)
+    return isinstance(value, FunctionType) and bool(
+        value.__defaults__ or value.__kwdefaults__ or value.__closure__
+    )
 
 
 def _parts_of(value: Any, names: Collection[str], copy: Callable[[Any], Any]) -> Any:
@@ -484,9 +486,8 @@ class _Code:
             count = len(reading.seen)
             for kind, values in held.items():
                 values += reading.read(kind, (*reading.called(kind), *values), _named_by)
-        for kind in (
-            held
-        ):  # methods of which nobody tells whether they are called, such as those of a library's mixins
+        # Methods of which nobody tells whether they are called, such as those of a library's mixins.
+        for kind in held:
             values = [
                 value
                 for name, value in vars(kind).items()

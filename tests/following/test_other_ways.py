@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, random_levels, slow, some
+from conftest import assert_same, images, random_levels, some
 from networks import conv_norm, randomise, unverified
 from torch import Tensor, nn
 
@@ -53,7 +53,7 @@ EVEN, ODD = (64, 96), (69, 84)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fuse", [slow(True), False])
+@pytest.mark.parametrize("fuse", [True, False])
 @torch.no_grad()
 def test_an_optimised_copy_follows_what_the_network_follows(fuse: bool) -> None:
     """Copies, pickles and other masks of it too; its weights are those of the moment it was made."""
@@ -168,10 +168,10 @@ class Pyramid(nn.Module):
     ("pool", "example"),
     [
         (by_one_side, (96, 96)),
-        slow(by_one_side, (97, 97)),
-        slow(by_bins, (96, 96)),
+        (by_one_side, (97, 97)),
+        (by_bins, (96, 96)),
         (by_windows_that_fit, (96, 96)),
-        slow(by_windows_that_fit, (97, 97)),
+        (by_windows_that_fit, (97, 97)),
     ],
 )
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from itertools import product
 from typing import Any
@@ -34,18 +34,11 @@ from cadsurgery.network.points import readable
 
 Size = tuple[int, int]
 SIZE: Size = (65, 97)
+# Rows have the same bits however many there are with one thread alone, as `read_at` says.
+pytestmark = pytest.mark.usefixtures("one_thread")
 FILLS = ("linear", "nearest", "guided")
 SEEDS = range(3)  # of random sets of points for each network
 PUBLISHED = {"anchor": "center", "fill": "nearest", "pool": "drop", "patch": "block"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Rows have the same bits however many there are with one thread alone, as `read_at` says."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # -- networks ------------------------------------------------------------------------------------------

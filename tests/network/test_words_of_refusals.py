@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import images, slow
+from conftest import images
 from networks import Composed, unverified
 from torch import Tensor, fx, nn
 
@@ -40,11 +40,11 @@ def network(factor: float, of: str) -> nn.Sequential:
 @pytest.mark.parametrize(
     ("name", "how", "of", "factor"),
     [  # programs have the type of the network
-        slow("net.onnx", "a file in float16", "values", 3e5),
+        ("net.onnx", "a file in float16", "values", 3e5),
         ("net.pt2", "a network in float16", "weights", 1e7),
-        slow("net.onnx", "a file in float16", "weights", 1e7),
-        slow("net.onnx", "a network in float16", "weights", 1e7),
-        slow("net.pt2", "a network in float16", "values", 3e5),
+        ("net.onnx", "a file in float16", "weights", 1e7),
+        ("net.onnx", "a network in float16", "weights", 1e7),
+        ("net.pt2", "a network in float16", "values", 3e5),
     ],
 )
 def test_values_beyond_float16_are_named_with_their_layer(

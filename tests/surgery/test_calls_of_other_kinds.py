@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, slow, some
+from conftest import assert_same, images, some
 from networks import randomise
 from torch import Tensor, nn
 
@@ -113,9 +113,7 @@ ASKED: dict[str, tuple[Use, Sequence[Any]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [{"output_stride": (1, 4)}, slow({"coarsest": 16})], ids=["strides", "floors"]
-)
+@pytest.mark.parametrize("options", [{"output_stride": (1, 4)}, {"coarsest": 16}], ids=["strides", "floors"])
 @pytest.mark.parametrize("asked", some(ASKED.values()), ids=ASKED)
 def test_what_python_asks_of_an_argument_is_asked_of_the_calls_own(
     asked: tuple[Use, Sequence[Any]], options: Any

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import covering, slow
+from conftest import covering
 from PIL import Image
 from predicting import NORTH_UP, ZONE, save_convolutions
 from predicting import predict as predict_mask
@@ -143,7 +143,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask", "lacks"),
-    [("edges:threshold=0.1", True), slow("edges:threshold=0.1", False), slow("content", True)],
+    [("edges:threshold=0.1", True), ("edges:threshold=0.1", False), ("content", True)],
 )
 def test_of_the_whole_picture_only_a_byte_of_levels_is_kept(
     network: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str, lacks: bool

@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import slow
 from networks import NamedParts
 from torch import Tensor
 
@@ -47,9 +46,7 @@ class Sleepy(Torch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("channels", "layer"), [slow((4, 8), "body.0"), ((8, 8), "body.3"), slow((8, 5), "head")]
-)
+@pytest.mark.parametrize(("channels", "layer"), [((4, 8), "body.0"), ((8, 8), "body.3"), ((8, 5), "head")])
 def test_the_slow_layer_is_named_with_its_operation(
     fast: AdaptiveModel, monkeypatch: pytest.MonkeyPatch, channels: tuple[int, int], layer: str
 ) -> None:
