@@ -266,15 +266,17 @@ class Budget(MaskWrapper):
 
     def _levels_of_ranks(self, scores: Tensor, grid: FineMapSpec) -> Tensor:
         """Return int8 levels by rank in each row of scores (..., N); of equal scores the first one ranks higher."""
-        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        # The order itself is not used: OpenVINO's sort does not keep the order of equal scores.
+        falling = scores.sort(dim=-1, descending=True).values
         number = torch.full((), scores.shape[-1], dtype=torch.float64, device=scores.device)
-        rank = torch.arange(scores.shape[-1], device=scores.device)
-        by_rank = torch.full_like(rank, grid.max_level, dtype=torch.int8)
+        levels = torch.full_like(scores, grid.max_level, dtype=torch.int8)
         for level, fraction in reversed(list(enumerate(self.fraction))):
-            is_kept = rank < (number * fraction).round()  # as in `_counts`, but for sizes unknown to a graph
-            by_rank = torch.where(is_kept, min(level, grid.max_level), by_rank).to(torch.int8)
-        # Every place is written. Engines have no uninitialised memory.
-        return scores.new_zeros(scores.shape, dtype=torch.int8).scatter(-1, order, by_rank.expand_as(order))
+            count = (number * fraction).round().long()  # as in `_counts`, but for sizes unknown to a graph
+            lowest = falling.index_select(-1, (count - 1).clamp(min=0).view(1))  # score that is kept
+            above, equal = scores > lowest, scores == lowest
+            is_kept = above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+            levels = torch.where(is_kept, min(level, grid.max_level), levels).to(torch.int8)
+        return levels
 
     def _of_patches(self, scores: Tensor, grid: FineMapSpec) -> Tensor:
         """Average scores (B, h, w) over patches: (B, ceil(h / patch), ceil(w / patch)) float64.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,20 @@ class File:
         return dict(zip(outputs, map(torch.from_numpy, self.session.run(outputs, feed)), strict=True))
 
 
-def assert_same_file(path: Path, net: cs.AdaptiveModel, *images: Tensor, tolerance: float = 1e-4) -> None:
+def in_openvino(path: Path) -> Callable[[Tensor], dict[int, Tensor]]:
+    """An ONNX file that OpenVINO compiles once, for all the sizes that it takes."""
+    core = pytest.importorskip("openvino").Core()
+    compiled = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda image: {
+        index: torch.from_numpy(value) for index, value in enumerate(compiled(image.numpy()).to_tuple())
+    }
+
+
+def assert_same_file(
+    path: Path, net: cs.AdaptiveModel, *images: Tensor, tolerance: float = 1e-4, opened: Any = File
+) -> None:
     """A file gives what the network gives, and its level map, which keeps a part of an image."""
-    run = File(path)
+    run = opened(path)
     for image in images:
         with torch.no_grad():
             expected = tree_leaves(net(image))

@@ -20,7 +20,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 from conftest import Run, assert_same, images, picture, random_levels, slow, thorough
-from exported import ENGINES_HERE, File, assert_same_file, net
+from exported import ENGINES_HERE, File, assert_same_file, in_openvino, net
 from networks import Composed, Encoded, conv_norm, randomise, saved_segmenter, strided, unverified
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
 from cadsurgery.elements.backends import dense, portable, reference
+from cadsurgery.masks.wrappers import Budget
 from cadsurgery.network.export import compare
 from cadsurgery.network.export import onnx as onnx_files
 from cadsurgery.network.export.compare import check_difference, difference, more_images
@@ -129,6 +130,15 @@ def test_large_weights_get_a_file_of_their_own(tmp_path: Path, monkeypatch: pyte
     assert_same_file(path, model, picture(3, 72, 104).flip(2) * 0.7)
 
 
+class Steps(cs.MaskProvider):
+    """Scores of four values, so that most patches are equal to others, whatever the precision."""
+
+    def scores(self, image: Tensor, features: Tensor, grid: cs.masks.FineMapSpec) -> Tensor:
+        rows, columns = (torch.arange(length) // grid.patch for length in grid.size)
+        steps = (rows.unsqueeze(1) * 7 + columns * 5) % 4
+        return steps.float().expand(grid.batch, -1, -1)
+
+
 def fixed_levels() -> Tensor:
     torch.manual_seed(0)
     return random_levels(1, (36, 52), (2, 2))[0]
@@ -139,12 +149,13 @@ def fixed_levels() -> Tensor:
     ("mask", "fill", "dynamic"),
     [
         ("edges:threshold=0.35/0.1,dilation=11/21", "guided", True),  # `dynamic` is of edges, linear
-        thorough("detail", "nearest", True),
+        ("detail", "nearest", True),
         ("edges | budget:fraction=0.1/0.3", "linear", True),
+        (Budget(Steps(), (0.1, 0.3)), "linear", True),
         (fixed_levels(), "linear", False),
         ("learned", "linear", False),
     ],
-    ids=["guided", "nearest", "a budget", "a fixed map", "learned"],
+    ids=["guided", "nearest", "a budget", "equal scores", "a fixed map", "learned"],
 )
 def test_every_mask_and_fill_is_the_network(mask: Any, fill: str, dynamic: bool, tmp_path: Path) -> None:
     model, path, image = net(mask, fill=fill), tmp_path / "net.onnx", picture(1, 72, 104)
@@ -154,7 +165,8 @@ def test_every_mask_and_fill_is_the_network(mask: Any, fill: str, dynamic: bool,
     report = cs.export(model, image, path, dynamic=dynamic)
     assert report.image == ((None, 3, None, None) if dynamic else (None, 3, 72, 104))
     sizes = ((2, 93, 75), (1, 64, 160)) if dynamic else ((3, 72, 104),)
-    assert_same_file(path, model, *(picture(*size).flip(2) * 0.7 for size in sizes))
+    for opened in (File, in_openvino):
+        assert_same_file(path, model, *(picture(*size).flip(2) * 0.7 for size in sizes), opened=opened)
 
 
 @pytest.mark.parametrize(

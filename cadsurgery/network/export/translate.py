@@ -17,6 +17,7 @@ from onnxscript.function_libs.torch_lib.ops.core import (
     aten_clamp_tensor,
     aten_einsum,
     aten_index,
+    aten_slice,
     aten_where,
 )
 from onnxscript.function_libs.torch_lib.ops.nn import aten_avg_pool2d, aten_pad
@@ -31,7 +32,8 @@ _ATEN = torch.ops.aten
 
 
 def _sort(self: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
-    """Sort by TopK of all values; it is stable, because among equal values the lower index comes first."""
+    """Sort by TopK of all values; it is stable, because among equal values the lower index comes first. OpenVINO does
+    not keep that rule, so masks do not use the indices."""
     count = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
     values, indices = op.TopK(self, count, axis=dim, largest=int(descending), sorted=1)
     return values, indices
@@ -254,6 +256,18 @@ def _pad(self: Any, pad: Any, mode: str = "constant", value: float | None = None
 
 
 _END = (1 << 63) - 1  # of an axis, as ONNX's Slice has it
+_BEHIND_ANY_END = 1 << 30
+
+
+def _slice(self: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    """Slice; a step on a whole axis has an end of its own.
+
+    OpenVINO 2026.4 takes the size of `x[::2]` for the size of x where both may be any from 1 on (its pull request
+    37932), and reads one for the other; with another end it may be at most half of that.
+    """
+    if step != 1 and (end is None or (isinstance(end, int) and end > _BEHIND_ANY_END)):
+        end = _BEHIND_ANY_END
+    return aten_slice(self, dim, start, end, step)
 
 
 TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -272,6 +286,7 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     _ATEN.batch_norm.default: _batch_norm,
     _ATEN.avg_pool2d.default: _avg_pool2d,
     _ATEN.pad.default: _pad,
+    _ATEN.slice.Tensor: _slice,
     round: _round,
     torch.ops.cadsurgery.product_of_taps.default: _product_of_taps,
     torch.ops.cadsurgery.sum_of_taps.default: _sum_of_taps,
