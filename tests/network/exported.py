@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
+from cadsurgery.network.export.engines import OpenVino
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -50,11 +51,9 @@ class File:
 
 def in_openvino(path: Path) -> Callable[[Tensor], dict[int, Tensor]]:
     """An ONNX file that OpenVINO compiles once, for all the sizes that it takes."""
-    core = pytest.importorskip("openvino").Core()
-    compiled = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return lambda image: {
-        index: torch.from_numpy(value) for index, value in enumerate(compiled(image.numpy()).to_tuple())
-    }
+    pytest.importorskip("openvino")
+    run = OpenVino(path, any_size=True)
+    return lambda image: dict(enumerate(run(image)))
 
 
 def assert_same_file(

@@ -164,8 +164,9 @@ def written(
 
     inputs = (given.image, *given.more) if given.more else given.image
     report = cs.export(given.net, inputs, path, check_in=engine, **options)
-    run = ENGINES[engine](path) if engine != "onnx" else lambda *given: [*File(path)(*given).values()]
-    return run, report
+    if engine == "onnx":
+        return lambda *given: [*File(path)(*given).values()], report
+    return ENGINES[engine](path, any_size=options.get("dynamic", False)), report
 
 
 def check_files(given: Given, folder: Path, engine: str) -> None:

@@ -29,13 +29,16 @@ class Engine:
     has_8_bit_depthwise: ClassVar[bool] = False
     has_bfloat16: ClassVar[bool] = False
 
-    def __init__(self, path: Path, threads: int = 0, in_bfloat16: bool = False) -> None:
+    def __init__(
+        self, path: Path, threads: int = 0, in_bfloat16: bool = False, any_size: bool = False
+    ) -> None:
         """Open a file, to be run by a number of threads; 0 leaves the number to the engine.
 
         Args:
             path: file in single precision.
             threads: number of threads.
             in_bfloat16: multiply in bfloat16; for engines with `has_bfloat16`.
+            any_size: prepare the file once for all sizes, where the engine can also prepare it for each.
 
         Raises:
             CannotConvert: the engine refuses the file.
@@ -43,7 +46,7 @@ class Engine:
         """
         package = import_package(self.package)
         kernels = kernels_for(self.package) if self.has_kernels else ""
-        self._in_bfloat16 = in_bfloat16
+        self._in_bfloat16, self._any_size = in_bfloat16, any_size
         try:
             self._open(package, path, threads, kernels)
         except Exception as error:

@@ -54,7 +54,7 @@ class OnnxRuntimeWithKernels(OnnxRuntime):
 
 
 class OpenVino(Engine):
-    """An ONNX file in OpenVINO, compiled for the shapes of its last call."""
+    """An ONNX file in OpenVINO, compiled for the shapes of its last call, or once for any size."""
 
     name, package = "OpenVINO", "openvino"
     has_bfloat16 = True
@@ -71,10 +71,11 @@ class OpenVino(Engine):
         self._compiled: tuple[list[list[int]], Any] = [], None
 
     def _run(self, *inputs: Tensor) -> list[Tensor]:
-        shapes = [list(value.shape) for value in inputs]
-        if shapes != self._compiled[0]:
+        shapes = [] if self._any_size else [list(value.shape) for value in inputs]
+        if not self._compiled[1] or shapes != self._compiled[0]:
             model = self._model.clone()
-            model.reshape(dict(zip(model.inputs, shapes, strict=True)))
+            if shapes:
+                model.reshape(dict(zip(model.inputs, shapes, strict=True)))
             self._compiled = shapes, self._core.compile_model(model, "CPU", self._options)
         outputs = self._compiled[1]([value.numpy() for value in inputs])
         return [torch.from_numpy(outputs[index]) for index in range(len(outputs))]

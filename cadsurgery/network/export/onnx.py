@@ -129,7 +129,7 @@ def write(
         step("writing")
         _save(model, path)
     with refused("the engine does not open the file", _other_files(dynamic, level_map)):
-        run = engine(path, torch.get_num_threads())
+        run = engine(path, torch.get_num_threads(), any_size=dynamic)
     answers = _answers(net, image, other, dynamic, None if 0 in free else len(image), multiple)
     batches = [answer.image for answer in answers]
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
