@@ -87,7 +87,7 @@ class SeenGraph:
         several: nodes of the region whose value is several maps.
         small: nodes whose value is a small map that the region reads.
         types: type of each tensor, and of the values of elements.
-        numbers: numbers that follow from the size of the picture.
+        numbers: numbers that follow from the size of the picture, and tensors of which only the type is asked.
         memories: the memory of the value of each node, which views share.
         changed: for each node that changes values in place, the nodes of these.
         own: runs single nodes of the graph on values.
@@ -129,6 +129,10 @@ class SeenGraph:
                 self.numbers[node] = device
             elif _is_number(value):
                 self.numbers[node] = value
+        for node in graph.nodes:  # rows of which only type and device are asked
+            is_rows = node.target is getattr and node.args[1] == "rows"
+            if is_rows and node.users and all(_acts(user).kind == "shape" for user in node.users):
+                self.numbers[node] = torch.empty(0, dtype=self.types[node], device=device)
 
     @property
     def returned(self) -> Any:
