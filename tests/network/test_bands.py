@@ -62,7 +62,7 @@ def pools(net: Any, x: Tensor) -> Tensor:
 
 
 def located(net: Any, image: Tensor, y: Tensor) -> Tensor:
-    lines = [torch.linspace(-1, 1, side, dtype=y.dtype, device=y.device) for side in y.shape[2:]]
+    lines = [torch.linspace(-1, 1, side).type_as(y) for side in y.shape[2:]]
     places = lines[0].view(1, 1, -1, 1), lines[1].view(1, 1, 1, -1)
     return net.last(torch.cat([y, *(one.expand(len(y), 1, *y.shape[2:]) for one in places)], 1))
 

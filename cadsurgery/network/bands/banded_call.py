@@ -290,7 +290,7 @@ class BandedCall:
                 values[node] = arguments[str(node.target)]
             elif node in plan.seen.numbers:
                 values[node] = plan.seen.numbers[node]
-            elif all(source in values for source in node.all_input_nodes):
+            elif all(source in values for source in plan.awaited(node)):
                 values[node] = plan.call(node, {})
 
     def _results(self, walk: Walk, wanted: Collection[fx.Node]) -> Iterator[tuple[fx.Node, int, Any]]:

@@ -90,6 +90,7 @@ class SeenGraph:
         numbers: numbers that follow from the size of the picture, and tensors of which only the type is asked.
         memories: the memory of the value of each node, which views share.
         changed: for each node that changes values in place, the nodes of these.
+        device: of the picture; shapes are seen on meta tensors.
         own: runs single nodes of the graph on values.
     """
 
@@ -101,7 +102,7 @@ class SeenGraph:
         self.graph, self.own, self.net = graph, GraphInterpreter(program, graph), program.net
         self.image = next(node for node in graph.nodes if node.target == program.image_name)
         self.region = next((node for node in graph.nodes if node.target is ask_mask), None)
-        device = arguments[program.image_name].device
+        self.device = arguments[program.image_name].device
         self.shapes, self.types = dict[fx.Node, torch.Size](), dict[fx.Node, torch.dtype]()
         self.grids, self.channels = dict[fx.Node, Grid](), dict[fx.Node, int]()
         self.several, self.small, self.numbers = set[fx.Node](), set[fx.Node](), dict[fx.Node, Any]()
@@ -126,13 +127,17 @@ class SeenGraph:
             elif isinstance(value, SmallMap):
                 self.small.add(node)
             elif isinstance(value, torch.device):
-                self.numbers[node] = device
+                self.numbers[node] = self.device
             elif _is_number(value):
                 self.numbers[node] = value
         for node in graph.nodes:  # rows of which only type and device are asked
             is_rows = node.target is getattr and node.args[1] == "rows"
             if is_rows and node.users and all(_acts(user).kind == "shape" for user in node.users):
-                self.numbers[node] = torch.empty(0, dtype=self.types[node], device=device)
+                self.numbers[node] = self.stand_in(node)
+
+    def stand_in(self, node: fx.Node) -> Tensor:
+        """Return a tensor with the type and device of a node's value."""
+        return torch.empty(0, dtype=self.types[node], device=self.device)
 
     @property
     def returned(self) -> Any:
@@ -203,12 +208,12 @@ class BandPlan:
                 self.parts[node] = self._maps_of(node)
             elif any(one in seen.grids for one in (node, *node.all_input_nodes)):
                 self._read_elements(node)
-            elif any(self._has_map(one) or one in self.behind for one in node.all_input_nodes):
+            elif any(self._has_map(one) or one in self.behind for one in self.awaited(node)):
                 self._read_node(node)
             elif self._is_enlarged(node):
                 self._add(node, self._enlarged(node))
             else:
-                self.walk_of[node] = self._latest_walk(node.all_input_nodes)
+                self.walk_of[node] = self._latest_walk(self.awaited(node))
         if not computes:
             self._read_what_is_changed()
         kept, returned = (
@@ -232,6 +237,13 @@ class BandPlan:
         if self.only_first:
             return found[:1]
         return list(dict.fromkeys((*found, *(one for node in self.behind for one in self._maps_of(node)))))
+
+    def awaited(self, node: fx.Node) -> list[fx.Node]:
+        """The values that a node reads, without maps of which it asks the size or type alone."""
+        if _acts(node).kind != "shape":
+            return node.all_input_nodes
+        converted = node.args[:1] if is_kind(node.target, "converts") else ()
+        return [one for one in node.all_input_nodes if one not in self.maps or one in converted]
 
     def _has_map(self, node: fx.Node) -> bool:
         return node in self.maps or node in self.parts
@@ -494,7 +506,11 @@ class BandPlan:
         """Call the operation of a node on rows of the maps that it reads, perhaps with other options, or on values
         that are no maps. What it changes in place is its own."""
 
+        awaited = self.awaited(node)
+
         def value(read: fx.Node) -> Any:
+            if read not in awaited:
+                return self.seen.stand_in(read)
             found = (
                 self.call(read, rows) if read in self.parts else (rows if read in rows else self.values)[read]
             )
