@@ -251,7 +251,7 @@ def test_what_is_no_picture_of_a_column_is_an_error_of_its_row(file: Path) -> No
 @pytest.fixture
 def bucket(different: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a bucket in a server of moto, with the pictures."""
-    server = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'cadsurgery[dev]'")
+    server = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'cadsurgery[slow]'")
     fs = pytest.importorskip("pyarrow.fs", reason="pyarrow is not installed: pip install 'cadsurgery[scale]'")
     running = server.ThreadedMotoServer(port=0)
     running.start()
@@ -293,6 +293,7 @@ def test_pictures_are_read_from_object_storage_and_predictions_written_there(
         ray.shutdown()
 
 
+@pytest.mark.slow
 def test_an_address_that_cannot_be_reached_is_refused(file: Path, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow.fs", reason="pyarrow is not installed: pip install 'cadsurgery[scale]'")
     with pytest.raises(cs.FileError, match=r"nowhere://bucket/photos cannot be listed"):
