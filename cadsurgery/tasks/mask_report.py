@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -49,7 +49,6 @@ from cadsurgery.tasks.commands import MaskOptions
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
 from cadsurgery.tasks.measuring import AGREEMENT, ERROR, FIDELITY, compare
 from cadsurgery.tasks.open import (
-    Pictures,
     example_image,
     is_file,
     open_converted,
@@ -412,7 +411,7 @@ def _refusal(dense: Any, size: tuple[int, int]) -> str:
 
 
 def _open(
-    options: MaskOptions, pictures: Pictures, step: Step
+    options: MaskOptions, pictures: Callable[[Source | None], Iterable[Tensor]], step: Step
 ) -> tuple[Callable[[Tensor], Seen], MaskProvider | None, Source | None]:
     """Return what evaluates masks on a picture, in a network that reads the pictures as the options say or without
     one, the mask of its file, and its source."""

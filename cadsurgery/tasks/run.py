@@ -95,30 +95,30 @@ def predict(
         NotInstalled: clips, object storage or Ray need a package that is not installed.
     """
     refuse_launchers("run")
-    settings = PredictionSettings.of(str(file), options)
+    settings = PredictionSettings(str(file), options)
     output, resume, workers, ray = options.output, options.resume, options.workers, options.ray
-    check_size(settings.size)
-    if settings.view:
-        check_name("view", settings.view, VIEWS)
-    check_precision(settings.precision)
+    check_size(options.size)
+    if options.view:
+        check_name("view", options.view, VIEWS)
+    check_precision(options.precision)
     if ray and all(str(path).endswith(".parquet") for path in images):
         if resume:
             raise InvalidInput("--resume for Parquet.", next="leave --resume out, and name another --output.")
-        if settings.within:
+        if options.within:
             raise InvalidInput("--within for Parquet.", next="leave --within out, or give files.")
         return ray_data.predict_tables([*map(str, images)], output, settings, ray, workers)
-    sources, own = _Sources([*map(str, images)], output, settings), find_device(settings.device)
+    sources, own = _Sources([*map(str, images)], output, options), find_device(options.device)
     if sources.clips:
         pyav()  # refuse before any work
     converted, chosen = settings.load(), ""
-    _check_options(converted, settings)
-    if not settings.memory and not ray:
-        chosen = _why_in_rows(converted, sources, settings)
-    if (chosen or settings.memory == AUTO) and not ray:
+    _check_options(converted, options)
+    if not options.memory and not ray:
+        chosen = _why_in_rows(converted, sources, options)
+    if (chosen or options.memory == AUTO) and not ray:
         workers = workers or 1
-        settings = replace(settings, memory=f"{bytes_of(AUTO) // workers}")  # each process has its share
-        sources.memory = settings.memory
-    if settings.overviews and not settings.memory:
+        options = replace(options, memory=f"{bytes_of(AUTO) // workers}")  # each process has its share
+        settings, sources.memory = replace(settings, options=options), options.memory
+    if options.overviews and not options.memory:
         raise InvalidInput(
             f"--overviews {'under --ray' if ray else 'for pictures without a position'}.",
             why="they are for TIFF files, and without --memory PNG files are written.",
@@ -131,7 +131,7 @@ def predict(
             "--ray": bool(ray),
             "--workers": (workers or 1) > 1,
             "--resume": resume,
-            "--within": bool(settings.within),
+            "--within": bool(options.within),
         },
     )
     made_by = settings.identity()
@@ -167,7 +167,7 @@ def predict(
 
         stills = left(sources.images() if sources.stills else ())
         if predictor is None:
-            size = _BATCHES * settings.batch
+            size = _BATCHES * options.batch
             answers = share(stills, settings.predicting, workers, lost, size=size, pool=pool)
         else:
             answers = chain(predictor.rows(stills), clip_rows(predictor))
@@ -183,7 +183,7 @@ def predict(
         class_names(pictures_for(converted)),
         stopped.is_set(),
         resume,
-        settings.memory,
+        options.memory,
         chosen,
     )
 
@@ -304,14 +304,14 @@ def _check_sharing(converted: nn.Module, sources: _Sources, wanted: Mapping[str,
     return not any(options & sharing for options in against.values())
 
 
-def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
+def _check_options(converted: nn.Module, options: RunOptions) -> None:
     """Refuse a time limit, a batch, a precision or a memory that does not fit the network.
 
     Raises:
         InvalidInput: it has no exits, runs images one by one, runs in float only, or is not computed in bands.
     """
-    kind, batch = method_of(converted), settings.batch
-    if settings.until and not (kind and kind.has_thresholds):
+    kind, batch = method_of(converted), options.batch
+    if options.until and not (kind and kind.has_thresholds):
         raise InvalidInput(
             "until= needs a network that can stop early, and this file holds none.",
             next="convert one with cadsurgery convert --method (docs/methods), and train it.",
@@ -322,10 +322,10 @@ def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
             why="it computes another amount for each image." if kind else _FOLLOW,
             next="leave --batch out.",
         )
-    if settings.within:
-        if not exists(split_page(settings.within)[0]):
-            raise absent(split_page(settings.within)[0], "file")
-        if kind is not None or settings.size is not None:
+    if options.within:
+        if not exists(split_page(options.within)[0]):
+            raise absent(split_page(options.within)[0], "file")
+        if kind is not None or options.size is not None:
             reason = "--size" if kind is None else f"a network {kind.words}"
             raise InvalidInput(
                 f"--within for {reason}.",
@@ -333,32 +333,32 @@ def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
                 "to compute each place.",
                 next="leave --within out.",
             )
-    if settings.overviews:
+    if options.overviews:
         check_overviews()
-    if settings.memory:
-        bytes_of(settings.memory)
-        if kind is not None or find_device(settings.device).type != "cpu":
-            place = f"on {settings.device}" if kind is None else f"for a network {kind.words}"
+    if options.memory:
+        bytes_of(options.memory)
+        if kind is not None or find_device(options.device).type != "cpu":
+            place = f"on {options.device}" if kind is None else f"for a network {kind.words}"
             raise InvalidInput(
-                f"--memory {settings.memory} {place}.",
+                f"--memory {options.memory} {place}.",
                 why="bands of rows are computed on the CPU, of networks that choose how finely to compute each place.",
                 next="leave it out.",
             )
-    if kind is not None and settings.precision != FLOAT:
+    if kind is not None and options.precision != FLOAT:
         raise InvalidInput(
-            f"precision={settings.precision} for a network {kind.words}.",
+            f"precision={options.precision} for a network {kind.words}.",
             why="networks made by methods run in the precision of their weights.",
             next="leave it out.",
         )
 
 
-def _why_in_rows(converted: nn.Module, sources: _Sources, settings: PredictionSettings) -> str:
+def _why_in_rows(converted: nn.Module, sources: _Sources, options: RunOptions) -> str:
     """Return why pictures are computed in bands of rows without --memory: the largest one's maps would take more than
     is free, or one is a raster with a position, which its prediction has, too; empty if neither, or none can be so."""
     free, kind, pictures = free_memory(), method_of(converted), pictures_for(converted)
     if free is None or kind is not None or pictures is None or "-" in sources.stills or not sources.stills:
         return ""
-    if find_device(settings.device).type != "cpu" or not sources.is_plain:
+    if find_device(options.device).type != "cpu" or not sources.is_plain:
         return ""
     given = [(source, Path(source).name) for source in sources.stills if not source.startswith("@")]
     listed = islice(stream_images(given, {}, sources.output), _LOOKED_AT) if given else ()
@@ -393,7 +393,7 @@ class _Sources:
         failures: errors of sources that hold no images, as far as they were searched.
     """
 
-    def __init__(self, sources: Sequence[str], output: str, settings: PredictionSettings) -> None:
+    def __init__(self, sources: Sequence[str], output: str, options: RunOptions) -> None:
         """Refuse streams, clips that do not fit the output, and a folder that predictions would be written among its
         pictures.
 
@@ -402,8 +402,8 @@ class _Sources:
         """
         for source in sources:
             refuse_stream(source)
-        self.memory, self._is_said = settings.memory, False
-        self.is_plain = settings.size is None and settings.view in ("", CLASSES)
+        self.memory, self._is_said = options.memory, False
+        self.is_plain = options.size is None and options.view in ("", CLASSES)
         self.output, self.is_one_clip = output, _is_clip_file(Path(output))
         self.failures: dict[str, FileError] = {}
         clips = _find_clips([*map(Path, sources)], Path(output))
