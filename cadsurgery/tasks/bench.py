@@ -38,7 +38,7 @@ from cadsurgery.network.export.engines import ENGINES
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.defaults import DEFAULT_MASK
-from cadsurgery.support.errors import InvalidInput, UnknownName
+from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.files import append_lines
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent, within
@@ -455,8 +455,7 @@ def _check(
             f"the fractions are {', '.join(f'{fraction:g}' for fraction in fractions) or 'none'}.",
             next="give shares of the patches from 0 to 1, e.g. 1,0.5,0.25,0.",
         )
-    if setup.dtype not in (*DTYPES, INT8):
-        raise UnknownName("dtype", setup.dtype, (*DTYPES, INT8))
+    check_name("dtype", setup.dtype, (*DTYPES, INT8))
     if not 0 <= setup.smaller < 1:
         raise InvalidInput(
             f"smaller={setup.smaller:g}.",
@@ -477,11 +476,20 @@ def _check(
             next="leave out calibration, or measure int8: dtype int8.",
         )
     for package in setup.against.split(",") if setup.against else ():
-        if package not in RIVALS:
-            raise UnknownName("engine", package, RIVALS)
+        check_name("engine", package, RIVALS)
         check_packages(RIVALS[package])
+    check_name("runtime", setup.runtime, (TORCH, *ENGINES))
     if setup.runtime != TORCH:
-        _check_engine(mask, setup)
+        unable = [f"dtype={setup.dtype}"] * (setup.dtype not in ("float32", INT8))
+        unable += [f"device={setup.device}"] * (setup.device != "cpu")
+        if unable:
+            raise InvalidInput(
+                f"runtime {setup.runtime} does not go with {' and '.join(unable)}.",
+                why="engines are timed on the CPU, in float32 and int8.",
+                next="leave that out, or measure it in torch.",
+            )
+        check_packages(ENGINES[setup.runtime])
+        check_mask(Budget(mask, 0.5), "onnx", dynamic=False, level_map=False)
     _check_run(setup)
     find_device(setup.device)
     resolve_mask(mask)
@@ -503,24 +511,6 @@ def _check_run(setup: Benchmark) -> None:
             f"size={height}x{width}.",
             next="give at least 1 of each.",
         )
-
-
-def _check_engine(mask: object, setup: Benchmark) -> None:
-    """Refuse options that an engine does not support."""
-    if setup.runtime not in ENGINES:
-        raise UnknownName("runtime", setup.runtime, (TORCH, *ENGINES))
-    plain = {
-        "dtype": setup.dtype in ("float32", INT8),
-        "device": setup.device == "cpu",
-    }
-    if unable := [f"{name}={getattr(setup, name)}" for name, is_plain in plain.items() if not is_plain]:
-        raise InvalidInput(
-            f"runtime {setup.runtime} does not go with {' and '.join(unable)}.",
-            why="engines are timed on the CPU, in float32 and int8.",
-            next="leave that out, or measure it in torch.",
-        )
-    check_packages(ENGINES[setup.runtime])
-    check_mask(Budget(mask, 0.5), "onnx", dynamic=False, level_map=False)
 
 
 @contextlib.contextmanager

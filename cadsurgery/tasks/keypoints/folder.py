@@ -20,7 +20,7 @@ from cadsurgery.support.errors import (
     CadError,
     FileError,
     NotInstalled,
-    UnknownName,
+    check_name,
     describe_error,
     import_optional,
 )
@@ -75,8 +75,7 @@ def extract(
     """
     settings = settings or Extraction()
     refuse_launchers("keypoints extract")
-    if form not in FORMS:
-        raise UnknownName("form of files", form, FORMS)
+    check_name("form of files", form, FORMS)
     resolve_mask(settings.mask or "all")
     if form == "h5":
         _h5py()
