@@ -65,11 +65,12 @@ from cadsurgery.tasks.sides.engine_sides import (
     LOW,
     RIVALS,
     TORCH,
+    InEngine,
+    InTorch,
     Runs,
     banded_sides,
     engine_for,
     rival_sides,
-    runs_of,
     smaller_sides,
 )
 from cadsurgery.tasks.task_options import Benchmark, Conversion
@@ -344,7 +345,12 @@ def _convert(
     step(f"converting {_name(network)}, fill {setup.fill}")
     net, image, weights = convert(network, mask, setup)
     counts = {share: net.macs(image, mask=Budget(mask, share)) for share in fractions}
-    runs = runs_of(net, image, setup, folder, step)
+    shown, size = [image], (image.shape[2], image.shape[3])
+    if setup.calibration:
+        shown = pictures_like(open_pictures(setup.calibration), size, pictures_for(net))
+    runs: Runs = InTorch(net, image)
+    if setup.runtime != TORCH:
+        runs = InEngine(net, image, setup.runtime, folder, setup.dtype, shown, setup.threads, step)
     filled = _Filled(setup.fill, net, image, weights, counts, runs)
     if filled.dense.high == filled.dense.low:
         raise InvalidInput(
@@ -477,7 +483,7 @@ def _check(
         )
     for package in setup.against.split(",") if setup.against else ():
         check_name("engine", package, RIVALS)
-        check_packages(RIVALS[package])
+        check_packages(ENGINES[RIVALS[package]])
     check_name("runtime", setup.runtime, (TORCH, *ENGINES))
     if setup.runtime != TORCH:
         unable = [f"dtype={setup.dtype}"] * (setup.dtype not in ("float32", INT8))

@@ -11,10 +11,10 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from cadsurgery.data import stores
 from cadsurgery.data.hub import fetch, is_address
@@ -23,7 +23,7 @@ from cadsurgery.support.errors import FileError, InvalidInput, first_line
 from cadsurgery.support.files import append_line, exists, make_folder
 
 Identity = dict[str, Any]  # plain values that are the same whenever a run is resumed
-Row = dict[str, Any]
+Row = dict[str, Any]  # what happened to an image or a clip, as plain values; a failure has no `output`
 NAME = "manifest.jsonl"  # of a folder's journal
 _BETWEEN_UPLOADS = 60.0  # seconds, of a journal in object storage
 _NEXT = "give it the same again, or choose another --output."
@@ -142,6 +142,15 @@ class Journal:
         return copy
 
 
+class Item(NamedTuple):
+    """An image, its position among all, the path or address of its prediction, and its content if that was read."""
+
+    position: int
+    source: str
+    target: str = ""
+    content: bytes | None = None
+
+
 class Results(Journal):
     """A journal of files that are made of pictures: of each its place, the picture and the state of that, or the error.
 
@@ -185,9 +194,14 @@ class Results(Journal):
             )
         return is_there and of is not None and state == state_of(source)
 
-    def note_start(self, source: str) -> None:
-        """Note the state of a picture's file before it is read, for its row."""
-        self._read_as[source] = state_of(source)
+    def left(self, items: Iterable[Item], skip: Callable[[Item], None]) -> Iterator[Item]:
+        """Yield the items whose results are to be made, and `skip` those whose results are there."""
+        for item in items:
+            if self.is_written(item.source, item.target):
+                skip(item)
+            else:
+                self._read_as[item.source] = state_of(item.source)  # before it is read
+                yield item
 
     def add_result(self, row: Row) -> None:
         """Append the row of a result that is in place, or of a picture that failed, with the reason."""

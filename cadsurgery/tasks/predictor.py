@@ -39,22 +39,11 @@ from cadsurgery.support.progress import Step, silent
 from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import CLASSES, OVERLAY, class_picture, prediction_picture
-from cadsurgery.tasks.journal import fingerprint
+from cadsurgery.tasks.journal import Item, Row, fingerprint
 from cadsurgery.tasks.large import MULTIPLES, LargePicture, WrittenRows, cut_back, predict_large
 from cadsurgery.tasks.measuring import refuse_images
 from cadsurgery.tasks.open import read_by
 from cadsurgery.tasks.workers import STOPPED
-
-Row = dict[str, Any]  # what happened to an image or a clip, as plain values; a failure has no `output`
-
-
-class Item(NamedTuple):
-    """An image, its position among all, the path or address of its prediction, and its content if that was read."""
-
-    position: int
-    source: str
-    target: str = ""
-    content: bytes | None = None
 
 
 def lost(item: Item, error: CadError) -> tuple[int, Row]:
@@ -294,19 +283,17 @@ class Predictor:
         )
 
     def clip_row(self, clip: Item, fps: float, step: Step, stopped: threading.Event) -> tuple[int, Row]:
-        """Return the position and row of a clip, see `draw_clip`."""
+        """Predict the frames of a clip and write them as a clip, until it ends or `stopped` is set; return its
+        position and row."""
         self.start_anew()
         try:
-            return clip.position, self.draw_clip(Path(clip.source), Path(clip.target), fps, step, stopped)
+            return clip.position, self._draw_clip(Path(clip.source), Path(clip.target), fps, step, stopped)
         except NotInstalled:
             raise
         except CadError as error:
             return lost(clip, error)
 
-    def draw_clip(
-        self, path: Path, target: Path, fps: float, step: Step, stopped: threading.Event
-    ) -> dict[str, Any]:
-        """Predict the frames of a clip and write them as a clip, until it ends or `stopped` is set."""
+    def _draw_clip(self, path: Path, target: Path, fps: float, step: Step, stopped: threading.Event) -> Row:
         frames, sums, classes, last, start = 0, Counter[str](), Counter[int](), Row(), time.perf_counter()
         first: Sequence[int] = ()
         make_folder(target.parent)
@@ -319,7 +306,11 @@ class Predictor:
                 times, pictures = zip(*batch, strict=True)
                 first = first or pictures[0].shape[1:]
                 for number, picture in enumerate(pictures, frames + 1):
-                    _check_frame(path, number, picture.shape[1:], first)
+                    if (size := picture.shape[1:]) != first:
+                        raise FileError(
+                            f"frame {number} of {path} is {size[0]}x{size[1]}, the first one is {first[0]}x{first[1]}.",
+                            next="resize them: --size HxW.",
+                        )
                 for second, picture, (found, channels, last) in zip(
                     times, pictures, self(torch.stack(pictures)), strict=True
                 ):
@@ -349,19 +340,6 @@ class Predictor:
         whole = counts.total()
         shares = {self.names[index]: count / whole for index, count in sorted(counts.items()) if count}
         return {"classes": shares} if shares else {}
-
-
-def _check_frame(path: Path, number: int, size: Sequence[int], first: Sequence[int]) -> None:
-    """Refuse a frame of another size than the first one.
-
-    Raises:
-        FileError: see above.
-    """
-    if size != first:
-        raise FileError(
-            f"frame {number} of {path} is {size[0]}x{size[1]}, the first one is {first[0]}x{first[1]}.",
-            next="resize them: --size HxW.",
-        )
 
 
 def _with_size(refusal: CadError) -> CadError:

@@ -15,7 +15,8 @@ from PIL import Image
 from cadsurgery.data.images import encode_png
 from cadsurgery.support.errors import CadError, InvalidInput, check_name, first_line, import_optional
 from cadsurgery.tasks.commands import RunOptions
-from cadsurgery.tasks.predictor import Item, PredictionSettings, Row
+from cadsurgery.tasks.journal import Item, Row
+from cadsurgery.tasks.predictor import PredictionSettings
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.workers import Block, Submit, do_block
 

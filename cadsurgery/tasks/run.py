@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks import ray_data
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import CLASSES, VIEWS, figure_picture, legend_figure
-from cadsurgery.tasks.journal import NAME, Results
+from cadsurgery.tasks.journal import NAME, Item, Results, Row
 from cadsurgery.tasks.large import (
     SMALL,
     WrittenRows,
@@ -49,7 +49,7 @@ from cadsurgery.tasks.large import (
     target_for,
     warn_of_position,
 )
-from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row, lost
+from cadsurgery.tasks.predictor import PredictionSettings, Predictor, lost
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.workers import processes, refuse_launchers, share
 
@@ -152,25 +152,16 @@ def predict(
             predictor.stopped, predictor.step = stopped, step
 
         def left(items: Iterable[Item]) -> Iterator[Item]:
-            for item in items:
-                if stopped.is_set():
-                    return
-                if journal.is_written(item.source, item.target):
-                    outcome.counts["skipped"] += 1
-                    continue
-                journal.note_start(item.source)
-                yield item
-
-        def clip_rows(predictor: Predictor) -> Iterator[tuple[int, Row]]:
-            for clip in left(sources.clips):
-                yield predictor.clip_row(clip, options.fps, step, stopped)
+            until_stopped = takewhile(lambda _: not stopped.is_set(), items)
+            return journal.left(until_stopped, lambda item: outcome.counts.update(["skipped"]))
 
         stills = left(sources.images() if sources.stills else ())
         if predictor is None:
             size = _BATCHES * options.batch
             answers = share(stills, settings.predicting, workers, lost, size=size, pool=pool)
         else:
-            answers = chain(predictor.rows(stills), clip_rows(predictor))
+            clips = (predictor.clip_row(clip, options.fps, step, stopped) for clip in left(sources.clips))
+            answers = chain(predictor.rows(stills), clips)
         _take_in(chain(answers, sources.refusals()), outcome, journal, number, step)
     if sources.is_one_clip and outcome.counts["failed"]:
         journal.remove()  # there is nothing to resume
@@ -549,13 +540,9 @@ def _refuse_ending(output: Path) -> None:
         )
 
 
-def _is_clip(target: Path) -> bool:
-    return target.suffix.lower() in WRITTEN
-
-
 def _is_clip_file(output: Path) -> bool:
     """True if the output is one clip, False if it is a folder of predictions."""
-    return _is_clip(output) and not is_folder(output)
+    return output.suffix.lower() in WRITTEN and not is_folder(output)
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from cadsurgery.data import stores
 from cadsurgery.data.images import street_scene
 from cadsurgery.tasks import predictor
 from cadsurgery.tasks.commands import RunOptions
-from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor
+from cadsurgery.tasks.journal import Item
+from cadsurgery.tasks.predictor import PredictionSettings, Predictor
 from cadsurgery.tasks.workers import share
 
 SIZES = [(24, 32), (32, 24), (33, 41), (40, 40)]

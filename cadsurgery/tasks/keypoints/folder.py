@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,10 @@ from cadsurgery.support.errors import (
 from cadsurgery.support.files import make_folder, write_whole
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.support.provenance import find_device
-from cadsurgery.tasks.journal import NAME, Results, Row, has_results
+from cadsurgery.tasks.journal import NAME, Item, Results, Row, has_results
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features
 from cadsurgery.tasks.open import at_strides
-from cadsurgery.tasks.predictor import Item, lost
+from cadsurgery.tasks.predictor import lost
 from cadsurgery.tasks.workers import refuse_launchers, share
 
 FORMS = ("npz", "h5")
@@ -84,7 +84,7 @@ def extract(
     folder = make_folder(output)
     step("building and converting")
     how: dict[str, Any] = {"weights": weights, "bands": bands, "trust": trust}
-    work = partial(_open, network, options or {}, how, settings, device, folder, form)
+    work = partial(_open, network, options or {}, how, settings, device, folder)
     write = work()
     net = write.extractor.net
     identity = {
@@ -96,19 +96,12 @@ def extract(
     journal = Results(folder / NAME, identity, resume=has_results(folder / NAME))
     journal.begin()
     count, done = len(paths), dict[int, Row]()
-    items = [Item(at, str(path), str(place)) for at, (path, place) in enumerate(paths.items())]
-
-    def left() -> Iterator[Item]:
-        for item in items:
-            if journal.is_written(item.source, str(write.target(item))):
-                done[item.position] = write.kept(item)
-            else:
-                journal.note_start(item.source)
-                yield item
-
-    answers: Iterable[tuple[int, Row]] = (write.write(item) for item in left())
+    places = enumerate((path, (folder / place).with_suffix(f".{form}")) for path, place in paths.items())
+    items = (Item(at, str(path), str(target)) for at, (path, target) in places)
+    left = journal.left(items, lambda item: done.update([write.row(item, is_kept=True)]))
+    answers: Iterable[tuple[int, Row]] = map(write.row, left)
     if workers > 1:
-        answers = share(left(), work, workers, lost)
+        answers = share(left, work, workers, lost)
     step(f"image 1 of {count}", 0, count)
     for position, row in answers:
         journal.add_result({name: value for name, value in row.items() if name != "kept"})
@@ -120,29 +113,19 @@ def extract(
 
 @dataclass(frozen=True)
 class _FeatureWriter:
-    """Writes the features of images into a folder; each item has its place there as target."""
+    """Writes the features of images into a folder; the target of each item is its file there."""
 
     extractor: Extractor
     folder: Path
-    form: str
 
     def __call__(self, items: Sequence[Item]) -> list[tuple[int, Row]]:
         """Write those of a block of images."""
-        return [self.write(item) for item in items]
+        return [self.row(item) for item in items]
 
-    def target(self, item: Item) -> Path:
-        """Return the file of an image."""
-        return self.folder / Path(item.target).with_suffix(f".{self.form}")
-
-    def write(self, item: Item) -> tuple[int, Row]:
-        """Write those of an image; return its position and row, or its failure."""
-        target, name = self.target(item), Path(item.target).with_suffix(Path(item.source).suffix)
+    def row(self, item: Item, *, is_kept: bool = False) -> tuple[int, Row]:
+        """Write those of an image, unless its file is kept; return its position and row, or its failure."""
         try:
-            features = self.extractor(
-                read_picture_for(pictures_for(self.extractor.net), item.source, upright=False)
-            )
-            make_folder(target.parent)
-            write_features(features, target, str(name))
+            features = read_features(Path(item.target)) if is_kept else self._write(item)
         except NotInstalled:  # no other image would do better
             raise
         except CadError as error:
@@ -150,18 +133,18 @@ class _FeatureWriter:
         count = len(features.keypoints)
         return item.position, {
             "image": item.source,
-            "output": str(target),
+            "output": item.target,
             "keypoints": count,
-            "kept": False,
+            "kept": is_kept,
         }
 
-    def kept(self, item: Item) -> Row:
-        """Return the row of an image whose file is there, or its failure."""
-        try:
-            count = len(read_features(self.target(item)).keypoints)
-        except CadError as error:
-            return lost(item, error)[1]
-        return {"image": item.source, "output": str(self.target(item)), "keypoints": count, "kept": True}
+    def _write(self, item: Item) -> Features:
+        target, source = Path(item.target), pictures_for(self.extractor.net)
+        features = self.extractor(read_picture_for(source, item.source, upright=False))
+        make_folder(target.parent)
+        name = target.relative_to(self.folder).with_suffix(Path(item.source).suffix)
+        write_features(features, target, str(name))
+        return features
 
 
 def _open(
@@ -171,12 +154,11 @@ def _open(
     settings: Extraction,
     device_name: str,
     folder: Path,
-    form: str,
 ) -> _FeatureWriter:
     """Open the network, in this process or another one."""
     (net,), _ = at_strides(network, (), options, mask="all", **how)
     device = find_device(device_name)
-    return _FeatureWriter(Extractor(net.to(device).optimize(), settings, device), folder, form)
+    return _FeatureWriter(Extractor(net.to(device).optimize(), settings, device), folder)
 
 
 def write_features(features: Features, path: Path, name: str = "") -> None:

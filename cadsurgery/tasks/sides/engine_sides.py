@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import count
@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from cadsurgery.data import open_pictures
 from cadsurgery.data.images import resized
 from cadsurgery.masks import MaskProvider
 from cadsurgery.methods.side import Side
@@ -23,12 +22,11 @@ from cadsurgery.network.export.engine import Engine
 from cadsurgery.network.export.engines import ENGINES, options_for
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.macs import MacReport
-from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.defaults import KERNELS
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.memory import in_mebibytes
 from cadsurgery.support.progress import Step, silent, within
-from cadsurgery.tasks.open import pictures_like
 from cadsurgery.tasks.sides.dense_file import write_dense
 from cadsurgery.tasks.task_options import Benchmark
 
@@ -37,7 +35,7 @@ HIGH, LOW = "dense high", "dense low"
 TORCH = "torch"  # the runtime that needs no files
 IN_8_BITS = f"onnx{KERNELS}"  # the engine in which 8 bits are measured if none is named
 # Engines in which the dense networks are timed too, by package; all files are first written in float32.
-RIVALS = {engine.package: engine for engine in ENGINES.values() if not engine.has_kernels}
+RIVALS = {engine.package: name for name, engine in ENGINES.items() if not engine.has_kernels}
 
 
 class Runs(Protocol):
@@ -87,25 +85,28 @@ class InEngine:
     Attributes:
         net: network to export.
         image: example of the export.
-        engine: engine that runs the files.
+        runtime: name of the engine that runs the files.
         folder: folder for the files.
         dtype: precision of the files.
         calibration: images that int8 is calibrated by.
         threads: number of threads of the engine.
-        options: options of `export` for files with a mask.
         step: progress callback.
     """
 
     net: AdaptiveModel
     image: Tensor
-    engine: type[Engine]
+    runtime: str
     folder: Path
     dtype: str = "float32"
     calibration: Sequence[Tensor] = ()
     threads: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
     step: Step = silent
     _numbers: Iterator[int] = field(default_factory=count)
+
+    @property
+    def engine(self) -> type[Engine]:
+        """The engine that runs the files."""
+        return ENGINES[self.runtime]
 
     def _begin(self, name: str) -> tuple[Path, Step]:
         """Return the path of the next file, and the progress callback of its export."""
@@ -127,7 +128,7 @@ class InEngine:
         """Return the call of the network under a mask; the file contains the mask and its lattice."""
         path, step = self._begin(f"mask {mask.spec()}")
         self.net.mask = mask
-        options = dict(self.options)
+        options = options_for(self.runtime)
         if self.dtype == INT8:
             options |= {"precision": INT8, "calibration": list(self.calibration)}
         export(self.net, self.image, path, step=step, **options)
@@ -180,17 +181,6 @@ def engine_for(runtime: str, dtype: str) -> str:
     return IN_8_BITS if (runtime, dtype) == (TORCH, INT8) else runtime
 
 
-def runs_of(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, step: Step) -> Runs:
-    """Return the maker of a network's calls, in torch or in the requested engine."""
-    if (runtime := setup.runtime) == TORCH:
-        return InTorch(net, image)
-    shown, engine, options = [image], ENGINES[runtime], options_for(runtime)
-    if setup.calibration:
-        size = (image.shape[2], image.shape[3])
-        shown = pictures_like(open_pictures(setup.calibration), size, pictures_for(net))
-    return InEngine(net, image, engine, folder, setup.dtype, shown, setup.threads, options=options, step=step)
-
-
 def rival_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, step: Step) -> list[Side]:
     """Return the dense networks in other engines, in every dtype of each: high, then low."""
     if not setup.against:
@@ -199,10 +189,10 @@ def rival_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Pat
     counted = net.macs(image, mask="none")
     macs = {HIGH: counted.high, LOW: counted.low}
     for package in setup.against.split(","):
-        engine = RIVALS[package]
+        engine = ENGINES[RIVALS[package]]
         for dtype in ("float32", "bfloat16", INT8) if engine.has_bfloat16 else ("float32", INT8):
             place = folder / package / dtype
-            files = InEngine(net, image, engine, place, dtype, [image], setup.threads, step=step)
+            files = InEngine(net, image, RIVALS[package], place, dtype, [image], setup.threads, step)
             for name, number in macs.items():
                 run, about = files.dense(name), {"engine": engine.name, "dtype": dtype, "dense": name}
                 call = partial(lambda run, _: run(image), run)  # a file takes the image in float32
