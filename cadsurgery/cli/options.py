@@ -202,10 +202,6 @@ class ArgumentOrOption:
                 annotation=Annotated[kind, marked],
             )
 
-    def all_settable(self) -> list[Field[Any]]:
-        """Return no fields: it is set as it stands."""
-        return []
-
     def take(self, arguments: dict[str, Any], name: str, hint: Any) -> None:
         """Replace both values among all arguments by the one that was given."""
         argument, option = arguments.pop(name), arguments.pop(f"{name}_by_option")
@@ -236,7 +232,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         else:
             marks[name] = mark
             parameters += mark.parameters(name)
-    settable = {name_of(field): field for mark in marks.values() for field in mark.all_settable()}
+    kinds = [mark for mark in marks.values() if isinstance(mark, OptionsFrom)]
+    settable = {name_of(field): field for mark in kinds for field in mark.all_settable()}
     readers = {name: reader_of(field) for name, field in settable.items()}
     if settable:
         words = {"metavar": "NAME=VALUE", "help": f"repeatable: {', '.join(sorted(settable))}"}

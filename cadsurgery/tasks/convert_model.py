@@ -26,7 +26,7 @@ from cadsurgery.methods.side import ConversionRequest, MethodConversion, Side, w
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
 from cadsurgery.network.macs import MacReport, count_network, dense_macs
-from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.network.model import pictures_for
 from cadsurgery.network.storage import read_method
 from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput, check_name, warn
@@ -37,7 +37,6 @@ from cadsurgery.support.progress import Step, within
 from cadsurgery.support.provenance import describe_run, find_device
 from cadsurgery.support.rows import SLOWER, Row
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.surgery.verify import Check
 from cadsurgery.tasks.commands import ConvertOptions, MacsOptions, PlanOptions
 from cadsurgery.tasks.convert_report import ConversionReport
 from cadsurgery.tasks.open import (
@@ -55,6 +54,7 @@ from cadsurgery.tasks.task_options import Conversion
 ADAPTIVE = "adaptive"
 _DEAR = 2.0  # times the work of the network as given: what costs more says so first
 _LISTED = 4  # other output strides in the report
+_VERIFIED = "verified: {law} (error {error:.1e}, allowed {tolerance:.0e})"
 TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
 
 
@@ -181,24 +181,25 @@ def _adapt(mask: str, request: ConversionRequest) -> MethodConversion:
             "normalisation": seen,
             "adapted": adapted,
             "other_output_strides": others,
-            **_facts(net, counted),
+            "active_fraction": counted.active_fraction,
+            "output_stride": plan.output_stride,
+            "region_ends": [f"{decision.node}: {decision.reason}" for decision in plan.region_end],
+            "share_of_macs_in_region": plan.share("adapt", "keep"),
+            "macs_of_given": counted.of_given,
+            "region_of_high": counted.region_of_high,
+            "checks": [{**vars(check), "passed": check.passed} for check in net.checks],
         },
         Text.assemble(plan.summary(), (f"\nadapted: {', '.join(adapted)}" if adapted else "", "dim")),
         [
             Text(f"with this mask: {counted.describe()}", style="bold"),
             Text(f"active fraction {counted.active_fraction:.3f} (share of the fine map kept high)"),
             Text(f"masks see {seen}", style="dim"),
-            *_verified(net.checks),
+            *(Text(_VERIFIED.format(**vars(check)), style="green") for check in net.checks),
         ],
         f"{batch.shape[0]} image of {batch.shape[2]}x{batch.shape[3]}, mask {spec}",
         notes=lambda rows: [*_notes(plan, counted), *_slow_copy(rows, rows[not is_high])],
         first=_say_dear(plan, counted.mask / original_macs, others) if is_dear else "",
     )
-
-
-def _verified(checks: Sequence[Check]) -> list[Text]:
-    lines = (f"{check.law} (error {check.error:.1e}, allowed {check.tolerance:.0e})" for check in checks)
-    return [Text(f"verified: {line}", style="green") for line in lines]
 
 
 def _warn_of_more_work(plan: Plan, macs: int, given: int) -> None:
@@ -224,19 +225,6 @@ def _slow_copy(rows: Sequence[Row], high: Row) -> Iterator[str]:
         ratio = (rows[-1].milliseconds or 0.0) / (limit.milliseconds or math.inf)
         if ratio > SLOWER:
             yield f"net.optimize() is slower than {other}: {ratio:.2f} times as long."
-
-
-def _facts(net: AdaptiveModel, counted: MacReport) -> dict[str, Any]:
-    """Return fields of the report that follow from the converted network and its work."""
-    return {
-        "active_fraction": counted.active_fraction,
-        "output_stride": net.plan.output_stride,
-        "region_ends": [f"{decision.node}: {decision.reason}" for decision in net.plan.region_end],
-        "share_of_macs_in_region": net.plan.share("adapt", "keep"),
-        "macs_of_given": counted.of_given,
-        "region_of_high": counted.region_of_high,
-        "checks": [{**vars(check), "passed": check.passed} for check in net.checks],
-    }
 
 
 def _other_strides(

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,8 +58,9 @@ class PredictionSettings:
     file: str
     options: RunOptions = field(default_factory=RunOptions)
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """Return what a manifest states: all that predictions depend on."""
+        """What a manifest states: all that predictions depend on."""
         names = ("size", "view", "precision", "until")
         how, made_by = self.options, {"network": fingerprint(self.file)}
         made_by |= {"mask": how.mask or "the file's", **{name: getattr(how, name) for name in names}}
@@ -75,7 +76,7 @@ class PredictionSettings:
         Raises:
             InvalidInput, FileError: see `WrittenRows`.
         """
-        return WrittenRows(item.source, Path(item.target), self.identity(), self.options.resume)
+        return WrittenRows(item.source, Path(item.target), self.identity, self.options.resume)
 
     def load(self) -> nn.Module:
         """Open the file on the device of this process."""

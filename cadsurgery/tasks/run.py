@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -43,7 +43,6 @@ from cadsurgery.tasks.figures import CLASSES, VIEWS, figure_picture, legend_figu
 from cadsurgery.tasks.journal import NAME, Item, Results, Row
 from cadsurgery.tasks.large import (
     SMALL,
-    WrittenRows,
     header_of,
     memory_of_whole,
     target_for,
@@ -124,22 +123,14 @@ def predict(
             why="they are for TIFF files, and without --memory PNG files are written.",
             next="give --memory, e.g. 2GiB, or leave --overviews out.",
         )
-    is_shared = _check_sharing(
-        converted,
-        sources,
-        {
-            "--ray": bool(ray),
-            "--workers": (workers or 1) > 1,
-            "--resume": resume,
-            "--within": bool(options.within),
-        },
-    )
-    made_by = settings.identity()
-    asked = {**made_by, "fps": options.fps} if sources.is_one_clip else made_by
+    more_than_one = (workers or 1) > 1
+    wanted = {"--ray": ray, "--workers": more_than_one, "--resume": resume, "--within": options.within}
+    is_shared = _check_sharing(converted, sources, {option for option, value in wanted.items() if value})
+    asked = {**settings.identity, "fps": options.fps} if sources.is_one_clip else settings.identity
     what = sources.output
     journal = Results(sources.journal, asked, resume, what=what, is_replaced=sources.is_one_clip)
     sources.refuse_replacing(journal.is_new)
-    number, outcome = sources.count(journal, made_by, resume), _Processed()
+    number, outcome = sources.count(journal, settings), _Processed()
     pool = partial(ray_data.tasks, ray, settings) if ray else processes
     if workers is None:
         # A process has one thread; OMP_NUM_THREADS and torch.set_num_threads say how many there may be.
@@ -272,7 +263,7 @@ class _Processed:
         return tuple(row for _, how, row in listed if how == became)[:_LISTED]
 
 
-def _check_sharing(converted: nn.Module, sources: _Sources, wanted: Mapping[str, bool]) -> bool:
+def _check_sharing(converted: nn.Module, sources: _Sources, wanted: set[str]) -> bool:
     """Refuse options that do not fit the sources; return whether other processes can be started.
 
     Raises:
@@ -286,12 +277,8 @@ def _check_sharing(converted: nn.Module, sources: _Sources, wanted: Mapping[str,
     }
     against = {reason: options for reason, (holds, options) in reasons.items() if holds}
     for reason, options in against.items():
-        for option in options & {option for option, is_wanted in wanted.items() if is_wanted}:
-            raise InvalidInput(
-                f"{option} for {reason}.",
-                why=_FOLLOW,
-                next=f"leave {option} out.",
-            )
+        for option in options & wanted:
+            raise InvalidInput(f"{option} for {reason}.", why=_FOLLOW, next=f"leave {option} out.")
     return not any(options & sharing for options in against.values())
 
 
@@ -407,12 +394,12 @@ class _Sources:
                 next=f"choose another folder: --output {os.path.join(output, 'predictions')}.",
             )
 
-    def count(self, journal: Results, made_by: Row, resume: bool) -> int | None:
+    def count(self, journal: Results, settings: PredictionSettings) -> int | None:
         """Return the number of images and clips; None for images on standard input.
 
         Raises:
             FileError: there are no images, or the list of them cannot be read.
-            InvalidInput: see `Results.is_written`, and `WrittenRows` for large pictures that were begun.
+            InvalidInput: see `Results.is_written`, and `part_of` for large pictures that were begun.
         """
         if "-" in self.stills:
             return None
@@ -422,7 +409,7 @@ class _Sources:
             if not self.is_one_clip:
                 journal.is_written(item.source, item.target)  # refuses before any work
             if item.target.endswith(".tif"):
-                WrittenRows(item.source, Path(item.target), made_by, resume)  # likewise
+                settings.part_of(item)  # likewise
         if number == (len(self.clips) if self.stills else 0):
             raise no_images(self.failures)
         return number

@@ -126,10 +126,7 @@ class Calls:
     def macs(self, setting: Setting) -> int:
         """Count the multiply-accumulates of the whole network on the first picture."""
         if not setting.is_converted or setting.kind in ("given", "compiled", "size"):
-            return dense_macs(
-                self.model,
-                resized(self.image, scaled_size(self.image.shape[2:], setting.scale, self.multiple)),
-            )
+            return dense_macs(self._given, self.scale(setting, self.image))
         net, small = self.runs(setting).net, self.scale(setting, self.image)
         if setting.kind == "adaptive":
             return net.macs(small, mask=setting.mask).mask

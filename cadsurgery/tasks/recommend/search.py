@@ -32,7 +32,7 @@ from cadsurgery.kernels import isa
 from cadsurgery.masks.unit import read_normalisation
 from cadsurgery.methods.method_files import SiblingModel
 from cadsurgery.methods.side import Side
-from cadsurgery.network.adaptify import copy_network
+from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.export import INT8
 from cadsurgery.network.export.engine import check_packages
 from cadsurgery.network.export.engines import ENGINES
@@ -52,10 +52,12 @@ from cadsurgery.support.errors import (
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.folders import visible, warn_of_left_out
 from cadsurgery.support.kinds import FOLDER, check_kind
+from cadsurgery.support.memory import free_memory, in_mebibytes
 from cadsurgery.support.plain import split_options
 from cadsurgery.support.progress import Step, counted, silent, time_in_words
 from cadsurgery.tasks.journal import NAME, Identity, Journal, digest_of
 from cadsurgery.tasks.judging import FEW, FOUND, Judgement, in_rows, kind_to_judge
+from cadsurgery.tasks.large import SMALL
 from cadsurgery.tasks.measuring import (
     ERROR,
     FIDELITY,
@@ -76,7 +78,6 @@ from cadsurgery.tasks.open import (
 )
 from cadsurgery.tasks.recommend.calls import PRECISIONS, Calls
 from cadsurgery.tasks.recommend.choice import LOOK_EVERY, Chosen, choose, is_beaten, rows_of
-from cadsurgery.tasks.recommend.fits import refuse_what_does_not_fit
 from cadsurgery.tasks.recommend.report import Recommendation, Requirement
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates, in_turn
 from cadsurgery.tasks.sides.engine_sides import TORCH, engine_for
@@ -171,7 +172,10 @@ def recommend(
     options = with_statistics(options, source, pictures_of(data))
     source = _normalised_by(source, options.get("normalisation"))
     pictures = _Pictures(data.read_for(source), source, size)
-    first = _complete(pictures, model, labels, step)
+    first = pictures.readable(1)[0]
+    refuse_what_does_not_fit(model, first)
+    pictures.data = _with_labels(pictures.data, labels, _output_of(model, first))
+    _check_labels(pictures.data, step)
     step("finding settings")
     candidates = find_candidates(
         model,
@@ -201,16 +205,6 @@ def recommend(
     report = _report_on(run, request, typed, described)
     report.write(folder / "report.json", folder / "curve.png")
     return report
-
-
-def _complete(pictures: _Pictures, model: nn.Module, labels: str | Path | None, step: Step) -> Tensor:
-    """Give pictures their classes and labels, and check these; return the first picture."""
-    first = pictures.readable(1)[0]
-    refuse_what_does_not_fit(model, first)
-    classes, data = _output_of(model, first), pictures.data
-    pictures.data = data.with_outputs(classes) if labels is None else _with_labels(data, labels, classes)
-    _check_labels(pictures.data, step)
-    return first
 
 
 def _as_typed(network: str | nn.Module, source: Source, weights: str) -> tuple[str, str]:
@@ -373,6 +367,34 @@ def _output_of(model: nn.Module, image: Tensor) -> int:
         raise refuse_images(error, image.shape[2:]) from error
 
 
+def refuse_what_does_not_fit(model: nn.Module, image: Tensor) -> None:
+    """Refuse pictures (1, C, H, W) whose maps take more memory than is free, and name what computes them.
+
+    Raises:
+        InvalidInput: they do.
+    """
+    free = free_memory()
+    if image.shape[2] * image.shape[3] < SMALL or free is None:
+        return
+    try:
+        example = image[..., :256, :256].contiguous()
+        net = adaptify(model, "all", coarsest=32, example_input=example, verify_laws=False)
+        walks = net.optimize(memory=free).plan_memory(image)
+        is_whole, why = walks.band >= image.shape[2], f"{in_mebibytes(free)} are free."
+    except InvalidInput as refusal:  # not even in bands, or not at all
+        is_whole, why = "too little" not in refusal.what, f"{in_mebibytes(free)} are free, and {refusal.why}"
+    except CadError:  # what cannot be planned is tried
+        return
+    if not is_whole:
+        size = f"{image.shape[2]}x{image.shape[3]}"
+        raise InvalidInput(
+            f"the maps of the network do not fit into memory for a picture of {size}.",
+            why=why,
+            next='compute it in bands of rows: net.optimize(memory="1.5GiB") or cadsurgery run --memory 1.5GiB; '
+            "or compare settings on smaller pictures: --size HxW.",
+        )
+
+
 # -- pictures ------------------------------------------------------------------------------------------
 
 
@@ -416,12 +438,15 @@ class _Pictures:
         return images
 
 
-def _with_labels(data: SegmentationData, spec: str | Path, outputs: int) -> SegmentationData:
-    """Return photos with labels from a folder, a PNG of the same name for each photo; see `recommend`.
+def _with_labels(data: SegmentationData, spec: str | Path | None, outputs: int) -> SegmentationData:
+    """Return photos with labels from a folder, a PNG of the same name for each photo, or with their own; see
+    `recommend`.
 
     Raises:
         InvalidInput: an option has another form, or there are more classes than outputs.
     """
+    if spec is None:
+        return data.with_outputs(outputs)
     folder, options = _split_labels(spec)
     classes = class_names(options["classes"]) if "classes" in options else number_classes(outputs)
     if len(classes) > outputs:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -36,20 +36,6 @@ TORCH = "torch"  # the runtime that needs no files
 IN_8_BITS = f"onnx{KERNELS}"  # the engine in which 8 bits are measured if none is named
 # Engines in which the dense networks are timed too, by package; all files are first written in float32.
 RIVALS = {engine.package: name for name, engine in ENGINES.items() if not engine.has_kernels}
-
-
-class Runs(Protocol):
-    """Creates the calls of a converted network."""
-
-    @property
-    def net(self) -> AdaptiveModel:
-        """The converted network."""
-
-    def dense(self, name: str, image: Tensor | None = None) -> Call:
-        """Return the call of a dense network, `HIGH` or `LOW`, for images of the size of `image`."""
-
-    def under(self, mask: MaskProvider) -> Call:
-        """Return the call of the network under a mask."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +119,9 @@ class InEngine:
             options |= {"precision": INT8, "calibration": list(self.calibration)}
         export(self.net, self.image, path, step=step, **options)
         return self.engine(path, self.threads)
+
+
+Runs = InTorch | InEngine  # what creates the calls of a converted network
 
 
 def scaled_size(size: Sequence[int], scale: float, multiple: int) -> tuple[int, int]:
