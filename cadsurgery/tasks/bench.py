@@ -127,10 +127,10 @@ def bench(
     """
     listed = [networks] if isinstance(networks, str | nn.Module) else list(networks)
     setup, fill = Benchmark(**options), ("nearest", "linear") if "both" in fill else fill
+    check_outputs(output, picture=picture)
     for network in listed:
         if (made := open_any(network, trust)) is not None:
             _check_alone(listed, setup)
-            check_outputs(output, picture=picture)
             with _threads(setup.threads or torch.get_num_threads()):
                 alone = _bench_made(made, listed[0], fractions, setup, sides, step)
             if output is not None:
@@ -143,7 +143,6 @@ def bench(
         runtime=engine_for(setup.runtime, setup.dtype),
     )
     _check(listed, mask, fractions, setup, fill)
-    check_outputs(output, picture=picture)
     if len(listed) > 1:  # find wrong names before the first measurement
         for place, network in enumerate(listed):
             step(f"planning {_name(network)}", place, len(listed))

@@ -34,7 +34,7 @@ from cadsurgery.support.fields import read_settings, reader_of
 from cadsurgery.support.files import check_folder
 from cadsurgery.support.kinds import CONVERTED, check_kind
 from cadsurgery.support.progress import Step, within
-from cadsurgery.support.provenance import describe_run, find_device
+from cadsurgery.support.provenance import find_device
 from cadsurgery.support.rows import SLOWER, Row
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.tasks.commands import ConvertOptions, MacsOptions, PlanOptions
@@ -46,6 +46,7 @@ from cadsurgery.tasks.open import (
     is_file,
     open_converted,
     original,
+    provenance,
     read_by,
     with_statistics,
 )
@@ -90,15 +91,12 @@ def convert(*, model: str, options: ConvertOptions, step: Step) -> ConversionRep
     step(f"writing {output}")
     save(made.net, output)
     return ConversionReport(
-        model=source.name,
-        weights=source.note,
-        random=source.weights == "random",
         image=tuple(made.batch.shape),
         sides=tuple(rows),
         file=str(output),
         made=made.without_network(),
         notes=tuple(notes),
-        **describe_run(device),
+        **provenance(model, source, device),
     )
 
 

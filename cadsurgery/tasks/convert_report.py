@@ -73,7 +73,8 @@ class ConversionReport(RunReport):
         columns += macs_columns("given", lambda row: given)
         columns += time_columns("given", lambda row: given, has_median=True)
         yield table(self.sides, columns, title)
-        yield self.run_with()
+        torch = f", torch {self.versions['torch']}" if "torch" in self.versions else ""
+        yield Text(f"on {self.device}{torch}", style="dim")
         if self.slowdown > _BUSY:
             yield Text(
                 f"the machine is busy: the median is {self.slowdown:.1f} times the best time. Compare the best times, "

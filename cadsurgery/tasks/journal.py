@@ -21,6 +21,7 @@ from cadsurgery.data.hub import fetch, is_address
 from cadsurgery.data.tiff import split_page
 from cadsurgery.support.errors import FileError, InvalidInput, first_line
 from cadsurgery.support.files import append_line, exists, make_folder
+from cadsurgery.support.progress import Step
 
 Identity = dict[str, Any]  # plain values that are the same whenever a run is resumed
 Row = dict[str, Any]  # what happened to an image or a clip, as plain values; a failure has no `output`
@@ -203,7 +204,18 @@ class Results(Journal):
                 self._read_as[item.source] = state_of(item.source)  # before it is read
                 yield item
 
-    def add_result(self, row: Row) -> None:
+    def taken_in(
+        self, answers: Iterable[tuple[int, Row]], number: int | None, step: Step
+    ) -> Iterator[tuple[int, Row]]:
+        """Yield the positions and rows of so many pictures, after each is noted and shown."""
+        step(f"image 1 of {number or '?'}", 0, number)
+        for count, (position, row) in enumerate(answers, 1):
+            if not row.get("interrupted"):
+                self._add_result(row)
+            step(f"image {count} of {number or '?'} ({Path(row['image']).name})", count, number)
+            yield position, row
+
+    def _add_result(self, row: Row) -> None:
         """Append the row of a result that is in place, or of a picture that failed, with the reason."""
         source = row["image"]
         state = self._read_as.pop(source, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,7 @@ from cadsurgery.tasks.measuring import AGREEMENT, ERROR, FIDELITY, compare
 from cadsurgery.tasks.open import (
     example_image,
     is_file,
+    normalised_by,
     open_converted,
     with_statistics,
 )
@@ -331,11 +332,9 @@ def _look_bare(
     """
     high, low = output_stride or (8, 32)
     geometry = Geometry(_halvings(high, low), patch=patch)  # type: ignore[arg-type]
-    read = read_normalisation("imagenet" if normalisation is None else normalisation, len(picture))
-    source = Source("", channels=len(picture))
-    if read.mean:
-        source = replace(source, mean=read.mean, std=read.std)
-    batch = read.in_unit(normalise(picture, source).unsqueeze(0))
+    chosen = "imagenet" if normalisation is None else normalisation
+    source = normalised_by(Source("", channels=len(picture)), chosen)
+    batch = read_normalisation(chosen, len(picture)).in_unit(normalise(picture, source).unsqueeze(0))
     features = batch[:, :, ::high, ::high]
     grid = FineMapSpec.of(geometry, 1, (features.shape[2], features.shape[3]), high)
 

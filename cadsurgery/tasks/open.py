@@ -87,10 +87,18 @@ def read_by(
     chosen = with_statistics({"normalisation": normalisation}, source, pictures)["normalisation"]
     if chosen is not None and isinstance(net, AdaptiveModel) and not net.hosts_part:
         net.normalisation = chosen
-    elif chosen is not None and (read := read_normalisation(chosen, source.channels)).mean:
-        source = replace(source, mean=read.mean, std=read.std)
+    else:
+        source = normalised_by(source, chosen)
     if getattr(net, "source", None) is not None:  # a network without a name has no record
         net.source = source  # type: ignore[assignment]
+
+
+def normalised_by(source: Source, normalisation: object) -> Source:
+    """Return the source with mean and deviation of the option `normalisation`; as it is for None or raw."""
+    if normalisation is None:
+        return source
+    read = read_normalisation(normalisation, source.channels)
+    return replace(source, mean=read.mean, std=read.std) if read.mean else source
 
 
 def original(

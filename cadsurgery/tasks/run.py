@@ -153,7 +153,8 @@ def predict(
         else:
             clips = (predictor.clip_row(clip, options.fps, step, stopped) for clip in left(sources.clips))
             answers = chain(predictor.rows(stills), clips)
-        _take_in(chain(answers, sources.refusals()), outcome, journal, number, step)
+        for position, row in journal.taken_in(chain(answers, sources.refusals()), number, step):
+            outcome.add(position, row)
     if sources.is_one_clip and outcome.counts["failed"]:
         journal.remove()  # there is nothing to resume
     if number is None and outcome.counts.total() <= len(sources.failures):
@@ -168,22 +169,6 @@ def predict(
         options.memory,
         chosen,
     )
-
-
-def _take_in(
-    answers: Iterable[tuple[Any, Row]],
-    outcome: _Processed,
-    journal: Results,
-    number: int | None,
-    step: Step,
-) -> None:
-    """Note the rows of predictions, in the journal too, and show how many of so many images are done."""
-    step(f"image 1 of {number or '?'}", 0, number)
-    for count, (position, row) in enumerate(answers, 1):
-        outcome.add(position, row)
-        if not row.get("interrupted"):
-            journal.add_result(row)
-        step(f"image {count} of {number or '?'} ({Path(row['image']).name})", count, number)
 
 
 def _report(

@@ -95,20 +95,17 @@ def extract(
     }
     journal = Results(folder / NAME, identity, resume=has_results(folder / NAME))
     journal.begin()
-    count, done = len(paths), dict[int, Row]()
+    kept = dict[int, Row]()
     places = enumerate((path, (folder / place).with_suffix(f".{form}")) for path, place in paths.items())
     items = (Item(at, str(path), str(target)) for at, (path, target) in places)
-    left = journal.left(items, lambda item: done.update([write.row(item, is_kept=True)]))
+    left = journal.left(items, lambda item: kept.update([write.row(item, is_kept=True)]))
     answers: Iterable[tuple[int, Row]] = map(write.row, left)
     if workers > 1:
         answers = share(left, work, workers, lost)
-    step(f"image 1 of {count}", 0, count)
-    for position, row in answers:
-        journal.add_result({name: value for name, value in row.items() if name != "kept"})
-        done[position] = row
-        step(f"image {len(done)} of {count} ({Path(row['image']).name})", len(done), count)
-    rows = [row for _, row in sorted(done.items())]
-    return [row for row in rows if "error" not in row], [*lacking, *(row for row in rows if "error" in row)]
+    done = dict(journal.taken_in(answers, len(paths), step))
+    rows = sorted({**done, **kept}.items())
+    written = [{**row, "kept": position in kept} for position, row in rows if "error" not in row]
+    return written, [*lacking, *(row for _, row in rows if "error" in row)]
 
 
 @dataclass(frozen=True)
@@ -131,12 +128,7 @@ class _FeatureWriter:
         except CadError as error:
             return lost(item, error)
         count = len(features.keypoints)
-        return item.position, {
-            "image": item.source,
-            "output": item.target,
-            "keypoints": count,
-            "kept": is_kept,
-        }
+        return item.position, {"image": item.source, "output": item.target, "keypoints": count}
 
     def _write(self, item: Item) -> Features:
         target, source = Path(item.target), pictures_for(self.extractor.net)

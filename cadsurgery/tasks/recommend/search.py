@@ -29,8 +29,6 @@ from cadsurgery.data.sources import (
     warn_of_two_values,
 )
 from cadsurgery.kernels import isa
-from cadsurgery.masks.unit import read_normalisation
-from cadsurgery.methods.method_files import SiblingModel
 from cadsurgery.methods.side import Side
 from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.export import INT8
@@ -70,6 +68,7 @@ from cadsurgery.tasks.measuring import (
 )
 from cadsurgery.tasks.open import (
     is_file,
+    normalised_by,
     open_any,
     original,
     provenance,
@@ -170,7 +169,7 @@ def recommend(
     folder = make_folder(output or Path(f"{_short_name(source)}-recommended"))
     options = {name: value for name, value in (options or {}).items() if value is not None}
     options = with_statistics(options, source, pictures_of(data))
-    source = _normalised_by(source, options.get("normalisation"))
+    source = normalised_by(source, options.get("normalisation"))
     pictures = _Pictures(data.read_for(source), source, size)
     first = pictures.readable(1)[0]
     refuse_what_does_not_fit(model, first)
@@ -196,7 +195,12 @@ def recommend(
     )
     identity = _identity_of(calls, candidates, source, data, labels)
     run = _MeasuringRun(candidates, calls, pictures, folder, identity, step, minutes, deadline)
-    run.measure_until_interrupted()
+    try:
+        run.measure()
+    except KeyboardInterrupt:  # which ends it with the pictures that are done, if there are any
+        if not run.done:
+            raise
+        run.end = "interrupted"
     request = Requirement(keep if keep is not None or at_most is not None else 0.99, at_most)
     name, typed_weights = _as_typed(network, source, weights)
     described = {"network": name, **provenance(network, source, torch.device("cpu"))}
@@ -327,7 +331,7 @@ def _as_given(
 
     Of a converted network it is the network before the conversion, with the weights that it has now.
     """
-    if isinstance(network, SiblingModel) or open_any(network, trust) is not None:
+    if open_any(network, trust) is not None:
         raise InvalidInput(
             f"{network if isinstance(network, str) else type(network).__name__} is a network of another method.",
             why="recommended are settings of adaptify.",
@@ -341,14 +345,6 @@ def _as_given(
         network = unconverted(network)
     model, source = original(network, weights, bands=bands)
     return copy_network(model).eval().to(memory_format=torch.channels_last), source
-
-
-def _normalised_by(source: Source, normalisation: object) -> Source:
-    """Return the source with the mean and deviation of the option `normalisation`; as it is for None or raw."""
-    if normalisation is None:
-        return source
-    read = read_normalisation(normalisation, source.channels)
-    return replace(source, mean=read.mean, std=read.std) if read.mean else source
 
 
 def _short_name(source: Source) -> str:
@@ -584,15 +580,6 @@ class _MeasuringRun:
             f"planning and preparing that took {time_in_words(self.taken)}: give --minutes "
             f"{max(1, math.ceil(self.taken / 15))} or more."
         )
-
-    def measure_until_interrupted(self) -> None:
-        """Run `measure`; an interruption ends it with the pictures that are done, if there are any."""
-        try:
-            self.measure()
-        except KeyboardInterrupt:
-            if not self.done:
-                raise
-            self.end = "interrupted"
 
     def measure(self) -> None:
         """Run all settings on the pictures, one after the other."""
