@@ -159,7 +159,7 @@ class Results(Journal):
     when it was read; in object storage it counts if a row says so.
 
     Attributes:
-        classes: names of the classes in the predictions that were there when the run began.
+        classes: names of the classes in the predictions that are there.
     """
 
     def __init__(self, file: Path | str, asked: Identity, resume: bool = True, **options: Any) -> None:
@@ -212,6 +212,7 @@ class Results(Journal):
         for count, (position, row) in enumerate(answers, 1):
             if not row.get("interrupted"):
                 self._add_result(row)
+            self.classes |= row.get("classes", {}).keys()
             step(f"image {count} of {number or '?'} ({Path(row['image']).name})", count, number)
             yield position, row
 

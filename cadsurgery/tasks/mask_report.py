@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -33,7 +32,7 @@ from cadsurgery.data.sources import split_place
 from cadsurgery.data.stores import refuse_stream
 from cadsurgery.data.tiff import split_page
 from cadsurgery.elements.lattice import Geometry, Lattice
-from cadsurgery.masks import FineMapSpec, MaskProvider, labelled, resolve_mask
+from cadsurgery.masks import FineMapSpec, MaskProvider, resolve_mask
 from cadsurgery.masks.provider import check_levels
 from cadsurgery.masks.unit import read_normalisation
 from cadsurgery.network.model import AdaptiveModel, pictures_for
@@ -47,7 +46,7 @@ from cadsurgery.support.rows import Row, percent, plain
 from cadsurgery.support.tables import Column, table
 from cadsurgery.tasks.commands import MaskOptions
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
-from cadsurgery.tasks.measuring import AGREEMENT, ERROR, FIDELITY, compare
+from cadsurgery.tasks.measuring import AGREEMENT, ERROR, FIDELITY, as_labels, compare
 from cadsurgery.tasks.open import (
     example_image,
     is_file,
@@ -207,7 +206,7 @@ def draw_masks(image: str, options: MaskOptions, *, step: Step) -> MaskReport:
             first = stored_mask or resolve_mask(DEFAULT_MASK)
             asked = [(first.spec(), first), *(entry for entry in asked if entry[1].spec() != first.spec())]
     rows, lattices = [], []
-    with labelled(truth) if truth is not None else nullcontext():
+    with as_labels(truth):
         for text, mask in counted(asked, step, "mask", "drawing", name=lambda entry: entry[0]):
             lattice, more = look(_with_weights(mask, stored_mask))
             rows.append(_row(text, mask.spec(), lattice, more))

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -159,28 +159,20 @@ def predict(
         journal.remove()  # there is nothing to resume
     if number is None and outcome.counts.total() <= len(sources.failures):
         raise no_images(sources.failures)
-    outcome.classes |= journal.classes
-    return _report(
-        outcome,
-        sources,
-        class_names(pictures_for(converted)),
-        stopped.is_set(),
-        resume,
-        options.memory,
-        chosen,
-    )
+    names = class_names(pictures_for(converted))
+    shown = {number: name for number, name in enumerate(names) if name in journal.classes}
+    return _report(outcome, sources, shown, stopped.is_set(), options, chosen)
 
 
 def _report(
     outcome: _Processed,
     sources: _Sources,
-    names: Sequence[str],
+    shown: Mapping[int, str],
     is_interrupted: bool,
-    resume: bool,
-    memory: str = "",
-    chosen: str = "",
+    options: RunOptions,
+    chosen: str,
 ) -> FilesReport:
-    """Return the report, and write the legend of the classes."""
+    """Return the report, and write the legend of the classes that are `shown`."""
     rows, failures = outcome.rows("done"), outcome.rows("failed")
     done, failed, skipped = (outcome.counts[became] for became in ("done", "failed", "skipped"))
     lines = [_describe(row) for row in rows]
@@ -202,22 +194,24 @@ def _report(
     ]
     if done > len(rows):
         lines.append(f"... and {done - len(rows)} more: {sources.output}/{NAME}")
-    if shown := {names.index(name): name for name in outcome.classes}:
-        write_picture(figure_picture(legend_figure(dict(sorted(shown.items())))), sources.legend)
+    if shown:
+        write_picture(figure_picture(legend_figure(shown)), sources.legend)
         lines.append(f"legend: {sources.legend}")
     for row in outcome.rows("interrupted"):
         at, height = row["rows"]
         lines.append(f"{row['image']}: interrupted at row {at} of {height}; --resume continues there")
     if chosen:
         lines.append(f"computed in bands of rows, as by --memory auto: {chosen}")
-    if memory:
+    if memory := options.memory:
         amount = in_mebibytes(bytes_of(memory)) if memory.isdigit() else memory
         lines.append(
             f"the process took {in_mebibytes(peak_memory())} at most; --memory {amount} is only for maps"
         )
-    also = f"{skipped} skipped, " if resume else ""
+    also = f"{skipped} skipped, " if options.resume else ""
     text = "\n".join([*lines, f"{done} done, {also}{failed} failed"])
-    return FilesReport(rows, text, failures, is_interrupted, skipped if resume else None, (done, failed))
+    return FilesReport(
+        rows, text, failures, is_interrupted, skipped if options.resume else None, (done, failed)
+    )
 
 
 @dataclass
@@ -227,12 +221,10 @@ class _Processed:
     Attributes:
         counts: numbers of those `done`, `failed`, `interrupted` and `skipped`.
         listed: position, what became of it, and row of the first of them.
-        classes: names of the classes seen.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     listed: list[tuple[int, str, Row]] = field(default_factory=list)
-    classes: set[str] = field(default_factory=set)
 
     def add(self, position: int, row: Row) -> None:
         """Count a row."""
@@ -240,7 +232,6 @@ class _Processed:
         self.counts[became] += 1
         if self.counts[became] <= _LISTED:
             self.listed.append((position, became, row))
-        self.classes |= row.get("classes", {}).keys()
 
     def rows(self, became: str) -> tuple[Row, ...]:
         """Return the first rows of those that became so, in order."""
