@@ -48,12 +48,6 @@ class ConversionReport(RunReport):
     made: MethodConversion
     notes: tuple[str, ...] = ()
 
-    @property
-    def slowdown(self) -> float:
-        """Median time relative to the best time, of the side where that is largest; 1 if nothing was timed."""
-        timed = [(row.milliseconds_median, row.milliseconds) for row in self.sides]
-        return max((median / best for median, best in timed if median and best), default=1.0)
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for `--json`."""
         values = super().to_dict()
@@ -75,9 +69,11 @@ class ConversionReport(RunReport):
         yield table(self.sides, columns, title)
         torch = f", torch {self.versions['torch']}" if "torch" in self.versions else ""
         yield Text(f"on {self.device}{torch}", style="dim")
-        if self.slowdown > _BUSY:
+        timed = [(row.milliseconds_median, row.milliseconds) for row in self.sides]
+        slowdown = max((median / best for median, best in timed if median and best), default=1.0)
+        if slowdown > _BUSY:
             yield Text(
-                f"the machine is busy: the median is {self.slowdown:.1f} times the best time. Compare the best times, "
+                f"the machine is busy: the median is {slowdown:.1f} times the best time. Compare the best times, "
                 "or measure again when nothing else runs.",
                 style="yellow",
             )
