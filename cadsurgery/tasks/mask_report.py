@@ -350,7 +350,7 @@ def _look_bare(
     return high, geometry.max_level, look, [_NO_NETWORK]
 
 
-def _look_in(net: AdaptiveModel, model: str, compare: bool, picture: Tensor) -> Seen:
+def _look_in(net: AdaptiveModel, model: str, is_compared: bool, picture: Tensor) -> Seen:
     """Evaluate masks in a network; if they are compared, with the quality of its prediction and its MACs."""
     source = pictures_for(net)
     batch = normalise(picture, source).unsqueeze(0)
@@ -360,22 +360,29 @@ def _look_in(net: AdaptiveModel, model: str, compare: bool, picture: Tensor) -> 
         with torch.inference_mode():
             output = net(batch, mask=mask)
         lattice = net.lattice
-        if not compare:
+        if not is_compared:
             return lattice, {}
         report = net.macs(batch, mask=lattice.pyramid.levels)  # exactly this map, whatever its mask
         macs = net.macs(batch, mask=mask).of_mask + report.mask
         cost: dict[str, int | None] = {"mask": macs, "high": report.high, "low": report.low}
         cost["given"] = report.given
         shares = {f"of_{name}": macs / whole if (whole := cost[name]) else None for name in ("given", "high")}
-        return lattice, {**_quality(output, dense, size), "macs": cost, **shares}
+        figures = {} if dense is None else compare(output, dense, size)
+        return lattice, {**{name: figures.get(name) for name in QUALITIES}, "macs": cost, **shares}
 
-    if not compare:
+    if not is_compared:
         return stride, max_level, look, []
     with torch.inference_mode():
         dense = net(batch, mask="all")
     size = (picture.shape[1], picture.shape[2])
     notes = [_ONE_IMAGE.format(model=model)]
-    if refusal := _HOST if net.hosts_part else _refusal(dense, size):
+    refusal = _HOST if net.hosts_part else ""
+    try:
+        if not refusal:
+            compare(dense, dense, size)
+    except InvalidInput as error:
+        refusal = f"{error.what} {error.why}"
+    if refusal:
         dense, notes = None, [f"quality is not compared: {refusal}"]
     if source.weights == "random" and not is_file(model):
         notes.append(_RANDOM)
@@ -391,21 +398,6 @@ _NO_NETWORK = (
 )
 _RANDOM = "the weights are random: these qualities say nothing about the trained network."
 _HOST = "the network around the adaptive part returns no maps."
-
-
-def _quality(output: Any, dense: Any, size: tuple[int, int]) -> dict[str, float | None]:
-    """Return the quality of an output relative to that of the dense network, see `MaskReport`."""
-    figures = {} if dense is None else compare(output, dense, size)
-    return {name: figures.get(name) for name in QUALITIES}
-
-
-def _refusal(dense: Any, size: tuple[int, int]) -> str:
-    """Return why outputs such as this one cannot be compared, or ""."""
-    try:
-        _quality(dense, dense, size)
-    except InvalidInput as error:
-        return f"{error.what} {error.why}"
-    return ""
 
 
 def _open(
