@@ -68,10 +68,8 @@ from cadsurgery.tasks.sides.engine_sides import (
     InEngine,
     InTorch,
     Runs,
-    banded_sides,
     engine_for,
-    rival_sides,
-    smaller_sides,
+    further_sides,
 )
 from cadsurgery.tasks.task_options import Benchmark, Conversion
 
@@ -308,9 +306,7 @@ def _compare(
     twins = first.twins()
     budgets = [side for entry in filled for side in entry.budgets(mask)]
     others = [
-        *rival_sides(first.net, first.image.float().contiguous(), setup, folder, step),
-        *smaller_sides(first.net, first.image, setup, first.runs),
-        *banded_sides(first.net, first.image, setup, first.dense),
+        *further_sides(first.net, first.image, setup, first.runs, first.dense, folder, step),
         *own,
     ]
     high, low, *rows = work_and_time(

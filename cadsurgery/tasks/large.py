@@ -31,6 +31,7 @@ from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInst
 from cadsurgery.support.files import as_file_error, make_folder, write_whole
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent
+from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import CLASSES, palette
 from cadsurgery.tasks.journal import Identity, Journal, state_of
 from cadsurgery.tasks.pieces import Blocks, PartOfPicture, Piece, block_side, find_pieces
@@ -123,41 +124,37 @@ class LargePicture:
         self,
         path: str,
         source: Any,
-        bands: Sequence[int] = (),
         dtype: torch.dtype | None = None,
-        size: tuple[int, int] | None = None,
-        view: str = "",
-        within: str = "",
+        options: RunOptions | None = None,
     ) -> None:
         """Open a file.
 
         Args:
             path: the file.
             source: the network's source.
-            bands: the bands to take instead of the source's.
             dtype: type of the network's pictures.
-            size, view: as of a run; others than the usual need the whole picture.
-            within: file of the area that is asked for; empty for all.
+            options: of a run; a size and another view than the usual need the whole picture.
 
         Raises:
             FileError: see `TiffRows`.
             InvalidInput: the picture is to be resized, or drawn upon.
         """
-        for name, value, usual in (("--size", size, None), ("--view", view or CLASSES, CLASSES)):
-            if value != usual:
+        how = options or RunOptions()
+        for name, is_asked in (("--size", how.size is not None), ("--view", how.view not in ("", CLASSES))):
+            if is_asked:
                 raise InvalidInput(
                     f"{name} for {path}, which is read in rows.",
                     why="the picture takes more memory than --memory.",
                     next="leave it out, or give more memory.",
                 )
         self.file, self.path, self._source, self._dtype = open_rows(path), path, source, dtype
-        self._bands = bands or (source.bands if source is not None else ())
+        self._bands = how.bands or (source.bands if source is not None else ())
         self.size = (self.file.shape[1], self.file.shape[2])
         self.shape: tuple[int, ...] = (self._read(0, 1)[0].shape[0], *self.size)
         self._lacking = self._bits(lambda *part: self._read(*part)[1][0]) if self.file.may_lack else None
         self._unwanted, self.asked = self._lacking, 0
-        if within:
-            area = read_area(within, self.size, path, self.file.position)
+        if how.within:
+            area = read_area(how.within, self.size, path, self.file.position)
             outside = self._bits(lambda first, end, left, right: ~area.rows(first, end)[:, left:right])
             self.asked = self.size[0] * self.size[1] - _count(outside)
             both = [bits for bits in (self._lacking, outside) if bits is not None]

@@ -218,10 +218,7 @@ class Predictor:
     def _read(self, item: Item) -> Picture:
         try:
             if item.target.endswith(".tif"):
-                how = self.options
-                asked = (how.size, how.view, how.within)
-                large = LargePicture(item.source, self.source, how.bands, self._dtype, *asked)
-                return Picture(item, large=large)
+                return Picture(item, large=LargePicture(item.source, self.source, self._dtype, self.options))
             read = read_picture_for(self.source, item.source, self.options.size, content=item.content)
             if not self.options.within:
                 return Picture(item, read)

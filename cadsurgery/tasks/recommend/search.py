@@ -202,20 +202,15 @@ def recommend(
             raise
         run.end = "interrupted"
     request = Requirement(keep if keep is not None or at_most is not None else 0.99, at_most)
-    name, typed_weights = _as_typed(network, source, weights)
+    name, typed_weights = network if isinstance(network, str) else "", weights
+    if is_file(network):  # which is converted anew by the name of its network, with its weights
+        name, typed_weights = source.name, name
     described = {"network": name, **provenance(network, source, torch.device("cpu"))}
     typed: dict[str, Any] = {} if typed_weights == "auto" else {"weights": typed_weights}
     typed |= {"bands": ",".join(map(str, bands))} if bands else {}
     report = _report_on(run, request, typed, described)
     report.write(folder / "report.json", folder / "curve.png")
     return report
-
-
-def _as_typed(network: str | nn.Module, source: Source, weights: str) -> tuple[str, str]:
-    """Return network and weights as they are typed to convert anew; "" for a network that is no text."""
-    if not isinstance(network, str):
-        return "", weights
-    return (source.name, network) if is_file(network) else (network, weights)
 
 
 def _identity_of(

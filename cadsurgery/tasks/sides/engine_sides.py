@@ -132,34 +132,6 @@ def scaled_size(size: Sequence[int], scale: float, multiple: int) -> tuple[int, 
     return sides[0], sides[1]
 
 
-def smaller_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, runs: Runs) -> list[Side]:
-    """Return the side of dense high on smaller pictures, which the call resizes; none without `setup.smaller`."""
-    if not setup.smaller:
-        return []
-    size = scaled_size(image.shape[2:], setup.smaller, net.plan.output_stride[1])
-    run = runs.dense(HIGH, resized(image, size))
-    macs = net.macs(resized(image, size), mask="none").high
-    return [Side(f"{HIGH} at {size[0]}x{size[1]}", lambda image: run(resized(image, size)), macs)]
-
-
-def banded_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, counted: MacReport) -> list[Side]:
-    """Return the side of the network as given in bands of rows (of dense low, if no level is the network's own), named
-    by what they take; none without `setup.memory`.
-
-    Raises:
-        CannotConvert: an operation needs a whole map.
-        InvalidInput: the memory is too little.
-    """
-    if not setup.memory:
-        return []
-    own, fast = net.plan.identity_level, net.optimize(memory=setup.memory)
-    mask, macs = ("all", counted.high) if own == 0 else ("none", counted.low)
-    plan = fast.plan_memory(image[:1], mask=mask)
-    which = "as given" if own in (0, net.plan.max_level) else LOW
-    name = f"{which}, in bands of {plan.band} rows: {in_mebibytes(plan.peak)}"
-    return [Side(name, lambda image: fast(image, mask=mask), macs)]
-
-
 def level_of(net: AdaptiveModel, name: str) -> int:
     """Return the level of a dense network, `HIGH` or `LOW`."""
     return {HIGH: 0, LOW: net.geometry.max_level}[name]
@@ -170,20 +142,43 @@ def engine_for(runtime: str, dtype: str) -> str:
     return IN_8_BITS if (runtime, dtype) == (TORCH, INT8) else runtime
 
 
-def rival_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, step: Step) -> list[Side]:
-    """Return the dense networks in other engines, in every dtype of each: high, then low."""
-    if not setup.against:
-        return []
-    net, sides = copy.deepcopy(net).float(), []
-    counted = net.macs(image, mask="none")
-    macs = {HIGH: counted.high, LOW: counted.low}
-    for package in setup.against.split(","):
+def further_sides(
+    net: AdaptiveModel,
+    image: Tensor,
+    setup: Benchmark,
+    runs: Runs,
+    counted: MacReport,
+    folder: Path,
+    step: Step,
+) -> Iterator[Side]:
+    """Yield the sides that a benchmark asks for beside dense networks and budgets: the dense networks in other engines
+    (`against`), in every dtype of each; dense high on smaller pictures, which the call resizes (`smaller`); the network
+    as given, or dense low if no level is its own, in bands of rows (`memory`), named by what they take.
+
+    Raises:
+        CannotConvert: an operation needs a whole map.
+        InvalidInput: the memory is too little.
+    """
+    if setup.against:
+        whole, precise = copy.deepcopy(net).float(), image.float().contiguous()
+    for package in setup.against.split(",") if setup.against else ():
         engine = ENGINES[RIVALS[package]]
         for dtype in ("float32", "bfloat16", INT8) if engine.has_bfloat16 else ("float32", INT8):
             place = folder / package / dtype
-            files = InEngine(net, image, RIVALS[package], place, dtype, [image], setup.threads, step)
-            for name, number in macs.items():
+            files = InEngine(whole, precise, RIVALS[package], place, dtype, [precise], setup.threads, step)
+            for name, number in {HIGH: counted.high, LOW: counted.low}.items():
                 run, about = files.dense(name), {"engine": engine.name, "dtype": dtype, "dense": name}
-                call = partial(lambda run, _: run(image), run)  # a file takes the image in float32
-                sides.append(Side(f"{name}, {engine.name}, {dtype}", call, number, about=about))
-    return sides
+                call = partial(lambda run, _: run(precise), run)  # a file takes the image in float32
+                yield Side(f"{name}, {engine.name}, {dtype}", call, number, about=about)
+    if setup.smaller:
+        size = scaled_size(image.shape[2:], setup.smaller, net.plan.output_stride[1])
+        smaller = runs.dense(HIGH, resized(image, size))
+        macs = net.macs(resized(image, size), mask="none").high
+        yield Side(f"{HIGH} at {size[0]}x{size[1]}", lambda image: smaller(resized(image, size)), macs)
+    if setup.memory:
+        own, fast = net.plan.identity_level, net.optimize(memory=setup.memory)
+        mask, macs = ("all", counted.high) if own == 0 else ("none", counted.low)
+        plan = fast.plan_memory(image[:1], mask=mask)
+        which = "as given" if own in (0, net.plan.max_level) else LOW
+        name = f"{which}, in bands of {plan.band} rows: {in_mebibytes(plan.peak)}"
+        yield Side(name, lambda image: fast(image, mask=mask), macs)
