@@ -19,7 +19,7 @@ _INTERRUPTED = 130  # exit code of a command that Ctrl-C ended, as of shells
 
 
 def make_app() -> typer.Typer:
-    """Collect the `commands` of every module of this package; groups with a name of their own come last.
+    """Collect the groups of commands in every module of this package; those with a name of their own come last.
 
     Importing torch takes seconds, so these modules import what a command needs only when it runs.
     """
@@ -48,7 +48,9 @@ def make_app() -> typer.Typer:
     folders = sys.modules[str(__package__)].__path__
     names = [name for _, name, _ in pkgutil.iter_modules(folders) if name not in ("main", "__main__")]
     modules = [importlib.import_module(f"{__package__}.{name}") for name in names]
-    groups: list[typer.Typer] = [module.commands for module in modules if hasattr(module, "commands")]
+    groups = [
+        group for module in modules for group in vars(module).values() if isinstance(group, typer.Typer)
+    ]
     for group in sorted(groups, key=lambda group: isinstance(group.info.name, str)):
         app.add_typer(group)
     return app

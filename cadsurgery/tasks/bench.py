@@ -125,21 +125,18 @@ def bench(
     """
     listed = [networks] if isinstance(networks, str | nn.Module) else list(networks)
     setup, fill = Benchmark(**options), ("nearest", "linear") if "both" in fill else fill
+    setup = replace(setup, threads=setup.threads or torch.get_num_threads())
     check_outputs(output, picture=picture)
     for network in listed:
         if (made := open_any(network, trust)) is not None:
             _check_alone(listed, setup)
-            with _threads(setup.threads or torch.get_num_threads()):
+            with _threads(setup.threads):
                 alone = _bench_made(made, listed[0], fractions, setup, sides, step)
             if output is not None:
                 append_lines(output, map(json.dumps, alone.lines()))
             alone.write(picture=picture)
             return alone
-    setup = replace(
-        setup,
-        threads=setup.threads or torch.get_num_threads(),
-        runtime=engine_for(setup.runtime, setup.dtype),
-    )
+    setup = replace(setup, runtime=engine_for(setup.runtime, setup.dtype))
     _check(listed, mask, fractions, setup, fill)
     if len(listed) > 1:  # find wrong names before the first measurement
         for place, network in enumerate(listed):
@@ -498,17 +495,16 @@ def _check(
 
 def _check_run(setup: Benchmark) -> None:
     """Refuse invalid conditions of a measurement."""
-    threads = setup.threads or torch.get_num_threads()
-    if setup.processor_time and threads != 1:
+    if setup.processor_time and setup.threads != 1:
         raise InvalidInput(
-            f"processor time of {threads} threads is asked for.",
+            f"processor time of {setup.threads} threads is asked for.",
             why="threads that wait for others would be counted.",
             next="give threads=1 (--threads 1).",
         )
-    if min(setup.batch, threads, setup.rounds, *setup.size) < 1:
+    if min(setup.batch, setup.threads, setup.rounds, *setup.size) < 1:
         height, width = setup.size
         raise InvalidInput(
-            f"not all are positive: batch={setup.batch}, threads={threads}, rounds={setup.rounds}, "
+            f"not all are positive: batch={setup.batch}, threads={setup.threads}, rounds={setup.rounds}, "
             f"size={height}x{width}.",
             next="give at least 1 of each.",
         )

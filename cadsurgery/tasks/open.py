@@ -38,9 +38,7 @@ _A_NAME = "the name of a network"
 
 def is_file(network: object) -> bool:
     """True if `network` refers to a converted file, local or on the Hub, instead of a name or an ONNX file."""
-    if not isinstance(network, str):
-        return False
-    if is_onnx(network):
+    if not isinstance(network, str) or is_onnx(network):
         return False
     return is_address(network) or network.endswith(".safetensors") or files.is_file(network)
 
@@ -116,8 +114,7 @@ def original(
         FileError: `network` is a file or folder instead of a name, or there is no such file.
     """
     if isinstance(network, nn.Module):
-        source = source_of(network)
-        return network, _of_bands(source, bands)
+        return network, _of_bands(source_of(network), bands)
     _refuse_file(network)
     torch.manual_seed(0)  # random weights are the same in every run
     library, _, function = network.partition(":")
@@ -300,10 +297,9 @@ def weights_in_words(network: object, source: Source) -> str:
 
 def provenance(network: object, source: Source, device: torch.device) -> dict[str, Any]:
     """Return the provenance of a report made now: `model`, `weights`, `random`, and the result of `describe_run`."""
-    words = weights_in_words(network, source)
     return {
         "model": source.name,
-        "weights": words,
+        "weights": weights_in_words(network, source),
         "random": source.weights == "random",
         **describe_run(device),
     }
