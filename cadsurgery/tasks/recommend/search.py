@@ -55,7 +55,7 @@ from cadsurgery.support.plain import split_options
 from cadsurgery.support.progress import Step, counted, silent, time_in_words
 from cadsurgery.tasks.journal import NAME, Identity, Journal, digest_of
 from cadsurgery.tasks.judging import FEW, FOUND, Judgement, in_rows, kind_to_judge
-from cadsurgery.tasks.large import SMALL
+from cadsurgery.tasks.large import SMALL, memory_of_whole
 from cadsurgery.tasks.measuring import (
     ERROR,
     FIDELITY,
@@ -364,23 +364,18 @@ def refuse_what_does_not_fit(model: nn.Module, image: Tensor) -> None:
     Raises:
         InvalidInput: they do.
     """
-    free = free_memory()
-    if image.shape[2] * image.shape[3] < SMALL or free is None:
+    free, (_, channels, height, width) = free_memory(), image.shape
+    if height * width < SMALL or free is None:
         return
+    example = image[..., :256, :256].contiguous()
     try:
-        example = image[..., :256, :256].contiguous()
         net = adaptify(model, "all", coarsest=32, example_input=example, verify_laws=False)
-        walks = net.optimize(memory=free).plan_memory(image)
-        is_whole, why = walks.band >= image.shape[2], f"{in_mebibytes(free)} are free."
-    except InvalidInput as refusal:  # not even in bands, or not at all
-        is_whole, why = "too little" not in refusal.what, f"{in_mebibytes(free)} are free, and {refusal.why}"
     except CadError:  # what cannot be planned is tried
         return
-    if not is_whole:
-        size = f"{image.shape[2]}x{image.shape[3]}"
+    if (needed := memory_of_whole(net, channels, (height, width))) > free:
         raise InvalidInput(
-            f"the maps of the network do not fit into memory for a picture of {size}.",
-            why=why,
+            f"the maps of the network do not fit into memory for a picture of {height}x{width}.",
+            why=f"they take up to {in_mebibytes(needed, free)}, and {in_mebibytes(free, needed)} are free.",
             next='compute it in bands of rows: net.optimize(memory="1.5GiB") or cadsurgery run --memory 1.5GiB; '
             "or compare settings on smaller pictures: --size HxW.",
         )
