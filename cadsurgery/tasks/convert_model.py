@@ -154,7 +154,14 @@ def _adapt(mask: str, request: ConversionRequest) -> MethodConversion:
     original_macs = counted.given or counted.high if net.hosts_part else dense_macs(before, batch)
     counted = replace(counted, given=original_macs)
     fast = net.optimize()
-    _warn_of_more_work(plan, counted.mask, original_macs)
+    if counted.mask > original_macs:
+        warn(
+            f"the converted network does {counted.mask / original_macs:.1f} times the work of the network as given: "
+            f"{counted.mask:.3e} multiply-accumulates instead of {original_macs:.3e}.\n"
+            f"  Why: its maps are as fine as output stride {plan.output_stride[0]} where the mask says so, finer than "
+            "those of the network as given.\n"
+            "  Next: convert it for quality, not for speed; cadsurgery recommend measures if that pays."
+        )
     is_dear = counted.mask > _DEAR * original_macs
     others: list[dict[str, Any]] = []
     if is_dear and not plan.floors and not request.options.get("output_stride"):
@@ -198,18 +205,6 @@ def _adapt(mask: str, request: ConversionRequest) -> MethodConversion:
         notes=lambda rows: [*_notes(plan, counted), *_slow_copy(rows, rows[not is_high])],
         first=_say_dear(plan, counted.mask / original_macs, others) if is_dear else "",
     )
-
-
-def _warn_of_more_work(plan: Plan, macs: int, given: int) -> None:
-    """Warn of a conversion that multiplies more than the network as given."""
-    if macs > given:
-        warn(
-            f"the converted network does {macs / given:.1f} times the work of the network as given: "
-            f"{macs:.3e} multiply-accumulates instead of {given:.3e}.\n"
-            f"  Why: its maps are as fine as output stride {plan.output_stride[0]} where the mask says so, finer than "
-            "those of the network as given.\n"
-            "  Next: convert it for quality, not for speed; cadsurgery recommend measures if that pays."
-        )
 
 
 def _slow_copy(rows: Sequence[Row], high: Row) -> Iterator[str]:

@@ -67,7 +67,12 @@ class Journal:
         self._asked: Identity = json.loads(json.dumps(asked, default=str))
         self._address, self._uploaded = str(file), time.monotonic()
         self._what = what or os.path.dirname(self._address)
-        self._file = self._download() if stores.is_remote(file) else Path(file)
+        self._file = Path(file)
+        if stores.is_remote(file):  # a temporary copy
+            self._temporary = tempfile.TemporaryDirectory()
+            self._file = Path(self._temporary.name) / NAME
+            with suppress(FileError):  # there is none yet
+                self._file.write_bytes(stores.read_bytes(self._address))
         self.is_new, self._is_begun = not exists(self._file), resume
         if self.is_new:
             return
@@ -133,14 +138,6 @@ class Journal:
         if stores.is_remote(self._address):
             stores.write_bytes(self._address, self._file.read_bytes())
         self._uploaded = time.monotonic()
-
-    def _download(self) -> Path:
-        """Return a temporary copy of a file in object storage."""
-        self._temporary = tempfile.TemporaryDirectory()
-        copy = Path(self._temporary.name) / NAME
-        with suppress(FileError):  # there is none yet
-            copy.write_bytes(stores.read_bytes(self._address))
-        return copy
 
 
 class Item(NamedTuple):

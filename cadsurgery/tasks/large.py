@@ -413,17 +413,6 @@ def _rows_of(net: Any, picture: LargePicture, start: int, mask: Any = None) -> A
     raise refusal
 
 
-def _pieces(
-    net: Any, picture: LargePicture, mask: Any, size: tuple[int, int], whole: tuple[int, int]
-) -> list[Piece]:
-    """Return the rectangles of the result that are computed, of which one follows the other; see `find_pieces`."""
-    rows = [Piece(Box(*part, 0, size[1])) for part in picture.parts(size)]
-    if not rows or not picture.is_partial:
-        return rows
-    wanted = picture.wanted(block_side(picture.shape[1]))
-    return find_pieces(net, picture, wanted, size, whole, mask) or rows
-
-
 def _count(marked: np.ndarray[Any, Any] | None) -> int:
     """Return the number of pixels that are marked in bits."""
     return 0 if marked is None else int(sum(np.unpackbits(row).sum(dtype=np.int64) for row in marked))
@@ -463,7 +452,11 @@ def predict_large(
             result = None  # with its levels, which take as much memory as all of those of the mask
         name = Path(picture.path).name
         step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
-        pieces = _pieces(net, picture, mask, size, whole[1:])
+        # Rectangles of the result, of which one follows the other; see `find_pieces`.
+        pieces = [Piece(Box(*rows, 0, size[1])) for rows in picture.parts(size)]
+        if pieces and picture.is_partial:
+            wanted = picture.wanted(block_side(picture.shape[1]))
+            pieces = find_pieces(net, picture, wanted, size, whole[1:], mask) or pieces
         for piece in pieces:
             (_, bottom, left, right), begin = piece.box, part.turn_to(piece.box)
             if begin >= bottom:

@@ -15,7 +15,7 @@ from PIL import Image
 from cadsurgery.data.images import encode_png
 from cadsurgery.support.errors import CadError, InvalidInput, check_name, first_line, import_optional
 from cadsurgery.tasks.commands import RunOptions
-from cadsurgery.tasks.journal import Item, Row
+from cadsurgery.tasks.journal import Item
 from cadsurgery.tasks.predictor import PredictionSettings
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.workers import Block, Submit, do_block
@@ -73,16 +73,15 @@ class Predict:
                 next="rename that of the pictures: rename_columns.",
             )
         items = [Item(0, "the picture", "", _content(value)) for value in batch[column]]
-        rows = [row for _, row in self._predictor.rows(items, self._put)]
+        rows = [
+            row for _, row in self._predictor.rows(items, lambda drawn, _: {"prediction": self._form(drawn)})
+        ]
         return {
             **{name: values for name, values in batch.items() if name != column},
             "prediction": [row.get("prediction") for row in rows],
             "active_fraction": [row.get("active_fraction", math.nan) for row in rows],
             "error": [str(CadError.from_dict(row)) if "error" in row else None for row in rows],
         }
-
-    def _put(self, drawn: Image.Image, target: str) -> Row:
-        return {"prediction": self._form(drawn)}
 
 
 def _content(value: Any) -> bytes:

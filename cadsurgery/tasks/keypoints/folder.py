@@ -190,8 +190,9 @@ def read_features(path: Path) -> Features:
     """
     try:
         if path.suffix == ".h5":
-            with _h5py().File(path, "r") as file:
-                group = _only_group(file)
+            with _h5py().File(path, "r") as group:
+                while "keypoints" not in group:  # in the only group, which may be nested
+                    group = group[next(iter(group))]
                 values = {key: np.asarray(group[key]) for key in group}
             values["descriptors"] = values["descriptors"].T
         else:
@@ -211,13 +212,6 @@ def read_features(path: Path) -> Features:
             next="remove it and extract again.",
         ) from error
     return Features(keypoints[:, :2], scores, descriptors, (height, width))
-
-
-def _only_group(file: Any) -> Any:
-    """Return the group that contains the values, which may be nested."""
-    while "keypoints" not in file:
-        file = file[next(iter(file))]
-    return file
 
 
 def _h5py() -> Any:
