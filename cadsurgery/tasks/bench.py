@@ -238,18 +238,6 @@ class _Filled:
         """Counts of which those of the dense networks are used, the same under every budget."""
         return next(iter(self.counts.values()))
 
-    def twins(self) -> list[Side]:
-        """Return the dense networks."""
-        work = {HIGH: self.dense.high, LOW: self.dense.low}
-        return [Side(name, self.runs.dense(name), macs) for name, macs in work.items()]
-
-    def budgets(self, mask: object) -> list[Side]:
-        """Return a side for each budget of the patches that a mask ranks."""
-        return [
-            Side(f"{self.fill} {share!r}", self.runs.under(Budget(mask, share)), count.mask)
-            for share, count in self.counts.items()
-        ]
-
     def result(
         self, model: str, high: Row, low: Row, rows: Sequence[Row], sides: Sequence[Row]
     ) -> NetworkBench:
@@ -257,6 +245,7 @@ class _Filled:
         plan = self.net.plan
         own: dict[int | None, str] = {0: HIGH, plan.max_level: LOW}
         measured = zip(self.counts.items(), rows, strict=True)
+        small = [_SMALL] * ((high.milliseconds or 0.0) <= (low.milliseconds or 0.0))
         return NetworkBench(
             model=model,
             weights=self.weights,
@@ -268,15 +257,12 @@ class _Filled:
             given_macs=self.dense.given,
             twin=own.get(plan.identity_level, ""),
             rows=tuple(_row(share, counted, row, high, low) for (share, counted), row in measured),
-            notes=tuple(self._notes(high, low)),
+            notes=(*macs_notes(plan.part, self.dense.not_counted), *small),
             sides=tuple(sides),
         )
 
-    def _notes(self, high: Row, low: Row) -> Iterator[str]:
-        """Yield facts that a reader needs to judge the figures."""
-        yield from macs_notes(self.net.plan.part, self.dense.not_counted)
-        if (high.milliseconds or 0.0) <= (low.milliseconds or 0.0):
-            yield "dense high is not slower than dense low at this size: the law says little; give a larger size."
+
+_SMALL = "dense high is not slower than dense low at this size: the law says little; give a larger size."
 
 
 def _compare(
@@ -294,14 +280,32 @@ def _compare(
 
     A map with one level everywhere needs no filling, so the dense networks of the first fill serve all fills.
     """
-    name = _name(network)
-    filled = [
-        _convert(network, mask, fractions, replace(setup, fill=fill), folder / fill, step)
-        for fill in dict.fromkeys(fills)
-    ]
+    name, filled = _name(network), list[_Filled]()
+    for fill in dict.fromkeys(fills):
+        step(f"converting {name}, fill {fill}")
+        net, image, weights = convert(network, mask, replace(setup, fill=fill))
+        counts = {share: net.macs(image, mask=Budget(mask, share)) for share in fractions}
+        shown, size = [image], (image.shape[2], image.shape[3])
+        if setup.calibration:
+            shown = pictures_like(open_pictures(setup.calibration), size, pictures_for(net))
+        runs: Runs = InTorch(net, image)
+        if setup.runtime != TORCH:
+            place = folder / fill
+            runs = InEngine(net, image, setup.runtime, place, setup.dtype, shown, setup.threads, step)
+        filled.append(_Filled(fill, net, image, weights, counts, runs))
+        if filled[-1].dense.high == filled[-1].dense.low:
+            raise InvalidInput(
+                f"{name} does the same work at both output strides on {setup.size[0]}x{setup.size[1]} pixels.",
+                next="give a larger size.",
+            )
     first = filled[0]
-    twins = first.twins()
-    budgets = [side for entry in filled for side in entry.budgets(mask)]
+    work = {HIGH: first.dense.high, LOW: first.dense.low}
+    twins = [Side(twin, first.runs.dense(twin), macs) for twin, macs in work.items()]
+    budgets = [
+        Side(f"{entry.fill} {share!r}", entry.runs.under(Budget(mask, share)), count.mask)
+        for entry in filled
+        for share, count in entry.counts.items()
+    ]
     others = [
         *further_sides(first.net, first.image, setup, first.runs, first.dense, folder, step),
         *own,
@@ -323,33 +327,6 @@ def _compare(
         for place, entry in enumerate(filled)
     ]
     return results, first.image
-
-
-def _convert(
-    network: str | nn.Module,
-    mask: object,
-    fractions: Sequence[float],
-    setup: Benchmark,
-    folder: Path,
-    step: Step,
-) -> _Filled:
-    """Convert a network with the fill of the setup, and count its work under each budget."""
-    step(f"converting {_name(network)}, fill {setup.fill}")
-    net, image, weights = convert(network, mask, setup)
-    counts = {share: net.macs(image, mask=Budget(mask, share)) for share in fractions}
-    shown, size = [image], (image.shape[2], image.shape[3])
-    if setup.calibration:
-        shown = pictures_like(open_pictures(setup.calibration), size, pictures_for(net))
-    runs: Runs = InTorch(net, image)
-    if setup.runtime != TORCH:
-        runs = InEngine(net, image, setup.runtime, folder, setup.dtype, shown, setup.threads, step)
-    filled = _Filled(setup.fill, net, image, weights, counts, runs)
-    if filled.dense.high == filled.dense.low:
-        raise InvalidInput(
-            f"{_name(network)} does the same work at both output strides on {setup.size[0]}x{setup.size[1]} pixels.",
-            next="give a larger size.",
-        )
-    return filled
 
 
 def _row(fraction: float, counted: MacReport, measured: Row, high: Row, low: Row) -> Row:

@@ -205,10 +205,37 @@ def recommend(
     name, typed_weights = network if isinstance(network, str) else "", weights
     if is_file(network):  # which is converted anew by the name of its network, with its weights
         name, typed_weights = source.name, name
-    described = {"network": name, **provenance(network, source, torch.device("cpu"))}
     typed: dict[str, Any] = {} if typed_weights == "auto" else {"weights": typed_weights}
     typed |= {"bands": ",".join(map(str, bands))} if bands else {}
-    report = _report_on(run, request, typed, described)
+    measured_by = run.measured_by
+    rows = rows_of(candidates, run.judged, run.macs, measured_by)
+    if len(rows) == 1 and run.late:
+        choice = Chosen(rows[0], (run.too_little,), is_decided=False)
+    else:
+        choice = choose(rows, request, measured_by, candidates.refusal)
+    report = Recommendation(
+        network=name,
+        options={**typed, **calls.options},
+        data=pictures.data.name,
+        images=run.done,
+        of_images=len(pictures.data),
+        image=tuple(first.shape[1:]),
+        resized=pictures.is_resized,
+        measure=measured_by,
+        request=request,
+        runtime=runtime,
+        precision=precision,
+        rows=rows,
+        chosen=choice.row,
+        reasons=(*choice.reasons, *_on_precision(precision)),
+        images_needed=choice.images_needed,
+        end=run.end,
+        refused=run.refused,
+        folder=folder,
+        failed=tuple(run.failed),
+        is_decided=choice.is_decided,
+        **provenance(network, source, torch.device("cpu")),
+    )
     report.write(folder / "report.json", folder / "curve.png")
     return report
 
@@ -233,41 +260,6 @@ def _identity_of(
         "runtime": calls.runtime,
         "precision": calls.precision,
     }
-
-
-def _report_on(
-    run: _MeasuringRun, request: Requirement, typed: Mapping[str, Any], described: Mapping[str, Any]
-) -> Recommendation:
-    """Choose among the measured settings; `typed` are weights and bands as the user gave them, `described` is the
-    provenance."""
-    calls, pictures, measure = run.calls, run.pictures, run.measured_by
-    rows = rows_of(run.candidates, run.judged, run.macs, measure)
-    if len(rows) == 1 and run.late:
-        choice = Chosen(rows[0], (run.too_little,), is_decided=False)
-    else:
-        choice = choose(rows, request, measure, run.candidates.refusal)
-    return Recommendation(
-        options={**typed, **calls.options},
-        data=pictures.data.name,
-        images=run.done,
-        of_images=len(pictures.data),
-        image=tuple(calls.image.shape[1:]),
-        resized=pictures.is_resized,
-        measure=measure,
-        request=request,
-        runtime=calls.runtime,
-        precision=calls.precision,
-        rows=rows,
-        chosen=choice.row,
-        reasons=(*choice.reasons, *_on_precision(calls.precision)),
-        images_needed=choice.images_needed,
-        end=run.end,
-        refused=run.refused,
-        folder=run.folder,
-        failed=tuple(run.failed),
-        is_decided=choice.is_decided,
-        **described,
-    )
 
 
 def _on_precision(precision: str) -> tuple[str, ...]:
