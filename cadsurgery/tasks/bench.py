@@ -288,7 +288,7 @@ def _compare(
         shown, size = [image], (image.shape[2], image.shape[3])
         if setup.calibration:
             shown = pictures_like(open_pictures(setup.calibration), size, pictures_for(net))
-        runs: Runs = InTorch(net, image)
+        runs: Runs = InTorch(net)
         if setup.runtime != TORCH:
             place = folder / fill
             runs = InEngine(net, image, setup.runtime, place, setup.dtype, shown, setup.threads, step)
@@ -300,7 +300,7 @@ def _compare(
             )
     first = filled[0]
     work = {HIGH: first.dense.high, LOW: first.dense.low}
-    twins = [Side(twin, first.runs.dense(twin), macs) for twin, macs in work.items()]
+    twins = [Side(twin, first.runs.dense(twin, first.image), macs) for twin, macs in work.items()]
     budgets = [
         Side(f"{entry.fill} {share!r}", entry.runs.under(Budget(mask, share)), count.mask)
         for entry in filled

@@ -118,7 +118,7 @@ class Calls:
             pictures_for(net)
             net = net.bfloat16() if self._is_cast else net
             files = self.folder / "files" / name, self.precision, self.calibration, torch.get_num_threads()
-            self._runs[name] = InTorch(net, self.image)
+            self._runs[name] = InTorch(net)
             if self.runtime != TORCH:
                 self._runs[name] = InEngine(net, self.image, self.runtime, *files)
         return self._runs[name]

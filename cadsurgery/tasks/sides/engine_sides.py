@@ -40,24 +40,18 @@ RIVALS = {engine.package: name for name, engine in ENGINES.items() if not engine
 
 @dataclass(frozen=True)
 class InTorch:
-    """Copies in torch, in the precision of the network.
-
-    Attributes:
-        net: the converted network.
-        image: example of the images.
-    """
+    """Copies in torch, in the precision of the network."""
 
     net: AdaptiveModel
-    image: Tensor
 
     @cached_property
     def fast(self) -> AdaptiveModel:
         """The copy that runs under masks."""
         return self.net.optimize()
 
-    def dense(self, name: str, image: Tensor | None = None) -> Call:
-        """Return the call of a dense network, `HIGH` or `LOW`."""
-        return dense_twin(self.net, level_of(self.net, name), self.image if image is None else image)
+    def dense(self, name: str, image: Tensor) -> Call:
+        """Return the call of a dense network, `HIGH` or `LOW`, for images of the size of `image`."""
+        return dense_twin(self.net, level_of(self.net, name), image)
 
     def under(self, mask: MaskProvider) -> Call:
         """Return the call of the optimised copy under a mask."""
@@ -100,9 +94,8 @@ class InEngine:
         self.step(words)
         return make_folder(self.folder / str(next(self._numbers))) / "net.onnx", within(self.step, words)
 
-    def dense(self, name: str, image: Tensor | None = None) -> Call:
+    def dense(self, name: str, image: Tensor) -> Call:
         """Return the call of a dense network, `HIGH` or `LOW`, from an ordinary ONNX export."""
-        image = self.image if image is None else image
         path, step = self._begin(f"{name} {'x'.join(map(str, image.shape[2:]))}")
         write_dense(self.net, level_of(self.net, name), image, path, self.engine)
         if self.dtype == INT8:
@@ -167,7 +160,10 @@ def further_sides(
             place = folder / package / dtype
             files = InEngine(whole, precise, RIVALS[package], place, dtype, [precise], setup.threads, step)
             for name, number in {HIGH: counted.high, LOW: counted.low}.items():
-                run, about = files.dense(name), {"engine": engine.name, "dtype": dtype, "dense": name}
+                run, about = (
+                    files.dense(name, precise),
+                    {"engine": engine.name, "dtype": dtype, "dense": name},
+                )
                 call = partial(lambda run, _: run(precise), run)  # a file takes the image in float32
                 yield Side(f"{name}, {engine.name}, {dtype}", call, number, about=about)
     if setup.smaller:

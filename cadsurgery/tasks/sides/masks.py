@@ -111,15 +111,12 @@ def compare(
 
 def _sides(net: AdaptiveModel, masks: Sequence[object], device: torch.device) -> Iterator[Side]:
     """Yield the sides of one network, with copies of masks, which move to the device and stop training."""
-    chosen = [
-        (mask, copy.deepcopy(resolve_mask(mask)).eval().to(device)) for mask in (*(masks or (net.mask,)),)
-    ]
-    middle = [(asked, mask) for asked, mask in chosen if mask.spec() not in (HIGH, LOW)]
-    ends = [(end, resolve_mask(end).eval().to(device)) for end in (HIGH, LOW)]
+    middle = [mask for mask in masks or (net.mask,) if resolve_mask(mask).spec() not in (HIGH, LOW)]
     net, work = copy.deepcopy(net).to(device).eval(), dict[tuple[int, ...], tuple[LayerWork, ...] | None]()
     fast, plan = net.optimize(), net.plan
     (high, low), filled = plan.output_stride, _is_filled(net)
-    for asked, mask in (ends[0], *middle, ends[1]):
+    for asked in (HIGH, *middle, LOW):
+        mask = copy.deepcopy(resolve_mask(asked)).eval().to(device)
         run, spec = Masked(net, fast, mask, work), mask.spec() or "a function"
         typed = asked if isinstance(asked, str) else spec
         anchor, own = spec in (HIGH, LOW), {HIGH: 0, LOW: plan.max_level}.get(spec)
