@@ -478,7 +478,12 @@ def _find_clips(sources: Sequence[Path], output: Path) -> dict[Path, Path]:
             )
         clips = {sources[0]: output}
     else:
-        _refuse_ending(output)
+        if not is_folder(output) and (kind := kind_by_ending(output)) is not None:
+            raise FileError(
+                f"{output} is named like {kind.words}, and predictions are not written into one.",
+                next=f"name a folder: --output {output.stem}; or, for a clip or a folder of frames, a file that ends "
+                f"in {', '.join(WRITTEN)}.",
+            )
         clips = {path: output / f"{path.stem}.mp4" for path in sources if is_clip(path)}
     for path, target in clips.items():
         if list(clips.values()).count(target) > 1 or target.resolve() == path.resolve():
@@ -487,20 +492,6 @@ def _find_clips(sources: Sequence[Path], output: Path) -> dict[Path, Path]:
                 next="choose another --output, or run the clips one by one.",
             )
     return clips
-
-
-def _refuse_ending(output: Path) -> None:
-    """Refuse a folder that is named like a file, which the user will not expect to be a folder.
-
-    Raises:
-        FileError: predictions are not written to files of this ending.
-    """
-    if not is_folder(output) and (kind := kind_by_ending(output)) is not None:
-        raise FileError(
-            f"{output} is named like {kind.words}, and predictions are not written into one.",
-            next=f"name a folder: --output {output.stem}; or, for a clip or a folder of frames, a file that ends in "
-            f"{', '.join(WRITTEN)}.",
-        )
 
 
 def _is_clip_file(output: Path) -> bool:
