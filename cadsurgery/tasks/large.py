@@ -27,7 +27,7 @@ from cadsurgery.data.rasters import add_overviews, open_rows
 from cadsurgery.data.stores import is_remote
 from cadsurgery.data.tiff import split_page
 from cadsurgery.network.boxes import Box
-from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled, warn
+from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled
 from cadsurgery.support.files import as_file_error, make_folder, write_whole
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent
@@ -102,14 +102,6 @@ def memory_of_whole(net: Any, channels: int, size: tuple[int, int]) -> int:
     except CadError:  # it is not computed in bands
         return 0
     return int(walks.peak) + 3 * 4 * channels * height * width  # as read, normalised, and as masks see it
-
-
-def warn_of_position(source: str, why: str, next: str) -> None:
-    """Warn that the prediction of a picture will not say where it lies on the earth, as its TIFF file does."""
-    warn(
-        f"the prediction of {source} is written without its position and coordinate system (GeoTIFF).\n"
-        f"  Why: {why}\n  Next: {next}"
-    )
 
 
 def _part_of(target: Path) -> Path:

@@ -31,7 +31,7 @@ from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.methods.registry import method_of
 from cadsurgery.network.model import pictures_for
 from cadsurgery.network.optimized import FLOAT, check_precision
-from cadsurgery.support.errors import FileError, InvalidInput, check_name
+from cadsurgery.support.errors import FileError, InvalidInput, check_name, warn
 from cadsurgery.support.files import absent, as_file_error, check_folder, exists, is_folder
 from cadsurgery.support.kinds import kind_by_ending
 from cadsurgery.support.memory import AUTO, bytes_of, free_memory, in_mebibytes, peak_memory
@@ -46,7 +46,6 @@ from cadsurgery.tasks.large import (
     header_of,
     memory_of_whole,
     target_for,
-    warn_of_position,
 )
 from cadsurgery.tasks.predictor import PredictionSettings, Predictor, lost
 from cadsurgery.tasks.report import FilesReport
@@ -416,11 +415,11 @@ class _Sources:
             target = target_for(image, os.path.join(self.output, place), self.memory, is_plain=self.is_plain)
             if not self._is_said and not target.endswith(".tif") and position_at(image):
                 self._is_said = True
-                warn_of_position(
-                    image,
-                    "PNG files hold none.",
-                    "TIFF files with it are written in bands of rows: with --memory, without --size and --view; "
-                    "only the first is reported.",
+                warn(
+                    f"the prediction of {image} is written without its position and coordinate system (GeoTIFF).\n"
+                    "  Why: PNG files hold none.\n"
+                    "  Next: TIFF files with it are written in bands of rows: with --memory, without --size and "
+                    "--view; only the first is reported."
                 )
             yield Item(position, image, target)
 
