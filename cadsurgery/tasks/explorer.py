@@ -21,7 +21,6 @@ from cadsurgery.masks import EstimatedMask, MaskProvider, list_masks, resolve_ma
 from cadsurgery.methods.method_files import load
 from cadsurgery.methods.side import Side, work_and_time
 from cadsurgery.network.adaptify import adaptify, plan
-from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.divergence import tensors_of
@@ -202,15 +201,6 @@ def _prepare(net: AdaptiveModel) -> _Nets:
     return _Nets(net, net.optimize(), net.optimize(fuse=False))
 
 
-def _uniform_sides(net: AdaptiveModel, dense: AdaptiveModel, counted: MacReport) -> list[Side]:
-    """Return the network as given, if its levels have it, and everything high."""
-    uniform = {0: "all", net.plan.max_level: "none"}
-    given = uniform.get(-1 if net.plan.identity_level is None else net.plan.identity_level)
-    high = "as given, everything high" if given == "all" else "everything high"
-    as_given = Side("as given", partial(dense, mask="none"), counted.given or 0)
-    return [as_given] * (given == "none") + [Side(high, partial(dense, mask="all"), counted.high)]
-
-
 def explore(
     subject: Subject, image: Path | int, setting: PageSettings, rounds: int = 3, step: Step = silent
 ) -> Explored:
@@ -250,8 +240,14 @@ def explore(
     step("running it")
     with torch.inference_mode():
         output, lattice, reference = fast(batch, mask=mask), fast.lattice, dense(batch, mask="all")
-    counted = net.macs(batch, mask=mask)
-    sides = [*_uniform_sides(net, dense, counted), Side(spec, partial(fast, mask=mask), counted.mask)]
+    counted, own = net.macs(batch, mask=mask), net.plan.identity_level
+    high = "as given, everything high" if own == 0 else "everything high"
+    as_given = Side("as given", partial(dense, mask="none"), counted.given or 0)
+    sides = [
+        *([as_given] if own == net.plan.max_level else []),
+        Side(high, partial(dense, mask="all"), counted.high),
+        Side(spec, partial(fast, mask=mask), counted.mask),
+    ]
     rows = work_and_time(sides, batch, rounds, seconds=_SECONDS, step=within(step, "measuring"))
     pixels, stride = shown(picture).permute(1, 2, 0).numpy(), net.plan.strides[0]
     prediction, high_prediction = (
