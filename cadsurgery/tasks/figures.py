@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from matplotlib.collections import LineCollection
 from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -194,6 +195,40 @@ def draw_levels(pixels: np.ndarray, lattice: Lattice, output_stride: int) -> np.
 
 def _level_colours(max_level: int) -> tuple[str, ...]:
     return (*LEVEL_COLOURS[:max_level], LOWEST_COLOUR)
+
+
+def matches_figure(
+    first: Tensor, second: Tensor, matches: Sequence[tuple[str, Tensor, Tensor, Tensor]], limit: float = 3.0
+) -> Figure:
+    """Draw matches between two images, one panel per setting: correct matches green, wrong ones red.
+
+    Args:
+        first: (3, H, W) in 0..1.
+        second: the other image, of any size.
+        matches: for each setting its name, points (k, 2) in the first and in the second image, and errors (k,) in
+            pixels.
+        limit: largest error, in pixels, of a correct match.
+    """
+    first, second = _as_image(first), _as_image(second)
+    height = max(first.shape[1], second.shape[1])
+    width, gap = first.shape[2] + second.shape[2], first.shape[2]
+    both = np.ones((height, width, 3), dtype=np.float32)
+    for image, left in ((first, 0), (second, gap)):
+        pixels = _pixels(image)
+        both[: pixels.shape[0], left : left + pixels.shape[1]] = pixels
+    figure, axes = panels(len(matches), min(len(matches), 2), 7.5, 7.5 * height / width + 0.4)
+    for axis, (name, here, there, errors) in zip(axes, matches, strict=True):
+        axis.imshow(0.5 + 0.5 * both)
+        right = (errors <= limit).cpu().numpy()
+        for chosen, colour, over in ((~right, "#d7301f", 2), (right, "#238b45", 3)):
+            ends = np.stack([here.cpu().numpy()[chosen], there.cpu().numpy()[chosen] + [gap, 0]], 1)
+            axis.add_collection(
+                LineCollection(list(ends), colors=colour, linewidths=0.5, alpha=0.7, zorder=over)
+            )
+            axis.plot(*ends.reshape(-1, 2).T, ".", color=colour, markersize=2, zorder=over)
+        axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+        axis.set_title(f"{name}: {right.sum()} of {len(right)} matches within {limit:g} pixels", fontsize=9)
+    return figure
 
 
 def class_picture(prediction: Tensor, count: int = 256) -> Image.Image:

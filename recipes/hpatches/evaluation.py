@@ -17,11 +17,12 @@ from cadsurgery.methods.side import Side, time_sides
 from cadsurgery.support.errors import CadError, InvalidInput, NotInstalled
 from cadsurgery.support.progress import Step, counted, silent, within
 from cadsurgery.support.provenance import find_device
+from cadsurgery.tasks.figures import figure_picture, matches_figure
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features, PreparedPicture
 from cadsurgery.tasks.open import Strides, at_strides, provenance
-from cadsurgery.tasks.report import check_outputs, figure_picture
+from cadsurgery.tasks.report import check_outputs
 from recipes.hpatches.matching import corner_error, match_errors, matching_accuracy, mutual_matches
-from recipes.hpatches.report import CORNERS, THRESHOLDS, MatchingReport, MatchingRow, Pair, matches_figure
+from recipes.hpatches.report import CORNERS, THRESHOLDS, MatchingReport, MatchingRow, Pair
 from recipes.hpatches.sequences import ImageSequence, Photo, open_sequences
 
 

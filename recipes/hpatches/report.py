@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from rich.table import Table
-from torch import Tensor
 
-from cadsurgery.data.images import shown
 from cadsurgery.support.rows import Row, strides_in_words
 from cadsurgery.support.tables import Column, table
-from cadsurgery.tasks.report import COLOURS, MeasuredReport, canvas, panels
+from cadsurgery.tasks.report import COLOURS, MeasuredReport, canvas
 
 THRESHOLDS = tuple(range(1, 16))  # pixels
 CORNERS = (1, 3, 5)  # thresholds of homography accuracy, in pixels
@@ -163,36 +159,3 @@ class MatchingReport(MeasuredReport):
         pairs = len(self.rows[0].pairs)
         figure.suptitle(f"{self.model}, {self.sequences} sequences, {pairs} pairs", fontsize=10)
         return figure
-
-
-def matches_figure(
-    first: Tensor, second: Tensor, matches: Sequence[tuple[str, Tensor, Tensor, Tensor]], limit: float = 3.0
-) -> Figure:
-    """Draw matches between two images, one panel per setting: correct matches green, wrong ones red.
-
-    Args:
-        first: (3, H, W) in 0..1.
-        second: the other image, of any size.
-        matches: for each setting its name, points (k, 2) in the first and in the second image, and errors (k,) in
-            pixels.
-        limit: largest error, in pixels, of a correct match.
-    """
-    height = max(first.shape[1], second.shape[1])
-    width, gap = first.shape[2] + second.shape[2], first.shape[2]
-    both = np.ones((height, width, 3), dtype=np.float32)
-    for image, left in ((first, 0), (second, gap)):
-        pixels = shown(image).permute(1, 2, 0).cpu().numpy()
-        both[: pixels.shape[0], left : left + pixels.shape[1]] = pixels
-    figure, axes = panels(len(matches), min(len(matches), 2), 7.5, 7.5 * height / width + 0.4)
-    for axis, (name, here, there, errors) in zip(axes, matches, strict=True):
-        axis.imshow(0.5 + 0.5 * both)
-        right = (errors <= limit).cpu().numpy()
-        for chosen, colour, over in ((~right, "#d7301f", 2), (right, "#238b45", 3)):
-            ends = np.stack([here.cpu().numpy()[chosen], there.cpu().numpy()[chosen] + [gap, 0]], 1)
-            axis.add_collection(
-                LineCollection(list(ends), colors=colour, linewidths=0.5, alpha=0.7, zorder=over)
-            )
-            axis.plot(*ends.reshape(-1, 2).T, ".", color=colour, markersize=2, zorder=over)
-        axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
-        axis.set_title(f"{name}: {right.sum()} of {len(right)} matches within {limit:g} pixels", fontsize=9)
-    return figure
