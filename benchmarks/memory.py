@@ -26,9 +26,8 @@ import torch
 
 from cadsurgery.masks import Budget
 from cadsurgery.support.defaults import DEFAULT_MASK
-from cadsurgery.support.progress import silent
 from cadsurgery.tasks.bench import bench, convert
-from cadsurgery.tasks.sides.engine_sides import HIGH, LOW, runs_of
+from cadsurgery.tasks.sides.engine_sides import HIGH, LOW, InTorch
 from cadsurgery.tasks.task_options import Benchmark
 
 PROCESS = Path("/proc/self")
@@ -75,8 +74,8 @@ def print_peak(task: str) -> None:
     setup, share = Benchmark(**arguments["setup"]), arguments["fraction"]
     torch.set_num_threads(setup.threads)
     net, image, _ = convert(arguments["network"], arguments["mask"], setup)
-    runs = runs_of(net, image, setup, Path(), silent)
-    run = runs.dense(share) if isinstance(share, str) else runs.under(Budget(arguments["mask"], share))
+    runs, mask = InTorch(net), arguments["mask"]
+    run = runs.dense(share, image) if isinstance(share, str) else runs.under(Budget(mask, share))
     del net, runs
     with torch.inference_mode():
         run(image)  # one-time memory: packed weights, the libraries' own

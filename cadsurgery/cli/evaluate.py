@@ -1,4 +1,4 @@
-"""Commands that measure networks: bench (time against work) and eval (accuracy or fidelity)."""
+"""Commands that measure networks: bench (time against work), eval (accuracy or fidelity), and recommend (both)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from cadsurgery.cli import options
-from cadsurgery.tasks.commands import BenchOptions, EvalOptions
+from cadsurgery.tasks.commands import BenchOptions, EvalOptions, RecommendOptions
 
 commands = typer.Typer()
 
@@ -51,4 +51,20 @@ def eval_command(
     outputs with everything kept high; for maps that are not class scores, the relative error.
 
     A converted file keeps its own region, fill, patch, anchor and pool.
+    """
+
+
+@commands.command()
+@options.task("cadsurgery.tasks.recommend:recommend")
+def recommend(
+    *,
+    network: options.Network,
+    options: Annotated[dict[str, Any], options.OptionsFrom(RecommendOptions, apart=True)],
+    as_json: options.Json = False,
+) -> None:
+    """Recommend how to run a network on pictures like yours, on this machine: converted or not, and how.
+
+    Measures the network as given, on pictures of other sizes, dense at other output strides, and converted under
+    several masks, all in turn on each picture. Prints quality against time of the whole network, names one setting,
+    and how to use it.
     """

@@ -19,7 +19,7 @@ _INTERRUPTED = 130  # exit code of a command that Ctrl-C ended, as of shells
 
 
 def make_app() -> typer.Typer:
-    """Collect the `commands` of every module of this package; groups with a name of their own come last.
+    """Collect the groups of commands in every module of this package; those with a name of their own come last.
 
     Importing torch takes seconds, so these modules import what a command needs only when it runs.
     """
@@ -48,7 +48,9 @@ def make_app() -> typer.Typer:
     folders = sys.modules[str(__package__)].__path__
     names = [name for _, name, _ in pkgutil.iter_modules(folders) if name not in ("main", "__main__")]
     modules = [importlib.import_module(f"{__package__}.{name}") for name in names]
-    groups: list[typer.Typer] = [module.commands for module in modules if hasattr(module, "commands")]
+    groups = [
+        group for module in modules for group in vars(module).values() if isinstance(group, typer.Typer)
+    ]
     for group in sorted(groups, key=lambda group: isinstance(group.info.name, str)):
         app.add_typer(group)
     return app
@@ -71,10 +73,34 @@ def _say_what_replaces(error: Any) -> None:
 
 def _show_version(is_requested: bool) -> None:
     if is_requested:
-        from cadsurgery.tasks.installation import describe_installation
-
-        typer.echo(describe_installation())
+        typer.echo(_describe_installation())
         raise typer.Exit
+
+
+def _describe_installation() -> str:
+    """Return versions, processor, instruction sets, and the state of the compiled kernels, for reports about speed.
+
+    Raises:
+        InvalidInput: CADSURGERY_ISA names an unknown instruction set, or one that the processor lacks.
+    """
+    from cadsurgery.kernels import isa
+    from cadsurgery.kernels.load import open_kernels
+    from cadsurgery.support.processor import processor_in_words
+    from cadsurgery.support.provenance import commit, versions
+
+    ours, *others = (f"{name} {number}" for name, number in versions().items())
+    at = f" (commit {commit()})" if commit() else ""
+    kernels = open_kernels()
+    state = f"none: {kernels.reason}; torch's operations take their place"
+    available = f"; the processor has {', '.join(isa.here())}" if kernels.library is not None else ""
+    lines = [
+        f"{ours}{at}",
+        ", ".join(others),
+        f"processor: {processor_in_words()}",
+        f"instruction sets: {isa.in_words()}{available}",
+        f"compiled kernels: {state if kernels.library is None else 'in the package'}",
+    ]
+    return "\n".join(lines)
 
 
 def main(app: typer.Typer | None = None) -> None:

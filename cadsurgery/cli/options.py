@@ -86,7 +86,7 @@ class OptionsFrom:
             help = (
                 f"as the published code: {', '.join(f'{name} {value}' for name, value in PUBLISHED.items())}"
             )
-            yield _keyword(_PUBLISHED, False, bool, f"--{_PUBLISHED}", help=help)
+            yield _keyword(_PUBLISHED, False, bool, typer.Option(f"--{_PUBLISHED}", help=help))
 
     def _parameter(self, field: Field[Any], default: str | None) -> inspect.Parameter:
         details, kind = field.metadata, _type_of(field)
@@ -99,7 +99,8 @@ class OptionsFrom:
         if "read" in details:
             more["parser"] = _parser(READERS[details["read"]])
         default = None if self.given else default or _default_of(field)
-        return _keyword(name_of(field), default, kind | None, *words, help=details["help"], **more)
+        option = typer.Option(*words, help=details["help"], **more)
+        return _keyword(name_of(field), default, kind | None, option)
 
     def take(self, arguments: dict[str, Any], name: str, hint: Any) -> None:
         """Replace the values of the fields among all arguments by that of the parameter, annotated with `hint`."""
@@ -132,9 +133,9 @@ class OptionsFrom:
         return values
 
 
-def _keyword(name: str, default: Any, kind: Any, *words: str, **more: Any) -> inspect.Parameter:
-    """Return the parameter of an option."""
-    annotation = Annotated[kind, typer.Option(*words, **more)]
+def _keyword(name: str, default: Any, kind: Any, marked: Any) -> inspect.Parameter:
+    """Return the parameter of an argument or option of typer."""
+    annotation = Annotated[kind, marked]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -195,16 +196,7 @@ class ArgumentOrOption:
         option = typer.Option(*words, help="the same as the argument", show_default=False)
         kind: Any = list[str] if self.is_repeated else str
         for key, marked in ((name, argument), (f"{name}_by_option", option)):
-            yield inspect.Parameter(
-                key,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=[] if self.is_repeated else "",
-                annotation=Annotated[kind, marked],
-            )
-
-    def all_settable(self) -> list[Field[Any]]:
-        """Return no fields: it is set as it stands."""
-        return []
+            yield _keyword(key, kind(), kind, marked)
 
     def take(self, arguments: dict[str, Any], name: str, hint: Any) -> None:
         """Replace both values among all arguments by the one that was given."""
@@ -236,11 +228,15 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         else:
             marks[name] = mark
             parameters += mark.parameters(name)
-    settable = {name_of(field): field for mark in marks.values() for field in mark.all_settable()}
+    kinds = [mark for mark in marks.values() if isinstance(mark, OptionsFrom)]
+    settable = {name_of(field): field for mark in kinds for field in mark.all_settable()}
     readers = {name: reader_of(field) for name, field in settable.items()}
     if settable:
-        words = {"metavar": "NAME=VALUE", "help": f"repeatable: {', '.join(sorted(settable))}"}
-        parameters.insert(-1, _keyword(_SET, [], list[str], "--set", **words))
+        words: dict[str, Any] = {
+            "metavar": "NAME=VALUE",
+            "help": f"repeatable: {', '.join(sorted(settable))}",
+        }
+        parameters.insert(-1, _keyword(_SET, [], list[str], typer.Option("--set", **words)))
 
     def run(**arguments: Any) -> None:
         texts = arguments.pop(_SET, ())

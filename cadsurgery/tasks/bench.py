@@ -38,7 +38,7 @@ from cadsurgery.network.export.engines import ENGINES
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.defaults import DEFAULT_MASK
-from cadsurgery.support.errors import InvalidInput, UnknownName
+from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.files import append_lines
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent, within
@@ -65,12 +65,11 @@ from cadsurgery.tasks.sides.engine_sides import (
     LOW,
     RIVALS,
     TORCH,
+    InEngine,
+    InTorch,
     Runs,
-    banded_sides,
     engine_for,
-    rival_sides,
-    runs_of,
-    smaller_sides,
+    further_sides,
 )
 from cadsurgery.tasks.task_options import Benchmark, Conversion
 
@@ -126,23 +125,19 @@ def bench(
     """
     listed = [networks] if isinstance(networks, str | nn.Module) else list(networks)
     setup, fill = Benchmark(**options), ("nearest", "linear") if "both" in fill else fill
+    setup = replace(setup, threads=setup.threads or torch.get_num_threads())
+    check_outputs(output, picture=picture)
     for network in listed:
         if (made := open_any(network, trust)) is not None:
             _check_alone(listed, setup)
-            check_outputs(output, picture=picture)
-            with _threads(setup.threads or torch.get_num_threads()):
+            with _threads(setup.threads):
                 alone = _bench_made(made, listed[0], fractions, setup, sides, step)
             if output is not None:
                 append_lines(output, map(json.dumps, alone.lines()))
             alone.write(picture=picture)
             return alone
-    setup = replace(
-        setup,
-        threads=setup.threads or torch.get_num_threads(),
-        runtime=engine_for(setup.runtime, setup.dtype),
-    )
+    setup = replace(setup, runtime=engine_for(setup.runtime, setup.dtype))
     _check(listed, mask, fractions, setup, fill)
-    check_outputs(output, picture=picture)
     if len(listed) > 1:  # find wrong names before the first measurement
         for place, network in enumerate(listed):
             step(f"planning {_name(network)}", place, len(listed))
@@ -243,18 +238,6 @@ class _Filled:
         """Counts of which those of the dense networks are used, the same under every budget."""
         return next(iter(self.counts.values()))
 
-    def twins(self) -> list[Side]:
-        """Return the dense networks."""
-        work = {HIGH: self.dense.high, LOW: self.dense.low}
-        return [Side(name, self.runs.dense(name), macs) for name, macs in work.items()]
-
-    def budgets(self, mask: object) -> list[Side]:
-        """Return a side for each budget of the patches that a mask ranks."""
-        return [
-            Side(f"{self.fill} {share!r}", self.runs.under(Budget(mask, share)), count.mask)
-            for share, count in self.counts.items()
-        ]
-
     def result(
         self, model: str, high: Row, low: Row, rows: Sequence[Row], sides: Sequence[Row]
     ) -> NetworkBench:
@@ -262,6 +245,7 @@ class _Filled:
         plan = self.net.plan
         own: dict[int | None, str] = {0: HIGH, plan.max_level: LOW}
         measured = zip(self.counts.items(), rows, strict=True)
+        small = [_SMALL] * ((high.milliseconds or 0.0) <= (low.milliseconds or 0.0))
         return NetworkBench(
             model=model,
             weights=self.weights,
@@ -273,15 +257,12 @@ class _Filled:
             given_macs=self.dense.given,
             twin=own.get(plan.identity_level, ""),
             rows=tuple(_row(share, counted, row, high, low) for (share, counted), row in measured),
-            notes=tuple(self._notes(high, low)),
+            notes=(*macs_notes(plan.part, self.dense.not_counted), *small),
             sides=tuple(sides),
         )
 
-    def _notes(self, high: Row, low: Row) -> Iterator[str]:
-        """Yield facts that a reader needs to judge the figures."""
-        yield from macs_notes(self.net.plan.part, self.dense.not_counted)
-        if (high.milliseconds or 0.0) <= (low.milliseconds or 0.0):
-            yield "dense high is not slower than dense low at this size: the law says little; give a larger size."
+
+_SMALL = "dense high is not slower than dense low at this size: the law says little; give a larger size."
 
 
 def _compare(
@@ -299,18 +280,34 @@ def _compare(
 
     A map with one level everywhere needs no filling, so the dense networks of the first fill serve all fills.
     """
-    name = _name(network)
-    filled = [
-        _convert(network, mask, fractions, replace(setup, fill=fill), folder / fill, step)
-        for fill in dict.fromkeys(fills)
-    ]
+    name, filled = _name(network), list[_Filled]()
+    for fill in dict.fromkeys(fills):
+        step(f"converting {name}, fill {fill}")
+        net, image, weights = convert(network, mask, replace(setup, fill=fill))
+        counts = {share: net.macs(image, mask=Budget(mask, share)) for share in fractions}
+        shown, size = [image], (image.shape[2], image.shape[3])
+        if setup.calibration:
+            shown = pictures_like(open_pictures(setup.calibration), size, pictures_for(net))
+        runs: Runs = InTorch(net)
+        if setup.runtime != TORCH:
+            place = folder / fill
+            runs = InEngine(net, image, setup.runtime, place, setup.dtype, shown, setup.threads, step)
+        filled.append(_Filled(fill, net, image, weights, counts, runs))
+        if filled[-1].dense.high == filled[-1].dense.low:
+            raise InvalidInput(
+                f"{name} does the same work at both output strides on {setup.size[0]}x{setup.size[1]} pixels.",
+                next="give a larger size.",
+            )
     first = filled[0]
-    twins = first.twins()
-    budgets = [side for entry in filled for side in entry.budgets(mask)]
+    work = {HIGH: first.dense.high, LOW: first.dense.low}
+    twins = [Side(twin, first.runs.dense(twin, first.image), macs) for twin, macs in work.items()]
+    budgets = [
+        Side(f"{entry.fill} {share!r}", entry.runs.under(Budget(mask, share)), count.mask)
+        for entry in filled
+        for share, count in entry.counts.items()
+    ]
     others = [
-        *rival_sides(first.net, first.image.float().contiguous(), setup, folder, step),
-        *smaller_sides(first.net, first.image, setup, first.runs),
-        *banded_sides(first.net, first.image, setup, first.dense),
+        *further_sides(first.net, first.image, setup, first.runs, first.dense, folder, step),
         *own,
     ]
     high, low, *rows = work_and_time(
@@ -330,28 +327,6 @@ def _compare(
         for place, entry in enumerate(filled)
     ]
     return results, first.image
-
-
-def _convert(
-    network: str | nn.Module,
-    mask: object,
-    fractions: Sequence[float],
-    setup: Benchmark,
-    folder: Path,
-    step: Step,
-) -> _Filled:
-    """Convert a network with the fill of the setup, and count its work under each budget."""
-    step(f"converting {_name(network)}, fill {setup.fill}")
-    net, image, weights = convert(network, mask, setup)
-    counts = {share: net.macs(image, mask=Budget(mask, share)) for share in fractions}
-    runs = runs_of(net, image, setup, folder, step)
-    filled = _Filled(setup.fill, net, image, weights, counts, runs)
-    if filled.dense.high == filled.dense.low:
-        raise InvalidInput(
-            f"{_name(network)} does the same work at both output strides on {setup.size[0]}x{setup.size[1]} pixels.",
-            next="give a larger size.",
-        )
-    return filled
 
 
 def _row(fraction: float, counted: MacReport, measured: Row, high: Row, low: Row) -> Row:
@@ -455,8 +430,7 @@ def _check(
             f"the fractions are {', '.join(f'{fraction:g}' for fraction in fractions) or 'none'}.",
             next="give shares of the patches from 0 to 1, e.g. 1,0.5,0.25,0.",
         )
-    if setup.dtype not in (*DTYPES, INT8):
-        raise UnknownName("dtype", setup.dtype, (*DTYPES, INT8))
+    check_name("dtype", setup.dtype, (*DTYPES, INT8))
     if not 0 <= setup.smaller < 1:
         raise InvalidInput(
             f"smaller={setup.smaller:g}.",
@@ -477,11 +451,20 @@ def _check(
             next="leave out calibration, or measure int8: dtype int8.",
         )
     for package in setup.against.split(",") if setup.against else ():
-        if package not in RIVALS:
-            raise UnknownName("engine", package, RIVALS)
-        check_packages(RIVALS[package])
+        check_name("engine", package, RIVALS)
+        check_packages(ENGINES[RIVALS[package]])
+    check_name("runtime", setup.runtime, (TORCH, *ENGINES))
     if setup.runtime != TORCH:
-        _check_engine(mask, setup)
+        unable = [f"dtype={setup.dtype}"] * (setup.dtype not in ("float32", INT8))
+        unable += [f"device={setup.device}"] * (setup.device != "cpu")
+        if unable:
+            raise InvalidInput(
+                f"runtime {setup.runtime} does not go with {' and '.join(unable)}.",
+                why="engines are timed on the CPU, in float32 and int8.",
+                next="leave that out, or measure it in torch.",
+            )
+        check_packages(ENGINES[setup.runtime])
+        check_mask(Budget(mask, 0.5), "onnx", dynamic=False, level_map=False)
     _check_run(setup)
     find_device(setup.device)
     resolve_mask(mask)
@@ -489,38 +472,19 @@ def _check(
 
 def _check_run(setup: Benchmark) -> None:
     """Refuse invalid conditions of a measurement."""
-    threads = setup.threads or torch.get_num_threads()
-    if setup.processor_time and threads != 1:
+    if setup.processor_time and setup.threads != 1:
         raise InvalidInput(
-            f"processor time of {threads} threads is asked for.",
+            f"processor time of {setup.threads} threads is asked for.",
             why="threads that wait for others would be counted.",
             next="give threads=1 (--threads 1).",
         )
-    if min(setup.batch, threads, setup.rounds, *setup.size) < 1:
+    if min(setup.batch, setup.threads, setup.rounds, *setup.size) < 1:
         height, width = setup.size
         raise InvalidInput(
-            f"not all are positive: batch={setup.batch}, threads={threads}, rounds={setup.rounds}, "
+            f"not all are positive: batch={setup.batch}, threads={setup.threads}, rounds={setup.rounds}, "
             f"size={height}x{width}.",
             next="give at least 1 of each.",
         )
-
-
-def _check_engine(mask: object, setup: Benchmark) -> None:
-    """Refuse options that an engine does not support."""
-    if setup.runtime not in ENGINES:
-        raise UnknownName("runtime", setup.runtime, (TORCH, *ENGINES))
-    plain = {
-        "dtype": setup.dtype in ("float32", INT8),
-        "device": setup.device == "cpu",
-    }
-    if unable := [f"{name}={getattr(setup, name)}" for name, is_plain in plain.items() if not is_plain]:
-        raise InvalidInput(
-            f"runtime {setup.runtime} does not go with {' and '.join(unable)}.",
-            why="engines are timed on the CPU, in float32 and int8.",
-            next="leave that out, or measure it in torch.",
-        )
-    check_packages(ENGINES[setup.runtime])
-    check_mask(Budget(mask, 0.5), "onnx", dynamic=False, level_map=False)
 
 
 @contextlib.contextmanager

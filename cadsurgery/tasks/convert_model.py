@@ -26,7 +26,7 @@ from cadsurgery.methods.side import ConversionRequest, MethodConversion, Side, w
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
 from cadsurgery.network.macs import MacReport, count_network, dense_macs
-from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.network.model import pictures_for
 from cadsurgery.network.storage import read_method
 from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput, check_name, warn
@@ -34,10 +34,9 @@ from cadsurgery.support.fields import read_settings, reader_of
 from cadsurgery.support.files import check_folder
 from cadsurgery.support.kinds import CONVERTED, check_kind
 from cadsurgery.support.progress import Step, within
-from cadsurgery.support.provenance import describe_run, find_device
+from cadsurgery.support.provenance import find_device
 from cadsurgery.support.rows import SLOWER, Row
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.surgery.verify import Check
 from cadsurgery.tasks.commands import ConvertOptions, MacsOptions, PlanOptions
 from cadsurgery.tasks.convert_report import ConversionReport
 from cadsurgery.tasks.open import (
@@ -47,6 +46,7 @@ from cadsurgery.tasks.open import (
     is_file,
     open_converted,
     original,
+    provenance,
     read_by,
     with_statistics,
 )
@@ -55,6 +55,7 @@ from cadsurgery.tasks.task_options import Conversion
 ADAPTIVE = "adaptive"
 _DEAR = 2.0  # times the work of the network as given: what costs more says so first
 _LISTED = 4  # other output strides in the report
+_VERIFIED = "verified: {law} (error {error:.1e}, allowed {tolerance:.0e})"
 TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
 
 
@@ -90,15 +91,12 @@ def convert(*, model: str, options: ConvertOptions, step: Step) -> ConversionRep
     step(f"writing {output}")
     save(made.net, output)
     return ConversionReport(
-        model=source.name,
-        weights=source.note,
-        random=source.weights == "random",
         image=tuple(made.batch.shape),
         sides=tuple(rows),
         file=str(output),
         made=made.without_network(),
         notes=tuple(notes),
-        **describe_run(device),
+        **provenance(model, source, device),
     )
 
 
@@ -156,7 +154,14 @@ def _adapt(mask: str, request: ConversionRequest) -> MethodConversion:
     original_macs = counted.given or counted.high if net.hosts_part else dense_macs(before, batch)
     counted = replace(counted, given=original_macs)
     fast = net.optimize()
-    _warn_of_more_work(plan, counted.mask, original_macs)
+    if counted.mask > original_macs:
+        warn(
+            f"the converted network does {counted.mask / original_macs:.1f} times the work of the network as given: "
+            f"{counted.mask:.3e} multiply-accumulates instead of {original_macs:.3e}.\n"
+            f"  Why: its maps are as fine as output stride {plan.output_stride[0]} where the mask says so, finer than "
+            "those of the network as given.\n"
+            "  Next: convert it for quality, not for speed; cadsurgery recommend measures if that pays."
+        )
     is_dear = counted.mask > _DEAR * original_macs
     others: list[dict[str, Any]] = []
     if is_dear and not plan.floors and not request.options.get("output_stride"):
@@ -181,36 +186,25 @@ def _adapt(mask: str, request: ConversionRequest) -> MethodConversion:
             "normalisation": seen,
             "adapted": adapted,
             "other_output_strides": others,
-            **_facts(net, counted),
+            "active_fraction": counted.active_fraction,
+            "output_stride": plan.output_stride,
+            "region_ends": [f"{decision.node}: {decision.reason}" for decision in plan.region_end],
+            "share_of_macs_in_region": plan.share("adapt", "keep"),
+            "macs_of_given": counted.of_given,
+            "region_of_high": counted.region_of_high,
+            "checks": [{**vars(check), "passed": check.passed} for check in net.checks],
         },
         Text.assemble(plan.summary(), (f"\nadapted: {', '.join(adapted)}" if adapted else "", "dim")),
         [
             Text(f"with this mask: {counted.describe()}", style="bold"),
             Text(f"active fraction {counted.active_fraction:.3f} (share of the fine map kept high)"),
             Text(f"masks see {seen}", style="dim"),
-            *_verified(net.checks),
+            *(Text(_VERIFIED.format(**vars(check)), style="green") for check in net.checks),
         ],
         f"{batch.shape[0]} image of {batch.shape[2]}x{batch.shape[3]}, mask {spec}",
         notes=lambda rows: [*_notes(plan, counted), *_slow_copy(rows, rows[not is_high])],
         first=_say_dear(plan, counted.mask / original_macs, others) if is_dear else "",
     )
-
-
-def _verified(checks: Sequence[Check]) -> list[Text]:
-    lines = (f"{check.law} (error {check.error:.1e}, allowed {check.tolerance:.0e})" for check in checks)
-    return [Text(f"verified: {line}", style="green") for line in lines]
-
-
-def _warn_of_more_work(plan: Plan, macs: int, given: int) -> None:
-    """Warn of a conversion that multiplies more than the network as given."""
-    if macs > given:
-        warn(
-            f"the converted network does {macs / given:.1f} times the work of the network as given: "
-            f"{macs:.3e} multiply-accumulates instead of {given:.3e}.\n"
-            f"  Why: its maps are as fine as output stride {plan.output_stride[0]} where the mask says so, finer than "
-            "those of the network as given.\n"
-            "  Next: convert it for quality, not for speed; cadsurgery recommend measures if that pays."
-        )
 
 
 def _slow_copy(rows: Sequence[Row], high: Row) -> Iterator[str]:
@@ -224,19 +218,6 @@ def _slow_copy(rows: Sequence[Row], high: Row) -> Iterator[str]:
         ratio = (rows[-1].milliseconds or 0.0) / (limit.milliseconds or math.inf)
         if ratio > SLOWER:
             yield f"net.optimize() is slower than {other}: {ratio:.2f} times as long."
-
-
-def _facts(net: AdaptiveModel, counted: MacReport) -> dict[str, Any]:
-    """Return fields of the report that follow from the converted network and its work."""
-    return {
-        "active_fraction": counted.active_fraction,
-        "output_stride": net.plan.output_stride,
-        "region_ends": [f"{decision.node}: {decision.reason}" for decision in net.plan.region_end],
-        "share_of_macs_in_region": net.plan.share("adapt", "keep"),
-        "macs_of_given": counted.of_given,
-        "region_of_high": counted.region_of_high,
-        "checks": [{**vars(check), "passed": check.passed} for check in net.checks],
-    }
 
 
 def _other_strides(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from cadsurgery.methods.method_files import AnyPlan
 from cadsurgery.methods.side import MethodConversion
 from cadsurgery.network.macs import LayerMacs, MacReport
 from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.rows import Row, macs_columns, number, plain, ratio, time_columns
 from cadsurgery.support.tables import Column, table
-from cadsurgery.surgery.plan import Plan
+from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.tasks.report import RunReport
 
 _BUSY = 1.3  # where the median of a few rounds is so many times the best, something else takes the processor
@@ -47,12 +48,6 @@ class ConversionReport(RunReport):
     made: MethodConversion
     notes: tuple[str, ...] = ()
 
-    @property
-    def slowdown(self) -> float:
-        """Median time relative to the best time, of the side where that is largest; 1 if nothing was timed."""
-        timed = [(row.milliseconds_median, row.milliseconds) for row in self.sides]
-        return max((median / best for median, best in timed if median and best), default=1.0)
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for `--json`."""
         values = super().to_dict()
@@ -72,10 +67,13 @@ class ConversionReport(RunReport):
         columns += macs_columns("given", lambda row: given)
         columns += time_columns("given", lambda row: given, has_median=True)
         yield table(self.sides, columns, title)
-        yield self.run_with()
-        if self.slowdown > _BUSY:
+        torch = f", torch {self.versions['torch']}" if "torch" in self.versions else ""
+        yield Text(f"on {self.device}{torch}", style="dim")
+        timed = [(row.milliseconds_median, row.milliseconds) for row in self.sides]
+        slowdown = max((median / best for median, best in timed if median and best), default=1.0)
+        if slowdown > _BUSY:
             yield Text(
-                f"the machine is busy: the median is {self.slowdown:.1f} times the best time. Compare the best times, "
+                f"the machine is busy: the median is {slowdown:.1f} times the best time. Compare the best times, "
                 "or measure again when nothing else runs.",
                 style="yellow",
             )
@@ -86,73 +84,28 @@ class ConversionReport(RunReport):
         yield Text(f"wrote {self.file}", style="bold green")
 
 
-class PlanRow(NamedTuple):
-    """The texts of a node, in the order of the table's columns."""
-
-    node: str
-    operation: str
-    action: str
-    output_stride: str
-    macs: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class PlanReport:
-    """A plan, as JSON and as text.
-
-    Attributes:
-        plan: the plan as JSON.
-        summary: the text above the table; of the plan of another method, all of its text.
-        rows: a row for each node; empty for the plan of another method.
-        reasons: why each operation of the region is exact, stated once per operation.
-    """
-
-    plan: str
-    summary: str
-    rows: tuple[PlanRow, ...] = ()
-    reasons: str = ""
-
-    def render(self, *, all_nodes: bool = False) -> RenderableType:
-        """Show the plan as a table; without `all_nodes`, dense nodes before the region are omitted."""
-        if not self.rows:
-            return Text(self.summary)
-        shown = [row for row in self.rows if row.action != "dense" or all_nodes]
-        return Group(Text(self.summary), table(shown, _columns_of_plans()), Text(self.reasons, style="dim"))
-
-
-def _columns_of_plans() -> Iterator[Column[PlanRow]]:
-    yield Column("node", "node", False)
-    yield Column("operation", "operation", False)
-    yield Column("action", lambda row: Text(row.action, style=_STYLES.get(row.action, "dim")), False)
-    yield Column("output stride", "output_stride", False)
-    yield Column("MACs", "macs")
-    yield Column("reason", "reason", False)
-
-
-def describe_plan(plan: Any) -> PlanReport:
-    """Return what is printed of a plan of any method.
+def render_plan(plan: AnyPlan, *, all_nodes: bool) -> RenderableType:
+    """Show a plan as a table; without `all_nodes`, dense nodes before the region are omitted. Plans of other methods
+    are shown as text.
 
     The reason why an operation of the region is exact is stated once per operation, below the table.
     """
     if not isinstance(plan, Plan):
-        return PlanReport(plan.to_json(), str(plan))
+        return Text(str(plan))
+    columns: list[Column[Decision]] = [
+        Column("node", "node", False),
+        Column("operation", "operation", False),
+        Column("action", lambda row: Text(row.action, style=_STYLES.get(row.action, "dim")), False),
+        Column("output stride", plan.stride_text, False),
+        Column("MACs", lambda row: f"{row.macs:.2e}" if row.macs else ""),
+        Column("reason", lambda row: "" if row.on_elements else plan.reason_text(row), False),
+    ]
+    shown = [row for row in plan.decisions if row.action != "dense" or all_nodes]
     reasons: dict[str, str] = {}
     for decision in plan.chosen("adapt", "keep"):
         reasons.setdefault(decision.operation.partition(" ")[0], decision.reason)
-    rows = (
-        PlanRow(
-            decision.node,
-            decision.operation,
-            decision.action,
-            plan.stride_text(decision),
-            f"{decision.macs:.2e}" if decision.macs else "",
-            "" if decision.on_elements else plan.reason_text(decision),
-        )
-        for decision in plan.decisions
-    )
     explained = "\n".join(f"{operation}: {reason}" for operation, reason in reasons.items())
-    return PlanReport(plan.to_json(), plan.summary(), tuple(rows), explained)
+    return Group(Text(plan.summary()), table(shown, columns), Text(explained, style="dim"))
 
 
 def render_macs(report: Any) -> RenderableType:

@@ -109,7 +109,13 @@ def evaluate(
             without labels, it returns no maps, or a mask needs labels; or an option is out of range.
         CadError: no image could be used (the error of the first one); or a name, file or option is refused.
     """
-    _check_options(limit, batch, rounds, workers, kind, output, picture)
+    if (limit is not None and limit < 1) or min(batch, workers) < 1 or rounds < 0:
+        raise InvalidInput(
+            f"limit={limit}, batch={batch}, rounds={rounds}, workers={workers} leave nothing to do.",
+            next="give at least 1 image, 1 image a call, 0 rounds and 1 process.",
+        )
+    check_name("kind of output", kind, KINDS)
+    check_outputs(output, picture=picture)
     refuse_launchers("eval")
     how: dict[str, Any] = {"weights": weights, "bands": bands, "trust": trust}
     what = (network, data, masks, output_stride, options or {}, split, limit, thresholds, sides, device)
@@ -135,14 +141,6 @@ def evaluate(
 
 _BATCHES = 16  # that a process gets at a time, at most
 Failure = dict[str, str]  # an error as plain values, with the image's name
-
-
-def _refuse_thresholds(thresholds: Sequence[Any]) -> None:
-    if thresholds:
-        raise InvalidInput(
-            "thresholds belong to networks with exits, and this network has none.",
-            next="leave them out, or give a network that stops where it is confident.",
-        )
 
 
 def _open(
@@ -171,8 +169,12 @@ def _open(
     if opened is not None:
         read_by(opened, bands, options.get("normalisation"), pictures)
         compared = _sides_of(opened, samples, bool(masks or output_stride), thresholds, device)
+    elif thresholds:
+        raise InvalidInput(
+            "thresholds belong to networks with exits, and this network has none.",
+            next="leave them out, or give a network that stops where it is confident.",
+        )
     else:
-        _refuse_thresholds(thresholds)
         step("building and converting")
         nets, source = at_strides(network, output_stride, options, pictures=pictures, **how)
         compared = of_masks.compare(nets, source, masks, device)
@@ -180,24 +182,6 @@ def _open(
     return _Judge(
         compared, _with_classes(samples.read_for(compared.source), compared, device), kind, device, batch
     )
-
-
-def _check_options(
-    limit: int | None,
-    batch: int,
-    rounds: int,
-    workers: int,
-    kind: str,
-    output: Path | None,
-    picture: Path | None,
-) -> None:
-    if (limit is not None and limit < 1) or min(batch, workers) < 1 or rounds < 0:
-        raise InvalidInput(
-            f"limit={limit}, batch={batch}, rounds={rounds}, workers={workers} leave nothing to do.",
-            next="give at least 1 image, 1 image a call, 0 rounds and 1 process.",
-        )
-    check_name("kind of output", kind, KINDS)
-    check_outputs(output, picture=picture)
 
 
 def _sides_of(

@@ -10,7 +10,6 @@ import html
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -116,6 +115,7 @@ def make_page(subject: Subject, rounds: int = 3) -> Any:
     thresholds = masks_with_threshold()
     pairs = {f"{high} to {low}": (high, low) for high, low in subject.strides}
     samples = {f"street {seed + 1}": seed for seed in SAMPLES}
+    default = gr.Progress()
 
     def limit_to(mask: str, limit: str) -> list[Any]:
         usual = thresholds.get(mask, 1.0)
@@ -123,6 +123,32 @@ def make_page(subject: Subject, rounds: int = 3) -> Any:
             gr.Slider(maximum=4 * usual, value=usual, visible=limit == THRESHOLD),
             gr.Slider(visible=limit == BUDGET),
         ]
+
+    def show(
+        file: str | None, sample: str, mask: str, limit: str, threshold: float, budget: float, pair: str, fill: str,
+        progress: Any = default,
+    ) -> list[Any]:  # fmt: skip
+        def step(
+            text: str, done: float | None = None, of: float | None = None, limit: float | None = None
+        ) -> None:
+            progress(done / of if done is not None and of else None, desc=text)
+
+        value = {THRESHOLD: threshold, BUDGET: budget}.get(limit, 0.0)
+        setting = PageSettings("" if mask == subject.mask else mask, limit, value, pairs[pair], fill)
+        try:
+            result = explore(subject, Path(file) if file else samples[sample], setting, rounds, step)
+        except CadError as error:
+            text = html.escape(str(error)).replace("\n", "<br>")
+            raise gr.Error(text, duration=None, print_exception=False) from error
+        whole = result.rows[0].macs or result.rows[-1].macs
+        table = [
+            [row.side, f"{row.macs:.3e}", f"{row.macs / whole:.2f}", _milliseconds(row.milliseconds)]
+            for row in result.rows
+        ]
+        is_map = result.prediction is not None
+        both = gr.ImageSlider((result.prediction, result.dense) if is_map else None, visible=is_map)
+        pictures = [both, result.level_map, result.lattice]
+        return [*pictures, "\n".join(result.lines), table, result.python, result.command]
 
     with gr.Blocks(title="cadsurgery explore", delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"# What does a mask do?\n{html.escape(subject.words)}")
@@ -133,7 +159,7 @@ def make_page(subject: Subject, rounds: int = 3) -> Any:
         changes = [threshold.release, budget.release, sample.input, fill.input, pair.input, file.upload]
         gr.on(
             [button.click, *changes],
-            _shows(subject, rounds, pairs, samples),
+            show,
             inputs,
             outputs,
             trigger_mode="always_last",
@@ -180,42 +206,6 @@ def _add_outputs() -> list[Any]:
         with gr.Tab("copy as command"):
             command = gr.Code(language="shell", label="command", interactive=False)
     return [both, level_map, lattice, words, table, python, command]
-
-
-def _shows(
-    subject: Subject, rounds: int, pairs: dict[str, tuple[int, int]], samples: dict[str, int]
-) -> Callable[..., list[Any]]:
-    """Return the function from the settings of a page, as its fields name them, to its results."""
-    gr = _gradio()
-    default = gr.Progress()
-
-    def show(
-        file: str | None, sample: str, mask: str, limit: str, threshold: float, budget: float, pair: str, fill: str,
-        progress: Any = default,
-    ) -> list[Any]:  # fmt: skip
-        def step(
-            text: str, done: float | None = None, of: float | None = None, limit: float | None = None
-        ) -> None:
-            progress(done / of if done is not None and of else None, desc=text)
-
-        value = {THRESHOLD: threshold, BUDGET: budget}.get(limit, 0.0)
-        setting = PageSettings("" if mask == subject.mask else mask, limit, value, pairs[pair], fill)
-        try:
-            result = explore(subject, Path(file) if file else samples[sample], setting, rounds, step)
-        except CadError as error:
-            text = html.escape(str(error)).replace("\n", "<br>")
-            raise gr.Error(text, duration=None, print_exception=False) from error
-        whole = result.rows[0].macs or result.rows[-1].macs
-        table = [
-            [row.side, f"{row.macs:.3e}", f"{row.macs / whole:.2f}", _milliseconds(row.milliseconds)]
-            for row in result.rows
-        ]
-        is_map = result.prediction is not None
-        both = gr.ImageSlider((result.prediction, result.dense) if is_map else None, visible=is_map)
-        pictures = [both, result.level_map, result.lattice]
-        return [*pictures, "\n".join(result.lines), table, result.python, result.command]
-
-    return show
 
 
 def _milliseconds(value: float | None) -> str:

@@ -21,7 +21,6 @@ from cadsurgery.masks import EstimatedMask, MaskProvider, list_masks, resolve_ma
 from cadsurgery.methods.method_files import load
 from cadsurgery.methods.side import Side, work_and_time
 from cadsurgery.network.adaptify import adaptify, plan
-from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.divergence import tensors_of
@@ -95,8 +94,8 @@ class Subject:
         strides: possible pairs of output strides, its own first.
         fills: possible fills, its own first.
         convert: converts it for a pair of output strides and a fill.
-        python: returns the lines of Python that make it with a mask, a pair of output strides and a fill.
-        command: returns the arguments of the command that does the same, from these and the options of an image.
+        made_by: arguments of `build_model` and of `adaptify` by which a network by name is made, or those of `load`
+            for a file.
     """
 
     name: str
@@ -107,8 +106,7 @@ class Subject:
     strides: tuple[tuple[int, int], ...]
     fills: tuple[str, ...]
     convert: Callable[[tuple[int, int], str], _Nets]
-    python: Callable[[str, tuple[int, int], str], list[str]]
-    command: Callable[[str, tuple[int, int], str, str, list[str]], list[str]]
+    made_by: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -158,31 +156,17 @@ def open_subject(name: str, weights: str = "auto", device: str = "cpu", trust: b
     net = load(name, trust=trust).to(torch_device)
     assert isinstance(net, AdaptiveModel)
     _refuse_part(name, net.plan.part)
-    source, own = pictures_for(net), net.mask.spec()
-    nets = _prepare(net)
-
-    def changed(mask: str) -> dict[str, str]:
-        return {} if mask == own else {"mask": mask}
-
-    def python(mask: str, pair: tuple[int, int], fill: str) -> list[str]:
-        arguments = [repr(name), *(f"{key}={value!r}" for key, value in changed(mask).items())]
-        return [f"net = cs.load({', '.join([*arguments, *(['trust=True'] if trust else [])])})"]
-
-    def command(mask: str, pair: tuple[int, int], fill: str, image: str, size: list[str]) -> list[str]:
-        options = [word for key, value in changed(mask).items() for word in (f"--{key}", value)]
-        return ["run", name, image, *size, *options, *(["--trust"] if trust else [])]
-
+    source, nets = pictures_for(net), _prepare(net)
     return Subject(
         name,
         f"{name}: {source.name}, {weights_in_words(name, source)}",
         source,
         torch_device,
-        own,
+        net.mask.spec(),
         (net.plan.output_stride,),
         (net.geometry.fill,),
         lambda pair, fill: nets,
-        python,
-        command,
+        {"trust": True} if trust else {},
     )
 
 
@@ -198,33 +182,10 @@ def _open_name(name: str, weights: str, device: torch.device) -> Subject:
         net = adaptify(model, DEFAULT_MASK, output_stride=pair, fill=fill, verify_laws=False, **stated)
         return _prepare(net.to(device))
 
-    def python(mask: str, pair: tuple[int, int], fill: str) -> list[str]:
-        options = {"output_stride": pair, "fill": fill, **stated, "verify_laws": False}
-        words = ", ".join(f"{key}={value!r}" for key, value in options.items())
-        return [
-            *(["torch.manual_seed(0)"] if source.weights in ("random", "own") else []),
-            f"model = cs.build_model({name!r}, {weights!r})",
-            f"net = cs.adaptify(model, {mask!r}, {words})",
-        ]
-
-    def command(mask: str, pair: tuple[int, int], fill: str, image: str, size: list[str]) -> list[str]:
-        options = {
-            "--weights": weights,
-            "--mask": mask,
-            "--output-stride": f"{pair[0]},{pair[1]}",
-            "--fill": fill,
-        }
-        if stated:
-            options["--normalisation"] = "/".join(
-                ",".join(map(str, values)) for values in stated["normalisation"]
-            )
-        if image:
-            options["--image"] = image
-        return ["convert", name, *(word for pair in options.items() for word in pair), *size]
-
     strides = dict.fromkeys((planned.output_stride, *planned.possible))
     words = f"{source.name}, {source.note}"
-    return Subject(name, words, source, device, DEFAULT_MASK, tuple(strides), FILLS, convert, python, command)
+    made_by = {"weights": weights, **stated}
+    return Subject(name, words, source, device, DEFAULT_MASK, tuple(strides), FILLS, convert, made_by)
 
 
 def _refuse_part(name: str, part: str) -> None:
@@ -238,15 +199,6 @@ def _refuse_part(name: str, part: str) -> None:
 
 def _prepare(net: AdaptiveModel) -> _Nets:
     return _Nets(net, net.optimize(), net.optimize(fuse=False))
-
-
-def _uniform_sides(net: AdaptiveModel, dense: AdaptiveModel, counted: MacReport) -> list[Side]:
-    """Return the network as given, if its levels have it, and everything high."""
-    uniform = {0: "all", net.plan.max_level: "none"}
-    given = uniform.get(-1 if net.plan.identity_level is None else net.plan.identity_level)
-    high = "as given, everything high" if given == "all" else "everything high"
-    as_given = Side("as given", partial(dense, mask="none"), counted.given or 0)
-    return [as_given] * (given == "none") + [Side(high, partial(dense, mask="all"), counted.high)]
 
 
 def explore(
@@ -288,8 +240,14 @@ def explore(
     step("running it")
     with torch.inference_mode():
         output, lattice, reference = fast(batch, mask=mask), fast.lattice, dense(batch, mask="all")
-    counted = net.macs(batch, mask=mask)
-    sides = [*_uniform_sides(net, dense, counted), Side(spec, partial(fast, mask=mask), counted.mask)]
+    counted, own = net.macs(batch, mask=mask), net.plan.identity_level
+    high = "as given, everything high" if own == 0 else "everything high"
+    as_given = Side("as given", partial(dense, mask="none"), counted.given or 0)
+    sides = [
+        *([as_given] if own == net.plan.max_level else []),
+        Side(high, partial(dense, mask="all"), counted.high),
+        Side(spec, partial(fast, mask=mask), counted.mask),
+    ]
     rows = work_and_time(sides, batch, rounds, seconds=_SECONDS, step=within(step, "measuring"))
     pixels, stride = shown(picture).permute(1, 2, 0).numpy(), net.plan.strides[0]
     prediction, high_prediction = (
@@ -307,8 +265,7 @@ def explore(
         high_prediction,
         tuple(lines),
         tuple(rows),
-        _python(subject.python(spec, pair, fill), image, size, subject.source),
-        _command(subject, spec, pair, fill, image, size),
+        *_code(subject, spec, pair, fill, image, size),
         output,
         lattice.levels,
     )
@@ -380,38 +337,55 @@ def _answer(name: str, output: Any, source: Source) -> str:
     )
 
 
-def _python(lines: list[str], image: Path | int, size: tuple[int, int] | None, source: Source) -> str:
-    sizes = f", {size}" if size else ""
-    if source.channels != 3:
-        sizes += f", channels={source.channels}"
-    read = (
-        f"read_image(Path({Path(image).name!r}){sizes})"
-        if isinstance(image, Path)
-        else f"street_scene({', '.join(map(str, (*_SAMPLE_SIZE, image)))}{sizes})"
-    )
-    return "\n".join(
-        [
-            *(["from pathlib import Path"] if isinstance(image, Path) else []),
-            *(["import torch"] if lines[0].startswith("torch.") else []),
-            "import cadsurgery as cs",
-            f"from cadsurgery.images import normalise, {read.partition('(')[0]}",
-            "",
-            *lines,
-            f"output = net(normalise({read}, net.source).unsqueeze(0))",
-            "",
-        ]
-    )
-
-
-def _command(
+def _code(
     subject: Subject,
     spec: str,
     pair: tuple[int, int],
     fill: str,
     image: Path | int,
     size: tuple[int, int] | None,
-) -> str:
-    """Return the command; a generated image has no file, which `run` needs: its place is named PHOTO."""
-    place = image.name if isinstance(image, Path) else "" if not is_file(subject.name) else "PHOTO"
+) -> tuple[str, str]:
+    """Return Python code that computes the output, and the command that does the same; a generated image has no file,
+    which `run` needs: its place is named PHOTO."""
     sizes = ["--size", f"{size[0]}x{size[1]}"] if size else []
-    return "cadsurgery " + shlex.join(subject.command(spec, pair, fill, place, sizes))
+    if is_file(subject.name):
+        changed = {} if spec == subject.mask else {"mask": spec}
+        lines = [f"net = cs.load({_arguments(subject.name, **changed, **subject.made_by)})"]
+        place = image.name if isinstance(image, Path) else "PHOTO"
+        words = ["run", subject.name, place, *sizes, *(["--mask", spec] if changed else [])]
+        words += ["--trust"] * bool(subject.made_by)
+    else:
+        stated = dict(subject.made_by)
+        weights, options = stated.pop("weights"), {"output_stride": pair, "fill": fill}
+        lines = ["torch.manual_seed(0)"] if subject.source.weights in ("random", "own") else []
+        lines += [
+            f"model = cs.build_model({_arguments(subject.name, weights)})",
+            f"net = cs.adaptify(model, {_arguments(spec, **options, **stated, verify_laws=False)})",
+        ]
+        words = ["convert", subject.name, "--weights", weights, "--mask", spec]
+        words += ["--output-stride", f"{pair[0]},{pair[1]}", "--fill", fill]
+        for name, values in stated.items():
+            words += [f"--{name}", "/".join(",".join(map(str, numbers)) for numbers in values)]
+        words += [*(["--image", image.name] if isinstance(image, Path) else []), *sizes]
+    more: dict[str, Any] = {} if subject.source.channels == 3 else {"channels": subject.source.channels}
+    if isinstance(image, Path):
+        how = _arguments(*filter(None, [size]), **more)
+        read = f"read_image(Path({image.name!r}){how and f', {how}'})"
+    else:
+        read = f"street_scene({_arguments(*_SAMPLE_SIZE, image, **more)})"
+    code = [
+        *(["from pathlib import Path"] if isinstance(image, Path) else []),
+        *(["import torch"] if lines[0].startswith("torch.") else []),
+        "import cadsurgery as cs",
+        f"from cadsurgery.images import normalise, {read.partition('(')[0]}",
+        "",
+        *lines,
+        f"output = net(normalise({read}, net.source).unsqueeze(0))",
+        "",
+    ]
+    return "\n".join(code), "cadsurgery " + shlex.join(words)
+
+
+def _arguments(*values: Any, **named: Any) -> str:
+    """Return the arguments of a call, as they are written."""
+    return ", ".join([*map(repr, values), *(f"{name}={value!r}" for name, value in named.items())])

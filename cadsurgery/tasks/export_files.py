@@ -34,21 +34,13 @@ def export_network(model: str, options: ExportOptions, step: Step) -> dict[str, 
     form, is_dynamic = format_of(output, kind.to or None), kind.dynamic
     shown = open_pictures(kind.calibration) if kind.calibration else None
     pictures = None if shown is None else pictures_of(shown)
-    more: dict[str, Any] = {"bands": options.bands, "pictures": pictures}
-    net = (
-        open_converted(model, mask, options.conversion, trust=options.trust, **more)
-        if is_file(model)
-        else None
-    )
-    provider = (
-        net.mask
-        if net is not None
-        else resolve_mask(mask or (DEFAULT_MASK if form == "onnx" else STATIC_MASK))
-    )
-    check_mask(provider, form, is_dynamic, False)
-    if net is None:
-        net = open_converted(model, provider, options.conversion, weights=options.weights, **more)
-    net.eval()
+    chosen: object = mask
+    if not is_file(model):
+        chosen = resolve_mask(mask or (DEFAULT_MASK if form == "onnx" else STATIC_MASK))
+        check_mask(chosen, form, is_dynamic, False)  # before the network is built
+    how: dict[str, Any] = {"weights": options.weights, "bands": options.bands, "trust": options.trust}
+    net = open_converted(model, chosen, options.conversion, pictures=pictures, **how).eval()
+    check_mask(net.mask, form, is_dynamic, False)
     source = pictures_for(net)
     first, second = (example_batch(source, None, size, seed) for seed in (0, 1))
     if shown is not None:

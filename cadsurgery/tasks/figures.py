@@ -249,17 +249,12 @@ def class_picture(prediction: Tensor, count: int = 256) -> Image.Image:
 
 
 def palette() -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """Return the colours of 256 classes, (256, 3) uint8."""
-    return np.array(_class_colours(), np.uint8)
-
-
-def _class_colours() -> list[tuple[int, int, int]]:
-    """Return the colours of 256 classes in 0..255; the first one is black."""
+    """Return the colours of 256 classes, (256, 3) uint8; the first one is black."""
     hues = [
         colorsys.hsv_to_rgb(index * 0.618 % 1, 0.65 + 0.3 * (index % 2), 0.95 - 0.25 * (index % 3))
         for index in range(1, 256)
     ]
-    return [(0, 0, 0), *((int(255 * red), int(255 * green), int(255 * blue)) for red, green, blue in hues)]
+    return (255 * np.array([(0, 0, 0), *hues])).astype(np.uint8)
 
 
 def prediction_picture(image: Tensor, classes: Tensor, view: str) -> Image.Image:
@@ -279,11 +274,8 @@ def prediction_picture(image: Tensor, classes: Tensor, view: str) -> Image.Image
 
 def legend_figure(names: Mapping[int, str]) -> Figure:
     """Draw the colours of classes in `class_picture`, each with its name."""
-    colours = _class_colours()
-    handles = [
-        Patch(color="#{:02x}{:02x}{:02x}".format(*colours[index]), label=name)
-        for index, name in names.items()
-    ]
+    colours = palette() / 255
+    handles = [Patch(color=colours[index], label=name) for index, name in names.items()]
     figure = canvas(3, 0.3 + 0.25 * len(handles))
     figure.legend(handles=handles, loc="center", frameon=False)
     return figure

@@ -11,19 +11,20 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from cadsurgery.data import stores
 from cadsurgery.data.hub import fetch, is_address
 from cadsurgery.data.tiff import split_page
 from cadsurgery.support.errors import FileError, InvalidInput, first_line
 from cadsurgery.support.files import append_line, exists, make_folder
+from cadsurgery.support.progress import Step
 
 Identity = dict[str, Any]  # plain values that are the same whenever a run is resumed
-Row = dict[str, Any]
+Row = dict[str, Any]  # what happened to an image or a clip, as plain values; a failure has no `output`
 NAME = "manifest.jsonl"  # of a folder's journal
 _BETWEEN_UPLOADS = 60.0  # seconds, of a journal in object storage
 _NEXT = "give it the same again, or choose another --output."
@@ -66,7 +67,12 @@ class Journal:
         self._asked: Identity = json.loads(json.dumps(asked, default=str))
         self._address, self._uploaded = str(file), time.monotonic()
         self._what = what or os.path.dirname(self._address)
-        self._file = self._download() if stores.is_remote(file) else Path(file)
+        self._file = Path(file)
+        if stores.is_remote(file):  # a temporary copy
+            self._temporary = tempfile.TemporaryDirectory()
+            self._file = Path(self._temporary.name) / NAME
+            with suppress(FileError):  # there is none yet
+                self._file.write_bytes(stores.read_bytes(self._address))
         self.is_new, self._is_begun = not exists(self._file), resume
         if self.is_new:
             return
@@ -133,13 +139,14 @@ class Journal:
             stores.write_bytes(self._address, self._file.read_bytes())
         self._uploaded = time.monotonic()
 
-    def _download(self) -> Path:
-        """Return a temporary copy of a file in object storage."""
-        self._temporary = tempfile.TemporaryDirectory()
-        copy = Path(self._temporary.name) / NAME
-        with suppress(FileError):  # there is none yet
-            copy.write_bytes(stores.read_bytes(self._address))
-        return copy
+
+class Item(NamedTuple):
+    """An image, its position among all, the path or address of its prediction, and its content if that was read."""
+
+    position: int
+    source: str
+    target: str = ""
+    content: bytes | None = None
 
 
 class Results(Journal):
@@ -149,7 +156,7 @@ class Results(Journal):
     when it was read; in object storage it counts if a row says so.
 
     Attributes:
-        classes: names of the classes in the predictions that were there when the run began.
+        classes: names of the classes in the predictions that are there.
     """
 
     def __init__(self, file: Path | str, asked: Identity, resume: bool = True, **options: Any) -> None:
@@ -185,11 +192,28 @@ class Results(Journal):
             )
         return is_there and of is not None and state == state_of(source)
 
-    def note_start(self, source: str) -> None:
-        """Note the state of a picture's file before it is read, for its row."""
-        self._read_as[source] = state_of(source)
+    def left(self, items: Iterable[Item], skip: Callable[[Item], None]) -> Iterator[Item]:
+        """Yield the items whose results are to be made, and `skip` those whose results are there."""
+        for item in items:
+            if self.is_written(item.source, item.target):
+                skip(item)
+            else:
+                self._read_as[item.source] = state_of(item.source)  # before it is read
+                yield item
 
-    def add_result(self, row: Row) -> None:
+    def taken_in(
+        self, answers: Iterable[tuple[int, Row]], number: int | None, step: Step
+    ) -> Iterator[tuple[int, Row]]:
+        """Yield the positions and rows of so many pictures, after each is noted and shown."""
+        step(f"image 1 of {number or '?'}", 0, number)
+        for count, (position, row) in enumerate(answers, 1):
+            if not row.get("interrupted"):
+                self._add_result(row)
+            self.classes |= row.get("classes", {}).keys()
+            step(f"image {count} of {number or '?'} ({Path(row['image']).name})", count, number)
+            yield position, row
+
+    def _add_result(self, row: Row) -> None:
         """Append the row of a result that is in place, or of a picture that failed, with the reason."""
         source = row["image"]
         state = self._read_as.pop(source, None)

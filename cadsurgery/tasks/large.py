@@ -27,10 +27,11 @@ from cadsurgery.data.rasters import add_overviews, open_rows
 from cadsurgery.data.stores import is_remote
 from cadsurgery.data.tiff import split_page
 from cadsurgery.network.boxes import Box
-from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled, warn
+from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled
 from cadsurgery.support.files import as_file_error, make_folder, write_whole
 from cadsurgery.support.memory import bytes_of
 from cadsurgery.support.progress import Step, silent
+from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import CLASSES, palette
 from cadsurgery.tasks.journal import Identity, Journal, state_of
 from cadsurgery.tasks.pieces import Blocks, PartOfPicture, Piece, block_side, find_pieces
@@ -103,14 +104,6 @@ def memory_of_whole(net: Any, channels: int, size: tuple[int, int]) -> int:
     return int(walks.peak) + 3 * 4 * channels * height * width  # as read, normalised, and as masks see it
 
 
-def warn_of_position(source: str, why: str, next: str) -> None:
-    """Warn that the prediction of a picture will not say where it lies on the earth, as its TIFF file does."""
-    warn(
-        f"the prediction of {source} is written without its position and coordinate system (GeoTIFF).\n"
-        f"  Why: {why}\n  Next: {next}"
-    )
-
-
 def _part_of(target: Path) -> Path:
     """Return the file in which rows are written before the prediction is whole."""
     return target.with_name(f".{target.name}.part")
@@ -123,41 +116,37 @@ class LargePicture:
         self,
         path: str,
         source: Any,
-        bands: Sequence[int] = (),
         dtype: torch.dtype | None = None,
-        size: tuple[int, int] | None = None,
-        view: str = "",
-        within: str = "",
+        options: RunOptions | None = None,
     ) -> None:
         """Open a file.
 
         Args:
             path: the file.
             source: the network's source.
-            bands: the bands to take instead of the source's.
             dtype: type of the network's pictures.
-            size, view: as of a run; others than the usual need the whole picture.
-            within: file of the area that is asked for; empty for all.
+            options: of a run; a size and another view than the usual need the whole picture.
 
         Raises:
             FileError: see `TiffRows`.
             InvalidInput: the picture is to be resized, or drawn upon.
         """
-        for name, value, usual in (("--size", size, None), ("--view", view or CLASSES, CLASSES)):
-            if value != usual:
+        how = options or RunOptions()
+        for name, is_asked in (("--size", how.size is not None), ("--view", how.view not in ("", CLASSES))):
+            if is_asked:
                 raise InvalidInput(
                     f"{name} for {path}, which is read in rows.",
                     why="the picture takes more memory than --memory.",
                     next="leave it out, or give more memory.",
                 )
         self.file, self.path, self._source, self._dtype = open_rows(path), path, source, dtype
-        self._bands = bands or (source.bands if source is not None else ())
+        self._bands = how.bands or (source.bands if source is not None else ())
         self.size = (self.file.shape[1], self.file.shape[2])
         self.shape: tuple[int, ...] = (self._read(0, 1)[0].shape[0], *self.size)
         self._lacking = self._bits(lambda *part: self._read(*part)[1][0]) if self.file.may_lack else None
         self._unwanted, self.asked = self._lacking, 0
-        if within:
-            area = read_area(within, self.size, path, self.file.position)
+        if how.within:
+            area = read_area(how.within, self.size, path, self.file.position)
             outside = self._bits(lambda first, end, left, right: ~area.rows(first, end)[:, left:right])
             self.asked = self.size[0] * self.size[1] - _count(outside)
             both = [bits for bits in (self._lacking, outside) if bits is not None]
@@ -416,17 +405,6 @@ def _rows_of(net: Any, picture: LargePicture, start: int, mask: Any = None) -> A
     raise refusal
 
 
-def _pieces(
-    net: Any, picture: LargePicture, mask: Any, size: tuple[int, int], whole: tuple[int, int]
-) -> list[Piece]:
-    """Return the rectangles of the result that are computed, of which one follows the other; see `find_pieces`."""
-    rows = [Piece(Box(*part, 0, size[1])) for part in picture.parts(size)]
-    if not rows or not picture.is_partial:
-        return rows
-    wanted = picture.wanted(block_side(picture.shape[1]))
-    return find_pieces(net, picture, wanted, size, whole, mask) or rows
-
-
 def _count(marked: np.ndarray[Any, Any] | None) -> int:
     """Return the number of pixels that are marked in bits."""
     return 0 if marked is None else int(sum(np.unpackbits(row).sum(dtype=np.int64) for row in marked))
@@ -466,7 +444,11 @@ def predict_large(
             result = None  # with its levels, which take as much memory as all of those of the mask
         name = Path(picture.path).name
         step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
-        pieces = _pieces(net, picture, mask, size, whole[1:])
+        # Rectangles of the result, of which one follows the other; see `find_pieces`.
+        pieces = [Piece(Box(*rows, 0, size[1])) for rows in picture.parts(size)]
+        if pieces and picture.is_partial:
+            wanted = picture.wanted(block_side(picture.shape[1]))
+            pieces = find_pieces(net, picture, wanted, size, whole[1:], mask) or pieces
         for piece in pieces:
             (_, bottom, left, right), begin = piece.box, part.turn_to(piece.box)
             if begin >= bottom:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ from cadsurgery.data.sources import split_place
 from cadsurgery.data.stores import refuse_stream
 from cadsurgery.data.tiff import split_page
 from cadsurgery.elements.lattice import Geometry, Lattice
-from cadsurgery.masks import FineMapSpec, MaskProvider, labelled, resolve_mask
+from cadsurgery.masks import FineMapSpec, MaskProvider, resolve_mask
 from cadsurgery.masks.provider import check_levels
 from cadsurgery.masks.unit import read_normalisation
 from cadsurgery.network.model import AdaptiveModel, pictures_for
-from cadsurgery.network.storage import load, read_metadata
+from cadsurgery.network.storage import read_metadata
 from cadsurgery.support import files
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import FileError, InvalidInput
@@ -46,19 +46,20 @@ from cadsurgery.support.rows import Row, percent, plain
 from cadsurgery.support.tables import Column, table
 from cadsurgery.tasks.commands import MaskOptions
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
-from cadsurgery.tasks.measuring import AGREEMENT, ERROR, FIDELITY, compare
+from cadsurgery.tasks.measuring import AGREEMENT, ERROR, FIDELITY, as_labels, compare
 from cadsurgery.tasks.open import (
-    Pictures,
     example_image,
     is_file,
+    normalised_by,
     open_converted,
-    read_by,
     with_statistics,
 )
 from cadsurgery.tasks.report import Report, figure_picture
 
 # Returns the lattice of a mask; in a network, if masks are compared, also fields of its row: quality and cost.
 Look = Callable[[MaskProvider], tuple[Lattice, dict[str, Any]]]
+# What masks are evaluated by on a picture: the high output stride, the lowest level, the function, and notes.
+Seen = tuple[int, int, Look, list[str]]
 # Fields of a row that hold a quality, and their names in tables and pictures.
 QUALITIES = {AGREEMENT: "agreement", FIDELITY: "balanced fidelity", ERROR: "relative error"}
 
@@ -192,20 +193,12 @@ def draw_masks(image: str, options: MaskOptions, *, step: Step) -> MaskReport:
         else:
             yield from (_resized(frame, size) for frame in pictures_of(frames)(source))
 
-    net, stored_mask, source = None, None, None
-    if model:
-        step(f"building {model}")
-        net, stored_mask = _open(model, options, pictures)
-        source = pictures_for(net)
+    see, stored_mask, source = _open(options, pictures, step)
     picture = next(pictures(source))
     truth = _labels(options.labels, image, lambda: next(pictures(None, None)), size, picture)
     asked = [(text, resolve_mask(text)) for text in masks]
-    notes = [_NO_NETWORK]
-    if net is not None and source is not None:
-        step("running it with everything kept high")
-        stride, max_level, look, notes = _look_in(net, source, model, picture, compare)
-    else:
-        stride, max_level, look = _look_bare(picture, **_stated(options, pictures))
+    step("running it with everything kept high" if source else "drawing")
+    stride, max_level, look, notes = see(picture)
     if not asked:
         examples = masks_to_compare(max_level, truth is not None) if compare else ()
         asked = [(text, resolve_mask(text)) for text in examples]
@@ -213,12 +206,10 @@ def draw_masks(image: str, options: MaskOptions, *, step: Step) -> MaskReport:
             first = stored_mask or resolve_mask(DEFAULT_MASK)
             asked = [(first.spec(), first), *(entry for entry in asked if entry[1].spec() != first.spec())]
     rows, lattices = [], []
-    with labelled(truth) if truth is not None else nullcontext():
+    with as_labels(truth):
         for text, mask in counted(asked, step, "mask", "drawing", name=lambda entry: entry[0]):
-            # The mask of a file comes with its learned weights.
-            provider = stored_mask if stored_mask is not None and stored_mask.spec() == mask.spec() else mask
-            lattice, more = look(provider)
-            rows.append(_row(text, provider.spec(), lattice, more))
+            lattice, more = look(_with_weights(mask, stored_mask))
+            rows.append(_row(text, mask.spec(), lattice, more))
             lattices.append(lattice)
     if compare:
         title = f"{model}, random weights" if _RANDOM in notes else model
@@ -240,9 +231,9 @@ def _resized(picture: Tensor, size: tuple[int, int] | None) -> Tensor:
     return picture if size is None else resized(picture[None], size)[0]
 
 
-def _stated(options: MaskOptions, pictures: Callable[[None], Iterable[Tensor]]) -> dict[str, Any]:
-    """Return the options without a network, with mean and deviation of the pictures in place of `bands`."""
-    return with_statistics(options.conversion, Source(""), lambda _: pictures(None))
+def _with_weights(mask: MaskProvider, stored: MaskProvider | None) -> MaskProvider:
+    """Return the mask of a file, which comes with its learned weights, if it is the same."""
+    return stored if stored is not None and stored.spec() == mask.spec() else mask
 
 
 def _draw_frames(image: str, options: MaskOptions, step: Step) -> MaskReport:
@@ -261,25 +252,13 @@ def _draw_frames(image: str, options: MaskOptions, step: Step) -> MaskReport:
     check_folder(options.output)
     mask = resolve_mask(options.masks[0]) if options.masks else None
     data = open_pictures(image, bands=options.bands)
-    net, stored, source, conversion = None, None, None, {}
-    if options.model:
-        step(f"building {options.model}")
-        net, stored = _open(options.model, options, pictures_of(data))
-        source = pictures_for(net)
-        data = data.read_for(source)
-    else:
-        conversion = _stated(options, pictures_of(data))
-    mask = mask or stored or resolve_mask(DEFAULT_MASK)
-    if stored is not None and stored.spec() == mask.spec():
-        mask = stored  # with its learned weights
-    rows = []
+    see, stored, source = _open(options, pictures_of(data), step)
+    data, rows = data.read_for(source), []
+    mask = _with_weights(mask or stored or resolve_mask(DEFAULT_MASK), stored)
     with write_clip(options.output, _SHOWN) as add:
         for at in counted(range(len(data)), step, "frame", "drawing"):
             picture = _resized(sample_of(data, at)[0], options.size)
-            if net is not None and source is not None:
-                stride, _, look, _ = _look_in(net, source, options.model, picture, False)
-            else:
-                stride, _, look = _look_bare(picture, **conversion)
+            stride, _, look, _ = see(picture)
             lattice, _ = look(mask)
             rows.append(_row(mask.spec(), mask.spec(), lattice, {}))
             add(figure_picture(mask_figure(picture, lattice, stride, title=mask.spec())))
@@ -344,21 +323,17 @@ def _labels(
 
 
 def _look_bare(
-    picture: Tensor, output_stride: tuple[int, int] | None, patch: str, normalisation: object = None
-) -> tuple[int, int, Look]:
+    picture: Tensor, *, output_stride: tuple[int, int] | None, patch: str, normalisation: object = None
+) -> Seen:
     """Evaluate masks without a network: the image stands for the entering features, and MACs are not counted.
 
     Masks see the picture after the normalisation, in the unit of masks: as they do in a network that takes it so.
-
-    Return the high output stride, the lowest level, and the function.
     """
     high, low = output_stride or (8, 32)
     geometry = Geometry(_halvings(high, low), patch=patch)  # type: ignore[arg-type]
-    read = read_normalisation("imagenet" if normalisation is None else normalisation, len(picture))
-    source = Source("", channels=len(picture))
-    if read.mean:
-        source = replace(source, mean=read.mean, std=read.std)
-    batch = read.in_unit(normalise(picture, source).unsqueeze(0))
+    chosen = "imagenet" if normalisation is None else normalisation
+    source = normalised_by(Source("", channels=len(picture)), chosen)
+    batch = read_normalisation(chosen, len(picture)).in_unit(normalise(picture, source).unsqueeze(0))
     features = batch[:, :, ::high, ::high]
     grid = FineMapSpec.of(geometry, 1, (features.shape[2], features.shape[3]), high)
 
@@ -372,17 +347,12 @@ def _look_bare(
             )
         return geometry.lattice(check_levels(mask(batch, features, grid), grid, mask.name)), {}
 
-    return high, geometry.max_level, look
+    return high, geometry.max_level, look, [_NO_NETWORK]
 
 
-def _look_in(
-    net: AdaptiveModel, source: Source, model: str, picture: Tensor, compare: bool
-) -> tuple[int, int, Look, list[str]]:
-    """Evaluate masks in a network.
-
-    Return the high output stride, the lowest level, the function and notes. If masks are compared, the function runs
-    the network and returns the quality of its prediction and its MACs.
-    """
+def _look_in(net: AdaptiveModel, model: str, is_compared: bool, picture: Tensor) -> Seen:
+    """Evaluate masks in a network; if they are compared, with the quality of its prediction and its MACs."""
+    source = pictures_for(net)
     batch = normalise(picture, source).unsqueeze(0)
     stride, max_level = net.plan.strides[0], net.geometry.max_level
 
@@ -390,22 +360,29 @@ def _look_in(
         with torch.inference_mode():
             output = net(batch, mask=mask)
         lattice = net.lattice
-        if not compare:
+        if not is_compared:
             return lattice, {}
         report = net.macs(batch, mask=lattice.pyramid.levels)  # exactly this map, whatever its mask
         macs = net.macs(batch, mask=mask).of_mask + report.mask
         cost: dict[str, int | None] = {"mask": macs, "high": report.high, "low": report.low}
         cost["given"] = report.given
         shares = {f"of_{name}": macs / whole if (whole := cost[name]) else None for name in ("given", "high")}
-        return lattice, {**_quality(output, dense, size), "macs": cost, **shares}
+        figures = {} if dense is None else compare(output, dense, size)
+        return lattice, {**{name: figures.get(name) for name in QUALITIES}, "macs": cost, **shares}
 
-    if not compare:
+    if not is_compared:
         return stride, max_level, look, []
     with torch.inference_mode():
         dense = net(batch, mask="all")
     size = (picture.shape[1], picture.shape[2])
     notes = [_ONE_IMAGE.format(model=model)]
-    if refusal := _HOST if net.hosts_part else _refusal(dense, size):
+    refusal = _HOST if net.hosts_part else ""
+    try:
+        if not refusal:
+            compare(dense, dense, size)
+    except InvalidInput as error:
+        refusal = f"{error.what} {error.why}"
+    if refusal:
         dense, notes = None, [f"quality is not compared: {refusal}"]
     if source.weights == "random" and not is_file(model):
         notes.append(_RANDOM)
@@ -423,30 +400,22 @@ _RANDOM = "the weights are random: these qualities say nothing about the trained
 _HOST = "the network around the adaptive part returns no maps."
 
 
-def _quality(output: Any, dense: Any, size: tuple[int, int]) -> dict[str, float | None]:
-    """Return the quality of an output relative to that of the dense network, see `MaskReport`."""
-    figures = {} if dense is None else compare(output, dense, size)
-    return {name: figures.get(name) for name in QUALITIES}
-
-
-def _refusal(dense: Any, size: tuple[int, int]) -> str:
-    """Return why outputs such as this one cannot be compared, or ""."""
-    try:
-        _quality(dense, dense, size)
-    except InvalidInput as error:
-        return f"{error.what} {error.why}"
-    return ""
-
-
-def _open(model: str, options: MaskOptions, pictures: Pictures) -> tuple[AdaptiveModel, MaskProvider | None]:
-    """Return a network, which reads the pictures as the options say, and the mask of its file."""
-    if not is_file(model):
-        more: dict[str, Any] = {"bands": options.bands, "pictures": pictures}
-        return open_converted(model, "none", options.conversion, weights=options.weights, **more), None
-    stored = read_metadata(model).get("mask") is not None
-    net = load(model, mask=None if stored else "none", trust=options.trust)
-    read_by(net, options.bands, options.conversion.get("normalisation"), pictures)
-    return net, net.mask if stored else None
+def _open(
+    options: MaskOptions, pictures: Callable[[Source | None], Iterable[Tensor]], step: Step
+) -> tuple[Callable[[Tensor], Seen], MaskProvider | None, Source | None]:
+    """Return what evaluates masks on a picture, in a network that reads the pictures as the options say or without
+    one, the mask of its file, and its source."""
+    model, conversion = options.model, options.conversion
+    if not model:
+        stated = with_statistics(conversion, Source(""), lambda _: pictures(None))
+        return partial(_look_bare, **stated), None, None
+    step(f"building {model}")
+    stored = is_file(model) and read_metadata(model).get("mask") is not None
+    if is_file(model):
+        conversion = {"normalisation": conversion.get("normalisation")}
+    how: dict[str, Any] = {"weights": options.weights, "bands": options.bands, "trust": options.trust}
+    net = open_converted(model, None if stored else "none", conversion, pictures=pictures, **how)
+    return partial(_look_in, net, model, options.compare), net.mask if stored else None, pictures_for(net)
 
 
 def _halvings(high: int, low: int) -> tuple[int, ...]:

@@ -90,8 +90,6 @@ class Quality:
         Raises:
             InvalidInput: the output has other classes than the labels, no maps, or other maps than the truth.
         """
-        apart: Sequence[float]
-        found: tuple[Tensor, Tensor] | None = None
         if self.of_labels:
             scores = class_scores(output).float()
             if self.classes is not None and scores.shape[1] != self.classes.classes:
@@ -101,18 +99,17 @@ class Quality:
                 )
             prediction = resize(scores, truth.shape[1:]).argmax(1).to(truth.device)
             found, count, apart = (prediction, truth), scores.shape[1], [0.0] * len(truth)
+            ignored = IGNORED
         else:
             self.kind = kind_of(truth) if self.kind == "auto" else self.kind
             of_scores: DivergenceKind = "classes" if self.kind == "classes" else "values"
             apart = divergence(truth, output, of_scores).double().mean((1, 2)).tolist()
-            if self.kind != "values":
-                maps = [maps_of(each)[0] for each in (output, truth)]
-                count = 2 if self.kind == "found" else maps[1].shape[1]
-                found = _classes(maps[0], self.kind, size), _classes(maps[1], self.kind, size)
-        if found is None:
-            self.pictures += [Counts(one) for one in apart]
-            return
-        ignored = IGNORED if self.of_labels else _NO_CLASS
+            if self.kind == "values":
+                self.pictures += [Counts(one) for one in apart]
+                return
+            maps = [maps_of(each)[0] for each in (output, truth)]
+            count, ignored = 2 if self.kind == "found" else maps[1].shape[1], _NO_CLASS
+            found = _classes(maps[0], self.kind, size), _classes(maps[1], self.kind, size)
         if found[0].shape[1:].numel() > 1 or self.of_labels:
             self.classes = self.classes or SegmentationMetrics(count, ignored=ignored)
             self.classes.update(*found)

@@ -38,9 +38,7 @@ _A_NAME = "the name of a network"
 
 def is_file(network: object) -> bool:
     """True if `network` refers to a converted file, local or on the Hub, instead of a name or an ONNX file."""
-    if not isinstance(network, str):
-        return False
-    if is_onnx(network):
+    if not isinstance(network, str) or is_onnx(network):
         return False
     return is_address(network) or network.endswith(".safetensors") or files.is_file(network)
 
@@ -87,10 +85,18 @@ def read_by(
     chosen = with_statistics({"normalisation": normalisation}, source, pictures)["normalisation"]
     if chosen is not None and isinstance(net, AdaptiveModel) and not net.hosts_part:
         net.normalisation = chosen
-    elif chosen is not None and (read := read_normalisation(chosen, source.channels)).mean:
-        source = replace(source, mean=read.mean, std=read.std)
+    else:
+        source = normalised_by(source, chosen)
     if getattr(net, "source", None) is not None:  # a network without a name has no record
         net.source = source  # type: ignore[assignment]
+
+
+def normalised_by(source: Source, normalisation: object) -> Source:
+    """Return the source with mean and deviation of the option `normalisation`; as it is for None or raw."""
+    if normalisation is None:
+        return source
+    read = read_normalisation(normalisation, source.channels)
+    return replace(source, mean=read.mean, std=read.std) if read.mean else source
 
 
 def original(
@@ -108,8 +114,7 @@ def original(
         FileError: `network` is a file or folder instead of a name, or there is no such file.
     """
     if isinstance(network, nn.Module):
-        source = source_of(network)
-        return network, _of_bands(source, bands)
+        return network, _of_bands(source_of(network), bands)
     _refuse_file(network)
     torch.manual_seed(0)  # random weights are the same in every run
     library, _, function = network.partition(":")
@@ -292,10 +297,9 @@ def weights_in_words(network: object, source: Source) -> str:
 
 def provenance(network: object, source: Source, device: torch.device) -> dict[str, Any]:
     """Return the provenance of a report made now: `model`, `weights`, `random`, and the result of `describe_run`."""
-    words = weights_in_words(network, source)
     return {
         "model": source.name,
-        "weights": words,
+        "weights": weights_in_words(network, source),
         "random": source.weights == "random",
         **describe_run(device),
     }

@@ -7,8 +7,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,22 +39,11 @@ from cadsurgery.support.progress import Step, silent
 from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import CLASSES, OVERLAY, class_picture, prediction_picture
-from cadsurgery.tasks.journal import fingerprint
+from cadsurgery.tasks.journal import Item, Row, fingerprint
 from cadsurgery.tasks.large import MULTIPLES, LargePicture, WrittenRows, cut_back, predict_large
 from cadsurgery.tasks.measuring import refuse_images
 from cadsurgery.tasks.open import read_by
 from cadsurgery.tasks.workers import STOPPED
-
-Row = dict[str, Any]  # what happened to an image or a clip, as plain values; a failure has no `output`
-
-
-class Item(NamedTuple):
-    """An image, its position among all, the path or address of its prediction, and its content if that was read."""
-
-    position: int
-    source: str
-    target: str = ""
-    content: bytes | None = None
 
 
 def lost(item: Item, error: CadError) -> tuple[int, Row]:
@@ -64,47 +53,22 @@ def lost(item: Item, error: CadError) -> tuple[int, Row]:
 
 @dataclass(frozen=True)
 class PredictionSettings:
-    """What predictions are made by; it can be sent to other processes.
-
-    `precision` and `memory` are those of the optimised copy, see `AdaptiveModel.optimize`. If `until` is not 0, a
-    network that can stop early does so after this many milliseconds. `view` is one of `VIEWS`, by default `classes` for
-    images and `overlay` for clips. `within` is the file of an area, see `cadsurgery.data.areas`, outside of which
-    nothing is computed. With `overviews` TIFF files have smaller copies. With `resume` large pictures that were begun
-    are resumed.
-    """
+    """What predictions are made by, which can be sent to other processes: a converted file, and options of a run."""
 
     file: str
-    mask: str = RunOptions.mask
-    bands: tuple[int, ...] = RunOptions.bands
-    normalisation: Any = None
-    size: tuple[int, int] | None = RunOptions.size
-    view: str = RunOptions.view
-    device: str = RunOptions.device
-    precision: str = RunOptions.precision
-    memory: str = RunOptions.memory
-    within: str = RunOptions.within
-    overviews: bool = RunOptions.overviews
-    until: float = RunOptions.until
-    batch: int = RunOptions.batch
-    trust: bool = RunOptions.trust
-    resume: bool = RunOptions.resume
+    options: RunOptions = field(default_factory=RunOptions)
 
-    @classmethod
-    def of(cls, file: str, options: RunOptions) -> PredictionSettings:
-        """Take the settings among the options of a run."""
-        values = {**vars(options), **options.conversion}
-        return cls(file, *(values.get(entry.name, entry.default) for entry in fields(cls)[1:]))
-
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """Return what a manifest states: all that predictions depend on."""
+        """What a manifest states: all that predictions depend on."""
         names = ("size", "view", "precision", "until")
-        made_by = {"network": fingerprint(self.file), "mask": self.mask or "the file's"}
-        made_by |= {name: getattr(self, name) for name in names}
+        how, made_by = self.options, {"network": fingerprint(self.file)}
+        made_by |= {"mask": how.mask or "the file's", **{name: getattr(how, name) for name in names}}
         # Not stated by default, so that folders of earlier versions can be gone on with.
-        made_by |= {name: value for name in ("bands", "normalisation") if (value := getattr(self, name))}
-        if self.within:
-            made_by["within"] = fingerprint(split_page(self.within)[0])
-        return {**made_by, "device": find_device(self.device).type}
+        made_by |= {name: value for name, value in {"bands": how.bands, **how.conversion}.items() if value}
+        if how.within:
+            made_by["within"] = fingerprint(split_page(how.within)[0])
+        return {**made_by, "device": find_device(how.device).type}
 
     def part_of(self, item: Item) -> WrittenRows:
         """Return the prediction of a large picture as far as it is written.
@@ -112,13 +76,14 @@ class PredictionSettings:
         Raises:
             InvalidInput, FileError: see `WrittenRows`.
         """
-        return WrittenRows(item.source, Path(item.target), self.identity(), self.resume)
+        return WrittenRows(item.source, Path(item.target), self.identity, self.options.resume)
 
     def load(self) -> nn.Module:
         """Open the file on the device of this process."""
-        net = load(self.file, mask=self.mask or None, trust=self.trust)
-        read_by(net, self.bands, self.normalisation)
-        return net.to(find_device(self.device))
+        how = self.options
+        net = load(self.file, mask=how.mask or None, trust=how.trust)
+        read_by(net, how.bands, how.conversion.get("normalisation"))
+        return net.to(find_device(how.device))
 
     def with_one_thread(self) -> Predictor:
         """Open the file for this process alone, one of many on a machine."""
@@ -167,13 +132,14 @@ class Predictor:
 
     def __init__(self, converted: nn.Module, settings: PredictionSettings) -> None:
         """Optimise a network that `settings` opened."""
-        self.settings, self.device = settings, find_device(settings.device)
+        self.settings, self.options = settings, settings.options
+        self.device = find_device(self.options.device)
         self.kind, self.source = method_of(converted), pictures_for(converted)
         self.names, self._folder = class_names(self.source), ""
-        options = {"precision": settings.precision, "memory": settings.memory or None}
+        options = {"precision": self.options.precision, "memory": self.options.memory or None}
         options = {} if self.kind is not None else options
         self.net: Any = converted.optimize(**options)  # type: ignore[operator]
-        self._dtype = torch.bfloat16 if settings.precision == BFLOAT16 else None
+        self._dtype = torch.bfloat16 if self.options.precision == BFLOAT16 else None
         self.stopped, self.step = STOPPED, silent
         self._multiples: dict[torch.Size, int] = {}  # to which pictures of a size are padded; 1 for none
 
@@ -207,7 +173,7 @@ class Predictor:
                 self.start_anew()
         else:
             assert refusal is not None
-            raise refusal if self.settings.size else _with_size(refusal)
+            raise refusal if self.options.size else _with_size(refusal)
         self._multiples[size] = multiple
         milliseconds = 1e3 * (time.perf_counter() - start) / len(pictures)
         more = {"padded_to": [*padded.shape[2:]]} if padded.shape != images.shape else {}
@@ -224,7 +190,7 @@ class Predictor:
         """Run images, of which `size` is what is not padding; return the prediction and fields of the row of each."""
         with torch.inference_mode():
             if self.kind is not None:
-                returned, details = self.kind.run(self.net, images, self.settings.until or math.inf)
+                returned, details = self.kind.run(self.net, images, self.options.until or math.inf)
                 return _first_tensor(returned), [details]
             is_padded = images.shape[2:] != size
             if areas is not None:
@@ -252,21 +218,18 @@ class Predictor:
     def _read(self, item: Item) -> Picture:
         try:
             if item.target.endswith(".tif"):
-                how = self.settings
-                asked = (how.size, how.view, how.within)
-                large = LargePicture(item.source, self.source, how.bands, self._dtype, *asked)
-                return Picture(item, large=large)
-            read = read_picture_for(self.source, item.source, self.settings.size, content=item.content)
-            if not self.settings.within:
+                return Picture(item, large=LargePicture(item.source, self.source, self._dtype, self.options))
+            read = read_picture_for(self.source, item.source, self.options.size, content=item.content)
+            if not self.options.within:
                 return Picture(item, read)
             size, position = (read.shape[1], read.shape[2]), position_at(item.source)
-            return Picture(item, read, read_area(self.settings.within, size, item.source, position).whole())
+            return Picture(item, read, read_area(self.options.within, size, item.source, position).whole())
         except CadError as error:
             return Picture(item, error=error)
 
     def _predict(self, pictures: Iterable[Picture]) -> Iterator[Picture]:
         for shape, alike in groupby(pictures, lambda picture: getattr(picture.pixels, "shape", None)):
-            while together := list(islice(alike, self.settings.batch)):
+            while together := list(islice(alike, self.options.batch)):
                 yield from self._predict_together(together) if shape else map(self._predict_large, together)
 
     def _predict_large(self, picture: Picture) -> Picture:
@@ -274,7 +237,7 @@ class Predictor:
             return picture
         try:
             part = self.settings.part_of(picture.item)
-            stopping, overviews = (self.stopped, self.step), self.settings.overviews
+            stopping, overviews = (self.stopped, self.step), self.options.overviews
             row = predict_large(self.net, picture.large, part, self._count, *stopping, overviews)
             return picture._replace(written=row | self._shares(row.pop("counts", Counter())))
         except CadError as error:
@@ -312,38 +275,40 @@ class Predictor:
 
     def draw(self, pixels: Tensor, classes: Tensor, channels: int = 256, usual: str = CLASSES) -> Image.Image:
         """Draw the prediction of an image or a frame."""
-        view = self.settings.view or usual
+        view = self.options.view or usual
         return (
             class_picture(classes, channels) if view == CLASSES else prediction_picture(pixels, classes, view)
         )
 
     def clip_row(self, clip: Item, fps: float, step: Step, stopped: threading.Event) -> tuple[int, Row]:
-        """Return the position and row of a clip, see `draw_clip`."""
+        """Predict the frames of a clip and write them as a clip, until it ends or `stopped` is set; return its
+        position and row."""
         self.start_anew()
         try:
-            return clip.position, self.draw_clip(Path(clip.source), Path(clip.target), fps, step, stopped)
+            return clip.position, self._draw_clip(Path(clip.source), Path(clip.target), fps, step, stopped)
         except NotInstalled:
             raise
         except CadError as error:
             return lost(clip, error)
 
-    def draw_clip(
-        self, path: Path, target: Path, fps: float, step: Step, stopped: threading.Event
-    ) -> dict[str, Any]:
-        """Predict the frames of a clip and write them as a clip, until it ends or `stopped` is set."""
+    def _draw_clip(self, path: Path, target: Path, fps: float, step: Step, stopped: threading.Event) -> Row:
         frames, sums, classes, last, start = 0, Counter[str](), Counter[int](), Row(), time.perf_counter()
         first: Sequence[int] = ()
         make_folder(target.parent)
         with (
-            open_clip(path, self.settings.size, fps, self.source) as clip,
+            open_clip(path, self.options.size, fps, self.source) as clip,
             write_clip(target, clip.rate, clip.time_base) as add,
         ):
-            batches = iter(lambda: list(islice(clip.timed, self.settings.batch)), [])
+            batches = iter(lambda: list(islice(clip.timed, self.options.batch)), [])
             while not (frames and stopped.is_set()) and (batch := next(batches, [])):
                 times, pictures = zip(*batch, strict=True)
                 first = first or pictures[0].shape[1:]
                 for number, picture in enumerate(pictures, frames + 1):
-                    _check_frame(path, number, picture.shape[1:], first)
+                    if (size := picture.shape[1:]) != first:
+                        raise FileError(
+                            f"frame {number} of {path} is {size[0]}x{size[1]}, the first one is {first[0]}x{first[1]}.",
+                            next="resize them: --size HxW.",
+                        )
                 for second, picture, (found, channels, last) in zip(
                     times, pictures, self(torch.stack(pictures)), strict=True
                 ):
@@ -373,19 +338,6 @@ class Predictor:
         whole = counts.total()
         shares = {self.names[index]: count / whole for index, count in sorted(counts.items()) if count}
         return {"classes": shares} if shares else {}
-
-
-def _check_frame(path: Path, number: int, size: Sequence[int], first: Sequence[int]) -> None:
-    """Refuse a frame of another size than the first one.
-
-    Raises:
-        FileError: see above.
-    """
-    if size != first:
-        raise FileError(
-            f"frame {number} of {path} is {size[0]}x{size[1]}, the first one is {first[0]}x{first[1]}.",
-            next="resize them: --size HxW.",
-        )
 
 
 def _with_size(refusal: CadError) -> CadError:

@@ -14,7 +14,9 @@ from PIL import Image
 
 from cadsurgery.data.images import encode_png
 from cadsurgery.support.errors import CadError, InvalidInput, check_name, first_line, import_optional
-from cadsurgery.tasks.predictor import Item, PredictionSettings, Row
+from cadsurgery.tasks.commands import RunOptions
+from cadsurgery.tasks.journal import Item
+from cadsurgery.tasks.predictor import PredictionSettings
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.workers import Block, Submit, do_block
 
@@ -46,8 +48,7 @@ class Predict:
         Args:
             file: the converted file, or its address on the Hub; each machine must be able to read it.
             prediction: "png", or "array" of class numbers.
-            options: `mask`, `size`, `device`, `view`, `batch`, `trust` and others of `cadsurgery run`, see
-                `PredictionSettings`.
+            options: `mask`, `size`, `device`, `view`, `batch`, `trust` and others of `cadsurgery run`.
 
         Raises:
             InvalidInput: there is no such form of a prediction.
@@ -55,7 +56,9 @@ class Predict:
         """
         check_name("form of predictions", prediction, ("png", "array"))
         self._form = encode_png if prediction == "png" else np.asarray
-        self._predictor = PredictionSettings(file, **options).with_one_thread()
+        conversion = {"normalisation": options.pop("normalisation", None)}
+        settings = PredictionSettings(file, RunOptions(**{"conversion": conversion, **options}))
+        self._predictor = settings.with_one_thread()
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the columns of a batch, with predictions in place of the pictures.
@@ -70,16 +73,15 @@ class Predict:
                 next="rename that of the pictures: rename_columns.",
             )
         items = [Item(0, "the picture", "", _content(value)) for value in batch[column]]
-        rows = [row for _, row in self._predictor.rows(items, self._put)]
+        rows = [
+            row for _, row in self._predictor.rows(items, lambda drawn, _: {"prediction": self._form(drawn)})
+        ]
         return {
             **{name: values for name, values in batch.items() if name != column},
             "prediction": [row.get("prediction") for row in rows],
             "active_fraction": [row.get("active_fraction", math.nan) for row in rows],
             "error": [str(CadError.from_dict(row)) if "error" in row else None for row in rows],
         }
-
-    def _put(self, drawn: Image.Image, target: str) -> Row:
-        return {"prediction": self._form(drawn)}
 
 
 def _content(value: Any) -> bytes:
@@ -126,7 +128,12 @@ def predict_tables(
     most = workers or count_processes(address, settings)
     actors = ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=most)
     predicted = ray.data.read_parquet([*sources]).map_batches(
-        Predict, fn_constructor_kwargs=vars(settings), batch_size=64, compute=actors, **_resources(settings)
+        Predict,
+        fn_constructor_args=(settings.file,),
+        fn_constructor_kwargs=vars(settings.options),
+        batch_size=64,
+        compute=actors,
+        **_resources(settings),
     )
     try:
         predicted.write_parquet(output, mode=ray.data.SaveMode.ERROR)
@@ -140,12 +147,12 @@ def predict_tables(
 
 
 def _resources(settings: PredictionSettings) -> dict[str, int]:
-    return {"num_gpus": 1} if settings.device.startswith("cuda") else {"num_cpus": 1}
+    return {"num_gpus": 1} if settings.options.device.startswith("cuda") else {"num_cpus": 1}
 
 
 def count_processes(address: str, settings: PredictionSettings) -> int:
     """Return the number of cores of a cluster, or that of its GPUs."""
-    kind = "GPU" if settings.device.startswith("cuda") else "CPU"
+    kind = "GPU" if settings.options.device.startswith("cuda") else "CPU"
     return max(1, int(connect(address).cluster_resources().get(kind, 1)))
 
 

@@ -162,11 +162,6 @@ class RunReport(Report):
         for failure in self.failed:
             yield Text(f"{failure['what']} {failure.get('why', '')}", style="red")
 
-    def run_with(self) -> Text:
-        """Describe the device and the version of torch, in one line."""
-        torch = f", torch {self.versions['torch']}" if "torch" in self.versions else ""
-        return Text(f"on {self.device}{torch}", style="dim")
-
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredReport(RunReport):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from cadsurgery.masks.wrappers import Smooth
 from cadsurgery.methods.registry import method_of
 from cadsurgery.network.model import pictures_for
 from cadsurgery.network.optimized import FLOAT, check_precision
-from cadsurgery.support.errors import FileError, InvalidInput, check_name
+from cadsurgery.support.errors import FileError, InvalidInput, check_name, warn
 from cadsurgery.support.files import absent, as_file_error, check_folder, exists, is_folder
 from cadsurgery.support.kinds import kind_by_ending
 from cadsurgery.support.memory import AUTO, bytes_of, free_memory, in_mebibytes, peak_memory
@@ -40,16 +40,14 @@ from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks import ray_data
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import CLASSES, VIEWS, figure_picture, legend_figure
-from cadsurgery.tasks.journal import NAME, Results
+from cadsurgery.tasks.journal import NAME, Item, Results, Row
 from cadsurgery.tasks.large import (
     SMALL,
-    WrittenRows,
     header_of,
     memory_of_whole,
     target_for,
-    warn_of_position,
 )
-from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor, Row, lost
+from cadsurgery.tasks.predictor import PredictionSettings, Predictor, lost
 from cadsurgery.tasks.report import FilesReport
 from cadsurgery.tasks.workers import processes, refuse_launchers, share
 
@@ -95,51 +93,43 @@ def predict(
         NotInstalled: clips, object storage or Ray need a package that is not installed.
     """
     refuse_launchers("run")
-    settings = PredictionSettings.of(str(file), options)
+    settings = PredictionSettings(str(file), options)
     output, resume, workers, ray = options.output, options.resume, options.workers, options.ray
-    check_size(settings.size)
-    if settings.view:
-        check_name("view", settings.view, VIEWS)
-    check_precision(settings.precision)
+    check_size(options.size)
+    if options.view:
+        check_name("view", options.view, VIEWS)
+    check_precision(options.precision)
     if ray and all(str(path).endswith(".parquet") for path in images):
         if resume:
             raise InvalidInput("--resume for Parquet.", next="leave --resume out, and name another --output.")
-        if settings.within:
+        if options.within:
             raise InvalidInput("--within for Parquet.", next="leave --within out, or give files.")
         return ray_data.predict_tables([*map(str, images)], output, settings, ray, workers)
-    sources, own = _Sources([*map(str, images)], output, settings), find_device(settings.device)
+    sources, own = _Sources([*map(str, images)], output, options), find_device(options.device)
     if sources.clips:
         pyav()  # refuse before any work
     converted, chosen = settings.load(), ""
-    _check_options(converted, settings)
-    if not settings.memory and not ray:
-        chosen = _why_in_rows(converted, sources, settings)
-    if (chosen or settings.memory == AUTO) and not ray:
+    _check_options(converted, options)
+    if not options.memory and not ray:
+        chosen = _why_in_rows(converted, sources, options)
+    if (chosen or options.memory == AUTO) and not ray:
         workers = workers or 1
-        settings = replace(settings, memory=f"{bytes_of(AUTO) // workers}")  # each process has its share
-        sources.memory = settings.memory
-    if settings.overviews and not settings.memory:
+        options = replace(options, memory=f"{bytes_of(AUTO) // workers}")  # each process has its share
+        settings, sources.memory = replace(settings, options=options), options.memory
+    if options.overviews and not options.memory:
         raise InvalidInput(
             f"--overviews {'under --ray' if ray else 'for pictures without a position'}.",
             why="they are for TIFF files, and without --memory PNG files are written.",
             next="give --memory, e.g. 2GiB, or leave --overviews out.",
         )
-    is_shared = _check_sharing(
-        converted,
-        sources,
-        {
-            "--ray": bool(ray),
-            "--workers": (workers or 1) > 1,
-            "--resume": resume,
-            "--within": bool(settings.within),
-        },
-    )
-    made_by = settings.identity()
-    asked = {**made_by, "fps": options.fps} if sources.is_one_clip else made_by
+    more_than_one = (workers or 1) > 1
+    wanted = {"--ray": ray, "--workers": more_than_one, "--resume": resume, "--within": options.within}
+    is_shared = _check_sharing(converted, sources, {option for option, value in wanted.items() if value})
+    asked = {**settings.identity, "fps": options.fps} if sources.is_one_clip else settings.identity
     what = sources.output
     journal = Results(sources.journal, asked, resume, what=what, is_replaced=sources.is_one_clip)
     sources.refuse_replacing(journal.is_new)
-    number, outcome = sources.count(journal, made_by, resume), _Processed()
+    number, outcome = sources.count(journal, settings), _Processed()
     pool = partial(ray_data.tasks, ray, settings) if ray else processes
     if workers is None:
         # A process has one thread; OMP_NUM_THREADS and torch.set_num_threads say how many there may be.
@@ -152,68 +142,36 @@ def predict(
             predictor.stopped, predictor.step = stopped, step
 
         def left(items: Iterable[Item]) -> Iterator[Item]:
-            for item in items:
-                if stopped.is_set():
-                    return
-                if journal.is_written(item.source, item.target):
-                    outcome.counts["skipped"] += 1
-                    continue
-                journal.note_start(item.source)
-                yield item
-
-        def clip_rows(predictor: Predictor) -> Iterator[tuple[int, Row]]:
-            for clip in left(sources.clips):
-                yield predictor.clip_row(clip, options.fps, step, stopped)
+            until_stopped = takewhile(lambda _: not stopped.is_set(), items)
+            return journal.left(until_stopped, lambda item: outcome.counts.update(["skipped"]))
 
         stills = left(sources.images() if sources.stills else ())
         if predictor is None:
-            size = _BATCHES * settings.batch
+            size = _BATCHES * options.batch
             answers = share(stills, settings.predicting, workers, lost, size=size, pool=pool)
         else:
-            answers = chain(predictor.rows(stills), clip_rows(predictor))
-        _take_in(chain(answers, sources.refusals()), outcome, journal, number, step)
+            clips = (predictor.clip_row(clip, options.fps, step, stopped) for clip in left(sources.clips))
+            answers = chain(predictor.rows(stills), clips)
+        for position, row in journal.taken_in(chain(answers, sources.refusals()), number, step):
+            outcome.add(position, row)
     if sources.is_one_clip and outcome.counts["failed"]:
         journal.remove()  # there is nothing to resume
     if number is None and outcome.counts.total() <= len(sources.failures):
         raise no_images(sources.failures)
-    outcome.classes |= journal.classes
-    return _report(
-        outcome,
-        sources,
-        class_names(pictures_for(converted)),
-        stopped.is_set(),
-        resume,
-        settings.memory,
-        chosen,
-    )
-
-
-def _take_in(
-    answers: Iterable[tuple[Any, Row]],
-    outcome: _Processed,
-    journal: Results,
-    number: int | None,
-    step: Step,
-) -> None:
-    """Note the rows of predictions, in the journal too, and show how many of so many images are done."""
-    step(f"image 1 of {number or '?'}", 0, number)
-    for count, (position, row) in enumerate(answers, 1):
-        outcome.add(position, row)
-        if not row.get("interrupted"):
-            journal.add_result(row)
-        step(f"image {count} of {number or '?'} ({Path(row['image']).name})", count, number)
+    names = class_names(pictures_for(converted))
+    shown = {number: name for number, name in enumerate(names) if name in journal.classes}
+    return _report(outcome, sources, shown, stopped.is_set(), options, chosen)
 
 
 def _report(
     outcome: _Processed,
     sources: _Sources,
-    names: Sequence[str],
+    shown: Mapping[int, str],
     is_interrupted: bool,
-    resume: bool,
-    memory: str = "",
-    chosen: str = "",
+    options: RunOptions,
+    chosen: str,
 ) -> FilesReport:
-    """Return the report, and write the legend of the classes."""
+    """Return the report, and write the legend of the classes that are `shown`."""
     rows, failures = outcome.rows("done"), outcome.rows("failed")
     done, failed, skipped = (outcome.counts[became] for became in ("done", "failed", "skipped"))
     lines = [_describe(row) for row in rows]
@@ -235,22 +193,24 @@ def _report(
     ]
     if done > len(rows):
         lines.append(f"... and {done - len(rows)} more: {sources.output}/{NAME}")
-    if shown := {names.index(name): name for name in outcome.classes}:
-        write_picture(figure_picture(legend_figure(dict(sorted(shown.items())))), sources.legend)
+    if shown:
+        write_picture(figure_picture(legend_figure(shown)), sources.legend)
         lines.append(f"legend: {sources.legend}")
     for row in outcome.rows("interrupted"):
         at, height = row["rows"]
         lines.append(f"{row['image']}: interrupted at row {at} of {height}; --resume continues there")
     if chosen:
         lines.append(f"computed in bands of rows, as by --memory auto: {chosen}")
-    if memory:
+    if memory := options.memory:
         amount = in_mebibytes(bytes_of(memory)) if memory.isdigit() else memory
         lines.append(
             f"the process took {in_mebibytes(peak_memory())} at most; --memory {amount} is only for maps"
         )
-    also = f"{skipped} skipped, " if resume else ""
+    also = f"{skipped} skipped, " if options.resume else ""
     text = "\n".join([*lines, f"{done} done, {also}{failed} failed"])
-    return FilesReport(rows, text, failures, is_interrupted, skipped if resume else None, (done, failed))
+    return FilesReport(
+        rows, text, failures, is_interrupted, skipped if options.resume else None, (done, failed)
+    )
 
 
 @dataclass
@@ -260,12 +220,10 @@ class _Processed:
     Attributes:
         counts: numbers of those `done`, `failed`, `interrupted` and `skipped`.
         listed: position, what became of it, and row of the first of them.
-        classes: names of the classes seen.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     listed: list[tuple[int, str, Row]] = field(default_factory=list)
-    classes: set[str] = field(default_factory=set)
 
     def add(self, position: int, row: Row) -> None:
         """Count a row."""
@@ -273,7 +231,6 @@ class _Processed:
         self.counts[became] += 1
         if self.counts[became] <= _LISTED:
             self.listed.append((position, became, row))
-        self.classes |= row.get("classes", {}).keys()
 
     def rows(self, became: str) -> tuple[Row, ...]:
         """Return the first rows of those that became so, in order."""
@@ -281,7 +238,7 @@ class _Processed:
         return tuple(row for _, how, row in listed if how == became)[:_LISTED]
 
 
-def _check_sharing(converted: nn.Module, sources: _Sources, wanted: Mapping[str, bool]) -> bool:
+def _check_sharing(converted: nn.Module, sources: _Sources, wanted: set[str]) -> bool:
     """Refuse options that do not fit the sources; return whether other processes can be started.
 
     Raises:
@@ -295,23 +252,19 @@ def _check_sharing(converted: nn.Module, sources: _Sources, wanted: Mapping[str,
     }
     against = {reason: options for reason, (holds, options) in reasons.items() if holds}
     for reason, options in against.items():
-        for option in options & {option for option, is_wanted in wanted.items() if is_wanted}:
-            raise InvalidInput(
-                f"{option} for {reason}.",
-                why=_FOLLOW,
-                next=f"leave {option} out.",
-            )
+        for option in options & wanted:
+            raise InvalidInput(f"{option} for {reason}.", why=_FOLLOW, next=f"leave {option} out.")
     return not any(options & sharing for options in against.values())
 
 
-def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
+def _check_options(converted: nn.Module, options: RunOptions) -> None:
     """Refuse a time limit, a batch, a precision or a memory that does not fit the network.
 
     Raises:
         InvalidInput: it has no exits, runs images one by one, runs in float only, or is not computed in bands.
     """
-    kind, batch = method_of(converted), settings.batch
-    if settings.until and not (kind and kind.has_thresholds):
+    kind, batch = method_of(converted), options.batch
+    if options.until and not (kind and kind.has_thresholds):
         raise InvalidInput(
             "until= needs a network that can stop early, and this file holds none.",
             next="convert one with cadsurgery convert --method (docs/methods), and train it.",
@@ -322,10 +275,10 @@ def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
             why="it computes another amount for each image." if kind else _FOLLOW,
             next="leave --batch out.",
         )
-    if settings.within:
-        if not exists(split_page(settings.within)[0]):
-            raise absent(split_page(settings.within)[0], "file")
-        if kind is not None or settings.size is not None:
+    if options.within:
+        if not exists(split_page(options.within)[0]):
+            raise absent(split_page(options.within)[0], "file")
+        if kind is not None or options.size is not None:
             reason = "--size" if kind is None else f"a network {kind.words}"
             raise InvalidInput(
                 f"--within for {reason}.",
@@ -333,32 +286,32 @@ def _check_options(converted: nn.Module, settings: PredictionSettings) -> None:
                 "to compute each place.",
                 next="leave --within out.",
             )
-    if settings.overviews:
+    if options.overviews:
         check_overviews()
-    if settings.memory:
-        bytes_of(settings.memory)
-        if kind is not None or find_device(settings.device).type != "cpu":
-            place = f"on {settings.device}" if kind is None else f"for a network {kind.words}"
+    if options.memory:
+        bytes_of(options.memory)
+        if kind is not None or find_device(options.device).type != "cpu":
+            place = f"on {options.device}" if kind is None else f"for a network {kind.words}"
             raise InvalidInput(
-                f"--memory {settings.memory} {place}.",
+                f"--memory {options.memory} {place}.",
                 why="bands of rows are computed on the CPU, of networks that choose how finely to compute each place.",
                 next="leave it out.",
             )
-    if kind is not None and settings.precision != FLOAT:
+    if kind is not None and options.precision != FLOAT:
         raise InvalidInput(
-            f"precision={settings.precision} for a network {kind.words}.",
+            f"precision={options.precision} for a network {kind.words}.",
             why="networks made by methods run in the precision of their weights.",
             next="leave it out.",
         )
 
 
-def _why_in_rows(converted: nn.Module, sources: _Sources, settings: PredictionSettings) -> str:
+def _why_in_rows(converted: nn.Module, sources: _Sources, options: RunOptions) -> str:
     """Return why pictures are computed in bands of rows without --memory: the largest one's maps would take more than
     is free, or one is a raster with a position, which its prediction has, too; empty if neither, or none can be so."""
     free, kind, pictures = free_memory(), method_of(converted), pictures_for(converted)
     if free is None or kind is not None or pictures is None or "-" in sources.stills or not sources.stills:
         return ""
-    if find_device(settings.device).type != "cpu" or not sources.is_plain:
+    if find_device(options.device).type != "cpu" or not sources.is_plain:
         return ""
     given = [(source, Path(source).name) for source in sources.stills if not source.startswith("@")]
     listed = islice(stream_images(given, {}, sources.output), _LOOKED_AT) if given else ()
@@ -393,7 +346,7 @@ class _Sources:
         failures: errors of sources that hold no images, as far as they were searched.
     """
 
-    def __init__(self, sources: Sequence[str], output: str, settings: PredictionSettings) -> None:
+    def __init__(self, sources: Sequence[str], output: str, options: RunOptions) -> None:
         """Refuse streams, clips that do not fit the output, and a folder that predictions would be written among its
         pictures.
 
@@ -402,8 +355,8 @@ class _Sources:
         """
         for source in sources:
             refuse_stream(source)
-        self.memory, self._is_said = settings.memory, False
-        self.is_plain = settings.size is None and settings.view in ("", CLASSES)
+        self.memory, self._is_said = options.memory, False
+        self.is_plain = options.size is None and options.view in ("", CLASSES)
         self.output, self.is_one_clip = output, _is_clip_file(Path(output))
         self.failures: dict[str, FileError] = {}
         clips = _find_clips([*map(Path, sources)], Path(output))
@@ -416,12 +369,12 @@ class _Sources:
                 next=f"choose another folder: --output {os.path.join(output, 'predictions')}.",
             )
 
-    def count(self, journal: Results, made_by: Row, resume: bool) -> int | None:
+    def count(self, journal: Results, settings: PredictionSettings) -> int | None:
         """Return the number of images and clips; None for images on standard input.
 
         Raises:
             FileError: there are no images, or the list of them cannot be read.
-            InvalidInput: see `Results.is_written`, and `WrittenRows` for large pictures that were begun.
+            InvalidInput: see `Results.is_written`, and `part_of` for large pictures that were begun.
         """
         if "-" in self.stills:
             return None
@@ -431,7 +384,7 @@ class _Sources:
             if not self.is_one_clip:
                 journal.is_written(item.source, item.target)  # refuses before any work
             if item.target.endswith(".tif"):
-                WrittenRows(item.source, Path(item.target), made_by, resume)  # likewise
+                settings.part_of(item)  # likewise
         if number == (len(self.clips) if self.stills else 0):
             raise no_images(self.failures)
         return number
@@ -462,11 +415,11 @@ class _Sources:
             target = target_for(image, os.path.join(self.output, place), self.memory, is_plain=self.is_plain)
             if not self._is_said and not target.endswith(".tif") and position_at(image):
                 self._is_said = True
-                warn_of_position(
-                    image,
-                    "PNG files hold none.",
-                    "TIFF files with it are written in bands of rows: with --memory, without --size and --view; "
-                    "only the first is reported.",
+                warn(
+                    f"the prediction of {image} is written without its position and coordinate system (GeoTIFF).\n"
+                    "  Why: PNG files hold none.\n"
+                    "  Next: TIFF files with it are written in bands of rows: with --memory, without --size and "
+                    "--view; only the first is reported."
                 )
             yield Item(position, image, target)
 
@@ -524,7 +477,12 @@ def _find_clips(sources: Sequence[Path], output: Path) -> dict[Path, Path]:
             )
         clips = {sources[0]: output}
     else:
-        _refuse_ending(output)
+        if not is_folder(output) and (kind := kind_by_ending(output)) is not None:
+            raise FileError(
+                f"{output} is named like {kind.words}, and predictions are not written into one.",
+                next=f"name a folder: --output {output.stem}; or, for a clip or a folder of frames, a file that ends "
+                f"in {', '.join(WRITTEN)}.",
+            )
         clips = {path: output / f"{path.stem}.mp4" for path in sources if is_clip(path)}
     for path, target in clips.items():
         if list(clips.values()).count(target) > 1 or target.resolve() == path.resolve():
@@ -535,27 +493,9 @@ def _find_clips(sources: Sequence[Path], output: Path) -> dict[Path, Path]:
     return clips
 
 
-def _refuse_ending(output: Path) -> None:
-    """Refuse a folder that is named like a file, which the user will not expect to be a folder.
-
-    Raises:
-        FileError: predictions are not written to files of this ending.
-    """
-    if not is_folder(output) and (kind := kind_by_ending(output)) is not None:
-        raise FileError(
-            f"{output} is named like {kind.words}, and predictions are not written into one.",
-            next=f"name a folder: --output {output.stem}; or, for a clip or a folder of frames, a file that ends in "
-            f"{', '.join(WRITTEN)}.",
-        )
-
-
-def _is_clip(target: Path) -> bool:
-    return target.suffix.lower() in WRITTEN
-
-
 def _is_clip_file(output: Path) -> bool:
     """True if the output is one clip, False if it is a folder of predictions."""
-    return _is_clip(output) and not is_folder(output)
+    return output.suffix.lower() in WRITTEN and not is_folder(output)
 
 
 @contextmanager

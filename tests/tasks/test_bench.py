@@ -113,10 +113,10 @@ def test_each_side_is_run_once_a_round_and_warmed_up(monkeypatch: pytest.MonkeyP
 def test_the_twins_are_uniform_and_stop_at_the_low_output_stride() -> None:
     net = cs.adaptify(trunk(), output_stride=(8, 16), verify_laws=False)
     image = torch.randn(2, 3, *SIZE)
-    runs, budget = InTorch(net, image), cs.Budget("edges", 0.5)
+    runs, budget = InTorch(net), cs.Budget("edges", 0.5)
     sides = [
-        (runs.dense("dense high"), "all"),
-        (runs.dense("dense low"), "none"),
+        (runs.dense("dense high", image), "all"),
+        (runs.dense("dense low", image), "none"),
         (runs.under(budget), budget),
     ]
     with torch.no_grad():

@@ -28,7 +28,7 @@ from cadsurgery.network.model import pictures_for
 from cadsurgery.support import memory as amounts
 from cadsurgery.tasks import large, run
 from cadsurgery.tasks.commands import RunOptions
-from cadsurgery.tasks.recommend import fits
+from cadsurgery.tasks.recommend import search
 
 SIZE = (733, 301)  # odd; 2.5 MiB as float32
 LITTLE = "2MiB"
@@ -765,14 +765,14 @@ def test_recommend_names_what_computes_pictures_whose_maps_do_not_fit(
 ) -> None:
     """What does not fit is refused before it is computed; what fits, and what no plan is made of, is tried."""
     model, image = seeded(segmenter, torch.float32), torch.zeros(1, 3, 512, 512)
-    monkeypatch.setattr(fits, "_SMALLER", 1)
+    monkeypatch.setattr(search, "SMALL", 1)
     for free, refused in ((2**20, True), (2**36, False), (None, False)):
-        monkeypatch.setattr(fits, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(search, "free_memory", lambda free=free: free)
         if refused:
             with pytest.raises(cs.InvalidInput, match="do not fit into memory") as refusal:
-                fits.refuse_what_does_not_fit(model, image)
+                search.refuse_what_does_not_fit(model, image)
             assert "--memory" in refusal.value.next
         else:
-            fits.refuse_what_does_not_fit(model, image)
-    monkeypatch.setattr(fits, "free_memory", lambda: 1)
-    fits.refuse_what_does_not_fit(nn.Conv2d(3, 3, 1), image)
+            search.refuse_what_does_not_fit(model, image)
+    monkeypatch.setattr(search, "free_memory", lambda: 1)
+    search.refuse_what_does_not_fit(nn.Conv2d(3, 3, 1), image)

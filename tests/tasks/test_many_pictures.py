@@ -23,7 +23,9 @@ import cadsurgery as cs
 from cadsurgery.data import stores
 from cadsurgery.data.images import street_scene
 from cadsurgery.tasks import predictor
-from cadsurgery.tasks.predictor import Item, PredictionSettings, Predictor
+from cadsurgery.tasks.commands import RunOptions
+from cadsurgery.tasks.journal import Item
+from cadsurgery.tasks.predictor import PredictionSettings, Predictor
 from cadsurgery.tasks.workers import share
 
 SIZES = [(24, 32), (32, 24), (33, 41), (40, 40)]
@@ -199,7 +201,9 @@ def test_a_picture_that_ends_its_process_is_a_failure_and_its_neighbours_are_don
     file: Path, different: Path, tmp_path: Path
 ) -> None:
     items = (Item(at, str(different / f"{at}.png"), str(tmp_path / f"{at}.png")) for at in range(8))
-    answers = dict(share(items, Fatal(str(file), trust=True).predicting, 1, predictor.lost, size=16))
+    answers = dict(
+        share(items, Fatal(str(file), RunOptions(trust=True)).predicting, 1, predictor.lost, size=16)
+    )
     assert {at for at, row in answers.items() if "output" not in row} == {2}
     assert "ended at this image" in answers[2]["what"] and len(answers) == 8
 

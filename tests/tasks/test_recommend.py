@@ -34,8 +34,7 @@ from cadsurgery.tasks.measuring import (
 )
 from cadsurgery.tasks.recommend import Recommendation, recommend
 from cadsurgery.tasks.recommend import search as running
-from cadsurgery.tasks.recommend.choice import choose, is_beaten
-from cadsurgery.tasks.recommend.currency import expected_loss
+from cadsurgery.tasks.recommend.choice import choose, expected_loss, is_beaten
 from cadsurgery.tasks.recommend.report import Requirement, SettingRow
 from cadsurgery.tasks.recommend.settings import Setting, find_candidates, in_turn
 

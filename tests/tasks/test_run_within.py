@@ -28,6 +28,7 @@ from cadsurgery.masks import masking
 from cadsurgery.network.model import pictures_for
 from cadsurgery.support.torch_internals import tree_leaves
 from cadsurgery.tasks import large
+from cadsurgery.tasks.commands import RunOptions
 
 SIZE = (512, 768)
 CORNER = (5e5, 5.2e6, 0.2)  # east, north, metres a pixel
@@ -161,7 +162,7 @@ def test_of_the_whole_picture_only_a_byte_of_levels_is_kept(
     monkeypatch.setattr(lattice, "_AT_ONCE", 1 << 10)
     net, largest = cs.load(network(), mask=mask, trust=True).optimize(memory="8MiB"), Largest(2048 * 512)
     with largest:
-        picture = large.LargePicture(str(source), pictures_for(net), within=str(area))
+        picture = large.LargePicture(str(source), pictures_for(net), options=RunOptions(within=str(area)))
         part = large.WrittenRows(str(source), tmp_path / "out.tif", {}, resume=False)
         row = large.predict_large(net, picture, part, lambda *_: Counter(), threading.Event())
         picture.file.close()

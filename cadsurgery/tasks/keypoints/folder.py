@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,17 +20,17 @@ from cadsurgery.support.errors import (
     CadError,
     FileError,
     NotInstalled,
-    UnknownName,
+    check_name,
     describe_error,
     import_optional,
 )
 from cadsurgery.support.files import make_folder, write_whole
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.support.provenance import find_device
-from cadsurgery.tasks.journal import NAME, Results, Row, has_results
+from cadsurgery.tasks.journal import NAME, Item, Results, Row, has_results
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features
 from cadsurgery.tasks.open import at_strides
-from cadsurgery.tasks.predictor import Item, lost
+from cadsurgery.tasks.predictor import lost
 from cadsurgery.tasks.workers import refuse_launchers, share
 
 FORMS = ("npz", "h5")
@@ -75,8 +75,7 @@ def extract(
     """
     settings = settings or Extraction()
     refuse_launchers("keypoints extract")
-    if form not in FORMS:
-        raise UnknownName("form of files", form, FORMS)
+    check_name("form of files", form, FORMS)
     resolve_mask(settings.mask or "all")
     if form == "h5":
         _h5py()
@@ -85,7 +84,7 @@ def extract(
     folder = make_folder(output)
     step("building and converting")
     how: dict[str, Any] = {"weights": weights, "bands": bands, "trust": trust}
-    work = partial(_open, network, options or {}, how, settings, device, folder, form)
+    work = partial(_open, network, options or {}, how, settings, device, folder)
     write = work()
     net = write.extractor.net
     identity = {
@@ -96,73 +95,48 @@ def extract(
     }
     journal = Results(folder / NAME, identity, resume=has_results(folder / NAME))
     journal.begin()
-    count, done = len(paths), dict[int, Row]()
-    items = [Item(at, str(path), str(place)) for at, (path, place) in enumerate(paths.items())]
-
-    def left() -> Iterator[Item]:
-        for item in items:
-            if journal.is_written(item.source, str(write.target(item))):
-                done[item.position] = write.kept(item)
-            else:
-                journal.note_start(item.source)
-                yield item
-
-    answers: Iterable[tuple[int, Row]] = (write.write(item) for item in left())
+    kept = dict[int, Row]()
+    places = enumerate((path, (folder / place).with_suffix(f".{form}")) for path, place in paths.items())
+    items = (Item(at, str(path), str(target)) for at, (path, target) in places)
+    left = journal.left(items, lambda item: kept.update([write.row(item, is_kept=True)]))
+    answers: Iterable[tuple[int, Row]] = map(write.row, left)
     if workers > 1:
-        answers = share(left(), work, workers, lost)
-    step(f"image 1 of {count}", 0, count)
-    for position, row in answers:
-        journal.add_result({name: value for name, value in row.items() if name != "kept"})
-        done[position] = row
-        step(f"image {len(done)} of {count} ({Path(row['image']).name})", len(done), count)
-    rows = [row for _, row in sorted(done.items())]
-    return [row for row in rows if "error" not in row], [*lacking, *(row for row in rows if "error" in row)]
+        answers = share(left, work, workers, lost)
+    done = dict(journal.taken_in(answers, len(paths), step))
+    rows = sorted({**done, **kept}.items())
+    written = [{**row, "kept": position in kept} for position, row in rows if "error" not in row]
+    return written, [*lacking, *(row for _, row in rows if "error" in row)]
 
 
 @dataclass(frozen=True)
 class _FeatureWriter:
-    """Writes the features of images into a folder; each item has its place there as target."""
+    """Writes the features of images into a folder; the target of each item is its file there."""
 
     extractor: Extractor
     folder: Path
-    form: str
 
     def __call__(self, items: Sequence[Item]) -> list[tuple[int, Row]]:
         """Write those of a block of images."""
-        return [self.write(item) for item in items]
+        return [self.row(item) for item in items]
 
-    def target(self, item: Item) -> Path:
-        """Return the file of an image."""
-        return self.folder / Path(item.target).with_suffix(f".{self.form}")
-
-    def write(self, item: Item) -> tuple[int, Row]:
-        """Write those of an image; return its position and row, or its failure."""
-        target, name = self.target(item), Path(item.target).with_suffix(Path(item.source).suffix)
+    def row(self, item: Item, *, is_kept: bool = False) -> tuple[int, Row]:
+        """Write those of an image, unless its file is kept; return its position and row, or its failure."""
         try:
-            features = self.extractor(
-                read_picture_for(pictures_for(self.extractor.net), item.source, upright=False)
-            )
-            make_folder(target.parent)
-            write_features(features, target, str(name))
+            features = read_features(Path(item.target)) if is_kept else self._write(item)
         except NotInstalled:  # no other image would do better
             raise
         except CadError as error:
             return lost(item, error)
         count = len(features.keypoints)
-        return item.position, {
-            "image": item.source,
-            "output": str(target),
-            "keypoints": count,
-            "kept": False,
-        }
+        return item.position, {"image": item.source, "output": item.target, "keypoints": count}
 
-    def kept(self, item: Item) -> Row:
-        """Return the row of an image whose file is there, or its failure."""
-        try:
-            count = len(read_features(self.target(item)).keypoints)
-        except CadError as error:
-            return lost(item, error)[1]
-        return {"image": item.source, "output": str(self.target(item)), "keypoints": count, "kept": True}
+    def _write(self, item: Item) -> Features:
+        target, source = Path(item.target), pictures_for(self.extractor.net)
+        features = self.extractor(read_picture_for(source, item.source, upright=False))
+        make_folder(target.parent)
+        name = target.relative_to(self.folder).with_suffix(Path(item.source).suffix)
+        write_features(features, target, str(name))
+        return features
 
 
 def _open(
@@ -172,12 +146,11 @@ def _open(
     settings: Extraction,
     device_name: str,
     folder: Path,
-    form: str,
 ) -> _FeatureWriter:
     """Open the network, in this process or another one."""
     (net,), _ = at_strides(network, (), options, mask="all", **how)
     device = find_device(device_name)
-    return _FeatureWriter(Extractor(net.to(device).optimize(), settings, device), folder, form)
+    return _FeatureWriter(Extractor(net.to(device).optimize(), settings, device), folder)
 
 
 def write_features(features: Features, path: Path, name: str = "") -> None:
@@ -217,8 +190,9 @@ def read_features(path: Path) -> Features:
     """
     try:
         if path.suffix == ".h5":
-            with _h5py().File(path, "r") as file:
-                group = _only_group(file)
+            with _h5py().File(path, "r") as group:
+                while "keypoints" not in group:  # in the only group, which may be nested
+                    group = group[next(iter(group))]
                 values = {key: np.asarray(group[key]) for key in group}
             values["descriptors"] = values["descriptors"].T
         else:
@@ -238,13 +212,6 @@ def read_features(path: Path) -> Features:
             next="remove it and extract again.",
         ) from error
     return Features(keypoints[:, :2], scores, descriptors, (height, width))
-
-
-def _only_group(file: Any) -> Any:
-    """Return the group that contains the values, which may be nested."""
-    while "keypoints" not in file:
-        file = file[next(iter(file))]
-    return file
 
 
 def _h5py() -> Any:

@@ -15,9 +15,8 @@ from cadsurgery.data.images import resized
 from cadsurgery.masks import resolve_mask
 from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.export import INT8
-from cadsurgery.network.export.engines import ENGINES, options_for
 from cadsurgery.network.macs import dense_macs
-from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.network.model import pictures_for
 from cadsurgery.support.defaults import DEFAULT_MASK
 from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.tasks.recommend.settings import Setting
@@ -117,25 +116,17 @@ class Calls:
             options = {**self.options, **setting.conversion}
             net = adaptify(self.model, DEFAULT_MASK, **options, example_input=self.image, verify_laws=False)
             pictures_for(net)
-            self._runs[name] = self._runs_of(net.bfloat16() if self._is_cast else net, name)
+            net = net.bfloat16() if self._is_cast else net
+            files = self.folder / "files" / name, self.precision, self.calibration, torch.get_num_threads()
+            self._runs[name] = InTorch(net)
+            if self.runtime != TORCH:
+                self._runs[name] = InEngine(net, self.image, self.runtime, *files)
         return self._runs[name]
-
-    def _runs_of(self, net: AdaptiveModel, name: str) -> Runs:
-        if self.runtime == TORCH:
-            return InTorch(net, self.image)
-        folder, options = self.folder / "files" / name, options_for(self.runtime)
-        threads, engine = torch.get_num_threads(), ENGINES[self.runtime]
-        return InEngine(
-            net, self.image, engine, folder, self.precision, self.calibration, threads, options=options
-        )
 
     def macs(self, setting: Setting) -> int:
         """Count the multiply-accumulates of the whole network on the first picture."""
         if not setting.is_converted or setting.kind in ("given", "compiled", "size"):
-            return dense_macs(
-                self.model,
-                resized(self.image, scaled_size(self.image.shape[2:], setting.scale, self.multiple)),
-            )
+            return dense_macs(self._given, self.scale(setting, self.image))
         net, small = self.runs(setting).net, self.scale(setting, self.image)
         if setting.kind == "adaptive":
             return net.macs(small, mask=setting.mask).mask

@@ -29,10 +29,8 @@ from cadsurgery.data.sources import (
     warn_of_two_values,
 )
 from cadsurgery.kernels import isa
-from cadsurgery.masks.unit import read_normalisation
-from cadsurgery.methods.method_files import SiblingModel
 from cadsurgery.methods.side import Side
-from cadsurgery.network.adaptify import copy_network
+from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.export import INT8
 from cadsurgery.network.export.engine import check_packages
 from cadsurgery.network.export.engines import ENGINES
@@ -52,10 +50,12 @@ from cadsurgery.support.errors import (
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.folders import visible, warn_of_left_out
 from cadsurgery.support.kinds import FOLDER, check_kind
+from cadsurgery.support.memory import free_memory, in_mebibytes
 from cadsurgery.support.plain import split_options
 from cadsurgery.support.progress import Step, counted, silent, time_in_words
 from cadsurgery.tasks.journal import NAME, Identity, Journal, digest_of
 from cadsurgery.tasks.judging import FEW, FOUND, Judgement, in_rows, kind_to_judge
+from cadsurgery.tasks.large import SMALL, memory_of_whole
 from cadsurgery.tasks.measuring import (
     ERROR,
     FIDELITY,
@@ -68,6 +68,7 @@ from cadsurgery.tasks.measuring import (
 )
 from cadsurgery.tasks.open import (
     is_file,
+    normalised_by,
     open_any,
     original,
     provenance,
@@ -76,7 +77,6 @@ from cadsurgery.tasks.open import (
 )
 from cadsurgery.tasks.recommend.calls import PRECISIONS, Calls
 from cadsurgery.tasks.recommend.choice import LOOK_EVERY, Chosen, choose, is_beaten, rows_of
-from cadsurgery.tasks.recommend.fits import refuse_what_does_not_fit
 from cadsurgery.tasks.recommend.report import Recommendation, Requirement
 from cadsurgery.tasks.recommend.settings import Candidates, find_candidates, in_turn
 from cadsurgery.tasks.sides.engine_sides import TORCH, engine_for
@@ -169,9 +169,12 @@ def recommend(
     folder = make_folder(output or Path(f"{_short_name(source)}-recommended"))
     options = {name: value for name, value in (options or {}).items() if value is not None}
     options = with_statistics(options, source, pictures_of(data))
-    source = _normalised_by(source, options.get("normalisation"))
+    source = normalised_by(source, options.get("normalisation"))
     pictures = _Pictures(data.read_for(source), source, size)
-    first = _complete(pictures, model, labels, step)
+    first = pictures.readable(1)[0]
+    refuse_what_does_not_fit(model, first)
+    pictures.data = _with_labels(pictures.data, labels, _output_of(model, first))
+    _check_labels(pictures.data, step)
     step("finding settings")
     candidates = find_candidates(
         model,
@@ -192,32 +195,49 @@ def recommend(
     )
     identity = _identity_of(calls, candidates, source, data, labels)
     run = _MeasuringRun(candidates, calls, pictures, folder, identity, step, minutes, deadline)
-    run.measure_until_interrupted()
+    try:
+        run.measure()
+    except KeyboardInterrupt:  # which ends it with the pictures that are done, if there are any
+        if not run.done:
+            raise
+        run.end = "interrupted"
     request = Requirement(keep if keep is not None or at_most is not None else 0.99, at_most)
-    name, typed_weights = _as_typed(network, source, weights)
-    described = {"network": name, **provenance(network, source, torch.device("cpu"))}
+    name, typed_weights = network if isinstance(network, str) else "", weights
+    if is_file(network):  # which is converted anew by the name of its network, with its weights
+        name, typed_weights = source.name, name
     typed: dict[str, Any] = {} if typed_weights == "auto" else {"weights": typed_weights}
     typed |= {"bands": ",".join(map(str, bands))} if bands else {}
-    report = _report_on(run, request, typed, described)
+    measured_by = run.measured_by
+    rows = rows_of(candidates, run.judged, run.macs, measured_by)
+    if len(rows) == 1 and run.late:
+        choice = Chosen(rows[0], (run.too_little,), is_decided=False)
+    else:
+        choice = choose(rows, request, measured_by, candidates.refusal)
+    report = Recommendation(
+        network=name,
+        options={**typed, **calls.options},
+        data=pictures.data.name,
+        images=run.done,
+        of_images=len(pictures.data),
+        image=tuple(first.shape[1:]),
+        resized=pictures.is_resized,
+        measure=measured_by,
+        request=request,
+        runtime=runtime,
+        precision=precision,
+        rows=rows,
+        chosen=choice.row,
+        reasons=(*choice.reasons, *_on_precision(precision)),
+        images_needed=choice.images_needed,
+        end=run.end,
+        refused=run.refused,
+        folder=folder,
+        failed=tuple(run.failed),
+        is_decided=choice.is_decided,
+        **provenance(network, source, torch.device("cpu")),
+    )
     report.write(folder / "report.json", folder / "curve.png")
     return report
-
-
-def _complete(pictures: _Pictures, model: nn.Module, labels: str | Path | None, step: Step) -> Tensor:
-    """Give pictures their classes and labels, and check these; return the first picture."""
-    first = pictures.readable(1)[0]
-    refuse_what_does_not_fit(model, first)
-    classes, data = _output_of(model, first), pictures.data
-    pictures.data = data.with_outputs(classes) if labels is None else _with_labels(data, labels, classes)
-    _check_labels(pictures.data, step)
-    return first
-
-
-def _as_typed(network: str | nn.Module, source: Source, weights: str) -> tuple[str, str]:
-    """Return network and weights as they are typed to convert anew; "" for a network that is no text."""
-    if not isinstance(network, str):
-        return "", weights
-    return (source.name, network) if is_file(network) else (network, weights)
 
 
 def _identity_of(
@@ -240,41 +260,6 @@ def _identity_of(
         "runtime": calls.runtime,
         "precision": calls.precision,
     }
-
-
-def _report_on(
-    run: _MeasuringRun, request: Requirement, typed: Mapping[str, Any], described: Mapping[str, Any]
-) -> Recommendation:
-    """Choose among the measured settings; `typed` are weights and bands as the user gave them, `described` is the
-    provenance."""
-    calls, pictures, measure = run.calls, run.pictures, run.measured_by
-    rows = rows_of(run.candidates, run.judged, run.macs, measure)
-    if len(rows) == 1 and run.late:
-        choice = Chosen(rows[0], (run.too_little,), is_decided=False)
-    else:
-        choice = choose(rows, request, measure, run.candidates.refusal)
-    return Recommendation(
-        options={**typed, **calls.options},
-        data=pictures.data.name,
-        images=run.done,
-        of_images=len(pictures.data),
-        image=tuple(calls.image.shape[1:]),
-        resized=pictures.is_resized,
-        measure=measure,
-        request=request,
-        runtime=calls.runtime,
-        precision=calls.precision,
-        rows=rows,
-        chosen=choice.row,
-        reasons=(*choice.reasons, *_on_precision(calls.precision)),
-        images_needed=choice.images_needed,
-        end=run.end,
-        refused=run.refused,
-        folder=run.folder,
-        failed=tuple(run.failed),
-        is_decided=choice.is_decided,
-        **described,
-    )
 
 
 def _on_precision(precision: str) -> tuple[str, ...]:
@@ -333,7 +318,7 @@ def _as_given(
 
     Of a converted network it is the network before the conversion, with the weights that it has now.
     """
-    if isinstance(network, SiblingModel) or open_any(network, trust) is not None:
+    if open_any(network, trust) is not None:
         raise InvalidInput(
             f"{network if isinstance(network, str) else type(network).__name__} is a network of another method.",
             why="recommended are settings of adaptify.",
@@ -347,14 +332,6 @@ def _as_given(
         network = unconverted(network)
     model, source = original(network, weights, bands=bands)
     return copy_network(model).eval().to(memory_format=torch.channels_last), source
-
-
-def _normalised_by(source: Source, normalisation: object) -> Source:
-    """Return the source with the mean and deviation of the option `normalisation`; as it is for None or raw."""
-    if normalisation is None:
-        return source
-    read = read_normalisation(normalisation, source.channels)
-    return replace(source, mean=read.mean, std=read.std) if read.mean else source
 
 
 def _short_name(source: Source) -> str:
@@ -371,6 +348,29 @@ def _output_of(model: nn.Module, image: Tensor) -> int:
         raise
     except Exception as error:  # the network decides what it takes
         raise refuse_images(error, image.shape[2:]) from error
+
+
+def refuse_what_does_not_fit(model: nn.Module, image: Tensor) -> None:
+    """Refuse pictures (1, C, H, W) whose maps take more memory than is free, and name what computes them.
+
+    Raises:
+        InvalidInput: they do.
+    """
+    free, (_, channels, height, width) = free_memory(), image.shape
+    if height * width < SMALL or free is None:
+        return
+    example = image[..., :256, :256].contiguous()
+    try:
+        net = adaptify(model, "all", coarsest=32, example_input=example, verify_laws=False)
+    except CadError:  # what cannot be planned is tried
+        return
+    if (needed := memory_of_whole(net, channels, (height, width))) > free:
+        raise InvalidInput(
+            f"the maps of the network do not fit into memory for a picture of {height}x{width}.",
+            why=f"they take up to {in_mebibytes(needed, free)}, and {in_mebibytes(free, needed)} are free.",
+            next='compute it in bands of rows: net.optimize(memory="1.5GiB") or cadsurgery run --memory 1.5GiB; '
+            "or compare settings on smaller pictures: --size HxW.",
+        )
 
 
 # -- pictures ------------------------------------------------------------------------------------------
@@ -416,12 +416,15 @@ class _Pictures:
         return images
 
 
-def _with_labels(data: SegmentationData, spec: str | Path, outputs: int) -> SegmentationData:
-    """Return photos with labels from a folder, a PNG of the same name for each photo; see `recommend`.
+def _with_labels(data: SegmentationData, spec: str | Path | None, outputs: int) -> SegmentationData:
+    """Return photos with labels from a folder, a PNG of the same name for each photo, or with their own; see
+    `recommend`.
 
     Raises:
         InvalidInput: an option has another form, or there are more classes than outputs.
     """
+    if spec is None:
+        return data.with_outputs(outputs)
     folder, options = _split_labels(spec)
     classes = class_names(options["classes"]) if "classes" in options else number_classes(outputs)
     if len(classes) > outputs:
@@ -559,15 +562,6 @@ class _MeasuringRun:
             f"planning and preparing that took {time_in_words(self.taken)}: give --minutes "
             f"{max(1, math.ceil(self.taken / 15))} or more."
         )
-
-    def measure_until_interrupted(self) -> None:
-        """Run `measure`; an interruption ends it with the pictures that are done, if there are any."""
-        try:
-            self.measure()
-        except KeyboardInterrupt:
-            if not self.done:
-                raise
-            self.end = "interrupted"
 
     def measure(self) -> None:
         """Run all settings on the pictures, one after the other."""

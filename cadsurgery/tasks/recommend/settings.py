@@ -110,34 +110,32 @@ class Setting:
     ) -> list[str]:
         """Return lines of Python that use this setting, for a network `model` and a batch of pictures `x`: in an engine
         up to the file that it runs, calibrated by `pictures` if it is in 8 bits."""
-        small = [
-            f"small = F.interpolate(x, scale_factor={self.scale:g}, mode='bilinear', antialias=True)"
-        ] * (self.scale != 1)
-        lines = ["import torch.nn.functional as F"] if self.scale != 1 else []
-        call = "model"
-        if self.kind in ("dense", "adaptive"):
+        is_resized, is_made = self.scale != 1, self.kind in ("dense", "adaptive")
+        lines = ["import torch.nn.functional as F"] * is_resized
+        if is_made:
             given = {name: value for name, value in options.items() if name not in ("weights", "bands")}
             more = "".join(f", {name}={value!r}" for name, value in {**self.conversion, **given}.items())
             lines += [
                 "import cadsurgery as cs",
                 f'net = cs.adaptify(model, mask="{self.typed_mask}"{more}).eval()',
             ]
-            if runtime != TORCH:
-                return [*lines, *small, _exported("small" if small else "x", runtime, precision)]
-            lines.append(f"fast = net{'.bfloat16()' if precision == 'bfloat16' else ''}.optimize()")
-            call = "fast"
+            if runtime == TORCH:
+                lines.append(f"fast = net{'.bfloat16()' if precision == 'bfloat16' else ''}.optimize()")
         elif self.kind == "compiled":
             lines.append(
                 "fast = torch.compile(model, dynamic=False)  # the first call of each size takes longer"
             )
-            call = "fast"
-        if self.scale == 1:
+        if is_resized:
+            lines.append(
+                f"small = F.interpolate(x, scale_factor={self.scale:g}, mode='bilinear', antialias=True)"
+            )
+        if is_made and runtime != TORCH:
+            return [*lines, _exported("small" if is_resized else "x", runtime, precision)]
+        call = "fast" if is_made or self.kind == "compiled" else "model"
+        if not is_resized:
             return [*lines, f"y = {call}(x)"]
-        return [
-            *lines,
-            *small,
-            f"y = F.interpolate({call}(small), size=x.shape[2:], mode='bilinear')  # of a dictionary its entry \"out\"",
-        ]
+        back = f"F.interpolate({call}(small), size=x.shape[2:], mode='bilinear')"
+        return [*lines, f'y = {back}  # of a dictionary its entry "out"']
 
 
 def _exported(image: str, runtime: str, precision: str) -> str:

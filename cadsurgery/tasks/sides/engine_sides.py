@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
-from cadsurgery.data import open_pictures
 from cadsurgery.data.images import resized
 from cadsurgery.masks import MaskProvider
 from cadsurgery.methods.side import Side
@@ -23,12 +22,11 @@ from cadsurgery.network.export.engine import Engine
 from cadsurgery.network.export.engines import ENGINES, options_for
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.macs import MacReport
-from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.defaults import KERNELS
 from cadsurgery.support.files import make_folder
 from cadsurgery.support.memory import in_mebibytes
 from cadsurgery.support.progress import Step, silent, within
-from cadsurgery.tasks.open import pictures_like
 from cadsurgery.tasks.sides.dense_file import write_dense
 from cadsurgery.tasks.task_options import Benchmark
 
@@ -37,43 +35,23 @@ HIGH, LOW = "dense high", "dense low"
 TORCH = "torch"  # the runtime that needs no files
 IN_8_BITS = f"onnx{KERNELS}"  # the engine in which 8 bits are measured if none is named
 # Engines in which the dense networks are timed too, by package; all files are first written in float32.
-RIVALS = {engine.package: engine for engine in ENGINES.values() if not engine.has_kernels}
-
-
-class Runs(Protocol):
-    """Creates the calls of a converted network."""
-
-    @property
-    def net(self) -> AdaptiveModel:
-        """The converted network."""
-
-    def dense(self, name: str, image: Tensor | None = None) -> Call:
-        """Return the call of a dense network, `HIGH` or `LOW`, for images of the size of `image`."""
-
-    def under(self, mask: MaskProvider) -> Call:
-        """Return the call of the network under a mask."""
+RIVALS = {engine.package: name for name, engine in ENGINES.items() if not engine.has_kernels}
 
 
 @dataclass(frozen=True)
 class InTorch:
-    """Copies in torch, in the precision of the network.
-
-    Attributes:
-        net: the converted network.
-        image: example of the images.
-    """
+    """Copies in torch, in the precision of the network."""
 
     net: AdaptiveModel
-    image: Tensor
 
     @cached_property
     def fast(self) -> AdaptiveModel:
         """The copy that runs under masks."""
         return self.net.optimize()
 
-    def dense(self, name: str, image: Tensor | None = None) -> Call:
-        """Return the call of a dense network, `HIGH` or `LOW`."""
-        return dense_twin(self.net, level_of(self.net, name), self.image if image is None else image)
+    def dense(self, name: str, image: Tensor) -> Call:
+        """Return the call of a dense network, `HIGH` or `LOW`, for images of the size of `image`."""
+        return dense_twin(self.net, level_of(self.net, name), image)
 
     def under(self, mask: MaskProvider) -> Call:
         """Return the call of the optimised copy under a mask."""
@@ -87,25 +65,28 @@ class InEngine:
     Attributes:
         net: network to export.
         image: example of the export.
-        engine: engine that runs the files.
+        runtime: name of the engine that runs the files.
         folder: folder for the files.
         dtype: precision of the files.
         calibration: images that int8 is calibrated by.
         threads: number of threads of the engine.
-        options: options of `export` for files with a mask.
         step: progress callback.
     """
 
     net: AdaptiveModel
     image: Tensor
-    engine: type[Engine]
+    runtime: str
     folder: Path
     dtype: str = "float32"
     calibration: Sequence[Tensor] = ()
     threads: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
     step: Step = silent
     _numbers: Iterator[int] = field(default_factory=count)
+
+    @property
+    def engine(self) -> type[Engine]:
+        """The engine that runs the files."""
+        return ENGINES[self.runtime]
 
     def _begin(self, name: str) -> tuple[Path, Step]:
         """Return the path of the next file, and the progress callback of its export."""
@@ -113,9 +94,8 @@ class InEngine:
         self.step(words)
         return make_folder(self.folder / str(next(self._numbers))) / "net.onnx", within(self.step, words)
 
-    def dense(self, name: str, image: Tensor | None = None) -> Call:
+    def dense(self, name: str, image: Tensor) -> Call:
         """Return the call of a dense network, `HIGH` or `LOW`, from an ordinary ONNX export."""
-        image = self.image if image is None else image
         path, step = self._begin(f"{name} {'x'.join(map(str, image.shape[2:]))}")
         write_dense(self.net, level_of(self.net, name), image, path, self.engine)
         if self.dtype == INT8:
@@ -127,11 +107,14 @@ class InEngine:
         """Return the call of the network under a mask; the file contains the mask and its lattice."""
         path, step = self._begin(f"mask {mask.spec()}")
         self.net.mask = mask
-        options = dict(self.options)
+        options = options_for(self.runtime)
         if self.dtype == INT8:
             options |= {"precision": INT8, "calibration": list(self.calibration)}
         export(self.net, self.image, path, step=step, **options)
         return self.engine(path, self.threads)
+
+
+Runs = InTorch | InEngine  # what creates the calls of a converted network
 
 
 def scaled_size(size: Sequence[int], scale: float, multiple: int) -> tuple[int, int]:
@@ -140,34 +123,6 @@ def scaled_size(size: Sequence[int], scale: float, multiple: int) -> tuple[int, 
         return size[0], size[1]
     sides = [max(multiple, multiple * math.floor(side * scale / multiple + 0.5)) for side in size]
     return sides[0], sides[1]
-
-
-def smaller_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, runs: Runs) -> list[Side]:
-    """Return the side of dense high on smaller pictures, which the call resizes; none without `setup.smaller`."""
-    if not setup.smaller:
-        return []
-    size = scaled_size(image.shape[2:], setup.smaller, net.plan.output_stride[1])
-    run = runs.dense(HIGH, resized(image, size))
-    macs = net.macs(resized(image, size), mask="none").high
-    return [Side(f"{HIGH} at {size[0]}x{size[1]}", lambda image: run(resized(image, size)), macs)]
-
-
-def banded_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, counted: MacReport) -> list[Side]:
-    """Return the side of the network as given in bands of rows (of dense low, if no level is the network's own), named
-    by what they take; none without `setup.memory`.
-
-    Raises:
-        CannotConvert: an operation needs a whole map.
-        InvalidInput: the memory is too little.
-    """
-    if not setup.memory:
-        return []
-    own, fast = net.plan.identity_level, net.optimize(memory=setup.memory)
-    mask, macs = ("all", counted.high) if own == 0 else ("none", counted.low)
-    plan = fast.plan_memory(image[:1], mask=mask)
-    which = "as given" if own in (0, net.plan.max_level) else LOW
-    name = f"{which}, in bands of {plan.band} rows: {in_mebibytes(plan.peak)}"
-    return [Side(name, lambda image: fast(image, mask=mask), macs)]
 
 
 def level_of(net: AdaptiveModel, name: str) -> int:
@@ -180,31 +135,46 @@ def engine_for(runtime: str, dtype: str) -> str:
     return IN_8_BITS if (runtime, dtype) == (TORCH, INT8) else runtime
 
 
-def runs_of(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, step: Step) -> Runs:
-    """Return the maker of a network's calls, in torch or in the requested engine."""
-    if (runtime := setup.runtime) == TORCH:
-        return InTorch(net, image)
-    shown, engine, options = [image], ENGINES[runtime], options_for(runtime)
-    if setup.calibration:
-        size = (image.shape[2], image.shape[3])
-        shown = pictures_like(open_pictures(setup.calibration), size, pictures_for(net))
-    return InEngine(net, image, engine, folder, setup.dtype, shown, setup.threads, options=options, step=step)
+def further_sides(
+    net: AdaptiveModel,
+    image: Tensor,
+    setup: Benchmark,
+    runs: Runs,
+    counted: MacReport,
+    folder: Path,
+    step: Step,
+) -> Iterator[Side]:
+    """Yield the sides that a benchmark asks for beside dense networks and budgets: the dense networks in other engines
+    (`against`), in every dtype of each; dense high on smaller pictures, which the call resizes (`smaller`); the network
+    as given, or dense low if no level is its own, in bands of rows (`memory`), named by what they take.
 
-
-def rival_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, step: Step) -> list[Side]:
-    """Return the dense networks in other engines, in every dtype of each: high, then low."""
-    if not setup.against:
-        return []
-    net, sides = copy.deepcopy(net).float(), []
-    counted = net.macs(image, mask="none")
-    macs = {HIGH: counted.high, LOW: counted.low}
-    for package in setup.against.split(","):
-        engine = RIVALS[package]
+    Raises:
+        CannotConvert: an operation needs a whole map.
+        InvalidInput: the memory is too little.
+    """
+    if setup.against:
+        whole, precise = copy.deepcopy(net).float(), image.float().contiguous()
+    for package in setup.against.split(",") if setup.against else ():
+        engine = ENGINES[RIVALS[package]]
         for dtype in ("float32", "bfloat16", INT8) if engine.has_bfloat16 else ("float32", INT8):
             place = folder / package / dtype
-            files = InEngine(net, image, engine, place, dtype, [image], setup.threads, step=step)
-            for name, number in macs.items():
-                run, about = files.dense(name), {"engine": engine.name, "dtype": dtype, "dense": name}
-                call = partial(lambda run, _: run(image), run)  # a file takes the image in float32
-                sides.append(Side(f"{name}, {engine.name}, {dtype}", call, number, about=about))
-    return sides
+            files = InEngine(whole, precise, RIVALS[package], place, dtype, [precise], setup.threads, step)
+            for name, number in {HIGH: counted.high, LOW: counted.low}.items():
+                run, about = (
+                    files.dense(name, precise),
+                    {"engine": engine.name, "dtype": dtype, "dense": name},
+                )
+                call = partial(lambda run, _: run(precise), run)  # a file takes the image in float32
+                yield Side(f"{name}, {engine.name}, {dtype}", call, number, about=about)
+    if setup.smaller:
+        size = scaled_size(image.shape[2:], setup.smaller, net.plan.output_stride[1])
+        smaller = runs.dense(HIGH, resized(image, size))
+        macs = net.macs(resized(image, size), mask="none").high
+        yield Side(f"{HIGH} at {size[0]}x{size[1]}", lambda image: smaller(resized(image, size)), macs)
+    if setup.memory:
+        own, fast = net.plan.identity_level, net.optimize(memory=setup.memory)
+        mask, macs = ("all", counted.high) if own == 0 else ("none", counted.low)
+        plan = fast.plan_memory(image[:1], mask=mask)
+        which = "as given" if own in (0, net.plan.max_level) else LOW
+        name = f"{which}, in bands of {plan.band} rows: {in_mebibytes(plan.peak)}"
+        yield Side(name, lambda image: fast(image, mask=mask), macs)

@@ -13,7 +13,7 @@ from torch import Tensor
 from cadsurgery.data.networks import Source
 from cadsurgery.masks import MaskProvider, resolve_mask
 from cadsurgery.methods.side import Comparison, Counts, Figures, Side
-from cadsurgery.network.macs import MASK_LAYERS, LayerWork, layer_work
+from cadsurgery.network.macs import MASK_LAYERS, LayerWork, MacReport, layer_work
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.rows import (
     Row,
@@ -38,16 +38,14 @@ class Masked:
         fast: its optimised copy, which is run.
         mask: the mask.
         work: work of layers by shape of the batch, shared by the masks of a network; None where it is not linear.
-        of_mask: MACs of the mask itself, by shape of the batch.
-        given: MACs of the network as given, by shape of the batch; 0 if unknown.
+        reports: MACs of the last call that was counted by itself, by shape of the batch.
     """
 
     net: AdaptiveModel
     fast: AdaptiveModel
     mask: MaskProvider
     work: dict[tuple[int, ...], tuple[LayerWork, ...] | None]
-    of_mask: dict[tuple[int, ...], int] = field(default_factory=dict)
-    given: dict[tuple[int, ...], int] = field(default_factory=dict)
+    reports: dict[tuple[int, ...], MacReport] = field(default_factory=dict)
 
     def __call__(self, images: Tensor) -> Any:
         """Return the network's output under this mask."""
@@ -64,25 +62,23 @@ class Masked:
         if shape not in self.work:
             self.work[shape] = layer_work(self.net, images)
         inside = {decision.node for decision in self.net.plan.chosen("adapt", "keep")}
-        layers, lattice, counts = self.work[shape], self.fast.lattice, []
-        levels = self.fast.levels
-        if layers is None or shape not in self.of_mask:
-            report = self.net.macs(images, mask=self.mask)
-            self.of_mask[shape] = report.of_mask
-            self.given[shape] = report.given or 0
+        layers, lattice, levels = self.work[shape], self.fast.lattice, self.fast.levels
+        if layers is None or shape not in self.reports:
+            self.reports[shape] = self.net.macs(images, mask=self.mask)
+        report = self.reports[shape]
+        if layers is None:
             counts = [(e.layer, e.mask, e.high) for e in report.layers if e.layer not in MASK_LAYERS]
-        if layers is not None:
+        else:
             size, device = lattice.whole_size, lattice.levels.device
             high = self.net.geometry.uniform(0, lattice.batch, size, device)
             counts = [(entry.layer, entry.on(lattice), entry.on(high)) for entry in layers]
-        of_mask = self.of_mask[shape]
         return {
             "active": int((levels == 0).sum()),
             "pixels": levels.numel(),
-            "macs": of_mask + sum(mask for _, mask, _ in counts),
+            "macs": report.of_mask + sum(mask for _, mask, _ in counts),
             "macs_high": sum(high for *_, high in counts),
-            "macs_given": self.given[shape],
-            "region": of_mask + sum(mask for name, mask, _ in counts if name in inside),
+            "macs_given": report.given or 0,
+            "region": report.of_mask + sum(mask for name, mask, _ in counts if name in inside),
             "region_high": sum(high for name, _, high in counts if name in inside),
         }
 
@@ -115,15 +111,12 @@ def compare(
 
 def _sides(net: AdaptiveModel, masks: Sequence[object], device: torch.device) -> Iterator[Side]:
     """Yield the sides of one network, with copies of masks, which move to the device and stop training."""
-    chosen = [
-        (mask, copy.deepcopy(resolve_mask(mask)).eval().to(device)) for mask in (*(masks or (net.mask,)),)
-    ]
-    middle = [(asked, mask) for asked, mask in chosen if mask.spec() not in (HIGH, LOW)]
-    ends = [(end, resolve_mask(end).eval().to(device)) for end in (HIGH, LOW)]
+    middle = [mask for mask in masks or (net.mask,) if resolve_mask(mask).spec() not in (HIGH, LOW)]
     net, work = copy.deepcopy(net).to(device).eval(), dict[tuple[int, ...], tuple[LayerWork, ...] | None]()
     fast, plan = net.optimize(), net.plan
     (high, low), filled = plan.output_stride, _is_filled(net)
-    for asked, mask in (ends[0], *middle, ends[1]):
+    for asked in (HIGH, *middle, LOW):
+        mask = copy.deepcopy(resolve_mask(asked)).eval().to(device)
         run, spec = Masked(net, fast, mask, work), mask.spec() or "a function"
         typed = asked if isinstance(asked, str) else spec
         anchor, own = spec in (HIGH, LOW), {HIGH: 0, LOW: plan.max_level}.get(spec)
