@@ -23,7 +23,7 @@ from cadsurgery.following.trace import evaluating
 from cadsurgery.methods.anytime.exit_calls import AnytimeRun
 from cadsurgery.methods.anytime.exits import Exit, Outlet, by_resolution, find_exits, find_outlet
 from cadsurgery.methods.anytime.heads import MOST_STEPS, HeadKind, connect, make_head
-from cadsurgery.methods.anytime.program import AnytimeProgram, cut
+from cadsurgery.methods.anytime.program import AnytimeProgram
 from cadsurgery.methods.anytime.report import AnytimeMacs, AnytimePlan, ExitMacs, ExitPlan
 from cadsurgery.methods.converted import GraphModel, Stored, register
 from cadsurgery.methods.positions import Sites
@@ -119,7 +119,8 @@ def anytime(
     whole.add_module(HEADS, heads.to(weight.device, weight.dtype).train(whole.training))
     signature = signature_of(whole)
     defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
-    work = work_of(cut(graph, {}, signature).steps, meta_copy(whole), {**defaults, **facts.arguments})
+    program = AnytimeProgram(graph=graph, signature=signature, spatial={})
+    work = work_of(program.steps, meta_copy(whole), {**defaults, **facts.arguments})
     spatial, apart = _find_spatial(facts, logits, work)
     if fill in _WIDTHS:
         for node in graph.nodes:
@@ -133,7 +134,7 @@ def anytime(
         "hidden": hidden,
         "fill": fill,
     }
-    program = cut(graph, spatial, signature)
+    program = replace(program, spatial=spatial)
     net = AnytimeModel(whole, program, options, confidence=confidence, threshold=threshold)
     net.plan, net.source = _make_plan(net, chosen, work, apart, facts.example), source_of(model)
     return net
@@ -461,7 +462,8 @@ class AnytimeModel(GraphModel):
             if kernel is not None:
                 width = getattr(child(self, paths[origin]), WIDTH_NAME, None) if kind.kind == "conv" else None
                 kernel.register_buffer(WIDTH_NAME, None if width is None else width.detach().clone())
-        return self.inference_copy(fused, cut(fused.graph, spatial, self.program.signature, is_fused=True))
+        program = replace(self.program, graph=fused.graph, spatial=spatial, is_fused=True)
+        return self.inference_copy(fused, program)
 
     @property
     def heads(self) -> nn.ModuleList:

@@ -11,31 +11,11 @@ from torch import fx, nn
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.following.facts import Facts
 from cadsurgery.following.graphs import only_user
+from cadsurgery.methods.sampling.program import Gated
 from cadsurgery.network.fuse import leaves_values
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName
 from cadsurgery.support.torch_operations import operation_of
 from cadsurgery.surgery.spatial import CHANNELS_FIRST, CHANNELS_LAST, Spatial
-
-
-@dataclass(frozen=True)
-class GatedLayer:
-    """A convolution, or a linear layer on channels, that gets a gate.
-
-    Attributes:
-        node: the convolution.
-        window: window of the convolution.
-        stride: positions of the gate's input per position of the convolution's output, along an axis.
-        tail: the last of the following pointwise operations; gaps are filled after it.
-        end: affine pointwise operations after the tail, which may be computed before the filling.
-        is_linear: True for a linear layer.
-    """
-
-    node: fx.Node
-    window: Window
-    stride: int
-    tail: fx.Node
-    end: tuple[fx.Node, ...] = ()
-    is_linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +31,7 @@ class Branch:
 
     name: str
     source: fx.Node
-    places: tuple[GatedLayer, ...]
+    places: tuple[Gated, ...]
     apart: tuple[tuple[str, str], ...] = ()
 
 
@@ -84,22 +64,25 @@ def find_branches(spatial: Spatial, where: str | Sequence[str] = "auto") -> list
                 f"where={where!r} names nothing, or something twice.", next='use where="auto".'
             )
         chosen = [branch for name in names for branch in _named(name, spatial, branches)]
-    order = {node: number for number, node in enumerate(facts.graph.nodes)}
+    nodes = {node.name: node for node in facts.graph.nodes}
+    order = {name: number for number, name in enumerate(nodes)}
     joined = dict[tuple[str, str], Branch]()
     for branch in chosen:
         before = joined.get((branch.source.name, branch.name), replace(branch, places=()))
-        places = {place.node: place for place in (*before.places, *branch.places)}
-        in_order = tuple(sorted(places.values(), key=lambda place: order[place.node]))
+        places = {place.conv: place for place in (*before.places, *branch.places)}
+        in_order = tuple(sorted(places.values(), key=lambda place: order[place.conv]))
         joined[branch.source.name, branch.name] = replace(branch, places=in_order)
-    gated = {place.node for branch in joined.values() for place in branch.places}
+    gated = {place.conv for branch in joined.values() for place in branch.places}
     ended = (
         replace(
             candidate,
-            places=tuple(replace(place, end=_end(place.tail, gated, spatial)) for place in candidate.places),
+            places=tuple(
+                place._replace(end=_end(nodes[place.tail], gated, spatial)) for place in candidate.places
+            ),
         )
         for candidate in joined.values()
     )
-    return sorted(ended, key=lambda branch: order[branch.places[0].node])
+    return sorted(ended, key=lambda branch: order[branch.places[0].conv])
 
 
 def _named(name: str, spatial: Spatial, branches: Iterable[Branch]) -> list[Branch]:
@@ -111,7 +94,7 @@ def _named(name: str, spatial: Spatial, branches: Iterable[Branch]) -> list[Bran
         return within
     nodes = [node for node in facts.graph.nodes if node.op == "call_module" and node.target == name]
     for branch in branches:
-        if places := tuple(place for place in branch.places if place.node in nodes):
+        if places := tuple(place for place in branch.places if place.path == name):
             return [replace(branch, places=places)]
     why = "it is neither a convolution nor a module with residual branches."
     source = _maps(nodes[0], facts) if len(nodes) == 1 else []
@@ -119,7 +102,7 @@ def _named(name: str, spatial: Spatial, branches: Iterable[Branch]) -> list[Bran
         walk = _BranchReader(spatial, source[0])
         walk.step(nodes[0])
         if walk.places:
-            return [Branch(name, source[0], (replace(walk.places[0], tail=_tail(nodes[0], None, spatial)),))]
+            return [Branch(name, source[0], (walk.places[0]._replace(tail=_tail(nodes[0], None, spatial)),))]
         why = walk.apart[0][1] if walk.apart else why
     raise InvalidInput(
         f"{name} cannot be sampled.",
@@ -175,12 +158,15 @@ def _branch(end: fx.Node, fork: fx.Node, side: list[fx.Node], spatial: Spatial) 
         walk.step(node)
     # A last pointwise layer needs no gate: it commutes with filling and follows the gate before it.
     places = [
-        place for place in walk.places if place.node is not walk.weighted[-1] or not place.window.is_pointwise
+        place
+        for place in walk.places
+        if place.conv != walk.weighted[-1].name or not place.window.is_pointwise
     ]
     if not places:
         return None
     name = spatial.facts.path(end) or end.name
-    kept = tuple(replace(place, tail=_tail(place.node, end, spatial)) for place in places)
+    nodes = {node.name: node for node in side}
+    kept = tuple(place._replace(tail=_tail(nodes[place.conv], end, spatial)) for place in places)
     return Branch(name, fork, kept, tuple(walk.apart))
 
 
@@ -193,7 +179,7 @@ class _BranchReader:
     stride: int = 1
     lost: str = ""
     weighted: list[fx.Node] = field(default_factory=list)
-    places: list[GatedLayer] = field(default_factory=list)
+    places: list[Gated] = field(default_factory=list)
     apart: list[tuple[str, str]] = field(default_factory=list)
 
     def step(self, node: fx.Node) -> None:
@@ -205,7 +191,7 @@ class _BranchReader:
         elif isinstance(module, nn.Linear) and kind == "point" and facts.layout(node) == CHANNELS_LAST:
             self.weighted.append(node)
             if not self.lost:
-                self.places.append(GatedLayer(node, Window((1, 1)), self.stride, node, is_linear=True))
+                self.add(node, Window((1, 1)), is_linear=True)
         elif kind not in ("point", "permute"):
             before, after = (tuple(facts.shapes.get(value, ())) for value in (*_maps(node, facts)[:1], node))
             self.lost = self.lost or (
@@ -227,7 +213,12 @@ class _BranchReader:
             self.lost = self.lost or why
             self.apart.append((str(node.target), why))
         else:
-            self.places.append(GatedLayer(node, window, self.stride, node))
+            self.add(node, window)
+
+    def add(self, node: fx.Node, window: Window, is_linear: bool = False) -> None:
+        """Note a layer that can have a gate."""
+        gated = Gated(node.name, str(node.target), window, self.stride, node.name, is_linear=is_linear)
+        self.places.append(gated)
 
 
 def _keeps_size(window: Window) -> bool:
@@ -239,21 +230,21 @@ def _keeps_size(window: Window) -> bool:
     return window.same or all(pad == span for pad, span in zip(pads, spans, strict=True))
 
 
-def _tail(node: fx.Node, end: fx.Node | None, spatial: Spatial) -> fx.Node:
-    """Return the last of the pointwise operations after a convolution that have a single reader each."""
+def _tail(node: fx.Node, end: fx.Node | None, spatial: Spatial) -> str:
+    """Return the name of the last of the pointwise operations after a convolution that have a single reader each."""
     while (user := only_user(node)) is not None and user is not end and _follows(user, node, spatial):
         module = spatial.facts.module(user) if user.op == "call_module" else None
         if isinstance(module, nn.Linear) or user.target is F.linear:
             break
         node = user
-    return node
+    return node.name
 
 
-def _end(tail: fx.Node, gated: set[fx.Node], spatial: Spatial) -> tuple[fx.Node, ...]:
-    """Return the affine pointwise operations after the tail of a gate whose inputs have no other reader; empty if they
-    include no convolution or linear layer, because then no work is saved."""
+def _end(tail: fx.Node, gated: set[str], spatial: Spatial) -> tuple[str, ...]:
+    """Return the names of the affine pointwise operations after the tail of a gate whose inputs have no other reader;
+    empty if they include no convolution or linear layer, because then no work is saved."""
     facts, end, node = spatial.facts, list[fx.Node](), tail
-    while (user := only_user(node)) is not None and user not in gated:
+    while (user := only_user(node)) is not None and user.name not in gated:
         module = facts.module(user) if user.op == "call_module" else None
         kind, window = spatial.kind(user)
         is_point = window is not None and window.is_pointwise and window.stride == 1
@@ -265,7 +256,8 @@ def _end(tail: fx.Node, gated: set[fx.Node], spatial: Spatial) -> tuple[fx.Node,
         end.append(user)
         node = user
     modules = (facts.module(step) for step in end if step.op == "call_module")
-    return tuple(end) if any(isinstance(module, (nn.Conv2d, nn.Linear)) for module in modules) else ()
+    saves = any(isinstance(module, (nn.Conv2d, nn.Linear)) for module in modules)
+    return tuple(step.name for step in end) if saves else ()
 
 
 def _follows(node: fx.Node, source: fx.Node, spatial: Spatial) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +20,7 @@ from cadsurgery.following.trace import evaluating
 from cadsurgery.methods.converted import ConvertedModel, GraphModel, register
 from cadsurgery.methods.sampling.branches import Branch, find_branches
 from cadsurgery.methods.sampling.gates import DECAY, GRID, TEMPERATURE, Gate, hard_shares, shares, uniform
-from cadsurgery.methods.sampling.program import Block, Gated, SampledProgram, gather, reconstruct
+from cadsurgery.methods.sampling.program import Gated, SampledProgram, reconstruct
 from cadsurgery.methods.sampling.report import BranchPlan, GatePlan, SampledMacs, SamplingPlan, count
 from cadsurgery.methods.sampling.sampled_calls import SampledRun
 from cadsurgery.network.adaptify import copy_network
@@ -85,34 +87,40 @@ def sample(
 
 
 def _add_gates(facts: Facts, branches: Sequence[Branch], permutes: frozenset[str]) -> SampledProgram:
-    graph, gates, gated, blocks = facts.graph, nn.ModuleList(), list[Gated](), list[Block]()
+    graph, gates, gated = facts.graph, nn.ModuleList(), list[Gated]()
+    nodes = {node.name: node for node in graph.nodes}
     like = next(facts.model.parameters())
     filled = dict[fx.Node, fx.Node]()
     for branch in branches:
         source = filled.get(branch.source, branch.source)
-        blocks.append(Block(branch.name, tuple(range(len(gates), len(gates) + len(branch.places)))))
         for place in branch.places:
-            with graph.inserting_after(place.tail):
-                node = graph.call_function(reconstruct, (place.tail, source), {"gate": len(gates)})
-            place.tail.replace_all_uses_with(node, partial(operator.is_not, node))
-            filled[place.tail] = node
-            path, end = str(place.node.target), tuple(step.name for step in place.end)
-            gated.append(Gated(place.node.name, path, place.window, place.stride, end, place.is_linear))
+            tail = nodes[place.tail]
+            with graph.inserting_after(tail):
+                node = graph.call_function(reconstruct, (tail, source), {"gate": len(gates)})
+            tail.replace_all_uses_with(node, partial(operator.is_not, node))
+            filled[tail] = node
+            gated.append(place)
             gates.append(Gate(facts.shapes[branch.source][1], like))
     graph.lint()
     facts.model.add_module(GATES, gates.train(facts.model.training))
-    signature = signature_of(facts.model)
-    return gather(graph, tuple(gated), tuple(blocks), permutes, signature, facts.container)
+    return SampledProgram(
+        graph=graph,
+        signature=signature_of(facts.model),
+        container=facts.container,
+        gates=tuple(gated),
+        permutes=permutes,
+    )
 
 
 def _make_plan(net: SampledModel, branches: Sequence[Branch], facts: Facts, path: str) -> SamplingPlan:
     defaults = {name: parameter.default for name, parameter in net.program.signature.parameters.items()}
     macs = net._count({**defaults, **facts.arguments}, dict.fromkeys(range(len(net.gates)), 1.0))
-    rows, planned = iter(macs), []
+    rows, planned, nodes = iter(macs), [], {node.name: node for node in facts.graph.nodes}
     for branch in branches:
         gates = []
         for place, row in zip(branch.places, rows, strict=False):
-            follows = tuple(str(node.target) for node in place.end if node.op == "call_module")
+            end = (nodes[name] for name in place.end)
+            follows = tuple(str(node.target) for node in end if node.op == "call_module")
             gates.append(GatePlan(row.conv, place.stride, follows, row.dense))
         planned.append(BranchPlan(branch.name, branch.source.name, tuple(gates), branch.apart))
     return SamplingPlan(
@@ -271,13 +279,14 @@ class SampledModel(GraphModel):
         """Return how open the gates were in the last call, 0..1, with gradients. A branch counts 3/4 of the mean
         probability of its last gate plus 1/4 of that of its other gates (published for two); branches are averaged.
         """
-        run, blocks = self._called(), self.part.program.blocks
+        run, branches = self._called(), self.plan.branches
+        opened = (run.open[number] for number in range(len(run.open)))
         total = run.open[0].new_zeros(())
-        for _, numbers in blocks:
-            *others, last = (run.open[number] for number in numbers)
+        for branch in branches:
+            *others, last = islice(opened, len(branch.gates))
             rest = torch.stack(others).mean() if others else last
             total = total + _LAST * last + (1 - _LAST) * rest
-        return total / len(blocks)
+        return total / len(branches)
 
     def _called(self) -> SampledRun:
         run = self.part._last
@@ -309,9 +318,9 @@ class SampledModel(GraphModel):
 
     def optimize(self) -> SampledModel:
         """Return an inference copy: batch norm folded, residuals and activations fused, weights packed."""
-        fused, program = self.fused(GATES), self.program
-        parts = (program.gates, program.blocks, program.permutes, program.signature, program.container)
-        net = self.inference_copy(fused, gather(fused.graph, *parts, fused.origins))
+        fused = self.fused(GATES)
+        program = replace(self.program, graph=fused.graph, origins=fused.origins, is_fused=True)
+        net = self.inference_copy(fused, program)
         net.step = self.step
         return net
 

@@ -115,14 +115,15 @@ class SampledRun(StepwiseCall):
     # -- a step ------------------------------------------------------------------------------------
 
     def _run(self, step: ProgramStep) -> Any:
-        number, source = self.program.follows.get(step.name, (-1, ""))
+        source = self.program.follows.get(step.name, "")
         if self.program.convs.get(step.name, -1) in self.places:
             return self._convolve(step, self.program.convs[step.name])
         if isinstance(self.env.get(source), Rows):
             return self._on_rows(step, source, self.env[source])
         value = self.compute(step, self._dense)
         if step.target is reconstruct and not self.is_dense:
-            share, is_last = self.shares[number], self.program.chains[number].is_channels_last(step)
+            number = step.kwargs["gate"]
+            share, is_last = self.shares[number], self.program.chains[number].is_channels_last
             if self.net.training or not bool((share == 1).all()):
                 image = value.permute(0, 3, 1, 2) if is_last else value
                 image = gaussian_fill(image, share, self.gates[number].width, normalised=True)
