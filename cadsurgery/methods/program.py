@@ -25,7 +25,8 @@ from cadsurgery.surgery.rewrite import pack_graph, unpack_graph
 from cadsurgery.surgery.spatial import WHOLE, SpatialKind
 
 
-class Ref(NamedTuple):
+@dataclass(frozen=True)
+class Ref:
     """An argument that is the value of another step."""
 
     name: str
@@ -54,19 +55,13 @@ class ProgramStep:
 
     def bind(self, value_of: Callable[[str], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments, with `Ref`s replaced by values."""
-        return _map(self.args, value_of), _map(self.kwargs, value_of)
 
+        def value(part: Any) -> Any:
+            return value_of(part.name) if isinstance(part, Ref) else part
 
-def _map(part: Any, value_of: Callable[[str], Any]) -> Any:
-    if isinstance(part, Ref):
-        return value_of(part.name)
-    if isinstance(part, (tuple, list)):
-        return type(part)(_map(item, value_of) for item in part)
-    if isinstance(part, dict):
-        return {key: _map(item, value_of) for key, item in part.items()}
-    if isinstance(part, slice):
-        return slice(*(_map(item, value_of) for item in (part.start, part.stop, part.step)))
-    return part
+        args: Any = map_aggregate(self.args, value)
+        kwargs: Any = map_aggregate(self.kwargs, value)
+        return args, kwargs
 
 
 def steps_of(
@@ -85,11 +80,11 @@ def steps_of(
         if value not in kept:
             frees.setdefault(reader, []).append(value.name)
 
+    def reference(item: Any) -> Any:
+        return Ref(item.name) if isinstance(item, fx.Node) else item
+
     def step(node: fx.Node) -> ProgramStep:
-        args, kwargs = (
-            map_aggregate(part, lambda item: Ref(item.name) if isinstance(item, fx.Node) else item)
-            for part in (node.args, node.kwargs)
-        )
+        args, kwargs = (map_aggregate(part, reference) for part in (node.args, node.kwargs))
         reads, freed = tuple(value.name for value in node.all_input_nodes), tuple(frees.get(node, ()))
         kind = (spatial or {}).get(node.name, WHOLE)
         return ProgramStep(node.name, node.op, node.target, args, kwargs, reads, freed, kind)  # type: ignore[arg-type]
@@ -206,25 +201,20 @@ class CallWork(NamedTuple):
 
 def work_of(steps: Iterable[ProgramStep], meta_copy: nn.Module, arguments: Mapping[str, Any]) -> CallWork:
     """Compute the work of a call on `meta_copy`, a copy of the network on the meta device."""
-    macs, shapes, numbers, env = (
-        dict[str, int](),
-        dict[str, tuple[int, ...]](),
-        dict[str, Any](),
-        dict[str, Any](),
-    )
+    work, env = CallWork({}, {}, {}, ()), dict[str, Any]()
     call = StepwiseCall(meta_copy, tree_map(to_meta, arguments))
     with torch.no_grad(), MacCounter() as counter:
         for step in steps:
             before = counter.macs
             env[step.name] = value = to_meta(call.compute(step, env.__getitem__))
-            macs[step.name] = counter.macs - before
+            work.macs[step.name] = counter.macs - before
             if isinstance(value, Tensor):
-                shapes[step.name] = tuple(value.shape)
+                work.shapes[step.name] = tuple(value.shape)
             elif _is_number(value):
-                numbers[step.name] = value
+                work.numbers[step.name] = value
             for name in step.frees:
                 del env[name]
-    return CallWork(macs, shapes, numbers, tuple(sorted(counter.not_counted)))
+    return work._replace(not_counted=tuple(sorted(counter.not_counted)))
 
 
 def _is_number(value: Any) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -37,8 +38,9 @@ class AnytimeProgram(StepProgram):
     final: str = field(init=False)
 
     def __post_init__(self) -> None:
-        graph, (output,) = self.graph, self.graph.output_node().args
-        *logits, final = output  # type: ignore[misc]
+        graph = self.graph
+        output: Any = graph.output_node().args[0]
+        *logits, final = output
         behind = _between(graph, logits[-1], final)
         sizes = [
             source
