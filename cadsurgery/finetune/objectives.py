@@ -10,6 +10,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 
 from cadsurgery.data.datasets import IGNORED
 from cadsurgery.data.labels import as_classes
+from cadsurgery.elements.sizes import divide_up
 from cadsurgery.finetune.balance import pixel_weights
 from cadsurgery.finetune.learning_rates import Draw
 from cadsurgery.following.trace import evaluating
 from cadsurgery.masks import Budget, FineMapSpec, MaskProvider, resolve_mask
 from cadsurgery.masks.basic import UniformMask
+from cadsurgery.masks.filters import on_samples
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.methods.sampling.gates import DECAY
@@ -176,8 +179,14 @@ class Divergence(Objective):
         _check_numbers({"class_weights": min(class_weights, default=0.0)}, {"temperature": temperature})
         check_name("teacher", teacher, ("initial", "self"))
         check_name("kind of output", kind, KINDS)
-        self.temperature, self.weight, self.supervision, self.kind = temperature, weight, supervision, kind
-        self.class_weights = tuple(class_weights)
+        self.miss = partial(
+            miss,
+            supervision=supervision,
+            weight=weight,
+            temperature=temperature,
+            kind=kind,
+            class_weights=tuple(class_weights),
+        )
         self.teacher = copy_dense(self.net) if teacher == "initial" else None
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
@@ -186,16 +195,7 @@ class Divergence(Objective):
         fraction = self.active_fraction(maps_of(output)[0])
         # The teacher runs after the student, because autocast caches weights, and those cast here have no gradient.
         target = dense_high(self.net if self.teacher is None else self.teacher, inputs)
-        loss, parts = miss(
-            output,
-            labels,
-            target,
-            self.supervision,
-            self.weight,
-            self.temperature,
-            kind=self.kind,
-            class_weights=self.class_weights,
-        )
+        loss, parts = self.miss(output, labels, target)
         return {"loss": loss, **parts, **fraction}
 
     def mask(self, draw: Draw) -> MaskProvider | None:
@@ -294,13 +294,11 @@ class DrawnBlocks(MaskProvider):
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Draw scores (B, h, w) in 0..1."""
-        height, width = grid.size
         maps = []
         for random in self.draw.of_images():
             side = grid.patch * int(random.choice((1, 2, 4)))
-            blocks = torch.from_numpy(random.random((-(-height // side), -(-width // side))))
-            blocks = blocks.repeat_interleave(side, 0).repeat_interleave(side, 1)
-            maps.append(blocks[:height, :width])
+            blocks = random.random([divide_up(length, side) for length in grid.size])
+            maps.append(on_samples(torch.from_numpy(blocks), side, grid.size))
         return torch.stack(maps).to(features.device)
 
 
@@ -426,7 +424,7 @@ class Sparse(Objective):
         trained = {parameter for parameter in net.parameters() if parameter.requires_grad}
         gates_alone = trained <= set(self.net.own_parameters().values())
         learns = divergence != 0
-        self.teacher = None if gates_alone or not learns else copy.deepcopy(net).requires_grad_(False)
+        self.teacher = None if gates_alone or not learns else copy_dense(net)
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
         """Return the loss, its parts, and the openness of the gates."""
@@ -451,7 +449,7 @@ def _check_numbers(least: Mapping[str, float | None], above: Mapping[str, float 
                 raise InvalidInput(f"the objective has {name}={value}.", next=f"give {name} {words}.")
 
 
-def copy_dense(net: AdaptiveModel) -> nn.Module:
+def copy_dense(net: nn.Module) -> nn.Module:
     """Copy a network for later comparisons."""
     return copy.deepcopy(net).requires_grad_(False)
 

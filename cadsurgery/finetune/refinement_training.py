@@ -102,7 +102,7 @@ def fit_refinement(
         is_mirrored = (turn + turn // len(images)) % 2 == 1
         batch = [value.flip(-1) if is_mirrored else value for value in inputs]
         seen.append(_run_image(fast, batch, generator))
-        size += seen[-1].bytes
+        size += sum(part.bytes for part in seen[-1])
     # Mirrored images follow in the same order, so they are held out together with the originals.
     is_held_out = [at % len(images) % _HELD_OUT == 0 for at in range(len(seen))]
     held_out = [image for image, out in zip(seen, is_held_out, strict=True) if out]
@@ -127,26 +127,21 @@ class _RefinementData:
         features: the entering features.
         high: the map with everything high.
         low: for each mask the map and its places, see `places_of`.
+        kind: kind of the map.
     """
 
     features: Tensor
     high: Tensor
     low: tuple[tuple[Tensor, Tensor], ...]
-
-
-@dataclass(frozen=True)
-class _ImageData:
-    """The data of all refinements on one image, and the kind of each map."""
-
-    parts: tuple[_RefinementData, ...]
-    kinds: tuple[Kind, ...]
+    kind: Kind
 
     @property
     def bytes(self) -> int:
         """Memory of the tensors."""
-        tensors = [tensor for part in self.parts for pair in part.low for tensor in pair]
-        tensors += [tensor for part in self.parts for tensor in (part.features, part.high)]
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for pair in ((self.features, self.high), *self.low) for tensor in pair)
+
+
+_ImageData = tuple[_RefinementData, ...]  # of all refinements
 
 
 @torch.no_grad()
@@ -175,19 +170,20 @@ def _run_image(net: AdaptiveModel, inputs: list[Tensor], generator: torch.Genera
         )
         high, output = _refined_maps(program, program.uniform(0), values)
         lows = [_refined_maps(program, program.masking(resolve_mask(mask)), values)[0] for mask in masks]
-    parts = tuple(
-        _RefinementData(
-            features[here].to(dtype, copy=True),
-            exact[here].to(dtype, copy=True),
-            tuple(
-                (maps[at][0][here].to(dtype, copy=True), places_of(maps[at][1])[here].to(dtype, copy=True))
-                for maps in lows
-            ),
-        )
-        for at, (exact, _) in enumerate(high)
-    )
     kind, channels = kind_of(output), maps_of(output)[0].shape[1]
-    return _ImageData(parts, tuple(kind if part.high.shape[1] == channels else "values" for part in parts))
+
+    def cropped(values: Tensor) -> Tensor:
+        return values[here].to(dtype, copy=True)
+
+    return tuple(
+        _RefinementData(
+            cropped(features),
+            cropped(exact),
+            tuple((cropped(x), cropped(places_of(lattice))) for x, lattice in of_masks),
+            kind if exact.shape[1] == channels else "values",
+        )
+        for (exact, _), *of_masks in zip(high, *lows, strict=True)
+    )
 
 
 def _refined_maps(
@@ -217,7 +213,7 @@ def _fit(
 ) -> tuple[float, float]:
     """Fit to the maps with everything high, fold the scales; return the divergence before and after."""
     generator = torch.Generator().manual_seed(seed)
-    scales = [_Scales.of([image.parts[at] for image in seen]) for at in range(len(refinements))]
+    scales = [_Scales.of([image[at] for image in seen]) for at in range(len(refinements))]
     for refinement in refinements:
         refinement.restart(seed)
     before = _mean_divergence(refinements, held_out)
@@ -229,10 +225,10 @@ def _fit(
             for _ in range(_BATCH):
                 image, mask = (int(torch.randint(count, (), generator=generator)) for count in (len(seen), 3))
                 for at, refinement in enumerate(refinements):
-                    part = seen[image].parts[at]
+                    part = seen[image][at]
                     x, places = part.low[mask]
                     refined = scales[at].refine(refinement, x, part.features, places)
-                    (divergence(part.high, refined, seen[image].kinds[at]).mean() / _BATCH).backward()
+                    (divergence(part.high, refined, part.kind).mean() / _BATCH).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -293,9 +289,9 @@ class _Scales:
 def _mean_divergence(refinements: list[Refinement], seen: list[_ImageData]) -> float:
     """Return the mean over images, masks and refinements."""
     losses = [
-        float(divergence(part.high, refinement(x, part.features, places), kind).mean())
+        float(divergence(part.high, refinement(x, part.features, places), part.kind).mean())
         for image in seen
-        for refinement, part, kind in zip(refinements, image.parts, image.kinds, strict=True)
+        for refinement, part in zip(refinements, image, strict=True)
         for x, places in part.low
     ]
     return sum(losses) / len(losses)
