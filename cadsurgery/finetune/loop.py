@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import cadsurgery.finetune.blend  # registers its objective
-import cadsurgery.finetune.warp_training  # noqa: F401  # registers two more
+import cadsurgery.finetune.blend  # noqa: F401  # registers its objective
 from cadsurgery.data.networks import Source
 from cadsurgery.data.samples import Samples, check_data, is_labelled
 from cadsurgery.finetune.batches import Augmentation, Batch, batches

@@ -23,10 +23,11 @@ from cadsurgery.elements.sizes import divide_up
 from cadsurgery.finetune.balance import pixel_weights
 from cadsurgery.finetune.learning_rates import Draw
 from cadsurgery.following.trace import evaluating
-from cadsurgery.masks import Budget, FineMapSpec, MaskProvider, resolve_mask
+from cadsurgery.masks import Budget, FineMapSpec, MaskProvider, labelled, resolve_mask
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.filters import on_samples
 from cadsurgery.methods.anytime import AnytimeModel
+from cadsurgery.methods.resampling import LearnedSampler, ResampledModel, uniform_locations
 from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.methods.sampling.gates import DECAY
 from cadsurgery.network.model import AdaptiveModel
@@ -439,6 +440,71 @@ class Sparse(Objective):
                 target = teacher.dense(*inputs)
         loss, parts = miss(output, labels, target, 1.0, share, self.temperature, kind=self.kind)
         return {"loss": loss + self.weight * sparse, **parts, "open": sparse.detach()}
+
+
+class _SampledObjective(Objective):
+    """Base of both objectives: needs a network with a sampled input, and labels."""
+
+    net: ResampledModel
+    needs = (ResampledModel, "has an input that is not sampled", "cs.resample")
+
+    def known(self, labels: Tensor | None) -> Tensor:
+        """Return the labels of a batch, which must exist.
+
+        Raises:
+            InvalidInput: the data have no labels.
+        """
+        if labels is None:
+            raise InvalidInput(
+                "there are no labels to learn from.",
+                why="sampling locations and classes are learned from labels.",
+                next="give labelled data, or sample by a mask, which needs no training.",
+            )
+        return labels
+
+
+@objective("locations")
+class Locations(_SampledObjective):
+    """Mean squared distance of the learned sampler's locations from their targets; trains the sampler alone."""
+
+    def __init__(self, net: nn.Module) -> None:
+        """Create the objective.
+
+        Raises:
+            InvalidInput: the network has no learned sampler.
+        """
+        super().__init__(net)
+        if not isinstance(self.net.sampler, LearnedSampler):
+            raise InvalidInput(
+                f"sampler {self.net.sampler.spec()} learns nothing.",
+                next='make the network with cs.resample(model, sampler="learned").',
+            )
+
+    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
+        """Return the loss, before the locations are clamped to the image, and the loss of the uniform grid."""
+        sampler = self.net.sampler
+        assert isinstance(sampler, LearnedSampler)
+        predicted = sampler.predict(inputs[0]).float()
+        targets = sampler.options.locations_of(self.known(labels)).to(predicted)
+        uniform = uniform_locations(sampler.options.grid, predicted).expand_as(targets)
+        return {"loss": F.mse_loss(predicted, targets), "of_uniform": F.mse_loss(uniform, targets)}
+
+
+@objective("sampled")
+class Sampled(_SampledObjective):
+    """Cross entropy on the sampled image, with labels sampled at the same locations; the sampler is not trained."""
+
+    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
+        """Return the loss; for a network with exits, the sum over the exits."""
+        net, image, labels = self.net, inputs[0], self.known(labels)
+        with torch.no_grad(), evaluating(net.sampler), labelled(labels):
+            locations = net.sampler(image)
+        with labelled(labels):
+            output = net.call_network(image, locations, inputs)
+        sampled_labels = net.sample_labels(labels, locations)
+        outputs = output if isinstance(output, tuple) else (output,)
+        losses = [supervised(prediction, sampled_labels) for prediction in outputs]
+        return {"loss": sum(losses[1:], losses[0])}
 
 
 def _check_numbers(least: Mapping[str, float | None], above: Mapping[str, float | None]) -> None:

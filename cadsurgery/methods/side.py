@@ -43,8 +43,8 @@ class Metrics(Protocol):
 
 
 def mean_work(counts: Counts, figures: Figures) -> dict[str, Any]:
-    """Return the multiply-accumulates per image, mean over images."""
-    return {"macs": counts["macs"] / counts["images"]}
+    """Return the multiply-accumulates and all other counts per image, mean over images."""
+    return {name: count / counts["images"] for name, count in counts.items() if name != "images"}
 
 
 def once_per_batch(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:

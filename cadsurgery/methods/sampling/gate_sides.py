@@ -19,7 +19,6 @@ from cadsurgery.methods.side import (
     Comparison,
     ConversionRequest,
     Counts,
-    Figures,
     MethodConversion,
     MethodSides,
     Side,
@@ -39,10 +38,6 @@ CLOSED, OPEN = "all closed but the grid", "all open"
 # -- evaluating ----------------------------------------------------------------------------------------
 
 
-def _work(counts: Counts, figures: Figures) -> dict[str, Any]:
-    return {name: counts[name] / counts["images"] for name in ("macs", "density")}
-
-
 def compare(net: SampledModel, data: SegmentationData, thresholds: Sequence[Any] = ()) -> Comparison:
     """Return the sides: the dense network, and the network with its gates.
 
@@ -60,8 +55,8 @@ def compare(net: SampledModel, data: SegmentationData, thresholds: Sequence[Any]
         return {"macs": macs_of(images).dense, "density": len(images)}
 
     sides = [
-        Side(DENSE, lambda x: maps_of(fast.dense(x))[-1], count_dense, summary=_work, anchor=True),
-        Side(GATES, lambda x: maps_of(fast(x))[-1], count, summary=_work),
+        Side(DENSE, lambda x: maps_of(fast.dense(x))[-1], count_dense, anchor=True),
+        Side(GATES, lambda x: maps_of(fast(x))[-1], count),
     ]
     return Comparison(source_of(net), sides, _columns, "setting")
 
