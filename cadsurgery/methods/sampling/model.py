@@ -21,7 +21,7 @@ from cadsurgery.methods.converted import ConvertedModel, GraphModel, register
 from cadsurgery.methods.sampling.branches import Branch, find_branches
 from cadsurgery.methods.sampling.gates import DECAY, GRID, TEMPERATURE, Gate, hard_shares, shares, uniform
 from cadsurgery.methods.sampling.program import Gated, SampledProgram, reconstruct
-from cadsurgery.methods.sampling.report import BranchPlan, GatePlan, SampledMacs, SamplingPlan, count
+from cadsurgery.methods.sampling.report import BranchPlan, GateMacs, GatePlan, SampledMacs, SamplingPlan
 from cadsurgery.methods.sampling.sampled_calls import SampledRun
 from cadsurgery.network.adaptify import copy_network
 from cadsurgery.network.adaptive_part import Example, traceable_part
@@ -311,8 +311,21 @@ class SampledModel(GraphModel):
         return self._count(arguments, densities)
 
     def _count(self, arguments: dict[str, Any], densities: dict[int, float]) -> SampledMacs:
-        shape = tuple(image_of(arguments).shape)
-        return count(self.program, self.work(arguments), densities, shape)
+        """Count the MACs of a call from the share of open positions of each gate."""
+        program, work, rows = self.program, self.work(arguments), list[GateMacs]()
+        source = {gate: name for name, gates in program.readers.items() for gate in gates}
+        for number, (gated, chain) in enumerate(zip(program.gates, program.chains, strict=True)):
+            density = densities[number]
+            dense = sum(work.macs[step.name] for step in chain.steps)
+            batch, _, height, width = work.shapes[source[number]]
+            own = batch * height * width * self.gates[number].weight.numel()
+            rows.append(GateMacs(gated.path, density, round(dense * density), dense, own))
+        return SampledMacs(
+            gates=tuple(rows),
+            rest=sum(work.macs.values()) - sum(row.dense for row in rows),
+            shape=tuple(image_of(arguments).shape),
+            not_counted=work.not_counted,
+        )
 
     # -- other forms -------------------------------------------------------------------------------
 
