@@ -43,14 +43,12 @@ class AnytimeRun(StepwiseCall):
 
     Attributes:
         program: the network's program.
-        is_normalised: True to fill gaps with a normalised Gaussian.
-        work: shapes and MACs of the call; None in training, where whole maps are computed and filled.
+        work: shapes and MACs of the call; empty in training, where whole maps are computed and filled.
         macs: for each segment that ran, its multiply-accumulates and the reference code's count.
     """
 
     program: AnytimeProgram
-    is_normalised: bool
-    work: CallWork | None
+    work: CallWork
 
     def __post_init__(self) -> None:
         self.env: dict[str, StepValue] = {}
@@ -60,19 +58,15 @@ class AnytimeRun(StepwiseCall):
     def segment(self, number: int, sites: Sites | None) -> None:
         """Run the steps of a segment at the undecided positions; None for all positions."""
         needs: Needs | None = None
-        if sites is not None and self.work is not None:  # in training all widths get gradients
+        if sites is not None and self.work.shapes:  # in training all widths get gradients
             sites = None if sites.is_everything else sites
-            needs = self._needs(number, sites, self.work) if sites is not None else None
+            needs = self._needs(number, sites) if sites is not None else None
         self.macs.append(0)
         for step in self.program.segments[number]:
             # A value that is not needed can still be read for its size.
-            if (
-                needs is None
-                or step.name in needs
-                or (self.work is not None and step.name in self.work.numbers)
-            ):
+            if needs is None or step.name in needs or step.name in self.work.numbers:
                 self.env[step.name] = self._run(step, sites, needs)
-                self._count(step, sites if needs is not None else None)
+                self.macs[-1] += self._macs(step, is_whole=needs is None)
             for name in step.frees:
                 self.env.pop(name, None)
 
@@ -107,9 +101,9 @@ class AnytimeRun(StepwiseCall):
 
     # -- which positions are needed -----------------------------------------------------------------
 
-    def _needs(self, number: int, sites: Sites, work: CallWork) -> dict[str, Places | None]:
+    def _needs(self, number: int, sites: Sites) -> dict[str, Places | None]:
         """Return where values of this and all later segments are needed, if no exit adds undecided positions."""
-        needs: dict[str, Places | None] = {}
+        work, needs = self.work, dict[str, Places | None]()
 
         def add(name: str, places: Places | None) -> None:
             if name in work.numbers:
@@ -151,20 +145,18 @@ class AnytimeRun(StepwiseCall):
                     add(name, sites.read_by_resize(places, _size(work, name)))
         return needs
 
-    def _count(self, step: ProgramStep, sites: Sites | None) -> None:
-        """Add the MACs of a step; of a convolution, the share of its computed positions."""
-        work = self.work.macs[step.name] if self.work is not None else 0
-        if not work or self.work is None:
-            return
-        if sites is not None and step.spatial.kind == "conv":
-            batch, _, height, width = self.work.shapes[step.name]
-            work = work * self._computed[step.name].count // (batch * height * width)
-        self.macs[-1] += work
+    def _macs(self, step: ProgramStep, is_whole: bool) -> int:
+        """Return the MACs of a step; of a convolution, the share of its computed positions."""
+        work = self.work.macs.get(step.name, 0)
+        if is_whole or step.spatial.kind != "conv":
+            return work
+        computed = self._computed[step.name]
+        return work * computed.count // computed.mask.numel()
 
     # -- running a step ----------------------------------------------------------------------------
 
     def _run(self, step: ProgramStep, sites: Sites | None, needs: Needs | None) -> StepValue:
-        if self.work is not None and step.name in self.work.numbers:
+        if step.name in self.work.numbers:
             return StepValue(self.work.numbers[step.name])
         kind = step.spatial.kind
         if needs is None or sites is None:
@@ -176,7 +168,7 @@ class AnytimeRun(StepwiseCall):
         if kind == "point" and places is not None:
             value = self.compute(step, lambda name: self._column(name, places))
             return StepValue(as_rows(value), places)
-        if step.target is resize_like and self.work is not None:
+        if step.target is resize_like:
             return StepValue(resize(self._dense(step.reads[0]), _size(self.work, step.name)))
         return StepValue(self.compute(step, self._dense))
 
@@ -184,11 +176,11 @@ class AnytimeRun(StepwiseCall):
         """Fill all but the computed positions of a whole map, in training."""
         mask = sites.computed((y.shape[2], y.shape[3])).mask
         width = getattr(child(self.net, step.target), "width", None)
-        return y * mask.unsqueeze(1) if width is None else gaussian_fill(y, mask, width, self.is_normalised)
+        return y * mask.unsqueeze(1) if width is None else gaussian_fill(y, mask, width, sites.grid > 0)
 
     def _convolve(self, step: ProgramStep, sites: Sites, needed: Places | None) -> StepValue:
         """Compute a convolution at the undecided positions and fill the other needed positions."""
-        assert self.work is not None and step.spatial.window is not None
+        assert step.spatial.window is not None
         size, source_size = _size(self.work, step.name), _size(self.work, step.reads[0])
         computed, window = self._computed[step.name], step.spatial.window
         every = needed if needed is None else sites.union(computed, needed)
@@ -212,7 +204,7 @@ class AnytimeRun(StepwiseCall):
         if width is not None:
             options: Any = {"residual": residual, "activation": weights.activation}
             whole = sites.lattice(size, every)
-            out = fill_gaps(some, whole, width, self.is_normalised, baseline, **options).rows
+            out = fill_gaps(some, whole, width, sites.grid > 0, baseline, **options).rows
         else:  # zero, or `baseline`, where nothing is computed
             filled = every or sites.everywhere(size)
             out = some.rows.new_zeros(filled.count, some.rows.shape[1])

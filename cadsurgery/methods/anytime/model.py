@@ -423,7 +423,6 @@ class AnytimeModel(GraphModel):
         """
         began = time.perf_counter()
         run = self._start(args, kwargs, is_training=False)
-        assert run.work is not None
         work = self._dense_macs(run.work)
         logits, number = None, 0
         for scores in self._logits(run, threshold):
@@ -440,7 +439,6 @@ class AnytimeModel(GraphModel):
         )
 
     def _counted(self, run: AnytimeRun) -> AnytimeMacs:
-        assert run.work is not None
         dense = own = self._dense_macs(run.work)
         shape = tuple(image_of(run.arguments).shape)
         if not image_of(run.arguments).is_meta:
@@ -474,16 +472,11 @@ class AnytimeModel(GraphModel):
 
     # -- running -----------------------------------------------------------------------------------
 
-    def _start(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        is_training: bool | None = None,
-    ) -> AnytimeRun:
+    def _start(self, args: Any, kwargs: Any, is_training: bool | None = None) -> AnytimeRun:
         arguments = self.bind(args, kwargs)
         training = self.training if is_training is None else is_training
-        work = None if training else self.work(arguments)
-        return AnytimeRun(self, arguments, self.program, self.grid > 0, work)
+        work = CallWork({}, {}, {}, ()) if training else self.work(arguments)
+        return AnytimeRun(self, arguments, self.program, work)
 
     @property
     def grid(self) -> int:
