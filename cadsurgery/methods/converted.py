@@ -50,7 +50,7 @@ _IN_FILE: dict[str, Any] = {
     **{METHOD: str, "format": int, "versions": dict[str, str], "source": dict[str, Any] | None},
     **{"options": dict[str, Any], "plan": str, "tensors": str, "license": str},
 }
-_REMEMBERED = 16  # size of the cache of `GraphModel.remember`
+_REMEMBERED = 16  # shapes of calls whose work a `GraphModel` knows
 M = TypeVar("M", bound="type[ConvertedModel]")
 METHODS: dict[str, type[ConvertedModel]] = {}
 
@@ -330,7 +330,8 @@ class GraphModel(ConvertedModel):
     """A network that runs a graph in steps, on its own modules, which keep the names of the original."""
 
     program: Any
-    _transient: ClassVar[dict[str, Any]] = {"_known": {}}
+    _transient: ClassVar[dict[str, Any]] = {"_works": {}, "_on_meta": ()}
+    _on_meta: tuple[nn.Module, ...] = ()  # so that it is not registered as a child
 
     def __init__(self, model: nn.Module, program: Any, options: dict[str, Any], **settings: Any) -> None:
         """Take over the modules, parameters and buffers of a network.
@@ -344,7 +345,7 @@ class GraphModel(ConvertedModel):
         super().__init__()
         self.constants = self.adopt(model)
         self.program, self.options = program, options
-        self._known: dict[Any, Any] = {}
+        self._works: dict[Any, CallWork] = {}
         for name, value in settings.items():
             setattr(self, name, value)
 
@@ -375,22 +376,12 @@ class GraphModel(ConvertedModel):
             (name, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (name, repr(value))
             for name, value in arguments.items()
         )
-        work: CallWork = self.remember(
-            ("work", key),
-            lambda: work_of(
-                self.program.steps, self.remember("meta copy", lambda: meta_copy(self)), arguments
-            ),
-        )
-        return work
-
-    def remember(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return the value of `make()`, cached for the last few keys."""
-        if key not in self._known:
-            value = make()
-            while len(self._known) >= _REMEMBERED:
-                del self._known[next(iter(self._known))]
-            self._known[key] = value
-        return self._known[key]
+        if key not in self._works:
+            self._on_meta = self._on_meta or (meta_copy(self),)
+            while len(self._works) >= _REMEMBERED:
+                del self._works[next(iter(self._works))]
+            self._works[key] = work_of(self.program.steps, self._on_meta[0], arguments)
+        return self._works[key]
 
     def fused(self, *kept: str) -> Fused:
         """Prepare modules and graph for inference: fold batch norm, fuse residuals and activations, pack weights.
