@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import fx, nn
@@ -99,11 +99,10 @@ def _named(name: str, spatial: Spatial, branches: Iterable[Branch]) -> list[Bran
     why = "it is neither a convolution nor a module with residual branches."
     source = _maps(nodes[0], facts) if len(nodes) == 1 else []
     if source and facts.layout(source[0]) == CHANNELS_FIRST:
-        walk = _BranchReader(spatial, source[0])
-        walk.step(nodes[0])
-        if walk.places:
-            return [Branch(name, source[0], (walk.places[0]._replace(tail=_tail(nodes[0], None, spatial)),))]
-        why = walk.apart[0][1] if walk.apart else why
+        places, apart, _ = _layers(nodes, source[0], spatial)
+        if places:
+            return [Branch(name, source[0], (places[0]._replace(tail=_tail(nodes[0], None, spatial)),))]
+        why = apart[0][1] if apart else why
     raise InvalidInput(
         f"{name} cannot be sampled.",
         where=type(facts.model).__name__,
@@ -153,72 +152,52 @@ def _maps(node: fx.Node, facts: Facts) -> list[fx.Node]:
 
 def _branch(end: fx.Node, fork: fx.Node, side: list[fx.Node], spatial: Spatial) -> Branch | None:
     """Return the branch of the nodes between a fork and an addition; None if none of its convolutions can be gated."""
-    walk = _BranchReader(spatial, fork)
-    for node in side:
-        walk.step(node)
+    places, apart, last = _layers(side, fork, spatial)
     # A last pointwise layer needs no gate: it commutes with filling and follows the gate before it.
-    places = [
-        place
-        for place in walk.places
-        if place.conv != walk.weighted[-1].name or not place.window.is_pointwise
-    ]
+    places = [place for place in places if place.conv != last or not place.window.is_pointwise]
     if not places:
         return None
-    name = spatial.facts.path(end) or end.name
-    nodes = {node.name: node for node in side}
+    name, nodes = spatial.facts.path(end) or end.name, {node.name: node for node in side}
     kept = tuple(place._replace(tail=_tail(nodes[place.conv], end, spatial)) for place in places)
-    return Branch(name, fork, kept, tuple(walk.apart))
+    return Branch(name, fork, kept, tuple(apart))
 
 
-@dataclass
-class _BranchReader:
-    """A walk along the nodes of a branch that collects its convolutions and their strides relative to the fork."""
-
-    spatial: Spatial
-    fork: fx.Node
-    stride: int = 1
-    lost: str = ""
-    weighted: list[fx.Node] = field(default_factory=list)
-    places: list[Gated] = field(default_factory=list)
-    apart: list[tuple[str, str]] = field(default_factory=list)
-
-    def step(self, node: fx.Node) -> None:
-        """Process the next node."""
-        facts, kind = self.spatial.facts, self.spatial.kind(node).kind
+def _layers(
+    nodes: Iterable[fx.Node], fork: fx.Node, spatial: Spatial
+) -> tuple[list[Gated], list[tuple[str, str]], str]:
+    """Return the layers among the nodes of a branch that can have a gate, the convolutions that cannot, with the
+    reasons, and the name of the last layer. The map of a gate lies on a strided grid of the fork's map."""
+    facts, stride, lost, last = spatial.facts, 1, "", ""
+    places, apart = list[Gated](), list[tuple[str, str]]()
+    for node in nodes:
+        kind, window = spatial.kind(node)
         module = facts.module(node) if node.op == "call_module" else None
-        if isinstance(module, nn.Conv2d):
-            self.convolution(node)
-        elif isinstance(module, nn.Linear) and kind == "point" and facts.layout(node) == CHANNELS_LAST:
-            self.weighted.append(node)
-            if not self.lost:
-                self.add(node, Window((1, 1)), is_linear=True)
-        elif kind not in ("point", "permute"):
-            before, after = (tuple(facts.shapes.get(value, ())) for value in (*_maps(node, facts)[:1], node))
-            self.lost = self.lost or (
-                f"{node.name} before it changes the grid of the map." if before != after else ""
-            )
-
-    def convolution(self, node: fx.Node) -> None:
-        """Process a convolution; its output must lie on a strided grid of the fork's map."""
-        self.weighted.append(node)
-        window, shapes = self.spatial.kind(node).window, self.spatial.facts.shapes
-        why = self.lost if window is not None else self.spatial.treatments[node].why
-        if window is not None and not why:
+        is_conv = isinstance(module, nn.Conv2d)
+        is_linear = isinstance(module, nn.Linear) and kind == "point" and facts.layout(node) == CHANNELS_LAST
+        if not (is_conv or is_linear):
+            if kind not in ("point", "permute"):
+                before, after = (tuple(facts.shapes.get(one, ())) for one in (*_maps(node, facts)[:1], node))
+                lost = lost or (
+                    f"{node.name} before it changes the grid of the map." if before != after else ""
+                )
+            continue
+        last, why = node.name, lost
+        if is_linear:
+            window = Window((1, 1))
+        elif window is None:
+            why = spatial.treatments[node].why
+        elif not why:
             why = "" if _keeps_size(window) else "its padding does not keep the size of the map."
-            self.stride *= window.stride if not why else 1
-            grid = tuple(-(-length // self.stride) for length in shapes[self.fork][2:])
-            if not why and tuple(shapes[node][2:]) != grid:
+            stride *= window.stride if not why else 1
+            grid = tuple(-(-length // stride) for length in facts.shapes[fork][2:])
+            if not why and tuple(facts.shapes[node][2:]) != grid:
                 why = "its map is no grid of what its branch reads."
-        if why or window is None:
-            self.lost = self.lost or why
-            self.apart.append((str(node.target), why))
-        else:
-            self.add(node, window)
-
-    def add(self, node: fx.Node, window: Window, is_linear: bool = False) -> None:
-        """Note a layer that can have a gate."""
-        gated = Gated(node.name, str(node.target), window, self.stride, node.name, is_linear=is_linear)
-        self.places.append(gated)
+        if window is not None and not why:
+            places.append(Gated(node.name, str(node.target), window, stride, node.name, is_linear=is_linear))
+        elif is_conv:
+            lost = lost or why
+            apart.append((str(node.target), why))
+    return places, apart, last
 
 
 def _keeps_size(window: Window) -> bool:
