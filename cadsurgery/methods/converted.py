@@ -343,7 +343,7 @@ class GraphModel(ConvertedModel):
             settings: attributes to set.
         """
         super().__init__()
-        self.constants = self.adopt(model)
+        self._constants = self.adopt(model)
         self.program, self.options = program, options
         self._works: dict[Any, CallWork] = {}
         for name, value in settings.items():
@@ -354,6 +354,11 @@ class GraphModel(ConvertedModel):
         """The signature of a call of the original network."""
         signature: inspect.Signature = self.program.signature
         return signature
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The defaults of the arguments of a call."""
+        return {name: one.default for name, one in self.original_signature.parameters.items()}
 
     @property
     def is_optimized(self) -> bool:
@@ -393,7 +398,7 @@ class GraphModel(ConvertedModel):
         graph = self.program.graph
         used = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
         freeze_computed_weights(source, {"", *used})
-        for name, value in self.constants.items():
+        for name, value in self._constants.items():
             source.register_buffer(name, value)
         graph, origins = split_norms(graph, source)
         graph, kernels = fuse(graph, source)

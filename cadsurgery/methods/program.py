@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.following.arguments import bind_all, contain
 from cadsurgery.following.hooks import child, parameter
+from cadsurgery.network.program import Names
 from cadsurgery.support.counting import MacCounter
 from cadsurgery.support.meta_tensors import to_meta
 from cadsurgery.support.torch_internals import tree_map
@@ -145,7 +147,7 @@ class StepwiseCall:
         if step.op == "placeholder":
             return self.arguments[step.target]
         if step.op == "get_attr":
-            return attribute(self.net, step.target)
+            return attrgetter(step.target)(Names(self.net))
         args, kwargs = step.bind(value_of)
         if step.op == "call_module":
             module = child(self.net, step.target)
@@ -161,18 +163,6 @@ def call(
 ) -> Any:
     """Run a step as the graph does, in a call of a network with these arguments; see `StepwiseCall`."""
     return StepwiseCall(net, dict(arguments)).compute(step, value_of)
-
-
-def attribute(net: nn.Module, path: str) -> Any:
-    """Return a parameter, buffer, module, constant or the training flag by its qualified name."""
-    parent, _, name = path.rpartition(".")
-    module = child(net, parent)
-    assert module is not None
-    for values in (module._parameters, module._buffers, module._modules):
-        if name in values:
-            return values[name]
-    constants = getattr(net, "constants", {})
-    return constants[path] if path in constants else getattr(module, name)
 
 
 # -- shapes and MACs without running the network ---------------------------------------------------------

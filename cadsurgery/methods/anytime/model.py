@@ -27,10 +27,9 @@ from cadsurgery.methods.anytime.program import AnytimeProgram
 from cadsurgery.methods.anytime.report import AnytimeMacs, AnytimePlan, ExitMacs, ExitPlan
 from cadsurgery.methods.converted import GraphModel, Stored, register
 from cadsurgery.methods.positions import Sites
-from cadsurgery.methods.program import CallWork, work_of
+from cadsurgery.methods.program import CallWork
 from cadsurgery.network.adaptify import copy_network
 from cadsurgery.network.adaptive_part import Example, traceable_part
-from cadsurgery.network.macs import meta_copy
 from cadsurgery.network.signature import Forward
 from cadsurgery.network.storage import check_width
 from cadsurgery.support.errors import CannotConvert, InvalidInput, check_name
@@ -117,16 +116,6 @@ def anytime(
     heads, graph, logits = _add_heads(facts, outlet, chosen, head, number, hidden)
     weight = next(whole.parameters())
     whole.add_module(HEADS, heads.to(weight.device, weight.dtype).train(whole.training))
-    signature = signature_of(whole)
-    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
-    program = AnytimeProgram(graph=graph, signature=signature, spatial={})
-    work = work_of(program.steps, meta_copy(whole), {**defaults, **facts.arguments})
-    spatial, apart = _find_spatial(facts, logits, work)
-    if fill in _WIDTHS:
-        for node in graph.nodes:
-            if spatial.get(node.name, WHOLE).kind == "conv":
-                module: Any = whole.get_submodule(str(node.target))
-                module.register_parameter(WIDTH_NAME, nn.Parameter(module.weight.new_tensor(_WIDTHS[fill])))
     options = {
         "exits": [exit.name for exit in chosen],
         "head": head,
@@ -134,8 +123,16 @@ def anytime(
         "hidden": hidden,
         "fill": fill,
     }
-    program = replace(program, spatial=spatial)
+    program = AnytimeProgram(graph=graph, signature=signature_of(whole), spatial={})
     net = AnytimeModel(whole, program, options, confidence=confidence, threshold=threshold)
+    work = net.work({**net.defaults, **facts.arguments})
+    spatial, apart = _find_spatial(facts, logits, work)
+    if fill in _WIDTHS:
+        for node in graph.nodes:
+            if spatial.get(node.name, WHOLE).kind == "conv":
+                module: Any = net.get_submodule(str(node.target))
+                module.register_parameter(WIDTH_NAME, nn.Parameter(module.weight.new_tensor(_WIDTHS[fill])))
+    net.program = replace(program, spatial=spatial)
     net.plan, net.source = _make_plan(net, chosen, work, apart, facts.example), source_of(model)
     return net
 

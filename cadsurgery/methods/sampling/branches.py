@@ -99,9 +99,9 @@ def _named(name: str, spatial: Spatial, branches: Iterable[Branch]) -> list[Bran
     why = "it is neither a convolution nor a module with residual branches."
     source = _maps(nodes[0], facts) if len(nodes) == 1 else []
     if source and facts.layout(source[0]) == CHANNELS_FIRST:
-        places, apart, _ = _layers(nodes, source[0], spatial)
-        if places:
-            return [Branch(name, source[0], (places[0]._replace(tail=_tail(nodes[0], None, spatial)),))]
+        layers, apart, _ = _layers(nodes, source[0], spatial)
+        if layers:
+            return [Branch(name, source[0], (layers[0]._replace(tail=_tail(nodes[0], None, spatial)),))]
         why = apart[0][1] if apart else why
     raise InvalidInput(
         f"{name} cannot be sampled.",

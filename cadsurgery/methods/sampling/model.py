@@ -113,8 +113,7 @@ def _add_gates(facts: Facts, branches: Sequence[Branch], permutes: frozenset[str
 
 
 def _make_plan(net: SampledModel, branches: Sequence[Branch], facts: Facts, path: str) -> SamplingPlan:
-    defaults = {name: parameter.default for name, parameter in net.program.signature.parameters.items()}
-    macs = net._count({**defaults, **facts.arguments}, dict.fromkeys(range(len(net.gates)), 1.0))
+    macs = net._count({**net.defaults, **facts.arguments}, dict.fromkeys(range(len(net.gates)), 1.0))
     rows, planned, nodes = iter(macs), [], {node.name: node for node in facts.graph.nodes}
     for branch in branches:
         gates = []
