@@ -39,18 +39,19 @@ class StepValue(NamedTuple):
 
 @dataclass(eq=False)
 class AnytimeRun(StepwiseCall):
-    """The state of one call.
+    """The state of one call of an `AnytimeModel`.
 
     Attributes:
-        program: the network's program.
+        net: the network.
         work: shapes and MACs of the call; empty in training, where whole maps are computed and filled.
         macs: for each segment that ran, its multiply-accumulates and the reference code's count.
     """
 
-    program: AnytimeProgram
+    net: Any
     work: CallWork
 
     def __post_init__(self) -> None:
+        self.program: AnytimeProgram = self.net.program
         self.env: dict[str, StepValue] = {}
         self._computed: dict[str, Places] = {}  # positions at which convolutions are computed
         self.macs: list[int] = []

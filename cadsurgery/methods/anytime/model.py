@@ -138,15 +138,15 @@ def anytime(
 
 
 def _count_classes(facts: Facts, outlet: Outlet, asked: int | None) -> int:
-    if outlet.logits is None:
+    if outlet.final is None:
         if asked is None:
             raise InvalidInput(
-                f"{type(facts.model).__name__} returns {len(outlet.maps)} maps, and no class scores.",
+                f"{type(facts.model).__name__} returns {len(outlet.ends)} maps, and no class scores.",
                 why="how many classes its heads are to predict is not known.",
                 next="say classes=N.",
             )
         return asked
-    own = facts.shapes[outlet.logits][1]
+    own = facts.shapes[outlet.ends[0]][1]
     if asked is not None and asked != own:
         raise InvalidInput(
             f"classes={asked}, but the network itself predicts {own}.",
@@ -160,23 +160,21 @@ def _add_heads(
     facts: Facts, outlet: Outlet, exits: list[Exit], kind: HeadKind, classes: int, hidden: int | None
 ) -> tuple[nn.ModuleList, fx.Graph, list[fx.Node]]:
     graph, heads, logits = facts.graph, nn.ModuleList(), []
-    order = {node: place for place, node in enumerate(graph.nodes)}
     places: list[tuple[HeadKind, int, tuple[fx.Node, ...]]] = [
         (kind, min(len(exits) - number, MOST_STEPS), exit.branches) for number, exit in enumerate(exits)
     ]
-    if outlet.logits is None:
-        places.append(("plain", 0, by_resolution(outlet.maps, facts)))
+    if outlet.final is None:
+        places.append(("plain", 0, by_resolution(outlet.ends, facts)))
     for number, (head_kind, steps, branches) in enumerate(places):
         channels = sum(facts.shapes[node][1] for node in branches)
         inside = hidden or (channels if head_kind == "plain" else _HIDDEN)
         layers = make_head(head_kind, channels, inside, classes, steps)
         heads.append(layers)
-        with graph.inserting_before(max(branches, key=order.__getitem__).next):
+        with graph.inserting_before(max(branches).next):
             logits.append(connect(graph, f"{HEADS}.{number}", layers, list(branches)))
     output = graph.output_node()
-    if outlet.logits is not None:
-        logits.append(outlet.logits)
-    output.args = ((*logits, outlet.final if outlet.final is not None else logits[-1]),)
+    logits += outlet.ends if outlet.final is not None else ()
+    output.args = ((*logits, outlet.final or logits[-1]),)
     return heads, graph, logits
 
 
@@ -473,7 +471,7 @@ class AnytimeModel(GraphModel):
         arguments = self.bind(args, kwargs)
         training = self.training if is_training is None else is_training
         work = CallWork({}, {}, {}, ()) if training else self.work(arguments)
-        return AnytimeRun(self, arguments, self.program, work)
+        return AnytimeRun(self, arguments, work)
 
     @property
     def grid(self) -> int:

@@ -172,7 +172,7 @@ class SampledModel(GraphModel):
     step: int
     decay: float
     score_override: Callable[[int, Tensor], Tensor] | None
-    _is_dense = False
+    is_dense = False
     _last: SampledRun | None = None
 
     def __init__(self, model: nn.Module, program: Any, options: dict[str, Any], **settings: Any) -> None:
@@ -222,9 +222,9 @@ class SampledModel(GraphModel):
             InvalidInput: the first argument is not an image batch.
         """
         arguments = self.bind(args, kwargs)
-        run = SampledRun(self, arguments, self.program, self.gates, self._decide, self._is_dense)
+        run = SampledRun(self, arguments)
         output = run()
-        if self._is_dense:
+        if self.is_dense:
             return output
         if self.training:
             self.step += 1
@@ -234,7 +234,7 @@ class SampledModel(GraphModel):
         self._last = run
         return output
 
-    def _decide(self, number: int, score: Tensor) -> tuple[Tensor, Tensor]:
+    def decide(self, number: int, score: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean probability of a gate, and the share of each position that counts as computed."""
         score = score if self.score_override is None else self.score_override(number, score)
         noise = uniform((self.seed, self.step, number), score) if self.training or self.noise else None
@@ -249,11 +249,11 @@ class SampledModel(GraphModel):
             args, kwargs: arguments of a call.
         """
         part = self.part
-        part._is_dense = True
+        part.is_dense = True
         try:
             return self(*args, **kwargs)
         finally:
-            part._is_dense = False
+            part.is_dense = False
 
     # -- of the last call --------------------------------------------------------------------------
 

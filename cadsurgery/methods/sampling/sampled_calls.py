@@ -8,7 +8,7 @@ is computed, and each position is weighted by its share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,23 +53,20 @@ class Rows(NamedTuple):
 
 @dataclass(eq=False)
 class SampledRun(StepwiseCall):
-    """The values of one call.
+    """The values of one call of a `SampledModel`.
 
     Attributes:
-        program: the network's program.
-        gates: its gates.
-        decide: returns the mean probability of a gate, and its shares (B, h, w), by its number and score (B, h, w).
-        is_dense: True to compute everything without evaluating the gates.
+        net: the network.
         shares: share (B, h, w) of each gate.
         open: mean probability of each gate.
     """
 
-    program: SampledProgram
-    gates: Sequence[Gate]
-    decide: Callable[[int, Tensor], tuple[Tensor, Tensor]]
-    is_dense: bool = False
+    net: Any
 
     def __post_init__(self) -> None:
+        self.program: SampledProgram = self.net.program
+        self.gates: Sequence[Gate] = self.net.gates
+        self.is_dense: bool = self.net.is_dense
         self.env: dict[str, Any] = {}
         self.shares: dict[int, Tensor] = {}
         self.open: dict[int, Tensor] = {}
@@ -93,7 +90,7 @@ class SampledRun(StepwiseCall):
         gates = [self.gates[number] for number in numbers]
         strides = [self.program.gates[number].stride for number in numbers]
         for number, score in zip(numbers, scores(x, gates, strides), strict=True):
-            self.open[number], self.shares[number] = self.decide(number, score)
+            self.open[number], self.shares[number] = self.net.decide(number, score)
             if not self.net.training and self._is_settled(number):
                 self._choose(number, self.shares[number] > 0)
 
