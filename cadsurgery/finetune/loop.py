@@ -298,15 +298,14 @@ class _Training:
                 f"{self.folder} holds a run already.",
                 next="choose another output folder, remove this one, or resume.",
             )
-        if is_there:
-            check_same_run(read_checkpoint(path).identity, identity, self.folder, _EXACTLY)
-        else:
+        if not is_there:
             before = self._measure(self.net)
             if self.main:
                 weights = {f"weights.{name}": value for name, value in _tensors(self.net).items()}
                 Checkpoint(0, identity, weights, before=before).write(path)
         self.accelerator.wait_for_everyone()
         start = read_checkpoint(path)
+        check_same_run(start.identity, identity, self.folder, _EXACTLY)
         restore(start.part("weights"), _tensors(self.net), path)
         return replace(start, tensors={})
 

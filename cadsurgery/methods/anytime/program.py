@@ -41,7 +41,8 @@ class AnytimeProgram(StepProgram):
         graph = self.graph
         output: Any = graph.output_node().args[0]
         *logits, final = output
-        behind = _between(graph, logits[-1], final)
+        between = downstream(graph.nodes, lambda node: node is logits[-1]) & upstream(final) - {logits[-1]}
+        behind = [node for node in graph.nodes if node in between]
         sizes = [
             source
             for node in behind
@@ -63,9 +64,3 @@ class AnytimeProgram(StepProgram):
             tail=tuple(steps_of(behind).values()),
             final=final.name,
         )
-
-
-def _between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> list[fx.Node]:
-    """Return the nodes on paths from `first` to `last`, without `first`, in order."""
-    between = downstream(graph.nodes, lambda node: node is first) & upstream(last) - {first}
-    return [node for node in graph.nodes if node in between]

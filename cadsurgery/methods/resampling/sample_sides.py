@@ -140,15 +140,6 @@ _SETTINGS: dict[str, Reader] = {
     **{"targets": read_whole, "ignore": int, "share": float, "mode": str},
 }
 KIND: MethodSides = MethodSides(
-    *(
-        ResampledModel.method,
-        ResampledModel,
-        "whose input is sampled",
-        convert,
-        compare,
-        time,
-        run,
-        _SETTINGS,
-    ),
+    *(ResampledModel, "whose input is sampled", convert, compare, time, run, _SETTINGS),
     renamed={"sample_size": "size", "sample_grid": "grid"},
 )

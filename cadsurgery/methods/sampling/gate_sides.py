@@ -168,6 +168,4 @@ def run(net: SampledModel, batch: Tensor, milliseconds: float) -> tuple[Any, dic
 
 
 _SETTINGS: dict[str, Reader] = {"where": read_names, "grid": int, "temperature": float, "noise": read_switch}
-KIND: MethodSides = MethodSides(
-    SampledModel.method, SampledModel, "with gates", convert, compare, time, run, _SETTINGS
-)
+KIND: MethodSides = MethodSides(SampledModel, "with gates", convert, compare, time, run, _SETTINGS)

@@ -265,9 +265,7 @@ class SampledModel(GraphModel):
             InvalidInput: the network has not been called.
         """
         run = self._called()
-        return {
-            gated.path: run.shares[number].detach() for number, gated in enumerate(self.part.program.gates)
-        }
+        return {gated.path: run.shares[number].detach() for number, gated in enumerate(self.program.gates)}
 
     @property
     def densities(self) -> dict[str, float]:
@@ -335,11 +333,6 @@ class SampledModel(GraphModel):
         net = self.inference_copy(fused, program)
         net.step = self.step
         return net
-
-    @property
-    def is_optimized(self) -> bool:
-        """True if this network is an inference copy."""
-        return self.part.program.is_fused
 
 
 class HostedSampled(Host, SampledModel):
