@@ -339,16 +339,12 @@ class AnytimeModel(GraphModel):
         """
         value, count = self.threshold if threshold is None else threshold, len(self.program.logits) - 1
         limits = tuple(value) if isinstance(value, Sequence) else (value,) * count
-        if any(isinstance(limit, Real) and limit < 0 for limit in limits):
-            raise InvalidInput(
-                f"threshold={value!r:.60} is negative.",
-                why="probabilities and entropies are not.",
-                next=f"give a number from 0 on; {self.everything:g} computes everything.",
-            )
-        if len(limits) != count or not all(isinstance(limit, Real) and limit == limit for limit in limits):
+        if len(limits) != count or not all(isinstance(limit, Real) and limit >= 0 for limit in limits):
             raise InvalidInput(
                 f"threshold={value!r:.60} of a network with {count} exits before the last.",
-                next=f"give one number, or {count}: one of each of these exits.",
+                why="it is compared with probabilities, or entropies, which are not negative.",
+                next=f"give one number from 0 on, or {count}: one of each of these exits; {self.everything:g} computes "
+                "everything.",
             )
         return tuple(map(float, limits))
 
