@@ -101,9 +101,14 @@ class Maps:
         whole = self.whole(size, stride)
         return whole if places is None else whole.pyramid.lattice(0, size, places.part)
 
-    def reading(self, size: Size, source: Places | None, window: Window, target: Places) -> WindowRead:
-        """Return the taps of a convolution for the `target` positions of its output, on (some positions of) a map."""
+    def reading(
+        self, size: Size, source: Places | None, window: Window, target: Places
+    ) -> WindowRead | Reading:
+        """Return the taps of a convolution for the `target` positions of its output, on (some positions of) a map; for
+        a product the rows."""
         window = window.fit(size)
+        if window.is_pointwise and size == target.size:
+            return (source or self.everywhere(size)).reading_of(target)
         before = self.lattice(size, source, window.stride)
         stage, fine = (0, target.size) if window.stride == 1 else (1, window.output_size(size))
         return WindowRead(before, before.pyramid.lattice(stage, fine, target.part), window)

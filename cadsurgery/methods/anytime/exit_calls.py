@@ -16,10 +16,9 @@ from torch import Tensor
 
 from cadsurgery.elements.axes import as_column, as_map, as_rows
 from cadsurgery.elements.backends.choose import compute
-from cadsurgery.elements.backends.works import Convolution, WindowRead
+from cadsurgery.elements.backends.works import Convolution
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import fill_gaps, gaussian_fill
-from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.following.hooks import child
 from cadsurgery.methods.anytime.heads import resize_like
 from cadsurgery.methods.anytime.program import AnytimeProgram
@@ -187,14 +186,12 @@ class AnytimeRun(StepwiseCall):
         every = needed if needed is None else sites.union(computed, needed)
         module: Any = child(self.net, step.target)
         weights, (before, places) = weights_of(module), self.env[step.reads[0]]
-        reads: WindowRead | Reading
-        if window.is_pointwise and source_size == size and weights.groups == 1:
-            rows = as_rows(before) if places is None else before  # a product, on the stored rows
-            reads = (places or sites.everywhere(size)).reading_of(computed)
-        else:
-            source = None if places is None else sites.read_by_window(computed, window, source_size)
-            rows = as_rows(before) if source is None else _select_rows(before, places, source)
-            reads = sites.reading(source_size, source, window, computed)
+        is_product = window.is_pointwise and source_size == size and weights.groups == 1
+        source = places  # a product is on the stored rows
+        if places is not None and not is_product:
+            source = sites.read_by_window(computed, window, source_size)
+        rows = as_rows(before) if source is None else _select_rows(before, places, source)
+        reads = sites.reading(source_size, source, window, computed)
         residual = None if len(step.reads) < 2 else self._at(step.reads[1], every)
         if every is computed:
             return StepValue(compute(Convolution(rows, weights, reads, residual=residual)), every)

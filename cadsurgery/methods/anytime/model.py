@@ -343,8 +343,8 @@ class AnytimeModel(GraphModel):
             raise InvalidInput(
                 f"threshold={value!r:.60} of a network with {count} exits before the last.",
                 why="it is compared with probabilities, or entropies, which are not negative.",
-                next=f"give one number from 0 on, or {count}: one of each of these exits; {self.everything:g} computes "
-                "everything.",
+                next=f"give one number, or {count}: one of each of these exits, from 0 on; {self.everything:g} "
+                "computes everything.",
             )
         return tuple(map(float, limits))
 

@@ -21,7 +21,6 @@ from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.backends.works import Convolution
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import fill_gaps, gaussian_fill
-from cadsurgery.elements.kernel_map import read_rows
 from cadsurgery.following.hooks import child
 from cadsurgery.methods.positions import Maps, Places
 from cadsurgery.methods.program import ProgramStep, StepwiseCall, weights_of
@@ -130,12 +129,7 @@ class SampledRun(StepwiseCall):
     def _convolve(self, step: ProgramStep, number: int) -> Rows:
         gated, places = self.program.gates[number], self.places[number]
         x = by_position(self._dense(step.reads[0]), gated.is_linear)
-        size = (x.shape[1], x.shape[2])
-        window = gated.window.fit(size)
-        if window.is_pointwise and size == places.size:
-            reads: Any = read_rows(places.pixels.int().unsqueeze(1))
-        else:
-            reads = self.maps[len(x)].reading(size, None, window, places)
+        reads = self.maps[len(x)].reading((x.shape[1], x.shape[2]), None, gated.window, places)
         weights = weights_of(child(self.net, step.target))
         return Rows(compute(Convolution(x.flatten(0, 2), weights, reads)), number, gated.is_linear)
 
