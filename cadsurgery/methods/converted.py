@@ -24,7 +24,7 @@ from cadsurgery.following.arguments import image_of
 from cadsurgery.following.graphs import parts_read
 from cadsurgery.following.hooks import copying, freeze_computed_weights
 from cadsurgery.masks.masking import check_image
-from cadsurgery.methods.program import CallWork, StepProgram, work_of
+from cadsurgery.methods.program import CallWork, work_of
 from cadsurgery.methods.report import MethodMacs, MethodPlan
 from cadsurgery.network.fuse import KERNELS, fuse, split_norms
 from cadsurgery.network.macs import meta_copy
@@ -40,7 +40,6 @@ from cadsurgery.network.storage import (
     check_types,
     checksum,
 )
-from cadsurgery.network.unconvertible import check_network
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.files import as_file_error
 from cadsurgery.support.plain import check_fields
@@ -170,24 +169,32 @@ class ConvertedModel(Derived):
         if model is None:
             of_model = {name: value for name, value in tensors.items() if not cls.is_own(name)}
             model = build_stated(path, stored.source, of_model)
-        with as_file_error(f"{path} does not fit this model.", OTHER_MODEL):
-            net = cls._convert_again(check_network(model), stored)
-        check_plan(path, net.plan, stored.plan)
+        net = cls._convert_again(path, model, stored)
         fill(path, net, tensors)
         return net
 
     # -- common to all methods ---------------------------------------------------------------------
 
     @classmethod
-    def _convert_again(cls, model: nn.Module, stored: Stored, **given: Any) -> Self:
-        """Convert `model` with the options of a file; those that `convert` does not take are set afterwards."""
+    def _convert_again(cls, path: str | Path, model: nn.Module, stored: Stored, **given: Any) -> Self:
+        """Convert `model` with the options of a file; those that `convert` does not take are set afterwards.
+
+        Raises:
+            FileError: it cannot be converted, or its plan is not that in the file.
+        """
         parameters = inspect.signature(cls.convert).parameters
         given |= {name: value for name, value in stored.options.items() if name in parameters}
         dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
         example = torch.zeros(stored.plan.example_shape, dtype=dtype)
-        net: Self = cls.convert(model, **given, example_input=example).eval()
-        for name in stored.options.keys() - parameters.keys():
-            setattr(net, name, stored.options[name])
+        with as_file_error(f"{path} does not fit this model.", OTHER_MODEL):
+            net: Self = cls.convert(model, **given, example_input=example).eval()
+            for name in stored.options.keys() - parameters.keys():
+                setattr(net, name, stored.options[name])
+        if net.plan != stored.plan:
+            raise FileError(
+                f"{path} holds another plan than this model gives.",
+                next="pass the model it was made from, or make it again.",
+            )
         return net
 
     @property
@@ -282,15 +289,6 @@ def unpack(
     if net.source is not None:
         net.source = replace(net.source, license=fields.get("license", ""))
     return net
-
-
-def check_plan(path: str | Path, plan: Any, stored: Any) -> None:
-    """Check that the plan of a converted model equals the plan in the file."""
-    if plan != stored:
-        raise FileError(
-            f"{path} holds another plan than this model gives.",
-            next="pass the model it was made from, or make it again.",
-        )
 
 
 def fill(path: str | Path, network: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -412,8 +410,9 @@ class GraphModel(ConvertedModel):
                 origins[node.name] = kernel.origin
         return fused
 
-    def inference_copy(self, fused: Fused, program: StepProgram) -> Self:
-        """Create a network of the same class that runs `program` on the modules of `fused`."""
+    def inference_copy(self, fused: Fused, **changes: Any) -> Self:
+        """Create a network of the same class that runs a fused graph, by its program with these changes."""
+        program = replace(self.program, graph=fused.graph, is_fused=True, **changes)
         net = type(self)(fused.module, program, self.options, **self.settings)
         net.plan, net.source = self.plan, self.source
         return net.eval()

@@ -451,8 +451,7 @@ class AnytimeModel(GraphModel):
             if kernel is not None:
                 width = getattr(child(self, paths[origin]), WIDTH_NAME, None) if kind.kind == "conv" else None
                 kernel.register_buffer(WIDTH_NAME, None if width is None else width.detach().clone())
-        program = replace(self.program, graph=fused.graph, spatial=spatial, is_fused=True)
-        return self.inference_copy(fused, program)
+        return self.inference_copy(fused, spatial=spatial)
 
     @property
     def heads(self) -> nn.ModuleList:

@@ -423,9 +423,7 @@ class ResampledModel(ConvertedModel):
         if sampler not in SAMPLERS:
             mask_tensors = {name.removeprefix("mask."): value for name, value in own.items()}
             sampler = storage.stored_mask(path, fields["sampler"], mask_tensors, stored.trust)
-        with as_file_error(f"{path} does not fit this model.", storage.OTHER_MODEL):
-            net = cls._convert_again(network, stored, sampler=sampler)
-        converted.check_plan(path, net.plan, stored.plan)
+        net = cls._convert_again(path, network, stored, sampler=sampler)
         net.plan = stored.plan  # its MACs were counted with the stored mask's parameters
         converted.fill(path, net.sampler, own)
         if inside == "network":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, ClassVar
@@ -329,8 +328,7 @@ class SampledModel(GraphModel):
     def optimize(self) -> SampledModel:
         """Return an inference copy: batch norm folded, residuals and activations fused, weights packed."""
         fused = self.fused(GATES)
-        program = replace(self.program, graph=fused.graph, origins=fused.origins, is_fused=True)
-        net = self.inference_copy(fused, program)
+        net = self.inference_copy(fused, origins=fused.origins)
         net.step = self.step
         return net
 
