@@ -174,24 +174,21 @@ class CallWork(NamedTuple):
     Attributes:
         macs: multiply-accumulates of each step if everything is computed.
         shapes: shapes of the values that are tensors, by step.
+        sizes: height and width of the values that are maps, by step.
         numbers: values that are sizes, by step.
         not_counted: operations missing in `macs`, because no counting rule is known.
     """
 
     macs: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
+    sizes: dict[str, tuple[int, int]]
     numbers: dict[str, Any]
-    not_counted: tuple[str, ...]
-
-    def size(self, name: str) -> tuple[int, int] | None:
-        """Return height and width of a value; None if it is not a map."""
-        shape = self.shapes.get(name, ())
-        return (shape[2], shape[3]) if len(shape) == 4 else None
+    not_counted: tuple[str, ...] = ()
 
 
 def work_of(steps: Iterable[ProgramStep], meta_copy: nn.Module, arguments: Mapping[str, Any]) -> CallWork:
     """Compute the work of a call on `meta_copy`, a copy of the network on the meta device."""
-    work, env = CallWork({}, {}, {}, ()), dict[str, Any]()
+    work, env = CallWork({}, {}, {}, {}), dict[str, Any]()
     call = StepwiseCall(meta_copy, tree_map(to_meta, arguments))
     with torch.no_grad(), MacCounter() as counter:
         for step in steps:
@@ -200,6 +197,8 @@ def work_of(steps: Iterable[ProgramStep], meta_copy: nn.Module, arguments: Mappi
             work.macs[step.name] = counter.macs - before
             if isinstance(value, Tensor):
                 work.shapes[step.name] = tuple(value.shape)
+                if value.dim() == 4:
+                    work.sizes[step.name] = (value.shape[2], value.shape[3])
             elif _is_number(value):
                 work.numbers[step.name] = value
             for name in step.frees:

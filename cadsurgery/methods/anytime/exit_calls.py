@@ -109,12 +109,12 @@ class AnytimeRun(StepwiseCall):
             if name in work.numbers:
                 return
             needed = needs.get(name, places)
-            if places is None or needed is None or work.size(name) is None:
+            if places is None or needed is None or name not in work.sizes:
                 needs[name] = None
             else:
                 needs[name] = sites.union(needed, places)
 
-        logits = [(place, name, _size(work, name)) for place, name in enumerate(self.program.logits)]
+        logits = [(place, name, work.sizes[name]) for place, name in enumerate(self.program.logits)]
         grid = logits[0][2]
         for place, name, size in logits:
             grid = finest(size, grid)
@@ -126,23 +126,23 @@ class AnytimeRun(StepwiseCall):
             places, kind, window = needs[step.name], *step.spatial
             if kind == "conv" and window is not None:
                 source, *residual = step.reads
-                computed = self._computed[step.name] = sites.computed(_size(work, step.name), places)
-                add(source, sites.read_by_window(computed, window, _size(work, source)))
+                computed = self._computed[step.name] = sites.computed(work.sizes[step.name], places)
+                add(source, sites.read_by_window(computed, window, work.sizes[source]))
                 for name in residual:
                     add(name, None if places is None else sites.union(computed, places))
                 continue
-            map_name = next((name for name in step.reads if work.size(name) is not None), "")
+            map_name = next((name for name in step.reads if name in work.sizes), "")
             for name in step.reads:
                 if kind == "whole" or places is None:
                     add(name, None)
                 elif kind == "point":
-                    add(name, places if work.size(name) == places.size else None)
+                    add(name, places if work.sizes.get(name) == places.size else None)
                 elif name != map_name:
                     add(name, None)
                 elif window is not None:
-                    add(name, sites.read_by_window(places, window, _size(work, name)))
+                    add(name, sites.read_by_window(places, window, work.sizes[name]))
                 else:
-                    add(name, sites.read_by_resize(places, _size(work, name)))
+                    add(name, sites.read_by_resize(places, work.sizes[name]))
         return needs
 
     def _macs(self, step: ProgramStep, is_whole: bool) -> int:
@@ -169,7 +169,7 @@ class AnytimeRun(StepwiseCall):
             value = self.compute(step, lambda name: self._column(name, places))
             return StepValue(as_rows(value), places)
         if step.target is resize_like:
-            return StepValue(resize(self._dense(step.reads[0]), _size(self.work, step.name)))
+            return StepValue(resize(self._dense(step.reads[0]), self.work.sizes[step.name]))
         return StepValue(self.compute(step, self._dense))
 
     def _fill_whole(self, step: ProgramStep, y: Tensor, sites: Sites) -> Tensor:
@@ -181,7 +181,7 @@ class AnytimeRun(StepwiseCall):
     def _convolve(self, step: ProgramStep, sites: Sites, needed: Places | None) -> StepValue:
         """Compute a convolution at the undecided positions and fill the other needed positions."""
         assert step.spatial.window is not None
-        size, source_size = _size(self.work, step.name), _size(self.work, step.reads[0])
+        size, source_size = self.work.sizes[step.name], self.work.sizes[step.reads[0]]
         computed, window = self._computed[step.name], step.spatial.window
         every = needed if needed is None else sites.union(computed, needed)
         module: Any = child(self.net, step.target)
@@ -239,12 +239,6 @@ def finest(one: tuple[int, ...], other: tuple[int, ...]) -> Size:
     """Return the size with more positions; the first one if they have the same number."""
     height, width = other if other[0] * other[1] > one[0] * one[1] else one
     return height, width
-
-
-def _size(work: CallWork, name: str) -> Size:
-    size = work.size(name)
-    assert size is not None
-    return size
 
 
 def _select_rows(rows: Tensor, available: Places | None, places: Places) -> Tensor:

@@ -192,13 +192,13 @@ def _find_spatial(
     kinds, apart = dict[str, SpatialKind](), list[tuple[str, str]]()
     behind = upstream(*logits) - upstream(logits[0])
     for node in facts.graph.nodes:
-        size = work.size(node.name)
+        size = work.sizes.get(node.name)
         if node not in behind or size is None:
             continue
         kind = seen.kind(node)
         # A map of another size can be read at chosen positions only if it has one value per image.
-        read = [other for source in node.all_input_nodes if (other := work.size(source.name)) is not None]
-        if kind.kind != "point" or (size in read and {*read} <= {size, (1, 1)}):
+        read = {work.sizes[source.name] for source in node.all_input_nodes if source.name in work.sizes}
+        if kind.kind != "point" or (size in read and read <= {size, (1, 1)}):
             kinds[node.name] = kind
         if node.op == "call_module" and isinstance(facts.module(node), nn.Conv2d) and kind.kind != "conv":
             why = (
@@ -465,7 +465,7 @@ class AnytimeModel(GraphModel):
     def _start(self, args: Any, kwargs: Any, is_training: bool | None = None) -> AnytimeRun:
         arguments = self.bind(args, kwargs)
         training = self.training if is_training is None else is_training
-        work = CallWork({}, {}, {}, ()) if training else self.work(arguments)
+        work = CallWork({}, {}, {}, {}) if training else self.work(arguments)
         return AnytimeRun(self, arguments, work)
 
     @property

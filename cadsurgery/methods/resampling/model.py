@@ -47,6 +47,7 @@ from cadsurgery.network import storage
 from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.macs import count_network
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.program import Derived
 from cadsurgery.network.signature import Forward
 from cadsurgery.support.divergence import resize
 from cadsurgery.support.errors import CadError, CannotConvert, FileError, InvalidInput, check_name, first_line
@@ -102,7 +103,8 @@ def resample(
     check_name("mode", mode, get_args(Mode))
     chosen = tuple(targets) if targets is not None else None
     options = SamplerOptions(grid, smoothness, chosen, ignore, share)
-    network = _copy(model)
+    ResampledModel.refuse_again(model)
+    network = copy.deepcopy(model) if isinstance(model, Derived) else copy_network(model)
     image = _example(network, (height, width)) if example_input is None else example_input
     check_image(image, "example_input")
     unit = network.normalisation if isinstance(network, AdaptiveModel) else None
@@ -115,12 +117,6 @@ def resample(
     net.source = source_of(model)
     net.plan = _make_plan(net, image)
     return net
-
-
-def _copy(model: object) -> nn.Module:
-    ResampledModel.refuse_again(model)
-    is_made = isinstance(model, (AdaptiveModel, ConvertedModel))
-    return copy.deepcopy(model) if is_made and isinstance(model, nn.Module) else copy_network(model)
 
 
 def _example(network: nn.Module, size: tuple[int, int]) -> Tensor:
