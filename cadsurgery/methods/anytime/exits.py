@@ -56,7 +56,12 @@ def find_outlet(facts: Facts) -> Outlet:
     returned: Any = next(node for node in facts.graph.nodes if node.op == "output").args[0]
     value = returned.get("out", returned) if isinstance(returned, Mapping) else returned
     if isinstance(value, fx.Node) and facts.is_map(value):
-        return Outlet((_before_resizing(value, facts),), value)
+        scores = value
+        while (
+            rule_of(scores, facts) is resizing and (read := scores.all_input_nodes) and facts.is_map(read[0])
+        ):
+            scores = read[0]
+        return Outlet((scores,), value)
     parts = list(value.values()) if isinstance(value, Mapping) else value
     several = parts if isinstance(parts, (list, tuple)) else ()
     if several and all(isinstance(part, fx.Node) and facts.is_map(part) for part in several):
@@ -66,13 +71,6 @@ def find_outlet(facts: Facts) -> Outlet:
         why="an exit predicts a class for each position; this network gives one answer for each image.",
         next="pass a segmentation network, or a backbone that returns its maps, with classes=.",
     )
-
-
-def _before_resizing(node: fx.Node, facts: Facts) -> fx.Node:
-    """Return the node of the class scores before they are resized to the image."""
-    while rule_of(node, facts) is resizing and node.all_input_nodes and facts.is_map(node.all_input_nodes[0]):
-        node = node.all_input_nodes[0]
-    return node
 
 
 def find_exits(facts: Facts, outlet: Outlet, asked: str | Sequence[str]) -> list[Exit]:

@@ -312,11 +312,11 @@ class AnytimeModel(GraphModel):
         run = self._start(
             args, kwargs
         )  # here, since a generator would check the arguments only when it starts
-        return (run.prediction(logits) for logits in self._logits(run, threshold))
+        return map(run.prediction, self._logits(run, self.thresholds(threshold)))
 
     def logits(self, *args: Any, threshold: Threshold | None = None, **kwargs: Any) -> tuple[Tensor, ...]:
         """Return the aggregated class scores of all exits, before the network resizes them."""
-        return tuple(self._logits(self._start(args, kwargs), threshold))
+        return tuple(self._logits(self._start(args, kwargs), self.thresholds(threshold)))
 
     @property
     def threshold(self) -> float | tuple[float, ...]:
@@ -384,7 +384,7 @@ class AnytimeModel(GraphModel):
         with torch.no_grad(), evaluating(self):
             run = self._start(args, kwargs)
             if not image_of(run.arguments).is_meta:
-                for _ in self._logits(run, threshold):
+                for _ in self._logits(run, self.thresholds(threshold)):
                     pass
         return self._counted(run)
 
@@ -397,7 +397,7 @@ class AnytimeModel(GraphModel):
             args, threshold, kwargs: as in a call.
         """
         run = self._start(args, kwargs)
-        predictions = tuple(run.prediction(logits) for logits in self._logits(run, threshold))
+        predictions = tuple(map(run.prediction, self._logits(run, self.thresholds(threshold))))
         return predictions, self._counted(run)
 
     def until(
@@ -416,7 +416,7 @@ class AnytimeModel(GraphModel):
         run = self._start(args, kwargs, is_training=False)
         work = self._dense_macs(run.work)
         logits, number = None, 0
-        for scores in self._logits(run, threshold):
+        for scores in self._logits(run, self.thresholds(threshold)):
             logits, number = scores, number + 1
             passed = 1e3 * (time.perf_counter() - began)
             if number == len(work) or passed * work[number] / work[number - 1] > milliseconds:
@@ -473,11 +473,7 @@ class AnytimeModel(GraphModel):
         """Distance between positions that are computed in any case; 0 for none."""
         return _GRID if self.options["fill"] == "interpolated" else 0
 
-    def _logits(self, run: AnytimeRun, threshold: Threshold | None) -> Iterator[Tensor]:
-        # Not in the generator, which would check the threshold only when it is started.
-        return self._aggregate(run, self.thresholds(threshold))
-
-    def _aggregate(self, run: AnytimeRun, thresholds: tuple[float, ...]) -> Iterator[Tensor]:
+    def _logits(self, run: AnytimeRun, thresholds: tuple[float, ...]) -> Iterator[Tensor]:
         sites: Sites | None = None
         logits: Tensor | None = None
         for number in range(len(self.program.segments)):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -73,19 +72,13 @@ def _columns(report: Any) -> Iterator[Column[Row]]:
 # -- timing --------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _forced(net: SampledModel, opened: Opened) -> Iterator[None]:
-    """Open gates at a share of their positions inside the `with` block."""
+def _opened(net: SampledModel, opened: Opened, run: Callable[[Tensor], Any], images: Tensor) -> Any:
+    """Run the network, or count, with gates open at a share of their positions."""
     net.score_override = opened
     try:
-        yield
+        return run(images)
     finally:
         net.score_override = None
-
-
-def _run_forced(net: SampledModel, opened: Opened, images: Tensor) -> object:
-    with _forced(net, opened):
-        return net(images)
 
 
 def time(net: SampledModel, images: Tensor, fractions: Sequence[float]) -> Timed:
@@ -107,9 +100,8 @@ def time(net: SampledModel, images: Tensor, fractions: Sequence[float]) -> Timed
     ]
     for share in sorted({0.0, *map(float, fractions), 1.0}):
         name, opened = {0.0: CLOSED, 1.0: OPEN}.get(share, f"{share:g} open, in areas"), Opened(share)
-        with _forced(fast, opened):
-            macs = fast.macs(images).total
-        sides.append(Side(name, partial(_run_forced, fast, opened), macs))
+        macs = _opened(fast, opened, fast.macs, images).total
+        sides.append(Side(name, partial(_opened, fast, opened, fast), macs))
     return Timed(sides, counted.not_counted, (CLOSED, OPEN))
 
 
