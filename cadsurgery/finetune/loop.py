@@ -217,12 +217,11 @@ class _Training:
     def train(self) -> Outcome:
         """Run all remaining steps, and finish the run."""
         resumed = self.state.step
-        log = open_log(self.settings.log, self.folder, resumed) if self.main else None
-        try:
+        opened: Any = contextlib.nullcontext()
+        if self.main:
+            opened = contextlib.closing(open_log(self.settings.log, self.folder, resumed))
+        with opened as log:
             self._steps(range(resumed, self.settings.steps), log)
-        finally:
-            if log is not None:
-                log.close()
         return self._finish(resumed)
 
     def _steps(self, steps: range, log: CsvLog | TensorBoardLog | None) -> None:

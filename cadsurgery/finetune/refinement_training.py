@@ -159,15 +159,11 @@ def _run_image(net: AdaptiveModel, inputs: list[Tensor], generator: torch.Genera
         values = program.before(program.bind(*inputs))
         features = values[program.halves.features]
         dtype = torch.promote_types(features.dtype, torch.float32)
-        size = [min(_SIDE, length) for length in features.shape[2:]]
-        corner = [
-            int(torch.randint(length - side + 1, (), generator=generator))
-            for length, side in zip(features.shape[2:], size, strict=True)
-        ]
-        here: tuple[Any, ...] = (
-            ...,
-            *(slice(low, low + side) for low, side in zip(corner, size, strict=True)),
-        )
+        here: tuple[Any, ...] = (...,)
+        for length in features.shape[2:]:
+            side = min(_SIDE, length)
+            low = int(torch.randint(length - side + 1, (), generator=generator))
+            here = (*here, slice(low, low + side))
         high, output = _refined_maps(program, program.uniform(0), values)
         lows = [_refined_maps(program, program.masking(resolve_mask(mask)), values)[0] for mask in masks]
     kind, channels = kind_of(output), maps_of(output)[0].shape[1]
