@@ -131,16 +131,6 @@ class Sites(Maps):
             undecided = undecided & before.at((undecided.shape[1], undecided.shape[2])).mask
         self.undecided = undecided
 
-    @cached_property
-    def is_everything(self) -> bool:
-        """True if all positions are undecided."""
-        return bool(self.undecided.all())
-
-    @cached_property
-    def is_nothing(self) -> bool:
-        """True if no position is undecided."""
-        return not bool(self.undecided.any())
-
     @remembered
     def at(self, size: Size) -> Places:
         """Return the undecided positions on maps of a size, by nearest interpolation of the logits' grid."""

@@ -59,7 +59,7 @@ class AnytimeRun(StepwiseCall):
         """Run the steps of a segment at the undecided positions; None for all positions."""
         needs: Needs | None = None
         if sites is not None and self.work.shapes:  # in training all widths get gradients
-            sites = None if sites.is_everything else sites
+            sites = None if bool(sites.undecided.all()) else sites
             needs = self._needs(number, sites) if sites is not None else None
         self.macs.append(0)
         for step in self.program.segments[number]:

@@ -479,7 +479,7 @@ class AnytimeModel(GraphModel):
         for number in range(len(self.program.segments)):
             if logits is not None and not self._is_never(thresholds[number - 1]):
                 sites = Sites(self.undecided_mask(logits, thresholds, number), sites, self.grid)
-            if sites is None or not sites.is_nothing or self.training:
+            if sites is None or bool(sites.undecided.any()) or self.training:
                 run.segment(number, sites)
                 logits = run.logits(number, sites, logits)
             assert logits is not None
