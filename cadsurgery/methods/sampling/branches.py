@@ -65,24 +65,19 @@ def find_branches(spatial: Spatial, where: str | Sequence[str] = "auto") -> list
             )
         chosen = [branch for name in names for branch in _named(name, spatial, branches)]
     nodes = {node.name: node for node in facts.graph.nodes}
-    order = {name: number for number, name in enumerate(nodes)}
     joined = dict[tuple[str, str], Branch]()
     for branch in chosen:
-        before = joined.get((branch.source.name, branch.name), replace(branch, places=()))
-        places = {place.conv: place for place in (*before.places, *branch.places)}
-        in_order = tuple(sorted(places.values(), key=lambda place: order[place.conv]))
-        joined[branch.source.name, branch.name] = replace(branch, places=in_order)
-    gated = {place.conv for branch in joined.values() for place in branch.places}
-    ended = (
-        replace(
-            candidate,
-            places=tuple(
-                place._replace(end=_end(nodes[place.tail], gated, spatial)) for place in candidate.places
-            ),
-        )
-        for candidate in joined.values()
-    )
-    return sorted(ended, key=lambda branch: order[branch.places[0].conv])
+        key = branch.source.name, branch.name
+        before = joined[key].places if key in joined else ()
+        joined[key] = replace(branch, places=(*before, *branch.places))
+    gated, ended = {place.conv for branch in joined.values() for place in branch.places}, list[Branch]()
+    for branch in joined.values():
+        places = {
+            place.conv: place._replace(end=_end(nodes[place.tail], gated, spatial)) for place in branch.places
+        }
+        in_order = sorted(places.values(), key=lambda place: nodes[place.conv])
+        ended.append(replace(branch, places=tuple(in_order)))
+    return sorted(ended, key=lambda branch: nodes[branch.places[0].conv])
 
 
 def _named(name: str, spatial: Spatial, branches: Iterable[Branch]) -> list[Branch]:
