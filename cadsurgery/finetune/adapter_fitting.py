@@ -1,9 +1,10 @@
-"""Fit refinements to images without labels: regress outputs at full resolution from those at lower resolution."""
+"""Fit adapters to images without labels: refinements regress outputs at full resolution from those at lower resolution,
+and shifts of means over the image are calibrated without training."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from cadsurgery.elements.refinement import PLACES, Refinement, places_of
 from cadsurgery.finetune.batches import inputs_of
 from cadsurgery.following.trace import evaluating
 from cadsurgery.masks import resolve_mask
+from cadsurgery.network.adapters import can_shift_means
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program, clone_values
 from cadsurgery.support.divergence import Kind, divergence, kind_of, maps_of
@@ -30,6 +32,8 @@ _MEASURING = 0.5  # largest share of the time for running the network
 _HELD_OUT = 8  # every 8th image is held out
 _BYTES = 1 << 30  # memory for kept maps
 _LEAST, _MOST = 0.05, 0.25  # range of budgets
+_ROUNDS = 2  # of means: a second round, because the first shifts change later layers
+Note = Callable[[fx.Node, Any, Mapping[fx.Node, Any]], None]  # see `GraphInterpreter`
 
 
 @dataclass(frozen=True)
@@ -196,8 +200,12 @@ def _refined_maps(
             x = to_dense(args[1], 1, guide=kwargs.get("guide")) if is_resized else args[0]
             maps.append((x, args[-2]))
 
-    run = GraphInterpreter(program, program.halves.after, note=note).run
-    return maps, run(masking, *clone_values(values))[0]
+    return maps, _run_after(program, masking, values, note)
+
+
+def _run_after(program: Program, masking: Any, values: tuple[Any, ...], note: Note) -> Any:
+    """Run the second half with a note of each node, and return the output; the first half's values are not changed."""
+    return GraphInterpreter(program, program.halves.after, note=note).run(masking, *clone_values(values))[0]
 
 
 def _fit(
@@ -291,3 +299,65 @@ def _mean_divergence(refinements: list[Refinement], seen: list[_ImageData]) -> f
         for x, places in part.low
     ]
     return sum(losses) / len(losses)
+
+
+# -- means over the image -----------------------------------------------------------------------------
+
+
+def calibrate_means(net: AdaptiveModel, images: Samples, most: int = 32) -> int:
+    """Shift values computed from means over the image, at each level, to their average at full resolution.
+
+    Features at anchors equal those of full resolution as long as only convolutions precede them; a mean over fewer
+    samples does not. Needs no gradients and no labels; shifts are added if the network has none, see
+    `AdaptiveModel.add_mean_shifts`.
+
+    Args:
+        net: an adaptive network.
+        images: as in training.
+        most: maximum number of images used, evenly spread.
+
+    Returns:
+        The number of calibrated layers; 0 if no layer reads a mean.
+
+    Raises:
+        InvalidInput: the network is not adaptive as a whole or is optimised, or there are no images.
+    """
+    whole_program(net, "has no means that could be calibrated")
+    check_data(images, "unlabelled")
+    if not can_shift_means(net.program):
+        return 0
+    net.add_mean_shifts()
+    program = net.program
+    chosen = range(0, len(images), -(-len(images) // most))
+    for _ in range(_ROUNDS):
+        sums: dict[tuple[fx.Node, int], Tensor] = {}
+        for index in chosen:
+            inputs, _ = inputs_of(net, images, index)
+            for node, level, apart in _differences(net, program, inputs):
+                sums[node, level] = sums.get((node, level), 0) + apart
+        with torch.no_grad():
+            for (node, level), total in sums.items():
+                by: Any = program.net.get_submodule(str(node.args[2].target))  # type: ignore[union-attr]
+                by.shift[level - 1] += (total / len(chosen)).to(by.shift)
+    return sum(node.target is functional.shift_vector for node in program.halves.after.nodes)
+
+
+@torch.no_grad()
+def _differences(
+    net: AdaptiveModel, program: Program, inputs: tuple[Tensor, ...]
+) -> Iterator[tuple[fx.Node, int, Tensor]]:
+    """Yield, by node and level, how far an image's vector (C,) with the current shifts is from that at level 0."""
+    with evaluating(net):
+        values = program.before(program.bind(*inputs))
+        high: dict[fx.Node, Tensor] = {}
+        for level in range(program.geometry.max_level + 1):
+            vectors: dict[fx.Node, Tensor] = {}
+
+            def note(node: fx.Node, value: Any, _: Any, vectors: dict[fx.Node, Tensor] = vectors) -> None:
+                if node.target is functional.shift_vector:
+                    vectors[node] = value
+
+            _run_after(program, program.uniform(level), values, note)
+            high = high or vectors
+            for node, vector in vectors.items() if level else ():
+                yield node, level, (high[node] - vector).double().mean(0).flatten()
