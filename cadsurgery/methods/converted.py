@@ -386,12 +386,8 @@ class GraphModel(ConvertedModel):
             self._works[key] = work_of(self.program.steps, self._on_meta[0], arguments)
         return self._works[key]
 
-    def fused(self, *kept: str) -> Fused:
-        """Prepare modules and graph for inference: fold batch norm, fuse residuals and activations, pack weights.
-
-        Args:
-            kept: children to keep although the graph does not call them.
-        """
+    def fused(self) -> Fused:
+        """Prepare modules and graph for inference: fold batch norm, fuse residuals and activations, pack weights."""
         source = copy.deepcopy(self).eval().requires_grad_(False)
         graph = self.program.graph
         used = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
@@ -402,8 +398,8 @@ class GraphModel(ConvertedModel):
         graph, kernels = fuse(graph, source)
         source.add_module(KERNELS, kernels)
         module = parts_read(source, graph)
-        for name in kept:
-            module.add_module(name, source._modules[name])
+        if self.child and self.child not in module._modules:
+            module.add_module(self.child, source._modules[self.child])
         fused = Fused(module, graph, origins)
         for node in graph.nodes:
             if (kernel := fused.kernel(node)) is not None:

@@ -313,8 +313,8 @@ class ResampledModel(ConvertedModel):
         """
         image = self._image(args, kwargs)
         with torch.no_grad(), evaluating(self):
-            args, kwargs = tree_map(lambda value: None if value is image else value, (args, kwargs))
-            if any(isinstance(value, Tensor) for value in tree_leaves((args, kwargs))):
+            leaves = tree_leaves((args, kwargs))
+            if any(isinstance(value, Tensor) and value is not image for value in leaves):
                 raise InvalidInput(
                     "macs are counted only on an image.", next="leave out the other tensors of the call."
                 )

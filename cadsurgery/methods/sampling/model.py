@@ -327,7 +327,7 @@ class SampledModel(GraphModel):
 
     def optimize(self) -> SampledModel:
         """Return an inference copy: batch norm folded, residuals and activations fused, weights packed."""
-        fused = self.fused(GATES)
+        fused = self.fused()
         net = self.inference_copy(fused, origins=fused.origins)
         net.step = self.step
         return net
