@@ -4,13 +4,12 @@ In come a network, labelled or unlabelled images, and settings; out come the tra
 the network's metrics before and after.
 """
 
+from cadsurgery.finetune.adapter_fitting import RefinementFit, calibrate_means, fit_refinement
 from cadsurgery.finetune.batches import augmentation
 from cadsurgery.finetune.blend import Blend, calibrate
 from cadsurgery.finetune.learning_rates import Draw
 from cadsurgery.finetune.logs import Row
 from cadsurgery.finetune.loop import Outcome, fit
-from cadsurgery.finetune.means import calibrate_means
 from cadsurgery.finetune.objectives import Objective, list_objectives, objective
-from cadsurgery.finetune.refinement_training import RefinementFit, fit_refinement
 from cadsurgery.finetune.validation import evaluate
 from cadsurgery.tasks.task_options import Settings

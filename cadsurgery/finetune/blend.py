@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from cadsurgery.data.samples import Samples, check_data
 from cadsurgery.finetune.batches import inputs_of
 from cadsurgery.finetune.learning_rates import Draw, derive_seed
-from cadsurgery.finetune.objectives import Objective, dense_high, miss, objective
+from cadsurgery.finetune.objectives import Objective, copy_dense, dense_high, miss, objective
 from cadsurgery.following.trace import evaluating
 from cadsurgery.masks import FineMapSpec, TrainableMask
 from cadsurgery.network.model import AdaptiveModel, whole_program
@@ -80,9 +79,7 @@ class Blend(Objective):
         self.separate, self.share, self.weight = statistics == "separate", share, weight
         self.network, self.distil, self.supervision = network, distil, supervision
         self._mask = (mask,)  # in a tuple, because it is a submodule of the network, not of the objective
-        self.teacher: nn.Module | None = None
-        if distil > 0:
-            self.teacher = copy.deepcopy(net).requires_grad_(False)
+        self.teacher = copy_dense(net) if distil > 0 else None
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
         """Return the loss, its parts, and the share kept high."""

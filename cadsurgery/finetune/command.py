@@ -113,7 +113,8 @@ def finetune(*, model: str, options: FinetuneOptions, step: Step) -> TrainingRep
         on_step=training_steps(step, chosen.steps, chosen.batch * chosen.accumulate),
     )
     data_in_words = f"{training.name} ({len(training)} images)"
-    return TrainingReport(model, _decided_by(net), data_in_words, outcome)
+    decided_by = net.mask.spec() if isinstance(net, AdaptiveModel) else net.decided_by
+    return TrainingReport(model, decided_by, data_in_words, outcome)
 
 
 def training_steps(step: Step, steps: int, images: int) -> Callable[[Row], None]:
@@ -134,11 +135,6 @@ def training_steps(step: Step, steps: int, images: int) -> Callable[[Row], None]
         step(", ".join((f"step {at} of {steps}", *words)), at, steps)
 
     return on_step
-
-
-def _decided_by(net: Converted) -> str:
-    """Describe the module that decides where a network computes."""
-    return net.mask.spec() if isinstance(net, AdaptiveModel) else net.decided_by
 
 
 def make_settings(config: Path | None, overrides: dict[str, Any]) -> Settings:

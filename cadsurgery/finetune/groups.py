@@ -124,16 +124,11 @@ def make_groups(
     factors = dict.fromkeys(("classifier", "backbone", "mask", "adapters", *of_methods), 1.0)
     factors |= {"backbone": settings.backbone_factor, "mask": settings.mask_factor, "fixed": 0.0}
     own, by_length = own_parts(net), {kind.group for kind in METHODS.values() if kind.by_length}
-    net = net.inner if isinstance(net, ConvertedModel) else net
-    heads = _heads(net)
-    others = [child for name, child in net.named_children() if name not in _own() and child not in heads]
-    head_parameters = {parameter for child in heads for parameter in child.parameters()}
-    # A weight shared with the backbone gets the backbone's lower rate.
-    head_parameters -= {parameter for child in others for parameter in child.parameters()}
+    classifier = _classifier(net.inner if isinstance(net, ConvertedModel) else net)
     groups: dict[str, dict[str, nn.Parameter]] = {name: {} for name in factors}
     for name, parameter in parameters.items():
         group = next((part for part, values in own.items() if parameter in values), "")
-        group = group or ("classifier" if parameter in head_parameters else "backbone")
+        group = group or ("classifier" if parameter in classifier else "backbone")
         groups[group if parameter.requires_grad else "fixed"][name] = parameter
     if not any(groups[name] for name in factors if name != "fixed"):
         raise InvalidInput(
@@ -165,20 +160,14 @@ def _by_length(group: Group) -> list[Group]:
     ]
 
 
-def _own() -> set[str]:
-    """Return the names of child modules that the original network does not have."""
-    return {"_mask_provider", ADAPTERS, *(kind.child for kind in METHODS.values())}
-
-
-def _heads(net: nn.Module) -> list[nn.Module]:
-    children = {
-        name: child
-        for name, child in net.named_children()
-        if name not in _own() and any(True for _ in child.parameters())
-    }
-    if any(name in BACKBONE_NAMES for name in children):
-        return [child for name, child in children.items() if name not in BACKBONE_NAMES]
-    return list(children.values())[-1:]
+def _classifier(net: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters of the classifier, without those that it shares with the backbone."""
+    added = {"_mask_provider", ADAPTERS, *(kind.child for kind in METHODS.values())}
+    every = {name: set(child.parameters()) for name, child in net.named_children() if name not in added}
+    parts = {name: parameters for name, parameters in every.items() if parameters}
+    backbone = parts.keys() & set(BACKBONE_NAMES) or set(list(parts)[:-1])
+    heads = (parameters for name, parameters in parts.items() if name not in backbone)
+    return set[nn.Parameter]().union(*heads).difference(*(parts[name] for name in backbone))
 
 
 def make_optimizer(groups: Iterable[Group], settings: Settings) -> torch.optim.Optimizer:

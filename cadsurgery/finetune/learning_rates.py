@@ -65,11 +65,6 @@ class SampleOrder:
     accumulate: int
     processes: int
 
-    @property
-    def per_step(self) -> int:
-        """Number of images of one step, over all processes and forward passes."""
-        return self.batch * self.accumulate * self.processes
-
     def index(self, position: int) -> int:
         """Return the index of the sample at a position."""
         epoch, offset = divmod(position, self.samples)
@@ -77,7 +72,7 @@ class SampleOrder:
 
     def positions(self, step: int, part: int, process: int) -> tuple[int, ...]:
         """Return the positions of one process's images in one forward pass (`part`) of a step."""
-        first = step * self.per_step + (part * self.processes + process) * self.batch
+        first = ((step * self.accumulate + part) * self.processes + process) * self.batch
         return tuple(range(first, first + self.batch))
 
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import cadsurgery.finetune.blend  # registers its objective
-import cadsurgery.finetune.warp_training  # noqa: F401  # registers two more
+import cadsurgery.finetune.blend  # noqa: F401  # registers its objective
 from cadsurgery.data.networks import Source
 from cadsurgery.data.samples import Samples, check_data, is_labelled
 from cadsurgery.finetune.batches import Augmentation, Batch, batches
@@ -218,12 +217,11 @@ class _Training:
     def train(self) -> Outcome:
         """Run all remaining steps, and finish the run."""
         resumed = self.state.step
-        log = open_log(self.settings.log, self.folder, resumed) if self.main else None
-        try:
+        opened: Any = contextlib.nullcontext()
+        if self.main:
+            opened = contextlib.closing(open_log(self.settings.log, self.folder, resumed))
+        with opened as log:
             self._steps(range(resumed, self.settings.steps), log)
-        finally:
-            if log is not None:
-                log.close()
         return self._finish(resumed)
 
     def _steps(self, steps: range, log: CsvLog | TensorBoardLog | None) -> None:
@@ -299,15 +297,14 @@ class _Training:
                 f"{self.folder} holds a run already.",
                 next="choose another output folder, remove this one, or resume.",
             )
-        if is_there:
-            check_same_run(read_checkpoint(path).identity, identity, self.folder, _EXACTLY)
-        else:
+        if not is_there:
             before = self._measure(self.net)
             if self.main:
                 weights = {f"weights.{name}": value for name, value in _tensors(self.net).items()}
                 Checkpoint(0, identity, weights, before=before).write(path)
         self.accelerator.wait_for_everyone()
         start = read_checkpoint(path)
+        check_same_run(start.identity, identity, self.folder, _EXACTLY)
         restore(start.part("weights"), _tensors(self.net), path)
         return replace(start, tensors={})
 

@@ -10,6 +10,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -18,12 +19,15 @@ from torch import Tensor, nn
 
 from cadsurgery.data.datasets import IGNORED
 from cadsurgery.data.labels import as_classes
+from cadsurgery.elements.sizes import divide_up
 from cadsurgery.finetune.balance import pixel_weights
 from cadsurgery.finetune.learning_rates import Draw
 from cadsurgery.following.trace import evaluating
-from cadsurgery.masks import Budget, FineMapSpec, MaskProvider, resolve_mask
+from cadsurgery.masks import Budget, FineMapSpec, MaskProvider, labelled, resolve_mask
 from cadsurgery.masks.basic import UniformMask
+from cadsurgery.masks.filters import on_samples
 from cadsurgery.methods.anytime import AnytimeModel
+from cadsurgery.methods.resampling import LearnedSampler, ResampledModel, uniform_locations
 from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.methods.sampling.gates import DECAY
 from cadsurgery.network.model import AdaptiveModel
@@ -176,8 +180,14 @@ class Divergence(Objective):
         _check_numbers({"class_weights": min(class_weights, default=0.0)}, {"temperature": temperature})
         check_name("teacher", teacher, ("initial", "self"))
         check_name("kind of output", kind, KINDS)
-        self.temperature, self.weight, self.supervision, self.kind = temperature, weight, supervision, kind
-        self.class_weights = tuple(class_weights)
+        self.miss = partial(
+            miss,
+            supervision=supervision,
+            weight=weight,
+            temperature=temperature,
+            kind=kind,
+            class_weights=tuple(class_weights),
+        )
         self.teacher = copy_dense(self.net) if teacher == "initial" else None
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
@@ -186,16 +196,7 @@ class Divergence(Objective):
         fraction = self.active_fraction(maps_of(output)[0])
         # The teacher runs after the student, because autocast caches weights, and those cast here have no gradient.
         target = dense_high(self.net if self.teacher is None else self.teacher, inputs)
-        loss, parts = miss(
-            output,
-            labels,
-            target,
-            self.supervision,
-            self.weight,
-            self.temperature,
-            kind=self.kind,
-            class_weights=self.class_weights,
-        )
+        loss, parts = self.miss(output, labels, target)
         return {"loss": loss, **parts, **fraction}
 
     def mask(self, draw: Draw) -> MaskProvider | None:
@@ -294,13 +295,11 @@ class DrawnBlocks(MaskProvider):
 
     def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Draw scores (B, h, w) in 0..1."""
-        height, width = grid.size
         maps = []
         for random in self.draw.of_images():
             side = grid.patch * int(random.choice((1, 2, 4)))
-            blocks = torch.from_numpy(random.random((-(-height // side), -(-width // side))))
-            blocks = blocks.repeat_interleave(side, 0).repeat_interleave(side, 1)
-            maps.append(blocks[:height, :width])
+            blocks = random.random([divide_up(length, side) for length in grid.size])
+            maps.append(on_samples(torch.from_numpy(blocks), side, grid.size))
         return torch.stack(maps).to(features.device)
 
 
@@ -426,7 +425,7 @@ class Sparse(Objective):
         trained = {parameter for parameter in net.parameters() if parameter.requires_grad}
         gates_alone = trained <= set(self.net.own_parameters().values())
         learns = divergence != 0
-        self.teacher = None if gates_alone or not learns else copy.deepcopy(net).requires_grad_(False)
+        self.teacher = None if gates_alone or not learns else copy_dense(net)
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
         """Return the loss, its parts, and the openness of the gates."""
@@ -443,6 +442,71 @@ class Sparse(Objective):
         return {"loss": loss + self.weight * sparse, **parts, "open": sparse.detach()}
 
 
+class _SampledObjective(Objective):
+    """Base of both objectives: needs a network with a sampled input, and labels."""
+
+    net: ResampledModel
+    needs = (ResampledModel, "has an input that is not sampled", "cs.resample")
+
+    def known(self, labels: Tensor | None) -> Tensor:
+        """Return the labels of a batch, which must exist.
+
+        Raises:
+            InvalidInput: the data have no labels.
+        """
+        if labels is None:
+            raise InvalidInput(
+                "there are no labels to learn from.",
+                why="sampling locations and classes are learned from labels.",
+                next="give labelled data, or sample by a mask, which needs no training.",
+            )
+        return labels
+
+
+@objective("locations")
+class Locations(_SampledObjective):
+    """Mean squared distance of the learned sampler's locations from their targets; trains the sampler alone."""
+
+    def __init__(self, net: nn.Module) -> None:
+        """Create the objective.
+
+        Raises:
+            InvalidInput: the network has no learned sampler.
+        """
+        super().__init__(net)
+        if not isinstance(self.net.sampler, LearnedSampler):
+            raise InvalidInput(
+                f"sampler {self.net.sampler.spec()} learns nothing.",
+                next='make the network with cs.resample(model, sampler="learned").',
+            )
+
+    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
+        """Return the loss, before the locations are clamped to the image, and the loss of the uniform grid."""
+        sampler = self.net.sampler
+        assert isinstance(sampler, LearnedSampler)
+        predicted = sampler.predict(inputs[0]).float()
+        targets = sampler.options.locations_of(self.known(labels)).to(predicted)
+        uniform = uniform_locations(sampler.options.grid, predicted).expand_as(targets)
+        return {"loss": F.mse_loss(predicted, targets), "of_uniform": F.mse_loss(uniform, targets)}
+
+
+@objective("sampled")
+class Sampled(_SampledObjective):
+    """Cross entropy on the sampled image, with labels sampled at the same locations; the sampler is not trained."""
+
+    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
+        """Return the loss; for a network with exits, the sum over the exits."""
+        net, image, labels = self.net, inputs[0], self.known(labels)
+        with torch.no_grad(), evaluating(net.sampler), labelled(labels):
+            locations = net.sampler(image)
+        with labelled(labels):
+            output = net.call_network(image, locations, inputs)
+        sampled_labels = net.sample_labels(labels, locations)
+        outputs = output if isinstance(output, tuple) else (output,)
+        losses = [supervised(prediction, sampled_labels) for prediction in outputs]
+        return {"loss": sum(losses[1:], losses[0])}
+
+
 def _check_numbers(least: Mapping[str, float | None], above: Mapping[str, float | None]) -> None:
     """Refuse numbers of `least` below 0, and numbers of `above` that are not above 0; None is not given."""
     for values, words in ((least, "at least 0"), (above, "above 0")):
@@ -451,7 +515,7 @@ def _check_numbers(least: Mapping[str, float | None], above: Mapping[str, float 
                 raise InvalidInput(f"the objective has {name}={value}.", next=f"give {name} {words}.")
 
 
-def copy_dense(net: AdaptiveModel) -> nn.Module:
+def copy_dense(net: nn.Module) -> nn.Module:
     """Copy a network for later comparisons."""
     return copy.deepcopy(net).requires_grad_(False)
 

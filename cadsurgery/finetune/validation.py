@@ -58,8 +58,8 @@ def evaluate(net: nn.Module, data: Samples, dense: nn.Module | None = None) -> d
 
     run = once_per_batch(lambda batch: net(*batch))
 
-    def side(name: str, place: int | None) -> Side:
-        return Side(name, lambda batch: run(batch) if place is None else run(batch)[place])
+    def exit(place: int, batch: Any) -> Any:
+        return run(batch)[place]
 
     def active(batch: Any) -> dict[str, float]:
         return {"active": net.active_fraction if isinstance(net, AdaptiveModel) else 0.0}
@@ -75,7 +75,7 @@ def evaluate(net: nn.Module, data: Samples, dense: nn.Module | None = None) -> d
                     output = run(first.images)
             check_classes(data, class_scores(output).shape[1])
             earlier = output[:-1] if isinstance(output, tuple) else ()
-            sides += [side(f"miou_exit_{number + 1}", number) for number in range(len(earlier))]
+            sides += [Side(f"miou_exit_{n + 1}", partial(exit, n)) for n in range(len(earlier))]
         total: list[Tally] = []
         for _, tallies in measure(sides, pictures(), lambda: [Quality(of_labels=has_labels)]):
             if isinstance(tallies, CadError):

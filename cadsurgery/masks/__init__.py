@@ -13,7 +13,6 @@ from cadsurgery.masks.context import keypoints_at, labelled, sized
 from cadsurgery.masks.graded import EdgeMask, GradedMask, GradientMask, TrimapMask
 from cadsurgery.masks.keypoint_masks import KeypointMask
 from cadsurgery.masks.learned import EstimatedMask, LearnedMask
-from cadsurgery.masks.preview import PreviewMask
 from cadsurgery.masks.provider import (
     FineMapSpec,
     Grid,
@@ -22,7 +21,7 @@ from cadsurgery.masks.provider import (
     list_masks,
     mask_provider,
 )
-from cadsurgery.masks.scored import ConfidenceMask, DetailMask
+from cadsurgery.masks.scored import ConfidenceMask, DetailMask, PreviewMask
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation
 from cadsurgery.masks.wrappers import Budget, Dilate, MaskWrapper, Smooth, Threshold, Union

@@ -13,14 +13,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from cadsurgery.data.datasets import IGNORED
 from cadsurgery.data.labels import as_classes
 from cadsurgery.masks.context import labels_of
 from cadsurgery.masks.filters import blur, closeness, differences, grey_of, near
 from cadsurgery.masks.mask_options import NUMBER, ODD, WIDTH, check_count, check_options, several
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
 from cadsurgery.support.errors import InvalidInput
-
-IGNORED = 255  # label of pixels that belong to no class
 
 
 class SteppedMask(MaskProvider):

@@ -14,7 +14,7 @@ from cadsurgery.masks.context import call_context, first_pass_output
 from cadsurgery.masks.detectors import call_detector, points_of, sift
 from cadsurgery.masks.filters import closeness, grey_of
 from cadsurgery.masks.graded import SteppedMask
-from cadsurgery.masks.mask_options import between, check_options
+from cadsurgery.masks.mask_options import between, check_options, several
 from cadsurgery.masks.provider import FineMapSpec, mask_provider
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput, UnknownName
@@ -77,9 +77,7 @@ class KeypointMask(SteppedMask):
     ) -> None:
         super().__init__()
         try:
-            self.dilations = tuple(
-                map(WindowSide, dilations if isinstance(dilations, (tuple, list)) else (dilations,))
-            )
+            self.dilations = tuple(map(WindowSide, several(dilations)))
         except (TypeError, ValueError):
             self.dilations = ()
         if not self.dilations or any(side not in (0, math.inf) and side % 2 == 0 for side in self.dilations):

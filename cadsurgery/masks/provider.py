@@ -291,19 +291,16 @@ def mask_provider(name: str, source: str = "", *, of_recipes: bool = False) -> C
 
 def list_masks(*, of_recipes: bool = False) -> list[MaskInfo]:
     """List the mask providers with their options, defaults and sources; or those that stay for published recipes."""
-    return [
-        MaskInfo(name, _summary(cls), options_of(cls), cls.source, _FORMS[cls.takes].format(name=name))
-        for name, cls in sorted(PROVIDERS.items())
-        if cls.of_recipes is of_recipes
-    ]
+    listed = []
+    for name, cls in sorted(PROVIDERS.items()):
+        summary = " ".join(docstring_of(cls).partition("\n\n")[0].split())  # the first paragraph as one line
+        if cls.of_recipes is of_recipes:
+            form = _FORMS[cls.takes].format(name=name)
+            listed.append(MaskInfo(name, summary, options_of(cls), cls.source, form))
+    return listed
 
 
 _FORMS = {"none": "{name}", "one": "MASK | {name}", "many": "MASK + MASK"}
-
-
-def _summary(provider: type[MaskProvider]) -> str:
-    """Return the first paragraph of the class's docstring as one line."""
-    return " ".join(docstring_of(provider).partition("\n\n")[0].split())
 
 
 @runtime_checkable

@@ -24,7 +24,7 @@ from cadsurgery.following.arguments import image_of
 from cadsurgery.following.graphs import parts_read
 from cadsurgery.following.hooks import copying, freeze_computed_weights
 from cadsurgery.masks.masking import check_image
-from cadsurgery.methods.program import CallWork, StepProgram, work_of
+from cadsurgery.methods.program import CallWork, work_of
 from cadsurgery.methods.report import MethodMacs, MethodPlan
 from cadsurgery.network.fuse import KERNELS, fuse, split_norms
 from cadsurgery.network.macs import meta_copy
@@ -40,7 +40,6 @@ from cadsurgery.network.storage import (
     check_types,
     checksum,
 )
-from cadsurgery.network.unconvertible import check_network
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.files import as_file_error
 from cadsurgery.support.plain import check_fields
@@ -50,7 +49,7 @@ _IN_FILE: dict[str, Any] = {
     **{METHOD: str, "format": int, "versions": dict[str, str], "source": dict[str, Any] | None},
     **{"options": dict[str, Any], "plan": str, "tensors": str, "license": str},
 }
-_REMEMBERED = 16  # size of the cache of `GraphModel.remember`
+_REMEMBERED = 16  # shapes of calls whose work a `GraphModel` knows
 M = TypeVar("M", bound="type[ConvertedModel]")
 METHODS: dict[str, type[ConvertedModel]] = {}
 
@@ -170,24 +169,32 @@ class ConvertedModel(Derived):
         if model is None:
             of_model = {name: value for name, value in tensors.items() if not cls.is_own(name)}
             model = build_stated(path, stored.source, of_model)
-        with as_file_error(f"{path} does not fit this model.", OTHER_MODEL):
-            net = cls._convert_again(check_network(model), stored)
-        check_plan(path, net.plan, stored.plan)
+        net = cls._convert_again(path, model, stored)
         fill(path, net, tensors)
         return net
 
     # -- common to all methods ---------------------------------------------------------------------
 
     @classmethod
-    def _convert_again(cls, model: nn.Module, stored: Stored, **given: Any) -> Self:
-        """Convert `model` with the options of a file; those that `convert` does not take are set afterwards."""
+    def _convert_again(cls, path: str | Path, model: nn.Module, stored: Stored, **given: Any) -> Self:
+        """Convert `model` with the options of a file; those that `convert` does not take are set afterwards.
+
+        Raises:
+            FileError: it cannot be converted, or its plan is not that in the file.
+        """
         parameters = inspect.signature(cls.convert).parameters
         given |= {name: value for name, value in stored.options.items() if name in parameters}
         dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
         example = torch.zeros(stored.plan.example_shape, dtype=dtype)
-        net: Self = cls.convert(model, **given, example_input=example).eval()
-        for name in stored.options.keys() - parameters.keys():
-            setattr(net, name, stored.options[name])
+        with as_file_error(f"{path} does not fit this model.", OTHER_MODEL):
+            net: Self = cls.convert(model, **given, example_input=example).eval()
+            for name in stored.options.keys() - parameters.keys():
+                setattr(net, name, stored.options[name])
+        if net.plan != stored.plan:
+            raise FileError(
+                f"{path} holds another plan than this model gives.",
+                next="pass the model it was made from, or make it again.",
+            )
         return net
 
     @property
@@ -284,15 +291,6 @@ def unpack(
     return net
 
 
-def check_plan(path: str | Path, plan: Any, stored: Any) -> None:
-    """Check that the plan of a converted model equals the plan in the file."""
-    if plan != stored:
-        raise FileError(
-            f"{path} holds another plan than this model gives.",
-            next="pass the model it was made from, or make it again.",
-        )
-
-
 def fill(path: str | Path, network: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Load the tensors of a file into a network; none may be missing.
 
@@ -330,7 +328,8 @@ class GraphModel(ConvertedModel):
     """A network that runs a graph in steps, on its own modules, which keep the names of the original."""
 
     program: Any
-    _transient: ClassVar[dict[str, Any]] = {"_known": {}}
+    _transient: ClassVar[dict[str, Any]] = {"_works": {}, "_on_meta": ()}
+    _on_meta: tuple[nn.Module, ...] = ()  # so that it is not registered as a child
 
     def __init__(self, model: nn.Module, program: Any, options: dict[str, Any], **settings: Any) -> None:
         """Take over the modules, parameters and buffers of a network.
@@ -342,9 +341,9 @@ class GraphModel(ConvertedModel):
             settings: attributes to set.
         """
         super().__init__()
-        self.constants = self.adopt(model)
+        self._constants = self.adopt(model)
         self.program, self.options = program, options
-        self._known: dict[Any, Any] = {}
+        self._works: dict[Any, CallWork] = {}
         for name, value in settings.items():
             setattr(self, name, value)
 
@@ -353,6 +352,11 @@ class GraphModel(ConvertedModel):
         """The signature of a call of the original network."""
         signature: inspect.Signature = self.program.signature
         return signature
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The defaults of the arguments of a call."""
+        return {name: one.default for name, one in self.original_signature.parameters.items()}
 
     @property
     def is_optimized(self) -> bool:
@@ -375,49 +379,36 @@ class GraphModel(ConvertedModel):
             (name, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (name, repr(value))
             for name, value in arguments.items()
         )
-        work: CallWork = self.remember(
-            ("work", key),
-            lambda: work_of(
-                self.program.steps, self.remember("meta copy", lambda: meta_copy(self)), arguments
-            ),
-        )
-        return work
+        if key not in self._works:
+            self._on_meta = self._on_meta or (meta_copy(self),)
+            while len(self._works) >= _REMEMBERED:
+                del self._works[next(iter(self._works))]
+            self._works[key] = work_of(self.program.steps, self._on_meta[0], arguments)
+        return self._works[key]
 
-    def remember(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return the value of `make()`, cached for the last few keys."""
-        if key not in self._known:
-            value = make()
-            while len(self._known) >= _REMEMBERED:
-                del self._known[next(iter(self._known))]
-            self._known[key] = value
-        return self._known[key]
-
-    def fused(self, *kept: str) -> Fused:
-        """Prepare modules and graph for inference: fold batch norm, fuse residuals and activations, pack weights.
-
-        Args:
-            kept: children to keep although the graph does not call them.
-        """
+    def fused(self) -> Fused:
+        """Prepare modules and graph for inference: fold batch norm, fuse residuals and activations, pack weights."""
         source = copy.deepcopy(self).eval().requires_grad_(False)
         graph = self.program.graph
         used = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
         freeze_computed_weights(source, {"", *used})
-        for name, value in self.constants.items():
+        for name, value in self._constants.items():
             source.register_buffer(name, value)
         graph, origins = split_norms(graph, source)
         graph, kernels = fuse(graph, source)
         source.add_module(KERNELS, kernels)
         module = parts_read(source, graph)
-        for name in kept:
-            module.add_module(name, source._modules[name])
+        if self.child and self.child not in module._modules:
+            module.add_module(self.child, source._modules[self.child])
         fused = Fused(module, graph, origins)
         for node in graph.nodes:
             if (kernel := fused.kernel(node)) is not None:
                 origins[node.name] = kernel.origin
         return fused
 
-    def inference_copy(self, fused: Fused, program: StepProgram) -> Self:
-        """Create a network of the same class that runs `program` on the modules of `fused`."""
+    def inference_copy(self, fused: Fused, **changes: Any) -> Self:
+        """Create a network of the same class that runs a fused graph, by its program with these changes."""
+        program = replace(self.program, graph=fused.graph, is_fused=True, **changes)
         net = type(self)(fused.module, program, self.options, **self.settings)
         net.plan, net.source = self.plan, self.source
         return net.eval()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from functools import cached_property, partial
-from typing import Any, TypeVar
+from collections.abc import Callable
+from functools import cached_property, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,23 @@ from cadsurgery.elements.gaps import REACH, resolution
 from cadsurgery.elements.kernel_map import Reading, Window, read_rows
 from cadsurgery.elements.lattice import Geometry, Lattice, Part
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Size = tuple[int, int]
+
+
+def remembered(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """Let a method compute its result for the same arguments once, as long as its object lives."""
+
+    @wraps(method)
+    def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> T:
+        known, key = self.__dict__.setdefault("_known", {}), (method, *args, *kwargs.items())
+        if key not in known:
+            known[key] = method(self, *args, **kwargs)
+        found: T = known[key]
+        return found
+
+    return call
 
 
 class Places:
@@ -26,8 +41,6 @@ class Places:
         """Take the positions as a bool map (B, H, W)."""
         self.mask = mask
         self.part = Part(mask.flatten())
-        self._places: dict[Places, Tensor] = {}
-        self._readings: dict[Places, Reading] = {}
 
     @property
     def size(self) -> Size:
@@ -49,17 +62,15 @@ class Places:
         """(B*H*W,) int64: row number of each position that belongs to the set."""
         return self.mask.flatten().cumsum(0) - 1
 
+    @remembered
     def places_of(self, some: Places) -> Tensor:
         """Return the row numbers of a subset."""
-        if some not in self._places:
-            self._places[some] = self.rows[some.pixels]
-        return self._places[some]
+        return self.rows[some.pixels]
 
+    @remembered
     def reading_of(self, some: Places) -> Reading:
         """Return the reading of a subset, one row per position."""
-        if some not in self._readings:
-            self._readings[some] = read_rows(self.places_of(some).int().unsqueeze(1))
-        return self._readings[some]
+        return read_rows(self.places_of(some).int().unsqueeze(1))
 
     @cached_property
     def images(self) -> Tensor:
@@ -72,37 +83,32 @@ class Maps:
 
     def __init__(self, batch: int, device: torch.device) -> None:
         self.batch, self.device = batch, device
-        self._known: dict[Hashable, Any] = {}
 
-    def _once(self, key: Hashable, build: Callable[[], T], *alive: object) -> T:
-        """Return the cached result of `build`; `alive` are objects whose `id` is part of the key."""
-        if key not in self._known:
-            self._known[key] = (build(), alive)
-        built: T = self._known[key][0]
-        return built
-
+    @remembered
     def everywhere(self, size: Size) -> Places:
         """Return all positions of maps of a size."""
-        mask = partial(torch.ones, self.batch, *size, dtype=torch.bool, device=self.device)
-        return self._once(("everywhere", size), lambda: Places(mask()))
+        return Places(torch.ones(self.batch, *size, dtype=torch.bool, device=self.device))
+
+    @remembered
+    def whole(self, size: Size, stride: int) -> Lattice:
+        """Return the lattice of all positions that a convolution of this stride reads on maps of a size."""
+        if stride == 1:
+            return resolution(self.batch, *size, self.device)
+        return Geometry((stride,), fill="nearest").uniform(1, self.batch, size, self.device).at(0)
 
     def lattice(self, size: Size, places: Places | None = None, stride: int = 1) -> Lattice:
         """Return the lattice that a convolution of this stride reads on maps of a size: all positions, or some."""
+        whole = self.whole(size, stride)
+        return whole if places is None else whole.pyramid.lattice(0, size, places.part)
 
-        def build() -> Lattice:
-            if stride == 1:
-                return resolution(self.batch, *size, self.device)
-            return Geometry((stride,), fill="nearest").uniform(1, self.batch, size, self.device).at(0)
-
-        whole = self._once(("lattice", size, stride), build)
-        if places is None:
-            return whole
-        key, part = ("lattice", size, stride, id(places)), places.part
-        return self._once(key, lambda: whole.pyramid.lattice(0, size, part), places)
-
-    def reading(self, size: Size, source: Places | None, window: Window, target: Places) -> WindowRead:
-        """Return the taps of a convolution for the `target` positions of its output, on (some positions of) a map."""
+    def reading(
+        self, size: Size, source: Places | None, window: Window, target: Places
+    ) -> WindowRead | Reading:
+        """Return the taps of a convolution for the `target` positions of its output, on (some positions of) a map; for
+        a product the rows."""
         window = window.fit(size)
+        if window.is_pointwise and size == target.size:
+            return (source or self.everywhere(size)).reading_of(target)
         before = self.lattice(size, source, window.stride)
         stage, fine = (0, target.size) if window.stride == 1 else (1, window.output_size(size))
         return WindowRead(before, before.pyramid.lattice(stage, fine, target.part), window)
@@ -125,27 +131,15 @@ class Sites(Maps):
             undecided = undecided & before.at((undecided.shape[1], undecided.shape[2])).mask
         self.undecided = undecided
 
-    @cached_property
-    def is_everything(self) -> bool:
-        """True if all positions are undecided."""
-        return bool(self.undecided.all())
-
-    @cached_property
-    def is_nothing(self) -> bool:
-        """True if no position is undecided."""
-        return not bool(self.undecided.any())
-
+    @remembered
     def at(self, size: Size) -> Places:
         """Return the undecided positions on maps of a size, by nearest interpolation of the logits' grid."""
+        mask = self.undecided
+        if tuple(mask.shape[1:]) != size:
+            mask = F.interpolate(mask.unsqueeze(1).float(), size=size).squeeze(1) > 0
+        return Places(mask if self._before is None else mask & self._before.at(size).mask)
 
-        def build() -> Places:
-            mask = self.undecided
-            if tuple(mask.shape[1:]) != size:
-                mask = F.interpolate(mask.unsqueeze(1).float(), size=size).squeeze(1) > 0
-            return Places(mask if self._before is None else mask & self._before.at(size).mask)
-
-        return self._once(("at", size), build)
-
+    @remembered
     def computed(self, size: Size, needed: Places | None = None) -> Places:
         """Return the positions computed on maps of a size: undecided positions and the grid.
 
@@ -154,64 +148,47 @@ class Sites(Maps):
         left = self.at(size)
         if not self.grid:
             return left
-
-        def build() -> Places:
-            mask = torch.zeros_like(left.mask)
-            mask[:, :: self.grid, :: self.grid] = left.mask.flatten(1).any(1).view(-1, 1, 1)
-            if needed is not None:
-                filled = (needed.mask & ~left.mask).unsqueeze(1).float()
-                mask &= F.max_pool2d(filled, 2 * REACH + 1, 1, REACH).squeeze(1) > 0
-            return Places(mask | left.mask)
-
-        return self._once(("computed", size, id(needed)), build, needed)
+        mask = torch.zeros_like(left.mask)
+        mask[:, :: self.grid, :: self.grid] = left.mask.flatten(1).any(1).view(-1, 1, 1)
+        if needed is not None:
+            filled = (needed.mask & ~left.mask).unsqueeze(1).float()
+            mask &= F.max_pool2d(filled, 2 * REACH + 1, 1, REACH).squeeze(1) > 0
+        return Places(mask | left.mask)
 
     def union(self, places: Places, other: Places) -> Places:
         """Return the positions in either set."""
-        if places is other:
-            return places
-        key = ("union", *sorted((id(places), id(other))))
-        return self._places(key, lambda: places.mask | other.mask, places, other)
+        return places if places is other else self._union(*sorted((places, other), key=id))
 
+    @remembered
+    def _union(self, places: Places, other: Places) -> Places:
+        return _places(places.mask | other.mask, places, other)
+
+    @remembered
     def read_by_window(self, places: Places, window: Window, size: Size) -> Places:
         """Return the positions of maps of a size that a window reads for these positions of its output."""
         window = window.fit(size)
         if window.is_pointwise and window.stride == 1 and places.size == size:
             return places
+        mask = places.mask
+        for axis, (length, before) in enumerate(zip(size, window.padding[::2], strict=True), 1):
+            mask = _spread(mask, axis, length, before, window)
+        return _places(mask, places)
 
-        def build() -> Tensor:
-            mask = places.mask
-            for axis, (length, before) in enumerate(zip(size, window.padding[::2], strict=True), 1):
-                mask = _spread(mask, axis, length, before, window)
-            return mask
-
-        return self._places(("window", id(places), window, size), build, places)
-
+    @remembered
     def read_by_resize(self, places: Places, size: Size) -> Places:
         """Return the positions of maps of a size that are read when the map is resized to the size of `places`."""
         if places.size == size:
             return places
+        mask = places.mask.int()
+        for axis, length in enumerate(size, 1):
+            mask = _reached(mask, axis, length)
+        return _places(mask > 0, places)
 
-        def build() -> Tensor:
-            mask = places.mask.int()
-            for axis, length in enumerate(size, 1):
-                mask = _reached(mask, axis, length)
-            return mask > 0
 
-        return self._places(("resize", id(places), size), build, places)
-
-    def _places(self, key: Hashable, build: Callable[[], Tensor], *sources: Places) -> Places:
-        """Return the positions of a mask, reusing a source that is equal."""
-
-        def find() -> Places:
-            mask = build()
-            same = (
-                source
-                for source in sources
-                if source.size == mask.shape[1:] and torch.equal(source.mask, mask)
-            )
-            return next(same, None) or Places(mask)
-
-        return self._once(key, find, *sources)
+def _places(mask: Tensor, *sources: Places) -> Places:
+    """Return the positions of a mask, reusing a source that is equal."""
+    same = (source for source in sources if source.size == mask.shape[1:] and torch.equal(source.mask, mask))
+    return next(same, None) or Places(mask)
 
 
 def _spread(mask: Tensor, axis: int, length: int, before: int, window: Window) -> Tensor:

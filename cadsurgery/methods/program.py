@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.following.arguments import bind_all, contain
 from cadsurgery.following.hooks import child, parameter
+from cadsurgery.network.program import Names
 from cadsurgery.support.counting import MacCounter
 from cadsurgery.support.meta_tensors import to_meta
 from cadsurgery.support.torch_internals import tree_map
@@ -25,7 +27,8 @@ from cadsurgery.surgery.rewrite import pack_graph, unpack_graph
 from cadsurgery.surgery.spatial import WHOLE, SpatialKind
 
 
-class Ref(NamedTuple):
+@dataclass(frozen=True)
+class Ref:
     """An argument that is the value of another step."""
 
     name: str
@@ -54,19 +57,13 @@ class ProgramStep:
 
     def bind(self, value_of: Callable[[str], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments, with `Ref`s replaced by values."""
-        return _map(self.args, value_of), _map(self.kwargs, value_of)
 
+        def value(part: Any) -> Any:
+            return value_of(part.name) if isinstance(part, Ref) else part
 
-def _map(part: Any, value_of: Callable[[str], Any]) -> Any:
-    if isinstance(part, Ref):
-        return value_of(part.name)
-    if isinstance(part, (tuple, list)):
-        return type(part)(_map(item, value_of) for item in part)
-    if isinstance(part, dict):
-        return {key: _map(item, value_of) for key, item in part.items()}
-    if isinstance(part, slice):
-        return slice(*(_map(item, value_of) for item in (part.start, part.stop, part.step)))
-    return part
+        args: Any = map_aggregate(self.args, value)
+        kwargs: Any = map_aggregate(self.kwargs, value)
+        return args, kwargs
 
 
 def steps_of(
@@ -85,11 +82,11 @@ def steps_of(
         if value not in kept:
             frees.setdefault(reader, []).append(value.name)
 
+    def reference(item: Any) -> Any:
+        return Ref(item.name) if isinstance(item, fx.Node) else item
+
     def step(node: fx.Node) -> ProgramStep:
-        args, kwargs = (
-            map_aggregate(part, lambda item: Ref(item.name) if isinstance(item, fx.Node) else item)
-            for part in (node.args, node.kwargs)
-        )
+        args, kwargs = (map_aggregate(part, reference) for part in (node.args, node.kwargs))
         reads, freed = tuple(value.name for value in node.all_input_nodes), tuple(frees.get(node, ()))
         kind = (spatial or {}).get(node.name, WHOLE)
         return ProgramStep(node.name, node.op, node.target, args, kwargs, reads, freed, kind)  # type: ignore[arg-type]
@@ -150,7 +147,7 @@ class StepwiseCall:
         if step.op == "placeholder":
             return self.arguments[step.target]
         if step.op == "get_attr":
-            return attribute(self.net, step.target)
+            return attrgetter(step.target)(Names(self.net))
         args, kwargs = step.bind(value_of)
         if step.op == "call_module":
             module = child(self.net, step.target)
@@ -168,18 +165,6 @@ def call(
     return StepwiseCall(net, dict(arguments)).compute(step, value_of)
 
 
-def attribute(net: nn.Module, path: str) -> Any:
-    """Return a parameter, buffer, module, constant or the training flag by its qualified name."""
-    parent, _, name = path.rpartition(".")
-    module = child(net, parent)
-    assert module is not None
-    for values in (module._parameters, module._buffers, module._modules):
-        if name in values:
-            return values[name]
-    constants = getattr(net, "constants", {})
-    return constants[path] if path in constants else getattr(module, name)
-
-
 # -- shapes and MACs without running the network ---------------------------------------------------------
 
 
@@ -189,42 +174,36 @@ class CallWork(NamedTuple):
     Attributes:
         macs: multiply-accumulates of each step if everything is computed.
         shapes: shapes of the values that are tensors, by step.
+        sizes: height and width of the values that are maps, by step.
         numbers: values that are sizes, by step.
         not_counted: operations missing in `macs`, because no counting rule is known.
     """
 
     macs: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
+    sizes: dict[str, tuple[int, int]]
     numbers: dict[str, Any]
-    not_counted: tuple[str, ...]
-
-    def size(self, name: str) -> tuple[int, int] | None:
-        """Return height and width of a value; None if it is not a map."""
-        shape = self.shapes.get(name, ())
-        return (shape[2], shape[3]) if len(shape) == 4 else None
+    not_counted: tuple[str, ...] = ()
 
 
 def work_of(steps: Iterable[ProgramStep], meta_copy: nn.Module, arguments: Mapping[str, Any]) -> CallWork:
     """Compute the work of a call on `meta_copy`, a copy of the network on the meta device."""
-    macs, shapes, numbers, env = (
-        dict[str, int](),
-        dict[str, tuple[int, ...]](),
-        dict[str, Any](),
-        dict[str, Any](),
-    )
+    work, env = CallWork({}, {}, {}, {}), dict[str, Any]()
     call = StepwiseCall(meta_copy, tree_map(to_meta, arguments))
     with torch.no_grad(), MacCounter() as counter:
         for step in steps:
             before = counter.macs
             env[step.name] = value = to_meta(call.compute(step, env.__getitem__))
-            macs[step.name] = counter.macs - before
+            work.macs[step.name] = counter.macs - before
             if isinstance(value, Tensor):
-                shapes[step.name] = tuple(value.shape)
+                work.shapes[step.name] = tuple(value.shape)
+                if value.dim() == 4:
+                    work.sizes[step.name] = (value.shape[2], value.shape[3])
             elif _is_number(value):
-                numbers[step.name] = value
+                work.numbers[step.name] = value
             for name in step.frees:
                 del env[name]
-    return CallWork(macs, shapes, numbers, tuple(sorted(counter.not_counted)))
+    return work._replace(not_counted=tuple(sorted(counter.not_counted)))
 
 
 def _is_number(value: Any) -> bool:

@@ -43,8 +43,8 @@ class Metrics(Protocol):
 
 
 def mean_work(counts: Counts, figures: Figures) -> dict[str, Any]:
-    """Return the multiply-accumulates per image, mean over images."""
-    return {"macs": counts["macs"] / counts["images"]}
+    """Return the multiply-accumulates and all other counts per image, mean over images."""
+    return {name: count / counts["images"] for name, count in counts.items() if name != "images"}
 
 
 def once_per_batch(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
@@ -243,7 +243,6 @@ class MethodSides(NamedTuple):
     """A kind of network that a method makes, and its sides.
 
     Attributes:
-        method: name of the method, as in `cadsurgery convert --method`.
         network: class of the network.
         words: description after "a network", e.g. "with exits".
         convert: converts a network.
@@ -256,7 +255,6 @@ class MethodSides(NamedTuple):
         has_thresholds: True if `compare` uses thresholds.
     """
 
-    method: str
     network: type[ConvertedModel]
     words: str
     convert: Callable[[ConversionRequest], MethodConversion]
@@ -266,3 +264,8 @@ class MethodSides(NamedTuple):
     settings: Mapping[str, Reader]
     renamed: Mapping[str, str] = {}
     has_thresholds: bool = False
+
+    @property
+    def method(self) -> str:
+        """Name of the method, as in `cadsurgery convert --method`."""
+        return self.network.method

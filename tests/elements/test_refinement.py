@@ -173,7 +173,7 @@ def test_fitting_brings_it_nearer_to_full_resolution_and_is_the_same_twice() -> 
 
 @pytest.mark.slow
 def test_what_does_not_become_better_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cadsurgery.finetune.refinement_training._RATE", 50.0)
+    monkeypatch.setattr("cadsurgery.finetune.adapter_fitting._RATE", 50.0)
     net, image = convert("fine"), images(1, 64, 80)
     before = net(image, mask="none")
     assert not fit_refinement(net, Photos(), steps=5).is_better

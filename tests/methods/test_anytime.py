@@ -181,7 +181,7 @@ def apply_head(head: nn.Sequential, maps: tuple[Tensor, ...]) -> Tensor:
 
 def whole(net: cs.AnytimeModel, x: Tensor) -> list[Tensor]:
     """Class scores with every map computed and filled as a whole, as in training."""
-    return list(net._logits(net._start((x,), {}, is_training=True), None))
+    return list(net._logits(net._start((x,), {}, is_training=True), net.thresholds()))
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_training_is_what_is_published(kind: type, dtype: torch.dtype) -> None:
     assert_same(net(x), expected, TIGHT[dtype])
     means = [
         0.25 * reference.probabilities[f"{name}.conv1"] + 0.75 * reference.probabilities[f"{name}.conv2"]
-        for name, _ in net.program.blocks
+        for name in (branch.name for branch in net.plan.branches)
     ]
     assert_same(net.sparse_loss(), torch.stack(means).mean())
 
@@ -256,7 +256,7 @@ def test_names_choose_branches_or_single_convolutions() -> None:
     model = small()
     assert len(cs.sample(model).gates) == 10
     by_module = cs.sample(model, ["layer3", "layer2.1"])
-    assert [name for name, _ in by_module.program.blocks] == ["layer2.1", "layer3.0"]
+    assert [branch.name for branch in by_module.plan.branches] == ["layer2.1", "layer3.0"]
     one = cs.sample(model, "layer2.0.conv2")
     assert [gated.path for gated in one.program.gates] == ["layer2.0.conv2"]
     x = images(2, 65, 97)

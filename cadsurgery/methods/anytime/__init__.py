@@ -2,5 +2,3 @@
 
 from cadsurgery.methods.anytime.model import AnytimeModel, Threshold, anytime
 from cadsurgery.methods.anytime.report import AnytimeMacs, AnytimePlan
-
-__all__ = ["AnytimeMacs", "AnytimeModel", "AnytimePlan", "Threshold", "anytime"]

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from cadsurgery.elements.axes import as_column, as_map, as_rows
 from cadsurgery.elements.backends.choose import compute
-from cadsurgery.elements.backends.works import Convolution, WindowRead
+from cadsurgery.elements.backends.works import Convolution
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import fill_gaps, gaussian_fill
-from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.following.hooks import child
 from cadsurgery.methods.anytime.heads import resize_like
 from cadsurgery.methods.anytime.program import AnytimeProgram
@@ -39,20 +38,19 @@ class StepValue(NamedTuple):
 
 @dataclass(eq=False)
 class AnytimeRun(StepwiseCall):
-    """The state of one call.
+    """The state of one call of an `AnytimeModel`.
 
     Attributes:
-        program: the network's program.
-        is_normalised: True to fill gaps with a normalised Gaussian.
-        work: shapes and MACs of the call; None in training, where whole maps are computed and filled.
+        net: the network.
+        work: shapes and MACs of the call; empty in training, where whole maps are computed and filled.
         macs: for each segment that ran, its multiply-accumulates and the reference code's count.
     """
 
-    program: AnytimeProgram
-    is_normalised: bool
-    work: CallWork | None
+    net: Any
+    work: CallWork
 
     def __post_init__(self) -> None:
+        self.program: AnytimeProgram = self.net.program
         self.env: dict[str, StepValue] = {}
         self._computed: dict[str, Places] = {}  # positions at which convolutions are computed
         self.macs: list[int] = []
@@ -60,19 +58,15 @@ class AnytimeRun(StepwiseCall):
     def segment(self, number: int, sites: Sites | None) -> None:
         """Run the steps of a segment at the undecided positions; None for all positions."""
         needs: Needs | None = None
-        if sites is not None and self.work is not None:  # in training all widths get gradients
-            sites = None if sites.is_everything else sites
-            needs = self._needs(number, sites, self.work) if sites is not None else None
+        if sites is not None and self.work.shapes:  # in training all widths get gradients
+            sites = None if bool(sites.undecided.all()) else sites
+            needs = self._needs(number, sites) if sites is not None else None
         self.macs.append(0)
         for step in self.program.segments[number]:
             # A value that is not needed can still be read for its size.
-            if (
-                needs is None
-                or step.name in needs
-                or (self.work is not None and step.name in self.work.numbers)
-            ):
+            if needs is None or step.name in needs or step.name in self.work.numbers:
                 self.env[step.name] = self._run(step, sites, needs)
-                self._count(step, sites if needs is not None else None)
+                self.macs[-1] += self._macs(step, is_whole=needs is None)
             for name in step.frees:
                 self.env.pop(name, None)
 
@@ -107,20 +101,20 @@ class AnytimeRun(StepwiseCall):
 
     # -- which positions are needed -----------------------------------------------------------------
 
-    def _needs(self, number: int, sites: Sites, work: CallWork) -> dict[str, Places | None]:
+    def _needs(self, number: int, sites: Sites) -> dict[str, Places | None]:
         """Return where values of this and all later segments are needed, if no exit adds undecided positions."""
-        needs: dict[str, Places | None] = {}
+        work, needs = self.work, dict[str, Places | None]()
 
         def add(name: str, places: Places | None) -> None:
             if name in work.numbers:
                 return
             needed = needs.get(name, places)
-            if places is None or needed is None or work.size(name) is None:
+            if places is None or needed is None or name not in work.sizes:
                 needs[name] = None
             else:
                 needs[name] = sites.union(needed, places)
 
-        logits = [(place, name, _size(work, name)) for place, name in enumerate(self.program.logits)]
+        logits = [(place, name, work.sizes[name]) for place, name in enumerate(self.program.logits)]
         grid = logits[0][2]
         for place, name, size in logits:
             grid = finest(size, grid)
@@ -132,39 +126,37 @@ class AnytimeRun(StepwiseCall):
             places, kind, window = needs[step.name], *step.spatial
             if kind == "conv" and window is not None:
                 source, *residual = step.reads
-                computed = self._computed[step.name] = sites.computed(_size(work, step.name), places)
-                add(source, sites.read_by_window(computed, window, _size(work, source)))
+                computed = self._computed[step.name] = sites.computed(work.sizes[step.name], places)
+                add(source, sites.read_by_window(computed, window, work.sizes[source]))
                 for name in residual:
                     add(name, None if places is None else sites.union(computed, places))
                 continue
-            map_name = next((name for name in step.reads if work.size(name) is not None), "")
+            map_name = next((name for name in step.reads if name in work.sizes), "")
             for name in step.reads:
                 if kind == "whole" or places is None:
                     add(name, None)
                 elif kind == "point":
-                    add(name, places if work.size(name) == places.size else None)
+                    add(name, places if work.sizes.get(name) == places.size else None)
                 elif name != map_name:
                     add(name, None)
                 elif window is not None:
-                    add(name, sites.read_by_window(places, window, _size(work, name)))
+                    add(name, sites.read_by_window(places, window, work.sizes[name]))
                 else:
-                    add(name, sites.read_by_resize(places, _size(work, name)))
+                    add(name, sites.read_by_resize(places, work.sizes[name]))
         return needs
 
-    def _count(self, step: ProgramStep, sites: Sites | None) -> None:
-        """Add the MACs of a step; of a convolution, the share of its computed positions."""
-        work = self.work.macs[step.name] if self.work is not None else 0
-        if not work or self.work is None:
-            return
-        if sites is not None and step.spatial.kind == "conv":
-            batch, _, height, width = self.work.shapes[step.name]
-            work = work * self._computed[step.name].count // (batch * height * width)
-        self.macs[-1] += work
+    def _macs(self, step: ProgramStep, is_whole: bool) -> int:
+        """Return the MACs of a step; of a convolution, the share of its computed positions."""
+        work = self.work.macs.get(step.name, 0)
+        if is_whole or step.spatial.kind != "conv":
+            return work
+        computed = self._computed[step.name]
+        return work * computed.count // computed.mask.numel()
 
     # -- running a step ----------------------------------------------------------------------------
 
     def _run(self, step: ProgramStep, sites: Sites | None, needs: Needs | None) -> StepValue:
-        if self.work is not None and step.name in self.work.numbers:
+        if step.name in self.work.numbers:
             return StepValue(self.work.numbers[step.name])
         kind = step.spatial.kind
         if needs is None or sites is None:
@@ -176,32 +168,30 @@ class AnytimeRun(StepwiseCall):
         if kind == "point" and places is not None:
             value = self.compute(step, lambda name: self._column(name, places))
             return StepValue(as_rows(value), places)
-        if step.target is resize_like and self.work is not None:
-            return StepValue(resize(self._dense(step.reads[0]), _size(self.work, step.name)))
+        if step.target is resize_like:
+            return StepValue(resize(self._dense(step.reads[0]), self.work.sizes[step.name]))
         return StepValue(self.compute(step, self._dense))
 
     def _fill_whole(self, step: ProgramStep, y: Tensor, sites: Sites) -> Tensor:
         """Fill all but the computed positions of a whole map, in training."""
         mask = sites.computed((y.shape[2], y.shape[3])).mask
         width = getattr(child(self.net, step.target), "width", None)
-        return y * mask.unsqueeze(1) if width is None else gaussian_fill(y, mask, width, self.is_normalised)
+        return y * mask.unsqueeze(1) if width is None else gaussian_fill(y, mask, width, sites.grid > 0)
 
     def _convolve(self, step: ProgramStep, sites: Sites, needed: Places | None) -> StepValue:
         """Compute a convolution at the undecided positions and fill the other needed positions."""
-        assert self.work is not None and step.spatial.window is not None
-        size, source_size = _size(self.work, step.name), _size(self.work, step.reads[0])
+        assert step.spatial.window is not None
+        size, source_size = self.work.sizes[step.name], self.work.sizes[step.reads[0]]
         computed, window = self._computed[step.name], step.spatial.window
         every = needed if needed is None else sites.union(computed, needed)
         module: Any = child(self.net, step.target)
         weights, (before, places) = weights_of(module), self.env[step.reads[0]]
-        reads: WindowRead | Reading
-        if window.is_pointwise and source_size == size and weights.groups == 1:
-            rows = as_rows(before) if places is None else before  # a product, on the stored rows
-            reads = (places or sites.everywhere(size)).reading_of(computed)
-        else:
-            source = None if places is None else sites.read_by_window(computed, window, source_size)
-            rows = as_rows(before) if source is None else _select_rows(before, places, source)
-            reads = sites.reading(source_size, source, window, computed)
+        is_product = window.is_pointwise and source_size == size and weights.groups == 1
+        source = places  # a product is on the stored rows
+        if places is not None and not is_product:
+            source = sites.read_by_window(computed, window, source_size)
+        rows = as_rows(before) if source is None else _select_rows(before, places, source)
+        reads = sites.reading(source_size, source, window, computed)
         residual = None if len(step.reads) < 2 else self._at(step.reads[1], every)
         if every is computed:
             return StepValue(compute(Convolution(rows, weights, reads, residual=residual)), every)
@@ -212,7 +202,7 @@ class AnytimeRun(StepwiseCall):
         if width is not None:
             options: Any = {"residual": residual, "activation": weights.activation}
             whole = sites.lattice(size, every)
-            out = fill_gaps(some, whole, width, self.is_normalised, baseline, **options).rows
+            out = fill_gaps(some, whole, width, sites.grid > 0, baseline, **options).rows
         else:  # zero, or `baseline`, where nothing is computed
             filled = every or sites.everywhere(size)
             out = some.rows.new_zeros(filled.count, some.rows.shape[1])
@@ -249,12 +239,6 @@ def finest(one: tuple[int, ...], other: tuple[int, ...]) -> Size:
     """Return the size with more positions; the first one if they have the same number."""
     height, width = other if other[0] * other[1] > one[0] * one[1] else one
     return height, width
-
-
-def _size(work: CallWork, name: str) -> Size:
-    size = work.size(name)
-    assert size is not None
-    return size
 
 
 def _select_rows(rows: Tensor, available: Places | None, places: Places) -> Tensor:

@@ -164,7 +164,7 @@ _SETTINGS: dict[str, Reader] = {
     **{"confidence": str, "fill": str},
 }
 KIND: MethodSides = MethodSides(
-    *(AnytimeModel.method, AnytimeModel, "with exits", convert, compare, time, run, _SETTINGS),
+    *(AnytimeModel, "with exits", convert, compare, time, run, _SETTINGS),
     renamed={"gaps": "fill"},
     has_thresholds=True,
 )

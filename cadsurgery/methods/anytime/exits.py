@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
@@ -24,33 +23,19 @@ _LEAST_WORK = 0.01
 _FIRST_AREA = 12
 
 
-@dataclass(frozen=True)
-class Outlet:
+class Outlet(NamedTuple):
     """The outputs of a network, which all exits precede.
 
     Attributes:
-        logits: node of the class scores before they are resized; None for a backbone.
+        ends: node of the class scores before they are resized, or those of the maps that a backbone returns.
         final: node of the output computed from the class scores; None for a backbone.
-        maps: nodes of the maps that a backbone returns.
     """
 
-    logits: fx.Node | None
+    ends: tuple[fx.Node, ...]
     final: fx.Node | None
-    maps: tuple[fx.Node, ...] = ()
-
-    @property
-    def ends(self) -> tuple[fx.Node, ...]:
-        """The nodes from which all outputs are computed."""
-        return (self.logits,) if self.logits is not None else self.maps
-
-    @property
-    def last(self) -> fx.Node:
-        """The last of `ends`."""
-        return max(self.ends)
 
 
-@dataclass(frozen=True)
-class Exit:
+class Exit(NamedTuple):
     """A place where a prediction can be made.
 
     Attributes:
@@ -71,23 +56,21 @@ def find_outlet(facts: Facts) -> Outlet:
     returned: Any = next(node for node in facts.graph.nodes if node.op == "output").args[0]
     value = returned.get("out", returned) if isinstance(returned, Mapping) else returned
     if isinstance(value, fx.Node) and facts.is_map(value):
-        return Outlet(_before_resizing(value, facts), value)
+        scores = value
+        while (
+            rule_of(scores, facts) is resizing and (read := scores.all_input_nodes) and facts.is_map(read[0])
+        ):
+            scores = read[0]
+        return Outlet((scores,), value)
     parts = list(value.values()) if isinstance(value, Mapping) else value
     several = parts if isinstance(parts, (list, tuple)) else ()
     if several and all(isinstance(part, fx.Node) and facts.is_map(part) for part in several):
-        return Outlet(None, None, tuple(several))
+        return Outlet(tuple(several), None)
     raise CannotConvert(
         f"{type(facts.model).__name__} returns no map.",
         why="an exit predicts a class for each position; this network gives one answer for each image.",
         next="pass a segmentation network, or a backbone that returns its maps, with classes=.",
     )
-
-
-def _before_resizing(node: fx.Node, facts: Facts) -> fx.Node:
-    """Return the node of the class scores before they are resized to the image."""
-    while rule_of(node, facts) is resizing and node.all_input_nodes and facts.is_map(node.all_input_nodes[0]):
-        node = node.all_input_nodes[0]
-    return node
 
 
 def find_exits(facts: Facts, outlet: Outlet, asked: str | Sequence[str]) -> list[Exit]:
@@ -104,7 +87,6 @@ def find_exits(facts: Facts, outlet: Outlet, asked: str | Sequence[str]) -> list
         InvalidInput: the exit has no map, or the head is not computed from it.
     """
     before = upstream(*outlet.ends)
-    order = {node: place for place, node in enumerate(facts.graph.nodes)}
     if asked == "auto":
         listed = _stages(facts, outlet, before)
     else:
@@ -112,20 +94,20 @@ def find_exits(facts: Facts, outlet: Outlet, asked: str | Sequence[str]) -> list
         if not names or len(set(names)) < len(names):
             raise InvalidInput(f"exits={asked!r} names no exits, or one twice.", next='use exits="auto".')
         listed = [_named(name, facts, outlet, before) for name in names]
-    listed.sort(key=lambda exit: max(order[node] for node in exit.branches))
-    return listed
+    return sorted(listed, key=lambda exit: max(exit.branches))
 
 
 def _named(name: str, facts: Facts, outlet: Outlet, before: set[fx.Node]) -> Exit:
     nodes = {node.name: node for node in facts.graph.nodes}
     modules = {path for path, _ in facts.model.named_modules() if path}
     if name in modules:
-        maps = _outputs(name, facts, outlet)
+        leaving = _outputs(name, facts)
+        maps = [node for node in leaving if node in before] or leaving
     elif name in nodes:
         maps = [nodes[name]] if facts.is_map(nodes[name]) else []
     else:
         raise UnknownName("module or node", name, modules | nodes.keys())
-    behind = [node for node in maps if node not in before or node is outlet.last]
+    behind = [node for node in maps if node not in before or node is max(outlet.ends)]
     if not maps or behind:
         inside = [node for node in before if _is_in(facts.path(node), name) or node.name == name]
         why = "no map of it is read by what follows." if inside else "its head does not read it."
@@ -140,16 +122,14 @@ def _named(name: str, facts: Facts, outlet: Outlet, before: set[fx.Node]) -> Exi
     return Exit(name, by_resolution(maps, facts))
 
 
-def _outputs(path: str, facts: Facts, outlet: Outlet) -> list[fx.Node]:
+def _outputs(path: str, facts: Facts) -> list[fx.Node]:
     """Return the maps computed in a module that are read outside it."""
 
     def leaves(node: fx.Node) -> bool:
         return any(user.op == "output" or not _is_in(facts.path(user), path) for user in node.users)
 
     made = [node for node in facts.graph.nodes if _is_in(facts.path(node), path) and facts.is_map(node)]
-    before = upstream(*outlet.ends)
-    used = [node for node in made if leaves(node) and node in before]
-    return used or [node for node in made if leaves(node)]
+    return [node for node in made if leaves(node)]
 
 
 def by_resolution(maps: Sequence[fx.Node], facts: Facts) -> tuple[fx.Node, ...]:
@@ -184,11 +164,11 @@ def _stages(facts: Facts, outlet: Outlet, before: set[fx.Node]) -> list[Exit]:
     listed: list[Exit] = []
     passed = 0
     for place, (name, following) in enumerate(pairwise(children)):
-        maps = [node for node in _outputs(name, facts, outlet) if node in before]
-        if not maps or outlet.last in maps or name == last:
+        maps = [node for node in _outputs(name, facts) if node in before]
+        if not maps or max(outlet.ends) in maps or name == last:
             continue
         finest = max(_area(node, facts) for node in maps)
-        after = [_area(node, facts) for node in _outputs(following, facts, outlet) if node in before]
+        after = [_area(node, facts) for node in _outputs(following, facts) if node in before]
         ends = name in groups or (after and 3 * max(after) <= finest)
         left = sum(work[child] for child in children[place + 1 :])
         done = sum(facts.macs.get(node, 0) for node in upstream(*maps))

@@ -23,14 +23,13 @@ from cadsurgery.following.trace import evaluating
 from cadsurgery.methods.anytime.exit_calls import AnytimeRun
 from cadsurgery.methods.anytime.exits import Exit, Outlet, by_resolution, find_exits, find_outlet
 from cadsurgery.methods.anytime.heads import MOST_STEPS, HeadKind, connect, make_head
-from cadsurgery.methods.anytime.program import AnytimeProgram, cut
+from cadsurgery.methods.anytime.program import AnytimeProgram
 from cadsurgery.methods.anytime.report import AnytimeMacs, AnytimePlan, ExitMacs, ExitPlan
 from cadsurgery.methods.converted import GraphModel, Stored, register
 from cadsurgery.methods.positions import Sites
-from cadsurgery.methods.program import CallWork, work_of
+from cadsurgery.methods.program import CallWork
 from cadsurgery.network.adaptify import copy_network
 from cadsurgery.network.adaptive_part import Example, traceable_part
-from cadsurgery.network.macs import meta_copy
 from cadsurgery.network.signature import Forward
 from cadsurgery.network.storage import check_width
 from cadsurgery.support.errors import CannotConvert, InvalidInput, check_name
@@ -117,15 +116,6 @@ def anytime(
     heads, graph, logits = _add_heads(facts, outlet, chosen, head, number, hidden)
     weight = next(whole.parameters())
     whole.add_module(HEADS, heads.to(weight.device, weight.dtype).train(whole.training))
-    signature = signature_of(whole)
-    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
-    work = work_of(cut(graph, {}, signature).steps, meta_copy(whole), {**defaults, **facts.arguments})
-    spatial, apart = _find_spatial(facts, logits, work)
-    if fill in _WIDTHS:
-        for node in graph.nodes:
-            if spatial.get(node.name, WHOLE).kind == "conv":
-                module: Any = whole.get_submodule(str(node.target))
-                module.register_parameter(WIDTH_NAME, nn.Parameter(module.weight.new_tensor(_WIDTHS[fill])))
     options = {
         "exits": [exit.name for exit in chosen],
         "head": head,
@@ -133,22 +123,30 @@ def anytime(
         "hidden": hidden,
         "fill": fill,
     }
-    program = cut(graph, spatial, signature)
+    program = AnytimeProgram(graph=graph, signature=signature_of(whole), spatial={})
     net = AnytimeModel(whole, program, options, confidence=confidence, threshold=threshold)
+    work = net.work({**net.defaults, **facts.arguments})
+    spatial, apart = _find_spatial(facts, logits, work)
+    if fill in _WIDTHS:
+        for node in graph.nodes:
+            if spatial.get(node.name, WHOLE).kind == "conv":
+                module: Any = net.get_submodule(str(node.target))
+                module.register_parameter(WIDTH_NAME, nn.Parameter(module.weight.new_tensor(_WIDTHS[fill])))
+    net.program = replace(program, spatial=spatial)
     net.plan, net.source = _make_plan(net, chosen, work, apart, facts.example), source_of(model)
     return net
 
 
 def _count_classes(facts: Facts, outlet: Outlet, asked: int | None) -> int:
-    if outlet.logits is None:
+    if outlet.final is None:
         if asked is None:
             raise InvalidInput(
-                f"{type(facts.model).__name__} returns {len(outlet.maps)} maps, and no class scores.",
+                f"{type(facts.model).__name__} returns {len(outlet.ends)} maps, and no class scores.",
                 why="how many classes its heads are to predict is not known.",
                 next="say classes=N.",
             )
         return asked
-    own = facts.shapes[outlet.logits][1]
+    own = facts.shapes[outlet.ends[0]][1]
     if asked is not None and asked != own:
         raise InvalidInput(
             f"classes={asked}, but the network itself predicts {own}.",
@@ -162,23 +160,21 @@ def _add_heads(
     facts: Facts, outlet: Outlet, exits: list[Exit], kind: HeadKind, classes: int, hidden: int | None
 ) -> tuple[nn.ModuleList, fx.Graph, list[fx.Node]]:
     graph, heads, logits = facts.graph, nn.ModuleList(), []
-    order = {node: place for place, node in enumerate(graph.nodes)}
     places: list[tuple[HeadKind, int, tuple[fx.Node, ...]]] = [
         (kind, min(len(exits) - number, MOST_STEPS), exit.branches) for number, exit in enumerate(exits)
     ]
-    if outlet.logits is None:
-        places.append(("plain", 0, by_resolution(outlet.maps, facts)))
+    if outlet.final is None:
+        places.append(("plain", 0, by_resolution(outlet.ends, facts)))
     for number, (head_kind, steps, branches) in enumerate(places):
         channels = sum(facts.shapes[node][1] for node in branches)
         inside = hidden or (channels if head_kind == "plain" else _HIDDEN)
         layers = make_head(head_kind, channels, inside, classes, steps)
         heads.append(layers)
-        with graph.inserting_before(max(branches, key=order.__getitem__).next):
+        with graph.inserting_before(max(branches).next):
             logits.append(connect(graph, f"{HEADS}.{number}", layers, list(branches)))
     output = graph.output_node()
-    if outlet.logits is not None:
-        logits.append(outlet.logits)
-    output.args = ((*logits, outlet.final if outlet.final is not None else logits[-1]),)
+    logits += outlet.ends if outlet.final is not None else ()
+    output.args = ((*logits, outlet.final or logits[-1]),)
     return heads, graph, logits
 
 
@@ -196,13 +192,13 @@ def _find_spatial(
     kinds, apart = dict[str, SpatialKind](), list[tuple[str, str]]()
     behind = upstream(*logits) - upstream(logits[0])
     for node in facts.graph.nodes:
-        size = work.size(node.name)
+        size = work.sizes.get(node.name)
         if node not in behind or size is None:
             continue
         kind = seen.kind(node)
         # A map of another size can be read at chosen positions only if it has one value per image.
-        read = [other for source in node.all_input_nodes if (other := work.size(source.name)) is not None]
-        if kind.kind != "point" or (size in read and {*read} <= {size, (1, 1)}):
+        read = {work.sizes[source.name] for source in node.all_input_nodes if source.name in work.sizes}
+        if kind.kind != "point" or (size in read and read <= {size, (1, 1)}):
             kinds[node.name] = kind
         if node.op == "call_module" and isinstance(facts.module(node), nn.Conv2d) and kind.kind != "conv":
             why = (
@@ -316,11 +312,11 @@ class AnytimeModel(GraphModel):
         run = self._start(
             args, kwargs
         )  # here, since a generator would check the arguments only when it starts
-        return (run.prediction(logits) for logits in self._logits(run, threshold))
+        return map(run.prediction, self._logits(run, self.thresholds(threshold)))
 
     def logits(self, *args: Any, threshold: Threshold | None = None, **kwargs: Any) -> tuple[Tensor, ...]:
         """Return the aggregated class scores of all exits, before the network resizes them."""
-        return tuple(self._logits(self._start(args, kwargs), threshold))
+        return tuple(self._logits(self._start(args, kwargs), self.thresholds(threshold)))
 
     @property
     def threshold(self) -> float | tuple[float, ...]:
@@ -343,16 +339,12 @@ class AnytimeModel(GraphModel):
         """
         value, count = self.threshold if threshold is None else threshold, len(self.program.logits) - 1
         limits = tuple(value) if isinstance(value, Sequence) else (value,) * count
-        if any(isinstance(limit, Real) and limit < 0 for limit in limits):
-            raise InvalidInput(
-                f"threshold={value!r:.60} is negative.",
-                why="probabilities and entropies are not.",
-                next=f"give a number from 0 on; {self.everything:g} computes everything.",
-            )
-        if len(limits) != count or not all(isinstance(limit, Real) and limit == limit for limit in limits):
+        if len(limits) != count or not all(isinstance(limit, Real) and limit >= 0 for limit in limits):
             raise InvalidInput(
                 f"threshold={value!r:.60} of a network with {count} exits before the last.",
-                next=f"give one number, or {count}: one of each of these exits.",
+                why="it is compared with probabilities, or entropies, which are not negative.",
+                next=f"give one number, or {count}: one of each of these exits, from 0 on; {self.everything:g} "
+                "computes everything.",
             )
         return tuple(map(float, limits))
 
@@ -392,7 +384,7 @@ class AnytimeModel(GraphModel):
         with torch.no_grad(), evaluating(self):
             run = self._start(args, kwargs)
             if not image_of(run.arguments).is_meta:
-                for _ in self._logits(run, threshold):
+                for _ in self._logits(run, self.thresholds(threshold)):
                     pass
         return self._counted(run)
 
@@ -405,7 +397,7 @@ class AnytimeModel(GraphModel):
             args, threshold, kwargs: as in a call.
         """
         run = self._start(args, kwargs)
-        predictions = tuple(run.prediction(logits) for logits in self._logits(run, threshold))
+        predictions = tuple(map(run.prediction, self._logits(run, self.thresholds(threshold))))
         return predictions, self._counted(run)
 
     def until(
@@ -422,10 +414,9 @@ class AnytimeModel(GraphModel):
         """
         began = time.perf_counter()
         run = self._start(args, kwargs, is_training=False)
-        assert run.work is not None
         work = self._dense_macs(run.work)
         logits, number = None, 0
-        for scores in self._logits(run, threshold):
+        for scores in self._logits(run, self.thresholds(threshold)):
             logits, number = scores, number + 1
             passed = 1e3 * (time.perf_counter() - began)
             if number == len(work) or passed * work[number] / work[number - 1] > milliseconds:
@@ -439,7 +430,6 @@ class AnytimeModel(GraphModel):
         )
 
     def _counted(self, run: AnytimeRun) -> AnytimeMacs:
-        assert run.work is not None
         dense = own = self._dense_macs(run.work)
         shape = tuple(image_of(run.arguments).shape)
         if not image_of(run.arguments).is_meta:
@@ -461,7 +451,7 @@ class AnytimeModel(GraphModel):
             if kernel is not None:
                 width = getattr(child(self, paths[origin]), WIDTH_NAME, None) if kind.kind == "conv" else None
                 kernel.register_buffer(WIDTH_NAME, None if width is None else width.detach().clone())
-        return self.inference_copy(fused, cut(fused.graph, spatial, self.program.signature, is_fused=True))
+        return self.inference_copy(fused, spatial=spatial)
 
     @property
     def heads(self) -> nn.ModuleList:
@@ -472,33 +462,24 @@ class AnytimeModel(GraphModel):
 
     # -- running -----------------------------------------------------------------------------------
 
-    def _start(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        is_training: bool | None = None,
-    ) -> AnytimeRun:
+    def _start(self, args: Any, kwargs: Any, is_training: bool | None = None) -> AnytimeRun:
         arguments = self.bind(args, kwargs)
         training = self.training if is_training is None else is_training
-        work = None if training else self.work(arguments)
-        return AnytimeRun(self, arguments, self.program, self.grid > 0, work)
+        work = CallWork({}, {}, {}, {}) if training else self.work(arguments)
+        return AnytimeRun(self, arguments, work)
 
     @property
     def grid(self) -> int:
         """Distance between positions that are computed in any case; 0 for none."""
         return _GRID if self.options["fill"] == "interpolated" else 0
 
-    def _logits(self, run: AnytimeRun, threshold: Threshold | None) -> Iterator[Tensor]:
-        # Not in the generator, which would check the threshold only when it is started.
-        return self._aggregate(run, self.thresholds(threshold))
-
-    def _aggregate(self, run: AnytimeRun, thresholds: tuple[float, ...]) -> Iterator[Tensor]:
+    def _logits(self, run: AnytimeRun, thresholds: tuple[float, ...]) -> Iterator[Tensor]:
         sites: Sites | None = None
         logits: Tensor | None = None
         for number in range(len(self.program.segments)):
             if logits is not None and not self._is_never(thresholds[number - 1]):
                 sites = Sites(self.undecided_mask(logits, thresholds, number), sites, self.grid)
-            if sites is None or not sites.is_nothing or self.training:
+            if sites is None or bool(sites.undecided.any()) or self.training:
                 run.segment(number, sites)
                 logits = run.logits(number, sites, logits)
             assert logits is not None

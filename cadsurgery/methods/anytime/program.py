@@ -5,7 +5,6 @@ The graph contains all exits. A segment is what an exit needs beyond the earlier
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,43 +31,36 @@ class AnytimeProgram(StepProgram):
     """
 
     spatial: Mapping[str, SpatialKind]
-    segments: tuple[tuple[ProgramStep, ...], ...] = field(repr=False)
-    logits: tuple[str, ...]
-    tail: tuple[ProgramStep, ...] = field(repr=False)
-    final: str
+    steps: tuple[ProgramStep, ...] = field(init=False, repr=False)
+    segments: tuple[tuple[ProgramStep, ...], ...] = field(init=False, repr=False)
+    logits: tuple[str, ...] = field(init=False)
+    tail: tuple[ProgramStep, ...] = field(init=False, repr=False)
+    final: str = field(init=False)
 
-
-def cut(
-    graph: fx.Graph, spatial: Mapping[str, SpatialKind], signature: inspect.Signature, is_fused: bool = False
-) -> AnytimeProgram:
-    """Split a graph with exits into segments; see `AnytimeProgram`."""
-    output: Any = next(node for node in graph.nodes if node.op == "output").args[0]
-    *logits, final = output
-    behind = _between(graph, logits[-1], final)
-    sizes = [
-        source for node in behind for source in node.all_input_nodes if source not in (*behind, logits[-1])
-    ]
-    computed, every = set[fx.Node](), list[list[fx.Node]]()
-    for number, exit in enumerate(logits):
-        needed = upstream(exit, *(sizes if number == 0 else ())) - computed
-        every.append([node for node in graph.nodes if node in needed])
-        computed |= needed
-    resizes = {node.name: SpatialKind("resize") for node in graph.nodes if node.target is resize_like}
-    steps = steps_of([node for nodes in every for node in nodes], {*logits, *sizes}, {**spatial, **resizes})
-    return AnytimeProgram(
-        graph=graph,
-        signature=signature,
-        is_fused=is_fused,
-        steps=tuple(steps.values()),
-        spatial=spatial,
-        segments=tuple(tuple(steps[node] for node in nodes) for nodes in every),
-        logits=tuple(node.name for node in logits),
-        tail=tuple(steps_of(behind).values()),
-        final=final.name,
-    )
-
-
-def _between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> list[fx.Node]:
-    """Return the nodes on paths from `first` to `last`, without `first`, in order."""
-    between = downstream(graph.nodes, lambda node: node is first) & upstream(last) - {first}
-    return [node for node in graph.nodes if node in between]
+    def __post_init__(self) -> None:
+        graph = self.graph
+        output: Any = graph.output_node().args[0]
+        *logits, final = output
+        between = downstream(graph.nodes, lambda node: node is logits[-1]) & upstream(final) - {logits[-1]}
+        behind = [node for node in graph.nodes if node in between]
+        sizes = [
+            source
+            for node in behind
+            for source in node.all_input_nodes
+            if source not in (*behind, logits[-1])
+        ]
+        computed, every = set[fx.Node](), list[list[fx.Node]]()
+        for number, exit in enumerate(logits):
+            needed = upstream(exit, *(sizes if number == 0 else ())) - computed
+            every.append([node for node in graph.nodes if node in needed])
+            computed |= needed
+        resizes = {node.name: SpatialKind("resize") for node in graph.nodes if node.target is resize_like}
+        kept, nodes = {*logits, *sizes}, [node for nodes in every for node in nodes]
+        steps = steps_of(nodes, kept, {**self.spatial, **resizes})
+        self.__dict__.update(
+            steps=tuple(steps.values()),
+            segments=tuple(tuple(steps[node] for node in nodes) for nodes in every),
+            logits=tuple(node.name for node in logits),
+            tail=tuple(steps_of(behind).values()),
+            final=final.name,
+        )

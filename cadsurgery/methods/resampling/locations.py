@@ -141,14 +141,10 @@ def _laplacian(grid: int, dtype: torch.dtype) -> Tensor:
 
 def normalise(locations: Tensor) -> Tensor:
     """Move the sides of a grid (..., n, m, 2) to the image's sides, and all locations inside; they may be folded."""
-    rows, columns = locations.unbind(-1)
-    rows = torch.cat(
-        (torch.zeros_like(rows[..., :1, :]), rows[..., 1:-1, :], torch.ones_like(rows[..., :1, :])), -2
-    )
-    columns = torch.cat(
-        (torch.zeros_like(columns[..., :1]), columns[..., 1:-1], torch.ones_like(columns[..., :1])), -1
-    )
-    return torch.stack((rows, columns), -1).clamp(0, 1)
+    inside = locations.clamp(0, 1)
+    inside[..., 0, :, 0] = inside[..., 0, 1] = 0
+    inside[..., -1, :, 0] = inside[..., -1, 1] = 1
+    return inside
 
 
 def upsample(locations: Tensor, size: tuple[int, int]) -> Tensor:

@@ -47,6 +47,7 @@ from cadsurgery.network import storage
 from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.macs import count_network
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.program import Derived
 from cadsurgery.network.signature import Forward
 from cadsurgery.support.divergence import resize
 from cadsurgery.support.errors import CadError, CannotConvert, FileError, InvalidInput, check_name, first_line
@@ -102,7 +103,8 @@ def resample(
     check_name("mode", mode, get_args(Mode))
     chosen = tuple(targets) if targets is not None else None
     options = SamplerOptions(grid, smoothness, chosen, ignore, share)
-    network = _copy(model)
+    ResampledModel.refuse_again(model)
+    network = copy.deepcopy(model) if isinstance(model, Derived) else copy_network(model)
     image = _example(network, (height, width)) if example_input is None else example_input
     check_image(image, "example_input")
     unit = network.normalisation if isinstance(network, AdaptiveModel) else None
@@ -115,12 +117,6 @@ def resample(
     net.source = source_of(model)
     net.plan = _make_plan(net, image)
     return net
-
-
-def _copy(model: object) -> nn.Module:
-    ResampledModel.refuse_again(model)
-    is_made = isinstance(model, (AdaptiveModel, ConvertedModel))
-    return copy.deepcopy(model) if is_made and isinstance(model, nn.Module) else copy_network(model)
 
 
 def _example(network: nn.Module, size: tuple[int, int]) -> Tensor:
@@ -317,8 +313,8 @@ class ResampledModel(ConvertedModel):
         """
         image = self._image(args, kwargs)
         with torch.no_grad(), evaluating(self):
-            args, kwargs = tree_map(lambda value: None if value is image else value, (args, kwargs))
-            if any(isinstance(value, Tensor) for value in tree_leaves((args, kwargs))):
+            leaves = tree_leaves((args, kwargs))
+            if any(isinstance(value, Tensor) and value is not image for value in leaves):
                 raise InvalidInput(
                     "macs are counted only on an image.", next="leave out the other tensors of the call."
                 )
@@ -423,9 +419,7 @@ class ResampledModel(ConvertedModel):
         if sampler not in SAMPLERS:
             mask_tensors = {name.removeprefix("mask."): value for name, value in own.items()}
             sampler = storage.stored_mask(path, fields["sampler"], mask_tensors, stored.trust)
-        with as_file_error(f"{path} does not fit this model.", storage.OTHER_MODEL):
-            net = cls._convert_again(network, stored, sampler=sampler)
-        converted.check_plan(path, net.plan, stored.plan)
+        net = cls._convert_again(path, network, stored, sampler=sampler)
         net.plan = stored.plan  # its MACs were counted with the stored mask's parameters
         converted.fill(path, net.sampler, own)
         if inside == "network":

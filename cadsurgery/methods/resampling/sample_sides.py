@@ -23,6 +23,7 @@ from cadsurgery.methods.side import (
     MethodSides,
     Side,
     Timed,
+    mean_work,
 )
 from cadsurgery.support.divergence import maps_of, relative_difference, resize
 from cadsurgery.support.fields import Reader, read_size, read_whole
@@ -51,8 +52,8 @@ def compare(net: ResampledModel, data: SegmentationData, thresholds: Sequence[An
 
     def work(counts: Counts, figures: Figures) -> dict[str, Any]:
         of_targets = [value for place in targets if (value := figures["iou"][place]) is not None]
-        of_images = {name: counts[name] / counts["images"] for name in ("macs", "macs_of_sampler")}
-        return {**of_images, "of_targets": sum(of_targets) / len(of_targets) if of_targets else None}
+        mean = sum(of_targets) / len(of_targets) if of_targets else None
+        return {**mean_work(counts, figures), "of_targets": mean}
 
     def side(name: str, counted: ResampledModel, run: nn.Module) -> Side:
         def count(images: Tensor) -> Counts:
@@ -139,15 +140,6 @@ _SETTINGS: dict[str, Reader] = {
     **{"targets": read_whole, "ignore": int, "share": float, "mode": str},
 }
 KIND: MethodSides = MethodSides(
-    *(
-        ResampledModel.method,
-        ResampledModel,
-        "whose input is sampled",
-        convert,
-        compare,
-        time,
-        run,
-        _SETTINGS,
-    ),
+    *(ResampledModel, "whose input is sampled", convert, compare, time, run, _SETTINGS),
     renamed={"sample_size": "size", "sample_grid": "grid"},
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,32 +18,6 @@ _STAGES = ((16, 1, 1), (24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 
 _STEM, _EXPANSION = 32, 6
 
 
-@dataclass(frozen=True)
-class _Bottleneck:
-    """An inverted residual: input, inner and output channels, stride, dilation."""
-
-    channels: int
-    inner: int
-    out: int
-    stride: int
-    dilation: int
-
-
-def _blocks(width: float, output_stride: int) -> Iterator[_Bottleneck]:
-    """Yield the blocks; after the output stride is reached, strides become dilations, as published."""
-    channels, stride, dilation = int(_STEM * width), 2, 1
-    for place, (number, count, step) in enumerate(_STAGES):
-        for block in range(count):
-            block_stride = step if block == 0 else 1
-            expanded = (channels * _EXPANSION + 4) // 8 * 8 if place else channels
-            is_reached = block_stride > 1 and stride == output_stride
-            yield _Bottleneck(
-                channels, expanded, int(number * width), 1 if is_reached else block_stride, dilation
-            )
-            channels, stride = int(number * width), stride if is_reached else stride * block_stride
-            dilation *= block_stride if is_reached else 1
-
-
 def _norm(
     channels: int, out: int, kernel: int = 1, relu: type[nn.Module] | None = nn.ReLU6, **options: Any
 ) -> nn.Sequential:
@@ -57,20 +30,29 @@ def _norm(
 class _InvertedResidual(nn.Module):
     """Expansion, depthwise convolution and projection, with a residual connection if the shape stays."""
 
-    def __init__(self, block: _Bottleneck) -> None:
+    def __init__(self, channels: int, inner: int, out: int, stride: int, dilation: int) -> None:
         super().__init__()
-        self.adds = block.stride == 1 and block.channels == block.out
-        layers = [_norm(block.channels, block.inner)] if block.inner != block.channels else []
-        layers.append(
-            _norm(
-                block.inner, block.inner, 3, stride=block.stride, dilation=block.dilation, groups=block.inner
-            )
-        )
-        self.layers = nn.Sequential(*layers, _norm(block.inner, block.out, relu=None))
+        self.adds = stride == 1 and channels == out
+        layers = [_norm(channels, inner)] if inner != channels else []
+        layers.append(_norm(inner, inner, 3, stride=stride, dilation=dilation, groups=inner))
+        self.layers = nn.Sequential(*layers, _norm(inner, out, relu=None))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, h, w) to (B, out, h', w')."""
         return x + self.layers(x) if self.adds else self.layers(x)
+
+
+def _blocks(width: float, output_stride: int) -> Iterator[_InvertedResidual]:
+    """Yield the blocks; after the output stride is reached, strides become dilations, as published."""
+    channels, stride, dilation = int(_STEM * width), 2, 1
+    for place, (number, count, first) in enumerate(_STAGES):
+        out = int(number * width)
+        for step in (first, *[1] * (count - 1)):
+            inner = (channels * _EXPANSION + 4) // 8 * 8 if place else channels
+            is_reached = step > 1 and stride == output_stride
+            yield _InvertedResidual(channels, inner, out, 1 if is_reached else step, dilation)
+            stride, dilation = (stride, dilation * step) if is_reached else (stride * step, dilation)
+            channels = out
 
 
 class ShiftNet(nn.Module):
@@ -91,11 +73,10 @@ class ShiftNet(nn.Module):
             output_stride: image pixels per position.
         """
         super().__init__()
-        blocks = list(_blocks(width, output_stride))
-        layers = [_norm(channels, int(_STEM * width), 3, stride=2), *map(_InvertedResidual, blocks)]
-        self.features = nn.Sequential(*layers)
-        self.local = _norm(blocks[-1].out, _HEAD, relu=nn.ReLU)
-        projection = _norm(blocks[-1].out, _HEAD, relu=nn.ReLU)
+        stem, out = _norm(channels, int(_STEM * width), 3, stride=2), int(_STAGES[-1][0] * width)
+        self.features = nn.Sequential(stem, *_blocks(width, output_stride))
+        self.local = _norm(out, _HEAD, relu=nn.ReLU)
+        projection = _norm(out, _HEAD, relu=nn.ReLU)
         self.whole = nn.Sequential(nn.AdaptiveAvgPool2d(1), projection)
         self.joined = _norm(2 * _HEAD, _HEAD, relu=nn.ReLU)
         self.last = nn.Conv2d(_HEAD, outputs, 1)

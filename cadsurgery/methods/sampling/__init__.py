@@ -3,5 +3,3 @@ open, and interpolated elsewhere."""
 
 from cadsurgery.methods.sampling.model import SampledModel, sample
 from cadsurgery.methods.sampling.report import SampledMacs, SamplingPlan
-
-__all__ = ["SampledMacs", "SampledModel", "SamplingPlan", "sample"]

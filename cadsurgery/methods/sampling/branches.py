@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import fx, nn
@@ -11,31 +11,11 @@ from torch import fx, nn
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.following.facts import Facts
 from cadsurgery.following.graphs import only_user
+from cadsurgery.methods.sampling.program import Gated
 from cadsurgery.network.fuse import leaves_values
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName
 from cadsurgery.support.torch_operations import operation_of
 from cadsurgery.surgery.spatial import CHANNELS_FIRST, CHANNELS_LAST, Spatial
-
-
-@dataclass(frozen=True)
-class GatedLayer:
-    """A convolution, or a linear layer on channels, that gets a gate.
-
-    Attributes:
-        node: the convolution.
-        window: window of the convolution.
-        stride: positions of the gate's input per position of the convolution's output, along an axis.
-        tail: the last of the following pointwise operations; gaps are filled after it.
-        end: affine pointwise operations after the tail, which may be computed before the filling.
-        is_linear: True for a linear layer.
-    """
-
-    node: fx.Node
-    window: Window
-    stride: int
-    tail: fx.Node
-    end: tuple[fx.Node, ...] = ()
-    is_linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +31,7 @@ class Branch:
 
     name: str
     source: fx.Node
-    places: tuple[GatedLayer, ...]
+    places: tuple[Gated, ...]
     apart: tuple[tuple[str, str], ...] = ()
 
 
@@ -84,22 +64,20 @@ def find_branches(spatial: Spatial, where: str | Sequence[str] = "auto") -> list
                 f"where={where!r} names nothing, or something twice.", next='use where="auto".'
             )
         chosen = [branch for name in names for branch in _named(name, spatial, branches)]
-    order = {node: number for number, node in enumerate(facts.graph.nodes)}
+    nodes = {node.name: node for node in facts.graph.nodes}
     joined = dict[tuple[str, str], Branch]()
     for branch in chosen:
-        before = joined.get((branch.source.name, branch.name), replace(branch, places=()))
-        places = {place.node: place for place in (*before.places, *branch.places)}
-        in_order = tuple(sorted(places.values(), key=lambda place: order[place.node]))
-        joined[branch.source.name, branch.name] = replace(branch, places=in_order)
-    gated = {place.node for branch in joined.values() for place in branch.places}
-    ended = (
-        replace(
-            candidate,
-            places=tuple(replace(place, end=_end(place.tail, gated, spatial)) for place in candidate.places),
-        )
-        for candidate in joined.values()
-    )
-    return sorted(ended, key=lambda branch: order[branch.places[0].node])
+        key = branch.source.name, branch.name
+        before = joined[key].places if key in joined else ()
+        joined[key] = replace(branch, places=(*before, *branch.places))
+    gated, ended = {place.conv for branch in joined.values() for place in branch.places}, list[Branch]()
+    for branch in joined.values():
+        places = {
+            place.conv: place._replace(end=_end(nodes[place.tail], gated, spatial)) for place in branch.places
+        }
+        in_order = sorted(places.values(), key=lambda place: nodes[place.conv])
+        ended.append(replace(branch, places=tuple(in_order)))
+    return sorted(ended, key=lambda branch: nodes[branch.places[0].conv])
 
 
 def _named(name: str, spatial: Spatial, branches: Iterable[Branch]) -> list[Branch]:
@@ -111,16 +89,15 @@ def _named(name: str, spatial: Spatial, branches: Iterable[Branch]) -> list[Bran
         return within
     nodes = [node for node in facts.graph.nodes if node.op == "call_module" and node.target == name]
     for branch in branches:
-        if places := tuple(place for place in branch.places if place.node in nodes):
+        if places := tuple(place for place in branch.places if place.path == name):
             return [replace(branch, places=places)]
     why = "it is neither a convolution nor a module with residual branches."
     source = _maps(nodes[0], facts) if len(nodes) == 1 else []
     if source and facts.layout(source[0]) == CHANNELS_FIRST:
-        walk = _BranchReader(spatial, source[0])
-        walk.step(nodes[0])
-        if walk.places:
-            return [Branch(name, source[0], (replace(walk.places[0], tail=_tail(nodes[0], None, spatial)),))]
-        why = walk.apart[0][1] if walk.apart else why
+        layers, apart, _ = _layers(nodes, source[0], spatial)
+        if layers:
+            return [Branch(name, source[0], (layers[0]._replace(tail=_tail(nodes[0], None, spatial)),))]
+        why = apart[0][1] if apart else why
     raise InvalidInput(
         f"{name} cannot be sampled.",
         where=type(facts.model).__name__,
@@ -170,64 +147,52 @@ def _maps(node: fx.Node, facts: Facts) -> list[fx.Node]:
 
 def _branch(end: fx.Node, fork: fx.Node, side: list[fx.Node], spatial: Spatial) -> Branch | None:
     """Return the branch of the nodes between a fork and an addition; None if none of its convolutions can be gated."""
-    walk = _BranchReader(spatial, fork)
-    for node in side:
-        walk.step(node)
+    places, apart, last = _layers(side, fork, spatial)
     # A last pointwise layer needs no gate: it commutes with filling and follows the gate before it.
-    places = [
-        place for place in walk.places if place.node is not walk.weighted[-1] or not place.window.is_pointwise
-    ]
+    places = [place for place in places if place.conv != last or not place.window.is_pointwise]
     if not places:
         return None
-    name = spatial.facts.path(end) or end.name
-    kept = tuple(replace(place, tail=_tail(place.node, end, spatial)) for place in places)
-    return Branch(name, fork, kept, tuple(walk.apart))
+    name, nodes = spatial.facts.path(end) or end.name, {node.name: node for node in side}
+    kept = tuple(place._replace(tail=_tail(nodes[place.conv], end, spatial)) for place in places)
+    return Branch(name, fork, kept, tuple(apart))
 
 
-@dataclass
-class _BranchReader:
-    """A walk along the nodes of a branch that collects its convolutions and their strides relative to the fork."""
-
-    spatial: Spatial
-    fork: fx.Node
-    stride: int = 1
-    lost: str = ""
-    weighted: list[fx.Node] = field(default_factory=list)
-    places: list[GatedLayer] = field(default_factory=list)
-    apart: list[tuple[str, str]] = field(default_factory=list)
-
-    def step(self, node: fx.Node) -> None:
-        """Process the next node."""
-        facts, kind = self.spatial.facts, self.spatial.kind(node).kind
+def _layers(
+    nodes: Iterable[fx.Node], fork: fx.Node, spatial: Spatial
+) -> tuple[list[Gated], list[tuple[str, str]], str]:
+    """Return the layers among the nodes of a branch that can have a gate, the convolutions that cannot, with the
+    reasons, and the name of the last layer. The map of a gate lies on a strided grid of the fork's map."""
+    facts, stride, lost, last = spatial.facts, 1, "", ""
+    places, apart = list[Gated](), list[tuple[str, str]]()
+    for node in nodes:
+        kind, window = spatial.kind(node)
         module = facts.module(node) if node.op == "call_module" else None
-        if isinstance(module, nn.Conv2d):
-            self.convolution(node)
-        elif isinstance(module, nn.Linear) and kind == "point" and facts.layout(node) == CHANNELS_LAST:
-            self.weighted.append(node)
-            if not self.lost:
-                self.places.append(GatedLayer(node, Window((1, 1)), self.stride, node, is_linear=True))
-        elif kind not in ("point", "permute"):
-            before, after = (tuple(facts.shapes.get(value, ())) for value in (*_maps(node, facts)[:1], node))
-            self.lost = self.lost or (
-                f"{node.name} before it changes the grid of the map." if before != after else ""
-            )
-
-    def convolution(self, node: fx.Node) -> None:
-        """Process a convolution; its output must lie on a strided grid of the fork's map."""
-        self.weighted.append(node)
-        window, shapes = self.spatial.kind(node).window, self.spatial.facts.shapes
-        why = self.lost if window is not None else self.spatial.treatments[node].why
-        if window is not None and not why:
+        is_conv = isinstance(module, nn.Conv2d)
+        is_linear = isinstance(module, nn.Linear) and kind == "point" and facts.layout(node) == CHANNELS_LAST
+        if not (is_conv or is_linear):
+            if kind not in ("point", "permute"):
+                before, after = (tuple(facts.shapes.get(one, ())) for one in (*_maps(node, facts)[:1], node))
+                lost = lost or (
+                    f"{node.name} before it changes the grid of the map." if before != after else ""
+                )
+            continue
+        last, why = node.name, lost
+        if is_linear:
+            window = Window((1, 1))
+        elif window is None:
+            why = spatial.treatments[node].why
+        elif not why:
             why = "" if _keeps_size(window) else "its padding does not keep the size of the map."
-            self.stride *= window.stride if not why else 1
-            grid = tuple(-(-length // self.stride) for length in shapes[self.fork][2:])
-            if not why and tuple(shapes[node][2:]) != grid:
+            stride *= window.stride if not why else 1
+            grid = tuple(-(-length // stride) for length in facts.shapes[fork][2:])
+            if not why and tuple(facts.shapes[node][2:]) != grid:
                 why = "its map is no grid of what its branch reads."
-        if why or window is None:
-            self.lost = self.lost or why
-            self.apart.append((str(node.target), why))
-        else:
-            self.places.append(GatedLayer(node, window, self.stride, node))
+        if window is not None and not why:
+            places.append(Gated(node.name, str(node.target), window, stride, node.name, is_linear=is_linear))
+        elif is_conv:
+            lost = lost or why
+            apart.append((str(node.target), why))
+    return places, apart, last
 
 
 def _keeps_size(window: Window) -> bool:
@@ -239,21 +204,21 @@ def _keeps_size(window: Window) -> bool:
     return window.same or all(pad == span for pad, span in zip(pads, spans, strict=True))
 
 
-def _tail(node: fx.Node, end: fx.Node | None, spatial: Spatial) -> fx.Node:
-    """Return the last of the pointwise operations after a convolution that have a single reader each."""
+def _tail(node: fx.Node, end: fx.Node | None, spatial: Spatial) -> str:
+    """Return the name of the last of the pointwise operations after a convolution that have a single reader each."""
     while (user := only_user(node)) is not None and user is not end and _follows(user, node, spatial):
         module = spatial.facts.module(user) if user.op == "call_module" else None
         if isinstance(module, nn.Linear) or user.target is F.linear:
             break
         node = user
-    return node
+    return node.name
 
 
-def _end(tail: fx.Node, gated: set[fx.Node], spatial: Spatial) -> tuple[fx.Node, ...]:
-    """Return the affine pointwise operations after the tail of a gate whose inputs have no other reader; empty if they
-    include no convolution or linear layer, because then no work is saved."""
+def _end(tail: fx.Node, gated: set[str], spatial: Spatial) -> tuple[str, ...]:
+    """Return the names of the affine pointwise operations after the tail of a gate whose inputs have no other reader;
+    empty if they include no convolution or linear layer, because then no work is saved."""
     facts, end, node = spatial.facts, list[fx.Node](), tail
-    while (user := only_user(node)) is not None and user not in gated:
+    while (user := only_user(node)) is not None and user.name not in gated:
         module = facts.module(user) if user.op == "call_module" else None
         kind, window = spatial.kind(user)
         is_point = window is not None and window.is_pointwise and window.stride == 1
@@ -265,7 +230,8 @@ def _end(tail: fx.Node, gated: set[fx.Node], spatial: Spatial) -> tuple[fx.Node,
         end.append(user)
         node = user
     modules = (facts.module(step) for step in end if step.op == "call_module")
-    return tuple(end) if any(isinstance(module, (nn.Conv2d, nn.Linear)) for module in modules) else ()
+    saves = any(isinstance(module, (nn.Conv2d, nn.Linear)) for module in modules)
+    return tuple(step.name for step in end) if saves else ()
 
 
 def _follows(node: fx.Node, source: fx.Node, spatial: Spatial) -> bool:

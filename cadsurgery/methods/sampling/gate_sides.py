@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,6 @@ from cadsurgery.methods.side import (
     Comparison,
     ConversionRequest,
     Counts,
-    Figures,
     MethodConversion,
     MethodSides,
     Side,
@@ -39,10 +37,6 @@ CLOSED, OPEN = "all closed but the grid", "all open"
 # -- evaluating ----------------------------------------------------------------------------------------
 
 
-def _work(counts: Counts, figures: Figures) -> dict[str, Any]:
-    return {name: counts[name] / counts["images"] for name in ("macs", "density")}
-
-
 def compare(net: SampledModel, data: SegmentationData, thresholds: Sequence[Any] = ()) -> Comparison:
     """Return the sides: the dense network, and the network with its gates.
 
@@ -60,8 +54,8 @@ def compare(net: SampledModel, data: SegmentationData, thresholds: Sequence[Any]
         return {"macs": macs_of(images).dense, "density": len(images)}
 
     sides = [
-        Side(DENSE, lambda x: maps_of(fast.dense(x))[-1], count_dense, summary=_work, anchor=True),
-        Side(GATES, lambda x: maps_of(fast(x))[-1], count, summary=_work),
+        Side(DENSE, lambda x: maps_of(fast.dense(x))[-1], count_dense, anchor=True),
+        Side(GATES, lambda x: maps_of(fast(x))[-1], count),
     ]
     return Comparison(source_of(net), sides, _columns, "setting")
 
@@ -78,19 +72,13 @@ def _columns(report: Any) -> Iterator[Column[Row]]:
 # -- timing --------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _forced(net: SampledModel, opened: Opened) -> Iterator[None]:
-    """Open gates at a share of their positions inside the `with` block."""
+def _opened(net: SampledModel, opened: Opened, run: Callable[[Tensor], Any], images: Tensor) -> Any:
+    """Run the network, or count, with gates open at a share of their positions."""
     net.score_override = opened
     try:
-        yield
+        return run(images)
     finally:
         net.score_override = None
-
-
-def _run_forced(net: SampledModel, opened: Opened, images: Tensor) -> object:
-    with _forced(net, opened):
-        return net(images)
 
 
 def time(net: SampledModel, images: Tensor, fractions: Sequence[float]) -> Timed:
@@ -112,9 +100,8 @@ def time(net: SampledModel, images: Tensor, fractions: Sequence[float]) -> Timed
     ]
     for share in sorted({0.0, *map(float, fractions), 1.0}):
         name, opened = {0.0: CLOSED, 1.0: OPEN}.get(share, f"{share:g} open, in areas"), Opened(share)
-        with _forced(fast, opened):
-            macs = fast.macs(images).total
-        sides.append(Side(name, partial(_run_forced, fast, opened), macs))
+        macs = _opened(fast, opened, fast.macs, images).total
+        sides.append(Side(name, partial(_opened, fast, opened, fast), macs))
     return Timed(sides, counted.not_counted, (CLOSED, OPEN))
 
 
@@ -173,6 +160,4 @@ def run(net: SampledModel, batch: Tensor, milliseconds: float) -> tuple[Any, dic
 
 
 _SETTINGS: dict[str, Reader] = {"where": read_names, "grid": int, "temperature": float, "noise": read_switch}
-KIND: MethodSides = MethodSides(
-    SampledModel.method, SampledModel, "with gates", convert, compare, time, run, _SETTINGS
-)
+KIND: MethodSides = MethodSides(SampledModel, "with gates", convert, compare, time, run, _SETTINGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -18,8 +19,8 @@ from cadsurgery.following.trace import evaluating
 from cadsurgery.methods.converted import ConvertedModel, GraphModel, register
 from cadsurgery.methods.sampling.branches import Branch, find_branches
 from cadsurgery.methods.sampling.gates import DECAY, GRID, TEMPERATURE, Gate, hard_shares, shares, uniform
-from cadsurgery.methods.sampling.program import Block, Gated, SampledProgram, gather, reconstruct
-from cadsurgery.methods.sampling.report import BranchPlan, GatePlan, SampledMacs, SamplingPlan, count
+from cadsurgery.methods.sampling.program import Gated, SampledProgram, reconstruct
+from cadsurgery.methods.sampling.report import BranchPlan, GateMacs, GatePlan, SampledMacs, SamplingPlan
 from cadsurgery.methods.sampling.sampled_calls import SampledRun
 from cadsurgery.network.adaptify import copy_network
 from cadsurgery.network.adaptive_part import Example, traceable_part
@@ -85,34 +86,39 @@ def sample(
 
 
 def _add_gates(facts: Facts, branches: Sequence[Branch], permutes: frozenset[str]) -> SampledProgram:
-    graph, gates, gated, blocks = facts.graph, nn.ModuleList(), list[Gated](), list[Block]()
+    graph, gates, gated = facts.graph, nn.ModuleList(), list[Gated]()
+    nodes = {node.name: node for node in graph.nodes}
     like = next(facts.model.parameters())
     filled = dict[fx.Node, fx.Node]()
     for branch in branches:
         source = filled.get(branch.source, branch.source)
-        blocks.append(Block(branch.name, tuple(range(len(gates), len(gates) + len(branch.places)))))
         for place in branch.places:
-            with graph.inserting_after(place.tail):
-                node = graph.call_function(reconstruct, (place.tail, source), {"gate": len(gates)})
-            place.tail.replace_all_uses_with(node, partial(operator.is_not, node))
-            filled[place.tail] = node
-            path, end = str(place.node.target), tuple(step.name for step in place.end)
-            gated.append(Gated(place.node.name, path, place.window, place.stride, end, place.is_linear))
+            tail = nodes[place.tail]
+            with graph.inserting_after(tail):
+                node = graph.call_function(reconstruct, (tail, source), {"gate": len(gates)})
+            tail.replace_all_uses_with(node, partial(operator.is_not, node))
+            filled[tail] = node
+            gated.append(place)
             gates.append(Gate(facts.shapes[branch.source][1], like))
     graph.lint()
     facts.model.add_module(GATES, gates.train(facts.model.training))
-    signature = signature_of(facts.model)
-    return gather(graph, tuple(gated), tuple(blocks), permutes, signature, facts.container)
+    return SampledProgram(
+        graph=graph,
+        signature=signature_of(facts.model),
+        container=facts.container,
+        gates=tuple(gated),
+        permutes=permutes,
+    )
 
 
 def _make_plan(net: SampledModel, branches: Sequence[Branch], facts: Facts, path: str) -> SamplingPlan:
-    defaults = {name: parameter.default for name, parameter in net.program.signature.parameters.items()}
-    macs = net._count({**defaults, **facts.arguments}, dict.fromkeys(range(len(net.gates)), 1.0))
-    rows, planned = iter(macs), []
+    macs = net._count({**net.defaults, **facts.arguments}, dict.fromkeys(range(len(net.gates)), 1.0))
+    rows, planned, nodes = iter(macs), [], {node.name: node for node in facts.graph.nodes}
     for branch in branches:
         gates = []
         for place, row in zip(branch.places, rows, strict=False):
-            follows = tuple(str(node.target) for node in place.end if node.op == "call_module")
+            end = (nodes[name] for name in place.end)
+            follows = tuple(str(node.target) for node in end if node.op == "call_module")
             gates.append(GatePlan(row.conv, place.stride, follows, row.dense))
         planned.append(BranchPlan(branch.name, branch.source.name, tuple(gates), branch.apart))
     return SamplingPlan(
@@ -165,7 +171,7 @@ class SampledModel(GraphModel):
     step: int
     decay: float
     score_override: Callable[[int, Tensor], Tensor] | None
-    _is_dense = False
+    is_dense = False
     _last: SampledRun | None = None
 
     def __init__(self, model: nn.Module, program: Any, options: dict[str, Any], **settings: Any) -> None:
@@ -215,9 +221,9 @@ class SampledModel(GraphModel):
             InvalidInput: the first argument is not an image batch.
         """
         arguments = self.bind(args, kwargs)
-        run = SampledRun(self, arguments, self.program, self.gates, self._decide, self._is_dense)
+        run = SampledRun(self, arguments)
         output = run()
-        if self._is_dense:
+        if self.is_dense:
             return output
         if self.training:
             self.step += 1
@@ -227,7 +233,7 @@ class SampledModel(GraphModel):
         self._last = run
         return output
 
-    def _decide(self, number: int, score: Tensor) -> tuple[Tensor, Tensor]:
+    def decide(self, number: int, score: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean probability of a gate, and the share of each position that counts as computed."""
         score = score if self.score_override is None else self.score_override(number, score)
         noise = uniform((self.seed, self.step, number), score) if self.training or self.noise else None
@@ -242,11 +248,11 @@ class SampledModel(GraphModel):
             args, kwargs: arguments of a call.
         """
         part = self.part
-        part._is_dense = True
+        part.is_dense = True
         try:
             return self(*args, **kwargs)
         finally:
-            part._is_dense = False
+            part.is_dense = False
 
     # -- of the last call --------------------------------------------------------------------------
 
@@ -258,9 +264,7 @@ class SampledModel(GraphModel):
             InvalidInput: the network has not been called.
         """
         run = self._called()
-        return {
-            gated.path: run.shares[number].detach() for number, gated in enumerate(self.part.program.gates)
-        }
+        return {gated.path: run.shares[number].detach() for number, gated in enumerate(self.program.gates)}
 
     @property
     def densities(self) -> dict[str, float]:
@@ -271,13 +275,14 @@ class SampledModel(GraphModel):
         """Return how open the gates were in the last call, 0..1, with gradients. A branch counts 3/4 of the mean
         probability of its last gate plus 1/4 of that of its other gates (published for two); branches are averaged.
         """
-        run, blocks = self._called(), self.part.program.blocks
+        run, branches = self._called(), self.plan.branches
+        opened = (run.open[number] for number in range(len(run.open)))
         total = run.open[0].new_zeros(())
-        for _, numbers in blocks:
-            *others, last = (run.open[number] for number in numbers)
+        for branch in branches:
+            *others, last = islice(opened, len(branch.gates))
             rest = torch.stack(others).mean() if others else last
             total = total + _LAST * last + (1 - _LAST) * rest
-        return total / len(blocks)
+        return total / len(branches)
 
     def _called(self) -> SampledRun:
         run = self.part._last
@@ -302,23 +307,30 @@ class SampledModel(GraphModel):
         return self._count(arguments, densities)
 
     def _count(self, arguments: dict[str, Any], densities: dict[int, float]) -> SampledMacs:
-        shape = tuple(image_of(arguments).shape)
-        return count(self.program, self.work(arguments), densities, shape)
+        """Count the MACs of a call from the share of open positions of each gate."""
+        program, work, rows = self.program, self.work(arguments), list[GateMacs]()
+        source = {gate: name for name, gates in program.readers.items() for gate in gates}
+        for number, (gated, chain) in enumerate(zip(program.gates, program.chains, strict=True)):
+            density = densities[number]
+            dense = sum(work.macs[step.name] for step in chain.steps)
+            batch, _, height, width = work.shapes[source[number]]
+            own = batch * height * width * self.gates[number].weight.numel()
+            rows.append(GateMacs(gated.path, density, round(dense * density), dense, own))
+        return SampledMacs(
+            gates=tuple(rows),
+            rest=sum(work.macs.values()) - sum(row.dense for row in rows),
+            shape=tuple(image_of(arguments).shape),
+            not_counted=work.not_counted,
+        )
 
     # -- other forms -------------------------------------------------------------------------------
 
     def optimize(self) -> SampledModel:
         """Return an inference copy: batch norm folded, residuals and activations fused, weights packed."""
-        fused, program = self.fused(GATES), self.program
-        parts = (program.gates, program.blocks, program.permutes, program.signature, program.container)
-        net = self.inference_copy(fused, gather(fused.graph, *parts, fused.origins))
+        fused = self.fused()
+        net = self.inference_copy(fused, origins=fused.origins)
         net.step = self.step
         return net
-
-    @property
-    def is_optimized(self) -> bool:
-        """True if this network is an inference copy."""
-        return self.part.program.is_fused
 
 
 class HostedSampled(Host, SampledModel):

@@ -6,7 +6,6 @@ input of the branch. The chain continues after the node with steps that may be c
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 
 from cadsurgery.elements.kernel_map import Window
+from cadsurgery.following.graphs import only_user
 from cadsurgery.methods.program import ProgramStep, StepProgram, steps_of
 from cadsurgery.surgery.spatial import SpatialKind
 
@@ -25,14 +25,16 @@ def reconstruct(value: Tensor, source: Tensor, gate: int) -> Tensor:
 
 
 class Gated(NamedTuple):
-    """A convolution with a gate.
+    """A convolution, or a linear layer on channels, with a gate.
 
     Attributes:
         conv: name of the convolution's node.
         path: path of the convolution's module.
         window: window of the convolution.
-        stride: stride of the gate's map relative to the branch's input.
-        end: names of the affine operations that may be computed before gaps are filled.
+        stride: positions of the gate's input per position of the convolution's output, along an axis.
+        tail: name of the last of the following pointwise operations; gaps are filled after it.
+        end: names of affine pointwise operations after the tail, which may be computed before the filling; a residual
+            and activation fused into the last one are applied after the filling.
         is_linear: True for a linear layer on the last axis of channels-last maps.
     """
 
@@ -40,44 +42,21 @@ class Gated(NamedTuple):
     path: str
     window: Window
     stride: int
-    end: tuple[str, ...]
-    is_linear: bool
-
-
-class Block(NamedTuple):
-    """The name of a branch and the numbers of its gates."""
-
-    name: str
-    gates: tuple[int, ...]
+    tail: str
+    end: tuple[str, ...] = ()
+    is_linear: bool = False
 
 
 class Chain(NamedTuple):
     """The steps that one gate controls; each step reads the previous one.
 
     Attributes:
-        before: the convolution and the pointwise operations after it.
-        fill: the step that fills gaps.
-        end: affine pointwise operations, which may be computed before the filling; a residual and activation fused
-            into the last operation are applied after the filling.
-        is_linear: True if the first step is a linear layer.
+        steps: the convolution, the pointwise operations after it, the step that fills gaps, and those of the end.
+        is_channels_last: True if the map whose gaps are filled is channels-last.
     """
 
-    before: tuple[ProgramStep, ...]
-    fill: ProgramStep
-    end: tuple[ProgramStep, ...]
-    is_linear: bool
-
-    @property
-    def steps(self) -> tuple[ProgramStep, ...]:
-        """All steps of the chain, in order."""
-        return (*self.before, self.fill, *self.end)
-
-    def is_channels_last(self, step: ProgramStep) -> bool:
-        """Return True if the result of a step is channels-last."""
-        permuted = [
-            step_before.spatial.kind == "permute" for step_before in self.steps[: self.steps.index(step) + 1]
-        ]
-        return self.is_linear != bool(sum(permuted) % 2)
+    steps: tuple[ProgramStep, ...]
+    is_channels_last: bool
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -87,76 +66,59 @@ class SampledProgram(StepProgram):
     Attributes:
         graph: the graph with `reconstruct` nodes.
         gates: gated convolutions in order of execution; the keyword `gate` of a node is an index into them.
-        blocks: name and gates of each branch.
         permutes: names of nodes that move the channels of a map to the front or the end.
+        origins: original node names of the nodes in a fused graph.
         chains: the chain of each gate.
         output: step that returns the output.
         convs: gate number of each gated convolution, by node name.
-        follows: gate number and previous step of each further step of a chain, by step name.
+        follows: name of the previous step of each further step of a chain, by step name.
         readers: numbers of the gates that read a value, by name of the value.
     """
 
     gates: tuple[Gated, ...]
-    blocks: tuple[Block, ...]
     permutes: frozenset[str]
-    chains: tuple[Chain, ...] = field(repr=False)
-    output: ProgramStep = field(repr=False)
-    convs: dict[str, int] = field(repr=False)
-    follows: dict[str, tuple[int, str]] = field(repr=False)
-    readers: dict[str, tuple[int, ...]] = field(repr=False)
+    origins: Mapping[str, str] = field(default_factory=dict, repr=False)
+    steps: tuple[ProgramStep, ...] = field(init=False, repr=False)
+    chains: tuple[Chain, ...] = field(init=False, repr=False)
+    output: ProgramStep = field(init=False, repr=False)
+    convs: dict[str, int] = field(init=False, repr=False)
+    follows: dict[str, str] = field(init=False, repr=False)
+    readers: dict[str, tuple[int, ...]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        *nodes, output = self.graph.nodes
+        kinds = dict.fromkeys(self.permutes, SpatialKind("permute"))
+        steps = steps_of(nodes, output.all_input_nodes, kinds)
+        names = {node: self.origins.get(node.name, node.name) for node in nodes}
+        chains, readers = dict[int, Chain](), dict[str, tuple[int, ...]]()
+        for fill in (node for node in nodes if node.target is reconstruct):
+            number: Any = fill.kwargs["gate"]
+            source: Any = fill.args[1]
+            chains[number] = _chain(fill, self.gates[number], steps, names)
+            readers[source.name] = tuple(sorted((*readers.get(source.name, ()), number)))
+        every = [chains[number] for number in sorted(chains)]
+        self.__dict__.update(
+            steps=tuple(steps.values()),
+            chains=tuple(every),
+            output=steps_of([output])[output],
+            convs={chain.steps[0].name: number for number, chain in enumerate(every)},
+            follows={two.name: one.name for chain in every for one, two in pairwise(chain.steps)},
+            readers=readers,
+        )
 
 
-def gather(
-    graph: fx.Graph,
-    gates: tuple[Gated, ...],
-    blocks: tuple[Block, ...],
-    permutes: frozenset[str],
-    signature: inspect.Signature,
-    container: type,
-    origins: Mapping[str, str] | None = None,
-) -> SampledProgram:
-    """Build the program of a graph with gates; see `SampledProgram`.
-
-    Args:
-        graph, gates, blocks, permutes, signature, container: fields of the program.
-        origins: original node names of the nodes in a fused graph.
-    """
-    names = {node: (origins or {}).get(node.name, node.name) for node in graph.nodes}
-    *nodes, output = graph.nodes
-    kinds = dict.fromkeys(permutes, SpatialKind("permute"))
-    steps = steps_of(nodes, output.all_input_nodes, kinds)
-    chains, readers = dict[int, Chain](), dict[str, tuple[int, ...]]()
-    for fill in nodes:
-        if fill.target is not reconstruct:
-            continue
-        number: Any = fill.kwargs["gate"]
-        node, source = fill.args[:2]
-        before, end, last = list[fx.Node](), list[fx.Node](), fill
-        while node not in before:
-            before.insert(0, node)
-            if names[node] != gates[number].conv:
-                node = next(source for source in node.all_input_nodes if source.op != "get_attr")
-        while len(last.users) == 1 and names[user := next(iter(last.users))] in gates[number].end:
-            end.append(user)
-            last = user
-        parts = (tuple(steps[node] for node in some) for some in (before, end))
-        chains[number] = Chain(next(parts), steps[fill], next(parts), gates[number].is_linear)
-        readers[source.name] = tuple(sorted((*readers.get(source.name, ()), number)))
-    every = sorted(chains.items())
-    return SampledProgram(
-        graph=graph,
-        signature=signature,
-        container=container,
-        is_fused=origins is not None,
-        steps=tuple(steps.values()),
-        gates=gates,
-        blocks=blocks,
-        permutes=permutes,
-        chains=tuple(chain for _, chain in every),
-        output=steps_of([output])[output],
-        convs={chain.steps[0].name: number for number, chain in every},
-        follows={
-            two.name: (number, one.name) for number, chain in every for one, two in pairwise(chain.steps)
-        },
-        readers=readers,
-    )
+def _chain(
+    fill: fx.Node, gated: Gated, steps: Mapping[fx.Node, ProgramStep], names: Mapping[fx.Node, str]
+) -> Chain:
+    """Return the chain around a node that fills gaps, in a graph whose nodes have these original names."""
+    node: Any = fill.args[0]
+    before, end = list[fx.Node](), [fill]
+    while node not in before:
+        before.insert(0, node)
+        if names[node] != gated.conv:
+            node = next(source for source in node.all_input_nodes if source.op != "get_attr")
+    while (user := only_user(end[-1])) is not None and names.get(user) in gated.end:
+        end.append(user)
+    permutes = sum(steps[node].spatial.kind == "permute" for node in before)
+    chain = tuple(steps[node] for node in (*before, *end))
+    return Chain(chain, gated.is_linear != bool(permutes % 2))

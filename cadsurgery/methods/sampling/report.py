@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from cadsurgery.methods.program import CallWork
 from cadsurgery.methods.report import MethodMacs, MethodPlan, in_words
-from cadsurgery.methods.sampling.program import SampledProgram
-
-_GATE_TAPS = 9
 
 
 @dataclass(frozen=True)
@@ -140,19 +136,3 @@ class SampledMacs(MethodMacs):
         (first,), own = super().lines(), sum(gate.gate for gate in self.gates)
         rows = [f"  {gate.conv}: {gate.density:.3f} of its positions, {gate.macs:.3e}" for gate in self.gates]
         return [f"{first}; gates {own:.3e}", *rows]
-
-
-def count(
-    program: SampledProgram, work: CallWork, densities: Mapping[int, float], shape: tuple[int, ...]
-) -> SampledMacs:
-    """Count the MACs of a call from the share of open positions of each gate."""
-    source = {gate: name for name, gates in program.readers.items() for gate in gates}
-    rows = list[GateMacs]()
-    for number, (gated, chain) in enumerate(zip(program.gates, program.chains, strict=True)):
-        density = densities[number]
-        dense = sum(work.macs[step.name] for step in chain.steps)
-        batch, channels, height, width = work.shapes[source[number]]
-        own = batch * height * width * channels * _GATE_TAPS
-        rows.append(GateMacs(gated.path, density, round(dense * density), dense, own))
-    gates, rest = tuple(rows), sum(work.macs.values()) - sum(row.dense for row in rows)
-    return SampledMacs(gates=gates, rest=rest, shape=shape, not_counted=work.not_counted)

@@ -8,7 +8,7 @@ is computed, and each position is weighted by its share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,6 @@ from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.backends.works import Convolution
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import fill_gaps, gaussian_fill
-from cadsurgery.elements.kernel_map import read_rows
 from cadsurgery.following.hooks import child
 from cadsurgery.methods.positions import Maps, Places
 from cadsurgery.methods.program import ProgramStep, StepwiseCall, weights_of
@@ -53,23 +52,20 @@ class Rows(NamedTuple):
 
 @dataclass(eq=False)
 class SampledRun(StepwiseCall):
-    """The values of one call.
+    """The values of one call of a `SampledModel`.
 
     Attributes:
-        program: the network's program.
-        gates: its gates.
-        decide: returns the mean probability of a gate, and its shares (B, h, w), by its number and score (B, h, w).
-        is_dense: True to compute everything without evaluating the gates.
+        net: the network.
         shares: share (B, h, w) of each gate.
         open: mean probability of each gate.
     """
 
-    program: SampledProgram
-    gates: Sequence[Gate]
-    decide: Callable[[int, Tensor], tuple[Tensor, Tensor]]
-    is_dense: bool = False
+    net: Any
 
     def __post_init__(self) -> None:
+        self.program: SampledProgram = self.net.program
+        self.gates: Sequence[Gate] = self.net.gates
+        self.is_dense: bool = self.net.is_dense
         self.env: dict[str, Any] = {}
         self.shares: dict[int, Tensor] = {}
         self.open: dict[int, Tensor] = {}
@@ -93,7 +89,7 @@ class SampledRun(StepwiseCall):
         gates = [self.gates[number] for number in numbers]
         strides = [self.program.gates[number].stride for number in numbers]
         for number, score in zip(numbers, scores(x, gates, strides), strict=True):
-            self.open[number], self.shares[number] = self.decide(number, score)
+            self.open[number], self.shares[number] = self.net.decide(number, score)
             if not self.net.training and self._is_settled(number):
                 self._choose(number, self.shares[number] > 0)
 
@@ -115,14 +111,15 @@ class SampledRun(StepwiseCall):
     # -- a step ------------------------------------------------------------------------------------
 
     def _run(self, step: ProgramStep) -> Any:
-        number, source = self.program.follows.get(step.name, (-1, ""))
+        source = self.program.follows.get(step.name, "")
         if self.program.convs.get(step.name, -1) in self.places:
             return self._convolve(step, self.program.convs[step.name])
         if isinstance(self.env.get(source), Rows):
             return self._on_rows(step, source, self.env[source])
         value = self.compute(step, self._dense)
         if step.target is reconstruct and not self.is_dense:
-            share, is_last = self.shares[number], self.program.chains[number].is_channels_last(step)
+            number = step.kwargs["gate"]
+            share, is_last = self.shares[number], self.program.chains[number].is_channels_last
             if self.net.training or not bool((share == 1).all()):
                 image = value.permute(0, 3, 1, 2) if is_last else value
                 image = gaussian_fill(image, share, self.gates[number].width, normalised=True)
@@ -132,12 +129,7 @@ class SampledRun(StepwiseCall):
     def _convolve(self, step: ProgramStep, number: int) -> Rows:
         gated, places = self.program.gates[number], self.places[number]
         x = by_position(self._dense(step.reads[0]), gated.is_linear)
-        size = (x.shape[1], x.shape[2])
-        window = gated.window.fit(size)
-        if window.is_pointwise and size == places.size:
-            reads: Any = read_rows(places.pixels.int().unsqueeze(1))
-        else:
-            reads = self.maps[len(x)].reading(size, None, window, places)
+        reads = self.maps[len(x)].reading((x.shape[1], x.shape[2]), None, gated.window, places)
         weights = weights_of(child(self.net, step.target))
         return Rows(compute(Convolution(x.flatten(0, 2), weights, reads)), number, gated.is_linear)
 

@@ -1,9 +1,10 @@
-"""Fit refinements to images without labels: regress outputs at full resolution from those at lower resolution."""
+"""Fit adapters to images without labels: refinements regress outputs at full resolution from those at lower resolution,
+and shifts of means over the image are calibrated without training."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from cadsurgery.elements.refinement import PLACES, Refinement, places_of
 from cadsurgery.finetune.batches import inputs_of
 from cadsurgery.following.trace import evaluating
 from cadsurgery.masks import resolve_mask
+from cadsurgery.network.adapters import can_shift_means
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program, clone_values
 from cadsurgery.support.divergence import Kind, divergence, kind_of, maps_of
@@ -30,6 +32,8 @@ _MEASURING = 0.5  # largest share of the time for running the network
 _HELD_OUT = 8  # every 8th image is held out
 _BYTES = 1 << 30  # memory for kept maps
 _LEAST, _MOST = 0.05, 0.25  # range of budgets
+_ROUNDS = 2  # of means: a second round, because the first shifts change later layers
+Note = Callable[[fx.Node, Any, Mapping[fx.Node, Any]], None]  # see `GraphInterpreter`
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def fit_refinement(
         is_mirrored = (turn + turn // len(images)) % 2 == 1
         batch = [value.flip(-1) if is_mirrored else value for value in inputs]
         seen.append(_run_image(fast, batch, generator))
-        size += seen[-1].bytes
+        size += sum(part.bytes for part in seen[-1])
     # Mirrored images follow in the same order, so they are held out together with the originals.
     is_held_out = [at % len(images) % _HELD_OUT == 0 for at in range(len(seen))]
     held_out = [image for image, out in zip(seen, is_held_out, strict=True) if out]
@@ -127,26 +131,21 @@ class _RefinementData:
         features: the entering features.
         high: the map with everything high.
         low: for each mask the map and its places, see `places_of`.
+        kind: kind of the map.
     """
 
     features: Tensor
     high: Tensor
     low: tuple[tuple[Tensor, Tensor], ...]
-
-
-@dataclass(frozen=True)
-class _ImageData:
-    """The data of all refinements on one image, and the kind of each map."""
-
-    parts: tuple[_RefinementData, ...]
-    kinds: tuple[Kind, ...]
+    kind: Kind
 
     @property
     def bytes(self) -> int:
         """Memory of the tensors."""
-        tensors = [tensor for part in self.parts for pair in part.low for tensor in pair]
-        tensors += [tensor for part in self.parts for tensor in (part.features, part.high)]
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for pair in ((self.features, self.high), *self.low) for tensor in pair)
+
+
+_ImageData = tuple[_RefinementData, ...]  # of all refinements
 
 
 @torch.no_grad()
@@ -164,30 +163,27 @@ def _run_image(net: AdaptiveModel, inputs: list[Tensor], generator: torch.Genera
         values = program.before(program.bind(*inputs))
         features = values[program.halves.features]
         dtype = torch.promote_types(features.dtype, torch.float32)
-        size = [min(_SIDE, length) for length in features.shape[2:]]
-        corner = [
-            int(torch.randint(length - side + 1, (), generator=generator))
-            for length, side in zip(features.shape[2:], size, strict=True)
-        ]
-        here: tuple[Any, ...] = (
-            ...,
-            *(slice(low, low + side) for low, side in zip(corner, size, strict=True)),
-        )
+        here: tuple[Any, ...] = (...,)
+        for length in features.shape[2:]:
+            side = min(_SIDE, length)
+            low = int(torch.randint(length - side + 1, (), generator=generator))
+            here = (*here, slice(low, low + side))
         high, output = _refined_maps(program, program.uniform(0), values)
         lows = [_refined_maps(program, program.masking(resolve_mask(mask)), values)[0] for mask in masks]
-    parts = tuple(
-        _RefinementData(
-            features[here].to(dtype, copy=True),
-            exact[here].to(dtype, copy=True),
-            tuple(
-                (maps[at][0][here].to(dtype, copy=True), places_of(maps[at][1])[here].to(dtype, copy=True))
-                for maps in lows
-            ),
-        )
-        for at, (exact, _) in enumerate(high)
-    )
     kind, channels = kind_of(output), maps_of(output)[0].shape[1]
-    return _ImageData(parts, tuple(kind if part.high.shape[1] == channels else "values" for part in parts))
+
+    def cropped(values: Tensor) -> Tensor:
+        return values[here].to(dtype, copy=True)
+
+    return tuple(
+        _RefinementData(
+            cropped(features),
+            cropped(exact),
+            tuple((cropped(x), cropped(places_of(lattice))) for x, lattice in of_masks),
+            kind if exact.shape[1] == channels else "values",
+        )
+        for (exact, _), *of_masks in zip(high, *lows, strict=True)
+    )
 
 
 def _refined_maps(
@@ -204,8 +200,12 @@ def _refined_maps(
             x = to_dense(args[1], 1, guide=kwargs.get("guide")) if is_resized else args[0]
             maps.append((x, args[-2]))
 
-    run = GraphInterpreter(program, program.halves.after, note=note).run
-    return maps, run(masking, *clone_values(values))[0]
+    return maps, _run_after(program, masking, values, note)
+
+
+def _run_after(program: Program, masking: Any, values: tuple[Any, ...], note: Note) -> Any:
+    """Run the second half with a note of each node, and return the output; the first half's values are not changed."""
+    return GraphInterpreter(program, program.halves.after, note=note).run(masking, *clone_values(values))[0]
 
 
 def _fit(
@@ -217,7 +217,7 @@ def _fit(
 ) -> tuple[float, float]:
     """Fit to the maps with everything high, fold the scales; return the divergence before and after."""
     generator = torch.Generator().manual_seed(seed)
-    scales = [_Scales.of([image.parts[at] for image in seen]) for at in range(len(refinements))]
+    scales = [_Scales.of([image[at] for image in seen]) for at in range(len(refinements))]
     for refinement in refinements:
         refinement.restart(seed)
     before = _mean_divergence(refinements, held_out)
@@ -229,10 +229,10 @@ def _fit(
             for _ in range(_BATCH):
                 image, mask = (int(torch.randint(count, (), generator=generator)) for count in (len(seen), 3))
                 for at, refinement in enumerate(refinements):
-                    part = seen[image].parts[at]
+                    part = seen[image][at]
                     x, places = part.low[mask]
                     refined = scales[at].refine(refinement, x, part.features, places)
-                    (divergence(part.high, refined, seen[image].kinds[at]).mean() / _BATCH).backward()
+                    (divergence(part.high, refined, part.kind).mean() / _BATCH).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -293,9 +293,71 @@ class _Scales:
 def _mean_divergence(refinements: list[Refinement], seen: list[_ImageData]) -> float:
     """Return the mean over images, masks and refinements."""
     losses = [
-        float(divergence(part.high, refinement(x, part.features, places), kind).mean())
+        float(divergence(part.high, refinement(x, part.features, places), part.kind).mean())
         for image in seen
-        for refinement, part, kind in zip(refinements, image.parts, image.kinds, strict=True)
+        for refinement, part in zip(refinements, image, strict=True)
         for x, places in part.low
     ]
     return sum(losses) / len(losses)
+
+
+# -- means over the image -----------------------------------------------------------------------------
+
+
+def calibrate_means(net: AdaptiveModel, images: Samples, most: int = 32) -> int:
+    """Shift values computed from means over the image, at each level, to their average at full resolution.
+
+    Features at anchors equal those of full resolution as long as only convolutions precede them; a mean over fewer
+    samples does not. Needs no gradients and no labels; shifts are added if the network has none, see
+    `AdaptiveModel.add_mean_shifts`.
+
+    Args:
+        net: an adaptive network.
+        images: as in training.
+        most: maximum number of images used, evenly spread.
+
+    Returns:
+        The number of calibrated layers; 0 if no layer reads a mean.
+
+    Raises:
+        InvalidInput: the network is not adaptive as a whole or is optimised, or there are no images.
+    """
+    whole_program(net, "has no means that could be calibrated")
+    check_data(images, "unlabelled")
+    if not can_shift_means(net.program):
+        return 0
+    net.add_mean_shifts()
+    program = net.program
+    chosen = range(0, len(images), -(-len(images) // most))
+    for _ in range(_ROUNDS):
+        sums: dict[tuple[fx.Node, int], Tensor] = {}
+        for index in chosen:
+            inputs, _ = inputs_of(net, images, index)
+            for node, level, apart in _differences(net, program, inputs):
+                sums[node, level] = sums.get((node, level), 0) + apart
+        with torch.no_grad():
+            for (node, level), total in sums.items():
+                by: Any = program.net.get_submodule(str(node.args[2].target))  # type: ignore[union-attr]
+                by.shift[level - 1] += (total / len(chosen)).to(by.shift)
+    return sum(node.target is functional.shift_vector for node in program.halves.after.nodes)
+
+
+@torch.no_grad()
+def _differences(
+    net: AdaptiveModel, program: Program, inputs: tuple[Tensor, ...]
+) -> Iterator[tuple[fx.Node, int, Tensor]]:
+    """Yield, by node and level, how far an image's vector (C,) with the current shifts is from that at level 0."""
+    with evaluating(net):
+        values = program.before(program.bind(*inputs))
+        high: dict[fx.Node, Tensor] = {}
+        for level in range(program.geometry.max_level + 1):
+            vectors: dict[fx.Node, Tensor] = {}
+
+            def note(node: fx.Node, value: Any, _: Any, vectors: dict[fx.Node, Tensor] = vectors) -> None:
+                if node.target is functional.shift_vector:
+                    vectors[node] = value
+
+            _run_after(program, program.uniform(level), values, note)
+            high = high or vectors
+            for node, vector in vectors.items() if level else ():
+                yield node, level, (high[node] - vector).double().mean(0).flatten()
