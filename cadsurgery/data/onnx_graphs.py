@@ -101,13 +101,14 @@ class _Graph(nn.Module):
             self.initializers.register_buffer(self._constants[value], graph.initializers[value].to_torch())
 
     def forward(self, image: Any) -> Any:
+        self._tracer.image = image
         values: dict[str, Any] = {"": None, self._inputs[0]: image}
         for value, name in self._constants.items():
             values[value] = getattr(self.initializers, name)
         for operation, layer, read, made in self._steps:
             module = None if layer is None else self.get_submodule(layer)
             try:
-                result = _write(self._tracer, operation, module, [values[value] for value in read])
+                result = _write(operation, module, [values[value] for value in read])
             except CadError:
                 raise
             except Exception as error:  # of many types, for attributes and arguments that torch does not take
@@ -127,18 +128,18 @@ def _converted(converter: Any, node: Any, graph: Any, operation: OnnxOperation) 
         raise refuse(operation, f"onnx2torch: {describe_error(error)}") from error
 
 
-def _write(tracer: OnnxTracer, operation: OnnxOperation, module: nn.Module | None, args: list[Any]) -> Any:
+def _write(operation: OnnxOperation, module: nn.Module | None, args: list[Any]) -> Any:
     """Write one node of the ONNX graph."""
     has_map = any(isinstance(value, fx.Proxy) for value in args)
     if any(isinstance(value, Numbers) for value in args):
         of_numbers = None if has_map else OF_NUMBERS.get(operation.type)
-        return (of_numbers or OF_MAPS.get(operation.type, refuse_numbers))(tracer, operation, *args)
+        return (of_numbers or OF_MAPS.get(operation.type, refuse_numbers))(operation, *args)
     if operation.type in OF_MAPS:
         while args and args[-1] is None:
             args.pop()
-        return OF_MAPS[operation.type](tracer, operation, *args)
+        return OF_MAPS[operation.type](operation, *args)
     if module is None:
-        return OF_NUMBERS[operation.type](tracer, operation, *args)
+        return OF_NUMBERS[operation.type](operation, *args)
     if has_own_padding(operation):
         return call_padded(module, operation, args[0])
     names = list(inspect.signature(module.forward).parameters)
@@ -167,10 +168,10 @@ def write_plainly(
     """
     opset, tracer = opset_of(model), OnnxTracer(batch)
     operations = {
-        node.output[0]: OnnxOperation(node, version_of(node, opset) or opset, shapes)
+        node.output[0]: OnnxOperation(node, version_of(node, opset) or opset, shapes, tracer)
         for node in model.graph.node
     }
-    graph = _Graph(without_padding(model), operations, tracer)
+    graph = _Graph(without_padding(model, operations), operations, tracer)
     written = fx.GraphModule(graph, tracer.trace(graph))
     written.delete_all_unused_submodules()
     return written.eval()

@@ -6,7 +6,7 @@ Of an odd amount the larger half lies behind the map (upper) or before it (lower
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,12 +34,13 @@ def has_own_padding(operation: OnnxOperation) -> bool:
     return before != behind or is_wide
 
 
-def without_padding(model: Any) -> Any:
-    """Return an ONNX model whose layers have no padding where `has_own_padding`; `call_padded` adds it."""
+def without_padding(model: Any, operations: Mapping[str, OnnxOperation]) -> Any:
+    """Return an ONNX model whose layers have no padding where `has_own_padding`; `call_padded` adds it. Operations are
+    named by their first output."""
     copy = type(model)()
     copy.CopyFrom(model)
     for node in copy.graph.node:
-        if has_own_padding(OnnxOperation(node, 1, {})):
+        if has_own_padding(operations[node.output[0]]):
             kept = [stated for stated in node.attribute if stated.name not in ("auto_pad", "pads")]
             del node.attribute[:]
             node.attribute.extend(kept)
