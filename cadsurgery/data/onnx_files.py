@@ -28,9 +28,7 @@ from cadsurgery.support.errors import (
 from cadsurgery.support.kinds import has_kernels
 
 SUFFIX = ".onnx"
-_MOST_CHANNELS = (
-    16  # an input (N, 224, 224, 3) has its channels behind, and (N, 12, 64, 3) may have them before
-)
+_MOST_CHANNELS = 16  # an input (N, 224, 224, 3) has its channels behind; (N, 12, 64, 3) may have them before
 _CHANNELS_FIRST = (
     "write the file with channels first: tf2onnx has --inputs-as-nchw NAME:0, and in Python the network itself can be "
     "exported so."
@@ -328,14 +326,15 @@ def _refuse_unknown(path: Path, model: Any, opset: int) -> None:
     Raises:
         CannotConvert: see above.
     """
-    unknown = sorted({_named(node, opset) for node in model.graph.node if not is_known(node, opset)})
+    unknown = [node for node in model.graph.node if not is_known(node, opset)]
     if unknown:
+        named = sorted({_named(node, opset) for node in unknown})
         raise CannotConvert(
             f"{path} has operators that cannot be read.",
-            where=", ".join(unknown[:6]) + ", ..." * (len(unknown) > 6),
+            where=", ".join(named[:6]) + ", ..." * (len(named) > 6),
             why="neither this package nor onnx2torch has them, and ONNX does not define them by others; the file's "
             f"operators are those of opset {opset}.",
-            next=_instead(model, opset),
+            next=_instead(unknown),
         )
 
 
@@ -343,9 +342,8 @@ def _named(node: Any, opset: int) -> str:
     return f"{node.op_type} ({node.domain or 'opset'} {version_of(node, opset) or ''})".replace(" )", ")")
 
 
-def _instead(model: Any, opset: int) -> str:
+def _instead(unknown: list[Any]) -> str:
     """Return what to do about operators that are not read."""
-    unknown = [node for node in model.graph.node if not is_known(node, opset)]
     if any(node.op_type in _SEQUENCES for node in unknown):
         return (
             "convert the layers before the recurrent ones where the network was trained: "
@@ -444,9 +442,10 @@ def _simplify(model: Any) -> Any:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
     common.RemoveUnusedNodesPass()(graph)
     for node in graph.graph:
-        shape = (
-            node.inputs[1].const_value if node.op_type == "Reshape" and node.inputs[1] is not None else None
-        )
-        if shape is None or 0 not in shape.numpy():  # sizes of maps are not zero; then this changes nothing
-            node.attributes.pop("allowzero", None)
+        if node.op_type == "Reshape" and node.inputs[1] is not None:
+            shape = node.inputs[1].const_value
+            if (
+                shape is None or 0 not in shape.numpy()
+            ):  # sizes of maps are not zero; then this changes nothing
+                node.attributes.pop("allowzero", None)
     return onnx_ir.serde.serialize_model(graph)

@@ -78,13 +78,9 @@ class _Graph(nn.Module):
             model.graph.input.remove(value)
         graph = OnnxGraph(model.graph)
         opset = opset_of(model)
-        self._tracer, self._inputs, self._results = (
-            tracer,
-            list(graph.input_values),
-            list(graph.output_values),
-        )
-        self._steps: list[tuple[OnnxOperation, str | None, tuple[str, ...], tuple[str, ...]]] = []
-        needed: list[str] = [name for name in self._results if name in held]
+        self._tracer, self._input, self._results = tracer, graph.input_values[0], graph.output_values
+        self._steps: list[tuple[OnnxOperation, nn.Module | None, tuple[str, ...], tuple[str, ...]]] = []
+        needed = [name for name in self._results if name in held]
         for name, node in graph.nodes.items():
             operation, module, read = operations[node.output_values[0]], None, node.input_values
             converter = None if operation.type in OF_MAPS else _converter(operation.type, opset)
@@ -93,7 +89,7 @@ class _Graph(nn.Module):
                 read = mapping.inputs
                 self.add_module(name, module)
             needed += [value for value in read if value in held]
-            self._steps.append((operation, None if module is None else name, read, node.output_values))
+            self._steps.append((operation, module, read, node.output_values))
         self.initializers = nn.Module()
         self._constants: dict[str, str] = {}
         for value in dict.fromkeys(needed):
@@ -102,17 +98,16 @@ class _Graph(nn.Module):
 
     def forward(self, image: Any) -> Any:
         self._tracer.image = image
-        values: dict[str, Any] = {"": None, self._inputs[0]: image}
+        values: dict[str, Any] = {"": None, self._input: image}
         for value, name in self._constants.items():
             values[value] = getattr(self.initializers, name)
-        for operation, layer, read, made in self._steps:
-            module = None if layer is None else self.get_submodule(layer)
+        for operation, module, read, made in self._steps:
             try:
                 result = _write(operation, module, [values[value] for value in read])
             except CadError:
                 raise
             except Exception as error:  # of many types, for attributes and arguments that torch does not take
-                raise refuse(operation, f"{describe_error(error)}") from error
+                raise refuse(operation, describe_error(error)) from error
             if len(made) == 1:
                 values[made[0]] = result
             else:

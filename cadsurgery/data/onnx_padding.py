@@ -6,12 +6,11 @@ Of an odd amount the larger half lies behind the map (upper) or before it (lower
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from cadsurgery.data.onnx_numbers import OnnxOperation
 
@@ -47,18 +46,17 @@ def without_padding(model: Any, operations: Mapping[str, OnnxOperation]) -> Any:
     return copy
 
 
-def call_padded(module: nn.Module, operation: OnnxOperation, value: Any) -> Any:
+def call_padded(layer: Any, operation: OnnxOperation, value: Any) -> Any:
     """Call a convolution or pooling that has no padding yet, with the padding that ONNX asks for.
 
     Args:
-        module: a layer of torch for one to three axes. Padding that is the same for every size and at both borders
+        layer: a layer of torch for one to three axes. Padding that is the same for every size and at both borders
             becomes the layer's own.
         operation: the operation, of which `has_own_padding` is true.
         value: the map that it reads, (B, C, ...).
     """
-    layer: Any = module
-    auto_pad, call = operation.text("auto_pad", "NOTSET"), module
-    is_upper, is_transposed = auto_pad == "SAME_UPPER", "Transpose" in type(module).__name__
+    auto_pad = operation.text("auto_pad", "NOTSET")
+    is_upper, is_transposed = auto_pad == "SAME_UPPER", "Transpose" in type(layer).__name__
     axes = len(_numbers(layer.kernel_size, 3))
     kernel, stride, dilation = (
         _numbers(numbers, axes)
@@ -70,10 +68,10 @@ def call_padded(module: nn.Module, operation: OnnxOperation, value: Any) -> Any:
         halves = list(zip(pads[:axes], pads[axes:], strict=True))
         if is_transposed:
             kept = [slice(before, -behind or None) for before, behind in halves]
-            return call(value)[(slice(None), slice(None), *kept)]
+            return layer(value)[(slice(None), slice(None), *kept)]
         is_behind = all(before == 0 for before, _ in halves)
     elif is_transposed:
-        return _call_cropped(layer, spans, stride, is_upper, value, call)
+        return _call_cropped(layer, spans, stride, is_upper, value)
     else:
         totals = [
             _total(span, step, value, axis)
@@ -83,18 +81,18 @@ def call_padded(module: nn.Module, operation: OnnxOperation, value: Any) -> Any:
         is_own = all(type(total) is int and total % 2 == 0 for total in totals)
         if is_own and all(before <= taps // 2 for (before, _), taps in zip(halves, kernel, strict=True)):
             layer.padding = tuple(before for before, _ in halves)
-            return call(value)
+            return layer(value)
     widths = tuple(width for pair in reversed(halves) for width in pair)
     if not hasattr(layer, "count_include_pad"):
         is_convolution = hasattr(layer, "in_channels")
-        return call(F.pad(value, widths, "constant", 0.0 if is_convolution else float("-inf")))
+        return layer(F.pad(value, widths, "constant", 0.0 if is_convolution else float("-inf")))
     if layer.count_include_pad:
-        return call(F.pad(value, widths))
+        return layer(F.pad(value, widths))
     if is_behind and kernel == stride == [2] * axes:  # incomplete windows at the end alone
         layer.ceil_mode = True
-        return call(value)
+        return layer(value)
     inside = F.pad(torch.ones_like(value[:, :1]), widths)
-    return call(F.pad(value, widths)) / call(inside)
+    return layer(F.pad(value, widths)) / layer(inside)
 
 
 def _numbers(value: Any, axes: int) -> list[int]:
@@ -114,9 +112,7 @@ def _halves(total: Any, is_upper: bool) -> tuple[Any, Any]:
     return (smaller, total - smaller) if is_upper else (total - smaller, smaller)
 
 
-def _call_cropped(
-    layer: Any, spans: list[int], stride: list[int], is_upper: bool, value: Any, call: Callable[[Any], Any]
-) -> Any:
+def _call_cropped(layer: Any, spans: list[int], stride: list[int], is_upper: bool, value: Any) -> Any:
     """Call a transposed convolution whose output is `stride` times as long as its input. Its padding crops as much
     before as behind; the rest is cut off."""
     totals = [
@@ -124,7 +120,7 @@ def _call_cropped(
         for span, extra, step in zip(spans, _numbers(layer.output_padding, len(spans)), stride, strict=True)
     ]
     layer.padding = tuple(total // 2 for total in totals)
-    result, index = call(value), [slice(None), slice(None)]
+    result, index = layer(value), [slice(None), slice(None)]
     for axis, (total, step) in enumerate(zip(totals, stride, strict=True), 2):
         length = step * value.size(axis)
         kept = slice(length) if is_upper else slice(1, length + 1)

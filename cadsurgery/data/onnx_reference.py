@@ -52,14 +52,14 @@ class Reference:
             if found is None and not self._calls:
                 self._first_that_run((size,))  # raises the error
             size = found or tuple(self._calls[0][0].shape[2:])
-            others = [(size[0] + by, size[1] + by) for by in (64, 128, 256)]
-            self._calls = self._first_that_run((size, *others) if all(self.is_free) else (size,))
+            others = _longer(size, (64, 128, 256)) if all(self.is_free) else []
+            self._calls = self._first_that_run((size, *others))
         if all(self.is_free):
             return
         freed = _freed(model)
         try:
             self._session = _session(path, freed)
-            calls = self._first_that_run((size, *((size[0] + by, size[1] + by) for by in (64, 33))))
+            calls = self._first_that_run((size, *_longer(size, (64, 33))))
             if len(calls) > 1 and _grow(calls):
                 self.model, self._calls = freed, calls
                 return
@@ -67,11 +67,7 @@ class Reference:
             pass
         self.fixed_size, self._session = size, own
         if any(self.is_free):
-            longer = [
-                tuple(length + by * free for length, free in zip(size, self.is_free, strict=True))
-                for by in (64, 33)
-            ]
-            self._calls = self._first_that_run((size, *longer))
+            self._calls = self._first_that_run((size, *_longer(size, (64, 33), self.is_free)))
 
     def _first_that_run(self, sizes: Any) -> list[tuple[Tensor, list[Tensor]]]:
         """Return random images of the first two sizes that ONNX Runtime computes, and what it returns."""
@@ -112,14 +108,9 @@ class Reference:
             return None
         if not self._runs(2 * count, size):
             self.batch = count  # the graph fixes the number of images, too
-        height, width = size
-        taller, wider = (
-            [(height + by * (axis == 0), width + by * (axis == 1)) for by in (64, 128, 256)]
-            for axis in (0, 1)
-        )
         self.is_free = tuple(
-            free and any(self._runs(count, other) for other in others)
-            for free, others in zip(self.is_free, (taller, wider), strict=True)
+            free and any(self._runs(count, other) for other in _longer(size, (64, 128, 256), axis))
+            for free, axis in zip(self.is_free, ((True, False), (False, True)), strict=True)
         )
         return size
 
@@ -189,6 +180,15 @@ class Reference:
             next="export the network in evaluation mode with torch.onnx.export, with dynamic axes for batch, height "
             "and width; or load it where it was trained: cs.adaptify(model).",
         )
+
+
+def _longer(
+    size: tuple[int, ...], steps: tuple[int, ...], axes: tuple[bool, ...] = (True, True)
+) -> list[tuple[int, ...]]:
+    """Return sizes that are longer by each of some steps, along some axes."""
+    return [
+        tuple(length + by * is_longer for length, is_longer in zip(size, axes, strict=True)) for by in steps
+    ]
 
 
 def _session(path: Path, model: Any) -> Any:
