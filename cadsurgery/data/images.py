@@ -363,9 +363,7 @@ def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
         with _as_file_error(path, "labels", next):
             read = tiff.read_stored(path)
         if not isinstance(read, int):
-            values, stored = read
-            pixels = tiff.turned(values, tiff.orientation_of(stored))
-            return _as_labels(pixels, path, f"{pixels.shape[2]} bands of {pixels.dtype}", size)
+            return _as_labels(read, path, f"{read.shape[2]} bands of {read.dtype}", size)
         named = ("page", read)
     with _open(place, "labels", next, named=named) as file:
         if (deep := read_deep(file, path)) is not None:
@@ -557,7 +555,7 @@ def _images_inside(
 
 
 def _is_image(name: str) -> bool:
-    return _split(name)[1].lower() in SUFFIXES and not is_hidden(os.path.basename(name))
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not is_hidden(os.path.basename(name))
 
 
 def _target(place: str, used: dict[str, int]) -> str:
@@ -566,7 +564,7 @@ def _target(place: str, used: dict[str, int]) -> str:
     `used` gets every result path and, for a name that is used, the next number to try, so that many images of one name
     need no new search each.
     """
-    stem, ending = _split(place)
+    stem, ending = os.path.splitext(place)
     target = f"{stem}.png"
     if target in used:
         base = f"{stem}_{ending[1:]}"
@@ -576,13 +574,6 @@ def _target(place: str, used: dict[str, int]) -> str:
         used[base] = count + 1
     used[target] = 0
     return target
-
-
-def _split(place: str) -> tuple[str, str]:
-    """Split a path into the part before its ending and the ending, as `Path.suffix` defines it."""
-    start = place.rfind(os.sep) + 1
-    dot = place.rfind(".")
-    return (place[:dot], place[dot:]) if start < dot < len(place) - 1 else (place, "")
 
 
 def normalise(image: Tensor, source: Source | None) -> Tensor:
@@ -627,13 +618,7 @@ def check_is_scaled(image: object) -> None:
         steps = f"{scaled}, with the axes (channels, height, width)"
     elif isinstance(image, np.ndarray):
         scaled = f" / {np.iinfo(image.dtype).max}" if image.dtype.kind in "ui" else ""
-        order = (
-            ".permute(2, 0, 1)"
-            if image.ndim == 3
-            else "[None]"
-            if image.ndim == 2
-            else ".permute(0, 3, 1, 2)"
-        )
+        order = {2: "[None]", 3: ".permute(2, 0, 1)"}.get(image.ndim, ".permute(0, 3, 1, 2)")
         steps = f"torch.from_numpy(image){order}{scaled}, colours as red, green, blue (OpenCV's are blue, green, red)"
     else:
         steps = "a picture of Pillow as cadsurgery.images.from_picture(picture), a file as read_image(path)"
