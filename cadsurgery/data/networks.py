@@ -243,12 +243,10 @@ def source_of(network: nn.Module) -> Source:
     Mean and standard deviation are those recorded by a converted network, else those of its `pretrained_cfg` (timm),
     else ImageNet's.
     """
-    note = "weights as they were given"
-    source = Source(
-        type(network).__name__, {}, "own", note, *_statistics(network), license=license_of(network)
-    )
-    sources = (getattr(network, name, None) for name in ("source", "cad_source"))
-    source = next((recorded for recorded in sources if isinstance(recorded, Source)), source)
+    source = _recorded(network)
+    if source is None:
+        name, note = type(network).__name__, "weights as they were given"
+        source = Source(name, {}, "own", note, *_statistics(network), license=license_of(network))
     source = replace(source, channels=channels_of(network))
     normalisation: Any = getattr(network, "normalisation", None)
     mean, is_part = getattr(normalisation, "mean", None), getattr(network, "hosts_part", False)
@@ -257,14 +255,19 @@ def source_of(network: nn.Module) -> Source:
     return source
 
 
+def _recorded(network: nn.Module) -> Source | None:
+    """Return the source that a converted network, or `build_model`, has recorded."""
+    sources = (getattr(network, name, None) for name in ("source", "cad_source"))
+    return next((source for source in sources if isinstance(source, Source)), None)
+
+
 def license_of(network: nn.Module) -> str:
     """Return the licence of a network's weights: what a converted network or the record of `build_model` states, else
     its `pretrained_cfg` (timm) or those of its parts; several with commas between, "" if nothing states one."""
     if (stated := getattr(network, "license", "")) and isinstance(stated, str):
         return stated
-    for name in ("source", "cad_source"):
-        if isinstance(recorded := getattr(network, name, None), Source):
-            return recorded.license
+    if (recorded := _recorded(network)) is not None:
+        return recorded.license
     configs = map(_config, network.modules())
     found = dict.fromkeys(config.get("license") for config in configs)
     return ", ".join(license for license in found if license and isinstance(license, str))
@@ -461,10 +464,7 @@ def _function_builder(module: str, function: str) -> Builder:
     builder = find_function(module, function)
 
     def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
-        if weights not in ("auto", "none"):
-            raise FileError(
-                f"there is no file of weights {weights!r}.", next="give a .safetensors or .pth file."
-            )
+        _refuse_weights(weights)
         _check_arguments(builder, f"{module}:{function}", kwargs)
         model = builder(**kwargs)
         if not isinstance(model, nn.Module):
@@ -482,10 +482,7 @@ def _function_builder(module: str, function: str) -> Builder:
 
 def _onnx_builder(path: Path) -> Builder:
     def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
-        if weights not in ("auto", "none"):
-            raise FileError(
-                f"there is no file of weights {weights!r}.", next="give a .safetensors or .pth file."
-            )
+        _refuse_weights(weights)
         if more := kwargs.keys() - {"sha256"}:
             raise InvalidInput(
                 f"{path} takes no argument {', '.join(sorted(more))}.",
@@ -504,6 +501,12 @@ def _onnx_builder(path: Path) -> Builder:
         return model, replace(source, size=model.size, folder=str(path.parent))
 
     return build
+
+
+def _refuse_weights(weights: str) -> None:
+    """Refuse the name of weights where a network brings its own."""
+    if weights not in ("auto", "none"):
+        raise FileError(f"there is no file of weights {weights!r}.", next="give a .safetensors or .pth file.")
 
 
 def _check_arguments(builder: Any, name: str, kwargs: dict[str, Any]) -> None:
@@ -547,15 +550,6 @@ def _of_classes(
     return model, replace(source, kwargs=options, note=note)
 
 
-def _is_of_fetching(error: Exception) -> bool:
-    """True if an error says that weights could not be had: no connection, no cached file, a broken download. Clients of
-    HTTP have classes of errors of their own, which differ between versions."""
-    is_pythons_own = type(error).__module__ == "builtins"
-    return isinstance(error, (OSError, RuntimeError, EOFError)) or not (
-        is_pythons_own or isinstance(error, CadError)
-    )
-
-
 def _pretrained(
     library: str, name: str, weights: str, names: list[str], what: str | None, build: Callable[[], nn.Module]
 ) -> tuple[nn.Module | None, str]:
@@ -570,11 +564,12 @@ def _pretrained(
     try:
         return build(), ""
     except Exception as error:
-        if not _is_of_fetching(error):
+        # A client of HTTP has classes of errors of its own, which differ between versions: there is a connection, and
+        # a proxy or server that refuses or breaks off.
+        is_refused = not isinstance(error, (OSError, RuntimeError, EOFError))
+        if is_refused and (type(error).__module__ == "builtins" or isinstance(error, CadError)):
             raise
         cause = first_line(getattr(error, "reason", None) or error)
-        # A client's own class of error: there is a connection, and a proxy or server that refuses or breaks off.
-        is_refused = not isinstance(error, (OSError, RuntimeError, EOFError))
         if weights == "auto" and not is_refused:
             return None, f"weights are RANDOM: {what} is neither cached nor reachable ({cause})"
         mend = "look at HTTPS_PROXY and NO_PROXY" if is_refused else "connect to the internet"
