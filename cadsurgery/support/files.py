@@ -115,25 +115,8 @@ def _unwritable(path: Path, error: OSError | ValueError) -> FileError:
     )
 
 
-def is_file(path: Path | str) -> bool:
-    """True if the file exists; False for an impossible path (too long, or with a NUL byte)."""
-    with contextlib.suppress(OSError, ValueError):
-        return Path(path).is_file()
-    return False
-
-
-def is_folder(path: Path | str) -> bool:
-    """True if the folder exists; False for an impossible path."""
-    with contextlib.suppress(OSError, ValueError):
-        return Path(path).is_dir()
-    return False
-
-
-def exists(path: Path | str) -> bool:
-    """True if a file, folder or device of that path exists; False for an impossible path."""
-    with contextlib.suppress(OSError, ValueError):
-        return Path(path).exists()
-    return False
+# These are False for an impossible path, too long or with a NUL byte.
+is_file, is_folder, exists = os.path.isfile, os.path.isdir, os.path.exists
 
 
 def absent(path: Path | str, what: str = "file") -> FileError:
