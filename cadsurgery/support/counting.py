@@ -26,7 +26,7 @@ from cadsurgery.support.torch_operations import is_free
 _COND = torch.ops.higher_order.cond
 
 
-class MacCounter:
+class MacCounter(TorchDispatchMode):
     """Counts the multiply-accumulates of all operations in its `with` block, on real tensors or on meta tensors.
 
     Attributes:
@@ -34,35 +34,12 @@ class MacCounter:
         not_counted: number of calls by operation name, for operations that may multiply and have no rule.
     """
 
-    def __init__(self) -> None:
-        self.macs = 0
-        self.not_counted: Counter[str] = Counter()
-        self._mode = _CountingMode(self)
-
-    def __enter__(self) -> MacCounter:
-        self._mode.__enter__()
-        return self
-
-    def __exit__(self, *failure: Any) -> None:
-        self._mode.__exit__(*failure)
-
-
-def describe_not_counted(names: tuple[str, ...]) -> str:
-    """Return a phrase that names the operations missing from a count; empty if there are none."""
-    return f"not counted, for want of a rule: {', '.join(names)}" if names else ""
-
-
-# -- counting ------------------------------------------------------------------------------------------
-
-
-class _CountingMode(TorchDispatchMode):
-    """Sees every operation that torch runs."""
-
     supports_higher_order_operators = True
 
-    def __init__(self, counter: MacCounter) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.counter = counter
+        self.macs = 0
+        self.not_counted: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -82,24 +59,29 @@ class _CountingMode(TorchDispatchMode):
         value = meta_tensors.call(func, args, kwargs)
         count = rule(args, kwargs, value) if rule is not None else None
         if count is not None:
-            self.counter.macs += count
+            self.macs += count
         elif not is_free:
-            self.counter.not_counted[str(kind)] += 1
+            self.not_counted[str(kind)] += 1
         return value
 
     def _larger_branch(
         self, predicate: Any, if_true: Callable[..., Any], if_false: Callable[..., Any], operands: Any = ()
     ) -> Any:
         """Run both branches of `torch.cond` and count the costlier one: meta tensors do not tell which is taken."""
-        before, values, counts = self.counter.macs, [], []
+        before, values, counts = self.macs, [], []
         for branch in (if_true, if_false):
             with self:
                 values.append(branch(*operands))
-            counts.append(self.counter.macs - before)
-            self.counter.macs = before
-        self.counter.macs += max(counts)
+            counts.append(self.macs - before)
+            self.macs = before
+        self.macs += max(counts)
         is_known = not isinstance(predicate, Tensor) or not predicate.is_meta
         return values[0] if not is_known or bool(predicate) else values[1]
+
+
+def describe_not_counted(names: tuple[str, ...]) -> str:
+    """Return a phrase that names the operations missing from a count; empty if there are none."""
+    return f"not counted, for want of a rule: {', '.join(names)}" if names else ""
 
 
 Rule = Callable[[tuple[Any, ...], Mapping[str, Any], Any], int | None]  # (args, kwargs, result) to MACs
