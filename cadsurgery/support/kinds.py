@@ -189,19 +189,11 @@ def _safetensors(start: bytes, path: Path) -> dict[str, str] | None:
     return None
 
 
-def _is_converted(start: bytes, path: Path) -> bool:
-    return CONVERTED_KEY in (_safetensors(start, path) or {})
-
-
 def _is_weights(start: bytes, path: Path) -> bool:
     legacy = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before its archives
     return (
         start.startswith(legacy) or _holds(start, path, "data.pkl") or _safetensors(start, path) is not None
     )
-
-
-def _is_torchscript(start: bytes, path: Path) -> bool:
-    return _holds(start, path, "constants.pkl")
 
 
 def _is_exported(start: bytes, path: Path) -> bool:
@@ -222,12 +214,10 @@ def _is_onnx(start: bytes, path: Path) -> bool:
     return start[:1] == b"\x08" and start[2:3] in (b"\x12", b"\x3a") and 0 < start[1] < 64
 
 
-def _is_openvino(start: bytes, path: Path) -> bool:
-    return start.startswith(b"<?xml") and b"<net " in start
-
-
 _BY_CONTENT: tuple[tuple[FileKind, Callable[[bytes, Path], bool]], ...] = (
-    *((PICTURE, _is_picture), (CLIP, _is_clip), (CONVERTED, _is_converted)),
-    *((TORCHSCRIPT, _is_torchscript), (EXPORTED, _is_exported), (WEIGHTS, _is_weights)),
-    *((ONNX, _is_onnx), (OPENVINO, _is_openvino)),
+    *((PICTURE, _is_picture), (CLIP, _is_clip)),
+    (CONVERTED, lambda start, path: CONVERTED_KEY in (_safetensors(start, path) or {})),
+    (TORCHSCRIPT, lambda start, path: _holds(start, path, "constants.pkl")),
+    *((EXPORTED, _is_exported), (WEIGHTS, _is_weights), (ONNX, _is_onnx)),
+    (OPENVINO, lambda start, path: start.startswith(b"<?xml") and b"<net " in start),
 )
