@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -157,23 +157,19 @@ class _PagesPicture:
     shape: tuple[int, ...]
     read: Callable[[], Any]
     original: Any
-    mask: int | None = None
+    mask: int | None
 
     @classmethod
-    def of(cls, stored: Any, original: Any = None) -> _PagesPicture:
-        """Return that of a page or a series of tifffile; of a smaller copy, give the page of the picture in full."""
+    def of(cls, stored: Any, original: Any, file: Any) -> _PagesPicture:
+        """Return that of a page or a series of tifffile; `original` is the page of the picture in full. Its mask is the
+        page that GDAL writes."""
         axes = zip(stored.axes, stored.shape, strict=True)
         kept = [(axis, count) for axis, count in axes if axis in "YX" or count > 1]
         letters, shape = "".join(axis for axis, _ in kept), tuple(count for _, count in kept)
-        page = getattr(stored, "keyframe", stored)
-        return cls(page, letters, shape, stored.asarray, page if original is None else original)
-
-    def with_mask(self, file: Any) -> _PagesPicture:
-        """Note the page of the picture's mask, as GDAL writes it."""
-        if _is_mask(self.page):
-            return self
-        alike = (page for page in map(_as_page, file.pages) if _size_of(page) == _size_of(self.page))
-        return replace(self, mask=next((page.index for page in alike if _is_mask(page)), None))
+        page = _page_of(stored)
+        alike = () if _is_mask(page) else (one for one in _pages_of(file) if _size_of(one) == _size_of(page))
+        mask = next((one.index for one in alike if _is_mask(one)), None)
+        return cls(page, letters, shape, stored.asarray, original, mask)
 
     @property
     def no_data(self) -> object:
@@ -219,7 +215,7 @@ def _picture_of(file: Any, path: Path | str, named: Named | None) -> _PagesPictu
         if number >= len(file.pages):
             raise _of_several(path, file, f"{path} has no page {number}")
         page = file.pages[number].aspage()
-        picture = _PagesPicture.of(page, _original_of(page, file))
+        picture = _PagesPicture.of(page, _original_of(page, file), file)
     else:
         parts = _pictures_in(file)
         count = sum(len(full) for _, full in parts)
@@ -229,18 +225,18 @@ def _picture_of(file: Any, path: Path | str, named: Named | None) -> _PagesPictu
         levels = [full[0] if count == 1 and len(entry.pages) > 1 else entry]
         levels += entry.levels[1:] or _copies_of(full[0], file)
         if number >= len(levels):
-            sizes = ", ".join("{1} x {0}".format(*_size_of(_PagesPicture.of(one).page)) for one in levels)
+            sizes = ", ".join("{1} x {0}".format(*_size_of(_page_of(one))) for one in levels)
             raise FileError(
                 f"{path} has no level {number}.",
                 why=f"its picture is stored in {sizes} pixels.",
                 next=f"name 0 for the picture in full, to {len(levels) - 1}.",
             )
-        picture = _PagesPicture.of(levels[number], _PagesPicture.of(levels[0]).page)
+        picture = _PagesPicture.of(levels[number], _page_of(levels[0]), file)
     if not picture.is_flat:
         page = picture.page
         count = math.prod(picture.shape) // int(page.imagelength * page.imagewidth * page.samplesperpixel)
         raise _of_several(path, file, f"{path} holds {count} pictures")
-    return picture.with_mask(file)
+    return picture
 
 
 def _pictures_in(file: Any) -> list[tuple[Any, list[Any]]]:
@@ -258,7 +254,7 @@ def _original_of(page: Any, file: Any) -> Any:
 
 def _copies_of(full: Any, file: Any) -> list[Any]:
     """Return the smaller copies of a page, the largest first."""
-    marked = (page for page in map(_as_page, file.pages) if _is_secondary(page) and not _is_mask(page))
+    marked = (page for page in _pages_of(file) if _is_secondary(page) and not _is_mask(page))
     copies = [page for page in marked if _is_copy(page, full)]
     return sorted(copies, key=_size_of, reverse=True)
 
@@ -277,7 +273,7 @@ def _of_several(path: Path | str, file: Any, what: str) -> FileError:
     """Return the error for a file whose picture has to be named, which lists its pages."""
     pages = [
         f"page {number}: {page.imagewidth} x {page.imagelength}, {page.samplesperpixel} of {page.dtype}"
-        for number, page in enumerate(entry.aspage() for entry in itertools.islice(file.pages, _LISTED))
+        for number, page in enumerate(itertools.islice(_pages_of(file), _LISTED))
     ]
     more = [f"and {len(file.pages) - _LISTED} more"] * (len(file.pages) > _LISTED)
     return FileError(
@@ -322,8 +318,13 @@ def _is_mask(page: Any) -> bool:
     return bool(_kind_of(page) & _MASK)
 
 
-def _as_page(entry: Any) -> Any:
-    return entry.aspage()
+def _pages_of(file: Any) -> Iterator[Any]:
+    return (entry.aspage() for entry in file.pages)
+
+
+def _page_of(stored: Any) -> Any:
+    """Return a page, or the first one of a series."""
+    return getattr(stored, "keyframe", stored)
 
 
 def _name(value: Any) -> str:
