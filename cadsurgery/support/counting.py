@@ -167,17 +167,18 @@ _FREE = re.compile(
 _RULES: dict[tuple[str, str], Callable[..., int | None]] = {}
 
 
-def _counts(*names: str, library: str = "aten") -> Callable[[Any], Any]:
-    """Register a rule for operations: it returns MACs from the arguments and the result `value`, or None if unknown."""
+def _counts(names: str, library: str = "aten") -> Callable[[Any], Any]:
+    """Register a rule for operations, whose names spaces separate: it returns MACs from the arguments and the result
+    `value`, or None if unknown."""
 
     def declare(rule: Any) -> Any:
-        _RULES.update({(library, name): rule for name in names})
+        _RULES.update({(library, name): rule for name in names.split()})
         return rule
 
     return declare
 
 
-@_counts("mv", "dot", "vdot")
+@_counts("mv dot vdot")
 def _vectors(a: Tensor, b: Tensor, **_: Any) -> int:
     return a.numel()
 
@@ -192,12 +193,12 @@ def _outer(bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> int:
     return a.numel() * b.numel()
 
 
-@_counts("addbmm", "_addmm_activation")
+@_counts("addbmm _addmm_activation")
 def _added_product(bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> int:
     return a.numel() * b.shape[-1]
 
 
-@_counts("_int_mm", "_weight_int8pack_mm", "mkldnn_linear")
+@_counts("_int_mm _weight_int8pack_mm mkldnn_linear")
 def _product(a: Tensor, b: Tensor, *_: Any, value: Tensor, **__: Any) -> int:
     return value.numel() * a.shape[-1]
 
@@ -215,24 +216,13 @@ def _product_of_three(
     return 2 * math.prod(torch.broadcast_shapes(*shapes))
 
 
-@_counts(
-    "mkldnn_convolution",
-    "_nnpack_spatial_convolution",
-    "cudnn_convolution_relu",
-    "cudnn_convolution_add_relu",
-)
-@_counts(
-    "_conv_depthwise2d",
-    "conv_depthwise3d",
-    "slow_conv_dilated2d",
-    "slow_conv_dilated3d",
-    "slow_conv3d_forward",
-)
+@_counts("mkldnn_convolution _nnpack_spatial_convolution cudnn_convolution_relu cudnn_convolution_add_relu")
+@_counts("_conv_depthwise2d conv_depthwise3d slow_conv_dilated2d slow_conv_dilated3d slow_conv3d_forward")
 def _convolution(x: Tensor, weight: Tensor, *_: Any, value: Tensor, **__: Any) -> int:
     return value.shape[0] * math.prod(value.shape[2:]) * weight.numel()
 
 
-@_counts("cudnn_convolution_transpose", "slow_conv_transpose2d", "slow_conv_transpose3d")
+@_counts("cudnn_convolution_transpose slow_conv_transpose2d slow_conv_transpose3d")
 def _transposed_convolution(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     return x.shape[0] * math.prod(x.shape[2:]) * weight.numel()
 
@@ -251,28 +241,18 @@ def _deformable_convolution(x: Tensor, weight: Tensor, *_: Any, value: Tensor, *
     return positions * (weight.numel() + _BILINEAR * x.shape[1] * math.prod(weight.shape[2:]))
 
 
-@_counts("roi_align", "ps_roi_align", library="torchvision")
-def _aligned_regions(
-    x: Tensor,
-    boxes: Tensor,
-    scale: float,
-    height: int,
-    width: int,
-    samples: int,
-    *_: Any,
-    value: Any,
-    **__: Any,
-) -> int | None:
-    pooled = value[0] if isinstance(value, tuple) else value
-    return (
-        int(pooled.numel()) * samples**2 * _BILINEAR if samples > 0 else None
-    )  # otherwise the number of samples depends on the boxes' sizes
+@_counts("roi_align ps_roi_align", library="torchvision")
+def _aligned_regions(x: Tensor, boxes: Tensor, *options: Any, value: Any, **_: Any) -> int | None:
+    pooled, samples = value[0] if isinstance(value, tuple) else value, int(options[3])
+    if samples <= 0:  # their number depends on the boxes' sizes
+        return None
+    return int(pooled.numel()) * samples**2 * _BILINEAR
 
 
 _BY_MODE = {0: _BILINEAR, 1: 0, 2: 20}  # bilinear, nearest, bicubic (4 sums of 4 values, and a sum of these)
 
 
-@_counts("grid_sampler_2d", "_grid_sampler_2d_cpu_fallback")
+@_counts("grid_sampler_2d _grid_sampler_2d_cpu_fallback cudnn_grid_sampler")
 def _sampled(x: Tensor, grid: Tensor, mode: int = 0, *_: Any, value: Tensor, **__: Any) -> int:
     return value.numel() * _BY_MODE[mode]
 
@@ -282,21 +262,13 @@ def _sampled_volume(x: Tensor, grid: Tensor, mode: int = 0, *_: Any, value: Tens
     return value.numel() * (2 * _BILINEAR if mode == 0 else 0)
 
 
-@_counts("cudnn_grid_sampler")
-def _sampled_bilinearly(x: Tensor, grid: Tensor, *, value: Tensor, **_: Any) -> int:
-    return value.numel() * _BILINEAR
-
-
-@_counts("affine_grid_generator", "cudnn_affine_grid_generator")
+@_counts("affine_grid_generator cudnn_affine_grid_generator")
 def _affine_grid(theta: Tensor, *_: Any, value: Tensor, **__: Any) -> int:
     return value.numel() * theta.shape[-1]
 
 
-@_counts(
-    "_scaled_dot_product_flash_attention_for_cpu",  # counted by torch itself from 2.15 on
-    "_scaled_dot_product_fused_attention_overrideable",
-    "_scaled_dot_product_attention_math_for_mps",
-)
+@_counts("_scaled_dot_product_flash_attention_for_cpu")  # counted by torch itself from 2.15 on
+@_counts("_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math_for_mps")
 def _attention(query: Tensor, key: Tensor, value_: Tensor, *_: Any, **__: Any) -> int:
     return query.numel() * key.shape[-2] + math.prod(query.shape[:-1]) * key.shape[-2] * value_.shape[-1]
 
