@@ -97,10 +97,6 @@ def _clip(operation: OnnxOperation, value: Any, least: Any = None, most: Any = N
     return torch.clamp(value, low, high)
 
 
-def _gelu(operation: OnnxOperation, value: Any) -> Any:
-    return F.gelu(value, approximate=operation.text("approximate", "none"))
-
-
 def _prelu(operation: OnnxOperation, value: Any, slope: Any) -> Any:
     if not isinstance(slope, Tensor):
         raise refuse(operation, "its slope is computed from the picture.")
@@ -112,10 +108,6 @@ def _prelu(operation: OnnxOperation, value: Any, slope: Any) -> Any:
     if place in (0, 1) and slope.numel() == slope.shape[place] == operation.shape[1]:
         return F.prelu(value, slope.flatten())
     return torch.where(value >= 0, value, value * slope)
-
-
-def _threshold(operation: OnnxOperation, value: Any) -> Any:
-    return F.threshold(value, operation.attributes.get("alpha", 1.0), 0.0)
 
 
 def _shrink(operation: OnnxOperation, value: Any) -> Any:
@@ -253,10 +245,6 @@ def _expand(operation: OnnxOperation, value: Any, shape: Any) -> Any:
     new = len(sizes) - rank
     own = (-1 if isinstance(size, int) and size == 1 else size for size in sizes[new:])
     return operation.tracer.create_proxy("call_method", "expand", (value, *sizes[:new], *own), {})
-
-
-def _tile(operation: OnnxOperation, value: Any, repeats: Any) -> Any:
-    return value.repeat(*numbers(repeats).values)
 
 
 def _squeeze(operation: OnnxOperation, value: Any, given: Any = None) -> Any:
@@ -501,9 +489,11 @@ OF_MAPS: dict[str, Callable[..., Any]] = {
     "Dropout": keep,
     "Cast": _cast,
     "Clip": _clip,
-    "Gelu": _gelu,
+    "Gelu": lambda operation, value: F.gelu(value, approximate=operation.text("approximate", "none")),
     "PRelu": _prelu,
-    "ThresholdedRelu": _threshold,
+    "ThresholdedRelu": lambda operation, value: F.threshold(
+        value, operation.attributes.get("alpha", 1.0), 0.0
+    ),
     "Shrink": _shrink,
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
     **dict.fromkeys(_OF_ONE_MAP, _of_one_map),
@@ -516,7 +506,7 @@ OF_MAPS: dict[str, Callable[..., Any]] = {
     "GroupNormalization": _group_norm,
     "Reshape": _reshape,
     "Expand": _expand,
-    "Tile": _tile,
+    "Tile": lambda operation, value, repeats: value.repeat(*numbers(repeats).values),
     "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze,
     "Slice": _slice,

@@ -235,11 +235,6 @@ def is_kind(target: Any, *kinds: Kind) -> bool:
     return operation is not None and operation.kind in kinds
 
 
-def operations() -> Mapping[object, TorchOperation]:
-    """Return all operations of the table by spelling."""
-    return dict(_SPELLINGS)
-
-
 def spellings(*kinds: Kind) -> tuple[object, ...]:
     """Return all spellings of the operations of these kinds, as arguments for `@rule`."""
     return tuple(spelling for spelling, operation in _SPELLINGS.items() if operation.kind in kinds)
