@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ _CHANNELS_FIRST = (
     "exported so."
 )
 _NESTED = 8  # how deep ONNX's definitions of operators by others are followed
+_QUANTISED = re.compile("Quantize|^QLinear|^QGemm|^QAttention|Integer$")  # names of operators
 _SEQUENCES = {"LSTM", "GRU", "RNN"}
 _BRANCHES = {"If", "Loop", "Scan"}
 _LARGEST = 2**31  # bytes that one ONNX message can have, and values up to which constants are computed
@@ -54,23 +56,20 @@ class OnnxNetwork(nn.Module):
         layers: nn.Module,
         channels: int,
         size: tuple[int, int] | None,
-        is_free: tuple[bool, ...] = (False, False),
+        is_free: tuple[bool, ...],
     ) -> None:
         super().__init__()
-        self.layers, self.size, self._is_free = layers, size, is_free
+        self.layers, self.size = layers, size
+        self._sizes = [None if free else length for length, free in zip(size or (), is_free, strict=False)]
         if size is not None:
             self.pretrained_cfg = {"input_size": (channels, *size), "fixed_input_size": True}
 
     def forward(self, image: Tensor) -> Any:
         """Compute the outputs of the ONNX graph: a tensor, or a list of them."""
-        for axis, length in enumerate(self.size or ()):
-            if not self._is_free[axis] and image.shape[2 + axis] != length:
-                sizes = (
-                    "any" if free else str(one)
-                    for one, free in zip(self.size or (), self._is_free, strict=True)
-                )
+        for axis, length in enumerate(self._sizes):
+            if length is not None and image.shape[2 + axis] != length:
                 raise InvalidInput(
-                    f"this network takes only images of {' x '.join(sizes)}.",
+                    f"this network takes only images of {' x '.join(str(one or 'any') for one in self._sizes)}.",
                     why="the graph of its ONNX file fixes the sizes of maps inside.",
                     next="give images of this size (--size); others need a file that was exported with dynamic axes "
                     "for height and width.",
@@ -217,15 +216,10 @@ def _refuse_kernels(path: Path) -> None:
 
 def _refuse_quantised(path: Path, model: Any) -> None:
     for node in [*model.graph.node, *(node for function in model.functions for node in function.node)]:
-        kind = node.op_type
-        if (
-            "Quantize" in kind
-            or kind.startswith(("QLinear", "QGemm", "QAttention"))
-            or kind.endswith("Integer")
-        ):
+        if _QUANTISED.search(node.op_type):
             raise CannotConvert(
                 f"{path} is quantised.",
-                where=f"{kind} {node.name}".strip(),
+                where=f"{node.op_type} {node.name}".strip(),
                 why="a conversion changes what layers read, and needs their weights in floating point.",
                 next="give the file as it was before quantisation; cs.export quantises the converted network.",
             )

@@ -25,7 +25,7 @@ from cadsurgery.data.onnx_numbers import (
     numbers,
     refuse_numbers,
     shape_of,
-    whole_numbers,
+    stated_numbers,
 )
 from cadsurgery.support.errors import CannotConvert
 
@@ -141,7 +141,7 @@ _OF_ONE_MAP: dict[str, Callable[..., Any]] = {
 
 
 def _reduce(operation: OnnxOperation, value: Any, given: Any = None) -> Any:
-    axes = whole_numbers(operation, "axes", given)
+    axes = stated_numbers(operation, "axes", given)
     if not axes:
         if operation.attributes.get("noop_with_empty_axes", 0):
             return value
@@ -184,19 +184,12 @@ def _lp_pool(operation: OnnxOperation, value: Any) -> Any:
     """Write LpPool as an average pooling of powers."""
     given, power = operation.attributes, operation.attributes.get("p", 2)
     kernel, pads = given["kernel_shape"], given.get("pads", [0, 0, 0, 0])
-    if (
-        operation.rank != 4
-        or operation.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
-        or given.get("ceil_mode")
-    ):
-        raise refuse(operation, "it is read for maps of two axes, without auto_pad and ceil_mode.")
-    if any(step != 1 for step in given.get("dilations", ())):
-        raise refuse(operation, "windows with gaps are not read.")
-    powers = (
-        F.pad(torch.abs(value) ** power, [pads[1], pads[3], pads[0], pads[2]])
-        if any(pads)
-        else abs(value) ** power
-    )
+    has_more = operation.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or given.get("ceil_mode")
+    if operation.rank != 4 or has_more or any(step != 1 for step in given.get("dilations", ())):
+        raise refuse(operation, "it is read for maps of two axes, without auto_pad, ceil_mode and dilations.")
+    powers = torch.abs(value) ** power
+    if any(pads):
+        powers = F.pad(powers, [pads[1], pads[3], pads[0], pads[2]])
     mean = F.avg_pool2d(powers, kernel, given.get("strides", [1, 1]))
     return (mean * (kernel[0] * kernel[1])) ** (1 / power)
 
@@ -207,10 +200,8 @@ def _normalise_by_length(operation: OnnxOperation, value: Any) -> Any:
 
 
 def _layer_norm(operation: OnnxOperation, value: Any, scale: Any, shift: Any = None) -> Any:
-    axis, epsilon = (
-        operation.attributes.get("axis", -1) % operation.rank,
-        operation.attributes.get("epsilon", 1e-5),
-    )
+    given = operation.attributes
+    axis, epsilon = given.get("axis", -1) % operation.rank, given.get("epsilon", 1e-5)
     if operation.outputs > 1 or not isinstance(scale, Tensor) or scale.dim() != operation.rank - axis:
         raise refuse(operation, "it has a scale that is a constant of the normalised axes, and one output.")
     return F.layer_norm(value, list(scale.shape), scale, shift, epsilon)
@@ -229,7 +220,7 @@ def _group_norm(operation: OnnxOperation, value: Any, scale: Any, shift: Any) ->
 
 
 def _reshape(operation: OnnxOperation, value: Any, shape: Any = None) -> Any:
-    sizes = list(whole_numbers(operation, "shape", shape))
+    sizes = list(stated_numbers(operation, "shape", shape))
     for axis, size in enumerate(sizes):
         is_batch = axis == 0 and operation.tracer.batch is not None and size == operation.tracer.batch
         if isinstance(size, int) and (size == 0 or is_batch):
@@ -248,7 +239,7 @@ def _expand(operation: OnnxOperation, value: Any, shape: Any) -> Any:
 
 
 def _squeeze(operation: OnnxOperation, value: Any, given: Any = None) -> Any:
-    axes = whole_numbers(operation, "axes", given)
+    axes = stated_numbers(operation, "axes", given)
     if axes is None:
         axes = [axis for axis, length in enumerate(operation.shape) if length == 1]
     for axis in sorted((axis % operation.rank for axis in axes), reverse=True):
@@ -257,7 +248,7 @@ def _squeeze(operation: OnnxOperation, value: Any, given: Any = None) -> Any:
 
 
 def _unsqueeze(operation: OnnxOperation, value: Any, given: Any = None) -> Any:
-    axes = whole_numbers(operation, "axes", given)
+    axes = stated_numbers(operation, "axes", given)
     rank = len(axes) + (value.dim() if isinstance(value, Tensor) else operation.rank)
     for axis in sorted(axis % rank for axis in axes):
         value = value.unsqueeze(axis)
@@ -305,26 +296,23 @@ def _pad(
     constant: Any = None,
     given_axes: Any = None,
 ) -> Any:
-    widths, mode = list(whole_numbers(operation, "pads", pads)), operation.text("mode", "constant")
-    rank = operation.rank
-    if given_axes is not None:
-        stated, widths, listed = list(numbers(given_axes).values), [0] * (2 * rank), widths
-        for index, axis in enumerate(stated):
-            widths[axis % rank], widths[axis % rank + rank] = listed[index], listed[index + len(stated)]
-    axes = rank
-    while axes > 1 and all(
-        isinstance(width, int) and width == 0 for width in (widths[rank - axes], widths[-axes])
-    ):
-        axes -= 1  # torch's widths begin with the last axis
-    torch_widths = [
-        width for axis in range(1, axes + 1) for width in (widths[rank - axis], widths[len(widths) - axis])
-    ]
+    widths, rank, mode = (
+        stated_numbers(operation, "pads", pads),
+        operation.rank,
+        operation.text("mode", "constant"),
+    )
+    axes = range(rank) if given_axes is None else [axis % rank for axis in numbers(given_axes).values]
+    stated = dict(zip(axes, zip(widths[: len(axes)], widths[len(axes) :], strict=True), strict=True))
+    pairs = [stated.get(axis, (0, 0)) for axis in range(rank)]
+    while len(pairs) > 1 and all(isinstance(width, int) and width == 0 for width in pairs[0]):
+        del pairs[0]  # torch's widths begin with the last axis
+    torch_widths = [width for pair in reversed(pairs) for width in pair]
     filling = operation.attributes.get("value") if constant is None else numbers(constant).values[0]
     return F.pad(value, torch_widths, _PADDINGS[mode], filling if mode == "constant" else None)
 
 
 def _split(operation: OnnxOperation, value: Any, split: Any = None) -> Any:
-    axis, lengths = operation.attributes.get("axis", 0), whole_numbers(operation, "split", split)
+    axis, lengths = operation.attributes.get("axis", 0), stated_numbers(operation, "split", split)
     return value.chunk(operation.outputs, axis) if lengths is None else value.split(list(lengths), axis)
 
 
@@ -412,12 +400,7 @@ def _resize(operation: OnnxOperation, value: Any, *more: Any) -> Any:
     is_first = operation.type == "Upsample" or operation.version < 11  # scales alone, places by their corners
     names = ("scales",) if is_first else ("roi", "scales", "sizes")
     given = dict(zip(names, more, strict=False))
-    if "scales" in operation.attributes:
-        given["scales"] = Numbers.of(operation.attributes["scales"], is_float=True)
-    sizes, scales = (
-        list(numbers(given[name]).values) if given.get(name) is not None else []
-        for name in ("sizes", "scales")
-    )
+    sizes, scales = (stated_numbers(operation, name, given.get(name)) for name in ("sizes", "scales"))
     axes = [axis % operation.rank for axis in operation.attributes.get("axes", range(operation.rank))]
     mode = operation.text("mode", "nearest")
     places = "asymmetric" if is_first else operation.text("coordinate_transformation_mode", "half_pixel")

@@ -147,9 +147,9 @@ def numbers(value: Any) -> Numbers:
     return Numbers.of(value.flatten().tolist(), value.shape, value.is_floating_point())
 
 
-def whole_numbers(operation: OnnxOperation, stated: str, given: Any) -> Any:
-    """Return a list of whole numbers that are an attribute in earlier opsets and an input in later ones; None if
-    neither states them."""
+def stated_numbers(operation: OnnxOperation, stated: str, given: Any) -> Any:
+    """Return a list of numbers that are an attribute in earlier opsets and an input in later ones; None if neither
+    states them."""
     return operation.attributes.get(stated) if given is None else list(numbers(given).values)
 
 
@@ -199,18 +199,18 @@ def _join(operation: OnnxOperation, *parts: Any) -> Any:
 
 
 def _with_axes(operation: OnnxOperation, value: Any, given: Any = None) -> Any:
-    axes = whole_numbers(operation, "axes", given)
+    axes = stated_numbers(operation, "axes", given)
     return Numbers(np.expand_dims(value.array, axes), value.is_float)
 
 
 def _without_axes(operation: OnnxOperation, value: Any, given: Any = None) -> Any:
-    axes = whole_numbers(operation, "axes", given)
+    axes = stated_numbers(operation, "axes", given)
     return Numbers(value.array.squeeze(None if axes is None else tuple(axes)), value.is_float)
 
 
 def _arrange(operation: OnnxOperation, value: Any, given: Any = None) -> Any:
     """Arrange numbers in a row, in rows of a table, or as a tensor of more axes."""
-    sizes = whole_numbers(operation, "shape", given)
+    sizes = stated_numbers(operation, "shape", given)
     if len(sizes) > 2:  # what a map is joined with
         made = operation.tracer.make(torch.tensor, [[*value.values]], float if value.is_float else int)
         return made.reshape(sizes)
@@ -359,7 +359,7 @@ def bounds_of(operation: OnnxOperation, *given: Any) -> tuple[Sequence[Any], ...
     """Return starts, ends, axes and steps of a slice; before opset 10 they are attributes."""
     names = ("starts", "ends", "axes", "steps")
     starts, ends, axes, steps = (
-        whole_numbers(operation, name, values) for name, values in zip_longest(names, given)
+        stated_numbers(operation, name, values) for name, values in zip_longest(names, given)
     )
     return starts, ends, range(len(starts)) if axes is None else axes, steps or [1] * len(starts)
 
