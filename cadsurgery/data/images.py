@@ -181,17 +181,16 @@ def from_picture(
     """
     if (deep := read_deep(picture, name)) is not None:
         pixels = tiff.turned(deep.values, picture.getexif().get(tiff.ORIENTATION, 1) if upright else 1)
-        stored = torch.from_numpy(
-            np.moveaxis(pixels.astype(np.float32) / np.float32(deep.largest), -1, 0).copy()
-        )
+        scaled = pixels.astype(np.float32) / np.float32(deep.largest)
+        stored = torch.from_numpy(np.moveaxis(scaled, -1, 0).copy())
         image = as_channels(stored, channels, bands, name=name, has_alpha=deep.has_alpha)
-        return image if size is None else resized(image[None], size)[0]
-    shown = ImageOps.exif_transpose(picture) if upright else picture
-    no_data = getattr(picture, "tag_v2", {}).get(tiff.NO_DATA)
-    if no_data is None or (is_lacking := tiff.without_data(np.array(shown), no_data)) is None:
-        return _from_shallow(shown, channels, bands, picture, name, size)
-    image = _from_shallow(shown, channels, bands, picture, name, None)
-    image[:, torch.from_numpy(is_lacking.reshape(*is_lacking.shape[:2], -1).any(2))] = math.nan
+    else:
+        shown = ImageOps.exif_transpose(picture) if upright else picture
+        no_data = getattr(picture, "tag_v2", {}).get(tiff.NO_DATA)
+        if no_data is None or (is_lacking := tiff.without_data(np.array(shown), no_data)) is None:
+            return _from_shallow(shown, channels, bands, picture, name, size)
+        image = _from_shallow(shown, channels, bands, picture, name, None)
+        image[:, torch.from_numpy(is_lacking.reshape(*is_lacking.shape[:2], -1).any(2))] = math.nan
     return image if size is None else resized(image[None], size)[0]
 
 
@@ -373,8 +372,9 @@ def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
             pixels, mode = np.array(ImageOps.exif_transpose(file)), file.mode
             if mode not in ("1", "L", "P") and not mode.startswith("I"):
                 pixels = pixels.astype(np.float32)  # colour, which may have one band
-            elif shown:
-                pixels = _as_stored(pixels.astype(np.int64), int(shown[1] or 8), bool(shown[2]))
+            elif shown:  # PIL spreads values of few bits over 0..255, and inverts them where 0 is white
+                values, bits = pixels.astype(np.int64), int(shown[1] or 8)
+                pixels = (255 - values if shown[2] else values) // (255 // (2**bits - 1))
     return _as_labels(pixels.reshape(*pixels.shape[:2], -1), path, f"mode {mode}", size)
 
 
@@ -406,11 +406,6 @@ def _raw_mode(file: Image.Image) -> str:
     """Return PIL's name of the values as they are stored; empty if it has none."""
     tile: Any = (getattr(file, "tile", None) or [("",) * 4])[0]
     return str(tile[3][0] if isinstance(tile[3], tuple) and tile[3] else tile[3])
-
-
-def _as_stored(values: np.ndarray[Any, Any], bits: int, is_inverted: bool) -> np.ndarray[Any, Any]:
-    """Return the stored numbers of a grey picture, which PIL spreads over 0..255, and inverts where 0 is white."""
-    return (255 - values if is_inverted else values) // (255 // (2**bits - 1))
 
 
 def check_labels_fit(

@@ -86,7 +86,10 @@ class _Graph(nn.Module):
             operation, module, read = operations[node.output_values[0]], None, node.input_values
             converter = None if operation.type in OF_MAPS else _converter(operation.type, opset)
             if converter is not None:
-                module, mapping = _converted(converter, node, graph, operation)
+                try:
+                    module, mapping = converter(node, graph)
+                except Exception as error:  # onnx2torch raises errors of many types for what it does not have
+                    raise refuse(operation, f"onnx2torch: {describe_error(error)}") from error
                 read = mapping.inputs
                 self.add_module(name, module)
             needed += [value for value in read if value in held]
@@ -115,13 +118,6 @@ class _Graph(nn.Module):
                 values.update({value: result[index] for index, value in enumerate(made) if value})
         results = [values[value] for value in self._results]
         return results[0] if len(results) == 1 else results
-
-
-def _converted(converter: Any, node: Any, graph: Any, operation: OnnxOperation) -> Any:
-    try:
-        return converter(node, graph)
-    except Exception as error:  # onnx2torch raises errors of many types for what it does not have
-        raise refuse(operation, f"onnx2torch: {describe_error(error)}") from error
 
 
 def _write(operation: OnnxOperation, module: nn.Module | None, args: list[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,59 +36,51 @@ class Reference:
     def __init__(self, path: Path, model: Any, shape: tuple[int | str, ...]) -> None:
         self.path, self.batch, self.channels = path, shape[0], int(shape[1])
         self.model, self.fixed_size = model, None
+        self._error: Exception | None
         self._session = own = _session(path, model)
         self.is_free = tuple(isinstance(size, str) for size in shape[2:])
         size: Any = tuple(
             size if isinstance(size, int) else _SIZES[1][axis] for axis, size in enumerate(shape[2:])
         )
-        try:
-            self._calls = self._first_that_run(_SIZES if all(self.is_free) else (size,))
-            is_any_size = len(self._calls) > 1 or not all(self.is_free)
-        except CannotConvert:
-            if not any(self.is_free):
-                raise
-            is_any_size, self._calls = False, []
-        if not is_any_size:  # one by chance, or none
-            found = self._size_that_runs(shape[2:])
-            if found is None and not self._calls:
-                self._first_that_run((size,))  # raises the error
-            size = found or tuple(self._calls[0][0].shape[2:])
+        self._calls = self._first_that_run(_SIZES if all(self.is_free) else (size,))
+        if any(self.is_free) and len(self._calls) < 1 + all(self.is_free):  # one by chance, or none
+            size = tuple(self._calls[0][0].shape[2:]) if self._calls else size
+            size = self._size_that_runs(shape[2:]) or size
             others = _longer(size, (64, 128, 256)) if all(self.is_free) else []
             self._calls = self._first_that_run((size, *others))
+        if not self._calls:
+            raise CannotConvert(
+                f"ONNX Runtime does not run {self.path}.",
+                why=describe_error(self._error),
+                next="if its graph needs certain sizes, write these into the file: python -m "
+                "onnxruntime.tools.make_dynamic_shape_fixed --input_name NAME --input_shape 1,3,H,W net.onnx new.onnx",
+            ) from self._error
         if all(self.is_free):
             return
         freed = _freed(model)
-        try:
+        with suppress(CadError):
             self._session = _session(path, freed)
             calls = self._first_that_run((size, *_longer(size, (64, 33))))
             if len(calls) > 1 and _grow(calls):
                 self.model, self._calls = freed, calls
                 return
-        except CadError:
-            pass
         self.fixed_size, self._session = size, own
         if any(self.is_free):
             self._calls = self._first_that_run((size, *_longer(size, (64, 33), self.is_free)))
 
     def _first_that_run(self, sizes: Any) -> list[tuple[Tensor, list[Tensor]]]:
-        """Return random images of the first two sizes that ONNX Runtime computes, and what it returns."""
-        generator, calls, refusal = torch.Generator().manual_seed(0), [], None
+        """Return random images of the first two sizes that ONNX Runtime computes, and what it returns; keep its first
+        error."""
+        generator, calls, self._error = torch.Generator().manual_seed(0), [], None
         count = 2 * self.batch if isinstance(self.batch, int) else 2
         for size in sizes:
             image = torch.randn(count, self.channels, *size, generator=generator)
             try:
                 calls.append((image, self._run(image)))
             except Exception as error:  # ONNX Runtime's errors have no common type
-                refusal = refusal or error
+                self._error = self._error or error
             if len(calls) == 2:
                 break
-        if not calls:
-            raise CannotConvert(
-                f"ONNX Runtime does not run {self.path}.",
-                why=describe_error(refusal),
-                next="if its graph needs certain sizes, write these into the file: python -m "
-                "onnxruntime.tools.make_dynamic_shape_fixed --input_name NAME --input_shape 1,3,H,W net.onnx new.onnx",
-            ) from refusal
         return calls
 
     def _size_that_runs(self, stated: tuple[int | str, ...]) -> tuple[int, int] | None:

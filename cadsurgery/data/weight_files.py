@@ -233,7 +233,12 @@ def read_weights(path: Path) -> list[Weights]:
     """
     if path.name.endswith(_INDEX):
         return [Weights(_read_parts(path))]
-    kinds.check_kind(path, kinds.WEIGHTS, kinds.CONVERTED, kinds.TORCHSCRIPT)
+    if kinds.kind_of_file(path) is kinds.TORCHSCRIPT:
+        raise FileError(
+            f"{path} is a network compiled by TorchScript, not a state dict.",
+            next=_two_lines(path, "torch.jit.load({path!r})"),
+        )
+    kinds.check_kind(path, kinds.WEIGHTS, kinds.CONVERTED)
     if not files.is_file(path):
         raise files.absent(path)
     content = _read(path)
@@ -292,8 +297,6 @@ def _read(path: Path) -> Any:
         kinds: list[Any] = [(_LikeDict("Inert", (_Inert,), {"named": name}), name) for name in names]
         with torch.serialization.safe_globals(kinds):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except FileError:
-        raise
     except Exception as error:  # each reader raises its own error types for broken files
         if any(name.startswith("torch.nn.modules.") for name in names):
             raise _whole_network(path, names[0]) from error
@@ -306,23 +309,13 @@ def _read(path: Path) -> Any:
 
 
 def _globals_in(path: Path) -> list[str]:
-    """Return the names of all classes and functions in a checkpoint, in their order; nothing is unpickled.
-
-    Raises:
-        FileError: the file is an archive of TorchScript.
-    """
+    """Return the names of all classes and functions in a checkpoint, in their order; nothing is unpickled."""
     with path.open("rb") as file:
         if not zipfile.is_zipfile(file):
             file.seek(0)
             return _names_of(file, _HEADERS + 1)  # the form of torch before 1.6
         with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-            if any(name.endswith("/constants.pkl") for name in names):
-                raise FileError(
-                    f"{path} is a network compiled by TorchScript, not a state dict.",
-                    next=_two_lines(path, "torch.jit.load({path!r})"),
-                )
-            pickled = next((name for name in names if name.endswith("/data.pkl")), "")
+            pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), "")
             return _names_of(io.BytesIO(archive.read(pickled)), 1) if pickled else []
 
 
