@@ -394,16 +394,14 @@ def _torchvision_builder(name: str) -> Builder:
             "torchvision", name, weights, list(by_name), what, lambda: builder(weights=entry, **kwargs)
         )
         if model is None:
-            model, entry = builder(weights=None, **no_backbone, **kwargs), None
-        else:
-            note = f"pretrained weights {entry.name}"
-            categories = entry.meta.get("categories")
-            classes = {"num_classes": len(categories)} if categories else {}
-            kwargs = {**classes, **_decisions(model, parameters), **kwargs}
-        weights = entry.name if entry is not None else "random"
-        license = str(entry.meta.get("license", "")) if entry is not None else ""
+            model = builder(weights=None, **no_backbone, **kwargs)
+            return model, Source(f"torchvision:{name}", kwargs, "random", note, *_image_statistics(model))
+        categories = entry.meta.get("categories")
+        classes = {"num_classes": len(categories)} if categories else {}
+        kwargs = {**classes, **_decisions(model, parameters), **kwargs}
+        note, license = f"pretrained weights {entry.name}", str(entry.meta.get("license", ""))
         statistics = _image_statistics(model, entry)
-        return model, Source(f"torchvision:{name}", kwargs, weights, note, *statistics, license=license)
+        return model, Source(f"torchvision:{name}", kwargs, entry.name, note, *statistics, license=license)
 
     return build
 
@@ -448,13 +446,11 @@ def _timm_builder(name: str) -> Builder:
                 return timm.create_model(full, pretrained=True, **kwargs)
 
         model, note = _pretrained("timm", plain, weights, tags, what, create)
-        weights = "random"
         if model is None:
             model = timm.create_model(plain, pretrained=False, **kwargs)
-        else:
-            weights = str(_config(model).get("tag") or "default")
-            note = f"pretrained weights {weights}"
-        license = str(_config(model).get("license") or "") if weights != "random" else ""
+            return model, Source(f"timm:{plain}", kwargs, "random", note, *_statistics(model))
+        tag, license = (str(_config(model).get(stated) or "") for stated in ("tag", "license"))
+        weights, note = tag or "default", f"pretrained weights {tag or 'default'}"
         return model, Source(f"timm:{plain}", kwargs, weights, note, *_statistics(model), license=license)
 
     return build

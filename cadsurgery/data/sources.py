@@ -166,15 +166,10 @@ def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
             why=f"{folder / 'labels' / unlabelled[0].stem}.png does not exist.",
             next="add the missing labels, or take these images out.",
         )
-    unused = set(visible(folder / "labels")) - set(labels)
-    left_out = {NO_PICTURES: set(inside) - set(images), "labels without an image": unused}
-    warn_of_left_out(
-        folder,
-        {
-            reason: [str(path.relative_to(folder)) for path in sorted(paths)]
-            for reason, paths in left_out.items()
-        },
-    )
+    used = {*images, *labels}
+    others = [str(path.relative_to(folder)) for path in inside if path not in used]
+    unused = [str(path.relative_to(folder)) for path in visible(folder / "labels") if path not in used]
+    warn_of_left_out(folder, {NO_PICTURES: others, "labels without an image": unused})
     classes = class_names(options["classes"])
     table = _table(options, len(classes))
     if (IGNORED, IGNORED) in table and str(IGNORED) not in options["ignore"].split("/"):

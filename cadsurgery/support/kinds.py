@@ -196,16 +196,12 @@ def _is_weights(start: bytes, path: Path) -> bool:
     )
 
 
-def _is_exported(start: bytes, path: Path) -> bool:
-    return _holds(start, path, "archive_format") or _holds(start, path, "serialized_exported_program.json")
-
-
-def _holds(start: bytes, path: Path, name: str) -> bool:
-    """True for an archive with an entry of this name, in whatever folder."""
+def _holds(start: bytes, path: Path, *names: str) -> bool:
+    """True for an archive with an entry of one of these names, in whatever folder."""
     if start[:4] != b"PK\x03\x04":
         return False
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-        return any(entry.rpartition("/")[2] == name for entry in archive.namelist())
+        return any(entry.rpartition("/")[2] in names for entry in archive.namelist())
     return False
 
 
@@ -217,7 +213,8 @@ def _is_onnx(start: bytes, path: Path) -> bool:
 _BY_CONTENT: tuple[tuple[FileKind, Callable[[bytes, Path], bool]], ...] = (
     *((PICTURE, _is_picture), (CLIP, _is_clip)),
     (CONVERTED, lambda start, path: CONVERTED_KEY in (_safetensors(start, path) or {})),
-    (TORCHSCRIPT, lambda start, path: _holds(start, path, "constants.pkl")),
-    *((EXPORTED, _is_exported), (WEIGHTS, _is_weights), (ONNX, _is_onnx)),
+    (TORCHSCRIPT, lambda *file: _holds(*file, "constants.pkl")),
+    (EXPORTED, lambda *file: _holds(*file, "archive_format", "serialized_exported_program.json")),
+    *((WEIGHTS, _is_weights), (ONNX, _is_onnx)),
     (OPENVINO, lambda start, path: start.startswith(b"<?xml") and b"<net " in start),
 )

@@ -258,7 +258,7 @@ def is_in_place(target: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, An
     if name.startswith("__"):  # `x.__iadd__(y)`, if there is also `x.__add__(y)`
         return name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
     if getattr(target, "__module__", "") == "_operator":  # and_, or_ and not_ are only spelled so
-        return target in _IN_PLACE_OPERATORS
+        return name[0] == "i" and (hasattr(operator, name[1:]) or hasattr(operator, f"{name[1:]}_"))
     if name.endswith("_") and not name.startswith("_"):
         return True
     if not callable(target):
@@ -266,10 +266,6 @@ def is_in_place(target: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, An
     place = _place_of_inplace(target)
     flag = args[place] if place is not None and len(args) > place else (kwargs or {}).get("inplace")
     return bool(flag)
-
-
-_IN_PLACE_NAMES = {f"i{name.rstrip('_')}" for name in dir(operator)} & set(dir(operator))
-_IN_PLACE_OPERATORS = frozenset(getattr(operator, name) for name in _IN_PLACE_NAMES if name.isidentifier())
 
 
 @cache
