@@ -179,13 +179,13 @@ _POOLS = ("MaxPool", "AveragePool")
 
 def _has_own_padding(operation: OnnxOperation) -> bool:
     """True if an operation's padding is `auto_pad`, or one that torch's layer for it cannot have."""
-    if operation.text("auto_pad", "NOTSET") in _LIKE_THE_MAP:
+    if operation.get("auto_pad", "NOTSET") in _LIKE_THE_MAP:
         return True
-    pads = operation.attributes.get("pads", [])
+    pads = operation.get("pads", [])
     before, behind = pads[: len(pads) // 2], pads[len(pads) // 2 :]
     if operation.type not in (*_POOLS, "ConvTranspose") or not any(pads):
         return False
-    kernel = operation.attributes.get("kernel_shape", [])
+    kernel = operation.get("kernel_shape", [])
     is_wide = operation.type in _POOLS and any(
         pad > taps // 2 for pad, taps in zip(before, kernel, strict=True)
     )
@@ -213,7 +213,7 @@ def _call_padded(layer: Any, operation: OnnxOperation, value: Any) -> Any:
         operation: the operation, of which `_has_own_padding` is true.
         value: the map that it reads, (B, C, ...).
     """
-    auto_pad = operation.text("auto_pad", "NOTSET")
+    auto_pad = operation.get("auto_pad", "NOTSET")
     is_upper, is_transposed = auto_pad == "SAME_UPPER", "Transpose" in type(layer).__name__
     axes = len(_per_axis(layer.kernel_size, 3))
     kernel, stride, dilation = (

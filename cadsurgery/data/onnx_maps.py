@@ -85,7 +85,7 @@ def _map_first(values: Sequence[Any]) -> list[Any]:
 
 
 def _clip(operation: OnnxOperation, value: Any, least: Any = None, most: Any = None) -> Any:
-    stated = [operation.attributes.get(name) for name in ("min", "max")]
+    stated = [operation.get(name) for name in ("min", "max")]
     low, high = (
         known if bound is None else _as_operand(operation, bound)
         for bound, known in zip((least, most), stated, strict=True)
@@ -111,16 +111,14 @@ def _prelu(operation: OnnxOperation, value: Any, slope: Any) -> Any:
 
 
 def _shrink(operation: OnnxOperation, value: Any) -> Any:
-    bound, shift = (
-        operation.attributes.get(name, default) for name, default in (("lambd", 0.5), ("bias", 0.0))
-    )
+    bound, shift = (operation.get(name, default) for name, default in (("lambd", 0.5), ("bias", 0.0)))
     return torch.where(value > bound, value - shift, torch.where(value < -bound, value + shift, value * 0))
 
 
 def _softmax(operation: OnnxOperation, value: Any) -> Any:
     """Write Softmax and LogSoftmax; before opset 13 they are of all axes from the stated one on."""
     function = F.log_softmax if operation.type == "LogSoftmax" else F.softmax
-    axis = operation.attributes.get("axis", -1 if operation.version >= 13 else 1) % operation.rank
+    axis = operation.get("axis", -1 if operation.version >= 13 else 1) % operation.rank
     if operation.version >= 13 or all(length == 1 for length in operation.shape[axis + 1 :]):
         return function(value, axis)
     sizes = [value.size(index) for index in range(operation.rank)]
@@ -143,11 +141,11 @@ _OF_ONE_MAP: dict[str, Callable[..., Any]] = {
 def _reduce(operation: OnnxOperation, value: Any, given: Any = None) -> Any:
     axes = stated_numbers(operation, "axes", given)
     if not axes:
-        if operation.attributes.get("noop_with_empty_axes", 0):
+        if operation.get("noop_with_empty_axes", 0):
             return value
         axes = list(range(operation.rank))
     axes = sorted(axis % operation.rank for axis in axes)
-    return _REDUCTIONS[operation.type](value, axes, bool(operation.attributes.get("keepdims", 1)))
+    return _REDUCTIONS[operation.type](value, axes, bool(operation.get("keepdims", 1)))
 
 
 def _product(value: Any, axes: Sequence[int], keepdim: bool) -> Any:
@@ -177,31 +175,32 @@ def _over_the_map(operation: OnnxOperation, value: Any) -> Any:
         return torch.amax(value, axes, keepdim=True)
     if operation.type == "GlobalAveragePool":
         return torch.mean(value, axes, keepdim=True)
-    return torch.linalg.vector_norm(value, operation.attributes.get("p", 2), axes, keepdim=True)
+    return torch.linalg.vector_norm(value, operation.get("p", 2), axes, keepdim=True)
 
 
 def _lp_pool(operation: OnnxOperation, value: Any) -> Any:
     """Write LpPool as an average pooling of powers."""
-    given, power = operation.attributes, operation.attributes.get("p", 2)
-    kernel, pads = given["kernel_shape"], given.get("pads", [0, 0, 0, 0])
-    has_more = operation.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or given.get("ceil_mode")
-    if operation.rank != 4 or has_more or any(step != 1 for step in given.get("dilations", ())):
+    kernel, pads, power = (
+        operation.get("kernel_shape"),
+        operation.get("pads", [0, 0, 0, 0]),
+        operation.get("p", 2),
+    )
+    has_more = operation.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or operation.get("ceil_mode")
+    if operation.rank != 4 or has_more or any(step != 1 for step in operation.get("dilations", ())):
         raise refuse(operation, "it is read for maps of two axes, without auto_pad, ceil_mode and dilations.")
     powers = torch.abs(value) ** power
     if any(pads):
         powers = F.pad(powers, [pads[1], pads[3], pads[0], pads[2]])
-    mean = F.avg_pool2d(powers, kernel, given.get("strides", [1, 1]))
+    mean = F.avg_pool2d(powers, kernel, operation.get("strides", [1, 1]))
     return (mean * (kernel[0] * kernel[1])) ** (1 / power)
 
 
 def _normalise_by_length(operation: OnnxOperation, value: Any) -> Any:
-    given = operation.attributes
-    return F.normalize(value, given.get("p", 2), given.get("axis", -1) % operation.rank)
+    return F.normalize(value, operation.get("p", 2), operation.get("axis", -1) % operation.rank)
 
 
 def _layer_norm(operation: OnnxOperation, value: Any, scale: Any, shift: Any = None) -> Any:
-    given = operation.attributes
-    axis, epsilon = given.get("axis", -1) % operation.rank, given.get("epsilon", 1e-5)
+    axis, epsilon = operation.get("axis", -1) % operation.rank, operation.get("epsilon", 1e-5)
     if operation.outputs > 1 or not isinstance(scale, Tensor) or scale.dim() != operation.rank - axis:
         raise refuse(operation, "it has a scale that is a constant of the normalised axes, and one output.")
     return F.layer_norm(value, list(scale.shape), scale, shift, epsilon)
@@ -213,7 +212,7 @@ def _group_norm(operation: OnnxOperation, value: Any, scale: Any, shift: Any) ->
         raise refuse(operation, "its scale and bias are no constants.")
     if operation.version < 21:  # one for each group
         scale, shift = (part.repeat_interleave(channels // groups) for part in (scale, shift))
-    return F.group_norm(value, groups, scale, shift, operation.attributes.get("epsilon", 1e-5))
+    return F.group_norm(value, groups, scale, shift, operation.get("epsilon", 1e-5))
 
 
 # -- shapes ----------------------------------------------------------------------------------------------------------
@@ -289,37 +288,28 @@ def _from_behind(operation: OnnxOperation, axis: int, first: int, last: int) -> 
     return -1 - first, None if last < -(2**15) else -1 - last
 
 
-def _pad(
-    operation: OnnxOperation,
-    value: Any,
-    pads: Any = None,
-    constant: Any = None,
-    given_axes: Any = None,
-) -> Any:
-    widths, rank, mode = (
-        stated_numbers(operation, "pads", pads),
-        operation.rank,
-        operation.text("mode", "constant"),
-    )
-    axes = range(rank) if given_axes is None else [axis % rank for axis in numbers(given_axes).values]
+def _pad(operation: OnnxOperation, value: Any, pads: Any = None, fill: Any = None, given: Any = None) -> Any:
+    widths, rank = stated_numbers(operation, "pads", pads), operation.rank
+    mode = operation.get("mode", "constant")
+    axes = range(rank) if given is None else [axis % rank for axis in numbers(given).values]
     stated = dict(zip(axes, zip(widths[: len(axes)], widths[len(axes) :], strict=True), strict=True))
     pairs = [stated.get(axis, (0, 0)) for axis in range(rank)]
     while len(pairs) > 1 and all(isinstance(width, int) and width == 0 for width in pairs[0]):
         del pairs[0]  # torch's widths begin with the last axis
     torch_widths = [width for pair in reversed(pairs) for width in pair]
-    filling = operation.attributes.get("value") if constant is None else numbers(constant).values[0]
-    return F.pad(value, torch_widths, _PADDINGS[mode], filling if mode == "constant" else None)
+    constant = operation.get("value") if fill is None else numbers(fill).values[0]
+    return F.pad(value, torch_widths, _PADDINGS[mode], constant if mode == "constant" else None)
 
 
 def _split(operation: OnnxOperation, value: Any, split: Any = None) -> Any:
-    axis, lengths = operation.attributes.get("axis", 0), stated_numbers(operation, "split", split)
+    axis, lengths = operation.get("axis", 0), stated_numbers(operation, "split", split)
     return value.chunk(operation.outputs, axis) if lengths is None else value.split(list(lengths), axis)
 
 
 def _depth_to_space(operation: OnnxOperation, value: Any) -> Any:
     """Write DepthToSpace; where the place is the slower part of a channel's number (DCR), channels are shuffled."""
     block = operation.attributes["blocksize"]
-    if operation.text("mode", "DCR") == "DCR":
+    if operation.get("mode", "DCR") == "DCR":
         value = F.channel_shuffle(value, block * block)
     return F.pixel_shuffle(value, block)
 
@@ -336,13 +326,13 @@ def _gather(operation: OnnxOperation, value: Any, index: Any) -> Any:
         chosen = numbers(index)
         index = list(chosen.values) if chosen.array.ndim else chosen.values[0]
     rank = value.dim() if isinstance(value, Tensor) else operation.rank
-    before = (slice(None),) * (operation.attributes.get("axis", 0) % rank)
+    before = (slice(None),) * (operation.get("axis", 0) % rank)
     return value[(*before, index)]
 
 
 def _gather_places(operation: OnnxOperation, value: Any, places: Any) -> Any:
     """Write GatherND: samples at the places that the last axis of a tensor names."""
-    if operation.attributes.get("batch_dims", 0):
+    if operation.get("batch_dims", 0):
         raise refuse(operation, "places of each image of a batch (batch_dims) are not read.")
     return value[_places(operation, places)]
 
@@ -357,7 +347,7 @@ def _places(operation: OnnxOperation, places: Any) -> tuple[Any, ...]:
 
 def _put_at_places(operation: OnnxOperation, value: Any, places: Any, new: Any) -> Any:
     """Write ScatterND: a copy with other samples at the places that the last axis of a tensor names."""
-    kind = operation.text("reduction", "none")
+    kind = operation.get("reduction", "none")
     if kind not in ("none", "add"):
         raise refuse(operation, f"samples that are joined by {kind} are not read.")
     indices = _places(operation, places)
@@ -369,18 +359,16 @@ def _put_at_places(operation: OnnxOperation, value: Any, places: Any, new: Any) 
 
 def _running_sum(operation: OnnxOperation, value: Any, axis: Any) -> Any:
     place = int(numbers(axis).values[0])
-    turned = value.flip(place) if operation.attributes.get("reverse") else value
+    turned = value.flip(place) if operation.get("reverse") else value
     total = torch.cumsum(turned, place)
-    total = total - turned if operation.attributes.get("exclusive") else total
-    return total.flip(place) if operation.attributes.get("reverse") else total
+    total = total - turned if operation.get("exclusive") else total
+    return total.flip(place) if operation.get("reverse") else total
 
 
 def _topk(operation: OnnxOperation, value: Any, count: Any = None) -> Any:
-    given = operation.attributes
-    number = given["k"] if count is None else numbers(count).values[0]
-    return torch.topk(
-        value, number, given.get("axis", -1), bool(given.get("largest", 1)), bool(given.get("sorted", 1))
-    )
+    number = operation.get("k") if count is None else numbers(count).values[0]
+    is_largest, is_sorted = (bool(operation.get(name, 1)) for name in ("largest", "sorted"))
+    return torch.topk(value, number, operation.get("axis", -1), is_largest, is_sorted)
 
 
 def _cast(operation: OnnxOperation, value: Any, *more: Any) -> Any:
@@ -401,18 +389,18 @@ def _resize(operation: OnnxOperation, value: Any, *more: Any) -> Any:
     names = ("scales",) if is_first else ("roi", "scales", "sizes")
     given = dict(zip(names, more, strict=False))
     sizes, scales = (stated_numbers(operation, name, given.get(name)) for name in ("sizes", "scales"))
-    axes = [axis % operation.rank for axis in operation.attributes.get("axes", range(operation.rank))]
-    mode = operation.text("mode", "nearest")
-    places = "asymmetric" if is_first else operation.text("coordinate_transformation_mode", "half_pixel")
-    rounding = "floor" if is_first else operation.text("nearest_mode", "round_prefer_floor")
+    axes = [axis % operation.rank for axis in operation.get("axes", range(operation.rank))]
+    mode = operation.get("mode", "nearest")
+    places = "asymmetric" if is_first else operation.get("coordinate_transformation_mode", "half_pixel")
+    rounding = "floor" if is_first else operation.get("nearest_mode", "round_prefer_floor")
     if operation.rank != 4 or mode not in _MODES or not (sizes or scales):
         raise refuse(operation, f"mode {mode} of {operation.rank} axes is not read.")
-    if operation.text("keep_aspect_ratio_policy", "stretch") != "stretch" or places == "tf_crop_and_resize":
+    is_stretched = operation.get("keep_aspect_ratio_policy", "stretch") == "stretch"
+    if not is_stretched or places == "tf_crop_and_resize":
         raise refuse(operation, "only resizes of the whole map to sizes or by factors are read.")
     stated = dict(zip(axes, sizes or scales, strict=True))
-    if not sizes and any(
-        isinstance(stated.get(axis), fx.Proxy) or stated.get(axis, 1) != 1 for axis in (0, 1)
-    ):
+    others = [stated.get(axis, 1) for axis in (0, 1)]
+    if not sizes and any(isinstance(factor, fx.Proxy) or factor != 1 for factor in others):
         raise refuse(operation, "it resizes channels or the batch.")
     options: dict[str, Any] = (
         {"size": [stated[axis] if axis in stated else value.size(axis) for axis in (2, 3)]}
@@ -437,7 +425,7 @@ def _interpolate(
         if "half_pixel" in places and not is_whole:  # at whole factors the two are the same
             options["mode"] = "nearest-exact"
         return F.interpolate(value, **options)
-    if operation.attributes.get("antialias"):
+    if operation.get("antialias"):
         options["antialias"] = True
     if places != "asymmetric":
         options["align_corners"] = places == "align_corners"
@@ -458,11 +446,11 @@ def _is_floor(scales: Sequence[Any], rounding: str) -> bool:
 
 
 def _sample(operation: OnnxOperation, value: Any, grid: Any) -> Any:
-    mode = _MODES.get(operation.text("mode", "linear"), "bilinear")
-    is_aligned = bool(operation.attributes.get("align_corners", 0))
+    mode = _MODES.get(operation.get("mode", "linear"), "bilinear")
+    is_aligned = bool(operation.get("align_corners", 0))
     if (operation.second_shape or (None,))[0] == 1 and isinstance(value, fx.Proxy):  # the same for all images
         grid = operation.tracer.create_proxy("call_method", "expand", (grid, value.size(0), -1, -1, -1), {})
-    return F.grid_sample(value, grid, mode, operation.text("padding_mode", "zeros"), is_aligned)
+    return F.grid_sample(value, grid, mode, operation.get("padding_mode", "zeros"), is_aligned)
 
 
 OF_MAPS: dict[str, Callable[..., Any]] = {
@@ -472,11 +460,9 @@ OF_MAPS: dict[str, Callable[..., Any]] = {
     "Dropout": keep,
     "Cast": _cast,
     "Clip": _clip,
-    "Gelu": lambda operation, value: F.gelu(value, approximate=operation.text("approximate", "none")),
+    "Gelu": lambda operation, value: F.gelu(value, approximate=operation.get("approximate", "none")),
     "PRelu": _prelu,
-    "ThresholdedRelu": lambda operation, value: F.threshold(
-        value, operation.attributes.get("alpha", 1.0), 0.0
-    ),
+    "ThresholdedRelu": lambda operation, value: F.threshold(value, operation.get("alpha", 1.0), 0.0),
     "Shrink": _shrink,
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
     **dict.fromkeys(_OF_ONE_MAP, _of_one_map),

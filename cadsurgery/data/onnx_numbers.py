@@ -73,7 +73,7 @@ class OnnxOperation:
     Attributes:
         type: the operator's name, such as `Conv`.
         version: the opset that its meaning is from.
-        attributes: what the file states; attributes that are texts by `text`.
+        attributes: what the file states.
         outputs: the number of its outputs.
         shape: lengths of its first input's axes; None where they are free.
         second_shape: those of its second input.
@@ -88,11 +88,10 @@ class OnnxOperation:
         self.tracer = tracer
         self.type, self.name, self.version = str(node.op_type), str(node.name), version
         self.outputs = len(node.output)
-        self.attributes = {
-            stated.name: onnx.helper.get_attribute_value(stated)
-            for stated in node.attribute
-            if stated.type != stated.GRAPH
-        }
+        self.attributes: dict[str, Any] = {}
+        for stated in node.attribute:
+            value = None if stated.type == stated.GRAPH else onnx.helper.get_attribute_value(stated)
+            self.attributes[stated.name] = value.decode() if isinstance(value, bytes) else value
         self.shape, self.second_shape = (
             shapes.get(node.input[at], ()) if len(node.input) > at else () for at in (0, 1)
         )
@@ -102,13 +101,12 @@ class OnnxOperation:
         """The number of axes of its first input."""
         return len(self.shape)
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an attribute, or the default where the file does not state it."""
+        return self.attributes.get(name, default)
+
     def __str__(self) -> str:
         return f"{self.type} (opset {self.version}) {self.name}".strip()
-
-    def text(self, name: str, default: str) -> str:
-        """Return an attribute that is a text."""
-        value = self.attributes.get(name, default)
-        return value.decode() if isinstance(value, bytes) else str(value)
 
 
 class OnnxTracer(fx.Tracer):
@@ -150,7 +148,7 @@ def numbers(value: Any) -> Numbers:
 def stated_numbers(operation: OnnxOperation, stated: str, given: Any) -> Any:
     """Return a list of numbers that are an attribute in earlier opsets and an input in later ones; None if neither
     states them."""
-    return operation.attributes.get(stated) if given is None else list(numbers(given).values)
+    return operation.get(stated) if given is None else list(numbers(given).values)
 
 
 def refuse_numbers(operation: OnnxOperation, *_: Any, **__: Any) -> Any:
@@ -167,17 +165,10 @@ def refuse_numbers(operation: OnnxOperation, *_: Any, **__: Any) -> Any:
 
 
 def shape_of(operation: OnnxOperation, value: Any) -> Any:
-    """Return the sizes of a map, for Shape; their product for Size."""
-    given = operation.attributes
-    axes = range(operation.rank)[given.get("start", 0) : given.get("end")]
-    return _as_shape(operation, [value.size(axis) for axis in axes])
-
-
-def _shape_of_numbers(operation: OnnxOperation, value: Any) -> Any:
-    return _as_shape(operation, value.array.shape)
-
-
-def _as_shape(operation: OnnxOperation, sizes: Sequence[Any]) -> Numbers:
+    """Return the sizes of a map or of an array of numbers, for Shape; their product for Size."""
+    axes = range(operation.rank)[operation.get("start", 0) : operation.get("end")]
+    is_map = not isinstance(value, Numbers)
+    sizes = [value.size(axis) for axis in axes] if is_map else value.array.shape
     return Numbers.of([math.prod(sizes)], ()) if operation.type == "Size" else Numbers.of(sizes)
 
 
@@ -222,7 +213,7 @@ def _arrange(operation: OnnxOperation, value: Any, given: Any = None) -> Any:
 
 
 def _turn(operation: OnnxOperation, value: Any) -> Any:
-    return Numbers(value.array.transpose(operation.attributes.get("perm")), value.is_float)
+    return Numbers(value.array.transpose(operation.get("perm")), value.is_float)
 
 
 def _cast(operation: OnnxOperation, value: Any) -> Any:
@@ -238,7 +229,7 @@ def _of_one(operation: OnnxOperation, value: Any) -> Any:
 
 
 def _product(operation: OnnxOperation, value: Any, axes: Any = None) -> Any:
-    shape = (1,) if operation.attributes.get("keepdims", 1) else ()
+    shape = (1,) if operation.get("keepdims", 1) else ()
     return Numbers.of([math.prod(value.values)], shape, value.is_float)
 
 
@@ -342,7 +333,7 @@ def _fill(operation: OnnxOperation, shape: Any) -> Any:
     """Write a tensor that has the same value everywhere."""
     from onnx.numpy_helper import to_array
 
-    stated = operation.attributes.get("value")
+    stated = operation.get("value")
     value = 0.0 if stated is None else to_array(stated).item()
     count = numbers(shape).values
     if len(count) == 1 and isinstance(count[0], int) and type(value) is int:  # a list of numbers, for a shape
@@ -379,7 +370,7 @@ OF_NUMBERS: dict[str, Callable[..., Any]] = {
     "Where": _choose,
     "Range": _range,
     "ConstantOfShape": _fill,
-    **dict.fromkeys(("Shape", "Size"), _shape_of_numbers),
+    **dict.fromkeys(("Shape", "Size"), shape_of),
     **dict.fromkeys(_COMPARISONS, _compare),
     **dict.fromkeys(_OF_ONE, _of_one),
     **dict.fromkeys((*ARITHMETIC, "Mod"), _compute),
