@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cadsurgery.data.hub import offline_without_network
 from cadsurgery.data.onnx_files import digest, is_onnx, read_onnx
-from cadsurgery.data.weight_files import is_weights, license_in, load_weights, split_entry
+from cadsurgery.data.weight_files import is_weights, load_weights, split_entry
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
     CadError,
@@ -144,9 +144,9 @@ def build_model(
         model, source = build(
             "none", kwargs if num_classes is None else {**kwargs, "num_classes": num_classes}
         )
-        note = load_weights(model, path, entry)
+        note, license = load_weights(model, path, entry)
         # The name instead of the path: converted networks are shared and should not reveal local folders.
-        source = replace(source, weights=path.name, note=note, license=license_in(path))
+        source = replace(source, weights=path.name, note=note, license=license)
     else:
         model, source = _of_classes(build, weights, kwargs, num_classes)
     model.cad_source = replace(source, channels=channels_of(model))  # type: ignore[assignment]
