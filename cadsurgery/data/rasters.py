@@ -46,15 +46,8 @@ def open_rows(path: Path | str) -> TiffRows | RasterRows:
 
 
 class RasterRows:
-    """A raster, of which some rows are read at a time; it has what `TiffRows` has.
-
-    Attributes:
-        shape: (C, H, W) with all bands of the file; a palette is three of them, the colours that it stands for.
-        has_alpha: True if the last band is transparency.
-        may_lack: True if some pixels may have no data, which are NaN.
-        position: tags that say where the picture lies on the earth, see `TiffRows`.
-        block: (height, width) of its tiles, see `TiffRows`.
-    """
+    """A raster, of which some rows are read at a time; it has the attributes of `TiffRows`. A palette is three bands,
+    the colours that it stands for."""
 
     def __init__(self, path: Path | str) -> None:
         """Open a file, or a smaller copy of its picture: `FILE,level=N`; see `close`.

@@ -306,16 +306,12 @@ def _is_for_pillow(page: Any, file: Any) -> bool:
     return is_read and (bits % 8 > 0 or extras == (1,) or _lacks_codec(page))
 
 
-def _kind_of(page: Any) -> int:
-    return int(getattr(page, "subfiletype", 0))  # some pages are as the first one
-
-
-def _is_secondary(page: Any) -> bool:
-    return bool(_kind_of(page) & (_REDUCED | _MASK))
+def _is_secondary(page: Any, kinds: int = _REDUCED | _MASK) -> bool:
+    return bool(int(getattr(page, "subfiletype", 0)) & kinds)  # some pages are as the first one
 
 
 def _is_mask(page: Any) -> bool:
-    return bool(_kind_of(page) & _MASK)
+    return _is_secondary(page, _MASK)
 
 
 def _pages_of(file: Any) -> Iterator[Any]:
@@ -656,19 +652,17 @@ def write_tiled(
                 np.ascontiguousarray(band[:, left : left + across]) for left in range(0, width, across)
             )
 
-    kind: dict[str, Any] = (
-        {"photometric": "minisblack"} if colours is None else {"photometric": "palette", "colormap": colours}
-    )
     predictor = 2 if np.dtype(dtype).kind in "ui" else 3
-    kind["predictor"] = predictor if predictor in tifffile.TIFF.PREDICTORS else None
     tifffile.imwrite(
         path,
         tiles(),
         shape=size,
         dtype=dtype,
         tile=block,
+        photometric="minisblack" if colours is None else "palette",
+        colormap=colours,
         compression="zlib",
+        predictor=predictor if predictor in tifffile.TIFF.PREDICTORS else None,
         metadata=None,
         extratags=position,
-        **kind,
     )
