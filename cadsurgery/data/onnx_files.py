@@ -115,9 +115,8 @@ def read_onnx(path: Path) -> OnnxNetwork:
     shape = _image_shape(path, model)
     with _quietly():
         reference = Reference(path, model, shape)
-        batch = reference.batch if isinstance(reference.batch, int) else None
-        layers = _import(path, reference.model, batch, reference)
-        network = OnnxNetwork(layers, int(shape[1]), reference.fixed_size, reference.is_free).eval()
+        layers = _import(reference)
+        network = OnnxNetwork(layers, reference.channels, reference.fixed_size, reference.is_free).eval()
         reference.check(network)
     return network
 
@@ -279,9 +278,9 @@ def _quietly() -> Iterator[None]:
 # -- from ONNX to torch ----------------------------------------------------------------------------------------------
 
 
-def _import(path: Path, model: Any, batch: int | None, reference: Reference) -> nn.Module:
+def _import(reference: Reference) -> nn.Module:
     """Return the graph of an ONNX model as torch operations."""
-    candidate, opset = _simplify(model), opset_of(model)
+    candidate, opset = _simplify(reference.model), opset_of(reference.model)
     for _ in range(_NESTED):  # operators that ONNX itself defines by others
         missing = {(node.domain, node.op_type) for node in candidate.graph.node if not is_known(node, opset)}
         if not missing:
@@ -290,8 +289,8 @@ def _import(path: Path, model: Any, batch: int | None, reference: Reference) -> 
         if expanded is None:
             break
         candidate = _simplify(expanded)
-    _refuse_unknown(path, candidate, opset)
-    return write_plainly(candidate, _shapes(candidate, reference), batch)
+    _refuse_unknown(reference.path, candidate, opset)
+    return write_plainly(candidate, _shapes(candidate, reference), reference.batch)
 
 
 def _expanded(model: Any, opset: int, kinds: set[tuple[str, str]]) -> Any:

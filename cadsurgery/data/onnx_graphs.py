@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -194,8 +195,7 @@ def _has_own_padding(operation: OnnxOperation) -> bool:
 
 def _without_padding(model: Any, operations: Mapping[str, OnnxOperation]) -> Any:
     """Return an ONNX model whose layers have no padding where `_has_own_padding`; `_call_padded` adds it."""
-    copy = type(model)()
-    copy.CopyFrom(model)
+    copy = deepcopy(model)
     for node in copy.graph.node:
         if _has_own_padding(operations[node.output[0]]):
             kept = [stated for stated in node.attribute if stated.name not in ("auto_pad", "pads")]

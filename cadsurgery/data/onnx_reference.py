@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ class Reference:
     """
 
     def __init__(self, path: Path, model: Any, shape: tuple[int | str, ...]) -> None:
-        self.path, self.batch, self.channels = path, shape[0], int(shape[1])
+        self.path, self.channels = path, int(shape[1])
+        self.batch = shape[0] if isinstance(shape[0], int) else None
         self.model, self.fixed_size = model, None
         self._error: Exception | None
         self._session = own = _session(path, model)
@@ -72,9 +74,8 @@ class Reference:
         """Return random images of the first two sizes that ONNX Runtime computes, and what it returns; keep its first
         error."""
         generator, calls, self._error = torch.Generator().manual_seed(0), [], None
-        count = 2 * self.batch if isinstance(self.batch, int) else 2
         for size in sizes:
-            image = torch.randn(count, self.channels, *size, generator=generator)
+            image = torch.randn(2 * (self.batch or 1), self.channels, *size, generator=generator)
             try:
                 calls.append((image, self._run(image)))
             except Exception as error:  # ONNX Runtime's errors have no common type
@@ -95,7 +96,7 @@ class Reference:
             *((height, width) for height in (_OTHER if len(heights) > 1 else heights) for width in widths),
             *((side, side) for side in heights if side in widths),
         ]
-        count = self.batch if isinstance(self.batch, int) else 1
+        count = self.batch or 1
         size = next((size for size in dict.fromkeys(of_files) if self._runs(count, size)), None)
         if size is None:
             return None
@@ -108,15 +109,14 @@ class Reference:
         return size
 
     def _runs(self, count: int, size: tuple[int, ...]) -> bool:
-        try:
+        with suppress(Exception):  # ONNX Runtime's errors have no common type
             self._run(torch.zeros(count, self.channels, *size))
-        except Exception:  # ONNX Runtime's errors have no common type
-            return False
-        return True
+            return True
+        return False
 
     def _run(self, image: Tensor) -> list[Tensor]:
         name = self._session.get_inputs()[0].name
-        parts = image.split(self.batch) if isinstance(self.batch, int) else [image]
+        parts = image.split(self.batch) if self.batch else [image]
         outputs = [self._session.run(None, {name: part.numpy()}) for part in parts]
         return [torch.from_numpy(np.concatenate(values)) for values in zip(*outputs, strict=True)]
 
@@ -124,13 +124,11 @@ class Reference:
         """Return the axes, of unknown lengths, that values within a model have on the first image."""
         import onnx
 
-        asked, (image, _) = type(model)(), self._calls[0]
-        asked.CopyFrom(model)
+        asked, (image, _) = deepcopy(model), self._calls[0]
         known = {value.name for value in asked.graph.output}
         asked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
         session = _session(self.path, asked)
-        count = self.batch if isinstance(self.batch, int) else len(image)
-        given = {session.get_inputs()[0].name: image[:count].numpy()}
+        given = {session.get_inputs()[0].name: image[: self.batch].numpy()}
         return {
             name: (None,) * value.ndim for name, value in zip(names, session.run(names, given), strict=True)
         }
@@ -202,8 +200,7 @@ def _session(path: Path, model: Any) -> Any:
 
 def _freed(model: Any) -> Any:
     """Return an ONNX model whose height and width are not fixed."""
-    free = type(model)()
-    free.CopyFrom(model)
+    free = deepcopy(model)
     held = {tensor.name for tensor in free.graph.initializer}
     image = next(value for value in free.graph.input if value.name not in held)
     for axis, name in ((2, "height"), (3, "width")):
