@@ -33,7 +33,6 @@ from cadsurgery.support.memory import is_out_of_memory
 if TYPE_CHECKING:
     from cadsurgery.data.networks import Source
 
-_Parts = tuple[str, ...]  # folders of a relative path, and its last name
 SUFFIXES = PICTURE.endings
 _OF_FIRST = ("GIF", "MPO")  # formats whose first picture is read: animations, photographs with smaller copies
 # Formats that pictures can be written in, by file name ending.
@@ -523,7 +522,7 @@ _DANGLING = "links to what does not exist"
 
 
 def _images_inside(
-    folder: str, apart: str, left_out: dict[str, list[str]], parts: _Parts = ()
+    folder: str, apart: str, left_out: dict[str, list[str]], parts: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, dict[str, int]]]:
     """Yield the images in a folder and its subfolders by relative path, sorted by folder and name, each with the names
     that are used in its folder; note what is left out, by the reason."""

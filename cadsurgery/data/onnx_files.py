@@ -110,7 +110,12 @@ def read_onnx(path: Path) -> OnnxNetwork:
         import_optional(package, f"ONNX files are read through {package}.", _INSTALL)
     model = _with_weights(path, _parse(path))
     _name_free_axes(model)
-    _refuse_kernels(path)
+    if has_kernels(path):
+        raise CannotConvert(
+            f"{path} calls this package's kernels.",
+            why="it was exported with kernels, from a network that is converted already.",
+            next="give the network that it was made from; cs.save and cs.load keep a converted one.",
+        )
     _refuse_quantised(path, model)
     shape = _image_shape(path, model)
     with _quietly():
@@ -202,15 +207,6 @@ def _name_free_axes(model: Any) -> None:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.dim_value < 0:
                 dim.dim_param = f"{value.name}_{axis}"
-
-
-def _refuse_kernels(path: Path) -> None:
-    if has_kernels(path):
-        raise CannotConvert(
-            f"{path} calls this package's kernels.",
-            why="it was exported with kernels, from a network that is converted already.",
-            next="give the network that it was made from; cs.save and cs.load keep a converted one.",
-        )
 
 
 def _refuse_quantised(path: Path, model: Any) -> None:
