@@ -85,10 +85,9 @@ def _map_first(values: Sequence[Any]) -> list[Any]:
 
 
 def _clip(operation: OnnxOperation, value: Any, least: Any = None, most: Any = None) -> Any:
-    stated = [operation.get(name) for name in ("min", "max")]
     low, high = (
-        known if bound is None else _as_operand(operation, bound)
-        for bound, known in zip((least, most), stated, strict=True)
+        operation.get(name) if bound is None else _as_operand(operation, bound)
+        for name, bound in (("min", least), ("max", most))
     )
     if low is None and high is None:
         return value
@@ -145,7 +144,7 @@ def _reduce(operation: OnnxOperation, value: Any, given: Any = None) -> Any:
             return value
         axes = list(range(operation.rank))
     axes = sorted(axis % operation.rank for axis in axes)
-    return _REDUCTIONS[operation.type](value, axes, bool(operation.get("keepdims", 1)))
+    return _REDUCTIONS[operation.type](value, axes, keepdim=bool(operation.get("keepdims", 1)))
 
 
 def _product(value: Any, axes: Sequence[int], keepdim: bool) -> Any:
@@ -154,28 +153,22 @@ def _product(value: Any, axes: Sequence[int], keepdim: bool) -> Any:
     return value
 
 
-_REDUCTIONS: dict[str, Callable[[Any, list[int], bool], Any]] = {
-    "ReduceMax": lambda value, axes, keepdim: torch.amax(value, axes, keepdim=keepdim),
-    "ReduceMin": lambda value, axes, keepdim: torch.amin(value, axes, keepdim=keepdim),
-    "ReduceMean": lambda value, axes, keepdim: torch.mean(value, axes, keepdim=keepdim),
-    "ReduceSum": lambda value, axes, keepdim: torch.sum(value, axes, keepdim=keepdim),
-    "ReduceProd": _product,
+_REDUCTIONS: dict[str, Callable[..., Any]] = {
+    **{"ReduceMax": torch.amax, "ReduceMin": torch.amin, "ReduceMean": torch.mean, "ReduceSum": torch.sum},
+    **{"ReduceLogSumExp": torch.logsumexp, "ReduceProd": _product},
     "ReduceL1": lambda value, axes, keepdim: torch.sum(torch.abs(value), axes, keepdim=keepdim),
     "ReduceL2": lambda value, axes, keepdim: torch.linalg.vector_norm(value, 2, axes, keepdim=keepdim),
     "ReduceSumSquare": lambda value, axes, keepdim: torch.sum(value * value, axes, keepdim=keepdim),
     "ReduceLogSum": lambda value, axes, keepdim: torch.log(torch.sum(value, axes, keepdim=keepdim)),
-    "ReduceLogSumExp": lambda value, axes, keepdim: torch.logsumexp(value, axes, keepdim=keepdim),
 }
 
 
 def _over_the_map(operation: OnnxOperation, value: Any) -> Any:
     """Write GlobalMaxPool, GlobalAveragePool and GlobalLpPool."""
     axes = list(range(2, operation.rank))
-    if operation.type == "GlobalMaxPool":
-        return torch.amax(value, axes, keepdim=True)
-    if operation.type == "GlobalAveragePool":
-        return torch.mean(value, axes, keepdim=True)
-    return torch.linalg.vector_norm(value, operation.get("p", 2), axes, keepdim=True)
+    if operation.type == "GlobalLpPool":
+        return torch.linalg.vector_norm(value, operation.get("p", 2), axes, keepdim=True)
+    return (torch.amax if operation.type == "GlobalMaxPool" else torch.mean)(value, axes, keepdim=True)
 
 
 def _lp_pool(operation: OnnxOperation, value: Any) -> Any:
