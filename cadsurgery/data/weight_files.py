@@ -7,7 +7,6 @@ import json
 import pickle
 import pickletools
 import zipfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -203,16 +202,12 @@ def _in_words(path: Path, chosen: Weights, others: list[Weights], left_out: Sequ
 
 def _shortly(names: Sequence[str]) -> str:
     """List names, those with one beginning together."""
-    counts = Counter(name.partition(".")[0] for name in names)
-    listed = [
-        f"{first}.* ({count} names)"
-        if count > 1
-        else next(name for name in names if name.split(".")[0] == first)
-        for first, count in counts.items()
-    ]
-    return ", ".join(listed[:_LISTED]) + (
-        f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    )
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.partition(".")[0], []).append(name)
+    listed = [f"{first}.* ({len(group)} names)" if group[1:] else group[0] for first, group in groups.items()]
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return f"{', '.join(listed[:_LISTED])}{more}"
 
 
 def read_weights(path: Path) -> list[Weights]:
