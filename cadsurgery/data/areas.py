@@ -19,8 +19,8 @@ from torch import Tensor
 
 from cadsurgery.data.images import read_image
 from cadsurgery.data.tiff import coordinates_of, split_page
-from cadsurgery.support.errors import FileError, InvalidInput, first_line
-from cadsurgery.support.files import absent, exists
+from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.files import absent, as_file_error, exists
 
 _JSON = (".json", ".geojson")
 _KINDS = (
@@ -98,20 +98,16 @@ def _of_picture(path: Path | str, size: tuple[int, int], picture: object) -> Are
 
 
 def _of_json(path: Path | str, size: tuple[int, int], picture: object, position: Sequence[Any]) -> Area:
-    try:
+    with as_file_error(f"{path} is no JSON file.", f"give {_KINDS}."):
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileError(f"{path} is no JSON file.", why=first_line(error), next=f"give {_KINDS}.") from error
     is_geometry = isinstance(stored, dict) and "type" in stored
-    boxes = stored.get("boxes") if isinstance(stored, dict) and not is_geometry else stored
-    try:
-        if is_geometry:
-            to_pixels = _to_pixels(stored, path, picture, position)
+    to_pixels = _to_pixels(stored, path, picture, position) if is_geometry else None
+    boxes: Any = stored.get("boxes") if isinstance(stored, dict) and not is_geometry else stored
+    with as_file_error(f"{path} holds no area.", f"give {_KINDS}."):
+        if to_pixels is not None:
             polygons = [[to_pixels(_ring(ring)) for ring in rings] for rings in _polygons(stored)]
         else:
-            polygons = [[_outward(*map(float, box))] for box in boxes]  # type: ignore[union-attr]
-    except (TypeError, ValueError, LookupError) as error:
-        raise FileError(f"{path} holds no area.", why=first_line(error), next=f"give {_KINDS}.") from error
+            polygons = [[_outward(*map(float, box))] for box in boxes]
     return Area(size, lambda first, end: _inside(polygons, first, end, size[1]))
 
 

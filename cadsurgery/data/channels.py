@@ -52,9 +52,7 @@ def as_channels(
                 next=f"choose among 1 to {stored}: --bands {_example(stored, channels)} (in Python, bands=).",
             )
         image, has_alpha = image[..., [band - 1 for band in bands], :, :], False
-    if image.shape[-3] == channels:
-        return image
-    if has_alpha:
+    if has_alpha and image.shape[-3] != channels:
         image = image[..., :-1, :, :]
     count = image.shape[-3]
     if channels is None or count == channels:

@@ -51,11 +51,6 @@ class Clip:
     rate: Fraction
     time_base: Fraction
 
-    @property
-    def frames(self) -> Iterator[Tensor]:
-        """The frames that were not read yet, without their times."""
-        return (frame for _, frame in self.timed)
-
 
 def is_camera(path: Path) -> bool:
     """True for the number of a camera."""
@@ -143,10 +138,10 @@ def _refuse_cut(path: Path) -> None:
     size = path.stat().st_size
     with path.open("rb") as file:
         stated, has_index = _stated_length(file, size)
-    if stated <= size and has_index:
-        return
     lacking = [f"at least {stated - size:,} bytes"] if stated > size else []
     lacking += [] if has_index else ["the index, without which no frame can be found"]
+    if not lacking:
+        return
     next = "get the whole file."
     if has_index:
         next = f"get the whole file, or keep the frames that are there: ffmpeg -i {path} -c copy kept.mkv."

@@ -148,9 +148,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
     def _in_channels(self, image: Any, name: str) -> Tensor:
         """Return an image as `read` gives it in the channels of the network, or in colour."""
         source = self.source
-        channels, bands = 3, self.bands
-        if source is not None:
-            channels, bands = source.channels, self.bands or source.bands
+        channels, bands = (3, self.bands) if source is None else (source.channels, self.bands or source.bands)
         if isinstance(image, Image.Image):
             return from_picture(image, channels, bands, name=name)
         if isinstance(image, Tensor):

@@ -33,7 +33,6 @@ from cadsurgery.support.memory import is_out_of_memory
 if TYPE_CHECKING:
     from cadsurgery.data.networks import Source
 
-_Parts = tuple[str, ...]  # folders of a relative path, and its last name
 SUFFIXES = PICTURE.endings
 _OF_FIRST = ("GIF", "MPO")  # formats whose first picture is read: animations, photographs with smaller copies
 # Formats that pictures can be written in, by file name ending.
@@ -181,17 +180,16 @@ def from_picture(
     """
     if (deep := read_deep(picture, name)) is not None:
         pixels = tiff.turned(deep.values, picture.getexif().get(tiff.ORIENTATION, 1) if upright else 1)
-        stored = torch.from_numpy(
-            np.moveaxis(pixels.astype(np.float32) / np.float32(deep.largest), -1, 0).copy()
-        )
+        scaled = pixels.astype(np.float32) / np.float32(deep.largest)
+        stored = torch.from_numpy(np.moveaxis(scaled, -1, 0).copy())
         image = as_channels(stored, channels, bands, name=name, has_alpha=deep.has_alpha)
-        return image if size is None else resized(image[None], size)[0]
-    shown = ImageOps.exif_transpose(picture) if upright else picture
-    no_data = getattr(picture, "tag_v2", {}).get(tiff.NO_DATA)
-    if no_data is None or (is_lacking := tiff.without_data(np.array(shown), no_data)) is None:
-        return _from_shallow(shown, channels, bands, picture, name, size)
-    image = _from_shallow(shown, channels, bands, picture, name, None)
-    image[:, torch.from_numpy(is_lacking.reshape(*is_lacking.shape[:2], -1).any(2))] = math.nan
+    else:
+        shown = ImageOps.exif_transpose(picture) if upright else picture
+        no_data = getattr(picture, "tag_v2", {}).get(tiff.NO_DATA)
+        if no_data is None or (is_lacking := tiff.without_data(np.array(shown), no_data)) is None:
+            return _from_shallow(shown, channels, bands, picture, name, size)
+        image = _from_shallow(shown, channels, bands, picture, name, None)
+        image[:, torch.from_numpy(is_lacking.reshape(*is_lacking.shape[:2], -1).any(2))] = math.nan
     return image if size is None else resized(image[None], size)[0]
 
 
@@ -363,9 +361,7 @@ def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
         with _as_file_error(path, "labels", next):
             read = tiff.read_stored(path)
         if not isinstance(read, int):
-            values, stored = read
-            pixels = tiff.turned(values, tiff.orientation_of(stored))
-            return _as_labels(pixels, path, f"{pixels.shape[2]} bands of {pixels.dtype}", size)
+            return _as_labels(read, path, f"{read.shape[2]} bands of {read.dtype}", size)
         named = ("page", read)
     with _open(place, "labels", next, named=named) as file:
         if (deep := read_deep(file, path)) is not None:
@@ -375,8 +371,9 @@ def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
             pixels, mode = np.array(ImageOps.exif_transpose(file)), file.mode
             if mode not in ("1", "L", "P") and not mode.startswith("I"):
                 pixels = pixels.astype(np.float32)  # colour, which may have one band
-            elif shown:
-                pixels = _as_stored(pixels.astype(np.int64), int(shown[1] or 8), bool(shown[2]))
+            elif shown:  # PIL spreads values of few bits over 0..255, and inverts them where 0 is white
+                values, bits = pixels.astype(np.int64), int(shown[1] or 8)
+                pixels = (255 - values if shown[2] else values) // (255 // (2**bits - 1))
     return _as_labels(pixels.reshape(*pixels.shape[:2], -1), path, f"mode {mode}", size)
 
 
@@ -408,11 +405,6 @@ def _raw_mode(file: Image.Image) -> str:
     """Return PIL's name of the values as they are stored; empty if it has none."""
     tile: Any = (getattr(file, "tile", None) or [("",) * 4])[0]
     return str(tile[3][0] if isinstance(tile[3], tuple) and tile[3] else tile[3])
-
-
-def _as_stored(values: np.ndarray[Any, Any], bits: int, is_inverted: bool) -> np.ndarray[Any, Any]:
-    """Return the stored numbers of a grey picture, which PIL spreads over 0..255, and inverts where 0 is white."""
-    return (255 - values if is_inverted else values) // (255 // (2**bits - 1))
 
 
 def check_labels_fit(
@@ -530,7 +522,7 @@ _DANGLING = "links to what does not exist"
 
 
 def _images_inside(
-    folder: str, apart: str, left_out: dict[str, list[str]], parts: _Parts = ()
+    folder: str, apart: str, left_out: dict[str, list[str]], parts: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, dict[str, int]]]:
     """Yield the images in a folder and its subfolders by relative path, sorted by folder and name, each with the names
     that are used in its folder; note what is left out, by the reason."""
@@ -557,7 +549,7 @@ def _images_inside(
 
 
 def _is_image(name: str) -> bool:
-    return _split(name)[1].lower() in SUFFIXES and not is_hidden(os.path.basename(name))
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not is_hidden(os.path.basename(name))
 
 
 def _target(place: str, used: dict[str, int]) -> str:
@@ -566,7 +558,7 @@ def _target(place: str, used: dict[str, int]) -> str:
     `used` gets every result path and, for a name that is used, the next number to try, so that many images of one name
     need no new search each.
     """
-    stem, ending = _split(place)
+    stem, ending = os.path.splitext(place)
     target = f"{stem}.png"
     if target in used:
         base = f"{stem}_{ending[1:]}"
@@ -576,13 +568,6 @@ def _target(place: str, used: dict[str, int]) -> str:
         used[base] = count + 1
     used[target] = 0
     return target
-
-
-def _split(place: str) -> tuple[str, str]:
-    """Split a path into the part before its ending and the ending, as `Path.suffix` defines it."""
-    start = place.rfind(os.sep) + 1
-    dot = place.rfind(".")
-    return (place[:dot], place[dot:]) if start < dot < len(place) - 1 else (place, "")
 
 
 def normalise(image: Tensor, source: Source | None) -> Tensor:
@@ -627,13 +612,7 @@ def check_is_scaled(image: object) -> None:
         steps = f"{scaled}, with the axes (channels, height, width)"
     elif isinstance(image, np.ndarray):
         scaled = f" / {np.iinfo(image.dtype).max}" if image.dtype.kind in "ui" else ""
-        order = (
-            ".permute(2, 0, 1)"
-            if image.ndim == 3
-            else "[None]"
-            if image.ndim == 2
-            else ".permute(0, 3, 1, 2)"
-        )
+        order = {2: "[None]", 3: ".permute(2, 0, 1)"}.get(image.ndim, ".permute(0, 3, 1, 2)")
         steps = f"torch.from_numpy(image){order}{scaled}, colours as red, green, blue (OpenCV's are blue, green, red)"
     else:
         steps = "a picture of Pillow as cadsurgery.images.from_picture(picture), a file as read_image(path)"

@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cadsurgery.data.hub import offline_without_network
 from cadsurgery.data.onnx_files import digest, is_onnx, read_onnx
-from cadsurgery.data.weight_files import is_weights, license_in, load_weights, split_entry
+from cadsurgery.data.weight_files import is_weights, load_weights, split_entry
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
     CadError,
@@ -144,9 +144,9 @@ def build_model(
         model, source = build(
             "none", kwargs if num_classes is None else {**kwargs, "num_classes": num_classes}
         )
-        note = load_weights(model, path, entry)
+        note, license = load_weights(model, path, entry)
         # The name instead of the path: converted networks are shared and should not reveal local folders.
-        source = replace(source, weights=path.name, note=note, license=license_in(path))
+        source = replace(source, weights=path.name, note=note, license=license)
     else:
         model, source = _of_classes(build, weights, kwargs, num_classes)
     model.cad_source = replace(source, channels=channels_of(model))  # type: ignore[assignment]
@@ -243,12 +243,10 @@ def source_of(network: nn.Module) -> Source:
     Mean and standard deviation are those recorded by a converted network, else those of its `pretrained_cfg` (timm),
     else ImageNet's.
     """
-    note = "weights as they were given"
-    source = Source(
-        type(network).__name__, {}, "own", note, *_statistics(network), license=license_of(network)
-    )
-    sources = (getattr(network, name, None) for name in ("source", "cad_source"))
-    source = next((recorded for recorded in sources if isinstance(recorded, Source)), source)
+    source = _recorded(network)
+    if source is None:
+        name, note = type(network).__name__, "weights as they were given"
+        source = Source(name, {}, "own", note, *_statistics(network), license=license_of(network))
     source = replace(source, channels=channels_of(network))
     normalisation: Any = getattr(network, "normalisation", None)
     mean, is_part = getattr(normalisation, "mean", None), getattr(network, "hosts_part", False)
@@ -257,14 +255,19 @@ def source_of(network: nn.Module) -> Source:
     return source
 
 
+def _recorded(network: nn.Module) -> Source | None:
+    """Return the source that a converted network, or `build_model`, has recorded."""
+    sources = (getattr(network, name, None) for name in ("source", "cad_source"))
+    return next((source for source in sources if isinstance(source, Source)), None)
+
+
 def license_of(network: nn.Module) -> str:
     """Return the licence of a network's weights: what a converted network or the record of `build_model` states, else
     its `pretrained_cfg` (timm) or those of its parts; several with commas between, "" if nothing states one."""
     if (stated := getattr(network, "license", "")) and isinstance(stated, str):
         return stated
-    for name in ("source", "cad_source"):
-        if isinstance(recorded := getattr(network, name, None), Source):
-            return recorded.license
+    if (recorded := _recorded(network)) is not None:
+        return recorded.license
     configs = map(_config, network.modules())
     found = dict.fromkeys(config.get("license") for config in configs)
     return ", ".join(license for license in found if license and isinstance(license, str))
@@ -391,16 +394,14 @@ def _torchvision_builder(name: str) -> Builder:
             "torchvision", name, weights, list(by_name), what, lambda: builder(weights=entry, **kwargs)
         )
         if model is None:
-            model, entry = builder(weights=None, **no_backbone, **kwargs), None
-        else:
-            note = f"pretrained weights {entry.name}"
-            categories = entry.meta.get("categories")
-            classes = {"num_classes": len(categories)} if categories else {}
-            kwargs = {**classes, **_decisions(model, parameters), **kwargs}
-        weights = entry.name if entry is not None else "random"
-        license = str(entry.meta.get("license", "")) if entry is not None else ""
+            model = builder(weights=None, **no_backbone, **kwargs)
+            return model, Source(f"torchvision:{name}", kwargs, "random", note, *_image_statistics(model))
+        categories = entry.meta.get("categories")
+        classes = {"num_classes": len(categories)} if categories else {}
+        kwargs = {**classes, **_decisions(model, parameters), **kwargs}
+        note, license = f"pretrained weights {entry.name}", str(entry.meta.get("license", ""))
         statistics = _image_statistics(model, entry)
-        return model, Source(f"torchvision:{name}", kwargs, weights, note, *statistics, license=license)
+        return model, Source(f"torchvision:{name}", kwargs, entry.name, note, *statistics, license=license)
 
     return build
 
@@ -445,13 +446,11 @@ def _timm_builder(name: str) -> Builder:
                 return timm.create_model(full, pretrained=True, **kwargs)
 
         model, note = _pretrained("timm", plain, weights, tags, what, create)
-        weights = "random"
         if model is None:
             model = timm.create_model(plain, pretrained=False, **kwargs)
-        else:
-            weights = str(_config(model).get("tag") or "default")
-            note = f"pretrained weights {weights}"
-        license = str(_config(model).get("license") or "") if weights != "random" else ""
+            return model, Source(f"timm:{plain}", kwargs, "random", note, *_statistics(model))
+        tag, license = (str(_config(model).get(stated) or "") for stated in ("tag", "license"))
+        weights, note = tag or "default", f"pretrained weights {tag or 'default'}"
         return model, Source(f"timm:{plain}", kwargs, weights, note, *_statistics(model), license=license)
 
     return build
@@ -461,10 +460,7 @@ def _function_builder(module: str, function: str) -> Builder:
     builder = find_function(module, function)
 
     def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
-        if weights not in ("auto", "none"):
-            raise FileError(
-                f"there is no file of weights {weights!r}.", next="give a .safetensors or .pth file."
-            )
+        _refuse_weights(weights)
         _check_arguments(builder, f"{module}:{function}", kwargs)
         model = builder(**kwargs)
         if not isinstance(model, nn.Module):
@@ -482,10 +478,7 @@ def _function_builder(module: str, function: str) -> Builder:
 
 def _onnx_builder(path: Path) -> Builder:
     def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
-        if weights not in ("auto", "none"):
-            raise FileError(
-                f"there is no file of weights {weights!r}.", next="give a .safetensors or .pth file."
-            )
+        _refuse_weights(weights)
         if more := kwargs.keys() - {"sha256"}:
             raise InvalidInput(
                 f"{path} takes no argument {', '.join(sorted(more))}.",
@@ -504,6 +497,12 @@ def _onnx_builder(path: Path) -> Builder:
         return model, replace(source, size=model.size, folder=str(path.parent))
 
     return build
+
+
+def _refuse_weights(weights: str) -> None:
+    """Refuse the name of weights where a network brings its own."""
+    if weights not in ("auto", "none"):
+        raise FileError(f"there is no file of weights {weights!r}.", next="give a .safetensors or .pth file.")
 
 
 def _check_arguments(builder: Any, name: str, kwargs: dict[str, Any]) -> None:
@@ -547,15 +546,6 @@ def _of_classes(
     return model, replace(source, kwargs=options, note=note)
 
 
-def _is_of_fetching(error: Exception) -> bool:
-    """True if an error says that weights could not be had: no connection, no cached file, a broken download. Clients of
-    HTTP have classes of errors of their own, which differ between versions."""
-    is_pythons_own = type(error).__module__ == "builtins"
-    return isinstance(error, (OSError, RuntimeError, EOFError)) or not (
-        is_pythons_own or isinstance(error, CadError)
-    )
-
-
 def _pretrained(
     library: str, name: str, weights: str, names: list[str], what: str | None, build: Callable[[], nn.Module]
 ) -> tuple[nn.Module | None, str]:
@@ -570,11 +560,12 @@ def _pretrained(
     try:
         return build(), ""
     except Exception as error:
-        if not _is_of_fetching(error):
+        # A client of HTTP has classes of errors of its own, which differ between versions: there is a connection, and
+        # a proxy or server that refuses or breaks off.
+        is_refused = not isinstance(error, (OSError, RuntimeError, EOFError))
+        if is_refused and (type(error).__module__ == "builtins" or isinstance(error, CadError)):
             raise
         cause = first_line(getattr(error, "reason", None) or error)
-        # A client's own class of error: there is a connection, and a proxy or server that refuses or breaks off.
-        is_refused = not isinstance(error, (OSError, RuntimeError, EOFError))
         if weights == "auto" and not is_refused:
             return None, f"weights are RANDOM: {what} is neither cached nor reachable ({cause})"
         mend = "look at HTTPS_PROXY and NO_PROXY" if is_refused else "connect to the internet"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,14 +29,13 @@ from cadsurgery.support.errors import (
 from cadsurgery.support.kinds import has_kernels
 
 SUFFIX = ".onnx"
-_MOST_CHANNELS = (
-    16  # an input (N, 224, 224, 3) has its channels behind, and (N, 12, 64, 3) may have them before
-)
+_MOST_CHANNELS = 16  # an input (N, 224, 224, 3) has its channels behind; (N, 12, 64, 3) may have them before
 _CHANNELS_FIRST = (
     "write the file with channels first: tf2onnx has --inputs-as-nchw NAME:0, and in Python the network itself can be "
     "exported so."
 )
 _NESTED = 8  # how deep ONNX's definitions of operators by others are followed
+_QUANTISED = re.compile("Quantize|^QLinear|^QGemm|^QAttention|Integer$")  # names of operators
 _SEQUENCES = {"LSTM", "GRU", "RNN"}
 _BRANCHES = {"If", "Loop", "Scan"}
 _LARGEST = 2**31  # bytes that one ONNX message can have, and values up to which constants are computed
@@ -56,23 +56,20 @@ class OnnxNetwork(nn.Module):
         layers: nn.Module,
         channels: int,
         size: tuple[int, int] | None,
-        is_free: tuple[bool, ...] = (False, False),
+        is_free: tuple[bool, ...],
     ) -> None:
         super().__init__()
-        self.layers, self.size, self._is_free = layers, size, is_free
+        self.layers, self.size = layers, size
+        self._sizes = [None if free else length for length, free in zip(size or (), is_free, strict=False)]
         if size is not None:
             self.pretrained_cfg = {"input_size": (channels, *size), "fixed_input_size": True}
 
     def forward(self, image: Tensor) -> Any:
         """Compute the outputs of the ONNX graph: a tensor, or a list of them."""
-        for axis, length in enumerate(self.size or ()):
-            if not self._is_free[axis] and image.shape[2 + axis] != length:
-                sizes = (
-                    "any" if free else str(one)
-                    for one, free in zip(self.size or (), self._is_free, strict=True)
-                )
+        for axis, length in enumerate(self._sizes):
+            if length is not None and image.shape[2 + axis] != length:
                 raise InvalidInput(
-                    f"this network takes only images of {' x '.join(sizes)}.",
+                    f"this network takes only images of {' x '.join(str(one or 'any') for one in self._sizes)}.",
                     why="the graph of its ONNX file fixes the sizes of maps inside.",
                     next="give images of this size (--size); others need a file that was exported with dynamic axes "
                     "for height and width.",
@@ -113,14 +110,18 @@ def read_onnx(path: Path) -> OnnxNetwork:
         import_optional(package, f"ONNX files are read through {package}.", _INSTALL)
     model = _with_weights(path, _parse(path))
     _name_free_axes(model)
-    _refuse_kernels(path)
+    if has_kernels(path):
+        raise CannotConvert(
+            f"{path} calls this package's kernels.",
+            why="it was exported with kernels, from a network that is converted already.",
+            next="give the network that it was made from; cs.save and cs.load keep a converted one.",
+        )
     _refuse_quantised(path, model)
     shape = _image_shape(path, model)
     with _quietly():
         reference = Reference(path, model, shape)
-        batch = reference.batch if isinstance(reference.batch, int) else None
-        layers = _import(path, reference.model, batch, reference)
-        network = OnnxNetwork(layers, int(shape[1]), reference.fixed_size, reference.is_free).eval()
+        layers = _import(reference)
+        network = OnnxNetwork(layers, reference.channels, reference.fixed_size, reference.is_free).eval()
         reference.check(network)
     return network
 
@@ -208,26 +209,12 @@ def _name_free_axes(model: Any) -> None:
                 dim.dim_param = f"{value.name}_{axis}"
 
 
-def _refuse_kernels(path: Path) -> None:
-    if has_kernels(path):
-        raise CannotConvert(
-            f"{path} calls this package's kernels.",
-            why="it was exported with kernels, from a network that is converted already.",
-            next="give the network that it was made from; cs.save and cs.load keep a converted one.",
-        )
-
-
 def _refuse_quantised(path: Path, model: Any) -> None:
     for node in [*model.graph.node, *(node for function in model.functions for node in function.node)]:
-        kind = node.op_type
-        if (
-            "Quantize" in kind
-            or kind.startswith(("QLinear", "QGemm", "QAttention"))
-            or kind.endswith("Integer")
-        ):
+        if _QUANTISED.search(node.op_type):
             raise CannotConvert(
                 f"{path} is quantised.",
-                where=f"{kind} {node.name}".strip(),
+                where=f"{node.op_type} {node.name}".strip(),
                 why="a conversion changes what layers read, and needs their weights in floating point.",
                 next="give the file as it was before quantisation; cs.export quantises the converted network.",
             )
@@ -287,9 +274,9 @@ def _quietly() -> Iterator[None]:
 # -- from ONNX to torch ----------------------------------------------------------------------------------------------
 
 
-def _import(path: Path, model: Any, batch: int | None, reference: Reference) -> nn.Module:
+def _import(reference: Reference) -> nn.Module:
     """Return the graph of an ONNX model as torch operations."""
-    candidate, opset = _simplify(model), opset_of(model)
+    candidate, opset = _simplify(reference.model), opset_of(reference.model)
     for _ in range(_NESTED):  # operators that ONNX itself defines by others
         missing = {(node.domain, node.op_type) for node in candidate.graph.node if not is_known(node, opset)}
         if not missing:
@@ -298,8 +285,8 @@ def _import(path: Path, model: Any, batch: int | None, reference: Reference) -> 
         if expanded is None:
             break
         candidate = _simplify(expanded)
-    _refuse_unknown(path, candidate, opset)
-    return write_plainly(candidate, _shapes(candidate, reference), batch)
+    _refuse_unknown(reference.path, candidate, opset)
+    return write_plainly(candidate, _shapes(candidate, reference), reference.batch)
 
 
 def _expanded(model: Any, opset: int, kinds: set[tuple[str, str]]) -> Any:
@@ -328,14 +315,15 @@ def _refuse_unknown(path: Path, model: Any, opset: int) -> None:
     Raises:
         CannotConvert: see above.
     """
-    unknown = sorted({_named(node, opset) for node in model.graph.node if not is_known(node, opset)})
+    unknown = [node for node in model.graph.node if not is_known(node, opset)]
     if unknown:
+        named = sorted({_named(node, opset) for node in unknown})
         raise CannotConvert(
             f"{path} has operators that cannot be read.",
-            where=", ".join(unknown[:6]) + ", ..." * (len(unknown) > 6),
+            where=", ".join(named[:6]) + ", ..." * (len(named) > 6),
             why="neither this package nor onnx2torch has them, and ONNX does not define them by others; the file's "
             f"operators are those of opset {opset}.",
-            next=_instead(model, opset),
+            next=_instead(unknown),
         )
 
 
@@ -343,9 +331,8 @@ def _named(node: Any, opset: int) -> str:
     return f"{node.op_type} ({node.domain or 'opset'} {version_of(node, opset) or ''})".replace(" )", ")")
 
 
-def _instead(model: Any, opset: int) -> str:
+def _instead(unknown: list[Any]) -> str:
     """Return what to do about operators that are not read."""
-    unknown = [node for node in model.graph.node if not is_known(node, opset)]
     if any(node.op_type in _SEQUENCES for node in unknown):
         return (
             "convert the layers before the recurrent ones where the network was trained: "
@@ -444,9 +431,10 @@ def _simplify(model: Any) -> Any:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
     common.RemoveUnusedNodesPass()(graph)
     for node in graph.graph:
-        shape = (
-            node.inputs[1].const_value if node.op_type == "Reshape" and node.inputs[1] is not None else None
-        )
-        if shape is None or 0 not in shape.numpy():  # sizes of maps are not zero; then this changes nothing
-            node.attributes.pop("allowzero", None)
+        if node.op_type == "Reshape" and node.inputs[1] is not None:
+            shape = node.inputs[1].const_value
+            if (
+                shape is None or 0 not in shape.numpy()
+            ):  # sizes of maps are not zero; then this changes nothing
+                node.attributes.pop("allowzero", None)
     return onnx_ir.serde.serialize_model(graph)

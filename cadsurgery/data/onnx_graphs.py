@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from cadsurgery.data.onnx_maps import OF_MAPS, refuse
 from cadsurgery.data.onnx_numbers import OF_NUMBERS, Numbers, OnnxOperation, OnnxTracer, refuse_numbers
-from cadsurgery.data.onnx_padding import call_padded, has_own_padding, without_padding
 from cadsurgery.support.errors import CadError, describe_error
 
 _LATEST = 30  # an opset that no converter of onnx2torch is from
@@ -64,7 +66,7 @@ class _Graph(nn.Module):
     """The nodes of an ONNX graph, for a tracer to follow.
 
     Args:
-        model: the ONNX model, without padding that `call_padded` adds.
+        model: the ONNX model, without padding that `_call_padded` adds.
         operations: the operation of each node, by the name of its first output.
         tracer: the tracer that records this module.
     """
@@ -78,22 +80,21 @@ class _Graph(nn.Module):
             model.graph.input.remove(value)
         graph = OnnxGraph(model.graph)
         opset = opset_of(model)
-        self._tracer, self._inputs, self._results = (
-            tracer,
-            list(graph.input_values),
-            list(graph.output_values),
-        )
-        self._steps: list[tuple[OnnxOperation, str | None, tuple[str, ...], tuple[str, ...]]] = []
-        needed: list[str] = [name for name in self._results if name in held]
+        self._tracer, self._input, self._results = tracer, graph.input_values[0], graph.output_values
+        self._steps: list[tuple[OnnxOperation, nn.Module | None, tuple[str, ...], tuple[str, ...]]] = []
+        needed = [name for name in self._results if name in held]
         for name, node in graph.nodes.items():
             operation, module, read = operations[node.output_values[0]], None, node.input_values
             converter = None if operation.type in OF_MAPS else _converter(operation.type, opset)
             if converter is not None:
-                module, mapping = _converted(converter, node, graph, operation)
+                try:
+                    module, mapping = converter(node, graph)
+                except Exception as error:  # onnx2torch raises errors of many types for what it does not have
+                    raise refuse(operation, f"onnx2torch: {describe_error(error)}") from error
                 read = mapping.inputs
                 self.add_module(name, module)
             needed += [value for value in read if value in held]
-            self._steps.append((operation, None if module is None else name, read, node.output_values))
+            self._steps.append((operation, module, read, node.output_values))
         self.initializers = nn.Module()
         self._constants: dict[str, str] = {}
         for value in dict.fromkeys(needed):
@@ -101,17 +102,17 @@ class _Graph(nn.Module):
             self.initializers.register_buffer(self._constants[value], graph.initializers[value].to_torch())
 
     def forward(self, image: Any) -> Any:
-        values: dict[str, Any] = {"": None, self._inputs[0]: image}
+        self._tracer.image = image
+        values: dict[str, Any] = {"": None, self._input: image}
         for value, name in self._constants.items():
             values[value] = getattr(self.initializers, name)
-        for operation, layer, read, made in self._steps:
-            module = None if layer is None else self.get_submodule(layer)
+        for operation, module, read, made in self._steps:
             try:
-                result = _write(self._tracer, operation, module, [values[value] for value in read])
+                result = _write(operation, module, [values[value] for value in read])
             except CadError:
                 raise
             except Exception as error:  # of many types, for attributes and arguments that torch does not take
-                raise refuse(operation, f"{describe_error(error)}") from error
+                raise refuse(operation, describe_error(error)) from error
             if len(made) == 1:
                 values[made[0]] = result
             else:
@@ -120,27 +121,20 @@ class _Graph(nn.Module):
         return results[0] if len(results) == 1 else results
 
 
-def _converted(converter: Any, node: Any, graph: Any, operation: OnnxOperation) -> Any:
-    try:
-        return converter(node, graph)
-    except Exception as error:  # onnx2torch raises errors of many types for what it does not have
-        raise refuse(operation, f"onnx2torch: {describe_error(error)}") from error
-
-
-def _write(tracer: OnnxTracer, operation: OnnxOperation, module: nn.Module | None, args: list[Any]) -> Any:
+def _write(operation: OnnxOperation, module: nn.Module | None, args: list[Any]) -> Any:
     """Write one node of the ONNX graph."""
     has_map = any(isinstance(value, fx.Proxy) for value in args)
     if any(isinstance(value, Numbers) for value in args):
         of_numbers = None if has_map else OF_NUMBERS.get(operation.type)
-        return (of_numbers or OF_MAPS.get(operation.type, refuse_numbers))(tracer, operation, *args)
+        return (of_numbers or OF_MAPS.get(operation.type, refuse_numbers))(operation, *args)
     if operation.type in OF_MAPS:
         while args and args[-1] is None:
             args.pop()
-        return OF_MAPS[operation.type](tracer, operation, *args)
+        return OF_MAPS[operation.type](operation, *args)
     if module is None:
-        return OF_NUMBERS[operation.type](tracer, operation, *args)
-    if has_own_padding(operation):
-        return call_padded(module, operation, args[0])
+        return OF_NUMBERS[operation.type](operation, *args)
+    if _has_own_padding(operation):
+        return _call_padded(module, operation, args[0])
     names = list(inspect.signature(module.forward).parameters)
     given = {name: value for name, value in zip(names, args, strict=False) if value is not None}
     return module(**given) if any(value is None for value in args) else module(*args)
@@ -167,10 +161,126 @@ def write_plainly(
     """
     opset, tracer = opset_of(model), OnnxTracer(batch)
     operations = {
-        node.output[0]: OnnxOperation(node, version_of(node, opset) or opset, shapes)
+        node.output[0]: OnnxOperation(node, version_of(node, opset) or opset, shapes, tracer)
         for node in model.graph.node
     }
-    graph = _Graph(without_padding(model), operations, tracer)
+    graph = _Graph(_without_padding(model, operations), operations, tracer)
     written = fx.GraphModule(graph, tracer.trace(graph))
     written.delete_all_unused_submodules()
     return written.eval()
+
+
+# -- padding that torch's layers cannot have: `auto_pad` of ONNX, and pools with other padding at each side ----------
+
+# With these n samples give ceil(n / stride) outputs, and a transposed convolution gives n * stride. Of an odd amount
+# the larger half lies behind the map (upper) or before it (lower).
+_LIKE_THE_MAP = ("SAME_UPPER", "SAME_LOWER")
+_POOLS = ("MaxPool", "AveragePool")
+
+
+def _has_own_padding(operation: OnnxOperation) -> bool:
+    """True if an operation's padding is `auto_pad`, or one that torch's layer for it cannot have."""
+    if operation.get("auto_pad", "NOTSET") in _LIKE_THE_MAP:
+        return True
+    pads = operation.get("pads", [])
+    before, behind = pads[: len(pads) // 2], pads[len(pads) // 2 :]
+    if operation.type not in (*_POOLS, "ConvTranspose") or not any(pads):
+        return False
+    kernel = operation.get("kernel_shape", [])
+    is_wide = operation.type in _POOLS and any(
+        pad > taps // 2 for pad, taps in zip(before, kernel, strict=True)
+    )
+    return before != behind or is_wide
+
+
+def _without_padding(model: Any, operations: Mapping[str, OnnxOperation]) -> Any:
+    """Return an ONNX model whose layers have no padding where `_has_own_padding`; `_call_padded` adds it."""
+    copy = deepcopy(model)
+    for node in copy.graph.node:
+        if _has_own_padding(operations[node.output[0]]):
+            kept = [stated for stated in node.attribute if stated.name not in ("auto_pad", "pads")]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    return copy
+
+
+def _call_padded(layer: Any, operation: OnnxOperation, value: Any) -> Any:
+    """Call a convolution or pooling that has no padding yet, with the padding that ONNX asks for.
+
+    Args:
+        layer: a layer of torch for one to three axes. Padding that is the same for every size and at both borders
+            becomes the layer's own.
+        operation: the operation, of which `_has_own_padding` is true.
+        value: the map that it reads, (B, C, ...).
+    """
+    auto_pad = operation.get("auto_pad", "NOTSET")
+    is_upper, is_transposed = auto_pad == "SAME_UPPER", "Transpose" in type(layer).__name__
+    axes = len(_per_axis(layer.kernel_size, 3))
+    kernel, stride, dilation = (
+        _per_axis(numbers, axes)
+        for numbers in (layer.kernel_size, layer.stride, getattr(layer, "dilation", 1))
+    )
+    spans = [step * (taps - 1) + 1 for taps, step in zip(kernel, dilation, strict=True)]
+    if auto_pad not in _LIKE_THE_MAP:
+        pads = operation.attributes["pads"]
+        halves = list(zip(pads[:axes], pads[axes:], strict=True))
+        if is_transposed:
+            kept = [slice(before, -behind or None) for before, behind in halves]
+            return layer(value)[(slice(None), slice(None), *kept)]
+        is_behind = all(before == 0 for before, _ in halves)
+    elif is_transposed:
+        return _call_cropped(layer, spans, stride, is_upper, value)
+    else:
+        totals = [
+            _total(span, step, value, axis)
+            for axis, (span, step) in enumerate(zip(spans, stride, strict=True), 2)
+        ]
+        halves, is_behind = [_halves(total, is_upper) for total in totals], is_upper
+        is_own = all(type(total) is int and total % 2 == 0 for total in totals)
+        if is_own and all(before <= taps // 2 for (before, _), taps in zip(halves, kernel, strict=True)):
+            layer.padding = tuple(before for before, _ in halves)
+            return layer(value)
+    widths = tuple(width for pair in reversed(halves) for width in pair)
+    if not hasattr(layer, "count_include_pad"):
+        is_convolution = hasattr(layer, "in_channels")
+        return layer(F.pad(value, widths, "constant", 0.0 if is_convolution else float("-inf")))
+    if layer.count_include_pad:
+        return layer(F.pad(value, widths))
+    if is_behind and kernel == stride == [2] * axes:  # incomplete windows at the end alone
+        layer.ceil_mode = True
+        return layer(value)
+    inside = F.pad(torch.ones_like(value[:, :1]), widths)
+    return layer(F.pad(value, widths)) / layer(inside)
+
+
+def _per_axis(value: Any, axes: int) -> list[int]:
+    return list(value) if isinstance(value, (tuple, list)) else [value] * axes
+
+
+def _total(span: int, stride: int, value: Any, axis: int) -> Any:
+    """Return how many samples of padding an axis needs: a number, or what is computed from its length."""
+    if stride == 1 or span == 1:
+        return span - 1
+    total = span - stride + -value.size(axis) % stride
+    return total if span >= stride else (total + abs(total)) // 2  # none where it would be negative
+
+
+def _halves(total: Any, is_upper: bool) -> tuple[Any, Any]:
+    smaller = total // 2
+    return (smaller, total - smaller) if is_upper else (total - smaller, smaller)
+
+
+def _call_cropped(layer: Any, spans: list[int], stride: list[int], is_upper: bool, value: Any) -> Any:
+    """Call a transposed convolution whose output is `stride` times as long as its input. Its padding crops as much
+    before as behind; the rest is cut off."""
+    totals = [
+        max(0, span + extra - step)
+        for span, extra, step in zip(spans, _per_axis(layer.output_padding, len(spans)), stride, strict=True)
+    ]
+    layer.padding = tuple(total // 2 for total in totals)
+    result, index = layer(value), [slice(None), slice(None)]
+    for axis, (total, step) in enumerate(zip(totals, stride, strict=True), 2):
+        length = step * value.size(axis)
+        kept = slice(length) if is_upper else slice(1, length + 1)
+        index.append(kept if total % 2 else slice(None))
+    return result[tuple(index)] if any(total % 2 for total in totals) else result

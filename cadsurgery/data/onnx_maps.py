@@ -3,7 +3,7 @@
 Attributes that became inputs in a later opset are read from either.
 
 Operators that are not here are those of onnx2torch, or have a body of other operators in ONNX's own definitions. Each
-function takes the tracer, the operation and its inputs; None stands for an input that is left out.
+function takes the operation and its inputs; None stands for an input that is left out.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ from cadsurgery.data.onnx_numbers import (
     ARITHMETIC,
     Numbers,
     OnnxOperation,
-    OnnxTracer,
     bounds_of,
     keep,
     numbers,
     refuse_numbers,
     shape_of,
+    stated_numbers,
 )
 from cadsurgery.support.errors import CannotConvert
 
 _TO_THE_END = 2**31 - 1  # ends of slices from here on mean the end of the axis
 _MODES = {"nearest": "nearest", "linear": "bilinear", "bilinear": "bilinear", "cubic": "bicubic"}
 _PADDINGS = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
-_AXES_AS_INPUT = 18  # opset from which the axes of reductions are an input
 
 
 def refuse(operation: OnnxOperation, why: str) -> CannotConvert:
@@ -45,45 +44,36 @@ def refuse(operation: OnnxOperation, why: str) -> CannotConvert:
     )
 
 
-def _whole(operation: OnnxOperation, stated: str, given: Any, default: Sequence[int] | None) -> Any:
-    """Return whole numbers that are an attribute in earlier opsets and an input in later ones."""
-    if given is not None:
-        return list(numbers(given).values)
-    return operation.attributes.get(stated, default)
-
-
 # -- arithmetic and activations --------------------------------------------------------------------------------------
 
 
-def _arithmetic(writer: OnnxTracer, operation: OnnxOperation, first: Any, second: Any) -> Any:
+def _arithmetic(operation: OnnxOperation, first: Any, second: Any) -> Any:
     """Write arithmetic with a map; constants of a single value are numbers."""
     if "axis" in operation.attributes and isinstance(second, Tensor):  # before opset 7: where its axes begin
         behind = operation.rank - operation.attributes["axis"] % operation.rank - second.dim()
         second = second.reshape(*second.shape, *[1] * behind)
     of_numbers, of_tensors = ARITHMETIC[operation.type]
-    operands = [_as_operand(writer, operation, value) for value in (first, second)]
+    operands = [_as_operand(operation, value) for value in (first, second)]
     return (of_tensors if any(isinstance(value, Tensor) for value in operands) else of_numbers)(*operands)
 
 
-def _as_operand(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+def _as_operand(operation: OnnxOperation, value: Any) -> Any:
     if isinstance(value, fx.Proxy) or (isinstance(value, Tensor) and value.numel() != 1):
         return value
     constant = numbers(value)
-    return constant.values[0] if len(constant.values) == 1 else refuse_numbers(writer, operation)
+    return constant.values[0] if len(constant.values) == 1 else refuse_numbers(operation)
 
 
-def _of_several(writer: OnnxTracer, operation: OnnxOperation, *values: Any) -> Any:
+def _of_several(operation: OnnxOperation, *values: Any) -> Any:
     """Write Sum, Mean, Max and Min of any number of maps and constants."""
     if operation.type in ("Sum", "Mean"):
-        total = reduce(
-            lambda left, right: torch.add(left, _as_operand(writer, operation, right)), _map_first(values)
-        )
+        total = reduce(lambda left, right: torch.add(left, _as_operand(operation, right)), _map_first(values))
         return total / len(values) if operation.type == "Mean" and len(values) > 1 else total
     together: Callable[..., Any]
     together, bound = (torch.maximum, "min") if operation.type == "Max" else (torch.minimum, "max")
 
     def join(left: Any, other: Any) -> Any:
-        right: Any = _as_operand(writer, operation, other)
+        right: Any = _as_operand(operation, other)
         is_map = isinstance(right, fx.Proxy | Tensor)
         return together(left, right) if is_map else left.clamp(**{bound: right})
 
@@ -94,13 +84,10 @@ def _map_first(values: Sequence[Any]) -> list[Any]:
     return sorted(values, key=lambda value: not isinstance(value, fx.Proxy))
 
 
-def _clip(
-    writer: OnnxTracer, operation: OnnxOperation, value: Any, least: Any = None, most: Any = None
-) -> Any:
-    stated = [operation.attributes.get(name) for name in ("min", "max")]
+def _clip(operation: OnnxOperation, value: Any, least: Any = None, most: Any = None) -> Any:
     low, high = (
-        known if bound is None else _as_operand(writer, operation, bound)
-        for bound, known in zip((least, most), stated, strict=True)
+        operation.get(name) if bound is None else _as_operand(operation, bound)
+        for name, bound in (("min", least), ("max", most))
     )
     if low is None and high is None:
         return value
@@ -109,15 +96,7 @@ def _clip(
     return torch.clamp(value, low, high)
 
 
-def _gelu(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
-    return F.gelu(value, approximate=operation.text("approximate", "none"))
-
-
-def _mish(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
-    return F.mish(value)
-
-
-def _prelu(writer: OnnxTracer, operation: OnnxOperation, value: Any, slope: Any) -> Any:
+def _prelu(operation: OnnxOperation, value: Any, slope: Any) -> Any:
     if not isinstance(slope, Tensor):
         raise refuse(operation, "its slope is computed from the picture.")
     if slope.numel() == 1:
@@ -130,47 +109,42 @@ def _prelu(writer: OnnxTracer, operation: OnnxOperation, value: Any, slope: Any)
     return torch.where(value >= 0, value, value * slope)
 
 
-def _threshold(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
-    return F.threshold(value, operation.attributes.get("alpha", 1.0), 0.0)
-
-
-def _shrink(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
-    bound, shift = (
-        operation.attributes.get(name, default) for name, default in (("lambd", 0.5), ("bias", 0.0))
-    )
+def _shrink(operation: OnnxOperation, value: Any) -> Any:
+    bound, shift = (operation.get(name, default) for name, default in (("lambd", 0.5), ("bias", 0.0)))
     return torch.where(value > bound, value - shift, torch.where(value < -bound, value + shift, value * 0))
 
 
-def _softmax(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+def _softmax(operation: OnnxOperation, value: Any) -> Any:
     """Write Softmax and LogSoftmax; before opset 13 they are of all axes from the stated one on."""
     function = F.log_softmax if operation.type == "LogSoftmax" else F.softmax
-    axis = operation.attributes.get("axis", -1 if operation.version >= 13 else 1) % operation.rank
-    if operation.version >= 13 or axis == operation.rank - 1:
-        return function(value, axis)
-    if all(length == 1 for length in operation.shape[axis + 1 :]):
+    axis = operation.get("axis", -1 if operation.version >= 13 else 1) % operation.rank
+    if operation.version >= 13 or all(length == 1 for length in operation.shape[axis + 1 :]):
         return function(value, axis)
     sizes = [value.size(index) for index in range(operation.rank)]
     return function(value.flatten(axis), -1).reshape(sizes)
 
 
-def _of_one_map(function: Callable[..., Any]) -> Callable[..., Any]:
-    def write(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
-        return function(value)
+def _of_one_map(operation: OnnxOperation, value: Any) -> Any:
+    return _OF_ONE_MAP[operation.type](value)
 
-    return write
+
+_OF_ONE_MAP: dict[str, Callable[..., Any]] = {
+    **{"Cosh": torch.cosh, "Sinh": torch.sinh, "Acosh": torch.acosh, "Asinh": torch.asinh},
+    **{"Atanh": torch.atanh, "Mish": F.mish},
+}
 
 
 # -- statistics ------------------------------------------------------------------------------------------------------
 
 
-def _reduce(writer: OnnxTracer, operation: OnnxOperation, value: Any, given: Any = None) -> Any:
-    axes = _whole(operation, "axes", given, None)
+def _reduce(operation: OnnxOperation, value: Any, given: Any = None) -> Any:
+    axes = stated_numbers(operation, "axes", given)
     if not axes:
-        if operation.attributes.get("noop_with_empty_axes", 0):
+        if operation.get("noop_with_empty_axes", 0):
             return value
         axes = list(range(operation.rank))
     axes = sorted(axis % operation.rank for axis in axes)
-    return _REDUCTIONS[operation.type](value, axes, bool(operation.attributes.get("keepdims", 1)))
+    return _REDUCTIONS[operation.type](value, axes, keepdim=bool(operation.get("keepdims", 1)))
 
 
 def _product(value: Any, axes: Sequence[int], keepdim: bool) -> Any:
@@ -179,105 +153,85 @@ def _product(value: Any, axes: Sequence[int], keepdim: bool) -> Any:
     return value
 
 
-_REDUCTIONS: dict[str, Callable[[Any, list[int], bool], Any]] = {
-    "ReduceMax": lambda value, axes, keepdim: torch.amax(value, axes, keepdim=keepdim),
-    "ReduceMin": lambda value, axes, keepdim: torch.amin(value, axes, keepdim=keepdim),
-    "ReduceMean": lambda value, axes, keepdim: torch.mean(value, axes, keepdim=keepdim),
-    "ReduceSum": lambda value, axes, keepdim: torch.sum(value, axes, keepdim=keepdim),
-    "ReduceProd": _product,
+_REDUCTIONS: dict[str, Callable[..., Any]] = {
+    **{"ReduceMax": torch.amax, "ReduceMin": torch.amin, "ReduceMean": torch.mean, "ReduceSum": torch.sum},
+    **{"ReduceLogSumExp": torch.logsumexp, "ReduceProd": _product},
     "ReduceL1": lambda value, axes, keepdim: torch.sum(torch.abs(value), axes, keepdim=keepdim),
     "ReduceL2": lambda value, axes, keepdim: torch.linalg.vector_norm(value, 2, axes, keepdim=keepdim),
     "ReduceSumSquare": lambda value, axes, keepdim: torch.sum(value * value, axes, keepdim=keepdim),
     "ReduceLogSum": lambda value, axes, keepdim: torch.log(torch.sum(value, axes, keepdim=keepdim)),
-    "ReduceLogSumExp": lambda value, axes, keepdim: torch.logsumexp(value, axes, keepdim=keepdim),
 }
 
 
-def _over_the_map(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+def _over_the_map(operation: OnnxOperation, value: Any) -> Any:
     """Write GlobalMaxPool, GlobalAveragePool and GlobalLpPool."""
     axes = list(range(2, operation.rank))
-    if operation.type == "GlobalMaxPool":
-        return torch.amax(value, axes, keepdim=True)
-    if operation.type == "GlobalAveragePool":
-        return torch.mean(value, axes, keepdim=True)
-    return torch.linalg.vector_norm(value, operation.attributes.get("p", 2), axes, keepdim=True)
+    if operation.type == "GlobalLpPool":
+        return torch.linalg.vector_norm(value, operation.get("p", 2), axes, keepdim=True)
+    return (torch.amax if operation.type == "GlobalMaxPool" else torch.mean)(value, axes, keepdim=True)
 
 
-def _lp_pool(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+def _lp_pool(operation: OnnxOperation, value: Any) -> Any:
     """Write LpPool as an average pooling of powers."""
-    given, power = operation.attributes, operation.attributes.get("p", 2)
-    kernel, pads = given["kernel_shape"], given.get("pads", [0, 0, 0, 0])
-    if (
-        operation.rank != 4
-        or operation.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
-        or given.get("ceil_mode")
-    ):
-        raise refuse(operation, "it is read for maps of two axes, without auto_pad and ceil_mode.")
-    if any(step != 1 for step in given.get("dilations", ())):
-        raise refuse(operation, "windows with gaps are not read.")
-    powers = (
-        F.pad(torch.abs(value) ** power, [pads[1], pads[3], pads[0], pads[2]])
-        if any(pads)
-        else abs(value) ** power
+    kernel, pads, power = (
+        operation.get("kernel_shape"),
+        operation.get("pads", [0, 0, 0, 0]),
+        operation.get("p", 2),
     )
-    mean = F.avg_pool2d(powers, kernel, given.get("strides", [1, 1]))
+    has_more = operation.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or operation.get("ceil_mode")
+    if operation.rank != 4 or has_more or any(step != 1 for step in operation.get("dilations", ())):
+        raise refuse(operation, "it is read for maps of two axes, without auto_pad, ceil_mode and dilations.")
+    powers = torch.abs(value) ** power
+    if any(pads):
+        powers = F.pad(powers, [pads[1], pads[3], pads[0], pads[2]])
+    mean = F.avg_pool2d(powers, kernel, operation.get("strides", [1, 1]))
     return (mean * (kernel[0] * kernel[1])) ** (1 / power)
 
 
-def _normalise_by_length(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
-    given = operation.attributes
-    return F.normalize(value, given.get("p", 2), given.get("axis", -1) % operation.rank)
+def _normalise_by_length(operation: OnnxOperation, value: Any) -> Any:
+    return F.normalize(value, operation.get("p", 2), operation.get("axis", -1) % operation.rank)
 
 
-def _layer_norm(
-    writer: OnnxTracer, operation: OnnxOperation, value: Any, scale: Any, shift: Any = None
-) -> Any:
-    axis, epsilon = (
-        operation.attributes.get("axis", -1) % operation.rank,
-        operation.attributes.get("epsilon", 1e-5),
-    )
+def _layer_norm(operation: OnnxOperation, value: Any, scale: Any, shift: Any = None) -> Any:
+    axis, epsilon = operation.get("axis", -1) % operation.rank, operation.get("epsilon", 1e-5)
     if operation.outputs > 1 or not isinstance(scale, Tensor) or scale.dim() != operation.rank - axis:
         raise refuse(operation, "it has a scale that is a constant of the normalised axes, and one output.")
     return F.layer_norm(value, list(scale.shape), scale, shift, epsilon)
 
 
-def _group_norm(writer: OnnxTracer, operation: OnnxOperation, value: Any, scale: Any, shift: Any) -> Any:
+def _group_norm(operation: OnnxOperation, value: Any, scale: Any, shift: Any) -> Any:
     groups, channels = operation.attributes["num_groups"], operation.shape[1]
     if not isinstance(scale, Tensor) or not isinstance(shift, Tensor) or channels is None:
         raise refuse(operation, "its scale and bias are no constants.")
     if operation.version < 21:  # one for each group
         scale, shift = (part.repeat_interleave(channels // groups) for part in (scale, shift))
-    return F.group_norm(value, groups, scale, shift, operation.attributes.get("epsilon", 1e-5))
+    return F.group_norm(value, groups, scale, shift, operation.get("epsilon", 1e-5))
 
 
 # -- shapes ----------------------------------------------------------------------------------------------------------
 
 
-def _reshape(writer: OnnxTracer, operation: OnnxOperation, value: Any, shape: Any = None) -> Any:
-    sizes = list(_whole(operation, "shape", shape, []))
+def _reshape(operation: OnnxOperation, value: Any, shape: Any = None) -> Any:
+    sizes = list(stated_numbers(operation, "shape", shape))
     for axis, size in enumerate(sizes):
-        is_batch = axis == 0 and writer.batch is not None and size == writer.batch
+        is_batch = axis == 0 and operation.tracer.batch is not None and size == operation.tracer.batch
         if isinstance(size, int) and (size == 0 or is_batch):
             sizes[axis] = value.size(axis)
     return value.reshape(sizes)
 
 
-def _expand(writer: OnnxTracer, operation: OnnxOperation, value: Any, shape: Any) -> Any:
+def _expand(operation: OnnxOperation, value: Any, shape: Any) -> Any:
     if isinstance(value, Numbers):
-        return refuse_numbers(writer, operation)
+        return refuse_numbers(operation)
     sizes, rank = numbers(shape).values, value.dim() if isinstance(value, Tensor) else operation.rank
     sizes = (1,) * (rank - len(sizes)) + sizes
     new = len(sizes) - rank
     own = (-1 if isinstance(size, int) and size == 1 else size for size in sizes[new:])
-    return writer.create_proxy("call_method", "expand", (value, *sizes[:new], *own), {})
+    return operation.tracer.create_proxy("call_method", "expand", (value, *sizes[:new], *own), {})
 
 
-def _tile(writer: OnnxTracer, operation: OnnxOperation, value: Any, repeats: Any) -> Any:
-    return value.repeat(*numbers(repeats).values)
-
-
-def _squeeze(writer: OnnxTracer, operation: OnnxOperation, value: Any, given: Any = None) -> Any:
-    axes = _whole(operation, "axes", given, None)
+def _squeeze(operation: OnnxOperation, value: Any, given: Any = None) -> Any:
+    axes = stated_numbers(operation, "axes", given)
     if axes is None:
         axes = [axis for axis, length in enumerate(operation.shape) if length == 1]
     for axis in sorted((axis % operation.rank for axis in axes), reverse=True):
@@ -285,15 +239,15 @@ def _squeeze(writer: OnnxTracer, operation: OnnxOperation, value: Any, given: An
     return value
 
 
-def _unsqueeze(writer: OnnxTracer, operation: OnnxOperation, value: Any, given: Any = None) -> Any:
-    axes = _whole(operation, "axes", given, [])
+def _unsqueeze(operation: OnnxOperation, value: Any, given: Any = None) -> Any:
+    axes = stated_numbers(operation, "axes", given)
     rank = len(axes) + (value.dim() if isinstance(value, Tensor) else operation.rank)
     for axis in sorted(axis % rank for axis in axes):
         value = value.unsqueeze(axis)
     return value
 
 
-def _slice(writer: OnnxTracer, operation: OnnxOperation, value: Any, *bounds: Any) -> Any:
+def _slice(operation: OnnxOperation, value: Any, *bounds: Any) -> Any:
     firsts, lasts, places, strides = bounds_of(operation, *bounds)
     parts, turned = {}, []
     for axis, first, last, stride in zip(places, firsts, lasts, strides, strict=True):
@@ -301,7 +255,7 @@ def _slice(writer: OnnxTracer, operation: OnnxOperation, value: Any, *bounds: An
         end = None if ends_there else last
         if stride < 0:  # from behind; ends before the first sample mean all of them
             if not (isinstance(first, int) and isinstance(last, int)):
-                return refuse_numbers(writer, operation)
+                return refuse_numbers(operation)
             first, end = _from_behind(operation, axis % operation.rank, first, last)
             turned.append(axis % operation.rank)
         parts[axis % operation.rank] = slice(first, end, abs(stride))
@@ -327,64 +281,51 @@ def _from_behind(operation: OnnxOperation, axis: int, first: int, last: int) -> 
     return -1 - first, None if last < -(2**15) else -1 - last
 
 
-def _pad(
-    writer: OnnxTracer,
-    operation: OnnxOperation,
-    value: Any,
-    pads: Any = None,
-    constant: Any = None,
-    given_axes: Any = None,
-) -> Any:
-    widths, mode = list(_whole(operation, "pads", pads, [])), operation.text("mode", "constant")
-    rank = operation.rank
-    if given_axes is not None:
-        stated, widths, listed = list(numbers(given_axes).values), [0] * (2 * rank), widths
-        for index, axis in enumerate(stated):
-            widths[axis % rank], widths[axis % rank + rank] = listed[index], listed[index + len(stated)]
-    axes = rank
-    while axes > 1 and all(
-        isinstance(width, int) and width == 0 for width in (widths[rank - axes], widths[-axes])
-    ):
-        axes -= 1  # torch's widths begin with the last axis
-    torch_widths = [
-        width for axis in range(1, axes + 1) for width in (widths[rank - axis], widths[len(widths) - axis])
-    ]
-    filling = operation.attributes.get("value") if constant is None else numbers(constant).values[0]
-    return F.pad(value, torch_widths, _PADDINGS[mode], filling if mode == "constant" else None)
+def _pad(operation: OnnxOperation, value: Any, pads: Any = None, fill: Any = None, given: Any = None) -> Any:
+    widths, rank = stated_numbers(operation, "pads", pads), operation.rank
+    mode = operation.get("mode", "constant")
+    axes = range(rank) if given is None else [axis % rank for axis in numbers(given).values]
+    stated = dict(zip(axes, zip(widths[: len(axes)], widths[len(axes) :], strict=True), strict=True))
+    pairs = [stated.get(axis, (0, 0)) for axis in range(rank)]
+    while len(pairs) > 1 and all(isinstance(width, int) and width == 0 for width in pairs[0]):
+        del pairs[0]  # torch's widths begin with the last axis
+    torch_widths = [width for pair in reversed(pairs) for width in pair]
+    constant = operation.get("value") if fill is None else numbers(fill).values[0]
+    return F.pad(value, torch_widths, _PADDINGS[mode], constant if mode == "constant" else None)
 
 
-def _split(writer: OnnxTracer, operation: OnnxOperation, value: Any, split: Any = None) -> Any:
-    axis, lengths = operation.attributes.get("axis", 0), _whole(operation, "split", split, None)
+def _split(operation: OnnxOperation, value: Any, split: Any = None) -> Any:
+    axis, lengths = operation.get("axis", 0), stated_numbers(operation, "split", split)
     return value.chunk(operation.outputs, axis) if lengths is None else value.split(list(lengths), axis)
 
 
-def _depth_to_space(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+def _depth_to_space(operation: OnnxOperation, value: Any) -> Any:
     """Write DepthToSpace; where the place is the slower part of a channel's number (DCR), channels are shuffled."""
     block = operation.attributes["blocksize"]
-    if operation.text("mode", "DCR") == "DCR":
+    if operation.get("mode", "DCR") == "DCR":
         value = F.channel_shuffle(value, block * block)
     return F.pixel_shuffle(value, block)
 
 
-def _space_to_depth(writer: OnnxTracer, operation: OnnxOperation, value: Any) -> Any:
+def _space_to_depth(operation: OnnxOperation, value: Any) -> Any:
     if operation.shape[1] is None:
         raise refuse(operation, "the number of its channels is not known.")
     return F.channel_shuffle(F.pixel_unshuffle(value, operation.attributes["blocksize"]), operation.shape[1])
 
 
-def _gather(writer: OnnxTracer, operation: OnnxOperation, value: Any, index: Any) -> Any:
+def _gather(operation: OnnxOperation, value: Any, index: Any) -> Any:
     """Write Gather of a map; an index of one number takes its axis away."""
     if isinstance(index, Numbers) or (isinstance(index, Tensor) and index.dim() == 0):
         chosen = numbers(index)
-        index = chosen.values[0] if chosen.is_scalar else list(chosen.values)
+        index = list(chosen.values) if chosen.array.ndim else chosen.values[0]
     rank = value.dim() if isinstance(value, Tensor) else operation.rank
-    before = (slice(None),) * (operation.attributes.get("axis", 0) % rank)
+    before = (slice(None),) * (operation.get("axis", 0) % rank)
     return value[(*before, index)]
 
 
-def _gather_places(writer: OnnxTracer, operation: OnnxOperation, value: Any, places: Any) -> Any:
+def _gather_places(operation: OnnxOperation, value: Any, places: Any) -> Any:
     """Write GatherND: samples at the places that the last axis of a tensor names."""
-    if operation.attributes.get("batch_dims", 0):
+    if operation.get("batch_dims", 0):
         raise refuse(operation, "places of each image of a batch (batch_dims) are not read.")
     return value[_places(operation, places)]
 
@@ -397,37 +338,33 @@ def _places(operation: OnnxOperation, places: Any) -> tuple[Any, ...]:
     return tuple(places[..., axis] for axis in range(count))
 
 
-def _put_at_places(writer: OnnxTracer, operation: OnnxOperation, value: Any, places: Any, new: Any) -> Any:
+def _put_at_places(operation: OnnxOperation, value: Any, places: Any, new: Any) -> Any:
     """Write ScatterND: a copy with other samples at the places that the last axis of a tensor names."""
-    kind = operation.text("reduction", "none")
+    kind = operation.get("reduction", "none")
     if kind not in ("none", "add"):
         raise refuse(operation, f"samples that are joined by {kind} are not read.")
     indices = _places(operation, places)
     # Also of a constant that is written into, which torch would compute at once.
-    return writer.create_proxy("call_function", torch.index_put, (value, indices, new, kind == "add"), {})
-
-
-def _running_sum(writer: OnnxTracer, operation: OnnxOperation, value: Any, axis: Any) -> Any:
-    place = int(numbers(axis).values[0])
-    turned = value.flip(place) if operation.attributes.get("reverse") else value
-    total = torch.cumsum(turned, place)
-    total = total - turned if operation.attributes.get("exclusive") else total
-    return total.flip(place) if operation.attributes.get("reverse") else total
-
-
-def _topk(writer: OnnxTracer, operation: OnnxOperation, value: Any, count: Any = None) -> Any:
-    given = operation.attributes
-    number = given["k"] if count is None else numbers(count).values[0]
-    return torch.topk(
-        value, number, given.get("axis", -1), bool(given.get("largest", 1)), bool(given.get("sorted", 1))
+    return operation.tracer.create_proxy(
+        "call_function", torch.index_put, (value, indices, new, kind == "add"), {}
     )
 
 
-def _first_alone(writer: OnnxTracer, operation: OnnxOperation, value: Any, *more: Any) -> Any:
-    return value
+def _running_sum(operation: OnnxOperation, value: Any, axis: Any) -> Any:
+    place = int(numbers(axis).values[0])
+    turned = value.flip(place) if operation.get("reverse") else value
+    total = torch.cumsum(turned, place)
+    total = total - turned if operation.get("exclusive") else total
+    return total.flip(place) if operation.get("reverse") else total
 
 
-def _cast(writer: OnnxTracer, operation: OnnxOperation, value: Any, *more: Any) -> Any:
+def _topk(operation: OnnxOperation, value: Any, count: Any = None) -> Any:
+    number = operation.get("k") if count is None else numbers(count).values[0]
+    is_largest, is_sorted = (bool(operation.get(name, 1)) for name in ("largest", "sorted"))
+    return torch.topk(value, number, operation.get("axis", -1), is_largest, is_sorted)
+
+
+def _cast(operation: OnnxOperation, value: Any, *more: Any) -> Any:
     from onnx2torch.node_converters.cast import TENSOR_TYPE_TO_TORCH_TYPE
 
     kind = TENSOR_TYPE_TO_TORCH_TYPE.get(operation.attributes["to"])
@@ -439,29 +376,24 @@ def _cast(writer: OnnxTracer, operation: OnnxOperation, value: Any, *more: Any) 
 # -- other sizes -----------------------------------------------------------------------------------------------------
 
 
-def _resize(writer: OnnxTracer, operation: OnnxOperation, value: Any, *more: Any) -> Any:
+def _resize(operation: OnnxOperation, value: Any, *more: Any) -> Any:
     """Write Resize, and Upsample, which is Resize of opset 10 under another name."""
     is_first = operation.type == "Upsample" or operation.version < 11  # scales alone, places by their corners
     names = ("scales",) if is_first else ("roi", "scales", "sizes")
     given = dict(zip(names, more, strict=False))
-    if "scales" in operation.attributes:
-        given["scales"] = Numbers(tuple(operation.attributes["scales"]), is_float=True)
-    sizes, scales = (
-        list(numbers(given[name]).values) if given.get(name) is not None else []
-        for name in ("sizes", "scales")
-    )
-    axes = [axis % operation.rank for axis in operation.attributes.get("axes", range(operation.rank))]
-    mode = operation.text("mode", "nearest")
-    places = "asymmetric" if is_first else operation.text("coordinate_transformation_mode", "half_pixel")
-    rounding = "floor" if is_first else operation.text("nearest_mode", "round_prefer_floor")
+    sizes, scales = (stated_numbers(operation, name, given.get(name)) for name in ("sizes", "scales"))
+    axes = [axis % operation.rank for axis in operation.get("axes", range(operation.rank))]
+    mode = operation.get("mode", "nearest")
+    places = "asymmetric" if is_first else operation.get("coordinate_transformation_mode", "half_pixel")
+    rounding = "floor" if is_first else operation.get("nearest_mode", "round_prefer_floor")
     if operation.rank != 4 or mode not in _MODES or not (sizes or scales):
         raise refuse(operation, f"mode {mode} of {operation.rank} axes is not read.")
-    if operation.text("keep_aspect_ratio_policy", "stretch") != "stretch" or places == "tf_crop_and_resize":
+    is_stretched = operation.get("keep_aspect_ratio_policy", "stretch") == "stretch"
+    if not is_stretched or places == "tf_crop_and_resize":
         raise refuse(operation, "only resizes of the whole map to sizes or by factors are read.")
     stated = dict(zip(axes, sizes or scales, strict=True))
-    if not sizes and any(
-        isinstance(stated.get(axis), fx.Proxy) or stated.get(axis, 1) != 1 for axis in (0, 1)
-    ):
+    others = [stated.get(axis, 1) for axis in (0, 1)]
+    if not sizes and any(isinstance(factor, fx.Proxy) or factor != 1 for factor in others):
         raise refuse(operation, "it resizes channels or the batch.")
     options: dict[str, Any] = (
         {"size": [stated[axis] if axis in stated else value.size(axis) for axis in (2, 3)]}
@@ -486,7 +418,7 @@ def _interpolate(
         if "half_pixel" in places and not is_whole:  # at whole factors the two are the same
             options["mode"] = "nearest-exact"
         return F.interpolate(value, **options)
-    if operation.attributes.get("antialias"):
+    if operation.get("antialias"):
         options["antialias"] = True
     if places != "asymmetric":
         options["align_corners"] = places == "align_corners"
@@ -506,32 +438,27 @@ def _is_floor(scales: Sequence[Any], rounding: str) -> bool:
     return rounding == "floor" or (rounding == "round_prefer_floor" and is_exact)
 
 
-def _sample(writer: OnnxTracer, operation: OnnxOperation, value: Any, grid: Any) -> Any:
-    mode = _MODES.get(operation.text("mode", "linear"), "bilinear")
-    is_aligned = bool(operation.attributes.get("align_corners", 0))
+def _sample(operation: OnnxOperation, value: Any, grid: Any) -> Any:
+    mode = _MODES.get(operation.get("mode", "linear"), "bilinear")
+    is_aligned = bool(operation.get("align_corners", 0))
     if (operation.second_shape or (None,))[0] == 1 and isinstance(value, fx.Proxy):  # the same for all images
-        grid = writer.create_proxy("call_method", "expand", (grid, value.size(0), -1, -1, -1), {})
-    return F.grid_sample(value, grid, mode, operation.text("padding_mode", "zeros"), is_aligned)
+        grid = operation.tracer.create_proxy("call_method", "expand", (grid, value.size(0), -1, -1, -1), {})
+    return F.grid_sample(value, grid, mode, operation.get("padding_mode", "zeros"), is_aligned)
 
 
 OF_MAPS: dict[str, Callable[..., Any]] = {
     "Shape": shape_of,
     "Size": shape_of,
     "Identity": keep,
-    "Dropout": _first_alone,
+    "Dropout": keep,
     "Cast": _cast,
     "Clip": _clip,
-    "Gelu": _gelu,
-    "Mish": _mish,
+    "Gelu": lambda operation, value: F.gelu(value, approximate=operation.get("approximate", "none")),
     "PRelu": _prelu,
-    "ThresholdedRelu": _threshold,
+    "ThresholdedRelu": lambda operation, value: F.threshold(value, operation.get("alpha", 1.0), 0.0),
     "Shrink": _shrink,
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
-    "Cosh": _of_one_map(torch.cosh),
-    "Sinh": _of_one_map(torch.sinh),
-    "Acosh": _of_one_map(torch.acosh),
-    "Asinh": _of_one_map(torch.asinh),
-    "Atanh": _of_one_map(torch.atanh),
+    **dict.fromkeys(_OF_ONE_MAP, _of_one_map),
     **dict.fromkeys(("Sum", "Mean", "Max", "Min"), _of_several),
     **dict.fromkeys(_REDUCTIONS, _reduce),
     **dict.fromkeys(("GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"), _over_the_map),
@@ -541,7 +468,7 @@ OF_MAPS: dict[str, Callable[..., Any]] = {
     "GroupNormalization": _group_norm,
     "Reshape": _reshape,
     "Expand": _expand,
-    "Tile": _tile,
+    "Tile": lambda operation, value, repeats: value.repeat(*numbers(repeats).values),
     "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze,
     "Slice": _slice,

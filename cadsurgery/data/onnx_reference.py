@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -33,65 +35,53 @@ class Reference:
     """
 
     def __init__(self, path: Path, model: Any, shape: tuple[int | str, ...]) -> None:
-        self.path, self.batch, self.channels = path, shape[0], int(shape[1])
+        self.path, self.channels = path, int(shape[1])
+        self.batch = shape[0] if isinstance(shape[0], int) else None
         self.model, self.fixed_size = model, None
+        self._error: Exception | None
         self._session = own = _session(path, model)
         self.is_free = tuple(isinstance(size, str) for size in shape[2:])
         size: Any = tuple(
             size if isinstance(size, int) else _SIZES[1][axis] for axis, size in enumerate(shape[2:])
         )
-        try:
-            self._calls = self._first_that_run(_SIZES if all(self.is_free) else (size,))
-            is_any_size = len(self._calls) > 1 or not all(self.is_free)
-        except CannotConvert:
-            if not any(self.is_free):
-                raise
-            is_any_size, self._calls = False, []
-        if not is_any_size:  # one by chance, or none
-            found = self._size_that_runs(shape[2:])
-            if found is None and not self._calls:
-                self._first_that_run((size,))  # raises the error
-            size = found or tuple(self._calls[0][0].shape[2:])
-            others = [(size[0] + by, size[1] + by) for by in (64, 128, 256)]
-            self._calls = self._first_that_run((size, *others) if all(self.is_free) else (size,))
+        self._calls = self._first_that_run(_SIZES if all(self.is_free) else (size,))
+        if any(self.is_free) and len(self._calls) < 1 + all(self.is_free):  # one by chance, or none
+            size = tuple(self._calls[0][0].shape[2:]) if self._calls else size
+            size = self._size_that_runs(shape[2:]) or size
+            others = _longer(size, (64, 128, 256)) if all(self.is_free) else []
+            self._calls = self._first_that_run((size, *others))
+        if not self._calls:
+            raise CannotConvert(
+                f"ONNX Runtime does not run {self.path}.",
+                why=describe_error(self._error),
+                next="if its graph needs certain sizes, write these into the file: python -m "
+                "onnxruntime.tools.make_dynamic_shape_fixed --input_name NAME --input_shape 1,3,H,W net.onnx new.onnx",
+            ) from self._error
         if all(self.is_free):
             return
         freed = _freed(model)
-        try:
+        with suppress(CadError):
             self._session = _session(path, freed)
-            calls = self._first_that_run((size, *((size[0] + by, size[1] + by) for by in (64, 33))))
+            calls = self._first_that_run((size, *_longer(size, (64, 33))))
             if len(calls) > 1 and _grow(calls):
                 self.model, self._calls = freed, calls
                 return
-        except CadError:
-            pass
         self.fixed_size, self._session = size, own
         if any(self.is_free):
-            longer = [
-                tuple(length + by * free for length, free in zip(size, self.is_free, strict=True))
-                for by in (64, 33)
-            ]
-            self._calls = self._first_that_run((size, *longer))
+            self._calls = self._first_that_run((size, *_longer(size, (64, 33), self.is_free)))
 
     def _first_that_run(self, sizes: Any) -> list[tuple[Tensor, list[Tensor]]]:
-        """Return random images of the first two sizes that ONNX Runtime computes, and what it returns."""
-        generator, calls, refusal = torch.Generator().manual_seed(0), [], None
-        count = 2 * self.batch if isinstance(self.batch, int) else 2
+        """Return random images of the first two sizes that ONNX Runtime computes, and what it returns; keep its first
+        error."""
+        generator, calls, self._error = torch.Generator().manual_seed(0), [], None
         for size in sizes:
-            image = torch.randn(count, self.channels, *size, generator=generator)
+            image = torch.randn(2 * (self.batch or 1), self.channels, *size, generator=generator)
             try:
                 calls.append((image, self._run(image)))
             except Exception as error:  # ONNX Runtime's errors have no common type
-                refusal = refusal or error
+                self._error = self._error or error
             if len(calls) == 2:
                 break
-        if not calls:
-            raise CannotConvert(
-                f"ONNX Runtime does not run {self.path}.",
-                why=describe_error(refusal),
-                next="if its graph needs certain sizes, write these into the file: python -m "
-                "onnxruntime.tools.make_dynamic_shape_fixed --input_name NAME --input_shape 1,3,H,W net.onnx new.onnx",
-            ) from refusal
         return calls
 
     def _size_that_runs(self, stated: tuple[int | str, ...]) -> tuple[int, int] | None:
@@ -106,33 +96,27 @@ class Reference:
             *((height, width) for height in (_OTHER if len(heights) > 1 else heights) for width in widths),
             *((side, side) for side in heights if side in widths),
         ]
-        count = self.batch if isinstance(self.batch, int) else 1
+        count = self.batch or 1
         size = next((size for size in dict.fromkeys(of_files) if self._runs(count, size)), None)
         if size is None:
             return None
         if not self._runs(2 * count, size):
             self.batch = count  # the graph fixes the number of images, too
-        height, width = size
-        taller, wider = (
-            [(height + by * (axis == 0), width + by * (axis == 1)) for by in (64, 128, 256)]
-            for axis in (0, 1)
-        )
         self.is_free = tuple(
-            free and any(self._runs(count, other) for other in others)
-            for free, others in zip(self.is_free, (taller, wider), strict=True)
+            free and any(self._runs(count, other) for other in _longer(size, (64, 128, 256), axis))
+            for free, axis in zip(self.is_free, ((True, False), (False, True)), strict=True)
         )
         return size
 
     def _runs(self, count: int, size: tuple[int, ...]) -> bool:
-        try:
+        with suppress(Exception):  # ONNX Runtime's errors have no common type
             self._run(torch.zeros(count, self.channels, *size))
-        except Exception:  # ONNX Runtime's errors have no common type
-            return False
-        return True
+            return True
+        return False
 
     def _run(self, image: Tensor) -> list[Tensor]:
         name = self._session.get_inputs()[0].name
-        parts = image.split(self.batch) if isinstance(self.batch, int) else [image]
+        parts = image.split(self.batch) if self.batch else [image]
         outputs = [self._session.run(None, {name: part.numpy()}) for part in parts]
         return [torch.from_numpy(np.concatenate(values)) for values in zip(*outputs, strict=True)]
 
@@ -140,13 +124,11 @@ class Reference:
         """Return the axes, of unknown lengths, that values within a model have on the first image."""
         import onnx
 
-        asked, (image, _) = type(model)(), self._calls[0]
-        asked.CopyFrom(model)
+        asked, (image, _) = deepcopy(model), self._calls[0]
         known = {value.name for value in asked.graph.output}
         asked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
         session = _session(self.path, asked)
-        count = self.batch if isinstance(self.batch, int) else len(image)
-        given = {session.get_inputs()[0].name: image[:count].numpy()}
+        given = {session.get_inputs()[0].name: image[: self.batch].numpy()}
         return {
             name: (None,) * value.ndim for name, value in zip(names, session.run(names, given), strict=True)
         }
@@ -191,6 +173,15 @@ class Reference:
         )
 
 
+def _longer(
+    size: tuple[int, ...], steps: tuple[int, ...], axes: tuple[bool, ...] = (True, True)
+) -> list[tuple[int, ...]]:
+    """Return sizes that are longer by each of some steps, along some axes."""
+    return [
+        tuple(length + by * is_longer for length, is_longer in zip(size, axes, strict=True)) for by in steps
+    ]
+
+
 def _session(path: Path, model: Any) -> Any:
     import onnxruntime
 
@@ -209,8 +200,7 @@ def _session(path: Path, model: Any) -> Any:
 
 def _freed(model: Any) -> Any:
     """Return an ONNX model whose height and width are not fixed."""
-    free = type(model)()
-    free.CopyFrom(model)
+    free = deepcopy(model)
     held = {tensor.name for tensor in free.graph.initializer}
     image = next(value for value in free.graph.input if value.name not in held)
     for axis, name in ((2, "height"), (3, "width")):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from cadsurgery.data.images import FORMATS
 from cadsurgery.data.tiff import TILE, TiffRows, block_of, is_tiff, position_of, split_page
-from cadsurgery.support.errors import FileError, InvalidInput, first_line, import_optional
+from cadsurgery.support.errors import FileError, import_optional
+from cadsurgery.support.files import as_file_error
 
 ENDINGS = (".vrt", ".img", ".jp2", ".asc", ".nc", ".grd", ".dt2", ".hgt")  # of rasters that need rasterio
 _DECODED_BY_GDAL = ("compressed", "YCBCR", "PALETTE")  # in refusals of TIFF files that rasterio reads
@@ -46,15 +46,8 @@ def open_rows(path: Path | str) -> TiffRows | RasterRows:
 
 
 class RasterRows:
-    """A raster, of which some rows are read at a time; it has what `TiffRows` has.
-
-    Attributes:
-        shape: (C, H, W) with all bands of the file; a palette is three of them, the colours that it stands for.
-        has_alpha: True if the last band is transparency.
-        may_lack: True if some pixels may have no data, which are NaN.
-        position: tags that say where the picture lies on the earth, see `TiffRows`.
-        block: (height, width) of its tiles, see `TiffRows`.
-    """
+    """A raster, of which some rows are read at a time; it has the attributes of `TiffRows`. A palette is three bands,
+    the colours that it stands for."""
 
     def __init__(self, path: Path | str) -> None:
         """Open a file, or a smaller copy of its picture: `FILE,level=N`; see `close`.
@@ -167,18 +160,8 @@ def add_overviews(path: Path, block: tuple[int, int], is_classes: bool) -> None:
         other.unlink(missing_ok=True)
 
 
-@contextmanager
-def _reading(path: Path | str) -> Iterator[None]:
-    try:
-        yield
-    except (FileError, InvalidInput):
-        raise
-    except Exception as error:  # rasterio's errors have no common type
-        raise FileError(
-            f"{path} cannot be read as a raster.",
-            why=first_line(error),
-            next="gdalinfo says what GDAL finds in it.",
-        ) from error
+def _reading(path: Path | str) -> AbstractContextManager[None]:
+    return as_file_error(f"{path} cannot be read as a raster.", "gdalinfo says what GDAL finds in it.")
 
 
 def _position_of(file: Any) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cadsurgery.data.datasets import IGNORED, SegmentationData, identity_table
+from cadsurgery.data.images import check_labels_fit
 from cadsurgery.data.labels import as_classes
 from cadsurgery.data.networks import Source
 from cadsurgery.support.describe import describe
@@ -63,14 +64,6 @@ def check_data(data: object, what: str) -> None:
         )
 
 
-def _refuse_first(data: Any) -> InvalidInput | None:
-    try:
-        image, _ = _pair_of(data, 0)
-    except CadError:  # refused, or reported, where the sample is used
-        return None
-    return _refuse_range(data, image, 0)
-
-
 def is_labelled(data: Any) -> bool:
     """True if a dataset has labels: by its attribute `is_labelled`, else if its first sample is not just an image."""
     stated = getattr(data, "is_labelled", None)
@@ -88,10 +81,11 @@ def sample_of(data: Any, index: int) -> tuple[Any, Any]:
     inputs, labels = _pair_of(data, index)
     if isinstance(inputs, Tensor) and getattr(data, "is_labelled", None) is False:
         labels = _ignored(inputs)
-    check_form(inputs, labels, place_of(data, index))
-    labels = as_classes(labels, place_of(data, index))
-    if refusal := _refuse_not_finite(data, inputs, index) or _refuse_range(data, inputs, index):
-        raise refusal
+    place = place_of(data, index)
+    check_form(inputs, labels, place)
+    labels = as_classes(labels, place)
+    _check_finite(inputs, place)
+    _check_range(data, inputs, place)
     return inputs, labels
 
 
@@ -111,14 +105,9 @@ def check_form(inputs: Any, labels: Any, place: str) -> None:
             where=place,
             next=f"{hint}{FORM}",
         )
-    if is_image and labels.shape != inputs.shape[1:]:
-        sizes = ["x".join(map(str, shape)) for shape in (inputs.shape[1:], labels.shape)]
-        raise InvalidInput(
-            f"an image has {sizes[0]} pixels and its labels have {sizes[1]}.",
-            where=place,
-            why="each pixel needs its own label.",
-            next="resize the labels (nearest neighbour), or replace the pair.",
-        )
+    if is_image:
+        next = "resize the labels (nearest neighbour), or replace the pair."
+        check_labels_fit(place, inputs.shape[1:], labels.shape, next)
 
 
 def as_data(samples: Samples) -> SegmentationData:
@@ -129,8 +118,12 @@ def as_data(samples: Samples) -> SegmentationData:
         InvalidInput: see `check_data`; or the first image cannot be in 0..1.
     """
     check_data(samples, "given")
-    if refusal := _refuse_first(samples):
-        raise refusal
+    try:
+        first, _ = _pair_of(samples, 0)
+    except CadError:  # refused, or reported, where the sample is used
+        pass
+    else:
+        _check_range(samples, first, place_of(samples, 0))
     if isinstance(samples, SegmentationData):
         return samples
     has_labels, classes = is_labelled(samples), _texts(getattr(samples, "classes", ()))
@@ -142,7 +135,7 @@ def as_data(samples: Samples) -> SegmentationData:
         names=names if len(names) == len(samples) else tuple(map("sample {}".format, range(len(samples)))),
         read=partial(sample_of, samples),
         table=identity_table(len(classes)) if classes or not has_labels else None,
-        any_range=_may_have_any_range(samples),
+        any_range=bool(getattr(samples, "any_range", False)),
     )
 
 
@@ -182,10 +175,6 @@ def _ignored(image: Tensor) -> Tensor:
     return torch.full(image.shape[-2:], IGNORED)
 
 
-def _may_have_any_range(data: Any) -> bool:
-    return bool(getattr(data, "any_range", False))
-
-
 def _item_of(data: Any, index: int) -> Any:
     try:
         return data[index]
@@ -212,52 +201,37 @@ def _pair_of(data: Any, index: int) -> tuple[Any, Any]:
     )
 
 
-def _refuse_not_finite(data: Any, image: Any, index: int) -> InvalidInput | None:
-    """Return the error for an image with NaN or infinite values, or None."""
+def _check_finite(image: Any, place: str) -> None:
+    """Refuse an image with NaN or infinite values."""
     if not isinstance(image, Tensor) or bool(image.isfinite().all()):
-        return None
+        return
     first = (~image.isfinite()).nonzero()[0].tolist()
-    return InvalidInput(
+    raise InvalidInput(
         f"an image holds {float(image[tuple(first)])} in channel {first[0]}, row {first[1]}, column {first[2]}.",
-        where=place_of(data, index),
+        where=place,
         why="one such value makes the loss, and all weights after it, NaN.",
         next="replace the value, or leave this sample out.",
     )
 
 
-def _refuse_range(data: Any, image: Any, index: int) -> InvalidInput | None:
-    """Return the error for an image whose values cannot be in 0..1, or None."""
+def _check_range(data: Any, image: Any, place: str) -> None:
+    """Refuse an image whose values cannot be in 0..1."""
     is_image = isinstance(image, Tensor) and image.is_floating_point() and image.numel()
-    if not is_image or _may_have_any_range(data):
-        return None
+    if not is_image or getattr(data, "any_range", False):
+        return
     low, high = (float(value) for value in image.detach().float().aminmax())
     if not math.isfinite(low + high) or (low >= _LEAST and high <= _MOST):
-        return None
-    return InvalidInput(
+        return
+    why = "it is neither a picture in 0..1, nor one after mean and deviation, nor one in 0..255."
+    remedy = "scale it to 0..1."
+    if -_NORMALISED <= low < _LEAST and high <= _NORMALISED:
+        why = "it looks normalised already; it is normalised here, by the mean and deviation of the network."
+        remedy = "leave the normalisation out of the data set."
+    elif low >= _LEAST and _OF_BYTES <= high <= _BYTE + 1:
+        why, remedy = "it looks like 0..255 in floating-point numbers.", "divide by 255: image / 255."
+    raise InvalidInput(
         f"an image has values from {low:.3g} to {high:.3g}, where 0..1 is expected.",
-        where=place_of(data, index),
-        why=_looks_like(low, high),
-        next=f"{_remedy(low, high)} If its values are meant so, give the data set an attribute any_range = True.",
+        where=place,
+        why=why,
+        next=f"{remedy} If its values are meant so, give the data set an attribute any_range = True.",
     )
-
-
-def _looks_like(low: float, high: float) -> str:
-    if _is_normalised(low, high):
-        return "it looks normalised already; it is normalised here, by the mean and deviation of the network."
-    if _is_bytes(low, high):
-        return "it looks like 0..255 in floating-point numbers."
-    return "it is neither a picture in 0..1, nor one after mean and deviation, nor one in 0..255."
-
-
-def _remedy(low: float, high: float) -> str:
-    if _is_normalised(low, high):
-        return "leave the normalisation out of the data set."
-    return "divide by 255: image / 255." if _is_bytes(low, high) else "scale it to 0..1."
-
-
-def _is_normalised(low: float, high: float) -> bool:
-    return -_NORMALISED <= low < _LEAST and high <= _NORMALISED
-
-
-def _is_bytes(low: float, high: float) -> bool:
-    return low >= _LEAST and _OF_BYTES <= high <= _BYTE + 1

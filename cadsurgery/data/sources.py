@@ -59,15 +59,7 @@ VOC_CLASSES = (
 
 @dataclass(frozen=True)
 class DataKind:
-    """One kind of data.
-
-    Attributes:
-        open: function from (place, split, options, spec) to the data.
-        options: accepted options with their defaults as text; None for a required option.
-        splits: accepted names of splits; empty if any name is accepted.
-        where: instructions for obtaining the data.
-        layout: files that the folder must hold.
-    """
+    """One kind of data, see `data_kind`; `open` is a function from (place, split, options, spec) to the data."""
 
     open: Opener
     options: Mapping[str, str | None]
@@ -129,8 +121,11 @@ _LOOKED_AT = 32  # label files that are looked at for their values
 # -- a plain folder ------------------------------------------------------------------------------------
 
 
-def _read_files(images: Sequence[Path], labels: Sequence[Path], position: int) -> tuple[PictureFile, Tensor]:
-    return PictureFile(images[position]), read_labels(labels[position])
+def _read(
+    pictures: Sequence[PictureFile] | ChosenFrames, labels: Sequence[Path], position: int
+) -> tuple[PictureFile | Image.Image, Tensor | None]:
+    """Return a picture and its labels; without files of labels they are None."""
+    return pictures[position], read_labels(labels[position]) if labels else None
 
 
 def labels_of(image: str | Path, folder: Path) -> Path:
@@ -171,20 +166,15 @@ def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
             why=f"{folder / 'labels' / unlabelled[0].stem}.png does not exist.",
             next="add the missing labels, or take these images out.",
         )
-    unused = set(visible(folder / "labels")) - set(labels)
-    left_out = {NO_PICTURES: set(inside) - set(images), "labels without an image": unused}
-    warn_of_left_out(
-        folder,
-        {
-            reason: [str(path.relative_to(folder)) for path in sorted(paths)]
-            for reason, paths in left_out.items()
-        },
-    )
+    used = {*images, *labels}
+    others = [str(path.relative_to(folder)) for path in inside if path not in used]
+    unused = [str(path.relative_to(folder)) for path in visible(folder / "labels") if path not in used]
+    warn_of_left_out(folder, {NO_PICTURES: others, "labels without an image": unused})
     classes = class_names(options["classes"])
     table = _table(options, len(classes))
     if (IGNORED, IGNORED) in table and str(IGNORED) not in options["ignore"].split("/"):
         warn_of_two_values(labels, f"folder:{place},classes=2,values=0/255 reads 255 as class 1")
-    read = partial(_read_files, images, labels)
+    read = partial(_read, [PictureFile(path) for path in images], labels)
     return SegmentationData(
         spec, split, classes, tuple(map(str, images)), read, table, any_range=True, remedy=_REMEDY
     )
@@ -261,10 +251,6 @@ def _number(option: str, text: str) -> int:
 HELD_OUT = 8  # in a folder without splits, every eighth image is for validation
 
 
-def _read_unlabelled(images: Sequence[Path], position: int) -> tuple[PictureFile, None]:
-    return PictureFile(images[position]), None
-
-
 @data_kind(
     "images",
     {"page": ""},
@@ -276,9 +262,7 @@ def _read_unlabelled(images: Sequence[Path], position: int) -> tuple[PictureFile
 )
 def _images(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
     if options["page"]:
-        page = Path(f"{place},page={_number('page', options['page'])}")
-        read = partial(_read_unlabelled, [page])
-        return SegmentationData(spec, split, (), (str(page),), read, identity_table(0), any_range=True)
+        return _unlabelled([Path(f"{place},page={_number('page', options['page'])}")], split, spec)
     root = Path(place)
     splits = [name for name in ("train", "val", "test") if files.is_folder(root / name)]
     if splits and split not in (*splits, "all"):
@@ -294,15 +278,15 @@ def _images(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
     if not splits and split in ("train", "val") and len(images) > 1:
         held_out = images[::HELD_OUT]
         images = held_out if split == "val" else sorted(set(images) - set(held_out))
-    read = partial(_read_unlabelled, images)
+    return _unlabelled(images, split, spec)
+
+
+def _unlabelled(images: Sequence[Path], split: str, spec: str) -> SegmentationData:
+    read = partial(_read, [PictureFile(path) for path in images], ())
     return SegmentationData(spec, split, (), tuple(map(str, images)), read, identity_table(0), any_range=True)
 
 
 # -- clips ---------------------------------------------------------------------------------------------
-
-
-def _read_frame(frames: ChosenFrames, labels: Sequence[Path], position: int) -> tuple[Image.Image, Any]:
-    return frames[position], read_labels(labels[position]).numpy() if labels else None
 
 
 @data_kind(
@@ -331,7 +315,7 @@ def _clip(place: str, split: str, options: Mapping[str, str], spec: str) -> Segm
         numbers = _labelled_frames(path, Path(options["labels"]), numbers, count)
     names = tuple(f"{path}/{number:06d}" for number in numbers)
     labels = [labels_of(name, Path(options["labels"])) for name in names] if options["labels"] else []
-    read = partial(_read_frame, ChosenFrames(path, numbers), labels)
+    read = partial(_read, ChosenFrames(path, numbers), labels)
     if not options["classes"]:
         if values := [option for option in ("ignore", "values") if options[option]]:
             raise InvalidInput(f"{values[0]}= needs classes=.", next="add classes=11.")

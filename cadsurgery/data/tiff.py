@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cadsurgery.data.limits import check_pixels
 from cadsurgery.support import files
-from cadsurgery.support.errors import FileError, first_line
+from cadsurgery.support.errors import FileError
 
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _OF_MASK = 0, 1, 2, 4
@@ -32,21 +32,10 @@ _BAND_AXES = "SC"  # samples and channels: bands of one picture
 TILE = 512  # pixels a side, of files that are written
 _SLIDE = "Baseline"  # tifffile's name of the slide in files of slide scanners
 _NAMED = re.compile(r"(.+),(page|level)=(\d+)")
-Named = tuple[
-    str, int
-]  # which picture of a file is meant: ("page", 2), or ("level", 1) of its smaller copies
+# Which picture of a file is meant: ("page", 2), or ("level", 1) of its smaller copies.
+Named = tuple[str, int]
 _LISTED = 8  # pages in a message
 _SIGN_BITS = {"u": 0, "i": 1, "b": 0}  # of integers, by NumPy's letter for their kind
-# Turns and mirrors an array (H, W, C) of an orientation so that it is shown upright.
-_UPRIGHT: dict[int, Any] = {
-    2: lambda pixels: pixels[:, ::-1],
-    3: lambda pixels: pixels[::-1, ::-1],
-    4: lambda pixels: pixels[::-1],
-    5: lambda pixels: pixels.swapaxes(0, 1),
-    6: lambda pixels: pixels.swapaxes(0, 1)[:, ::-1],
-    7: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],
-    8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
-}
 
 
 def is_tiff(path: Path | str, content: bytes | None = None) -> bool:
@@ -98,40 +87,41 @@ def read_bands(
         raise FileError(
             f"{path} holds values of kind {_name(page.photometric)}.", next="store it in grey or in colour."
         )
-    scaled = turned(_scale(values, picture, path), orientation_of(page) if upright else 1)
+    scaled = turned(_scale(values, picture, path), _orientation_of(page) if upright else 1)
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(scaled, -1, 0))), _has_alpha(page)
 
 
 def count_masked(path: Path | str, content: bytes | None = None) -> int:
     """Return the number of pixels that the mask of a TIFF file says have no data."""
-    import tifffile
-
-    place, named = split_page(path)
-    with tifffile.TiffFile(place if content is None else io.BytesIO(content)) as file:
-        mask = _mask_of(path, _picture_of(file, place, named), content)
+    with _opened(path, content) as (_, picture):
+        mask = _mask_of(path, picture, content)
     if mask is None:
         return 0
     with contextlib.closing(mask):
         return int((mask.rows(0, mask.shape[1]).amin(0) == 0).sum())
 
 
-def read_stored(path: Path | str, content: bytes | None = None) -> tuple[np.ndarray[Any, Any], Any] | int:
-    """Return the values of a TIFF file (H, W, C) as it stores them, and their page; see `read_bands`."""
-    read = _read(path, content)
-    return read if isinstance(read, int) else (read[0], read[1].page)
+def read_stored(path: Path | str) -> np.ndarray[Any, Any] | int:
+    """Return the values of a TIFF file (H, W, C) as it stores them, upright; see `read_bands`."""
+    read = _read(path, None)
+    return read if isinstance(read, int) else turned(read[0], _orientation_of(read[1].page))
 
 
 def _read(path: Path | str, content: bytes | None) -> tuple[np.ndarray[Any, Any], _PagesPicture] | int:
-    import tifffile
-
-    place, named = split_page(path)
-    with tifffile.TiffFile(place if content is None else io.BytesIO(content)) as file:
-        picture = _picture_of(file, place, named)
+    with _opened(path, content) as (file, picture):
         page = picture.page
         if picture.is_one_page and isinstance(page.index, int) and _is_for_pillow(page, file):
             return page.index
         check_pixels(path, page.imagelength, page.imagewidth)
-        with _decoding(path, page):
+        if _lacks_codec(page):
+            raise FileError(
+                f"{path} is compressed by {_name(page.compression)}, which cannot be decoded here.",
+                why="TIFF files of this kind are read by tifffile, which decodes this compression with the package "
+                "imagecodecs.",
+                next="pip install imagecodecs; or store the file without compression, or compressed by deflate "
+                "without a predictor for floating-point values.",
+            )
+        with _decoding(path):
             values: np.ndarray[Any, Any] = picture.read().reshape(picture.shape)
     bands = picture.bands
     return values[..., None] if not bands else np.moveaxis(values, picture.axes.index(bands), -1), picture
@@ -139,11 +129,13 @@ def _read(path: Path | str, content: bytes | None) -> tuple[np.ndarray[Any, Any]
 
 def turned(pixels: np.ndarray[Any, Any], orientation: int) -> np.ndarray[Any, Any]:
     """Return pixels (H, W, C) as they are shown, by the number of an orientation."""
-    return _UPRIGHT.get(orientation, lambda pixels: pixels)(pixels)
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    down, across = (-1 if orientation in mirrored else 1 for mirrored in ((3, 4, 7, 8), (2, 3, 6, 7)))
+    return pixels[::down, ::across]
 
 
-def orientation_of(page: Any) -> int:
-    """Return the number of a page's orientation, see `turned`."""
+def _orientation_of(page: Any) -> int:
     return int(page.tags.valueof(ORIENTATION, 1))
 
 
@@ -165,23 +157,19 @@ class _PagesPicture:
     shape: tuple[int, ...]
     read: Callable[[], Any]
     original: Any
-    mask: int | None = None
+    mask: int | None
 
     @classmethod
-    def of(cls, stored: Any, original: Any = None) -> _PagesPicture:
-        """Return that of a page or a series of tifffile; of a smaller copy, give the page of the picture in full."""
+    def of(cls, stored: Any, original: Any, file: Any) -> _PagesPicture:
+        """Return that of a page or a series of tifffile; `original` is the page of the picture in full. Its mask is the
+        page that GDAL writes."""
         axes = zip(stored.axes, stored.shape, strict=True)
         kept = [(axis, count) for axis, count in axes if axis in "YX" or count > 1]
         letters, shape = "".join(axis for axis, _ in kept), tuple(count for _, count in kept)
-        page = getattr(stored, "keyframe", stored)
-        return cls(page, letters, shape, stored.asarray, page if original is None else original)
-
-    def with_mask(self, file: Any) -> _PagesPicture:
-        """Note the page of the picture's mask, as GDAL writes it."""
-        if _is_mask(self.page):
-            return self
-        alike = (page for page in map(_as_page, file.pages) if _size_of(page) == _size_of(self.page))
-        return replace(self, mask=next((page.index for page in alike if _is_mask(page)), None))
+        page = _page_of(stored)
+        alike = () if _is_mask(page) else (one for one in _pages_of(file) if _size_of(one) == _size_of(page))
+        mask = next((one.index for one in alike if _is_mask(one)), None)
+        return cls(page, letters, shape, stored.asarray, original, mask)
 
     @property
     def no_data(self) -> object:
@@ -205,6 +193,16 @@ class _PagesPicture:
         return set(self.axes) >= {*"YX"} and len(self.bands) <= 1 and set(self.bands) <= set(_BAND_AXES)
 
 
+@contextlib.contextmanager
+def _opened(path: Path | str, content: bytes | None) -> Iterator[tuple[Any, _PagesPicture]]:
+    """Open a TIFF file, or its content if that was read before, and find the picture that a path names."""
+    import tifffile
+
+    place, named = split_page(path)
+    with tifffile.TiffFile(place if content is None else io.BytesIO(content)) as file:
+        yield file, _picture_of(file, place, named)
+
+
 def _picture_of(file: Any, path: Path | str, named: Named | None) -> _PagesPicture:
     """Return the picture of a page, or the only one of its file, in full or a smaller copy: copies that are marked as
     reduced, masks, and what makers of slide scanners write beside the slide (labels, thumbnails) are none.
@@ -217,7 +215,7 @@ def _picture_of(file: Any, path: Path | str, named: Named | None) -> _PagesPictu
         if number >= len(file.pages):
             raise _of_several(path, file, f"{path} has no page {number}")
         page = file.pages[number].aspage()
-        picture = _PagesPicture.of(page, _original_of(page, file))
+        picture = _PagesPicture.of(page, _original_of(page, file), file)
     else:
         parts = _pictures_in(file)
         count = sum(len(full) for _, full in parts)
@@ -227,17 +225,18 @@ def _picture_of(file: Any, path: Path | str, named: Named | None) -> _PagesPictu
         levels = [full[0] if count == 1 and len(entry.pages) > 1 else entry]
         levels += entry.levels[1:] or _copies_of(full[0], file)
         if number >= len(levels):
-            sizes = ", ".join("{1} x {0}".format(*_size_of(_PagesPicture.of(one).page)) for one in levels)
+            sizes = ", ".join("{1} x {0}".format(*_size_of(_page_of(one))) for one in levels)
             raise FileError(
                 f"{path} has no level {number}.",
                 why=f"its picture is stored in {sizes} pixels.",
                 next=f"name 0 for the picture in full, to {len(levels) - 1}.",
             )
-        picture = _PagesPicture.of(levels[number], _PagesPicture.of(levels[0]).page)
+        picture = _PagesPicture.of(levels[number], _page_of(levels[0]), file)
     if not picture.is_flat:
-        count = math.prod(picture.shape) // _area(picture.page)
+        page = picture.page
+        count = math.prod(picture.shape) // int(page.imagelength * page.imagewidth * page.samplesperpixel)
         raise _of_several(path, file, f"{path} holds {count} pictures")
-    return picture.with_mask(file)
+    return picture
 
 
 def _pictures_in(file: Any) -> list[tuple[Any, list[Any]]]:
@@ -255,7 +254,7 @@ def _original_of(page: Any, file: Any) -> Any:
 
 def _copies_of(full: Any, file: Any) -> list[Any]:
     """Return the smaller copies of a page, the largest first."""
-    marked = (page for page in map(_as_page, file.pages) if _is_secondary(page) and not _is_mask(page))
+    marked = (page for page in _pages_of(file) if _is_secondary(page) and not _is_mask(page))
     copies = [page for page in marked if _is_copy(page, full)]
     return sorted(copies, key=_size_of, reverse=True)
 
@@ -270,15 +269,11 @@ def _size_of(page: Any) -> tuple[int, int]:
     return int(page.imagelength), int(page.imagewidth)
 
 
-def _area(page: Any) -> int:
-    return int(page.imagelength * page.imagewidth * page.samplesperpixel)
-
-
 def _of_several(path: Path | str, file: Any, what: str) -> FileError:
     """Return the error for a file whose picture has to be named, which lists its pages."""
     pages = [
         f"page {number}: {page.imagewidth} x {page.imagelength}, {page.samplesperpixel} of {page.dtype}"
-        for number, page in enumerate(entry.aspage() for entry in itertools.islice(file.pages, _LISTED))
+        for number, page in enumerate(itertools.islice(_pages_of(file), _LISTED))
     ]
     more = [f"and {len(file.pages) - _LISTED} more"] * (len(file.pages) > _LISTED)
     return FileError(
@@ -311,20 +306,21 @@ def _is_for_pillow(page: Any, file: Any) -> bool:
     return is_read and (bits % 8 > 0 or extras == (1,) or _lacks_codec(page))
 
 
-def _kind_of(page: Any) -> int:
-    return int(getattr(page, "subfiletype", 0))  # some pages are as the first one
-
-
-def _is_secondary(page: Any) -> bool:
-    return bool(_kind_of(page) & (_REDUCED | _MASK))
+def _is_secondary(page: Any, kinds: int = _REDUCED | _MASK) -> bool:
+    return bool(int(getattr(page, "subfiletype", 0)) & kinds)  # some pages are as the first one
 
 
 def _is_mask(page: Any) -> bool:
-    return bool(_kind_of(page) & _MASK)
+    return _is_secondary(page, _MASK)
 
 
-def _as_page(entry: Any) -> Any:
-    return entry.aspage()
+def _pages_of(file: Any) -> Iterator[Any]:
+    return (entry.aspage() for entry in file.pages)
+
+
+def _page_of(stored: Any) -> Any:
+    """Return a page, or the first one of a series."""
+    return getattr(stored, "keyframe", stored)
 
 
 def _name(value: Any) -> str:
@@ -337,23 +333,8 @@ def _lacks_codec(page: Any) -> bool:
     return page.compression not in TIFF.DECOMPRESSORS or page.predictor not in TIFF.UNPREDICTORS
 
 
-@contextlib.contextmanager
-def _decoding(path: Path | str, page: Any) -> Iterator[None]:
-    """Turn errors of the block, which decodes values of a page, into a `FileError`."""
-    try:
-        yield
-    except Exception as error:  # decoders raise errors of any type
-        if _lacks_codec(page):
-            raise FileError(
-                f"{path} is compressed by {_name(page.compression)}, which cannot be decoded here.",
-                why="TIFF files of this kind are read by tifffile, which decodes this compression with the package "
-                "imagecodecs.",
-                next="pip install imagecodecs; or store the file without compression, or compressed by deflate "
-                "without a predictor for floating-point values.",
-            ) from error
-        raise FileError(
-            f"{path} cannot be read as an image.", why=first_line(error), next="write the file again."
-        ) from error
+def _decoding(path: Path | str) -> contextlib.AbstractContextManager[None]:
+    return files.as_file_error(f"{path} cannot be read as an image.", "write the file again.")
 
 
 def _scale(values: np.ndarray[Any, Any], picture: _PagesPicture, path: Path | str) -> np.ndarray[Any, Any]:
@@ -428,20 +409,9 @@ class TiffRows:
             FileError: it holds several pictures, or one that is turned, has a palette, or is not stored in small
                 pieces.
         """
-        import tifffile
-
-        self._path = path
-        place, named = split_page(path)
-        with contextlib.ExitStack() as opened:
-            try:
-                stored = place if content is None else io.BytesIO(content)
-                self._file = opened.enter_context(tifffile.TiffFile(stored))
-                picture = _picture_of(self._file, place, named)
-            except FileError:
-                raise
-            except Exception as error:  # of any type, where a file is cut short
-                raise FileError(f"{path} cannot be read as a TIFF.", why=first_line(error)) from error
-            opened.pop_all()  # it stays open
+        self._path, self._opened = path, contextlib.ExitStack()
+        with files.as_file_error(f"{path} cannot be read as a TIFF.", "write the file again."):
+            self._file, picture = self._opened.enter_context(_opened(path, content))
         self._picture, self._page, self._mask = picture, picture.page, None
         page, samples = picture.page, int(picture.page.samplesperpixel)
         self.shape, self.has_alpha = (samples, *_size_of(page)), _has_alpha(page)
@@ -465,30 +435,26 @@ class TiffRows:
 
     def _refusal(self, picture: _PagesPicture) -> FileError | None:
         """Return why the file cannot be read in rows, if so."""
-        page, path = self._page, self._path
+        page, (samples, _, width) = self._page, self.shape
         if not picture.is_one_page:
             why = "its bands are in several pages."
         elif _lacks_codec(page):
             why = f"it is compressed by {_name(page.compression)}, which needs the package imagecodecs."
         elif page.dtype is None:
             why = f"its values have {page.bitspersample} bits."
-        elif orientation_of(page) != 1:
+        elif _orientation_of(page) != 1:
             why = "its orientation says that it is shown turned or mirrored."
         elif int(page.photometric) not in _PLAIN:
             why = f"its values are of kind {_name(page.photometric)}."
-        elif not self._is_raw and self._height * self._row_bytes > _MOST_DECODED:
+        elif not self._is_raw and self._height * width * samples * page.dtype.itemsize > _MOST_DECODED:
             why = f"it is stored in pieces of {self._height} rows, which are decoded as a whole."
         else:
             return None
         return FileError(
-            f"{path} cannot be read in rows.",
+            f"{self._path} cannot be read in rows.",
             why=why,
             next="store it upright in grey or colour, in tiles (in tifffile: tile=(512, 512)).",
         )
-
-    @property
-    def _row_bytes(self) -> int:
-        return self.shape[0] * self.shape[2] * int(self._page.dtype.itemsize)
 
     def rows(self, first: int, end: int, left: int = 0, right: int | None = None) -> Tensor:
         """Return rows [first, end) and columns [left, right), (C, rows, columns) float32, with values as `read_bands`
@@ -497,7 +463,7 @@ class TiffRows:
         Raises:
             FileError: they cannot be decoded.
         """
-        with _decoding(self._path, self._page):
+        with _decoding(self._path):
             columns = slice(left, right)
             values = (
                 self._stored(first, end)[:, columns] if self._is_raw else self._pasted(first, end, columns)
@@ -557,7 +523,7 @@ class TiffRows:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._opened.close()
         if self._mask is not None:
             self._mask.close()
 
@@ -578,7 +544,7 @@ _POSITION = (_SCALE, _TIE_POINTS, _TRANSFORM, _KEYS, 34736, 34737, _POLYNOMIALS)
 _SYSTEMS, _OWN_SYSTEM = (
     (3072, 2048),
     32767,
-)  # keys of a projected and a geographic system; the number of one's own
+)  # keys of a projected and a geographic system; number of one's own
 _RASTER_TYPE, _POINT = 1025, 2  # the key that says whether coordinates are those of the middle of pixels
 _METADATA = 42112  # GDAL's own, as XML; items of a band describe its values
 
@@ -595,13 +561,10 @@ def position_of(page: Any) -> tuple[Any, ...]:
 
 def position_at(path: Path | str) -> tuple[Any, ...]:
     """Return what a TIFF file says of where its picture lies on the earth, see `TiffRows`; empty for other files."""
-    import tifffile
-
-    place, named = split_page(path)
+    place = split_page(path)[0]
     if not str(place).lower().endswith((".tif", ".tiff")) or not is_tiff(place):
         return ()
-    with contextlib.suppress(Exception), tifffile.TiffFile(place) as file:  # reported where it is read
-        picture = _picture_of(file, place, named)
+    with contextlib.suppress(Exception), _opened(path, None) as (_, picture):  # reported where it is read
         sizes = _size_of(picture.original), _size_of(picture.page)
         return moved_position(position_of(picture.original), *sizes)
     return ()
@@ -618,8 +581,7 @@ def coordinates_of(
     middle = 0.5 if keys.get(_RASTER_TYPE) == _POINT else 0.0
     system = next((keys[key] for key in _SYSTEMS if 0 < keys.get(key, 0) < _OWN_SYSTEM), None)
     if _TRANSFORM in values:
-        first, second = (row for row, _ in zip(_rows_of(values[_TRANSFORM], 4), range(2), strict=False))
-        (a, b, c), (d, e, f) = (first[0], first[1], first[3]), (second[0], second[1], second[3])
+        a, b, _, c, d, e, _, f = values[_TRANSFORM][:8]
     elif _SCALE in values and len(values.get(_TIE_POINTS, ())) == 6:
         (x, y, _, east, north, _), (across, down, *_) = values[_TIE_POINTS], values[_SCALE]
         (a, b, c), (d, e, f) = (across, 0.0, east - x * across), (0.0, -down, north + y * down)
@@ -690,19 +652,17 @@ def write_tiled(
                 np.ascontiguousarray(band[:, left : left + across]) for left in range(0, width, across)
             )
 
-    kind: dict[str, Any] = (
-        {"photometric": "minisblack"} if colours is None else {"photometric": "palette", "colormap": colours}
-    )
     predictor = 2 if np.dtype(dtype).kind in "ui" else 3
-    kind["predictor"] = predictor if predictor in tifffile.TIFF.PREDICTORS else None
     tifffile.imwrite(
         path,
         tiles(),
         shape=size,
         dtype=dtype,
         tile=block,
+        photometric="minisblack" if colours is None else "palette",
+        colormap=colours,
         compression="zlib",
+        predictor=predictor if predictor in tifffile.TIFF.PREDICTORS else None,
         metadata=None,
         extratags=position,
-        **kind,
     )

@@ -7,9 +7,8 @@ import json
 import pickle
 import pickletools
 import zipfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -94,12 +93,15 @@ class Weights:
         entry: names of the dictionaries that lead to it, joined by dots; "" if the file is the state dict.
         prefix: the prefix that was taken off the names.
         beside: names that do not have the prefix.
+        license: the licence that the file states, in the metadata of a safetensors file or as an entry `license` beside
+            the weights of a checkpoint; "" if it states none.
     """
 
     state: Mapping[str, Any]
     entry: str = ""
     prefix: str = ""
     beside: tuple[str, ...] = ()
+    license: str = ""
 
     @property
     def name(self) -> str:
@@ -120,7 +122,8 @@ class Weights:
                 if name.startswith(prefix)
             }
             others = [self.prefix + name for name in self.state if not name.startswith(prefix)]
-            yield from Weights(inside, self.entry, self.prefix + prefix, (*self.beside, *others)).parts()
+            beside = (*self.beside, *others)
+            yield from replace(self, state=inside, prefix=self.prefix + prefix, beside=beside).parts()
 
 
 def is_weights(path: Path) -> bool:
@@ -135,8 +138,9 @@ def split_entry(text: str) -> tuple[Path, str]:
     return (Path(name), entry) if has_entry else (Path(text), "")
 
 
-def load_weights(model: nn.Module, path: Path, entry: str = "") -> str:
-    """Load the weights of a file into a network; return the words that say which, and what was done with them.
+def load_weights(model: nn.Module, path: Path, entry: str = "") -> tuple[str, str]:
+    """Load the weights of a file into a network; return the words that say which, and what was done with them, and the
+    licence that the file states.
 
     Warns:
         CadWarning: a prefix was taken off all names, or several entries fit; it says which was taken.
@@ -166,22 +170,7 @@ def load_weights(model: nn.Module, path: Path, entry: str = "") -> str:
     words = _in_words(path, chosen, others if fitting else [], left_out)
     if chosen.prefix or left_out or (others and fitting):
         warn(f"{words}.")
-    return words
-
-
-def license_in(path: Path) -> str:
-    """Return the licence that a file of weights states: in the metadata of a safetensors file, or as an entry `license`
-    beside the weights of a checkpoint; "" if it states none."""
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
-            return str((file.metadata() or {}).get("license", ""))
-    if path.name.endswith(_INDEX):
-        return ""
-    content = _read(path)
-    stated = content.get("license", "") if isinstance(content, dict) else ""
-    return stated if isinstance(stated, str) else ""
+    return words, chosen.license
 
 
 def _choose(path: Path, listed: list[Weights], entry: str) -> list[Weights]:
@@ -213,16 +202,12 @@ def _in_words(path: Path, chosen: Weights, others: list[Weights], left_out: Sequ
 
 def _shortly(names: Sequence[str]) -> str:
     """List names, those with one beginning together."""
-    counts = Counter(name.partition(".")[0] for name in names)
-    listed = [
-        f"{first}.* ({count} names)"
-        if count > 1
-        else next(name for name in names if name.split(".")[0] == first)
-        for first, count in counts.items()
-    ]
-    return ", ".join(listed[:_LISTED]) + (
-        f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    )
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.partition(".")[0], []).append(name)
+    listed = [f"{first}.* ({len(group)} names)" if group[1:] else group[0] for first, group in groups.items()]
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return f"{', '.join(listed[:_LISTED])}{more}"
 
 
 def read_weights(path: Path) -> list[Weights]:
@@ -233,11 +218,16 @@ def read_weights(path: Path) -> list[Weights]:
     """
     if path.name.endswith(_INDEX):
         return [Weights(_read_parts(path))]
-    kinds.check_kind(path, kinds.WEIGHTS, kinds.CONVERTED, kinds.TORCHSCRIPT)
+    if kinds.kind_of_file(path) is kinds.TORCHSCRIPT:
+        raise FileError(
+            f"{path} is a network compiled by TorchScript, not a state dict.",
+            next=_two_lines(path, "torch.jit.load({path!r})"),
+        )
+    kinds.check_kind(path, kinds.WEIGHTS, kinds.CONVERTED)
     if not files.is_file(path):
         raise files.absent(path)
-    content = _read(path)
-    listed = list(_state_dicts(content))
+    content, license = _read(path)
+    listed = [replace(weights, license=license) for weights in _state_dicts(content)]
     if not listed:
         raise _no_state_dict(path, content)
     return listed
@@ -280,20 +270,22 @@ def _read_parts(path: Path) -> dict[str, Tensor]:
 # -- reading without executing --------------------------------------------------------------------------
 
 
-def _read(path: Path) -> Any:
-    """Return the content of a file; objects of classes that torch does not read safely are `_Inert`."""
+def _read(path: Path) -> tuple[Any, str]:
+    """Return the content of a file and its licence; objects of classes that torch does not read safely are `_Inert`."""
     names: list[str] = []
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+            from safetensors import safe_open
 
-            return load_file(path)
+            with safe_open(path, "pt") as file:
+                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return held, (file.metadata() or {}).get("license", "")
         names = _globals_in(path)
         kinds: list[Any] = [(_LikeDict("Inert", (_Inert,), {"named": name}), name) for name in names]
         with torch.serialization.safe_globals(kinds):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileError:
-        raise
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        stated = content.get("license", "") if isinstance(content, dict) else ""
+        return content, stated if isinstance(stated, str) else ""
     except Exception as error:  # each reader raises its own error types for broken files
         if any(name.startswith("torch.nn.modules.") for name in names):
             raise _whole_network(path, names[0]) from error
@@ -306,23 +298,13 @@ def _read(path: Path) -> Any:
 
 
 def _globals_in(path: Path) -> list[str]:
-    """Return the names of all classes and functions in a checkpoint, in their order; nothing is unpickled.
-
-    Raises:
-        FileError: the file is an archive of TorchScript.
-    """
+    """Return the names of all classes and functions in a checkpoint, in their order; nothing is unpickled."""
     with path.open("rb") as file:
         if not zipfile.is_zipfile(file):
             file.seek(0)
             return _names_of(file, _HEADERS + 1)  # the form of torch before 1.6
         with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-            if any(name.endswith("/constants.pkl") for name in names):
-                raise FileError(
-                    f"{path} is a network compiled by TorchScript, not a state dict.",
-                    next=_two_lines(path, "torch.jit.load({path!r})"),
-                )
-            pickled = next((name for name in names if name.endswith("/data.pkl")), "")
+            pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), "")
             return _names_of(io.BytesIO(archive.read(pickled)), 1) if pickled else []
 
 

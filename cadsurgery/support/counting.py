@@ -26,7 +26,7 @@ from cadsurgery.support.torch_operations import is_free
 _COND = torch.ops.higher_order.cond
 
 
-class MacCounter:
+class MacCounter(TorchDispatchMode):
     """Counts the multiply-accumulates of all operations in its `with` block, on real tensors or on meta tensors.
 
     Attributes:
@@ -34,35 +34,12 @@ class MacCounter:
         not_counted: number of calls by operation name, for operations that may multiply and have no rule.
     """
 
-    def __init__(self) -> None:
-        self.macs = 0
-        self.not_counted: Counter[str] = Counter()
-        self._mode = _CountingMode(self)
-
-    def __enter__(self) -> MacCounter:
-        self._mode.__enter__()
-        return self
-
-    def __exit__(self, *failure: Any) -> None:
-        self._mode.__exit__(*failure)
-
-
-def describe_not_counted(names: tuple[str, ...]) -> str:
-    """Return a phrase that names the operations missing from a count; empty if there are none."""
-    return f"not counted, for want of a rule: {', '.join(names)}" if names else ""
-
-
-# -- counting ------------------------------------------------------------------------------------------
-
-
-class _CountingMode(TorchDispatchMode):
-    """Sees every operation that torch runs."""
-
     supports_higher_order_operators = True
 
-    def __init__(self, counter: MacCounter) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.counter = counter
+        self.macs = 0
+        self.not_counted: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -82,24 +59,29 @@ class _CountingMode(TorchDispatchMode):
         value = meta_tensors.call(func, args, kwargs)
         count = rule(args, kwargs, value) if rule is not None else None
         if count is not None:
-            self.counter.macs += count
+            self.macs += count
         elif not is_free:
-            self.counter.not_counted[str(kind)] += 1
+            self.not_counted[str(kind)] += 1
         return value
 
     def _larger_branch(
         self, predicate: Any, if_true: Callable[..., Any], if_false: Callable[..., Any], operands: Any = ()
     ) -> Any:
         """Run both branches of `torch.cond` and count the costlier one: meta tensors do not tell which is taken."""
-        before, values, counts = self.counter.macs, [], []
+        before, values, counts = self.macs, [], []
         for branch in (if_true, if_false):
             with self:
                 values.append(branch(*operands))
-            counts.append(self.counter.macs - before)
-            self.counter.macs = before
-        self.counter.macs += max(counts)
+            counts.append(self.macs - before)
+            self.macs = before
+        self.macs += max(counts)
         is_known = not isinstance(predicate, Tensor) or not predicate.is_meta
         return values[0] if not is_known or bool(predicate) else values[1]
+
+
+def describe_not_counted(names: tuple[str, ...]) -> str:
+    """Return a phrase that names the operations missing from a count; empty if there are none."""
+    return f"not counted, for want of a rule: {', '.join(names)}" if names else ""
 
 
 Rule = Callable[[tuple[Any, ...], Mapping[str, Any], Any], int | None]  # (args, kwargs, result) to MACs
@@ -163,13 +145,12 @@ _FREE = re.compile(
         (
             r"\w*pool\w*|upsample_\w+|pixel_(un)?shuffle|channel_shuffle",
             r"\w*(batch|layer|group|rms|instance)_norm\w*|(native_|embedding_re|re)?norm|weight_norm_interface",
-            r"\w*softmax\w*|log_sigmoid|glu|rrelu_with_noise|add_relu|prelu_kernel|thnn_fused_\w+",
-            r"\w*loss\w*|binary_cross_entropy\w*",
-            r"(log)?cum\w+|dist|trace|linalg_cross|floor_divide|aminmax|polar|complex|masked_scale",
-            r"(unsafe_)?(masked_)?index\w*|masked_\w+|gather|scatter\w*|\w+_scatter|select\w*|slice\w*|diagonal|take|put",
-            r"embedding\w*|nonzero\w*|searchsorted|bucketize|isin|segment_reduce|sort|topk|kthvalue|(nan)?median|mode",
+            r"\w*softmax\w*|log_sigmoid|rrelu_with_noise|add_relu|prelu_kernel|thnn_fused_\w+|\w*loss\w*",
+            r"binary_cross_entropy\w*|(log)?cum\w+|dist|trace|linalg_cross|polar|complex",
+            r"(unsafe_)?(masked_)?index\w*|masked_\w+|scatter\w*|\w+_scatter|select\w*|slice\w*|diagonal|take|put",
+            r"embedding\w*|nonzero\w*|searchsorted|bucketize|isin|segment_reduce|(nan)?median",
             r"unique\w*|histc|histogram\w*|bincount|hash_tensor",
-            r"cat|stack|chunk_cat|block_diag|diag_embed|flip|roll|rot90|repeat\w*|(constant|reflection|replication)_pad\w*",
+            r"cat|stack|chunk_cat|block_diag|diag_embed|rot90|repeat\w*|(constant|reflection|replication)_pad\w*",
             r"im2col|col2im|unfold|tril\w*|triu\w*|unsafe_(split\w*|view)|reshape\w*|resize\w*|mkldnn_(reshape|transpose)",
             r"(new_)?(empty|full|zero|zeros|ones|fill|rand|randn|randint|randperm|random|eye|arange|range|linspace|logspace)",
             r"(new_)?(empty|full|zeros|ones|rand|randn|randint)_\w+|scalar_tensor|\w+_window|efficientzerotensor|from_file",
@@ -185,17 +166,18 @@ _FREE = re.compile(
 _RULES: dict[tuple[str, str], Callable[..., int | None]] = {}
 
 
-def _counts(*names: str, library: str = "aten") -> Callable[[Any], Any]:
-    """Register a rule for operations: it returns MACs from the arguments and the result `value`, or None if unknown."""
+def _counts(names: str, library: str = "aten") -> Callable[[Any], Any]:
+    """Register a rule for operations, whose names spaces separate: it returns MACs from the arguments and the result
+    `value`, or None if unknown."""
 
     def declare(rule: Any) -> Any:
-        _RULES.update({(library, name): rule for name in names})
+        _RULES.update({(library, name): rule for name in names.split()})
         return rule
 
     return declare
 
 
-@_counts("mv", "dot", "vdot")
+@_counts("mv dot vdot")
 def _vectors(a: Tensor, b: Tensor, **_: Any) -> int:
     return a.numel()
 
@@ -210,12 +192,12 @@ def _outer(bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> int:
     return a.numel() * b.numel()
 
 
-@_counts("addbmm", "_addmm_activation")
+@_counts("addbmm _addmm_activation")
 def _added_product(bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> int:
     return a.numel() * b.shape[-1]
 
 
-@_counts("_int_mm", "_weight_int8pack_mm", "mkldnn_linear")
+@_counts("_int_mm _weight_int8pack_mm mkldnn_linear")
 def _product(a: Tensor, b: Tensor, *_: Any, value: Tensor, **__: Any) -> int:
     return value.numel() * a.shape[-1]
 
@@ -233,24 +215,13 @@ def _product_of_three(
     return 2 * math.prod(torch.broadcast_shapes(*shapes))
 
 
-@_counts(
-    "mkldnn_convolution",
-    "_nnpack_spatial_convolution",
-    "cudnn_convolution_relu",
-    "cudnn_convolution_add_relu",
-)
-@_counts(
-    "_conv_depthwise2d",
-    "conv_depthwise3d",
-    "slow_conv_dilated2d",
-    "slow_conv_dilated3d",
-    "slow_conv3d_forward",
-)
+@_counts("mkldnn_convolution _nnpack_spatial_convolution cudnn_convolution_relu cudnn_convolution_add_relu")
+@_counts("_conv_depthwise2d conv_depthwise3d slow_conv_dilated2d slow_conv_dilated3d slow_conv3d_forward")
 def _convolution(x: Tensor, weight: Tensor, *_: Any, value: Tensor, **__: Any) -> int:
     return value.shape[0] * math.prod(value.shape[2:]) * weight.numel()
 
 
-@_counts("cudnn_convolution_transpose", "slow_conv_transpose2d", "slow_conv_transpose3d")
+@_counts("cudnn_convolution_transpose slow_conv_transpose2d slow_conv_transpose3d")
 def _transposed_convolution(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     return x.shape[0] * math.prod(x.shape[2:]) * weight.numel()
 
@@ -269,28 +240,18 @@ def _deformable_convolution(x: Tensor, weight: Tensor, *_: Any, value: Tensor, *
     return positions * (weight.numel() + _BILINEAR * x.shape[1] * math.prod(weight.shape[2:]))
 
 
-@_counts("roi_align", "ps_roi_align", library="torchvision")
-def _aligned_regions(
-    x: Tensor,
-    boxes: Tensor,
-    scale: float,
-    height: int,
-    width: int,
-    samples: int,
-    *_: Any,
-    value: Any,
-    **__: Any,
-) -> int | None:
-    pooled = value[0] if isinstance(value, tuple) else value
-    return (
-        int(pooled.numel()) * samples**2 * _BILINEAR if samples > 0 else None
-    )  # otherwise the number of samples depends on the boxes' sizes
+@_counts("roi_align ps_roi_align", library="torchvision")
+def _aligned_regions(x: Tensor, boxes: Tensor, *options: Any, value: Any, **_: Any) -> int | None:
+    pooled, samples = value[0] if isinstance(value, tuple) else value, int(options[3])
+    if samples <= 0:  # their number depends on the boxes' sizes
+        return None
+    return int(pooled.numel()) * samples**2 * _BILINEAR
 
 
 _BY_MODE = {0: _BILINEAR, 1: 0, 2: 20}  # bilinear, nearest, bicubic (4 sums of 4 values, and a sum of these)
 
 
-@_counts("grid_sampler_2d", "_grid_sampler_2d_cpu_fallback")
+@_counts("grid_sampler_2d _grid_sampler_2d_cpu_fallback cudnn_grid_sampler")
 def _sampled(x: Tensor, grid: Tensor, mode: int = 0, *_: Any, value: Tensor, **__: Any) -> int:
     return value.numel() * _BY_MODE[mode]
 
@@ -300,21 +261,13 @@ def _sampled_volume(x: Tensor, grid: Tensor, mode: int = 0, *_: Any, value: Tens
     return value.numel() * (2 * _BILINEAR if mode == 0 else 0)
 
 
-@_counts("cudnn_grid_sampler")
-def _sampled_bilinearly(x: Tensor, grid: Tensor, *, value: Tensor, **_: Any) -> int:
-    return value.numel() * _BILINEAR
-
-
-@_counts("affine_grid_generator", "cudnn_affine_grid_generator")
+@_counts("affine_grid_generator cudnn_affine_grid_generator")
 def _affine_grid(theta: Tensor, *_: Any, value: Tensor, **__: Any) -> int:
     return value.numel() * theta.shape[-1]
 
 
-@_counts(
-    "_scaled_dot_product_flash_attention_for_cpu",  # counted by torch itself from 2.15 on
-    "_scaled_dot_product_fused_attention_overrideable",
-    "_scaled_dot_product_attention_math_for_mps",
-)
+@_counts("_scaled_dot_product_flash_attention_for_cpu")  # counted by torch itself from 2.15 on
+@_counts("_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math_for_mps")
 def _attention(query: Tensor, key: Tensor, value_: Tensor, *_: Any, **__: Any) -> int:
     return query.numel() * key.shape[-2] + math.prod(query.shape[:-1]) * key.shape[-2] * value_.shape[-1]
 

@@ -77,21 +77,15 @@ def check_writable(path: Path) -> Path:
     except (OSError, ValueError) as error:  # a name too long, a NUL byte, a link to itself
         raise _unwritable(path, error) from error
     if stat.S_ISDIR(status.st_mode):
-        raise FileError(f"{path} cannot be written.", why="it is a folder.", next="name a file in it.")
-    if not stat.S_ISREG(status.st_mode):
+        why, advice = "it is a folder.", "name a file in it."
+    elif not stat.S_ISREG(status.st_mode):
         kind = next((name for test, name in _KINDS if test(status.st_mode)), "no file")
-        raise FileError(
-            f"{path} cannot be written.",
-            why=f"it is {kind}, and writing a file would replace it.",
-            next="choose another path.",
-        )
-    if not status.st_mode & 0o222 or not os.access(target, os.W_OK):
-        raise FileError(
-            f"{path} cannot be written.",
-            why="it is read-only.",
-            next=f"choose another path, or allow writing: chmod u+w {path}.",
-        )
-    return target
+        why, advice = f"it is {kind}, and writing a file would replace it.", "choose another path."
+    elif not status.st_mode & 0o222 or not os.access(target, os.W_OK):
+        why, advice = "it is read-only.", f"choose another path, or allow writing: chmod u+w {path}."
+    else:
+        return target
+    raise FileError(f"{path} cannot be written.", why=why, next=advice)
 
 
 _KINDS = (
@@ -106,34 +100,16 @@ def _temporary(path: Path) -> str:
 
 
 def _unwritable(path: Path, error: OSError | ValueError) -> FileError:
+    shown = f"{str(path)!r:.80}" if isinstance(error, ValueError) else str(path)
     return FileError(
-        f"{str(path)!r:.80} cannot be written."
-        if isinstance(error, ValueError)
-        else f"{path} cannot be written.",
+        f"{shown} cannot be written.",
         why=f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}",
         next="choose an existing folder you may write to.",
     )
 
 
-def is_file(path: Path | str) -> bool:
-    """True if the file exists; False for an impossible path (too long, or with a NUL byte)."""
-    with contextlib.suppress(OSError, ValueError):
-        return Path(path).is_file()
-    return False
-
-
-def is_folder(path: Path | str) -> bool:
-    """True if the folder exists; False for an impossible path."""
-    with contextlib.suppress(OSError, ValueError):
-        return Path(path).is_dir()
-    return False
-
-
-def exists(path: Path | str) -> bool:
-    """True if a file, folder or device of that path exists; False for an impossible path."""
-    with contextlib.suppress(OSError, ValueError):
-        return Path(path).exists()
-    return False
+# These are False for an impossible path, too long or with a NUL byte.
+is_file, is_folder, exists = os.path.isfile, os.path.isdir, os.path.exists
 
 
 def absent(path: Path | str, what: str = "file") -> FileError:
@@ -157,13 +133,13 @@ def absent(path: Path | str, what: str = "file") -> FileError:
         names = [entry.name for entry in itertools.islice(entries, _LOOKED_AT) if entry.name[0] != "."]
     alike = [name for name in names if Path(name).suffix.lower() == path.suffix.lower()] or names
     close = closest(path.stem[:_SHOWN], {Path(name).stem for name in names})  # an equal ending is no likeness
-    if meant := [name for name in names if Path(name).stem in close]:
-        hint = f"did you mean {', '.join(str(folder / name) for name in sorted(meant)[:3])}?"
+    meant = [name for name in names if Path(name).stem in close]
+    listed = ", ".join(str(folder / name) for name in sorted(meant or alike)[:3])
+    if meant:
+        hint = f"did you mean {listed}?"
     elif alike:
         more = f" and {len(alike) - 3} more" if len(alike) > 3 else ""
-        hint = (
-            f"check the path; there are {', '.join(str(folder / name) for name in sorted(alike)[:3])}{more}."
-        )
+        hint = f"check the path; there are {listed}{more}."
     else:
         hint = f"check the path; {folder.absolute()} is empty."
     return FileError(refusal, next=hint)

@@ -189,10 +189,6 @@ def _safetensors(start: bytes, path: Path) -> dict[str, str] | None:
     return None
 
 
-def _is_converted(start: bytes, path: Path) -> bool:
-    return CONVERTED_KEY in (_safetensors(start, path) or {})
-
-
 def _is_weights(start: bytes, path: Path) -> bool:
     legacy = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before its archives
     return (
@@ -200,20 +196,12 @@ def _is_weights(start: bytes, path: Path) -> bool:
     )
 
 
-def _is_torchscript(start: bytes, path: Path) -> bool:
-    return _holds(start, path, "constants.pkl")
-
-
-def _is_exported(start: bytes, path: Path) -> bool:
-    return _holds(start, path, "archive_format") or _holds(start, path, "serialized_exported_program.json")
-
-
-def _holds(start: bytes, path: Path, name: str) -> bool:
-    """True for an archive with an entry of this name, in whatever folder."""
+def _holds(start: bytes, path: Path, *names: str) -> bool:
+    """True for an archive with an entry of one of these names, in whatever folder."""
     if start[:4] != b"PK\x03\x04":
         return False
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-        return any(entry.rpartition("/")[2] == name for entry in archive.namelist())
+        return any(entry.rpartition("/")[2] in names for entry in archive.namelist())
     return False
 
 
@@ -222,12 +210,11 @@ def _is_onnx(start: bytes, path: Path) -> bool:
     return start[:1] == b"\x08" and start[2:3] in (b"\x12", b"\x3a") and 0 < start[1] < 64
 
 
-def _is_openvino(start: bytes, path: Path) -> bool:
-    return start.startswith(b"<?xml") and b"<net " in start
-
-
 _BY_CONTENT: tuple[tuple[FileKind, Callable[[bytes, Path], bool]], ...] = (
-    *((PICTURE, _is_picture), (CLIP, _is_clip), (CONVERTED, _is_converted)),
-    *((TORCHSCRIPT, _is_torchscript), (EXPORTED, _is_exported), (WEIGHTS, _is_weights)),
-    *((ONNX, _is_onnx), (OPENVINO, _is_openvino)),
+    *((PICTURE, _is_picture), (CLIP, _is_clip)),
+    (CONVERTED, lambda start, path: CONVERTED_KEY in (_safetensors(start, path) or {})),
+    (TORCHSCRIPT, lambda *file: _holds(*file, "constants.pkl")),
+    (EXPORTED, lambda *file: _holds(*file, "archive_format", "serialized_exported_program.json")),
+    *((WEIGHTS, _is_weights), (ONNX, _is_onnx)),
+    (OPENVINO, lambda start, path: start.startswith(b"<?xml") and b"<net " in start),
 )

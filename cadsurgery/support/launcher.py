@@ -14,16 +14,14 @@ from cadsurgery.support.errors import InvalidInput
 _VARIABLES = (
     (("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"), 0),
     (("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"), 1),
-    (("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"), 0),
 )
 
 
 class World(NamedTuple):
-    """This process among all: its rank, the number of processes, and its rank on this machine."""
+    """This process among all: its rank, and the number of processes."""
 
     rank: int
     size: int
-    local_rank: int
 
     @property
     def is_main(self) -> bool:
@@ -32,12 +30,12 @@ class World(NamedTuple):
 
 
 def world() -> World:
-    """Return rank, size and local rank from the environment variables of torchrun or MPI; (0, 1, 0) without a launcher.
+    """Return rank and size from the environment variables of torchrun or MPI; (0, 1) without a launcher.
 
     Raises:
         InvalidInput: `accelerate launch --cpu` was asked for several processes, but it starts only one without MPI.
     """
-    rank, size, local = (
+    rank, size = (
         next((int(os.environ[name]) for name in names if os.environ.get(name)), number)
         for names, number in _VARIABLES
     )
@@ -48,4 +46,4 @@ def world() -> World:
             why="accelerate launch --cpu starts the others through MPI only.",
             next="start them by torchrun --nproc_per_node N, with --device cpu at the end of a command.",
         )
-    return World(rank, size, local) if size > 1 else World(0, 1, 0)
+    return World(rank, size) if size > 1 else World(0, 1)

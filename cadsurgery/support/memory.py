@@ -11,8 +11,7 @@ from pathlib import Path
 from cadsurgery.support.errors import InvalidInput
 
 _MOST_DIGITS = 6  # behind the point of MiB: one byte
-_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_DECIMAL = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = ("", "K", "M", "G", "T")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -52,9 +51,8 @@ def bytes_of(memory: int | str) -> int:
             f"memory={memory!r} is no amount of memory.",
             next='give bytes, a text such as "1.5GiB", "800MiB" or "2GB", or "auto" for what is free.',
         )
-    unit = found[2].upper()
-    is_decimal = bool(unit and found[4] and not found[3])
-    return int(float(found[1]) * (_DECIMAL[f"{unit}B"] if is_decimal else _UNITS[unit]))
+    base = 1000 if found[4] and not found[3] else 1024
+    return int(float(found[1]) * base ** _UNITS.index(found[2].upper()))
 
 
 def free_memory(root: Path = Path("/")) -> int | None:

@@ -67,7 +67,7 @@ def _describe(value: Any) -> Hashable:
     """Return what a result may depend on.
 
     Raises:
-        _Unknown: the value has more than that.
+        _DependsOnValues: the value has more than that.
     """
     if type(value) in _TENSORS:
         if not value.is_meta or value.layout is not torch.strided:

@@ -16,6 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.memory import bytes_of
+
 # Variables that cap instruction sets: ours, torch's, oneDNN's (also of OpenVINO) and MKL's.
 CAPS = ("CADSURGERY_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 _KERNELS: list[Callable[[], str]] = []
@@ -108,13 +111,10 @@ def _caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> str:
     """List the first core's data and unified caches by level."""
     caches = []
     for index in sorted(folder.glob("index[0-9]*")):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, InvalidInput):
             level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
             if kind != "Instruction":
-                units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-                scale = units.get(size[-1:], 1)
-                bytes_ = int(size[:-1] if size[-1:] in units else size) * scale
-                caches.append(f"L{level}{'d' if kind == 'Data' else ''} {_size(bytes_)}")
+                caches.append(f"L{level}{'d' if kind == 'Data' else ''} {_size(bytes_of(size))}")
     return ", ".join(caches)
 
 
@@ -123,21 +123,14 @@ def _size(count: int) -> str:
 
 
 def _macos_processor() -> Processor:
-    names = (
-        "machdep.cpu.brand_string",
-        "hw.cpufamily",
-        "hw.l1dcachesize",
-        "hw.l2cachesize",
-        "hw.l3cachesize",
-    )
-    values = dict.fromkeys(names, "")
-    for name in names:
+    def told(name: str) -> str:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(
-                ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=10
-            )
-            values[name] = done.stdout.strip()
-    sizes = {"L1d": values[names[2]], "L2": values[names[3]], "L3": values[names[4]]}
+            command = ["/usr/sbin/sysctl", "-n", name]
+            return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+        return ""
+
+    sizes = {name: told(f"hw.{name.lower()}cachesize") for name in ("L1d", "L2", "L3")}
     caches = ", ".join(f"{name} {_size(int(size))}" for name, size in sizes.items() if size.isdigit())
-    family = f"family {int(values[names[1]]):#x}" if values[names[1]].lstrip("-").isdigit() else ""
-    return Processor(values[names[0]] or platform.processor(), family, caches)
+    family = told("hw.cpufamily")
+    family = f"family {int(family):#x}" if family.lstrip("-").isdigit() else ""
+    return Processor(told("machdep.cpu.brand_string") or platform.processor(), family, caches)

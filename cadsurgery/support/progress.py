@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 Item = TypeVar("Item")
 
@@ -31,7 +31,7 @@ class Step(Protocol):
         """
 
 
-def silent(text: str, done: float | None = None, of: float | None = None, limit: float | None = None) -> None:
+def silent(*_: Any, **__: Any) -> None:
     """Ignore a step."""
 
 
@@ -65,9 +65,7 @@ def waiting(step: Step = silent) -> Iterator[Step]:
 
     status = Console(file=sys.stderr).status("")
 
-    def show(
-        text: str, done: float | None = None, of: float | None = None, limit: float | None = None
-    ) -> None:
+    def show(text: str, *_: Any, **__: Any) -> None:
         status.update(f"cadsurgery: {escape(text)} ...")
 
     timer = threading.Timer(_PATIENCE, status.start)
@@ -84,10 +82,8 @@ def waiting(step: Step = silent) -> Iterator[Step]:
 def within(step: Step, heading: str) -> Step:
     """Return a callback that begins the text of every step with a heading."""
 
-    def inner(
-        text: str, done: float | None = None, of: float | None = None, limit: float | None = None
-    ) -> None:
-        step(f"{heading}, {text}", done, of, limit)
+    def inner(text: str, *counts: Any, **more: Any) -> None:
+        step(f"{heading}, {text}", *counts, **more)
 
     return inner
 

@@ -46,7 +46,7 @@ def describe_run(device: torch.device) -> dict[str, Any]:
     """Return a report's provenance fields for a run made now: `device` with threads, `processor`, `instruction_sets`,
     `versions`, `commit` and `date`."""
     return {
-        "device": device_with_threads(device),
+        "device": f"{device_in_words(device)}; {torch.get_num_threads()} threads",
         "processor": processor()._asdict(),
         "instruction_sets": instruction_sets(),
         "versions": versions(),
@@ -93,11 +93,6 @@ def device_in_words(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_in_words()}; {sets_in_words(instruction_sets())}"
-
-
-def device_with_threads(device: torch.device) -> str:
-    """Return the device in words and the number of threads that torch uses."""
-    return f"{device_in_words(device)}; {torch.get_num_threads()} threads"
 
 
 def function_at(name: str, where: str, example: str) -> Any:

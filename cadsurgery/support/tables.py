@@ -41,9 +41,8 @@ class Column(Generic[Shown]):
             return "-" if value is None else ""
         if not isinstance(self.form, str):
             return self.form(value)
-        return format(
-            value, f"z{self.form}" if isinstance(value, float) and self.form else self.form
-        )  # no -0.0000
+        is_decimal = isinstance(value, float) and self.form
+        return format(value, f"z{self.form}" if is_decimal else self.form)  # no -0.0000
 
 
 _PLACE = 2  # characters of the number of a row

@@ -8,7 +8,7 @@ are used, as `torch_internals.min_of_sizes`. What torch may change while it runs
 from __future__ import annotations
 
 import importlib
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -148,11 +148,10 @@ def find(name: str) -> Any:
 
 def is_here(name: str) -> bool:
     """True if this version of torch has a name that older ones lack."""
-    try:
+    with suppress(CadError):
         _look_up(NAMES[name].place)
-    except CadError:
-        return False
-    return True
+        return True
+    return False
 
 
 def put(name: str, value: Any) -> AbstractContextManager[Any]:

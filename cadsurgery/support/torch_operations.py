@@ -235,11 +235,6 @@ def is_kind(target: Any, *kinds: Kind) -> bool:
     return operation is not None and operation.kind in kinds
 
 
-def operations() -> Mapping[object, TorchOperation]:
-    """Return all operations of the table by spelling."""
-    return dict(_SPELLINGS)
-
-
 def spellings(*kinds: Kind) -> tuple[object, ...]:
     """Return all spellings of the operations of these kinds, as arguments for `@rule`."""
     return tuple(spelling for spelling, operation in _SPELLINGS.items() if operation.kind in kinds)
@@ -263,7 +258,7 @@ def is_in_place(target: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, An
     if name.startswith("__"):  # `x.__iadd__(y)`, if there is also `x.__add__(y)`
         return name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
     if getattr(target, "__module__", "") == "_operator":  # and_, or_ and not_ are only spelled so
-        return target in _IN_PLACE_OPERATORS
+        return name[0] == "i" and (hasattr(operator, name[1:]) or hasattr(operator, f"{name[1:]}_"))
     if name.endswith("_") and not name.startswith("_"):
         return True
     if not callable(target):
@@ -271,10 +266,6 @@ def is_in_place(target: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, An
     place = _place_of_inplace(target)
     flag = args[place] if place is not None and len(args) > place else (kwargs or {}).get("inplace")
     return bool(flag)
-
-
-_IN_PLACE_NAMES = {f"i{name.rstrip('_')}" for name in dir(operator)} & set(dir(operator))
-_IN_PLACE_OPERATORS = frozenset(getattr(operator, name) for name in _IN_PLACE_NAMES if name.isidentifier())
 
 
 @cache
