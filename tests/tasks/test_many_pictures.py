@@ -255,7 +255,9 @@ def test_what_is_no_picture_of_a_column_is_an_error_of_its_row(file: Path) -> No
 @pytest.fixture
 def bucket(different: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a bucket in a server of moto, with the pictures."""
-    server = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'cadsurgery[slow]'")
+    server = pytest.importorskip(
+        "moto.server", reason="moto is not installed: pip install 'cadsurgery[slow]'"
+    )
     fs = pytest.importorskip("pyarrow.fs", reason="pyarrow is not installed: pip install 'cadsurgery[scale]'")
     running = server.ThreadedMotoServer(port=0)
     running.start()
