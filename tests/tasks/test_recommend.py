@@ -351,6 +351,7 @@ def test_another_precision_is_advised_where_the_processor_has_tiles(monkeypatch:
 def test_labels_of_more_classes_than_outputs_are_refused(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(cs.InvalidInput, match="have 7 classes and the network has 6 outputs"):
         run(photos, tmp_path / "run", labels=f"{photos},classes=7", limit=1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_labels_of_0_and_255_alone_and_those_of_no_photo_are_said(photos: Path, tmp_path: Path) -> None:

@@ -166,7 +166,6 @@ def recommend(
         _look_into_labels(photos, labels_folder)
     step("building the network")
     model, source = _as_given(network, weights, trust, bands)
-    folder = make_folder(output or Path(f"{_short_name(source)}-recommended"))
     options = {name: value for name, value in (options or {}).items() if value is not None}
     options = with_statistics(options, source, pictures_of(data))
     source = normalised_by(source, options.get("normalisation"))
@@ -175,6 +174,7 @@ def recommend(
     refuse_what_does_not_fit(model, first)
     pictures.data = _with_labels(pictures.data, labels, _output_of(model, first))
     _check_labels(pictures.data, step)
+    folder = make_folder(output or Path(f"{_short_name(source)}-recommended"))
     step("finding settings")
     candidates = find_candidates(
         model,
