@@ -51,6 +51,11 @@ class Clip:
     rate: Fraction
     time_base: Fraction
 
+    @property
+    def frames(self) -> Iterator[Tensor]:
+        """The frames that were not read yet, without their times."""
+        return (frame for _, frame in self.timed)
+
 
 def is_camera(path: Path) -> bool:
     """True for the number of a camera."""

@@ -60,7 +60,7 @@ def test_every_nth_frame_is_that_of_the_decoder_of_run(
 ) -> None:
     clip = written(tmp_path / f"drive{ending}")
     with open_clip(clip) as opened:
-        frames = [frame for _, frame in opened.timed]
+        frames = list(opened.frames)
     data = cs.open_data(f"clip:{clip}{options}", "all")
     assert length_of(clip) == (FRAMES, RATE) and not data.is_labelled
     assert [Path(name).name for name in data.names] == [f"{number:06d}" for number in numbers]
@@ -99,7 +99,7 @@ def test_frames_are_turned_and_mirrored_as_players_show_them(
     clip.write_bytes(content)
     expected = TURNS[matrix](pixels).astype(np.float32) / 255
     with open_clip(clip) as opened:
-        ((_, frame),) = opened.timed
+        (frame,) = opened.frames
     chosen = cs.open_data(f"clip:{clip},every=1", "all")[0][0]
     assert torch.equal(chosen, frame) and frame.shape[1:] == expected.shape[:2]
     assert abs(frame.permute(1, 2, 0).numpy() - expected).mean() < 0.02
@@ -114,7 +114,7 @@ def test_a_clip_that_is_turned_by_another_angle_is_rotated(tmp_path: Path) -> No
         content[at : at + 36] = struct.pack(">9i", flip * turn, flip * turn, 0, -turn, turn, 0, 0, 0, 1 << 30)
         clip.write_bytes(content)
         with open_clip(clip) as opened:
-            ((_, frame),) = opened.timed
+            (frame,) = opened.frames
         assert min(frame.shape[1:]) > max(SIZE) and frame[:, 0, 0].sum() == 0  # a corner is empty
 
 
@@ -218,7 +218,7 @@ def test_commands_take_a_clip(clip: Path, command_line: Run, tmp_path: Path) -> 
     one, two = command_line(*masked, "mask.png"), command_line(*masked, "mask.mp4")
     assert one.json["file"] == "mask.png" and two.json["frames"] == 2 and length_of(Path("mask.mp4"))[0] == 2
     with open_clip(Path("mask.mp4")) as drawn:  # the first of both is that of the picture
-        frame, (first, second) = Image.open("mask.png").size, (frame for _, frame in islice(drawn.timed, 2))
+        frame, (first, second) = Image.open("mask.png").size, islice(drawn.frames, 2)
         assert abs(first.shape[2] - frame[0]) <= 1 and not torch.equal(first, second)
     refused = command_line("mask", clip, "--compare", "-o", "mask.mp4")
     assert refused.code == 1 and "comparison" in refused.err

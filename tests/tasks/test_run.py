@@ -62,7 +62,7 @@ def make_clip(folder: Path, path: Path) -> Path:
 
 def frames_of(path: Path) -> list[torch.Tensor]:
     with open_clip(path) as clip:
-        return [frame for _, frame in clip.timed]
+        return list(clip.frames)
 
 
 @pytest.fixture
