@@ -87,7 +87,8 @@ class SeenGraph:
         several: nodes of the region whose value is several maps.
         small: nodes whose value is a small map that the region reads.
         types: type of each tensor, and of the values of elements.
-        numbers: numbers that follow from the size of the picture, and tensors of which only the type is asked.
+        numbers: numbers that follow from the size of the picture; in place of elements' rows of which only the type and
+            device are read, an empty tensor.
         memories: the memory of the value of each node, which views share.
         changed: for each node that changes values in place, the nodes of these.
         device: of the picture; shapes are seen on meta tensors.
@@ -130,13 +131,13 @@ class SeenGraph:
                 self.numbers[node] = self.device
             elif _is_number(value):
                 self.numbers[node] = value
-        for node in graph.nodes:  # rows of which only type and device are asked
+        for node in graph.nodes:
             is_rows = node.target is getattr and node.args[1] == "rows"
             if is_rows and node.users and all(_acts(user).kind == "shape" for user in node.users):
                 self.numbers[node] = self.stand_in(node)
 
     def stand_in(self, node: fx.Node) -> Tensor:
-        """Return a tensor with the type and device of a node's value."""
+        """Return an empty tensor with the type and device of a node's value."""
         return torch.empty(0, dtype=self.types[node], device=self.device)
 
     @property
@@ -239,7 +240,7 @@ class BandPlan:
         return list(dict.fromkeys((*found, *(one for node in self.behind for one in self._maps_of(node)))))
 
     def awaited(self, node: fx.Node) -> list[fx.Node]:
-        """The values that a node reads, without maps of which it asks the size or type alone."""
+        """Return the values that a node reads, without maps of which it reads only the size, type or device."""
         if _acts(node).kind != "shape":
             return node.all_input_nodes
         converted = node.args[:1] if is_kind(node.target, "converts") else ()
@@ -506,10 +507,10 @@ class BandPlan:
         """Call the operation of a node on rows of the maps that it reads, perhaps with other options, or on values
         that are no maps. What it changes in place is its own."""
 
-        awaited = self.awaited(node)
+        asks = _acts(node).kind == "shape"
 
         def value(read: fx.Node) -> Any:
-            if read not in awaited:
+            if asks and read not in self.awaited(node):
                 return self.seen.stand_in(read)
             found = (
                 self.call(read, rows) if read in self.parts else (rows if read in rows else self.values)[read]

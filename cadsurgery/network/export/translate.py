@@ -32,8 +32,10 @@ _ATEN = torch.ops.aten
 
 
 def _sort(self: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
-    """Sort by TopK of all values; it is stable, because among equal values the lower index comes first. OpenVINO does
-    not keep that rule, so masks do not use the indices."""
+    """Sort by TopK of all values, which by ONNX puts the lower index first among equal values.
+
+    OpenVINO does not keep this order, so masks do not use the indices.
+    """
     count = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
     values, indices = op.TopK(self, count, axis=dim, largest=int(descending), sorted=1)
     return values, indices
@@ -256,14 +258,15 @@ def _pad(self: Any, pad: Any, mode: str = "constant", value: float | None = None
 
 
 _END = (1 << 63) - 1  # of an axis, as ONNX's Slice has it
-_BEHIND_ANY_END = 1 << 30
+_BEHIND_ANY_END = 1 << 30  # longer than any axis, and finite: see `_slice`
 
 
 def _slice(self: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    """Slice; a step on a whole axis has an end of its own.
+    """Slice an axis; a slice of the whole axis with a step gets a finite end.
 
-    OpenVINO 2026.4 takes the size of `x[::2]` for the size of x where both may be any from 1 on (its pull request
-    37932), and reads one for the other; with another end it may be at most half of that.
+    In files of any size OpenVINO 2026.4 believes that an axis of `x[::2]` is as long as that of x if the shortest and
+    the longest possible length of both are the same, 1 and infinity (see its pull request 37932), and takes one
+    length for the other. With a finite end the longest lengths differ.
     """
     if step != 1 and (end is None or (isinstance(end, int) and end > _BEHIND_ANY_END)):
         end = _BEHIND_ANY_END
