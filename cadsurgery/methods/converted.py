@@ -126,6 +126,10 @@ class ConvertedModel(Derived):
         """Count the multiply-accumulates on an image."""
         raise NotImplementedError
 
+    def optimize(self) -> Any:
+        """Return an inference copy."""
+        return copy.deepcopy(self).eval()
+
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors of the file by name, and metadata fields of this method."""
         return self.state_dict(), {}

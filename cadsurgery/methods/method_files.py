@@ -6,23 +6,20 @@ from pathlib import Path
 
 from torch import nn
 
-from cadsurgery.methods.anytime.model import AnytimeModel, AnytimePlan
+from cadsurgery.methods import anytime, resampling, sampling  # noqa: F401  # they register themselves
 from cadsurgery.methods.converted import METHODS, ConvertedModel, pack, unpack
 from cadsurgery.methods.report import MethodPlan
-from cadsurgery.methods.resampling.model import ResampledModel, ResampledPlan
-from cadsurgery.methods.sampling.model import SampledModel, SamplingPlan
 from cadsurgery.network import storage
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.unconvertible import check_network
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.surgery.plan import Plan
 
-SiblingModel = AnytimeModel | ResampledModel | SampledModel
-Converted = AdaptiveModel | SiblingModel
-AnyPlan = Plan | AnytimePlan | ResampledPlan | SamplingPlan
+Converted = AdaptiveModel | ConvertedModel
+AnyPlan = Plan | MethodPlan
 
 
-def save(net: AdaptiveModel | ConvertedModel, path: str | Path) -> None:
+def save(net: Converted, path: str | Path) -> None:
     """Write a converted network: parameters and buffers, tensors the method added, plan, options, source and
     versions.
 
@@ -68,7 +65,7 @@ def load(
     if mask is not None:
         raise InvalidInput(f"{path} holds a network without masks.", next="leave out mask=, --mask.")
     header, tensors = storage.open_file(path, True)
-    return unpack(kind, path, storage.check_metadata(path, header), tensors, model, trust)  # type: ignore[return-value]
+    return unpack(kind, path, storage.check_metadata(path, header), tensors, model, trust)
 
 
 def read_plan(path: str | Path) -> AnyPlan:
@@ -82,7 +79,7 @@ def read_plan(path: str | Path) -> AnyPlan:
         values = storage.read_metadata(path)
     plan_type: type[Plan] | type[MethodPlan] = kind.plan_type if kind is not None else Plan
     with storage.as_file_error(f"the metadata of {path} is damaged.", storage.AGAIN):
-        return plan_type.from_json(values["plan"])  # type: ignore[return-value]
+        return plan_type.from_json(values["plan"])
 
 
 def _kind_of(path: str | Path) -> type[ConvertedModel] | None:

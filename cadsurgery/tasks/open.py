@@ -18,7 +18,7 @@ from cadsurgery.data.networks import Source, build_again, build_model, source_of
 from cadsurgery.data.onnx_files import is_onnx
 from cadsurgery.data.samples import MOST, pictures_of
 from cadsurgery.masks.unit import BANDS, read_normalisation
-from cadsurgery.methods.method_files import SiblingModel
+from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.methods.method_files import load as load_any
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.model import AdaptiveModel, pictures_for
@@ -43,18 +43,18 @@ def is_file(network: object) -> bool:
     return is_address(network) or network.endswith(".safetensors") or files.is_file(network)
 
 
-def open_any(network: object, trust: bool = False) -> SiblingModel | None:
+def open_any(network: object, trust: bool = False) -> ConvertedModel | None:
     """Return a network made by a method of `cadsurgery.methods`, also from its file; None for anything else.
 
     Args:
         network: a network, or anything that specifies one.
         trust: see `cadsurgery.load`.
     """
-    if isinstance(network, SiblingModel):
+    if isinstance(network, ConvertedModel):
         return network
     if not isinstance(network, str) or not is_file(network) or not read_method(network):
         return None
-    return cast(SiblingModel, load_any(network, trust=trust))
+    return cast(ConvertedModel, load_any(network, trust=trust))
 
 
 Pictures = Callable[[Source], Iterable[Tensor]]  # those that a command reads, for a network of a source

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchvision.io import write_png
 from torchvision.models.resnet import BasicBlock
-from training import SIZE, batch, residual_segmenter, with_exits
+from training import SIZE, Scenes, batch, residual_segmenter, with_exits
 
 import cadsurgery as cs
 from cadsurgery.data.networks import source_of
+from cadsurgery.finetune import Settings, fit
 from cadsurgery.masks import labelled
 from cadsurgery.methods.anytime import AnytimePlan
 from cadsurgery.methods.converted import METHODS, GraphModel, register
@@ -166,6 +167,14 @@ def test_a_method_in_one_file_is_planned_and_counted_by_the_command_line(
     assert told.code == 0 and told.json["total"] == told.json["dense"] // 4
     planned = command_line("plan", "--model", str(file))
     assert planned.code == 0 and "every 3. element" in planned.out
+
+
+def test_training_writes_a_file_that_opens_again(thinned: tuple[Any, Path], tmp_path: Path) -> None:
+    net, settings = thinned[0], Settings(steps=1, batch=2, crop=0, workers=0)
+    trained = fit(net, Scenes(), settings, output=tmp_path, device="cpu").network
+    again, x = cs.load(trained, segmenter().eval()), images(2, *SIZE)
+    assert again.plan == net.plan and torch.equal(again(x), net(x))
+    assert again.source is not None and again.source.weights == "fine-tuned"
 
 
 def test_a_method_without_sides_is_neither_evaluated_nor_timed(
