@@ -11,44 +11,30 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from cadsurgery.data.networks import Source, channels_of, license_of
+from cadsurgery.data.networks import Source, channels_of
 from cadsurgery.following.arguments import image_of
 from cadsurgery.following.graphs import parts_read
 from cadsurgery.following.hooks import copying, freeze_computed_weights
 from cadsurgery.masks.masking import check_image
 from cadsurgery.methods.program import CallWork, work_of
 from cadsurgery.methods.report import MethodMacs, MethodPlan
+from cadsurgery.network import storage
 from cadsurgery.network.fuse import KERNELS, fuse, split_norms
 from cadsurgery.network.macs import meta_copy
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Derived
-from cadsurgery.network.storage import (
-    AGAIN,
-    FORMAT,
-    METHOD,
-    OTHER_MODEL,
-    build_stated,
-    check_example,
-    check_tensors,
-    check_types,
-    checksum,
-)
+from cadsurgery.network.storage import METHOD, OTHER_MODEL, Stored, build_stated, check_types
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.files import as_file_error
-from cadsurgery.support.plain import check_fields
-from cadsurgery.support.provenance import versions
 
-_IN_FILE: dict[str, Any] = {
-    **{METHOD: str, "format": int, "versions": dict[str, str], "source": dict[str, Any] | None},
-    **{"options": dict[str, Any], "plan": str, "tensors": str, "license": str},
-}
 _REMEMBERED = 16  # shapes of calls whose work a `GraphModel` knows
 M = TypeVar("M", bound="type[ConvertedModel]")
 METHODS: dict[str, type[ConvertedModel]] = {}
@@ -58,25 +44,6 @@ def register(kind: M) -> M:
     """Let `cadsurgery.save` and `load` handle networks of this class; a later class of the method replaces it."""
     METHODS[kind.method] = kind
     return kind
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Metadata of a file.
-
-    Attributes:
-        fields: all fields.
-        options: the checked options of the method.
-        plan: the plan of the network.
-        source: where the network came from.
-        trust: True if code that the file names may be imported, see `cadsurgery.load`.
-    """
-
-    fields: dict[str, Any]
-    options: dict[str, Any]
-    plan: Any
-    source: Source | None
-    trust: bool
 
 
 class ConvertedModel(Derived):
@@ -150,10 +117,6 @@ class ConvertedModel(Derived):
 
     def train_part(self) -> None:
         """Set the training mode in which the group alone is trained, in a network in evaluation mode."""
-
-    @classmethod
-    def check_stored(cls, path: str | Path, stored: Stored, tensors: dict[str, Tensor]) -> None:
-        """Check that a file's options do not ask for more than its tensors hold."""
 
     @classmethod
     def rebuild(
@@ -235,63 +198,67 @@ class ConvertedModel(Derived):
         return clone
 
 
-def pack(net: ConvertedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the contents of a network's file: tensors by name, and metadata as plain values.
+def pack(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the contents of a converted network's file: tensors by name, and metadata as plain values.
 
     Raises:
-        InvalidInput: the network is an inference copy.
+        InvalidInput: the network is not converted, or is an inference copy.
     """
+    if not isinstance(net, ConvertedModel):
+        return storage.pack(net)
     net.check_storable()
     tensors, more = net.pack()
-    is_named = net.source is not None and ":" in net.source.name
-    return tensors, {
-        **{METHOD: net.method, "format": FORMAT, "versions": versions()},
-        **{"source": net.source.to_dict() if is_named and net.source else None, **more},
-        **{
-            "options": {**net.options, **net.settings},
-            "plan": net.plan.to_json(),
-            "tensors": checksum(tensors),
-        },
-        **({"license": stated} if (stated := license_of(net)) else {}),
-    }
+    source = net.source if net.source is not None and ":" in net.source.name else None
+    options = {**net.options, **net.settings}
+    return tensors, {METHOD: net.method, **more, **storage.describe(net, tensors, source, options, net.plan)}
+
+
+def kind_of(path: str | Path, values: Mapping[str, Any]) -> type[ConvertedModel] | None:
+    """Return the class of the network that metadata are of; None for an adaptive network.
+
+    Raises:
+        FileError: no class is registered for its method.
+    """
+    name = str(values.get(METHOD, ""))
+    if name and name not in METHODS:
+        raise FileError(
+            f"{path} was made by a method {name!r:.60}.",
+            next="update cadsurgery, or import the module that registers the method.",
+        )
+    return METHODS[name] if name else None
 
 
 def unpack(
-    kind: type[ConvertedModel],
     path: str | Path,
     values: dict[str, Any],
     tensors: dict[str, Tensor],
     model: nn.Module | None,
-    trust: bool,
-) -> ConvertedModel:
+    *,
+    mask: object = None,
+    trust: bool = False,
+) -> AdaptiveModel | ConvertedModel:
     """Build the network from the contents of a file, in evaluation mode.
 
     Args:
-        kind: class of the network.
         path: path of the file, for messages.
         values: the metadata.
         tensors: the tensors.
-        model: the original architecture; needed if the network was not built by name.
-        trust: see `cadsurgery.load`.
+        model, mask, trust: see `cadsurgery.load`.
 
     Raises:
         FileError: the file is damaged, does not fit the model, or its example is too large to be created.
+        InvalidInput: a mask is given for a network that has none.
     """
-    with as_file_error(f"the metadata of {path} is damaged.", AGAIN):
-        fields = check_fields(values, {**_IN_FILE, **kind.field_types}, "it")
-        options = check_fields(fields["options"], kind.option_types, "options")
-        source = Source.from_dict(fields["source"]) if fields["source"] is not None else None
-        plan = kind.plan_type.from_json(fields["plan"])
-    check_tensors(path, fields["tensors"], tensors)
-    check_example(path, plan, trust)
-    if source is not None:
-        source = source.read_from(path, trust)
-    stored = Stored(fields, options, plan, source, trust)
-    kind.check_stored(path, stored, tensors)
+    kind = kind_of(path, values)
+    if kind is None:
+        return storage.unpack(path, values, tensors, model, mask=mask, trust=trust)
+    if mask is not None:
+        raise InvalidInput(f"{path} holds a network without masks.", next="leave out mask=, --mask.")
+    stored = storage.read_stored(path, values, kind, tensors, trust)
     net = kind.rebuild(path, stored, tensors, model)
-    net.source = replace(source, channels=channels_of(net)) if source else net.source
+    net.source = replace(stored.source, channels=channels_of(net)) if stored.source else net.source
     if net.source is not None:
-        net.source = replace(net.source, license=fields.get("license", ""))
+        net.source = replace(net.source, license=stored.fields["license"])
     return net
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from torch import nn
 
+from cadsurgery.following.arguments import outside_inference_mode
 from cadsurgery.methods import anytime, resampling, sampling  # noqa: F401  # they register themselves
-from cadsurgery.methods.converted import METHODS, ConvertedModel, pack, unpack
+from cadsurgery.methods.converted import ConvertedModel, kind_of, pack, unpack
 from cadsurgery.methods.report import MethodPlan
 from cadsurgery.network import storage
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.unconvertible import check_network
-from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.surgery.plan import Plan
 
 Converted = AdaptiveModel | ConvertedModel
@@ -30,10 +30,11 @@ def save(net: Converted, path: str | Path) -> None:
         FileError: the path cannot be written.
         InvalidInput: the network is not converted, or is an optimised copy.
     """
-    tensors, metadata = pack(net) if isinstance(net, ConvertedModel) else storage.pack(net)
+    tensors, metadata = pack(net)
     storage.write_tensors(Path(path), tensors, {storage.KEY: storage.encode_with_checksum(metadata)})
 
 
+@outside_inference_mode
 def load(
     path: str | Path, model: nn.Module | None = None, *, mask: object = None, trust: bool = False
 ) -> Converted:
@@ -59,13 +60,8 @@ def load(
     """
     if model is not None:
         check_network(model)
-    kind = _kind_of(path)
-    if kind is None:
-        return storage.load(path, model, mask=mask, trust=trust)
-    if mask is not None:
-        raise InvalidInput(f"{path} holds a network without masks.", next="leave out mask=, --mask.")
     header, tensors = storage.open_file(path, True)
-    return unpack(kind, path, storage.check_metadata(path, header), tensors, model, trust)
+    return unpack(path, storage.check_metadata(path, header), tensors, model, mask=mask, trust=trust)
 
 
 def read_plan(path: str | Path) -> AnyPlan:
@@ -74,20 +70,6 @@ def read_plan(path: str | Path) -> AnyPlan:
     Raises:
         FileError: the file is missing, damaged or foreign.
     """
-    kind, values = _kind_of(path), storage.check_metadata(path, storage.open_file(path, False)[0])
-    if kind is None:
-        values = storage.read_metadata(path)
-    plan_type: type[Plan] | type[MethodPlan] = kind.plan_type if kind is not None else Plan
-    with storage.as_file_error(f"the metadata of {path} is damaged.", storage.AGAIN):
-        return plan_type.from_json(values["plan"])
-
-
-def _kind_of(path: str | Path) -> type[ConvertedModel] | None:
-    """Return the class of the network in a file; None for an adaptive network."""
-    name = storage.read_method(path)
-    if name and name not in METHODS:
-        raise FileError(
-            f"{path} was made by a method {name!r:.60}.",
-            next="update cadsurgery, or import the module that registers the method.",
-        )
-    return METHODS[name] if name else None
+    values = storage.check_metadata(path, storage.open_file(path, False)[0])
+    plan: AnyPlan = storage.read_stored(path, values, kind_of(path, values) or storage.Adaptive).plan
+    return plan

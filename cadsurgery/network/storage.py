@@ -8,9 +8,9 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,33 +54,13 @@ _OPTIONS = {
 }
 
 
-def save(net: AdaptiveModel, path: str | Path) -> None:
-    """Write a converted network: parameters and buffers, adapters, plan, options, mask, source and versions.
-
-    The file is written atomically, has checksums and contains no pickle. A mask that is a function or an
-    unregistered provider cannot be stored; `load` then asks for one.
-
-    Raises:
-        FileError: the path cannot be written.
-        InvalidInput: the network is not converted, an optimised copy, or was changed after its conversion.
-    """
-    tensors, metadata = pack(net)
-    write_tensors(Path(path), tensors, {KEY: encode_with_checksum(metadata)})
-
-
-def pack(net: AdaptiveModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pack(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the content of a converted network's file: tensors by name, and metadata as plain values.
 
     Raises:
         InvalidInput: the network is not converted, or an optimised copy.
     """
     if not isinstance(net, AdaptiveModel):
-        method = getattr(type(net), "converted_by", "")
-        if method:
-            raise InvalidInput(
-                f"{type(net).__name__} was made by {method}, not by cs.adaptify.",
-                next="write it with cs.save, which takes every method's networks.",
-            )
         raise InvalidInput(
             f"{type(net).__name__} is not a converted network.",
             next="save what cs.adaptify gave; of another network torch.save(model.state_dict(), path).",
@@ -94,13 +74,22 @@ def pack(net: AdaptiveModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
     # A network by name would be built with the shapes that it had at first.
     source = None if net.has_other_shapes else net.source
     return tensors, {
+        "mask": net.mask.spec() if net.mask.storable else None,
+        "normalisation": net.normalisation and net.normalisation.to_dict(),
+        **describe(net, tensors, source, _options_of(net), _plan_of(net)),
+    }
+
+
+def describe(
+    net: nn.Module, tensors: Mapping[str, Tensor], source: Source | None, options: dict[str, Any], plan: Any
+) -> dict[str, Any]:
+    """Return the metadata that the files of all methods have, as plain values."""
+    return {
         "format": FORMAT,
         "versions": versions(),
         "source": source.to_dict() if source is not None else None,
-        "mask": net.mask.spec() if net.mask.storable else None,
-        "normalisation": net.normalisation and net.normalisation.to_dict(),
-        "options": _options_of(net),
-        "plan": _plan_of(net).to_json(),
+        "options": options,
+        "plan": plan.to_json(),
         "tensors": checksum(tensors),
         **({"license": stated} if (stated := license_of(net)) else {}),
     }
@@ -164,7 +153,6 @@ def load(
     path: str | Path, model: nn.Module | None = None, *, mask: object = None, trust: bool = False
 ) -> AdaptiveModel:
     """Load an adaptive network from a file of `save` or `push`; see `cadsurgery.load`."""
-    mask = None if mask is None else resolve_mask(mask)
     if model is not None:
         check_network(model)
     header, tensors = open_file(path, True)
@@ -177,7 +165,7 @@ def unpack(
     tensors: dict[str, Tensor],
     model: nn.Module | None = None,
     *,
-    mask: MaskProvider | None = None,
+    mask: object = None,
     trust: bool = False,
 ) -> AdaptiveModel:
     """Rebuild the network from the content that `pack` returned, in evaluation mode; see `load`.
@@ -191,24 +179,21 @@ def unpack(
     Raises:
         FileError: see `load`.
     """
-    stated = _read_fields(path, values)
-    check_tensors(path, stated.tensors, tensors)
+    mask = None if mask is None else resolve_mask(mask)
+    stated = read_stored(path, values, Adaptive, tensors, trust)
     mask_tensors, adapter_tensors = (
         {name[len(prefix) :]: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
         for prefix in (_MASK, _ADAPTERS)
     )
     _check_kinds(path, adapter_tensors, stated)
-    if mask is None and stated.mask is not None:
-        mask = stored_mask(path, stated.mask, mask_tensors, trust)
+    if mask is None and (spec := stated.fields["mask"]) is not None:
+        mask = stored_mask(path, spec, mask_tensors, trust)
     if mask is None:
         raise FileError(
             f"{path} was saved with {_NO_MASK}.",
             next='give one: cs.load(path, mask="edges" or your function).',
         )
     source, stored = stated.source, stated.plan
-    if source is not None:
-        source = source.read_from(path, trust)
-    check_example(path, stored, trust)
     if model is None:
         model = build_stated(path, source, tensors)
     net = _convert_again(path, model, mask, stated)
@@ -223,15 +208,13 @@ def unpack(
             adapters.load_state_dict(adapter_tensors, assign=True)
     net.adaptive_part.use_channels_last()
     net.source = source and replace(source, channels=channels_of(net))
-    net.license = stated.license
-    if stated.normalisation is not None:
-        net._unit = Unit(stated.normalisation)
+    net.license = stated.fields["license"]
+    if (normalisation := stated.fields["normalisation"]) is not None:
+        net._unit = Unit(normalisation)
     return net
 
 
-def _convert_again(
-    path: str | Path, model: nn.Module, mask: MaskProvider, stated: FileMetadata
-) -> AdaptiveModel:
+def _convert_again(path: str | Path, model: nn.Module, mask: MaskProvider, stated: Stored) -> AdaptiveModel:
     """Convert a model as a file says.
 
     Raises:
@@ -248,7 +231,7 @@ def _convert_again(
         raise FileError(
             f"{path} holds another plan than this model gives.",
             where=_first_difference(net.plan, stored),
-            why=f"it was written with {_list(stated.versions)}; here are {_list(versions())}.",
+            why=f"it was written with {_list(stated.fields['versions'])}; here are {_list(versions())}.",
             next="pass the model it was converted from, or convert again.",
         )
     return net
@@ -261,7 +244,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         FileError: the file is missing, damaged or foreign.
     """
     values = check_metadata(path, open_file(path, False)[0])
-    _read_fields(path, values)
+    read_stored(path, values, Adaptive)
     return values
 
 
@@ -283,47 +266,83 @@ def _hash(metadata: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(metadata).encode()).hexdigest()
 
 
-class FileMetadata(NamedTuple):
-    """Metadata of a file, with every value converted to its type."""
+@dataclass(frozen=True)
+class Stored:
+    """Metadata of a file, with every value converted to its type.
 
-    format: int
-    versions: dict[str, str]
-    source: Source | None
-    mask: str | None
+    Attributes:
+        fields: all fields.
+        options: the options of the method.
+        plan: the plan of the network.
+        source: where the network came from.
+        trust: True if code that the file names may be imported, see `cadsurgery.load`.
+    """
+
+    fields: dict[str, Any]
     options: dict[str, Any]
-    plan: Plan
-    tensors: str
-    normalisation: Normalisation | None = None
-    license: str = ""
+    plan: Any
+    source: Source | None
+    trust: bool
 
 
-_IN_FILE = {**get_type_hints(FileMetadata), "source": dict[str, Any] | None, "plan": str}
+_IN_FILE: dict[str, Any] = {  # of every method
+    **{METHOD: str, "format": int, "versions": dict[str, str], "source": dict[str, Any] | None},
+    **{"options": dict[str, Any], "plan": str, "tensors": str, "license": str},
+}
 
 
-def check_tensors(path: str | Path, stated: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that differ from those that were written.
+class Adaptive:
+    """What a file of an adaptive network holds, as `ConvertedModel` says it of other methods."""
+
+    method, plan_type, option_types = "", Plan, _OPTIONS
+    field_types: ClassVar[dict[str, Any]] = {"mask": str | None, "normalisation": Normalisation | None}
+
+
+def read_stored(
+    path: str | Path,
+    values: Mapping[str, Any],
+    kind: Any,
+    tensors: Mapping[str, Tensor] | None = None,
+    trust: bool = False,
+) -> Stored:
+    """Check the types of the metadata's values, and the tensors, if they are given.
+
+    Args:
+        path: path of the file, for messages.
+        values: the metadata.
+        kind: class of the method's networks; its `plan_type`, `option_types` and `field_types` say what a file holds.
+        tensors: the tensors.
+        trust: see `cadsurgery.load`.
 
     Raises:
-        FileError: the checksum does not match.
+        FileError: the file is damaged, or holds a network of another method; or the plan's example is too large to be
+            created for a file that is not trusted.
     """
-    if stated != checksum(tensors):
-        raise FileError(
-            f"{path} is damaged.",
-            why="its parameters are not those that were written: their checksum does not match.",
-            next="fetch or write the file again.",
-        )
-
-
-def check_example(path: str | Path, plan: Any, trust: bool) -> None:
-    """Refuse a plan (of any method) with a very large example, an image or the arguments of a call.
-
-    Raises:
-        FileError: the example is too large and the file is not trusted, or the arguments cannot be read.
-    """
-    check_size(path, math.prod(plan.example_shape), trust)
-    if call := getattr(plan, "call", ""):
-        with as_file_error(f"the metadata of {path} is damaged.", AGAIN):
-            check_size(path, values_of(call), trust)
+    with as_file_error(f"the metadata of {path} is damaged.", AGAIN):
+        if values.get(METHOD, "") != kind.method:
+            raise FileError(
+                f"{path} holds a network of another method, {values[METHOD]!r:.60}.",
+                why="an adaptive network is expected here.",
+                next="cs.load(path) reads it; cadsurgery run, eval, macs and plan take it as it is.",
+            )
+        types = {**_IN_FILE, **kind.field_types}
+        found = {METHOD: "", "license": "", "normalisation": None, **check_fields(values, types, "it")}
+        fields = {name: found[name] for name in types}
+        source = Source.from_dict(fields["source"]) if fields["source"] is not None else None
+        options = check_fields(fields["options"], kind.option_types, "options")
+        plan = kind.plan_type.from_json(fields["plan"])
+    if tensors is not None:
+        if fields["tensors"] != checksum(tensors):
+            raise FileError(
+                f"{path} is damaged.",
+                why="its parameters are not those that were written: their checksum does not match.",
+                next="fetch or write the file again.",
+            )
+        check_size(path, math.prod(plan.example_shape), trust)
+        if call := getattr(plan, "call", ""):  # the arguments of a call
+            with as_file_error(f"the metadata of {path} is damaged.", AGAIN):
+                check_size(path, values_of(call), trust)
+    return Stored(fields, options, plan, source and source.read_from(path, trust), trust)
 
 
 def check_size(path: str | Path, values: int, trust: bool) -> None:
@@ -378,22 +397,6 @@ def open_file(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str
     if KEY not in header:
         raise kinds.kind_refused(path, kinds.WEIGHTS, kinds.CONVERTED.words)
     return header, values
-
-
-def _read_fields(path: str | Path, values: Mapping[str, Any]) -> FileMetadata:
-    """Check the types of the metadata's values and return them."""
-    with as_file_error(f"the metadata of {path} is damaged.", AGAIN):
-        if METHOD in values:
-            raise FileError(
-                f"{path} holds a network of another method, {values[METHOD]!r:.60}.",
-                why="an adaptive network is expected here.",
-                next="cs.load(path) reads it; cadsurgery run, eval, macs and plan take it as it is.",
-            )
-        fields = check_fields(values, _IN_FILE, "it")
-        fields["source"] = Source.from_dict(fields["source"]) if fields["source"] is not None else None
-        fields["options"] = check_fields(fields["options"], _OPTIONS, "options")
-        fields["plan"] = Plan.from_json(fields["plan"])
-        return FileMetadata(**fields)
 
 
 def check_metadata(path: str | Path, header: Mapping[str, str]) -> dict[str, Any]:
@@ -486,15 +489,16 @@ def _add_adapters(net: AdaptiveModel, tensors: Mapping[str, Tensor]) -> nn.Modul
     return net.add_mean_shifts() if MEANS in kinds else adapters
 
 
-def _check_kinds(path: str | Path, tensors: Iterable[str], stated: FileMetadata) -> None:
+def _check_kinds(path: str | Path, tensors: Iterable[str], stated: Stored) -> None:
     """Refuse adapters of a kind that there is no longer."""
     if strange := [name for name in tensors if adapter_kind(name) is None]:
+        version = _list(stated.fields["versions"])
         raise FileError(
             f"{path} has level adapters, which there are no longer.",
             where=f"{len(strange)} tensors, first {strange[0]}",
             why="trained, they gained nothing; what gained, a shift of means over the image, is "
             "cs.finetune.calibrate_means.",
-            next=f"load it with the version that wrote it ({_list(stated.versions)}), or convert the network again.",
+            next=f"load it with the version that wrote it ({version}), or convert the network again.",
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import accumulate
 from numbers import Real
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,13 +25,13 @@ from cadsurgery.methods.anytime.exits import Exit, Outlet, by_resolution, find_e
 from cadsurgery.methods.anytime.heads import MOST_STEPS, HeadKind, connect, make_head
 from cadsurgery.methods.anytime.program import AnytimeProgram
 from cadsurgery.methods.anytime.report import AnytimeMacs, AnytimePlan, ExitMacs, ExitPlan
-from cadsurgery.methods.converted import GraphModel, Stored, register
+from cadsurgery.methods.converted import GraphModel, register
 from cadsurgery.methods.positions import Sites
 from cadsurgery.methods.program import CallWork
 from cadsurgery.network.adaptify import copy_network
 from cadsurgery.network.adaptive_part import Example, traceable_part
 from cadsurgery.network.signature import Forward
-from cadsurgery.network.storage import check_width
+from cadsurgery.network.storage import Stored, check_width
 from cadsurgery.support.errors import CannotConvert, InvalidInput, check_name
 from cadsurgery.surgery.spatial import WHOLE, Spatial, SpatialKind
 
@@ -282,9 +282,12 @@ class AnytimeModel(GraphModel):
         self.training = True
 
     @classmethod
-    def check_stored(cls, path: str | Path, stored: Stored, tensors: dict[str, Tensor]) -> None:
-        """Refuse options with heads wider than those in the file."""
+    def rebuild(
+        cls, path: str | Path, stored: Stored, tensors: dict[str, Tensor], model: nn.Module | None
+    ) -> Self:
+        """Build the network of a file, unless its options ask for heads wider than those in the file."""
         check_width(path, max(stored.options["classes"], stored.options["hidden"] or 0), tensors)
+        return super().rebuild(path, stored, tensors, model)
 
     @Forward
     @torch.compiler.disable(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from cadsurgery.masks.context import call_context, labelled
 from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.unit import Normalisation
 from cadsurgery.methods import converted
-from cadsurgery.methods.converted import METHODS, ConvertedModel, register
+from cadsurgery.methods.converted import ConvertedModel, register
 from cadsurgery.methods.report import MethodMacs
 from cadsurgery.methods.resampling.back import interpolate_back
 from cadsurgery.methods.resampling.locations import (
@@ -51,13 +51,11 @@ from cadsurgery.network.program import Derived
 from cadsurgery.network.signature import Forward
 from cadsurgery.support.divergence import resize
 from cadsurgery.support.errors import CadError, CannotConvert, FileError, InvalidInput, check_name, first_line
-from cadsurgery.support.files import as_file_error
-from cadsurgery.support.plain import check_fields
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
 
 NETWORK, SAMPLER = "network", "location_sampler"  # names of the child modules
 _PREFIX, _OWN = f"{NETWORK}.", f"{SAMPLER}."
-_ADAPTIVE = "adaptive"  # method of an adaptive inner network, in files
+_DENSE = "network"  # in files, an inner network that no method made
 
 
 @outside_inference_mode
@@ -195,7 +193,7 @@ class ResampledModel(ConvertedModel):
         **{"share": float, "size": tuple[int, int], "mode": Mode, "back": str},
     }
     field_types: ClassVar[dict[str, Any]] = {
-        **{"inside": str, "network": dict[str, Any], "sampler": str, "normalisation": dict[str, Any] | None}
+        **{"inside": str, "network": dict[str, Any], "sampler": str, "normalisation": Normalisation | None}
     }
     back: ClassVar[str] = "inverse"  # how scores come back, which files say: there was another way
     plan: ResampledPlan
@@ -373,46 +371,32 @@ class ResampledModel(ConvertedModel):
                 why="it is a function or a class of your own, which a file cannot hold.",
                 next="save net.network, and call cs.resample on it after loading.",
             )
-        inside, tensors, within = "network", network.state_dict(), dict[str, Any]()
-        if isinstance(network, AdaptiveModel):
-            inside, (tensors, within) = _ADAPTIVE, storage.pack(network)
-        elif isinstance(network, ConvertedModel):
-            inside, (tensors, within) = network.method, converted.pack(network)
+        inside, tensors, within = _DENSE, network.state_dict(), dict[str, Any]()
+        if isinstance(network, AdaptiveModel | ConvertedModel):
+            inside = network.method if isinstance(network, ConvertedModel) else "adaptive"
+            tensors, within = converted.pack(network)
         unit = sampler.unit.normalisation if isinstance(sampler, MaskSampler) else None
         own = {f"{_OWN}{name}": value for name, value in sampler.state_dict().items()}
         fields = {"inside": inside, "network": within, "sampler": sampler.spec()}
         return tensors | own, {**fields, "normalisation": unit and unit.to_dict()}
 
     @classmethod
-    def check_stored(cls, path: str | Path, stored: converted.Stored, tensors: dict[str, Tensor]) -> None:
-        """Refuse a sampled image or a grid that is too large."""
-        size, grid = stored.options["size"], stored.options["grid"]
-        storage.check_size(path, max(math.prod(size), grid**4), stored.trust)
-
-    @classmethod
     def rebuild(
-        cls, path: str | Path, stored: converted.Stored, tensors: dict[str, Tensor], model: nn.Module | None
+        cls, path: str | Path, stored: storage.Stored, tensors: dict[str, Tensor], model: nn.Module | None
     ) -> Self:
         """Build the network of a file, whatever method made the inner network; see `ConvertedModel.rebuild`."""
-        fields, inside = stored.fields, stored.fields["inside"]
+        fields, is_dense = stored.fields, stored.fields["inside"] == _DENSE
+        size, grid = stored.options["size"], stored.options["grid"]
+        storage.check_size(path, max(math.prod(size), grid**4), stored.trust)
         if (back := stored.options.pop("back")) != cls.back:
             raise FileError(
                 f"{path} brings scores back by {back!r:.60}.",
                 why="that way is gone; the inverse of the warp gives the same where the grid does not fold, faster.",
                 next="make the network again: cs.resample(model, ...); its state dict fits.",
             )
-        with as_file_error(f"the metadata of {path} is damaged.", storage.AGAIN):
-            unit = fields["normalisation"]
-            stated = (
-                Normalisation(**check_fields(unit, get_type_hints(Normalisation), "it")) if unit else None
-            )
-            if inside not in ("network", _ADAPTIVE, *METHODS):
-                raise ValueError(f"a network of a method {inside!r:.60}")
         own = {name[len(_OWN) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_OWN)}
-        if inside == _ADAPTIVE:
-            network: nn.Module = storage.unpack(path, fields["network"], tensors, model, trust=stored.trust)
-        elif inside in METHODS:
-            network = converted.unpack(METHODS[inside], path, fields["network"], tensors, model, stored.trust)
+        if not is_dense:
+            network: nn.Module = converted.unpack(path, fields["network"], tensors, model, trust=stored.trust)
         else:
             network = model if model is not None else storage.build_stated(path, stored.source, tensors)
         sampler: object = fields["sampler"]
@@ -422,10 +406,10 @@ class ResampledModel(ConvertedModel):
         net = cls._convert_again(path, network, stored, sampler=sampler)
         net.plan = stored.plan  # its MACs were counted with the stored mask's parameters
         converted.fill(path, net.sampler, own)
-        if inside == "network":
+        if is_dense:
             converted.fill(path, net.network, tensors)
         if isinstance(net.sampler, MaskSampler):
-            net.sampler.unit.set_once(stated)
+            net.sampler.unit.set_once(fields["normalisation"])
         return net
 
 
