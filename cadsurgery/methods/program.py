@@ -130,39 +130,29 @@ class StepProgram:
         self.__dict__.update(state, graph=unpack_graph(state["graph"]))
 
 
-@dataclass(eq=False)
-class StepwiseCall:
-    """A call of a network, which runs step by step.
-
-    Attributes:
-        net: network whose modules and parameters the steps name.
-        arguments: arguments of the call, by name.
-    """
-
-    net: nn.Module
-    arguments: dict[str, Any]
-
-    def compute(self, step: ProgramStep, value_of: Callable[[str], Any]) -> Any:
-        """Run a step as the graph does, with the values that `value_of` returns for the names of other steps."""
-        if step.op == "placeholder":
-            return self.arguments[step.target]
-        if step.op == "get_attr":
-            return attrgetter(step.target)(Names(self.net))
-        args, kwargs = step.bind(value_of)
-        if step.op == "call_module":
-            module = child(self.net, step.target)
-            assert module is not None
-            return module(*args, **kwargs)
-        if step.op == "call_method":
-            return getattr(args[0], step.target)(*args[1:], **kwargs)
-        return step.target(*args, **kwargs)
-
-
 def call(
     net: nn.Module, step: ProgramStep, value_of: Callable[[str], Any], arguments: Mapping[str, Any]
 ) -> Any:
-    """Run a step as the graph does, in a call of a network with these arguments; see `StepwiseCall`."""
-    return StepwiseCall(net, dict(arguments)).compute(step, value_of)
+    """Run a step as the graph does.
+
+    Args:
+        net: network whose modules and parameters the step names.
+        step: the step.
+        value_of: returns the values of other steps by name.
+        arguments: arguments of the call of the network, by name.
+    """
+    if step.op == "placeholder":
+        return arguments[step.target]
+    if step.op == "get_attr":
+        return attrgetter(step.target)(Names(net))
+    args, kwargs = step.bind(value_of)
+    if step.op == "call_module":
+        module = child(net, step.target)
+        assert module is not None
+        return module(*args, **kwargs)
+    if step.op == "call_method":
+        return getattr(args[0], step.target)(*args[1:], **kwargs)
+    return step.target(*args, **kwargs)
 
 
 # -- shapes and MACs without running the network ---------------------------------------------------------
@@ -188,12 +178,11 @@ class CallWork(NamedTuple):
 
 def work_of(steps: Iterable[ProgramStep], meta_copy: nn.Module, arguments: Mapping[str, Any]) -> CallWork:
     """Compute the work of a call on `meta_copy`, a copy of the network on the meta device."""
-    work, env = CallWork({}, {}, {}, {}), dict[str, Any]()
-    call = StepwiseCall(meta_copy, tree_map(to_meta, arguments))
+    work, env, arguments = CallWork({}, {}, {}, {}), dict[str, Any](), tree_map(to_meta, arguments)
     with torch.no_grad(), MacCounter() as counter:
         for step in steps:
             before = counter.macs
-            env[step.name] = value = to_meta(call.compute(step, env.__getitem__))
+            env[step.name] = value = to_meta(call(meta_copy, step, env.__getitem__, arguments))
             work.macs[step.name] = counter.macs - before
             if isinstance(value, Tensor):
                 work.shapes[step.name] = tuple(value.shape)

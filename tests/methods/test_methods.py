@@ -29,7 +29,7 @@ from cadsurgery.masks import labelled
 from cadsurgery.methods.anytime import AnytimePlan
 from cadsurgery.methods.converted import METHODS, GraphModel, register
 from cadsurgery.methods.method_files import read_plan
-from cadsurgery.methods.program import StepProgram, StepwiseCall, steps_of
+from cadsurgery.methods.program import StepProgram, call, steps_of
 from cadsurgery.methods.report import MethodMacs, MethodPlan
 from cadsurgery.methods.resampling import ResampledPlan
 from cadsurgery.methods.sampling import SamplingPlan
@@ -101,10 +101,9 @@ class ThinnedModel(GraphModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The original's map with elements repeated."""
-        env: dict[str, Any] = {}
-        call = StepwiseCall(self, self.bind(args, kwargs))
+        env, arguments = dict[str, Any](), self.bind(args, kwargs)
         for step in self.program.steps:
-            env[step.name] = call.compute(step, env.__getitem__)
+            env[step.name] = call(self, step, env.__getitem__, arguments)
             for name in step.frees:
                 del env[name]
         (y,) = env.values()

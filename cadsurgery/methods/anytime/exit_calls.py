@@ -23,7 +23,7 @@ from cadsurgery.following.hooks import child
 from cadsurgery.methods.anytime.heads import resize_like
 from cadsurgery.methods.anytime.program import AnytimeProgram
 from cadsurgery.methods.positions import Places, Sites, Size
-from cadsurgery.methods.program import CallWork, ProgramStep, StepwiseCall, weights_of
+from cadsurgery.methods.program import CallWork, ProgramStep, call, weights_of
 from cadsurgery.support.divergence import resize
 
 Needs = Mapping[str, Places | None]  # positions at which the value of a step is needed; None for everywhere
@@ -37,16 +37,18 @@ class StepValue(NamedTuple):
 
 
 @dataclass(eq=False)
-class AnytimeRun(StepwiseCall):
+class AnytimeRun:
     """The state of one call of an `AnytimeModel`.
 
     Attributes:
         net: the network.
+        arguments: arguments of the call, by name.
         work: shapes and MACs of the call; empty in training, where whole maps are computed and filled.
         macs: for each segment that ran, its multiply-accumulates and the reference code's count.
     """
 
     net: Any
+    arguments: dict[str, Any]
     work: CallWork
 
     def __post_init__(self) -> None:
@@ -78,7 +80,7 @@ class AnytimeRun(StepwiseCall):
             return logits if name == last else env[name] if name in env else self.env[name].value
 
         for step in self.program.tail:
-            env[step.name] = self.compute(step, value_of)
+            env[step.name] = call(self.net, step, value_of, self.arguments)
         return value_of(self.program.final)
 
     def logits(self, number: int, sites: Sites | None, before: Tensor | None) -> Tensor:
@@ -160,17 +162,17 @@ class AnytimeRun(StepwiseCall):
             return StepValue(self.work.numbers[step.name])
         kind = step.spatial.kind
         if needs is None or sites is None:
-            y = self.compute(step, lambda name: self.env[name].value)
+            y = call(self.net, step, lambda name: self.env[name].value, self.arguments)
             return StepValue(y if kind != "conv" or sites is None else self._fill_whole(step, y, sites))
         places = needs.get(step.name)
         if kind == "conv":
             return self._convolve(step, sites, places)
         if kind == "point" and places is not None:
-            value = self.compute(step, lambda name: self._column(name, places))
+            value = call(self.net, step, lambda name: self._column(name, places), self.arguments)
             return StepValue(as_rows(value), places)
         if step.target is resize_like:
             return StepValue(resize(self._dense(step.reads[0]), self.work.sizes[step.name]))
-        return StepValue(self.compute(step, self._dense))
+        return StepValue(call(self.net, step, self._dense, self.arguments))
 
     def _fill_whole(self, step: ProgramStep, y: Tensor, sites: Sites) -> Tensor:
         """Fill all but the computed positions of a whole map, in training."""

@@ -23,7 +23,7 @@ from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import fill_gaps, gaussian_fill
 from cadsurgery.following.hooks import child
 from cadsurgery.methods.positions import Maps, Places
-from cadsurgery.methods.program import ProgramStep, StepwiseCall, weights_of
+from cadsurgery.methods.program import ProgramStep, call, weights_of
 from cadsurgery.methods.sampling.gates import Gate, scores
 from cadsurgery.methods.sampling.program import SampledProgram, reconstruct
 
@@ -51,16 +51,18 @@ class Rows(NamedTuple):
 
 
 @dataclass(eq=False)
-class SampledRun(StepwiseCall):
+class SampledRun:
     """The values of one call of a `SampledModel`.
 
     Attributes:
         net: the network.
+        arguments: arguments of the call, by name.
         shares: share (B, h, w) of each gate.
         open: mean probability of each gate.
     """
 
     net: Any
+    arguments: dict[str, Any]
 
     def __post_init__(self) -> None:
         self.program: SampledProgram = self.net.program
@@ -116,7 +118,7 @@ class SampledRun(StepwiseCall):
             return self._convolve(step, self.program.convs[step.name])
         if isinstance(self.env.get(source), Rows):
             return self._on_rows(step, source, self.env[source])
-        value = self.compute(step, self._dense)
+        value = call(self.net, step, self._dense, self.arguments)
         if step.target is reconstruct and not self.is_dense:
             number = step.kwargs["gate"]
             share, is_last = self.shares[number], self.program.chains[number].is_channels_last
@@ -145,7 +147,11 @@ class SampledRun(StepwiseCall):
             if isinstance(kernel, PackedConv):
                 return compute(Convolution(rows, kernel.weights.without_activation, None))
             column = as_column(rows, x.is_last)
-            value = self.compute(step, lambda name: column if name == source else self._dense(name))
+
+            def value_of(name: str) -> Any:
+                return column if name == source else self._dense(name)
+
+            value = call(self.net, step, value_of, self.arguments)
             return as_rows(value, x.is_last)
 
         y = x._replace(rows=apply(x.rows))
