@@ -76,7 +76,11 @@ class ContentMask(MaskProvider):
     def limit_of_parts(
         self, parts: Iterable[tuple[int, int, Tensor]], height: int, grid: FineMapSpec
     ) -> Tensor:
-        """Return the multiple of the median change at `samples_of` the picture."""
+        """Return the threshold (B,) of a whole picture, the multiple of the median change at `samples_of` it.
+
+        The picture is given in parts: first row, the last one plus one, and these rows (B, C, rows, W) with two above
+        and below, where there are any.
+        """
         wanted, found = torch.arange(_SAMPLES) * height // _SAMPLES, []
         for first, end, rows in parts:
             above = min(first, 2)

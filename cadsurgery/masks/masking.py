@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 from cadsurgery.elements.size_symbols import of_size
 from cadsurgery.elements.sizes import divide_up, is_for_any_size
+from cadsurgery.masks.content import ContentMask
 from cadsurgery.masks.context import call_context, limited, sized, sizes_of
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels
 from cadsurgery.masks.unit import AS_IT_COMES, Unit
+from cadsurgery.masks.wrappers import Budget
 from cadsurgery.support import device_checks
 from cadsurgery.support.describe import describe
 from cadsurgery.support.errors import InvalidInput
@@ -129,7 +131,7 @@ class Masking:
         is_known = self.unit.normalisation is not None or not self.provider.sees_image
         if reach is None or not is_known:
             return self(read(0, height), features).pyramid.levels
-        is_ranked = self.provider.reach(grid) is None
+        budget = self.provider if isinstance(self.provider, Budget) else None  # which ranks all patches
         tall = divide_up(max(1, _BAND // max(1, grid.size[1] * self.output_stride)), unit) * unit
 
         def bands(around: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -140,12 +142,10 @@ class Masking:
         with torch.no_grad():
             limits: dict[nn.Module, Tensor] = {}
             for mask in self.provider.modules():
-                shown = ((first, end, self.unit(_floating(rows))) for first, end, rows in bands(2))
-                if isinstance(mask, MaskProvider):
-                    limit = mask.limit_of_parts(shown, height, grid)
-                    limits |= {mask: limit} if limit is not None else {}
-            levels = torch.empty(grid.batch, *(grid.size if not is_ranked else (0, 0)), dtype=torch.int8)
-            found_scores = list[Tensor]()  # of rows of patches
+                if isinstance(mask, ContentMask):
+                    shown = ((first, end, self.unit(_floating(rows))) for first, end, rows in bands(2))
+                    limits[mask] = mask.limit_of_parts(shown, height, grid)
+            judged = list[Tensor]()  # levels, or scores of patches
             around = divide_up(reach, unit) * unit
             with limited(limits):
                 for first, end, rows in bands(around):
@@ -153,26 +153,26 @@ class Masking:
                     stop = grid.size[0] if end + around >= height else (end + around) // self.output_stride
                     last = grid.size[0] if end >= height else end // self.output_stride
                     part = grid._replace(size=(stop - top, grid.size[1]))
-                    if is_ranked:
-                        own = self.unit(_floating(rows)) if self.provider.sees_image else rows
-                        scores = self.provider.patch_scores(own, features[:, :, top:stop], part)
+                    if budget is not None:
+                        own = self.unit(_floating(rows)) if budget.sees_image else rows
+                        scores = budget.patch_scores(own, features[:, :, top:stop], part)
                         above, below = (start - top) // grid.patch, divide_up(last - top, grid.patch)
-                        found_scores.append(scores[:, above:below].clone())
-                        continue
-                    found = self._levels(rows, features[:, :, top:stop], part)
-                    levels[:, start:last] = found[:, start - top : last - top]
-            if is_ranked:
-                ranked = self.provider.levels_of_patches(torch.cat(found_scores, 1), grid)
-                return check_levels(ranked, grid, self.provider.name)
-        return levels
+                        judged.append(scores[:, above:below].clone())
+                    else:
+                        levels = self._levels(rows, features[:, :, top:stop], part)
+                        judged.append(levels[:, start - top : last - top].to(torch.int8, copy=True))
+            whole = torch.cat(judged, 1)
+            if budget is None:
+                return whole
+            return check_levels(budget.levels_of_patches(whole, grid), grid, budget.name)
 
     def _reach(self, grid: FineMapSpec) -> int | None:
         """Return the pixels around a band of a picture that the mask of the band depends on; None for a mask that sees
         the whole picture."""
         if self._beyond or call_context().sizes is not None:
             return None
-        reach = self.provider.reach(grid)
-        return self.provider.reach_of_patches(grid) if reach is None else reach
+        mask = self.provider
+        return mask.reach_of_patches(grid) if isinstance(mask, Budget) else mask.reach(grid)
 
     def memory(self, pixels: int, features: Tensor) -> tuple[int, bool]:
         """Return the bytes that the mask of a picture of so many pixels takes, at most, beside the picture, and True if

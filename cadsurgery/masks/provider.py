@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -78,7 +78,6 @@ class MaskProvider(nn.Module):
     ignores_image: ClassVar[bool] = False  # does not use the picture, whose unit then need not be known
     # What a mask that sees all of a picture at once takes beside it, at most.
     bytes_per_pixel: ClassVar[int] = 64
-    ranks_all: ClassVar[bool] = False  # its scores are ranks among all places of a picture
     needs: ClassVar[str] = ""  # further inputs that its maps depend on, e.g. "earlier images"
     has_own_function: bool = False  # made with a function that its options cannot name
 
@@ -112,31 +111,10 @@ class MaskProvider(nn.Module):
         large pictures are judged in bands of rows; None if all of the picture counts."""
         return None
 
-    def reach_of_patches(self, grid: FineMapSpec) -> int | None:
-        """Return, for a mask that ranks patches (`patch_scores`, `levels_of_patches`), the distance from which on the
-        picture has no influence on the score of one; None for other masks, or if all of the picture counts."""
-        return None
-
-    def patch_scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """Return the score of each patch of a picture or a band of it, (B, rows, columns), for masks that rank them."""
-        raise NotImplementedError
-
-    def levels_of_patches(self, scores: Tensor, grid: FineMapSpec) -> Tensor:
-        """Return the level map (B, h, w) by the scores of all patches, for masks that rank them."""
-        raise NotImplementedError
-
     def memory(self, pixels: int, samples: int) -> int:
         """Return the bytes that the mask takes, at most, where it sees all of a picture of so many pixels at once."""
         own = self.bytes_per_pixel * (samples if self.ignores_image else pixels)
         return max([own, *(part.memory(pixels, samples) for part in self.parts)])
-
-    def limit_of_parts(
-        self, parts: Iterable[tuple[int, int, Tensor]], height: int, grid: FineMapSpec
-    ) -> Tensor | None:
-        """Return the threshold (B,) that the mask takes from a whole picture, which is given in parts: first row, the
-        last one plus one, and these rows (B, C, rows, W) with two above and below, where there are any. None without
-        reading a part if the mask needs none."""
-        return None
 
     def kept_patches(self, grid: FineMapSpec) -> tuple[int, ...] | None:
         """Return how many patches (`FineMapSpec.patch`) of a batch are kept at level 0, at level 1 or finer, and so

@@ -143,8 +143,6 @@ class Union(MaskProvider):
 
     takes = "many"
 
-    ranks_all = True
-
     def __init__(self, *masks: object) -> None:
         super().__init__()
         if len(masks) < 2:
@@ -240,12 +238,12 @@ class Budget(MaskWrapper):
         return self.levels_of_patches(self.patch_scores(image, features, grid), grid)
 
     def reach_of_patches(self, grid: FineMapSpec) -> int | None:
-        """Return the reach of the inner mask, unless its scores are ranks."""
-        ranks = any(part.ranks_all for part in self.modules() if isinstance(part, MaskProvider))
-        return None if ranks else self.mask.reach(grid)
+        """Return the distance in input pixels from which on the picture has no influence on the score of a patch; None
+        if all of it counts, as for ranks among all places of a picture."""
+        return self.mask.reach(grid) if self.find(Union) is None else None
 
     def patch_scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
-        """Return the score of each patch, (B, rows, columns) float64."""
+        """Return the score of each patch of a picture or a band of it, (B, rows, columns) float64."""
         check_count("budget", "fractions", len(self.fraction), grid.max_level)
         return self._of_patches(self.inner_scores(image, features, grid), grid)
 

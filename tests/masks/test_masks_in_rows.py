@@ -90,12 +90,8 @@ def test_a_mask_judges_rows_as_it_judges_the_picture(
 
     rows = mask.of_rows(read, size[0], fine(image, stride))
     assert torch.equal(rows.levels, whole.levels)
-    grid = mask.grid(fine(image, stride))
-    reach = next(
-        found
-        for found in (mask.provider.reach(grid), mask.provider.reach_of_patches(grid))
-        if found is not None
-    )
+    reach = mask._reach(mask.grid(fine(image, stride)))
+    assert reach is not None
     assert max(seen) <= min(size[0], 4 * stride + 2 * (reach + 4 * stride))
 
 
