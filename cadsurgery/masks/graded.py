@@ -61,7 +61,9 @@ class GradedMask(SteppedMask):
 
     image_only = True
 
-    def __init__(self, threshold: float | tuple[float, ...], dilation: int | tuple[int, ...]) -> None:
+    def __init__(
+        self, threshold: float | tuple[float, ...] = (0.35,), dilation: int | tuple[int, ...] = (11,)
+    ) -> None:
         super().__init__()
         self.threshold, self.dilation = several(threshold), several(dilation)
         if len(self.dilation) not in (1, len(self.threshold)):
@@ -105,11 +107,6 @@ class GradedMask(SteppedMask):
 @mask_provider("edges", source="Hesse et al., CVPRW 2023: thresholds 0.15, 0.35, 0.95 with dilation 11")
 class EdgeMask(GradedMask):
     """Keep high what lies near an edge of the image; several thresholds give graded levels."""
-
-    def __init__(
-        self, threshold: float | tuple[float, ...] = (0.35,), dilation: int | tuple[int, ...] = (11,)
-    ) -> None:
-        super().__init__(threshold, dilation)
 
     spread = 1
 

@@ -26,7 +26,7 @@ from cadsurgery.masks.mask_options import (
 )
 from cadsurgery.masks.provider import FineMapSpec, mask_provider
 from cadsurgery.support.divergence import class_scores
-from cadsurgery.support.errors import InvalidInput, UnknownName
+from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.running import running
 from cadsurgery.support.torch_internals import tree_leaves
 
@@ -137,8 +137,7 @@ class ConfidenceMask(ScoredMask):
     ) -> None:
         super().__init__(threshold)
         self.measure, self.sigma = measure, sigma
-        if measure not in MEASURES:
-            raise UnknownName("measure of mask 'confidence'", measure, MEASURES)
+        check_name("measure of mask 'confidence'", measure, MEASURES)
         check_options("confidence", sigma=(sigma, WIDTH))
 
     def first_passes(self, lowest: int) -> frozenset[int]:
