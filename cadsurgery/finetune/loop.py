@@ -41,7 +41,8 @@ from cadsurgery.finetune.validation import count_outputs, evaluate
 from cadsurgery.following.trace import evaluating
 from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.methods.method_files import Converted, save
-from cadsurgery.network.model import AdaptiveModel, OptimizedModel, pictures_for
+from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.network.program import Derived
 from cadsurgery.network.storage import write_tensors
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped, first_line
 from cadsurgery.support.files import make_folder
@@ -133,7 +134,7 @@ def fit(
         name = "mixed" if is_labelled(data) else "divergence"
         of_method = net.objective if isinstance(net, ConvertedModel) else ""
         settings = replace(settings, objective=of_method or name)
-    if isinstance(net, OptimizedModel) or (isinstance(net, ConvertedModel) and net.is_optimized):
+    if isinstance(net, Derived) and net.is_optimized:
         raise InvalidInput(
             "an optimised network cannot be trained.",
             why="its weights are folded.",
