@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.data.networks import Source, channels_of
-from cadsurgery.following.arguments import image_of
+from cadsurgery.following.arguments import bind_all, image_of
 from cadsurgery.following.graphs import parts_read
 from cadsurgery.following.hooks import copying, freeze_computed_weights
 from cadsurgery.masks.masking import check_image
@@ -31,7 +31,7 @@ from cadsurgery.network.fuse import KERNELS, fuse, split_norms
 from cadsurgery.network.macs import meta_copy
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Derived
-from cadsurgery.network.storage import METHOD, OTHER_MODEL, Stored, build_stated, check_types
+from cadsurgery.network.storage import METHOD, OTHER_MODEL, Stored, build_stated, fill
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.files import as_file_error
 
@@ -262,20 +262,6 @@ def unpack(
     return net
 
 
-def fill(path: str | Path, network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load the tensors of a file into a network; none may be missing.
-
-    Raises:
-        FileError: the tensors do not fit the network.
-    """
-    check_types(path, tensors, network.state_dict())
-    with as_file_error(f"the parameters in {path} do not fit the model.", OTHER_MODEL):
-        missing = [name for name in network.state_dict() if name not in tensors]
-        if missing:
-            raise ValueError(f"{missing[0]} is missing")
-        network.load_state_dict(tensors, assign=True)
-
-
 class Fused(NamedTuple):
     """A network prepared for inference.
 
@@ -340,7 +326,7 @@ class GraphModel(ConvertedModel):
         Raises:
             InvalidInput: the image is not an image batch.
         """
-        arguments = self.program.bind(args, kwargs)
+        arguments = bind_all(self.original_signature, args, kwargs)
         check_image(image_of(arguments))
         return arguments
 

@@ -6,7 +6,7 @@ Steps are plain values instead of torch.fx nodes, so copies of a network can sha
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -17,7 +17,6 @@ from torch.fx.node import map_aggregate
 
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.weights import FusedConv
-from cadsurgery.following.arguments import bind_all, contain
 from cadsurgery.following.hooks import child, parameter
 from cadsurgery.network.program import Names
 from cadsurgery.support.counting import MacCounter
@@ -111,14 +110,6 @@ class StepProgram:
     container: type = dict
     is_fused: bool = False
     steps: tuple[ProgramStep, ...] = field(repr=False)
-
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a call by name, including defaults."""
-        return bind_all(self.signature, args, kwargs)
-
-    def contain(self, output: Any) -> Any:
-        """Convert the output of the graph to the original's output type."""
-        return contain(output, self.container)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepProgram:
         return self

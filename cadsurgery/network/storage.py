@@ -198,14 +198,10 @@ def unpack(
         model = build_stated(path, source, tensors)
     net = _convert_again(path, model, mask, stated)
     net.adaptive_part.restate(replace(net.plan.measured(stored.effect), work=stored.work))
-    check_types(path, tensors, net.state_dict())
-    with as_file_error(f"the parameters in {path} do not fit the model.", OTHER_MODEL):
-        net.load_state_dict(tensors, assign=True)  # keeps the stored types, e.g. bfloat16
+    fill(path, net, tensors)
     if adapter_tensors:
         with as_file_error(f"the adapters in {path} do not fit the model.", OTHER_MODEL):
-            adapters = _add_adapters(net, adapter_tensors)
-            check_types(path, adapter_tensors, adapters.state_dict())
-            adapters.load_state_dict(adapter_tensors, assign=True)
+            fill(path, _add_adapters(net, adapter_tensors), adapter_tensors, "adapters")
     net.adaptive_part.use_channels_last()
     net.source = source and replace(source, channels=channels_of(net))
     net.license = stated.fields["license"]
@@ -472,7 +468,7 @@ def stored_mask(path: str | Path, spec: str, tensors: dict[str, Tensor], trust: 
                     next=f"{other}.",
                 )
             part.levels = tensors[key]
-    check_types(path, tensors, mask.state_dict())
+    _check_types(path, tensors, mask.state_dict())
     next = f"write the file again with cs.save, or {other}."
     with as_file_error(f"the tensors of mask {spec:.200} in {path} do not fit it.", next):
         mask.load_state_dict(tensors, assign=True)  # keeps the stored types
@@ -502,7 +498,24 @@ def _check_kinds(path: str | Path, tensors: Iterable[str], stated: Stored) -> No
         )
 
 
-def check_types(path: str | Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def fill(
+    path: str | Path, network: nn.Module, tensors: Mapping[str, Tensor], what: str = "parameters"
+) -> None:
+    """Load the tensors of a file into a network, with the stored types, e.g. bfloat16; none may be missing.
+
+    Raises:
+        FileError: the tensors do not fit the network.
+    """
+    expected = network.state_dict()
+    _check_types(path, tensors, expected)
+    with as_file_error(f"the {what} in {path} do not fit the model.", OTHER_MODEL):
+        missing = [name for name in expected if name not in tensors]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+        network.load_state_dict(tensors, assign=True)
+
+
+def _check_types(path: str | Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Refuse integers where a network has floating-point numbers, and vice versa."""
     for name, value in stored.items():
         like = expected.get(name, value).dtype

@@ -198,6 +198,7 @@ class ResampledModel(ConvertedModel):
     back: ClassVar[str] = "inverse"  # how scores come back, which files say: there was another way
     plan: ResampledPlan
     network: nn.Module
+    is_optimized = False
 
     def __init__(self, network: nn.Module, sampler: Sampler, size: tuple[int, int], mode: Mode) -> None:
         """Combine a network and a sampler; call `cadsurgery.resample` instead."""
@@ -206,7 +207,6 @@ class ResampledModel(ConvertedModel):
         self.add_module(SAMPLER, sampler)
         self.size, self.mode = size, mode
         self.options = asdict(sampler.options)
-        self._is_optimized = False
         self.locations: Tensor | None = None
         self.training = network.training
         self.register_state_dict_post_hook(_as_the_original)
@@ -336,11 +336,6 @@ class ResampledModel(ConvertedModel):
             not_counted=not_counted,
         )
 
-    @property
-    def is_optimized(self) -> bool:
-        """True for an inference copy."""
-        return self._is_optimized
-
     def optimize(self) -> ResampledModel:
         """Return an inference copy.
 
@@ -348,7 +343,7 @@ class ResampledModel(ConvertedModel):
         another method is replaced by its own inference copy. Batch norms of a learned sampler are folded.
         """
         net = ResampledModel(_optimized(self.network), copy.deepcopy(self.sampler), self.size, self.mode)
-        net.plan, net.source, net._is_optimized = self.plan, self.source, True
+        net.plan, net.source, net.is_optimized = self.plan, self.source, True
         net.requires_grad_(False)
         net.eval()
         if isinstance(net.sampler, LearnedSampler):
@@ -405,9 +400,9 @@ class ResampledModel(ConvertedModel):
             sampler = storage.stored_mask(path, fields["sampler"], mask_tensors, stored.trust)
         net = cls._convert_again(path, network, stored, sampler=sampler)
         net.plan = stored.plan  # its MACs were counted with the stored mask's parameters
-        converted.fill(path, net.sampler, own)
+        storage.fill(path, net.sampler, own)
         if is_dense:
-            converted.fill(path, net.network, tensors)
+            storage.fill(path, net.network, tensors)
         if isinstance(net.sampler, MaskSampler):
             net.sampler.unit.set_once(fields["normalisation"])
         return net

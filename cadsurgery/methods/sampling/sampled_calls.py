@@ -21,6 +21,7 @@ from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.backends.works import Convolution
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import fill_gaps, gaussian_fill
+from cadsurgery.following.arguments import contain
 from cadsurgery.following.hooks import child
 from cadsurgery.methods.positions import Maps, Places
 from cadsurgery.methods.program import ProgramStep, call, weights_of
@@ -85,7 +86,7 @@ class SampledRun:
         (output,), _ = self.program.output.bind(self._dense)
         for values in (self.env, self.places, self.maps):
             values.clear()
-        return self.program.contain(output)
+        return contain(output, self.program.container)
 
     def _ask(self, numbers: tuple[int, ...], x: Tensor) -> None:
         gates = [self.gates[number] for number in numbers]
