@@ -17,6 +17,7 @@ from cadsurgery.masks.graded import SteppedMask
 from cadsurgery.masks.mask_options import between, check_options, several
 from cadsurgery.masks.provider import FineMapSpec, mask_provider
 from cadsurgery.support.describe import describe
+from cadsurgery.support.divergence import is_map
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
 
@@ -190,12 +191,8 @@ def own_scores(output: Any, batch: int, where: str) -> Tensor:
     Raises:
         InvalidInput: there is no such map, or more than one.
     """
-    tensors = [value for value in named_outputs(output).values() if isinstance(value, Tensor)]
-    maps = [
-        value
-        for value in tensors
-        if value.dim() == 4 and value.shape[:2] == (batch, 1) and value.is_floating_point()
-    ]
+    outputs = named_outputs(output).values()
+    maps = [value for value in outputs if is_map(value, batch) and value.shape[1] == 1]
     if len(maps) != 1:
         raise InvalidInput(
             f"the network returns {len(maps)} maps of one channel.",

@@ -25,7 +25,7 @@ from cadsurgery.masks.mask_options import (
     several,
 )
 from cadsurgery.masks.provider import FineMapSpec, mask_provider
-from cadsurgery.support.divergence import class_scores
+from cadsurgery.support.divergence import class_scores, is_map
 from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.running import running
 from cadsurgery.support.torch_internals import tree_leaves
@@ -217,11 +217,7 @@ class PreviewMask(ScoredMask):
 
 def _maps_of(output: Any, batch: int) -> list[Tensor]:
     """Return the maps (B, C, h, w) among the outputs of a network."""
-    maps = [
-        leaf
-        for leaf in tree_leaves(output)
-        if isinstance(leaf, Tensor) and leaf.dim() == 4 and leaf.is_floating_point() and len(leaf) == batch
-    ]
+    maps = [leaf for leaf in tree_leaves(output) if is_map(leaf, batch)]
     if not maps:
         raise InvalidInput(
             "the network gives no map (batch, channels, height, width) of numbers.",

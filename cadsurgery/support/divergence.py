@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +153,13 @@ def class_scores(
             next=next,
         )
     return scores
+
+
+def is_map(value: object, batch: int) -> TypeGuard[Tensor]:
+    """True for a floating-point map (B, C, h, w) of a batch of this size."""
+    return (
+        isinstance(value, Tensor) and value.dim() == 4 and len(value) == batch and value.is_floating_point()
+    )
 
 
 def tensors_of(output: Any) -> list[Tensor]:

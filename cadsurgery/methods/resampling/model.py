@@ -49,7 +49,7 @@ from cadsurgery.network.macs import count_network
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Derived
 from cadsurgery.network.signature import Forward
-from cadsurgery.support.divergence import resize
+from cadsurgery.support.divergence import is_map, resize
 from cadsurgery.support.errors import CadError, CannotConvert, FileError, InvalidInput, check_name, first_line
 from cadsurgery.support.torch_internals import tree_leaves, tree_map
 
@@ -141,9 +141,7 @@ def _make_plan(net: ResampledModel, image: Tensor) -> ResampledPlan:
                 why=first_line(error),
                 next="choose another size, or pass example_input= if it is called with an image of other channels.",
             ) from error
-        maps = tuple(
-            tuple(value.shape[1:]) for value in tree_leaves(output) if _is_map(value, image.shape[0])
-        )
+        maps = tuple(tuple(value.shape[1:]) for value in tree_leaves(output) if is_map(value, image.shape[0]))
         if not maps:
             raise CannotConvert(
                 f"{type(net.network).__name__} returns no map.",
@@ -162,11 +160,6 @@ def _make_plan(net: ResampledModel, image: Tensor) -> ResampledPlan:
         example_shape=shape,
         macs=(counted.sampler, counted.network, counted.original),
     )
-
-
-def _is_map(value: object, batch: int) -> bool:
-    shaped = isinstance(value, Tensor) and value.dim() == 4 and value.shape[0] == batch
-    return shaped and isinstance(value, Tensor) and value.is_floating_point()
 
 
 @register
@@ -262,7 +255,7 @@ class ResampledModel(ConvertedModel):
         size = (image.shape[2], image.shape[3])
 
         def bring_back(value: Any) -> Any:
-            if not _is_map(value, image.shape[0]):
+            if not is_map(value, image.shape[0]):
                 return value
             return interpolate_back(resize(value, self.size), locations, size)
 
