@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from cadsurgery.methods.anytime import exit_sides
+from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.methods.resampling import sample_sides
 from cadsurgery.methods.sampling import gate_sides
 from cadsurgery.methods.side import MethodSides
@@ -12,8 +17,19 @@ KINDS: tuple[MethodSides, ...] = (exit_sides.KIND, gate_sides.KIND, sample_sides
 
 
 def method_of(net: object) -> MethodSides | None:
-    """Return the kind of a network; None if none of `KINDS` matches."""
-    return next((kind for kind in KINDS if isinstance(net, kind.network)), None)
+    """Return the kind of a network made by a method, also by one of the user, which is run alone; None for others."""
+    if not isinstance(net, ConvertedModel):
+        return None
+    own = MethodSides(type(net), f"made by {net.converted_by}", *[_has_no_sides] * 3, _run, {})
+    return next((kind for kind in KINDS if isinstance(net, kind.network)), own)
+
+
+def _has_no_sides(*_: Any) -> Any:
+    raise NotImplementedError
+
+
+def _run(net: ConvertedModel, batch: Tensor, milliseconds: float) -> tuple[Any, dict[str, Any]]:
+    return net(batch), {}
 
 
 def need_kind(net: object) -> MethodSides:
@@ -23,7 +39,7 @@ def need_kind(net: object) -> MethodSides:
         InvalidInput: no kind matches, e.g. for a method of the user.
     """
     kind = method_of(net)
-    if kind is None:
+    if kind is None or kind not in KINDS:
         raise InvalidInput(
             f"there are no sides by which a {type(net).__name__} is compared.",
             why=f"only networks {', '.join(kind.words for kind in KINDS)} have sides.",

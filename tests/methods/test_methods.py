@@ -176,7 +176,7 @@ def test_training_writes_a_file_that_opens_again(thinned: tuple[Any, Path], tmp_
     assert again.source is not None and again.source.weights == "fine-tuned"
 
 
-def test_a_method_without_sides_is_neither_evaluated_nor_timed(
+def test_a_method_without_sides_is_run_and_neither_evaluated_nor_timed(
     thinned: tuple[Any, Path], command_line: Run, tmp_path: Path
 ) -> None:
     write_png(torch.zeros(3, 16, 16, dtype=torch.uint8), str(tmp_path / "picture.png"))
@@ -186,6 +186,9 @@ def test_a_method_without_sides_is_neither_evaluated_nor_timed(
     ):
         told = command_line(*command, "--trust")
         assert told.code == 1 and "no sides by which a ThinnedModel is compared" in told.err
+    picture, output = str(tmp_path / "picture.png"), tmp_path / "out"
+    told = command_line("run", str(thinned[1]), picture, "-o", str(output), "--trust")
+    assert told.code == 0 and (output / "picture.png").exists(), told.err
 
 
 def test_a_method_that_is_not_registered_is_named(thinned: tuple[Any, Path]) -> None:
