@@ -20,7 +20,8 @@ def method_of(net: object) -> MethodSides | None:
     """Return the kind of a network made by a method, also by one of the user, which is run alone; None for others."""
     if not isinstance(net, ConvertedModel):
         return None
-    own = MethodSides(type(net), f"made by {net.converted_by}", *[_has_no_sides] * 3, _run, {})
+    refuse = _has_no_sides
+    own = MethodSides(type(net), f"made by {net.converted_by}", refuse, refuse, refuse, _run, {})
     return next((kind for kind in KINDS if isinstance(net, kind.network)), own)
 
 
