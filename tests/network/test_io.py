@@ -278,3 +278,14 @@ def test_a_copy_is_the_same_network_and_shares_nothing(duplicate: Any, mask: obj
     assert torch.equal(net(image)["out"], expected)
     for training in (True, False):
         assert all(module.training == training for module in duplicate(net.train(training)).modules())
+
+
+def pooled(net: Any, x: torch.Tensor) -> Any:
+    return net.body(nn.functional.max_pool2d(x, 3, 1, 1))
+
+
+def test_a_network_that_pools_its_image_by_a_function_is_pickled() -> None:
+    """torch's `max_pool2d` says another place than its own, by which pickle does not find it."""
+    net, image = unverified(Composed(pooled, body=nn.Conv2d(3, 8, 3, 2, 1)), "edges"), images(2, 70, 90)
+    for each in (net, net.optimize()):
+        assert torch.equal(pickle.loads(pickle.dumps(each))(image), each(image))
