@@ -248,6 +248,7 @@ def test_values_of_an_earlier_trace_are_refused_with_module_and_operation() -> N
 
 
 def test_modules_in_a_plain_list_are_refused_with_what_holds_them() -> None:
-    model = Composed(lambda net, x: net.parts[0](x), parts=[nn.Conv2d(3, 4, 3, 2, 1)])
+    first, others = nn.Conv2d(3, 4, 3, 2, 1), [nn.Conv2d(4, 4, 3, 2, 1)]
+    model = Composed(lambda net, x: net.others[0](net.first(x)), first=first, others=others)
     with pytest.raises(cs.CannotConvert, match=r"a module in a plain list .* nn\.ModuleList"):
         followed(model)
