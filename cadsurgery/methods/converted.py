@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
-import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.data.networks import Source, channels_of, license_of
@@ -39,6 +38,7 @@ from cadsurgery.network.storage import (
     check_tensors,
     check_types,
     checksum,
+    example_for,
 )
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.files import as_file_error
@@ -184,9 +184,8 @@ class ConvertedModel(Derived):
         """
         parameters = inspect.signature(cls.convert).parameters
         given |= {name: value for name, value in stored.options.items() if name in parameters}
-        dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-        example = torch.zeros(stored.plan.example_shape, dtype=dtype)
         with as_file_error(f"{path} does not fit this model.", OTHER_MODEL):
+            example = example_for(stored.plan, model)
             net: Self = cls.convert(model, **given, example_input=example).eval()
             for name in stored.options.keys() - parameters.keys():
                 setattr(net, name, stored.options[name])

@@ -112,7 +112,7 @@ def resample(
     unit = unit or (Normalisation(*stated) if stated else None)
     made = resolve_sampler(sampler, options, image.shape[1], unit)
     weight = next(network.parameters(), torch.empty(0))
-    net = ResampledModel(network, made.to(weight.device), (height, width), mode)
+    net = ResampledModel(network, made.to(weight.device, weight.dtype), (height, width), mode)
     net.train(model.training)
     net.source = source_of(model)
     net.plan = _make_plan(net, image)

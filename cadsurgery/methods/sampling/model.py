@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.data.networks import source_of
-from cadsurgery.following.arguments import image_of, outside_inference_mode
+from cadsurgery.following.arguments import describe_call, image_of, outside_inference_mode
 from cadsurgery.following.call_entry import signature_of
 from cadsurgery.following.facts import Facts
 from cadsurgery.following.trace import evaluating
@@ -126,6 +126,7 @@ def _make_plan(net: SampledModel, branches: Sequence[Branch], facts: Facts, path
         macs=macs.dense,
         gate_macs=sum(gate.gate for gate in macs),
         example_shape=tuple(facts.example.shape),
+        call=describe_call(facts.model, facts.arguments),
         part=path,
     )
 
