@@ -512,13 +512,15 @@ class _FunctionName:
     name: str
 
 
-def _packed_target(target: Any) -> Any:
+def pack_target(target: Any) -> Any:
+    """Return what a node calls, or a reference to it that can be pickled."""
     module, name = (getattr(target, name, "") for name in ("__module__", "__name__"))
     is_found = getattr(sys.modules.get(module), name, None) is target
     return _FunctionName(module, name) if is_found and isinstance(target, FunctionType) else target
 
 
-def _unpacked_target(target: Any) -> Any:
+def unpack_target(target: Any) -> Any:
+    """Return what a node calls from the result of `pack_target`."""
     if isinstance(target, _FunctionName):
         return getattr(importlib.import_module(target.module), target.name)
     return target
@@ -535,7 +537,7 @@ def pack_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
 
     return [
         (
-            *(node.op, _packed_target(node.target), node.name, by_index(node.args), by_index(node.kwargs)),
+            *(node.op, pack_target(node.target), node.name, by_index(node.args), by_index(node.kwargs)),
             {key: node.meta[key] for key in (ORIGIN, WORK, STAGE, ACTS) if key in node.meta},
         )
         for node in graph.nodes
@@ -551,6 +553,6 @@ def unpack_graph(rows: list[tuple[Any, ...]]) -> fx.Graph:
             map_aggregate(part, lambda value: nodes[value.index] if isinstance(value, _NodeIndex) else value)
             for part in (args, kwargs)
         )
-        nodes.append(graph.create_node(op, _unpacked_target(target), args, kwargs, name))
+        nodes.append(graph.create_node(op, unpack_target(target), args, kwargs, name))
         nodes[-1].meta.update(meta)
     return graph
