@@ -171,8 +171,8 @@ def _position_of(file: Any) -> tuple[Any, ...]:
 
     gcps, crs_of_gcps = file.gcps
     where = {"gcps": gcps, "crs": crs_of_gcps} if gcps else {"transform": file.transform, "crs": file.crs}
-    if not gcps and file.crs is None and file.transform.is_identity:
-        return ()
+    if not gcps and (file.transform.is_degenerate or (file.crs is None and file.transform.is_identity)):
+        return ()  # GDAL gives no numbers at all for PGM and PPM
     profile = {"driver": "GTiff", "height": 1, "width": 1, "count": 1, "dtype": "uint8"}
     with MemoryFile() as memory:
         with memory.open(**profile, **where) as one:

@@ -415,9 +415,7 @@ class TiffRows:
         self._picture, self._page, self._mask = picture, picture.page, None
         page, samples = picture.page, int(picture.page.samplesperpixel)
         self.shape, self.has_alpha = (samples, *_size_of(page)), _has_alpha(page)
-        self.position = moved_position(
-            position_of(picture.original), _size_of(picture.original), self.shape[1:]
-        )
+        self.position = _position_in(picture)
         self.block = block_of(int(page.tilelength), int(page.tilewidth)) if page.is_tiled else (TILE, TILE)
         self._is_planar = samples > 1 and int(page.planarconfig) != 1
         is_plain = (
@@ -565,9 +563,14 @@ def position_at(path: Path | str) -> tuple[Any, ...]:
     if not str(place).lower().endswith((".tif", ".tiff")) or not is_tiff(place):
         return ()
     with contextlib.suppress(Exception), _opened(path, None) as (_, picture):  # reported where it is read
-        sizes = _size_of(picture.original), _size_of(picture.page)
-        return moved_position(position_of(picture.original), *sizes)
+        return _position_in(picture)
     return ()
+
+
+def _position_in(picture: _PagesPicture) -> tuple[Any, ...]:
+    """Return the position of a picture's page, which may be a smaller copy of the same area."""
+    sizes = zip(_size_of(picture.original), _size_of(picture.page), strict=True)
+    return moved_position(position_of(picture.original), [length / own for length, own in sizes])
 
 
 def coordinates_of(
@@ -590,13 +593,12 @@ def coordinates_of(
     return ((a, b, c - middle * (a + b)), (d, e, f - middle * (d + e))), system
 
 
-def moved_position(position: Sequence[Any], size: tuple[int, int], other: tuple[int, int]) -> tuple[Any, ...]:
-    """Return the tags of a position, see `TiffRows`, for another size (height, width) of the same picture, which covers
-    the same area in larger or smaller pixels."""
+def moved_position(position: Sequence[Any], steps: Sequence[float]) -> tuple[Any, ...]:
+    """Return the tags of a position, see `TiffRows`, for pixels as large as so many of them, down and across."""
     keys = next((value for code, _, _, value, _ in position if code == _KEYS), ())
     is_point = any(key == _RASTER_TYPE and value == _POINT for key, *_, value in _rows_of(keys, 4))
     middle = 0.5 if is_point else 0.0
-    down, across = other[0] / size[0], other[1] / size[1]
+    down, across = (1 / step for step in steps)
 
     def at(place: float, factor: float, middle: float) -> float:
         """Return the coordinate among pixels that are `factor` times as many; `middle` is that of pixel 0."""

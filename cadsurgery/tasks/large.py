@@ -34,7 +34,7 @@ from cadsurgery.support.progress import Step, silent
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import CLASSES, palette
 from cadsurgery.tasks.journal import Identity, Journal, state_of
-from cadsurgery.tasks.pieces import Blocks, PartOfPicture, Piece, block_side, find_pieces
+from cadsurgery.tasks.pieces import Blocks, PartOfPicture, Piece, block_side, find_pieces, step_of
 
 _GAP = 256  # rows of a picture without data, which are computed if they are fewer
 _SEEN = 1 << 22  # pixels that are searched for such without data at a time
@@ -185,7 +185,7 @@ class LargePicture:
         if marked is None:
             return torch.zeros(end - first, size[1], dtype=torch.bool)
         rows, columns = (
-            (np.arange(*part) + 0.5) * whole // length
+            np.minimum((np.arange(*part) + 0.5) * step_of(whole, length), whole - 1)
             for part, length, whole in zip(((first, end), (0, size[1])), size, self.size, strict=True)
         )
         unpacked = np.unpackbits(marked[rows.astype(int)], axis=1)
@@ -214,8 +214,9 @@ class LargePicture:
             return []
         cuts = np.flatnonzero(np.diff(there) > _GAP)
         firsts, ends = there[[0, *(cuts + 1)]], there[[*cuts, -1]] + 1
-        scale = size[0] / self.size[0]
-        return [(int(a * scale), math.ceil(b * scale)) for a, b in zip(firsts, ends, strict=True)]
+        step = step_of(self.size[0], size[0])
+        pairs = zip(firsts, ends, strict=True)
+        return [(int(a / step), min(math.ceil(b / step), size[0])) for a, b in pairs]
 
     def pad_to(self, multiple: int) -> bool:
         """Let its sides be multiples of so many pixels, by zeros at the right and below, which stand for the mean
@@ -356,7 +357,10 @@ def cut_back(maps: Tensor, padded: Sequence[int], size: Sequence[int]) -> Tensor
 
 def _sides_of(sides: Sequence[int], padded: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
     """Return the part of a map's sides that belongs to the image, of a size, in a padded one."""
-    ends = (math.ceil(length * side / whole) for length, side, whole in zip(sides, size, padded, strict=True))
+    ends = (
+        math.ceil(pixels / step_of(whole, samples))
+        for samples, pixels, whole in zip(sides, size, padded, strict=True)
+    )
     return next(ends), next(ends)
 
 
@@ -437,6 +441,7 @@ def predict_large(
         result = _rows_of(net, picture, part.start)
         whole, padded = result.shape, picture.shape[1:]
         channels, size = whole[0], _sides_of(whole[1:], padded, picture.size)
+        steps = step_of(padded[0], whole[1]), step_of(padded[1], whole[2])
         without = part.begin(size, channels, picture.is_partial)
         mask = _without_cells(net, picture, result.levels) if picture.is_partial else None
         levels = result.levels if mask is None else mask
@@ -448,7 +453,7 @@ def predict_large(
         pieces = [Piece(Box(*rows, 0, size[1])) for rows in picture.parts(size)]
         if pieces and picture.is_partial:
             wanted = picture.wanted(block_side(picture.shape[1]))
-            pieces = find_pieces(net, picture, wanted, size, whole[1:], mask) or pieces
+            pieces = find_pieces(net, picture, wanted, size, steps, mask) or pieces
         for piece in pieces:
             (_, bottom, left, right), begin = piece.box, part.turn_to(piece.box)
             if begin >= bottom:
@@ -475,7 +480,7 @@ def predict_large(
                     return {"interrupted": True, "rows": [part.rows, size[0]]}
                 if part.rows >= bottom:
                     break
-    position = tiff.moved_position(picture.file.position, picture.size, part.size)
+    position = tiff.moved_position(picture.file.position, steps)
     if picture.is_partial:
         position = (*position, (tiff.NO_DATA, 2, None, f"{without}", True))
     part.finish(position, picture.file.block, overviews)

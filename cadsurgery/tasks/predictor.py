@@ -177,7 +177,10 @@ class Predictor:
         self._multiples[size] = multiple
         milliseconds = 1e3 * (time.perf_counter() - start) / len(pictures)
         more = {"padded_to": [*padded.shape[2:]]} if padded.shape != images.shape else {}
-        for scores, details in zip(cut_back(prediction, padded.shape[2:], size), known, strict=True):
+        prediction = cut_back(prediction, padded.shape[2:], size)
+        if areas is not None and prediction.shape[2:] == areas.shape[1:]:  # it may have a margin
+            prediction = prediction.masked_fill(~areas[:, None], math.nan)
+        for scores, details in zip(prediction, known, strict=True):
             yield (
                 classes_of(scores, areas is not None),
                 scores.shape[0],

@@ -169,10 +169,10 @@ def convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 @pytest.mark.parametrize(
     ("place", "is_point"), [("north up", True), ("turned", False), ("control points", False)]
 )
-def test_a_smaller_prediction_covers_the_area_of_its_picture(
+def test_pixels_of_a_smaller_prediction_are_as_far_apart_as_the_network_strides(
     convolutions: Callable[..., Path], tmp_path: Path, place: str, is_point: bool
 ) -> None:
-    """GDAL places the corners of both at the same spot, and control points at the same part of the picture."""
+    """GDAL places each at the spot of every fourth pixel of the picture, whose last one it may end behind."""
     rasterio = pytest.importorskip("rasterio")
     affine = tuple(map(float, (0.2, 0.01, 0, 5e5, 0.02, -0.3, 0, 5.2e6, *[0] * 7, 1)))
     places = {**PLACES, "turned": [(34264, 12, 16, affine, True)]}
@@ -183,16 +183,11 @@ def test_a_smaller_prediction_covers_the_area_of_its_picture(
     predict(convolutions(), picture, tmp_path / "out", mask="all")
     with rasterio.open(picture) as given, rasterio.open(tmp_path / "out" / "map.tif") as made:
         assert made.shape == (181, 76) and made.crs == given.crs
-        parts = [(raster.width, raster.height) for raster in (given, made)]
-        for across, down in ((0, 0), (1, 0), (0, 1), (0.3, 0.9)) if place != "control points" else ():
-            spots = [
-                raster.transform @ (across * w, down * h)
-                for raster, (w, h) in zip((given, made), parts, strict=True)
-            ]
-            assert spots[0] == pytest.approx(spots[1], rel=1e-12)
+        for column, row in ((0, 0), (76, 0), (0, 181), (23, 163)) if place != "control points" else ():
+            spot = given.transform @ (4 * column, 4 * row)
+            assert spot == pytest.approx(made.transform @ (column, row), rel=1e-12)
         points = [
-            [(p.col / w, p.row / h) for p in raster.gcps[0]]
-            for raster, (w, h) in zip((given, made), parts, strict=True)
+            [(p.col / step, p.row / step) for p in raster.gcps[0]] for raster, step in ((given, 4), (made, 1))
         ]
         for before, after in zip(*points, strict=True):
             assert before == pytest.approx(after)
@@ -419,6 +414,16 @@ def test_pixels_without_data_are_found_by_windows(
     assert np.array_equal(picture.lacking(0, size[0], size).numpy(), lacking)
     assert picture.without_data == lacking.sum() and max(windows) <= 512 * 512
     picture.file.close()
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_a_picture_of_which_gdal_gives_no_position_lies_nowhere(tmp_path: Path) -> None:
+    """Of PGM and PPM files it leaves the numbers of a transform as they are in memory."""
+    pytest.importorskip("rasterio")
+    Image.fromarray(np.zeros((9, 12), np.uint8)).save(tmp_path / "grey.pgm")
+    picture = RasterRows(tmp_path / "grey.pgm")
+    assert picture.position == () and picture.shape == (1, 9, 12)
+    picture.close()
 
 
 @pytest.mark.parametrize(("form", "no_data"), [("tif", None), ("vrt", 3), ("png", 3), ("mosaic", None)])

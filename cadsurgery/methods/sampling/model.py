@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
@@ -259,13 +260,18 @@ class SampledModel(GraphModel):
 
     @property
     def shares(self) -> dict[str, Tensor]:
-        """Share (B, h, w) of each position that counted as computed in the last call, by gated convolution.
+        """Share (B, h, w) of each position that counted as computed in the last call, by gated convolution; one that
+        the network calls again is named by its calls: `conv`, `conv (call 2)`.
 
         Raises:
             InvalidInput: the network has not been called.
         """
-        run = self._called()
-        return {gated.path: run.shares[number].detach() for number, gated in enumerate(self.program.gates)}
+        run, calls, shares = self._called(), Counter[str](), dict[str, Tensor]()
+        for number, gated in enumerate(self.program.gates):
+            calls[gated.path] += 1
+            again = f" (call {calls[gated.path]})" if calls[gated.path] > 1 else ""
+            shares[gated.path + again] = run.shares[number].detach()
+        return shares
 
     @property
     def densities(self) -> dict[str, float]:
