@@ -105,7 +105,9 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         try:
             image, stored = self.read(position)
             image = self._in_channels(image, name)
-            values = np.full(image.shape[1:], IGNORED) if stored is None else np.array(stored)
+            if stored is None:
+                stored = torch.full(image.shape[1:], IGNORED)
+            values = stored.numpy() if isinstance(stored, Tensor) else np.array(stored)
         except CadError:
             raise
         except Exception as error:  # decoders raise errors of any type
