@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from cadsurgery.data.channels import as_channels
 from cadsurgery.data.images import check_labels_fit, from_picture, read_image, read_picture_for
 from cadsurgery.data.labels import as_classes
-from cadsurgery.support.errors import CadError, FileError, InvalidInput, first_line
+from cadsurgery.support.errors import FileError, InvalidInput, as_refusal, first_line
 
 if TYPE_CHECKING:
     from cadsurgery.data.networks import Source
@@ -102,20 +102,18 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         if not -len(self) <= position < len(self):
             raise IndexError(position)
         name = self.names[position]
-        try:
+        with as_refusal(
+            lambda error: FileError(
+                f"{name} or its labels cannot be read.",
+                why=first_line(error),
+                next="replace the file or take both out.",
+            )
+        ):
             image, stored = self.read(position)
             image = self._in_channels(image, name)
             if stored is None:
                 stored = torch.full(image.shape[1:], IGNORED)
             values = stored.numpy() if isinstance(stored, Tensor) else np.array(stored)
-        except CadError:
-            raise
-        except Exception as error:  # decoders raise errors of any type
-            raise FileError(
-                f"{name} or its labels cannot be read.",
-                why=first_line(error),
-                next="replace the file or take both out.",
-            ) from error
         return image, self._labels(values, image, name)
 
     @property

@@ -24,7 +24,7 @@ from cadsurgery.data.channels import statistics_of as statistics_of
 from cadsurgery.data.deep import open_large, read_deep
 from cadsurgery.support import files
 from cadsurgery.support.describe import describe
-from cadsurgery.support.errors import CadError, FileError, InvalidInput
+from cadsurgery.support.errors import FileError, InvalidInput, as_refusal
 from cadsurgery.support.files import check_folder, write_whole
 from cadsurgery.support.folders import NO_PICTURES, describe_left_out, is_hidden, warn_of_left_out
 from cadsurgery.support.kinds import PICTURE, of_another_kind
@@ -305,22 +305,20 @@ def _open(
         yield file
 
 
-@contextlib.contextmanager
-def _as_file_error(path: Path | str, what: str, next: str) -> Iterator[None]:
+def _as_file_error(path: Path | str, what: str, next: str) -> contextlib.AbstractContextManager[None]:
     """Turn errors of the block into a `FileError` that names the file."""
-    try:
-        yield
-    except CadError:
-        raise
-    except Exception as error:  # decoders raise errors of any type
+
+    def refuse(error: Exception) -> FileError:
         if is_out_of_memory(error):
-            raise FileError(
+            return FileError(
                 f"there is not enough memory to read {path}.",
                 why=str(error),
                 next="give a smaller picture, or a TIFF file, which cadsurgery run --memory 1.5GiB reads in rows.",
-            ) from error
+            )
         refusal = FileError(f"{path} cannot be read as {what}.", why=str(error), next=next)
-        raise of_another_kind(path, PICTURE) or refusal from error
+        return of_another_kind(path, PICTURE) or refusal
+
+    return as_refusal(refuse)
 
 
 # Tags of TIFF files: the bits of a value, and how values are to be shown, of which 0 means that 0 is white.

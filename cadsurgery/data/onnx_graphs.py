@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from functools import cache
 from typing import Any
@@ -19,7 +20,7 @@ from torch import fx, nn
 
 from cadsurgery.data.onnx_maps import OF_MAPS, refuse
 from cadsurgery.data.onnx_numbers import OF_NUMBERS, Numbers, OnnxOperation, OnnxTracer, refuse_numbers
-from cadsurgery.support.errors import CadError, describe_error
+from cadsurgery.support.errors import as_refusal, describe_error
 
 _LATEST = 30  # an opset that no converter of onnx2torch is from
 
@@ -62,6 +63,11 @@ def _converter(kind: str, opset: int) -> Any:
     return None
 
 
+def _refusing(operation: OnnxOperation, by: str = "") -> AbstractContextManager[None]:
+    # Converters and torch raise errors of many types for attributes and arguments that they do not take.
+    return as_refusal(lambda error: refuse(operation, by + describe_error(error)))
+
+
 class _Graph(nn.Module):
     """The nodes of an ONNX graph, for a tracer to follow.
 
@@ -87,10 +93,8 @@ class _Graph(nn.Module):
             operation, module, read = operations[node.output_values[0]], None, node.input_values
             converter = None if operation.type in OF_MAPS else _converter(operation.type, opset)
             if converter is not None:
-                try:
+                with _refusing(operation, "onnx2torch: "):
                     module, mapping = converter(node, graph)
-                except Exception as error:  # onnx2torch raises errors of many types for what it does not have
-                    raise refuse(operation, f"onnx2torch: {describe_error(error)}") from error
                 read = mapping.inputs
                 self.add_module(name, module)
             needed += [value for value in read if value in held]
@@ -107,12 +111,8 @@ class _Graph(nn.Module):
         for value, name in self._constants.items():
             values[value] = getattr(self.initializers, name)
         for operation, module, read, made in self._steps:
-            try:
+            with _refusing(operation):
                 result = _write(operation, module, [values[value] for value in read])
-            except CadError:
-                raise
-            except Exception as error:  # of many types, for attributes and arguments that torch does not take
-                raise refuse(operation, describe_error(error)) from error
             if len(made) == 1:
                 values[made[0]] = result
             else:

@@ -43,6 +43,7 @@ from cadsurgery.support.errors import (
     FileError,
     InvalidInput,
     NotInstalled,
+    as_refusal,
     check_name,
     first_line,
     warn,
@@ -341,13 +342,9 @@ def _short_name(source: Source) -> str:
 
 def _output_of(model: nn.Module, image: Tensor) -> int:
     """Return the number of channels of the map that the network computes for a picture."""
-    try:
-        with torch.inference_mode():
-            return maps_of(model(image))[0].shape[1]
-    except CadError:
-        raise
-    except Exception as error:  # the network decides what it takes
-        raise refuse_images(error, image.shape[2:]) from error
+    # The network decides what it takes.
+    with as_refusal(lambda error: refuse_images(error, image.shape[2:])), torch.inference_mode():
+        return maps_of(model(image))[0].shape[1]
 
 
 def refuse_what_does_not_fit(model: nn.Module, image: Tensor) -> None:
