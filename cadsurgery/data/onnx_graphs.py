@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -72,25 +71,30 @@ class _Graph(nn.Module):
     """The nodes of an ONNX graph, for a tracer to follow.
 
     Args:
-        model: the ONNX model, without padding that `_call_padded` adds.
-        operations: the operation of each node, by the name of its first output.
+        model: the ONNX model, whose nodes lose the padding that `_call_padded` adds.
+        shapes: see `write_plainly`.
         tracer: the tracer that records this module.
     """
 
-    def __init__(self, model: Any, operations: Mapping[str, OnnxOperation], tracer: OnnxTracer) -> None:
+    def __init__(self, model: Any, shapes: Mapping[str, tuple[int | None, ...]], tracer: OnnxTracer) -> None:
         from onnx2torch.onnx_graph import OnnxGraph
 
         super().__init__()
+        opset, operations = opset_of(model), []
+        for stored in model.graph.node:
+            operation = OnnxOperation(stored, version_of(stored, opset) or opset, shapes, tracer)
+            operations.append(operation)
+            if _has_own_padding(operation):
+                kept = [stated for stated in stored.attribute if stated.name not in ("auto_pad", "pads")]
+                del stored.attribute[:]
+                stored.attribute.extend(kept)
         held = {tensor.name for tensor in model.graph.initializer}
-        for value in [value for value in model.graph.input if value.name in held]:
-            model.graph.input.remove(value)
         graph = OnnxGraph(model.graph)
-        opset = opset_of(model)
-        self._tracer, self._input, self._results = tracer, graph.input_values[0], graph.output_values
+        self._tracer, self._input, self._results = tracer, inputs_of(model)[0].name, graph.output_values
         self._steps: list[tuple[OnnxOperation, nn.Module | None, tuple[str, ...], tuple[str, ...]]] = []
         needed = [name for name in self._results if name in held]
-        for name, node in graph.nodes.items():
-            operation, module, read = operations[node.output_values[0]], None, node.input_values
+        for operation, (name, node) in zip(operations, graph.nodes.items(), strict=True):
+            module, read = None, node.input_values
             converter = None if operation.type in OF_MAPS else _converter(operation.type, opset)
             if converter is not None:
                 with _refusing(operation, "onnx2torch: "):
@@ -145,13 +149,19 @@ def opset_of(model: Any) -> int:
     return next((int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
 
 
+def inputs_of(model: Any) -> list[Any]:
+    """Return what a call of a model gives: its inputs without those that the file holds."""
+    held = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in held]
+
+
 def write_plainly(
     model: Any, shapes: Mapping[str, tuple[int | None, ...]], batch: int | None
 ) -> fx.GraphModule:
     """Return the network of an ONNX graph, written as plain torch operations.
 
     Args:
-        model: the ONNX model, without functions; `is_known` is true of each node.
+        model: the ONNX model, without functions; `is_known` is true of each node. Its nodes are changed.
         shapes: lengths of the axes of its values, None where they are free.
         batch: see `OnnxTracer`.
 
@@ -159,12 +169,8 @@ def write_plainly(
         CannotConvert: an operator has a form that is not read, or the graph computes with sizes in a way that cannot be
             written as numbers.
     """
-    opset, tracer = opset_of(model), OnnxTracer(batch)
-    operations = {
-        node.output[0]: OnnxOperation(node, version_of(node, opset) or opset, shapes, tracer)
-        for node in model.graph.node
-    }
-    graph = _Graph(_without_padding(model, operations), operations, tracer)
+    tracer = OnnxTracer(batch)
+    graph = _Graph(model, shapes, tracer)
     written = fx.GraphModule(graph, tracer.trace(graph))
     written.delete_all_unused_submodules()
     return written.eval()
@@ -191,17 +197,6 @@ def _has_own_padding(operation: OnnxOperation) -> bool:
         pad > taps // 2 for pad, taps in zip(before, kernel, strict=True)
     )
     return before != behind or is_wide
-
-
-def _without_padding(model: Any, operations: Mapping[str, OnnxOperation]) -> Any:
-    """Return an ONNX model whose layers have no padding where `_has_own_padding`; `_call_padded` adds it."""
-    copy = deepcopy(model)
-    for node in copy.graph.node:
-        if _has_own_padding(operations[node.output[0]]):
-            kept = [stated for stated in node.attribute if stated.name not in ("auto_pad", "pads")]
-            del node.attribute[:]
-            node.attribute.extend(kept)
-    return copy
 
 
 def _call_padded(layer: Any, operation: OnnxOperation, value: Any) -> Any:

@@ -124,16 +124,6 @@ def _softmax(operation: OnnxOperation, value: Any) -> Any:
     return function(value.flatten(axis), -1).reshape(sizes)
 
 
-def _of_one_map(operation: OnnxOperation, value: Any) -> Any:
-    return _OF_ONE_MAP[operation.type](value)
-
-
-_OF_ONE_MAP: dict[str, Callable[..., Any]] = {
-    **{"Cosh": torch.cosh, "Sinh": torch.sinh, "Acosh": torch.acosh, "Asinh": torch.asinh},
-    **{"Atanh": torch.atanh, "Mish": F.mish},
-}
-
-
 # -- statistics ------------------------------------------------------------------------------------------------------
 
 
@@ -458,7 +448,12 @@ OF_MAPS: dict[str, Callable[..., Any]] = {
     "ThresholdedRelu": lambda operation, value: F.threshold(value, operation.get("alpha", 1.0), 0.0),
     "Shrink": _shrink,
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
-    **dict.fromkeys(_OF_ONE_MAP, _of_one_map),
+    "Cosh": lambda operation, value: torch.cosh(value),
+    "Sinh": lambda operation, value: torch.sinh(value),
+    "Acosh": lambda operation, value: torch.acosh(value),
+    "Asinh": lambda operation, value: torch.asinh(value),
+    "Atanh": lambda operation, value: torch.atanh(value),
+    "Mish": lambda operation, value: F.mish(value),
     **dict.fromkeys(("Sum", "Mean", "Max", "Min"), _of_several),
     **dict.fromkeys(_REDUCTIONS, _reduce),
     **dict.fromkeys(("GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"), _over_the_map),
