@@ -1,6 +1,7 @@
 """Operators of ONNX written as plain torch operations, for every opset.
 
-Attributes that became inputs in a later opset are read from either.
+Attributes that became inputs in a later opset are read from either. Of the oldest opsets only what ONNX Runtime runs is
+here: arithmetic and PRelu from opset 7 on.
 
 Operators that are not here are those of onnx2torch, or have a body of other operators in ONNX's own definitions. Each
 function takes the operation and its inputs; None stands for an input that is left out.
@@ -49,9 +50,6 @@ def refuse(operation: OnnxOperation, why: str) -> CannotConvert:
 
 def _arithmetic(operation: OnnxOperation, first: Any, second: Any) -> Any:
     """Write arithmetic with a map; constants of a single value are numbers."""
-    if "axis" in operation.attributes and isinstance(second, Tensor):  # before opset 7: where its axes begin
-        behind = operation.rank - operation.attributes["axis"] % operation.rank - second.dim()
-        second = second.reshape(*second.shape, *[1] * behind)
     of_numbers, of_tensors = ARITHMETIC[operation.type]
     operands = [_as_operand(operation, value) for value in (first, second)]
     return (of_tensors if any(isinstance(value, Tensor) for value in operands) else of_numbers)(*operands)
@@ -101,8 +99,6 @@ def _prelu(operation: OnnxOperation, value: Any, slope: Any) -> Any:
         raise refuse(operation, "its slope is computed from the picture.")
     if slope.numel() == 1:
         return F.leaky_relu(value, slope.item())
-    if slope.dim() == 1 and operation.version < 7:  # of a channel
-        slope = slope.reshape(-1, *[1] * (operation.rank - 2))
     place = slope.dim() - operation.rank + 1  # of the channels among its axes
     if place in (0, 1) and slope.numel() == slope.shape[place] == operation.shape[1]:
         return F.prelu(value, slope.flatten())
