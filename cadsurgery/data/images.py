@@ -717,7 +717,7 @@ def write_picture(picture: Image.Image, path: Path | str) -> None:
     Raises:
         FileError: the path cannot be written, or its ending belongs to no known format.
     """
-    kind = _format(Path(path))
+    kind = format_of(Path(path), FORMATS, "a picture")
     if kind != "PNG":  # only PNG keeps our palettes and transparency
         picture = picture.convert("RGB")
     if stores.is_remote(path):
@@ -741,13 +741,15 @@ def check_picture(path: Path, option: str = "--output") -> None:
         FileError: there is no such folder, or the ending belongs to no known format.
     """
     check_folder(path, option)
-    _format(path)
+    format_of(path, FORMATS, "a picture")
 
 
-def _format(path: Path) -> str:
-    kind = FORMATS.get(path.suffix.lower())
-    if kind is None:
-        raise FileError(
-            f"{path} does not end like a picture.", next=f"choose an ending: {', '.join(FORMATS)}."
-        )
-    return kind
+def format_of(path: Path, formats: Mapping[str, str], what: str) -> str:
+    """Return the format of a file to write, by its ending.
+
+    Raises:
+        FileError: the ending belongs to none of the formats.
+    """
+    if path.suffix.lower() not in formats:
+        raise FileError(f"{path} does not end like {what}.", next=f"choose an ending: {', '.join(formats)}.")
+    return formats[path.suffix.lower()]

@@ -16,7 +16,7 @@ from rich.text import Text
 from torch import Tensor
 
 from cadsurgery.data import SegmentationData, open_pictures, sample_of
-from cadsurgery.data.clips import WRITTEN, check_clip, is_clip, write_clip
+from cadsurgery.data.clips import WRITTEN, is_clip, write_clip
 from cadsurgery.data.images import (
     check_labels_fit,
     check_picture,
@@ -248,7 +248,6 @@ def _draw_frames(image: str, options: MaskOptions, step: Step) -> MaskReport:
             f"{'a generated picture' if not image else 'a comparison' if options.compare else 'one with labels'}.",
             next="give a clip or a folder of frames, and one mask; or name a picture: --output mask.png.",
         )
-    check_clip(options.output)
     check_folder(options.output)
     mask = resolve_mask(options.masks[0]) if options.masks else None
     data = open_pictures(image, bands=options.bands)
