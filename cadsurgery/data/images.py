@@ -81,7 +81,7 @@ def read_image(
         if not isinstance(read, int):
             stored, has_alpha = read
             image = as_channels(stored, channels, bands, name=path, has_alpha=has_alpha)
-            return image if size is None else resized(image[None], size)[0]
+            return resized(image, size)
         named = ("page", read)
     with _open(place, "an image", _GIVE, content, named) as file:
         return from_picture(file, channels, bands, name=path, size=size, upright=upright)
@@ -190,7 +190,7 @@ def from_picture(
             return _from_shallow(shown, channels, bands, picture, name, size)
         image = _from_shallow(shown, channels, bands, picture, name, None)
         image[:, torch.from_numpy(is_lacking.reshape(*is_lacking.shape[:2], -1).any(2))] = math.nan
-    return image if size is None else resized(image[None], size)[0]
+    return resized(image, size)
 
 
 def _from_shallow(
@@ -233,10 +233,13 @@ def _resized_picture(picture: Image.Image, size: tuple[int, int] | None) -> Imag
     return picture if size is None else picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
 
 
-def resized(image: Tensor, size: Sequence[int]) -> Tensor:
-    """Return images (B, C, H, W) of a size, in the memory layout that they have."""
-    if tuple(image.shape[2:]) == tuple(size):
+def resized(image: Tensor, size: Sequence[int] | None) -> Tensor:
+    """Return an image (C, H, W) or images (B, C, H, W) of a size, in the memory layout that they have; as they are for
+    None."""
+    if size is None or tuple(image.shape[-2:]) == tuple(size):
         return image
+    if image.dim() == 3:
+        return resized(image[None], size)[0]
     is_rows = image.is_contiguous(memory_format=torch.channels_last)
     small = functional.interpolate(image.float(), tuple(size), mode="bilinear", antialias=True).to(
         image.dtype

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cadsurgery.data import Samples, SegmentationData, as_data, open_data, sample_of
 from cadsurgery.data.channels import check_bands
 from cadsurgery.data.datasets import identity_table, number_classes
-from cadsurgery.data.images import check_size, normalise, read_labels
+from cadsurgery.data.images import check_size, normalise, read_labels, resized
 from cadsurgery.data.networks import Source
 from cadsurgery.data.samples import pictures_of
 from cadsurgery.data.sources import (
@@ -389,7 +389,7 @@ class _Pictures:
         self.size = self.size or own
         if own != self.size:
             self.is_resized = True
-            image = F.interpolate(image[None], self.size, mode="bilinear", antialias=True)[0]
+            image = resized(image, self.size)
             labels = F.interpolate(labels[None, None].double(), self.size, mode="nearest")[0, 0].long()
         image = normalise(image, self.source).unsqueeze(0)
         return image, labels.unsqueeze(0) if self.data.is_labelled else None
