@@ -185,8 +185,8 @@ _REMEDY = "raise classes=..., or ignore such pixels: ignore={labels}."
 
 def _table(options: Mapping[str, str], classes: int) -> tuple[tuple[int, int], ...]:
     """Return the label table that the options of a folder state."""
-    ignore = ignored_labels(options["ignore"])
-    values = _numbers("values", options["values"])
+    ignore = label_values("ignore", options["ignore"])
+    values = label_values("values", options["values"])
     if not values:
         return identity_table(classes, ignore)
     if len(values) != classes or len({*values, *ignore}) != len(values) + len({*ignore}):
@@ -231,12 +231,8 @@ def class_names(text: str) -> tuple[str, ...]:
     return number_classes(int(text))
 
 
-def ignored_labels(text: str) -> list[int]:
-    """Return the label values of an option `ignore`, which slashes separate."""
-    return _numbers("ignore", text)
-
-
-def _numbers(option: str, text: str) -> list[int]:
+def label_values(option: str, text: str) -> list[int]:
+    """Return the label values of an option, which slashes separate."""
     return [_number(option, part) for part in text.split("/") if part]
 
 

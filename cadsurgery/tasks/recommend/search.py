@@ -22,7 +22,7 @@ from cadsurgery.data.networks import Source
 from cadsurgery.data.samples import pictures_of
 from cadsurgery.data.sources import (
     class_names,
-    ignored_labels,
+    label_values,
     labels_of,
     open_pictures,
     split_place,
@@ -434,7 +434,7 @@ def _with_labels(data: SegmentationData, spec: str | Path | None, outputs: int) 
     def read(position: int) -> tuple[Any, Any]:
         return data.read(position)[0], read_labels(paths[position]).numpy()
 
-    table = identity_table(len(classes), ignored_labels(options.get("ignore", "")))
+    table = identity_table(len(classes), label_values("ignore", options.get("ignore", "")))
     remedy = (
         f"ignore such pixels: --labels folder:{folder},ignore={{labels}}, or use a network of more outputs."
     )
