@@ -132,8 +132,6 @@ def _write(operation: OnnxOperation, module: nn.Module | None, args: list[Any]) 
         of_numbers = None if has_map else OF_NUMBERS.get(operation.type)
         return (of_numbers or OF_MAPS.get(operation.type, refuse_numbers))(operation, *args)
     if operation.type in OF_MAPS:
-        while args and args[-1] is None:
-            args.pop()
         return OF_MAPS[operation.type](operation, *args)
     if module is None:
         return OF_NUMBERS[operation.type](operation, *args)
