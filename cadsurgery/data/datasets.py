@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,25 +25,16 @@ if TYPE_CHECKING:
 IGNORED = 255  # the label of a pixel that counts neither in losses nor in metrics
 
 
-class UnreadPicture(Protocol):
-    """A picture that is read when it is known in which channels."""
-
-    def read(self, source: Source | None, channels: int, bands: tuple[int, ...]) -> Tensor:
-        """Return the picture (channels, H, W), float32 and not normalised, for a network of this source."""
-        ...
+# A picture that is read when it is known for a network of which source, in how many channels and from which bands:
+# (channels, H, W), float32 and not normalised.
+UnreadPicture = Callable[["Source | None", int, tuple[int, ...]], Tensor]
 
 
-@dataclass(frozen=True)
-class PictureFile:
-    """The picture of a file."""
-
-    path: Path | str
-
-    def read(self, source: Source | None, channels: int, bands: tuple[int, ...]) -> Tensor:
-        """Read the file; see `UnreadPicture`."""
-        if source is not None:
-            return read_picture_for(source, self.path, bands=bands)
-        return read_image(self.path, channels=channels, bands=bands)
+def read_file(path: Path, source: Source | None, channels: int, bands: tuple[int, ...]) -> Tensor:
+    """Read the picture of a file; see `UnreadPicture`."""
+    if source is not None:
+        return read_picture_for(source, path, bands=bands)
+    return read_image(path, channels=channels, bands=bands)
 
 
 @dataclass(frozen=True)
@@ -154,7 +145,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         if isinstance(image, Tensor):
             return as_channels(image, None if source is None else channels, bands, name=name)
         unread: UnreadPicture = image
-        return unread.read(source, channels, bands)
+        return unread(source, channels, bands)
 
     def _labels(self, values: np.ndarray[Any, Any], image: Tensor, name: str) -> Tensor:
         if values.ndim != 2:
