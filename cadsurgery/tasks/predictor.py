@@ -239,7 +239,8 @@ class Predictor:
             if not self.options.within:
                 return Picture(item, read)
             size, position = (read.shape[1], read.shape[2]), position_at(item.source)
-            return Picture(item, read, read_area(self.options.within, size, item.source, position).whole())
+            area = read_area(self.options.within, size, item.source, position)
+            return Picture(item, read, area(0, size[0]))
         except CadError as error:
             return Picture(item, error=error)
 
