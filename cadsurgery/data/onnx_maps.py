@@ -9,6 +9,7 @@ function takes the operation and its inputs; None stands for an input that is le
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
@@ -22,10 +23,8 @@ from cadsurgery.data.onnx_numbers import (
     Numbers,
     OnnxOperation,
     bounds_of,
-    keep,
     numbers,
     refuse_numbers,
-    shape_of,
     stated_numbers,
 )
 from cadsurgery.support.errors import CannotConvert
@@ -195,6 +194,14 @@ def _group_norm(operation: OnnxOperation, value: Any, scale: Any, shift: Any) ->
 
 
 # -- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def _shape_of(operation: OnnxOperation, value: Any) -> Any:
+    """Return the sizes of a map or of an array of numbers, for Shape; their product for Size."""
+    axes = range(operation.rank)[operation.get("start", 0) : operation.get("end")]
+    is_map = not isinstance(value, Numbers)
+    sizes = [value.size(axis) for axis in axes] if is_map else value.array.shape
+    return Numbers.of([math.prod(sizes)], ()) if operation.type == "Size" else Numbers.of(sizes)
 
 
 def _reshape(operation: OnnxOperation, value: Any, shape: Any = None) -> Any:
@@ -433,10 +440,10 @@ def _sample(operation: OnnxOperation, value: Any, grid: Any) -> Any:
 
 
 OF_MAPS: dict[str, Callable[..., Any]] = {
-    "Shape": shape_of,
-    "Size": shape_of,
-    "Identity": keep,
-    "Dropout": keep,
+    "Shape": _shape_of,
+    "Size": _shape_of,
+    "Identity": lambda operation, value: value,
+    "Dropout": lambda operation, value, *more: value,
     "Cast": _cast,
     "Clip": _clip,
     "Gelu": lambda operation, value: F.gelu(value, approximate=operation.get("approximate", "none")),
