@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -160,13 +161,11 @@ def offline_without_network() -> Iterator[None]:
     """Set the client to offline mode if the server's name cannot be resolved, which saves a minute of retries."""
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE
+    is_offline = constants.HF_HUB_OFFLINE
     try:
         if not getproxies():  # a proxy resolves names itself
             socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
     except OSError:
-        constants.HF_HUB_OFFLINE = True
-    try:
+        is_offline = True
+    with mock.patch.object(constants, "HF_HUB_OFFLINE", is_offline):
         yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
