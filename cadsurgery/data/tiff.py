@@ -178,6 +178,12 @@ class _PagesPicture:
         return self.original.tags.valueof(NO_DATA) if stated is None else stated
 
     @property
+    def position(self) -> tuple[Any, ...]:
+        """Tags that say where it lies on the earth; empty if there are none."""
+        sizes = zip(_size_of(self.original), _size_of(self.page), strict=True)
+        return moved_position(position_of(self.original), [length / own for length, own in sizes])
+
+    @property
     def bands(self) -> str:
         """The axis of the bands; empty for one band."""
         return self.axes.strip("YX")
@@ -409,25 +415,29 @@ class TiffRows:
             FileError: it holds several pictures, or one that is turned, has a palette, or is not stored in small
                 pieces.
         """
-        self._path, self._opened = path, contextlib.ExitStack()
-        with files.as_file_error(f"{path} cannot be read as a TIFF.", "write the file again."):
-            self._file, picture = self._opened.enter_context(_opened(path, content))
-        self._picture, self._page, self._mask = picture, picture.page, None
-        page, samples = picture.page, int(picture.page.samplesperpixel)
-        self.shape, self.has_alpha = (samples, *_size_of(page)), _has_alpha(page)
-        self.position = _position_in(picture)
-        self.block = block_of(int(page.tilelength), int(page.tilewidth)) if page.is_tiled else (TILE, TILE)
-        self._is_planar = samples > 1 and int(page.planarconfig) != 1
-        is_plain = (
-            page.is_contiguous and page.compression == 1 and page.predictor == 1 and page.dtype is not None
-        )
-        self._is_raw = bool(is_plain and page.bitspersample == 8 * page.dtype.itemsize)
-        self._height = int(page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength))
-        self._decoded = dict[int, np.ndarray[Any, Any]]()
-        if (refusal := self._refusal(picture)) is not None:
-            self.close()
-            raise refusal
-        self._mask = _mask_of(path, picture)
+        self._path, self._decoded = path, dict[int, np.ndarray[Any, Any]]()
+        with contextlib.ExitStack() as opened:
+            with files.as_file_error(f"{path} cannot be read as a TIFF.", "write the file again."):
+                self._file, picture = opened.enter_context(_opened(path, content))
+            self._picture, self._page = picture, picture.page
+            page, samples = picture.page, int(picture.page.samplesperpixel)
+            self.shape, self.has_alpha = (samples, *_size_of(page)), _has_alpha(page)
+            self.position = picture.position
+            self.block = (
+                block_of(int(page.tilelength), int(page.tilewidth)) if page.is_tiled else (TILE, TILE)
+            )
+            self._is_planar = samples > 1 and int(page.planarconfig) != 1
+            is_whole = page.dtype is not None and page.bitspersample == 8 * page.dtype.itemsize
+            self._is_raw = bool(
+                is_whole and page.is_contiguous and page.compression == 1 and page.predictor == 1
+            )
+            self._height = int(page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength))
+            if (refusal := self._refusal(picture)) is not None:
+                raise refusal
+            self._mask = _mask_of(path, picture)
+            if self._mask is not None:
+                opened.callback(self._mask.close)
+            self._opened = opened.pop_all()
         is_stated = picture.no_data is not None or self.has_alpha or self._mask is not None
         self.may_lack = is_stated or page.dtype.kind == "f"
 
@@ -522,8 +532,6 @@ class TiffRows:
     def close(self) -> None:
         """Close the file."""
         self._opened.close()
-        if self._mask is not None:
-            self._mask.close()
 
 
 _LARGEST_TILE, _TILE_UNIT = 4096, 16  # pixels a side, of tiles that are written as they are in a picture
@@ -563,14 +571,8 @@ def position_at(path: Path | str) -> tuple[Any, ...]:
     if not str(place).lower().endswith((".tif", ".tiff")) or not is_tiff(place):
         return ()
     with contextlib.suppress(Exception), _opened(path, None) as (_, picture):  # reported where it is read
-        return _position_in(picture)
+        return picture.position
     return ()
-
-
-def _position_in(picture: _PagesPicture) -> tuple[Any, ...]:
-    """Return the position of a picture's page, which may be a smaller copy of the same area."""
-    sizes = zip(_size_of(picture.original), _size_of(picture.page), strict=True)
-    return moved_position(position_of(picture.original), [length / own for length, own in sizes])
 
 
 def coordinates_of(

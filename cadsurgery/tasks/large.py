@@ -147,7 +147,7 @@ class LargePicture:
         self._unwanted, self.asked = self._lacking, 0
         if how.within:
             area = read_area(how.within, self.size, path, self.file.position)
-            outside = self._bits(lambda first, end, left, right: ~area.rows(first, end)[:, left:right])
+            outside = self._bits(lambda first, end, left, right: ~area(first, end)[:, left:right])
             self.asked = self.size[0] * self.size[1] - _count(outside)
             both = [bits for bits in (self._lacking, outside) if bits is not None]
             self._unwanted = np.bitwise_or.reduce(both) if both else None

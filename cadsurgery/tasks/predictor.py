@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,6 @@ from cadsurgery.network.within import read_within
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled
 from cadsurgery.support.files import make_folder
-from cadsurgery.support.pipeline import ahead
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks.commands import RunOptions
@@ -44,6 +44,22 @@ from cadsurgery.tasks.large import MULTIPLES, LargePicture, WrittenRows, cut_bac
 from cadsurgery.tasks.measuring import refuse_images
 from cadsurgery.tasks.open import read_by
 from cadsurgery.tasks.workers import STOPPED
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
+DEPTH = 2  # results that wait for the caller
+
+
+def ahead(items: Iterable[Given], work: Callable[[Given], Result]) -> Iterator[Result]:
+    """Yield the result for each item, in order; a thread works on up to `DEPTH` items while the caller uses others."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque[Future[Result]]()
+        for item in items:
+            waiting.append(thread.submit(work, item))
+            if len(waiting) > DEPTH:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def lost(item: Item, error: CadError) -> tuple[int, Row]:
@@ -226,7 +242,8 @@ class Predictor:
             if not self.options.within:
                 return Picture(item, read)
             size, position = (read.shape[1], read.shape[2]), position_at(item.source)
-            return Picture(item, read, read_area(self.options.within, size, item.source, position).whole())
+            area = read_area(self.options.within, size, item.source, position)
+            return Picture(item, read, area(0, size[0]))
         except CadError as error:
             return Picture(item, error=error)
 

@@ -153,7 +153,7 @@ def test_saving_what_was_loaded_writes_the_same_file(tmp_path: Path) -> None:
             *(Budget(mask, 0.4, per_batch=True) for mask in ("random:seed=1", "none | budget")),
         ]
     ),
-    ids=str,
+    ids=lambda mask: f"{mask.dtype} levels" if isinstance(mask, Tensor) else str(mask),
 )
 def test_tensors_and_wrappers_of_masks_come_back(tmp_path: Path, mask: Any) -> None:
     net, image = adapted(mask), images(2, 97, 129)

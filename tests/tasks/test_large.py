@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -617,6 +618,17 @@ def test_pixels_that_a_mask_leaves_out_have_no_data(
     assert np.array_equal(tifffile.imread(tmp_path / "out" / "map.tif") == 255, lacking)
     whole = predict(net, source, tmp_path / "resized", memory="", size=lacking.shape)
     assert whole.failed and f"{lacking.sum()} pixels without data" in str(whole.failed)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are listed on Linux")
+def test_a_file_whose_mask_cannot_be_read_is_closed(tmp_path: Path) -> None:
+    stored = np.full((64, 64), 9, np.uint8)
+    source = written(tmp_path / "map.tif", stored)
+    written(tmp_path / "turned.tif", stored, extratags=[(274, 3, 1, 6, True)]).rename(f"{source}.msk")
+    with pytest.raises(cs.FileError, match="turned or mirrored") as refusal:
+        TiffRows(source)
+    assert refusal.tb is not None  # which keeps what was being opened
+    assert not any(Path(f"/proc/self/fd/{one}").resolve() == source for one in os.listdir("/proc/self/fd"))
 
 
 class Killed(BaseException):

@@ -302,12 +302,10 @@ def test_polygons_are_where_gdal_places_them(tmp_path: Path, place: str) -> None
         ring = [list(transform @ tuple(map(float, corner))) for corner in pixels]
         shape = {"type": "Polygon", "coordinates": [[*ring, ring[0]]]}
         (tmp_path / "area.geojson").write_text(json.dumps(shape))
-        found = read_area(tmp_path / "area.geojson", (60, 80), "a.tif", position).whole()
+        found = read_area(tmp_path / "area.geojson", (60, 80), "a.tif", position)(0, 60)
         wanted = features.rasterize([shape], (60, 80), transform=transform).astype(bool)
         assert (found.numpy() != wanted).mean() < 0.002  # pixels whose middle is on an edge
-        assert torch.equal(
-            found[13:40], read_area(tmp_path / "area.geojson", (60, 80), "", position).rows(13, 40)
-        )
+        assert torch.equal(found[13:40], read_area(tmp_path / "area.geojson", (60, 80), "", position)(13, 40))
 
 
 def test_an_area_is_refused_where_it_has_no_meaning(
