@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unicodedata import normalize
 
 from PIL import Image
@@ -47,9 +47,6 @@ from cadsurgery.support.folders import NO_PICTURES, visible, warn_of_left_out
 from cadsurgery.support.kinds import CLIP, FOLDER, PICTURE, check_kind
 from cadsurgery.support.plain import split_options
 from cadsurgery.support.provenance import check_unclaimed, find_function
-
-if TYPE_CHECKING:
-    pass
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),

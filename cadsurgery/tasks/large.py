@@ -414,6 +414,20 @@ def _count(marked: np.ndarray[Any, Any] | None) -> int:
     return 0 if marked is None else int(sum(np.unpackbits(row).sum(dtype=np.int64) for row in marked))
 
 
+def _shares_of(levels: Tensor, picture: LargePicture, max_level: int) -> list[float]:
+    """Return the share of each level among the samples of a level map (1, h, w): of all, or of those asked for."""
+    levels, size = levels[0], (levels.shape[1], levels.shape[2])
+    levels = levels if any(levels.stride()) else levels[:1, :1]
+    found = torch.zeros(max_level + 1, dtype=torch.int64)
+    for first in range(0, len(levels), _GAP):
+        rows = levels[first : first + _GAP]
+        if picture.asked and levels.shape == size:
+            rows = rows[~picture.lacking(first, first + len(rows), size, or_outside=True)]
+        found += torch.bincount(rows.flatten().long(), minlength=max_level + 1)
+    shares: list[float] = (found / max(1, int(found.sum()))).tolist()
+    return shares
+
+
 def predict_large(
     net: Any,
     picture: LargePicture,
@@ -484,13 +498,7 @@ def predict_large(
     if picture.is_partial:
         position = (*position, (tiff.NO_DATA, 2, None, f"{without}", True))
     part.finish(position, picture.file.block, overviews)
-    levels = cut_back(levels, padded, picture.size)
-    levels = levels if any(levels.stride()) else levels.flatten()[:1]
-    shares = [
-        sum(int((rows == level).sum()) for rows in levels.split(_GAP, -2 if levels.dim() > 1 else 0))
-        / levels.numel()
-        for level in range(net.geometry.max_level + 1)
-    ]
+    shares = _shares_of(cut_back(levels, padded, picture.size), picture, net.geometry.max_level)
     return {
         "output": str(part.target),
         "size": [*picture.size],

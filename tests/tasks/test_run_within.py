@@ -170,6 +170,18 @@ def test_of_the_whole_picture_only_a_byte_of_levels_is_kept(
     assert largest.types == {torch.int8}
 
 
+def test_shares_of_levels_are_those_of_the_area(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "map.tif", np.ones((64, 96, 3), np.uint8), photometric="rgb")
+    (tmp_path / "area.json").write_text("[[10, 8, 50, 40]]")
+    options = RunOptions(within=str(tmp_path / "area.json"))
+    picture = large.LargePicture(str(tmp_path / "map.tif"), None, options=options)
+    levels = torch.zeros(1, 16, 24, dtype=torch.int8)
+    levels[:, 4:] = 2  # of the rows 2 to 9 of the area two have level 0
+    assert large._shares_of(levels, picture, 2) == [0.25, 0, 0.75]
+    assert large._shares_of(torch.ones(1, 1, 1).expand(1, 16, 24), picture, 1) == [0, 1]
+    picture.file.close()
+
+
 @pytest.mark.parametrize("mask", ["content", "edges | budget:fraction=0.3"])
 def test_an_area_has_the_levels_of_the_whole_mask(
     network: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str
