@@ -43,6 +43,7 @@ from cadsurgery.tasks.journal import Item, Row, fingerprint
 from cadsurgery.tasks.large import MULTIPLES, LargePicture, WrittenRows, cut_back, predict_large
 from cadsurgery.tasks.measuring import refuse_images
 from cadsurgery.tasks.open import read_by
+from cadsurgery.tasks.pieces import step_of
 from cadsurgery.tasks.workers import STOPPED
 
 Given = TypeVar("Given")
@@ -158,6 +159,7 @@ class Predictor:
         self._dtype = torch.bfloat16 if self.options.precision == BFLOAT16 else None
         self.stopped, self.step = STOPPED, silent
         self._multiples: dict[torch.Size, int] = {}  # to which pictures of a size are padded; 1 for none
+        self._rounded: dict[torch.Size, torch.Size] = {}  # pixels that the results of a size reach to
 
     def start_anew(self) -> None:
         """Forget the frames that `smooth` masks have seen."""
@@ -213,9 +215,8 @@ class Predictor:
                 return _first_tensor(returned), [details]
             is_padded = images.shape[2:] != size
             if areas is not None:
-                area = F.pad(areas, (0, images.shape[3] - size[1], 0, images.shape[2] - size[0]))
                 with sized([(size[0], size[1])] * len(images) if is_padded else None):
-                    return _first_tensor(read_within(self.net, images, area=area)), [{}] * len(images)
+                    return self._within(images, areas), [{}] * len(images)
             returned = self.net(images, sizes=[tuple(size)] * len(images)) if is_padded else self.net(images)
             levels = cut_back(self.net.levels, images.shape[2:], size).flatten(1)
             numbers = range(self.net.geometry.max_level + 1)
@@ -223,6 +224,20 @@ class Predictor:
             shares = shares if len(shares) == len(images) else shares.mean(0).expand(len(images), -1)
             known = [{"active_fraction": high, "levels": [high, *low]} for high, *low in shares.tolist()]
             return _first_tensor(returned), known
+
+    def _within(self, images: Tensor, areas: Tensor) -> Tensor:
+        """Run images in areas, whose pixels are those of the result where the network rounds lengths up: it is known
+        by a first run of each size."""
+        size = images.shape[2:]
+        while True:
+            tall, wide = self._rounded.get(size, size)
+            area = F.pad(areas, (0, wide - areas.shape[2], 0, tall - areas.shape[1]))
+            maps = _first_tensor(read_within(self.net, images, area=area))
+            sides = zip(size, maps.shape[2:], strict=True)
+            rounded = torch.Size(round(step_of(pixels, samples) * samples) for pixels, samples in sides)
+            if rounded == (tall, wide):
+                return maps
+            self._rounded[size] = rounded
 
     def rows(
         self, items: Iterable[Item], put: Callable[[Image.Image, str], Row] = _write
