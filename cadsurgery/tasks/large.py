@@ -421,7 +421,7 @@ def _shares_of(levels: Tensor, picture: LargePicture, max_level: int) -> list[fl
     found = torch.zeros(max_level + 1, dtype=torch.int64)
     for first in range(0, len(levels), _GAP):
         rows = levels[first : first + _GAP]
-        if picture.asked and levels.shape == size:
+        if picture.asked and len(levels) == size[0]:
             rows = rows[~picture.lacking(first, first + len(rows), size, or_outside=True)]
         found += torch.bincount(rows.flatten().long(), minlength=max_level + 1)
     shares: list[float] = (found / max(1, int(found.sum()))).tolist()
