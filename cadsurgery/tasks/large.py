@@ -417,11 +417,12 @@ def _count(marked: np.ndarray[Any, Any] | None) -> int:
 def _shares_of(levels: Tensor, picture: LargePicture, max_level: int) -> list[float]:
     """Return the share of each level among the samples of a level map (1, h, w): of all, or of those asked for."""
     levels, size = levels[0], (levels.shape[1], levels.shape[2])
-    levels = levels if any(levels.stride()) else levels[:1, :1]
+    is_uniform = not any(levels.stride())
+    levels = levels[:1, :1] if is_uniform else levels
     found = torch.zeros(max_level + 1, dtype=torch.int64)
     for first in range(0, len(levels), _GAP):
         rows = levels[first : first + _GAP]
-        if picture.asked and len(levels) == size[0]:
+        if picture.asked and not is_uniform:
             rows = rows[~picture.lacking(first, first + len(rows), size, or_outside=True)]
         found += torch.bincount(rows.flatten().long(), minlength=max_level + 1)
     shares: list[float] = (found / max(1, int(found.sum()))).tolist()
