@@ -226,7 +226,7 @@ def is_first_process() -> bool:
     """True for the only process, or for the first process of a launcher, which prints."""
     from cadsurgery.support.launcher import world
 
-    return world().is_main
+    return world().rank == 0
 
 
 def show(values: Any, renderable: Any, as_json: bool) -> None:

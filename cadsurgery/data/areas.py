@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +30,13 @@ _EPSG = re.compile(r"EPSG:.*?(\d+)$|EPSG/.*?(\d+)$", re.IGNORECASE)
 _LONGITUDES = "urn:ogc:def:crs:OGC:1.3:CRS84"  # of GeoJSON files that name no coordinate system
 _WGS_84 = 4326
 Ring = np.ndarray[Any, np.dtype[np.float64]]  # corners (k, 2), x and y in pixels
-
-
-@dataclass(frozen=True)
-class Area:
-    """The pixels of a picture that are asked for.
-
-    Attributes:
-        size: (height, width) of the picture.
-        rows: returns which pixels of rows [first, end) are, (end - first, W).
-    """
-
-    size: tuple[int, int]
-    rows: Callable[[int, int], Tensor]
-
-    def whole(self) -> Tensor:
-        """Return which pixels of the picture are asked for, (H, W)."""
-        return self.rows(0, self.size[0])
+Rows = Callable[[int, int], Tensor]  # from first and end to which pixels of rows [first, end) are asked for
 
 
 def read_area(
     path: Path | str, size: tuple[int, int], picture: object = "the picture", position: Sequence[Any] = ()
-) -> Area:
-    """Read the area of interest of a picture.
+) -> Rows:
+    """Read the area of interest of a picture; return which pixels of its rows [first, end) are inside, (rows, W).
 
     Args:
         path: the area's file.
@@ -70,7 +53,7 @@ def read_area(
         raise absent(place, "file")
     is_json = Path(place).suffix.lower() in _JSON
     area = _of_json(path, size, picture, position) if is_json else _of_picture(path, size, picture)
-    if not any(bool(area.rows(first, min(first + 256, size[0])).any()) for first in range(0, size[0], 256)):
+    if not any(bool(area(first, min(first + 256, size[0])).any()) for first in range(0, size[0], 256)):
         raise InvalidInput(
             f"no pixel of {picture} is inside the area.",
             where=str(path),
@@ -80,7 +63,7 @@ def read_area(
     return area
 
 
-def _of_picture(path: Path | str, size: tuple[int, int], picture: object) -> Area:
+def _of_picture(path: Path | str, size: tuple[int, int], picture: object) -> Rows:
     inside = (read_image(path, channels=None) != 0).any(0)
     (height, width), own = size, (inside.shape[0], inside.shape[1])
     if abs(own[0] * width - own[1] * height) > max(width, height):  # sides of a smaller copy are rounded
@@ -94,10 +77,10 @@ def _of_picture(path: Path | str, size: tuple[int, int], picture: object) -> Are
     def rows(first: int, end: int) -> Tensor:
         return inside[torch.arange(first, end) * own[0] // height][:, columns]
 
-    return Area(size, rows)
+    return rows
 
 
-def _of_json(path: Path | str, size: tuple[int, int], picture: object, position: Sequence[Any]) -> Area:
+def _of_json(path: Path | str, size: tuple[int, int], picture: object, position: Sequence[Any]) -> Rows:
     with as_file_error(f"{path} is no JSON file.", f"give {_KINDS}."):
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
     is_geometry = isinstance(stored, dict) and "type" in stored
@@ -108,7 +91,7 @@ def _of_json(path: Path | str, size: tuple[int, int], picture: object, position:
             polygons = [[to_pixels(_ring(ring)) for ring in rings] for rings in _polygons(stored)]
         else:
             polygons = [[_outward(*map(float, box))] for box in boxes]
-    return Area(size, lambda first, end: _inside(polygons, first, end, size[1]))
+    return lambda first, end: _inside(polygons, first, end, size[1])
 
 
 def _outward(x0: float, y0: float, x1: float, y1: float) -> Ring:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from cadsurgery.data.images import find_images, from_picture, read_image, read_picture_for
+from cadsurgery.data.images import find_images, format_of, from_picture, read_image, read_picture_for
 from cadsurgery.support import files
 from cadsurgery.support.errors import FileError, InvalidInput, first_line, import_optional
 from cadsurgery.support.files import write_whole
@@ -326,7 +326,7 @@ def write_clip(path: Path, rate: Fraction, time_base: Fraction | None = None) ->
     Raises:
         FileError: the path cannot be written, or its ending belongs to no format that is written.
     """
-    av, format = pyav(), check_clip(path)
+    av, format = pyav(), format_of(path, WRITTEN, "a clip")
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     base = time_base or 1 / rate
     base = base if codec == "libx264" or base.denominator <= 1 / _FINEST else _FINEST
@@ -354,17 +354,6 @@ def write_clip(path: Path, rate: Fraction, time_base: Fraction | None = None) ->
 
         yield add
         container.mux(stream.encode())
-
-
-def check_clip(path: Path) -> str:
-    """Return the format of a clip to write.
-
-    Raises:
-        FileError: the ending belongs to no format that is written.
-    """
-    if path.suffix.lower() not in WRITTEN:
-        raise FileError(f"{path} does not end like a clip.", next=f"choose an ending: {', '.join(WRITTEN)}.")
-    return WRITTEN[path.suffix.lower()]
 
 
 def pyav() -> Any:

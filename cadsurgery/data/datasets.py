@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from cadsurgery.data.channels import as_channels
 from cadsurgery.data.images import check_labels_fit, from_picture, read_image, read_picture_for
 from cadsurgery.data.labels import as_classes
-from cadsurgery.support.errors import CadError, FileError, InvalidInput, first_line
+from cadsurgery.support.errors import FileError, InvalidInput, as_refusal, first_line
 
 if TYPE_CHECKING:
     from cadsurgery.data.networks import Source
@@ -25,25 +25,16 @@ if TYPE_CHECKING:
 IGNORED = 255  # the label of a pixel that counts neither in losses nor in metrics
 
 
-class UnreadPicture(Protocol):
-    """A picture that is read when it is known in which channels."""
-
-    def read(self, source: Source | None, channels: int, bands: tuple[int, ...]) -> Tensor:
-        """Return the picture (channels, H, W), float32 and not normalised, for a network of this source."""
-        ...
+# A picture that is read when it is known for a network of which source, in how many channels and from which bands:
+# (channels, H, W), float32 and not normalised.
+UnreadPicture = Callable[["Source | None", int, tuple[int, ...]], Tensor]
 
 
-@dataclass(frozen=True)
-class PictureFile:
-    """The picture of a file."""
-
-    path: Path | str
-
-    def read(self, source: Source | None, channels: int, bands: tuple[int, ...]) -> Tensor:
-        """Read the file; see `UnreadPicture`."""
-        if source is not None:
-            return read_picture_for(source, self.path, bands=bands)
-        return read_image(self.path, channels=channels, bands=bands)
+def read_file(path: Path, source: Source | None, channels: int, bands: tuple[int, ...]) -> Tensor:
+    """Read the picture of a file; see `UnreadPicture`."""
+    if source is not None:
+        return read_picture_for(source, path, bands=bands)
+    return read_image(path, channels=channels, bands=bands)
 
 
 @dataclass(frozen=True)
@@ -102,18 +93,18 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         if not -len(self) <= position < len(self):
             raise IndexError(position)
         name = self.names[position]
-        try:
-            image, stored = self.read(position)
-            image = self._in_channels(image, name)
-            values = np.full(image.shape[1:], IGNORED) if stored is None else np.array(stored)
-        except CadError:
-            raise
-        except Exception as error:  # decoders raise errors of any type
-            raise FileError(
+        with as_refusal(
+            lambda error: FileError(
                 f"{name} or its labels cannot be read.",
                 why=first_line(error),
                 next="replace the file or take both out.",
-            ) from error
+            )
+        ):
+            image, stored = self.read(position)
+            image = self._in_channels(image, name)
+            if stored is None:
+                stored = torch.full(image.shape[1:], IGNORED)
+            values = stored.numpy() if isinstance(stored, Tensor) else np.array(stored)
         return image, self._labels(values, image, name)
 
     @property
@@ -154,7 +145,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         if isinstance(image, Tensor):
             return as_channels(image, None if source is None else channels, bands, name=name)
         unread: UnreadPicture = image
-        return unread.read(source, channels, bands)
+        return unread(source, channels, bands)
 
     def _labels(self, values: np.ndarray[Any, Any], image: Tensor, name: str) -> Tensor:
         if values.ndim != 2:

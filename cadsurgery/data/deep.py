@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -26,12 +27,8 @@ _OPENING = threading.Lock()
 
 def open_large(source: Path | str | IO[bytes]) -> Image.Image:
     """Open a picture without PIL's limit of 179 million pixels; the limit stays for everybody else."""
-    with _OPENING:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            return Image.open(source)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
+    with _OPENING, mock.patch.object(Image, "MAX_IMAGE_PIXELS", None):
+        return Image.open(source)
 
 
 class DeepPicture(NamedTuple):

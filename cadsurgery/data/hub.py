@@ -9,17 +9,18 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import cadsurgery
 from cadsurgery.support.errors import (
-    CadError,
     FileError,
     InvalidInput,
+    as_refusal,
     describe_error,
     first_line,
     import_optional,
@@ -98,8 +99,7 @@ def fetch(text: str) -> Path:
         return Path(client().hf_hub_download(address.repository, FILE, revision=address.revision))
 
 
-@contextmanager
-def refusing(address: Address, what: str) -> Iterator[None]:
+def refusing(address: Address, what: str) -> AbstractContextManager[None]:
     """Turn every error of the client into a `FileError`.
 
     Args:
@@ -109,13 +109,12 @@ def refusing(address: Address, what: str) -> Iterator[None]:
     Raises:
         FileError: in place of any other error.
     """
-    try:
-        yield
-    except CadError:
-        raise
-    except Exception as error:  # also errors of its HTTP library, which differs between client versions
+
+    def refuse(error: Exception) -> FileError:
         why, next = _reason(error, address)
-        raise FileError(f"{address} cannot {what}.", why=why, next=next) from error
+        return FileError(f"{address} cannot {what}.", why=why, next=next)
+
+    return as_refusal(refuse)
 
 
 def _reason(error: Exception, address: Address) -> tuple[str, str]:
@@ -162,13 +161,11 @@ def offline_without_network() -> Iterator[None]:
     """Set the client to offline mode if the server's name cannot be resolved, which saves a minute of retries."""
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE
+    is_offline = constants.HF_HUB_OFFLINE
     try:
         if not getproxies():  # a proxy resolves names itself
             socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
     except OSError:
-        constants.HF_HUB_OFFLINE = True
-    try:
+        is_offline = True
+    with mock.patch.object(constants, "HF_HUB_OFFLINE", is_offline):
         yield
-    finally:
-        constants.HF_HUB_OFFLINE = before

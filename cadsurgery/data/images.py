@@ -24,7 +24,7 @@ from cadsurgery.data.channels import statistics_of as statistics_of
 from cadsurgery.data.deep import open_large, read_deep
 from cadsurgery.support import files
 from cadsurgery.support.describe import describe
-from cadsurgery.support.errors import CadError, FileError, InvalidInput
+from cadsurgery.support.errors import FileError, InvalidInput, as_refusal
 from cadsurgery.support.files import check_folder, write_whole
 from cadsurgery.support.folders import NO_PICTURES, describe_left_out, is_hidden, warn_of_left_out
 from cadsurgery.support.kinds import PICTURE, of_another_kind
@@ -81,7 +81,7 @@ def read_image(
         if not isinstance(read, int):
             stored, has_alpha = read
             image = as_channels(stored, channels, bands, name=path, has_alpha=has_alpha)
-            return image if size is None else resized(image[None], size)[0]
+            return resized(image, size)
         named = ("page", read)
     with _open(place, "an image", _GIVE, content, named) as file:
         return from_picture(file, channels, bands, name=path, size=size, upright=upright)
@@ -190,7 +190,7 @@ def from_picture(
             return _from_shallow(shown, channels, bands, picture, name, size)
         image = _from_shallow(shown, channels, bands, picture, name, None)
         image[:, torch.from_numpy(is_lacking.reshape(*is_lacking.shape[:2], -1).any(2))] = math.nan
-    return image if size is None else resized(image[None], size)[0]
+    return resized(image, size)
 
 
 def _from_shallow(
@@ -233,10 +233,13 @@ def _resized_picture(picture: Image.Image, size: tuple[int, int] | None) -> Imag
     return picture if size is None else picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
 
 
-def resized(image: Tensor, size: Sequence[int]) -> Tensor:
-    """Return images (B, C, H, W) of a size, in the memory layout that they have."""
-    if tuple(image.shape[2:]) == tuple(size):
+def resized(image: Tensor, size: Sequence[int] | None) -> Tensor:
+    """Return an image (C, H, W) or images (B, C, H, W) of a size, in the memory layout that they have; as they are for
+    None."""
+    if size is None or tuple(image.shape[-2:]) == tuple(size):
         return image
+    if image.dim() == 3:
+        return resized(image[None], size)[0]
     is_rows = image.is_contiguous(memory_format=torch.channels_last)
     small = functional.interpolate(image.float(), tuple(size), mode="bilinear", antialias=True).to(
         image.dtype
@@ -305,22 +308,20 @@ def _open(
         yield file
 
 
-@contextlib.contextmanager
-def _as_file_error(path: Path | str, what: str, next: str) -> Iterator[None]:
+def _as_file_error(path: Path | str, what: str, next: str) -> contextlib.AbstractContextManager[None]:
     """Turn errors of the block into a `FileError` that names the file."""
-    try:
-        yield
-    except CadError:
-        raise
-    except Exception as error:  # decoders raise errors of any type
+
+    def refuse(error: Exception) -> FileError:
         if is_out_of_memory(error):
-            raise FileError(
+            return FileError(
                 f"there is not enough memory to read {path}.",
                 why=str(error),
                 next="give a smaller picture, or a TIFF file, which cadsurgery run --memory 1.5GiB reads in rows.",
-            ) from error
+            )
         refusal = FileError(f"{path} cannot be read as {what}.", why=str(error), next=next)
-        raise of_another_kind(path, PICTURE) or refusal from error
+        return of_another_kind(path, PICTURE) or refusal
+
+    return as_refusal(refuse)
 
 
 # Tags of TIFF files: the bits of a value, and how values are to be shown, of which 0 means that 0 is white.
@@ -719,7 +720,7 @@ def write_picture(picture: Image.Image, path: Path | str) -> None:
     Raises:
         FileError: the path cannot be written, or its ending belongs to no known format.
     """
-    kind = _format(Path(path))
+    kind = format_of(Path(path), FORMATS, "a picture")
     if kind != "PNG":  # only PNG keeps our palettes and transparency
         picture = picture.convert("RGB")
     if stores.is_remote(path):
@@ -743,13 +744,15 @@ def check_picture(path: Path, option: str = "--output") -> None:
         FileError: there is no such folder, or the ending belongs to no known format.
     """
     check_folder(path, option)
-    _format(path)
+    format_of(path, FORMATS, "a picture")
 
 
-def _format(path: Path) -> str:
-    kind = FORMATS.get(path.suffix.lower())
-    if kind is None:
-        raise FileError(
-            f"{path} does not end like a picture.", next=f"choose an ending: {', '.join(FORMATS)}."
-        )
-    return kind
+def format_of(path: Path, formats: Mapping[str, str], what: str) -> str:
+    """Return the format of a file to write, by its ending.
+
+    Raises:
+        FileError: the ending belongs to none of the formats.
+    """
+    if path.suffix.lower() not in formats:
+        raise FileError(f"{path} does not end like {what}.", next=f"choose an ending: {', '.join(formats)}.")
+    return formats[path.suffix.lower()]

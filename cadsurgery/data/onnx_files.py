@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cadsurgery.data.onnx_graphs import is_known, opset_of, version_of, write_plainly
+from cadsurgery.data.onnx_graphs import inputs_of, is_known, opset_of, version_of, write_plainly
 from cadsurgery.data.onnx_reference import Reference
 from cadsurgery.support import files
 from cadsurgery.support.errors import (
@@ -228,8 +228,7 @@ def _image_shape(path: Path, model: Any) -> tuple[int | str, ...]:
     """
     import onnx
 
-    held = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in held]
+    inputs = inputs_of(model)
     why = f"its inputs are {', '.join(value.name for value in inputs) or 'none'}."
     advice = "give a network whose input is a batch of images."
     if len(inputs) == 1:
@@ -264,8 +263,7 @@ def _quietly() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(disabled)
@@ -286,7 +284,7 @@ def _import(reference: Reference) -> nn.Module:
             break
         candidate = _simplify(expanded)
     _refuse_unknown(reference.path, candidate, opset)
-    return write_plainly(candidate, _shapes(candidate, reference), reference.batch)
+    return write_plainly(*_with_shapes(candidate, reference), reference.batch)
 
 
 def _expanded(model: Any, opset: int, kinds: set[tuple[str, str]]) -> Any:
@@ -345,16 +343,15 @@ def _instead(unknown: list[Any]) -> str:
     return "write these steps with other operators, or load the network where it was trained: cs.adaptify(model)."
 
 
-def _shapes(model: Any, reference: Reference) -> dict[str, tuple[int | None, ...]]:
-    """Return the lengths of the axes of all values of a graph, None where they are free.
+def _with_shapes(model: Any, reference: Reference) -> tuple[Any, dict[str, tuple[int | None, ...]]]:
+    """Return a model with the shapes of all its values in it, and the lengths of the axes, None where they are free.
 
     Where shape inference loses them, as behind a Reshape to a computed shape, ONNX Runtime gives the number of axes.
-    The model's own list of values gets them, too.
     """
     import onnx
 
-    inferred = onnx.shape_inference.infer_shapes(model)
-    graph, shapes = inferred.graph, {}
+    model = onnx.shape_inference.infer_shapes(model)
+    graph, shapes = model.graph, {}
     for value in (*graph.input, *graph.value_info, *graph.output):
         if value.type.tensor_type.HasField("shape"):
             dims = value.type.tensor_type.shape.dim
@@ -362,15 +359,10 @@ def _shapes(model: Any, reference: Reference) -> dict[str, tuple[int | None, ...
     shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     lost = [name for node in graph.node for name in node.output if name and name not in shapes]
     if lost:
-        shapes |= reference.ranks(inferred, lost)
-    del model.graph.value_info[:]
-    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
-    for node in graph.node:
-        for name in node.output:
-            if name in shapes:
-                kind = kinds.get(name, 0) or onnx.TensorProto.FLOAT
-                model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, shapes[name]))
-    return shapes
+        shapes |= reference.ranks(model, lost)
+    kind = onnx.TensorProto.FLOAT  # which nobody asks for
+    graph.value_info.extend(onnx.helper.make_tensor_value_info(name, kind, shapes[name]) for name in lost)
+    return model, shapes
 
 
 def _decided(model: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from copy import deepcopy
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from cadsurgery.data.onnx_maps import OF_MAPS, refuse
 from cadsurgery.data.onnx_numbers import OF_NUMBERS, Numbers, OnnxOperation, OnnxTracer, refuse_numbers
-from cadsurgery.support.errors import CadError, describe_error
+from cadsurgery.support.errors import as_refusal, describe_error
 
 _LATEST = 30  # an opset that no converter of onnx2torch is from
 
@@ -62,35 +62,43 @@ def _converter(kind: str, opset: int) -> Any:
     return None
 
 
+def _refusing(operation: OnnxOperation, by: str = "") -> AbstractContextManager[None]:
+    # Converters and torch raise errors of many types for attributes and arguments that they do not take.
+    return as_refusal(lambda error: refuse(operation, by + describe_error(error)))
+
+
 class _Graph(nn.Module):
     """The nodes of an ONNX graph, for a tracer to follow.
 
     Args:
-        model: the ONNX model, without padding that `_call_padded` adds.
-        operations: the operation of each node, by the name of its first output.
+        model: the ONNX model, whose nodes lose the padding that `_call_padded` adds.
+        shapes: see `write_plainly`.
         tracer: the tracer that records this module.
     """
 
-    def __init__(self, model: Any, operations: Mapping[str, OnnxOperation], tracer: OnnxTracer) -> None:
+    def __init__(self, model: Any, shapes: Mapping[str, tuple[int | None, ...]], tracer: OnnxTracer) -> None:
         from onnx2torch.onnx_graph import OnnxGraph
 
         super().__init__()
+        opset, operations = opset_of(model), []
+        for stored in model.graph.node:
+            operation = OnnxOperation(stored, version_of(stored, opset) or opset, shapes, tracer)
+            operations.append(operation)
+            if _has_own_padding(operation):
+                kept = [stated for stated in stored.attribute if stated.name not in ("auto_pad", "pads")]
+                del stored.attribute[:]
+                stored.attribute.extend(kept)
         held = {tensor.name for tensor in model.graph.initializer}
-        for value in [value for value in model.graph.input if value.name in held]:
-            model.graph.input.remove(value)
         graph = OnnxGraph(model.graph)
-        opset = opset_of(model)
-        self._tracer, self._input, self._results = tracer, graph.input_values[0], graph.output_values
+        self._tracer, self._input, self._results = tracer, inputs_of(model)[0].name, graph.output_values
         self._steps: list[tuple[OnnxOperation, nn.Module | None, tuple[str, ...], tuple[str, ...]]] = []
         needed = [name for name in self._results if name in held]
-        for name, node in graph.nodes.items():
-            operation, module, read = operations[node.output_values[0]], None, node.input_values
+        for operation, (name, node) in zip(operations, graph.nodes.items(), strict=True):
+            module, read = None, node.input_values
             converter = None if operation.type in OF_MAPS else _converter(operation.type, opset)
             if converter is not None:
-                try:
+                with _refusing(operation, "onnx2torch: "):
                     module, mapping = converter(node, graph)
-                except Exception as error:  # onnx2torch raises errors of many types for what it does not have
-                    raise refuse(operation, f"onnx2torch: {describe_error(error)}") from error
                 read = mapping.inputs
                 self.add_module(name, module)
             needed += [value for value in read if value in held]
@@ -107,12 +115,8 @@ class _Graph(nn.Module):
         for value, name in self._constants.items():
             values[value] = getattr(self.initializers, name)
         for operation, module, read, made in self._steps:
-            try:
+            with _refusing(operation):
                 result = _write(operation, module, [values[value] for value in read])
-            except CadError:
-                raise
-            except Exception as error:  # of many types, for attributes and arguments that torch does not take
-                raise refuse(operation, describe_error(error)) from error
             if len(made) == 1:
                 values[made[0]] = result
             else:
@@ -128,8 +132,6 @@ def _write(operation: OnnxOperation, module: nn.Module | None, args: list[Any]) 
         of_numbers = None if has_map else OF_NUMBERS.get(operation.type)
         return (of_numbers or OF_MAPS.get(operation.type, refuse_numbers))(operation, *args)
     if operation.type in OF_MAPS:
-        while args and args[-1] is None:
-            args.pop()
         return OF_MAPS[operation.type](operation, *args)
     if module is None:
         return OF_NUMBERS[operation.type](operation, *args)
@@ -145,13 +147,19 @@ def opset_of(model: Any) -> int:
     return next((int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
 
 
+def inputs_of(model: Any) -> list[Any]:
+    """Return what a call of a model gives: its inputs without those that the file holds."""
+    held = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in held]
+
+
 def write_plainly(
     model: Any, shapes: Mapping[str, tuple[int | None, ...]], batch: int | None
 ) -> fx.GraphModule:
     """Return the network of an ONNX graph, written as plain torch operations.
 
     Args:
-        model: the ONNX model, without functions; `is_known` is true of each node.
+        model: the ONNX model, without functions; `is_known` is true of each node. Its nodes are changed.
         shapes: lengths of the axes of its values, None where they are free.
         batch: see `OnnxTracer`.
 
@@ -159,12 +167,8 @@ def write_plainly(
         CannotConvert: an operator has a form that is not read, or the graph computes with sizes in a way that cannot be
             written as numbers.
     """
-    opset, tracer = opset_of(model), OnnxTracer(batch)
-    operations = {
-        node.output[0]: OnnxOperation(node, version_of(node, opset) or opset, shapes, tracer)
-        for node in model.graph.node
-    }
-    graph = _Graph(_without_padding(model, operations), operations, tracer)
+    tracer = OnnxTracer(batch)
+    graph = _Graph(model, shapes, tracer)
     written = fx.GraphModule(graph, tracer.trace(graph))
     written.delete_all_unused_submodules()
     return written.eval()
@@ -191,17 +195,6 @@ def _has_own_padding(operation: OnnxOperation) -> bool:
         pad > taps // 2 for pad, taps in zip(before, kernel, strict=True)
     )
     return before != behind or is_wide
-
-
-def _without_padding(model: Any, operations: Mapping[str, OnnxOperation]) -> Any:
-    """Return an ONNX model whose layers have no padding where `_has_own_padding`; `_call_padded` adds it."""
-    copy = deepcopy(model)
-    for node in copy.graph.node:
-        if _has_own_padding(operations[node.output[0]]):
-            kept = [stated for stated in node.attribute if stated.name not in ("auto_pad", "pads")]
-            del node.attribute[:]
-            node.attribute.extend(kept)
-    return copy
 
 
 def _call_padded(layer: Any, operation: OnnxOperation, value: Any) -> Any:

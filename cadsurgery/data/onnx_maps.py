@@ -1,6 +1,7 @@
 """Operators of ONNX written as plain torch operations, for every opset.
 
-Attributes that became inputs in a later opset are read from either.
+Attributes that became inputs in a later opset are read from either. Of the oldest opsets only what ONNX Runtime runs is
+here: arithmetic and PRelu from opset 7 on.
 
 Operators that are not here are those of onnx2torch, or have a body of other operators in ONNX's own definitions. Each
 function takes the operation and its inputs; None stands for an input that is left out.
@@ -8,6 +9,7 @@ function takes the operation and its inputs; None stands for an input that is le
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
@@ -21,10 +23,8 @@ from cadsurgery.data.onnx_numbers import (
     Numbers,
     OnnxOperation,
     bounds_of,
-    keep,
     numbers,
     refuse_numbers,
-    shape_of,
     stated_numbers,
 )
 from cadsurgery.support.errors import CannotConvert
@@ -49,9 +49,6 @@ def refuse(operation: OnnxOperation, why: str) -> CannotConvert:
 
 def _arithmetic(operation: OnnxOperation, first: Any, second: Any) -> Any:
     """Write arithmetic with a map; constants of a single value are numbers."""
-    if "axis" in operation.attributes and isinstance(second, Tensor):  # before opset 7: where its axes begin
-        behind = operation.rank - operation.attributes["axis"] % operation.rank - second.dim()
-        second = second.reshape(*second.shape, *[1] * behind)
     of_numbers, of_tensors = ARITHMETIC[operation.type]
     operands = [_as_operand(operation, value) for value in (first, second)]
     return (of_tensors if any(isinstance(value, Tensor) for value in operands) else of_numbers)(*operands)
@@ -101,8 +98,6 @@ def _prelu(operation: OnnxOperation, value: Any, slope: Any) -> Any:
         raise refuse(operation, "its slope is computed from the picture.")
     if slope.numel() == 1:
         return F.leaky_relu(value, slope.item())
-    if slope.dim() == 1 and operation.version < 7:  # of a channel
-        slope = slope.reshape(-1, *[1] * (operation.rank - 2))
     place = slope.dim() - operation.rank + 1  # of the channels among its axes
     if place in (0, 1) and slope.numel() == slope.shape[place] == operation.shape[1]:
         return F.prelu(value, slope.flatten())
@@ -122,16 +117,6 @@ def _softmax(operation: OnnxOperation, value: Any) -> Any:
         return function(value, axis)
     sizes = [value.size(index) for index in range(operation.rank)]
     return function(value.flatten(axis), -1).reshape(sizes)
-
-
-def _of_one_map(operation: OnnxOperation, value: Any) -> Any:
-    return _OF_ONE_MAP[operation.type](value)
-
-
-_OF_ONE_MAP: dict[str, Callable[..., Any]] = {
-    **{"Cosh": torch.cosh, "Sinh": torch.sinh, "Acosh": torch.acosh, "Asinh": torch.asinh},
-    **{"Atanh": torch.atanh, "Mish": F.mish},
-}
 
 
 # -- statistics ------------------------------------------------------------------------------------------------------
@@ -209,6 +194,14 @@ def _group_norm(operation: OnnxOperation, value: Any, scale: Any, shift: Any) ->
 
 
 # -- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def _shape_of(operation: OnnxOperation, value: Any) -> Any:
+    """Return the sizes of a map or of an array of numbers, for Shape; their product for Size."""
+    axes = range(operation.rank)[operation.get("start", 0) : operation.get("end")]
+    is_map = not isinstance(value, Numbers)
+    sizes = [value.size(axis) for axis in axes] if is_map else value.array.shape
+    return Numbers.of([math.prod(sizes)], ()) if operation.type == "Size" else Numbers.of(sizes)
 
 
 def _reshape(operation: OnnxOperation, value: Any, shape: Any = None) -> Any:
@@ -447,10 +440,10 @@ def _sample(operation: OnnxOperation, value: Any, grid: Any) -> Any:
 
 
 OF_MAPS: dict[str, Callable[..., Any]] = {
-    "Shape": shape_of,
-    "Size": shape_of,
-    "Identity": keep,
-    "Dropout": keep,
+    "Shape": _shape_of,
+    "Size": _shape_of,
+    "Identity": lambda operation, value: value,
+    "Dropout": lambda operation, value, *more: value,
     "Cast": _cast,
     "Clip": _clip,
     "Gelu": lambda operation, value: F.gelu(value, approximate=operation.get("approximate", "none")),
@@ -458,7 +451,12 @@ OF_MAPS: dict[str, Callable[..., Any]] = {
     "ThresholdedRelu": lambda operation, value: F.threshold(value, operation.get("alpha", 1.0), 0.0),
     "Shrink": _shrink,
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
-    **dict.fromkeys(_OF_ONE_MAP, _of_one_map),
+    "Cosh": lambda operation, value: torch.cosh(value),
+    "Sinh": lambda operation, value: torch.sinh(value),
+    "Acosh": lambda operation, value: torch.acosh(value),
+    "Asinh": lambda operation, value: torch.asinh(value),
+    "Atanh": lambda operation, value: torch.atanh(value),
+    "Mish": lambda operation, value: F.mish(value),
     **dict.fromkeys(("Sum", "Mean", "Max", "Min"), _of_several),
     **dict.fromkeys(_REDUCTIONS, _reduce),
     **dict.fromkeys(("GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"), _over_the_map),

@@ -164,14 +164,6 @@ def refuse_numbers(operation: OnnxOperation, *_: Any, **__: Any) -> Any:
 # -- operations on numbers -------------------------------------------------------------------------------------------
 
 
-def shape_of(operation: OnnxOperation, value: Any) -> Any:
-    """Return the sizes of a map or of an array of numbers, for Shape; their product for Size."""
-    axes = range(operation.rank)[operation.get("start", 0) : operation.get("end")]
-    is_map = not isinstance(value, Numbers)
-    sizes = [value.size(axis) for axis in axes] if is_map else value.array.shape
-    return Numbers.of([math.prod(sizes)], ()) if operation.type == "Size" else Numbers.of(sizes)
-
-
 def _gather(operation: OnnxOperation, value: Any, indices: Any) -> Any:
     return _at_each_place(value.values.__getitem__, numbers(indices), is_float=value.is_float)
 
@@ -341,11 +333,6 @@ def _fill(operation: OnnxOperation, shape: Any) -> Any:
     return operation.tracer.make(torch.full, (count, value), type(value))
 
 
-def keep(operation: OnnxOperation, value: Any, *more: Any) -> Any:
-    """Return the value."""
-    return value
-
-
 def bounds_of(operation: OnnxOperation, *given: Any) -> tuple[Sequence[Any], ...]:
     """Return starts, ends, axes and steps of a slice; before opset 10 they are attributes."""
     names = ("starts", "ends", "axes", "steps")
@@ -365,12 +352,10 @@ OF_NUMBERS: dict[str, Callable[..., Any]] = {
     "Transpose": _turn,
     **dict.fromkeys(("Min", "Max"), _extreme),
     "Cast": _cast,
-    "Identity": keep,
     "ReduceProd": _product,
     "Where": _choose,
     "Range": _range,
     "ConstantOfShape": _fill,
-    **dict.fromkeys(("Shape", "Size"), shape_of),
     **dict.fromkeys(_COMPARISONS, _compare),
     **dict.fromkeys(_OF_ONE, _of_one),
     **dict.fromkeys((*ARITHMETIC, "Mod"), _compute),

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cadsurgery.data.onnx_graphs import inputs_of
 from cadsurgery.support.divergence import relative_difference
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
 
@@ -201,8 +202,7 @@ def _session(path: Path, model: Any) -> Any:
 def _freed(model: Any) -> Any:
     """Return an ONNX model whose height and width are not fixed."""
     free = deepcopy(model)
-    held = {tensor.name for tensor in free.graph.initializer}
-    image = next(value for value in free.graph.input if value.name not in held)
+    image = inputs_of(free)[0]
     for axis, name in ((2, "height"), (3, "width")):
         image.type.tensor_type.shape.dim[axis].dim_param = name
     del free.graph.value_info[:]

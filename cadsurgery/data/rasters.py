@@ -65,8 +65,7 @@ class RasterRows:
             place = f"GTIFF_DIR:{named[1] + 1}:{place}"
         elif named is not None and named[1]:
             options = {"overview_level": named[1] - 1}
-        with _reading(path), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of rasters that lie nowhere on the earth
+        with _reading(path), warnings.catch_warnings(action="ignore"):  # it lies nowhere on the earth
             self._file = rasterio.open(place, **options)
         file, self._path = self._file, path
         self._kind = np.dtype(file.dtypes[0])
@@ -135,29 +134,27 @@ def check_overviews() -> None:
 
 
 def add_overviews(path: Path, block: tuple[int, int], is_classes: bool) -> None:
-    """Turn a tiled TIFF file into a cloud-optimised one (COG): the same values, tags and palette, and smaller copies
-    down to one tile. A pixel of these has the most frequent class of its area, or the mean of the values there."""
+    """Turn a tiled TIFF file of a temporary folder into a cloud-optimised one (COG): the same values, tags and palette,
+    and smaller copies down to one tile. A pixel of these has the most frequent class of its area, or the mean of the
+    values there."""
     import rasterio
     import rasterio.shutil
 
     side = block[0] if block[0] == block[1] and block[0] >= _SMALLEST_TILE else TILE
     other = path.with_name(f"{path.name}.cog")
-    try:
-        with _reading(path), rasterio.Env(GDAL_CACHEMAX=_CACHE), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of rasters that lie nowhere on the earth
-            rasterio.shutil.copy(
-                path,
-                other,
-                driver="COG",
-                compress="DEFLATE",
-                predictor="YES",
-                blocksize=side,
-                bigtiff="IF_SAFER",
-                overview_resampling="MODE" if is_classes else "AVERAGE",
-            )
-        other.replace(path)
-    finally:
-        other.unlink(missing_ok=True)
+    quiet = warnings.catch_warnings(action="ignore")  # of rasters that lie nowhere on the earth
+    with _reading(path), rasterio.Env(GDAL_CACHEMAX=_CACHE), quiet:
+        rasterio.shutil.copy(
+            path,
+            other,
+            driver="COG",
+            compress="DEFLATE",
+            predictor="YES",
+            blocksize=side,
+            bigtiff="IF_SAFER",
+            overview_resampling="MODE" if is_classes else "AVERAGE",
+        )
+    other.replace(path)
 
 
 def _reading(path: Path | str) -> AbstractContextManager[None]:
@@ -171,8 +168,8 @@ def _position_of(file: Any) -> tuple[Any, ...]:
 
     gcps, crs_of_gcps = file.gcps
     where = {"gcps": gcps, "crs": crs_of_gcps} if gcps else {"transform": file.transform, "crs": file.crs}
-    if not gcps and file.crs is None and file.transform.is_identity:
-        return ()
+    if not gcps and (file.transform.is_degenerate or (file.crs is None and file.transform.is_identity)):
+        return ()  # GDAL gives no numbers at all for PGM and PPM
     profile = {"driver": "GTiff", "height": 1, "width": 1, "count": 1, "dtype": "uint8"}
     with MemoryFile() as memory:
         with memory.open(**profile, **where) as one:

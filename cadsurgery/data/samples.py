@@ -15,7 +15,7 @@ from cadsurgery.data.images import check_labels_fit
 from cadsurgery.data.labels import as_classes
 from cadsurgery.data.networks import Source
 from cadsurgery.support.describe import describe
-from cadsurgery.support.errors import CadError, FileError, InvalidInput, describe_error
+from cadsurgery.support.errors import CadError, FileError, InvalidInput, as_refusal, describe_error
 
 FORM = "give (image (C, H, W) float in 0..1, labels (H, W)), only the image, or (a tuple of tensors, labels)."
 # Filters that sharpen or resize go a little beyond 0..1.
@@ -176,16 +176,14 @@ def _ignored(image: Tensor) -> Tensor:
 
 
 def _item_of(data: Any, index: int) -> Any:
-    try:
-        return data[index]
-    except CadError:
-        raise
-    except Exception as error:  # data of others raise errors of any type
-        raise FileError(
+    with as_refusal(
+        lambda error: FileError(
             f"{place_of(data, index)} cannot be read.",
             why=describe_error(error),
             next="mend the data set or the file, or leave this sample out.",
-        ) from error
+        )
+    ):
+        return data[index]
 
 
 def _pair_of(data: Any, index: int) -> tuple[Any, Any]:

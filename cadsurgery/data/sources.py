@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unicodedata import normalize
 
 from PIL import Image
@@ -18,11 +18,12 @@ from cadsurgery.data.channels import check_bands
 from cadsurgery.data.clips import ChosenFrames, is_clip, length_of, pyav
 from cadsurgery.data.datasets import (
     IGNORED,
-    PictureFile,
     SegmentationData,
+    UnreadPicture,
     identity_table,
     label_table,
     number_classes,
+    read_file,
 )
 from cadsurgery.data.images import (
     SCENE_CLASSES,
@@ -46,9 +47,6 @@ from cadsurgery.support.folders import NO_PICTURES, visible, warn_of_left_out
 from cadsurgery.support.kinds import CLIP, FOLDER, PICTURE, check_kind
 from cadsurgery.support.plain import split_options
 from cadsurgery.support.provenance import check_unclaimed, find_function
-
-if TYPE_CHECKING:
-    from cadsurgery.data.networks import Source
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -122,10 +120,12 @@ _LOOKED_AT = 32  # label files that are looked at for their values
 
 
 def _read(
-    pictures: Sequence[PictureFile] | ChosenFrames, labels: Sequence[Path], position: int
-) -> tuple[PictureFile | Image.Image, Tensor | None]:
+    pictures: Sequence[Path] | ChosenFrames, labels: Sequence[Path], position: int
+) -> tuple[UnreadPicture | Image.Image, Tensor | None]:
     """Return a picture and its labels; without files of labels they are None."""
-    return pictures[position], read_labels(labels[position]) if labels else None
+    picture = pictures[position]
+    image = partial(read_file, picture) if isinstance(picture, Path) else picture
+    return image, read_labels(labels[position]) if labels else None
 
 
 def labels_of(image: str | Path, folder: Path) -> Path:
@@ -174,7 +174,7 @@ def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
     table = _table(options, len(classes))
     if (IGNORED, IGNORED) in table and str(IGNORED) not in options["ignore"].split("/"):
         warn_of_two_values(labels, f"folder:{place},classes=2,values=0/255 reads 255 as class 1")
-    read = partial(_read, [PictureFile(path) for path in images], labels)
+    read = partial(_read, images, labels)
     return SegmentationData(
         spec, split, classes, tuple(map(str, images)), read, table, any_range=True, remedy=_REMEDY
     )
@@ -185,8 +185,8 @@ _REMEDY = "raise classes=..., or ignore such pixels: ignore={labels}."
 
 def _table(options: Mapping[str, str], classes: int) -> tuple[tuple[int, int], ...]:
     """Return the label table that the options of a folder state."""
-    ignore = ignored_labels(options["ignore"])
-    values = _numbers("values", options["values"])
+    ignore = label_values("ignore", options["ignore"])
+    values = label_values("values", options["values"])
     if not values:
         return identity_table(classes, ignore)
     if len(values) != classes or len({*values, *ignore}) != len(values) + len({*ignore}):
@@ -231,12 +231,8 @@ def class_names(text: str) -> tuple[str, ...]:
     return number_classes(int(text))
 
 
-def ignored_labels(text: str) -> list[int]:
-    """Return the label values of an option `ignore`, which slashes separate."""
-    return _numbers("ignore", text)
-
-
-def _numbers(option: str, text: str) -> list[int]:
+def label_values(option: str, text: str) -> list[int]:
+    """Return the label values of an option, which slashes separate."""
     return [_number(option, part) for part in text.split("/") if part]
 
 
@@ -282,7 +278,7 @@ def _images(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
 
 
 def _unlabelled(images: Sequence[Path], split: str, spec: str) -> SegmentationData:
-    read = partial(_read, [PictureFile(path) for path in images], ())
+    read = partial(_read, images, ())
     return SegmentationData(spec, split, (), tuple(map(str, images)), read, identity_table(0), any_range=True)
 
 
@@ -418,20 +414,9 @@ def _voc(place: str, split: str, options: Mapping[str, str], spec: str) -> Segme
 # -- generated -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Scene:
-    """A generated street scene (3, H, W), which is there in any number of bands."""
-
-    colour: Tensor
-
-    def read(self, source: Source | None, channels: int, bands: tuple[int, ...]) -> Tensor:
-        """Return it in so many channels; see `UnreadPicture`."""
-        return spread_bands(self.colour, channels)
-
-
-def _read_scene(height: int, width: int, first: int, position: int) -> tuple[_Scene, Tensor]:
+def _read_scene(height: int, width: int, first: int, position: int) -> tuple[UnreadPicture, Tensor]:
     colour, labels = labelled_scene(height, width, first + position)
-    return _Scene(colour), labels
+    return lambda source, channels, bands: spread_bands(colour, channels), labels
 
 
 @data_kind(

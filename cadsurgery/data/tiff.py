@@ -178,6 +178,12 @@ class _PagesPicture:
         return self.original.tags.valueof(NO_DATA) if stated is None else stated
 
     @property
+    def position(self) -> tuple[Any, ...]:
+        """Tags that say where it lies on the earth; empty if there are none."""
+        sizes = zip(_size_of(self.original), _size_of(self.page), strict=True)
+        return moved_position(position_of(self.original), [length / own for length, own in sizes])
+
+    @property
     def bands(self) -> str:
         """The axis of the bands; empty for one band."""
         return self.axes.strip("YX")
@@ -409,27 +415,29 @@ class TiffRows:
             FileError: it holds several pictures, or one that is turned, has a palette, or is not stored in small
                 pieces.
         """
-        self._path, self._opened = path, contextlib.ExitStack()
-        with files.as_file_error(f"{path} cannot be read as a TIFF.", "write the file again."):
-            self._file, picture = self._opened.enter_context(_opened(path, content))
-        self._picture, self._page, self._mask = picture, picture.page, None
-        page, samples = picture.page, int(picture.page.samplesperpixel)
-        self.shape, self.has_alpha = (samples, *_size_of(page)), _has_alpha(page)
-        self.position = moved_position(
-            position_of(picture.original), _size_of(picture.original), self.shape[1:]
-        )
-        self.block = block_of(int(page.tilelength), int(page.tilewidth)) if page.is_tiled else (TILE, TILE)
-        self._is_planar = samples > 1 and int(page.planarconfig) != 1
-        is_plain = (
-            page.is_contiguous and page.compression == 1 and page.predictor == 1 and page.dtype is not None
-        )
-        self._is_raw = bool(is_plain and page.bitspersample == 8 * page.dtype.itemsize)
-        self._height = int(page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength))
-        self._decoded = dict[int, np.ndarray[Any, Any]]()
-        if (refusal := self._refusal(picture)) is not None:
-            self.close()
-            raise refusal
-        self._mask = _mask_of(path, picture)
+        self._path, self._decoded = path, dict[int, np.ndarray[Any, Any]]()
+        with contextlib.ExitStack() as opened:
+            with files.as_file_error(f"{path} cannot be read as a TIFF.", "write the file again."):
+                self._file, picture = opened.enter_context(_opened(path, content))
+            self._picture, self._page = picture, picture.page
+            page, samples = picture.page, int(picture.page.samplesperpixel)
+            self.shape, self.has_alpha = (samples, *_size_of(page)), _has_alpha(page)
+            self.position = picture.position
+            self.block = (
+                block_of(int(page.tilelength), int(page.tilewidth)) if page.is_tiled else (TILE, TILE)
+            )
+            self._is_planar = samples > 1 and int(page.planarconfig) != 1
+            is_whole = page.dtype is not None and page.bitspersample == 8 * page.dtype.itemsize
+            self._is_raw = bool(
+                is_whole and page.is_contiguous and page.compression == 1 and page.predictor == 1
+            )
+            self._height = int(page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength))
+            if (refusal := self._refusal(picture)) is not None:
+                raise refusal
+            self._mask = _mask_of(path, picture)
+            if self._mask is not None:
+                opened.callback(self._mask.close)
+            self._opened = opened.pop_all()
         is_stated = picture.no_data is not None or self.has_alpha or self._mask is not None
         self.may_lack = is_stated or page.dtype.kind == "f"
 
@@ -524,8 +532,6 @@ class TiffRows:
     def close(self) -> None:
         """Close the file."""
         self._opened.close()
-        if self._mask is not None:
-            self._mask.close()
 
 
 _LARGEST_TILE, _TILE_UNIT = 4096, 16  # pixels a side, of tiles that are written as they are in a picture
@@ -565,8 +571,7 @@ def position_at(path: Path | str) -> tuple[Any, ...]:
     if not str(place).lower().endswith((".tif", ".tiff")) or not is_tiff(place):
         return ()
     with contextlib.suppress(Exception), _opened(path, None) as (_, picture):  # reported where it is read
-        sizes = _size_of(picture.original), _size_of(picture.page)
-        return moved_position(position_of(picture.original), *sizes)
+        return picture.position
     return ()
 
 
@@ -590,13 +595,12 @@ def coordinates_of(
     return ((a, b, c - middle * (a + b)), (d, e, f - middle * (d + e))), system
 
 
-def moved_position(position: Sequence[Any], size: tuple[int, int], other: tuple[int, int]) -> tuple[Any, ...]:
-    """Return the tags of a position, see `TiffRows`, for another size (height, width) of the same picture, which covers
-    the same area in larger or smaller pixels."""
+def moved_position(position: Sequence[Any], steps: Sequence[float]) -> tuple[Any, ...]:
+    """Return the tags of a position, see `TiffRows`, for pixels as large as so many of them, down and across."""
     keys = next((value for code, _, _, value, _ in position if code == _KEYS), ())
     is_point = any(key == _RASTER_TYPE and value == _POINT for key, *_, value in _rows_of(keys, 4))
     middle = 0.5 if is_point else 0.0
-    down, across = other[0] / size[0], other[1] / size[1]
+    down, across = (1 / step for step in steps)
 
     def at(place: float, factor: float, middle: float) -> float:
         """Return the coordinate among pixels that are `factor` times as many; `middle` is that of pixel 0."""

@@ -329,9 +329,6 @@ class _Inert(dict[Any, Any], metaclass=_LikeDict):
 
     named = ""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
-        return dict.__new__(cls)
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
 

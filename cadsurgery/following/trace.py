@@ -281,6 +281,8 @@ def _spell_plainly(model: nn.Module, graph: fx.Graph) -> None:
             node.kwargs = kwargs
         if node.op == "call_method" and node.target == "type" and len(node.args) == 1 and not node.kwargs:
             _convert_like(node)
+        if node.op == "call_method" and node.target in ("expand_as", "view_as", "reshape_as"):
+            _shape_like(node)
         if node.target is getattr and isinstance(node.args[0], fx.Node):
             source, field = node.args
             kind = getattr(torch.return_types, name_of(source.target), None)
@@ -315,6 +317,15 @@ def _convert_like(name: fx.Node) -> None:
             user.target, user.args = "type_as", (user.args[0], name.args[0])
     if not name.users:
         name.graph.erase_node(name)
+
+
+def _shape_like(node: fx.Node) -> None:
+    """Replace shapes of tensors that are named, `g.expand_as(y)`, by their sizes, `g.expand(y.size())`."""
+    value, like = (*node.args, *node.kwargs.values())
+    with node.graph.inserting_before(node):
+        size = node.graph.call_method("size", (like,))
+    size.meta.update(node.meta)
+    node.target, node.args, node.kwargs = str(node.target).removesuffix("_as"), (value, size), {}
 
 
 def _name_of_first(model: nn.Module, node: fx.Node) -> str | None:

@@ -39,6 +39,10 @@ class NeedsValue(Exception):
     """The Python code asks a proxy for something that only its value tells."""
 
 
+class NotRegistered(Exception):
+    """The network computes with a parameter that none of its modules has."""
+
+
 class UsesNumpy(Exception):
     """The Python code computes with numpy arrays what depends on the image."""
 
@@ -382,7 +386,13 @@ class Tracer(fx.Tracer):
         if isinstance(a, fx.Proxy) and a.node.graph is not self.graph:
             module = self.scope.module_path or type(self.root).__name__
             raise OfEarlierCall(f"{module} uses the result of {name_of(a.node.target)} in an earlier call")
-        return super().create_arg(a.item() if isinstance(a, numpy.generic) else a)
+        try:
+            return super().create_arg(a.item() if isinstance(a, numpy.generic) else a)
+        except NameError as error:  # by torch.fx, of a parameter
+            raise NotRegistered(
+                "it has a weight that torch does not know as its own, such as one of a module in a plain list or "
+                "dictionary; nn.ModuleList and nn.ModuleDict hold modules"
+            ) from error
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """Create the inputs, and return the function that calls the network with them.

@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
-import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.data.networks import Source, channels_of
@@ -31,7 +30,7 @@ from cadsurgery.network.fuse import KERNELS, fuse, split_norms
 from cadsurgery.network.macs import meta_copy
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Derived
-from cadsurgery.network.storage import METHOD, OTHER_MODEL, Stored, build_stated, fill
+from cadsurgery.network.storage import METHOD, OTHER_MODEL, Stored, build_stated, example_for, fill
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.files import as_file_error
 
@@ -151,9 +150,8 @@ class ConvertedModel(Derived):
         """
         parameters = inspect.signature(cls.convert).parameters
         given |= {name: value for name, value in stored.options.items() if name in parameters}
-        dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-        example = torch.zeros(stored.plan.example_shape, dtype=dtype)
         with as_file_error(f"{path} does not fit this model.", OTHER_MODEL):
+            example = example_for(stored.plan, model)
             net: Self = cls.convert(model, **given, example_input=example).eval()
             for name in stored.options.keys() - parameters.keys():
                 setattr(net, name, stored.options[name])

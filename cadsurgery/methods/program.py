@@ -22,7 +22,7 @@ from cadsurgery.network.program import Names
 from cadsurgery.support.counting import MacCounter
 from cadsurgery.support.meta_tensors import to_meta
 from cadsurgery.support.torch_internals import tree_map
-from cadsurgery.surgery.rewrite import pack_graph, unpack_graph
+from cadsurgery.surgery.rewrite import pack_graph, pack_target, unpack_graph, unpack_target
 from cadsurgery.surgery.spatial import WHOLE, SpatialKind
 
 
@@ -53,6 +53,12 @@ class ProgramStep:
     reads: tuple[str, ...]
     frees: tuple[str, ...] = ()
     spatial: SpatialKind = WHOLE
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"target": pack_target(self.target)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, target=unpack_target(state["target"]))
 
     def bind(self, value_of: Callable[[str], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments, with `Ref`s replaced by values."""

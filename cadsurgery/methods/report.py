@@ -16,9 +16,13 @@ class MethodPlan:
 
     Attributes:
         example_shape: shape of the image batch that the network was observed on.
+        call: all arguments of that call as JSON, if it had more than an image; see `describe_call`.
+        part: name of the part that was converted, "" for the whole network.
     """
 
     example_shape: tuple[int, ...]
+    call: str = ""
+    part: str = ""
 
     def check(self) -> bool:
         """True if the values of a plan read from a file are valid."""

@@ -123,12 +123,12 @@ def _plan_of(net: AdaptiveModel) -> Plan:
     for kind in ("_modules", "_parameters", "_buffers"):
         own, now = getattr(model, kind), getattr(present, kind)
         own.update({name: now[name] for name in own if name in now})
-    example = _example_for(net.plan, model)
+    example = example_for(net.plan, model)
     return adaptify(model.eval(), "none", **_options_of(net), example_input=example, verify_laws=False).plan
 
 
-def _example_for(plan: Plan, model: nn.Module) -> Any:
-    """Return an example of a plan for `adaptify`, in the type of the network."""
+def example_for(plan: Any, model: nn.Module) -> Any:
+    """Return an example of a plan (of any method) for a conversion, in the type of the network."""
     zeros = torch.zeros(plan.example_shape, dtype=next((p.dtype for p in model.parameters()), torch.float32))
     example = example_of(plan.call) if plan.call else zeros
     return CallOfPart(plan.part, example) if plan.part else example
@@ -221,7 +221,7 @@ def _convert_again(path: str | Path, model: nn.Module, mask: MaskProvider, state
     if stored.floors:
         options = {**options, "output_stride": None, "coarsest": stored.output_stride[1]}
     with as_file_error(f"{path} does not fit this model.", OTHER_MODEL):
-        example = _example_for(stored, model)
+        example = example_for(stored, model)
         net = adaptify(model.eval(), mask, **options, example_input=example, verify_laws=False)
     if net.plan != stored:
         raise FileError(
@@ -335,9 +335,9 @@ def read_stored(
                 next="fetch or write the file again.",
             )
         check_size(path, math.prod(plan.example_shape), trust)
-        if call := getattr(plan, "call", ""):  # the arguments of a call
+        if plan.call:
             with as_file_error(f"the metadata of {path} is damaged.", AGAIN):
-                check_size(path, values_of(call), trust)
+                check_size(path, values_of(plan.call), trust)
     return Stored(fields, options, plan, source and source.read_from(path, trust), trust)
 
 

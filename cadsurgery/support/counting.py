@@ -48,9 +48,7 @@ class MacCounter(TorchDispatchMode):
         if func is _COND:
             return self._larger_branch(*args, **kwargs)
         kind = func if isinstance(func, HigherOrderOperator) else func._overloadpacket
-        rule, is_free = _torch_rule(kind), False
-        if rule is None:
-            rule, is_free = _find_rule(kind)
+        rule = _torch_rule(kind) or _find_rule(kind)
         if rule is None and isinstance(func, OpOverload):
             with self:  # in inference mode torch passes composite operations undecomposed
                 value = func.decompose(*args, **kwargs)
@@ -58,10 +56,10 @@ class MacCounter(TorchDispatchMode):
                 return value
         value = meta_tensors.call(func, args, kwargs)
         count = rule(args, kwargs, value) if rule is not None else None
-        if count is not None:
-            self.macs += count
-        elif not is_free:
+        if count is None:
             self.not_counted[str(kind)] += 1
+        else:
+            self.macs += count
         return value
 
     def _larger_branch(
@@ -96,20 +94,19 @@ def _torch_rule(kind: Any) -> Rule | None:
 
 
 @cache
-def _find_rule(kind: Any) -> tuple[Rule | None, bool]:
-    """Return the rule of an operation outside torch's registry, or None, and True if it needs no rule."""
+def _find_rule(kind: Any) -> Rule | None:
+    """Return the rule of an operation outside torch's registry; None if it may multiply and has none."""
     if isinstance(kind, HigherOrderOperator):
-        return None, False
+        return None
     library, _, name = str(kind).partition(".")
     out_of_place = name.removesuffix("_")
     rule = _RULES.get((library, name)) or _RULES.get((library, out_of_place))
     if rule is not None:
-        return (lambda args, kwargs, value: rule(*args, value=value, **kwargs)), False
-    if library == "aten":
-        torch_rule = _torch_rule(getattr(torch.ops.aten, out_of_place, None))
-        if torch_rule is not None:
-            return torch_rule, False
-    return None, _is_free(kind, library, name)
+        return lambda args, kwargs, value: rule(*args, value=value, **kwargs)
+    torch_rule = _torch_rule(getattr(torch.ops.aten, out_of_place, None)) if library == "aten" else None
+    if torch_rule is None and _is_free(kind, library, name):
+        return lambda args, kwargs, value: 0
+    return torch_rule
 
 
 def _is_free(kind: Any, library: str, name: str) -> bool:

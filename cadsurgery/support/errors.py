@@ -7,7 +7,8 @@ import importlib
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 _PACKAGE = __name__.partition(".")[0]
@@ -129,6 +130,18 @@ def first_line(error: object) -> str:
 def describe_error(error: BaseException | None) -> str:
     """Describe an error of another package in one line: its type and the first line of its message."""
     return f"{type(error).__name__}: {first_line(error)}"
+
+
+@contextmanager
+def as_refusal(refuse: Callable[[Exception], CadError]) -> Iterator[None]:
+    """Raise what `refuse` makes of an error in the block, of whatever type; those of this package are raised as they
+    are. For code of others: of decoders, of networks, of users."""
+    try:
+        yield
+    except CadError:
+        raise
+    except Exception as error:
+        raise refuse(error) from error
 
 
 def import_optional(module: str, what: str, next: str) -> Any:

@@ -94,10 +94,14 @@ def _two(text: str, separator: str, form: str) -> tuple[int, int] | None:
 
 def read_numbers(text: str) -> list[float]:
     """Parse numbers separated by commas."""
+    return _read_list(float, text, "a list of numbers such as 1,0.5,0")
+
+
+def _read_list(kind: Callable[[str], Any], text: str, form: str) -> list[Any]:
     try:
-        return [float(part) for part in text.split(",") if part.strip()]
+        return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise _refusal(text, "a list of numbers such as 1,0.5,0") from None
+        raise _refusal(text, form) from None
 
 
 def read_threshold(text: str | float) -> float | tuple[float, ...]:
@@ -113,18 +117,16 @@ def read_names(text: str) -> str | list[str]:
 
 def read_bands(text: str) -> tuple[int, ...]:
     """Parse numbers of bands, separated by commas."""
-    numbers = read_whole(text, "a list of bands, counted from 1, such as 3,2,1")
+    form = "a list of bands, counted from 1, such as 3,2,1"
+    numbers = _read_list(int, text, form)
     if any(number < 1 for number in numbers):
-        raise _refusal(text, "a list of bands, counted from 1, such as 3,2,1")
+        raise _refusal(text, form)
     return tuple(numbers)
 
 
-def read_whole(text: str, form: str = "a list of whole numbers such as 11,12,13") -> list[int]:
+def read_whole(text: str) -> list[int]:
     """Parse whole numbers separated by commas."""
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise _refusal(text, form) from None
+    return _read_list(int, text, "a list of whole numbers such as 11,12,13")
 
 
 def read_mean_and_std(text: str) -> tuple[list[float], list[float]] | str | None:

@@ -21,44 +21,27 @@ from cadsurgery.support.errors import CadError, FileError, closest
 
 @contextlib.contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; the file replaces `path` if the block succeeds and is removed if not.
-
-    Raises:
-        FileError: the path cannot be written, see `check_writable`.
-    """
-    target = check_writable(path)
-    try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=_temporary(target))
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            yield temporary
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # as an ordinary new file; temporary files are private
-            temporary.replace(check_writable(path))
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-@contextlib.contextmanager
-def write_together(path: Path) -> Iterator[Path]:
-    """Yield a path with the name of `path` in a temporary folder; if the block succeeds, all files of that folder are
-    moved beside `path`, the file named as `path` last.
+    """Yield a path with the name of `path` in a temporary folder beside it; if the block succeeds, all files of that
+    folder are moved beside `path`, the file named as `path`, which replaces it, last.
 
     Raises:
         FileError: the files cannot be written, see `check_writable`.
     """
-    check_writable(path)
+    target = check_writable(path)
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=_temporary(path)) as folder:
+        # Short enough for files with the longest possible names.
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name[:40]}.") as folder:
             yield Path(folder) / path.name
             made = sorted(Path(folder).iterdir(), key=lambda entry: entry.name == path.name)
             targets = [check_writable(path.parent / entry.name) for entry in made]
+            umask = os.umask(0)
+            os.umask(umask)
             for entry, target in zip(made, targets, strict=True):
-                shutil.move(entry, target)  # a link may point to another file system
+                entry.chmod(0o666 & ~umask)  # as an ordinary new file; safetensors writes private ones
+                try:
+                    entry.replace(target)
+                except OSError:  # a link may point to another file system
+                    shutil.move(entry, target)
     except OSError as error:
         raise _unwritable(path, error) from error
 
@@ -92,11 +75,6 @@ _KINDS = (
     *((stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket")),
     *((stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device")),
 )
-
-
-def _temporary(path: Path) -> str:
-    """Return the prefix of temporary names beside a file, short enough for files with the longest possible names."""
-    return f".{path.name[:40]}."
 
 
 def _unwritable(path: Path, error: OSError | ValueError) -> FileError:

@@ -23,11 +23,6 @@ class World(NamedTuple):
     rank: int
     size: int
 
-    @property
-    def is_main(self) -> bool:
-        """True if this is the process that prints and writes."""
-        return self.rank == 0
-
 
 def world() -> World:
     """Return rank and size from the environment variables of torchrun or MPI; (0, 1) without a launcher.

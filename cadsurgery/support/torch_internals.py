@@ -156,7 +156,8 @@ def is_here(name: str) -> bool:
 
 def put(name: str, value: Any) -> AbstractContextManager[Any]:
     """Put something in the place of what has this name, in a `with` block."""
-    return mock.patch.object(*_owner_of(NAMES[name].place), value)
+    owner, _, attribute = NAMES[name].place.rpartition(".")
+    return mock.patch.object(_look_up(owner), attribute, value)
 
 
 def is_exporting() -> bool:
@@ -167,12 +168,6 @@ def is_exporting() -> bool:
 def is_traced_by_jit() -> bool:
     """True while torch.jit traces a network, or looks through its attributes before."""
     return torch._C._get_tracing_state() is not None or bool(torch.jit._trace._trace_module_map)
-
-
-def _owner_of(place: str) -> tuple[Any, str]:
-    """Return the module or object that has a private name, and the name in it."""
-    owner, _, name = place.rpartition(".")
-    return (_look_up(owner) if "." in owner else torch), name
 
 
 def _look_up(place: str) -> Any:

@@ -270,7 +270,7 @@ def repetition(node: fx.Node, facts: MapFacts) -> Treatment:
 def reshaping(node: fx.Node, facts: MapFacts) -> Treatment:
     """Regroups channels, or flattens the image: the rows keep their order, only their shape changes."""
     source: Any = node.args[0]
-    if not facts.layout(source):  # it reads the shape of a map alone, as `reshape_as` does
+    if not facts.layout(source):
         return barrier("is computed from values that are no map")
     layout, shape, new = facts.layout(source), facts.shapes[source], facts.shapes[node]
     after, reason = regroup_axes(layout, shape, new, facts.images[source])
@@ -280,8 +280,7 @@ def reshaping(node: fx.Node, facts: MapFacts) -> Treatment:
     call = Call(None, (source,))
     if sizes != channel_sizes(layout, shape):
         call = Call("reshape", (source, -1, *sizes))
-    several = any(facts.layout(other) for other in node.all_input_nodes if other is not source)
-    return Treatment("join" if several else "pointwise", rows=call, layout=after)  # several: view_as(map)
+    return Treatment("pointwise", rows=call, layout=after)
 
 
 @rule(*spellings("permutes"))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import operator
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -500,6 +503,29 @@ class _NodeIndex:
     index: int
 
 
+@dataclass(frozen=True)
+class _FunctionName:
+    """A reference to a function of torch that does not know its own place, such as `max_pool2d`: pickle finds functions
+    by the names that they know."""
+
+    module: str
+    name: str
+
+
+def pack_target(target: Any) -> Any:
+    """Return what a node calls, or a reference to it that can be pickled."""
+    module, name = (getattr(target, name, "") for name in ("__module__", "__name__"))
+    is_found = getattr(sys.modules.get(module), name, None) is target
+    return _FunctionName(module, name) if is_found and isinstance(target, FunctionType) else target
+
+
+def unpack_target(target: Any) -> Any:
+    """Return what a node calls from the result of `pack_target`."""
+    if isinstance(target, _FunctionName):
+        return getattr(importlib.import_module(target.module), target.name)
+    return target
+
+
 def pack_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
     """Convert a graph to a flat list that can be pickled at any length; each pickled node would nest a level deeper."""
     references: dict[Any, Any] = {node: _NodeIndex(index) for index, node in enumerate(graph.nodes)}
@@ -511,7 +537,7 @@ def pack_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
 
     return [
         (
-            *(node.op, node.target, node.name, by_index(node.args), by_index(node.kwargs)),
+            *(node.op, pack_target(node.target), node.name, by_index(node.args), by_index(node.kwargs)),
             {key: node.meta[key] for key in (ORIGIN, WORK, STAGE, ACTS) if key in node.meta},
         )
         for node in graph.nodes
@@ -527,6 +553,6 @@ def unpack_graph(rows: list[tuple[Any, ...]]) -> fx.Graph:
             map_aggregate(part, lambda value: nodes[value.index] if isinstance(value, _NodeIndex) else value)
             for part in (args, kwargs)
         )
-        nodes.append(graph.create_node(op, target, args, kwargs, name))
+        nodes.append(graph.create_node(op, unpack_target(target), args, kwargs, name))
         nodes[-1].meta.update(meta)
     return graph

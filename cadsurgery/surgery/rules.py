@@ -626,7 +626,7 @@ def _transposed_window(kernel: Any, stride: Any, padding: Any, more: Any, dilati
     return Window(kernel, padding=(top, below, left, beside), finer=stride)
 
 
-@rule("expand", "expand_as", of_vectors=True)
+@rule("expand", of_vectors=True)
 def broadcast(node: fx.Node, facts: MapFacts) -> Treatment:
     """One vector per image repeated over a map is the same vector for every element."""
     return _broadcast(node, facts, node.args[0])
@@ -645,9 +645,6 @@ def _resize_small(node: fx.Node, facts: MapFacts, source: Any, options: dict[str
 
 
 def _broadcast(node: fx.Node, facts: MapFacts, source: Any) -> Treatment:
-    maps = [other for other in node.all_input_nodes if facts.layout(other)]
-    if len(maps) == 2 and facts.shapes[source] == facts.shapes[maps[1]]:  # the size of a map like it
-        return Treatment("join", first_line(broadcast), rows=Call(None, (source,)))
     shape = tuple(facts.shapes.get(source, ()))
     if not facts.layout(source) and is_flat(shape, NCHW) and facts.is_map(node):
         return Treatment("broadcast", first_line(broadcast))
@@ -656,9 +653,7 @@ def _broadcast(node: fx.Node, facts: MapFacts, source: Any) -> Treatment:
     new = tuple(facts.shapes[node])
     if facts.layout(source) == NCHW and shape[1] == 1 and new == (shape[0], new[1], *shape[2:]):
         why = "the same value in every channel of an element"
-        return Treatment(
-            "join" if len(maps) == 2 else "pointwise", why, rows=Call("repeat", (source, 1, new[1]))
-        )
+        return Treatment("pointwise", why, rows=Call("repeat", (source, 1, new[1])))
     return barrier(f"{operation_name(node, facts)} changes the resolution")
 
 

@@ -48,7 +48,7 @@ from cadsurgery.following.graphs import Interpreter, downstream, gives
 from cadsurgery.following.guards import GuardFailed
 from cadsurgery.following.trace import evaluating
 from cadsurgery.support.divergence import tensors_of
-from cadsurgery.support.errors import CadError, CannotConvert, first_line
+from cadsurgery.support.errors import CannotConvert, as_refusal, first_line
 from cadsurgery.support.torch_internals import TorchDispatchMode, tree_leaves
 from cadsurgery.support.torch_operations import chooses
 from cadsurgery.surgery.emulate import CannotEmulate, Emulator, can_emulate
@@ -162,21 +162,19 @@ def verify(case: Case) -> tuple[Check, ...]:
     Raises:
         CannotConvert: a law does not hold; a wrong network is never returned silently.
     """
-    try:
+    with as_refusal(
+        lambda error: CannotConvert(
+            "the converted network does not run, so it is not returned.",
+            why=first_line(error),
+            next=_REPORT,
+        )
+    ):
         checks = _all_checks(case)
         if case.dtype != torch.float64 and not all(check.passed for check in checks):
             # Deep networks can amplify rounding errors beyond the tolerance; in float64 only real errors remain.
             # A network that makes values of float32 itself, or asks for its type, cannot run in float64.
             with contextlib.suppress(RuntimeError, TypeError, GuardFailed):
                 checks = _all_checks(case.wide())
-    except CadError:
-        raise
-    except Exception as error:  # foreign operations can raise any error
-        raise CannotConvert(
-            "the converted network does not run, so it is not returned.",
-            why=first_line(error),
-            next=_REPORT,
-        ) from error
     failed = [check for check in checks if not check.passed]
     if failed:
         raise CannotConvert(

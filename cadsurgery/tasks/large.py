@@ -34,7 +34,7 @@ from cadsurgery.support.progress import Step, silent
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.figures import CLASSES, palette
 from cadsurgery.tasks.journal import Identity, Journal, state_of
-from cadsurgery.tasks.pieces import Blocks, PartOfPicture, Piece, block_side, find_pieces
+from cadsurgery.tasks.pieces import Blocks, PartOfPicture, Piece, block_side, find_pieces, step_of
 
 _GAP = 256  # rows of a picture without data, which are computed if they are fewer
 _SEEN = 1 << 22  # pixels that are searched for such without data at a time
@@ -147,7 +147,7 @@ class LargePicture:
         self._unwanted, self.asked = self._lacking, 0
         if how.within:
             area = read_area(how.within, self.size, path, self.file.position)
-            outside = self._bits(lambda first, end, left, right: ~area.rows(first, end)[:, left:right])
+            outside = self._bits(lambda first, end, left, right: ~area(first, end)[:, left:right])
             self.asked = self.size[0] * self.size[1] - _count(outside)
             both = [bits for bits in (self._lacking, outside) if bits is not None]
             self._unwanted = np.bitwise_or.reduce(both) if both else None
@@ -185,7 +185,7 @@ class LargePicture:
         if marked is None:
             return torch.zeros(end - first, size[1], dtype=torch.bool)
         rows, columns = (
-            (np.arange(*part) + 0.5) * whole // length
+            np.minimum((np.arange(*part) + 0.5) * step_of(whole, length), whole - 1)
             for part, length, whole in zip(((first, end), (0, size[1])), size, self.size, strict=True)
         )
         unpacked = np.unpackbits(marked[rows.astype(int)], axis=1)
@@ -214,8 +214,9 @@ class LargePicture:
             return []
         cuts = np.flatnonzero(np.diff(there) > _GAP)
         firsts, ends = there[[0, *(cuts + 1)]], there[[*cuts, -1]] + 1
-        scale = size[0] / self.size[0]
-        return [(int(a * scale), math.ceil(b * scale)) for a, b in zip(firsts, ends, strict=True)]
+        step = step_of(self.size[0], size[0])
+        pairs = zip(firsts, ends, strict=True)
+        return [(int(a / step), min(math.ceil(b / step), size[0])) for a, b in pairs]
 
     def pad_to(self, multiple: int) -> bool:
         """Let its sides be multiples of so many pixels, by zeros at the right and below, which stand for the mean
@@ -356,7 +357,10 @@ def cut_back(maps: Tensor, padded: Sequence[int], size: Sequence[int]) -> Tensor
 
 def _sides_of(sides: Sequence[int], padded: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
     """Return the part of a map's sides that belongs to the image, of a size, in a padded one."""
-    ends = (math.ceil(length * side / whole) for length, side, whole in zip(sides, size, padded, strict=True))
+    ends = (
+        math.ceil(pixels / step_of(whole, samples))
+        for samples, pixels, whole in zip(sides, size, padded, strict=True)
+    )
     return next(ends), next(ends)
 
 
@@ -410,6 +414,21 @@ def _count(marked: np.ndarray[Any, Any] | None) -> int:
     return 0 if marked is None else int(sum(np.unpackbits(row).sum(dtype=np.int64) for row in marked))
 
 
+def _shares_of(levels: Tensor, picture: LargePicture, max_level: int) -> list[float]:
+    """Return the share of each level among the samples of a level map (1, h, w): of all, or of those asked for."""
+    levels, size = levels[0], (levels.shape[1], levels.shape[2])
+    is_uniform = not any(levels.stride())
+    levels = levels[:1, :1] if is_uniform else levels
+    found = torch.zeros(max_level + 1, dtype=torch.int64)
+    for first in range(0, len(levels), _GAP):
+        rows = levels[first : first + _GAP]
+        if picture.asked and not is_uniform:
+            rows = rows[~picture.lacking(first, first + len(rows), size, or_outside=True)]
+        found += torch.bincount(rows.flatten().long(), minlength=max_level + 1)
+    shares: list[float] = (found / max(1, int(found.sum()))).tolist()
+    return shares
+
+
 def predict_large(
     net: Any,
     picture: LargePicture,
@@ -437,6 +456,7 @@ def predict_large(
         result = _rows_of(net, picture, part.start)
         whole, padded = result.shape, picture.shape[1:]
         channels, size = whole[0], _sides_of(whole[1:], padded, picture.size)
+        steps = step_of(padded[0], whole[1]), step_of(padded[1], whole[2])
         without = part.begin(size, channels, picture.is_partial)
         mask = _without_cells(net, picture, result.levels) if picture.is_partial else None
         levels = result.levels if mask is None else mask
@@ -448,7 +468,7 @@ def predict_large(
         pieces = [Piece(Box(*rows, 0, size[1])) for rows in picture.parts(size)]
         if pieces and picture.is_partial:
             wanted = picture.wanted(block_side(picture.shape[1]))
-            pieces = find_pieces(net, picture, wanted, size, whole[1:], mask) or pieces
+            pieces = find_pieces(net, picture, wanted, size, steps, mask) or pieces
         for piece in pieces:
             (_, bottom, left, right), begin = piece.box, part.turn_to(piece.box)
             if begin >= bottom:
@@ -475,17 +495,11 @@ def predict_large(
                     return {"interrupted": True, "rows": [part.rows, size[0]]}
                 if part.rows >= bottom:
                     break
-    position = tiff.moved_position(picture.file.position, picture.size, part.size)
+    position = tiff.moved_position(picture.file.position, steps)
     if picture.is_partial:
         position = (*position, (tiff.NO_DATA, 2, None, f"{without}", True))
     part.finish(position, picture.file.block, overviews)
-    levels = cut_back(levels, padded, picture.size)
-    levels = levels if any(levels.stride()) else levels.flatten()[:1]
-    shares = [
-        sum(int((rows == level).sum()) for rows in levels.split(_GAP, -2 if levels.dim() > 1 else 0))
-        / levels.numel()
-        for level in range(net.geometry.max_level + 1)
-    ]
+    shares = _shares_of(cut_back(levels, padded, picture.size), picture, net.geometry.max_level)
     return {
         "output": str(part.target),
         "size": [*picture.size],

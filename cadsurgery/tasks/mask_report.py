@@ -16,7 +16,7 @@ from rich.text import Text
 from torch import Tensor
 
 from cadsurgery.data import SegmentationData, open_pictures, sample_of
-from cadsurgery.data.clips import WRITTEN, check_clip, is_clip, write_clip
+from cadsurgery.data.clips import WRITTEN, is_clip, write_clip
 from cadsurgery.data.images import (
     check_labels_fit,
     check_picture,
@@ -191,7 +191,7 @@ def draw_masks(image: str, options: MaskOptions, *, step: Step) -> MaskReport:
         if frames is None:
             yield example_image(path, size, source=source, bands=options.bands)
         else:
-            yield from (_resized(frame, size) for frame in pictures_of(frames)(source))
+            yield from (resized(frame, size) for frame in pictures_of(frames)(source))
 
     see, stored_mask, source = _open(options, pictures, step)
     picture = next(pictures(source))
@@ -227,10 +227,6 @@ def _frames(image: str, bands: Sequence[int]) -> SegmentationData | None:
     return open_pictures(image, bands=bands) if named else None
 
 
-def _resized(picture: Tensor, size: tuple[int, int] | None) -> Tensor:
-    return picture if size is None else resized(picture[None], size)[0]
-
-
 def _with_weights(mask: MaskProvider, stored: MaskProvider | None) -> MaskProvider:
     """Return the mask of a file, which comes with its learned weights, if it is the same."""
     return stored if stored is not None and stored.spec() == mask.spec() else mask
@@ -248,7 +244,6 @@ def _draw_frames(image: str, options: MaskOptions, step: Step) -> MaskReport:
             f"{'a generated picture' if not image else 'a comparison' if options.compare else 'one with labels'}.",
             next="give a clip or a folder of frames, and one mask; or name a picture: --output mask.png.",
         )
-    check_clip(options.output)
     check_folder(options.output)
     mask = resolve_mask(options.masks[0]) if options.masks else None
     data = open_pictures(image, bands=options.bands)
@@ -257,7 +252,7 @@ def _draw_frames(image: str, options: MaskOptions, step: Step) -> MaskReport:
     mask = _with_weights(mask or stored or resolve_mask(DEFAULT_MASK), stored)
     with write_clip(options.output, _SHOWN) as add:
         for at in counted(range(len(data)), step, "frame", "drawing"):
-            picture = _resized(sample_of(data, at)[0], options.size)
+            picture = resized(sample_of(data, at)[0], options.size)
             stride, _, look, _ = see(picture)
             lattice, _ = look(mask)
             rows.append(_row(mask.spec(), mask.spec(), lattice, {}))

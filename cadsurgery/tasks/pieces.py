@@ -24,6 +24,8 @@ _EXTRA = 1 << 16  # pixels whose computation takes as long as planning another r
 # Share of the pixels of whole rows from which on rectangles are not worth it: where what is beside them costs as much,
 # and where it has no data, so that its cells are coarse already.
 _LESS, _LESS_OF_COARSE = 0.95, 0.6
+# Pixels, and the share of a side, by which networks round up the sides of pictures to whole samples, at most.
+_ROUNDED, _SHARE_ROUNDED = 63, 0.125
 Blocks = np.ndarray[Any, np.dtype[np.bool_]]
 
 
@@ -73,13 +75,24 @@ class PartOfPicture:
         return self._picture[:, top + first : top + end, self._part.left : self._part.right]
 
 
+def step_of(pixels: int, samples: int) -> float:
+    """Return how many pixels of a picture lie between the samples of a result.
+
+    Networks stride by powers of two and round lengths up: the result of 150 pixels has 19 samples at stride 8, whose
+    last one ends behind the picture. Samples of another number cover the picture from side to side.
+    """
+    step = 2.0 ** round(math.log2(pixels / samples))
+    is_rounded = 0 <= step * samples - pixels <= min(_ROUNDED, _SHARE_ROUNDED * pixels)
+    return step if is_rounded else pixels / samples
+
+
 def block_side(height: int) -> int:
     """Return the side in pixels of the blocks in which wanted pixels of a picture are found."""
     return max(_SIDE, math.ceil(height / _MOST))
 
 
 def find_pieces(
-    net: Any, picture: Sliced, wanted: Blocks, size: tuple[int, int], whole: tuple[int, int], mask: Any
+    net: Any, picture: Sliced, wanted: Blocks, size: tuple[int, int], steps: tuple[float, float], mask: Any
 ) -> list[Piece] | None:
     """Return the rectangles that are computed for blocks of the picture; None if whole rows are no more work, or the
     network depends on all of each row.
@@ -89,7 +102,7 @@ def find_pieces(
         picture: the picture, as the network is given it.
         wanted: which blocks of `block_side` have pixels that are wanted, (rows, columns).
         size: (height, width) of the result.
-        whole: that of the result of the picture with its padding.
+        steps: pixels between its samples, down and across.
         mask: levels (1, h, w) of the picture; None for a network whose level is the same everywhere.
     """
     height, width = picture.shape[1:]
@@ -114,28 +127,24 @@ def find_pieces(
         (a, b), (c, d) = (
             (_sample_at(first * side, *lengths), _sample_at(end * side, *lengths))
             for first, end, lengths in zip(
-                (top, left), (bottom, right), zip(picture.size, size, strict=True), strict=True
+                (top, left), (bottom, right), zip(picture.size, size, steps, strict=True), strict=True
             )
         )
         if a >= b or c >= d:
             continue
-        scales = (height / whole[0], width / whole[1])
         box = Box(
-            math.floor(a * scales[0]),
-            min(math.ceil(b * scales[0]), height),
-            math.floor(c * scales[1]),
-            min(math.ceil(d * scales[1]), width),
+            math.floor(a * steps[0]),
+            min(math.ceil(b * steps[0]), height),
+            math.floor(c * steps[1]),
+            min(math.ceil(d * steps[1]), width),
         )
         try:
             region = region_of(box)
         except CannotConvert:
             return None
         (part,) = region.parts
-        offset = tuple(
-            int(first * length / of)
-            for first, length, of in zip((part.top, part.left), whole, (height, width), strict=True)
-        )
-        pieces.append(Piece(Box(a, b, c, d), part, (offset[0], offset[1]), region.mask_of(part)))
+        offset = int(part.top / steps[0]), int(part.left / steps[1])
+        pieces.append(Piece(Box(a, b, c, d), part, offset, region.mask_of(part)))
     return pieces
 
 
@@ -143,9 +152,9 @@ def _refused(refusal: CannotConvert, _: object) -> Any:
     raise refusal
 
 
-def _sample_at(pixel: int, pixels: int, samples: int) -> int:
+def _sample_at(pixel: int, pixels: int, samples: int, step: float) -> int:
     """Return the first sample whose middle is at a pixel or behind it."""
-    return max(math.ceil(pixel * samples / pixels - 0.5), 0) if pixel < pixels else samples
+    return min(max(math.ceil(pixel / step - 0.5), 0), samples) if pixel < pixels else samples
 
 
 def _margin_of(region_of: Any, size: tuple[int, int], side: int) -> tuple[int, int]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,6 @@ from cadsurgery.network.within import read_within
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled
 from cadsurgery.support.files import make_folder
-from cadsurgery.support.pipeline import ahead
 from cadsurgery.support.progress import Step, silent
 from cadsurgery.support.provenance import find_device
 from cadsurgery.tasks.commands import RunOptions
@@ -43,7 +43,24 @@ from cadsurgery.tasks.journal import Item, Row, fingerprint
 from cadsurgery.tasks.large import MULTIPLES, LargePicture, WrittenRows, cut_back, predict_large
 from cadsurgery.tasks.measuring import refuse_images
 from cadsurgery.tasks.open import read_by
+from cadsurgery.tasks.pieces import step_of
 from cadsurgery.tasks.workers import STOPPED
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
+DEPTH = 2  # results that wait for the caller
+
+
+def ahead(items: Iterable[Given], work: Callable[[Given], Result]) -> Iterator[Result]:
+    """Yield the result for each item, in order; a thread works on up to `DEPTH` items while the caller uses others."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque[Future[Result]]()
+        for item in items:
+            waiting.append(thread.submit(work, item))
+            if len(waiting) > DEPTH:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def lost(item: Item, error: CadError) -> tuple[int, Row]:
@@ -142,6 +159,7 @@ class Predictor:
         self._dtype = torch.bfloat16 if self.options.precision == BFLOAT16 else None
         self.stopped, self.step = STOPPED, silent
         self._multiples: dict[torch.Size, int] = {}  # to which pictures of a size are padded; 1 for none
+        self._rounded: dict[torch.Size, torch.Size] = {}  # pixels that the results of a size reach to
 
     def start_anew(self) -> None:
         """Forget the frames that `smooth` masks have seen."""
@@ -177,7 +195,10 @@ class Predictor:
         self._multiples[size] = multiple
         milliseconds = 1e3 * (time.perf_counter() - start) / len(pictures)
         more = {"padded_to": [*padded.shape[2:]]} if padded.shape != images.shape else {}
-        for scores, details in zip(cut_back(prediction, padded.shape[2:], size), known, strict=True):
+        prediction = cut_back(prediction, padded.shape[2:], size)
+        if areas is not None and prediction.shape[2:] == areas.shape[1:]:  # it may have a margin
+            prediction = prediction.masked_fill(~areas[:, None], math.nan)
+        for scores, details in zip(prediction, known, strict=True):
             yield (
                 classes_of(scores, areas is not None),
                 scores.shape[0],
@@ -194,9 +215,8 @@ class Predictor:
                 return _first_tensor(returned), [details]
             is_padded = images.shape[2:] != size
             if areas is not None:
-                area = F.pad(areas, (0, images.shape[3] - size[1], 0, images.shape[2] - size[0]))
                 with sized([(size[0], size[1])] * len(images) if is_padded else None):
-                    return _first_tensor(read_within(self.net, images, area=area)), [{}] * len(images)
+                    return self._within(images, areas), [{}] * len(images)
             returned = self.net(images, sizes=[tuple(size)] * len(images)) if is_padded else self.net(images)
             levels = cut_back(self.net.levels, images.shape[2:], size).flatten(1)
             numbers = range(self.net.geometry.max_level + 1)
@@ -204,6 +224,20 @@ class Predictor:
             shares = shares if len(shares) == len(images) else shares.mean(0).expand(len(images), -1)
             known = [{"active_fraction": high, "levels": [high, *low]} for high, *low in shares.tolist()]
             return _first_tensor(returned), known
+
+    def _within(self, images: Tensor, areas: Tensor) -> Tensor:
+        """Run images in areas, whose pixels are those of the result where the network rounds lengths up: it is known
+        by a first run of each size."""
+        size = images.shape[2:]
+        while True:
+            tall, wide = self._rounded.get(size, size)
+            area = F.pad(areas, (0, wide - areas.shape[2], 0, tall - areas.shape[1]))
+            maps = _first_tensor(read_within(self.net, images, area=area))
+            sides = zip(size, maps.shape[2:], strict=True)
+            rounded = torch.Size(round(step_of(pixels, samples) * samples) for pixels, samples in sides)
+            if rounded == (tall, wide):
+                return maps
+            self._rounded[size] = rounded
 
     def rows(
         self, items: Iterable[Item], put: Callable[[Image.Image, str], Row] = _write
@@ -223,7 +257,8 @@ class Predictor:
             if not self.options.within:
                 return Picture(item, read)
             size, position = (read.shape[1], read.shape[2]), position_at(item.source)
-            return Picture(item, read, read_area(self.options.within, size, item.source, position).whole())
+            area = read_area(self.options.within, size, item.source, position)
+            return Picture(item, read, area(0, size[0]))
         except CadError as error:
             return Picture(item, error=error)
 

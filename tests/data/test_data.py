@@ -80,6 +80,7 @@ def assert_is_item(data: SegmentationData, position: int = 0) -> tuple[Tensor, T
 # -- a plain folder ------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_folder_gives_images_in_order_and_labels_with_ignored_ones_as_255(folder: Path) -> None:
     data = cs.open_data(spec(folder), "test")
     assert len(data) == 2 and [Path(name).name for name in data.names] == ["a.png", "b.png"]

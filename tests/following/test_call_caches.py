@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import covering, relative_error
-from networks import Encoded, converted_quietly, followed
+from networks import Composed, Encoded, converted_quietly, followed
 from torch import Tensor, fx, nn
 
 import cadsurgery as cs
@@ -245,3 +245,10 @@ def test_values_of_an_earlier_trace_are_refused_with_module_and_operation() -> N
 
     with pytest.raises(cs.CannotConvert, match="Encoded uses the result of mean in an earlier call"):
         followed(with_grid(beside))
+
+
+def test_modules_in_a_plain_list_are_refused_with_what_holds_them() -> None:
+    first, others = nn.Conv2d(3, 4, 3, 2, 1), [nn.Conv2d(4, 4, 3, 2, 1)]
+    model = Composed(lambda net, x: net.others[0](net.first(x)), first=first, others=others)
+    with pytest.raises(cs.CannotConvert, match=r"a module in a plain list .* nn\.ModuleList"):
+        followed(model)

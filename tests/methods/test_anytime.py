@@ -343,6 +343,18 @@ class Backbone(Chain):
         return [y, self.stage2(y)]
 
 
+class Mirrored(nn.Module):
+    """The mean of what an image and its mirror give, which are joined along the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.head(self.body(torch.cat((x, x.flip(3)))).relu()).chunk(2)
+        return one + other.flip(3)
+
+
 @pytest.mark.parametrize(
     ("model", "options", "kind", "words"),
     [
@@ -353,6 +365,7 @@ class Backbone(Chain):
         (Chain, {"confidence": "margin"}, cs.UnknownName, "entropy"),
         (Backbone, {}, cs.InvalidInput, "say classes=N"),
         (Classifier, {}, cs.CannotConvert, "returns no map"),
+        (Mirrored, {"exits": ["body"]}, cs.CannotConvert, "of 4 images and the output of 2"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(

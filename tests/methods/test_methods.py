@@ -7,6 +7,7 @@ import inspect
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -400,3 +401,35 @@ def test_files_and_copies_give_the_network_again_and_share_nothing(name: str, tm
             assert all(torch.equal(*pair) for pair in zip(tree_leaves(again(x)), expected, strict=True))
         for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
             assert all(torch.equal(*pair) for pair in zip(tree_leaves(again(x)), of_fast, strict=True))
+
+
+class Two(nn.Module):
+    """Takes a map beside the image, which a function pools: torch's `max_pool2d` does not know where it is found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 4, 1)
+        self.block = nn.Conv2d(8, 8, 3, 1, 1)
+
+    def forward(self, image: Tensor, more: Tensor) -> Tensor:
+        y = self.stem(F.max_pool2d(image, 3, 1, 1)).relu()
+        y = y + self.block(y)
+        return self.last(y + more)
+
+
+@pytest.mark.parametrize("method", [cs.sample, partial(cs.anytime, exits=["stem"])], ids=["gates", "exits"])
+@torch.no_grad()
+def test_a_network_of_several_arguments_comes_back(method: Any, tmp_path: Path) -> None:
+    model, call = Two().eval(), (images(2, 65, 90), torch.randn(2, 8, 33, 45))
+    net, file = method(model, example_input=(images(1, 64, 64), torch.randn(1, 8, 32, 32))), tmp_path / "net"
+    cs.save(net, file)
+    for again in (cs.load(file, Two().eval()), pickle.loads(pickle.dumps(net))):
+        assert again.plan == net.plan
+        assert all(map(torch.equal, tree_leaves(again(*call)), tree_leaves(net(*call))))
+
+
+@pytest.mark.parametrize("sampler", ["learned", "edges"])
+@torch.no_grad()
+def test_a_network_in_double_precision_is_sampled_without_an_example(sampler: str) -> None:
+    net = cs.resample(Segmenter().double().eval(), sampler, (32, 40))
+    assert {value.dtype for value in tree_leaves(net(images(2, *SIZE).double()))} == {torch.float64}

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TOLERANCE, assert_same, covering, images, slow
 from networks import Chain, Classifier, build, made_once, randomise
+from random_networks import LATER, random_case
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -275,6 +276,15 @@ def test_an_inference_copy_gives_the_same(sampler: str) -> None:
         assert_same(fast(x), net(x), 1e-3)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
     assert fast.macs(x) == net.macs(x)
+
+
+@torch.no_grad()
+def test_a_network_between_the_finest_and_the_coarsest_level_is_optimised_as_it_is() -> None:
+    case = random_case(LATER + 217)
+    plan = cs.plan(case.model, example_input=case.given)
+    assert plan.identity_level == 1 < plan.max_level
+    net = cs.resample(case.model, "uniform", (48, 64), example_input=case.example)
+    assert_same(net.optimize()(case.image), net(case.image), 1e-9)
 
 
 def test_what_no_file_can_hold_is_refused(tmp_path: Path) -> None:

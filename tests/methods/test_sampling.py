@@ -315,3 +315,28 @@ def test_what_cannot_be_is_refused(call: Callable[[], object], kind: type[cs.Cad
     with pytest.raises(kind, match=says) as refusal:
         call()
     assert "Next:" in str(refusal.value)
+
+
+class Shared(nn.Module):
+    """A residual branch that calls a convolution twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = (
+            nn.Conv2d(3, 8, 3, 2, 1),
+            nn.Conv2d(8, 8, 3, 1, 1),
+            nn.Conv2d(8, 2, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).relu()
+        return self.head(y + self.conv(self.conv(y).relu()))
+
+
+@torch.no_grad()
+def test_each_call_of_a_convolution_has_a_gate_and_its_count() -> None:
+    net = half_open(cs.sample(Shared().eval()))
+    net(images(2, 61, 83))
+    assert list(net.shares) == ["conv", "conv (call 2)"] and len(net.gates) == 2
+    counted = net.macs(images(2, 61, 83))
+    assert [gate.density for gate in counted.gates] == list(net.densities.values())

@@ -63,8 +63,8 @@ def pools(net: Any, x: Tensor) -> Tensor:
 
 def located(net: Any, image: Tensor, y: Tensor) -> Tensor:
     lines = [torch.linspace(-1, 1, side).type_as(y) for side in y.shape[2:]]
-    places = lines[0].view(1, 1, -1, 1), lines[1].view(1, 1, 1, -1)
-    return net.last(torch.cat([y, *(one.expand(len(y), 1, *y.shape[2:]) for one in places)], 1))
+    rows, columns = lines[0].view(1, 1, -1, 1), lines[1].view(1, 1, 1, -1)
+    return net.last(torch.cat([y, rows.expand(len(y), 1, *y.shape[2:]), columns.expand_as(y[:, :1])], 1))
 
 
 def borders(net: Any, x: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from cadsurgery.support.files import (
     cache_folder,
     check_folder,
     make_folder,
-    write_together,
     write_whole,
 )
 from cadsurgery.support.provenance import find_function
@@ -33,16 +32,11 @@ def write(path: Path) -> None:
         temporary.write_text("new", encoding="utf-8")
 
 
-def write_beside(path: Path) -> None:
-    with write_together(path) as temporary:
-        temporary.write_text("new", encoding="utf-8")
-
-
 def append(path: Path) -> None:
     append_lines(path, ["new"])
 
 
-WRITERS: list[Callable[[Path], None]] = [write, write_beside, append]
+WRITERS: list[Callable[[Path], None]] = [write, append]
 
 
 def make_socket(path: Path) -> None:
@@ -103,7 +97,7 @@ IMPOSSIBLE = {"NUL": "a\0b.png", "long": "x" * 300 + ".png", "long folder": "y" 
 @pytest.mark.parametrize(
     "use",
     [
-        *(write, write_beside, append, check_folder, read_image),
+        *(write, append, check_folder, read_image),
         *(lambda path: make_folder(path), lambda path: find_images([path]), lambda path: cs.load(path)),
         lambda path: original(f"{path}.pth"),
         lambda path: cs.build_model("resnet18", f"{path}.safetensors"),

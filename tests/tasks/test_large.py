@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -169,10 +170,10 @@ def convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 @pytest.mark.parametrize(
     ("place", "is_point"), [("north up", True), ("turned", False), ("control points", False)]
 )
-def test_a_smaller_prediction_covers_the_area_of_its_picture(
+def test_pixels_of_a_smaller_prediction_are_as_far_apart_as_the_network_strides(
     convolutions: Callable[..., Path], tmp_path: Path, place: str, is_point: bool
 ) -> None:
-    """GDAL places the corners of both at the same spot, and control points at the same part of the picture."""
+    """GDAL places each at the spot of every fourth pixel of the picture, whose last one it may end behind."""
     rasterio = pytest.importorskip("rasterio")
     affine = tuple(map(float, (0.2, 0.01, 0, 5e5, 0.02, -0.3, 0, 5.2e6, *[0] * 7, 1)))
     places = {**PLACES, "turned": [(34264, 12, 16, affine, True)]}
@@ -183,16 +184,11 @@ def test_a_smaller_prediction_covers_the_area_of_its_picture(
     predict(convolutions(), picture, tmp_path / "out", mask="all")
     with rasterio.open(picture) as given, rasterio.open(tmp_path / "out" / "map.tif") as made:
         assert made.shape == (181, 76) and made.crs == given.crs
-        parts = [(raster.width, raster.height) for raster in (given, made)]
-        for across, down in ((0, 0), (1, 0), (0, 1), (0.3, 0.9)) if place != "control points" else ():
-            spots = [
-                raster.transform @ (across * w, down * h)
-                for raster, (w, h) in zip((given, made), parts, strict=True)
-            ]
-            assert spots[0] == pytest.approx(spots[1], rel=1e-12)
+        for column, row in ((0, 0), (76, 0), (0, 181), (23, 163)) if place != "control points" else ():
+            spot = given.transform @ (4 * column, 4 * row)
+            assert spot == pytest.approx(made.transform @ (column, row), rel=1e-12)
         points = [
-            [(p.col / w, p.row / h) for p in raster.gcps[0]]
-            for raster, (w, h) in zip((given, made), parts, strict=True)
+            [(p.col / step, p.row / step) for p in raster.gcps[0]] for raster, step in ((given, 4), (made, 1))
         ]
         for before, after in zip(*points, strict=True):
             assert before == pytest.approx(after)
@@ -421,6 +417,16 @@ def test_pixels_without_data_are_found_by_windows(
     picture.file.close()
 
 
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_a_picture_of_which_gdal_gives_no_position_lies_nowhere(tmp_path: Path) -> None:
+    """Of PGM and PPM files it leaves the numbers of a transform as they are in memory."""
+    pytest.importorskip("rasterio")
+    Image.fromarray(np.zeros((9, 12), np.uint8)).save(tmp_path / "grey.pgm")
+    picture = RasterRows(tmp_path / "grey.pgm")
+    assert picture.position == () and picture.shape == (1, 9, 12)
+    picture.close()
+
+
 @pytest.mark.parametrize(("form", "no_data"), [("tif", None), ("vrt", 3), ("png", 3), ("mosaic", None)])
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_a_palette_is_read_as_its_colours(file: Path, tmp_path: Path, form: str, no_data: int | None) -> None:
@@ -612,6 +618,17 @@ def test_pixels_that_a_mask_leaves_out_have_no_data(
     assert np.array_equal(tifffile.imread(tmp_path / "out" / "map.tif") == 255, lacking)
     whole = predict(net, source, tmp_path / "resized", memory="", size=lacking.shape)
     assert whole.failed and f"{lacking.sum()} pixels without data" in str(whole.failed)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are listed on Linux")
+def test_a_file_whose_mask_cannot_be_read_is_closed(tmp_path: Path) -> None:
+    stored = np.full((64, 64), 9, np.uint8)
+    source = written(tmp_path / "map.tif", stored)
+    written(tmp_path / "turned.tif", stored, extratags=[(274, 3, 1, 6, True)]).rename(f"{source}.msk")
+    with pytest.raises(cs.FileError, match="turned or mirrored") as refusal:
+        TiffRows(source)
+    assert refusal.tb is not None  # which keeps what was being opened
+    assert not any(Path(f"/proc/self/fd/{one}").resolve() == source for one in os.listdir("/proc/self/fd"))
 
 
 class Killed(BaseException):

@@ -18,10 +18,10 @@ from predicting import predict
 
 import cadsurgery as cs
 from cadsurgery.data.images import street_scene
-from cadsurgery.support.pipeline import DEPTH
 from cadsurgery.support.progress import silent
 from cadsurgery.tasks import predictor, run
 from cadsurgery.tasks.commands import RunOptions
+from cadsurgery.tasks.predictor import DEPTH
 
 COUNT = 6
 # Runs the command with a function of `cadsurgery.tasks.MODULE` that kills the process in its third call.

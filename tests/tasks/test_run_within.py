@@ -30,7 +30,7 @@ from cadsurgery.support.torch_internals import tree_leaves
 from cadsurgery.tasks import large
 from cadsurgery.tasks.commands import RunOptions
 
-SIZE = (512, 768)
+SIZE = (510, 766)  # which the network rounds up to 512 x 768
 CORNER = (5e5, 5.2e6, 0.2)  # east, north, metres a pixel
 PLACE = [*NORTH_UP, (34735, 3, len(ZONE), ZONE, True)]
 predict = partial(predict_mask, mask="all")
@@ -170,6 +170,18 @@ def test_of_the_whole_picture_only_a_byte_of_levels_is_kept(
     assert largest.types == {torch.int8}
 
 
+def test_shares_of_levels_are_those_of_the_area(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "map.tif", np.ones((64, 96, 3), np.uint8), photometric="rgb")
+    (tmp_path / "area.json").write_text("[[10, 8, 50, 40]]")
+    options = RunOptions(within=str(tmp_path / "area.json"))
+    picture = large.LargePicture(str(tmp_path / "map.tif"), None, options=options)
+    levels = torch.zeros(1, 16, 24, dtype=torch.int8)
+    levels[:, 4:] = 2  # of the rows 2 to 9 of the area two have level 0
+    assert large._shares_of(levels, picture, 2) == [0.25, 0, 0.75]
+    assert large._shares_of(torch.ones(1, 1, 1).expand(1, 16, 24), picture, 1) == [0, 1]
+    picture.file.close()
+
+
 @pytest.mark.parametrize("mask", ["content", "edges | budget:fraction=0.3"])
 def test_an_area_has_the_levels_of_the_whole_mask(
     network: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str
@@ -271,7 +283,7 @@ def test_what_is_no_area_of_the_picture_is_refused_in_words(tmp_path: Path, case
 def test_an_area_of_another_size_or_without_pixels_is_refused(tmp_path: Path) -> None:
     Image.fromarray(np.ones((100, 100), np.uint8)).save(tmp_path / "other.png")
     Image.fromarray(np.zeros(SIZE, np.uint8)).save(tmp_path / "none.png")
-    with pytest.raises(cs.InvalidInput, match=r"100 x 100 pixels, and map\.tif has 768 x 512"):
+    with pytest.raises(cs.InvalidInput, match=r"100 x 100 pixels, and map\.tif has 766 x 510"):
         read_area(tmp_path / "other.png", SIZE, "map.tif")
     with pytest.raises(cs.InvalidInput, match=r"no pixel of map\.tif is inside"):
         read_area(tmp_path / "none.png", SIZE, "map.tif")
@@ -302,12 +314,10 @@ def test_polygons_are_where_gdal_places_them(tmp_path: Path, place: str) -> None
         ring = [list(transform @ tuple(map(float, corner))) for corner in pixels]
         shape = {"type": "Polygon", "coordinates": [[*ring, ring[0]]]}
         (tmp_path / "area.geojson").write_text(json.dumps(shape))
-        found = read_area(tmp_path / "area.geojson", (60, 80), "a.tif", position).whole()
+        found = read_area(tmp_path / "area.geojson", (60, 80), "a.tif", position)(0, 60)
         wanted = features.rasterize([shape], (60, 80), transform=transform).astype(bool)
         assert (found.numpy() != wanted).mean() < 0.002  # pixels whose middle is on an edge
-        assert torch.equal(
-            found[13:40], read_area(tmp_path / "area.geojson", (60, 80), "", position).rows(13, 40)
-        )
+        assert torch.equal(found[13:40], read_area(tmp_path / "area.geojson", (60, 80), "", position)(13, 40))
 
 
 def test_an_area_is_refused_where_it_has_no_meaning(

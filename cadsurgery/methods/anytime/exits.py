@@ -82,7 +82,7 @@ def find_exits(facts: Facts, outlet: Outlet, asked: str | Sequence[str]) -> list
         asked: `"auto"`, or names of modules or nodes.
 
     Raises:
-        CannotConvert: `auto` finds no stages.
+        CannotConvert: `auto` finds no stages, or there are other images at an exit than at the end.
         UnknownName: there is no such module or node.
         InvalidInput: the exit has no map, or the head is not computed from it.
     """
@@ -94,6 +94,14 @@ def find_exits(facts: Facts, outlet: Outlet, asked: str | Sequence[str]) -> list
         if not names or len(set(names)) < len(names):
             raise InvalidInput(f"exits={asked!r} names no exits, or one twice.", next='use exits="auto".')
         listed = [_named(name, facts, outlet, before) for name in names]
+    images = facts.shapes[outlet.ends[0]][0]
+    for exit in listed:
+        if (others := facts.shapes[exit.branches[0]][0]) != images:
+            raise CannotConvert(
+                f"there can be no exit after {exit.name}.",
+                why=f"its map is of {others} images and the output of {images}: the network joins or splits images.",
+                next="name exits where there is a map for each image: exits=[...].",
+            )
     return sorted(listed, key=lambda exit: max(exit.branches))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.data.networks import source_of
-from cadsurgery.following.arguments import image_of, outside_inference_mode
+from cadsurgery.following.arguments import describe_call, image_of, outside_inference_mode
 from cadsurgery.following.call_entry import signature_of
 from cadsurgery.following.facts import Facts
 from cadsurgery.following.graphs import upstream
@@ -133,7 +133,7 @@ def anytime(
                 module: Any = net.get_submodule(str(node.target))
                 module.register_parameter(WIDTH_NAME, nn.Parameter(module.weight.new_tensor(_WIDTHS[fill])))
     net.program = replace(program, spatial=spatial)
-    net.plan, net.source = _make_plan(net, chosen, work, apart, facts.example), source_of(model)
+    net.plan, net.source = _make_plan(net, chosen, work, apart, facts), source_of(model)
     return net
 
 
@@ -211,7 +211,7 @@ def _find_spatial(
 
 
 def _make_plan(
-    net: AnytimeModel, exits: list[Exit], work: CallWork, apart: list[tuple[str, str]], example: Tensor
+    net: AnytimeModel, exits: list[Exit], work: CallWork, apart: list[tuple[str, str]], facts: Facts
 ) -> AnytimePlan:
     names = [*((exit.name, tuple(node.name for node in exit.branches)) for exit in exits), ("the end", ())]
     planned = []
@@ -223,9 +223,12 @@ def _make_plan(
         channels = sum(work.shapes[branch][1] for branch in branches)
         head = f"{net.options['head']} head" if number < len(net.heads) else "the network's own head"
         planned.append(ExitPlan(name, branches, channels, head, macs, len(chosen), round(share, 4)))
-    exits_of, shape = tuple(planned), tuple(example.shape)
     return AnytimePlan(
-        exits=exits_of, classes=net.options["classes"], whole=tuple(apart), example_shape=shape
+        exits=tuple(planned),
+        classes=net.options["classes"],
+        whole=tuple(apart),
+        example_shape=tuple(facts.example.shape),
+        call=describe_call(facts.model, facts.arguments),
     )
 
 

@@ -110,7 +110,7 @@ def resample(
     unit = unit or (Normalisation(*stated) if stated else None)
     made = resolve_sampler(sampler, options, image.shape[1], unit)
     weight = next(network.parameters(), torch.empty(0))
-    net = ResampledModel(network, made.to(weight.device), (height, width), mode)
+    net = ResampledModel(network, made.to(weight.device, weight.dtype), (height, width), mode)
     net.train(model.training)
     net.source = source_of(model)
     net.plan = _make_plan(net, image)
@@ -410,16 +410,17 @@ def _macs_of(network: nn.Module, image: Tensor) -> tuple[int, tuple[str, ...]]:
     return (counted.total if isinstance(counted, MethodMacs) else counted.mask), counted.not_counted
 
 
+_COARSEST = 32  # output stride of floors, which nothing is computed at
+
+
 def _optimized(network: nn.Module) -> nn.Module:
-    """Return an inference copy of a network: its own, or of a dense network, that of its uniform adaptive network."""
+    """Return an inference copy of a network: its own, or of a dense network, that of its adaptive network with floors,
+    which computes what the network does where everything is high."""
     optimize: Callable[[], nn.Module] | None = getattr(network, "optimize", None)
     if optimize is not None:
         return optimize()
     with contextlib.suppress(CadError), evaluating(network):
-        converted = adaptify(network, "none", outputs="native", verify_laws=False)
-        if converted.plan.identity_level == 0:
-            converted.mask = "all"
-        return converted.optimize()
+        return adaptify(network, "all", coarsest=_COARSEST, verify_laws=False).optimize()
     return copy.deepcopy(network).eval()
 
 

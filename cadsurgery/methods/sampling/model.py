@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.data.networks import source_of
-from cadsurgery.following.arguments import image_of, outside_inference_mode
+from cadsurgery.following.arguments import describe_call, image_of, outside_inference_mode
 from cadsurgery.following.call_entry import signature_of
 from cadsurgery.following.facts import Facts
 from cadsurgery.following.trace import evaluating
@@ -126,6 +127,7 @@ def _make_plan(net: SampledModel, branches: Sequence[Branch], facts: Facts, path
         macs=macs.dense,
         gate_macs=sum(gate.gate for gate in macs),
         example_shape=tuple(facts.example.shape),
+        call=describe_call(facts.model, facts.arguments),
         part=path,
     )
 
@@ -258,13 +260,18 @@ class SampledModel(GraphModel):
 
     @property
     def shares(self) -> dict[str, Tensor]:
-        """Share (B, h, w) of each position that counted as computed in the last call, by gated convolution.
+        """Share (B, h, w) of each position that counted as computed in the last call, by gated convolution; one that
+        the network calls again is named by its calls: `conv`, `conv (call 2)`.
 
         Raises:
             InvalidInput: the network has not been called.
         """
-        run = self._called()
-        return {gated.path: run.shares[number].detach() for number, gated in enumerate(self.program.gates)}
+        run, calls, shares = self._called(), Counter[str](), dict[str, Tensor]()
+        for number, gated in enumerate(self.program.gates):
+            calls[gated.path] += 1
+            again = f" (call {calls[gated.path]})" if calls[gated.path] > 1 else ""
+            shares[gated.path + again] = run.shares[number].detach()
+        return shares
 
     @property
     def densities(self) -> dict[str, float]:

@@ -50,13 +50,11 @@ class SamplingPlan(MethodPlan):
         branches: branches in order of execution.
         macs: multiply-accumulates of the whole network on the example, without the gates.
         gate_macs: multiply-accumulates of the gates on the example.
-        part: name of the part that was converted, "" for the whole network.
     """
 
     branches: tuple[BranchPlan, ...]
     macs: int = field(compare=False)
     gate_macs: int = field(compare=False)
-    part: str = ""
 
     def check(self) -> bool:
         """Return True if there are branches."""

@@ -28,7 +28,7 @@ from cadsurgery.network.fidelity_measure import Fidelity
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.optimized import FLOAT
 from cadsurgery.support.errors import InvalidInput, check_name
-from cadsurgery.support.files import check_folder, write_together
+from cadsurgery.support.files import check_folder, write_whole
 from cadsurgery.support.progress import Step, silent
 
 Format = Literal["pt2", "onnx"]
@@ -158,7 +158,7 @@ def export(
     with (
         torch.no_grad(),
         without_collections(),
-        write_together(file) as temporary,
+        write_whole(file) as temporary,
         refused(what, advice, net),
     ):
         if kind == "onnx":

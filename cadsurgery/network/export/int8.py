@@ -32,7 +32,7 @@ from cadsurgery.network.export.kernels import DOMAIN, declare_kernels
 from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.export.tidy import LARGEST
 from cadsurgery.network.fidelity_measure import UNSAID, Fidelity, measure
-from cadsurgery.support.errors import CadError, CannotConvert, describe_error, warn
+from cadsurgery.support.errors import CannotConvert, as_refusal, describe_error, warn
 from cadsurgery.support.progress import Step, counted, silent
 
 _BESIDE = ("Add", "Clip", "MaxPool", "Relu")  # operations that engines fuse with a product or run in 8 bits
@@ -70,17 +70,15 @@ def to_8_bits(
     """
     import_package(OnnxRuntime.package)  # it runs the file that is measured
     rounded = path.with_name(f"8-bit-{path.name}")
-    try:
-        with quietly():
-            outputs, keeps_levels = quantise(path, rounded, calls, engine, step)
-    except CadError:
-        raise
-    except Exception as error:
-        raise CannotConvert(
+    refusal = as_refusal(
+        lambda error: CannotConvert(
             "the file cannot be put into 8 bits.",
             why=describe_error(error),
             next='leave it in float; precision="float16" halves it.',
-        ) from error
+        )
+    )
+    with refusal, quietly():
+        outputs, keeps_levels = quantise(path, rounded, calls, engine, step)
     float_engine, int8_engine = engine(path), engine(rounded)
 
     def run(*inputs: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:

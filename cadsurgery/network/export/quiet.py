@@ -21,9 +21,8 @@ def quietly() -> Iterator[None]:
     with (
         without_graphs_of_errors(),
         torch_internals.compiler_options.patch(do_not_emit_runtime_asserts=True),
-        warnings.catch_warnings(),
+        warnings.catch_warnings(action="ignore"),
     ):
-        warnings.simplefilter("ignore")
         yield
 
 

@@ -20,6 +20,7 @@ from cadsurgery.support.errors import (
     CadError,
     FileError,
     NotInstalled,
+    as_refusal,
     check_name,
     describe_error,
     import_optional,
@@ -188,7 +189,13 @@ def read_features(path: Path) -> Features:
     Raises:
         FileError: the file is missing, unreadable, or lacks these values.
     """
-    try:
+    with as_refusal(
+        lambda error: FileError(
+            f"{path} cannot be read as features.",
+            why=describe_error(error),
+            next="remove it and extract again.",
+        )
+    ):
         if path.suffix == ".h5":
             with _h5py().File(path, "r") as group:
                 while "keypoints" not in group:  # in the only group, which may be nested
@@ -203,14 +210,6 @@ def read_features(path: Path) -> Features:
             for key in ("keypoints", "scores", "descriptors")
         )
         width, height = (int(length) for length in values["image_size"])
-    except CadError:
-        raise
-    except Exception as error:  # readers of both formats raise many types
-        raise FileError(
-            f"{path} cannot be read as features.",
-            why=describe_error(error),
-            next="remove it and extract again.",
-        ) from error
     return Features(keypoints[:, :2], scores, descriptors, (height, width))
 
 

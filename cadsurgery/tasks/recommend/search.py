@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from cadsurgery.data import Samples, SegmentationData, as_data, open_data, sample_of
 from cadsurgery.data.channels import check_bands
 from cadsurgery.data.datasets import identity_table, number_classes
-from cadsurgery.data.images import check_size, normalise, read_labels
+from cadsurgery.data.images import check_size, normalise, read_labels, resized
 from cadsurgery.data.networks import Source
 from cadsurgery.data.samples import pictures_of
 from cadsurgery.data.sources import (
     class_names,
-    ignored_labels,
+    label_values,
     labels_of,
     open_pictures,
     split_place,
@@ -43,6 +43,7 @@ from cadsurgery.support.errors import (
     FileError,
     InvalidInput,
     NotInstalled,
+    as_refusal,
     check_name,
     first_line,
     warn,
@@ -341,13 +342,9 @@ def _short_name(source: Source) -> str:
 
 def _output_of(model: nn.Module, image: Tensor) -> int:
     """Return the number of channels of the map that the network computes for a picture."""
-    try:
-        with torch.inference_mode():
-            return maps_of(model(image))[0].shape[1]
-    except CadError:
-        raise
-    except Exception as error:  # the network decides what it takes
-        raise refuse_images(error, image.shape[2:]) from error
+    # The network decides what it takes.
+    with as_refusal(lambda error: refuse_images(error, image.shape[2:])), torch.inference_mode():
+        return maps_of(model(image))[0].shape[1]
 
 
 def refuse_what_does_not_fit(model: nn.Module, image: Tensor) -> None:
@@ -392,7 +389,7 @@ class _Pictures:
         self.size = self.size or own
         if own != self.size:
             self.is_resized = True
-            image = F.interpolate(image[None], self.size, mode="bilinear", antialias=True)[0]
+            image = resized(image, self.size)
             labels = F.interpolate(labels[None, None].double(), self.size, mode="nearest")[0, 0].long()
         image = normalise(image, self.source).unsqueeze(0)
         return image, labels.unsqueeze(0) if self.data.is_labelled else None
@@ -437,7 +434,7 @@ def _with_labels(data: SegmentationData, spec: str | Path | None, outputs: int) 
     def read(position: int) -> tuple[Any, Any]:
         return data.read(position)[0], read_labels(paths[position]).numpy()
 
-    table = identity_table(len(classes), ignored_labels(options.get("ignore", "")))
+    table = identity_table(len(classes), label_values("ignore", options.get("ignore", "")))
     remedy = (
         f"ignore such pixels: --labels folder:{folder},ignore={{labels}}, or use a network of more outputs."
     )
