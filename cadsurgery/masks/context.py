@@ -57,7 +57,7 @@ def _put(**values: Any) -> None:
 
 
 @contextmanager
-def _within(**values: Any) -> Iterator[None]:
+def provided(**values: Any) -> Iterator[None]:
     """Set these values inside the `with` block and restore the previous values afterwards."""
     before = {name: getattr(_CONTEXT.get(), name) for name in values}
     _put(**values)
@@ -85,7 +85,7 @@ def labelled(labels: Tensor) -> AbstractContextManager[None]:
             f"the labels are {describe(labels)}.",
             next="give an integer tensor (batch, height, width): a class for every image pixel.",
         )
-    return _within(labels=as_classes(labels))
+    return provided(labels=as_classes(labels))
 
 
 def labels_of(image: Tensor, where: str) -> Tensor:
@@ -121,13 +121,7 @@ def keypoints_at(points: Sequence[Tensor]) -> AbstractContextManager[None]:
     Args:
         points: for each image (n, 2) x and y in image pixels; n may differ between images, and may be 0.
     """
-    return _within(points=points)
-
-
-def limited(limits: Mapping[nn.Module, Tensor]) -> AbstractContextManager[None]:
-    """Provide thresholds (B,) that masks take from whole pictures, for masks that are given parts of these inside the
-    `with` block."""
-    return _within(limits=limits)
+    return provided(points=points)
 
 
 def sized(sizes: Sequence[tuple[int, int]] | Tensor | None) -> AbstractContextManager[None]:
@@ -140,7 +134,7 @@ def sized(sizes: Sequence[tuple[int, int]] | Tensor | None) -> AbstractContextMa
     Raises:
         InvalidInput: `sizes` are no pairs of whole numbers above 0.
     """
-    return _within(sizes=_as_sizes(sizes))
+    return provided(sizes=_as_sizes(sizes))
 
 
 def _as_sizes(sizes: Any) -> list[tuple[int, int]] | None:
@@ -203,7 +197,7 @@ def sizes_of(image: Tensor) -> Sequence[tuple[int, int]] | None:
 def first_passes(outputs: Mapping[int, Any], preview: Any = None) -> AbstractContextManager[None]:
     """Provide the network's outputs at single levels, by level, and on a smaller picture, to masks inside the `with`
     block."""
-    return _within(first_passes=outputs, preview=preview)
+    return provided(first_passes=outputs, preview=preview)
 
 
 def first_pass_outputs(where: str) -> dict[int, Any]:

@@ -16,7 +16,7 @@ from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 from cadsurgery.elements.size_symbols import of_size
 from cadsurgery.elements.sizes import divide_up, is_for_any_size
 from cadsurgery.masks.content import ContentMask
-from cadsurgery.masks.context import call_context, limited, sized, sizes_of
+from cadsurgery.masks.context import call_context, provided, sized, sizes_of
 from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels
 from cadsurgery.masks.unit import AS_IT_COMES, Unit
 from cadsurgery.masks.wrappers import Budget
@@ -147,7 +147,7 @@ class Masking:
                     limits[mask] = mask.limit_of_parts(shown, height, grid)
             judged = list[Tensor]()  # levels, or scores of patches
             around = divide_up(reach, unit) * unit
-            with limited(limits):
+            with provided(limits=limits):
                 for first, end, rows in bands(around):
                     top, start = max(first - around, 0) // self.output_stride, first // self.output_stride
                     stop = grid.size[0] if end + around >= height else (end + around) // self.output_stride
