@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.data.networks import Source, channels_of
 from cadsurgery.following.arguments import bind_all, image_of
+from cadsurgery.following.call_entry import signature_of
 from cadsurgery.following.graphs import parts_read
 from cadsurgery.following.hooks import copying, freeze_computed_weights
 from cadsurgery.masks.masking import check_image
@@ -106,6 +107,11 @@ class ConvertedModel(Derived):
         return self
 
     @property
+    def original_signature(self) -> inspect.Signature:
+        """The signature of a call of the original network."""
+        return signature_of(self.inner)
+
+    @property
     def decided_by(self) -> str:
         """What decides where the network computes, in words."""
         return self.method
@@ -161,6 +167,16 @@ class ConvertedModel(Derived):
                 next="pass the model it was made from, or make it again.",
             )
         return net
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Check the arguments of a call and return them by name.
+
+        Raises:
+            InvalidInput: the image is not an image batch.
+        """
+        arguments = bind_all(self.original_signature, args, kwargs)
+        check_image(image_of(arguments))
+        return arguments
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -317,16 +333,6 @@ class GraphModel(ConvertedModel):
     def is_optimized(self) -> bool:
         """True for an inference copy."""
         return self.program.is_fused
-
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Check the arguments of a call and return them by name.
-
-        Raises:
-            InvalidInput: the image is not an image batch.
-        """
-        arguments = bind_all(self.original_signature, args, kwargs)
-        check_image(image_of(arguments))
-        return arguments
 
     def work(self, arguments: dict[str, Any]) -> CallWork:
         """Return shapes and multiply-accumulates of a call without running it; cached for the last few shapes."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import math
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from cadsurgery.data.networks import source_of, stated_statistics
 from cadsurgery.following.arguments import image_of, outside_inference_mode
-from cadsurgery.following.call_entry import signature_of
 from cadsurgery.following.trace import evaluating
 from cadsurgery.masks.context import call_context, labelled
 from cadsurgery.masks.masking import check_image
@@ -232,11 +230,6 @@ class ResampledModel(ConvertedModel):
         assert isinstance(sampler, Sampler)
         return sampler
 
-    @property
-    def original_signature(self) -> inspect.Signature:
-        """The signature of a call of the original network."""
-        return signature_of(self.network)
-
     @Forward
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network on the sampled image and return its maps at the image's size.
@@ -248,7 +241,7 @@ class ResampledModel(ConvertedModel):
         Raises:
             InvalidInput: the image is not an image batch, or the sampler cannot compute its locations.
         """
-        image = self._image(args, kwargs)
+        image = image_of(self.bind(args, kwargs))
         locations = self.sampler(image)
         self.locations = locations.detach()
         output = self.call_network(image, locations, args, kwargs)
@@ -291,18 +284,13 @@ class ResampledModel(ConvertedModel):
         """Sample labels (B, H, W) at the locations: (B, h, w)."""
         return sample(labels.unsqueeze(1), locations.to(labels.device), self.size)[:, 0]
 
-    def _image(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        image = image_of({**{str(place): value for place, value in enumerate(args)}, **kwargs})
-        check_image(image)
-        return image
-
     def macs(self, *args: Any, **kwargs: Any) -> ResampledMacs:
         """Count MACs on an image: of the sampler, of the network, and of the network without sampling.
 
         Args:
             args, kwargs: as in a call.
         """
-        image = self._image(args, kwargs)
+        image = image_of(self.bind(args, kwargs))
         with torch.no_grad(), evaluating(self):
             leaves = tree_leaves((args, kwargs))
             if any(isinstance(value, Tensor) and value is not image for value in leaves):
