@@ -26,6 +26,7 @@ from cadsurgery.data.images import check_values, normalise, open_large
 from cadsurgery.data.rasters import add_overviews, open_rows
 from cadsurgery.data.stores import is_remote
 from cadsurgery.data.tiff import split_page
+from cadsurgery.elements.sizes import divide_up
 from cadsurgery.network.boxes import Box
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, NotInstalled
 from cadsurgery.support.files import as_file_error, make_folder, write_whole
@@ -102,6 +103,13 @@ def memory_of_whole(net: Any, channels: int, size: tuple[int, int]) -> int:
     except CadError:  # it is not computed in bands
         return 0
     return int(walks.peak) + 3 * 4 * channels * height * width  # as read, normalised, and as masks see it
+
+
+def memory_of_levels(net: Any, size: tuple[int, int]) -> int:
+    """Return the bytes of the level map of a picture (height, width), which stays beside the maps."""
+    if net.mask.uniform_level(net.geometry.max_level) is not None:
+        return 0
+    return math.prod(divide_up(side, net.plan.strides[0]) for side in size)
 
 
 def _part_of(target: Path) -> Path:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import chain, islice, takewhile
 from operator import itemgetter
 from pathlib import Path
@@ -44,6 +44,7 @@ from cadsurgery.tasks.journal import NAME, Item, Results, Row
 from cadsurgery.tasks.large import (
     SMALL,
     header_of,
+    memory_of_levels,
     memory_of_whole,
     target_for,
 )
@@ -114,7 +115,9 @@ def predict(
         chosen = _why_in_rows(converted, sources, options)
     if (chosen or options.memory == AUTO) and not ray:
         workers = workers or 1
-        options = replace(options, memory=f"{bytes_of(AUTO) // workers}")  # each process has its share
+        # Each process has its share, of which the levels of a picture take a part.
+        levels = max((memory_of_levels(converted, size) for size, *_ in sources.headers), default=0)
+        options = replace(options, memory=f"{max(bytes_of(AUTO) // workers - levels, 1)}")
         settings, sources.memory = replace(settings, options=options), options.memory
     if options.overviews and not options.memory:
         raise InvalidInput(
@@ -309,21 +312,18 @@ def _why_in_rows(converted: nn.Module, sources: _Sources, options: RunOptions) -
     """Return why pictures are computed in bands of rows without --memory: the largest one's maps would take more than
     is free, or one is a raster with a position, which its prediction has, too; empty if neither, or none can be so."""
     free, kind, pictures = free_memory(), method_of(converted), pictures_for(converted)
-    if free is None or kind is not None or pictures is None or "-" in sources.stills or not sources.stills:
+    if free is None or kind is not None or pictures is None or "-" in sources.stills:
         return ""
     if find_device(options.device).type != "cpu" or not sources.is_plain:
         return ""
-    given = [(source, Path(source).name) for source in sources.stills if not source.startswith("@")]
-    listed = islice(stream_images(given, {}, sources.output), _LOOKED_AT) if given else ()
-    found = [(*header, image) for image, _ in listed if (header := header_of(image))]
-    size, _, largest = max(found, key=lambda one: math.prod(one[0]), default=((0, 0), False, ""))
+    size, _, largest = max(sources.headers, key=lambda one: math.prod(one[0]), default=((0, 0), False, ""))
     whole = cache(partial(memory_of_whole, converted, pictures.channels))
     needed = whole(size) if math.prod(size) >= SMALL else 0
     if needed > free:
         amounts = in_mebibytes(needed, free), in_mebibytes(free, needed)
         sides = f"{size[1]} x {size[0]} pixels"
         return f"{largest}, {sides}, would take up to {amounts[0]} whole, and {amounts[1]} are free"
-    size, _, raster = next((one for one in found if one[1]), ((0, 0), False, ""))
+    size, _, raster = next((one for one in sources.headers if one[1]), ((0, 0), False, ""))
     if raster and whole(size):
         return f"{raster} says where it lies, and so does its prediction, a TIFF file"
     return ""
@@ -368,6 +368,17 @@ class _Sources:
                 why="they would replace pictures, and be taken for pictures when the run resumes.",
                 next=f"choose another folder: --output {os.path.join(output, 'predictions')}.",
             )
+
+    @cached_property
+    def headers(self) -> list[tuple[tuple[int, int], bool, str]]:
+        """Of the first images the size, whether the file says where it lies, and its path; not of those in lists."""
+        given = [
+            (source, Path(source).name)
+            for source in self.stills
+            if source != "-" and not source.startswith("@")
+        ]
+        listed = islice(stream_images(given, {}, self.output), _LOOKED_AT) if given else ()
+        return [(*header, image) for image, _ in listed if (header := header_of(image))]
 
     def count(self, journal: Results, settings: PredictionSettings) -> int | None:
         """Return the number of images and clips; None for images on standard input.

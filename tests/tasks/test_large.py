@@ -752,6 +752,16 @@ def test_automatic_memory_is_shared_by_processes(
     monkeypatch.setattr("cadsurgery.support.memory.free_memory", lambda: 64 * 2**20)
     report = predict(file, picture, tmp_path / "out", memory="auto", workers=workers)
     assert not report.failed and f"--memory {32 // workers} MiB" in report.text
+    monkeypatch.setattr(run, "memory_of_levels", lambda net, size: 10 * 2**20)
+    report = predict(file, picture, tmp_path / "less", memory="auto", workers=workers)
+    assert f"--memory {32 // workers - 10} MiB" in report.text
+
+
+@pytest.mark.parametrize("mask", ["edges", "all"])
+def test_the_memory_of_a_level_map_is_known(file: Path, mask: str) -> None:
+    net = cs.load(file, mask=mask, trust=True).optimize(memory="16MiB")
+    levels = net.rows(torch.rand(3, *SIZE)).levels
+    assert large.memory_of_levels(net, SIZE) == (levels.nbytes if mask == "edges" else 0)
 
 
 @pytest.mark.parametrize("kind", ["tif", "png"])
