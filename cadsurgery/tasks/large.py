@@ -37,7 +37,7 @@ from cadsurgery.tasks.figures import CLASSES, palette
 from cadsurgery.tasks.journal import Identity, Journal, state_of
 from cadsurgery.tasks.pieces import Blocks, PartOfPicture, Piece, block_side, find_pieces, step_of
 
-_GAP = 256  # rows of a picture without data, which are computed if they are fewer
+_GAP = 256  # rows that are filled or looked at together
 _SEEN = 1 << 22  # pixels that are searched for such without data at a time
 SMALL = 2_000_000  # pixels of pictures whose maps are taken to fit
 MULTIPLES = (1, 8, 16, 32, 64, 128)  # of pixels, to which pictures that a network refuses are padded
@@ -210,21 +210,6 @@ class LargePicture:
             there = np.pad((band == 0).any(0), (0, -width % side))
             blocks[:] = there.reshape(-1, side).any(1)
         return found
-
-    def parts(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Return the rows [first, end) of a map (height, width) with data that are asked for; few rows without are
-        counted to them."""
-        if self._unwanted is None:
-            return [(0, size[0])]
-        whole = np.packbits(np.ones(self.size[1], np.uint8))
-        there = np.flatnonzero((self._unwanted != whole).any(1))
-        if not there.size:
-            return []
-        cuts = np.flatnonzero(np.diff(there) > _GAP)
-        firsts, ends = there[[0, *(cuts + 1)]], there[[*cuts, -1]] + 1
-        step = step_of(self.size[0], size[0])
-        pairs = zip(firsts, ends, strict=True)
-        return [(int(a / step), min(math.ceil(b / step), size[0])) for a, b in pairs]
 
     def pad_to(self, multiple: int) -> bool:
         """Let its sides be multiples of so many pixels, by zeros at the right and below, which stand for the mean
@@ -473,10 +458,10 @@ def predict_large(
         name = Path(picture.path).name
         step(f"{name}, row {part.rows} of {size[0]}", part.rows, size[0])
         # Rectangles of the result, of which one follows the other; see `find_pieces`.
-        pieces = [Piece(Box(*rows, 0, size[1])) for rows in picture.parts(size)]
-        if pieces and picture.is_partial:
+        pieces = [Piece(Box(0, size[0], 0, size[1]))]
+        if picture.is_partial:
             wanted = picture.wanted(block_side(picture.shape[1]))
-            pieces = find_pieces(net, picture, wanted, size, steps, mask) or pieces
+            pieces = find_pieces(net, picture, wanted, size, steps, mask)
         for piece in pieces:
             (_, bottom, left, right), begin = piece.box, part.turn_to(piece.box)
             if begin >= bottom:

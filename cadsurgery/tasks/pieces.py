@@ -20,6 +20,7 @@ from cadsurgery.support.errors import CannotConvert
 
 # Pixels a side of blocks, at least, and rows of blocks, at most, in which wanted pixels are found.
 _SIDE, _MOST = 64, 128
+_GAP = 256  # rows of a picture that are not wanted, which are computed if they are fewer
 _EXTRA = 1 << 16  # pixels whose computation takes as long as planning another rectangle
 # Share of the pixels of whole rows from which on rectangles are not worth it: where what is beside them costs as much,
 # and where it has no data, so that its cells are coarse already.
@@ -93,8 +94,8 @@ def block_side(height: int) -> int:
 
 def find_pieces(
     net: Any, picture: Sliced, wanted: Blocks, size: tuple[int, int], steps: tuple[float, float], mask: Any
-) -> list[Piece] | None:
-    """Return the rectangles that are computed for blocks of the picture; None if whole rows are no more work, or the
+) -> list[Piece]:
+    """Return the rectangles that are computed for blocks of the picture: whole rows if these are no more work, or the
     network depends on all of each row.
 
     Args:
@@ -108,6 +109,9 @@ def find_pieces(
     height, width = picture.shape[1:]
     side = block_side(height)
     image = picture[:, :1].new_zeros(()).expand(1, *picture.shape)
+    runs = _runs(np.flatnonzero(wanted.any(1)), _GAP // side)
+    down, across = ((side, *lengths) for lengths in zip(picture.size, size, steps, strict=True))
+    rows = [Piece(Box(*_samples_of(run[0], run[-1] + 1, *down), 0, size[1])) for run in runs]
 
     def region_of(box: Box) -> PictureParts:
         found: PictureParts = net.in_region(image, [[box]], lambda region: region, _refused, mask)
@@ -116,20 +120,14 @@ def find_pieces(
     try:
         margin = _margin_of(region_of, (height, width), side)
     except CannotConvert:  # what depends on the size of the picture, or on the place in it
-        return None
+        return rows
     found, work = _rectangles(wanted, side, margin, (height, width))
-    index = np.flatnonzero(wanted.any(1))
-    of_rows = sum((run[-1] - run[0] + 1) * side * width for run in _runs(index)) if index.size else 0
+    of_rows = sum((run[-1] - run[0] + 1) * side * width for run in runs)
     if work > (_LESS_OF_COARSE if mask is not None and picture.lacks else _LESS) * of_rows:
-        return None
+        return rows
     pieces = list[Piece]()
     for top, bottom, left, right in found:
-        (a, b), (c, d) = (
-            (_sample_at(first * side, *lengths), _sample_at(end * side, *lengths))
-            for first, end, lengths in zip(
-                (top, left), (bottom, right), zip(picture.size, size, steps, strict=True), strict=True
-            )
-        )
+        (a, b), (c, d) = _samples_of(top, bottom, *down), _samples_of(left, right, *across)
         if a >= b or c >= d:
             continue
         box = Box(
@@ -141,7 +139,7 @@ def find_pieces(
         try:
             region = region_of(box)
         except CannotConvert:
-            return None
+            return rows
         (part,) = region.parts
         offset = int(part.top / steps[0]), int(part.left / steps[1])
         pieces.append(Piece(Box(a, b, c, d), part, offset, region.mask_of(part)))
@@ -152,9 +150,11 @@ def _refused(refusal: CannotConvert, _: object) -> Any:
     raise refusal
 
 
-def _sample_at(pixel: int, pixels: int, samples: int, step: float) -> int:
-    """Return the first sample whose middle is at a pixel or behind it."""
-    return min(max(math.ceil(pixel / step - 0.5), 0), samples) if pixel < pixels else samples
+def _samples_of(first: int, end: int, side: int, pixels: int, samples: int, step: float) -> tuple[int, int]:
+    """Return the samples [first, end) whose middles are in blocks; the last block has all that are behind it."""
+    places = (block * side for block in (first, end))
+    first, end = (math.ceil(at / step - 0.5) if at < pixels else samples for at in places)
+    return max(first, 0), min(end, samples)
 
 
 def _margin_of(region_of: Any, size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -166,9 +166,9 @@ def _margin_of(region_of: Any, size: tuple[int, int], side: int) -> tuple[int, i
     return max(box.top - part.top, part.bottom - box.bottom), across
 
 
-def _runs(index: np.ndarray[Any, Any], gap: int = 0) -> list[np.ndarray[Any, Any]]:
+def _runs(index: np.ndarray[Any, Any], gap: int) -> list[np.ndarray[Any, Any]]:
     """Split increasing numbers where more than `gap` are missing."""
-    return np.split(index, np.flatnonzero(np.diff(index) > gap + 1) + 1)
+    return np.split(index, np.flatnonzero(np.diff(index) > gap + 1) + 1) if index.size else []
 
 
 def _rectangles(
@@ -180,8 +180,7 @@ def _rectangles(
     gap = 2 * across // side
 
     def spans_of(together: Blocks) -> Iterator[tuple[int, int]]:
-        index = np.flatnonzero(together)
-        for run in _runs(index, gap) if index.size else ():
+        for run in _runs(np.flatnonzero(together), gap):
             yield int(run[0]), int(run[-1]) + 1
 
     def reach(first: int, end: int, margin: int, length: int) -> int:

@@ -27,7 +27,7 @@ from cadsurgery.data.rasters import RasterRows
 from cadsurgery.data.tiff import TiffRows
 from cadsurgery.network.model import pictures_for
 from cadsurgery.support import memory as amounts
-from cadsurgery.tasks import large, run
+from cadsurgery.tasks import large, pieces, run
 from cadsurgery.tasks.commands import RunOptions
 from cadsurgery.tasks.recommend import search
 
@@ -347,13 +347,16 @@ def test_columns_without_data_are_not_computed(
     lacking, net, pixels = lacking_shape(shape, size), convolutions(1, larger), list[float]()
     source = lacking_picture(tmp_path / "page.tif", "nodata", size, lacking)
     with monkeypatch.context() as patch:
-        patch.setattr(large, "find_pieces", lambda *_: None)
+        for least in ("_LESS", "_LESS_OF_COARSE"):
+            patch.setattr(pieces, least, 0)
         predict(net, source, tmp_path / "rows", mask=mask, memory="16MiB")
     find = large.find_pieces
 
     def noted(*given: Any) -> Any:
         found = find(*given)
-        pixels.append(sum((p.part.bottom - p.part.top) * (p.part.right - p.part.left) for p in found or ()))
+        pixels.append(
+            sum((p.part.bottom - p.part.top) * (p.part.right - p.part.left) for p in found if p.part)
+        )
         return found
 
     monkeypatch.setattr(large, "find_pieces", noted)
