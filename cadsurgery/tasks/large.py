@@ -37,7 +37,7 @@ from cadsurgery.tasks.figures import CLASSES, palette
 from cadsurgery.tasks.journal import Identity, Journal, state_of
 from cadsurgery.tasks.pieces import Blocks, PartOfPicture, Piece, block_side, find_pieces, step_of
 
-_GAP = 256  # rows that are filled or looked at together
+_ROWS = 256  # that are filled or looked at together
 _SEEN = 1 << 22  # pixels that are searched for such without data at a time
 SMALL = 2_000_000  # pixels of pictures whose maps are taken to fit
 MULTIPLES = (1, 8, 16, 32, 64, 128)  # of pixels, to which pictures that a network refuses are padded
@@ -163,7 +163,7 @@ class LargePicture:
     def _bits(self, marks: Callable[[int, int, int, int], Tensor]) -> np.ndarray[Any, Any] | None:
         """Return which pixels are marked in windows (top, bottom, left, right), eight in a byte; None if none is."""
         (height, width), (tall, wide) = self.size, self.file.block
-        tall *= max(1, _GAP // tall)
+        tall *= max(1, _ROWS // tall)
         wide *= max(1, _SEEN // (tall * wide))  # whole blocks, and so whole bytes
         marked = np.zeros((height, -(-width // 8)), np.uint8)
         for top, left in product(range(0, height, tall), range(0, width, wide)):
@@ -293,8 +293,8 @@ class WrittenRows:
         if not self._done:
             make_folder(self.target.parent)
             with self._written(), self.file.open("wb") as file:
-                for first in range(0, size[0], _GAP) if lacks else ():
-                    file.write(np.full((min(_GAP, size[0] - first), size[1]), without, self._kind).tobytes())
+                for first in range(0, size[0], _ROWS) if lacks else ():
+                    file.write(np.full((min(_ROWS, size[0] - first), size[1]), without, self._kind).tobytes())
             self._journal.remove()
             self._journal.begin()
             self._journal.add({"size": [*size]})
@@ -366,7 +366,7 @@ def _without_cells(net: Any, picture: LargePicture, levels: Tensor) -> Any:
         return levels
     levels, side = levels.clone(), net.geometry.sides[-1]
     height, width = levels.shape[1:]
-    tall = side * max(1, _GAP // side)
+    tall = side * max(1, _ROWS // side)
     for first in range(0, height, tall):
         band = levels[:, first : first + tall]
         lacking = picture.lacking(first, first + band.shape[1], (height, width))
@@ -413,8 +413,8 @@ def _shares_of(levels: Tensor, picture: LargePicture, max_level: int) -> list[fl
     is_uniform = not any(levels.stride())
     levels = levels[:1, :1] if is_uniform else levels
     found = torch.zeros(max_level + 1, dtype=torch.int64)
-    for first in range(0, len(levels), _GAP):
-        rows = levels[first : first + _GAP]
+    for first in range(0, len(levels), _ROWS):
+        rows = levels[first : first + _ROWS]
         if picture.asked and not is_uniform:
             rows = rows[~picture.lacking(first, first + len(rows), size, or_outside=True)]
         found += torch.bincount(rows.flatten().long(), minlength=max_level + 1)

@@ -226,8 +226,8 @@ class Predictor:
             return _first_tensor(returned), known
 
     def _within(self, images: Tensor, areas: Tensor) -> Tensor:
-        """Run images in areas, whose pixels are those of the result where the network rounds lengths up: it is known
-        by a first run of each size."""
+        """Compute images in their areas (B, H, W). Where the network rounds sides up, areas are padded to the pixels
+        that the result covers, which the first run of each size shows."""
         size = images.shape[2:]
         while True:
             tall, wide = self._rounded.get(size, size)

@@ -241,7 +241,7 @@ class ResampledModel(ConvertedModel):
         Raises:
             InvalidInput: the image is not an image batch, or the sampler cannot compute its locations.
         """
-        image = image_of(self.bind(args, kwargs))
+        image = self._image(args, kwargs)
         locations = self.sampler(image)
         self.locations = locations.detach()
         output = self.call_network(image, locations, args, kwargs)
@@ -284,13 +284,19 @@ class ResampledModel(ConvertedModel):
         """Sample labels (B, H, W) at the locations: (B, h, w)."""
         return sample(labels.unsqueeze(1), locations.to(labels.device), self.size)[:, 0]
 
+    def _image(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        # The signature of the inner network would be read anew in each call.
+        image = image_of({**{str(place): value for place, value in enumerate(args)}, **kwargs})
+        check_image(image)
+        return image
+
     def macs(self, *args: Any, **kwargs: Any) -> ResampledMacs:
         """Count MACs on an image: of the sampler, of the network, and of the network without sampling.
 
         Args:
             args, kwargs: as in a call.
         """
-        image = image_of(self.bind(args, kwargs))
+        image = self._image(args, kwargs)
         with torch.no_grad(), evaluating(self):
             leaves = tree_leaves((args, kwargs))
             if any(isinstance(value, Tensor) and value is not image for value in leaves):
@@ -398,7 +404,7 @@ def _macs_of(network: nn.Module, image: Tensor) -> tuple[int, tuple[str, ...]]:
     return (counted.total if isinstance(counted, MethodMacs) else counted.mask), counted.not_counted
 
 
-_COARSEST = 32  # output stride of floors, which nothing is computed at
+_COARSEST = 32  # output stride of the floors; where everything is high nothing is computed there
 
 
 def _optimized(network: nn.Module) -> nn.Module:
